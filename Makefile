@@ -1,0 +1,52 @@
+# What a checkout can do. `make help` lists it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+DEMO ?= demo
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Two test processes with one thread each finish sooner than one with two, and add numbers in a fixed order.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all gpu lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## prune the embedded model by four methods, side by side; results in demo/
+	$(BIN)/admm-prune compare --model embedded --data embedded --methods magnitude,wanda,sparsegpt,admm \
+		--sparsity 0.5,0.7 --pattern 2:4 --out $(DEMO)
+
+test: $(INSTALLED) ## the tests, without those marked slow or gpu
+	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(INSTALLED) ## every test that this machine can run
+	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS) -m 'not gpu'
+	@$(MAKE) --no-print-directory gpu
+
+gpu: $(INSTALLED) ## the tests that need a CUDA device; says so where there is none
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(PYTEST) -m gpu; else echo 'no CUDA device: the tests marked gpu are left out'; fi
+
+lint: $(INSTALLED) ## ruff, mypy and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean: ## remove what was built, cached and demonstrated; .venv stays
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
+	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first, in a call of its own: a CPU build at hand is then taken, and later ranges leave it in place.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("admm-prune needs Python 3.11 or newer: \
+	make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
