@@ -1,0 +1,82 @@
+"""admm-prune: an optimization toolbox for pruning language models.
+
+A problem says what is lost when weights go, a constraint which sparse set they must land in, a solver how to find them.
+Importing this package loads nothing heavy; each name below brings its module with it when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADMM",
+    "Blocks",
+    "GramAccumulator",
+    "LayerReconstruction",
+    "LayerStatistics",
+    "Magnitude",
+    "NofM",
+    "Point",
+    "Polish",
+    "Product",
+    "Progress",
+    "Result",
+    "RowWise",
+    "SparseGPT",
+    "StackedRows",
+    "Status",
+    "Unstructured",
+    "Wanda",
+    "prune",
+]
+
+_HOME = {
+    "ADMM": "admm_prune.solvers.admm",
+    "Blocks": "admm_prune.problems.constraints",
+    "GramAccumulator": "admm_prune.problems.gram",
+    "LayerReconstruction": "admm_prune.problems.layer",
+    "LayerStatistics": "admm_prune.problems.gram",
+    "Magnitude": "admm_prune.solvers.closed_form",
+    "NofM": "admm_prune.problems.constraints",
+    "Point": "admm_prune.point",
+    "Polish": "admm_prune.solvers.polish",
+    "Product": "admm_prune.problems.constraints",
+    "Progress": "admm_prune.result",
+    "Result": "admm_prune.result",
+    "RowWise": "admm_prune.problems.constraints",
+    "SparseGPT": "admm_prune.solvers.obs",
+    "StackedRows": "admm_prune.problems.constraints",
+    "Status": "admm_prune.result",
+    "Unstructured": "admm_prune.problems.constraints",
+    "Wanda": "admm_prune.solvers.closed_form",
+    "prune": "admm_prune.runs.pruning",
+}
+
+if TYPE_CHECKING:
+    from admm_prune.point import Point
+    from admm_prune.problems.constraints import Blocks, NofM, Product, RowWise, StackedRows, Unstructured
+    from admm_prune.problems.gram import GramAccumulator, LayerStatistics
+    from admm_prune.problems.layer import LayerReconstruction
+    from admm_prune.result import Progress, Result, Status
+    from admm_prune.runs.pruning import prune
+    from admm_prune.solvers.admm import ADMM
+    from admm_prune.solvers.closed_form import Magnitude, Wanda
+    from admm_prune.solvers.obs import SparseGPT
+    from admm_prune.solvers.polish import Polish
+else:  # hidden from type checkers, so that a misspelt name stays an error to them
+
+    def __getattr__(name: str) -> object:
+        """PEP 562: imports the module of a public name when the name is first used."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

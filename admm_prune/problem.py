@@ -1,0 +1,138 @@
+"""The protocols through which problems and solvers meet. A solver asks for the narrowest one it can live with."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+from admm_prune.point import Point
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """A closed set C with an exact projection; almost never convex."""
+
+    def project(self, v: Point, metric: Point | None = None) -> Point:
+        """argmin_{z in C} sum_i metric_i (z_i - v_i)^2, with metric_i > 0 (1 by default)."""
+        ...
+
+    def contains(self, z: Point) -> bool: ...
+
+
+@runtime_checkable
+class SupportConstraint(Constraint, Protocol):
+    """C = {z : supp(z) in a family of supports}. Scaling an entry by a positive number never leaves C."""
+
+    def select(self, score: Point) -> Point:
+        """The admissible support of the largest total score, as booleans.
+
+        Scores are not negative. The support has the full size that C admits, also where scores are zero.
+        """
+        ...
+
+    @property
+    def group_width(self) -> int:
+        """How many consecutive columns are kept or dropped in view of each other: M of N:M, else 1."""
+        ...
+
+    def share(self, start: int, stop: int, shape: tuple[int, int]) -> SupportConstraint:
+        """What falls to the columns start..stop of a matrix of this shape; shares of a partition add up to the set."""
+        ...
+
+    def tightened(self, fraction: float) -> Self:
+        """The set of the same kind that prunes only `fraction` of what this one prunes."""
+        ...
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """minimize value(x) subject to x in constraint."""
+
+    @property
+    def constraint(self) -> Constraint: ...
+
+    @property
+    def curvature(self) -> float:
+        """Mean diagonal of the Hessian of value: the unit of rho."""
+        ...
+
+    def initial(self) -> Point:
+        """The dense weights."""
+        ...
+
+    def value(self, x: Point) -> float: ...
+
+
+@runtime_checkable
+class Quadratic(Problem, Protocol):
+    """f(V) = tr(V A V^T) - 2 tr(V G^T) + c: one matrix V (out, in) whose rows share one Hessian.
+
+    A point of such a problem holds one tensor, named "weight".
+    """
+
+    @property
+    def hessian(self) -> Tensor:
+        """A (in, in), symmetric positive definite."""
+        ...
+
+    @property
+    def linear(self) -> Tensor:
+        """G (out, in)."""
+        ...
+
+    @property
+    def minimizer(self) -> Tensor:
+        """G A^-1 (out, in), the minimum of f without the constraint."""
+        ...
+
+
+@runtime_checkable
+class Proximable(Problem, Protocol):
+    def prox(self, v: Point, rho: float) -> Point:
+        """argmin_x value(x) + rho * curvature * |x - v|^2."""
+        ...
+
+
+@runtime_checkable
+class Differentiable(Problem, Protocol):
+    def value_and_gradient(self, x: Point) -> tuple[float, Point]: ...
+
+
+@runtime_checkable
+class Stochastic(Problem, Protocol):
+    def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
+        """Loss and gradient on the sample numbered `draw`; the same number is the same sample."""
+        ...
+
+
+@runtime_checkable
+class Blockwise(Problem, Protocol):
+    @property
+    def order(self) -> tuple[str, ...]: ...
+
+    def block(self, name: str, x: Point) -> Problem:
+        """The problem in block `name` alone, all other blocks held at x."""
+        ...
+
+
+@runtime_checkable
+class Refittable(Problem, Protocol):
+    def refit(self, mask: Point) -> Point:
+        """The exact minimum of value over the points that vanish wherever mask is False."""
+        ...
+
+
+def require(solver: object, problem: object, capability: type, why: str) -> None:
+    """Refuses a pair that does not fit.
+
+    Raises:
+        TypeError: `problem` lacks members of `capability`; the message names both sides and each missing member.
+    """
+    if isinstance(problem, capability):
+        return
+    members = sorted(name for name in getattr(capability, "__protocol_attrs__", ()) if not hasattr(problem, name))
+    raise TypeError(
+        f"{type(solver).__name__} needs a {capability.__name__} problem ({why}); "
+        f"{type(problem).__name__} lacks {', '.join(members)}"
+    )

@@ -1,0 +1,67 @@
+"""What a solver returns: Status, Progress, Result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from admm_prune.point import Point
+
+
+class Status(Enum):
+    """Why a solver stopped. The value is the advice to the user."""
+
+    SOLVED = "The stopping test was met."
+    CLOSED_FORM = "The solution was computed directly; there is nothing to iterate."
+    STALLED = "Progress stopped before the stopping test was met: try another rho or another start."
+    MAX_ITERATIONS = "The planned iterations were used up: the best feasible point is returned; more may improve it."
+    TIME_LIMIT = "The time limit was reached: the best feasible point is returned; allow more time to improve it."
+    STOPPED = "The watcher asked to stop: pass `state` back to continue."
+    NONFINITE = "A number overflowed: the last finite best point is returned; raise the ridge or the precision."
+
+    @property
+    def ok(self) -> bool:
+        """False where the point returned should not be trusted without a look at the history."""
+        return self not in (Status.STALLED, Status.NONFINITE)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of a solver's history. None where it was not measured, because measuring costs as much as a step."""
+
+    iteration: int
+    objective: float | None = None  # of the feasible point of this iteration
+    primal_residual: float | None = None  # |x - z| / |z|
+    dual_residual: float | None = None  # |z - z_before| / |z|
+    rho: float | None = None
+    support_changes: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A feasible point and how it was found.
+
+    `solution` lies in the constraint, is the best such point seen by `problem.value`, and is never worse than the
+    start. `objective` is that value. `bound`, where known, is a proven lower bound of the optimum. `state` continues
+    an iterative solver. `notes` says what a solver had to do that was not asked (damping, fallback, precision).
+    """
+
+    solution: Point
+    status: Status
+    objective: float
+    iterations: int = 0
+    best_iteration: int = 0
+    history: tuple[Progress, ...] = ()
+    bound: float | None = None
+    seconds: float = 0.0
+    state: Any = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / objective, the proven relative distance to the optimum; None without a bound."""
+        if self.bound is None:
+            return None
+        return 0.0 if self.objective == 0.0 else (self.objective - self.bound) / abs(self.objective)

@@ -1,0 +1,184 @@
+"""The house: which folder may import which, how long a module may be, and what each module must open with.
+
+Reads the source with `ast`; imports nothing of the package but its table of public names.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import admm_prune
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "admm_prune"
+MAX_LINES = 400
+
+WORDS = {"point", "problem", "result"}
+MATHEMATICS = WORDS | {"errors", "kernels"}
+
+# What each module or folder of the package may import of the package, beside itself. A name stands for all below it.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "point": WORDS,
+    "problem": WORDS,
+    "result": WORDS,
+    "kernels": set(),
+    "problems": MATHEMATICS,
+    "solvers": MATHEMATICS,
+    "data": {"errors", "problems.gram"},
+    "models": MATHEMATICS | {"data", "problems.gram"},
+    "recipes": MATHEMATICS | {"data", "models", "problems", "solvers"},
+}
+MAY_IMPORT["runs"] = {*MAY_IMPORT["recipes"], "recipes"}
+MAY_IMPORT["cli"] = {*MAY_IMPORT["runs"], "runs", "__init__"}
+MAY_IMPORT["__main__"] = {"cli"}
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"__main__"}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    path
+    for folder in ("admm_prune", "benchmarks", "docs", "examples", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def dotted(path: Path) -> str:
+    """'problems.constraints.blocks' for its file: the name inside the package; '__init__' for the package's own."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+NAMES = {dotted(path) for path in MODULES}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yields (line, dotted name) for all that a module imports, at its top or inside; names of `from` are appended."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{prefix}.{alias.name}" if node.module else prefix) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield node.lineno, argument.value
+
+
+def ours(name: str) -> str | None:
+    """The part of the package that an import reaches: the longest prefix that is a module. None where it is not ours.
+
+    A name of the public table counts as the module that holds it, and the version as nothing.
+    """
+    head, _, rest = name.partition(".")
+    if head != "admm_prune" or rest == "__version__":
+        return None
+    rest = admm_prune._HOME.get(rest, name).removeprefix("admm_prune").removeprefix(".")
+    while rest and rest not in NAMES:
+        rest = rest.rpartition(".")[0]
+    return rest or "__init__"
+
+
+def allowed(importer: str, target: str) -> bool:
+    """True where the table lets `importer` (dotted) reach `target` (dotted)."""
+    home = importer.partition(".")[0]
+    return any(target == room or target.startswith(f"{room}.") for room in {home, *MAY_IMPORT[home]})
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=relative)
+each_source = pytest.mark.parametrize("path", SOURCES, ids=relative)
+
+
+@each_module
+def test_imports_go_one_way(path: Path) -> None:
+    importer = dotted(path)
+    assert importer.partition(".")[0] in MAY_IMPORT, "a new room: say in MAY_IMPORT what it may import"
+    wrong = {
+        f"line {line}: {importer} imports {target}"
+        for line, name in imported(parsed(path))
+        if (target := ours(name)) is not None and not allowed(importer, target)
+    }
+    assert not wrong, sorted(wrong)
+
+
+@each_source
+def test_imports_are_absolute_and_avoid_the_root_links(path: Path) -> None:
+    wrong = [
+        f"line {line}: {name}"
+        for line, name in imported(parsed(path))
+        if name.partition(".")[0] in {"", "solvers", "problems"}
+    ]
+    assert not wrong, wrong
+
+
+@each_module
+def test_a_module_fits_in_one_head(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: it wants to be two modules"
+
+
+@each_module
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(parsed(path)), "the module has no docstring"
+
+
+@each_source
+def test_annotations_are_not_evaluated(path: Path) -> None:
+    tree = parsed(path)
+    annotated = any(
+        isinstance(node, ast.AnnAssign)
+        or (isinstance(node, ast.arg) and node.annotation is not None)
+        or (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None)
+        for node in ast.walk(tree)
+    )
+    names = {name for _, name in imported(tree)}
+    assert not annotated or "__future__.annotations" in names, "write: from __future__ import annotations"
+
+
+@pytest.mark.parametrize("name", ["solvers", "problems"])
+def test_the_root_shows_the_two_halves(name: str) -> None:
+    assert (ROOT / name).is_symlink()
+    assert (ROOT / name).resolve() == PACKAGE / name
+
+
+@pytest.mark.parametrize(
+    ("importer", "statement", "fits"),
+    [
+        ("problems.layer", "from admm_prune.kernels import selection", True),
+        ("problems.layer", "from admm_prune import problem", True),
+        ("problems.layer", "from admm_prune.errors import UserError", True),
+        ("problems.layer", "from admm_prune.solvers.admm import ADMM", False),
+        ("problems.layer", "from admm_prune import ADMM", False),
+        ("problems.layer", "from admm_prune import __version__", True),
+        ("problems.layer", "import admm_prune", False),
+        ("solvers.admm", "def f():\n    import admm_prune.problems.layer", False),
+        ("solvers.admm", "import_module('admm_prune.problems.layer')", False),
+        ("solvers.admm", "from admm_prune.solvers.base import Iterative", True),
+        ("models.capture", "from admm_prune.problems.gram import GramAccumulator", True),
+        ("models.capture", "from admm_prune.problems import gram", True),
+        ("models.capture", "from admm_prune.problems.constraints import NofM", False),
+        ("data.text", "from admm_prune.models import blocks", False),
+        ("data.layer_file", "from admm_prune.problems.layer import LayerReconstruction", False),
+        ("recipes.api", "from admm_prune.solvers.admm import ADMM", True),
+        ("recipes.api", "from admm_prune.runs import journal", False),
+        ("runs.journal", "from admm_prune.cli import main", False),
+        ("point", "from admm_prune.errors import UserError", False),
+        ("kernels.selection", "from admm_prune.point import Point", False),
+        ("cli.run", "import admm_prune", True),
+    ],
+)
+def test_the_reader_of_imports_sees(importer: str, statement: str, fits: bool) -> None:
+    targets = [target for _, name in imported(ast.parse(statement)) if (target := ours(name)) is not None]
+    assert all(allowed(importer, target) for target in targets) == fits
