@@ -1,0 +1,1 @@
+"""Array kernels in plain torch: exact selection by threshold."""

@@ -1,0 +1,83 @@
+"""Several sparse sets side by side: one for each tensor of a point, or one for each group of rows of a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from admm_prune.point import Point
+from admm_prune.problems.constraints.base import SparseSet
+
+
+@dataclass(frozen=True)
+class Product(SparseSet):
+    """C = C_1 x ... x C_n: each named tensor in its own set.
+
+    Raises:
+        ValueError: a point names a tensor that no factor names, or misses one.
+    """
+
+    factors: Mapping[str, SparseSet]
+
+    @property
+    def group_width(self) -> int:
+        return max(factor.group_width for factor in self.factors.values())
+
+    def select(self, score: Point) -> Point:
+        return Point({name: factor.select(Point({name: s}))[name] for name, factor, s in self._pairs(score)})
+
+    def share(self, start: int, stop: int, shape: tuple[int, int]) -> Product:
+        return Product({name: factor.share(start, stop, shape) for name, factor in self.factors.items()})
+
+    def tightened(self, fraction: float) -> Self:
+        return type(self)({name: factor.tightened(fraction) for name, factor in self.factors.items()})
+
+    def contains(self, z: Point) -> bool:
+        return all(factor.contains(Point({name: x})) for name, factor, x in self._pairs(z))
+
+    def _pairs(self, x: Point) -> list[tuple[str, SparseSet, torch.Tensor]]:
+        if x.keys() != self.factors.keys():
+            raise ValueError(f"the product is over {sorted(self.factors)}, the point names {sorted(x)}")
+        return [(name, self.factors[name], tensor) for name, tensor in x.items()]
+
+
+@dataclass(frozen=True)
+class StackedRows(SparseSet):
+    """Each group of consecutive rows of every matrix in its own set: weights that share their inputs, stacked.
+
+    Args:
+        parts: (number of rows, set) from the top; the numbers add up to the rows of the matrix.
+
+    Raises:
+        ValueError: the matrix has another number of rows.
+    """
+
+    parts: tuple[tuple[int, SparseSet], ...]
+
+    def select(self, score: Point) -> Point:
+        masks = [part.select(piece) for part, piece in self._split(score)]
+        return Point({name: torch.cat([mask[name] for mask in masks]) for name in score})
+
+    @property
+    def group_width(self) -> int:
+        return max(part.group_width for _, part in self.parts)
+
+    def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
+        return StackedRows(tuple((rows, part.share(start, stop, (rows, shape[1]))) for rows, part in self.parts))
+
+    def tightened(self, fraction: float) -> Self:
+        return type(self)(tuple((rows, part.tightened(fraction)) for rows, part in self.parts))
+
+    def contains(self, z: Point) -> bool:
+        return all(part.contains(piece) for part, piece in self._split(z))
+
+    def _split(self, x: Point) -> list[tuple[SparseSet, Point]]:
+        sizes = [rows for rows, _ in self.parts]
+        for name, tensor in x.items():
+            if tensor.shape[0] != sum(sizes):
+                raise ValueError(f"stacked sets cover {sum(sizes)} rows, {name} has {tensor.shape[0]}")
+        pieces = {name: tensor.split(sizes) for name, tensor in x.items()}
+        return [(part, Point({name: pieces[name][i] for name in x})) for i, (_, part) in enumerate(self.parts)]

@@ -1,0 +1,130 @@
+"""Second moments of a layer's inputs, streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4096  # tokens multiplied at once: bounds the float64 copy of the inputs
+_SYMMETRY = 1e-3  # |H - H^T| allowed, relative to sqrt(H_ii H_jj): what accumulation in float32 may leave
+DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median
+
+
+class GramAccumulator:
+    """H = sum_t x_t x_t^T over all tokens seen, in float64, whatever comes in and in whatever pieces.
+
+    Args:
+        width: d, the number of input channels.
+        device: where the sum lives.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds tokens (..., d) of any float dtype.
+
+        Raises:
+            ValueError: the last dimension is not d.
+        """
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if flat.shape[1] != len(self._sum):
+            raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
+        for chunk in flat.split(_CHUNK):
+            x = chunk.to(self._sum)
+            self._sum.addmm_(x.T, x)
+            self._channel_sum += x.sum(0)
+        self.tokens += len(flat)
+
+    @property
+    def gram(self) -> Tensor:
+        """H (d, d), float64, exactly symmetric."""
+        return (self._sum + self._sum.T) / 2
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean input (d,), float64; zeros before the first token."""
+        return self._channel_sum / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What is known of a layer's inputs: Grams (in, in), undamped, in float32.
+
+    `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
+    with it), `holdout` over other tokens (for reporting only: no solver reads it).
+    """
+
+    gram: Tensor
+    tokens: int
+    validation: Tensor | None = None
+    validation_tokens: int = 0
+    holdout: Tensor | None = None
+    holdout_tokens: int = 0
+
+    @classmethod
+    def collected(
+        cls,
+        calibration: GramAccumulator,
+        validation: GramAccumulator | None = None,
+        holdout: GramAccumulator | None = None,
+    ) -> LayerStatistics:
+        """Joins accumulators of disjoint tokens; the validation tokens count as calibration tokens too."""
+        gram, tokens = calibration.gram, calibration.tokens
+        if validation is not None and validation.tokens == 0:
+            validation = None
+        if validation is not None:
+            gram, tokens = gram + validation.gram, tokens + validation.tokens
+        return cls(
+            gram=gram.float(),
+            tokens=tokens,
+            validation=None if validation is None else validation.gram.float(),
+            validation_tokens=0 if validation is None else validation.tokens,
+            holdout=None if holdout is None else holdout.gram.float(),
+            holdout_tokens=0 if holdout is None else holdout.tokens,
+        )
+
+    @property
+    def dead_channels(self) -> Tensor:
+        """Indices of inputs that were (as good as) zero in every token."""
+        return dead_channels(self.gram).nonzero()[:, 0]
+
+
+def check_gram(name: str, gram: Tensor, width: int) -> None:
+    """Raises ValueError unless `gram` can be X^T X of a layer of so many inputs: shape, numbers, symmetry, sign."""
+    check_square(name, gram, width)
+    diagonal = gram.diagonal()
+    if bool((diagonal < 0).any()):
+        raise ValueError(f"{name} has a negative diagonal: it is not X^T X")
+    scale = diagonal.sqrt()
+    if bool(((gram - gram.T).abs() > _SYMMETRY * scale * scale[:, None]).any()):
+        raise ValueError(f"{name} is not symmetric: it is not X^T X")
+
+
+def check_square(name: str, matrix: Tensor, width: int) -> None:
+    """Raises ValueError unless `matrix` is of finite float32 or float64 numbers, width x width."""
+    if matrix.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, not {matrix.dtype}")
+    if matrix.shape != (width, width):
+        raise ValueError(f"{name} must be {width} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name} holds NaN or Inf")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raises ValueError unless `weight` is a matrix of finite real numbers."""
+    if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
+        raise ValueError(f"weight must be a real matrix (out, in), not {weight.dtype} of shape {tuple(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight holds NaN or Inf")
+
+
+def dead_channels(gram: Tensor) -> Tensor:
+    """Marks the channels with H_jj <= 1e-12 * median of the non-zero diagonal; all of them where H = 0."""
+    diagonal = gram.diagonal()
+    alive = diagonal[diagonal > 0]
+    return diagonal <= (DEAD * alive.median() if len(alive) else 0.0)

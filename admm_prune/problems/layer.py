@@ -1,0 +1,174 @@
+"""Layer reconstruction: keep the outputs of one linear layer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels import quadratic
+from admm_prune.point import Point
+from admm_prune.problem import Constraint
+from admm_prune.problems.gram import DEAD, check_gram, check_square, check_weight, dead_channels
+
+DEFAULT_RIDGE = 0.03
+_ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
+
+
+class LayerReconstruction:
+    """min_{V in C} ||X V^T - Y||_F^2 + tr((V - W) D (V - W)^T), D = ridge diag(H) + damping mean(diag H) I.
+
+    Rows of V (out, in) share the Hessian A = H + D, with H = X^T X. The target is the layer's own output, Y = X W^T,
+    or, with `cross_gram` = X0^T X, the output that the weights W gave on other inputs, Y = X0 W^T; then everything
+    goes on as if W were (W X0^T X + W D) A^-1, the unconstrained minimum. The ridge pulls to W, never to zero.
+
+    A channel whose H_jj vanishes is *dead*: it is cut out of H and weighs next to nothing, so that it is pruned first
+    and keeps W where the constraint forces it to be kept.
+
+    Args:
+        weight: W (out, in), any float dtype; computed with in the dtype of the Gram.
+        gram: H (in, in), float32 or float64, undamped.
+        constraint: the sparse set C.
+        ridge: relative to diag(H), so that scaling a channel changes nothing.
+        damping: relative to mean(diag H), as published for SparseGPT (0.01).
+        cross_gram: X0^T X (in, in).
+        target_energy: ||Y||_F^2; needed with `cross_gram`.
+
+    Raises:
+        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge.
+
+    Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024; methods in `docs/`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        constraint: Constraint,
+        *,
+        ridge: float = DEFAULT_RIDGE,
+        damping: float = 0.0,
+        cross_gram: Tensor | None = None,
+        target_energy: float | None = None,
+    ) -> None:
+        check_weight(weight)
+        check_gram("gram", gram, weight.shape[1])
+        if cross_gram is not None:
+            check_square("cross_gram", cross_gram, weight.shape[1])
+            if target_energy is None:
+                raise ValueError("cross_gram needs target_energy, the squared norm of the target, beside it")
+        if ridge < 0 or damping < 0:
+            raise ValueError(f"ridge and damping must not be negative: {ridge}, {damping}")
+        self.constraint = constraint
+        self.weight = weight.detach().to(gram.dtype)
+        self.gram = gram.detach()
+        self.ridge, self.damping = ridge, damping
+        self.cross_gram, self.target_energy = cross_gram, target_energy
+        self.dead = dead_channels(gram)
+        self.notes: tuple[str, ...] = ()
+        if bool(self.dead.any()):
+            self.notes += (f"{int(self.dead.sum())} of {len(gram)} input channels are dead: pruned first",)
+        self._ensure_positive_definite()
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """A = H + ridge diag(H) + damping mean(diag H) I (in, in), dead channels cut out."""
+        hessian = self.gram.clone()
+        diagonal = hessian.diagonal()
+        diagonal += self.ridge * diagonal + self.damping * diagonal.mean()
+        if bool(self.dead.any()):
+            hessian[self.dead] = 0
+            hessian[:, self.dead] = 0
+            alive = self.gram.diagonal()[~self.dead]
+            diagonal[self.dead] = float(alive.median()) * DEAD if len(alive) else 1.0
+        return hessian
+
+    @cached_property
+    def minimizer(self) -> Tensor:
+        """The minimum without the constraint (out, in): W itself unless the target came from other inputs."""
+        if self.cross_gram is None:
+            return self.weight
+        cross = self.cross_gram.to(self.gram.dtype).masked_fill(self.dead[:, None] | self.dead, 0)
+        target = self.weight @ cross + self.weight * self._anchor
+        return torch.cholesky_solve(target.T, torch.linalg.cholesky(self.hessian)).T.contiguous()
+
+    @property
+    def linear(self) -> Tensor:
+        """G = minimizer A (out, in)."""
+        return self.minimizer @ self.hessian
+
+    @cached_property
+    def curvature(self) -> float:
+        return float(self.hessian.diagonal().double().mean())
+
+    def initial(self) -> Point:
+        return Point(weight=self.weight)
+
+    def value(self, x: Point) -> float:
+        """tr((V - W') A (V - W')^T) + the value at W', the unconstrained minimum, in float64."""
+        return quadratic.energy(x["weight"] - self.minimizer, self.hessian) + self._least
+
+    def prox(self, v: Point, rho: float) -> Point:
+        """argmin_x f(x) + r |x - v|^2 = W' + r (v - W') (A + r I)^-1, r = rho * curvature."""
+        strength = rho * self.curvature
+        shifted = self.hessian.clone()
+        shifted.diagonal().add_(strength)
+        away = (v["weight"] - self.minimizer) * strength
+        return Point(weight=self.minimizer + torch.cholesky_solve(away.T, torch.linalg.cholesky(shifted)).T)
+
+    def refit(self, mask: Point) -> Point:
+        """The least-squares weights on a support, by Cholesky, in Jacobi-scaled coordinates."""
+        scale = self.hessian.diagonal().sqrt()
+        scaled = self.hessian / scale / scale[:, None]
+        return Point(weight=quadratic.minimize_on_support(scaled, self.minimizer * scale, mask["weight"]) / scale)
+
+    def relative_error(self, x: Point, gram: Tensor | None = None) -> float:
+        """||X V^T - Y||^2 / ||Y||^2, undamped, in float64: tr((V-W) H (V-W)^T) / tr(W H W^T) for its own inputs.
+
+        Args:
+            gram: another H (in, in), such as that of held-out tokens; only for the layer's own inputs.
+
+        Raises:
+            ValueError: another Gram with a target from other inputs.
+        """
+        v = x["weight"]
+        if self.cross_gram is None:
+            h = self.gram if gram is None else gram
+            energy = quadratic.energy(self.weight, h)
+            error = quadratic.energy(v - self.weight, h)
+            return error / energy if energy > 0 else 0.0
+        if gram is not None or self.target_energy is None:
+            raise ValueError("an error on other tokens needs their cross-Gram too")
+        target = self.weight @ self.cross_gram.to(self.gram.dtype)
+        energy = quadratic.energy(v, self.gram) - 2 * quadratic.inner(v, target) + self.target_energy
+        return energy / self.target_energy if self.target_energy > 0 else 0.0
+
+    @cached_property
+    def _least(self) -> float:
+        """The value at the unconstrained minimum: 0 for the layer's own target."""
+        if self.cross_gram is None or self.target_energy is None:
+            return 0.0
+        anchored = float((self.weight.double().square().sum(0) * self._anchor.double()).sum())
+        return self.target_energy + anchored - quadratic.energy(self.minimizer, self.hessian)
+
+    @property
+    def _anchor(self) -> Tensor:
+        """The diagonal of D (in,); all of A_jj where channel j is dead."""
+        diagonal = self.hessian.diagonal()
+        return torch.where(self.dead, diagonal, diagonal - self.gram.diagonal())
+
+    def _ensure_positive_definite(self) -> None:
+        """Raises a ridge that is too small for the Gram's precision, and says so in `notes`."""
+        if self.ridge + self.damping >= 1e-3:  # more than rounding can take from a unit diagonal
+            return
+        asked = self.ridge
+        for _ in range(_ESCALATIONS):
+            scale = self.hessian.diagonal().sqrt()
+            _, failed = torch.linalg.cholesky_ex(self.hessian / scale / scale[:, None])
+            if not int(failed):
+                break
+            self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
+            del self.hessian
+        if self.ridge != asked:
+            self.notes += (f"the Gram is singular with ridge {asked:g}: raised to {self.ridge:g}",)

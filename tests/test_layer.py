@@ -1,0 +1,157 @@
+"""LayerReconstruction: its normal form, prox, refit and re-targeting, against direct computation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from admm_prune.point import Point
+from admm_prune.problem import Proximable, Quadratic, Refittable
+from admm_prune.problems.constraints import NofM, Unstructured
+from admm_prune.problems.gram import GramAccumulator, LayerStatistics
+from admm_prune.problems.layer import LayerReconstruction
+
+seeds = st.integers(0, 10_000)
+
+
+def point(seed: int) -> Point:
+    return Point(weight=random_weight(6, WIDTH, seed + 1))
+
+
+def test_it_has_the_capabilities_it_claims() -> None:
+    assert isinstance(layer(Unstructured(0.5)), Quadratic)
+    assert isinstance(layer(Unstructured(0.5)), Proximable)
+    assert isinstance(layer(Unstructured(0.5)), Refittable)
+
+
+@given(seed=seeds)
+def test_value_is_the_objective_of_the_definition(seed) -> None:
+    ridge, damping = 0.02, 0.05
+    x, w, v = correlated_inputs(64, WIDTH, seed), random_weight(6, WIDTH, seed), point(seed)["weight"]
+    h = x.T @ x
+    problem = LayerReconstruction(w, h, Unstructured(0.5), ridge=ridge, damping=damping)
+    anchor = ridge * h.diagonal() + damping * h.diagonal().mean()
+    direct = (x @ v.T - x @ w.T).square().sum() + ((v - w).square() * anchor).sum()
+    assert problem.value(Point(weight=v)) == pytest.approx(float(direct), rel=1e-10)
+    assert problem.relative_error(Point(weight=v)) == pytest.approx(
+        float((x @ (v - w).T).square().sum() / (x @ w.T).square().sum()), rel=1e-10
+    )
+
+
+@given(seed=seeds)
+def test_other_targets_are_met_as_defined(seed) -> None:
+    problem = retargeted(CONSTRAINTS["half"], seed=seed)
+    x = correlated_inputs(64, WIDTH, seed)
+    g = torch.Generator().manual_seed(seed + 20_000)
+    target = (x + 0.2 * torch.randn(x.shape, generator=g, dtype=torch.float64)) @ problem.weight.T
+    v = point(seed)
+    anchor = 0.01 * (x.T @ x).diagonal()
+    error = (x @ v["weight"].T - target).square().sum()
+    direct = error + ((v["weight"] - problem.weight).square() * anchor).sum()
+    assert problem.value(v) == pytest.approx(float(direct), rel=1e-9)
+    assert problem.relative_error(v) == pytest.approx(float(error / target.square().sum()), rel=1e-9)
+    quadratic_form = torch.trace(v["weight"] @ problem.hessian @ v["weight"].T)
+    linear = torch.trace(v["weight"] @ problem.linear.T)
+    zero = problem.value(v.zeros_like())
+    assert problem.value(v) == pytest.approx(float(quadratic_form - 2 * linear) + zero, rel=1e-9)
+
+
+@pytest.mark.parametrize("make", [layer, retargeted])
+@given(seed=seeds, rho=st.floats(1e-3, 1e3))
+def test_prox_satisfies_its_optimality_condition(make, seed, rho) -> None:
+    problem, v = make(CONSTRAINTS["half"], seed=seed), point(seed)
+    x = problem.prox(v, rho)["weight"]
+    gradient = (x @ problem.hessian - problem.linear) + rho * problem.curvature * (x - v["weight"])
+    scale = problem.linear.norm() + rho * problem.curvature * v["weight"].norm()
+    assert float(gradient.norm() / scale) <= 1e-9
+
+
+@pytest.mark.parametrize("make", [layer, retargeted])
+@given(seed=seeds)
+def test_refit_has_no_gradient_left_on_its_support(make, seed) -> None:
+    problem = make(CONSTRAINTS["most"], seed=seed)
+    mask = problem.constraint.select(point(seed).map(torch.abs))
+    v = problem.refit(mask)["weight"]
+    assert torch.equal(v != 0, mask["weight"])
+    gradient = (v @ problem.hessian - problem.linear)[mask["weight"]]
+    assert float(gradient.abs().max() / problem.linear.abs().max()) <= 1e-9
+
+
+def test_dead_channels_are_named_pruned_first_and_kept_as_they_were() -> None:
+    x = correlated_inputs(64, WIDTH, 3)
+    x[:, [2, 9]] = 0
+    w = random_weight(6, WIDTH, 3)
+    problem = LayerReconstruction(w, x.T @ x, Unstructured(2 / WIDTH))
+    assert problem.dead.nonzero()[:, 0].tolist() == [2, 9]
+    assert "2 of 16 input channels are dead" in problem.notes[0]
+    gone = problem.refit(problem.constraint.select(Point(weight=(w * problem.hessian.diagonal().sqrt()).abs())))
+    assert not gone["weight"][:, [2, 9]].any()
+    assert problem.relative_error(gone) <= 1e-20
+    kept = problem.refit(Point(weight=torch.ones_like(w, dtype=torch.bool)))
+    assert torch.allclose(kept["weight"][:, [2, 9]], w[:, [2, 9]])
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-12])
+def test_a_singular_gram_is_damped_and_says_so(ridge) -> None:
+    x = correlated_inputs(3, WIDTH, 0, torch.float32)  # 3 tokens, 16 channels
+    problem = LayerReconstruction(random_weight(6, WIDTH, 0, torch.float32), x.T @ x, NofM(2, 4), ridge=ridge)
+    assert problem.ridge > ridge
+    assert "singular" in problem.notes[-1]
+    assert problem.refit(problem.constraint.select(Point(weight=problem.weight.abs()))).is_finite()
+
+
+def test_all_zero_inputs_fall_back_to_magnitude() -> None:
+    w = random_weight(6, WIDTH, 0)
+    problem = LayerReconstruction(w, torch.zeros(WIDTH, WIDTH, dtype=torch.float64), Unstructured(0.5))
+    assert "16 of 16" in problem.notes[0]
+    assert problem.relative_error(Point(weight=torch.zeros_like(w))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(4)}, "matrix"),
+        ({"weight": torch.full((6, WIDTH), float("nan"))}, "NaN or Inf"),
+        ({"gram": torch.eye(3)}, "16 x 16"),
+        ({"gram": torch.full((WIDTH, WIDTH), float("inf"))}, "NaN or Inf"),
+        ({"gram": torch.eye(WIDTH).half()}, "float32 or float64"),
+        ({"gram": torch.eye(WIDTH) + torch.ones(WIDTH, WIDTH).triu(1)}, "not symmetric"),
+        ({"gram": -torch.eye(WIDTH)}, "negative diagonal"),
+        ({"ridge": -1.0}, "negative"),
+        ({"cross_gram": torch.eye(WIDTH)}, "target_energy"),
+    ],
+)
+def test_refusals(change, message) -> None:
+    arguments = {"weight": torch.ones(6, WIDTH), "gram": torch.eye(WIDTH), "constraint": Unstructured(0.5)}
+    with pytest.raises(ValueError, match=message):
+        LayerReconstruction(**{**arguments, **change})
+
+
+@given(seed=seeds, cuts=st.lists(st.integers(0, 50), max_size=4))
+def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
+    x = correlated_inputs(50, WIDTH, seed, torch.float32)
+    edges = sorted({0, *cuts, 50})
+    pieces = GramAccumulator(WIDTH)
+    for start, stop in zip(edges, edges[1:], strict=False):
+        pieces.add(x[start:stop])
+    exact = x.double().T @ x.double()
+    assert torch.allclose(pieces.gram, exact, rtol=1e-12, atol=1e-12 * float(exact.abs().max()))
+    assert torch.equal(pieces.gram, pieces.gram.T)
+    assert torch.allclose(pieces.mean, x.double().mean(0))
+    assert pieces.tokens == 50
+
+
+def test_validation_tokens_count_as_calibration_tokens() -> None:
+    x = correlated_inputs(60, WIDTH, 0, torch.float32)
+    parts = [GramAccumulator(WIDTH) for _ in range(3)]
+    for part, rows in zip(parts, x.split([40, 10, 10]), strict=True):
+        part.add(rows)
+    statistics = LayerStatistics.collected(*parts)
+    whole = x[:50].double()
+    assert statistics.tokens == 50
+    assert statistics.validation_tokens == statistics.holdout_tokens == 10
+    assert torch.allclose(statistics.gram, (whole.T @ whole).float())
+    assert statistics.dead_channels.numel() == 0
