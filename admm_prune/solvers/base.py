@@ -1,0 +1,210 @@
+"""The one loop that serves every iterative solver, and what all solvers share."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from admm_prune.point import Point
+from admm_prune.problem import Problem, Quadratic
+from admm_prune.result import Progress, Result, Status
+
+Watch = Callable[[Progress], bool | None]
+StateT = TypeVar("StateT")
+
+
+class Solver(Protocol):
+    """A frozen configuration; everything that moves is in the state of one solve."""
+
+    def solve(self, problem: Any, *, start: Point | None = None) -> Result: ...
+
+
+@dataclass
+class Run(Generic[StateT]):
+    """All that moves during a solve. Passed back as `state`, it continues exactly where it stopped."""
+
+    inner: StateT
+    iteration: int = 0
+    best: Point | None = None
+    best_value: float = math.inf
+    best_iteration: int = 0
+    history: list[Progress] = field(default_factory=list)
+
+    def offer(self, point: Point, value: float) -> None:
+        """Keeps the point if it is finite and the best so far."""
+        if value < self.best_value:
+            self.best, self.best_value, self.best_iteration = point, value, self.iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterative(ABC, Generic[StateT]):
+    """A solver that repeats a step. Subclasses say what a step is; `solve` exists once, here.
+
+    Args:
+        max_iterations: counted over the whole run, also when it was continued.
+        time_limit: seconds for one call of `solve`; None for no limit.
+        objective_every: evaluate the feasible point every so many iterations, and let it compete for the best; 0
+            only at the end. An evaluation costs about as much as a step.
+    """
+
+    max_iterations: int = 100
+    time_limit: float | None = None
+    objective_every: int = 0
+
+    @abstractmethod
+    def check(self, problem: Problem) -> None:
+        """Raises TypeError, naming both sides, where the problem lacks what the solver needs."""
+
+    @abstractmethod
+    def init(self, problem: Any, start: Point | None) -> StateT: ...
+
+    @abstractmethod
+    def step(self, problem: Any, state: StateT, iteration: int) -> None:
+        """One iteration, in place."""
+
+    @abstractmethod
+    def measure(self, state: StateT, iteration: int) -> Progress:
+        """What is cheap to say of the iteration just done."""
+
+    @abstractmethod
+    def converged(self, progress: Progress) -> bool: ...
+
+    @abstractmethod
+    def solution(self, problem: Any, state: StateT) -> Point:
+        """The feasible point of the iteration just done."""
+
+    def projected_start(self, problem: Any, start: Point | None) -> Point:
+        """The feasible point to begin from, which the result is never worse than."""
+        point: Point = problem.constraint.project(problem.initial() if start is None else start)
+        return point
+
+    def finish(self, problem: Any, state: StateT, point: Point) -> Point:
+        """A last improvement of a feasible point that stays feasible; the point itself by default."""
+        return point
+
+    def notes(self, state: StateT) -> tuple[str, ...]:
+        """What had to be done that was not asked for."""
+        return ()
+
+    def solve(
+        self, problem: Any, *, start: Point | None = None, state: Run[StateT] | None = None, watch: Watch | None = None
+    ) -> Result:
+        """Iterates until converged, out of iterations or time, or asked to stop.
+
+        Args:
+            start: where to begin; the dense weights by default. Its projection competes for the best point.
+            state: `Result.state` of an earlier call on the same problem, to continue it.
+            watch: called with each Progress; returns True to stop.
+
+        Returns:
+            The best feasible point seen, never worse than the start's projection.
+
+        Raises:
+            TypeError: the problem lacks a capability that the solver needs.
+        """
+        self.check(problem)
+        began = time.perf_counter()
+        run = Run(self.init(problem, start)) if state is None else state
+        status = Status.MAX_ITERATIONS
+        while run.iteration < self.max_iterations:
+            self.step(problem, run.inner, run.iteration)
+            run.iteration += 1
+            progress = self._observe(problem, run, time.perf_counter() - began)
+            run.history.append(progress)
+            stop = _why_stop(self, progress, watch, began)
+            if stop is not None:
+                status = stop
+                break
+        candidate = self.solution(problem, run.inner)
+        if not candidate.is_finite():
+            status = Status.NONFINITE
+        else:
+            finished = self.finish(problem, run.inner, candidate)
+            run.offer(finished, problem.value(finished))
+            if finished is not candidate and run.best is not finished:
+                run.offer(candidate, problem.value(candidate))
+        offer_start(problem, run, self.projected_start(problem, start))
+        if run.best is None:
+            raise ArithmeticError("no feasible point of finite value was met, not even the projected start")
+        return Result(
+            solution=run.best,
+            status=status,
+            objective=run.best_value,
+            iterations=run.iteration,
+            best_iteration=run.best_iteration,
+            history=tuple(run.history),
+            seconds=time.perf_counter() - began,
+            state=run,
+            notes=(*getattr(problem, "notes", ()), *self.notes(run.inner)),
+        )
+
+    def _observe(self, problem: Any, run: Run[StateT], seconds: float) -> Progress:
+        progress = self.measure(run.inner, run.iteration)
+        objective = progress.objective
+        if self.objective_every and run.iteration % self.objective_every == 0:
+            point = self.solution(problem, run.inner)
+            objective = problem.value(point)
+            run.offer(point, objective)
+        return Progress(
+            iteration=run.iteration,
+            objective=objective,
+            primal_residual=progress.primal_residual,
+            dual_residual=progress.dual_residual,
+            rho=progress.rho,
+            support_changes=progress.support_changes,
+            seconds=seconds,
+        )
+
+
+def closed_form(
+    problem: Problem, solution: Point, began: float, start: Point | None, notes: tuple[str, ...] = ()
+) -> Result:
+    """The result of a direct computation, or the start's projection where that is better. The clock stops before both
+    are evaluated.
+
+    Args:
+        start: None where the computation is itself a projection of the dense weights.
+    """
+    seconds = time.perf_counter() - began
+    run: Run[None] = Run(None)
+    run.offer(solution, problem.value(solution))
+    if start is not None:
+        offer_start(problem, run, problem.constraint.project(start))
+    if run.best is None:
+        raise ArithmeticError("the solution is not finite")
+    return Result(
+        solution=run.best,
+        status=Status.CLOSED_FORM,
+        objective=run.best_value,
+        seconds=seconds,
+        notes=(*getattr(problem, "notes", ()), *notes),
+    )
+
+
+def _why_stop(solver: Iterative[Any], progress: Progress, watch: Watch | None, began: float) -> Status | None:
+    if progress.primal_residual is not None and not math.isfinite(progress.primal_residual):
+        return Status.NONFINITE
+    if solver.converged(progress):
+        return Status.SOLVED
+    if watch is not None and watch(progress):
+        return Status.STOPPED
+    if solver.time_limit is not None and time.perf_counter() - began > solver.time_limit:
+        return Status.TIME_LIMIT
+    return None
+
+
+def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> Point:
+    """The projection of a point, by default of the unconstrained minimum, in the metric diag(A)."""
+    metric = problem.hessian.diagonal().expand_as(problem.minimizer)
+    return problem.constraint.project(Point(weight=problem.minimizer) if point is None else point, Point(weight=metric))
+
+
+def offer_start(problem: Problem, run: Run[Any], point: Point) -> None:
+    """Lets the projected start compete, so that no result is worse than it."""
+    value = problem.value(point)
+    if value <= run.best_value:
+        run.best, run.best_value, run.best_iteration = point, value, 0

@@ -1,0 +1,78 @@
+"""How ADMM's penalty and sparsity move along the iterations. All are frozen; what moves is in the solver's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class PenaltySchedule(Protocol):
+    @property
+    def every(self) -> int:
+        """The penalty may change every so many iterations; a change costs a factorization."""
+        ...
+
+    def rho(self, iteration: int, previous: float, changed: float) -> float:
+        """The penalty from `iteration` on.
+
+        Args:
+            iteration: counted from 0.
+            previous: the penalty so far; 0 before the first.
+            changed: entries that entered or left the support since the last call, relative to its size.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """rho_t = value."""
+
+    value: float
+    every: int = 1 << 30
+
+    def rho(self, iteration: int, previous: float, changed: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class LogSpaced:
+    """rho_t = start (stop / start)^(t / (over - 1)), constant over `every` iterations and after `over`."""
+
+    start: float = 0.1
+    stop: float = 1.0
+    over: int = 30
+    every: int = 3
+
+    def rho(self, iteration: int, previous: float, changed: float) -> float:
+        return float(self.start * (self.stop / self.start) ** min(1.0, iteration / max(1, self.over - 1)))
+
+
+@dataclass(frozen=True)
+class SupportDriven:
+    """ALPS's controller: rho grows by 1.3, 1.2 or 1.1 as the support changed by more than 10 %, 0.5 % or at all.
+
+    Source: Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs, 2024, and its code.
+    """
+
+    start: float = 0.1
+    limit: float = 1e6
+    every: int = 3
+
+    def rho(self, iteration: int, previous: float, changed: float) -> float:
+        if previous == 0.0:
+            return self.start
+        factor = 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1 if changed > 0 else 1.0
+        return min(self.limit, previous * factor)
+
+
+@dataclass(frozen=True)
+class CubicSparsity:
+    """The fraction of the final sparsity at iteration t: 1 - (1 - (t + 1) / over)^3.
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017; used in ADMM by Boza, 2024.
+    """
+
+    over: int = 15
+
+    def fraction(self, iteration: int) -> float:
+        return float(1.0 - max(0.0, 1.0 - (iteration + 1) / self.over) ** 3)

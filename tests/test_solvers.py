@@ -1,0 +1,284 @@
+"""What each solver promises beyond the product: exactness to its definition, invariances, continuing, refusing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from admm_prune.kernels import quadratic
+from admm_prune.point import Point
+from admm_prune.problems.constraints import NofM, RowWise, Unstructured
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.result import Status
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.closed_form import Magnitude, Wanda
+from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
+
+seeds = st.integers(0, 10_000)
+
+
+def sequential_obs(problem: LayerReconstruction, mask: torch.Tensor) -> torch.Tensor:
+    """Settles column after column: each time the columns to the right solve their least squares exactly."""
+    a, w = problem.hessian, problem.minimizer.clone()
+    for j in range(w.shape[1]):
+        settled = torch.where(mask[:, j], w[:, j], 0)
+        step = settled - w[:, j]
+        w[:, j] = settled
+        if j + 1 < w.shape[1]:
+            rest = slice(j + 1, None)
+            w[:, rest] -= torch.linalg.solve(a[rest, rest], a[rest, j, None] * step).T
+    return w
+
+
+@pytest.mark.parametrize("make", [layer, retargeted])
+@given(seed=seeds, block=st.sampled_from([4, 7, 128]))
+def test_sparsegpt_is_exact_sequential_obs(make, seed, block) -> None:
+    problem = make(Unstructured(0.6), seed=seed)
+    v = SparseGPT(block=block).solve(problem).solution["weight"]
+    assert torch.allclose(v, sequential_obs(problem, v != 0), rtol=1e-8, atol=1e-10)
+
+
+def test_sparsegpt_chooses_as_published() -> None:
+    problem = layer(Unstructured(0.5))
+    v = SparseGPT(block=8).solve(problem).solution["weight"]
+    diagonal = torch.linalg.cholesky(torch.linalg.inv(problem.hessian), upper=True).diagonal()
+    first = (problem.weight / diagonal)[:, :8].square()
+    level = first.flatten().sort().values[ROWS * 8 // 2 - 1]
+    assert torch.equal(v[:, :8] != 0, first > level)
+
+
+def test_sparsegpt_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+    hessian = layer(Unstructured(0.5)).hessian
+    expected = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    assert torch.allclose(quadratic.inverse_factor(hessian), expected, rtol=1e-9)
+
+
+@given(seed=seeds)
+def test_wanda_is_a_projection_in_the_metric_of_the_inputs(seed) -> None:
+    problem = layer(RowWise(0.5), seed=seed)
+    score = problem.weight.abs() * problem.gram.diagonal().sqrt()
+    kept = Wanda().solve(problem).solution["weight"] != 0
+    assert bool((score.where(kept, torch.inf).amin(1) >= score.where(~kept, 0).amax(1)).all())
+
+
+def textbook_admm(problem: LayerReconstruction, solver: ADMM) -> torch.Tensor:
+    """ADMM with x, d and u as three tensors, in Jacobi-scaled coordinates, a dense solve each step."""
+    scale = problem.hessian.diagonal().sqrt()
+    a, w = problem.hessian / scale / scale[:, None], problem.minimizer * scale
+    d = problem.constraint.project(Point(weight=w))["weight"]
+    u = torch.zeros_like(w)
+    rho = 0.0
+    for t in range(solver.max_iterations):
+        if t % solver.penalty.every == 0:
+            new = solver.penalty.rho(t, rho, 0.0)
+            u, rho = u * (rho / new), new
+        right = w @ a + rho * (d - u)
+        x = torch.linalg.solve(a + rho * torch.eye(len(a), dtype=a.dtype), right.T).T
+        d = problem.constraint.project(Point(weight=x + u))["weight"]
+        u = x + u - d
+    return d / scale
+
+
+@pytest.mark.parametrize("constraint", ["half", "2:4", "rows"])
+@given(seed=seeds)
+def test_compact_admm_equals_the_textbook(constraint, seed) -> None:
+    solver = ADMM(polish=False, penalty=LogSpaced(0.05, 3.0, over=20, every=3), max_iterations=20, tolerance=-1.0)
+    problem = layer(CONSTRAINTS[constraint], seed=seed)
+    state = solver.solve(problem).state.inner
+    mine = solver.solution(problem, state)["weight"]
+    assert torch.allclose(mine, textbook_admm(problem, solver), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [layer, retargeted])
+@given(seed=seeds)
+def test_admm_with_its_support_frozen_equals_least_squares(make, seed) -> None:
+    problem = make(CONSTRAINTS["half"], seed=seed)
+    solver = ADMM(freeze_after=0, penalty=Constant(0.3), max_iterations=2000, polish=False, tolerance=1e-13)
+    result = solver.solve(problem)
+    refitted = problem.refit(result.solution.map(lambda v: v != 0))
+    assert result.status is Status.SOLVED
+    assert result.objective == pytest.approx(problem.value(refitted), rel=1e-9)
+    assert torch.allclose(result.solution["weight"], refitted["weight"], rtol=1e-5, atol=1e-7)
+
+
+@given(seed=seeds)
+def test_conjugate_gradients_equal_cholesky(seed) -> None:
+    problem = layer(CONSTRAINTS["half"], seed=seed)
+    scale = problem.hessian.diagonal().sqrt()
+    hessian, w = problem.hessian / scale / scale[:, None], problem.weight * scale
+    mask = problem.constraint.select(Point(weight=w.abs()))["weight"]
+    direct = quadratic.minimize_on_support(hessian, w, mask)
+    iterated, _, residual = quadratic.conjugate_gradient_on_support(
+        hessian, w, mask, w * mask, tolerance=1e-13, max_iterations=200
+    )
+    assert residual <= 1e-12
+    assert torch.allclose(direct, iterated, rtol=1e-8, atol=1e-10)
+
+
+def test_ten_and_ten_iterations_are_twenty() -> None:
+    problem = layer(CONSTRAINTS["half"], dtype=torch.float32)
+    whole = ADMM(max_iterations=20).solve(problem)
+    half = ADMM(max_iterations=10).solve(problem)
+    assert half.iterations == 10
+    continued = ADMM(max_iterations=20).solve(problem, state=half.state)
+    assert torch.equal(continued.solution["weight"], whole.solution["weight"])
+    assert [p.support_changes for p in continued.history] == [p.support_changes for p in whole.history]
+
+
+def test_a_watcher_sees_every_iteration_and_can_stop() -> None:
+    seen = []
+    result = ADMM().solve(layer(CONSTRAINTS["half"]), watch=lambda p: seen.append(p.iteration) or p.iteration == 7)
+    assert seen == list(range(1, 8))
+    assert result.status is Status.STOPPED
+    assert result.iterations == 7
+
+
+def test_a_time_limit_still_gives_a_feasible_point() -> None:
+    problem = layer(CONSTRAINTS["half"])
+    result = ADMM(time_limit=0.0).solve(problem)
+    assert result.status is Status.TIME_LIMIT
+    assert problem.constraint.contains(result.solution)
+
+
+@given(seed=seeds)
+def test_history_tells_the_truth(seed) -> None:
+    problem = layer(CONSTRAINTS["half"], seed=seed)
+    solver = ADMM(objective_every=1)
+    result = solver.solve(problem)
+    assert min(p.objective for p in result.history) >= result.objective
+    d = solver.solution(problem, result.state.inner)
+    assert result.history[-1].objective == problem.value(d)
+    assert result.best_iteration <= result.iterations
+
+
+class OnlyProximable:
+    """A quadratic that shows nothing but its prox: ADMM must come out where it does on the open problem."""
+
+    def __init__(self, problem: LayerReconstruction) -> None:
+        self.constraint, self.curvature = problem.constraint, problem.curvature
+        self.initial, self.value, self.prox = problem.initial, problem.value, problem.prox
+
+
+def test_admm_needs_only_a_prox() -> None:
+    identity_metric = LayerReconstruction(
+        torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        torch.eye(WIDTH, dtype=torch.float64) + 0.3,
+        Unstructured(0.5),
+        ridge=0.0,
+    )  # unit diagonal up to a factor: both coordinates agree
+    solver = ADMM(polish=False, max_iterations=15, tolerance=-1.0)
+    through_prox = solver.solve(OnlyProximable(identity_metric))
+    open_problem = solver.solve(identity_metric)
+    assert torch.allclose(through_prox.solution["weight"], open_problem.solution["weight"], rtol=1e-8)
+
+
+@given(seed=seeds)
+def test_scaling_a_channel_and_permuting_change_nothing(seed) -> None:
+    problem = layer(RowWise(0.5), seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    factors = torch.exp(2 * torch.randn(WIDTH, generator=g, dtype=torch.float64))
+    columns, rows = torch.randperm(WIDTH, generator=g), torch.randperm(ROWS, generator=g)
+    moved = LayerReconstruction(
+        (problem.weight / factors)[rows][:, columns],
+        (problem.gram * factors * factors[:, None])[columns][:, columns],
+        RowWise(0.5),
+        ridge=0.01,
+    )
+    for solver in (ADMM(), Wanda(), Polish(Wanda())):
+        here, there = solver.solve(problem), solver.solve(moved)
+        assert there.objective == pytest.approx(here.objective, rel=1e-8)
+        back = (there.solution["weight"])[rows.argsort()][:, columns.argsort()] * factors
+        assert torch.allclose(back, here.solution["weight"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [ADMM(), Wanda(), SparseGPT(mask_scope="layer"), Polish(Wanda())], ids=str)
+def test_with_unrelated_inputs_the_wanda_mask_is_optimal(solver) -> None:
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64)
+    h = torch.diag(torch.rand(WIDTH, generator=g, dtype=torch.float64) + 0.1)
+    problem = LayerReconstruction(w, h, Unstructured(0.5), ridge=0.0)
+    score = w.abs() * h.diagonal().sqrt()
+    best = torch.where(score >= score.flatten().sort(descending=True).values[ROWS * WIDTH // 2 - 1], w, 0)
+    assert torch.allclose(solver.solve(problem).solution["weight"], best)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 8), (8, 1), (3, 5)])
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), Polish(Magnitude())], ids=str)
+def test_odd_shapes(solver, rows, width) -> None:
+    problem = layer(Unstructured(0.5), rows=rows, width=width)
+    assert problem.constraint.contains(solver.solve(problem).solution)
+
+
+def test_the_order_of_the_field_holds() -> None:
+    problem = layer(Unstructured(0.7), rows=64, width=64, tokens=512, dtype=torch.float32)
+    errors = [s.solve(problem).objective for s in (ADMM(), ADMM.gradual(), SparseGPT(), Wanda(), Magnitude())]
+    assert errors == sorted(errors)
+
+
+def test_refusals_name_both_sides() -> None:
+    class Bare:
+        constraint, curvature = Unstructured(0.5), 1.0
+
+        def initial(self) -> Point:
+            return Point(weight=torch.ones(2, 2))
+
+        def value(self, x: Point) -> float:
+            return x.norm()
+
+    for solver in (Wanda(), SparseGPT(), ADMM(), Polish(Magnitude())):
+        with pytest.raises(TypeError, match=f"{type(solver).__name__} needs.*Bare"):
+            solver.solve(Bare())
+
+    class Ball:
+        def project(self, v: Point, metric: Point | None = None) -> Point:
+            return v * (1 / max(1.0, v.norm()))
+
+        def contains(self, z: Point) -> bool:
+            return z.norm() <= 1
+
+    for solver in (SparseGPT(), ADMM()):
+        with pytest.raises(TypeError, match=f"{type(solver).__name__} needs a SupportConstraint.*Ball"):
+            solver.solve(layer(Ball()))
+    assert Magnitude().solve(layer(Ball())).solution.norm() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="inner solver or a start"):
+        Polish().solve(layer(Unstructured(0.5)))
+
+
+def test_schedules() -> None:
+    log = LogSpaced(0.1, 10.0, over=5)
+    assert [log.rho(t, 0.0, 0.0) for t in (0, 2, 4, 9)] == pytest.approx([0.1, 1.0, 10.0, 10.0])
+    driven = SupportDriven()
+    assert driven.rho(0, 0.0, 1.0) == 0.1
+    assert [driven.rho(3, 1.0, c) for c in (0.5, 0.05, 0.001, 0.0)] == [1.3, 1.2, 1.1, 1.0]
+    assert replace(ADMM.gradual(), polish=True).ramp.fraction(14) == 1.0
+
+
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), ADMM.gradual(), ADMM.alps()], ids=str)
+@pytest.mark.parametrize("trouble", ["rank one", "dead", "huge channel", "half precision", "zero weight"])
+def test_ill_posed_layers_stay_finite(solver, trouble) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(40, WIDTH, generator=g), torch.randn(ROWS, WIDTH, generator=g)
+    if trouble == "rank one":
+        x = x[:1]
+    elif trouble == "dead":
+        x[:, ::3] = 0
+    elif trouble == "huge channel":
+        x[:, 5] *= 1e4
+    elif trouble == "half precision":
+        w = (w * 2e4).half()
+    else:
+        w.zero_()
+    problem = LayerReconstruction(w, x.T @ x, NofM(2, 4), ridge=0.0)
+    result = solver.solve(problem)
+    assert result.solution.is_finite()
+    assert problem.constraint.contains(result.solution)
+    # A float32 Gram of rank one has eigenvalues a little below zero.
+    assert -1e-6 <= problem.relative_error(result.solution) <= 1.0
+    assert trouble not in ("rank one", "dead") or result.notes
