@@ -1,0 +1,1 @@
+"""Text in: sources of documents, tokens, and sequences in batches."""

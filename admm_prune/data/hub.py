@@ -1,0 +1,52 @@
+"""What the text side and the model side share of Hugging Face: names of repositories, silence, errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+_LIBRARIES = ("transformers", "huggingface_hub", "datasets")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def is_repository(source: str) -> bool:
+    """True where `source` can be a Hub id, "name" or "owner/name", by its form alone."""
+    return _REPOSITORY.fullmatch(source) is not None
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Mutes log lines and progress bars of transformers, huggingface_hub and datasets, and restores them after.
+
+    What matters in those lines (missing weights, no connection) is reported as a `UserError` instead.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    model_bars = transformers_logging.is_progress_bar_enabled()
+    datasets = sys.modules.get("datasets")  # a second of import time, which only those who read datasets should pay
+    data_bars = datasets is not None and not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    if datasets is not None:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if model_bars:
+            transformers_logging.enable_progress_bar()
+        if datasets is not None and data_bars:
+            datasets.enable_progress_bars()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says anything, else its class."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -1,0 +1,114 @@
+"""Layer problem files: one layer's weight and Grams as safetensors, to be shared and solved anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from admm_prune.errors import UserError
+from admm_prune.problems.gram import check_gram, check_square, check_weight
+
+_REQUIRED = ("weight", "gram")
+_OPTIONAL = ("gram_validation", "gram_holdout", "cross_gram")
+_MARK = "admm_prune"  # a key of the metadata of every file we write: such a file may be replaced
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """weight (out, in), gram (in, in), and what else is known of one layer.
+
+    `gram_validation` is of a part of the same tokens; `gram_holdout` of other tokens, for reporting only;
+    `cross_gram` = X0^T X re-targets to the outputs that the weights gave on other inputs X0, and needs
+    `target_energy` among the metadata.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    gram_validation: Tensor | None = None
+    gram_holdout: Tensor | None = None
+    cross_gram: Tensor | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def target_energy(self) -> float | None:
+        value = self.metadata.get("target_energy")
+        if value is None:
+            return None
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"target_energy among the metadata must be a number, not '{value}'") from None
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        tensors = {name: getattr(self, name) for name in (*_REQUIRED, *_OPTIONAL)}
+        write_tensors(path, {name: t for name, t in tensors.items() if t is not None}, self.metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all, marked as ours.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(content, temporary, {_MARK: "1", **(metadata or {})})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_ours(path: Path) -> bool:
+    """True for a safetensors file that `write_tensors` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _MARK in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_layer_file(path: Path) -> LayerFile:
+    """Reads and checks a layer problem file.
+
+    Raises:
+        UserError: no such file, not safetensors, a tensor is missing, of a wrong shape or dtype, not finite, or a Gram
+            is not symmetric.
+    """
+    if not path.is_file():
+        raise UserError(f"no such layer file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            missing = [name for name in _REQUIRED if name not in names]
+            if missing:
+                raise UserError(
+                    f"{path} has no '{missing[0]}': a layer file holds weight and gram, found {sorted(names)}"
+                )
+            tensors = {name: file.get_tensor(name) for name in (*_REQUIRED, *_OPTIONAL) if name in names}
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        check_weight(tensors["weight"])
+        for name in tensors.keys() - {"weight"}:
+            check = check_square if name == "cross_gram" else check_gram
+            check(name, tensors[name], tensors["weight"].shape[1])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if "cross_gram" in tensors and "target_energy" not in metadata:
+        raise UserError(f"{path}: cross_gram needs target_energy among the metadata")
+    return LayerFile(**tensors, metadata=metadata)

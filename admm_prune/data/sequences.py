@@ -1,0 +1,246 @@
+"""Sequences of tokens in batches, and what they stand for: the tokens that are scored and their characters."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from admm_prune.data.sources import Corpus
+from admm_prune.data.tokens import EncodedDocument, encode
+from admm_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Packing = Literal["auto", "documents", "windows"]
+
+PAD = 0
+LONGEST_DEFAULT = 2048  # contexts of today's models (131072 tokens) would fill the memory with one batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence: its tokens (n,), the characters its scored tokens stand for, the tokens cut off at its end."""
+
+    ids: Tensor
+    characters: int
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of like length, padded on the right.
+
+    Right padding without an attention mask is exact for a causal decoder: no real token sees a pad, and positions
+    count from the left. Pads need only be left out of statistics and losses, which `mask` and `scored` do.
+
+    Attributes:
+        input_ids: (b, L) int64; pads are token 0, a token like any other.
+        lengths: (b,) int64, the real tokens of each row.
+        bos: the token that begins a text, which is given to the model and never asked of it; None without one.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    bos: int | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """(b, L) bool: the real tokens, BOS included."""
+        return torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+
+    @property
+    def scored(self) -> Tensor:
+        """(b, L) bool: the tokens a model is scored on, given those before them: all but the first and BOS."""
+        scored = self.mask
+        scored[:, 0] = False
+        return scored if self.bos is None else scored & (self.input_ids != self.bos)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Packed text: the sequences of a corpus, or a sample of them, in batches.
+
+    Attributes:
+        rows: the sequences, in the order of the batches, which is that of their lengths.
+        packing: "documents" or "windows".
+        length: the tokens of a full sequence.
+        bos: as in `Batch`.
+        batch_size: sequences a batch.
+        dropped_sequences: sequences that the packing left out, because they hold no token to score or are a last,
+            shorter window where full ones were asked for.
+    """
+
+    rows: tuple[Row, ...]
+    packing: str
+    length: int
+    bos: int | None
+    batch_size: int
+    dropped_sequences: int = 0
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        starts = range(0, len(self.rows), self.batch_size)
+        return tuple(self._batch([row.ids for row in self.rows[i : i + self.batch_size]]) for i in starts)
+
+    def _batch(self, rows: list[Tensor]) -> Batch:
+        ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        return Batch(ids, torch.tensor([len(row) for row in rows]), self.bos)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Real tokens, BOS included."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @cached_property
+    def scored_tokens(self) -> int:
+        return sum(int(batch.scored.sum()) for batch in self.batches)
+
+    @property
+    def characters(self) -> int:
+        """Characters of the text that the scored tokens stand for."""
+        return sum(row.characters for row in self.rows)
+
+    @property
+    def truncated_tokens(self) -> int:
+        """Tokens lost because their document is longer than a sequence."""
+        return sum(row.truncated for row in self.rows)
+
+    @cached_property
+    def token_hash(self) -> str:
+        """sha256 over the tokens of every sequence, each after its length."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(len(row.ids).to_bytes(8, "little"))
+            digest.update(row.ids.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def split(self, fraction: float) -> tuple[Sequences, Sequences]:
+        """Cuts `fraction` of the sequences off: (the others, those cut off).
+
+        They are taken at even distances, because sequences are ordered by length: the last ones would be the longest.
+        Neither part is empty, unless there is only one sequence; it stays in the first part. `dropped_sequences`
+        counts for the whole and stays with the first part.
+        """
+        count = len(self.rows)
+        wanted = min(max(1, round(count * fraction)), count - 1)
+        cut_off = {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
+        kept = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
+        taken = tuple(row for i, row in enumerate(self.rows) if i in cut_off)
+        return replace(self, rows=kept), replace(self, rows=taken, dropped_sequences=0)
+
+
+def default_length(config: PreTrainedConfig) -> int:
+    """The tokens of a sequence where the user names none: the model's context, at most 2048."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    contexts: list[int] = [getattr(text, name) for name in names if getattr(text, name, None)]
+    return min(LONGEST_DEFAULT, *contexts)
+
+
+def pack(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    packing: Packing = "auto",
+    samples: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Sequences:
+    """The corpus in sequences of at most `length` tokens: all of it to evaluate, a sample to calibrate.
+
+    "documents": BOS, where the tokenizer has one, and one document a sequence, cut at `length`.
+    "windows": all documents one after the other, BOS between them, cut into windows of `length` tokens. A window
+    begins with a token that is given, not scored (BOS, else the last token of the window before), so that every token
+    of the text is scored exactly once, but the very first where there is no BOS.
+    "auto": documents where their mean length fits in a sequence, else windows.
+
+    Args:
+        length: tokens of a full sequence, BOS included; at least 2.
+        samples: this many sequences, drawn without replacement (fewer where the text has fewer), full windows only.
+            None takes all, the shorter last window too.
+        seed: of the draw.
+
+    Raises:
+        UserError: the text is shorter than one sequence (where a sample is asked for) or holds nothing to score, a
+            number is out of range, or the tokenizer cannot tell where its tokens lie in the text.
+    """
+    if length < 2:
+        raise UserError(f"a sequence of {length} tokens has nothing to predict: ask for a length of at least 2")
+    if samples is not None and samples < 1:
+        raise UserError(f"{samples} samples were asked for: ask for at least 1")
+    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
+    documents = encode(corpus.documents, tokenizer)
+    found = sum(len(document.ids) + (bos is not None) for document in documents)
+    if samples is not None and found < length:
+        raise UserError(
+            f"{corpus.name}: the text is shorter than one sequence ({found} tokens found, {length} needed): "
+            "give more text or a smaller --length"
+        )
+    if packing == "auto":
+        packing = "documents" if found <= length * len(documents) else "windows"
+    if packing == "documents":
+        rows = [_document(document, bos, length) for document in documents]
+        usable = [row for row in rows if len(row.ids) > 1]
+    else:
+        rows = _windows(documents, bos, length)
+        usable = [row for row in rows if samples is None or len(row.ids) == length]
+    if not usable:
+        raise UserError(f"{corpus.name}: no document has a token to score ({found} tokens found): give more text")
+    if samples is not None:
+        draw = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))[:samples]
+        chosen = [usable[i] for i in draw.tolist()]
+    else:
+        chosen = usable
+    return Sequences(
+        rows=tuple(sorted(chosen, key=lambda row: len(row.ids))),  # like lengths in one batch: little padding
+        packing=packing,
+        length=length,
+        bos=bos,
+        batch_size=batch_size,
+        dropped_sequences=len(rows) - len(usable),
+    )
+
+
+def _document(document: EncodedDocument, bos: int | None, length: int) -> Row:
+    given = 0 if bos is not None else 1  # tokens of the text that are given, not scored
+    end = min(len(document.ids), length - 1 + given)
+    ids = document.ids[:end] if bos is None else torch.cat([torch.tensor([bos]), document.ids[:end]])
+    characters = int(document.bounds[end] - document.bounds[min(given, end)])
+    return Row(ids, characters, truncated=len(document.ids) - end)
+
+
+def _windows(documents: list[EncodedDocument], bos: int | None, length: int) -> list[Row]:
+    documents = [document for document in documents if len(document.ids) > 0]
+    if not documents:
+        return []
+    ids, bounds = _stream(documents, bos)
+    step = length - 1  # tokens scored in a full window
+    rows = []
+    for start in range(0 if bos is not None else 1, len(ids), step):
+        end = min(start + step, len(ids))
+        given = ids[start - 1 : start] if bos is None else torch.tensor([bos])
+        rows.append(Row(torch.cat([given, ids[start:end]]), int(bounds[end] - bounds[start])))
+    return rows
+
+
+def _stream(documents: list[EncodedDocument], bos: int | None) -> tuple[Tensor, Tensor]:
+    """All documents as one, BOS between them: ids (n,) and bounds (n + 1,) in the characters of all documents."""
+    ids: list[Tensor] = []
+    bounds: list[Tensor] = []
+    characters = 0
+    for document in documents:
+        if bos is not None and ids:  # the first document has the BOS of its window
+            ids.append(torch.tensor([bos]))
+            bounds.append(torch.tensor([characters]))
+        ids.append(document.ids)
+        bounds.append(document.bounds[:-1] + characters)
+        characters += int(document.bounds[-1])
+    return torch.cat(ids), torch.cat([*bounds, torch.tensor([characters])])

@@ -1,0 +1,1 @@
+"""Language models: load, find the prunable weights, capture what enters them, evaluate, save."""

@@ -1,0 +1,134 @@
+"""Causal language models in and out, in the plain `save_pretrained` form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from admm_prune.data.hub import first_line, is_repository, quiet
+from admm_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+METADATA_KEY = "admm_prune"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode without gradients, its tokenizer, and where they come from.
+
+    `revision` is the commit of the Hub repository, None for a local folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    revision: str | None = None
+
+
+def load(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> LoadedModel:
+    """Loads a model and its tokenizer from safetensors. No code from the source is run.
+
+    Args:
+        source: "embedded" (the model that comes with this package), a folder, or a Hub id.
+        device: where the model goes.
+        dtype: of the weights; None keeps them as stored.
+
+    Raises:
+        UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
+    """
+    location = _locate(source)
+    model = _load_model(source, location, dtype)
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
+    tokenizer = _load_tokenizer(source, location)
+    model.eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    return LoadedModel(model, tokenizer, source, getattr(model.config, "_commit_hash", None))
+
+
+def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes a folder that stock `from_pretrained` loads: safetensors, zeros stored dense, dtype kept.
+
+    Args:
+        folder: made where it is missing; files of a model in it are overwritten.
+        metadata: JSON values for the key "admm_prune" of `config.json`.
+    """
+    config = loaded.model.config
+    missing = object()
+    before = config.__dict__.get(METADATA_KEY, missing)
+    setattr(config, METADATA_KEY, metadata)
+    try:
+        with quiet():
+            loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+    finally:  # the caller's model keeps the metadata of its own making
+        if before is missing:
+            delattr(config, METADATA_KEY)
+        else:
+            setattr(config, METADATA_KEY, before)
+
+
+def _locate(source: str) -> Path | str:
+    """What `from_pretrained` is to read: a folder that looks like a model, or a Hub id."""
+    folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else Path(source).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{source}: a file, not a model folder")
+        if source == EMBEDDED or not is_repository(source):
+            raise UserError(f"{source}: there is no such model folder")
+        return source
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{source}: not a model folder: it has no config.json")
+    try:
+        if not isinstance(json.loads(config.read_bytes()), dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise UserError(f"{source}: config.json cannot be read ({first_line(error)})") from error
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
+    return folder
+
+
+def _load_model(source: str, location: Path | str, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+    except SafetensorError as error:
+        raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # All that a wrong config, a foreign architecture, mismatched shapes or a missing repository ends in.
+        where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
+        raise UserError(
+            f"{source}: {where}cannot be loaded as a causal language model ({first_line(error)})"
+        ) from error
+    model: PreTrainedModel = result[0]
+    absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
+    if absent:
+        raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
+    return model
+
+
+def _load_tokenizer(source: str, location: Path | str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{source}: no tokenizer could be read: save the model's tokenizer beside it") from error

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, inputs_of, one_by_one, prune_half
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from admm_prune.data.sequences import Sequences, pack
+from admm_prune.data.sources import Corpus
+from admm_prune.errors import UserError
+from admm_prune.models.capture import BlockStream, SharedInput
+from admm_prune.models.structure import decoder_blocks
+
+SHARED = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "qwen3": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "opt": [["k_proj", "v_proj", "q_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+}
+
+
+def near(actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def gram(model: nn.Module, shared: SharedInput, sequences: Sequences) -> Tensor:
+    x = inputs_of(model, shared.weights[0].module, one_by_one(sequences)).double()
+    return x.T @ x
+
+
+def prune_block(shared_inputs: list[SharedInput]) -> None:
+    for shared in shared_inputs:
+        for view in shared.weights:
+            view.write(prune_half(view.read()))
+
+
+def test_grams_are_those_of_the_full_pruned_model(
+    model: PreTrainedModel, family: str, stories: Sequences, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Pruned prefix, padding, shared inputs, parts of the text: all against hooks in the model's own forward."""
+    blocks = decoder_blocks(model)
+    holdout = pack(Corpus("other", ("be the cat", "moved")), tokenizer, length=16)
+    stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3, holdout=holdout)
+    validation = stories.split(0.3)[1]
+    for index in range(len(blocks)):
+        shared_inputs = stream.collect(index)
+        names = [[view.name.split(".")[-2] for view in shared.weights] for shared in shared_inputs]
+        assert sorted(map(sorted, names)) == sorted(map(sorted, SHARED[family.partition("-")[0]]))
+        for shared in shared_inputs:
+            statistics = shared.statistics
+            near(statistics.gram, gram(model, shared, stories))
+            near(statistics.validation, gram(model, shared, validation))
+            near(statistics.holdout, gram(model, shared, holdout))
+            assert statistics.tokens == stories.tokens
+            assert statistics.validation_tokens == validation.tokens
+            assert statistics.holdout_tokens == holdout.tokens
+        prune_block(shared_inputs)
+        stream.advance(index)
+
+
+def test_hidden_states_after_the_last_block_are_those_of_the_pruned_model(stories: Sequences) -> None:
+    model = build("opt")
+    blocks = decoder_blocks(model)
+    stream = BlockStream(model, blocks, stories, "cpu")
+    for index in range(len(blocks)):
+        prune_block(stream.collect(index))
+        stream.advance(index)
+    outputs: list[Tensor] = []
+    blocks[-1].module.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
+    for part, text in zip(("calibration", "validation"), stories.split(0.15), strict=True):
+        for flow, batch in zip(stream._flows[part], text.batches, strict=True):
+            for hidden, length, ids in zip(flow.hidden, batch.lengths, batch.input_ids, strict=True):
+                model(input_ids=ids[None, :length])
+                torch.testing.assert_close(hidden[:length], outputs.pop(), rtol=1e-4, atol=1e-4)
+
+
+def test_batching_changes_nothing(stories: Sequences, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build("llama")
+    documents = tuple(tokenizer.decode(row.ids[1:]) for row in stories.rows)
+    singly = pack(Corpus("x", documents), tokenizer, length=64, packing="documents", batch_size=1)
+    assert singly.token_hash == stories.token_hash
+    streams = [BlockStream(model, decoder_blocks(model), text, "cpu") for text in (stories, singly)]
+    for together, alone in zip(*(stream.collect(0) for stream in streams), strict=True):
+        near(together.statistics.gram, alone.statistics.gram)
+
+
+def test_collecting_leaves_no_hook_and_changes_no_state(stories: Sequences) -> None:
+    model = build("llama")
+    blocks = decoder_blocks(model)
+    stream = BlockStream(model, blocks, stories, "cpu")
+    first, second = stream.collect(0), stream.collect(0)
+    assert torch.equal(first[0].statistics.gram, second[0].statistics.gram)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_that_return_tuples_are_followed(stories: Sequences) -> None:
+    plain, wrapped = build("llama"), build("llama")
+    blocks = decoder_blocks(wrapped)
+    stream = BlockStream(wrapped, blocks, stories, "cpu")
+    blocks[0].module.register_forward_hook(lambda _, __, output: (output, None))
+    stream.advance(0)
+    near(stream.collect(1)[0].statistics.gram, gram(plain, _second_block(plain, stories), stories))
+
+
+def _second_block(model: PreTrainedModel, stories: Sequences) -> SharedInput:
+    stream = BlockStream(model, decoder_blocks(model), stories, "cpu")
+    stream.advance(0)
+    return stream.collect(1)[0]
+
+
+def test_one_sequence_has_no_validation_part(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build("llama")
+    single = pack(Corpus("x", ("the cat",)), tokenizer, length=16)
+    statistics = BlockStream(model, decoder_blocks(model), single, "cpu").collect(0)[0].statistics
+    assert statistics.validation is None
+    assert statistics.tokens == single.tokens
+
+
+def test_blocks_are_taken_in_order(stories: Sequences) -> None:
+    model = build("llama")
+    stream = BlockStream(model, decoder_blocks(model), stories, "cpu")
+    with pytest.raises(ValueError, match="the turn of block 0, not 1"):
+        stream.collect(1)
+    stream.advance(0)
+    with pytest.raises(ValueError, match="the turn of block 1, not 0"):
+        stream.advance(0)
+
+
+def test_training_mode_is_refused(stories: Sequences) -> None:
+    model = build("llama").train()
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        BlockStream(model, decoder_blocks(model), stories, "cpu")
+
+
+def test_activations_that_overflow_name_their_block(stories: Sequences) -> None:
+    model = build("llama")
+    blocks = decoder_blocks(model)
+    stream = BlockStream(model, blocks, stories, "cpu")
+    stream.advance(0)
+    blocks[1].weights[-1].parameter.fill_(1e38)
+    with pytest.raises(UserError, match=r"outputs of model.layers.1 are not finite"):
+        stream.collect(1)
+    with pytest.raises(UserError, match=r"outputs of model.layers.1 are not finite"):
+        stream.advance(1)
+    model.get_input_embeddings().weight.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"enter model.layers.0 are not finite"):
+        BlockStream(model, blocks, stories, "cpu")
+
+
+class Toy(nn.Module):
+    """Two blocks whose way of using their weights is given."""
+
+    def __init__(self, use: Callable[[nn.ModuleDict, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 4)
+        self.layers = nn.ModuleList(ToyBlock(use) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        hidden: Tensor = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden_states=hidden)
+        return hidden
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, use: Callable[[nn.ModuleDict, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.use = use
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.use(self.parts, hidden_states)
+
+
+def toy_stream(use: Callable[[nn.ModuleDict, Tensor], Tensor], stories: Sequences) -> BlockStream:
+    torch.manual_seed(0)
+    model = Toy(use).eval().requires_grad_(False)
+    return BlockStream(model, decoder_blocks(model), stories, "cpu")
+
+
+def test_inputs_changed_in_place_between_two_weights_are_not_shared(stories: Sequences) -> None:
+    def use(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        x = x.clone()
+        first = parts["a"](x)
+        return first + parts["b"](x.mul_(2))
+
+    a, b = toy_stream(use, stories).collect(0)
+    near(b.statistics.gram, 4 * a.statistics.gram)
+
+
+def test_a_weight_that_is_never_used_is_named(stories: Sequences) -> None:
+    stream = toy_stream(lambda parts, x: parts["a"](x), stories)
+    with pytest.raises(UserError, match=r"layers.0.parts.b.weight is never used"):
+        stream.collect(0)
+
+
+def test_a_weight_that_sees_some_tokens_only_is_refused(stories: Sequences) -> None:
+    stream = toy_stream(lambda parts, x: parts["a"](x) + parts["b"](x[:, :1]), stories)
+    with pytest.raises(UserError, match=r"layers.0.parts.b.weight reads .* not one a token"):
+        stream.collect(0)
+
+
+def test_a_model_that_skips_a_block_is_refused(stories: Sequences) -> None:
+    model = build("llama")
+    blocks = decoder_blocks(model)
+    model.config.num_hidden_layers = 2
+    with pytest.raises(UserError, match=r"never calls model.layers.2"):
+        BlockStream(model, blocks, stories, "cpu")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import STORIES, build, one_by_one, prune_half
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from admm_prune.data.sequences import Sequences, pack
+from admm_prune.data.sources import Corpus
+from admm_prune.models import evaluate as module
+from admm_prune.models.evaluate import evaluate, sparsity, sparsity_by_weight
+from admm_prune.models.structure import decoder_blocks
+
+
+def test_padded_batches_score_like_one_sequence_at_a_time(model: PreTrainedModel, stories: Sequences) -> None:
+    total = 0.0
+    for ids in one_by_one(stories):
+        log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        total -= log_p.gather(1, ids[0, 1:, None]).sum().item()
+    result = evaluate(model, stories)
+    tokens = stories.tokens - len(STORIES)  # all but BOS
+    assert (result.tokens, result.characters) == (tokens, sum(map(len, STORIES)))
+    assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert result.bits_per_char == pytest.approx(total / math.log(2) / sum(map(len, STORIES)), rel=1e-5)
+
+
+def test_windows_score_every_token_once_and_no_separator(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Token by token: a call of the model for every single prediction."""
+    model, length = build("llama"), 10
+    stream: list[int] = []
+    for story in STORIES:
+        stream += ([0] if stream else []) + tokenizer.encode(story, add_special_tokens=False)
+    total, scored = 0.0, 0
+    for position, token in enumerate(stream):
+        if token == 0:
+            continue
+        window = position - position % (length - 1)
+        seen = torch.tensor([[0, *stream[window:position]]])
+        total -= model(input_ids=seen).logits[0, -1].double().log_softmax(-1)[token].item()
+        scored += 1
+    result = evaluate(model, pack(Corpus("x", STORIES), tokenizer, length=length, packing="windows", batch_size=4))
+    assert (result.tokens, result.characters) == (scored, sum(map(len, STORIES)))
+    assert result.perplexity == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+def test_evaluation_repeats_to_the_bit(stories: Sequences) -> None:
+    assert evaluate(build("qwen3"), stories) == evaluate(build("qwen3"), stories)
+
+
+def test_logits_are_held_for_few_rows_at_once(stories: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    expected = evaluate(model, stories)
+    monkeypatch.setattr(module, "_LOGITS", 1)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(len(logits)))
+    assert evaluate(model, stories).perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert rows == [1] * len(STORIES)
+
+
+def test_the_protocol_says_what_was_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    result = evaluate(build("llama"), pack(Corpus("x", STORIES), tokenizer, length=6, packing="documents"))
+    assert result.truncated_tokens > 0
+    assert f"cut at 6 tokens ({result.truncated_tokens} lost)" in result.protocol
+    assert "\n" not in result.protocol
+
+
+def test_a_model_that_overflows_earns_its_perplexity(stories: Sequences) -> None:
+    model = build("llama-untied")
+    model.lm_head.weight.mul_(1e6)
+    assert evaluate(model, stories).perplexity == math.inf
+    model.lm_head.weight.fill_(torch.nan)
+    assert math.isnan(evaluate(model, stories).perplexity)
+
+
+def test_sparsity_counts_exact_zeros() -> None:
+    model = build("llama")
+    blocks = decoder_blocks(model)
+    assert sparsity(blocks) == 0.0
+    view = blocks[1].weights[0]
+    view.write(prune_half(view.read()))
+    assert sparsity_by_weight(blocks)[view.name] == pytest.approx(0.5, abs=0.01)
+    others = [value for name, value in sparsity_by_weight(blocks).items() if name != view.name]
+    assert set(others) == {0.0}
+    total = sum(nn.Module.get_parameter(model, v.name).numel() for block in blocks for v in block.weights)
+    assert sparsity(blocks) == pytest.approx((view.parameter == 0).sum().item() / total)
