@@ -33,7 +33,9 @@ metrics = st.one_of(st.just(1.0), st.floats(1e-6, 1e6))
 
 def matrix(elements: st.SearchStrategy[float]) -> st.SearchStrategy[torch.Tensor]:
     count = SHAPE[0] * SHAPE[1]
-    return st.lists(elements, min_size=count, max_size=count).map(lambda v: torch.tensor(v, dtype=torch.float64).view(SHAPE))
+    return st.lists(elements, min_size=count, max_size=count).map(
+        lambda v: torch.tensor(v, dtype=torch.float64).view(SHAPE)
+    )
 
 
 @pytest.fixture(scope="module")

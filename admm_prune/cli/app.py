@@ -1,0 +1,21 @@
+"""The commands, gathered."""
+
+from __future__ import annotations
+
+import typer
+
+from admm_prune.cli import capture, compare, evaluate, listing, run, solve
+
+app = typer.Typer(
+    name="admm-prune",
+    help="A modular optimization toolbox for pruning language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("run")(run.run)
+app.command("compare")(compare.compare)
+app.command("eval")(evaluate.evaluate)
+app.command("capture")(capture.capture)
+app.command("solve")(solve.solve)
+app.command("list")(listing.list_)

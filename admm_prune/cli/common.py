@@ -1,0 +1,92 @@
+"""What the commands share: their options, progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option(help="'embedded', a from_pretrained folder, or a Hub id.")]
+Data = Annotated[
+    str, typer.Option(help="Calibration text: 'embedded', a .txt, .jsonl or .parquet file, a folder, or a Hub id.")
+]
+EvalData = Annotated[str | None, typer.Option(help="Text to evaluate on; by default a held-out part of --data.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequences; all of the text by default.")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
+]
+Packing = Annotated[str, typer.Option(help="'documents' (one a sequence), 'windows' (contiguous), or 'auto'.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the sequences.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
+Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
+Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
+Ridge = Annotated[float | None, typer.Option(min=0.0, help="Relative to diag(H), in place of the solver's own.")]
+
+Report = Callable[[int, int, str], None]
+_WIDE = 160
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Report]:
+    """A progress bar on stderr, silent where stderr is no terminal; yields the callback (done, total, at work)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(done: int, total: int, at_work: str) -> None:
+            bar.update(task, completed=done, total=total, description=at_work)
+            if not console.is_terminal and at_work:
+                print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
+
+        yield report
+
+
+def emit(content: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout; numbers that are not finite become null."""
+    from admm_prune.runs.folder import finite
+
+    print(json.dumps(finite(content), allow_nan=False))
+
+
+def show_table(
+    title: str, columns: list[str], rows: list[list[str]], *, mark: set[int] | None = None, prose: bool = False
+) -> None:
+    """A table on stdout, the first column to the left, figures to the right.
+
+    Args:
+        mark: rows in bold.
+        prose: the other columns hold words: they go to the left, and the last one wraps.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width that the table would have to fit
+        console.width = _WIDE
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
+    for i, column in enumerate(columns):
+        left, wraps = i == 0 or prose, prose and i == len(columns) - 1
+        table.add_column(column, justify="left" if left else "right", no_wrap=not wraps)
+    for i, row in enumerate(rows):
+        table.add_row(*row, style="bold" if mark and i in mark else None)
+    console.print(table)

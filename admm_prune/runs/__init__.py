@@ -1,0 +1,1 @@
+"""Runs: what stands around a recipe: folders, manifests, comparisons, plots."""

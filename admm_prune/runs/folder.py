@@ -1,0 +1,125 @@
+"""Output: written beside its place and moved there whole, never over what is not ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from admm_prune.data.layer_file import is_ours
+from admm_prune.errors import UserError
+
+MANIFEST = "admm_prune.json"
+
+
+def check_output(path: Path) -> None:
+    """Refuses, before any work is done, an output folder that could not be written.
+
+    Raises:
+        UserError: the path is a file, the working folder, a folder that holds something and is not ours, or cannot be
+            written.
+    """
+    place = _absolute(path)
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise UserError(f"{path} is a file or a link, not a folder: choose another --out")
+    if place.is_dir():
+        if any(place.iterdir()) and not (place / MANIFEST).is_file():
+            raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+        if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced under the caller's feet
+            raise UserError(f"{path} is the folder you are in, or holds it: choose another --out")
+    _check_writable(path)
+
+
+def check_output_file(path: Path) -> None:
+    """Refuses, before any work is done, an output file that could not be written.
+
+    Raises:
+        UserError: the path is a folder or a file that is not ours, its folder is missing, or it cannot be written.
+    """
+    place = _absolute(path)
+    if place.is_dir():
+        raise UserError(f"{path} is a folder, not a file: choose another --out")
+    if (place.exists() or place.is_symlink()) and not is_ours(place):
+        raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+    if not place.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    _check_writable(path)
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    A folder of ours that stands there already is put aside, and deleted only when the new one is in its place.
+
+    Raises:
+        UserError: the output cannot be written, or could not be written to the end.
+    """
+    check_output(path)
+    place = _absolute(path)
+    made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
+    workshop: Path | None = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        new = workshop / "new"
+        new.mkdir()
+        yield new
+        _swap(new, place, workshop / "old")
+        made = []
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+    finally:
+        if workshop is not None:
+            shutil.rmtree(workshop, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not there yet, or in use by someone else by now
+                parent.rmdir()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes strict JSON: numbers that are not finite become null."""
+    path.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _swap(new: Path, place: Path, old: Path) -> None:
+    """Moves `new` to `place`, and what stood there to `old`; puts that back if the move fails."""
+    if place.exists():
+        place.replace(old)
+    try:
+        new.replace(place)
+    except BaseException:
+        if old.exists():
+            old.replace(place)
+        raise
+
+
+def _check_writable(path: Path) -> None:
+    """Tries it out: permission bits say nothing of file systems that are read-only, full or not real."""
+    parent = _absolute(path).parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".admm-prune-", dir=parent))  # noqa: PTH106  # mkdtemp gives a str
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {parent} is not a writable folder ({error.strerror})") from error
+
+
+def _absolute(path: Path) -> Path:
+    """Without "..", links kept: the place that the user named, whatever the working folder becomes."""
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  # Path.absolute keeps ".."

@@ -1,0 +1,67 @@
+"""What a run was: enough to repeat it, and to know what a number stands for."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.data.sources import Corpus
+
+_PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """Which text, cut how."""
+
+    source: str
+    fingerprint: str
+    documents: int
+    packing: str
+    length: int
+    sequences: int
+    tokens: int
+    truncated_tokens: int
+    dropped_sequences: int
+    token_hash: str
+
+    @classmethod
+    def of(cls, corpus: Corpus, sequences: Sequences) -> TextRecord:
+        return cls(
+            source=corpus.name,
+            fingerprint=corpus.fingerprint,
+            documents=len(corpus.documents),
+            packing=sequences.packing,
+            length=sequences.length,
+            sequences=len(sequences.rows),
+            tokens=sequences.tokens,
+            truncated_tokens=sequences.truncated_tokens,
+            dropped_sequences=sequences.dropped_sequences,
+            token_hash=sequences.token_hash,
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the kind of machine; no names, paths or times, so that equal runs leave equal files."""
+    return {
+        "versions": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def manifest(settings: Any, texts: dict[str, TextRecord], revision: str | None) -> dict[str, Any]:
+    """The settings, the model's revision, the texts and the environment, ready for JSON."""
+    return {
+        "settings": asdict(settings),
+        "model_revision": revision,
+        "texts": {name: asdict(record) for name, record in texts.items()},
+        "environment": environment(),
+    }

@@ -1,0 +1,60 @@
+"""The peak of this process's memory over a stretch of work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+_MIB = 2**20
+
+
+class PeakMemory:
+    """Measures the extra memory at the peak of a `with` block, over what was resident when it began.
+
+    On CUDA it is what torch allocated on the device. Elsewhere it is resident memory: exact on Linux, where the
+    kernel's high-water mark can be reset; a lower bound elsewhere, where the mark only ever rises.
+    """
+
+    extra_mib: float = 0.0
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            _reset_high_water()
+            self._before = _high_water()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _high_water()
+        self.extra_mib = round((peak - self._before) / _MIB, 1)
+
+
+def _reset_high_water() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _high_water() -> int:
+    """Bytes resident at the high-water mark."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,57 @@
+"""The command line called in this process, as its entry point is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from outcome import Command, Outcome
+from safetensors.torch import save_file
+from saved_model import model_folder, text_file
+
+from admm_prune import cli
+
+__all__ = ["model_folder", "text_file"]  # fixtures
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `admm-prune` with these arguments; an exception that `main` lets through fails the test, as a traceback."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["admm-prune", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return Outcome(exit_.value.code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layer_tensors() -> dict[str, torch.Tensor]:
+    """A layer problem of 12 outputs and 8 correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(8, 8, generator=generator)
+    inputs, other = (torch.randn(64, 8, generator=generator) @ mixing for _ in range(2))
+    weight = torch.randn(12, 8, generator=generator)
+    return {"weight": weight, "gram": inputs.T @ inputs, "gram_holdout": other.T @ other}
+
+
+@pytest.fixture
+def layer_file(place: Path, layer_tensors: dict[str, torch.Tensor]) -> Path:
+    path = place / "layer.safetensors"
+    save_file(layer_tensors, path)
+    return path

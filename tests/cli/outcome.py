@@ -1,0 +1,29 @@
+"""What a caller of a command sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit status, stdout, stderr."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        """The one line on stdout of a command that went well."""
+        assert self.status == 0, self.err
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1, self.out
+        content = json.loads(self.out)
+        assert isinstance(content, dict)
+        return content
+
+
+Command = Callable[..., Outcome]

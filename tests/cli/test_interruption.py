@@ -1,0 +1,88 @@
+"""Work that breaks off: nothing is left behind, and what was there before stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from outcome import Command
+
+from admm_prune.runs import pruning
+
+MODES = pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)],
+    ids=["^C", "full disk"],
+)
+
+
+def breaks(error: BaseException) -> object:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
+    return ("--model", model_folder, "--data", text_file, "--samples", 8, "--out", "deep/out", "--sparsity", "0.5")
+
+
+@MODES
+@pytest.mark.parametrize("name", ["run", "compare"])
+@pytest.mark.parametrize("moment", ["save", "write_json"])
+def test_nothing_is_left_of_a_run_that_breaks_off(
+    command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
+    name: str, moment: str, error: BaseException, status: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pruning, moment, breaks(error))
+    outcome = command(name, *arguments)
+    assert (outcome.status, outcome.out) == (status, "")
+    last = "interrupted" if status == 130 else "cannot write to deep/out: No space left on device"
+    assert outcome.err.splitlines()[-1] == f"admm-prune: {last}"
+    assert not list(place.iterdir())
+
+
+@MODES
+def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_whole(
+    command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
+    error: BaseException, status: int,
+) -> None:  # fmt: skip
+    assert command("run", *arguments, "--method", "magnitude").status == 0
+    out = place / "deep/out"
+    (out / "leftover.txt").write_text("of an earlier release")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "write_json", breaks(error))
+        assert command("run", *arguments, "--method", "wanda").status == status
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert command("run", *arguments, "--method", "wanda").status == 0
+    assert '"method": "wanda"' in (out / "admm_prune.json").read_text()
+    assert not (out / "leftover.txt").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    """A comparison of many runs is interrupted after its first line of progress."""
+    sparsities = ",".join(f"0.{i}" for i in range(10, 90))
+    command = [
+        Path(sys.executable).with_name("admm-prune"), "compare", "--model", model_folder, "--data", text_file,
+        "--methods", "admm", "--sparsity", sparsities, "--out", tmp_path / "out",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "comparing: 0/80 admm 10%\n"
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "admm-prune: interrupted"
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,40 @@
+"""PeakMemory against allocations of known size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from admm_prune.runs.memory import PeakMemory
+
+
+def touch(mib: int) -> np.ndarray:
+    """Memory of this size, every page of it written."""
+    return np.ones(mib * 2**20, dtype=np.uint8)
+
+
+def test_the_peak_of_what_was_touched_and_freed_is_seen() -> None:
+    with PeakMemory() as memory:
+        block = touch(200)
+        del block
+    assert memory.extra_mib == pytest.approx(200, rel=0.15)
+
+
+def test_what_came_before_does_not_count() -> None:
+    before = touch(300)
+    del before
+    held = touch(50)
+    with PeakMemory() as memory:
+        block = touch(100)
+        del block
+    assert held[0] == 1
+    assert memory.extra_mib == pytest.approx(100, rel=0.15)
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_device_is_what_torch_allocated_there() -> None:
+    with PeakMemory("cuda") as memory:
+        block = torch.ones(200 * 2**20, dtype=torch.uint8, device="cuda")
+        del block
+    assert memory.extra_mib == pytest.approx(200, abs=1)

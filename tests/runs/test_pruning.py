@@ -1,0 +1,121 @@
+"""`admm_prune.prune` from Python: what it returns is what it saves, and what it refuses it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import admm_prune
+from admm_prune.errors import UserError
+from admm_prune.models.loading import load
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.recipes.catalogue import Target, method_named
+from admm_prune.recipes.layerwise import prune_layerwise
+from admm_prune.runs.evaluating import evaluate_model
+from admm_prune.runs.texts import TextSettings, read_texts
+
+IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stock_transformers_loads_the_model_to_the_bit(
+    tmp_path: Path, model_folder: Path, text_file: Path, dtype: str
+) -> None:
+    report = admm_prune.prune(
+        model_folder, method="sparsegpt", sparsity=0.6, data=str(text_file), out=tmp_path / "out", dtype=dtype
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.dtype == report.model.dtype == getattr(torch, dtype)
+    assert torch.equal(loaded(input_ids=IDS).logits, report.model(input_ids=IDS).logits)
+    assert report.out == tmp_path / "out"
+    assert json.loads((tmp_path / "out/admm_prune.json").read_text()) == json.loads(json.dumps(report.as_json()))
+
+
+def test_a_module_is_pruned_in_place_like_its_folder(model_folder: Path, text_file: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    report = admm_prune.prune(model, tokenizer=tokenizer, method="wanda", pattern="2:4", data=str(text_file))
+    assert report.model is model
+    by_folder = admm_prune.prune(str(model_folder), method="wanda", pattern="2:4", data=str(text_file))
+    assert torch.equal(model(input_ids=IDS).logits, by_folder.model(input_ids=IDS).logits)
+    assert report.pruned == by_folder.pruned
+
+
+def test_a_layer_error_is_measured_against_the_dense_weight(model_folder: Path, text_file: Path) -> None:
+    """With all weights gone every output is lost, with none gone none is: whatever the dtype shares its memory with."""
+    for sparsity, error in ((1.0, 1.0), (0.0, 0.0)):
+        report = admm_prune.prune(model_folder, method="magnitude", sparsity=sparsity, data=str(text_file))
+        first = report.layers[0]
+        assert first.relative_error == pytest.approx(error, abs=1e-12)
+        assert first.relative_error_validation == pytest.approx(error, abs=1e-12)
+
+
+def test_a_target_that_one_weight_does_not_admit_leaves_all_of_them_alone(model_folder: Path, text_file: Path) -> None:
+    loaded = load(str(model_folder))
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    text = read_texts(TextSettings(data=str(text_file)), loaded).calibration
+    # 32 divides the width of every weight but the last of a block, which is 48.
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: pattern 16:32 needs a width"):
+        prune_layerwise(loaded.model, text, method_named("magnitude"), Target(pattern=(16, 32)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_a_target_is_refused_before_the_text_is_read(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="pattern 16:32 needs a width"):
+        admm_prune.prune(model_folder, pattern="16:32", data="missing.txt")
+
+
+def test_a_module_that_cannot_be_used_is_refused(model_folder: Path, text_file: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        admm_prune.prune(model, sparsity=0.5, data=str(text_file))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    with pytest.raises(UserError, match=r"call model\.eval\(\) first"):
+        admm_prune.prune(model.train(), tokenizer=tokenizer, sparsity=0.5, data=str(text_file))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"eval_samples": 0}, "eval_samples must be at least 1, not 0"),
+        ({"length": 1}, "length must be at least 2, not 1"),
+        ({"packing": "tight"}, "packing must be auto, documents or windows"),
+        ({"ridge": float("nan")}, "ridge must be a finite number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        admm_prune.prune("embedded", sparsity=0.5, **settings)  # type: ignore[arg-type]
+
+
+def test_progress_counts_the_blocks(model_folder: Path, text_file: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    report = admm_prune.prune(
+        model_folder,
+        method="magnitude",
+        sparsity=0.5,
+        data=str(text_file),
+        progress=lambda done, total, at_work: seen.append((done, total, at_work)),
+    )
+    names = [block.name for block in decoder_blocks(report.model)]
+    assert seen == [(0, 2, names[0]), (1, 2, names[1]), (2, 2, "")]
+
+
+def test_the_judging_part_of_a_local_file_does_not_calibrate(model_folder: Path, text_file: Path) -> None:
+    report = admm_prune.prune(model_folder, method="magnitude", sparsity=0.0, data=str(text_file))
+    texts = report.manifest["texts"]
+    assert (texts["calibration"]["documents"], texts["evaluation"]["documents"]) == (54, 6)
+    assert report.pruned == report.dense, "nothing was pruned"
+    documents = text_file.read_text().split("<|endoftext|>")
+    assert report.dense.characters == sum(map(len, documents[54:]))
+
+
+def test_a_local_file_is_judged_whole_by_eval(model_folder: Path, text_file: Path) -> None:
+    judgement = evaluate_model(str(model_folder), TextSettings(data=str(text_file)), device="cpu")
+    assert judgement.figures.characters == sum(map(len, text_file.read_text().split("<|endoftext|>")))
+    assert judgement.sparsity == 0.0
