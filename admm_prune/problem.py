@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from typing import Generic, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class SupportConstraint(Constraint, Protocol):
     """C = {z : supp(z) in a family of supports}. Scaling an entry by a positive number never leaves C."""
 
     def select(self, score: Point) -> Point:
-        """The admissible support of the largest total score, as booleans.
+        """The admissible support of the largest total squared score, as booleans.
 
         Scores are not negative. The support has the full size that C admits, also where scores are zero.
         """
@@ -54,7 +54,7 @@ class Problem(Protocol):
 
     @property
     def curvature(self) -> float:
-        """Mean diagonal of the Hessian of value: the unit of rho."""
+        """The unit of rho: half the mean diagonal of the Hessian of value; mean(diag A) of a Quadratic problem."""
         ...
 
     def initial(self) -> Point:
@@ -131,7 +131,8 @@ def require(solver: object, problem: object, capability: type, why: str) -> None
     """
     if isinstance(problem, capability):
         return
-    members = sorted(name for name in getattr(capability, "__protocol_attrs__", ()) if not hasattr(problem, name))
+    promised = {name for kind in capability.__mro__ if kind not in (object, Protocol, Generic) for name in vars(kind)}
+    members = sorted(name for name in promised if not name.startswith("_") and not hasattr(problem, name))
     raise TypeError(
         f"{type(solver).__name__} needs a {capability.__name__} problem ({why}); "
         f"{type(problem).__name__} lacks {', '.join(members)}"

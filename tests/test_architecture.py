@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": MATHEMATICS | {"data", "problems.gram"},
     "recipes": MATHEMATICS | {"data", "models", "problems", "solvers"},
 }
+MAY_IMPORT["testing"] = MATHEMATICS | {"problems", "solvers"}
 MAY_IMPORT["runs"] = {*MAY_IMPORT["recipes"], "recipes"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["runs"], "runs", "__init__"}
 MAY_IMPORT["__main__"] = {"cli"}
@@ -177,6 +178,10 @@ def test_the_root_shows_the_two_halves(name: str) -> None:
         ("point", "from admm_prune.errors import UserError", False),
         ("kernels.selection", "from admm_prune.point import Point", False),
         ("cli.run", "import admm_prune", True),
+        ("testing.solvers", "from admm_prune.solvers.base import Solver", True),
+        ("testing.solvers", "from admm_prune.recipes import layerwise", False),
+        ("solvers.admm", "from admm_prune.testing.instances import layer", False),
+        ("runs.pruning", "from admm_prune.testing import assert_solver_conforms", False),
     ],
 )
 def test_the_reader_of_imports_sees(importer: str, statement: str, fits: bool) -> None:

@@ -1,4 +1,4 @@
-"""The embedded model is a real one: it beats lzma on modules it never saw, writes Python, and pruning methods rank on it."""
+"""The embedded model is a real one: it beats lzma on modules it never saw, writes Python, and ranks pruning methods."""
 
 from __future__ import annotations
 

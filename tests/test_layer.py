@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
@@ -135,7 +137,7 @@ def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
     x = correlated_inputs(50, WIDTH, seed, torch.float32)
     edges = sorted({0, *cuts, 50})
     pieces = GramAccumulator(WIDTH)
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         pieces.add(x[start:stop])
     exact = x.double().T @ x.double()
     assert torch.allclose(pieces.gram, exact, rtol=1e-12, atol=1e-12 * float(exact.abs().max()))

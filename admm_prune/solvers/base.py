@@ -6,7 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from admm_prune.point import Point
@@ -120,22 +120,24 @@ class Iterative(ABC, Generic[StateT]):
                 status = stop
                 break
         candidate = self.solution(problem, run.inner)
+        # What is offered from here on belongs to this result, not to the run: a continued run must not meet it again.
+        final = replace(run)
         if not candidate.is_finite():
             status = Status.NONFINITE
         else:
             finished = self.finish(problem, run.inner, candidate)
-            run.offer(finished, problem.value(finished))
-            if finished is not candidate and run.best is not finished:
-                run.offer(candidate, problem.value(candidate))
-        offer_start(problem, run, self.projected_start(problem, start))
-        if run.best is None:
+            final.offer(finished, problem.value(finished))
+            if finished is not candidate and final.best is not finished:
+                final.offer(candidate, problem.value(candidate))
+        offer_start(problem, final, self.projected_start(problem, start))
+        if final.best is None:
             raise ArithmeticError("no feasible point of finite value was met, not even the projected start")
         return Result(
-            solution=run.best,
+            solution=final.best,
             status=status,
-            objective=run.best_value,
+            objective=final.best_value,
             iterations=run.iteration,
-            best_iteration=run.best_iteration,
+            best_iteration=final.best_iteration,
             history=tuple(run.history),
             seconds=time.perf_counter() - began,
             state=run,

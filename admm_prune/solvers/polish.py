@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admm_prune.kernels import quadratic
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, Refittable
+from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver, closed_form
 
@@ -27,7 +27,7 @@ class Polish:
         tolerance: relative residual at which conjugate gradients stop.
 
     Raises:
-        TypeError: the problem is neither Quadratic nor Refittable.
+        TypeError: the problem is neither Quadratic nor Refittable, or its constraint no SupportConstraint.
         ValueError: neither an inner solver nor a start.
     """
 
@@ -40,6 +40,11 @@ class Polish:
             raise TypeError(
                 f"Polish needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
                 "hessian nor a refit"
+            )
+        if not isinstance(problem.constraint, SupportConstraint):
+            raise TypeError(
+                f"Polish needs a SupportConstraint, which the refitted weights cannot leave; "
+                f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
             )
         began = time.perf_counter()
         notes: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ FIGURES = {
 }  # fmt: skip
 MANIFEST = {
     "method", "target", "sparsity", "dense", "pruned", "layers", "seconds", "settings", "model_revision", "texts",
-    "environment",
+    "environment", "weights",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down
 UP = "model.layers.1.mlp.up_proj.weight"

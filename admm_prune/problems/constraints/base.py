@@ -19,7 +19,7 @@ class SparseSet(ABC):
 
     @abstractmethod
     def select(self, score: Point) -> Point:
-        """The admissible support of the largest total score, as booleans; scores are not negative."""
+        """The admissible support of the largest total squared score, as booleans; scores are not negative."""
 
     @property
     def group_width(self) -> int:

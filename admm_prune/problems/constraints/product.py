@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Self
 
 import torch
@@ -24,7 +25,7 @@ class Product(SparseSet):
 
     @property
     def group_width(self) -> int:
-        return max(factor.group_width for factor in self.factors.values())
+        return lcm(*(factor.group_width for factor in self.factors.values()))
 
     def select(self, score: Point) -> Point:
         return Point({name: factor.select(Point({name: s}))[name] for name, factor, s in self._pairs(score)})
@@ -63,7 +64,7 @@ class StackedRows(SparseSet):
 
     @property
     def group_width(self) -> int:
-        return max(part.group_width for _, part in self.parts)
+        return lcm(*(part.group_width for _, part in self.parts))
 
     def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
         return StackedRows(tuple((rows, part.share(start, stop, (rows, shape[1]))) for rows, part in self.parts))

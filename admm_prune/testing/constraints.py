@@ -1,0 +1,242 @@
+"""What every sparse set promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from admm_prune.point import Point
+from admm_prune.problem import Constraint, SupportConstraint
+from admm_prune.testing.drawing import for_all, st
+from admm_prune.testing.promise import Case, named, same_bits, same_form
+from admm_prune.testing.supports import Family, Frame, column_cuts, families
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FRACTIONS = (0.0, 0.3, 0.7, 1.0)
+_HEAVY = 1e8  # a forced entry, in the metric 1e6: dropping one costs more than all free entries together
+_ROUNDING = 1 + 1e-12
+
+# Ties, zeros, signs, and magnitudes far apart.
+_entries = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6, allow_subnormal=False))
+_metrics = st.one_of(st.just(1.0), st.floats(1e-6, 1e6))
+
+
+def assert_constraint_conforms(
+    constraint: Constraint,
+    shape: tuple[int, ...] | Mapping[str, tuple[int, ...]] = (2, 6),
+    *,
+    examples: int = 60,
+    device: str = "cpu",
+) -> None:
+    """Checks C and its projection z = argmin_{z in C} sum_i m_i (z_i - v_i)^2.
+
+    Of every set: z lies in C, no point of C met is closer, projecting twice changes nothing, `metric=None` is a metric
+    of ones; v and m are left as they were; shapes, dtypes (float16 to float64) and devices are kept; NaN is refused
+    with a ValueError.
+
+    Of a family of supports (SupportConstraint) moreover: z is as close as the best of all supports that `contains`
+    admits, tried one by one (of all of them up to 12 entries, along four cuts beyond), and keeps the entries of v by
+    the bit; membership survives scaling by positive numbers and the loss of entries; `select` returns a support of the
+    largest sum of squared scores and of the full size, also where scores are zero; what the shares of a partition of
+    the columns select makes up a member of full size; `tightened` goes from everything at 0 to the set itself at 1,
+    each set inside the one before (or says with a ValueError that it cannot).
+
+    Args:
+        shape: of a point's one tensor, named "weight", or the shapes of its tensors by name. At most 12 entries make
+            the check of the projection complete.
+        examples: drawn points, for each promise about the projection.
+        device: where the points live.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    frame = Frame(shape if isinstance(shape, Mapping) else {"weight": shape}, device)
+    form = next(iter(frame.shapes.values())) if len(frame.shapes) == 1 else dict(frame.shapes)
+    case = Case(named(constraint), f"shape {form}")
+    case.promise(isinstance(constraint, Constraint), "have the members project and contains")
+    _keeps_form(case, constraint, frame)
+    _refuses_nan(case, constraint, frame)
+    if isinstance(constraint, SupportConstraint):
+        cuts = families(case, constraint, frame)
+        drawn = st.tuples(
+            st.sampled_from(cuts), *(st.lists(x, min_size=12, max_size=12).map(_tensor) for x in (_entries, _metrics))
+        )
+        for_all(drawn, lambda drawn: _equals_brute_force(case, constraint, frame, *drawn), examples)
+        _tightens(case, constraint, frame)
+        if list(frame.shapes) == ["weight"] and len(frame.shapes["weight"]) == 2:
+            _shares(case, constraint, frame)
+    else:
+        lacks = [name for name in ("group_width", "share", "tightened") if not hasattr(constraint, name)]
+        case.promise(not hasattr(constraint, "select"), "show all of a SupportConstraint", f"it lacks {lacks}")
+        for_all(st.integers(0, 9999), lambda seed: _no_member_is_closer(case, constraint, frame, seed), examples)
+
+
+def _tensor(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _random(frame: Frame, seed: int) -> Tensor:
+    return torch.randn(frame.size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _projected(case: Case, constraint: Constraint, v: Point, metric: Point | None = None) -> Point:
+    """The projection, with what holds of every one: v and the metric untouched, form kept, in the set, idempotent."""
+    before = v.clone()
+    metric_before = None if metric is None else metric.clone()
+    with case.doing("project every finite point"):
+        z = constraint.project(v, metric)
+    untouched = same_bits(v, before) and (metric is None or metric_before is None or same_bits(metric, metric_before))
+    case.promise(untouched, "leave the arguments of project as they were")
+    case.promise(same_form(z, v), "keep names, shapes, dtypes and devices in a projection")
+    case.promise(z.is_finite(), "project finite points to finite ones", f"v = {_short(v)}")
+    exact = isinstance(constraint, SupportConstraint)
+    if not exact and any(x.dtype is not torch.float64 for x in v.values()):
+        return z  # of a set that is no family of supports rounding may leave a little outside
+    case.promise(constraint.contains(z), "contain its own projections", f"not that of {_short(v)}")
+    again = constraint.project(z, metric)
+    same = same_bits(again, z) if exact else (again - z).norm() <= 1e-9 * z.norm()
+    case.promise(same, "change nothing by projecting twice", f"v = {_short(v)}")
+    return z
+
+
+def _short(point: Point) -> str:
+    return ", ".join(f"{name} = {x.flatten()[:12].tolist()}" for name, x in point.items())
+
+
+def _cost(metric: Tensor, z: Tensor, v: Tensor) -> float:
+    return float((metric * (z - v).square()).sum())
+
+
+def _equals_brute_force(
+    case: Case, constraint: SupportConstraint, frame: Frame, family: Family, values: Tensor, metrics: Tensor
+) -> None:
+    free = family.free
+    v, metric = (torch.zeros(frame.size, dtype=torch.float64), torch.ones(frame.size, dtype=torch.float64))
+    v[family.forced], metric[family.forced] = _HEAVY, 1e6
+    v[free], metric[free] = values[: len(free)], metrics[: len(free)]
+    for m, words in ((metric, f"the metric {metric[free].tolist()}"), (torch.ones_like(metric), "a metric of ones")):
+        here = case.but(f"v = {v[free].tolist()} at the entries {free.tolist()}, {words}")
+        point = frame.point(m)
+        z = _projected(here, constraint, frame.point(v), point)
+        flat = frame.flat(z)
+        costs = (m * v.square())[free]
+        best = float(((1 - family.admissible) * costs).sum(1).min())
+        mine = _cost(m, flat, v)
+        here.promise(
+            mine <= best * _ROUNDING,
+            "project to the closest point of all supports that it admits",
+            f"its projection costs {mine}, the best support {best}",
+        )
+        kept = flat != 0
+        here.promise(torch.equal(flat[kept], v[kept]), "keep the entries of v that it does not drop, by the bit")
+        scale = torch.exp2((_random(frame, 1) * 4).round())
+        here.promise(constraint.contains(frame.point(flat * scale)), "contain its members scaled by positive numbers")
+        _selects(here, constraint, frame, (v.abs() * m.sqrt()), family, best)
+    here = case.but(f"v = {v[free].tolist()} at the entries {free.tolist()}")
+    plain = constraint.project(frame.point(v))
+    here.promise(same_bits(plain, z), "project without a metric as in a metric of ones")
+
+
+def _selects(
+    case: Case, constraint: SupportConstraint, frame: Frame, score: Tensor, family: Family, best: float
+) -> None:
+    with case.doing("select a support for every score that is not negative"):
+        mask = constraint.select(frame.point(score))
+    case.promise(
+        mask.keys() == frame.shapes.keys()
+        and all(x.dtype is torch.bool and tuple(x.shape) == tuple(frame.shapes[name]) for name, x in mask.items()),
+        "return a support as booleans of the shapes of the scores",
+    )
+    flat = frame.flat(mask)
+    case.promise(constraint.contains(frame.point(flat.double())), "select supports that it admits")
+    case.promise(
+        int(flat.sum()) >= family.largest,
+        "select a support of the full size, also where scores are zero",
+        f"it selects {int(flat.sum())} entries, and admits {family.largest}",
+    )
+    lost = float(score[~flat].square().sum())
+    case.promise(
+        lost <= best * (1 + 1e-9),
+        "select the support of the largest sum of squared scores",
+        f"it loses {lost}, not {best}",
+    )
+
+
+def _no_member_is_closer(case: Case, constraint: Constraint, frame: Frame, seed: int) -> None:
+    here = case.but(f"seed {seed}")
+    v, metric = 3 * _random(frame, seed), _random(frame, seed + 10_000).exp()
+    z = frame.flat(_projected(here, constraint, frame.point(v), frame.point(metric)))
+    others = [(_random(frame, seed + k) * k, metric) for k in (1, 2, 3)]
+    others += [(v, torch.ones_like(metric)), (v + 0.1 * _random(frame, seed + 4), metric)]
+    for other, m in others:
+        member = frame.flat(_projected(here, constraint, frame.point(other), frame.point(m)))
+        mine, its = _cost(metric, z, v), _cost(metric, member, v)
+        here.promise(mine <= its * (1 + 1e-9), "project to the closest of its points", f"one costs {its}, not {mine}")
+
+
+def _keeps_form(case: Case, constraint: Constraint, frame: Frame) -> None:
+    for dtype in _DTYPES:
+        here = case.but(str(dtype))
+        v = frame.point((torch.arange(frame.size) % 7 + 1).to(dtype))  # many ties, no zeros
+        z = _projected(here, constraint, v)
+        if isinstance(constraint, SupportConstraint):
+            size = constraint.select(v).count_nonzero()
+            here.promise(
+                z.count_nonzero() == size, "keep a full support of a point without zeros", f"{z.count_nonzero()}"
+            )
+
+
+def _refuses_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
+    for i in {0, frame.size // 2, frame.size - 1}:
+        v = torch.ones(frame.size)
+        v[i] = math.nan
+        try:
+            constraint.project(frame.point(v))
+        except ValueError:
+            continue
+        except Exception as error:
+            kind = type(error).__name__
+            raise AssertionError(
+                f"{case.owner} must refuse NaN with a ValueError; it raised {kind}: {error}"
+            ) from error
+        case.promise(False, "refuse a point that holds NaN with a ValueError", f"entry {i} was taken")
+
+
+def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    score = frame.point(_random(frame, 0).abs())
+    try:
+        sets = [constraint.tightened(fraction) for fraction in _FRACTIONS]
+    except ValueError:
+        return  # an explicit count has no fraction; the set says so
+    masks = [looser.select(score) for looser in sets]
+    sizes = [mask.count_nonzero() for mask in masks]
+    case.promise(sizes[0] == frame.size, "prune nothing when tightened(0)", f"it keeps {sizes[0]} of {frame.size}")
+    case.promise(same_bits(masks[-1], constraint.select(score)), "be itself when tightened(1)")
+    case.promise(sizes == sorted(sizes, reverse=True), "shrink as it is tightened", f"{sizes} at {_FRACTIONS}")
+    for k in range(1, len(sets)):
+        inside = sets[k - 1].contains(masks[k].map(Tensor.double))
+        case.promise(inside, f"lie inside tightened({_FRACTIONS[k - 1]}) when tightened({_FRACTIONS[k]})")
+
+
+def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    rows, width = frame.shapes["weight"]
+    step = constraint.group_width
+    if width % step:
+        return
+    score = frame.point(_random(frame, 0).abs())
+    whole = constraint.select(score).count_nonzero()
+    for edges in column_cuts(width, step):
+        here = case.but(f"columns cut at {edges}")
+        masks = []
+        for start, stop in pairwise(edges):
+            with here.doing("share its budget among columns cut at multiples of group_width"):
+                share = constraint.share(start, stop, (rows, width))
+                masks.append(share.select(score.map(lambda x, a=start, b=stop: x[:, a:b]))["weight"])
+        joined = Point(weight=torch.cat(masks, dim=1))
+        size = joined.count_nonzero()
+        here.promise(size == whole, "have shares that add up to its budget", f"{size} entries, not {whole}")
+        here.promise(constraint.contains(joined.map(Tensor.double)), "contain what its shares select together")

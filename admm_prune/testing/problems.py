@@ -1,0 +1,236 @@
+"""What every problem promises, by the capabilities that it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from admm_prune.point import Point
+from admm_prune.problem import (
+    Blockwise,
+    Constraint,
+    Differentiable,
+    Problem,
+    Proximable,
+    Quadratic,
+    Refittable,
+    Stochastic,
+    SupportConstraint,
+)
+from admm_prune.testing.differences import lower_neighbour, precision, random_like, rms, slope
+from admm_prune.testing.drawing import for_all, st
+from admm_prune.testing.promise import Case, same_bits, same_form
+from admm_prune.testing.quadratics import check_quadratic
+
+_DIRECTIONS = 6
+
+
+def assert_problem_conforms(make_problem: Callable[[int], Problem], *, examples: int = 10) -> None:
+    """Checks a problem by values alone, through every capability of `admm_prune.problem` that it shows.
+
+    Problem: `value` is a finite number, the same for the same point; `initial` is finite and no call changes it; no
+    call changes its arguments; `curvature` is positive and finite; the constraint takes the initial point.
+    Quadratic: f(V) = tr(V A V^T) - 2 tr(V G^T) + f(0) at random V; A is symmetric positive definite; f has no slope at
+    the minimizer; the curvature is the mean diagonal of A, by second differences of f: f'' / 2.
+    Proximable: no point found has a smaller f(x) + rho curvature |x - v|^2 than prox(v, rho): not v, nor the dense
+    weights, nor the prox at other rho, nor points near by; where f is smooth, that sum has no slope there.
+    Differentiable: the value is f's, the gradient equals central differences.
+    Stochastic: a draw repeats itself by the bit; its gradient equals the central differences of its loss.
+    Refittable: refit vanishes off the mask; no direction on the mask lowers f; a larger mask is not worse.
+    Blockwise: each block is a problem; where its points are named as ours, its values differ as ours do.
+
+    Args:
+        make_problem: from a seed, a small problem (up to some hundred weights, best in float64); the same for the same
+            seed.
+        examples: how many seeds.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    for_all(st.integers(0, 9999), lambda seed: _conforms(make_problem, seed), examples)
+
+
+def _conforms(make_problem: Callable[[int], Problem], seed: int) -> None:
+    problem = make_problem(seed)
+    case = Case(type(problem).__name__, f"seed {seed}")
+    _is_problem(case, problem)
+    dense = problem.initial()
+    before = dense.clone()
+    case.promise(dense.is_finite() and dense.numel() > 0, "begin at a finite point")
+    curvature = problem.curvature
+    case.promise(math.isfinite(curvature) and curvature > 0, "have a positive finite curvature", f"it is {curvature}")
+    case.promise(isinstance(problem.constraint, Constraint), "have a Constraint")
+    with case.doing("have a constraint that its initial point can be projected to"):
+        start = problem.constraint.project(dense)
+        case.promise(same_form(start, dense), "have a constraint that keeps the form of its points")
+    points = [dense, random_like(dense, seed + 1, rms(dense)), start]
+    values = [_value(case, problem, x) for x in points]
+    twin = make_problem(seed)
+    case.promise([twin.value(x) for x in points] == values, "be the same problem when made again from the same seed")
+    _capabilities(case, problem, points, seed)
+    case.promise(same_bits(problem.initial(), before), "keep its initial point whatever is called")
+    case.promise([problem.value(x) for x in points] == values, "keep its values whatever is called")
+
+
+def _is_problem(case: Case, problem: object) -> None:
+    lacks = [name for name in ("constraint", "curvature", "initial", "value") if not hasattr(problem, name)]
+    case.promise(not lacks, "have the members of a Problem", f"it lacks {', '.join(lacks)}")
+
+
+def _capabilities(case: Case, problem: Problem, points: list[Point], seed: int) -> None:
+    smooth = isinstance(problem, Quadratic | Differentiable)
+    if isinstance(problem, Quadratic):
+        check_quadratic(case.but("as a Quadratic"), problem, seed)
+    if isinstance(problem, Differentiable):
+        _gradient(case.but("as a Differentiable"), problem, points, seed)
+    if isinstance(problem, Stochastic):
+        _samples(case.but("as a Stochastic"), problem, points, seed)
+    if isinstance(problem, Proximable):
+        for rho in (1e-2, 1.0, 30.0):
+            _prox(case.but(f"as a Proximable, rho = {rho}"), problem, points[1], rho, smooth=smooth, seed=seed)
+    if isinstance(problem, Refittable):
+        _refit(case.but("as a Refittable"), problem, points[1], smooth=smooth, seed=seed)
+    if isinstance(problem, Blockwise):
+        _blocks(case.but("as a Blockwise"), problem, points)
+
+
+def _untouched(case: Case, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """The call's answer, the same when asked again; its arguments must come out as they went in."""
+    before = [x.clone() if isinstance(x, Point) else x for x in arguments]
+    with case.doing(f"answer {what}"):
+        first, second = call(*arguments), call(*arguments)
+    case.promise(_equal(first, second), f"answer the same when {what} is asked again")
+    for old, new in zip(before, arguments, strict=True):
+        case.promise(not isinstance(new, Point) or same_bits(new, old), f"leave the arguments of {what} as they were")
+    return first
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Point) and isinstance(b, Point):
+        return same_bits(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _value(case: Case, problem: Problem, x: Point) -> float:
+    value = _untouched(case, "value", problem.value, x)
+    case.promise(isinstance(value, float) and math.isfinite(value), "have a finite float as value", f"it is {value!r}")
+    return float(value)
+
+
+def _gradient(case: Case, problem: Differentiable, points: list[Point], seed: int) -> None:
+    for k, x in enumerate(points):
+        value, gradient = _untouched(case, "value_and_gradient", problem.value_and_gradient, x)
+        close = 100 * precision(x) * max(abs(value), abs(problem.value(x)))
+        case.promise(abs(value - problem.value(x)) <= close, "give the value that `value` gives", f"{value}")
+        _is_gradient(case, problem.value, x, gradient, seed + k)
+
+
+def _samples(case: Case, problem: Stochastic, points: list[Point], seed: int) -> None:
+    for draw in (0, 1, 7):
+        here = case.but(f"draw {draw}")
+        _, gradient = _untouched(here, "sample_gradient", problem.sample_gradient, points[1], draw)
+        _is_gradient(here, partial(_sample_loss, problem, draw), points[1], gradient, seed + draw)
+
+
+def _sample_loss(problem: Stochastic, draw: int, x: Point) -> float:
+    return problem.sample_gradient(x, draw)[0]
+
+
+def _is_gradient(case: Case, value: Callable[[Point], float], x: Point, gradient: Point, seed: int) -> None:
+    case.promise(same_form(gradient, x), "give a gradient of the form of the point")
+    case.promise(not any(g.requires_grad for g in gradient.values()), "give a gradient that holds no graph")
+    for k in range(_DIRECTIONS):
+        d = random_like(x, seed + 100 * k + 1)
+        found, told = slope(value, x, d), gradient.dot(d)
+        allowed = found.rounding + 10 * precision(x) ** 0.5 * float(gradient.norm() * d.norm())
+        case.promise(
+            abs(found.value - told) <= allowed,
+            "give a gradient that equals central differences of its value",
+            f"along a random direction the difference is {found.value}, the gradient says {told}",
+        )
+
+
+def _prox(case: Case, problem: Proximable, v: Point, rho: float, *, smooth: bool, seed: int) -> None:
+    weight = rho * problem.curvature
+
+    def penalized(y: Point) -> float:
+        return problem.value(y) + weight * float((y - v).norm()) ** 2
+
+    x = _untouched(case, "prox", problem.prox, v, rho)
+    case.promise(same_form(x, v) and x.is_finite(), "have a finite prox of the form of its argument")
+    here = penalized(x)
+    rivals = {"v itself": v, "the dense weights": problem.initial()}
+    for factor in (0.5, 0.8, 1.25, 2.0):
+        other = problem.prox(v, factor * rho)
+        rivals[f"prox at {factor} rho"] = other
+        rivals[f"a tenth of the way to prox at {factor} rho"] = x + 0.1 * (other - x)
+        rivals[f"a tenth of the way beyond it, from prox at {factor} rho"] = x - 0.1 * (other - x)
+    for name, y in rivals.items():
+        there = penalized(y)
+        case.promise(
+            here <= there + 1000 * precision(x) * max(abs(here), abs(there)),
+            "minimize value(x) + rho * curvature * |x - v|^2 by its prox",
+            f"{name} gives {there}, prox {here}",
+        )
+    directions = [random_like(x, seed + 100 * k + 2) for k in range(_DIRECTIONS)]
+    strength = problem.curvature * (1 + rho) * float(v.norm() + x.norm())
+    lower = lower_neighbour(penalized, x, directions, smooth=smooth, strength=strength)
+    case.promise(lower is None, "minimize value(x) + rho * curvature * |x - v|^2 by its prox", lower or "")
+
+
+def _refit(case: Case, problem: Refittable, x: Point, *, smooth: bool, seed: int) -> None:
+    scores = random_like(x, seed + 3).map(torch.abs)
+    masks = {f"a random mask of {p:.0%}": scores.map(lambda s, p=p: s < s.flatten().quantile(p)) for p in (0.3, 0.7)}
+    masks["an empty mask"] = x.map(lambda v: torch.zeros_like(v, dtype=torch.bool))
+    masks["a full mask"] = x.map(lambda v: torch.ones_like(v, dtype=torch.bool))
+    if isinstance(problem.constraint, SupportConstraint):
+        masks["a support of its constraint"] = problem.constraint.select(scores)
+    values = {}
+    for name, mask in masks.items():
+        here = case.but(name)
+        fitted = _untouched(here, "refit", problem.refit, mask)
+        here.promise(same_form(fitted, x) and fitted.is_finite(), "refit to a finite point of the form of its points")
+        off = fitted.map(lambda v, kept: v.masked_fill(kept, 0), mask).count_nonzero()
+        here.promise(off == 0, "refit to a point that vanishes off the mask", f"{off} entries do not")
+        values[name] = problem.value(fitted)
+        if not mask.count_nonzero():
+            continue
+        directions = [
+            random_like(x, seed + 100 * k + 4).map(lambda d, kept: d * kept, mask) for k in range(_DIRECTIONS)
+        ]
+        strength = problem.curvature * float(fitted.norm() + problem.initial().norm())
+        lower = lower_neighbour(problem.value, fitted, directions, smooth=smooth, strength=strength)
+        here.promise(lower is None, "refit to the minimum on the mask", lower or "")
+    order = ["an empty mask", "a random mask of 30%", "a random mask of 70%", "a full mask"]
+    for small, large in pairwise(order):
+        slack = 1000 * precision(x) * abs(values["an empty mask"])
+        case.promise(values[large] <= values[small] + slack, f"be no worse refitted on {large} than on {small}")
+
+
+def _blocks(case: Case, problem: Blockwise, points: list[Point]) -> None:
+    order = problem.order
+    case.promise(len(order) > 0 and len(set(order)) == len(order), "name each block once", f"{order}")
+    x, other = points[0], points[1]
+    for name in order:
+        here = case.but(f"block {name}")
+        with here.doing("give each block as a problem"):
+            block = problem.block(name, x)
+            _is_problem(here, block)
+            mine = block.initial()
+            change = block.value(mine)
+        here.promise(math.isfinite(change), "have blocks of finite value", f"{change}")
+        if mine.keys() <= x.keys() and all(mine[key].shape == x[key].shape for key in mine):
+            moved = Point({key: other[key] for key in mine})
+            change = block.value(moved) - block.value(Point({key: x[key] for key in mine}))
+            whole = problem.value(Point({**x, **moved})) - problem.value(x)
+            close = 1000 * precision(x) * max(abs(problem.value(x)), abs(whole), abs(change))
+            here.promise(
+                abs(change - whole) <= close, "have blocks whose values differ as its own do", f"{change}, {whole}"
+            )

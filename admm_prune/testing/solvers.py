@@ -1,0 +1,181 @@
+"""What every solver promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from admm_prune.point import Point
+from admm_prune.problem import Problem
+from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
+from admm_prune.result import Result
+from admm_prune.solvers.base import Iterative, Solver
+from admm_prune.testing.drawing import for_all, st
+from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, TROUBLES, VIEWS, Maker, ill_posed, layer
+from admm_prune.testing.iteration import check_iterative
+from admm_prune.testing.promise import Case, named, same_bits
+from admm_prune.testing.quadratics import optimum
+from admm_prune.testing.results import check_result
+from admm_prune.testing.trial import Trial
+
+_TINY: tuple[tuple[SparseSet, int, int], ...] = (
+    (RowWise(0.5), 1, 12),
+    (RowWise(0.6), 2, 6),
+    (Unstructured(0.5), 3, 4),
+    (Unstructured(0.75), 2, 6),
+    (NofM(2, 4), 1, 12),
+    (NofM(1, 3), 2, 6),
+    (Blocks(0.5, 1, 2), 2, 6),
+)
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What a solver was tried on: the pairs of problem and constraint that it solved, and why it refused others."""
+
+    solved: tuple[str, ...]
+    refused: Mapping[str, str]
+
+
+def assert_solver_conforms(
+    solver: Solver,
+    *,
+    problems: Mapping[str, Maker] | None = None,
+    constraints: Mapping[str, SparseSet] | None = None,
+    examples: int = 15,
+    fills: bool = True,
+    refusals: tuple[type[Exception], ...] = (TypeError,),
+) -> Conformance:
+    """Tries a solver on every problem under every constraint, on ill-posed layers, and on tiny ones with their optimum.
+
+    A pair may be refused, with a TypeError whose message names the solver and the problem or its constraint; something
+    must be solved. Of what is solved:
+
+    - the solution lies in the constraint, has the form of the dense weights, is finite, and keeps the full count;
+    - `objective` is `problem.value(solution)`, to the bit, and not below the optimum of a tiny problem;
+    - `bound`, if given, is above neither the objective nor the optimum;
+    - it is never worse than the projection of a given start: a good start, even the optimum, is never lost;
+    - the same problem made again gives the same bits; problem, start and the solver's settings are left as they were;
+    - nothing to prune returns dense weights that lose nothing to the bit, everything to prune returns zeros;
+    - the status is `ok` where nothing is the matter with the problem, and STOPPED only where a watcher asked;
+    - no iteration in the history is better than the objective, none is out of order;
+    - an `Iterative` continues from its state as if it had never stopped, stops when its watcher says so, and returns
+      a feasible point wherever it stops.
+
+    Args:
+        problems: builders of problems for a constraint, by name, in place of `testing.instances.PROBLEMS`: for solvers
+            of problems that the kit does not know.
+        constraints: by name, in place of `testing.instances.CONSTRAINTS`; sets of 6 x 16 matrices.
+        examples: drawn tiny problems.
+        fills: the solver keeps as many weights as the constraint admits; False for one that may prune more than asked.
+        refusals: what may be raised to refuse; a reference that takes small sizes only may add ValueError.
+
+    Returns:
+        What was solved and what was refused.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    trial = Trial(solver, fills, refusals)
+    settings = repr(solver)
+    sets = CONSTRAINTS if constraints is None else constraints
+    makers = PROBLEMS if problems is None else problems
+    kinds = list(makers)
+    for kind, make in makers.items():
+        for name, constraint in sets.items():
+            _solves(trial, f"{kind}, {name}", make, constraint, dense_start=kind == kinds[0])
+    for kind, view in VIEWS.items():
+        for name in ("half", "2:4"):
+            _solves(trial, f"{kind}, {name}", view, CONSTRAINTS[name], dense_start=True)
+    for trouble in TROUBLES:
+        for name in ("half", "2:4"):
+            _survives(trial, f"a layer with {trouble}, {name}", ill_posed(CONSTRAINTS[name], trouble))
+    drawn = st.tuples(st.sampled_from(_TINY), st.sampled_from((2, 12, 64)), st.integers(0, 9999))
+    for_all(drawn, lambda drawn: _is_honest_of_tiny(trial, *drawn), examples)
+    whole = Case(trial.name, "all problems of the kit")
+    refused = "; ".join(sorted(set(trial.refused.values()))[:3])
+    whole.promise(bool(trial.solved), "solve something", f"it refused everything: {refused}")
+    if isinstance(solver, Iterative):
+        check_iterative(trial, solver)
+    whole.promise(repr(solver) == settings, "leave its own settings as they were", f"{settings} became {solver!r}")
+    return Conformance(tuple(trial.solved), dict(trial.refused))
+
+
+def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dense_start: bool) -> None:
+    case = Case(trial.name, name)
+    problem = make(constraint)
+    result = trial.solve(case, problem)
+    if result is None:
+        return
+    check_result(case, problem, result, fills=trial.fills)
+    case.promise(result.status.ok, "end well on a problem that nothing is the matter with", f"{result.status}")
+    _keeps_the_ends(case, problem, result)
+    again = trial.solve(case, make(constraint))
+    case.promise(
+        again is not None and same_bits(again.solution, result.solution) and again.objective == result.objective,
+        "give the same bits for the same problem made again",
+    )
+    dense = problem.initial().clone()
+    feasible = constraint.project(0.9 * dense)
+    _is_not_worse(trial, case.but("from a feasible start"), problem, feasible)
+    if dense_start:
+        _is_not_worse(trial, case.but("from the dense weights"), problem, dense)
+
+
+def _keeps_the_ends(case: Case, problem: Problem, result: Result) -> None:
+    dense = problem.initial()
+    if problem.constraint.contains(dense) and problem.value(dense) == 0.0:  # no loss of the kit is below zero
+        case.promise(same_bits(result.solution, dense), "return the dense weights, to the bit, where nothing has to go")
+    ones = dense.map(torch.ones_like)
+    if problem.constraint.project(ones).count_nonzero() == 0:
+        case.promise(result.solution.count_nonzero() == 0, "return zeros where everything has to go")
+
+
+def _is_not_worse(trial: Trial, case: Case, problem: Problem, start: Point) -> None:
+    before = start.clone()
+    result = trial.solve(case, problem, start=start)
+    case.promise(result is not None, "take a start wherever it takes the problem")
+    if result is not None:
+        check_result(case, problem, result, fills=False)
+        limit = problem.value(problem.constraint.project(before))
+        case.promise(
+            result.objective <= limit,
+            "be never worse than the projection of the start",
+            f"it returned {result.objective}, the start's projection has {limit}",
+        )
+    case.promise(same_bits(start, before), "leave the start as it was")
+
+
+def _survives(trial: Trial, name: str, problem: Any) -> None:
+    case = Case(trial.name, name)
+    result = trial.solve(case, problem)
+    if result is not None:
+        check_result(case, problem, result, fills=False)
+
+
+def _is_honest_of_tiny(trial: Trial, instance: tuple[SparseSet, int, int], tokens: int, seed: int) -> None:
+    constraint, rows, width = instance
+    case = Case(trial.name, f"a layer of {rows} x {width}, {tokens} tokens, seed {seed}, {named(constraint)}")
+    problem: Any = layer(constraint, rows=rows, width=width, tokens=tokens, seed=seed)
+    result = trial.solve(case, problem)
+    if result is None:
+        return
+    check_result(case, problem, result, fills=False)
+    best = optimum(problem)
+    least = problem.value(best)
+    slack = 1e-9 * least + 1e-13 * problem.value(best.zeros_like())
+    case.promise(
+        result.objective >= least - slack,
+        "not claim less than the optimum over every support",
+        f"it claims {result.objective}, the optimum is {least}",
+    )
+    if result.bound is not None:
+        case.promise(
+            result.bound <= least + slack,
+            "give a lower bound that is not above the optimum",
+            f"bound {result.bound}, optimum {least}",
+        )
+    _is_not_worse(trial, case.but("from the optimum"), problem, best)

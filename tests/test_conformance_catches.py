@@ -1,0 +1,545 @@
+"""The conformance kit catches what is broken: each class breaks one promise and fails with the words of that one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import pytest
+import torch
+from catalogue import layer
+from hypothesis import Phase, settings
+from third_party import Box, HardThresholding
+
+from admm_prune.point import Point
+from admm_prune.problem import Quadratic
+from admm_prune.problems.constraints import Blocks, NofM, RowWise, Unstructured
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.result import Progress, Result, Status
+from admm_prune.solvers.closed_form import Magnitude
+from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_shrinking() -> Iterator[None]:
+    """That a class fails is all that is asked here; a simpler input that it fails on takes a second to find."""
+    settings.register_profile("unshrunk", settings.get_profile("shared"), phases=[Phase.generate])
+    settings.load_profile("unshrunk")
+    yield
+    settings.load_profile("shared")
+
+
+@dataclass(frozen=True)
+class Altered:
+    """Magnitude, with its honest result changed."""
+
+    def solve(self, problem, *, start=None) -> Result:
+        return self.change(Magnitude().solve(problem, start=start), problem, start)
+
+    def change(self, result: Result, problem, start) -> Result:
+        return result
+
+
+def evaluated(result: Result, problem, solution: Point) -> Result:
+    return replace(result, solution=solution, objective=problem.value(solution))
+
+
+class LiesAboutItsObjective(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, objective=result.objective * (1 - 1e-9))
+
+
+class ReturnsTheDenseWeights(Altered):
+    def change(self, result, problem, start) -> Result:
+        return evaluated(result, problem, problem.initial().clone())
+
+
+class RightCountWrongPlaces(Altered):
+    """Keeps a count for a whole matrix where it should be in every row, group or tile."""
+
+    def change(self, result, problem, start) -> Result:
+        any_place = Unstructured(0.0, keep=result.solution.count_nonzero())
+        return evaluated(result, problem, any_place.project(problem.initial()))
+
+
+class PrunesMore(Altered):
+    def change(self, result, problem, start) -> Result:
+        if problem.constraint.contains(problem.initial()) or start is not None:
+            return result
+        fewer = Unstructured(0.0, keep=result.solution.count_nonzero() - 1)
+        return evaluated(result, problem, fewer.project(result.solution))
+
+
+class ModifiesTheStart(Altered):
+    def change(self, result, problem, start) -> Result:
+        if start is not None:
+            start.mul_(0.5)
+        return result
+
+
+class ModifiesTheProblem(Altered):
+    def change(self, result, problem, start) -> Result:
+        if isinstance(problem, LayerReconstruction):
+            problem.weight.mul_(1 + 1e-12)
+        return evaluated(result, problem, result.solution)
+
+
+class IsRandom(Altered):
+    def change(self, result, problem, start) -> Result:
+        if problem.constraint.contains(problem.initial()) or start is not None:
+            return result
+        score = problem.initial().map(torch.rand_like)
+        mask = problem.constraint.select(score)
+        return evaluated(result, problem, problem.initial().map(lambda w, kept: w * kept, mask))
+
+
+class BoundsByItsOwnObjective(Altered):
+    """A bound that no single result gives away: only the optimum does."""
+
+    def change(self, result, problem, start) -> Result:
+        return replace(result, bound=result.objective)
+
+
+class BoundsAboveItsObjective(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, bound=result.objective * (1 + 1e-6))
+
+
+class IgnoresTheStart(Altered):
+    def solve(self, problem, *, start=None) -> Result:
+        return Magnitude().solve(problem)
+
+
+class RoundsTheDenseWeights(Altered):
+    def change(self, result, problem, start) -> Result:
+        return evaluated(result, problem, result.solution * (1 + 1e-15)) if start is None else result
+
+
+class OverflowsInHalfPrecision(Altered):
+    def change(self, result, problem, start) -> Result:
+        through_half = result.solution.map(lambda w: w + 0 * w.half().square().to(w.dtype))
+        return evaluated(result, problem, through_half)
+
+
+class ChangesTheDtype(Altered):
+    def change(self, result, problem, start) -> Result:
+        return evaluated(result, problem, result.solution.map(torch.Tensor.float))
+
+
+class SaysItStalled(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, status=Status.STALLED)
+
+
+class SaysItWasStopped(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, status=Status.STOPPED)
+
+
+class MissedItsBest(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, iterations=1, history=(Progress(1, objective=result.objective - 1e-3),))
+
+
+class CountsFromTwo(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, iterations=2, history=(Progress(2), Progress(1)))
+
+
+class RefusesEverything(Altered):
+    def solve(self, problem, *, start=None) -> Result:
+        raise TypeError(f"RefusesEverything can not do {type(problem).__name__}")
+
+
+class RefusesWithoutAName(Altered):
+    def solve(self, problem, *, start=None) -> Result:
+        raise TypeError("unsupported operand")
+
+
+class Crashes(Altered):
+    def solve(self, problem, *, start=None) -> Result:
+        raise KeyError("hessian")
+
+
+@dataclass(frozen=True)
+class RemembersInItself(Altered):
+    calls: list[int] = field(default_factory=list)
+
+    def change(self, result, problem, start) -> Result:
+        self.calls.append(1)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepsStateOutside(HardThresholding):
+    """Steps that shrink with the number of steps of this call: forgotten when it continues."""
+
+    taken: list[int] = field(default_factory=list, repr=False, compare=False)
+
+    def check(self, problem) -> None:
+        super().check(problem)
+        self.taken.clear()
+
+    def step(self, problem, state, iteration) -> None:
+        self.taken.append(iteration)
+        replace(self, step_size=self.step_size / len(self.taken)).descend(problem, state)
+
+    def descend(self, problem, state) -> None:
+        HardThresholding.step(self, problem, state, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuresWhatItDoesNotReturn(HardThresholding):
+    def measure(self, state, iteration) -> Progress:
+        return Progress(iteration=iteration, objective=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsFeasibleOnlyAtTheEnd(HardThresholding):
+    """Projects in its last iteration: stopped before, it returns what it has."""
+
+    def step(self, problem, state, iteration) -> None:
+        _, gradient = problem.value_and_gradient(state[0])
+        state[0] = state[0] - self.step_size / problem.curvature * gradient
+        if iteration + 1 >= 20:
+            state[0] = problem.constraint.project(state[0])
+
+
+BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
+    (LiesAboutItsObjective, "report as objective the value of its solution"),
+    (ReturnsTheDenseWeights, "on layer, half must keep no more weights than the constraint admits; 96 of 48"),
+    (RightCountWrongPlaces, "return a point of the constraint; .* in the wrong places"),
+    (ModifiesTheStart, "leave the start as it was"),
+    (ModifiesTheProblem, "leave the problem as it was; it changed"),
+    (IsRandom, "same bits for the same problem made again"),
+    (BoundsByItsOwnObjective, "give a lower bound that is not above the optimum"),
+    (BoundsAboveItsObjective, "give a bound not above its objective"),
+    (IgnoresTheStart, "be never worse than the projection of the start"),
+    (RoundsTheDenseWeights, "return the dense weights, to the bit, where nothing has to go"),
+    (OverflowsInHalfPrecision, "half precision, half must return a finite solution"),
+    (ChangesTheDtype, "return a solution of the form of the dense weights; .*float32"),
+    (SaysItStalled, "end well on a problem that nothing is the matter with"),
+    (SaysItWasStopped, "say STOPPED only where a watcher asked"),
+    (MissedItsBest, "return the best point that it measured"),
+    (CountsFromTwo, "number its history"),
+    (RefusesEverything, "must solve something; it refused everything: RefusesEverything can not do"),
+    (RefusesWithoutAName, "name the solver and the problem .*; it raised TypeError: unsupported operand"),
+    (Crashes, "on layer, half must solve, or refuse with a TypeError; it raised KeyError"),
+    (RemembersInItself, "leave its own settings as they were"),
+    (KeepsStateOutside, "continue from its state to the same bits"),
+    (MeasuresWhatItDoesNotReturn, "return the best point that it measured"),
+    (IsFeasibleOnlyAtTheEnd, "objective_every = 1 must keep no more weights than the constraint admits"),
+]
+
+
+@pytest.mark.parametrize(("solver", "message"), BROKEN_SOLVERS, ids=[s.__name__ for s, _ in BROKEN_SOLVERS])
+def test_broken_solvers(solver, message) -> None:
+    with pytest.raises(AssertionError, match=message) as caught:
+        assert_solver_conforms(solver())
+    assert solver.__name__ in str(caught.value)
+
+
+def test_an_optimum_that_is_lost() -> None:
+    class ForgetsGoodStarts(Altered):
+        def change(self, result, problem, start) -> Result:
+            return Magnitude().solve(problem) if start is not None and len(start["weight"]) < 6 else result
+
+    with pytest.raises(AssertionError, match="from the optimum must be never worse"):
+        assert_solver_conforms(ForgetsGoodStarts())
+
+
+def test_broken_constraints() -> None:
+    class KeepsOneTooFew(Unstructured):
+        def project(self, v, metric=None) -> Point:
+            return Unstructured(self.sparsity, keep=self._count(v) - 1).project(v, metric)
+
+    class IgnoresTheMetric(Unstructured):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v)
+
+    class ComparesSquaresOfTheMetric(RowWise):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v, None if metric is None else metric * metric)
+
+    class WritesIntoItsArgument(Unstructured):
+        def project(self, v, metric=None) -> Point:
+            return v.copy_(super().project(v, metric))
+
+    class RoundsWhatItKeeps(NofM):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v, metric).map(lambda x: x.float().to(x.dtype))
+
+    class AnswersInFloat64(NofM):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v, metric).map(torch.Tensor.double)
+
+    class TakesNaN(Unstructured):
+        def select(self, score) -> Point:
+            return super().select(score.map(torch.nan_to_num))
+
+    class LeavesZerosOut(RowWise):
+        def select(self, score) -> Point:
+            return super().select(score).map(lambda kept, s: kept & (s > 0), score)
+
+    class ContainsTooMuch(RowWise):
+        def contains(self, z) -> bool:
+            return Unstructured(self.sparsity).contains(z)
+
+    class ContainsOnlyFullOnes(Unstructured):
+        def contains(self, z) -> bool:
+            return z.count_nonzero() == self._count(z)
+
+    class SharesRoundDown(Unstructured):
+        def share(self, start, stop, shape) -> Unstructured:
+            return Unstructured(0.0, keep=int(self._count(Point(w=torch.ones(shape))) * (stop - start) / shape[1]))
+
+    class TightensTooMuch(Unstructured):
+        def tightened(self, fraction) -> Unstructured:
+            return type(self)(self.sparsity * fraction**0.5 + 0.1 * (1 - fraction))
+
+    class TightensBackAndForth(Unstructured):
+        def tightened(self, fraction) -> Unstructured:
+            return type(self)(self.sparsity * {0.3: 0.9, 0.7: 0.4}.get(fraction, fraction))
+
+    for broken, message in [
+        (KeepsOneTooFew(0.5), "closest point of all supports|full support"),
+        (IgnoresTheMetric(0.5), "closest point of all supports that it admits; its projection costs"),
+        (ComparesSquaresOfTheMetric(0.5), "closest point of all supports"),
+        (WritesIntoItsArgument(0.5), "leave the arguments of project as they were"),
+        (RoundsWhatItKeeps(2, 3), "keep the entries of v that it does not drop, by the bit|closest point"),
+        (AnswersInFloat64(2, 3), "float16 must keep names, shapes, dtypes"),
+        (TakesNaN(0.5), "refuse a point that holds NaN"),
+        (LeavesZerosOut(0.5), "full size, also where scores are zero"),
+        (ContainsTooMuch(0.5), "closest point of all supports|full size"),
+        (ContainsOnlyFullOnes(0.5), "contain"),
+        (SharesRoundDown(0.3), "columns cut at .* must have shares that add up"),
+        (TightensTooMuch(0.5), r"prune nothing when tightened\(0\)"),
+        (TightensBackAndForth(0.5), "shrink as it is tightened"),
+    ]:
+        with pytest.raises(AssertionError, match=message) as caught:
+            assert_constraint_conforms(broken)
+        assert type(broken).__name__ in str(caught.value)
+
+
+def test_large_sets_are_seen_through_too() -> None:
+    class DropsTheLastTile(Blocks):
+        def project(self, v, metric=None) -> Point:
+            z = super().project(v, metric)
+            z["weight"][-self.height :, -self.width :] = 0
+            return z
+
+    class CountsPerMatrix(RowWise):
+        def select(self, score) -> Point:
+            return Unstructured(self.sparsity).select(score)
+
+    for broken in (DropsTheLastTile(0.5, 2, 4), CountsPerMatrix(0.6)):
+        with pytest.raises(AssertionError, match=type(broken).__name__):
+            assert_constraint_conforms(broken, shape=(4, 12))
+
+
+def test_a_box_that_is_not_closed_under_its_projection() -> None:
+    class Shrinks(Box):
+        def project(self, v, metric=None) -> Point:
+            return 0.9 * super().project(v, metric)
+
+    class IsNotClosest(Box):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v).map(lambda inside, x: inside if inside.equal(x) else x / x.abs().amax(), v)
+
+    with pytest.raises(AssertionError, match="change nothing by projecting twice"):
+        assert_constraint_conforms(Shrinks())
+    with pytest.raises(AssertionError, match="project to the closest of its points"):
+        assert_constraint_conforms(IsNotClosest())
+
+
+def test_a_constraint_that_shows_half_of_a_protocol() -> None:
+    class Half(Box):
+        def select(self, score) -> Point:
+            return score.map(torch.isfinite)
+
+    with pytest.raises(AssertionError, match=r"show all of a SupportConstraint; it lacks .*group_width"):
+        assert_constraint_conforms(Half())
+
+
+class Changed(LayerReconstruction):
+    """A layer on which a subclass breaks one promise."""
+
+    @classmethod
+    def of(cls, seed: int) -> Changed:
+        right = layer(Unstructured(0.5), rows=3, width=6, seed=seed)
+        return cls(right.weight, right.gram, right.constraint, ridge=0.01)
+
+
+class WrongGradient(Changed):
+    def value_and_gradient(self, x) -> tuple[float, Point]:
+        return self.value(x), Point(weight=x["weight"] @ self.hessian - self.linear)  # half of it
+
+
+class GradientOfAnother(Changed):
+    def value_and_gradient(self, x) -> tuple[float, Point]:
+        return self.value(x) + 1, Point(weight=2 * (x["weight"] @ self.hessian - self.linear))
+
+
+class ProxAtTwiceRho(Changed):
+    def prox(self, v, rho) -> Point:
+        return super().prox(v, 2 * rho)
+
+
+class ProxWithoutCurvature(Changed):
+    def prox(self, v, rho) -> Point:
+        return super().prox(v, rho / self.curvature)
+
+
+class ProxWithALittleNoise(Changed):
+    def prox(self, v, rho) -> Point:
+        return super().prox(v, rho) + Point(weight=1e-5 * self.weight)
+
+
+class RefitLeavesTheMask(Changed):
+    def refit(self, mask) -> Point:
+        return super().refit(mask).map(lambda v: v + 1e-20)
+
+
+class RefitDoesNotFit(Changed):
+    def refit(self, mask) -> Point:
+        return Point(weight=self.weight * mask["weight"])
+
+
+class HessianOfTwice(Changed):
+    @property
+    def hessian(self) -> torch.Tensor:
+        return 2 * self._right.hessian
+
+    @property
+    def _right(self) -> LayerReconstruction:
+        return LayerReconstruction(self.weight, self.gram, self.constraint, ridge=0.01)
+
+    def value(self, x) -> float:
+        return self._right.value(x)
+
+
+class SkewHessian(Changed):
+    @property
+    def linear(self) -> torch.Tensor:
+        return self.minimizer @ super().hessian
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        right = LayerReconstruction(self.weight, self.gram, self.constraint, ridge=0.01).hessian
+        return right + 1e-6 * right.diagonal().mean() * torch.ones_like(right).triu(1)
+
+
+class WrongLinear(Changed):
+    @property
+    def linear(self) -> torch.Tensor:
+        return super().linear * (1 + 1e-6)
+
+
+class WrongMinimizer(Changed):
+    @property
+    def minimizer(self) -> torch.Tensor:
+        return self.weight * (1 + 1e-4)
+
+    def value(self, x) -> float:
+        return LayerReconstruction(self.weight, self.gram, self.constraint, ridge=0.01).value(x)
+
+    @property
+    def linear(self) -> torch.Tensor:
+        return self.weight @ self.hessian
+
+
+class CurvatureOfTheHessian(Changed):
+    @property
+    def curvature(self) -> float:
+        return 2 * float(self.hessian.diagonal().mean())
+
+
+class ValueDrifts(Changed):
+    drift = count()
+
+    def value(self, x) -> float:
+        return super().value(x) + next(self.drift)
+
+
+class ValueIsATensor(Changed):
+    def value(self, x) -> float:
+        return torch.tensor(super().value(x))
+
+
+class ChangesItsInitialPoint(Changed):
+    def refit(self, mask) -> Point:
+        self.weight.mul_(1 + 1e-9)
+        return super().refit(mask)
+
+
+class ChangesItsArgument(Changed):
+    def prox(self, v, rho) -> Point:
+        return v.copy_(super().prox(v, rho))
+
+
+class SamplesAreNotRepeated(Changed):
+    def sample_gradient(self, x, draw) -> tuple[float, Point]:
+        return self.value(x), x.map(torch.rand_like)
+
+
+class BlocksLeaveHalfOut(Changed):
+    order = ("weight",)
+
+    def block(self, name, x) -> LayerReconstruction:
+        return LayerReconstruction(self.weight, self.gram / 2, self.constraint, ridge=0.01)
+
+
+BROKEN_PROBLEMS = [
+    (WrongGradient, "as a Differentiable must give a gradient that equals central differences"),
+    (GradientOfAnother, "give the value that `value` gives"),
+    (ProxAtTwiceRho, r"minimize value\(x\) \+ rho \* curvature"),
+    (ProxWithoutCurvature, r"minimize value\(x\) \+ rho \* curvature"),
+    (ProxWithALittleNoise, r"minimize value\(x\) \+ rho \* curvature"),
+    (RefitLeavesTheMask, "refit to a point that vanishes off the mask"),
+    (RefitDoesNotFit, "refit to the minimum on the mask"),
+    (HessianOfTwice, r"have the value tr\(V A V\^T\)"),
+    (SkewHessian, "have a symmetric hessian"),
+    (WrongLinear, r"have the value tr\(V A V\^T\)"),
+    (WrongMinimizer, "at its minimizer"),
+    (CurvatureOfTheHessian, "have as curvature the mean diagonal of A"),
+    (ValueDrifts, "answer the same when value is asked again"),
+    (ValueIsATensor, "have a finite float as value"),
+    (ChangesItsInitialPoint, "keep its initial point|answer the same"),
+    (ChangesItsArgument, "leave the arguments of prox as they were|answer the same when prox"),
+    (SamplesAreNotRepeated, "answer the same when sample_gradient is asked again"),
+    (BlocksLeaveHalfOut, "have blocks whose values differ as its own do"),
+]
+
+
+@pytest.mark.parametrize(("problem", "message"), BROKEN_PROBLEMS, ids=[p.__name__ for p, _ in BROKEN_PROBLEMS])
+def test_broken_problems(problem, message) -> None:
+    with pytest.raises(AssertionError, match=message) as caught:
+        assert_problem_conforms(problem.of)
+    assert f"{problem.__name__} on seed" in str(caught.value)
+
+
+def test_the_layer_that_they_break_is_sound() -> None:
+    assert isinstance(Changed.of(0), Quadratic)
+    assert_problem_conforms(Changed.of)
+
+
+def test_the_solver_that_they_break_is_sound() -> None:
+    assert_solver_conforms(Altered())
+
+
+def test_a_part_that_fails_now_and_then_is_said_to() -> None:
+    calls = count()
+
+    class NowAndThen(Unstructured):
+        def project(self, v, metric=None) -> Point:
+            return super().project(v, metric) if next(calls) != 150 else v.clone()
+
+    with pytest.raises(AssertionError, match="the same input gave two outcomes"):
+        assert_constraint_conforms(NowAndThen(0.5))
+
+
+def test_one_that_prunes_more_than_asked() -> None:
+    with pytest.raises(AssertionError, match="keep as many weights as the constraint admits"):
+        assert_solver_conforms(PrunesMore())
+    assert_solver_conforms(PrunesMore(), fills=False)
