@@ -14,10 +14,11 @@ from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.closed_form import Wanda
 from admm_prune.solvers.doctor import diagnose
-from admm_prune.solvers.schedules import Constant
+from admm_prune.solvers.schedules import Constant, LogSpaced
 
 SETS: dict[str, SparseSet] = {"half": Unstructured(0.5), "four fifths": Unstructured(0.8), "2:4": NofM(2, 4)}
 SHAPES = {"64 x 96": (64, 96, 400), "128 x 256, few tokens": (128, 256, 300)}
+PATIENT = ADMM(penalty=LogSpaced(0.1, 1.0, over=30), relaxation=1.0, max_iterations=30)
 each_set = pytest.mark.parametrize("constraint", SETS.values(), ids=SETS)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -33,14 +34,22 @@ def codes(result: Result, **facts: float) -> list[str]:
 
 @each_set
 @each_shape
-@pytest.mark.parametrize(
-    "solver", [ADMM(), ADMM.fast(), ADMM.alps(), ADMM.gradual()], ids=["default", "fast", "alps", "gradual"]
-)
+@pytest.mark.parametrize("solver", [PATIENT, ADMM.alps(), ADMM.gradual()], ids=["patient", "alps", "gradual"])
 def test_a_healthy_run_has_converged_and_nothing_else(
     solver: ADMM, constraint: SparseSet, shape: tuple[int, int, int]
 ) -> None:
     result = solve(solver, constraint, shape)
     assert codes(result, width=100, tokens=400) == ["converged"]
+
+
+@each_set
+@each_shape
+@pytest.mark.parametrize("solver", [ADMM(), ADMM.fast(), ADMM.best()], ids=["default", "fast", "best"])
+def test_no_preset_calls_for_a_warning(solver: ADMM, constraint: SparseSet, shape: tuple[int, int, int]) -> None:
+    """The shorter ones may end on the way, for the refit to finish."""
+    (finding,) = diagnose(solve(solver, constraint, shape))
+    assert finding.code in {"converged", "still-moving"}
+    assert finding.severity in {"good", "info"}
 
 
 @pytest.mark.parametrize("constraint", [CONSTRAINTS["nothing"], CONSTRAINTS["everything"]])
@@ -54,7 +63,8 @@ def test_nothing_to_choose_is_no_illness(constraint: SparseSet) -> None:
 @pytest.mark.parametrize("rho", [1e-4, 1e-2])
 def test_too_small_a_penalty(rho: float, constraint: SparseSet, shape: tuple[int, int, int]) -> None:
     result = solve(ADMM(penalty=Constant(rho)), constraint, shape)
-    assert codes(result) == ["rho-too-small"]
+    # So small a penalty may leave nothing better than the start, and that is then said too.
+    assert codes(result) in (["rho-too-small"], ["rho-too-small", "start-was-best"])
     assert f"rho = {rho:g}" in diagnose(result)[0].finding
 
 
@@ -64,13 +74,13 @@ def test_too_small_a_penalty(rho: float, constraint: SparseSet, shape: tuple[int
 def test_too_large_a_penalty(rho: float, constraint: SparseSet, shape: tuple[int, int, int]) -> None:
     result = solve(ADMM(penalty=Constant(rho)), constraint, shape)
     assert codes(result) == ["rho-too-large"]
-    assert solve(ADMM(), constraint, shape).objective < result.objective, "the advice is worth following"
+    assert solve(PATIENT, constraint, shape).objective < result.objective, "the advice is worth following"
 
 
 @each_set
 @each_shape
 def test_a_run_that_is_cut_short_still_moves(constraint: SparseSet, shape: tuple[int, int, int]) -> None:
-    assert codes(solve(ADMM(max_iterations=5), constraint, shape)) == ["still-moving"]
+    assert codes(solve(replace(PATIENT, max_iterations=4), constraint, shape)) == ["still-moving"]
 
 
 def test_a_start_that_nothing_beats() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import capture, compare, evaluate, listing, run, solve
+from admm_prune.cli import capture, compare, evaluate, listing, run, solve, verify
 
 app = typer.Typer(
     name="admm-prune",
@@ -18,4 +18,5 @@ app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command("capture")(capture.capture)
 app.command("solve")(solve.solve)
+app.command("verify")(verify.verify)
 app.command("list")(listing.list_)

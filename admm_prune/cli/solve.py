@@ -16,7 +16,9 @@ def solve(
     sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
     ridge: common.Ridge = None,
-    out: Annotated[Path | None, typer.Option(help="Write the pruned weight as safetensors.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'.")
+    ] = None,
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
@@ -35,9 +37,11 @@ def solve(
     rows = [
         [key.replace("_", " "), "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)]
         for key, value in outcome.as_json().items()
-        if key != "notes"
+        if key not in ("notes", "diagnosis")
     ]
     common.show_table(f"{file}: {solver} {target.label}", ["", ""], rows)
     print(outcome.advice)
+    for finding in outcome.diagnosis:
+        print(f"{finding.severity}: {finding.finding}{f' ({finding.advice})' if finding.advice else ''}")
     for note in outcome.notes:
         print(f"note: {note}")

@@ -17,6 +17,7 @@ from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.catalogue import Method, Target
+from admm_prune.solvers.doctor import diagnose
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LayerReport:
     seconds: float
     tokens: int
     notes: tuple[str, ...]
+    diagnosis: tuple[str, ...]  # codes of `solvers.doctor`
 
 
 def prune_layerwise(
@@ -93,12 +95,13 @@ def _prune_weight(
     began = time.perf_counter()
     statistics = shared.statistics
     dense = weight.read().clone()  # what is read shares memory with the parameter, which is about to be overwritten
+    asked = method.ridge if ridge is None else ridge
     try:
         problem = LayerReconstruction(
             dense,
             statistics.gram,
             method.constraint(target),
-            ridge=method.ridge if ridge is None else ridge,
+            ridge=asked,
             damping=method.damping,
         )
         result = method.make().solve(problem)
@@ -118,4 +121,15 @@ def _prune_weight(
         seconds=time.perf_counter() - began,
         tokens=statistics.tokens,
         notes=result.notes,
+        diagnosis=tuple(
+            finding.code
+            for finding in diagnose(
+                result,
+                width=dense.shape[1],
+                tokens=statistics.tokens,
+                dead=int(problem.dead.sum()),
+                ridge_asked=asked,
+                ridge_used=problem.ridge,
+            )
+        ),
     )

@@ -8,7 +8,7 @@ import torch
 
 from admm_prune.problems import constraints
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.catalogue import LOCAL_METHODS
+from admm_prune.recipes.catalogue import LOCAL_METHODS, REFERENCES, Method
 
 
 def capabilities() -> dict[str, Any]:
@@ -16,20 +16,35 @@ def capabilities() -> dict[str, Any]:
     sets = [constraints.Unstructured, constraints.RowWise, constraints.NofM, constraints.Blocks, constraints.Product]
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(32, 4, generator=generator)
-    problem = LayerReconstruction(torch.randn(3, 4, generator=generator), inputs.T @ inputs, constraints.NofM(2, 4))
+    weight, gram = torch.randn(3, 4, generator=generator), inputs.T @ inputs
+    tried = [
+        constraints.Unstructured(0.5),
+        constraints.RowWise(0.5),
+        constraints.NofM(2, 4),
+        constraints.Blocks(0.5, 1, 2),
+    ]
     fits = []
-    for method in LOCAL_METHODS.values():
-        try:
-            method.make().solve(problem)
-            fits.append({"solver": method.name, "problem": type(problem).__name__, "fits": True, "why": ""})
-        except TypeError as error:
-            fits.append({"solver": method.name, "problem": type(problem).__name__, "fits": False, "why": str(error)})
+    for method in (*LOCAL_METHODS.values(), *REFERENCES.values()):
+        for constraint in tried:
+            why = _why_not(method, LayerReconstruction(weight, gram, constraint))
+            names = {"solver": method.name, "problem": "LayerReconstruction", "constraint": type(constraint).__name__}
+            fits.append({**names, "fits": not why, "why": why})
     return {
         "methods": [{"name": method.name, "summary": method.summary} for method in LOCAL_METHODS.values()],
+        "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
         "problems": [{"name": "LayerReconstruction", "summary": _summary(LayerReconstruction)}],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],
         "fits": fits,
     }
+
+
+def _why_not(method: Method, problem: LayerReconstruction) -> str:
+    """Why the method refuses the problem; empty where it solves it."""
+    try:
+        method.make().solve(problem)
+    except (TypeError, ValueError, ImportError) as error:
+        return str(error)
+    return ""
 
 
 def _summary(kind: type) -> str:

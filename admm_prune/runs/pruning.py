@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.catalogue import Target, method_named, parse_target
 from admm_prune.recipes.layerwise import LayerReport, check_target, prune_layerwise
+from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
 from admm_prune.runs.manifest import manifest
@@ -143,15 +144,20 @@ def prune(
     )
     if out is not None:
         with output_folder(Path(out)) as folder:
-            save_run(loaded, report, folder)
+            report = save_run(loaded, report, folder)
     return report
 
 
-def save_run(loaded: LoadedModel, report: Report, folder: Path) -> None:
-    """Writes the model as a plain `save_pretrained` folder with the manifest beside it."""
-    content = report.as_json()
-    save(loaded, folder, {key: content[key] for key in ("method", "target", "sparsity")})
-    write_json(folder / MANIFEST, content)
+def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
+    """Writes the model as a plain `save_pretrained` folder, with the manifest and the weights' fingerprints beside it.
+
+    Returns:
+        The report as written.
+    """
+    save(loaded, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
+    write_json(folder / MANIFEST, written.as_json())
+    return written
 
 
 def check_ridge(ridge: float | None) -> None:

@@ -16,6 +16,7 @@ Severity = Literal["good", "info", "warning", "error"]
 # rho <= 0.01 a third or more of it goes on changing in every iteration and the residual stays at 0.2 to 0.7; with
 # rho >= 3 less than 0.05 ever changes, and the value ends 10 to 100 % above that of a healthy run.
 _MOVING = 1e-3
+_FAR = 5e-2
 _SETTLED = 1e-2
 _STEADY = 0.7
 _LONG_ENOUGH = 12  # iterations, before which a start is not told from a circle
@@ -160,7 +161,7 @@ def _motion(result: Result, unit: int) -> Diagnosis:
     if ending > _MOVING:
         return Diagnosis(
             "still-moving",
-            "warning",
+            "warning" if ending > _FAR else "info",
             f"the run ended on the way: {said} (after {result.iterations} iterations)",
             "allow more iterations or more time",
         )

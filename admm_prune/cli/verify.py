@@ -1,0 +1,55 @@
+"""admm-prune verify: a finished run or a solved layer, re-checked from its files alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admm_prune.cli import common
+
+_FALSIFIED = 1
+
+
+def verify(
+    target: Annotated[Path, typer.Argument(help="What 'run' or 'compare' wrote, or what 'solve --out' wrote.")],
+    layer: Annotated[Path | None, typer.Option(help="The layer problem; by default where it was solved.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The evaluation text of a run, by default where the run read it.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the perplexity of a run out.")] = False,
+    seed: common.Seed = 0,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """Recompute every number that a run or a solved layer claims. Status 0: all hold; 1: one does not; 2: wrong input.
+
+    Example: admm-prune verify pruned --json
+    """
+    if target.is_dir():
+        from admm_prune.runs.run_verification import verify_folder
+
+        report = verify_folder(target, data=data, quick=quick, device=device)
+    else:
+        from admm_prune.runs.verification import verify_layer
+
+        report = verify_layer(target, layer, seed=seed)
+    for failure in report.failures:
+        print(f"admm-prune: {failure}", file=sys.stderr)
+    if json:
+        common.emit(report.as_json())
+    else:
+        rows = [
+            [name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)]
+            for name, value in report.numbers.items()
+            if value is not None
+        ]
+        common.show_table(f"{target}: recomputed", ["", ""], rows)
+        print(f"checked: {', '.join(report.checked)}")
+        for note in report.unchecked:
+            print(f"not checked: {note}")
+        print("verified" if report.verified else f"falsified: {len(report.failures)} claims do not hold")
+    if not report.verified:
+        raise typer.Exit(_FALSIFIED)

@@ -1,0 +1,114 @@
+"""What a finished file claims about itself: the metadata of a solved layer, and the fingerprints of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from admm_prune.data.layer_file import LayerFile
+from admm_prune.errors import UserError
+from admm_prune.recipes.catalogue import Target, parse_target
+
+_KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
+_NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """All that a solved layer file says of its weight.
+
+    Attributes:
+        target: "0.7", the fraction pruned, or "2:4".
+        budget: "matrix", "row" or "group": within what the kept weights are counted.
+        bound_kind: the argument that gave the bound.
+        ridge, damping: as used in the end.
+        layer: where the layer problem lay.
+        layer_sha256, weight_sha256: of the tensors of the layer problem, and of the pruned weight.
+    """
+
+    method: str
+    status: str
+    target: str
+    budget: str
+    sparsity: float
+    relative_error: float
+    relative_error_holdout: float | None
+    objective: float
+    bound: float | None
+    bound_kind: str | None
+    ridge: float
+    damping: float
+    layer: str
+    layer_sha256: str
+    weight_sha256: str
+
+    def metadata(self) -> dict[str, str]:
+        """As strings that give every number back to the bit; what is None is left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {_KIND: "1"} | {name: str(value) for name, value in values.items() if value is not None}
+
+    @classmethod
+    def read(cls, metadata: dict[str, str], where: Path) -> Self:
+        """Reads the claims back.
+
+        Raises:
+            UserError: no solved layer, or a claim is missing or no number.
+        """
+        if _KIND not in metadata:
+            raise UserError(
+                f"{where} makes no claims: verify takes what 'admm-prune solve --out' or 'admm-prune run' wrote"
+            )
+        values: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            text = metadata.get(name)
+            if text is None and name not in _OPTIONAL:
+                raise UserError(f"{where}: '{name}' is missing among the claims")
+            try:
+                values[name] = float(text) if text is not None and name in _NUMBERS else text
+            except ValueError:
+                raise UserError(f"{where}: the claim {name} must be a number, not '{text}'") from None
+        return cls(**values)
+
+    @property
+    def aim(self) -> Target:
+        """The target, parsed; raises UserError where it is none."""
+        return parse_target(None, self.target) if ":" in self.target else parse_target(self.target, None)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def layer_sha256(layer: LayerFile) -> str:
+    """sha256 over the tensors of a layer problem, by name, and the energy of its target."""
+    names = ("weight", "gram", "gram_validation", "gram_holdout", "cross_gram")
+    digest = hashlib.sha256(f"target_energy {layer.target_energy!r} ".encode())
+    for name in names:
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            digest.update(f"{name} {tensor_sha256(tensor)} ".encode())
+    return digest.hexdigest()
+
+
+def weights_sha256(folder: Path) -> dict[str, dict[str, Any]]:
+    """For every safetensors file of a folder: {"sha256": of the file, "tensors": {name: sha256}}."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+        with safe_open(path, framework="pt") as file:
+            found[path.name] = {
+                "sha256": whole,
+                "tensors": {name: tensor_sha256(file.get_tensor(name)) for name in sorted(file.keys())},
+            }
+    return found

@@ -1,0 +1,206 @@
+"""A layer problem from its definition, in float64 and numpy alone: the second opinion behind `admm-prune verify`.
+
+Shares the formulas with `problems/layer.py` and no code with it, nor with any solver or kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from admm_prune.data.layer_file import LayerFile
+from admm_prune.recipes.catalogue import Target
+
+Array = NDArray[np.float64]
+
+_DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median of the others
+_SLACK = 8.0  # roundings of the solver's precision that a claimed value may carry
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many weights may be kept, and within what.
+
+    Args:
+        target: the fraction pruned, or N kept of every M.
+        cell: "matrix", "row" or "group".
+    """
+
+    target: Target
+    cell: str
+
+    def cells(self, x: Array) -> list[tuple[Array, int]]:
+        """The entries of a matrix (out, in) as cells (cells, entries), each with the number it may keep."""
+        if self.target.pattern is not None:
+            kept, group = self.target.pattern
+            return [(x.reshape(-1, group), kept)]
+        total = round((1.0 - (self.target.sparsity or 0.0)) * x.size)
+        if self.cell == "matrix" and total > 0:  # where all must go, rows no more share anything
+            return [(x.reshape(1, -1), total)]
+        keep, longer = divmod(total, len(x))
+        return [(part, k) for part, k in ((x[:longer], keep + 1), (x[longer:], keep)) if len(part)]
+
+    def describe_excess(self, weight: Array) -> str | None:
+        """What a matrix keeps beyond the budget; None where it stays within."""
+        nonzero = (weight != 0).astype(np.float64)
+        row = 0
+        for cells, keep in self.cells(nonzero):
+            counts = cells.sum(1)
+            over = np.flatnonzero(counts > keep)
+            if len(over):
+                first, found = int(over[0]), int(counts[over[0]])
+                if self.target.pattern is not None:
+                    r, start = divmod(first * cells.shape[1], weight.shape[1])
+                    return (
+                        f"{self.target.label} keeps at most {keep} of every {cells.shape[1]}: {len(over)} groups keep "
+                        f"more, the first, of row {r} from column {start}, {found}"
+                    )
+                if cells.size == weight.size and len(cells) == 1:
+                    return f"{self.target.label} leaves at most {keep} of {weight.size} weights, found {found}"
+                return (
+                    f"{self.target.label} of every row leaves at most {keep} of {weight.shape[1]} weights: "
+                    f"{len(over)} rows keep more, the first, row {row + first}, {found}"
+                )
+            row += len(cells)
+        return None
+
+
+@dataclass(frozen=True)
+class Definition:
+    """f(V) = tr((V - W') A (V - W')^T) + least, with A = H + ridge diag(H) + damping mean(diag H) I.
+
+    Attributes:
+        weight: W (out, in), as the solver saw it.
+        gram: H (in, in), undamped.
+        hessian: A (in, in), dead channels cut out.
+        minimizer: W' (out, in).
+        least: f(W').
+        cross: X0^T X (in, in) and ||Y||^2, where the target came from other inputs.
+        rounding: unit roundoff of the dtype that the solver worked in.
+    """
+
+    weight: Array
+    gram: Array
+    hessian: Array
+    minimizer: Array
+    least: float
+    cross: tuple[Array, float] | None
+    rounding: float
+
+    @property
+    def scale(self) -> Array:
+        """sqrt(diag A) (in,), which gives A a unit diagonal."""
+        return np.sqrt(np.diagonal(self.hessian))
+
+    def objective(self, v: Array) -> tuple[float, float]:
+        """f(V), and how far rounding in the solver's precision may have put a claim off it."""
+        away = v - self.minimizer
+        value, doubt = energy(away, self.hessian, self.rounding)
+        diagonal = np.diagonal(self.hessian)
+        size = float((away * away * diagonal).sum())
+        if self.cross is not None:
+            size += self.cross[1] + float(((v * v + self.minimizer**2) * diagonal).sum())
+        return value + self.least, _SLACK * self.rounding * size + doubt
+
+    def relative_error(self, v: Array) -> tuple[float, float]:
+        """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""
+        if self.cross is None:
+            return relative_error(v, self.weight, self.gram, self.rounding)
+        cross, target_energy = self.cross
+        if target_energy <= 0:
+            return 0.0, 0.0
+        products = v * (self.weight @ cross)
+        value, doubt = energy(v, self.gram)
+        doubt += _SLACK * self.rounding * float(np.abs(products).sum())
+        return (value - 2 * float(products.sum()) + target_energy) / target_energy, doubt / target_energy
+
+
+def define(layer: LayerFile, ridge: float, damping: float) -> Definition:
+    """The damped problem that a layer file states."""
+    diagonal = layer.gram.diagonal().numpy()  # in the file's own precision, in which dead channels are told
+    alive = np.sort(diagonal[diagonal > 0])
+    dead = diagonal <= (_DEAD * alive[(len(alive) - 1) // 2] if len(alive) else 0.0)
+    gram: Array = layer.gram.double().numpy()
+    weight: Array = layer.weight.to(layer.gram.dtype).double().numpy()
+    hessian = gram.copy()
+    anchor = ridge * np.diagonal(gram) + damping * np.diagonal(gram).mean()
+    if dead.any():
+        hessian[dead] = 0
+        hessian[:, dead] = 0
+        rest = np.sort(np.diagonal(gram)[~dead])
+        anchor[dead] = rest[(len(rest) - 1) // 2] * _DEAD if len(rest) else 1.0
+    hessian[np.diag_indices_from(hessian)] += anchor
+    rounding = float(np.finfo(diagonal.dtype).eps)
+    if layer.cross_gram is None or layer.target_energy is None:
+        return Definition(weight, gram, hessian, weight, 0.0, None, rounding)
+    cross: Array = layer.cross_gram.to(layer.gram.dtype).double().numpy()
+    target = weight @ np.where(dead[:, None] | dead, 0.0, cross) + weight * anchor
+    scale = np.sqrt(np.diagonal(hessian))
+    minimizer = np.linalg.solve(hessian / scale / scale[:, None], (target / scale).T).T / scale
+    least = layer.target_energy + float((weight * weight * anchor).sum()) - energy(minimizer, hessian)[0]
+    return Definition(weight, gram, hessian, minimizer, least, (cross, layer.target_energy), rounding)
+
+
+def energy(deviation: Array, matrix: Array, rounding: float = 0.0) -> tuple[float, float]:
+    """tr(E A E^T), and how far off a claim may be: by float64 added up in another order, by an E that was rounded."""
+    size, product = np.abs(deviation), deviation @ matrix
+    whole = float(((size @ np.abs(matrix)) * size).sum())
+    doubt = (2 * _SLACK * _EPSILON + rounding**2) * whole + 2 * rounding * float((np.abs(product) * size).sum())
+    return float((product * deviation).sum()), doubt
+
+
+def relative_error(v: Array, weight: Array, gram: Array, rounding: float) -> tuple[float, float]:
+    """tr((V - W) H (V - W)^T) / tr(W H W^T), 0 for a layer that is nothing, and its doubt."""
+    whole, _ = energy(weight, gram)
+    error, doubt = energy(v - weight, gram, rounding)
+    return (error / whole, doubt / whole) if whole > 0 else (0.0, 0.0)
+
+
+def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float], float]:
+    """Lower bounds on f over the sparse set by name, and the relative doubt that the solver's precision leaves.
+
+    With K = Ã^-1 in coordinates where A has a unit diagonal, w = W' there, R what a support removes:
+
+        removal            loss(R) >= max_{j in R} w_j^2 / K_jj,
+        Hessian diagonal   loss(R) >= lambda_min(Ã) sum_{j in R} w_j^2,
+        inverse diagonal   loss(R) >= sum_{j in R} w_j^2 / K_jj / lambda_max(K with a unit diagonal).
+    """
+    scale = problem.scale
+    hessian = problem.hessian / scale / scale[:, None]
+    hessian = (hessian + hessian.T) / 2
+    squares = (problem.minimizer * scale) ** 2
+    spectrum, basis = np.linalg.eigh(hessian)
+    if spectrum[0] <= len(spectrum) * _EPSILON * spectrum[-1]:
+        return {"Hessian diagonal": problem.least}, 0.0
+    inverse = (basis / spectrum) @ basis.T
+    variance = np.diagonal(inverse)
+    spread = float(np.linalg.eigvalsh(inverse / np.sqrt(variance) / np.sqrt(variance)[:, None])[-1])
+    removals = squares / variance
+    losses = {
+        "removal": _least_removal(removals, budget),
+        "Hessian diagonal": float(spectrum[0]) * _least_sum(squares, budget),
+        "inverse diagonal": _least_sum(removals, budget) / spread,
+    }
+    doubt = 2 * _SLACK * problem.rounding / float(spectrum[0])
+    return {name: problem.least + loss for name, loss in losses.items()}, doubt
+
+
+def _least_sum(terms: Array, budget: Budget) -> float:
+    """The least sum of the terms that the budget makes go."""
+    return sum(float(np.sort(cells, 1)[:, : cells.shape[1] - keep].sum()) for cells, keep in budget.cells(terms))
+
+
+def _least_removal(terms: Array, budget: Budget) -> float:
+    """The least sum over rows of the largest term that goes; one largest term where rows share a budget."""
+    total = 0.0
+    for cells, keep in budget.cells(terms):
+        if keep == cells.shape[1]:
+            continue
+        last = np.sort(cells, 1)[:, cells.shape[1] - keep - 1]
+        if budget.target.pattern is not None:
+            last = last.reshape(len(terms), -1).max(1)
+        total += float(last.sum())
+    return total

@@ -1,0 +1,294 @@
+"""verify against solved layers: genuine ones of every method and pattern pass, and every falsified claim is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from admm_prune.data.layer_file import LayerFile
+from admm_prune.errors import UserError
+from admm_prune.recipes.catalogue import LOCAL_METHODS, Target, method_named
+from admm_prune.runs.certificates import best_swap
+from admm_prune.runs.claims import Claims, tensor_sha256
+from admm_prune.runs.solving import solve_layer_file
+from admm_prune.runs.verification import Verification, verify_layer
+from admm_prune.testing.instances import correlated_inputs, random_weight
+
+TARGETS = {"0": Target(0.0), "0.5": Target(0.5), "0.83": Target(0.83), "1": Target(1.0), "2:4": Target(None, (2, 4))}
+Edit = Callable[[torch.Tensor, dict[str, str]], None]
+
+
+def layer_file(
+    path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, tokens: int = 96, cross: bool = False
+) -> Path:
+    """A layer of 10 outputs and 24 inputs, of which one is dead; 96 correlated tokens and as many held out."""
+    x, other = correlated_inputs(tokens, 24, seed), correlated_inputs(96, 24, seed + 100)
+    x[:, 5] = 0
+    weight = random_weight(10, 24, seed).to(dtype)
+    dense = x + 0.1 * other[:tokens]
+    target = dense @ weight.double().T
+    LayerFile(
+        weight=weight,
+        gram=(x.T @ x).to(dtype),
+        gram_holdout=(other.T @ other).to(dtype),
+        cross_gram=(dense.T @ x).to(dtype) if cross else None,
+        metadata={"tokens": str(tokens), "target_energy": repr(float(target.square().sum()))} if cross else {},
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Path:
+    return layer_file(tmp_path / "layer.safetensors")
+
+
+HALF = TARGETS["0.5"]
+
+
+def solved(layer: Path, method: str = "admm", target: Target = HALF, **options: float) -> Path:
+    out = layer.with_name("v.safetensors")
+    solve_layer_file(layer, method_named(method), target, out=out, device="cpu", **options)
+    return out
+
+
+def falsify(path: Path, edit: Edit) -> None:
+    """Edits the weight or its claims in place, and says so nowhere."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    weight = load_file(path)["weight"].clone()
+    edit(weight, metadata)
+    save_file({"weight": weight}, path, metadata)
+
+
+@pytest.mark.parametrize(("method", "target"), list(product(LOCAL_METHODS, TARGETS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_every_method_claims_for_every_target_holds(
+    tmp_path: Path, method: str, target: str, dtype: torch.dtype
+) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", dtype=dtype)
+    report = verify_layer(solved(layer, method, TARGETS[target]))
+    assert report.failures == []
+    assert report.unchecked == []
+    assert {"sparse set", "relative_error", "relative_error_holdout", "objective", "bound reproduced"} <= set(
+        report.checked
+    )
+    assert report.numbers["bound_recomputed"] <= report.numbers["reachable"] * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("method", LOCAL_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_target_from_other_inputs_too(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", dtype=dtype, cross=True)
+    report = verify_layer(solved(layer, method))
+    assert report.failures == []
+    assert report.numbers["relative_error_holdout"] is None
+
+
+def test_a_ridge_that_had_to_be_raised_is_the_one_that_is_claimed(tmp_path: Path) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", tokens=7)
+    path = solved(layer, ridge=0.0)
+    with safe_open(path, framework="pt") as file:
+        assert float(file.metadata()["ridge"]) > 0
+    assert verify_layer(path).failures == []
+
+
+def alter(weight: torch.Tensor, claims: dict[str, str]) -> None:
+    kept = weight.nonzero()[0]
+    weight[tuple(kept)] *= 1.5
+
+
+def add(weight: torch.Tensor, claims: dict[str, str]) -> None:
+    weight[tuple((weight == 0).nonzero()[0])] = 1e-3
+
+
+def claim(name: str, change: Callable[[float], float]) -> Edit:
+    def edit(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        claims[name] = repr(change(float(claims[name])))
+
+    return edit
+
+
+def say(name: str, value: str) -> Edit:
+    def edit(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        claims[name] = value
+
+    return edit
+
+
+FORGED = {
+    "weight altered": (alter, ["the weight was altered", "relative_error", "relative_error_holdout", "objective"]),
+    "a weight too many": (add, ["altered", "leaves at most 120 of 240 weights, found 121", "sparsity", "relative"]),
+    "error": (claim("relative_error", lambda x: x * 0.99), ["claimed relative_error"]),
+    "error, a little": (claim("relative_error", lambda x: x * (1 - 3e-6)), ["claimed relative_error"]),
+    "held-out error": (claim("relative_error_holdout", lambda x: x * 0.9), ["claimed relative_error_holdout"]),
+    "objective": (claim("objective", lambda x: x * 0.999), ["claimed objective"]),
+    "sparsity": (claim("sparsity", lambda x: x + 1 / 240), ["claimed sparsity 0.504166667, recomputed 0.5"]),
+    "bound above the value": (claim("bound", lambda x: x + 1e9), ["lies above the value"]),
+    "bound raised": (claim("bound", lambda x: x * 1.01), ["claimed bound"]),
+    "ridge": (claim("ridge", lambda x: x * 2), ["claimed objective"]),
+    "not a number": (say("relative_error", "nan"), ["claimed relative_error nan"]),
+    "target": (say("target", "0.6"), ["60% leaves at most 96 of 240 weights, found 120"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "told"), FORGED.values(), ids=FORGED)
+def test_a_falsified_claim_is_told(layer: Path, edit: Edit, told: list[str]) -> None:
+    path = solved(layer)
+    falsify(path, edit)
+    report = verify_layer(path)
+    assert not report.verified
+    for word in told:
+        assert any(word in failure for failure in report.failures), report.failures
+    if edit is not alter and edit is not add:
+        assert len(report.failures) == 1, "a single lie, a single message"
+
+
+def test_an_alteration_too_small_for_any_number_is_told_by_the_fingerprint(layer: Path) -> None:
+    def nudge(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        kept = tuple(weight.nonzero()[0])
+        weight[kept] = torch.nextafter(weight[kept], torch.tensor(0.0))
+
+    path = solved(layer)
+    falsify(path, nudge)
+    (failure,) = verify_layer(path).failures
+    assert failure.startswith("the weight was altered after it was solved")
+
+
+def test_each_lie_has_its_own_message(layer: Path) -> None:
+    heads = []
+    for edit, _ in FORGED.values():
+        path = solved(layer)
+        falsify(path, edit)
+        heads.append(" ".join(verify_layer(path).failures[0].split()[:4]))
+    assert len(set(heads)) >= 7
+
+
+def test_a_bound_that_a_better_point_refutes_is_told_whatever_its_argument(layer: Path) -> None:
+    """Magnitude is far from the optimum: a bound just below its value is refuted by a refit and swaps."""
+    path = solved(layer, "magnitude")
+    value = verify_layer(path).numbers["objective"]
+
+    def edit(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        claims |= {"bound": repr(0.99 * value), "bound_kind": "branch and bound"}
+
+    falsify(path, edit)
+    (failure,) = verify_layer(path).failures
+    assert "which a refit and single swaps reach" in failure
+
+
+def test_a_group_and_a_row_that_keep_too_much_are_named(layer: Path) -> None:
+    def edit(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        weight[3, 8:12] = 1.0
+
+    path = solved(layer, target=Target(None, (2, 4)))
+    falsify(path, edit)
+    assert any("of row 3 from column 8, 4" in failure for failure in verify_layer(path).failures)
+    path = solved(layer, "wanda")
+    falsify(path, edit)
+    assert any("1 rows keep more, the first, row 3, " in failure for failure in verify_layer(path).failures)
+
+
+def test_weights_that_are_not_finite_or_of_another_shape(layer: Path) -> None:
+    def poison(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        weight[0, :3] = torch.nan
+
+    path = solved(layer)
+    falsify(path, poison)
+    assert verify_layer(path).failures[-1] == "the weight holds NaN or Inf: 3 of 240 entries"
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    save_file({"weight": torch.zeros(10, 23)}, path, metadata)
+    assert verify_layer(path).failures == ["the weight is of shape (10, 23), its layer of shape (10, 24)"]
+
+
+def test_another_layer_is_told_and_nothing_else(layer: Path, tmp_path: Path) -> None:
+    path = solved(layer)
+    other = layer_file(tmp_path / "other.safetensors", seed=1)
+    (failure,) = verify_layer(path, other).failures
+    assert failure.startswith("the layer file is not the one that was solved: claimed fingerprint ")
+    tensors = load_file(layer)
+    tensors["gram_holdout"][0, 0] *= 1.5
+    save_file(tensors, layer)
+    assert not verify_layer(path).verified, "the held-out Gram counts too"
+
+
+def test_the_layer_is_found_beside_the_solved_one_and_asked_for_where_it_is_not(layer: Path, tmp_path: Path) -> None:
+    path = solved(layer)
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved/v.safetensors")
+    beside = layer.rename(tmp_path / "moved" / layer.name)
+    assert verify_layer(moved).verified
+    beside.rename(tmp_path / "away.safetensors")
+    with pytest.raises(UserError, match="name it with --layer"):
+        verify_layer(moved)
+    assert verify_layer(moved, tmp_path / "away.safetensors").verified
+
+
+def test_claims_survive_the_file_to_the_bit() -> None:
+    claims = Claims(
+        method="admm", status="SOLVED", target="0.7", budget="matrix", sparsity=0.7, relative_error=1 / 3,
+        relative_error_holdout=None, objective=1e-300, bound=None, bound_kind=None, ridge=0.1 + 0.2, damping=0.0,
+        layer="a b.safetensors", layer_sha256="0", weight_sha256="1",
+    )  # fmt: skip
+    assert Claims.read(claims.metadata(), Path("f")) == claims
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_fingerprint_sees_bits_shape_and_dtype(dtype: torch.dtype) -> None:
+    x = torch.arange(6, dtype=dtype).reshape(2, 3)
+    others = [x.T.contiguous(), x.reshape(3, 2), x.to(torch.float16), x.clone().index_fill_(0, torch.tensor([1]), 2.0)]
+    assert tensor_sha256(x) == tensor_sha256(x.T.contiguous().T)
+    assert len({tensor_sha256(t) for t in [x, *others]}) == 5 - int(torch.equal(others[0], others[1]))
+
+
+@pytest.mark.parametrize("group", [12, 4])
+def test_the_gain_of_the_best_swap_is_that_of_least_squares_on_every_swapped_support(group: int) -> None:
+    x = correlated_inputs(40, 12, 3).numpy()
+    hessian = x.T @ x + 0.05 * np.eye(12)
+    target = random_weight(1, 12, 3)[0].numpy()
+    kept = np.arange(12) % 4 < 2
+
+    def loss(support: np.ndarray) -> float:
+        rest = np.flatnonzero(~support)
+        inverse = np.linalg.inv(hessian)
+        return float(target[rest] @ np.linalg.solve(inverse[np.ix_(rest, rest)], target[rest]))
+
+    best = loss(kept)
+    for i, j in product(np.flatnonzero(kept), np.flatnonzero(~kept)):
+        if i // group == j // group:
+            swapped = kept.copy()
+            swapped[[i, j]] = False, True
+            best = min(best, loss(swapped))
+    refitted, gain = best_swap(hessian, target, kept, group)
+    assert refitted == pytest.approx(loss(kept), rel=1e-9)
+    assert refitted - gain == pytest.approx(best, rel=1e-9)
+    assert gain > 0
+
+
+def numbers(layer: Path, method: str) -> dict[str, float]:
+    report: Verification = verify_layer(solved(layer, method, Target(0.7)))
+    return report.numbers
+
+
+def test_certificates_tell_a_refitted_point_from_a_cut_one(tmp_path: Path) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", dtype=torch.float64)
+    cut, fitted = numbers(layer, "magnitude"), numbers(layer, "admm")
+    assert fitted["refit_residual"] < 1e-3
+    assert cut["refit_residual"] > 1e-2
+    assert fitted["swap_gain"] <= cut["swap_gain"]
+    assert fitted["unstable_support"] == 0.0 < cut["unstable_support"]
+    assert cut["reachable"] < cut["objective"]
+    assert 0.0 <= cut["swap_optimal"] <= fitted["swap_optimal"] <= 1.0
+
+
+def test_nothing_pruned_is_a_fixed_point_of_everything(layer: Path) -> None:
+    report = verify_layer(solved(layer, "magnitude", Target(0.0)))
+    assert report.numbers["refit_residual"] == report.numbers["unstable_support"] == 0.0
+    assert report.numbers["swap_optimal"] == 1.0
