@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu lint clean
+.PHONY: help demo test test-all gpu bench lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-all: $(INSTALLED) ## every test that this machine can run
 gpu: $(INSTALLED) ## the tests that need a CUDA device; says so where there is none
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 		then $(PYTEST) -m gpu; else echo 'no CUDA device: the tests marked gpu are left out'; fi
+
+bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/README.md has the larger ones
+	$(ONE_THREAD) $(PYTEST) benchmarks/micro -p no:xdist --benchmark-timer=time.process_time $(BENCH_ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,60 @@
+"""The solvers of the leaderboard by name: all of the catalogue, and configurations beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from admm_prune.data.layer_file import LayerFile
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.recipes.catalogue import LOCAL_METHODS, Method, Target
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.closed_form import Wanda
+from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.polish import Polish
+
+YARDSTICK = "alps"  # whose errors the ratios are relative to
+
+_ADMM, _WANDA, _SPARSEGPT = (LOCAL_METHODS[name] for name in ("admm", "wanda", "sparsegpt"))
+
+CONFIGURATIONS: Mapping[str, Method] = {
+    **LOCAL_METHODS,
+    **{
+        method.name: method
+        for method in (
+            Method(YARDSTICK, "ALPS: its controller and its damping as published", ADMM.alps, damping=0.01),
+            replace(_ADMM, name="admm-fast", make=ADMM.fast),
+            replace(_ADMM, name="admm-best", make=ADMM.best),
+            replace(_SPARSEGPT, name="sparsegpt-layer", make=lambda: SparseGPT(mask_scope="layer")),
+            replace(_SPARSEGPT, name="sparsegpt-polished", make=lambda: Polish(SparseGPT())),
+            replace(_SPARSEGPT, name="sparsegpt-layer-polished", make=lambda: Polish(SparseGPT(mask_scope="layer"))),
+            replace(_WANDA, name="wanda-polished", make=lambda: Polish(Wanda())),
+        )
+    },
+}
+
+
+def settings(method: Method) -> str:
+    """All that decides what a method does, but its code."""
+    return f"{method.make()!r}, ridge={method.ridge:g}, damping={method.damping:g}, row_wise={method.row_wise}"
+
+
+def settings_key(method: Method) -> str:
+    """Eight hexadecimal digits of `settings`: a row measured with others is not taken for the method's own."""
+    return hashlib.sha256(settings(method).encode()).hexdigest()[:8]
+
+
+def problem_for(
+    layer: LayerFile, method: Method, target: Target, kind: type[LayerReconstruction] = LayerReconstruction
+) -> LayerReconstruction:
+    """The problem that a method is given. It sees the calibration and validation Grams, never the held-out one."""
+    return kind(
+        layer.weight,
+        layer.gram,
+        method.constraint(target),
+        ridge=method.ridge,
+        damping=method.damping,
+        cross_gram=layer.cross_gram,
+        target_energy=layer.target_energy,
+    )

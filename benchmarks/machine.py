@@ -1,0 +1,48 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(date: str | None = None) -> dict[str, Any]:
+    """Cores, CPU, versions, threads, load and date, for JSON.
+
+    Args:
+        date: ISO; today's by default.
+    """
+    return {
+        "date": date or datetime.date.today().isoformat(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "admm_prune": version("admm-prune"),
+    }
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """One line of it."""
+    return (
+        f"{facts['date']}, {facts['cpu']} ({facts['cores']} cores, {facts['cpu_capability']}), "
+        f"{facts['threads']} thread(s), torch {facts['torch']}"
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,1 @@
+"""The parts of the solvers, one by one, each beside its floor: `make bench`."""
