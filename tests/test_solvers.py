@@ -102,7 +102,7 @@ def test_compact_admm_equals_the_textbook(constraint, seed, relaxation) -> None:
 @given(seed=seeds)
 def test_admm_with_its_support_frozen_equals_least_squares(make, seed) -> None:
     problem = make(CONSTRAINTS["half"], seed=seed)
-    solver = ADMM(freeze_after=0, penalty=Constant(0.3), max_iterations=2000, polish=False, tolerance=1e-13)
+    solver = ADMM(freeze_after=0, penalty=Constant(0.3), max_iterations=2000, polish=False, tolerance=1e-12)
     result = solver.solve(problem)
     refitted = problem.refit(result.solution.map(lambda v: v != 0))
     assert result.status is Status.SOLVED

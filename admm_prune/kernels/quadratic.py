@@ -9,11 +9,16 @@ _TILE = 512  # rows and columns converted to float64 at once
 _GATHERED = 1 << 24  # entries of the gathered Hessians solved at once
 
 
-def energy(deviation: Tensor, hessian: Tensor) -> float:
-    """tr(E A E^T) for E (out, in) and A (in, in), in float64 whatever the dtypes, in tiles of bounded memory."""
+def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
+    """tr(E A E^T) with E = V - W, for V and W (out, in), A (in, in); W = 0 where no origin is given.
+
+    In float64 whatever the dtypes, the difference too, in tiles of bounded memory.
+    """
     total = 0.0
-    for rows in deviation.split(_TILE):
+    for i, rows in enumerate(v.split(_TILE)):
         e = rows.double()
+        if origin is not None:
+            e = e - origin[i * _TILE : (i + 1) * _TILE].double()
         for start in range(0, len(hessian), _TILE):
             columns = slice(start, start + _TILE)
             total += float((e @ hessian[:, columns].double()).mul_(e[:, columns]).sum())

@@ -107,7 +107,7 @@ class LayerReconstruction:
 
     def value(self, x: Point) -> float:
         """tr((V - W') A (V - W')^T) + the value at W', the unconstrained minimum, in float64."""
-        return quadratic.energy(x["weight"] - self.minimizer, self.hessian) + self._least
+        return quadratic.energy(x["weight"], self.hessian, self.minimizer) + self._least
 
     def prox(self, v: Point, rho: float) -> Point:
         """argmin_x f(x) + r |x - v|^2 = W' + r (v - W') (A + r I)^-1, r = rho * curvature."""
@@ -136,7 +136,7 @@ class LayerReconstruction:
         if self.cross_gram is None:
             h = self.gram if gram is None else gram
             energy = quadratic.energy(self.weight, h)
-            error = quadratic.energy(v - self.weight, h)
+            error = quadratic.energy(v, h, self.weight)
             return error / energy if energy > 0 else 0.0
         if gram is not None or self.target_energy is None:
             raise ValueError("an error on other tokens needs their cross-Gram too")

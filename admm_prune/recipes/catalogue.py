@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import DEFAULT_RIDGE
+from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.closed_form import Magnitude, Wanda
@@ -60,7 +61,33 @@ LOCAL_METHODS: Mapping[str, Method] = {
         Method("wanda", "largest |w| ||x|| in each row", Wanda, row_wise=True),
         Method("sparsegpt", "column by column, errors spread over the columns to come", SparseGPT, damping=0.01),
         Method("admm", "ADMM with a rising penalty, then least squares", ADMM, ridge=DEFAULT_RIDGE),
+        Method("admm-fast", "half of admm's work, a little more error", ADMM.fast, ridge=DEFAULT_RIDGE),
+        Method("admm-best", "three times admm's work, a little less error", ADMM.best, ridge=DEFAULT_RIDGE),
+        Method("alps", "ADMM with ALPS's controller and damping", ADMM.alps, damping=0.01),
         Method("admm-gradual", "ADMM with a fixed penalty and a cubic sparsity ramp", ADMM.gradual, ridge=0.1),
+    )
+}
+
+# For small layers: they refuse what they cannot prove.
+REFERENCES: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("brute-force", "every support tried", reference.BruteForce, ridge=DEFAULT_RIDGE, row_wise=True),
+        Method(
+            "branch-and-bound",
+            "proved optimum of each row, or the open bound after a minute",
+            lambda: reference.BranchAndBound(time_limit=60.0),
+            ridge=DEFAULT_RIDGE,
+            row_wise=True,
+        ),
+        Method(
+            "mixed-integer",
+            "mixed-integer program by CVXPY and SCIP",
+            lambda: reference.MixedIntegerReference(time_limit=60.0),
+            ridge=DEFAULT_RIDGE,
+            row_wise=True,
+        ),
+        Method("group-exact", "every N:M group optimal given the rest", reference.GroupExact, ridge=DEFAULT_RIDGE),
     )
 }
 
@@ -71,13 +98,14 @@ def method_named(name: str) -> Method:
     Raises:
         UserError: no such method; the message lists those there are.
     """
-    if name in LOCAL_METHODS:
-        return LOCAL_METHODS[name]
+    ours = {**LOCAL_METHODS, **REFERENCES}
+    if name in ours:
+        return ours[name]
     plugins = {point.name: point for point in entry_points(group="admm_prune.solvers")}
     if name in plugins:
         loaded = plugins[name].load()
         return loaded if isinstance(loaded, Method) else Method(name, loaded.__doc__ or "", loaded, ridge=DEFAULT_RIDGE)
-    known = ", ".join([*LOCAL_METHODS, *sorted(plugins)])
+    known = ", ".join([*ours, *sorted(plugins)])
     raise UserError(f"unknown method '{name}': choose one of {known}")
 
 

@@ -44,7 +44,8 @@ class ADMM(Iterative[State]):
 
     Args:
         penalty: how rho moves.
-        relaxation: a, from 1 (the textbook) to below 2. With 1.5 a third of the iterations is saved.
+        relaxation: a, from 1 (the textbook) to below 2. Above 1 it saves iterations, but the support only comes to rest
+            under a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
         ramp: prune gradually, along this sparsity schedule; None prunes fully from the start.
         freeze_after: iterations after which the support stays as it is; None never.
         polish: least-squares refit on the final support, where the problem is Quadratic.
@@ -57,28 +58,25 @@ class ADMM(Iterative[State]):
     Models, 2024 (`gradual`); the log-spaced penalty, the compact state and the coordinates are ours.
     """
 
-    penalty: PenaltySchedule = LogSpaced(0.2, 0.65, over=20, every=4)
-    relaxation: float = 1.5
+    penalty: PenaltySchedule = LogSpaced(0.15, 1.2, over=24, every=4)
+    relaxation: float = 1.3
     ramp: CubicSparsity | None = None
     freeze_after: int | None = None
     polish: bool = True
-    polish_iterations: int = 6
+    polish_iterations: int = 4
     tolerance: float = 1e-6
-    max_iterations: int = 20
+    max_iterations: int = 24
 
     @classmethod
     def fast(cls) -> ADMM:
-        """About half the work of the default, 1 to 2 % more error."""
-        return cls(
-            penalty=LogSpaced(0.3, 0.8, over=12, every=4), relaxation=1.6, max_iterations=12, polish_iterations=2
-        )
+        """Half the work of the default, some 2 to 4 % more error."""
+        return cls(penalty=LogSpaced(0.3, 2.0, over=12, every=4), max_iterations=12, polish_iterations=2)
 
     @classmethod
     def best(cls) -> ADMM:
-        """Six times the iterations along a slower penalty."""
-        return cls(
-            penalty=LogSpaced(0.1, 0.8, over=120, every=5), relaxation=1.3, max_iterations=120, polish_iterations=10
-        )
+        """Three times the work of the default, some 1 % less error."""
+        penalty = LogSpaced(0.1, 1.0, over=60, every=5)
+        return cls(penalty=penalty, relaxation=1.0, max_iterations=60, polish_iterations=10)
 
     @classmethod
     def alps(cls) -> ADMM:
@@ -125,22 +123,22 @@ class ADMM(Iterative[State]):
                 s.update.prepare(rho)
             s.changed = 0
         tau = s.tau
-        target = s.z.map(lambda z, kept: torch.where(kept, z, z * -tau), s.mask)  # d - u
+        target = s.z.map(lambda z, kept: _either(kept, 1.0, -tau, z.dtype).mul_(z), s.mask)  # d - u
         s.x = s.update.minimize(target)
         s.z.map(lambda z, kept, x: _ascend(z, kept, x, tau, self.relaxation), s.mask, s.x)
         if self.freeze_after is None or iteration < self.freeze_after:
             target.map(lambda out, z: torch.abs(z, out=out), s.z)
             mask = self._select(problem, target, iteration)
-            s.last_changes = sum(int((mask[name] & ~before).sum()) for name, before in s.mask.items())
+            s.last_changes = sum(int(torch.count_nonzero(mask[name] & ~before)) for name, before in s.mask.items())
             s.changed += s.last_changes
             s.mask = mask
-            s.kept = sum(int(kept.sum()) for kept in mask.values())
+            s.kept = mask.count_nonzero()
         else:
             s.last_changes = 0
         s.tau = 1.0
 
     def measure(self, state: State, iteration: int) -> Progress:
-        d = state.z.map(lambda z, kept: z.where(kept, 0), state.mask)
+        d = state.z * state.mask
         size = _norm(d) or 1.0
         return Progress(
             iteration=iteration,
@@ -194,4 +192,9 @@ def _norm(x: Point) -> float:
 
 def _ascend(z: Tensor, kept: Tensor, x: Tensor, tau: float, relaxation: float) -> Tensor:
     """z <- a x + (1 - a) d + u with d = mask z and u = tau (1 - mask) z, in place."""
-    return z.mul_(torch.where(kept, 1 - relaxation, tau)).add_(x, alpha=relaxation)
+    return z.mul_(_either(kept, 1 - relaxation, tau, z.dtype)).add_(x, alpha=relaxation)
+
+
+def _either(mask: Tensor, inside: float, outside: float, dtype: torch.dtype) -> Tensor:
+    """`inside` where the mask is True, `outside` elsewhere; several times faster than torch.where on the CPU."""
+    return mask.to(dtype).mul_(inside - outside).add_(outside)

@@ -58,16 +58,20 @@ class Blocks(SparseSet):
         largest = score.amax().clamp_min(1e-300 if score.element_size() == 8 else 1e-37)
         tiles = self._tiles((score / largest).double()).square().sum(-1)
         kept = selection.largest(tiles, self._keep(score.numel()))
-        mask: Tensor = kept.repeat_interleave(self.height, 0).repeat_interleave(self.width, 1)
-        return mask
+        return _spread(kept, self.height, self.width)
 
     def _tiles(self, x: Tensor) -> Tensor:
         """(out, in) -> (out / height, in / width, height * width)."""
         rows, columns = rows_and_width(x, "Blocks")
         if rows % self.height or columns % self.width:
             raise ValueError(f"tiles of {self.height} x {self.width} do not divide a matrix of {rows} x {columns}")
-        grid = x.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
+        grid = x.reshape(rows // self.height, self.height, columns // self.width, self.width)
         return grid.transpose(1, 2).flatten(-2)
 
     def _keep(self, entries: int) -> int:
         return self.keep if self.keep is not None else kept_count(self.sparsity, entries // (self.height * self.width))
+
+
+def _spread(kept: Tensor, height: int, width: int) -> Tensor:
+    """(out / height, in / width) -> (out, in): each entry fills its tile."""
+    return kept[:, None, :, None].expand(-1, height, -1, width).reshape(kept.shape[0] * height, kept.shape[1] * width)
