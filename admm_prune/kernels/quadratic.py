@@ -96,8 +96,8 @@ def conjugate_gradient_on_support(
 ) -> tuple[Tensor, int, float]:
     """The problem of `minimize_on_support` by conjugate gradients, all rows at once, one product an iteration.
 
-    A should have a unit diagonal: Jacobi's preconditioner is then the identity. A row rests when its residual on the
-    support is at most `tolerance` times that of V = 0.
+    A should have a unit diagonal: Jacobi's preconditioner is then the identity, and gradients are of the size of
+    weights. A row rests when its residual on the support is at most `tolerance` times the norm of its W.
 
     Args:
         start: V (out, in), zero where the mask is False.
@@ -107,7 +107,7 @@ def conjugate_gradient_on_support(
     """
     v = start.clone()
     residual = torch.matmul(minimizer - v, hessian).mul_(mask)
-    scale = torch.matmul(minimizer, hessian).mul_(mask).norm(dim=1, keepdim=True)
+    scale = minimizer.norm(dim=1, keepdim=True)
     floor = torch.finfo(v.dtype).tiny
     direction, squared = residual.clone(), residual.square().sum(1, keepdim=True)
     iteration = 0

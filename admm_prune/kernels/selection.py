@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SAMPLE = 1 << 14  # scores sampled to guess where the threshold lies
+_FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
 _SMALL = 1 << 16  # below this many scores, one direct selection is cheaper than sampling
 
 
@@ -26,9 +26,9 @@ def threshold(score: Tensor, keep: int) -> Tensor:
     total = flat.numel()
     if total <= _SMALL:
         return flat.kthvalue(total - keep + 1).values
-    sample = flat[
-        :: total // _SAMPLE | 1
-    ]  # an odd stride meets every column of a matrix, whatever power of 2 its width
+    size = min(max(total // 64, _FEWEST), _MOST)
+    stride = total // size | 1  # odd, so that it meets every column of a matrix whose width is a power of 2
+    sample = flat[::stride]
     ordered = sample.sort(descending=True).values
     expected = keep / total * len(sample)
     margin = 4.0 * (expected * (1 - keep / total)) ** 0.5 + 4.0
@@ -51,10 +51,11 @@ def largest(score: Tensor, keep: int) -> Tensor:
     if keep >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
     level = threshold(score, keep)
-    mask = score > level
-    missing = keep - int(torch.count_nonzero(mask))
-    ties = (score == level).reshape(-1).nonzero()[:missing, 0]
-    mask.view(-1)[ties] = True
+    mask = (score >= level).contiguous()
+    excess = int(torch.count_nonzero(mask)) - keep
+    if excess:
+        ties = (score == level).reshape(-1).nonzero()[-excess:, 0]
+        mask.view(-1)[ties] = False
     return mask
 
 

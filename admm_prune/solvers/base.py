@@ -120,12 +120,14 @@ class Iterative(ABC, Generic[StateT]):
                 status = stop
                 break
         candidate = self.solution(problem, run.inner)
+        finite = candidate.is_finite()
+        finished = self.finish(problem, run.inner, candidate) if finite else candidate
+        seconds = time.perf_counter() - began  # the clock stops before the objective is evaluated
         # What is offered from here on belongs to this result, not to the run: a continued run must not meet it again.
         final = replace(run)
-        if not candidate.is_finite():
+        if not finite:
             status = Status.NONFINITE
         else:
-            finished = self.finish(problem, run.inner, candidate)
             final.offer(finished, problem.value(finished))
             if finished is not candidate and final.best is not finished:
                 final.offer(candidate, problem.value(candidate))
@@ -139,7 +141,7 @@ class Iterative(ABC, Generic[StateT]):
             iterations=run.iteration,
             best_iteration=final.best_iteration,
             history=tuple(run.history),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             state=run,
             notes=(*getattr(problem, "notes", ()), *self.notes(run.inner)),
         )
