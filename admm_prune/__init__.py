@@ -16,6 +16,7 @@ __all__ = [
     "GramAccumulator",
     "LayerReconstruction",
     "LayerStatistics",
+    "LocalSearch",
     "Magnitude",
     "NofM",
     "Point",
@@ -38,6 +39,7 @@ _HOME = {
     "GramAccumulator": "admm_prune.problems.gram",
     "LayerReconstruction": "admm_prune.problems.layer",
     "LayerStatistics": "admm_prune.problems.gram",
+    "LocalSearch": "admm_prune.solvers.local_search",
     "Magnitude": "admm_prune.solvers.closed_form",
     "NofM": "admm_prune.problems.constraints",
     "Point": "admm_prune.point",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from admm_prune.runs.pruning import prune
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.closed_form import Magnitude, Wanda
+    from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.polish import Polish
 else:  # hidden from type checkers, so that a misspelt name stays an error to them

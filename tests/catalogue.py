@@ -10,6 +10,7 @@ from collections.abc import Callable
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.closed_form import Magnitude, Wanda
+from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.polish import Polish
 from admm_prune.solvers.schedules import Constant
@@ -50,4 +51,5 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "admm watched": lambda: ADMM(objective_every=1, penalty=Constant(0.5)),
     "magnitude, polished": lambda: Polish(Magnitude()),
     "wanda, polished": lambda: Polish(Wanda()),
+    "admm, swaps": lambda: LocalSearch(ADMM()),
 }

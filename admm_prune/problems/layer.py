@@ -38,7 +38,7 @@ class LayerReconstruction:
     Raises:
         ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge.
 
-    Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024; methods in `docs/`.
+    Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024. The normal form is ours.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.closed_form import Magnitude, Wanda
+from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 
 
@@ -62,7 +63,12 @@ LOCAL_METHODS: Mapping[str, Method] = {
         Method("sparsegpt", "column by column, errors spread over the columns to come", SparseGPT, damping=0.01),
         Method("admm", "ADMM with a rising penalty, then least squares", ADMM, ridge=DEFAULT_RIDGE),
         Method("admm-fast", "half of admm's work, a little more error", ADMM.fast, ridge=DEFAULT_RIDGE),
-        Method("admm-best", "three times admm's work, a little less error", ADMM.best, ridge=DEFAULT_RIDGE),
+        Method(
+            "admm-best",
+            "a longer ADMM, then swaps of single weights: several times admm's work, a little less error",
+            lambda: LocalSearch(ADMM.best()),
+            ridge=DEFAULT_RIDGE,
+        ),
         Method("alps", "ADMM with ALPS's controller and damping", ADMM.alps, damping=0.01),
         Method("admm-gradual", "ADMM with a fixed penalty and a cubic sparsity ramp", ADMM.gradual, ridge=0.1),
     )
