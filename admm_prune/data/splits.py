@@ -15,7 +15,7 @@ def hold_out(corpus: Corpus, fraction: float = 0.1) -> tuple[Corpus, Corpus]:
         cut = len(documents) - max(1, round(len(documents) * fraction))
         first, last = documents[:cut], documents[cut:]
     else:
-        text = documents[0]
+        text = "".join(documents)
         cut = text.rfind("\n", 0, max(1, round(len(text) * (1 - fraction)))) + 1
         cut = cut or max(1, round(len(text) * (1 - fraction)))
         first, last = (text[:cut],), (text[cut:],)

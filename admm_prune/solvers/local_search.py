@@ -285,7 +285,7 @@ class Gains:
 
 def resolvent(hessian: Tensor, kept: float) -> tuple[Tensor, float]:
     """B = (A + g I)^-1 and the g with tr(A B) = kept, by Newton's method in log g; an inverse each step."""
-    width, shift = len(hessian), 1.0
+    width, shift, inverse = len(hessian), 1.0, hessian
     for _ in range(30):
         shifted = hessian.clone()
         shifted.diagonal().add_(shift)

@@ -64,8 +64,8 @@ class Row:
     @cached_property
     def inverse(self) -> Array:
         """K = Ã^-1 (n, n)."""
-        inverse, _ = scipy.linalg.lapack.dpotri(np.linalg.cholesky(self.hessian), lower=1)
-        return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T, dtype=np.float64)
+        inverse = scipy.linalg.cho_solve((np.linalg.cholesky(self.hessian), True), np.eye(len(self.hessian)))
+        return np.asarray((inverse + inverse.T) / 2, dtype=np.float64)
 
     @cached_property
     def rounding(self) -> float:
