@@ -30,6 +30,12 @@ def inner(a: Tensor, b: Tensor) -> float:
     return sum(float((x.double() * y.double()).sum()) for x, y in zip(a.split(_TILE), b.split(_TILE), strict=True))
 
 
+def unit_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """S^-1 A S^-1 and the diagonal of S = sqrt(diag A): Jacobi's scaling, in which a weight v is v S."""
+    scale = hessian.diagonal().sqrt()
+    return (hessian / scale).div_(scale[:, None]), scale
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """U upper triangular with A^-1 = U^T U, from one Cholesky factorization and one triangular inverse.
 

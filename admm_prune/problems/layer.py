@@ -119,8 +119,7 @@ class LayerReconstruction:
 
     def refit(self, mask: Point) -> Point:
         """The least-squares weights on a support, by Cholesky, in Jacobi-scaled coordinates."""
-        scale = self.hessian.diagonal().sqrt()
-        scaled = self.hessian / scale / scale[:, None]
+        scaled, scale = quadratic.unit_diagonal(self.hessian)
         return Point(weight=quadratic.minimize_on_support(scaled, self.minimizer * scale, mask["weight"]) / scale)
 
     def relative_error(self, x: Point, gram: Tensor | None = None) -> float:
@@ -164,8 +163,8 @@ class LayerReconstruction:
             return
         asked = self.ridge
         for _ in range(_ESCALATIONS):
-            scale = self.hessian.diagonal().sqrt()
-            _, failed = torch.linalg.cholesky_ex(self.hessian / scale / scale[:, None])
+            scaled, _ = quadratic.unit_diagonal(self.hessian)
+            _, failed = torch.linalg.cholesky_ex(scaled)
             if not int(failed):
                 break
             self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)

@@ -153,15 +153,7 @@ class Iterative(ABC, Generic[StateT]):
             point = self.solution(problem, run.inner)
             objective = problem.value(point)
             run.offer(point, objective)
-        return Progress(
-            iteration=run.iteration,
-            objective=objective,
-            primal_residual=progress.primal_residual,
-            dual_residual=progress.dual_residual,
-            rho=progress.rho,
-            support_changes=progress.support_changes,
-            seconds=seconds,
-        )
+        return replace(progress, objective=objective, seconds=seconds)
 
 
 def closed_form(

@@ -52,8 +52,8 @@ class SparseGPT:
         dense = Point(weight=problem.minimizer)
         if constraint.contains(dense):  # nothing has to go: nothing changes, not by a bit
             return closed_form(problem, dense, began, start)
-        scale = problem.hessian.diagonal().sqrt()
-        factor, notes = _inverse_factor(problem.hessian / scale / scale[:, None])
+        scaled, scale = quadratic.unit_diagonal(problem.hessian)
+        factor, notes = _inverse_factor(scaled)
         columns = (problem.minimizer * scale).T.contiguous()  # (in, out): a column of W is a row here
         if self.mask_scope == "layer":
             score = columns.abs() / factor.norm(dim=0)[:, None]

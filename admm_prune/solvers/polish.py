@@ -55,8 +55,7 @@ class Polish:
             raise ValueError("Polish needs an inner solver or a start whose support it refits")
         if not isinstance(problem, Quadratic):
             return closed_form(problem, problem.refit(start.map(lambda x: x != 0)), began, start, notes)
-        scale = problem.hessian.diagonal().sqrt()
-        hessian = problem.hessian / scale / scale[:, None]
+        hessian, scale = quadratic.unit_diagonal(problem.hessian)
         refitted, note = refit(
             hessian, problem.minimizer * scale, start["weight"] * scale, self.tolerance, self.max_iterations
         )

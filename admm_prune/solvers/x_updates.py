@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from admm_prune.kernels import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic
 
@@ -54,7 +55,7 @@ class QuadraticUpdate(DenseUpdate):
 
     def scaled_hessian(self) -> Tensor:
         """S^-1 A S^-1, with a unit diagonal."""
-        return (self._hessian / self._scale).div_(self._scale[:, None])
+        return quadratic.unit_diagonal(self._hessian)[0]
 
     def prepare(self, rho: float) -> None:
         self._inverse = None  # frees its memory for the factorization
