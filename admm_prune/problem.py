@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, Self, runtime_checkable
+import inspect
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from admm_prune.point import Point
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+CapabilityT = TypeVar("CapabilityT")
 
 
 @runtime_checkable
@@ -123,17 +129,34 @@ class Refittable(Problem, Protocol):
         ...
 
 
+def fits(problem: object, capability: type[CapabilityT]) -> TypeIs[CapabilityT]:
+    """Whether the problem has all members of a capability.
+
+    They are looked up, not read: up to Python 3.11 `isinstance` reads each property, and `linear` costs a product.
+    """
+    return all(_has(problem, name) for name in _members(capability))
+
+
 def require(solver: object, problem: object, capability: type, why: str) -> None:
     """Refuses a pair that does not fit.
 
     Raises:
         TypeError: `problem` lacks members of `capability`; the message names both sides and each missing member.
     """
-    if isinstance(problem, capability):
+    members = sorted(name for name in _members(capability) if not _has(problem, name))
+    if not members:
         return
-    promised = {name for kind in capability.__mro__ if kind not in (object, Protocol, Generic) for name in vars(kind)}
-    members = sorted(name for name in promised if not name.startswith("_") and not hasattr(problem, name))
     raise TypeError(
         f"{type(solver).__name__} needs a {capability.__name__} problem ({why}); "
         f"{type(problem).__name__} lacks {', '.join(members)}"
     )
+
+
+def _has(problem: object, name: str) -> bool:
+    missing = object()
+    return inspect.getattr_static(problem, name, missing) is not missing
+
+
+def _members(capability: type) -> set[str]:
+    promised = {name for kind in capability.__mro__ if kind not in (object, Protocol, Generic) for name in vars(kind)}
+    return {name for name in promised if not name.startswith("_")}

@@ -9,38 +9,52 @@ import torch
 from torch import Tensor
 
 _FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
+_PART = 1 << 18  # scores compared at once on the CPU
 _SMALL = 1 << 16  # below this many scores, one direct selection is cheaper than sampling
 
 
 def threshold(score: Tensor, keep: int) -> Tensor:
     """The `keep`-th largest entry of `score`, exactly, as a tensor of no dimensions.
 
-    A strided sample brackets the answer (Floyd and Rivest, Expected time bounds for selection, 1975); one pass counts
-    what lies above the bracket and one gathers what lies inside, so that only a small part is ever selected from.
-
     Args:
         score: any shape, at least `keep` entries, without NaN.
         keep: from 1 to the number of entries.
     """
-    flat = score.reshape(-1)
+    return _threshold(score.reshape(-1), keep)[0]
+
+
+def _threshold(flat: Tensor, keep: int) -> tuple[Tensor, int]:
+    """The `keep`-th largest entry, and how many are as large or larger.
+
+    A strided sample brackets the answer (Floyd and Rivest, Expected time bounds for selection, 1975); one pass counts
+    what lies above the bracket and gathers what lies inside, so that only a small part is ever selected from.
+    """
     total = flat.numel()
     if total <= _SMALL:
-        return flat.kthvalue(total - keep + 1).values
+        return _select(flat, keep)
     size = min(max(total // 64, _FEWEST), _MOST)
-    stride = total // size | 1  # odd, so that it meets every column of a matrix whose width is a power of 2
-    sample = flat[::stride]
-    ordered = sample.sort(descending=True).values
+    sample = flat[:: total // size | 1]  # an odd stride meets every column of a matrix whose width is a power of 2
     expected = keep / total * len(sample)
     margin = 4.0 * (expected * (1 - keep / total)) ** 0.5 + 4.0
-    high_rank, low_rank = int(expected - margin), int(expected + margin)
-    high = ordered[high_rank] if high_rank >= 0 else ordered[0].new_tensor(torch.inf)
-    low = ordered[low_rank] if low_rank < len(sample) else ordered[0].new_tensor(-torch.inf)
-    above = int(torch.count_nonzero(flat > high))
-    inside = flat[(flat >= low) & (flat <= high)]
-    rank = keep - above  # of the answer among `inside`, counted from the largest
-    if not 1 <= rank <= inside.numel():  # the sample misled: select from everything
-        return flat.kthvalue(total - keep + 1).values
-    return inside.kthvalue(inside.numel() - rank + 1).values
+    high_rank, low_rank = int(expected - margin) + 1, int(expected + margin) + 1
+    high = _select(sample, high_rank)[0] if high_rank >= 1 else sample.new_tensor(torch.inf)
+    low = _select(sample, low_rank)[0] if low_rank <= len(sample) else sample.new_tensor(-torch.inf)
+    above, inside = 0, []
+    for part in flat.split(_PART if flat.device.type == "cpu" else total):  # small enough to stay in the cache
+        over = part > high
+        above += int(torch.count_nonzero(over))
+        inside.append(part[(part >= low) > over])
+    between = torch.cat(inside)
+    if not 1 <= keep - above <= between.numel():  # the sample misled: select from everything
+        return _select(flat, keep)
+    level, reaching = _select(between, keep - above)
+    return level, above + reaching
+
+
+def _select(values: Tensor, rank: int) -> tuple[Tensor, int]:
+    """The `rank`-th largest, counted from 1, and how many reach it; every value is looked at."""
+    level = values.kthvalue(values.numel() - rank + 1).values
+    return level, int(torch.count_nonzero(values >= level))
 
 
 def largest(score: Tensor, keep: int) -> Tensor:
@@ -50,11 +64,10 @@ def largest(score: Tensor, keep: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     if keep >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
-    level = threshold(score, keep)
+    level, reaching = _threshold(score.reshape(-1), keep)
     mask = (score >= level).contiguous()
-    excess = int(torch.count_nonzero(mask)) - keep
-    if excess:
-        ties = (score == level).reshape(-1).nonzero()[-excess:, 0]
+    if reaching > keep:
+        ties = (score == level).reshape(-1).nonzero()[keep - reaching :, 0]
         mask.view(-1)[ties] = False
     return mask
 

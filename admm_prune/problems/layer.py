@@ -12,7 +12,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Constraint
 from admm_prune.problems.gram import DEAD, check_gram, check_square, check_weight, dead_channels
 
-DEFAULT_RIDGE = 0.03
+DEFAULT_RIDGE = 0.035
 _ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
 
 
@@ -71,9 +71,12 @@ class LayerReconstruction:
             self.notes += (f"{int(self.dead.sum())} of {len(gram)} input channels are dead: pruned first",)
         self._ensure_positive_definite()
 
-    @cached_property
+    @property
     def hessian(self) -> Tensor:
-        """A = H + ridge diag(H) + damping mean(diag H) I (in, in), dead channels cut out."""
+        """A = H + ridge diag(H) + damping mean(diag H) I (in, in), dead channels cut out.
+
+        A new tensor at each access: a solver that is short of memory lets it go between two uses.
+        """
         hessian = self.gram.clone()
         diagonal = hessian.diagonal()
         diagonal += self.ridge * diagonal + self.damping * diagonal.mean()
@@ -112,7 +115,7 @@ class LayerReconstruction:
     def prox(self, v: Point, rho: float) -> Point:
         """argmin_x f(x) + r |x - v|^2 = W' + r (v - W') (A + r I)^-1, r = rho * curvature."""
         strength = rho * self.curvature
-        shifted = self.hessian.clone()
+        shifted = self.hessian
         shifted.diagonal().add_(strength)
         away = (v["weight"] - self.minimizer) * strength
         return Point(weight=self.minimizer + torch.cholesky_solve(away.T, torch.linalg.cholesky(shifted)).T)
@@ -168,6 +171,5 @@ class LayerReconstruction:
             if not int(failed):
                 break
             self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
-            del self.hessian
         if self.ridge != asked:
             self.notes += (f"the Gram is singular with ridge {asked:g}: raised to {self.ridge:g}",)

@@ -83,7 +83,7 @@ class Iterative(ABC, Generic[StateT]):
         return point
 
     def finish(self, problem: Any, state: StateT, point: Point) -> Point:
-        """A last improvement of a feasible point that stays feasible; the point itself by default."""
+        """A last improvement of a feasible point that stays feasible; may overwrite it. The point itself by default."""
         return point
 
     def notes(self, state: StateT) -> tuple[str, ...]:
@@ -119,9 +119,10 @@ class Iterative(ABC, Generic[StateT]):
             if stop is not None:
                 status = stop
                 break
-        candidate = self.solution(problem, run.inner)
-        finite = candidate.is_finite()
-        finished = self.finish(problem, run.inner, candidate) if finite else candidate
+        finished = self.solution(problem, run.inner)
+        finite = finished.is_finite()
+        if finite:
+            finished = self.finish(problem, run.inner, finished)
         seconds = time.perf_counter() - began  # the clock stops before the objective is evaluated
         # What is offered from here on belongs to this result, not to the run: a continued run must not meet it again.
         final = replace(run)
@@ -129,8 +130,9 @@ class Iterative(ABC, Generic[StateT]):
             status = Status.NONFINITE
         else:
             final.offer(finished, problem.value(finished))
-            if finished is not candidate and final.best is not finished:
-                final.offer(candidate, problem.value(candidate))
+            if final.best is not finished:
+                unfinished = self.solution(problem, run.inner)
+                final.offer(unfinished, problem.value(unfinished))
         offer_start(problem, final, self.projected_start(problem, start))
         if final.best is None:
             raise ArithmeticError("no feasible point of finite value was met, not even the projected start")

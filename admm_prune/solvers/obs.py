@@ -70,26 +70,30 @@ class SparseGPT:
         group = constraint.group_width
         panel = group * max(1, min(_PANEL, self.block) // group)
         block = panel * max(1, self.block // panel)
-        chosen = columns  # of the group at work, set when its first column is reached
         for start in range(0, width, block):
             stop = min(start + block, width)
-            errors = torch.empty_like(columns[start:stop])
-            block_mask = None if mask is None else mask[start:stop]
-            if block_mask is None and group == 1:
-                block_mask = _choose(columns[start:stop], factor, constraint, start, stop, width)
+            rows = columns[start:stop]
+            errors = torch.empty_like(rows)
+            if mask is not None:
+                keep = mask[start:stop]
+            elif group == 1:
+                keep = _choose(rows, factor, constraint, start, stop, width)
+            else:
+                keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)  # chosen group by group
+            loss = (~keep).to(rows.dtype).div_(factor.diagonal()[start:stop, None])
             for left in range(start, stop, panel):
                 right = min(left + panel, stop)
                 for j in range(left, right):
-                    if block_mask is None and (j - left) % group == 0:
-                        chosen = _choose(columns[j : j + group], factor, constraint, j, j + group, width)
-                    keep = block_mask[j - start] if block_mask is not None else chosen[(j - left) % group]
-                    error = errors[j - start]
-                    torch.mul(columns[j], ~keep, out=error).div_(factor[j, j])
-                    columns[j].mul_(keep)
-                    columns[j + 1 : right].addr_(factor[j, j + 1 : right], error, alpha=-1)
+                    i = j - start
+                    if mask is None and group > 1 and (j - left) % group == 0:
+                        keep[i : i + group] = _choose(columns[j : j + group], factor, constraint, j, j + group, width)
+                        torch.div(~keep[i : i + group], factor.diagonal()[j : j + group, None], out=loss[i : i + group])
+                    torch.mul(rows[i], loss[i], out=errors[i])
+                    columns[j + 1 : right].addr_(factor[j, j + 1 : right], errors[i], alpha=-1)
                 columns[right:stop].addmm_(
                     factor[left:right, right:stop].T, errors[left - start : right - start], alpha=-1
                 )
+            rows.mul_(keep)
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admm_prune.kernels import quadratic
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint
+from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, fits
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver, closed_form
 
@@ -36,7 +36,7 @@ class Polish:
     max_iterations: int = 100
 
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
-        if not isinstance(problem, Quadratic | Refittable):
+        if not (fits(problem, Quadratic) or fits(problem, Refittable)):
             raise TypeError(
                 f"Polish needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
                 "hessian nor a refit"
@@ -53,26 +53,21 @@ class Polish:
             start, notes = found.solution, found.notes
         if start is None:
             raise ValueError("Polish needs an inner solver or a start whose support it refits")
-        if not isinstance(problem, Quadratic):
+        if not fits(problem, Quadratic):
             return closed_form(problem, problem.refit(start.map(lambda x: x != 0)), began, start, notes)
-        hessian, scale = quadratic.unit_diagonal(problem.hessian)
-        refitted, note = refit(
-            hessian, problem.minimizer * scale, start["weight"] * scale, self.tolerance, self.max_iterations
-        )
-        return closed_form(problem, Point(weight=refitted / scale), began, start, (*notes, *note))
+        weight = start["weight"].clone()
+        note = refit_(problem, weight, self.tolerance, self.max_iterations)
+        return closed_form(problem, Point(weight=weight), began, start, (*notes, *note))
 
 
-def refit(
-    hessian: Tensor, minimizer: Tensor, start: Tensor, tolerance: float, max_iterations: int
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Refits on the support of `start` by conjugate gradients, in coordinates where diag(hessian) = 1.
+def refit_(problem: Quadratic, weight: Tensor, tolerance: float, max_iterations: int) -> tuple[str, ...]:
+    """Refits V (out, in) on its support by conjugate gradients, in place.
 
     Returns:
-        V (out, in) and a note where the tolerance was not reached.
+        A note where the tolerance was not reached.
     """
-    reachable = max(tolerance, 50 * torch.finfo(start.dtype).eps)
-    v, _, residual = quadratic.conjugate_gradient_on_support(
-        hessian, minimizer, start != 0, start, tolerance=reachable, max_iterations=max_iterations
+    reachable = max(tolerance, 50 * torch.finfo(weight.dtype).eps)
+    _, residual = quadratic.conjugate_gradient_on_support_(
+        weight, problem.hessian, problem.minimizer, weight != 0, tolerance=reachable, max_iterations=max_iterations
     )
-    note = (f"refit stopped at a relative residual of {residual:.1e}",) if residual > 10 * reachable else ()
-    return v, note
+    return (f"refit stopped at a relative residual of {residual:.1e}",) if residual > 10 * reachable else ()

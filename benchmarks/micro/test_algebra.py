@@ -89,8 +89,8 @@ def test_refit(measure: Measure, layer: Layer, constraint: SparseSet) -> None:
     mask = constraint.select(problem(layer, constraint).initial())["weight"]
     start = layer.weight * mask
     measure(
-        lambda: quadratic.conjugate_gradient_on_support(
-            layer.hessian, layer.weight, mask, start, tolerance=0.0, max_iterations=ITERATIONS
+        lambda: quadratic.conjugate_gradient_on_support_(
+            start.clone(), layer.hessian, layer.weight, mask, tolerance=0.0, max_iterations=ITERATIONS
         ),
         operations=(ITERATIONS + 1) * 2 * layer.rows * layer.width**2,
         moved=(ITERATIONS + 1) * 4 * layer.width**2,

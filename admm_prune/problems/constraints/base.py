@@ -57,7 +57,7 @@ class SparseSet(ABC):
 
 def _weighted(v: Tensor, metric: Tensor) -> Tensor:
     # |v| sqrt(metric) orders entries as metric v^2 does, and does not underflow where the square would.
-    return v.abs() * metric.sqrt()
+    return v.abs().mul_(metric.sqrt())
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic
+from admm_prune.problem import Quadratic, fits
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.supports import recognise
 
@@ -183,7 +183,7 @@ def separate(owner: str, candidate: object) -> Separated:
 
 def quadratic(owner: str, problem: object) -> Quadratic:
     """The problem itself; raises TypeError, naming both sides and what is missing, where it is not Quadratic."""
-    if isinstance(problem, Quadratic):
+    if fits(problem, Quadratic):
         return problem
     missing = ", ".join(name for name in ("hessian", "linear", "minimizer", "value") if not hasattr(problem, name))
     raise TypeError(f"{owner} needs a Quadratic problem; {type(problem).__name__} lacks {missing}")
