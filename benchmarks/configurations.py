@@ -8,24 +8,21 @@ from dataclasses import replace
 
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.catalogue import LOCAL_METHODS, Method, Target
-from admm_prune.solvers.admm import ADMM
+from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
+from admm_prune.recipes.targets import Target
 from admm_prune.solvers.closed_form import Wanda
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.polish import Polish
 
 YARDSTICK = "alps"  # whose errors the ratios are relative to
 
-_ADMM, _WANDA, _SPARSEGPT = (LOCAL_METHODS[name] for name in ("admm", "wanda", "sparsegpt"))
+_WANDA, _SPARSEGPT = (LOCAL_METHODS[name] for name in ("wanda", "sparsegpt"))
 
 CONFIGURATIONS: Mapping[str, Method] = {
     **LOCAL_METHODS,
     **{
         method.name: method
         for method in (
-            Method(YARDSTICK, "ALPS: its controller and its damping as published", ADMM.alps, damping=0.01),
-            replace(_ADMM, name="admm-fast", make=ADMM.fast),
-            replace(_ADMM, name="admm-best", make=ADMM.best),
             replace(_SPARSEGPT, name="sparsegpt-layer", make=lambda: SparseGPT(mask_scope="layer")),
             replace(_SPARSEGPT, name="sparsegpt-polished", make=lambda: Polish(SparseGPT())),
             replace(_SPARSEGPT, name="sparsegpt-layer-polished", make=lambda: Polish(SparseGPT(mask_scope="layer"))),

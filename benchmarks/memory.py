@@ -17,22 +17,12 @@ from pathlib import Path
 import torch
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
-from admm_prune.recipes.catalogue import Target, parse_target
+from admm_prune.recipes.targets import Target, target_named
 from admm_prune.runs.memory import PeakMemory
 from benchmarks.configurations import CONFIGURATIONS, problem_for
 from benchmarks.measuring import warm_up
 
 _ROOT = Path(__file__).resolve().parents[1]
-
-
-def target_named(text: str) -> Target:
-    """0.7 or 2:4."""
-    return parse_target(None, text) if ":" in text else parse_target(text, None)
-
-
-def name_of(target: Target) -> str:
-    """The inverse of `target_named`."""
-    return f"{target.pattern[0]}:{target.pattern[1]}" if target.pattern else repr(target.sparsity)
 
 
 def peak_in_a_process(path: Path, solver: str, target: Target) -> float:
@@ -41,7 +31,7 @@ def peak_in_a_process(path: Path, solver: str, target: Target) -> float:
     Raises:
         RuntimeError: the solve failed; the message holds its last words.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", str(path.resolve()), solver, name_of(target)]
+    command = [sys.executable, "-m", "benchmarks.memory", str(path.resolve()), solver, str(target)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

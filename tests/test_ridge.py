@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 from catalogue import correlated_inputs, random_weight
+from torch import nn
 
+from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
+from admm_prune.models.capture import SharedInput
+from admm_prune.models.structure import WeightView
 from admm_prune.problems.constraints import Unstructured
+from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.ridge import GRID, choose_ridge
+from admm_prune.recipes.layerwise import prune_shared
+from admm_prune.recipes.local_methods import LOCAL_METHODS
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.ridge import GRID, choose_ridge, parse_ridge
+from admm_prune.recipes.targets import Target
 from admm_prune.solvers.admm import ADMM
+
+TEXT = Sequences((), "windows", 8, None, 1)
 
 
 def split_grams(tokens: int, width: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,23 +33,84 @@ def split_grams(tokens: int, width: int = 48) -> tuple[torch.Tensor, torch.Tenso
     return seen.T @ seen, validation.T @ validation, unseen.T @ unseen
 
 
-def test_scarce_text_asks_for_a_larger_ridge_than_plenty() -> None:
+def test_every_trial_is_reported_the_best_one_first() -> None:
+    gram, validation, _ = split_grams(600)
+    trials = choose_ridge(random_weight(32, 48, 0, torch.float32), gram, validation, Unstructured(0.5))
+    assert sorted((trial.ridge, trial.damping) for trial in trials) == sorted(GRID)
+    errors = [trial.error for trial in trials]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[-1]
+
+
+@pytest.mark.parametrize("grid", [[pair for pair in GRID if not pair[i]] for i in (0, 1)], ids=["damping", "ridge"])
+def test_scarce_text_asks_for_more_than_plenty(grid: list[tuple[float, float]]) -> None:
     weight, constraint = random_weight(32, 48, 0, torch.float32), Unstructured(0.5)
     chosen = {}
     for tokens in (60, 6000):
         gram, validation, _ = split_grams(tokens)
-        chosen[tokens], errors = choose_ridge(weight, gram, validation, constraint)
-        assert set(errors) == set(GRID)
-        assert errors[chosen[tokens]] == min(errors.values())
+        best = choose_ridge(weight, gram, validation, constraint, grid)[0]
+        chosen[tokens] = best.ridge + best.damping
     assert chosen[60] > chosen[6000]
 
 
 def test_the_choice_serves_unseen_tokens() -> None:
     weight, constraint = random_weight(32, 48, 0, torch.float32), Unstructured(0.5)
     gram, validation, unseen = split_grams(60)
-    chosen, _ = choose_ridge(weight, gram, validation, constraint)
-    error = {}
-    for ridge in (min(GRID), chosen):
-        problem = LayerReconstruction(weight, gram, constraint, ridge=ridge)
-        error[ridge] = problem.relative_error(ADMM().solve(problem).solution, unseen)
-    assert error[chosen] < error[min(GRID)]
+    chosen = choose_ridge(weight, gram, validation, constraint)[0]
+
+    def error(ridge: float, damping: float) -> float:
+        problem = LayerReconstruction(weight, gram, constraint, ridge=ridge, damping=damping)
+        return problem.relative_error(ADMM().solve(problem).solution, unseen)
+
+    every = {pair: error(*pair) for pair in GRID}
+    assert every[chosen.ridge, chosen.damping] <= 1.02 * min(every.values())
+    assert every[chosen.ridge, chosen.damping] < 0.9 * max(every.values())
+
+
+def test_a_channel_that_only_the_validation_tokens_use_is_no_obstacle() -> None:
+    x = correlated_inputs(400, 48, 0, torch.float32)
+    x[:, 5] = 0
+    x[340:, 5] = 1.0
+    x[:, 7] = 0
+    gram, validation = x.T @ x, x[340:].T @ x[340:]
+    gram[5, 5] -= 1e-4  # as rounding may
+    trials = choose_ridge(random_weight(32, 48, 0, torch.float32), gram, validation, Unstructured(0.5))
+    assert all(0 < trial.error < 1 for trial in trials)
+
+
+def pruned(request: Request, statistics: LayerStatistics) -> list[Any]:
+    views = []
+    for seed, name in enumerate("qk"):
+        linear = nn.Linear(48, 16, bias=False)
+        linear.weight.data = random_weight(16, 48, seed, torch.float32)
+        views.append(WeightView(name, linear))
+    reports = prune_shared(SharedInput(tuple(views), statistics), LOCAL_METHODS["admm"], request)
+    return [(report, view.read()) for report, view in zip(reports, views, strict=True)]
+
+
+def test_a_layer_pruned_with_auto_is_the_one_pruned_with_what_auto_chose() -> None:
+    gram, validation, _ = split_grams(60)
+    statistics = LayerStatistics(gram, 60, validation, 9)
+    request = Request(target=Target(0.5), calibration=TEXT, ridge="auto")
+    by_choice = pruned(request, statistics)
+    report = by_choice[0][0]
+    assert len(report.ridge_trials) == len(GRID)
+    assert (report.ridge, report.damping) == (report.ridge_trials[0].ridge, report.ridge_trials[0].damping)
+    assert by_choice[1][0].ridge_trials == report.ridge_trials, "chosen once for the input that both share"
+    own = pruned(replace(request, ridge=None), statistics)[0][0]
+    assert (own.ridge, own.damping) == (LOCAL_METHODS["admm"].ridge, LOCAL_METHODS["admm"].damping)
+    assert own.ridge_trials == ()
+    by_number = pruned(replace(request, ridge=0.125), statistics)[0][0]
+    assert by_number.ridge == 0.125
+    with pytest.raises(UserError, match="auto needs validation tokens"):
+        pruned(request, LayerStatistics(gram, 60))
+
+
+@pytest.mark.parametrize("wrong", ["much", "", "-1", "nan", float("inf"), -0.5])
+def test_a_ridge_that_is_none_is_refused(wrong: str | float) -> None:
+    with pytest.raises(UserError, match="ridge must be 'auto' or a finite number that is not negative, not"):
+        parse_ridge(wrong)
+
+
+def test_a_ridge_is_read() -> None:
+    assert [parse_ridge(text) for text in (None, "auto", "0.1", 0, 1e-3)] == [None, "auto", 0.1, 0.0, 1e-3]

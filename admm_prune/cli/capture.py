@@ -18,7 +18,7 @@ def capture(
     eval_data: Annotated[
         str | None, typer.Option(help="Text of the held-out Gram; by default held out of --data.")
     ] = None,
-    samples: common.Samples = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     eval_samples: Annotated[int, typer.Option(min=1, help="Held-out sequences.")] = 128,
     length: common.Length = None,
     packing: common.Packing = "auto",
@@ -32,7 +32,7 @@ def capture(
     Example: admm-prune capture --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors
     """
     from admm_prune.runs.capturing import capture_layer
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.runs.texts import TextSettings, parse_packing
 
     text = TextSettings(
         data=data,
@@ -40,7 +40,7 @@ def capture(
         samples=samples,
         eval_samples=eval_samples,
         length=length,
-        packing=packing,  # type: ignore[arg-type]  # refused, if wrong, where it is used
+        packing=parse_packing(packing),
         seed=seed,
     )
     with common.progress_bar("capturing") as progress:

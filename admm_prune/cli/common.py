@@ -16,7 +16,9 @@ Data = Annotated[
     str, typer.Option(help="Calibration text: 'embedded', a .txt, .jsonl or .parquet file, a folder, or a Hub id.")
 ]
 EvalData = Annotated[str | None, typer.Option(help="Text to evaluate on; by default a held-out part of --data.")]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Calibration sequences; as many as the method asks for by default.")
+]
 EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequences; all of the text by default.")]
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
@@ -27,7 +29,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
 Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
-Ridge = Annotated[float | None, typer.Option(min=0.0, help="Relative to diag(H), in place of the solver's own.")]
+Ridge = Annotated[
+    str | None,
+    typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
+]
 
 Report = Callable[[int, int, str], None]
 _WIDE = 160

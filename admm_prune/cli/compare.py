@@ -17,7 +17,7 @@ def compare(
     pattern: Annotated[str | None, typer.Option(help="Comma-separated, such as 2:4,4:8.")] = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
-    samples: common.Samples = 128,
+    samples: common.Samples = None,
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
     packing: common.Packing = "auto",
@@ -30,9 +30,9 @@ def compare(
 
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
-    from admm_prune.recipes.catalogue import parse_targets
+    from admm_prune.recipes.targets import parse_targets
     from admm_prune.runs import comparison as comparisons
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.runs.texts import TextSettings, parse_packing
 
     settings = comparisons.ComparisonSettings(
         model=model,
@@ -44,7 +44,7 @@ def compare(
             samples=samples,
             eval_samples=eval_samples,
             length=length,
-            packing=packing,  # type: ignore[arg-type]  # refused, if wrong, where it is used
+            packing=parse_packing(packing),
             seed=seed,
         ),
         device=device,
@@ -68,7 +68,7 @@ def compare(
                 f"{row.perplexity:.3f}",
                 f"{row.perplexity / dense.perplexity:.2f}",
                 f"{row.bits_per_char:.4f}",
-                f"{row.relative_error:.4f}",
+                "" if row.relative_error is None else f"{row.relative_error:.4f}",
                 f"{100 * row.sparsity:.2f}%",
                 f"{row.seconds:.1f}",
             ]

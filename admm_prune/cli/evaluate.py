@@ -27,13 +27,13 @@ def evaluate(
     Example: admm-prune eval pruned --data stories.txt --json
     """
     from admm_prune.runs.evaluating import evaluate_model
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.runs.texts import TextSettings, parse_packing
 
     text = TextSettings(
         data=data,
         eval_samples=samples,
         length=length,
-        packing=packing,  # type: ignore[arg-type]  # refused there, if wrong
+        packing=parse_packing(packing),
         seed=seed,
     )
     judgement = evaluate_model(model, text, device=device, dtype=dtype)

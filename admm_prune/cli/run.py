@@ -18,7 +18,7 @@ def run(
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
-    samples: common.Samples = 128,
+    samples: common.Samples = None,
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
     packing: common.Packing = "auto",
@@ -32,7 +32,9 @@ def run(
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
+    from admm_prune.recipes.ridge import parse_ridge
     from admm_prune.runs.pruning import prune
+    from admm_prune.runs.texts import parse_packing
 
     with common.progress_bar("pruning") as progress:
         report = prune(
@@ -46,9 +48,9 @@ def run(
             samples=samples,
             eval_samples=eval_samples,
             length=length,
-            packing=packing,  # type: ignore[arg-type]
+            packing=parse_packing(packing),
             seed=seed,
-            ridge=ridge,
+            ridge=parse_ridge(ridge),
             device=device,
             dtype=dtype,
             progress=progress,

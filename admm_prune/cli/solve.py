@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from admm_prune.cli import common
 
+if TYPE_CHECKING:
+    from admm_prune.runs.solving import SolvedLayer
+
 
 def solve(
     file: Annotated[Path, typer.Argument(help="A layer problem file, such as 'admm-prune capture' writes.")],
     solver: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
-    sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7, or several: 0.5,0.7,0.9.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
+    ] = None,
     ridge: common.Ridge = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'.")
+        Path | None,
+        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
     ] = None,
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
     """Prune one layer and report its error on the calibration and on the held-out Gram.
 
-    Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.7 --json
-    """
-    from admm_prune.recipes.catalogue import method_named, parse_target
-    from admm_prune.runs.solving import solve_layer_file
+    Several targets are solved as a path that shares the work.
 
-    method, target = method_named(solver), parse_target(sparsity, pattern)
-    outcome = solve_layer_file(file, method, target, ridge=ridge, out=out, device=device)
+    Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
+    """
+    from admm_prune.recipes.local_methods import method_named
+    from admm_prune.recipes.targets import parse_path
+    from admm_prune.runs.solving import solve_path
+
+    method, targets = method_named(solver), parse_path(sparsity, pattern)
+    path = solve_path(file, method, targets, ridge=ridge, out=out, device=device)
     if json:
-        common.emit(outcome.as_json())
+        several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}
+        common.emit(path[0].as_json() if len(path) == 1 else several)
         return
+    for target, solved in zip(targets, path, strict=True):
+        _show(f"{file}: {solver} {target.label}", solved)
+
+
+def _show(title: str, solved: SolvedLayer) -> None:
     rows = [
         [key.replace("_", " "), "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)]
-        for key, value in outcome.as_json().items()
-        if key not in ("notes", "diagnosis")
+        for key, value in solved.as_json().items()
+        if key not in ("notes", "diagnosis", "ridge_trials")
     ]
-    common.show_table(f"{file}: {solver} {target.label}", ["", ""], rows)
-    print(outcome.advice)
-    for finding in outcome.diagnosis:
+    common.show_table(title, ["", ""], rows)
+    for trial in solved.ridge_trials:
+        print(f"tried ridge {trial.ridge:g}, damping {trial.damping:g}: validation error {trial.error:.6g}")
+    print(solved.advice)
+    for finding in solved.diagnosis:
         print(f"{finding.severity}: {finding.finding}{f' ({finding.advice})' if finding.advice else ''}")
-    for note in outcome.notes:
+    for note in solved.notes:
         print(f"note: {note}")

@@ -48,6 +48,8 @@ def verify(
         ]
         common.show_table(f"{target}: recomputed", ["", ""], rows)
         print(f"checked: {', '.join(report.checked)}")
+        for sentence in report.certificates:
+            print(sentence)
         for note in report.unchecked:
             print(f"not checked: {note}")
         print("verified" if report.verified else f"falsified: {len(report.failures)} claims do not hold")

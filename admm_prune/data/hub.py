@@ -7,14 +7,35 @@ import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Literal
 
 _LIBRARIES = ("transformers", "huggingface_hub", "datasets")
+_PATIENCE = 10.0  # seconds, the client's own for one request
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def is_repository(source: str) -> bool:
     """True where `source` can be a Hub id, "name" or "owner/name", by its form alone."""
     return _REPOSITORY.fullmatch(source) is not None
+
+
+def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:
+    """Asks the Hub once for a repository, whatever it answers: where it is out of reach, downloads retry for long.
+
+    The client waits 23 seconds between its attempts to download a file, and has no setting for that.
+
+    Raises:
+        ConnectionError: there is no answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().repo_info(repository, repo_type=kind, timeout=_PATIENCE)
+    except (HfHubHTTPError, ValueError):  # an answer, or a name that is none: who downloads says what is wrong
+        return
+    except Exception as error:  # releases of the client differ in whose network errors they let through
+        raise ConnectionError(first_line(error)) from error
 
 
 @contextmanager

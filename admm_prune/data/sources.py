@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.data import standard_library
-from admm_prune.data.hub import first_line, is_repository, quiet
+from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
 
 EMBEDDED = "embedded"
@@ -161,9 +161,12 @@ def _hub_documents(source: str, split: str, column: str, limit: int | None) -> I
     if not is_repository(repository):
         raise UserError(f"{source}: there is no such file or folder")
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     try:
         with quiet():
+            if not Path(HF_DATASETS_CACHE, repository.replace("/", "___")).exists():
+                check_hub(repository, "dataset")
             # Without a limit the data are kept in the local cache; with one, only what is read is fetched.
             rows: Any = datasets.load_dataset(repository, config or None, split=split, streaming=limit is not None)
             for row in rows:

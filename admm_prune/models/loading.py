@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from admm_prune.data.hub import first_line, is_repository, quiet
+from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _locate(source: str) -> Path | str:
             raise UserError(f"{source}: a file, not a model folder")
         if source == EMBEDDED or not is_repository(source):
             raise UserError(f"{source}: there is no such model folder")
+        _check_reachable(source)
         return source
     config = folder / "config.json"
     if not config.is_file():
@@ -97,6 +98,20 @@ def _locate(source: str) -> Path | str:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
     return folder
+
+
+def _check_reachable(source: str) -> None:
+    """Raises UserError where a Hub id is not in the local cache and the Hub does not answer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    try:
+        check_hub(source, "model")
+    except ConnectionError as error:
+        raise UserError(
+            f"{source}: no such folder here, and as a Hub id it cannot be loaded: no connection to the Hub ({error})"
+        ) from error
 
 
 def _load_model(source: str, location: Path | str, dtype: torch.dtype | str | None) -> PreTrainedModel:

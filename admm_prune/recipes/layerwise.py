@@ -3,76 +3,66 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream, SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
+from admm_prune.problems.constraints import StackedRows
+from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.catalogue import Method, Target
+from admm_prune.recipes.local_methods import Method
+from admm_prune.recipes.recipe import LayerReport, Outcome, Request
+from admm_prune.recipes.ridge import settle_ridge
+from admm_prune.recipes.targets import Target
 from admm_prune.solvers.doctor import diagnose
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What became of one weight. Errors are relative, undamped, in float64, of the weights as written back."""
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    relative_error: float
-    relative_error_validation: float | None
-    status: str
-    iterations: int
-    seconds: float
-    tokens: int
-    notes: tuple[str, ...]
-    diagnosis: tuple[str, ...]  # codes of `solvers.doctor`
-
-
-def prune_layerwise(
-    model: nn.Module,
-    sequences: Sequences,
-    method: Method,
-    target: Target,
-    *,
-    ridge: float | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> list[LayerReport]:
-    """Prunes every matrix in the model's decoder blocks, in place.
+class Layerwise:
+    """A recipe that solves the layer problem of every matrix in the decoder blocks by one method.
 
     For each block: replay it on what the pruned blocks before it put out, take one Gram for each shared input, solve
     the layer problems, write back, replay the pruned block to get the next block's inputs.
-
-    Args:
-        sequences: calibration text.
-        ridge: in place of the method's own.
-        progress: called with (blocks done, blocks, name of the block at work).
-
-    Raises:
-        UserError: the model has no decoder blocks that can be read, or a weight does not admit the target.
     """
-    blocks = decoder_blocks(model)
-    check_target(blocks, method, target)
-    device = next(model.parameters()).device
-    stream = BlockStream(model, blocks, sequences, device)
-    reports = []
-    for index, block in enumerate(blocks):
-        if progress is not None:
-            progress(index, len(blocks), block.name)
-        for shared in stream.collect(index):
-            reports += [_prune_weight(weight, shared, method, target, ridge) for weight in shared.weights]
-        stream.advance(index)
-    if progress is not None:
-        progress(len(blocks), len(blocks), "")
-    return reports
+
+    method: Method
+    samples: int = 128
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    @property
+    def summary(self) -> str:
+        return self.method.summary
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        return "matrix"
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        check_target(decoder_blocks(model), self.method, target)
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        self.check(model, request.target)
+        blocks = decoder_blocks(model)
+        stream = BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
+        reports = []
+        for index, block in enumerate(blocks):
+            request.tell(index, len(blocks), block.name)
+            for shared in stream.collect(index):
+                reports += prune_shared(shared, self.method, request)
+            stream.advance(index)
+        request.tell(len(blocks), len(blocks))
+        return Outcome(layers=reports)
 
 
 def check_target(blocks: Iterable[Block], method: Method, target: Target) -> None:
@@ -89,47 +79,74 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
             raise UserError(f"{view.name}: {error}") from error
 
 
-def _prune_weight(
-    weight: WeightView, shared: SharedInput, method: Method, target: Target, ridge: float | None
-) -> LayerReport:
+def prune_shared(shared: SharedInput, method: Method, request: Request) -> list[LayerReport]:
+    """Prunes the weights that read one input, in place.
+
+    A method that gains by it solves them stacked, each within its own budget: one Gram is factored once for q, k and v.
+    Status, iterations, notes and diagnosis are then those of the one solve, and its seconds are shared out by the
+    number of entries, so that the seconds of all weights still add up to the whole.
+
+    Raises:
+        UserError: a weight cannot be pruned; the message names it.
+    """
+    if not method.stacks:
+        return [report for view in shared.weights for report in _prune((view,), shared.statistics, method, request)]
+    return _prune(shared.weights, shared.statistics, method, request)
+
+
+def _prune(
+    views: tuple[WeightView, ...], statistics: LayerStatistics, method: Method, request: Request
+) -> list[LayerReport]:
+    """Prunes some weights by one solve."""
     began = time.perf_counter()
-    statistics = shared.statistics
-    dense = weight.read().clone()  # what is read shares memory with the parameter, which is about to be overwritten
-    asked = method.ridge if ridge is None else ridge
+    constraint = method.constraint(request.target)
+    # A copy: what is read shares memory with the parameter, which is about to be overwritten.
+    stacked = torch.cat([view.read() for view in views])
+    sizes = [view.shape[0] for view in views]
     try:
+        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraint)
         problem = LayerReconstruction(
-            dense,
+            stacked,
             statistics.gram,
-            method.constraint(target),
-            ridge=asked,
-            damping=method.damping,
+            constraint if len(views) == 1 else StackedRows(tuple((rows, constraint) for rows in sizes)),
+            ridge=asked.ridge,
+            damping=asked.damping,
         )
         result = method.make().solve(problem)
-        weight.write(result.solution["weight"])
+        for view, weight in zip(views, result.solution["weight"].split(sizes), strict=True):
+            view.write(weight)
     except (ValueError, LinAlgError) as error:
-        raise UserError(f"{weight.name}: {error}") from error
-    written = Point(weight=weight.read().to(problem.weight.dtype))
-    validation = statistics.validation
-    return LayerReport(
-        name=weight.name,
-        shape=(dense.shape[0], dense.shape[1]),
-        sparsity=written.sparsity(),
-        relative_error=problem.relative_error(written),
-        relative_error_validation=None if validation is None else problem.relative_error(written, validation),
-        status=result.status.name,
-        iterations=result.iterations,
-        seconds=time.perf_counter() - began,
+        raise UserError(f"{', '.join(view.name for view in views)}: {error}") from error
+    diagnosis = diagnose(
+        result,
+        width=stacked.shape[1],
         tokens=statistics.tokens,
-        notes=result.notes,
-        diagnosis=tuple(
-            finding.code
-            for finding in diagnose(
-                result,
-                width=dense.shape[1],
-                tokens=statistics.tokens,
-                dead=int(problem.dead.sum()),
-                ridge_asked=asked,
-                ridge_used=problem.ridge,
-            )
-        ),
+        dead=int(problem.dead.sum()),
+        ridge_asked=asked.ridge,
+        ridge_used=problem.ridge,
     )
+    seconds = time.perf_counter() - began
+    reports = []
+    for view, weight in zip(views, stacked.split(sizes), strict=True):
+        own = LayerReconstruction(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+        written = Point(weight=view.read().to(own.weight.dtype))
+        validation = statistics.validation
+        reports.append(
+            LayerReport(
+                name=view.name,
+                shape=view.shape,
+                sparsity=written.sparsity(),
+                relative_error=own.relative_error(written),
+                relative_error_validation=None if validation is None else own.relative_error(written, validation),
+                status=result.status.name,
+                iterations=result.iterations,
+                seconds=seconds * weight.numel() / stacked.numel(),
+                tokens=statistics.tokens,
+                ridge=problem.ridge,
+                damping=problem.damping,
+                ridge_trials=asked.trials,
+                notes=result.notes,
+                diagnosis=tuple(finding.code for finding in diagnosis),
+            )
+        )
+    return reports

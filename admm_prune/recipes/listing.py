@@ -8,7 +8,8 @@ import torch
 
 from admm_prune.problems import constraints
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.catalogue import LOCAL_METHODS, REFERENCES, Method
+from admm_prune.recipes.catalogue import RECIPES
+from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
 
 
 def capabilities() -> dict[str, Any]:
@@ -30,7 +31,7 @@ def capabilities() -> dict[str, Any]:
             names = {"solver": method.name, "problem": "LayerReconstruction", "constraint": type(constraint).__name__}
             fits.append({**names, "fits": not why, "why": why})
     return {
-        "methods": [{"name": method.name, "summary": method.summary} for method in LOCAL_METHODS.values()],
+        "methods": [{"name": recipe.name, "summary": recipe.summary} for recipe in RECIPES.values()],
         "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
         "problems": [{"name": "LayerReconstruction", "summary": _summary(LayerReconstruction)}],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],

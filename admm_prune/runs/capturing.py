@@ -12,7 +12,7 @@ from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import check_output_file
-from admm_prune.runs.texts import TextSettings, read_texts
+from admm_prune.runs.texts import Texts, TextSettings
 
 
 def capture_layer(
@@ -42,8 +42,9 @@ def capture_layer(
     if home is None:
         examples = ", ".join(view.name for view in blocks[0].weights)
         raise UserError(f"the model has no block matrix '{weight}'; in its first block there are {examples}")
-    texts = read_texts(text, loaded)
-    stream = BlockStream(loaded.model, blocks, texts.calibration, loaded.model.device, holdout=texts.evaluation)
+    texts = Texts(text, loaded)
+    records = texts.records()
+    stream = BlockStream(loaded.model, blocks, texts.calibration(), loaded.model.device, holdout=texts.evaluation)
     for index in range(home + 1):
         if progress is not None:
             progress(index, home + 1, blocks[index].name)
@@ -63,8 +64,8 @@ def capture_layer(
             "tokens": str(statistics.tokens),
             "tokens_validation": str(statistics.validation_tokens),
             "tokens_holdout": str(statistics.holdout_tokens),
-            "calibration": texts.records["calibration"].token_hash,
-            "holdout": texts.records["evaluation"].token_hash,
+            "calibration": records["calibration"].token_hash,
+            "holdout": records["evaluation"].token_hash,
         },
     )
     layer.save(out)

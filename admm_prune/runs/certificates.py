@@ -3,45 +3,69 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from admm_prune.runs.recomputation import Array, Budget, Definition
+from admm_prune.runs.swaps import (
+    Mask,
+    RefittedSwaps,
+    fixed_swaps_across,
+    fixed_swaps_within,
+    refitted_swaps,
+)
 
-Mask = NDArray[np.bool_]
-
-_WORK = 1 << 36  # multiplications spent on swaps, about
+_WORK = 1 << 36  # multiplications spent on swaps with a refit, about
+_PAIRS = 1 << 28  # entries of the tables of swaps without one, about
 _MOST_ROWS = 64
-_SINGULAR = 1e-15  # what is left of a unit diagonal where a channel is a combination of others
-_OPTIMAL = 1e-6  # a gain below this multiple of the row's loss is none
+_OPTIMAL = 1e-6  # a gain below this multiple of the loss of the rows it touches is none
 
 
 @dataclass(frozen=True)
 class Certificates:
     """How far a point is from what no local change improves. Numbers, not verdicts.
 
+    A swap exchanges one kept for one pruned weight of the same budget: of the row, of the group of N:M, or, where one
+    budget is shared by the whole matrix, of any two rows. Its gain is what it takes off f, over the loss of the rows
+    that it touches.
+
     Attributes:
         refit_residual: the largest |gradient| on the support of a row over the largest |linear term| there, in
             coordinates where A has a unit diagonal; 0 for least squares on the support, None for an empty support.
         unstable_support: the fraction of the kept weights that a projected gradient step of 1 / L would exchange.
-        swap_rows: rows examined for swaps.
-        swap_optimal: the fraction of them where no exchange of one kept for one pruned weight (of the row, or of the
-            group of N:M), all others refitted, lowers the loss.
-        swap_gain: the largest such gain relative to its row's loss after a refit.
-        reachable: f after a refit and the best swap in each of those rows: no lower bound can lie above it.
+        swap_rows: rows examined for swaps with all other weights refitted, drawn at random.
+        swap_pairs: all swaps among them, each compared by its exact gain over the refitted rows.
+        swap_optimal: the fraction of these rows where no swap within the row gains.
+        swap_gain: the largest gain of these swaps; 0 where none gains.
+        fixed_swap_pairs: swaps compared with all other weights held fixed, the weight that enters at its best value:
+            those within as many rows as time allows (all but in wide layers), those between any two rows.
+        fixed_swap_gain: their largest gain; negative where every one costs; None where there is none.
+        reachable: f after a refit and the best swap in each of the rows examined: no lower bound can lie above it.
     """
 
     refit_residual: float | None
     unstable_support: float
     swap_rows: int
-    swap_optimal: float | None
-    swap_gain: float | None
+    swap_pairs: int
+    swap_optimal: float
+    swap_gain: float
+    fixed_swap_pairs: int
+    fixed_swap_gain: float | None
     reachable: float
+
+    def in_words(self) -> list[str]:
+        """What the numbers on swaps certify, and what they do not."""
+        said = []
+        if self.fixed_swap_gain is not None:
+            said.append(_swap_words(self.fixed_swap_gain, self.fixed_swap_pairs, "all other weights held as they are"))
+        if self.swap_pairs:
+            said.append(_swap_words(self.swap_gain, self.swap_pairs, f"in {self.swap_rows} rows, all others refitted"))
+        return said
 
 
 def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: int) -> Certificates:
-    """Computes the certificates of V (out, in) of value f(V); the rows examined for swaps are drawn by `seed`."""
+    """The certificates of V (out, in) of value f(V); the rows examined for swaps are drawn by `seed`."""
     scale = problem.scale
     hessian = problem.hessian / scale / scale[:, None]
     hessian = (hessian + hessian.T) / 2
@@ -52,71 +76,53 @@ def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: i
     rows = largest > 0
     residual = (np.abs(gradient) * kept).max(1)[rows] / largest[rows]
     step = point - gradient / float(np.linalg.eigvalsh(hessian)[-1])
-    count = min(len(v), _MOST_ROWS, max(1, _WORK // len(hessian) ** 3))
-    drawn = np.sort(np.random.default_rng(seed).choice(len(v), count, replace=False))
+    away = target - point
+    loss = np.maximum(0.0, -(gradient * away).sum(1))
     group = budget.target.pattern[1] if budget.target.pattern is not None else len(hessian)
-    saved, gains = 0.0, []
-    for row in drawn:
-        before = float(-gradient[row] @ (target[row] - point[row]))
-        refitted, gain = best_swap(hessian, target[row], kept[row], group)
-        saved += max(0.0, before - refitted + gain)
-        gains.append(gain / refitted if refitted > 0 else 0.0)
+    shared = budget.cell == "matrix" and budget.target.pattern is None
+    order = np.random.default_rng(seed).permutation(len(v))
+    some = np.sort(order[: max(1, _PAIRS // (len(hessian) * group))])
+    fixed = [fixed_swaps_within(hessian, -gradient[some], point[some], loss[some], group)]
+    if shared:
+        fixed.append(fixed_swaps_across(-gradient, point, loss))
+    gains = [swaps.gain for swaps in fixed if swaps.gain is not None]
+    drawn = np.sort(order[: min(_MOST_ROWS, max(1, _WORK // len(hessian) ** 3))])
+    refitted = [refitted_swaps(hessian, target[row], kept[row], group) for row in drawn]
+    within = [row.gain / row.loss if row.loss > 0 else 0.0 for row in refitted]
+    pairs, between = _between(refitted, kept[drawn]) if shared else (0, 0.0)
+    saved = sum(max(0.0, loss[row] - swaps.loss + swaps.gain) for row, swaps in zip(drawn, refitted, strict=True))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
         unstable_support=_exchanged(np.abs(step), kept, budget),
-        swap_rows=count,
-        swap_optimal=float(np.mean([gain <= _OPTIMAL for gain in gains])),
-        swap_gain=max(gains),
+        swap_rows=len(drawn),
+        swap_pairs=sum(row.pairs for row in refitted) + pairs,
+        swap_optimal=float(np.mean([gain <= _OPTIMAL for gain in within])),
+        swap_gain=max([*within, between]),
+        fixed_swap_pairs=sum(swaps.pairs for swaps in fixed),
+        fixed_swap_gain=max(gains) if gains else None,
         reachable=value - saved,
     )
 
 
-def best_swap(hessian: Array, target: Array, kept: Mask, group: int) -> tuple[float, float]:
-    """The loss (w - v)^T A (w - v) of a row refitted on its support, and what the best single swap takes off it.
-
-    With S kept, K = A_SS^-1, v_S the refit, r = A (w - v), and for j pruned T_j = K A_Sj, s_j = A_jj - A_jS T_j,
-    taking j in and i out changes the loss by
-
-        -r_j^2 / s_j + (v_i - T_ij r_j / s_j)^2 / (K_ii + T_ij^2 / s_j).
-
-    Both losses are of points that are then made, so that they hold where A is too near to singular for the formula.
-
-    Args:
-        hessian: A (in, in), positive definite.
-        target: w (in,).
-        kept: (in,), boolean.
-        group: i and j lie in the same of these consecutive columns.
-
-    Raises:
-        numpy.linalg.LinAlgError: A is singular on a support.
-    """
-    away = _refit(hessian, target, kept)
-    pull = hessian @ away
-    loss = max(0.0, float(away @ pull))
-    inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
-    if not len(inside) or not len(outside):
-        return loss, 0.0
-    inverse = np.linalg.inv(hessian[np.ix_(inside, inside)])
-    across = inverse @ hessian[np.ix_(inside, outside)]
-    room = hessian[outside, outside] - (hessian[np.ix_(outside, inside)] * across.T).sum(1)
-    room = np.maximum(room, _SINGULAR)
-    entry = pull[outside] / room
-    leaving = (target - away)[inside][:, None] - across * entry
-    gain = pull[outside] * entry - leaving**2 / np.maximum(np.diagonal(inverse)[:, None] + across**2 / room, _SINGULAR)
-    gain[inside[:, None] // group != outside // group] = -np.inf
-    i, j = np.unravel_index(int(gain.argmax()), gain.shape)
-    swapped = kept.copy()
-    swapped[inside[i]], swapped[outside[j]] = False, True
-    away = _refit(hessian, target, swapped)
-    return loss, max(0.0, loss - max(0.0, float(away @ hessian @ away)))
+def _between(rows: list[RefittedSwaps], kept: Mask) -> tuple[int, float]:
+    """Swaps between different ones of some refitted rows: how many, and the largest gain; 0 where none gains."""
+    inside = kept.sum(1)
+    outside = kept.shape[1] - inside
+    pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)
+    gains = [
+        (into.best_add - out_of.cheapest_drop) / (into.loss + out_of.loss)
+        for out_of, into in permutations(rows, 2)
+        if into.loss + out_of.loss > 0
+    ]
+    return pairs, max([0.0, *gains])
 
 
-def _refit(hessian: Array, target: Array, kept: Mask) -> Array:
-    """w - v for the v that minimizes (w - v)^T A (w - v) on a support."""
-    away = np.where(kept, 0.0, target)
-    if kept.any() and not kept.all():
-        away[kept] = -np.linalg.solve(hessian[np.ix_(kept, kept)], hessian[kept] @ away)
-    return away
+def _swap_words(gain: float, pairs: int, how: str) -> str:
+    if gain > _OPTIMAL:
+        found = f"by {gain:.2g} of its rows' loss, the best of {pairs:,} pairs tried"
+        return f"a single swap lowers the error, {how}: {found}"
+    found = f"largest gain found {max(gain, 0.0):.2g} over {pairs:,} pairs tried"
+    return f"no single swap lowers the error, {how}: {found}"
 
 
 def _exchanged(size: Array, kept: Mask, budget: Budget) -> float:

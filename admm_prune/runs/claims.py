@@ -13,7 +13,7 @@ from torch import Tensor
 
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
-from admm_prune.recipes.catalogue import Target, parse_target
+from admm_prune.recipes.targets import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
@@ -79,7 +79,7 @@ class Claims:
     @property
     def aim(self) -> Target:
         """The target, parsed; raises UserError where it is none."""
-        return parse_target(None, self.target) if ":" in self.target else parse_target(self.target, None)
+        return target_named(self.target)
 
 
 def tensor_sha256(tensor: Tensor) -> str:

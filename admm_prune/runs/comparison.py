@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import load
-from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import Target, method_named
-from admm_prune.recipes.layerwise import check_target, prune_layerwise
+from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.recipe import OnProgress, Recipe, Request
+from admm_prune.recipes.targets import Target
 from admm_prune.runs import pruning
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
-from admm_prune.runs.manifest import manifest
+from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.report import write_report
-from admm_prune.runs.texts import TextSettings, read_texts
+from admm_prune.runs.texts import Texts, TextSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class Row:
     sparsity: float
     perplexity: float
     bits_per_char: float
-    relative_error: float  # mean over the pruned matrices
+    relative_error: float | None  # mean over the pruned matrices; None where no layer problem was solved
     seconds: float
     reloaded_perplexity: float
     folder: str
@@ -72,10 +70,10 @@ class ComparisonSettings:
     dtype: str | None = None
 
 
-def compare(
-    settings: ComparisonSettings, out: Path, progress: Callable[[int, int, str], None] | None = None
-) -> Comparison:
+def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None = None) -> Comparison:
     """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
+
+    Where the settings name no number of calibration sequences, every method is given its own.
 
     Every pruned model is saved, loaded again from its folder and evaluated again: the two perplexities must be equal.
 
@@ -86,8 +84,8 @@ def compare(
         UserError: the model, a method, a target, the text or `out` cannot be used.
         RuntimeError: a saved model does not give the figures that it had in memory.
     """
-    methods = [method_named(name) for name in dict.fromkeys(settings.methods)]
-    if not methods:
+    recipes = [recipe_named(name) for name in dict.fromkeys(settings.methods)]
+    if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are told apart by what the report and the folders call them.
     targets = list({target.label: target for target in settings.targets}.values())
@@ -95,47 +93,56 @@ def compare(
     device = pick_device(settings.device)
     check_dtype(settings.dtype)
     loaded = load(settings.model, device=device, dtype=settings.dtype)
-    jobs = [(method, target) for target in targets for method in methods]
-    for method, target in jobs:
-        check_target(decoder_blocks(loaded.model), method, target)
-    texts = read_texts(settings.text, loaded)
+    jobs = [(recipe, target) for target in targets for recipe in recipes]
+    for recipe, target in jobs:
+        recipe.check(loaded.model, target)
+    texts = Texts(settings.text, loaded)
+    records = _records(texts, recipes)
     dense = evaluation.evaluate(loaded.model, texts.evaluation)
-    record = manifest(settings, texts.records, loaded.revision)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     rows = []
     with output_folder(out) as folder:
-        for done, (method, target) in enumerate(jobs):
-            label = f"{method.name} {target.label}"
+        for done, (recipe, target) in enumerate(jobs):
+            label = f"{recipe.name} {target.label}"
             if progress is not None:
                 progress(done, len(jobs), label)
-            pruned = load(settings.model, device=device, dtype=settings.dtype)
-            began = time.perf_counter()
-            layers = prune_layerwise(pruned.model, texts.calibration, method, target)
-            seconds = time.perf_counter() - began
-            report = pruning.Report(
-                method=method.name,
-                target=target.label,
-                sparsity=evaluation.sparsity(decoder_blocks(pruned.model)),
-                dense=dense,
-                pruned=evaluation.evaluate(pruned.model, texts.evaluation),
-                layers=layers,
-                seconds=seconds,
-                manifest=record,
-                model=pruned.model,
-            )
-            place = folder / "models" / f"{method.name}-{target.label.replace(':', 'of').replace('%', '')}"
+            request = Request(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed)
+            model = load(settings.model, device=device, dtype=settings.dtype)
+            record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+            report = pruning.run_recipe(recipe, request, model, dense, texts.evaluation, record)
+            place = folder / "models" / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
             place.mkdir(parents=True)
-            pruning.save_run(pruned, report, place)
+            pruning.save_run(model, report, place)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
             if repr(again) != repr(report.pruned):  # as text, where nan equals nan
                 raise RuntimeError(f"{label}: saved and loaded, {again} is not {report.pruned}")
             rows.append(_row(report, again, str(place.relative_to(folder))))
+        record = manifest(settings, records, loaded.revision)
         comparison = Comparison(model=settings.model, parameters=parameters, dense=dense, rows=rows, manifest=record)
         write_json(folder / MANIFEST, comparison.as_json())
         write_report(comparison.as_json(), [comparison.is_best(row) for row in rows], folder)
         if progress is not None:
             progress(len(jobs), len(jobs), "")
     return comparison
+
+
+def mean_error(errors: list[float | None]) -> float | None:
+    """The mean over the layers of a model; None unless every one has an error."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known and len(known) == len(errors) else None
+
+
+def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
+    """The texts of all recipes, by their role: which calibrates whom is said where they are not given the same."""
+    records = {recipe.name: texts.records(recipe.samples) for recipe in recipes}
+    users: dict[TextRecord, list[str]] = {}
+    for name, record in records.items():
+        users.setdefault(record["calibration"], []).append(name)
+    first = records[recipes[0].name]
+    if len(users) == 1:
+        return first
+    calibrations = {f"calibration of {', '.join(names)}": record for record, names in users.items()}
+    return {**calibrations, "evaluation": first["evaluation"]}
 
 
 def _row(report: pruning.Report, again: Evaluation, folder: str) -> Row:
@@ -145,7 +152,7 @@ def _row(report: pruning.Report, again: Evaluation, folder: str) -> Row:
         sparsity=report.sparsity,
         perplexity=report.pruned.perplexity,
         bits_per_char=report.pruned.bits_per_char,
-        relative_error=sum(layer.relative_error for layer in report.layers) / len(report.layers),
+        relative_error=mean_error([layer.relative_error for layer in report.layers]),
         seconds=report.seconds,
         reloaded_perplexity=again.perplexity,
         folder=folder,

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.sequences import Packing
+from torch import nn
+
+from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import Target, method_named, parse_target
-from admm_prune.recipes.layerwise import LayerReport, check_target, prune_layerwise
+from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
+from admm_prune.recipes.ridge import Ridge, parse_ridge
+from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
 from admm_prune.runs.manifest import manifest
-from admm_prune.runs.texts import TextSettings, read_texts
+from admm_prune.runs.texts import Texts, TextSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did. `model` is the pruned model itself; everything else is written to the manifest."""
+    """What a run did. `model` is the pruned model itself; everything else is written to the manifest.
+
+    Attributes:
+        budget: what met the target: every "matrix" of the blocks, or all of them together, the "model".
+        block_weights: entries of the dense model's block matrices.
+        sparsity: the fraction of them that are zero, or gone with their row or column.
+        seconds: of the pruning alone.
+        notes, details: what the recipe had to say.
+    """
 
     method: str
     target: str
+    budget: str
+    block_weights: int
     sparsity: float
     dense: Evaluation
     pruned: Evaluation
     layers: list[LayerReport]
     seconds: float
+    notes: tuple[str, ...]
+    details: dict[str, Any]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
     out: Path | None = None
@@ -48,11 +60,15 @@ class Report:
         return {
             "method": self.method,
             "target": self.target,
+            "budget": self.budget,
+            "block_weights": self.block_weights,
             "sparsity": self.sparsity,
             "dense": asdict(self.dense),
             "pruned": asdict(self.pruned),
             "layers": [asdict(layer) for layer in self.layers],
             "seconds": round(self.seconds, 3),
+            "notes": self.notes,
+            "details": self.details,
             **self.manifest,
         }
 
@@ -65,7 +81,7 @@ class RunSettings:
     method: str
     target: Target
     text: TextSettings
-    ridge: float | None = None
+    ridge: Ridge = None
     device: str = "cpu"
     dtype: str | None = None
 
@@ -80,15 +96,15 @@ def prune(
     eval_data: str | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
-    samples: int = 128,
+    samples: int | None = None,
     eval_samples: int | None = None,
     length: int | None = None,
     packing: Packing = "auto",
     seed: int = 0,
-    ridge: float | None = None,
+    ridge: Ridge = None,
     device: str = "auto",
     dtype: str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
 
@@ -99,17 +115,18 @@ def prune(
         pattern: "N:M", N kept of every M consecutive inputs.
         data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
-        ridge: in place of the method's own; finite, not negative.
+        ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
+            shared input on a part of the calibration tokens, together with the damping.
         device: "auto", "cpu" or "cuda"; a module stays where it is.
         dtype: "float32", "bfloat16" or "float16"; as stored by default. A module keeps its own.
-        progress: called with (blocks done, blocks, name of the block at work).
+        progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
     target = parse_target(sparsity, pattern)
-    chosen = method_named(method)
-    check_ridge(ridge)
+    recipe = recipe_named(method)
+    ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
         eval_data=eval_data,
@@ -122,30 +139,59 @@ def prune(
     if out is not None:
         check_output(Path(out))
     loaded = _loaded(model, tokenizer, pick_device(device), dtype)
-    check_target(decoder_blocks(loaded.model), chosen, target)
-    texts = read_texts(text, loaded)
+    recipe.check(loaded.model, target)
+    texts = Texts(text, loaded)
+    request = Request(
+        target=target, calibration=texts.calibration(recipe.samples), seed=seed, ridge=ridge, on_progress=progress
+    )
     settings = RunSettings(
         model=loaded.source, method=method, target=target, text=text, ridge=ridge, device=device, dtype=dtype
     )
-    began = time.perf_counter()
+    record = manifest(settings, texts.records(recipe.samples), loaded.revision)
     dense = evaluation.evaluate(loaded.model, texts.evaluation)
-    layers = prune_layerwise(loaded.model, texts.calibration, chosen, target, ridge=ridge, progress=progress)
-    report = Report(
-        method=method,
-        target=target.label,
-        sparsity=evaluation.sparsity(decoder_blocks(loaded.model)),
-        dense=dense,
-        pruned=evaluation.evaluate(loaded.model, texts.evaluation),
-        layers=layers,
-        seconds=time.perf_counter() - began,
-        manifest=manifest(settings, texts.records, loaded.revision),
-        model=loaded.model,
-        out=None if out is None else Path(out),
-    )
+    report = run_recipe(recipe, request, loaded, dense, texts.evaluation, record)
     if out is not None:
         with output_folder(Path(out)) as folder:
-            report = save_run(loaded, report, folder)
+            report = replace(save_run(loaded, report, folder), out=Path(out))
     return report
+
+
+def run_recipe(
+    recipe: Recipe,
+    request: Request,
+    loaded: LoadedModel,
+    dense: Evaluation,
+    judging: Sequences,
+    record: dict[str, Any],
+) -> Report:
+    """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
+
+    Args:
+        dense: figures of the model as it is.
+        judging: the text that they are of.
+        record: the manifest of the run.
+    """
+    dense_weights = _entries(loaded.model)
+    began = time.perf_counter()
+    outcome = recipe.prune(loaded.model, request)
+    seconds = time.perf_counter() - began
+    model: Any = loaded.model if outcome.model is None else outcome.model
+    left = sum(int(view.read().count_nonzero()) for block in decoder_blocks(model) for view in block.weights)
+    return Report(
+        method=recipe.name,
+        target=request.target.label,
+        budget=recipe.budget,
+        block_weights=dense_weights,
+        sparsity=1.0 - left / dense_weights,
+        dense=dense,
+        pruned=evaluation.evaluate(model, judging),
+        layers=outcome.layers,
+        seconds=seconds,
+        notes=outcome.notes,
+        details=outcome.details,
+        manifest=record,
+        model=model,
+    )
 
 
 def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
@@ -154,16 +200,11 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     Returns:
         The report as written.
     """
-    save(loaded, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    pruned = replace(loaded, model=report.model)
+    save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / MANIFEST, written.as_json())
     return written
-
-
-def check_ridge(ridge: float | None) -> None:
-    """Raises UserError unless `ridge` is finite and not negative, or None."""
-    if ridge is not None and not (math.isfinite(ridge) and ridge >= 0):
-        raise UserError(f"ridge must be a finite number that is not negative, not {ridge}")
 
 
 def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, device: str, dtype: str | None) -> LoadedModel:
@@ -175,3 +216,7 @@ def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, device: str, dt
     if model.training:
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
     return LoadedModel(model, tokenizer, type(model).__name__, None)
+
+
+def _entries(model: nn.Module) -> int:
+    return sum(view.parameter.numel() for block in decoder_blocks(model) for view in block.weights)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.recipes.catalogue import Target
+from admm_prune.recipes.targets import Target
 
 Array = NDArray[np.float64]
 

@@ -15,11 +15,12 @@ from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.recipes.catalogue import Target
+from admm_prune.recipes.targets import Target
 from admm_prune.runs.claims import weights_sha256
+from admm_prune.runs.comparison import mean_error
 from admm_prune.runs.device import pick_device
 from admm_prune.runs.folder import MANIFEST
-from admm_prune.runs.texts import TextSettings, read_judging_text, read_texts
+from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
 from admm_prune.runs.verification import Verification
 
 Manifest = dict[str, Any]
@@ -74,7 +75,6 @@ def _verify_comparison(
         if row["folder"] not in found:
             continue
         content = _read_manifest(folder / row["folder"])
-        errors = [layer["relative_error"] for layer in content["layers"]]
         told = {
             "method": content["method"],
             "target": content["target"],
@@ -82,7 +82,7 @@ def _verify_comparison(
             "perplexity": content["pruned"]["perplexity"],
             "reloaded_perplexity": content["pruned"]["perplexity"],
             "bits_per_char": content["pruned"]["bits_per_char"],
-            "relative_error": sum(errors) / len(errors) if None not in errors else None,
+            "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
         }
         for name, value in told.items():
             report.expect(
@@ -181,37 +181,49 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     if target is None:
         report.expect("target", False, f"{where}the target {manifest['target']} is not among the settings")
         return
-    zeros = {name: int((view.read() == 0).sum()) for name, view in views.items()}
-    for name, view in views.items():
-        size = view.read().numel()
-        if name in claims:
-            claim = claims[name]["sparsity"]
-            report.expect(
-                "sparsity of every matrix",
-                abs(claim * size - zeros[name]) < 0.5,
-                f"{where}{name}: claimed sparsity {claim}, found {zeros[name] / size}",
-            )
-        missed = _missed(view, zeros[name], target)
-        report.expect("target", missed is None, f"{where}{name}: {missed}")
-    total = sum(view.read().numel() for view in views.values())
-    found = sum(zeros.values()) / total
+    left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
+    sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
+    for name in views.keys() & claims.keys():
+        report.expect(
+            "sparsity of every matrix",
+            abs((1 - claims[name]["sparsity"]) * sizes[name] - left[name]) < 0.5,
+            f"{where}{name}: claimed sparsity {claims[name]['sparsity']}, found {1 - left[name] / sizes[name]}",
+        )
+    total, kept = sum(sizes.values()), sum(left.values())
+    report.expect(
+        "block weights",
+        manifest["block_weights"] == total,
+        f"{where}claimed {manifest['block_weights']} weights in the dense blocks, the layers' shapes hold {total}",
+    )
+    found = 1 - kept / total
     report.numbers[f"{where}sparsity"] = found
     report.expect(
         "sparsity",
         abs(manifest["sparsity"] - found) * total < 0.5,
         f"{where}claimed sparsity {manifest['sparsity']}, found {found}",
     )
+    missed = {
+        name: _missed(view, left[name], sizes.get(name, view.read().numel()), target) for name, view in views.items()
+    }
+    if manifest["budget"] == "model" and target.pattern is None:
+        missed = {"all matrices together": _too_few(total - kept, total, target)}
+    for name, how in missed.items():
+        report.expect("target", how is None, f"{where}{name}: {how}")
 
 
-def _missed(view: WeightView, zeros: int, target: Target) -> str | None:
-    """How a matrix misses its target by more than one weight. Zeros that the dense weight had may come on top."""
-    weight = view.read()
-    if target.pattern is not None:
-        kept, group = target.pattern
-        over = int((weight.unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
-        return f"{over} groups keep more than {kept} of {group}" if over else None
-    asked = (target.sparsity or 0.0) * weight.numel()
-    return f"{zeros} zeros of {weight.numel()}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
+def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
+    """How a matrix of so many dense weights misses its target."""
+    if target.pattern is None:
+        return _too_few(size - left, size, target)
+    kept, group = target.pattern
+    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
+    return f"{over} groups keep more than {kept} of {group}" if over else None
+
+
+def _too_few(zeros: int, size: int, target: Target) -> str | None:
+    """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
+    asked = (target.sparsity or 0.0) * size
+    return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
 
 
 def _target(manifest: Manifest) -> Target | None:
@@ -229,7 +241,7 @@ def _judging_text(manifest: Manifest, loaded: LoadedModel, data: str | None) -> 
     settings = TextSettings(**manifest["settings"]["text"])
     if settings.eval_data is not None:
         return read_judging_text(replace(settings, eval_data=data or settings.eval_data), loaded)
-    return read_texts(replace(settings, data=data or settings.data), loaded).evaluation
+    return Texts(replace(settings, data=data or settings.data), loaded).evaluation
 
 
 def _location(manifest: Manifest) -> str | None:

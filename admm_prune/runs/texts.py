@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from admm_prune.data.sequences import Packing, Sequences, default_length, pack
 from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from admm_prune.models.loading import LoadedModel
 
 
+DEFAULT_SAMPLES = 128
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """Which text calibrates and which text judges.
@@ -24,7 +27,7 @@ class TextSettings:
         data: calibration text: "embedded", a file, a folder or a Hub id.
         eval_data: text to evaluate on. By default the held-out part of the same source: its validation split, or the
             last tenth of a local file, which then does not calibrate.
-        samples: calibration sequences, drawn by `seed`.
+        samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
         eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
         length: tokens of a sequence; the model's context by default, at most 2048.
         packing: "documents" (one a sequence), "windows" (contiguous), or "auto".
@@ -35,15 +38,14 @@ class TextSettings:
 
     data: str = EMBEDDED
     eval_data: str | None = None
-    samples: int = 128
+    samples: int | None = None
     eval_samples: int | None = None
     length: int | None = None
     packing: Packing = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.packing not in get_args(Packing):
-            raise UserError(f"packing must be auto, documents or windows, not '{self.packing}'")
+        parse_packing(self.packing)
         for name, number, least in (
             ("samples", self.samples, 1),
             ("eval_samples", self.eval_samples, 1),
@@ -53,40 +55,56 @@ class TextSettings:
                 raise UserError(f"{name} must be at least {least}, not {number}")
 
 
-@dataclass(frozen=True)
+def parse_packing(text: str) -> Packing:
+    """The packing of this name.
+
+    Raises:
+        UserError: there is no such packing.
+    """
+    for packing in get_args(Packing):
+        if text == packing:
+            return cast(Packing, packing)
+    raise UserError(f"packing must be {' or '.join(', '.join(get_args(Packing)).rsplit(', ', 1))}, not '{text}'")
+
+
 class Texts:
-    """Both texts, packed for one tokenizer."""
-
-    calibration: Sequences
-    evaluation: Sequences
-    records: dict[str, TextRecord]
-
-
-def read_texts(settings: TextSettings, loaded: LoadedModel) -> Texts:
-    """Reads and packs both texts for the model's tokenizer and context.
+    """Both texts of a run, read once and packed for the model's tokenizer and context.
 
     Raises:
         UserError: a text cannot be used, or the length is beyond the model's context.
     """
-    length = _length(settings, loaded.model.config)
-    calibration, judging = _corpora(settings)
-    calibration_sequences = pack(
-        calibration,
-        loaded.tokenizer,
-        length=length,
-        packing=settings.packing,
-        samples=settings.samples,
-        seed=settings.seed,
-    )
-    evaluation_sequences = _pack_judging(judging, settings, length, loaded)
-    return Texts(
-        calibration_sequences,
-        evaluation_sequences,
-        {
-            "calibration": TextRecord.of(calibration, calibration_sequences),
-            "evaluation": TextRecord.of(judging, evaluation_sequences),
-        },
-    )
+
+    def __init__(self, settings: TextSettings, loaded: LoadedModel) -> None:
+        self._settings, self._tokenizer = settings, loaded.tokenizer
+        self._length = _length(settings, loaded.model.config)
+        self._calibrating, self._judging = _corpora(settings)
+        self._packed: dict[int, Sequences] = {}
+        self.evaluation = _pack_judging(self._judging, settings, self._length, loaded)
+
+    def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
+        """The calibration text: so many sequences, unless the settings name another number.
+
+        Raises:
+            UserError: the text is shorter than one sequence.
+        """
+        samples = self._settings.samples or samples
+        if samples not in self._packed:
+            self._packed[samples] = pack(
+                self._calibrating,
+                self._tokenizer,
+                length=self._length,
+                packing=self._settings.packing,
+                samples=samples,
+                seed=self._settings.seed,
+            )
+        return self._packed[samples]
+
+    def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
+        """What both texts were, by their role; `samples` as for `calibration`."""
+        return {
+            "calibration": TextRecord.of(self._calibrating, self.calibration(samples)),
+            "evaluation": TextRecord.of(self._judging, self.evaluation),
+        }
 
 
 def read_judging_text(settings: TextSettings, loaded: LoadedModel) -> Sequences:

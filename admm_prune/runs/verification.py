@@ -29,6 +29,7 @@ class Verification:
         checked: what was compared with its claim.
         failures: a sentence for every claim that does not hold.
         unchecked: what could not be compared, and why.
+        certificates: what is known of the weight beyond its claims, in words.
         numbers: recomputed, by name.
     """
 
@@ -37,6 +38,7 @@ class Verification:
     checked: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    certificates: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +68,7 @@ class Verification:
             "failures": self.failures,
             "checked": self.checked,
             "unchecked": self.unchecked,
+            "certificates": self.certificates,
             **self.numbers,
         }
 
@@ -147,6 +150,7 @@ def _recompute(
         reachable = value
     else:
         report.numbers |= asdict(certificates)
+        report.certificates += certificates.in_words()
         reachable = certificates.reachable if feasible else value
     _check_bound(report, claims, problem, budget, value, reachable, slack)
 

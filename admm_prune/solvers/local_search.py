@@ -55,7 +55,7 @@ class LocalSearch:
     """
 
     inner: Solver | None = None
-    rounds: int = 24
+    rounds: int = 16
     swaps: int = 4
     candidates: int = 8
     refits: int = 6

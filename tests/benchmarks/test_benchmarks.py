@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
-from admm_prune.recipes.catalogue import Target, parse_targets
+from admm_prune.recipes.targets import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate
@@ -21,7 +21,7 @@ from benchmarks import gaps, instances, leaderboard, measuring, published, table
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, problem_for, settings_key
 from benchmarks.journal import Journal, write_csv
 from benchmarks.leaderboard import Leaderboard
-from benchmarks.memory import name_of, peak_in_a_process, target_named
+from benchmarks.memory import peak_in_a_process
 
 SOLVERS = [YARDSTICK, "sparsegpt"]
 HALF = Target(sparsity=0.5)
@@ -254,7 +254,7 @@ def test_the_extra_memory_is_measured_in_a_process_of_its_own(folder: Path) -> N
 
 @pytest.mark.parametrize("target", parse_targets("0.7,0.123456789", "2:4,1:8"), ids=lambda target: target.label)
 def test_a_target_survives_the_way_to_another_process(target: Target) -> None:
-    assert target_named(name_of(target)) == target
+    assert target_named(str(target)) == target
 
 
 def test_wrong_words_are_refused(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ FIGURES = {
     "perplexity", "bits_per_char", "tokens", "characters", "packing", "length", "truncated_tokens", "protocol",
 }  # fmt: skip
 MANIFEST = {
-    "method", "target", "sparsity", "dense", "pruned", "layers", "seconds", "settings", "model_revision", "texts",
-    "environment", "weights",
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "seconds", "notes",
+    "details", "settings", "model_revision", "texts", "environment", "weights",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -201,6 +201,36 @@ def test_solve_writes_the_weight_whose_error_it_reports(
     table = command("solve", layer_file, "--pattern", "2:4").out
     assert "relative error" in table
     assert "2:4" in table
+
+
+def test_solve_goes_along_a_path(command: Command, place: Path, layer_file: Path) -> None:
+    options = ("solve", layer_file, "--solver", "admm")
+    path = command(*options, "--sparsity", "0.75,0.5", "--out", "v.safetensors", "--json").json()["path"]
+    assert [(solved["target"], solved["sparsity"]) for solved in path] == [("0.75", 0.75), ("0.5", 0.5)]
+    alone = command(*options, "--sparsity", "0.5", "--json").json()
+    assert set(path[1]) == {"target", *alone}
+    assert path[1]["relative_error"] == pytest.approx(alone["relative_error"], rel=1e-4)
+    assert sorted(file.name for file in place.glob("v*")) == ["v-0.5.safetensors", "v-0.75.safetensors"]
+    assert command("verify", "v-0.75.safetensors").status == 0
+    tables = command(*options, "--sparsity", "0.75,0.5").out
+    assert tables.index("admm 75%") < tables.index("admm 50%")
+
+
+def test_ridge_auto_says_what_it_tried(
+    run: Any, command: Command, place: Path, model_folder: Path, text_file: Path
+) -> None:
+    assert run("--sparsity", 0.5, "--ridge", "auto", "--out", "pruned").status == 0
+    manifest = json.loads((place / "pruned/admm_prune.json").read_text())
+    assert manifest["settings"]["ridge"] == "auto"
+    for layer in manifest["layers"]:
+        assert layer["ridge_trials"][0].keys() == {"ridge", "damping", "error"}
+        assert layer["ridge"] == layer["ridge_trials"][0]["ridge"]
+    capture = ("capture", "--model", model_folder, "--data", text_file, "--samples", 16, "--weight", UP)
+    assert command(*capture, "--out", "layer.safetensors").status == 0
+    solve = ("solve", "layer.safetensors", "--sparsity", 0.5, "--ridge", "auto")
+    solved = command(*solve, "--json").json()
+    assert solved["damping"] == solved["ridge_trials"][0]["damping"]
+    assert "tried ridge 0, damping 0.01: validation error" in command(*solve).out
 
 
 def test_a_layer_error_in_the_manifest_is_that_of_its_layer_file(

@@ -81,8 +81,9 @@ OPTIONS = [
     (["--packing", "tight"], "packing must be auto, documents or windows, not 'tight'"),
     (["--dtype", "int8"], "dtype must be float32, bfloat16 or float16, not 'int8'"),
     (["--device", "tpu"], "device must be auto, cpu or cuda, not 'tpu'"),
-    (["--ridge", "inf"], "ridge must be a finite number"),
-    (["--ridge", "-1"], "Invalid value for '--ridge'"),
+    (["--ridge", "inf"], "ridge must be 'auto' or a finite number that is not negative, not inf"),
+    (["--ridge", "-1"], "ridge must be 'auto' or a finite number that is not negative, not -1"),
+    (["--ridge", "much"], "ridge must be 'auto' or a finite number that is not negative, not much"),
     (["--samples", "0"], "Invalid value for '--samples'"),
     (["--eval-samples", "0"], "Invalid value for '--eval-samples'"),
     (["--length", "1"], "Invalid value for '--length'"),
@@ -321,6 +322,11 @@ def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_tensors:
         layer_tensors | {"cross_gram": layer_tensors["gram"].clone()}, place / "energy", {"target_energy": "much"}
     )
     refused("target_energy among the metadata must be a number", "solve", "energy", "--sparsity", "0.5")
+
+
+def test_a_ridge_that_cannot_be_chosen(refused: Refused, layer_file: Path) -> None:
+    reason = "it has no gram_validation, which --ridge auto cannot choose on: give a number"
+    refused(reason, "solve", layer_file, "--sparsity", "0.5", "--ridge", "auto", "--out", "v.safetensors")
 
 
 def test_an_unknown_solver(refused: Refused, layer_file: Path) -> None:

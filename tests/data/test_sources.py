@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from admm_prune.data import standard_library
+from admm_prune.data import sources, standard_library
 from admm_prune.data.sources import Corpus, read_corpus
 from admm_prune.errors import UserError
 
@@ -105,6 +105,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
         return load(str(folder), cache_dir=str(tmp_path / "cache"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr(sources, "check_hub", lambda *_: None)
     return calls
 
 
@@ -142,6 +143,7 @@ def test_what_the_hub_raises_becomes_one_line(error: Exception, said: str, monke
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(sources, "check_hub", lambda *_: None)
     assert said in refusal("owner/name")
 
 

@@ -11,6 +11,7 @@ from tiny_models import build, prune_half
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from admm_prune.errors import UserError
+from admm_prune.models import loading
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
 
@@ -102,6 +103,7 @@ def test_an_unknown_repository_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect to the Hub\nCheck your connection")
 
+    monkeypatch.setattr(loading, "check_hub", lambda *_: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unreachable)
     assert "no such folder here, and as a Hub id it cannot be loaded" in refusal("owner/name")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from instances import Toy, correlated, keeping, normal, spectral, toys
 
 from admm_prune.point import Point
-from admm_prune.problem import Constraint
+from admm_prune.problem import Constraint, SupportConstraint
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, Unstructured
 from admm_prune.solvers.reference import Bound, BranchAndBound, BruteForce, lower_bound, perspective_bound
 from admm_prune.solvers.reference.bounds import loss_bounds
@@ -126,6 +126,20 @@ def test_dual_value_is_valid_at_every_point(problem: Toy, seed: int, size: float
     assert dual_value(row, np.full(row.width, least), shift) <= optimum * SLACK
 
 
+class Counted:
+    """A constraint that counts how often it is asked for a support."""
+
+    def __init__(self, inner: SupportConstraint) -> None:
+        self.inner, self.count = inner, 0
+
+    def select(self, score: Point) -> Point:
+        self.count += 1
+        return self.inner.select(score)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
 class TestRecognition:
     @pytest.mark.parametrize(
         ("constraint", "rows"),
@@ -144,6 +158,31 @@ class TestRecognition:
     )
     def test_kinds(self, constraint: Constraint, rows: tuple[tuple[int, int], ...] | None) -> None:
         assert recognise("test", constraint, (3, 8)).rows == rows
+
+    @pytest.mark.parametrize(
+        ("constraint", "expected"),
+        [
+            (RowWise(0.5), (256, 128)),
+            (NofM(2, 4), (4, 2)),
+            (NofM(5, 8), (8, 5)),
+            (StackedRows(((1, NofM(1, 4)), (299, RowWise(0.25)))), (256, 192)),
+            (Unstructured(0.3), None),
+        ],
+        ids=str,
+    )
+    def test_a_large_matrix_is_recognised_by_three_selections(
+        self, constraint: SupportConstraint, expected: tuple[int, int] | None
+    ) -> None:
+        asked = Counted(constraint)
+        rows = recognise("test", asked, (300, 256)).rows
+        assert asked.count == 3
+        assert (None if rows is None else rows[-1]) == expected
+        if isinstance(constraint, StackedRows):
+            assert rows is not None
+            assert rows[0] == (4, 1)
+        for other in (Blocks(0.5, 1, 4), Blocks(0.5, 2, 2), Blocks(0.75, 4, 1)):
+            with pytest.raises(ValueError, match="another kind"):
+                recognise("test", other, (300, 256))
 
     def test_total(self) -> None:
         assert recognise("test", Unstructured(0.4), (3, 8)) == Supports(14, None)

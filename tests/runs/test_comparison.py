@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.recipes.catalogue import Target
+from admm_prune.recipes.targets import Target
 from admm_prune.runs import comparison
 from admm_prune.runs.comparison import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.report import write_report

@@ -13,10 +13,11 @@ import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import Target, method_named
-from admm_prune.recipes.layerwise import prune_layerwise
+from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.targets import Target
 from admm_prune.runs.evaluating import evaluate_model
-from admm_prune.runs.texts import TextSettings, read_texts
+from admm_prune.runs.texts import Texts, TextSettings
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 
@@ -57,10 +58,10 @@ def test_a_layer_error_is_measured_against_the_dense_weight(model_folder: Path, 
 def test_a_target_that_one_weight_does_not_admit_leaves_all_of_them_alone(model_folder: Path, text_file: Path) -> None:
     loaded = load(str(model_folder))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    text = read_texts(TextSettings(data=str(text_file)), loaded).calibration
+    text = Texts(TextSettings(data=str(text_file)), loaded).calibration()
     # 32 divides the width of every weight but the last of a block, which is 48.
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: pattern 16:32 needs a width"):
-        prune_layerwise(loaded.model, text, method_named("magnitude"), Target(pattern=(16, 32)))
+        recipe_named("magnitude").prune(loaded.model, Request(target=Target(pattern=(16, 32)), calibration=text))
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
 
 
@@ -85,7 +86,7 @@ def test_a_module_that_cannot_be_used_is_refused(model_folder: Path, text_file: 
         ({"eval_samples": 0}, "eval_samples must be at least 1, not 0"),
         ({"length": 1}, "length must be at least 2, not 1"),
         ({"packing": "tight"}, "packing must be auto, documents or windows"),
-        ({"ridge": float("nan")}, "ridge must be a finite number"),
+        ({"ridge": float("nan")}, "ridge must be 'auto' or a finite number"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], reason: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
-from admm_prune.recipes.catalogue import LOCAL_METHODS, Target, method_named
-from admm_prune.runs.certificates import best_swap
+from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named
+from admm_prune.recipes.targets import Target
 from admm_prune.runs.claims import Claims, tensor_sha256
 from admm_prune.runs.solving import solve_layer_file
-from admm_prune.runs.verification import Verification, verify_layer
+from admm_prune.runs.verification import verify_layer
 from admm_prune.testing.instances import correlated_inputs, random_weight
 
 TARGETS = {"0": Target(0.0), "0.5": Target(0.5), "0.83": Target(0.83), "1": Target(1.0), "2:4": Target(None, (2, 4))}
@@ -246,49 +245,3 @@ def test_the_fingerprint_sees_bits_shape_and_dtype(dtype: torch.dtype) -> None:
     others = [x.T.contiguous(), x.reshape(3, 2), x.to(torch.float16), x.clone().index_fill_(0, torch.tensor([1]), 2.0)]
     assert tensor_sha256(x) == tensor_sha256(x.T.contiguous().T)
     assert len({tensor_sha256(t) for t in [x, *others]}) == 5 - int(torch.equal(others[0], others[1]))
-
-
-@pytest.mark.parametrize("group", [12, 4])
-def test_the_gain_of_the_best_swap_is_that_of_least_squares_on_every_swapped_support(group: int) -> None:
-    x = correlated_inputs(40, 12, 3).numpy()
-    hessian = x.T @ x + 0.05 * np.eye(12)
-    target = random_weight(1, 12, 3)[0].numpy()
-    kept = np.arange(12) % 4 < 2
-
-    def loss(support: np.ndarray) -> float:
-        rest = np.flatnonzero(~support)
-        inverse = np.linalg.inv(hessian)
-        return float(target[rest] @ np.linalg.solve(inverse[np.ix_(rest, rest)], target[rest]))
-
-    best = loss(kept)
-    for i, j in product(np.flatnonzero(kept), np.flatnonzero(~kept)):
-        if i // group == j // group:
-            swapped = kept.copy()
-            swapped[[i, j]] = False, True
-            best = min(best, loss(swapped))
-    refitted, gain = best_swap(hessian, target, kept, group)
-    assert refitted == pytest.approx(loss(kept), rel=1e-9)
-    assert refitted - gain == pytest.approx(best, rel=1e-9)
-    assert gain > 0
-
-
-def numbers(layer: Path, method: str) -> dict[str, float]:
-    report: Verification = verify_layer(solved(layer, method, Target(0.7)))
-    return report.numbers
-
-
-def test_certificates_tell_a_refitted_point_from_a_cut_one(tmp_path: Path) -> None:
-    layer = layer_file(tmp_path / "layer.safetensors", dtype=torch.float64)
-    cut, fitted = numbers(layer, "magnitude"), numbers(layer, "admm")
-    assert fitted["refit_residual"] < 1e-3
-    assert cut["refit_residual"] > 1e-2
-    assert fitted["swap_gain"] <= cut["swap_gain"]
-    assert fitted["unstable_support"] == 0.0 < cut["unstable_support"]
-    assert cut["reachable"] < cut["objective"]
-    assert 0.0 <= cut["swap_optimal"] <= fitted["swap_optimal"] <= 1.0
-
-
-def test_nothing_pruned_is_a_fixed_point_of_everything(layer: Path) -> None:
-    report = verify_layer(solved(layer, "magnitude", Target(0.0)))
-    assert report.numbers["refit_residual"] == report.numbers["unstable_support"] == 0.0
-    assert report.numbers["swap_optimal"] == 1.0

@@ -12,6 +12,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Constraint, SupportConstraint
 
 _RANDOM_PROBES = 4
+_MANY = 1 << 16
 _EXACT = 1 << 24  # float32 holds every integer up to here
 
 
@@ -32,7 +33,7 @@ class Supports:
 def recognise(owner: str, constraint: Constraint, shape: tuple[int, int]) -> Supports:
     """Recognises budgets per row (N:M groups among them, each row its own) and one budget over the matrix.
 
-    The constraint is asked for the best support of eight scorings: random ones, and some that rise or fall along rows
+    The constraint is asked for the best support of a few scorings: random ones, and some that rise or fall along rows
     or columns. Cells of entries that always keep the same number, and always the largest scores, are its structure. A
     set of another kind (tiles, say) betrays itself on the first scoring.
 
@@ -93,13 +94,16 @@ class _Cells:
 
 
 def _scorings(count: int, width: int) -> Iterator[Tensor]:
-    """Positive scores without ties, each (out, in)."""
+    """Positive scores without ties, each (out, in). A large matrix has so many cells that three of them are enough."""
     total = count * width
-    rising = torch.arange(1, total + 1, dtype=torch.float32 if total < _EXACT else torch.float64)
+    dtype = torch.float32 if total < _EXACT else torch.float64
+    rising = torch.arange(1, total + 1, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(_RANDOM_PROBES):
-        yield rising[torch.randperm(total, generator=generator)].view(count, width)
+    few = total > _MANY
+    for _ in range(1 if few else _RANDOM_PROBES):
+        yield torch.randperm(total, generator=generator, dtype=dtype).add_(1).view(count, width)
     yield rising.view(count, width)
-    yield rising.flip(0).view(count, width)
     yield rising.view(width, count).T.contiguous()
-    yield rising.flip(0).view(width, count).T.contiguous()
+    if not few:
+        yield rising.flip(0).view(count, width)
+        yield rising.flip(0).view(width, count).T.contiguous()

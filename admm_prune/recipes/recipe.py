@@ -1,0 +1,124 @@
+"""What every way to prune a whole model meets: it is asked by a Request, and answers with an Outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.recipes.ridge import Ridge, Trial
+from admm_prune.recipes.targets import Target
+
+OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a recipe is asked for, beside the model.
+
+    Args:
+        target: how much is to go.
+        calibration: text to calibrate or train on.
+        seed: of every random choice.
+        ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
+        on_progress: told of every step.
+    """
+
+    target: Target
+    calibration: Sequences
+    seed: int = 0
+    ridge: Ridge = None
+    on_progress: OnProgress | None = None
+
+    def tell(self, done: int, total: int, at_work: str = "") -> None:
+        """Reports progress, where anybody listens."""
+        if self.on_progress is not None:
+            self.on_progress(done, total, at_work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of one weight. Errors are relative, undamped, in float64, of the weights as written back.
+
+    Attributes:
+        shape: (out, in) of the dense weight.
+        sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
+        relative_error, relative_error_validation: None where no layer problem was solved.
+        tokens: that the layer's inputs were taken from.
+        ridge, damping: of the layer problem, as used in the end; None where there was none.
+        ridge_trials: what "auto" tried, the best one first.
+        diagnosis: codes of `solvers.doctor`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    relative_error: float | None = None
+    relative_error_validation: float | None = None
+    status: str | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    ridge: float | None = None
+    damping: float | None = None
+    ridge_trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
+    diagnosis: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a recipe did.
+
+    Attributes:
+        layers: a report of every pruned weight.
+        notes: what had to be done that was not asked for.
+        details: what the recipe has to say beyond that (a training curve, an allocation), as JSON values.
+        model: the new model, where the old one was not pruned in place.
+    """
+
+    layers: list[LayerReport]
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+
+class Recipe(Protocol):
+    """A way to prune a whole model, ready to use by name. A frozen configuration."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str:
+        """A line for `admm-prune list`."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Calibration sequences, where the user names no number."""
+        ...
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        """What meets the target: every matrix of the blocks, or all of them together."""
+        ...
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        """Refuses what cannot be done, before anything is touched.
+
+        Raises:
+            UserError: the model has no decoder blocks that can be read, or a weight, named, does not admit the target.
+        """
+        ...
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        """Prunes the model, which is in evaluation mode and without gradients, in place where it can.
+
+        Raises:
+            UserError: as `check`; the text or the ridge asked for cannot be used.
+        """
+        ...

@@ -1,0 +1,96 @@
+"""How much is to go, and how a user says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from admm_prune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much is to go: a sparsity, or N kept of every M."""
+
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """In full, "0.7" or "2:4": what `target_named` reads back to the bit."""
+        return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else repr(self.sparsity)
+
+    @property
+    def label(self) -> str:
+        """ "50%", "2:4"."""
+        return str(self) if self.pattern else f"{100 * (self.sparsity or 0.0):g}%"
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the weights to go, 0 to 1, of a pattern too."""
+        return 1 - self.pattern[0] / self.pattern[1] if self.pattern else self.sparsity or 0.0
+
+
+def target_named(text: str) -> Target:
+    """The target that "0.7" or "2:4" stands for.
+
+    Raises:
+        UserError: neither a number from 0 to 1 nor N:M with 1 <= N <= M.
+    """
+    return _pattern(text) if ":" in text else _sparsity(text)
+
+
+def parse_target(sparsity: str | float | None, pattern: str | None) -> Target:
+    """One target from the words of a user.
+
+    Raises:
+        UserError: neither or both are given; not a number from 0 to 1; not N:M with 1 <= N <= M.
+    """
+    _check_one(sparsity, pattern)
+    return _sparsity(sparsity) if sparsity is not None else _pattern(str(pattern))
+
+
+def parse_targets(sparsity: str | None, pattern: str | None) -> list[Target]:
+    """Targets from comma-separated lists: sparsities first, then patterns.
+
+    Raises:
+        UserError: both lists are empty, or an item is wrong.
+    """
+    targets = [_sparsity(item) for item in (sparsity or "").split(",") if item.strip()]
+    targets += [_pattern(item) for item in (pattern or "").split(",") if item.strip()]
+    if not targets:
+        raise UserError("give sparsities such as 0.5,0.7 or patterns such as 2:4")
+    return targets
+
+
+def parse_path(sparsity: str | None, pattern: str | None) -> list[Target]:
+    """The targets of one list, sparsities or patterns, once each.
+
+    Raises:
+        UserError: neither or both lists are given, or an item is wrong.
+    """
+    _check_one(sparsity, pattern)
+    return list(dict.fromkeys(parse_targets(sparsity, pattern)))
+
+
+def _check_one(sparsity: object, pattern: object) -> None:
+    if (sparsity is None) == (pattern is None):
+        raise UserError("give either a sparsity such as 0.7 or a pattern such as 2:4")
+
+
+def _sparsity(text: str | float) -> Target:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"sparsity must be a number from 0 to 1, not '{text}'") from None
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"sparsity must lie between 0 and 1, not {text}")
+    return Target(sparsity=value)
+
+
+def _pattern(text: str) -> Target:
+    kept, colon, group = text.strip().partition(":")
+    if not (colon and kept.isdecimal() and group.isdecimal()):
+        raise UserError(f"pattern must be N:M, N kept of every M such as 2:4, not '{text}'")
+    n, m = int(kept), int(group)
+    if not 1 <= n <= m:
+        raise UserError(f"pattern {text} must keep from 1 to {m} of every {m}: N kept of every M, such as 2:4")
+    return Target(pattern=(n, m))
