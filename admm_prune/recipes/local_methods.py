@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
-from admm_prune.problems.layer import DEFAULT_RIDGE
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
@@ -35,8 +35,8 @@ class Method:
     name: str
     summary: str
     make: Callable[[], Solver]
-    ridge: float = 0.0
-    damping: float = 0.0
+    ridge: float = DEFAULT_RIDGE
+    damping: float = DEFAULT_DAMPING
     row_wise: bool = False
     stacks: bool = False
     stacks_targets: bool = False
@@ -52,12 +52,13 @@ class Method:
 LOCAL_METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("magnitude", "largest |w|", Magnitude),
-        Method("wanda", "largest |w| ||x|| in each row", Wanda, row_wise=True),
+        Method("magnitude", "largest |w|", Magnitude, ridge=0.0, damping=0.0),
+        Method("wanda", "largest |w| ||x|| in each row", Wanda, ridge=0.0, damping=0.0, row_wise=True),
         Method(
             "sparsegpt",
             "column by column, errors spread over the columns to come",
             SparseGPT,
+            ridge=0.0,
             damping=0.01,
             stacks=True,
             stacks_targets=True,
@@ -66,7 +67,6 @@ LOCAL_METHODS: Mapping[str, Method] = {
             "admm",
             "ADMM with a rising penalty, then least squares",
             ADMM,
-            ridge=DEFAULT_RIDGE,
             stacks=True,
             stacks_targets=True,
         ),
@@ -74,7 +74,6 @@ LOCAL_METHODS: Mapping[str, Method] = {
             "admm-fast",
             "half of admm's work, a little more error",
             ADMM.fast,
-            ridge=DEFAULT_RIDGE,
             stacks=True,
             stacks_targets=True,
         ),
@@ -82,15 +81,15 @@ LOCAL_METHODS: Mapping[str, Method] = {
             "admm-best",
             "a longer ADMM, then swaps of single weights: several times admm's work, a little less error",
             lambda: LocalSearch(ADMM.best()),
-            ridge=DEFAULT_RIDGE,
             stacks=True,
         ),
-        Method("alps", "ADMM with ALPS's controller and damping", ADMM.alps, damping=0.01, stacks=True),
+        Method("alps", "ADMM with ALPS's controller and damping", ADMM.alps, ridge=0.0, damping=0.01, stacks=True),
         Method(
             "admm-gradual",
             "ADMM with a fixed penalty and a cubic sparsity ramp",
             ADMM.gradual,
             ridge=0.1,
+            damping=0.0,
             stacks=True,
             stacks_targets=True,
         ),
@@ -101,22 +100,20 @@ LOCAL_METHODS: Mapping[str, Method] = {
 REFERENCES: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("brute-force", "every support tried", reference.BruteForce, ridge=DEFAULT_RIDGE, row_wise=True),
+        Method("brute-force", "every support tried", reference.BruteForce, row_wise=True),
         Method(
             "branch-and-bound",
             "proved optimum of each row, or the open bound after a minute",
             lambda: reference.BranchAndBound(time_limit=60.0),
-            ridge=DEFAULT_RIDGE,
             row_wise=True,
         ),
         Method(
             "mixed-integer",
             "mixed-integer program by CVXPY and SCIP",
             lambda: reference.MixedIntegerReference(time_limit=60.0),
-            ridge=DEFAULT_RIDGE,
             row_wise=True,
         ),
-        Method("group-exact", "every N:M group optimal given the rest", reference.GroupExact, ridge=DEFAULT_RIDGE),
+        Method("group-exact", "every N:M group optimal given the rest", reference.GroupExact),
     )
 }
 
@@ -138,7 +135,7 @@ def method_named(name: str) -> Method:
     plugins = _plugins()
     if name in plugins:
         loaded = plugins[name].load()
-        return loaded if isinstance(loaded, Method) else Method(name, loaded.__doc__ or "", loaded, ridge=DEFAULT_RIDGE)
+        return loaded if isinstance(loaded, Method) else Method(name, loaded.__doc__ or "", loaded)
     raise UserError(f"unknown method '{name}': choose one of {', '.join(method_names())}")
 
 
