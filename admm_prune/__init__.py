@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "Result",
     "RowWise",
+    "SparseAdam",
     "SparseGPT",
     "StackedRows",
     "Status",
@@ -48,6 +49,7 @@ _HOME = {
     "Progress": "admm_prune.result",
     "Result": "admm_prune.result",
     "RowWise": "admm_prune.problems.constraints",
+    "SparseAdam": "admm_prune.solvers.sparse_adam",
     "SparseGPT": "admm_prune.solvers.obs",
     "StackedRows": "admm_prune.problems.constraints",
     "Status": "admm_prune.result",
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.polish import Polish
+    from admm_prune.solvers.sparse_adam import SparseAdam
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

@@ -125,7 +125,7 @@ def test_conjugate_gradients_equal_cholesky(seed) -> None:
 
 
 def test_products_in_bfloat16_cost_no_error(monkeypatch) -> None:
-    """Where the machine has them: the early penalties only choose a support, which the later ones and the refit settle."""
+    """The early penalties only choose a support, which the later ones and the refit settle."""
     monkeypatch.setattr(x_updates, "multiplies_bfloat16", lambda device: True)
     exact, rounded = [], []
     for seed in range(4):

@@ -1,0 +1,136 @@
+"""The compact state: one tensor and one bit per weight in place of z and u.
+
+At a dual update a = x + u splits into z = M a and u = (1 - M) a, whose supports are disjoint. What the steps in
+between need is the anchor c = z - tau u = M a - tau (1 - M) a, to which x is pulled; tau rescales u when rho changes.
+From c and the bits of M both come back exactly: z = M c, tau u = -(1 - M) c. So c and M are all that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels import bits, quantization
+from admm_prune.solvers.elsa.sharding import laid_out_as, local
+
+AnchorFormat = Literal["full", "bfloat16", "int8"]
+State = dict[str, Any]
+
+_ENTRIES = {"cpu": 1 << 18}  # worked on at once: what stays in the cache
+_ENTRIES_ELSEWHERE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter under a constraint, and what the optimizer remembers of it.
+
+    Attributes:
+        index: among all pruned parameters.
+        transposed: stored as (in, out).
+    """
+
+    name: str
+    index: int
+    parameter: Tensor
+    state: State
+    transposed: bool
+
+    @property
+    def here(self) -> Tensor:
+        """The part in this process."""
+        return local(self.parameter.detach())
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.parameter.grad is not None
+        return local(self.parameter.grad)
+
+    @property
+    def entries(self) -> int:
+        """In all processes."""
+        return self.parameter.numel()
+
+    @property
+    def dense(self) -> bool:
+        """Whether the support is everything: there is no pull then, where ADMM would pull x to its own past."""
+        return bool(self.state["kept"] == self.entries)
+
+    def mask(self, rows: slice = slice(None)) -> Tensor:
+        return bits.unpack(local(self.state["mask"])[rows], self.parameter.shape[-1])
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Takes the mask of the part in this process; `kept` is the caller's to set."""
+        self.state["mask"] = laid_out_as(self.parameter, bits.pack(mask))
+
+    def restrict(self, x: Tensor) -> None:
+        """x <- M x, in place, for a tensor of this process's part."""
+        for rows in chunks(x):
+            x[rows].mul_(self.mask(rows))
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed with: float32 for the narrow ones."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def chunks(x: Tensor) -> Iterator[slice]:
+    """Runs of rows, so that temporaries stay small."""
+    rows = x.shape[0]
+    per_row = max(1, x.numel() // max(1, rows))
+    step = max(1, _ENTRIES.get(x.device.type, _ENTRIES_ELSEWHERE) // per_row)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """How anchors are stored.
+
+    Args:
+        format: "full" in the precision of the computation; "bfloat16"; "int8" with a float32 scale per 256 entries.
+        rounding: "stochastic" keeps the mean of what is rounded.
+    """
+
+    format: AnchorFormat
+    rounding: Literal["nearest", "stochastic"]
+
+    def write(self, weight: Weight, anchor: Tensor, generator: torch.Generator) -> None:
+        """Stores c (the part in this process)."""
+        chance = generator if self.rounding == "stochastic" else None
+        state = weight.state
+        if self.format == "int8":
+            codes, scales = quantization.to_int8(anchor.float(), chance)
+            state["anchor"] = laid_out_as(weight.parameter, codes)
+            state["anchor_scale"] = laid_out_as(weight.parameter, scales)
+        elif self.format == "bfloat16":
+            state["anchor"] = laid_out_as(weight.parameter, quantization.to_bfloat16(anchor.float(), chance))
+        else:
+            state["anchor"] = laid_out_as(weight.parameter, anchor)
+
+    def stored(self, state: State) -> bool:
+        """Whether the state holds an anchor of this format."""
+        dtype = local(state["anchor"]).dtype
+        narrow = {"int8": torch.int8, "bfloat16": torch.bfloat16}
+        return dtype == narrow[self.format] if self.format in narrow else dtype not in narrow.values()
+
+    def read(self, weight: Weight, rows: slice = slice(None)) -> Tensor:
+        """c, or some of its rows, in a dtype that adds to the working one without loss."""
+        stored = local(weight.state["anchor"])[rows]
+        if self.format == "int8":
+            return quantization.from_int8(stored, local(weight.state["anchor_scale"])[rows])
+        return stored
+
+    def sum(self, weight: Weight) -> Tensor:
+        """a = x + u."""
+        x = weight.here.to(working_dtype(weight.parameter.dtype))
+        dual = self.read(weight).to(x.dtype).masked_fill(weight.mask(), 0)  # -u, but for a rescaling that is due
+        return torch.sub(x, dual, alpha=weight.state["lag"])
+
+    def away(self, weight: Weight) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, x - c) in pieces."""
+        x = weight.here
+        for rows in chunks(x):
+            yield rows, x[rows].to(working_dtype(x.dtype)) - self.read(weight, rows)

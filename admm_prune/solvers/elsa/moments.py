@@ -1,0 +1,161 @@
+"""Adam's own step: torch's, on float moments, or on moments kept in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from admm_prune.kernels import quantization
+from admm_prune.solvers.elsa.anchors import State, chunks, working_dtype
+from admm_prune.solvers.elsa.randomness import generator
+from admm_prune.solvers.elsa.sharding import laid_out_as, local
+
+MomentFormat = Literal["full", "int8"]
+
+_SMALLEST = 4096  # entries of a tensor whose moments are kept in 8 bits
+_DRAW = 0  # tells these random numbers from those of the anchors
+
+
+@dataclass(frozen=True)
+class Moments:
+    """How Adam's moments are kept: "full" in the precision of the computation, or "int8", with a float32 scale per 256.
+
+    In 8 bits the first moment has logarithmic levels of both signs, and the root of the second, which is divided by,
+    logarithmic levels rounded at random: at 0.1 % a step it would not move between levels 5 % apart otherwise. Vectors
+    and tensors below 4096 entries keep full moments.
+    """
+
+    format: MomentFormat
+
+    def create(self, parameter: Tensor, state: State, *, fused: bool) -> None:
+        """Zero moments. torch's fused kernel wants the count of steps beside the parameter, the others on the CPU."""
+        x = local(parameter.detach())
+        state["step"] = torch.zeros((), dtype=torch.float32, device=x.device if fused else None)
+        zero = torch.zeros_like(x, dtype=working_dtype(x.dtype))
+        if not self.quantizes(parameter):
+            state["exp_avg"] = laid_out_as(parameter, zero)
+            state["exp_avg_sq"] = laid_out_as(parameter, zero.clone())
+            return
+        scales = torch.zeros(quantization.scales_shape(x.shape), device=x.device)
+        for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+            state[name] = laid_out_as(parameter, torch.zeros_like(x, dtype=dtype))
+            state[f"{name}_scale"] = laid_out_as(parameter, scales.clone())
+
+    def quantizes(self, parameter: Tensor) -> bool:
+        return self.format == "int8" and parameter.ndim > 1 and parameter.numel() >= _SMALLEST
+
+    def stored(self, parameter: Tensor, state: State) -> bool:
+        """Whether the state is kept this way."""
+        return self.quantizes(parameter) == ("exp_avg_scale" in state)
+
+    def second(self, parameter: Tensor, state: State) -> Tensor:
+        """v of the part in this process."""
+        stored = local(state["exp_avg_sq"])
+        if not self.quantizes(parameter):
+            return stored
+        return quantization.from_unsigned_log(stored, local(state["exp_avg_sq_scale"])).square_()
+
+    def restrict(self, state: State, mask: Tensor) -> None:
+        """m <- M m, so that Adam leaves the other entries where they are."""
+        local(state["exp_avg"]).mul_(mask)
+
+    def step(
+        self,
+        parameters: Sequence[Tensor],
+        states: Sequence[State],
+        group: dict[str, Any],
+        draws: Sequence[tuple[int, ...]],
+    ) -> None:
+        """x <- x - lr (m / c1) / (sqrt(v / c2) + eps), with torch's decoupled weight decay.
+
+        Args:
+            parameters: each with a gradient.
+            group: the settings lr, betas, eps, weight_decay, foreach and fused.
+            draws: for each parameter, numbers that seed the rounding of what is kept in fewer bits than computed in.
+        """
+        narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
+        wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]
+        if wide:
+            _adam(
+                [local(x.detach()) for x, _ in wide],
+                [_gradient(x) for x, _ in wide],
+                [local(state["exp_avg"]) for _, state in wide],
+                [local(state["exp_avg_sq"]) for _, state in wide],
+                [state["step"] for _, state in wide],
+                group,
+            )
+        for i, (x, state) in enumerate(zip(parameters, states, strict=True)):
+            if narrow[i]:
+                self._narrow_step(x, state, group, generator(x, *draws[i], _DRAW))
+
+    def _narrow_step(self, parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
+        """Some rows at a time: read to the precision of the computation, stepped, written back."""
+        x, gradient = local(parameter.detach()), _gradient(parameter)
+        dtype = working_dtype(x.dtype)
+        for rows in chunks(x):
+            here = x[rows].to(dtype)
+            first, second = self._read(parameter, state, rows)
+            one_by_one = {**group, "foreach": False, "fused": False}
+            _adam([here], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
+            if self.quantizes(parameter):
+                self._write(state, rows, first, second, chance)
+            if x.dtype == torch.bfloat16:
+                x[rows] = quantization.to_bfloat16(here, chance)
+            elif x.dtype != dtype:
+                x[rows] = here.to(x.dtype)
+        state["step"] += 1
+
+    def _read(self, parameter: Tensor, state: State, rows: slice) -> tuple[Tensor, Tensor]:
+        first, second = local(state["exp_avg"])[rows], local(state["exp_avg_sq"])[rows]
+        if not self.quantizes(parameter):
+            return first, second
+        root = quantization.from_unsigned_log(second, local(state["exp_avg_sq_scale"])[rows])
+        return quantization.from_signed_log(first, local(state["exp_avg_scale"])[rows]), root.square_()
+
+    def _write(self, state: State, rows: slice, first: Tensor, second: Tensor, chance: torch.Generator) -> None:
+        codes = {
+            "exp_avg": quantization.to_signed_log(first),
+            "exp_avg_sq": quantization.to_unsigned_log(second.sqrt_(), chance),
+        }
+        for name, (levels, scales) in codes.items():
+            local(state[name])[rows] = levels
+            local(state[f"{name}_scale"])[rows] = scales
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return local(parameter.grad)
+
+
+def _adam(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    beta1, beta2 = group["betas"]
+    adam(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        steps,
+        foreach=group["foreach"],
+        fused=group["fused"],
+        decoupled_weight_decay=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )

@@ -1,0 +1,151 @@
+"""The settings of ELSA: the penalty, the score that chooses the support, and when what happens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from admm_prune.errors import UserError
+
+Shape = Literal["constant", "linear", "cosine", "exponential"]
+Units = Literal["absolute", "relative"]
+Fisher = Literal["none", "adam", "clean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """The weight rho of (rho / 2) |x - z + u|^2 beside the loss, and how it moves.
+
+    With s the progress of the run before its support is frozen, from 0 to 1, and start = `start` * `value`:
+    linear start + (value - start) s, cosine start + (value - start) (1 - cos(pi s)) / 2,
+    exponential start (value / start)^s. rho changes only when the duals do.
+
+    Args:
+        value: where rho ends.
+        shape: how it gets there.
+        start: where it begins, as a fraction of `value`.
+        units: "absolute" takes `value` as published. "relative" takes it, for each weight matrix, in units of
+            rms(gradient of the loss) / rms(weight): at 1 the pull on a weight as far from its target as weights are
+            large equals a typical gradient.
+        rescale: "immediate" rescales u at once where rho changes, so that the multiplier rho u stays; "lagged" only at
+            the next dual update, as the published code does.
+        decoupled: the pull is no gradient but a step of its own after Adam's, x <- x - lr rho (x - z + u), which
+            leaves Adam's second moment free of it; `value` then has another scale.
+        balance: where given, the rho of a matrix doubles after each dual update whose relative primal residual exceeds
+            `balance` times its dual residual, and halves where it is the other way round.
+        divide_by_world: divides rho by the number of processes, as the published code does.
+
+    Sources: Boyd et al., Distributed Optimization and Statistical Learning via ADMM, 2011, section 3.4.1 (balance),
+    with the relative residuals of Wohlberg, ADMM Penalty Parameter Selection by Residual Balancing, 2017.
+    """
+
+    value: float = 0.1
+    shape: Shape = "constant"
+    start: float = 0.0
+    units: Units = "relative"
+    rescale: Literal["immediate", "lagged"] = "immediate"
+    decoupled: bool = False
+    balance: float | None = None
+    divide_by_world: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value) and self.value >= 0):
+            raise UserError(f"penalty must be a finite number of at least 0, not {self.value}")
+        if not 0.0 <= self.start <= 1.0:
+            raise UserError(f"the penalty's start is a fraction of its value, 0 to 1, not {self.start}")
+        if self.shape == "exponential" and self.start == 0.0:
+            raise UserError("an exponential penalty cannot start at 0: give a start such as 0.01")
+        if self.balance is not None and not self.balance > 1.0:
+            raise UserError(f"balance compares residuals by a factor above 1, not {self.balance}")
+
+    def at(self, progress: float) -> float:
+        """rho at `progress`, before units and balance."""
+        if self.shape == "constant":
+            return self.value
+        start = self.start * self.value
+        if self.shape == "exponential":
+            return float(start * (1.0 / self.start) ** progress)
+        rise = progress if self.shape == "linear" else (1.0 - math.cos(math.pi * progress)) / 2.0
+        return start + (self.value - start) * rise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Which entries of a = x + u are kept: those with the largest |a| F^power, F a diagonal of the Fisher information.
+
+    Args:
+        fisher: "adam" takes Adam's second moment, which also holds the square of a coupled penalty; "clean" keeps a
+            moving average of the squared gradient of the loss alone, one more tensor; "none" takes F = 1.
+        power: 1/2 is the projection in the metric F, 0 the one by magnitude.
+        decay: of the clean average.
+        hysteresis: scores of entries in the support count 1 + hysteresis times, so that it changes less.
+
+    F that is zero, which says only that it underflowed, counts as just under the smallest number there is.
+    """
+
+    fisher: Fisher = "adam"
+    power: float = 0.5
+    decay: float = 0.999
+    hysteresis: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.power < 0 or self.hysteresis < 0 or not 0 <= self.decay < 1:
+            raise UserError("a score needs a power and a hysteresis of at least 0, and a decay from 0 to below 1")
+
+    @property
+    def weighted(self) -> bool:
+        return self.fisher != "none" and self.power > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """What happens at which step; steps count from 0.
+
+    Args:
+        interval: steps between dual updates.
+        first: the step after which the first one comes.
+        total: the steps of the run; None where it has no known end, and then nothing depends on progress.
+        freeze: the fraction of the run at its end in which the support stays and pruned weights are zero.
+        ramp: the fraction of what comes before in which the sparsity grows, by 1 - (1 - s)^3 of the target.
+
+    Source of the ramp: Zhu and Gupta, To prune, or not to prune, 2017.
+    """
+
+    interval: int = 32
+    first: int = 32
+    total: int | None = None
+    freeze: float = 0.0
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or self.first < 0:
+            raise UserError(
+                f"dual updates need an interval of at least 1 step, and a first one: {self.interval}, {self.first}"
+            )
+        if self.total is not None and self.total < 1:
+            raise UserError(f"a run has at least 1 step, not {self.total}")
+        if not 0.0 <= self.freeze <= 1.0 or not 0.0 <= self.ramp <= 1.0:
+            raise UserError(f"freeze and ramp are fractions of the run, 0 to 1, not {self.freeze} and {self.ramp}")
+        if self.total is None and (self.freeze or self.ramp):
+            raise UserError("freeze and ramp are fractions of the run: give total_steps, or freeze=0 and ramp=0")
+
+    @property
+    def freeze_at(self) -> int | None:
+        """The first step with a frozen support; None where there is none."""
+        return None if self.total is None or not self.freeze else round(self.total * (1.0 - self.freeze))
+
+    def progress(self, step: int) -> float:
+        """The part of the steps before the freeze that lie before `step`, 0 to 1."""
+        end = self.total if self.freeze_at is None else self.freeze_at
+        return 0.0 if end is None else min(1.0, step / max(1, end))
+
+    def due(self, step: int) -> bool:
+        """Whether the duals are updated after Adam's step `step`."""
+        return step >= self.first and (step - self.first) % self.interval == 0
+
+    def fraction(self, step: int) -> float:
+        """The fraction of the final sparsity."""
+        if not self.ramp:
+            return 1.0
+        return 1.0 - max(0.0, 1.0 - self.progress(step) / self.ramp) ** 3

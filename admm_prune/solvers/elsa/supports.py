@@ -1,0 +1,158 @@
+"""The support of the largest scores, for weights in one process or sharded over many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from admm_prune.errors import UserError
+from admm_prune.kernels import histogram, selection
+from admm_prune.point import Point
+from admm_prune.problem import SupportConstraint
+from admm_prune.solvers.elsa.anchors import Weight
+from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.elsa.sharding import Processes, gathered, own_rows, processes_of, totals
+
+# An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
+_LEAST_FISHER = 2.0**-152
+_LEAST_FACTOR = 2.0**-100
+
+Selected = Iterator[tuple[Weight, Tensor, Tensor]]
+ScoreOf = Callable[[Weight], Tensor]
+
+
+class Support(Protocol):
+    """A family of supports of several weights."""
+
+    def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
+        """Yields each weight once with its mask and its scores, both of this process's part.
+
+        Args:
+            score: gives the scores of a weight's part in this process, in the shape it is stored in.
+            fraction: of what is pruned in the end.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """round((1 - sparsity) n) entries of every matrix of n, or of all together.
+
+    "model" compares scores between matrices after a division by their mean. Matrices sharded by rows are compared by a
+    histogram: counts travel, never scores.
+    """
+
+    sparsity: float
+    scope: Literal["matrix", "model"] = "matrix"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity <= 1.0:
+            raise UserError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
+
+    def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
+        if self.scope == "model":
+            yield from self._jointly(weights, score, fraction)
+            return
+        divided: dict[Processes, list[Weight]] = {}
+        for weight in weights:
+            processes = processes_of(weight.parameter)
+            if processes is None:
+                scores = score(weight)
+                yield weight, selection.largest(scores, self._keep(weight.entries, fraction)), scores
+            else:
+                divided.setdefault(processes, []).append(weight)
+        for processes, group in divided.items():
+            all_scores = [score(weight).float() for weight in group]
+            budgets = [
+                histogram.Budget([scores], self._keep(weight.entries, fraction))
+                for weight, scores in zip(group, all_scores, strict=True)
+            ]
+            masks = (mask for (mask,) in histogram.largest(budgets, processes))
+            yield from zip(group, masks, all_scores, strict=True)
+
+    def _jointly(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
+        groups = {processes_of(weight.parameter) for weight in weights}
+        if len(groups) > 1:
+            raise UserError("one budget for the model needs weights that are sharded over the same processes, or none")
+        scores = [score(weight).float() for weight in weights]
+        sums = totals(
+            [weight.parameter for weight in weights], torch.stack([s.sum(dtype=torch.float64) for s in scores])
+        )
+        for weight, scores_here, total in zip(weights, scores, sums.tolist(), strict=True):
+            scores_here.mul_(weight.entries / total if total > 0 else 1.0)
+        keep = self._keep(sum(weight.entries for weight in weights), fraction)
+        (masks,) = histogram.largest([histogram.Budget(scores, keep)], groups.pop() or histogram.Alone())
+        yield from zip(weights, masks, scores, strict=True)
+
+    def _keep(self, entries: int, fraction: float) -> int:
+        sparsity = self.sparsity * fraction
+        return max(round((1.0 - sparsity) * entries), 0 if sparsity == 1.0 else 1)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """n kept of every m consecutive inputs. Rows are whole in every process, so nothing is exchanged."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise UserError(f"pattern {self.n}:{self.m} must keep from 1 to {self.m} of every {self.m}")
+
+    def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
+        # Rounded up: on the way to a pattern the last weights of a group go at its end.
+        n = self.m - int((self.m - self.n) * fraction)
+        for weight in weights:
+            scores = score(weight)
+            if weight.transposed and processes_of(weight.parameter) is not None:
+                raise UserError(f"{weight.name} is stored transposed and sharded: groups of its inputs are cut apart")
+            by_rows = scores.T if weight.transposed else scores
+            if by_rows.shape[-1] % self.m:
+                raise UserError(f"{weight.name}: {self.m} does not divide its {by_rows.shape[-1]} inputs")
+            mask = selection.largest_per_group(by_rows, n, self.m)
+            yield weight, (mask.T if weight.transposed else mask), scores
+
+
+@dataclass(frozen=True)
+class Within:
+    """The supports of any SupportConstraint over the point of all the weights.
+
+    It is asked with all rows: sharded scores are gathered, all of them, in every process.
+    """
+
+    constraint: SupportConstraint
+
+    def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
+        constraint = self.constraint if fraction >= 1.0 else self.constraint.tightened(fraction)
+        scores = {weight.name: score(weight) for weight in weights}
+        whole = {weight.name: gathered(weight.parameter, scores[weight.name]) for weight in weights}
+        masks = constraint.select(Point({w.name: whole[w.name].T if w.transposed else whole[w.name] for w in weights}))
+        for weight in weights:
+            mask = masks[weight.name].T if weight.transposed else masks[weight.name]
+            yield weight, own_rows(weight.parameter, mask), scores[weight.name]
+
+
+def magnitudes(weight: Weight) -> Tensor:
+    """|x|."""
+    return weight.here.abs()
+
+
+def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) -> Tensor:
+    """|a| F^power, times 1 + hysteresis in the support.
+
+    Args:
+        a: x + u of the part in this process; overwritten.
+        fisher: F >= 0 of that part, float32; None for F = 1.
+    """
+    result = a.abs_()
+    if score.hysteresis:
+        result.mul_(torch.where(weight.mask(), 1.0 + score.hysteresis, 1.0))
+    if fisher is None:
+        return result
+    factor = fisher.sqrt() if score.power == 0.5 else fisher.pow(score.power)
+    return result.mul_(factor.clamp_min_(max(_LEAST_FISHER**score.power, _LEAST_FACTOR)))

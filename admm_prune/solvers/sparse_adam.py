@@ -1,0 +1,364 @@
+"""SparseAdam: ELSA as a torch optimizer, for anyone's training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, Literal, Self, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from admm_prune.errors import UserError
+from admm_prune.problem import SupportConstraint
+from admm_prune.prunable import HEADS
+from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight
+from admm_prune.solvers.elsa.duals import Splitting
+from admm_prune.solvers.elsa.gradients import clip, norms
+from admm_prune.solvers.elsa.groups import Target, of_model, of_parameters
+from admm_prune.solvers.elsa.history import DualUpdate, WeightUpdate
+from admm_prune.solvers.elsa.moments import MomentFormat, Moments
+from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline
+from admm_prune.solvers.elsa.sharding import laid_out_as
+
+_PENALTY, _SCORE = Penalty(), Score()  # frozen, so one of each serves all
+
+
+class SparseAdam(Optimizer):
+    """Adam that ends on a sparse point: min f(x) with the support of x in a family, by ADMM with x = z.
+
+        g <- clip(gradient of f),   g <- g + rho (x - z + u),   x <- Adam's step with g,
+        and every `interval` steps:   z <- P(x + u),   u <- u + x - z,   rho <- the schedule's.
+
+    z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
+    the support is frozen: pruned weights are zero, and Adam trains the others. Give `total_steps`, and call `finalize`
+    at the end. A step whose gradient is not finite is left out, with its dual update, and counted in `skipped`.
+
+    Args:
+        params: a model, whose linear weights are pruned (`admm_prune.prunable`) while all its parameters are trained;
+            or parameters, or groups of them. A group may have its own `sparsity`, `pattern` or `constraint`, or
+            `constraint=None` to stay dense; the others take the ones given here.
+        sparsity: the fraction of every matrix to prune.
+        pattern: (n, m), n kept of every m consecutive inputs.
+        constraint: any family of supports over the point of all pruned weights, under their names.
+        scope: "model" spends one `sparsity` over all matrices, comparing scores divided by their mean.
+        targets, ignore: shell patterns of the names of a model's weights to prune, and to leave dense.
+        masks: supports to begin with, by name, such as those of a layer-wise solution; by magnitude where not given.
+        lr, betas, eps, weight_decay, foreach, fused: as in `torch.optim.AdamW`, but no weight decay by default.
+        clip: the norm that the loss's gradient, over all parameters, is clipped to before the penalty; None for none.
+        clip_penalty: clip after the penalty instead.
+        penalty: rho, or all about it.
+        score: what chooses the support.
+        interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
+        total_steps: the length of the run, which schedules need.
+        freeze: the fraction of the run, at its end, with a frozen support; by default 1/4, 0 without `total_steps`.
+        ramp: the fraction of what comes before in which the sparsity grows.
+        final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
+            "weights" x themselves, as published.
+        anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes a weight.
+        moments: how Adam's moments are stored: see `Moments`. 8 or 2.03 bytes a weight.
+        seed: of stochastic rounding.
+
+    Raises:
+        UserError: nothing to prune; no target, or two; a setting out of range.
+
+    Source: ELSA, arXiv 2510.01650, 2026; the compact state, relative penalties and the frozen end are ours.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        *,
+        sparsity: float | None = None,
+        pattern: tuple[int, int] | None = None,
+        constraint: SupportConstraint | None = None,
+        scope: Literal["matrix", "model"] = "matrix",
+        targets: Sequence[str] = ("*",),
+        ignore: Sequence[str] = HEADS,
+        masks: Mapping[str, Tensor] | None = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        clip: float | None = 1.0,
+        clip_penalty: bool = False,
+        penalty: float | Penalty = _PENALTY,
+        score: Score = _SCORE,
+        interval: int = 32,
+        first_update: int | None = None,
+        total_steps: int | None = None,
+        freeze: float | None = None,
+        ramp: float = 0.0,
+        final: Literal["anchors", "weights"] = "anchors",
+        anchor: AnchorFormat = "bfloat16",
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        moments: MomentFormat = "full",
+        seed: int = 0,
+    ) -> None:
+        if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"lr, eps and weight_decay are at least 0, betas from 0 to below 1: {lr}, {eps}, {betas}")
+        target = Target(sparsity, pattern, constraint, scope)
+        if isinstance(params, nn.Module):
+            chosen = of_model(params, target, targets=targets, ignore=ignore)
+        else:
+            chosen = of_parameters(params, target)
+        self.timeline = Timeline(
+            interval=interval,
+            first=interval if first_update is None else first_update,
+            total=total_steps,
+            freeze=(0.25 if total_steps else 0.0) if freeze is None else freeze,
+            ramp=ramp,
+        )
+        self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
+        self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
+        self._anchors, self._moments = Anchors(anchor, rounding), Moments(moments)
+        self._masks = dict(masks or {})
+        self.history: list[DualUpdate] = []
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
+        # What moves beside the state of the parameters lives in the groups, so that any way to save a torch optimizer
+        # saves it.
+        super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._splittings = {
+            i: Splitting(support, self.penalty, score, self._anchors, self._moments, seed, processes)
+            for i, support in chosen.supports.items()
+        }
+        self._transposed = chosen.transposed
+        self._norm = math.nan  # of the last gradient
+        self._check_masks()
+
+    @classmethod
+    def faithful(
+        cls, params: nn.Module | Iterable[Any], *, total_steps: int, lr: float = 2e-4, penalty: float = 1e-3, **how: Any
+    ) -> Self:
+        """ELSA as published: a coupled, absolute penalty, cosine from 0; the projection in the metric of Adam's second
+        moment; u rescaled late; no frozen end; the final support from the weights themselves. `how` changes any of it.
+        """
+        published: dict[str, Any] = {
+            "penalty": Penalty(value=penalty, shape="cosine", units="absolute", rescale="lagged"),
+            "score": Score(fisher="adam", power=0.5),
+            "interval": 32,
+            "first_update": 0,
+            "freeze": 0.0,
+            "final": "weights",
+            "anchor": "full",
+        }
+        return cls(params, total_steps=total_steps, lr=lr, **{**published, **how})
+
+    @property
+    def steps_done(self) -> int:
+        return int(self.param_groups[0]["steps_done"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because a gradient was not finite."""
+        return int(self.param_groups[0]["skipped"])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the support stays as it is from now on, and pruned weights are zero."""
+        return bool(self.param_groups[0]["frozen"])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be done that was not asked for."""
+        return (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of Adam with the penalty, and the dual update where one is due."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not active:
+            return loss
+        self._begin()
+        if self.frozen:
+            self._restrict_gradients()
+        each = norms(active)
+        norm = float(torch.linalg.vector_norm(each))
+        if not math.isfinite(norm):
+            self._count("skipped")
+            return loss
+        self._norm = norm
+        self._prepare_gradients(active, each, norm)
+        self._step_adam()
+        self._advance()
+        return loss
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Fixes the support from here on: pruned weights become zero and stay it, the others are trained on.
+
+        Happens by itself where the run's frozen part begins.
+        """
+        if self.frozen:
+            return
+        self._begin()
+        if self.final == "anchors":
+            self._update_duals(self.steps_done, 1.0)
+        for splitting, _, weights in self._pruned():
+            if self.final == "weights":
+                splitting.reselect(weights)
+            for weight in weights:
+                weight.restrict(weight.here)
+                self._moments.restrict(weight.state, weight.mask())
+        for group in self.param_groups:
+            group["frozen"] = True
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, Tensor]:
+        """Makes the weights sparse, exactly, if they are not yet, and returns the masks by name."""
+        self.freeze()
+        return self.masks()
+
+    def masks(self) -> dict[str, Tensor]:
+        """The current support of every pruned weight, by name: boolean, of its shape, sharded as it is."""
+        self._begin()
+        pruned = (weight for _, _, weights in self._pruned() for weight in weights)
+        return {weight.name: laid_out_as(weight.parameter, weight.mask()) for weight in pruned}
+
+    @contextmanager
+    def projected(self) -> Generator[None]:
+        """Within it the pruned weights are zero off the current support, to evaluate them; afterwards as before."""
+        self._begin()
+        pruned = [weight for _, _, weights in self._pruned() for weight in weights]
+        before = [weight.here.clone() for weight in pruned]
+        for weight in pruned:
+            weight.restrict(weight.here)
+        try:
+            yield
+        finally:
+            for weight, x in zip(pruned, before, strict=True):
+                weight.here.copy_(x)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues exactly where the saved optimizer was; `history` starts anew.
+
+        Raises:
+            UserError: what was saved is stored in other formats than this optimizer's.
+        """
+        super().load_state_dict(state_dict)
+        # torch casts every tensor to the dtype of its parameter; masks and codes have their own.
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+        self.history = []
+        for _, _, weights in self._pruned():
+            for weight in weights:
+                if weight.state and not (
+                    self._anchors.stored(weight.state) and self._moments.stored(weight.parameter, weight.state)
+                ):
+                    raise UserError(f"{weight.name}: the saved optimizer keeps anchors or moments in another format")
+
+    def _pruned(self) -> Iterator[tuple[Splitting, dict[str, Any], list[Weight]]]:
+        """Every group that is pruned: how, its settings, its weights."""
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            splitting = self._splittings.get(number)
+            if splitting is not None:
+                names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+                yield (
+                    splitting,
+                    group,
+                    [
+                        Weight(name, index + i, p, self.state[p], transposed=id(p) in self._transposed)
+                        for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
+                    ],
+                )
+            index += len(group["params"])
+
+    def _begin(self) -> None:
+        """Allocates all state, from the weights as they are now."""
+        if self.state[self.param_groups[0]["params"][0]]:
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
+        for splitting, _, weights in self._pruned():
+            splitting.begin(weights, self.timeline.fraction(0), self._masks)
+        self._masks = {}
+
+    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float) -> None:
+        """Clips, then adds the penalty; or the other way round."""
+        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip)
+        squares = dict(zip(map(id, active), each.double().mul_(factor).square_().tolist(), strict=True))
+        for splitting, _, weights in () if self.frozen else self._pruned():
+            for weight in weights:
+                if id(weight.parameter) in squares:
+                    splitting.observe(weight, squares[id(weight.parameter)])
+                    if not self.penalty.decoupled:
+                        splitting.add_penalty(weight)
+        if self.clip is not None and self.clip_penalty:
+            clip(active, float(torch.linalg.vector_norm(norms(active))), self.clip)
+
+    def _step_adam(self) -> None:
+        index = 0
+        for group in self.param_groups:
+            active = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            self._moments.step(
+                [parameter for _, parameter in active],
+                [self.state[parameter] for _, parameter in active],
+                group,
+                [(self.seed, self.steps_done, number) for number, _ in active],
+            )
+            index += len(group["params"])
+        if self.penalty.decoupled and not self.frozen:
+            for splitting, group, weights in self._pruned():
+                for weight in weights:
+                    if weight.parameter.grad is not None:
+                        splitting.pull(weight, float(group["lr"]))
+
+    def _advance(self) -> None:
+        """Counts the step; updates the duals, or freezes, where that is due."""
+        step = self.steps_done
+        self._count("steps_done")
+        if self.frozen:
+            return
+        if step + 1 == self.timeline.freeze_at:
+            self.freeze()
+        elif self.timeline.due(step):
+            self._update_duals(step, self.timeline.fraction(step))
+
+    def _update_duals(self, step: int, fraction: float) -> None:
+        updates: dict[str, WeightUpdate] = {}
+        for splitting, _, weights in self._pruned():
+            updates |= splitting.update(weights, step, self.timeline.progress(step), fraction)
+        self.history.append(
+            DualUpdate(step=self.steps_done, gradient_norm=self._norm, skipped=self.skipped, weights=updates)
+        )
+
+    def _restrict_gradients(self) -> None:
+        for _, _, weights in self._pruned():
+            for weight in weights:
+                if weight.parameter.grad is not None:
+                    weight.restrict(weight.gradient)
+
+    def _count(self, name: str) -> None:
+        for group in self.param_groups:
+            group[name] += 1
+
+    def _check_masks(self) -> None:
+        shapes = {weight.name: weight.parameter.shape for _, _, weights in self._pruned() for weight in weights}
+        for name, mask in self._masks.items():
+            if name not in shapes:
+                raise UserError(f"a mask is given for {name}, which is not pruned: pruned are {', '.join(shapes)}")
+            if mask.shape != shapes[name] or mask.dtype != torch.bool:
+                raise UserError(f"the mask of {name} must be boolean, of shape {tuple(shapes[name])}")
