@@ -137,11 +137,6 @@ class Within:
             yield weight, own_rows(weight.parameter, mask), scores[weight.name]
 
 
-def magnitudes(weight: Weight) -> Tensor:
-    """|x|."""
-    return weight.here.abs()
-
-
 def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) -> Tensor:
     """|a| F^power, times 1 + hysteresis in the support.
 
