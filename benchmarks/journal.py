@@ -13,25 +13,26 @@ Record = dict[str, str]
 
 
 class Journal:
-    """Rows of strings under fixed columns. Rows that belong together have the same `KEY` and are written at once.
+    """Rows of strings under fixed columns. Rows that belong together have the same key and are written at once.
 
     Args:
         path: made with the first row; a last line that was cut short is dropped.
-        columns: beside those of `KEY`.
+        columns: beside those of the key.
+        key: the columns that tell rows apart.
 
     Raises:
         ValueError: the file has other columns.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, (*KEY, *columns)
+    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str] = KEY) -> None:
+        self.path, self.key, self.columns = path, tuple(key), (*key, *columns)
         self.records: list[Record] = []
         if path.exists():
             self._read()
 
     def find(self, key: Mapping[str, str]) -> list[Record]:
         """All rows of a key, oldest first."""
-        return [record for record in self.records if all(record[name] == key[name] for name in KEY)]
+        return [record for record in self.records if all(record[name] == key[name] for name in self.key)]
 
     def add(self, key: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows of one key to the file."""

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "result": WORDS,
     "kernels": set(),
     "prunable": {"errors"},
-    "problems": MATHEMATICS,
+    "problems": MATHEMATICS | {"prunable"},
     "solvers": MATHEMATICS | {"prunable"},
     "data": {"errors", "problems.gram"},
     "models": MATHEMATICS | {"data", "problems.gram"},

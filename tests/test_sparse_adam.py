@@ -212,6 +212,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so() -> None:
         ({"anchor": "bfloat16"}, 8 + 2.125),
         ({"anchor": "int8"}, 8 + 1.125 + 4 / 256),
         ({"anchor": "int8", "moments": "int8"}, 2 + 8 / 256 + 1.125 + 4 / 256),
+        ({"freeze": 1.0}, 8 + 0.125),
+        ({"penalty": math.inf}, 8 + 0.125),
+        ({"freeze": 1.0, "moments": "int8"}, 2 + 8 / 256 + 0.125),
     ],
     ids=str,
 )
@@ -247,6 +250,70 @@ def test_on_a_convex_problem_it_comes_close_to_the_exact_optimum(anchor) -> None
     assert updates[-1].primal_residual < updates[0].primal_residual
     limit = {"full": 0.0, "bfloat16": 2**-8, "int8": 0.02}[anchor]
     assert max(update.quantization_error for update in updates) <= limit
+
+
+@pytest.mark.parametrize(
+    "target", [{"sparsity": 0.8}, {"sparsity": 0.8, "scope": "model"}, {"pattern": (1, 4)}], ids=str
+)
+def test_an_infinite_penalty_is_gradual_pruning(target) -> None:
+    """Weights that went stay away, the sparsity follows the cubic ramp, and all that is kept beyond Adam is a bit."""
+    net = Net()
+    optimizer = SparseAdam(
+        net, lr=0.01, penalty=math.inf, score=Score(fisher="none"), interval=4, total_steps=60, freeze=0.25, ramp=1.0,
+        **target,
+    )  # fmt: skip
+    gone = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in net.named_parameters()}
+    for step in range(60):
+        trained(net, optimizer, 1, start=step)
+        for name, p in net.named_parameters():
+            if name in optimizer.masks():
+                zero = p.detach() == 0
+                assert not bool((gone[name] & ~zero).any())
+                gone[name] = zero
+        if step == 24 and "pattern" not in target:  # the update after step 24, of 45 before the freeze
+            ramp = 0.8 * (1 - (1 - 24 / 45) ** 3)
+            pruned = [gone[name] for name in optimizer.masks()]
+            assert sum(int(zero.sum()) for zero in pruned) / 1024 == pytest.approx(ramp, abs=2e-3)
+    masks = optimizer.finalize()
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert kept == (
+        256 if "pattern" in target else round(0.2 * 512) * 2 if "scope" not in target else round(0.2 * 1024)
+    )
+    assert not any("anchor" in optimizer.state[p] for p in net.parameters())
+
+
+def test_a_support_chosen_elsewhere_is_trained_on_and_can_be_changed() -> None:
+    """Masked fine-tuning: Adam on the support, exactly, and zeros off it."""
+    first = {"first.weight": torch.arange(512).reshape(32, 16) % 2 == 0, "second.weight": torch.ones(16, 32).bool()}
+    then = {"first.weight": torch.arange(512).reshape(32, 16) % 4 == 0, "second.weight": torch.eye(16, 32).bool()}
+    net, reference = Net(), Net()
+    optimizer = SparseAdam(net, sparsity=0.75, lr=0.01, masks=first, freeze=1.0, clip=None)
+    with pytest.raises(UserError, match=r"no mask is given for second\.weight"):
+        optimizer.change_support({"first.weight": first["first.weight"]})
+    adam = torch.optim.Adam(reference.parameters(), lr=0.01)
+    held = {id(reference.get_parameter(name)): mask for name, mask in first.items()}
+    optimizer.change_support(first)
+    for step in range(30):
+        if step == 10:
+            optimizer.change_support(then)
+            held = {id(reference.get_parameter(name)): mask for name, mask in then.items()}
+            for p in reference.parameters():
+                if id(p) in held:
+                    adam.state[p]["exp_avg"].mul_(held[id(p)])
+        for p in reference.parameters():
+            if id(p) in held:
+                p.data.mul_(held[id(p)])
+        trained(net, optimizer, 1, start=step)
+        tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(step))
+        labels = (tokens[:, 1:] * 3 % 11).flatten()
+        nn.functional.cross_entropy(reference(tokens)[:, :-1].flatten(0, 1), labels).backward()
+        for p in reference.parameters():
+            if id(p) in held:
+                p.grad.mul_(held[id(p)])
+        adam.step()
+        adam.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(net.parameters(), reference.parameters(), strict=True))
+    assert all(bool((net.get_parameter(name)[~mask] == 0).all()) for name, mask in optimizer.finalize().items())
 
 
 def test_masks_to_begin_with_are_kept_until_the_first_update() -> None:

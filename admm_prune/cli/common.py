@@ -34,6 +34,10 @@ Ridge = Annotated[
     typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
 ]
 
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
+]
+
 Report = Callable[[int, int, str], None]
 _WIDE = 160
 

@@ -21,6 +21,10 @@ def compare(
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
     packing: common.Packing = "auto",
+    steps: common.Steps = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Beside elsa, also what has to stand beside it: tuned-dense, admm-finetuned, gradual.")
+    ] = True,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -49,6 +53,8 @@ def compare(
         ),
         device=device,
         dtype=dtype,
+        steps=steps,
+        baselines=baselines,
     )
     with common.progress_bar("comparing") as progress:
         result = comparisons.compare(settings, out, progress)

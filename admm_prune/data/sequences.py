@@ -87,9 +87,10 @@ class Sequences:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         starts = range(0, len(self.rows), self.batch_size)
-        return tuple(self._batch([row.ids for row in self.rows[i : i + self.batch_size]]) for i in starts)
+        return tuple(self.batch([row.ids for row in self.rows[i : i + self.batch_size]]) for i in starts)
 
-    def _batch(self, rows: list[Tensor]) -> Batch:
+    def batch(self, rows: list[Tensor]) -> Batch:
+        """Some sequences, padded to the longest."""
         ids = pad_sequence(rows, batch_first=True, padding_value=PAD)
         return Batch(ids, torch.tensor([len(row) for row in rows]), self.bos)
 

@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, sequences: Sequences) -> Evaluation:
     """
     total = torch.zeros((), dtype=torch.float64)
     for batch in sequences.batches:
-        total += _cross_entropy(model, batch)
+        total += cross_entropy(model, batch)
     tokens, characters = sequences.scored_tokens, sequences.characters
     return Evaluation(
         perplexity=(total / tokens).exp().item(),
@@ -56,7 +56,7 @@ def evaluate(model: nn.Module, sequences: Sequences) -> Evaluation:
     )
 
 
-def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of -log p over the scored tokens of a batch: a float64 scalar on the CPU."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)

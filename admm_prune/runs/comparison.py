@@ -11,9 +11,11 @@ from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import load
-from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.catalogue import recipe_named, with_baselines
+from admm_prune.recipes.elsa import TunedDense
 from admm_prune.recipes.recipe import OnProgress, Recipe, Request
 from admm_prune.recipes.targets import Target
+from admm_prune.recipes.trained import Trained
 from admm_prune.runs import pruning
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
@@ -62,12 +64,22 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings:
+    """All that a comparison depends on.
+
+    Args:
+        steps: of the methods that train, in place of their own number.
+        baselines: beside ELSA, compare what has to stand beside it: the dense model tuned as long, masked fine-tuning,
+            gradual pruning.
+    """
+
     model: str
     methods: tuple[str, ...]
     targets: tuple[Target, ...]
     text: TextSettings
     device: str = "auto"
     dtype: str | None = None
+    steps: int | None = None
+    baselines: bool = True
 
 
 def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None = None) -> Comparison:
@@ -84,7 +96,10 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
         UserError: the model, a method, a target, the text or `out` cannot be used.
         RuntimeError: a saved model does not give the figures that it had in memory.
     """
-    recipes = [recipe_named(name) for name in dict.fromkeys(settings.methods)]
+    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
+    recipes = [recipe_named(name) for name in names]
+    if settings.steps is not None:
+        recipes = [recipe_named(r.name, settings.steps) if isinstance(r, Trained) else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are told apart by what the report and the folders call them.
@@ -93,7 +108,9 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
     device = pick_device(settings.device)
     check_dtype(settings.dtype)
     loaded = load(settings.model, device=device, dtype=settings.dtype)
-    jobs = [(recipe, target) for target in targets for recipe in recipes]
+    # What prunes nothing has one row, whatever the targets.
+    jobs = [(recipe, Target(sparsity=0.0)) for recipe in recipes if isinstance(recipe, TunedDense)]
+    jobs += [(recipe, target) for target in targets for recipe in recipes if not isinstance(recipe, TunedDense)]
     for recipe, target in jobs:
         recipe.check(loaded.model, target)
     texts = Texts(settings.text, loaded)

@@ -84,6 +84,7 @@ class RunSettings:
     ridge: Ridge = None
     device: str = "cpu"
     dtype: str | None = None
+    steps: int | None = None
 
 
 def prune(
@@ -104,6 +105,7 @@ def prune(
     ridge: Ridge = None,
     device: str = "auto",
     dtype: str | None = None,
+    steps: int | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -119,13 +121,14 @@ def prune(
             shared input on a part of the calibration tokens, together with the damping.
         device: "auto", "cpu" or "cuda"; a module stays where it is.
         dtype: "float32", "bfloat16" or "float16"; as stored by default. A module keeps its own.
+        steps: optimizer steps of a method that trains, in place of its own number.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
     target = parse_target(sparsity, pattern)
-    recipe = recipe_named(method)
+    recipe = recipe_named(method, steps)
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
@@ -145,7 +148,14 @@ def prune(
         target=target, calibration=texts.calibration(recipe.samples), seed=seed, ridge=ridge, on_progress=progress
     )
     settings = RunSettings(
-        model=loaded.source, method=method, target=target, text=text, ridge=ridge, device=device, dtype=dtype
+        model=loaded.source,
+        method=method,
+        target=target,
+        text=text,
+        ridge=ridge,
+        device=device,
+        dtype=dtype,
+        steps=steps,
     )
     record = manifest(settings, texts.records(recipe.samples), loaded.revision)
     dense = evaluation.evaluate(loaded.model, texts.evaluation)

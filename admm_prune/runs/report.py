@@ -41,9 +41,9 @@ def _plot(comparison: dict[str, Any], png: Path) -> str:
         figures = {row["target"]: row["perplexity"] for row in rows if row["method"] == method}
         style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
         # A pattern is no point on the axis of sparsities: lines join the sparsities only.
-        joined = [j for j, target in enumerate(targets) if ":" not in target]
+        joined = [j for j, target in enumerate(targets) if ":" not in target and target in figures]
         axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **style)
-        alone = [j for j, target in enumerate(targets) if ":" in target]
+        alone = [j for j, target in enumerate(targets) if ":" in target and target in figures]
         axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **style)
     axes.axhline(comparison["dense"]["perplexity"], color="0.4", linestyle="--", label="dense")
     _set_scale(axes)

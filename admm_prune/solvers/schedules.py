@@ -1,7 +1,8 @@
-"""How ADMM's penalty and sparsity move along the iterations. All are frozen; what moves is in the solver's state."""
+"""How penalties, sparsities and rates move along the iterations. All are frozen; what moves is the solver's state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,3 +77,16 @@ class CubicSparsity:
 
     def fraction(self, iteration: int) -> float:
         return float(1.0 - max(0.0, 1.0 - (iteration + 1) / self.over) ** 3)
+
+
+def warm_up_then_linear(steps: int, warm_up: float = 0.05) -> Callable[[int], float]:
+    """The factor of a learning rate by the step, for `LambdaLR`: linear from 0 to 1 in `warm_up` of the run, then back.
+
+    Adam divides by a second moment that it has seen a few gradients of: its first steps are the least to be trusted.
+
+    Args:
+        steps: of the run.
+        warm_up: a fraction of it.
+    """
+    rise = max(1, round(warm_up * steps))
+    return lambda step: min((step + 1) / rise, max(0.0, 1.0 - step / steps))

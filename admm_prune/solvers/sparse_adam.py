@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
-from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight
+from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks
 from admm_prune.solvers.elsa.duals import Splitting
 from admm_prune.solvers.elsa.gradients import clip, norms
 from admm_prune.solvers.elsa.groups import Target, of_model, of_parameters
@@ -35,8 +35,13 @@ class SparseAdam(Optimizer):
         and every `interval` steps:   z <- P(x + u),   u <- u + x - z,   rho <- the schedule's.
 
     z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
-    the support is frozen: pruned weights are zero, and Adam trains the others. Give `total_steps`, and call `finalize`
-    at the end. A step whose gradient is not finite is left out, with its dual update, and counted in `skipped`.
+    the support is frozen: pruned weights are zero, Adam trains the others, and the bits are all that is kept. Give
+    `total_steps`, and call `finalize` at the end. A step whose gradient is not finite is left out, with its dual
+    update, and counted in `skipped`.
+
+    With penalty = inf, x = z all along: pruned weights are zero and stay it, and an update prunes the smallest scores
+    of those that are left, which with a `ramp` is gradual pruning. With freeze = 1 the support stays as it begins, or
+    as `change_support` has it: masked fine-tuning. Neither keeps an anchor.
 
     Args:
         params: a model, whose linear weights are pruned (`admm_prune.prunable`) while all its parameters are trained;
@@ -55,7 +60,8 @@ class SparseAdam(Optimizer):
         score: what chooses the support.
         interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
         total_steps: the length of the run, which schedules need.
-        freeze: the fraction of the run, at its end, with a frozen support; by default 1/4, 0 without `total_steps`.
+        freeze: the fraction of the run, at its end, with a frozen support; by default 1/4, 0 without `total_steps`; 1
+            freezes it at once, with or without.
         ramp: the fraction of what comes before in which the sparsity grows.
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
@@ -131,7 +137,7 @@ class SparseAdam(Optimizer):
         }
         self._transposed = chosen.transposed
         self._norm = math.nan  # of the last gradient
-        self._check_masks()
+        check_masks(self._masks, self._weights())
 
     @classmethod
     def faithful(
@@ -166,6 +172,11 @@ class SparseAdam(Optimizer):
         return bool(self.param_groups[0]["frozen"])
 
     @property
+    def hard(self) -> bool:
+        """Whether x = z at all times."""
+        return self.penalty.value == math.inf
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What had to be done that was not asked for."""
         return (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
@@ -187,7 +198,7 @@ class SparseAdam(Optimizer):
         if not active:
             return loss
         self._begin()
-        if self.frozen:
+        if self.frozen or self.hard:
             self._restrict_gradients()
         each = norms(active)
         norm = float(torch.linalg.vector_norm(each))
@@ -206,19 +217,45 @@ class SparseAdam(Optimizer):
 
         Happens by itself where the run's frozen part begins.
         """
+        self._begin()
         if self.frozen:
             return
-        self._begin()
-        if self.final == "anchors":
+        if self.hard:
+            self._update_hard(1.0)
+        elif self.final == "anchors":
             self._update_duals(self.steps_done, 1.0)
         for splitting, _, weights in self._pruned():
-            if self.final == "weights":
-                splitting.reselect(weights)
-            for weight in weights:
-                weight.restrict(weight.here)
-                self._moments.restrict(weight.state, weight.mask())
+            if self.final == "weights" and not self.hard:
+                splitting.reselect(weights, 1.0)
+            splitting.drop_anchors(weights)
+        self._restrict()
         for group in self.param_groups:
             group["frozen"] = True
+
+    @torch.no_grad()
+    def change_support(self, masks: Mapping[str, Tensor]) -> None:
+        """Takes masks chosen elsewhere, such as by a layer-wise solver, as the frozen support from here on.
+
+        Args:
+            masks: by the names of the pruned weights, all of them, boolean, of whole weights.
+
+        Raises:
+            UserError: a mask is missing, too many, or of another shape.
+        """
+        check_masks(masks, self._weights(), complete=True)
+        self._begin(restrict=False)
+        for splitting, _, weights in self._pruned():
+            splitting.take(weights, masks)
+            splitting.drop_anchors(weights)
+        self._restrict()
+        for group in self.param_groups:
+            group["frozen"] = True
+
+    def _restrict(self) -> None:
+        """Zero weights and zero momentum off the support."""
+        for weight in self._weights():
+            weight.restrict(weight.here)
+            self._moments.restrict(weight.state, weight.mask())
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Tensor]:
@@ -229,14 +266,13 @@ class SparseAdam(Optimizer):
     def masks(self) -> dict[str, Tensor]:
         """The current support of every pruned weight, by name: boolean, of its shape, sharded as it is."""
         self._begin()
-        pruned = (weight for _, _, weights in self._pruned() for weight in weights)
-        return {weight.name: laid_out_as(weight.parameter, weight.mask()) for weight in pruned}
+        return {weight.name: laid_out_as(weight.parameter, weight.mask()) for weight in self._weights()}
 
     @contextmanager
     def projected(self) -> Generator[None]:
         """Within it the pruned weights are zero off the current support, to evaluate them; afterwards as before."""
         self._begin()
-        pruned = [weight for _, _, weights in self._pruned() for weight in weights]
+        pruned = self._weights()
         before = [weight.here.clone() for weight in pruned]
         for weight in pruned:
             weight.restrict(weight.here)
@@ -261,12 +297,11 @@ class SparseAdam(Optimizer):
                 if isinstance(value, Tensor) and key != "step":
                     self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
         self.history = []
-        for _, _, weights in self._pruned():
-            for weight in weights:
-                if weight.state and not (
-                    self._anchors.stored(weight.state) and self._moments.stored(weight.parameter, weight.state)
-                ):
-                    raise UserError(f"{weight.name}: the saved optimizer keeps anchors or moments in another format")
+        for weight in self._weights():
+            if weight.state and not (
+                self._anchors.stored(weight.state) and self._moments.stored(weight.parameter, weight.state)
+            ):
+                raise UserError(f"{weight.name}: the saved optimizer keeps anchors or moments in another format")
 
     def _pruned(self) -> Iterator[tuple[Splitting, dict[str, Any], list[Weight]]]:
         """Every group that is pruned: how, its settings, its weights."""
@@ -285,16 +320,28 @@ class SparseAdam(Optimizer):
                 )
             index += len(group["params"])
 
-    def _begin(self) -> None:
-        """Allocates all state, from the weights as they are now."""
+    def _weights(self) -> list[Weight]:
+        return [weight for _, _, weights in self._pruned() for weight in weights]
+
+    def _begin(self, *, restrict: bool = True) -> None:
+        """Allocates all state, from the weights as they are now.
+
+        Args:
+            restrict: makes the weights zero off the first support, where x = z from the start.
+        """
         if self.state[self.param_groups[0]["params"][0]]:
             return
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
+        fixed = self.timeline.freeze == 1.0
         for splitting, _, weights in self._pruned():
-            splitting.begin(weights, self.timeline.fraction(0), self._masks)
+            splitting.begin(weights, self.timeline.fraction(0), self._masks, anchored=not (fixed or self.hard))
         self._masks = {}
+        if restrict and (fixed or self.hard):
+            self._restrict()
+        for group in self.param_groups:
+            group["frozen"] = fixed
 
     def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float) -> None:
         """Clips, then adds the penalty; or the other way round."""
@@ -304,7 +351,7 @@ class SparseAdam(Optimizer):
             for weight in weights:
                 if id(weight.parameter) in squares:
                     splitting.observe(weight, squares[id(weight.parameter)])
-                    if not self.penalty.decoupled:
+                    if not (self.penalty.decoupled or self.hard):
                         splitting.add_penalty(weight)
         if self.clip is not None and self.clip_penalty:
             clip(active, float(torch.linalg.vector_norm(norms(active))), self.clip)
@@ -320,7 +367,7 @@ class SparseAdam(Optimizer):
                 [(self.seed, self.steps_done, number) for number, _ in active],
             )
             index += len(group["params"])
-        if self.penalty.decoupled and not self.frozen:
+        if self.penalty.decoupled and not (self.frozen or self.hard):
             for splitting, group, weights in self._pruned():
                 for weight in weights:
                     if weight.parameter.grad is not None:
@@ -335,7 +382,16 @@ class SparseAdam(Optimizer):
         if step + 1 == self.timeline.freeze_at:
             self.freeze()
         elif self.timeline.due(step):
-            self._update_duals(step, self.timeline.fraction(step))
+            fraction = self.timeline.fraction(step)
+            if self.hard:
+                self._update_hard(fraction)
+            else:
+                self._update_duals(step, fraction)
+
+    def _update_hard(self, fraction: float) -> None:
+        for splitting, _, weights in self._pruned():
+            splitting.reselect(weights, fraction)
+        self._restrict()
 
     def _update_duals(self, step: int, fraction: float) -> None:
         updates: dict[str, WeightUpdate] = {}
@@ -346,19 +402,10 @@ class SparseAdam(Optimizer):
         )
 
     def _restrict_gradients(self) -> None:
-        for _, _, weights in self._pruned():
-            for weight in weights:
-                if weight.parameter.grad is not None:
-                    weight.restrict(weight.gradient)
+        for weight in self._weights():
+            if weight.parameter.grad is not None:
+                weight.restrict(weight.gradient)
 
     def _count(self, name: str) -> None:
         for group in self.param_groups:
             group[name] += 1
-
-    def _check_masks(self) -> None:
-        shapes = {weight.name: weight.parameter.shape for _, _, weights in self._pruned() for weight in weights}
-        for name, mask in self._masks.items():
-            if name not in shapes:
-                raise UserError(f"a mask is given for {name}, which is not pruned: pruned are {', '.join(shapes)}")
-            if mask.shape != shapes[name] or mask.dtype != torch.bool:
-                raise UserError(f"the mask of {name} must be boolean, of shape {tuple(shapes[name])}")

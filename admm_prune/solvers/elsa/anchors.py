@@ -7,13 +7,14 @@ From c and the bits of M both come back exactly: z = M c, tau u = -(1 - M) c. So
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from admm_prune.errors import UserError
 from admm_prune.kernels import bits, quantization
 from admm_prune.solvers.elsa.sharding import laid_out_as, local
 
@@ -72,6 +73,20 @@ class Weight:
             x[rows].mul_(self.mask(rows))
 
 
+def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, complete: bool = False) -> None:
+    """Raises UserError for a mask that fits no weight, and, with `complete`, for a weight without one."""
+    by_name = {weight.name: weight for weight in weights}
+    for name, mask in masks.items():
+        if name not in by_name:
+            raise UserError(f"a mask is given for {name}, which is not pruned: pruned are {', '.join(by_name)}")
+        shape = by_name[name].parameter.shape
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise UserError(f"the mask of {name} must be boolean, of shape {tuple(shape)}")
+    missing = [name for name in by_name if complete and name not in masks]
+    if missing:
+        raise UserError(f"no mask is given for {missing[0]}: a support is changed as a whole")
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed with: float32 for the narrow ones."""
     return torch.float32 if dtype.itemsize < 4 else dtype
@@ -111,7 +126,9 @@ class Anchors:
             state["anchor"] = laid_out_as(weight.parameter, anchor)
 
     def stored(self, state: State) -> bool:
-        """Whether the state holds an anchor of this format."""
+        """Whether the state holds an anchor of this format, or none, as after a freeze."""
+        if "anchor" not in state:
+            return True
         dtype = local(state["anchor"]).dtype
         narrow = {"int8": torch.int8, "bfloat16": torch.bfloat16}
         return dtype == narrow[self.format] if self.format in narrow else dtype not in narrow.values()

@@ -36,8 +36,12 @@ class Splitting:
     seed: int
     processes: int  # what `penalty.divide_by_world` divides by
 
-    def begin(self, weights: Sequence[Weight], fraction: float, masks: Mapping[str, Tensor]) -> None:
-        """u = 0 and z = the projection of x, by magnitude or to given masks (of all rows)."""
+    def begin(self, weights: Sequence[Weight], fraction: float, masks: Mapping[str, Tensor], *, anchored: bool) -> None:
+        """u = 0 and z = the projection of x, by magnitude or to given masks (of all rows).
+
+        Args:
+            anchored: whether x will move away from z; otherwise the mask is all there is to keep.
+        """
 
         def score(weight: Weight) -> Tensor:
             magnitude = weight.here.to(working_dtype(weight.parameter.dtype)).abs()
@@ -62,8 +66,22 @@ class Splitting:
         for (weight, mask), (square, kept) in zip(selected, norms.tolist(), strict=True):
             weight.state.update(weight_rms=math.sqrt(square / weight.entries), kept=int(kept))
             weight.set_mask(mask)
-            x = weight.here.to(working_dtype(weight.parameter.dtype))
-            self.anchors.write(weight, x.masked_fill(~mask, 0), self._chance(weight, 0))
+            if anchored:
+                x = weight.here.to(working_dtype(weight.parameter.dtype))
+                self.anchors.write(weight, x.masked_fill(~mask, 0), self._chance(weight, 0))
+
+    def take(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
+        """M <- given masks, of all rows."""
+        for weight in weights:
+            mask = local(own_rows(weight.parameter, masks[weight.name])).to(weight.here.device)
+            weight.state["kept"] = int(torch.count_nonzero(masks[weight.name]))
+            weight.set_mask(mask)
+
+    def drop_anchors(self, weights: Sequence[Weight]) -> None:
+        """x = z from here on: what z and u were kept in is released, and what scores were made of."""
+        for weight in weights:
+            for name in ("anchor", "anchor_scale", "fisher"):
+                weight.state.pop(name, None)
 
     def set_rho(self, weight: Weight, progress: float) -> float:
         """Moves rho to where the schedule has it, and returns what u is to be multiplied by, so that rho u stays.
@@ -88,7 +106,7 @@ class Splitting:
         mean = square / weight.entries
         first = math.isnan(state["gradient_square"])
         state["gradient_square"] = mean if first else _SMOOTHING * state["gradient_square"] + (1 - _SMOOTHING) * mean
-        if first:
+        if first and math.isfinite(self.penalty.value):
             self.set_rho(weight, 0.0)
         if "fisher" in state:
             gradient, decay = weight.gradient.float(), self.score.decay
@@ -153,14 +171,18 @@ class Splitting:
             records[weight.name] = record
         return records
 
-    def reselect(self, weights: Sequence[Weight]) -> None:
-        """M <- the support of the largest scores of x itself."""
+    def reselect(self, weights: Sequence[Weight], fraction: float) -> None:
+        """M <- the support of the largest scores of x itself.
+
+        Args:
+            fraction: of what is pruned in the end.
+        """
 
         def score(weight: Weight) -> Tensor:
             x = weight.here.to(working_dtype(weight.parameter.dtype), copy=True)
             return scores_of(weight, x, self.score, self._fisher(weight))
 
-        for weight, mask, _ in self.support.select(weights, score, 1.0):
+        for weight, mask, _ in self.support.select(weights, score, fraction):
             weight.set_mask(mask)
 
     def _chance(self, weight: Weight, step: int) -> torch.Generator:

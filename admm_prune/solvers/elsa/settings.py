@@ -22,7 +22,7 @@ class Penalty:
     exponential start (value / start)^s. rho changes only when the duals do.
 
     Args:
-        value: where rho ends.
+        value: where rho ends; inf holds x = z all along.
         shape: how it gets there.
         start: where it begins, as a fraction of `value`.
         units: "absolute" takes `value` as published. "relative" takes it, for each weight matrix, in units of
@@ -50,8 +50,8 @@ class Penalty:
     divide_by_world: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value >= 0):
-            raise UserError(f"penalty must be a finite number of at least 0, not {self.value}")
+        if not self.value >= 0:
+            raise UserError(f"penalty must be a number of at least 0, not {self.value}")
         if not 0.0 <= self.start <= 1.0:
             raise UserError(f"the penalty's start is a fraction of its value, 0 to 1, not {self.start}")
         if self.shape == "exponential" and self.start == 0.0:
@@ -127,7 +127,7 @@ class Timeline:
             raise UserError(f"a run has at least 1 step, not {self.total}")
         if not 0.0 <= self.freeze <= 1.0 or not 0.0 <= self.ramp <= 1.0:
             raise UserError(f"freeze and ramp are fractions of the run, 0 to 1, not {self.freeze} and {self.ramp}")
-        if self.total is None and (self.freeze or self.ramp):
+        if self.total is None and (self.freeze not in (0.0, 1.0) or self.ramp):
             raise UserError("freeze and ramp are fractions of the run: give total_steps, or freeze=0 and ramp=0")
 
     @property

@@ -1,0 +1,192 @@
+"""Recipes that train the model while they prune it: what they share."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
+from admm_prune.models.losses import Distillation, next_token_loss
+from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.recipes.rate import BATCHES, PASSES, measured_rate
+from admm_prune.recipes.recipe import LayerReport, Outcome, Request
+from admm_prune.recipes.targets import Target
+from admm_prune.recipes.training import Trainer, held_out_loss, trainable
+from admm_prune.solvers.elsa.moments import MomentFormat
+from admm_prune.solvers.sparse_adam import SparseAdam
+
+_HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
+_LEAST = 2  # sequences to train on
+
+
+@dataclass
+class Session:
+    """One run of a recipe that trains: what it works on, and what is remembered of the way."""
+
+    model: nn.Module
+    views: list[WeightView]
+    request: Request
+    training: Sequences
+    held_out: Sequences
+    trainer: Trainer
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_loss: float = math.inf
+
+    def offer(self) -> float:
+        """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
+
+        Call it only where the model is as sparse as it is to become.
+        """
+        loss = held_out_loss(self.model, self.held_out)
+        if self.best is None or loss < self.best_loss:
+            self.best_loss = loss
+            self.best = {name: x.detach().clone() for name, x in self.model.named_parameters()}
+        return loss
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        assert self.best is not None
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self.best[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(ABC):
+    """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
+
+    The rate rises shortly, then falls linearly to zero. Its height is `rate` times the step that lowers the loss the
+    most along the sign of the gradient (`recipes.rate`), measured before the first step and after every projection.
+
+    Attributes:
+        steps: forward and backward passes over a batch, those that measure the rate included.
+        batch_size: sequences a step, in epochs without replacement.
+        lr: the height of the rate, in place of a measured one.
+        distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
+        moments: of Adam: see `SparseAdam`.
+    """
+
+    name: str
+    summary: str
+    steps: int = 512
+    batch_size: int = 8
+    lr: float | None = None
+    rate: float = 3.0
+    distillation: float = 0.0
+    moments: MomentFormat = "full"
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch_size
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        return "matrix"
+
+    @abstractmethod
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        """The optimizer of a run.
+
+        Args:
+            how: the model, dense and trainable, as `params`; what is to be pruned of it; the first rate.
+        """
+
+    def projections(self, target: Target) -> list[tuple[float, Target]]:
+        """(the part of the run that is done, what the model is then projected to); none by default."""
+        return []
+
+    def project(self, session: Session, target: Target) -> None:
+        """Projects the model, and restricts the optimizer to the support found."""
+        raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        for view in (view for block in decoder_blocks(model) for view in block.weights):
+            if target.pattern is not None and view.shape[1] % target.pattern[1]:
+                raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        """Trains and prunes; where that ends worse on held-out sequences than a model that was as sparse on the way,
+        that one is returned."""
+        self.check(model, request.target)
+        if request.ridge is not None:
+            raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
+        with trainable(model):
+            session = self._session(model, request)
+            self._train(session)
+            session.trainer.optimizer.finalize()
+        last = session.offer()
+        notes = session.trainer.optimizer.notes
+        if session.best_loss < last:
+            session.restore_best()
+            notes += ("training ended worse on held-out sequences than the best sparse model on the way",)
+        trainer = session.trainer
+        details = {
+            **trainer.as_json(),
+            "lr": trainer.lr,
+            "batch_size": self.batch_size,
+            "distillation": self.distillation,
+            "held_out_loss": session.best_loss,
+            "held_out_sequences": len(session.held_out.rows),
+        }
+        return Outcome(
+            layers=[_report(view, trainer.tokens) for view in session.views],
+            notes=notes,
+            details={"training": details, "stages": session.stages},
+        )
+
+    def _session(self, model: nn.Module, request: Request) -> Session:
+        sequences = request.calibration
+        if len(sequences.rows) < _LEAST:
+            raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
+        training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
+        views = [view for block in decoder_blocks(model) for view in block.weights]
+        target = request.target
+        how: dict[str, Any] = {"params": model, "lr": self.lr or 0.0, "moments": self.moments}
+        how |= {"targets": [view.name for view in views], "ignore": ()}
+        how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
+        trainer = Trainer(
+            model,
+            self.optimizer(how),
+            Distillation(copy.deepcopy(model).requires_grad_(False), self.distillation)
+            if self.distillation
+            else next_token_loss,
+            training,
+            steps=max(1, self.steps - self._measurements(target) * PASSES),
+            batch_size=self.batch_size,
+            seed=request.seed,
+        )
+        return Session(model, views, request, training, held_out, trainer)
+
+    def _measurements(self, target: Target) -> int:
+        """How often the rate is measured: at the start and after every projection, for at most a quarter of a run."""
+        if self.lr is not None:
+            return 0
+        return max(1, min(len(self.projections(target)), self.steps // (4 * PASSES)))
+
+    def _train(self, session: Session) -> None:
+        trainer, request = session.trainer, session.request
+        last = trainer.steps - 1
+        plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
+        to_measure = self._measurements(request.target)
+        while trainer.done < trainer.steps:
+            request.tell(trainer.done, trainer.steps, self.name)
+            if trainer.done in plan:
+                self.project(session, plan[trainer.done])
+            if to_measure and (trainer.done in plan or trainer.done == 0):
+                measured = measured_rate(session.model, trainer.loss, trainer.take(BATCHES))
+                trainer.lr = self.rate * measured.step
+                to_measure -= 1
+            trainer.step()
+        request.tell(trainer.steps, trainer.steps)
+
+
+def _report(view: WeightView, tokens: int) -> LayerReport:
+    zeros = 1.0 - int(view.read().count_nonzero()) / view.parameter.numel()
+    return LayerReport(name=view.name, shape=view.shape, sparsity=zeros, tokens=tokens)

@@ -1,0 +1,234 @@
+"""The recipes that train: exactly sparse, repeatable, never worse than what they passed, compared with their peers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import admm_prune
+from admm_prune.data.sequences import Batch
+from admm_prune.errors import UserError
+from admm_prune.models.loading import load
+from admm_prune.models.losses import Distillation, next_token_loss
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.recipes.catalogue import recipe_named, with_baselines
+from admm_prune.recipes.elsa import TRAINED, Elsa, Gradual, Stage, staged
+from admm_prune.recipes.rate import BATCHES, measured_rate
+from admm_prune.recipes.recipe import Outcome, Request
+from admm_prune.recipes.targets import Target, target_named
+from admm_prune.recipes.trained import Trained
+from admm_prune.recipes.training import endless_batches, held_out_loss
+from admm_prune.runs.comparison import ComparisonSettings, compare
+from admm_prune.runs.texts import Texts, TextSettings
+
+PRUNING = [recipe.name for recipe in TRAINED if recipe.name != "tuned-dense"]
+
+
+def texts(model_folder: Path, text_file: Path) -> Texts:
+    return Texts(TextSettings(data=str(text_file), length=32, packing="windows"), load(str(model_folder)))
+
+
+def pruned(
+    recipe: Trained, target: str, model_folder: Path, text_file: Path, *, dtype: str | None = None, seed: int = 0
+) -> tuple[nn.Module, Outcome]:
+    model = load(str(model_folder), dtype=dtype).model
+    calibration = texts(model_folder, text_file).calibration(40)
+    outcome = recipe.prune(model, Request(target=target_named(target), calibration=calibration, seed=seed))
+    return model, outcome
+
+
+@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("target", ["0.7", "2:4"])
+def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
+    name: str, target: str, model_folder: Path, text_file: Path
+) -> None:
+    recipe = replace(recipe_named(name, 40), batch_size=4)
+    dense = dict(load(str(model_folder)).model.named_parameters())
+    model, outcome = pruned(recipe, target, model_folder, text_file)
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    for view, report in zip(views, outcome.layers, strict=True):
+        kept = int(view.read().count_nonzero())
+        assert report.sparsity == 1 - kept / view.parameter.numel()
+        assert kept <= round((1 - target_named(target).fraction) * view.parameter.numel())
+        if target == "2:4":
+            assert int(view.read().unflatten(1, (-1, 4)).count_nonzero(-1).max()) <= 2
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not torch.equal(model.get_input_embeddings().weight, dense["model.embed_tokens.weight"])
+    assert outcome.details["training"]["lr"] > 0
+    json.dumps(outcome.details, allow_nan=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model_folder: Path, text_file: Path) -> None:
+    recipe = Elsa(steps=48, batch_size=4)
+    first, again, other = (
+        pruned(recipe, "0.8", model_folder, text_file, dtype=dtype, seed=seed)[0] for seed in (0, 0, 1)
+    )
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == getattr(torch, dtype)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_elsa_trains_between_its_projections(model_folder: Path, text_file: Path) -> None:
+    recipe = Elsa(steps=120, batch_size=4)
+    model, outcome = pruned(recipe, "0.9", model_folder, text_file)
+    stages = outcome.details["stages"]
+    training = outcome.details["training"]
+    plan = recipe.projections(target_named("0.9"))
+    expected = [(round(at * training["steps"]), str(target)) for at, target in plan]
+    assert [(stage["step"], stage["target"]) for stage in stages] == expected
+    assert training["held_out_loss"] < stages[-1]["held_out_loss"]
+    assert training["loss"][-1]["loss"] < training["loss"][0]["loss"]
+    _, held_out = texts(model_folder, text_file).calibration(40).split(0.1)
+    assert training["held_out_loss"] == held_out_loss(model, held_out)
+
+
+def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) -> None:
+    """A rate far too high ends worse than the projection that it began with, which is then what is returned."""
+    calibration = texts(model_folder, text_file).calibration(40)
+    model, outcome = pruned(Elsa(steps=20, batch_size=4, lr=3.0, stages=(Stage(0.0),)), "0.5", model_folder, text_file)
+    assert any("worse on held-out sequences" in note for note in outcome.notes)
+    _, held_out = calibration.split(0.1)
+    assert held_out_loss(model, held_out) == outcome.details["stages"][-1]["held_out_loss"]
+    assert all(layer.sparsity == 0.5 for layer in outcome.layers)
+
+
+@pytest.mark.parametrize(
+    ("target", "shares", "expected"),
+    [
+        ("0.9", (0.5, 0.75, 1.0), [1 - 0.1**0.5, 1 - 0.1**0.75, 0.9]),
+        ("2:4", (0.6, 0.8, 1.0), [(3, 4), (2, 4)]),
+        ("4:8", (0.6, 0.8, 1.0), [(6, 8), (5, 8), (4, 8)]),
+        ("0.0", (0.6, 1.0), [0.0]),
+        ("1.0", (0.6, 1.0), [0.0, 1.0]),
+    ],
+)
+def test_stages_come_closer_in_equal_ratios(target: str, shares: tuple[float, ...], expected: list[object]) -> None:
+    stages = tuple(Stage(i / 10, share) for i, share in enumerate(shares))
+    plan = staged(target_named(target), stages)
+    assert [t.pattern or pytest.approx(t.sparsity) for _, t in plan] == expected
+    assert plan[-1][1] == target_named(target)
+    assert plan[0][0] == 0
+
+
+class Bend(nn.Module):
+    """A loss of two weights, steep along one and flat along the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor([1.0, 0.5, 0.0]))
+
+
+def bent(model: Bend, batch: Tensor) -> Tensor:
+    return (model.x * torch.tensor([10.0, 1.0, 5.0])).square().sum() + 0 * batch.sum()
+
+
+def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None:
+    model = Bend()
+    before = model.x.detach().clone()
+    measured = measured_rate(model, bent, [torch.zeros(1)] * BATCHES)
+    assert torch.equal(model.x, before)
+    assert model.x.grad is None
+    steps = torch.linspace(0, 1.5, 15001)
+    values = [float(100 * (1 - s) ** 2 + (0.5 - s) ** 2) for s in steps]
+    best = float(steps[values.index(min(values))])
+    # A zero weight stays; the rms is of the others; the search ends within 2^0.25, or at its upper end, 1/4 of the rms.
+    ceiling = 0.25 * math.sqrt((1 + 0.25) / 2)
+    assert measured.step == pytest.approx(min(best, ceiling), rel=0.2)
+    assert measured.decrease > 0
+
+
+def test_batches_of_an_epoch_show_every_sequence_once(model_folder: Path, text_file: Path) -> None:
+    calibration = texts(model_folder, text_file).calibration(24)
+    batches = endless_batches(calibration, 4, seed=0)
+    epochs = [[tuple(row.tolist()) for _ in range(6) for row in next(batches).input_ids] for epoch in range(2)]
+    everything = sorted(tuple(row.ids.tolist()) for row in calibration.rows)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
+    assert epochs[0] != epochs[1]
+
+
+def test_losses_are_those_of_the_evaluation_and_of_the_dense_model(model_folder: Path, text_file: Path) -> None:
+    sequences = texts(model_folder, text_file).calibration(8)
+    model = load(str(model_folder)).model
+    (batch,) = sequences.batches
+    assert float(next_token_loss(model, batch)) == pytest.approx(held_out_loss(model, sequences), rel=1e-5)
+    other = copy.deepcopy(model)
+    nn.init.normal_(other.model.layers[0].mlp.down_proj.weight)
+    assert float(Distillation(model, weight=1.0)(model, batch)) == pytest.approx(0.0, abs=1e-6)
+    apart = float(Distillation(model, weight=1.0)(other, batch))
+    assert apart > 0.01
+    mixed = float(Distillation(model, weight=0.25)(other, batch))
+    assert mixed == pytest.approx(0.75 * float(next_token_loss(other, batch)) + 0.25 * apart, rel=1e-5)
+    assert _kl(model, other, batch) == pytest.approx(apart, rel=1e-4)
+
+
+def _kl(teacher: nn.Module, model: nn.Module, batch: Batch) -> float:
+    """The mean over the scored tokens of sum p log(p / q), in float64."""
+    with torch.no_grad():
+        p, q = (m(input_ids=batch.input_ids).logits.double().softmax(-1)[:, :-1] for m in (teacher, model))
+    return float((p * (p / q).log()).sum(-1)[batch.scored[:, 1:]].mean())
+
+
+def test_a_comparison_sets_elsa_beside_its_baselines(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    settings = ComparisonSettings(
+        model=str(model_folder), methods=("admm", "elsa"), targets=(Target(sparsity=0.6),), steps=20,
+        text=TextSettings(data=str(text_file), samples=24, length=32, packing="windows"),
+    )  # fmt: skip
+    comparison = compare(settings, tmp_path / "out")
+    methods = [(row.method, row.target) for row in comparison.rows]
+    assert methods == [
+        ("tuned-dense", "0%"),
+        *((name, "60%") for name in ("admm", "elsa", "admm-finetuned", "gradual")),
+    ]
+    assert (tmp_path / "out/report.html").read_text().count("tuned-dense") >= 1
+    assert with_baselines(["wanda", "admm", "wanda"]) == ["wanda", "admm"]
+
+
+def test_prune_takes_the_steps_and_the_report_has_the_curve(
+    tmp_path: Path, model_folder: Path, text_file: Path
+) -> None:
+    report = admm_prune.prune(
+        model_folder, method="elsa", sparsity=0.6, data=str(text_file), length=32, steps=30, out=tmp_path / "out"
+    )
+    assert report.details["training"]["steps"] < 30  # the others measured the rate
+    assert report.pruned.perplexity < math.inf
+    manifest = json.loads((tmp_path / "out/admm_prune.json").read_text())
+    assert manifest["settings"]["steps"] == 30
+    assert manifest["details"]["training"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"method": "admm", "steps": 10, "sparsity": 0.5}, "admm does not train: --steps is for elsa"),
+        ({"method": "elsa", "steps": 0, "sparsity": 0.5}, "at least 1 step"),
+        ({"method": "tuned-dense", "sparsity": 0.5}, "tuned-dense prunes nothing"),
+        ({"method": "elsa", "sparsity": 0.5, "ridge": 0.1}, "elsa takes no ridge"),
+        ({"method": "gradual", "pattern": "16:32"}, r"down_proj.weight: 32 does not divide"),
+        ({"method": "elsa", "pattern": "16:32"}, r"down_proj.weight: pattern 16:32"),
+        ({"method": "elsa", "sparsity": 0.5, "samples": 1}, "at least 2 sequences"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_is_refused_in_a_line(
+    how: dict[str, object], words: str, model_folder: Path, text_file: Path
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        admm_prune.prune(model_folder, data=str(text_file), length=32, **how)
+    assert "\n" not in str(caught.value)
+
+
+def test_gradual_pruning_reaches_its_target_before_the_end(model_folder: Path, text_file: Path) -> None:
+    model, outcome = pruned(Gradual(steps=40, batch_size=4, interval=4, power=0.25), "0.75", model_folder, text_file)
+    assert {round(layer.sparsity, 6) for layer in outcome.layers} == {0.75}
+    assert math.isfinite(outcome.details["training"]["held_out_loss"])
+    assert isinstance(model, nn.Module)
