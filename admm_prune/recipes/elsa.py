@@ -21,11 +21,27 @@ _CALIBRATION = 128  # sequences that layer problems are made of
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The model is projected to density d^share, d that of the target, when `at` of the run is done."""
+class Ladder:
+    """By which densities a model comes down to a sparse target: to `first` at once, then in equal ratios.
 
-    at: float
-    share: float = 1.0
+    A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
+    than training brings back, and one of a model that was trained at a density of not quite twice as much does not.
+
+    Args:
+        ratio: of a density to the one before, at the least.
+        until: the part of the run after which the target is reached; the stages before are of equal length.
+    """
+
+    first: float = 0.25
+    ratio: float = 0.58
+    until: float = 0.4
+
+    def densities(self, target: float) -> list[float]:
+        """From the first to the target's."""
+        if not 0.0 < target < self.first:
+            return [target]
+        stages = math.ceil(math.log(self.first / target) / -math.log(self.ratio))
+        return [self.first * (target / self.first) ** (i / stages) for i in range(stages)] + [target]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +58,13 @@ class Elsa(Trained):
     And C is approached through a few larger sets. `published` is the iteration of the paper.
 
     Attributes:
-        stages: the last one has share 1.
+        ladder: None projects to the target at once.
         projection: a solver of layer problems.
     """
 
     name: str = "elsa"
     summary: str = "surrogate-free: layer-wise projections in stages, the true loss trained on the support in between"
-    stages: tuple[Stage, ...] = (Stage(0.0, 0.6), Stage(0.2, 0.8), Stage(0.4))
+    ladder: Ladder | None = Ladder()
     projection: Method = LOCAL_METHODS["admm"]
 
     def check(self, model: Any, target: Target) -> None:
@@ -60,7 +76,7 @@ class Elsa(Trained):
         return SparseAdam(**how, freeze=1.0)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        return staged(target, self.stages)
+        return staged(target, self.ladder)
 
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
@@ -83,8 +99,7 @@ class Gradual(Trained):
 
     The sparsity rises by 1 - (1 - s)^3 of the target over the first `ramp` of the run.
 
-    Sources: Zhu and Gupta, To prune, or not to prune, 2017; the score with the Fisher information: issue of
-    Kurtic et al., The optimal BERT surgeon, 2022, in its diagonal form.
+    Source: Zhu and Gupta, To prune, or not to prune, 2017.
     """
 
     name: str = "gradual"
@@ -95,7 +110,12 @@ class Gradual(Trained):
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         score = Score(fisher="adam" if self.power else "none", power=self.power)
-        timeline = {"interval": self.interval, "total_steps": self.steps, "freeze": 1.0 - self.ramp, "ramp": 1.0}
+        timeline: dict[str, Any] = {
+            "interval": self.interval,
+            "total_steps": self.steps,
+            "freeze": 1.0 - self.ramp,
+            "ramp": 1.0,
+        }
         return SparseAdam(**how, **timeline, penalty=math.inf, score=score)
 
 
@@ -127,22 +147,20 @@ class TunedDense(Trained):
         return SparseAdam(**how, freeze=1.0)
 
 
-def staged(target: Target, stages: tuple[Stage, ...]) -> list[tuple[float, Target]]:
-    """When the model is projected to what; stages that ask for what one before them asked are left out."""
-    plan: dict[Target, float] = {}
-    for stage in stages:
-        plan.setdefault(_between(target, stage.share), stage.at)
-    return [(at, between) for between, at in plan.items()]
+def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
+    """(the part of the run that is done, what the model is then projected to); of a pattern, whole numbers kept of
+    every M, rounded up."""
+    densities = [] if ladder is None else ladder.densities(1.0 - target.fraction)[:-1]
+    before = [_of_density(target, density) for density in densities]
+    stages = list(dict.fromkeys([*before, target]))
+    until = 0.0 if ladder is None or len(stages) == 1 else ladder.until
+    return [(until * i / max(1, len(stages) - 1), stage) for i, stage in enumerate(stages)]
 
 
-def _between(target: Target, share: float) -> Target:
-    """The target of density d^share; of a pattern, whole numbers kept of every M, rounded up."""
-    density = (1.0 - target.fraction) ** share if target.fraction < 1.0 else float(share < 1.0)
-    if share == 1.0:
-        return target
-    if target.pattern is not None:
-        return Target(pattern=(math.ceil(density * target.pattern[1] - 1e-9), target.pattern[1]))
-    return Target(sparsity=1.0 - density)
+def _of_density(target: Target, density: float) -> Target:
+    if target.pattern is None:
+        return Target(sparsity=1.0 - density)
+    return Target(pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
 
 
 def _mean_error(outcome: Outcome) -> float:
@@ -161,7 +179,7 @@ TRAINED: tuple[Trained, ...] = (
     Elsa(
         name="admm-finetuned",
         summary="admm at once, then trained on its support: the baseline that counts",
-        stages=(Stage(0.0),),
+        ladder=None,
     ),
     Gradual(),
     TunedDense(),

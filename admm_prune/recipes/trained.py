@@ -15,7 +15,7 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.recipes.rate import BATCHES, PASSES, measured_rate
+from admm_prune.recipes.rate import GRADIENTS, measured_rate, passes
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.training import Trainer, held_out_loss, trainable
@@ -36,6 +36,8 @@ class Session:
     training: Sequences
     held_out: Sequences
     trainer: Trainer
+    dense_loss: float
+    rates: list[float] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     best_loss: float = math.inf
@@ -62,8 +64,8 @@ class Session:
 class Trained(ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
-    The rate rises shortly, then falls linearly to zero. Its height is `rate` times the step that lowers the loss the
-    most along the sign of the gradient (`recipes.rate`), measured before the first step and after every projection.
+    The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`recipes.rate`) before the
+    first step, and anew after every projection.
 
     Attributes:
         steps: forward and backward passes over a batch, those that measure the rate included.
@@ -78,7 +80,6 @@ class Trained(ABC):
     steps: int = 512
     batch_size: int = 8
     lr: float | None = None
-    rate: float = 3.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
 
@@ -129,7 +130,8 @@ class Trained(ABC):
         trainer = session.trainer
         details = {
             **trainer.as_json(),
-            "lr": trainer.lr,
+            "lr": session.rates or trainer.lr,
+            "dense_held_out_loss": session.dense_loss,
             "batch_size": self.batch_size,
             "distillation": self.distillation,
             "held_out_loss": session.best_loss,
@@ -158,17 +160,18 @@ class Trained(ABC):
             if self.distillation
             else next_token_loss,
             training,
-            steps=max(1, self.steps - self._measurements(target) * PASSES),
+            steps=max(1, self.steps - self._measurements(target) * passes(len(held_out.batches))),
             batch_size=self.batch_size,
             seed=request.seed,
         )
-        return Session(model, views, request, training, held_out, trainer)
+        dense_loss = held_out_loss(model, held_out)
+        return Session(model, views, request, training, held_out, trainer, dense_loss)
 
     def _measurements(self, target: Target) -> int:
         """How often the rate is measured: at the start and after every projection, for at most a quarter of a run."""
         if self.lr is not None:
             return 0
-        return max(1, min(len(self.projections(target)), self.steps // (4 * PASSES)))
+        return max(1, min(len(self.projections(target)), self.steps // (4 * passes(2))))
 
     def _train(self, session: Session) -> None:
         trainer, request = session.trainer, session.request
@@ -180,11 +183,18 @@ class Trained(ABC):
             if trainer.done in plan:
                 self.project(session, plan[trainer.done])
             if to_measure and (trainer.done in plan or trainer.done == 0):
-                measured = measured_rate(session.model, trainer.loss, trainer.take(BATCHES))
-                trainer.lr = self.rate * measured.step
+                self._measure_rate(session)
                 to_measure -= 1
             trainer.step()
         request.tell(trainer.steps, trainer.steps)
+
+    def _measure_rate(self, session: Session) -> None:
+        trainer = session.trainer
+        measured = measured_rate(
+            session.model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(session.model, session.held_out)
+        )
+        trainer.lr = measured.rate(session.dense_loss)
+        session.rates.append(trainer.lr)
 
 
 def _report(view: WeightView, tokens: int) -> LayerReport:

@@ -65,7 +65,7 @@ class Trainer:
         began = time.perf_counter()
         batch = next(self._batches)
         value = self.loss(self.model, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._rates.step()

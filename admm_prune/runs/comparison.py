@@ -109,7 +109,7 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
     check_dtype(settings.dtype)
     loaded = load(settings.model, device=device, dtype=settings.dtype)
     # What prunes nothing has one row, whatever the targets.
-    jobs = [(recipe, Target(sparsity=0.0)) for recipe in recipes if isinstance(recipe, TunedDense)]
+    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
     jobs += [(recipe, target) for target in targets for recipe in recipes if not isinstance(recipe, TunedDense)]
     for recipe, target in jobs:
         recipe.check(loaded.model, target)

@@ -19,7 +19,7 @@ from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks
 from admm_prune.solvers.elsa.duals import Splitting
 from admm_prune.solvers.elsa.gradients import clip, norms
-from admm_prune.solvers.elsa.groups import Target, of_model, of_parameters
+from admm_prune.solvers.elsa.groups import Target, parameter_groups
 from admm_prune.solvers.elsa.history import DualUpdate, WeightUpdate
 from admm_prune.solvers.elsa.moments import MomentFormat, Moments
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline
@@ -35,13 +35,11 @@ class SparseAdam(Optimizer):
         and every `interval` steps:   z <- P(x + u),   u <- u + x - z,   rho <- the schedule's.
 
     z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
-    the support is frozen: pruned weights are zero, Adam trains the others, and the bits are all that is kept. Give
-    `total_steps`, and call `finalize` at the end. A step whose gradient is not finite is left out, with its dual
-    update, and counted in `skipped`.
+    the support is frozen: pruned weights are zero, Adam trains the others, and only the bits are kept. Give
+    `total_steps`, and call `finalize` at the end. A step whose gradient is not finite is left out and counted.
 
-    With penalty = inf, x = z all along: pruned weights are zero and stay it, and an update prunes the smallest scores
-    of those that are left, which with a `ramp` is gradual pruning. With freeze = 1 the support stays as it begins, or
-    as `change_support` has it: masked fine-tuning. Neither keeps an anchor.
+    With penalty = inf, x = z all along: an update prunes for good what scores least, which with a `ramp` is gradual
+    pruning. With freeze = 1 the support stays as it begins, or as `change_support` has it: masked fine-tuning.
 
     Args:
         params: a model, whose linear weights are pruned (`admm_prune.prunable`) while all its parameters are trained;
@@ -60,8 +58,7 @@ class SparseAdam(Optimizer):
         score: what chooses the support.
         interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
         total_steps: the length of the run, which schedules need.
-        freeze: the fraction of the run, at its end, with a frozen support; by default 1/4, 0 without `total_steps`; 1
-            freezes it at once, with or without.
+        freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
         ramp: the fraction of what comes before in which the sparsity grows.
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
@@ -110,10 +107,7 @@ class SparseAdam(Optimizer):
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"lr, eps and weight_decay are at least 0, betas from 0 to below 1: {lr}, {eps}, {betas}")
         target = Target(sparsity, pattern, constraint, scope)
-        if isinstance(params, nn.Module):
-            chosen = of_model(params, target, targets=targets, ignore=ignore)
-        else:
-            chosen = of_parameters(params, target)
+        chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
         self.timeline = Timeline(
             interval=interval,
             first=interval if first_update is None else first_update,
@@ -203,7 +197,7 @@ class SparseAdam(Optimizer):
         each = norms(active)
         norm = float(torch.linalg.vector_norm(each))
         if not math.isfinite(norm):
-            self._count("skipped")
+            self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
         self._prepare_gradients(active, each, norm)
@@ -229,8 +223,7 @@ class SparseAdam(Optimizer):
                 splitting.reselect(weights, 1.0)
             splitting.drop_anchors(weights)
         self._restrict()
-        for group in self.param_groups:
-            group["frozen"] = True
+        self._set("frozen", True)
 
     @torch.no_grad()
     def change_support(self, masks: Mapping[str, Tensor]) -> None:
@@ -248,8 +241,7 @@ class SparseAdam(Optimizer):
             splitting.take(weights, masks)
             splitting.drop_anchors(weights)
         self._restrict()
-        for group in self.param_groups:
-            group["frozen"] = True
+        self._set("frozen", True)
 
     def _restrict(self) -> None:
         """Zero weights and zero momentum off the support."""
@@ -340,8 +332,7 @@ class SparseAdam(Optimizer):
         self._masks = {}
         if restrict and (fixed or self.hard):
             self._restrict()
-        for group in self.param_groups:
-            group["frozen"] = fixed
+        self._set("frozen", fixed)
 
     def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float) -> None:
         """Clips, then adds the penalty; or the other way round."""
@@ -376,7 +367,7 @@ class SparseAdam(Optimizer):
     def _advance(self) -> None:
         """Counts the step; updates the duals, or freezes, where that is due."""
         step = self.steps_done
-        self._count("steps_done")
+        self._set("steps_done", step + 1)
         if self.frozen:
             return
         if step + 1 == self.timeline.freeze_at:
@@ -406,6 +397,6 @@ class SparseAdam(Optimizer):
             if weight.parameter.grad is not None:
                 weight.restrict(weight.gradient)
 
-    def _count(self, name: str) -> None:
+    def _set(self, name: str, value: int | bool) -> None:
         for group in self.param_groups:
-            group[name] += 1
+            group[name] = value

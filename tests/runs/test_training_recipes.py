@@ -19,8 +19,8 @@ from admm_prune.models.loading import load
 from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.catalogue import recipe_named, with_baselines
-from admm_prune.recipes.elsa import TRAINED, Elsa, Gradual, Stage, staged
-from admm_prune.recipes.rate import BATCHES, measured_rate
+from admm_prune.recipes.elsa import TRAINED, Elsa, Gradual, Ladder, staged
+from admm_prune.recipes.rate import measured_rate
 from admm_prune.recipes.recipe import Outcome, Request
 from admm_prune.recipes.targets import Target, target_named
 from admm_prune.recipes.trained import Trained
@@ -95,7 +95,7 @@ def test_elsa_trains_between_its_projections(model_folder: Path, text_file: Path
 def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) -> None:
     """A rate far too high ends worse than the projection that it began with, which is then what is returned."""
     calibration = texts(model_folder, text_file).calibration(40)
-    model, outcome = pruned(Elsa(steps=20, batch_size=4, lr=3.0, stages=(Stage(0.0),)), "0.5", model_folder, text_file)
+    model, outcome = pruned(Elsa(steps=20, batch_size=4, lr=3.0, ladder=None), "0.5", model_folder, text_file)
     assert any("worse on held-out sequences" in note for note in outcome.notes)
     _, held_out = calibration.split(0.1)
     assert held_out_loss(model, held_out) == outcome.details["stages"][-1]["held_out_loss"]
@@ -103,21 +103,24 @@ def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) 
 
 
 @pytest.mark.parametrize(
-    ("target", "shares", "expected"),
+    ("target", "expected"),
     [
-        ("0.9", (0.5, 0.75, 1.0), [1 - 0.1**0.5, 1 - 0.1**0.75, 0.9]),
-        ("2:4", (0.6, 0.8, 1.0), [(3, 4), (2, 4)]),
-        ("4:8", (0.6, 0.8, 1.0), [(6, 8), (5, 8), (4, 8)]),
-        ("0.0", (0.6, 1.0), [0.0]),
-        ("1.0", (0.6, 1.0), [0.0, 1.0]),
+        ("0.5", [0.5]),
+        ("0.75", [0.75]),
+        ("0.9", [0.75, 1 - math.sqrt(0.25 * 0.1), 0.9]),
+        ("0.99", [1 - 0.25 * 0.04 ** (i / 6) for i in range(6)] + [0.99]),
+        ("2:4", [(2, 4)]),
+        ("1:8", [(2, 8), (1, 8)]),
+        ("0.0", [0.0]),
+        ("1.0", [1.0]),
     ],
 )
-def test_stages_come_closer_in_equal_ratios(target: str, shares: tuple[float, ...], expected: list[object]) -> None:
-    stages = tuple(Stage(i / 10, share) for i, share in enumerate(shares))
-    plan = staged(target_named(target), stages)
+def test_a_ladder_comes_down_in_equal_ratios(target: str, expected: list[object]) -> None:
+    plan = staged(target_named(target), Ladder())
     assert [t.pattern or pytest.approx(t.sparsity) for _, t in plan] == expected
+    assert [at for at, _ in plan] == pytest.approx([0.4 * i / max(1, len(plan) - 1) for i in range(len(plan))])
     assert plan[-1][1] == target_named(target)
-    assert plan[0][0] == 0
+    assert staged(target_named(target), None) == [(0.0, target_named(target))]
 
 
 class Bend(nn.Module):
@@ -135,7 +138,7 @@ def bent(model: Bend, batch: Tensor) -> Tensor:
 def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None:
     model = Bend()
     before = model.x.detach().clone()
-    measured = measured_rate(model, bent, [torch.zeros(1)] * BATCHES)
+    measured = measured_rate(model, bent, [torch.zeros(1)] * 4, lambda: float(bent(model, torch.zeros(1))))
     assert torch.equal(model.x, before)
     assert model.x.grad is None
     steps = torch.linspace(0, 1.5, 15001)
@@ -144,7 +147,11 @@ def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None
     # A zero weight stays; the rms is of the others; the search ends within 2^0.25, or at its upper end, 1/4 of the rms.
     ceiling = 0.25 * math.sqrt((1 + 0.25) / 2)
     assert measured.step == pytest.approx(min(best, ceiling), rel=0.2)
+    assert measured.value == pytest.approx(100.25)
     assert measured.decrease > 0
+    assert measured.rate(measured.value) == 2 * measured.step  # nothing to go: the least
+    assert measured.rate(measured.value - 5 * measured.decrease) == pytest.approx(3 * measured.step)
+    assert measured.rate(-math.inf) == 5 * measured.step
 
 
 def test_batches_of_an_epoch_show_every_sequence_once(model_folder: Path, text_file: Path) -> None:

@@ -50,7 +50,20 @@ class ParameterGroups:
     transposed: set[int] = field(default_factory=set)  # ids of parameters
 
 
-def of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignore: Sequence[str]) -> ParameterGroups:
+def parameter_groups(
+    params: nn.Module | Iterable[Any], target: Target, *, targets: Sequence[str], ignore: Sequence[str]
+) -> ParameterGroups:
+    """The groups of a model, or of what is given in place of one.
+
+    Args:
+        targets, ignore: of the names of a model's weights.
+    """
+    if isinstance(params, nn.Module):
+        return _of_model(params, target, targets=targets, ignore=ignore)
+    return _of_parameters(params, target)
+
+
+def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignore: Sequence[str]) -> ParameterGroups:
     """Two groups: the linear weights that are pruned, and all other parameters that require a gradient.
 
     Raises:
@@ -70,7 +83,7 @@ def of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignore
     return result
 
 
-def of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
+def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
     """The groups given; one that names a target of its own, or None, takes that in place of `target`.
 
     Raises:
