@@ -4,9 +4,10 @@
     python -m benchmarks.surrogate_free OUT --model DIR --data FILE --eval-data FILE --steps 512 --seeds 3
 
 ELSA runs with its defaults. Baselines get the best of four learning rates, found with seed 0 (downhill from the middle of
-the grid, until the rates on both sides are worse) and taken for the other seeds. A seed draws the text, its order, and the random rounding of bfloat16 models. Each row is written
-as it is measured; the same command goes on where it stopped: start a new folder where the code has changed. OUT holds runs.csv, and with `--report` (nothing is measured
-then) surrogate_free.txt and surrogate_free.json of the runs of all models in it.
+the grid, until the rates on both sides are worse) and taken for the other seeds. A seed draws the text, its order, and
+the random rounding of bfloat16 models. Each row is written as it is measured, and the same command goes on where it
+stopped: start a new folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and surrogate_free.json;
+`--report` writes these two again and measures nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-
 
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
@@ -39,7 +39,6 @@ KEY = ("model", "target", "method", "steps", "lr", "seed")
 COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "seconds", "notes")
 RATES = (1e-3, 3e-3, 1e-2, 2e-2)
 BASELINES = ("admm-finetuned", "gradual")
-DENSE = "0%"
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,92 @@ class Bench:
 
     def _recipe(self, method: str) -> Recipe:
         recipe = recipe_named(method)
-        return replace(recipe, steps=self.arguments.steps) if isinstance(recipe, Trained) else recipe
+        return (
+            replace(recipe, steps=self.arguments.steps, batch_size=self.arguments.batch_size)
+            if isinstance(recipe, Trained)
+            else recipe
+        )
 
     def _job(self, recipe: Recipe, target: Target, lr: float | None, seed: int) -> Job:
         if lr is not None and isinstance(recipe, Trained):
             recipe = replace(recipe, lr=lr)
         return Job(self.arguments.model, recipe, target, lr, seed)
+
+
+Row = dict[str, Any]
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """A row for each model, target and method: means over the seeds at the method's best rate, and of the ratios to what
+    each seed's best baseline reached."""
+    rows = []
+    for model, target in dict.fromkeys((record["model"], record["target"]) for record in records):
+        here = [record for record in records if (record["model"], record["target"]) == (model, target)]
+        chosen = {method: _at_best_rate(here, method) for method in dict.fromkeys(r["method"] for r in here)}
+        baselines = [chosen[name] for name in BASELINES if name in chosen]
+        for method, by_seed in chosen.items():
+            ratios = []
+            for seed, record in by_seed.items():
+                rivals = [float(other[seed]["perplexity"]) for other in baselines if seed in other]
+                if rivals:
+                    ratios.append(float(record["perplexity"]) / min(rivals))
+            first = next(iter(by_seed.values()))
+            values = [float(record["perplexity"]) for record in by_seed.values()]
+            rows.append(
+                {
+                    "model": model,
+                    "target": target,
+                    "method": method,
+                    "perplexity": mean(values),
+                    "spread": max(values) - min(values),
+                    "seeds": len(values),
+                    "lr": number(first["lr"]),
+                    "used_lr": first["used_lr"],
+                    "tokens": number(first["tokens"]),
+                    "sparsity": number(first["sparsity"]),
+                    "dense": float(first["dense"]),
+                    "ratio": mean(ratios) if ratios else None,
+                    "seconds": mean(float(record["seconds"]) for record in by_seed.values()),
+                }
+            )
+    return rows
+
+
+def _at_best_rate(records: Sequence[Record], method: str) -> dict[str, Record]:
+    """By seed, at the rate that was best with seed 0."""
+    mine = [record for record in records if record["method"] == method]
+    first = [record for record in mine if record["seed"] == "0"]
+    best = min(first, key=lambda record: float(record["perplexity"]))["lr"]
+    return {record["seed"]: record for record in mine if record["lr"] == best}
+
+
+def text_table(rows: Sequence[Row], head: str) -> str:
+    lines = [
+        head,
+        "ratio: to the better baseline (admm-finetuned, gradual: best of the rates 1e-3, 3e-3, 1e-2, 2e-2) of the same",
+        "seed, mean over the seeds; spread: of the perplexities over the seeds; lr: of the grid, or as measured, by stage.",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        dense = next(row["dense"] for row in rows if row["model"] == model)
+        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':16}{'perplexity':>11}{'spread':>9}"
+                  f"{'seeds':>6}{'ratio':>8}{'tokens':>9}{'seconds':>9}  lr"]  # fmt: skip
+        for row in (row for row in rows if row["model"] == model):
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+            rate = "" if row["used_lr"] == "" else row["used_lr"]
+            lines.append(
+                f"{row['target']:7}{row['method']:16}{row['perplexity']:11.3f}{row['spread']:9.3f}{row['seeds']:6}"
+                f"{ratio:>8}{int(row['tokens'] or 0):9}{row['seconds']:9.0f}  {rate}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def report(out: Path) -> None:
+    """The tables of what has been measured."""
+    rows = rows_of(Journal(out / "runs.csv", COLUMNS, KEY).records)
+    facts = machine()
+    (out / "surrogate_free.txt").write_text(text_table(rows, headline(facts)), encoding="utf-8")
+    content = {"machine": facts, "rows": rows}
+    (out / "surrogate_free.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -154,6 +233,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsity", default="0.5,0.7,0.9,0.95")
     parser.add_argument("--pattern", default="")
     parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--eval-samples", type=int, default=256)
@@ -162,7 +242,9 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    Bench(arguments).run()
+    if not arguments.report:
+        Bench(arguments).run()
+    report(arguments.out)
 
 
 if __name__ == "__main__":

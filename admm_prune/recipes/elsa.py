@@ -64,6 +64,7 @@ class Elsa(Trained):
 
     name: str = "elsa"
     summary: str = "surrogate-free: layer-wise projections in stages, the true loss trained on the support in between"
+    distillation: float = 0.5
     ladder: Ladder | None = Ladder()
     projection: Method = LOCAL_METHODS["admm"]
 
@@ -179,6 +180,7 @@ TRAINED: tuple[Trained, ...] = (
     Elsa(
         name="admm-finetuned",
         summary="admm at once, then trained on its support: the baseline that counts",
+        distillation=0.0,
         ladder=None,
     ),
     Gradual(),

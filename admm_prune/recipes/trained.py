@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.recipes.rate import GRADIENTS, measured_rate, passes
+from admm_prune.recipes.rate import GRADIENTS, MeasuredRate, measured_rate, passes
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.training import Trainer, held_out_loss, trainable
@@ -23,6 +23,7 @@ from admm_prune.solvers.elsa.moments import MomentFormat
 from admm_prune.solvers.sparse_adam import SparseAdam
 
 _HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
+_JUDGES = 8  # of them, that measure the rate
 _LEAST = 2  # sequences to train on
 
 
@@ -36,7 +37,7 @@ class Session:
     training: Sequences
     held_out: Sequences
     trainer: Trainer
-    dense_loss: float
+    measured: MeasuredRate | None = None
     rates: list[float] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
@@ -65,7 +66,7 @@ class Trained(ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`recipes.rate`) before the
-    first step, and anew after every projection.
+    first step, and scaled up wherever a projection leaves fewer weights.
 
     Attributes:
         steps: forward and backward passes over a batch, those that measure the rate included.
@@ -131,7 +132,6 @@ class Trained(ABC):
         details = {
             **trainer.as_json(),
             "lr": session.rates or trainer.lr,
-            "dense_held_out_loss": session.dense_loss,
             "batch_size": self.batch_size,
             "distillation": self.distillation,
             "held_out_loss": session.best_loss,
@@ -160,40 +160,38 @@ class Trained(ABC):
             if self.distillation
             else next_token_loss,
             training,
-            steps=max(1, self.steps - self._measurements(target) * passes(len(held_out.batches))),
+            steps=max(1, self.steps - self._passes),
             batch_size=self.batch_size,
             seed=request.seed,
         )
-        dense_loss = held_out_loss(model, held_out)
-        return Session(model, views, request, training, held_out, trainer, dense_loss)
+        return Session(model, views, request, training, held_out, trainer)
 
-    def _measurements(self, target: Target) -> int:
-        """How often the rate is measured: at the start and after every projection, for at most a quarter of a run."""
-        if self.lr is not None:
-            return 0
-        return max(1, min(len(self.projections(target)), self.steps // (4 * passes(2))))
+    @property
+    def _passes(self) -> int:
+        """That measuring the rate takes."""
+        return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
 
     def _train(self, session: Session) -> None:
         trainer, request = session.trainer, session.request
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
-        to_measure = self._measurements(request.target)
         while trainer.done < trainer.steps:
             request.tell(trainer.done, trainer.steps, self.name)
             if trainer.done in plan:
                 self.project(session, plan[trainer.done])
-            if to_measure and (trainer.done in plan or trainer.done == 0):
-                self._measure_rate(session)
-                to_measure -= 1
+            if self.lr is None and (trainer.done in plan or trainer.done == 0):
+                self._set_rate(session, plan.get(trainer.done, request.target))
             trainer.step()
         request.tell(trainer.steps, trainer.steps)
 
-    def _measure_rate(self, session: Session) -> None:
-        trainer = session.trainer
-        measured = measured_rate(
-            session.model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(session.model, session.held_out)
-        )
-        trainer.lr = measured.rate(session.dense_loss)
+    def _set_rate(self, session: Session, target: Target) -> None:
+        model, trainer = session.model, session.trainer
+        if session.measured is None:
+            judges = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
+            session.measured = measured_rate(
+                model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, judges)
+            )
+        trainer.lr = session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 
 
