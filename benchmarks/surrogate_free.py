@@ -1,10 +1,10 @@
 """ELSA beside what it has to beat, at an equal number of passes over the same text.
 
-    python -m benchmarks.surrogate_free OUT --model embedded --steps 256 [--sparsity 0.5,0.7,0.9,0.95] [--pattern 2:4,4:8]
+    python -m benchmarks.surrogate_free OUT --model embedded --steps 256 [--sparsity 0.5,0.9] [--pattern 2:4,4:8]
     python -m benchmarks.surrogate_free OUT --model DIR --data FILE --eval-data FILE --steps 512 --seeds 3
 
-ELSA runs with its defaults. Baselines get the best of four learning rates, found with seed 0 (downhill from the middle of
-the grid, until the rates on both sides are worse) and taken for the other seeds. A seed draws the text, its order, and
+ELSA runs with its defaults. Baselines get the best of four learning rates, found with seed 0 (downhill from the middle
+of the grid, until the rates on both sides are worse) and taken for the other seeds. A seed draws the text, its order, and
 the random rounding of bfloat16 models. Each row is written as it is measured, and the same command goes on where it
 stopped: start a new folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and surrogate_free.json;
 `--report` writes these two again and measures nothing.
@@ -151,8 +151,8 @@ Row = dict[str, Any]
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
-    """A row for each model, target and method: means over the seeds at the method's best rate, and of the ratios to what
-    each seed's best baseline reached."""
+    """A row for each model, target and method: the means over the seeds, at the method's best rate, of perplexities and
+    of their ratios to what each seed's best baseline reached."""
     rows = []
     for model, target in dict.fromkeys((record["model"], record["target"]) for record in records):
         here = [record for record in records if (record["model"], record["target"]) == (model, target)]
@@ -198,12 +198,12 @@ def text_table(rows: Sequence[Row], head: str) -> str:
     lines = [
         head,
         "ratio: to the better baseline (admm-finetuned, gradual: best of the rates 1e-3, 3e-3, 1e-2, 2e-2) of the same",
-        "seed, mean over the seeds; spread: of the perplexities over the seeds; lr: of the grid, or as measured, by stage.",
+        "seed, mean over the seeds; spread: of perplexities over the seeds; lr: of the grid, or as measured, by stage.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         dense = next(row["dense"] for row in rows if row["model"] == model)
-        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':16}{'perplexity':>11}{'spread':>9}"
-                  f"{'seeds':>6}{'ratio':>8}{'tokens':>9}{'seconds':>9}  lr"]  # fmt: skip
+        columns = f"{'perplexity':>11}{'spread':>9}{'seeds':>6}{'ratio':>8}{'tokens':>9}{'seconds':>9}  lr"
+        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':16}{columns}"]
         for row in (row for row in rows if row["model"] == model):
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             rate = "" if row["used_lr"] == "" else row["used_lr"]
