@@ -4,7 +4,7 @@
     python -m benchmarks.surrogate_free OUT --model DIR --data FILE --eval-data FILE --steps 512 --seeds 3
 
 ELSA runs with its defaults. Baselines get the best of four learning rates, found with seed 0 (downhill from the middle
-of the grid, until the rates on both sides are worse) and taken for the other seeds. A seed draws the text, its order, and
+of the grid, until the rates on both sides are worse) and taken for the others. A seed draws the text, its order and
 the random rounding of bfloat16 models. Each row is written as it is measured, and the same command goes on where it
 stopped: start a new folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and surrogate_free.json;
 `--report` writes these two again and measures nothing.
