@@ -28,6 +28,8 @@ import torch
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
 from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.elsa import Elsa
+from admm_prune.recipes.local_methods import LOCAL_METHODS
 from admm_prune.recipes.recipe import Recipe, Request
 from admm_prune.recipes.targets import Target, parse_targets, target_named
 from admm_prune.recipes.trained import Trained
@@ -39,6 +41,18 @@ KEY = ("model", "target", "method", "steps", "lr", "seed")
 COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "seconds", "notes")
 RATES = (1e-3, 3e-3, 1e-2, 2e-2)
 BASELINES = ("admm-finetuned", "gradual")
+
+# elsa with one of its parts taken away or exchanged.
+ABLATIONS: dict[str, Trained] = {
+    "elsa, no distillation": Elsa(name="elsa, no distillation", distillation=0.0),
+    "elsa, no ladder": Elsa(name="elsa, no ladder", ladder=None),
+    "elsa, no ladder, no distillation": Elsa(name="elsa, no ladder, no distillation", ladder=None, distillation=0.0),
+    "elsa, projected by magnitude": Elsa(name="elsa, projected by magnitude", projection=LOCAL_METHODS["magnitude"]),
+    "elsa, projected by sparsegpt": Elsa(name="elsa, projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
+    "elsa, only distillation": Elsa(name="elsa, only distillation", distillation=1.0),
+    "elsa, half the rate": Elsa(name="elsa, half the rate", boldness=0.5),
+    "elsa, twice the rate": Elsa(name="elsa, twice the rate", boldness=2.0),
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,8 @@ class Bench:
     def run(self) -> None:
         arguments = self.arguments
         targets = parse_targets(arguments.sparsity, arguments.pattern)
-        for method in arguments.methods.split(","):
+        methods = list(ABLATIONS) if arguments.methods == "ablations" else arguments.methods.split(",")
+        for method in methods:
             for target in [target_named("0")] if method == "tuned-dense" else targets:
                 recipe = self._recipe(method)
                 best = self._best_rate(recipe, target) if method in (*BASELINES, "tuned-dense") else None
@@ -134,7 +149,7 @@ class Bench:
             here = best
 
     def _recipe(self, method: str) -> Recipe:
-        recipe = recipe_named(method)
+        recipe = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
         return (
             replace(recipe, steps=self.arguments.steps, batch_size=self.arguments.batch_size)
             if isinstance(recipe, Trained)
@@ -229,7 +244,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--eval-data")
-    parser.add_argument("--methods", default="admm,tuned-dense,admm-finetuned,gradual,elsa,elsa-l")
+    parser.add_argument(
+        "--methods", default="admm,tuned-dense,admm-finetuned,gradual,elsa,elsa-l", help="names, or 'ablations'"
+    )
     parser.add_argument("--sparsity", default="0.5,0.7,0.9,0.95")
     parser.add_argument("--pattern", default="")
     parser.add_argument("--steps", type=int, default=512)

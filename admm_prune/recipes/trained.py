@@ -72,6 +72,7 @@ class Trained(ABC):
         steps: forward and backward passes over a batch, those that measure the rate included.
         batch_size: sequences a step, in epochs without replacement.
         lr: the height of the rate, in place of a measured one.
+        boldness: what the measured rate is multiplied by.
         distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
@@ -81,6 +82,7 @@ class Trained(ABC):
     steps: int = 512
     batch_size: int = 8
     lr: float | None = None
+    boldness: float = 1.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
 
@@ -191,7 +193,7 @@ class Trained(ABC):
             session.measured = measured_rate(
                 model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, judges)
             )
-        trainer.lr = session.measured.rate(1.0 - target.fraction)
+        trainer.lr = self.boldness * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 
 

@@ -116,6 +116,7 @@ class SparseAdam(Optimizer):
             ramp=ramp,
         )
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
+        self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
         self._anchors, self._moments = Anchors(anchor, rounding), Moments(moments)
         self._masks = dict(masks or {})
@@ -164,11 +165,6 @@ class SparseAdam(Optimizer):
     def frozen(self) -> bool:
         """Whether the support stays as it is from now on, and pruned weights are zero."""
         return bool(self.param_groups[0]["frozen"])
-
-    @property
-    def hard(self) -> bool:
-        """Whether x = z at all times."""
-        return self.penalty.value == math.inf
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def pruned(
 def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
     name: str, target: str, model_folder: Path, text_file: Path
 ) -> None:
-    recipe = replace(recipe_named(name, 40), batch_size=4)
+    recipe = replace(recipe_named(name, 24), batch_size=2)
     dense = dict(load(str(model_folder)).model.named_parameters())
     model, outcome = pruned(recipe, target, model_folder, text_file)
     views = [view for block in decoder_blocks(model) for view in block.weights]
@@ -62,13 +62,14 @@ def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
     assert not any(p.requires_grad for p in model.parameters())
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(model.get_input_embeddings().weight, dense["model.embed_tokens.weight"])
-    assert outcome.details["training"]["lr"] > 0
+    rates = outcome.details["training"]["lr"]
+    assert all(rate > 0 for rate in (rates if isinstance(rates, list) else [rates]))
     json.dumps(outcome.details, allow_nan=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model_folder: Path, text_file: Path) -> None:
-    recipe = Elsa(steps=48, batch_size=4)
+    recipe = Elsa(steps=20, batch_size=2)
     first, again, other = (
         pruned(recipe, "0.8", model_folder, text_file, dtype=dtype, seed=seed)[0] for seed in (0, 0, 1)
     )
@@ -79,7 +80,7 @@ def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model
 
 
 def test_elsa_trains_between_its_projections(model_folder: Path, text_file: Path) -> None:
-    recipe = Elsa(steps=120, batch_size=4)
+    recipe = Elsa(steps=60, batch_size=2)
     model, outcome = pruned(recipe, "0.9", model_folder, text_file)
     stages = outcome.details["stages"]
     training = outcome.details["training"]
@@ -144,9 +145,9 @@ def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None
     steps = torch.linspace(0, 1.5, 15001)
     values = [float(100 * (1 - s) ** 2 + (0.5 - s) ** 2) for s in steps]
     best = float(steps[values.index(min(values))])
-    # A zero weight stays; the rms is of the others; the search ends within 2^0.25, or at its upper end, 1/4 of the rms.
+    # A zero weight stays; the rms is of the others; the search ends within a factor 2^0.4, or at its upper end, 1/4 of the rms.
     ceiling = 0.25 * math.sqrt((1 + 0.25) / 2)
-    assert measured.step == pytest.approx(min(best, ceiling), rel=0.2)
+    assert measured.step == pytest.approx(min(best, ceiling), rel=0.35)
     assert measured.decrease > 0
     assert measured.rate(0.5) == pytest.approx(2.3 * measured.step)
     assert measured.rate(0.25) > measured.rate(0.5) > measured.rate(1.0)
@@ -185,7 +186,7 @@ def _kl(teacher: nn.Module, model: nn.Module, batch: Batch) -> float:
 
 def test_a_comparison_sets_elsa_beside_its_baselines(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     settings = ComparisonSettings(
-        model=str(model_folder), methods=("admm", "elsa"), targets=(Target(sparsity=0.6),), steps=20,
+        model=str(model_folder), methods=("admm", "elsa"), targets=(Target(sparsity=0.6),), steps=10,
         text=TextSettings(data=str(text_file), samples=24, length=32, packing="windows"),
     )  # fmt: skip
     comparison = compare(settings, tmp_path / "out")
@@ -202,12 +203,19 @@ def test_prune_takes_the_steps_and_the_report_has_the_curve(
     tmp_path: Path, model_folder: Path, text_file: Path
 ) -> None:
     report = admm_prune.prune(
-        model_folder, method="elsa", sparsity=0.6, data=str(text_file), length=32, steps=30, out=tmp_path / "out"
+        model_folder,
+        method="elsa",
+        sparsity=0.6,
+        data=str(text_file),
+        length=32,
+        samples=24,
+        steps=20,
+        out=tmp_path / "out",
     )
-    assert report.details["training"]["steps"] < 30  # the others measured the rate
+    assert report.details["training"]["steps"] < 20  # the others measured the rate
     assert report.pruned.perplexity < math.inf
     manifest = json.loads((tmp_path / "out/admm_prune.json").read_text())
-    assert manifest["settings"]["steps"] == 30
+    assert manifest["settings"]["steps"] == 20
     assert manifest["details"]["training"]["loss"]
 
 
