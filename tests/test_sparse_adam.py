@@ -316,6 +316,28 @@ def test_a_support_chosen_elsewhere_is_trained_on_and_can_be_changed() -> None:
     assert all(bool((net.get_parameter(name)[~mask] == 0).all()) for name, mask in optimizer.finalize().items())
 
 
+@pytest.mark.parametrize("how", [{}, {"penalty": math.inf, "ramp": 1.0}], ids=["admm", "gradual"])
+def test_accumulated_gradients_and_a_gradient_scaler_change_nothing(how) -> None:
+    """The penalty is added once a step, never once a part of a batch; a power of two scales without rounding."""
+    plain, scaled = Net(), Net()
+    settings_ = {"sparsity": 0.7, "lr": 0.01, "total_steps": 24, "interval": 4, "anchor": "full", **how}
+    trained(plain, SparseAdam(plain, **settings_), 24)
+    optimizer = SparseAdam(scaled, **settings_)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    for t in range(24):
+        tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(t))
+        labels = tokens[:, 1:] * 3 % 11
+        for part in (slice(0, 2), slice(2, 4)):
+            logits = scaled(tokens[part])[:, :-1].flatten(0, 1)
+            scaler.scale(nn.functional.cross_entropy(logits, labels[part].flatten()) / 2).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(plain.parameters(), scaled.parameters(), strict=True))
+    assert torch.equal(plain.first.weight == 0, scaled.first.weight == 0)
+
+
 def test_masks_to_begin_with_are_kept_until_the_first_update() -> None:
     net = Net()
     chosen = {"first.weight": torch.arange(512).reshape(32, 16) % 2 == 0}

@@ -145,7 +145,7 @@ def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None
     steps = torch.linspace(0, 1.5, 15001)
     values = [float(100 * (1 - s) ** 2 + (0.5 - s) ** 2) for s in steps]
     best = float(steps[values.index(min(values))])
-    # A zero weight stays; the rms is of the others; the search ends within a factor 2^0.4, or at its upper end, 1/4 of the rms.
+    # A zero weight stays, the rms is of the others; the search ends within a factor 2^0.4, or at 1/4 of the rms.
     ceiling = 0.25 * math.sqrt((1 + 0.25) / 2)
     assert measured.step == pytest.approx(min(best, ceiling), rel=0.35)
     assert measured.decrease > 0
