@@ -177,8 +177,10 @@ class Trained(ABC):
         trainer, request = session.trainer, session.request
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
+        every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
         while trainer.done < trainer.steps:
-            request.tell(trainer.done, trainer.steps, self.name)
+            if trainer.done % every == 0:
+                request.tell(trainer.done, trainer.steps, self.name)
             if trainer.done in plan:
                 self.project(session, plan[trainer.done])
             if self.lr is None and (trainer.done in plan or trainer.done == 0):
