@@ -33,11 +33,12 @@ from admm_prune.recipes.targets import Target, parse_targets
 from admm_prune.runs.texts import Texts, TextSettings
 from benchmarks.machine import headline, machine
 
-OURS = StruPrune()
 NAMED = {recipe.name: recipe for recipe in STRUCTURED}
+OURS = replace(NAMED["struprune"], temperatures=())
 WANDA = NAMED["structured-wanda"]
 ROWS: Mapping[str, StruPrune] = {
-    "struprune": OURS,
+    "struprune": NAMED["struprune"],
+    "one temperature, T = 1": OURS,
     "ADMM chooses": replace(OURS, selector="admm"),
     "one look (one-shot OBS)": replace(OURS, selector="obs-one-shot"),
     "Wanda's score chooses": replace(OURS, selector="mask"),
@@ -48,22 +49,22 @@ ROWS: Mapping[str, StruPrune] = {
     "allocation: capped softmax, T = 2": replace(OURS, allocator=CappedSoftmax(2.0, most=0.9)),
     "allocation: owl": replace(OURS, allocator=Owl()),
     "allocation: knapsack": replace(OURS, allocator=Knapsack()),
-    "all blocks alike (stock model)": NAMED["struprune-uniform"],
+    "all blocks alike (stock model)": replace(OURS, uniform=True),
     "global structured": NAMED["structured-global"],
     "global structured, losses not relative": replace(NAMED["structured-global"], relative=False),
     "Wanda-type structured": WANDA,
 }
 
 
-def measure(model: str, settings: TextSettings, targets: list[Target]) -> dict[str, Any]:
-    """Perplexity and the fraction saved, by row and target."""
+def measure(model: str, settings: TextSettings, targets: list[Target], names: list[str]) -> dict[str, Any]:
+    """Perplexity and the fraction saved, by row and target, of the rows that are named."""
     loaded = load(model)
     texts = Texts(settings, loaded)
     calibration = texts.calibration(OURS.samples)
     dense = evaluate(loaded.model, texts.evaluation)
     curves: dict[tuple[Any, ...], dict[str, Curve]] = {}
     rows = []
-    for name, recipe in ROWS.items():
+    for name, recipe in ((name, ROWS[name]) for name in names):
         for target in targets:
             request = Request(target=target, calibration=calibration)
             began = time.process_time()
@@ -72,13 +73,16 @@ def measure(model: str, settings: TextSettings, targets: list[Target]) -> dict[s
             if key not in curves:
                 curves[key] = recipe.measure(fresh, request)
             outcome = recipe.prune(fresh, request, curves[key])
-            found = evaluate(fresh, texts.evaluation)
+            pruned = fresh if outcome.model is None else outcome.model
+            found = evaluate(pruned, texts.evaluation)
             rows.append(
                 {
                     "row": name,
                     "target": target.label,
+                    "asked": target.fraction,
                     "perplexity": found.perplexity,
                     "saved": outcome.details["saved"],
+                    "temperature": outcome.details.get("temperature"),
                     "units": outcome.details["units"],
                     "cpu_seconds": round(time.process_time() - began, 2),
                 }
@@ -94,24 +98,30 @@ def measure(model: str, settings: TextSettings, targets: list[Target]) -> dict[s
 
 def table(content: dict[str, Any]) -> str:
     """One block a model: perplexity, and in brackets the ratio to 'global structured' at the same target."""
-    lines = [headline(content["machine"]), content["command"], "Perplexity (relative to 'global structured')", ""]
+    lines = [
+        headline(content["machine"]),
+        "Perplexity (relative to 'global structured'); [%] that went, where not as asked",
+    ]
     for model, found in content["models"].items():
         cells = {(row["row"], row["target"]): row for row in found["rows"]}
         targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
+        lines += ["", found["command"]]
         lines.append(
             f"{model}: dense {found['dense']:.3f}; {found['calibration_tokens']} tokens to calibrate, "
             f"{found['evaluation_tokens']} to judge"
         )
-        lines.append(f"{'':40}" + "".join(f"{target:>22}" for target in targets))
+        lines.append(f"{'':40}" + "".join(f"{target:>18}{'':8}" for target in targets))
         for name in dict.fromkeys(row["row"] for row in found["rows"]):
             parts = []
             for target in targets:
                 cell, base = cells[name, target], cells["global structured", target]
                 ratio = cell["perplexity"] / base["perplexity"]
-                parts.append(f"{cell['perplexity']:12.3f} ({ratio:7.3f})")
+                more = 100 * (cell["saved"] - base["asked"])
+                parts.append(
+                    f"{cell['perplexity']:10.3f} ({ratio:6.3f})" + (f" [+{more:.2f}]" if more >= 0.05 else " " * 8)
+                )
             lines.append(f"{name:40}" + "".join(parts))
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -121,6 +131,7 @@ def main() -> None:
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--eval-data")
     parser.add_argument("--sparsity", default="0.2,0.3,0.5")
+    parser.add_argument("--rows", help="comma-separated; measured again, the others stay")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--eval-samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -136,10 +147,15 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "structured.json"
     content = json.loads(path.read_text()) if path.is_file() else {"models": {}}
-    content["machine"] = machine()
+    names = given.rows.split(",") if given.rows else list(ROWS)
     shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    content["command"] = f"python -m benchmarks.structured {shlex.join(shown)}"
-    content["models"][Path(given.model).name] = measure(given.model, settings, parse_targets(given.sparsity, None))
+    found = measure(given.model, settings, parse_targets(given.sparsity, None), names)
+    before = content["models"].get(Path(given.model).name, {"rows": []})
+    rows = [row for row in before["rows"] if row["row"] not in names] + found["rows"]
+    rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["asked"]))
+    command = f"python -m benchmarks.structured {shlex.join(shown)}"
+    content["machine"] = machine()
+    content["models"][Path(given.model).name] = {**found, "command": command, "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
     (given.out / "structured.txt").write_text(table(content))
 

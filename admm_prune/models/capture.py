@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class BlockStream:
         device: of the model; the hidden states and Grams live there.
         validation_fraction: of the sequences: their Gram is kept apart too. A single sequence is not cut.
         holdout: other text, for reporting only.
+        hollow: the blocks have no weights yet, and are passed by while the model runs.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite.
@@ -55,6 +56,7 @@ class BlockStream:
         *,
         validation_fraction: float = 0.15,
         holdout: Sequences | None = None,
+        hollow: bool = False,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
@@ -62,11 +64,12 @@ class BlockStream:
         self._position = 0
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
-        self._flows = {
-            part: [_Flow.record(model, blocks, batch, device) for batch in text.batches]
-            for part, text in parts.items()
-            if text is not None
-        }
+        with _passed_by(blocks) if hollow else nullcontext():
+            self._flows = {
+                part: [_Flow.record(model, blocks, batch, device) for batch in text.batches]
+                for part, text in parts.items()
+                if text is not None
+            }
 
     @torch.no_grad()
     def collect(self, index: int, only: Collection[str] | None = None) -> list[SharedInput]:
@@ -118,6 +121,18 @@ class BlockStream:
         if index != self._position:
             raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
         return self._blocks[index]
+
+
+@contextmanager
+def _passed_by(blocks: list[Block]) -> Generator[None]:
+    """Blocks hand on the hidden states as they come: what else they are called with does not depend on these."""
+    for block in blocks:
+        block.module.forward = lambda *args, **kwargs: _without_hidden(args, kwargs)[0]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
 
 
 class _StopRecordingError(Exception):

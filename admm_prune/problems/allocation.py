@@ -155,13 +155,15 @@ class EqualSlope:
     """e_l'(s_l) + T logit(s_l / most) = mu: the slopes of the convexified curves are equal, up to an entropy.
 
     At T = 0 this is the global greedy choice (water filling): of sorted scores Q_gg, one threshold Q_gg / c_g over all
-    branches. T is in standard deviations of the branches' mean slopes.
+    branches; at T = inf it is uniform. T is in standard deviations of the branches' mean slopes.
     """
 
     temperature: float = 0.0
     most: float = 1.0
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        if math.isinf(self.temperature):
+            return Uniform(self.most).allocate(curves, budget)
         slopes = [convex_slopes(curve.losses, curve.savings) for curve in curves]
         spread = _deviation(energies(curves, budget)) * self.temperature
 

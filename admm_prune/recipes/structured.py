@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 from admm_prune.problems.allocation import EqualSlope, Uniform
 from admm_prune.recipes.struprune import StruPrune
 
+TEMPERATURES = (0.0, 0.5, 1.0, 2.0, math.inf)  # from the global greedy choice to the same fraction everywhere
+
 STRUCTURED: tuple[StruPrune, ...] = (
-    StruPrune(),
-    StruPrune(name="struprune-uniform", summary="struprune with all blocks alike: a stock model", uniform=True),
+    StruPrune(temperatures=TEMPERATURES),
+    StruPrune(
+        name="struprune-uniform",
+        summary="struprune with all blocks alike: a stock model",
+        uniform=True,
+        temperatures=TEMPERATURES,
+    ),
     StruPrune(
         name="struprune-padded",
         summary="struprune, filled up to the widest block by zeros: a stock model",
         form="padded",
+        temperatures=TEMPERATURES,
     ),
     StruPrune(
         name="structured-global",

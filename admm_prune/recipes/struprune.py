@@ -6,6 +6,7 @@ energies and an entropy. Its equations are not public: what is here is a reconst
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, branches
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.evaluate import evaluate
 from admm_prune.models.export import Form, check_exportable, export, says_head_size
+from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
 from admm_prune.problems.gram import LayerStatistics
@@ -26,6 +29,8 @@ from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.unit_selection import Selector
 
+_IN_MEMORY = Residence()
+_JUDGING = 0.15  # of the calibration sequences
 RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
 
 
@@ -43,6 +48,8 @@ class StruPrune:
         compensate: least squares on the columns that stay; or they stay as they are.
         fold_bias: where the output has a bias, it takes the mean of the error.
         allocator: from curves to units.
+        temperatures: where the model is in memory, copies are pruned by `EqualSlope` at each of these, and the one that
+            predicts a part of the calibration text best is taken; empty to prune once, by `allocator`.
         relative: losses are relative to the energy of the residual stream; or as they are.
         unit: of the budget: the target's fraction is of this.
         inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
@@ -59,6 +66,7 @@ class StruPrune:
     compensate: bool = True
     fold_bias: bool = True
     allocator: Allocator = EqualSlope(temperature=1.0)
+    temperatures: tuple[float, ...] = ()
     relative: bool = True
     unit: Unit = "parameters"
     inputs: Literal["pruned", "dense"] = "pruned"
@@ -81,11 +89,18 @@ class StruPrune:
             raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
         self._allocate(parts, {b.name: self._curve(b) for b in self._free(model, parts)}, target)
 
-    def prune(self, model: nn.Module, request: Request, curves: Mapping[str, Curve] | None = None) -> Outcome:
+    def prune(
+        self,
+        model: nn.Module,
+        request: Request,
+        curves: Mapping[str, Curve] | None = None,
+        residence: Residence = _IN_MEMORY,
+    ) -> Outcome:
         """As `Recipe.prune`.
 
         Args:
             curves: what `measure` found on the same model and text, whatever the target; None to measure now.
+            residence: where the blocks are when they are not at work on.
         """
         self.check(model, request.target)
         pruner = self._pruner(request)
@@ -93,14 +108,17 @@ class StruPrune:
         parts = [branches(block) for block in blocks]
         if request.target.fraction == 0:
             return Outcome(layers=[report_of(view, view.shape) for block in blocks for view in block.weights])
-        curves = self.measure(model, request) if curves is None else curves
+        curves = self.measure(model, request, residence) if curves is None else curves
+        if self.temperatures and not residence.hollow:
+            return self._temper(model, request, curves)
         allocation = self._allocate(parts, curves, request.target)
         saved = allocation.saved / self._weight(parts)
-        stream = self._stream(model, blocks, request)
+        stream = self._stream(model, blocks, request, residence)
         reports: list[LayerReport] = []
         for index, block in enumerate(blocks):
             request.tell(len(blocks) + index, 2 * len(blocks), block.name)
-            reports += self._prune_block(stream, index, block, parts[index], allocation.removed, pruner)
+            with residence.block(index):
+                reports += self._prune_block(stream, index, block, parts[index], allocation.removed, pruner)
         form = export(model, parts, self.form)
         request.tell(2 * len(blocks), 2 * len(blocks))
         details = {
@@ -116,7 +134,25 @@ class StruPrune:
         }
         return Outcome(layers=reports, notes=allocation.notes, details=details)
 
-    def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
+    def _temper(self, model: nn.Module, request: Request, curves: Mapping[str, Curve]) -> Outcome:
+        """Prunes a copy at every temperature, and keeps the one that predicts the judging part of the text best."""
+        judging = request.calibration.split(_JUDGING)[1]
+        judging = judging if judging.rows else request.calibration
+        best: Outcome | None = None
+        tried: dict[str, float] = {}
+        for temperature in self.temperatures:
+            request.tell(len(tried), len(self.temperatures), f"temperature {temperature:g}")
+            copied = copy.deepcopy(model)
+            once = replace(self, allocator=EqualSlope(temperature), temperatures=())
+            outcome = once.prune(copied, replace(request, on_progress=None), curves)
+            tried[f"{temperature:g}"] = found = evaluate(copied, judging).perplexity
+            if best is None or found < min(list(tried.values())[:-1]):
+                best = replace(outcome, model=copied, details={**outcome.details, "temperature": temperature})
+        assert best is not None
+        request.tell(len(tried), len(tried))
+        return replace(best, details={**best.details, "perplexity_by_temperature": tried})
+
+    def measure(self, model: nn.Module, request: Request, residence: Residence = _IN_MEMORY) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
 
         Raises:
@@ -126,14 +162,15 @@ class StruPrune:
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
         free = {branch.name for branch in self._free(model, parts)}
-        stream = self._stream(model, blocks, request)
+        stream = self._stream(model, blocks, request, residence)
         curves: dict[str, Curve] = {}
         for index, block in enumerate(parts):
             request.tell(index, 2 * len(blocks), f"{blocks[index].name}, curves")
             open_ = [branch for branch in block if branch.name in free]
-            statistics = _statistics(stream, index, open_)
-            losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in open_}
-            stream.advance(index)
+            with residence.block(index):
+                statistics = _statistics(stream, index, open_)
+                losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in open_}
+                stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
             curves |= {branch.name: self._curve(branch, losses[branch.name] / scale) for branch in open_}
         return curves
@@ -178,8 +215,9 @@ class StruPrune:
             ridge=self.ridge if request.ridge is None else request.ridge,
         )
 
-    def _stream(self, model: nn.Module, blocks: list[Block], request: Request) -> BlockStream:
-        return BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
+    def _stream(self, model: nn.Module, blocks: list[Block], request: Request, residence: Residence) -> BlockStream:
+        device = next(model.parameters()).device
+        return BlockStream(model, blocks, request.calibration, device, hollow=residence.hollow)
 
     def _free(self, model: Any, parts: Sequence[Sequence[Branch]]) -> list[Branch]:
         """The branches that may lose units: uniform models are stock, and not every stock class can lose heads."""
