@@ -30,7 +30,6 @@ from admm_prune.recipes.targets import Target
 from admm_prune.recipes.unit_selection import Selector
 
 _IN_MEMORY = Residence()
-_JUDGING = 0.15  # of the calibration sequences
 RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
 
 
@@ -49,7 +48,7 @@ class StruPrune:
         fold_bias: where the output has a bias, it takes the mean of the error.
         allocator: from curves to units.
         temperatures: where the model is in memory, copies are pruned by `EqualSlope` at each of these, and the one that
-            predicts a part of the calibration text best is taken; empty to prune once, by `allocator`.
+            predicts the calibration text best is taken; empty to prune once, by `allocator`.
         relative: losses are relative to the energy of the residual stream; or as they are.
         unit: of the budget: the target's fraction is of this.
         inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
@@ -135,9 +134,10 @@ class StruPrune:
         return Outcome(layers=reports, notes=allocation.notes, details=details)
 
     def _temper(self, model: nn.Module, request: Request, curves: Mapping[str, Curve]) -> Outcome:
-        """Prunes a copy at every temperature, and keeps the one that predicts the judging part of the text best."""
-        judging = request.calibration.split(_JUDGING)[1]
-        judging = judging if judging.rows else request.calibration
+        """Prunes a copy at every temperature, and keeps the one that predicts the calibration text best.
+
+        A part that was held out would be fairer, and is too short to tell copies apart that differ by a percent.
+        """
         best: Outcome | None = None
         tried: dict[str, float] = {}
         for temperature in self.temperatures:
@@ -145,7 +145,7 @@ class StruPrune:
             copied = copy.deepcopy(model)
             once = replace(self, allocator=EqualSlope(temperature), temperatures=())
             outcome = once.prune(copied, replace(request, on_progress=None), curves)
-            tried[f"{temperature:g}"] = found = evaluate(copied, judging).perplexity
+            tried[f"{temperature:g}"] = found = evaluate(copied, request.calibration).perplexity
             if best is None or found < min(list(tried.values())[:-1]):
                 best = replace(outcome, model=copied, details={**outcome.details, "temperature": temperature})
         assert best is not None

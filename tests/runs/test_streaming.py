@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.struprune import StruPrune
 from admm_prune.recipes.targets import Target
+from admm_prune.runs import memory_scaling
+from admm_prune.runs.memory_scaling import Peak, Shape, exponent, write_random_model
 from admm_prune.runs.streaming import prune_from_disk
 from admm_prune.runs.texts import Texts, TextSettings
 
@@ -85,6 +88,39 @@ def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibrati
             assert a.keys() == b.keys()
             assert torch.equal(a["position_embeddings"][0], b["position_embeddings"][0])
     assert "forward" not in vars(on_disk.blocks[0].module)
+
+
+def test_the_memory_bench_measures_both_families(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiny models here, in this process: the figures are the command's own business."""
+    family = (Shape(128, 1), Shape(256, 2))
+    monkeypatch.setattr(memory_scaling, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
+
+    def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        memory_scaling._measure_here(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
+
+    monkeypatch.setattr(memory_scaling.subprocess, "run", here)
+    # Beside what other tests left behind, so small models may need no more memory: the peak is drawn.
+    monkeypatch.setattr(memory_scaling.PeakMemory, "extra_mib", 3.0)
+    monkeypatch.setattr(memory_scaling.PeakMemory, "__exit__", lambda *_: None)
+    content = memory_scaling.bench_memory(tmp_path / "out", tokens=256)
+    assert [peak["depth"] for peak in content["peaks"]] == [1, 2, 1, 2]
+    assert content["exponents"] == {"growing": 0.0, "deeper": 0.0}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"admm_prune.json", "memory.txt", "memory.png"}
+    with pytest.raises(UserError, match=r"--most 1000 leaves fewer than two models: give at least"):
+        memory_scaling.bench_memory(tmp_path / "out", most=1000)
+
+
+def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:
+    peaks = [Peak("growing", 1, 1, n, 1.0, 3 * n**0.6, 1.0) for n in (10**6, 10**7, 10**9)]
+    assert exponent(peaks) == pytest.approx(0.6)
+    shape = Shape(256, 3)
+    write_random_model(shape, tmp_path)
+    stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert sum(tensor.numel() for tensor in stored) == shape.parameters
+    assert sum(view.parameter.numel() for view in ModelOnDisk(tmp_path).blocks[0].weights) == shape.block
 
 
 def test_folders_that_cannot_be_streamed(model_folder: Path, calibration: Sequences, tmp_path: Path) -> None:
