@@ -118,12 +118,14 @@ def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch
         factor = torch.linalg.cholesky(inverse[columns][:, columns])
         answer = torch.linalg.solve_triangular(factor, v[:, columns].T, upper=False)  # L^-1 V_R^T
         rises.append(answer.double().square().sum(1).view(-1, width).sum(1))
+        order += groups.tolist()
+        if len(order) == count:  # nobody will look at the scores again
+            break
         spread = torch.linalg.solve_triangular(factor, inverse[columns], upper=False)  # L^-1 K_R:
         v.addmm_(answer.T, spread, alpha=-1)
         inverse.addmm_(spread.T, spread, alpha=-1)
         gone[groups] = True
         inverse[columns], inverse[:, columns], v[:, columns] = 0, 0, 0
-        order += groups.tolist()
     device = v.device
     losses = torch.cat(rises).cumsum(0) if rises else torch.zeros(0, dtype=torch.float64, device=device)
     return Elimination(torch.tensor(order, dtype=torch.long, device=device), losses)
