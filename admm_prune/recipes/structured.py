@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from admm_prune.errors import UserError
+from admm_prune.models.budgets import UNITS
 from admm_prune.problems.allocation import EqualSlope, Uniform
+from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.struprune import StruPrune
 
 TEMPERATURES = (0.0, 0.5, 1.0, 2.0, math.inf)  # from the global greedy choice to the same fraction everywhere
@@ -39,3 +43,22 @@ STRUCTURED: tuple[StruPrune, ...] = (
         ridge=0.0,
     ),
 )
+
+
+def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = None) -> Recipe:
+    """The recipe with its budget in another unit, and its neurons in multiples, where either is asked for.
+
+    Raises:
+        UserError: the recipe is not structured; no such unit; a multiple below 1.
+    """
+    if unit is None and multiple is None:
+        return recipe
+    if not isinstance(recipe, StruPrune):
+        names = ", ".join(known.name for known in STRUCTURED)
+        raise UserError(f"{recipe.name} removes no units: --unit and --multiple are for {names}")
+    if unit is not None and unit not in UNITS:
+        raise UserError(f"unit must be {', '.join(UNITS[:-1])} or {UNITS[-1]}, not '{unit}'")
+    if multiple is not None and multiple < 1:
+        raise UserError(f"multiple must be at least 1, not {multiple}")
+    known = next((known for known in UNITS if known == unit), recipe.unit)
+    return replace(recipe, unit=known, multiple=multiple or recipe.multiple)

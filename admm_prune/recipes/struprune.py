@@ -25,7 +25,7 @@ from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.recipes.branch_pruning import Pruner, report_of
-from admm_prune.recipes.recipe import LayerReport, Outcome, Request
+from admm_prune.recipes.recipe import Budget, LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.unit_selection import Selector
 
@@ -75,8 +75,8 @@ class StruPrune:
     ridge: float = 0.01
 
     @property
-    def budget(self) -> Literal["matrix", "model"]:
-        return "model"
+    def budget(self) -> Budget:
+        return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.pattern is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,7 +193,36 @@ def test_the_methods_stand_beside_each_other(tmp_path: Path, model_folder: Path,
     assert verify_folder(tmp_path / "out", device="cpu").failures == []
 
 
+def test_a_budget_that_is_not_of_weights_is_recorded_and_left_unchecked(
+    tmp_path: Path, model_folder: Path, text_file: Path
+) -> None:
+    report = admm_prune.prune(
+        model_folder, method="struprune-uniform", sparsity=0.3, unit="flops", multiple=8, samples=8,
+        data=str(text_file), out=tmp_path / "out",
+    )  # fmt: skip
+    assert report.budget == "flops"
+    assert report.details["saved"] >= 0.3
+    assert {n % 8 for name, n in report.details["units"].items() if "mlp" in name} == {0}
+    assert report.manifest["settings"]["unit"] == "flops"
+    verified = verify_folder(tmp_path / "out", quick=True, device="cpu")
+    assert verified.failures == []
+    assert any("a fraction of the flops" in what for what in verified.unchecked)
+
+
 # Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "wanda", "multiple": 8}, "wanda removes no units: --unit and --multiple are for struprune, "),
+        ({"method": "struprune", "unit": "joules"}, "unit must be parameters, bytes, .* or latency, not 'joules'"),
+        ({"method": "struprune", "multiple": 0}, "multiple must be at least 1, not 0"),
+    ],
+)
+def test_options_of_other_methods_are_refused(options: dict[str, Any], message: str, model_folder: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        admm_prune.prune(model_folder, sparsity=0.3, **options)
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Path, calibration: Sequences) -> None:
