@@ -30,7 +30,7 @@ from admm_prune.runs.memory_scaling import Shape, random_tokens, write_random_mo
 from admm_prune.runs.streaming import prune_from_disk
 from benchmarks.machine import headline, machine
 
-RECIPE = StruPrune(selector="obs-one-shot", multiple=64)
+RECIPE = StruPrune(multiple=64)
 
 
 def operations(model: Any, tokens: int) -> float:

@@ -34,25 +34,26 @@ from admm_prune.runs.texts import Texts, TextSettings
 from benchmarks.machine import headline, machine
 
 NAMED = {recipe.name: recipe for recipe in STRUCTURED}
-OURS = replace(NAMED["struprune"], temperatures=())
-WANDA = NAMED["structured-wanda"]
+OURS = NAMED["struprune"]
+GREEDY = replace(OURS, selector="obs")
 ROWS: Mapping[str, StruPrune] = {
-    "struprune": NAMED["struprune"],
-    "one temperature, T = 1": OURS,
+    "struprune": OURS,
+    "greedy OBS chooses": GREEDY,
     "ADMM chooses": replace(OURS, selector="admm"),
-    "one look (one-shot OBS)": replace(OURS, selector="obs-one-shot"),
     "Wanda's score chooses": replace(OURS, selector="mask"),
     "nothing answers": replace(OURS, selector="mask-interactions", compensate=False, fold_bias=False),
-    "allocation: uniform": replace(OURS, allocator=Uniform()),
-    "allocation: equal slope, T = 0": replace(OURS, allocator=EqualSlope()),
-    "allocation: binomial, T = 2": replace(OURS, allocator=Binomial(2.0)),
-    "allocation: capped softmax, T = 2": replace(OURS, allocator=CappedSoftmax(2.0, most=0.9)),
-    "allocation: owl": replace(OURS, allocator=Owl()),
-    "allocation: knapsack": replace(OURS, allocator=Knapsack()),
-    "all blocks alike (stock model)": replace(OURS, uniform=True),
+    "uniform": replace(OURS, allocator=Uniform()),
+    "greedy OBS; uniform": replace(GREEDY, allocator=Uniform()),
+    "greedy OBS; equal slope T = 0": replace(GREEDY, allocator=EqualSlope()),
+    "greedy OBS; binomial T = 2": replace(GREEDY, allocator=Binomial(2.0)),
+    "greedy OBS; capped softmax T = 2": replace(GREEDY, allocator=CappedSoftmax(2.0, most=0.9)),
+    "greedy OBS; owl": replace(GREEDY, allocator=Owl()),
+    "greedy OBS; knapsack": replace(GREEDY, allocator=Knapsack()),
+    "greedy OBS; all blocks alike": replace(GREEDY, uniform=True),
     "global structured": NAMED["structured-global"],
-    "global structured, losses not relative": replace(NAMED["structured-global"], relative=False),
-    "Wanda-type structured": WANDA,
+    "greedy OBS; global structured": replace(NAMED["structured-global"], selector="obs"),
+    "greedy OBS; global; losses not relative": replace(NAMED["structured-global"], selector="obs", relative=False),
+    "Wanda-type structured": NAMED["structured-wanda"],
 }
 
 

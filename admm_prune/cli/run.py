@@ -83,4 +83,4 @@ def run(
         for name, figures in (("dense", report.dense), (f"{method} {report.target}", report.pruned))
     ]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
-    print(f"{100 * report.sparsity:.2f} % of the block matrices are zero; saved in {out}")
+    print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,15 +118,6 @@ def pad_units(branch: Branch, count: int) -> None:
         _replace(view, nn.functional.pad(view.read(), (0, 0, 0, missing * each)), bias)
     _replace(branch.output, nn.functional.pad(branch.output.read(), (0, missing * width)), branch.output.bias)
     _rescale(branch, share)
-
-
-def zero_units(branch: Branch, gone: Iterable[int]) -> None:
-    """Zeroes the columns of some units in the output matrix, in place: the masked model that slicing is to equal."""
-    width = branch.width
-    weight = branch.output.read().clone()
-    for unit in gone:
-        weight[:, unit * width : (unit + 1) * width] = 0
-    branch.output.write(weight)
 
 
 def _parts(units: Tensor, width: int) -> Tensor:

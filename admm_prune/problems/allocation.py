@@ -267,13 +267,6 @@ def convex_slopes(losses: Tensor, savings: Tensor) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float64)
 
 
-def hull(losses: Tensor, savings: Tensor) -> Tensor:
-    """The lower convex hull of a curve at its own savings (n + 1,)."""
-    slopes = convex_slopes(losses, savings)
-    widths = savings.diff()
-    return torch.cat([losses[:1], losses[0] + torch.where(widths > 0, slopes * widths, 0.0).cumsum(0)])
-
-
 def together(name: str, curves: Sequence[Curve]) -> Curve:
     """One curve for branches of the same size that are to lose the same number of units each."""
     return Curve(

@@ -26,7 +26,6 @@ class GroupReconstruction(LayerReconstruction):
         weight, gram, constraint, ridge, damping: see `LayerReconstruction`; `constraint` is a `Groups`.
         mean: mu (in,), the mean input, where a bias can take the constant; None where there is no bias.
         tokens: n, needed with `mean`.
-        cost: of one group, in units of a budget over several modules: parameters, bytes, operations.
 
     Raises:
         ValueError: as `LayerReconstruction`; a mean without tokens.
@@ -40,14 +39,12 @@ class GroupReconstruction(LayerReconstruction):
         *,
         mean: Tensor | None = None,
         tokens: int = 0,
-        cost: float = 1.0,
         ridge: float = DEFAULT_RIDGE,
         damping: float = 0.0,
     ) -> None:
         if mean is not None and tokens < 1:
             raise ValueError("a mean input needs the number of tokens that it is of")
         self.mean = mean
-        self.cost = cost
         centred_gram = gram if mean is None else centred(gram, mean, tokens)
         super().__init__(weight, centred_gram, constraint, ridge=ridge, damping=damping)
 
@@ -62,17 +59,6 @@ class GroupReconstruction(LayerReconstruction):
         """(W - V) mu (out,): what the bias takes over; zeros without a mean."""
         away = self.weight - x["weight"]
         return away.new_zeros(len(away)) if self.mean is None else away @ self.mean.to(away)
-
-    def mask_loss(self, removed: Tensor, width: int) -> float:
-        """(1 - m)^T Q (1 - m), Q = (W^T W) * A summed over groups: what zeroing some groups costs if nothing answers.
-
-        Args:
-            removed: (groups,), boolean.
-            width: columns of a group.
-        """
-        q = groups.interactions(self.hessian, self.minimizer, width)
-        gone = removed.double()
-        return float(gone @ q @ gone)
 
 
 def centred(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import cast
 
 from admm_prune.errors import UserError
-from admm_prune.models.budgets import UNITS
+from admm_prune.models.budgets import UNITS, Unit
 from admm_prune.problems.allocation import EqualSlope, Uniform
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.struprune import StruPrune
 
-TEMPERATURES = (0.0, 0.5, 1.0, 2.0, math.inf)  # from the global greedy choice to the same fraction everywhere
-
 STRUCTURED: tuple[StruPrune, ...] = (
-    StruPrune(temperatures=TEMPERATURES),
+    StruPrune(),
     StruPrune(
         name="struprune-uniform",
         summary="struprune with all blocks alike: a stock model",
         uniform=True,
-        temperatures=TEMPERATURES,
     ),
     StruPrune(
         name="struprune-padded",
         summary="struprune, filled up to the widest block by zeros: a stock model",
         form="padded",
-        temperatures=TEMPERATURES,
     ),
     StruPrune(
         name="structured-global",
@@ -60,5 +56,4 @@ def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = N
         raise UserError(f"unit must be {', '.join(UNITS[:-1])} or {UNITS[-1]}, not '{unit}'")
     if multiple is not None and multiple < 1:
         raise UserError(f"multiple must be at least 1, not {multiple}")
-    known = next((known for known in UNITS if known == unit), recipe.unit)
-    return replace(recipe, unit=known, multiple=multiple or recipe.multiple)
+    return replace(recipe, unit=cast(Unit, unit or recipe.unit), multiple=multiple or recipe.multiple)

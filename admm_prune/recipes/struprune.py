@@ -6,7 +6,6 @@ energies and an entropy. Its equations are not public: what is here is a reconst
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,8 +17,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, branches
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.evaluate import evaluate
-from admm_prune.models.export import Form, check_exportable, export, says_head_size
+from admm_prune.models.export import Form, check_exportable, export, says_head_size, units_by_block
 from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
@@ -47,8 +45,6 @@ class StruPrune:
         compensate: least squares on the columns that stay; or they stay as they are.
         fold_bias: where the output has a bias, it takes the mean of the error.
         allocator: from curves to units.
-        temperatures: where the model is in memory, copies are pruned by `EqualSlope` at each of these, and the one that
-            predicts the calibration text best is taken; empty to prune once, by `allocator`.
         relative: losses are relative to the energy of the residual stream; or as they are.
         unit: of the budget: the target's fraction is of this.
         inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
@@ -61,11 +57,10 @@ class StruPrune:
     name: str = "struprune"
     summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
     samples: int = 128
-    selector: Selector = "obs"
+    selector: Selector = "obs-one-shot"
     compensate: bool = True
     fold_bias: bool = True
     allocator: Allocator = EqualSlope(temperature=1.0)
-    temperatures: tuple[float, ...] = ()
     relative: bool = True
     unit: Unit = "parameters"
     inputs: Literal["pruned", "dense"] = "pruned"
@@ -84,7 +79,7 @@ class StruPrune:
         parts = [branches(block) for block in decoder_blocks(model)]
         if not self.uniform:
             check_exportable(model, self.form)
-        elif any(_counts(block) != _counts(parts[0]) for block in parts):
+        elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
         self._allocate(parts, {b.name: self._curve(b) for b in self._free(model, parts)}, target)
 
@@ -108,8 +103,6 @@ class StruPrune:
         if request.target.fraction == 0:
             return Outcome(layers=[report_of(view, view.shape) for block in blocks for view in block.weights])
         curves = self.measure(model, request, residence) if curves is None else curves
-        if self.temperatures and not residence.hollow:
-            return self._temper(model, request, curves)
         allocation = self._allocate(parts, curves, request.target)
         saved = allocation.saved / self._weight(parts)
         stream = self._stream(model, blocks, request, residence)
@@ -132,25 +125,6 @@ class StruPrune:
             "removed": allocation.removed,
         }
         return Outcome(layers=reports, notes=allocation.notes, details=details)
-
-    def _temper(self, model: nn.Module, request: Request, curves: Mapping[str, Curve]) -> Outcome:
-        """Prunes a copy at every temperature, and keeps the one that predicts the calibration text best.
-
-        A part that was held out would be fairer, and is too short to tell copies apart that differ by a percent.
-        """
-        best: Outcome | None = None
-        tried: dict[str, float] = {}
-        for temperature in self.temperatures:
-            request.tell(len(tried), len(self.temperatures), f"temperature {temperature:g}")
-            copied = copy.deepcopy(model)
-            once = replace(self, allocator=EqualSlope(temperature), temperatures=())
-            outcome = once.prune(copied, replace(request, on_progress=None), curves)
-            tried[f"{temperature:g}"] = found = evaluate(copied, request.calibration).perplexity
-            if best is None or found < min(list(tried.values())[:-1]):
-                best = replace(outcome, model=copied, details={**outcome.details, "temperature": temperature})
-        assert best is not None
-        request.tell(len(tried), len(tried))
-        return replace(best, details={**best.details, "perplexity_by_temperature": tried})
 
     def measure(self, model: nn.Module, request: Request, residence: Residence = _IN_MEMORY) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
@@ -266,7 +240,3 @@ def _statistics(stream: BlockStream, index: int, parts: Sequence[Branch]) -> dic
     names = {branch.output.name: branch.name for branch in parts}
     shared = stream.collect(index, only=names)
     return {names[view.name]: inputs.statistics for inputs in shared for view in inputs.weights}
-
-
-def _counts(block: Sequence[Branch]) -> dict[str, int]:
-    return {branch.kind: branch.count for branch in block}

@@ -33,8 +33,7 @@ from admm_prune.runs.streaming import prune_from_disk
 VOCABULARY, HEAD, LENGTH = 4096, 64, 256
 WIDTH_PER_BLOCK = 128  # 4096 / 32 of LLaMA 7B; 128 and 102 of 13B and 70B
 _TARGETS = {"growing": 0.75, "deeper": 0.1}  # the exponents that were asked for
-# One look at the scores: the statistics, and so the peak, are those of the greedy choice; the time is a tenth.
-_RECIPE = StruPrune(selector="obs-one-shot")
+_RECIPE = StruPrune()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, branches, keep_units, pad_units, zero_units
+from admm_prune.models.branches import Branch, branches, keep_units, pad_units
 from admm_prune.models.export import check_exportable, export, units_by_block
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
@@ -44,6 +44,13 @@ def sliced(family: str, *, uniform: bool = False) -> tuple[PreTrainedModel, list
         for branch in block:
             keep_units(branch, torch.tensor(survivors(branch, i, uniform=uniform)))
     return model, parts
+
+
+def zero_units(branch: Branch, gone: set[int]) -> None:
+    weight = branch.output.read().clone()
+    for unit in gone:
+        weight[:, unit * branch.width : (unit + 1) * branch.width] = 0
+    branch.output.write(weight)
 
 
 def masked(family: str, *, uniform: bool = False) -> PreTrainedModel:

@@ -10,9 +10,10 @@ from itertools import combinations
 import torch
 
 from admm_prune.point import Point
-from admm_prune.problem import GroupConstraint, Quadratic, require
+from admm_prune.problem import Quadratic, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
+from admm_prune.solvers.group_obs import checked_groups
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,15 @@ class BruteForceGroups:
 
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it solves the least squares of every set of columns")
-        constraint = problem.constraint
-        kind = type(constraint).__name__
-        if not isinstance(constraint, GroupConstraint):
-            raise TypeError(f"BruteForceGroups needs a GroupConstraint; {kind} lacks budget or width")
+        constraint = checked_groups(self, problem)
         began = time.perf_counter()
         minimizer, width = problem.minimizer, constraint.width
         columns = minimizer.shape[1]
         count, keep = columns // width, constraint.budget(columns)
         if math.comb(count, keep) > self.max_supports:
             raise ValueError(
-                f"BruteForceGroups tries at most {self.max_supports} sets; {kind} has {math.comb(count, keep):.3g}"
+                f"BruteForceGroups tries at most {self.max_supports} sets; "
+                f"{type(constraint).__name__} has {math.comb(count, keep):.3g}"
             )
         hessian, linear = problem.hessian.double(), problem.linear.double()
         best, least = minimizer, math.inf
