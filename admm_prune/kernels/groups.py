@@ -28,7 +28,7 @@ class Elimination:
 
 
 def columns_of(groups: Tensor, width: int) -> Tensor:
-    """The columns of some groups, in their order."""
+    """The columns of some groups of `width` consecutive ones, in the order of the groups."""
     return (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.kernels.groups import columns_of
 from admm_prune.models.structure import Block, WeightView
 
 Kind = Literal["neurons", "heads"]
@@ -102,10 +102,10 @@ def keep_units(branch: Branch, kept: Tensor) -> None:
     share, width = len(kept) / branch.count, branch.width
     rows = [view.shape[0] // branch.count for view in branch.inner]
     for view, each in zip(branch.inner, rows, strict=True):
-        chosen = _parts(kept, each)
+        chosen = columns_of(kept, each)
         bias = None if view.bias is None else view.bias[chosen]
         _replace(view, view.read()[chosen], bias)
-    _replace(branch.output, branch.output.read()[:, _parts(kept, width)], branch.output.bias)
+    _replace(branch.output, branch.output.read()[:, columns_of(kept, width)], branch.output.bias)
     _rescale(branch, share)
 
 
@@ -118,10 +118,6 @@ def pad_units(branch: Branch, count: int) -> None:
         _replace(view, nn.functional.pad(view.read(), (0, 0, 0, missing * each)), bias)
     _replace(branch.output, nn.functional.pad(branch.output.read(), (0, missing * width)), branch.output.bias)
     _rescale(branch, share)
-
-
-def _parts(units: Tensor, width: int) -> Tensor:
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:

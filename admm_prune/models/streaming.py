@@ -65,6 +65,13 @@ class ModelOnDisk(Residence):
             if id(module) not in inside:
                 self._settle(name, module, config)
         self.model.tie_weights()
+        outside = set(dict(self.model.named_parameters())) - {
+            f"{block.name}.{name}" for block in self.blocks for name, _ in block.module.named_parameters()
+        }
+        for name in sorted(outside):
+            if self.model.get_parameter(name).is_meta:
+                raise UserError(f"{folder}: the weights lack {name}")
+        self._outside = outside
         self.output: Path | None = None
         self._written: dict[str, str] = {}
 
@@ -88,11 +95,7 @@ class ModelOnDisk(Residence):
         from transformers.dynamic_module_utils import custom_object_save
 
         assert self.output is not None
-        names = {f"{block.name}." for block in self.blocks}
-        outside = {
-            name: p for name, p in self.model.named_parameters() if not any(name.startswith(prefix) for prefix in names)
-        }
-        self._write("outside.safetensors", outside)
+        self._write("outside.safetensors", {name: self.model.get_parameter(name) for name in self._outside})
         index = {"metadata": {}, "weight_map": self._written}
         (self.output / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         self.model.config.architectures = [type(self.model).__name__]
@@ -106,7 +109,6 @@ class ModelOnDisk(Residence):
         for own, parameter in list(module.named_parameters(recurse=False)):
             if f"{prefix}{own}" in self._files:
                 _put(module, own, self._read(f"{prefix}{own}").to(parameter.dtype))
-            # Otherwise it is tied to one that is read, or `_read` will miss it.
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             parent, _, own = name.rpartition(".")
             try:

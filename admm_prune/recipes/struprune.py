@@ -111,6 +111,7 @@ class StruPrune:
             request.tell(len(blocks) + index, 2 * len(blocks), block.name)
             with residence.block(index):
                 reports += self._prune_block(stream, index, block, parts[index], allocation.removed, pruner)
+        units = {branch.name: branch.count for block in parts for branch in block}
         form = export(model, parts, self.form)
         request.tell(2 * len(blocks), 2 * len(blocks))
         details = {
@@ -121,7 +122,7 @@ class StruPrune:
             "loss": allocation.loss,
             "bound": allocation.bound,
             "price": allocation.price,
-            "units": {branch.name: branch.count for block in parts for branch in block},
+            "units": units,
             "removed": allocation.removed,
         }
         return Outcome(layers=reports, notes=allocation.notes, details=details)

@@ -133,11 +133,12 @@ def test_folders_that_cannot_be_streamed(model_folder: Path, calibration: Sequen
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text((model_folder / "config.json").read_text())
-    weights = load_file(model_folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"the weights lack model.layers.1.mlp.up_proj.weight"):
-        prune_from_disk(broken, tmp_path / "out", calibration, 0.3)
+    for lost in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        weights = load_file(model_folder / "model.safetensors")
+        del weights[lost]
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"the weights lack {lost}"):
+            prune_from_disk(broken, tmp_path / "out", calibration, 0.3)
     assert not (tmp_path / "out").exists()
 
 
