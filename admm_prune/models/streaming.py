@@ -65,13 +65,11 @@ class ModelOnDisk(Residence):
             if id(module) not in inside:
                 self._settle(name, module, config)
         self.model.tie_weights()
-        outside = set(dict(self.model.named_parameters())) - {
-            f"{block.name}.{name}" for block in self.blocks for name, _ in block.module.named_parameters()
-        }
-        for name in sorted(outside):
+        blocks = {f"{block.name}.{name}" for block in self.blocks for name, _ in block.module.named_parameters()}
+        self._outside = [name for name, _ in self.model.named_parameters() if name not in blocks]
+        for name in self._outside:
             if self.model.get_parameter(name).is_meta:
                 raise UserError(f"{folder}: the weights lack {name}")
-        self._outside = outside
         self.output: Path | None = None
         self._written: dict[str, str] = {}
 
