@@ -1,6 +1,6 @@
 """How much faster a structurally pruned model is: prefill and decoding, beside the dense model in the same run.
 
-    python -m benchmarks.speed OUT [--width 1024 --blocks 8] [--sparsity 0.3,0.5] [--tokens 512] [--decode 32]
+    python -m benchmarks.speed OUT [--width 1024 --blocks 8] [--sparsity 0.3,0.5] [--tokens 256] [--decode 16]
 
 A Llama of random weights (97 M parameters by default) is pruned from disk to disk, to widths that are multiples of 64;
 dense and pruned models then take turns. The ideal ratio is that of their operations: matrices, attention, head. Times
@@ -73,9 +73,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--sparsity", default="0.3,0.5")
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--decode", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
     shape = Shape(given.width, given.blocks)
@@ -97,7 +97,7 @@ def main() -> None:
         models = {"dense": AutoModelForCausalLM.from_pretrained(dense).eval()}
         for sparsity in given.sparsity.split(","):
             out = Path(place) / f"pruned-{sparsity}"
-            prune_from_disk(dense, out, random_tokens(1024), float(sparsity), recipe=RECIPE)
+            prune_from_disk(dense, out, random_tokens(256), float(sparsity), recipe=RECIPE)
             models[sparsity] = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
         for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
             times = least(run, models, tokens, given.repeats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ RULES = {
 PRICED = {name: rule for name, rule in RULES.items() if name != "knapsack"}
 
 
-def curve(name: str, count: int, cost: float, seed: int, *, size: float = 1.0, **options: int) -> Curve:
+def curve(name: str, count: int, cost: float, seed: int, *, size: float = 1.0, **options: Any) -> Curve:
     """A rising curve that is convex on the whole, not in every step."""
     g = torch.Generator().manual_seed(seed)
     rises = torch.rand(count, generator=g, dtype=torch.float64) * torch.linspace(0.2, 3, count, dtype=torch.float64)
@@ -238,6 +239,7 @@ def test_widths_are_kept_at_a_multiple() -> None:
         assert all(k == 100 or k % 16 == 0 for k in kept), name
         assert min(kept) >= 16
     assert curves[0].levels() == [0, 4, 20, 36, 52, 68, 84]
+    assert curve("heads", 6, 1.0, 0, stays=frozenset({1, 2, 3, 4, 6})).levels() == [0, 2, 3, 4, 5]
 
 
 def test_branches_that_go_together_are_one_curve() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from admm_prune.errors import UserError
@@ -41,8 +43,9 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "p
         return form
     for kind in ("heads", "neurons"):
         alike = [branch for block in blocks for branch in block if branch.kind == kind]
-        filled = kind == "heads" and not says_head_size(config)
-        widest = _most(config, alike[0]) if filled else max(branch.count for branch in alike)
+        widest = max(branch.count for branch in alike)
+        while kind == "heads" and not admits_heads(config, widest * alike[0].queries, alike[0].size):
+            widest += 1  # the dense number is admitted
         for branch in alike:
             pad_units(branch, widest)
     _settle(model, blocks[0])
@@ -65,9 +68,21 @@ def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
     return [{branch.kind: branch.count for branch in block} for block in blocks]
 
 
-def says_head_size(config: Any) -> bool:
-    """Whether a config says how large a head is: only then can the stock class have fewer than fill the width."""
-    return hasattr(config, "head_dim")
+def admits_heads(config: Any, heads: int, size: int) -> bool:
+    """Whether the stock class of a config can have so many query heads of this size.
+
+    Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
+    """
+    if not hasattr(config, "head_dim"):
+        return heads * size == config.hidden_size
+    candidate = copy.deepcopy(config)
+    candidate.per_layer_config = None
+    candidate.num_attention_heads = heads
+    try:
+        candidate.validate()
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def per_layer_class(name: str) -> Any:
@@ -79,15 +94,9 @@ def per_layer_class(name: str) -> Any:
 
 def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
     units = units_by_block(blocks)
-    alike = all(other == units[0] for other in units)
-    return alike and (
-        says_head_size(config) or all(b.count == _most(config, b) for b in blocks[0] if b.kind == "heads")
-    )
-
-
-def _most(config: Any, heads: Branch) -> int:
-    """The heads that a stock class without a head size of its own always has."""
-    return int(config.hidden_size) // heads.size
+    if any(other != units[0] for other in units):
+        return False
+    return all(admits_heads(config, b.count * b.queries, b.size) for b in blocks[0] if b.kind == "heads")
 
 
 def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
@@ -117,21 +126,17 @@ def _settle(model: Any, block: Sequence[Branch]) -> None:
 
 def _keep_head_size(config: Any, block: Sequence[Branch]) -> None:
     """Where a config leaves the head size open it follows from the number of heads, which changes."""
-    if says_head_size(config):
+    if hasattr(config, "head_dim"):
         config.head_dim = next(branch.size for branch in block if branch.kind == "heads")
 
 
 def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:
+    """The config's own attributes stay, by which the stock class builds all blocks; ours cuts them to their own."""
     config = model.config
-    config.per_layer_config = None
-    widths = [_widths(config, block) for block in blocks]
     _keep_head_size(config, blocks[0])
-    for name in widths[0]:
-        setattr(config, name, max(own[name] for own in widths))
-    if not says_head_size(config):  # it follows from the number of heads
-        config.num_attention_heads = next(_most(config, b) for b in blocks[0] if b.kind == "heads")
-    config.allow_global_per_layer_attribute_access = True  # the stock class builds the widest block everywhere first
-    config.per_layer_config = dict(enumerate(widths))
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = None
+    config.per_layer_config = {i: _widths(config, block) for i, block in enumerate(blocks)}
     # The subclass differs in how it is built, which this model is already: nothing has to be copied.
     model.__class__ = per_layer_class(type(model).__name__)
     model.__class__.register_for_auto_class("AutoModelForCausalLM")

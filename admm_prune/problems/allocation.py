@@ -33,6 +33,7 @@ class Curve:
         savings: (n + 1,), float64, savings[0] = 0, never falling, in units of the budget.
         least: units that must stay.
         multiple: the number that stays must be a multiple of it, unless all stay.
+        stays: the numbers that may stay, where only some may; all may stay in any case.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Curve:
     savings: Tensor
     least: int = 1
     multiple: int = 1
+    stays: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         if self.losses.shape != self.savings.shape or self.losses.ndim != 1 or len(self.losses) < 2:
@@ -52,7 +54,10 @@ class Curve:
     def levels(self, most: float = 1.0) -> list[int]:
         """The numbers of units that may go, ascending from 0, up to a fraction of all."""
         limit = min(self.count - self.least, math.floor(most * self.count + 1e-9))
-        return [k for k in range(limit + 1) if k == 0 or (self.count - k) % self.multiple == 0]
+        left = {k: self.count - k for k in range(limit + 1)}
+        return [
+            k for k, n in left.items() if k == 0 or (n % self.multiple == 0 and (self.stays is None or n in self.stays))
+        ]
 
     def energy(self, fraction: float) -> float:
         """The mean loss per unit of saving, where this fraction of the units is gone, at least one."""
@@ -275,6 +280,7 @@ def together(name: str, curves: Sequence[Curve]) -> Curve:
         torch.stack([curve.savings for curve in curves]).sum(0),
         least=max(curve.least for curve in curves),
         multiple=curves[0].multiple,
+        stays=curves[0].stays,
     )
 
 

@@ -17,7 +17,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, branches
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.export import Form, check_exportable, export, says_head_size, units_by_block
+from admm_prune.models.export import Form, admits_heads, check_exportable, export, units_by_block
 from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
@@ -81,7 +81,8 @@ class StruPrune:
             check_exportable(model, self.form)
         elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
-        self._allocate(parts, {b.name: self._curve(b) for b in self._free(model, parts)}, target)
+        curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
+        self._allocate(parts, curves, target)
 
     def prune(
         self,
@@ -136,18 +137,16 @@ class StruPrune:
         pruner = self._pruner(request)
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
-        free = {branch.name for branch in self._free(model, parts)}
         stream = self._stream(model, blocks, request, residence)
         curves: dict[str, Curve] = {}
         for index, block in enumerate(parts):
             request.tell(index, 2 * len(blocks), f"{blocks[index].name}, curves")
-            open_ = [branch for branch in block if branch.name in free]
             with residence.block(index):
-                statistics = _statistics(stream, index, open_)
-                losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in open_}
+                statistics = _statistics(stream, index, block)
+                losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in block}
                 stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
-            curves |= {branch.name: self._curve(branch, losses[branch.name] / scale) for branch in open_}
+            curves |= {branch.name: self._curve(model, branch, losses[branch.name] / scale) for branch in block}
         return curves
 
     def _prune_block(
@@ -194,14 +193,13 @@ class StruPrune:
         device = next(model.parameters()).device
         return BlockStream(model, blocks, request.calibration, device, hollow=residence.hollow)
 
-    def _free(self, model: Any, parts: Sequence[Sequence[Branch]]) -> list[Branch]:
-        """The branches that may lose units: uniform models are stock, and not every stock class can lose heads."""
-        fixed = self.uniform and not says_head_size(model.config)
-        return [branch for block in parts for branch in block if not (fixed and branch.kind == "heads")]
-
-    def _curve(self, branch: Branch, losses: Tensor | None = None) -> Curve:
+    def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
         """Without losses, a curve that knows what can be saved."""
         saved = savings(branch, self.unit)
+        stays: frozenset[int] | None = None
+        if self.uniform and branch.kind == "heads":  # the stock class must admit their number
+            counts = range(1, branch.count + 1)
+            stays = frozenset(n for n in counts if admits_heads(model.config, n * branch.queries, branch.size))
         multiple = self.multiple if branch.kind == "neurons" else 1
         return Curve(
             branch.name,
@@ -209,6 +207,7 @@ class StruPrune:
             saved,
             least=min(multiple, branch.count),
             multiple=multiple,
+            stays=stays,
         )
 
     def _weight(self, parts: Sequence[Sequence[Branch]]) -> float:
@@ -223,7 +222,7 @@ class StruPrune:
         """
         budget = target.fraction * self._weight(parts)
         kinds: dict[str, list[Curve]] = {}
-        for branch in (branch for block in parts for branch in block if branch.name in curves):
+        for branch in (branch for block in parts for branch in block):
             kinds.setdefault(branch.kind, []).append(curves[branch.name])
         try:
             if not self.uniform:

@@ -8,11 +8,17 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, branches, keep_units, pad_units
-from admm_prune.models.export import check_exportable, export, units_by_block
+from admm_prune.models.export import Form, check_exportable, export, units_by_block
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
 
@@ -127,6 +133,42 @@ def test_uniform_widths_are_a_stock_model_where_its_config_can_say_so(family: st
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=not can)
     assert torch.equal(logits(again), expected)
     assert (again.config.model_type, type(again).__name__.startswith("PerLayer")) == (model.config.model_type, not can)
+
+
+def six_heads() -> PreTrainedModel:
+    """A Llama whose stock class admits only numbers of heads that divide its width of 48."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=24, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=6, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "form", "found", "left"),
+    [
+        ((5, 5), "per-layer", "per-layer", 5),
+        ((4, 4), "per-layer", "stock", 4),
+        ((5, 3), "per-layer", "per-layer", 5),
+        ((5, 3), "padded", "padded", 6),
+        ((4, 3), "padded", "padded", 4),
+    ],
+)
+def test_a_number_of_heads_that_the_stock_class_refuses(
+    heads: tuple[int, int], form: Form, found: str, left: int, tmp_path: Path
+) -> None:
+    model = six_heads()
+    parts = branches_of(model)
+    for (attention, _), count in zip(parts, heads, strict=True):
+        keep_units(attention, torch.arange(count))
+    before = logits(model)
+    assert export(model, parts, form) == found
+    assert parts[0][0].count == left
+    assert float((logits(model) - before).abs().max()) <= 1e-5
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=found == "per-layer")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_an_opt_model_that_lost_neurons_alone_is_stock(tmp_path: Path) -> None:
