@@ -74,7 +74,7 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
     Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
     """
     if not hasattr(config, "head_dim"):
-        return heads * size == config.hidden_size
+        return bool(heads * size == config.hidden_size)
     candidate = copy.deepcopy(config)
     candidate.per_layer_config = None
     candidate.num_attention_heads = heads

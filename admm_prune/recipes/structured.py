@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 from admm_prune.errors import UserError
-from admm_prune.models.budgets import UNITS, Unit
+from admm_prune.models.budgets import UNITS
 from admm_prune.problems.allocation import EqualSlope, Uniform
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.struprune import StruPrune
@@ -56,4 +55,4 @@ def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = N
         raise UserError(f"unit must be {', '.join(UNITS[:-1])} or {UNITS[-1]}, not '{unit}'")
     if multiple is not None and multiple < 1:
         raise UserError(f"multiple must be at least 1, not {multiple}")
-    return replace(recipe, unit=cast(Unit, unit or recipe.unit), multiple=multiple or recipe.multiple)
+    return replace(recipe, unit=unit or recipe.unit, multiple=multiple or recipe.multiple)
