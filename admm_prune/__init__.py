@@ -14,6 +14,9 @@ __all__ = [
     "ADMM",
     "Blocks",
     "GramAccumulator",
+    "GroupOBS",
+    "GroupReconstruction",
+    "Groups",
     "LayerReconstruction",
     "LayerStatistics",
     "LocalSearch",
@@ -38,6 +41,9 @@ _HOME = {
     "ADMM": "admm_prune.solvers.admm",
     "Blocks": "admm_prune.problems.constraints",
     "GramAccumulator": "admm_prune.problems.gram",
+    "GroupOBS": "admm_prune.solvers.group_obs",
+    "GroupReconstruction": "admm_prune.problems.groups",
+    "Groups": "admm_prune.problems.constraints",
     "LayerReconstruction": "admm_prune.problems.layer",
     "LayerStatistics": "admm_prune.problems.gram",
     "LocalSearch": "admm_prune.solvers.local_search",
@@ -60,13 +66,15 @@ _HOME = {
 
 if TYPE_CHECKING:
     from admm_prune.point import Point
-    from admm_prune.problems.constraints import Blocks, NofM, Product, RowWise, StackedRows, Unstructured
+    from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
     from admm_prune.problems.gram import GramAccumulator, LayerStatistics
+    from admm_prune.problems.groups import GroupReconstruction
     from admm_prune.problems.layer import LayerReconstruction
     from admm_prune.result import Progress, Result, Status
     from admm_prune.runs.pruning import prune
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.closed_form import Magnitude, Wanda
+    from admm_prune.solvers.group_obs import GroupOBS
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.polish import Polish

@@ -52,6 +52,18 @@ class SupportConstraint(Constraint, Protocol):
 
 
 @runtime_checkable
+class GroupConstraint(SupportConstraint, Protocol):
+    """C = {V : at most budget(in) groups of `width` consecutive columns of V (out, in) hold a non-zero}."""
+
+    @property
+    def width(self) -> int: ...
+
+    def budget(self, columns: int) -> int:
+        """How many groups a matrix of so many columns may keep."""
+        ...
+
+
+@runtime_checkable
 class Problem(Protocol):
     """minimize value(x) subject to x in constraint."""
 

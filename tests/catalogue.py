@@ -10,6 +10,8 @@ from collections.abc import Callable
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.closed_form import Magnitude, Wanda
+from admm_prune.solvers.group_mask import GroupMask
+from admm_prune.solvers.group_obs import GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.polish import Polish
@@ -51,5 +53,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "admm watched": lambda: ADMM(objective_every=1, penalty=Constant(0.5)),
     "magnitude, polished": lambda: Polish(Magnitude()),
     "wanda, polished": lambda: Polish(Wanda()),
+    "group mask": GroupMask,
+    "group mask, interactions": lambda: GroupMask(interactions=True),
+    "group obs": GroupOBS,
+    "group obs, one-shot": lambda: GroupOBS(batch=0),
     "admm, swaps": lambda: LocalSearch(ADMM()),
 }

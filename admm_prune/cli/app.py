@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import capture, compare, evaluate, listing, run, solve, verify
+from admm_prune.cli import bench, capture, compare, evaluate, listing, run, solve, verify
 
 app = typer.Typer(
     name="admm-prune",
@@ -20,3 +20,4 @@ app.command("capture")(capture.capture)
 app.command("solve")(solve.solve)
 app.command("verify")(verify.verify)
 app.command("list")(listing.list_)
+app.add_typer(bench.bench, name="bench")

@@ -24,6 +24,12 @@ def run(
     packing: common.Packing = "auto",
     ridge: common.Ridge = None,
     steps: common.Steps = None,
+    unit: Annotated[
+        str | None, typer.Option(help="Of a structured budget: parameters, bytes, kv-cache, flops, latency.")
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option(min=1, help="Neurons that a structured method keeps: a multiple, such as 64.")
+    ] = None,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -53,6 +59,8 @@ def run(
             seed=seed,
             ridge=parse_ridge(ridge),
             steps=steps,
+            unit=unit,
+            multiple=multiple,
             device=device,
             dtype=dtype,
             progress=progress,
@@ -75,4 +83,4 @@ def run(
         for name, figures in (("dense", report.dense), (f"{method} {report.target}", report.pruned))
     ]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
-    print(f"{100 * report.sparsity:.2f} % of the block matrices are zero; saved in {out}")
+    print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")

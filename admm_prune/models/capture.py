@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Generator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class BlockStream:
         device: of the model; the hidden states and Grams live there.
         validation_fraction: of the sequences: their Gram is kept apart too. A single sequence is not cut.
         holdout: other text, for reporting only.
+        hollow: the blocks have no weights yet, and are passed by while the model runs.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite.
@@ -55,6 +56,7 @@ class BlockStream:
         *,
         validation_fraction: float = 0.15,
         holdout: Sequences | None = None,
+        hollow: bool = False,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
@@ -62,22 +64,27 @@ class BlockStream:
         self._position = 0
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
-        self._flows = {
-            part: [_Flow.record(model, blocks, batch, device) for batch in text.batches]
-            for part, text in parts.items()
-            if text is not None
-        }
+        with _passed_by(blocks) if hollow else nullcontext():
+            self._flows = {
+                part: [_Flow.record(model, blocks, batch, device) for batch in text.batches]
+                for part, text in parts.items()
+                if text is not None
+            }
 
     @torch.no_grad()
-    def collect(self, index: int) -> list[SharedInput]:
+    def collect(self, index: int, only: Collection[str] | None = None) -> list[SharedInput]:
         """The inputs of block `index`, in the order in which the block first uses them; pads are left out.
+
+        Args:
+            only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
 
         Raises:
             ValueError: it is another block's turn.
             UserError: a weight is never used, reads inputs that do not come one a token, or activations overflow.
         """
         block = self._turn(index)
-        collector = _Collector(block)
+        weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
+        collector = _Collector(weights)
         with collector.watching():
             for part, flows in self._flows.items():
                 for flow in flows:
@@ -99,10 +106,33 @@ class BlockStream:
                 flow.hidden = flow.replay(block, index)
         self._position += 1
 
+    @torch.no_grad()
+    def preview(self, index: int) -> Tensor:
+        """What block `index`, as its weights are now, makes of the first batch; nothing moves on."""
+        return self._flows["calibration"][0].replay(self._turn(index), index)
+
+    @torch.no_grad()
+    def energy(self) -> float:
+        """||h||_F^2: the square norms of all calibration tokens' present hidden states, added up in float64."""
+        flows = self._flows["calibration"] + self._flows.get("validation", [])
+        return sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
+
     def _turn(self, index: int) -> Block:
         if index != self._position:
             raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
         return self._blocks[index]
+
+
+@contextmanager
+def _passed_by(blocks: list[Block]) -> Generator[None]:
+    """Blocks hand on the hidden states as they come: what else they are called with does not depend on these."""
+    for block in blocks:
+        block.module.forward = lambda *args, **kwargs: _without_hidden(args, kwargs)[0]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.forward
 
 
 class _StopRecordingError(Exception):
@@ -153,13 +183,13 @@ class _Flow:
 
 
 class _Collector:
-    """Adds what enters the weights of one block to one Gram per distinct input.
+    """Adds what enters some weights of one block to one Gram per distinct input.
 
     Weights share an input when they are called with the very same tensor, unchanged in between.
     """
 
-    def __init__(self, block: Block) -> None:
-        self._block = block
+    def __init__(self, weights: tuple[WeightView, ...]) -> None:
+        self._weights = weights
         self._leaders: dict[int, int] = {}  # weight -> the first weight of the block that reads the same input
         self._grams: dict[tuple[int, str], GramAccumulator] = {}  # by (leader, part of the text)
         self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
@@ -169,7 +199,7 @@ class _Collector:
     @contextmanager
     def watching(self) -> Generator[None]:
         with ExitStack() as stack:
-            for number, view in enumerate(self._block.weights):
+            for number, view in enumerate(self._weights):
                 stack.enter_context(view.module.register_forward_pre_hook(self._hook(number)))
             yield
 
@@ -178,7 +208,7 @@ class _Collector:
         self._part, self._mask, self._seen = part, mask.flatten(), []
 
     def shared_inputs(self) -> list[SharedInput]:
-        weights = self._block.weights
+        weights = self._weights
         for number in range(len(weights)):
             if number not in self._leaders:
                 raise UserError(f"{self._name(number)} is never used on the calibration text: it cannot be pruned")
@@ -195,7 +225,7 @@ class _Collector:
         return shared
 
     def _name(self, number: int) -> str:
-        return self._block.weights[number].name
+        return self._weights[number].name
 
     def _hook(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: self._observe(number, args[0])

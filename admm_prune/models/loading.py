@@ -12,6 +12,7 @@ import torch
 
 from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
+from admm_prune.models.export import per_layer_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,12 +117,15 @@ def _check_reachable(source: str) -> None:
 
 def _load_model(source: str, location: Path | str, dtype: torch.dtype | str | None) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with quiet():
+            # A model with unlike blocks names a class of ours, which is here: the file beside its weights is not run.
+            architectures = getattr(AutoConfig.from_pretrained(location), "architectures", None) or [""]
+            kind = per_layer_class(architectures[0]) if architectures[0].startswith("PerLayer") else None
             # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
-            result: Any = AutoModelForCausalLM.from_pretrained(
+            result: Any = (kind or AutoModelForCausalLM).from_pretrained(
                 location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
     except SafetensorError as error:

@@ -56,7 +56,8 @@ class LayerStatistics:
     """What is known of a layer's inputs: Grams (in, in), undamped, in float32.
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
-    with it), `holdout` over other tokens (for reporting only: no solver reads it).
+    with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
+    input of the calibration tokens.
     """
 
     gram: Tensor
@@ -65,6 +66,7 @@ class LayerStatistics:
     validation_tokens: int = 0
     holdout: Tensor | None = None
     holdout_tokens: int = 0
+    mean: Tensor | None = None
 
     @classmethod
     def collected(
@@ -74,11 +76,12 @@ class LayerStatistics:
         holdout: GramAccumulator | None = None,
     ) -> LayerStatistics:
         """Joins accumulators of disjoint tokens; the validation tokens count as calibration tokens too."""
-        gram, tokens = calibration.gram, calibration.tokens
+        gram, tokens, mean = calibration.gram, calibration.tokens, calibration.mean
         if validation is not None and validation.tokens == 0:
             validation = None
         if validation is not None:
             gram, tokens = gram + validation.gram, tokens + validation.tokens
+            mean = mean + (validation.mean - mean) * (validation.tokens / max(tokens, 1))
         return cls(
             gram=gram.float(),
             tokens=tokens,
@@ -86,6 +89,7 @@ class LayerStatistics:
             validation_tokens=0 if validation is None else validation.tokens,
             holdout=None if holdout is None else holdout.gram.float(),
             holdout_tokens=0 if holdout is None else holdout.tokens,
+            mean=mean,
         )
 
     @property

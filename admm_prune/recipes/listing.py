@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from admm_prune.problems import constraints
+from admm_prune.problems.groups import GroupReconstruction
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.catalogue import RECIPES
 from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
@@ -14,7 +15,14 @@ from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
 
 def capabilities() -> dict[str, Any]:
     """Methods, constraints, and every solver tried on a tiny problem of every kind."""
-    sets = [constraints.Unstructured, constraints.RowWise, constraints.NofM, constraints.Blocks, constraints.Product]
+    sets = [
+        constraints.Unstructured,
+        constraints.RowWise,
+        constraints.NofM,
+        constraints.Blocks,
+        constraints.Groups,
+        constraints.Product,
+    ]
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(32, 4, generator=generator)
     weight, gram = torch.randn(3, 4, generator=generator), inputs.T @ inputs
@@ -23,6 +31,7 @@ def capabilities() -> dict[str, Any]:
         constraints.RowWise(0.5),
         constraints.NofM(2, 4),
         constraints.Blocks(0.5, 1, 2),
+        constraints.Groups(0.5, 2),
     ]
     fits = []
     for method in (*LOCAL_METHODS.values(), *REFERENCES.values()):
@@ -33,7 +42,9 @@ def capabilities() -> dict[str, Any]:
     return {
         "methods": [{"name": recipe.name, "summary": recipe.summary} for recipe in RECIPES.values()],
         "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
-        "problems": [{"name": "LayerReconstruction", "summary": _summary(LayerReconstruction)}],
+        "problems": [
+            {"name": kind.__name__, "summary": _summary(kind)} for kind in (LayerReconstruction, GroupReconstruction)
+        ],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],
         "fits": fits,
     }

@@ -12,6 +12,7 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.recipes.ridge import Ridge, Trial
 from admm_prune.recipes.targets import Target
 
+Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
 
 
@@ -103,8 +104,8 @@ class Recipe(Protocol):
         ...
 
     @property
-    def budget(self) -> Literal["matrix", "model"]:
-        """What meets the target: every matrix of the blocks, or all of them together."""
+    def budget(self) -> Budget:
+        """What meets the target: every matrix of the blocks, all of them together, or something else of the model."""
         ...
 
     def check(self, model: nn.Module, target: Target) -> None:

@@ -18,6 +18,7 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
+from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
@@ -34,7 +35,7 @@ class Report:
     """What a run did. `model` is the pruned model itself; everything else is written to the manifest.
 
     Attributes:
-        budget: what met the target: every "matrix" of the blocks, or all of them together, the "model".
+        budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone.
@@ -85,6 +86,8 @@ class RunSettings:
     device: str = "cpu"
     dtype: str | None = None
     steps: int | None = None
+    unit: str | None = None
+    multiple: int | None = None
 
 
 def prune(
@@ -106,6 +109,8 @@ def prune(
     device: str = "auto",
     dtype: str | None = None,
     steps: int | None = None,
+    unit: str | None = None,
+    multiple: int | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -122,13 +127,16 @@ def prune(
         device: "auto", "cpu" or "cuda"; a module stays where it is.
         dtype: "float32", "bfloat16" or "float16"; as stored by default. A module keeps its own.
         steps: optimizer steps of a method that trains, in place of its own number.
+        unit: of a structured method: what the sparsity is a fraction of, "parameters" by default, "bytes", "kv-cache",
+            "flops" or "latency", measured here.
+        multiple: of a structured method: the numbers of neurons that stay are multiples of it.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
     target = parse_target(sparsity, pattern)
-    recipe = recipe_named(method, steps)
+    recipe = configured(recipe_named(method, steps), unit, multiple)
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
@@ -156,6 +164,8 @@ def prune(
         device=device,
         dtype=dtype,
         steps=steps,
+        unit=unit,
+        multiple=multiple,
     )
     record = manifest(settings, texts.records(recipe.samples), loaded.revision)
     dense = evaluation.evaluate(loaded.model, texts.evaluation)

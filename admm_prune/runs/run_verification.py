@@ -207,6 +207,9 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     }
     if manifest["budget"] == "model" and target.pattern is None:
         missed = {"all matrices together": _too_few(total - kept, total, target)}
+    elif manifest["budget"] not in ("matrix", "model"):
+        missed = {}
+        report.unchecked.append(f"{where}the target: it is a fraction of the {manifest['budget']}, not of the weights")
     for name, how in missed.items():
         report.expect("target", how is None, f"{where}{name}: {how}")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from admm_prune.problems.constraints import Blocks, NofM, Product, RowWise, SparseSet, StackedRows, Unstructured
+from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, SparseSet, StackedRows, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.testing.views import (
     Bare,
@@ -33,6 +33,8 @@ CONSTRAINTS: dict[str, SparseSet] = {
     "2:4": NofM(2, 4),
     "3:8": NofM(3, 8),
     "tiles": Blocks(0.5, 2, 4),
+    "columns": Groups(0.6),
+    "heads": Groups(0.5, 4),
     "product": Product({"weight": RowWise(0.5)}),
     "stacked": StackedRows(((2, NofM(1, 4)), (4, Unstructured(0.7)))),
 }

@@ -10,7 +10,7 @@ import torch
 
 from admm_prune.point import Point
 from admm_prune.problem import Problem
-from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
+from admm_prune.problems.constraints import Blocks, Groups, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.result import Result
 from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.drawing import for_all, st
@@ -29,6 +29,8 @@ _TINY: tuple[tuple[SparseSet, int, int], ...] = (
     (NofM(2, 4), 1, 12),
     (NofM(1, 3), 2, 6),
     (Blocks(0.5, 1, 2), 2, 6),
+    (Groups(0.5), 3, 4),
+    (Groups(0.5, 2), 2, 6),
 )
 
 

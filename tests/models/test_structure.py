@@ -17,6 +17,7 @@ OPT = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.ou
 EXPECTED = {
     "llama": ("model.layers", LLAMA),
     "qwen3": ("model.layers", LLAMA),
+    "mistral": ("model.layers", LLAMA),
     "opt": ("model.decoder.layers", OPT),
     "gpt2": ("transformer.h", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
 }

@@ -11,6 +11,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -51,6 +53,15 @@ def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(config)
 
 
+def mistral() -> PreTrainedModel:
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, sliding_window=8, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
+
+
 def opt(pre_norm: bool, tied: bool) -> PreTrainedModel:
     config = OPTConfig(
         vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=4,
@@ -73,6 +84,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-untied": lambda: llama(tied=False, attention_bias=True, mlp_bias=True),
     "llama-eager": lambda: llama(tied=True, attn_implementation="eager"),
     "qwen3": qwen3,
+    "mistral": mistral,
     "opt": lambda: opt(pre_norm=True, tied=True),
     "opt-post-norm-untied": lambda: opt(pre_norm=False, tied=False),
     "gpt2": gpt2,

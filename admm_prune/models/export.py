@@ -1,0 +1,142 @@
+"""A model whose blocks have lost units, in a form that `save_pretrained` writes and `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from admm_prune.errors import UserError
+from admm_prune.models.branches import Branch, pad_units
+
+Form = Literal["per-layer", "padded"]
+_NEURONS = ("intermediate_size", "ffn_dim")  # what configs call the number of neurons
+
+
+def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "per-layer") -> str:
+    """Makes the config say how wide the blocks are, in place.
+
+    Where all blocks are alike and the family's config can say so, the stock class loads the model. Otherwise:
+    "per-layer" keeps every block as it is, under a class of `modeling_per_layer`, whose file `save_pretrained` writes
+    beside the weights (`trust_remote_code=True` to load it without this package); "padded" fills every branch up to the
+    widest with units of zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
+
+    Args:
+        blocks: the branches of every block, as they are now.
+
+    Returns:
+        "stock", "per-layer" or "padded".
+
+    Raises:
+        UserError: blocks differ, and there is no class for this family.
+    """
+    config: Any = model.config
+    if _is_stock(config, blocks):
+        _settle(model, blocks[0])
+        return "stock"
+    if form == "per-layer":
+        check_exportable(model, form)
+        _per_layer(model, blocks)
+        return form
+    for kind in ("heads", "neurons"):
+        alike = [branch for block in blocks for branch in block if branch.kind == kind]
+        widest = max(branch.count for branch in alike)
+        while kind == "heads" and not admits_heads(config, widest * alike[0].queries, alike[0].size):
+            widest += 1  # the dense number is admitted
+        for branch in alike:
+            pad_units(branch, widest)
+    _settle(model, blocks[0])
+    return form
+
+
+def check_exportable(model: nn.Module, form: Form) -> None:
+    """Refuses a form in which unlike blocks could not be saved.
+
+    Raises:
+        UserError: "per-layer" of a family that has no class for it.
+    """
+    name = type(model).__name__
+    if form == "per-layer" and per_layer_class(name) is None:
+        raise UserError(f"{name}: there is no class with unlike blocks for it: ask for uniform or padded widths")
+
+
+def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
+    """How many units the branches of every block have, by kind."""
+    return [{branch.kind: branch.count for branch in block} for block in blocks]
+
+
+def admits_heads(config: Any, heads: int, size: int) -> bool:
+    """Whether the stock class of a config can have so many query heads of this size.
+
+    Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
+    """
+    if not hasattr(config, "head_dim"):
+        return bool(heads * size == config.hidden_size)
+    candidate = copy.deepcopy(config)
+    candidate.per_layer_config = None
+    candidate.num_attention_heads = heads
+    try:
+        candidate.validate()
+    except StrictDataclassError:
+        return False
+    return True
+
+
+def per_layer_class(name: str) -> Any:
+    """The class of `modeling_per_layer` of this name, or for the stock class of this name; None without one."""
+    from admm_prune.models import modeling_per_layer
+
+    return getattr(modeling_per_layer, f"PerLayer{name.removeprefix('PerLayer')}", None)
+
+
+def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
+    units = units_by_block(blocks)
+    if any(other != units[0] for other in units):
+        return False
+    return all(admits_heads(config, b.count * b.queries, b.size) for b in blocks[0] if b.kind == "heads")
+
+
+def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
+    """The attributes of the config that tell the widths of a block."""
+    widths: dict[str, int] = {}
+    for branch in block:
+        if branch.kind == "neurons":
+            widths[next(name for name in _NEURONS if hasattr(config, name))] = branch.count
+        else:
+            widths["num_attention_heads"] = branch.count * branch.queries
+            if hasattr(config, "num_key_value_heads"):
+                widths["num_key_value_heads"] = branch.count
+    return widths
+
+
+def _settle(model: Any, block: Sequence[Branch]) -> None:
+    """The stock class, with all blocks as wide as this one."""
+    config = model.config
+    if per_layer_class(type(model).__name__) is type(model):  # it was pruned before
+        config.per_layer_config = None
+        config.__dict__.pop("auto_map", None)
+        model.__class__ = type(model).__bases__[0]
+    _keep_head_size(config, block)
+    for name, width in _widths(config, block).items():
+        setattr(config, name, width)
+
+
+def _keep_head_size(config: Any, block: Sequence[Branch]) -> None:
+    """Where a config leaves the head size open it follows from the number of heads, which changes."""
+    if hasattr(config, "head_dim"):
+        config.head_dim = next(branch.size for branch in block if branch.kind == "heads")
+
+
+def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:
+    """The config's own attributes stay, by which the stock class builds all blocks; ours cuts them to their own."""
+    config = model.config
+    _keep_head_size(config, blocks[0])
+    config.allow_global_per_layer_attribute_access = True
+    config.per_layer_config = None
+    config.per_layer_config = {i: _widths(config, block) for i, block in enumerate(blocks)}
+    # The subclass differs in how it is built, which this model is already: nothing has to be copied.
+    model.__class__ = per_layer_class(type(model).__name__)
+    model.__class__.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,324 @@
+"""Allocation: how many units each branch of a model loses, so that together they save what is asked.
+
+Branches meet through curves alone: what the removal of k units costs, and what it saves. Every rule here gives each
+step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all branches
+together, until the budget is met. So a larger budget never takes less from any branch, and the budget is exceeded by
+less than the last step.
+
+These formulas are a reconstruction, derived from what is public of STRUPRUNE (arXiv 2510.03246): energies, an entropy
+by Stirling's formula, a softmax; the paper's own equations are not public.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 1e-9  # of all that could be saved
+_SKEWED = 10.0  # energies whose largest is so many times their median are compared by their logarithms
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What it costs to take k = 0..n units from a branch, in the best order, and what it saves.
+
+    Args:
+        name: of the branch.
+        losses: (n + 1,), float64, losses[0] = 0, never falling.
+        savings: (n + 1,), float64, savings[0] = 0, never falling, in units of the budget.
+        least: units that must stay.
+        multiple: the number that stays must be a multiple of it, unless all stay.
+        stays: the numbers that may stay, where only some may; all may stay in any case.
+    """
+
+    name: str
+    losses: Tensor
+    savings: Tensor
+    least: int = 1
+    multiple: int = 1
+    stays: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.losses.shape != self.savings.shape or self.losses.ndim != 1 or len(self.losses) < 2:
+            raise ValueError(f"{self.name}: losses and savings must be two series over 0..n units")
+
+    @property
+    def count(self) -> int:
+        return len(self.losses) - 1
+
+    def levels(self, most: float = 1.0) -> list[int]:
+        """The numbers of units that may go, ascending from 0, up to a fraction of all."""
+        limit = min(self.count - self.least, math.floor(most * self.count + 1e-9))
+        left = {k: self.count - k for k in range(limit + 1)}
+        return [
+            k for k, n in left.items() if k == 0 or (n % self.multiple == 0 and (self.stays is None or n in self.stays))
+        ]
+
+    def energy(self, fraction: float) -> float:
+        """The mean loss per unit of saving, where this fraction of the units is gone, at least one."""
+        k = min(self.count, max(1, round(fraction * self.count)))
+        saved = float(self.savings[k])
+        return float(self.losses[k]) / saved if saved > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many units each branch loses.
+
+    Attributes:
+        removed: by the name of the branch.
+        saved: by all of it together.
+        loss: the sum of the losses that the curves tell.
+        price: of the last step taken; what it means depends on the rule.
+        bound: a proven lower bound of the loss of every allocation that saves as much; None without a proof.
+    """
+
+    removed: dict[str, int]
+    saved: float
+    loss: float
+    price: float | None = None
+    bound: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """(loss - bound) / loss."""
+        if self.bound is None:
+            return None
+        return 0.0 if self.loss == 0 else max(0.0, (self.loss - self.bound) / self.loss)
+
+
+class Allocator(Protocol):
+    """A rule. A frozen configuration."""
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        """Units to take from every branch.
+
+        Args:
+            budget: what they are to save together.
+
+        Raises:
+            ValueError: the curves cannot save so much; the message says how much they can.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """s_l = s: the same fraction of every branch; the limit of all temperatures at infinity."""
+
+    most: float = 1.0
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        return take(curves, budget, lambda _, middle: middle, self.most)
+
+
+@dataclass(frozen=True)
+class CappedSoftmax:
+    """s_l = min(most, t exp(-e_l / T)): min sum N_l [e_l s_l + T s_l (ln s_l - 1)], s_l <= most, at the price t.
+
+    The multinomial count of ways to spread what is removed, by Stirling's formula, gives N_l exp(-e_l / T) / (sum of
+    these) of the budget to branch l, which can be more than the branch has; this is that problem with its box.
+
+    Args:
+        temperature: T, in standard deviations of the energies e_l (see `standardized`).
+        most: the largest fraction that a branch may lose.
+    """
+
+    temperature: float = 1.0
+    most: float = 1.0
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        shift = [e / self.temperature for e in standardized(energies(curves, budget))]
+        return take(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
+
+
+@dataclass(frozen=True)
+class Binomial:
+    """s_l = most sigma((mu - e_l) / T): min sum N_l [e_l s_l - T h(s_l)], h the binary entropy, at the price mu.
+
+    Counts the ways to choose what goes and what stays, prod C(n_l, k_l), by Stirling's formula; always within the box.
+    T to infinity is uniform; T to 0 empties the branches of the least energy first.
+    """
+
+    temperature: float = 1.0
+    most: float = 1.0
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        e = standardized(energies(curves, budget))
+        t = self.temperature
+        return take(curves, budget, lambda l, middle: e[l] + t * torch.logit(middle / self.most), self.most)
+
+
+@dataclass(frozen=True)
+class EqualSlope:
+    """e_l'(s_l) + T logit(s_l / most) = mu: the slopes of the convexified curves are equal, up to an entropy.
+
+    At T = 0 this is the global greedy choice (water filling): of sorted scores Q_gg, one threshold Q_gg / c_g over all
+    branches; at T = inf it is uniform. T is in standard deviations of the branches' mean slopes.
+    """
+
+    temperature: float = 0.0
+    most: float = 1.0
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        if math.isinf(self.temperature):
+            return Uniform(self.most).allocate(curves, budget)
+        slopes = [convex_slopes(curve.losses, curve.savings) for curve in curves]
+        spread = _deviation(energies(curves, budget)) * self.temperature
+
+        def price(l: int, middle: Tensor) -> Tensor:
+            at = (middle * curves[l].count).long().clamp_max(curves[l].count - 1)
+            entropy = spread * torch.logit(middle / self.most) if spread > 0 else 0.0
+            return slopes[l][at] + entropy
+
+        return take(curves, budget, price, self.most)
+
+
+@dataclass(frozen=True)
+class Owl:
+    """s_l = s + lambda (mean D - D_l) / max |D - mean D|: branches with more outliers lose less, by at most lambda.
+
+    D_l is the share of units whose own loss is more than `factor` times the branch's mean.
+
+    Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), 2023, whose units are weights.
+    """
+
+    spread: float = 0.08
+    factor: float = 5.0
+
+    def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        shares = []
+        for curve in curves:
+            rises = curve.losses.diff()
+            shares.append(float((rises > self.factor * rises.mean()).double().mean()))
+        mean = sum(shares) / len(shares)
+        largest = max(abs(share - mean) for share in shares) or 1.0
+        shift = [self.spread * (share - mean) / largest for share in shares]
+        return take(curves, budget, lambda l, middle: middle + shift[l])
+
+
+class Price(Protocol):
+    def __call__(self, l: int, middle: Tensor, /) -> Tensor:
+        """The prices at some fractions of curve l, never falling."""
+        ...
+
+
+def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0) -> Allocation:
+    """Takes steps of the curves in the order of their prices until the budget is met.
+
+    Args:
+        price: of a step, at the fraction in its middle. Ties: the step that leads to the smaller fraction goes first,
+            then the earlier curve.
+        most: the largest fraction of a branch.
+
+    Raises:
+        ValueError: the curves cannot save so much.
+    """
+    check_budget(curves, budget, most)
+    steps: list[tuple[float, float, int, int]] = []  # (price, fraction, curve, units gone after it)
+    for l, curve in enumerate(curves):
+        levels = curve.levels(most)
+        if len(levels) > 1:
+            at = torch.tensor(levels, dtype=torch.float64)
+            prices = price(l, (at[1:] + at[:-1]) / 2 / curve.count).cummax(0).values
+            steps += [(float(p), to / curve.count, l, to) for p, to in zip(prices, levels[1:], strict=True)]
+    removed = [0] * len(curves)
+    saved, enough, last = 0.0, _enough(curves, budget), None
+    for worth, _, l, to in sorted(steps):
+        if saved >= enough:
+            break
+        saved += float(curves[l].savings[to] - curves[l].savings[removed[l]])
+        removed[l], last = to, worth
+    return allocation(curves, removed, price=last)
+
+
+def energies(curves: Sequence[Curve], budget: float) -> list[float]:
+    """e_l: the mean loss per unit of saving where every branch has lost the mean fraction."""
+    total = sum(float(curve.savings[-1]) for curve in curves)
+    return [curve.energy(budget / total if total > 0 else 0.0) for curve in curves]
+
+
+def standardized(values: Sequence[float]) -> list[float]:
+    """(e - mean) / deviation, of the logarithms where a few energies outweigh the others; zeros where all are equal."""
+    finite = [value for value in values if math.isfinite(value)]
+    middle = sorted(finite)[len(finite) // 2] if finite else 0.0
+    if finite and min(finite) > 0 and max(finite) > _SKEWED * middle:
+        values = [math.log(value) if math.isfinite(value) else value for value in values]
+    deviation = _deviation(values)
+    known = [value for value in values if math.isfinite(value)]
+    mean = sum(known) / len(known) if known else 0.0
+    return [(value - mean) / deviation if deviation > 0 else 0.0 for value in values]
+
+
+def convex_slopes(losses: Tensor, savings: Tensor) -> Tensor:
+    """Slopes d loss / d saving of the steps of a curve, made never falling: those of its lower convex hull.
+
+    Steps that save nothing cost infinitely much.
+    """
+    rises, widths = losses.diff().tolist(), savings.diff().tolist()
+    blocks: list[list[float]] = []  # [rise, width, steps]
+    for rise, width in zip(rises, widths, strict=True):
+        blocks.append([rise, width, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] >= blocks[-1][0] * blocks[-2][1]:
+            pooled = blocks.pop()
+            blocks[-1] = [a + b for a, b in zip(blocks[-1], pooled, strict=True)]
+    slopes = [rise / width if width > 0 else math.inf for rise, width, steps in blocks for _ in range(int(steps))]
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def together(name: str, curves: Sequence[Curve]) -> Curve:
+    """One curve for branches of the same size that are to lose the same number of units each."""
+    return Curve(
+        name,
+        torch.stack([curve.losses for curve in curves]).sum(0),
+        torch.stack([curve.savings for curve in curves]).sum(0),
+        least=max(curve.least for curve in curves),
+        multiple=curves[0].multiple,
+        stays=curves[0].stays,
+    )
+
+
+def check_budget(curves: Sequence[Curve], budget: float, most: float = 1.0) -> None:
+    """Raises ValueError where the curves cannot save so much; the message says how much they can."""
+    possible = sum(float(curve.savings[curve.levels(most)[-1]]) for curve in curves)
+    if possible < _enough(curves, budget):
+        total = sum(float(curve.savings[-1]) for curve in curves) or 1.0
+        raise ValueError(
+            f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: every branch keeps what it must"
+        )
+
+
+def allocation(
+    curves: Sequence[Curve],
+    removed: Sequence[int],
+    *,
+    price: float | None = None,
+    bound: float | None = None,
+    notes: tuple[str, ...] = (),
+) -> Allocation:
+    """What the removal of so many units of every curve saves and costs."""
+    pairs = list(zip(curves, removed, strict=True))
+    return Allocation(
+        removed={curve.name: k for curve, k in pairs},
+        saved=sum(float(curve.savings[k]) for curve, k in pairs),
+        loss=sum(float(curve.losses[k]) for curve, k in pairs),
+        price=price,
+        bound=bound,
+        notes=notes,
+    )
+
+
+def _enough(curves: Sequence[Curve], budget: float) -> float:
+    """The saving that meets the budget, up to rounding."""
+    return budget - _ROUNDING * sum(float(curve.savings[-1]) for curve in curves)
+
+
+def _deviation(values: Iterable[float]) -> float:
+    known = torch.tensor([value for value in values if math.isfinite(value)], dtype=torch.float64)
+    return float(known.std(correction=0)) if len(known) else 0.0

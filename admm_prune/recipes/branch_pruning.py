@@ -1,0 +1,121 @@
+"""One branch of a block loses units: its problem, the units chosen, the weights that answer, the slices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.errors import UserError
+from admm_prune.models.branches import Branch, keep_units
+from admm_prune.models.structure import WeightView
+from admm_prune.point import Point
+from admm_prune.problems.constraints import Groups
+from admm_prune.problems.gram import LayerStatistics
+from admm_prune.problems.groups import GroupReconstruction
+from admm_prune.recipes import unit_selection
+from admm_prune.recipes.recipe import LayerReport
+from admm_prune.recipes.unit_selection import Selector
+
+_CHANGE = 1e-3  # of a block's outputs by slicing, relative to the largest, in float32; more says another structure
+
+Outputs = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """How a branch loses units; see `StruPrune` for the settings."""
+
+    selector: Selector
+    compensate: bool
+    fold_bias: bool
+    ridge: float
+
+    def problem(self, branch: Branch, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
+        """The group problem of a branch that is to keep so many units.
+
+        Raises:
+            UserError: the statistics cannot be used; the message names the weight.
+        """
+        try:
+            return GroupReconstruction(
+                branch.output.read().clone(),  # what is read shares memory with the parameter
+                statistics.gram,
+                Groups(1 - keep / branch.count, branch.width, keep),
+                mean=statistics.mean if self.fold_bias and branch.output.bias is not None else None,
+                tokens=statistics.tokens,
+                ridge=self.ridge,
+            )
+        except ValueError as error:
+            raise UserError(f"{branch.output.name}: {error}") from error
+
+    def losses(self, branch: Branch, statistics: LayerStatistics) -> Tensor:
+        """What the branch loses when k = 0..n units go: (n + 1,)."""
+        problem = self.problem(branch, statistics, branch.count)
+        try:
+            return unit_selection.losses(problem, branch.width, self.selector, self.compensate)
+        except LinAlgError as error:
+            raise UserError(f"{branch.output.name}: {error}: ask for a larger --ridge") from error
+
+    def prune(
+        self, branch: Branch, statistics: LayerStatistics, count: int, outputs: Outputs | None = None
+    ) -> LayerReport:
+        """Takes units from a branch, in place.
+
+        Args:
+            count: units to go.
+            outputs: runs the block on some inputs: they must not change when what is zero is sliced off.
+
+        Raises:
+            UserError: the weights cannot be solved for, or the block is not made of units as it looks.
+        """
+        began = time.perf_counter()
+        output, dense_shape = branch.output, branch.output.shape
+        problem = self.problem(branch, statistics, branch.count - count)
+        try:
+            result, columns = unit_selection.solve(problem, self.selector, self.compensate)
+            output.write(result.solution["weight"])
+        except (ValueError, LinAlgError) as error:
+            raise UserError(f"{output.name}: {error}") from error
+        if problem.mean is not None and output.bias is not None:
+            output.bias.add_(problem.bias_shift(result.solution).to(output.bias))
+        written = Point(weight=output.read().to(problem.weight.dtype))
+        report = LayerReport(
+            name=output.name,
+            shape=dense_shape,
+            sparsity=written.sparsity(),
+            relative_error=problem.relative_error(written),
+            status=result.status.name,
+            iterations=result.iterations,
+            seconds=time.perf_counter() - began,
+            tokens=statistics.tokens,
+            ridge=problem.ridge,
+            damping=problem.damping,
+            notes=result.notes,
+        )
+        masked = outputs() if outputs is not None else None
+        keep_units(branch, columns.view(-1, branch.width)[:, 0].nonzero()[:, 0])
+        if masked is not None and outputs is not None:
+            _check_unchanged(branch, masked, outputs())
+        return report
+
+
+def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
+    """Of a matrix for which no problem was solved: it lost rows, or nothing."""
+    left = int(view.read().count_nonzero())
+    return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
+
+
+def _check_unchanged(branch: Branch, masked: Tensor, sliced: Tensor) -> None:
+    scale = float(masked.abs().max())
+    change = float((masked - sliced).abs().max())
+    allowed = max(_CHANGE, 16 * torch.finfo(masked.dtype).eps) * scale
+    if change > allowed:
+        raise UserError(
+            f"{branch.name}: without its zero units the block gives other outputs (by {change / scale:.1e}): "
+            "it is not made of units as its matrices look"
+        )

@@ -1,0 +1,242 @@
+"""Structured pruning of a whole model in two passes that hold the statistics of one block at a time.
+
+STRUPRUNE (arXiv 2510.03246) splits global structured pruning into problems of single modules, with an allocation from
+energies and an entropy. Its equations are not public: what is here is a reconstruction from what it states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.models.branches import Branch, branches
+from admm_prune.models.budgets import Unit, savings
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.export import Form, admits_heads, check_exportable, export, units_by_block
+from admm_prune.models.streaming import Residence
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
+from admm_prune.problems.gram import LayerStatistics
+from admm_prune.recipes.branch_pruning import Pruner, report_of
+from admm_prune.recipes.recipe import Budget, LayerReport, Outcome, Request
+from admm_prune.recipes.targets import Target
+from admm_prune.recipes.unit_selection import Selector
+
+_IN_MEMORY = Residence()
+RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StruPrune:
+    """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
+
+    Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
+    stream behind its block. Allocation: from the curves alone, how many units each branch loses. Pass 2: block by
+    block, attention first, on what the pruned blocks before put out: choose the units, solve least squares on the
+    columns that stay, let the bias take the mean of the error, slice, go on.
+
+    Args:
+        selector: which units go, see `unit_selection`.
+        compensate: least squares on the columns that stay; or they stay as they are.
+        fold_bias: where the output has a bias, it takes the mean of the error.
+        allocator: from curves to units.
+        relative: losses are relative to the energy of the residual stream; or as they are.
+        unit: of the budget: the target's fraction is of this.
+        inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
+        uniform: every block loses the same number of units of a kind, which makes a stock model.
+        form: how a model of unlike blocks is saved.
+        multiple: the number of neurons that stay is a multiple of it.
+        ridge: of the group problems, relative to diag(H).
+    """
+
+    name: str = "struprune"
+    summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
+    samples: int = 128
+    selector: Selector = "obs-one-shot"
+    compensate: bool = True
+    fold_bias: bool = True
+    allocator: Allocator = EqualSlope(temperature=1.0)
+    relative: bool = True
+    unit: Unit = "parameters"
+    inputs: Literal["pruned", "dense"] = "pruned"
+    uniform: bool = False
+    form: Form = "per-layer"
+    multiple: int = 1
+    ridge: float = 0.01
+
+    @property
+    def budget(self) -> Budget:
+        return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        if target.pattern is not None:
+            raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
+        parts = [branches(block) for block in decoder_blocks(model)]
+        if not self.uniform:
+            check_exportable(model, self.form)
+        elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
+            raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
+        curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
+        self._allocate(parts, curves, target)
+
+    def prune(
+        self,
+        model: nn.Module,
+        request: Request,
+        curves: Mapping[str, Curve] | None = None,
+        residence: Residence = _IN_MEMORY,
+    ) -> Outcome:
+        """As `Recipe.prune`.
+
+        Args:
+            curves: what `measure` found on the same model and text, whatever the target; None to measure now.
+            residence: where the blocks are when they are not at work on.
+        """
+        self.check(model, request.target)
+        pruner = self._pruner(request)
+        blocks = decoder_blocks(model)
+        parts = [branches(block) for block in blocks]
+        if request.target.fraction == 0:
+            return Outcome(layers=[report_of(view, view.shape) for block in blocks for view in block.weights])
+        curves = self.measure(model, request, residence) if curves is None else curves
+        allocation = self._allocate(parts, curves, request.target)
+        saved = allocation.saved / self._weight(parts)
+        stream = self._stream(model, blocks, request, residence)
+        reports: list[LayerReport] = []
+        for index, block in enumerate(blocks):
+            request.tell(len(blocks) + index, 2 * len(blocks), block.name)
+            with residence.block(index):
+                reports += self._prune_block(stream, index, block, parts[index], allocation.removed, pruner)
+        units = {branch.name: branch.count for block in parts for branch in block}
+        form = export(model, parts, self.form)
+        request.tell(2 * len(blocks), 2 * len(blocks))
+        details = {
+            "method": RECONSTRUCTION,
+            "form": form,
+            "unit": self.unit,
+            "saved": saved,
+            "loss": allocation.loss,
+            "bound": allocation.bound,
+            "price": allocation.price,
+            "units": units,
+            "removed": allocation.removed,
+        }
+        return Outcome(layers=reports, notes=allocation.notes, details=details)
+
+    def measure(self, model: nn.Module, request: Request, residence: Residence = _IN_MEMORY) -> dict[str, Curve]:
+        """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
+
+        Raises:
+            UserError: as `Recipe.check` and `Recipe.prune`.
+        """
+        pruner = self._pruner(request)
+        blocks = decoder_blocks(model)
+        parts = [branches(block) for block in blocks]
+        stream = self._stream(model, blocks, request, residence)
+        curves: dict[str, Curve] = {}
+        for index, block in enumerate(parts):
+            request.tell(index, 2 * len(blocks), f"{blocks[index].name}, curves")
+            with residence.block(index):
+                statistics = _statistics(stream, index, block)
+                losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in block}
+                stream.advance(index)
+            scale = stream.energy() if self.relative else 1.0
+            curves |= {branch.name: self._curve(model, branch, losses[branch.name] / scale) for branch in block}
+        return curves
+
+    def _prune_block(
+        self,
+        stream: BlockStream,
+        index: int,
+        block: Block,
+        parts: Sequence[Branch],
+        removed: Mapping[str, int],
+        pruner: Pruner,
+    ) -> list[LayerReport]:
+        """Pass 2, one block."""
+        shapes = {view.name: view.shape for view in block.weights}
+        losing = [branch for branch in parts if removed.get(branch.name, 0) > 0]
+        if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
+            statistics = _statistics(stream, index, losing)
+            stream.advance(index)
+            solved = [pruner.prune(b, statistics[b.name], removed[b.name]) for b in losing]
+        else:
+            solved = [
+                pruner.prune(
+                    branch,
+                    _statistics(stream, index, [branch])[branch.name],
+                    removed[branch.name],
+                    lambda: stream.preview(index),
+                )
+                for branch in losing
+            ]
+            stream.advance(index)
+        reports = {report.name: report for report in solved}
+        return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
+
+    def _pruner(self, request: Request) -> Pruner:
+        if request.ridge == "auto":
+            raise UserError(f"{self.name} does not choose a ridge: give a number")
+        return Pruner(
+            selector=self.selector,
+            compensate=self.compensate,
+            fold_bias=self.fold_bias,
+            ridge=self.ridge if request.ridge is None else request.ridge,
+        )
+
+    def _stream(self, model: nn.Module, blocks: list[Block], request: Request, residence: Residence) -> BlockStream:
+        device = next(model.parameters()).device
+        return BlockStream(model, blocks, request.calibration, device, hollow=residence.hollow)
+
+    def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
+        """Without losses, a curve that knows what can be saved."""
+        saved = savings(branch, self.unit)
+        stays: frozenset[int] | None = None
+        if self.uniform and branch.kind == "heads":  # the stock class must admit their number
+            counts = range(1, branch.count + 1)
+            stays = frozenset(n for n in counts if admits_heads(model.config, n * branch.queries, branch.size))
+        multiple = self.multiple if branch.kind == "neurons" else 1
+        return Curve(
+            branch.name,
+            torch.zeros_like(saved) if losses is None else losses,
+            saved,
+            least=min(multiple, branch.count),
+            multiple=multiple,
+            stays=stays,
+        )
+
+    def _weight(self, parts: Sequence[Sequence[Branch]]) -> float:
+        """What all units weigh together."""
+        return sum(float(savings(branch, self.unit)[-1]) for block in parts for branch in block)
+
+    def _allocate(self, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target) -> Allocation:
+        """Units that every branch loses: the budget is the target's fraction of what all units weigh together.
+
+        Raises:
+            UserError: so much cannot go.
+        """
+        budget = target.fraction * self._weight(parts)
+        kinds: dict[str, list[Curve]] = {}
+        for branch in (branch for block in parts for branch in block):
+            kinds.setdefault(branch.kind, []).append(curves[branch.name])
+        try:
+            if not self.uniform:
+                return self.allocator.allocate(list(curves.values()), budget)
+            found = self.allocator.allocate([together(kind, alike) for kind, alike in kinds.items()], budget)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return replace(found, removed={c.name: found.removed[kind] for kind, alike in kinds.items() for c in alike})
+
+
+def _statistics(stream: BlockStream, index: int, parts: Sequence[Branch]) -> dict[str, LayerStatistics]:
+    """What enters the output matrices of some branches of a block, by the name of the branch."""
+    if not parts:
+        return {}
+    names = {branch.output.name: branch.name for branch in parts}
+    shared = stream.collect(index, only=names)
+    return {names[view.name]: inputs.statistics for inputs in shared for view in inputs.weights}

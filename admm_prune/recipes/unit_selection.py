@@ -1,0 +1,68 @@
+"""Which units of a branch stay: solvers of its group problem by name, and the curve that allocation asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels import groups
+from admm_prune.point import Point
+from admm_prune.problem import Quadratic, SupportConstraint
+from admm_prune.problems.groups import GroupReconstruction
+from admm_prune.result import Result
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.base import Solver
+from admm_prune.solvers.group_mask import GroupMask
+from admm_prune.solvers.group_obs import GroupOBS
+
+Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
+
+
+class SeededADMM:
+    """ADMM that starts from the groups of structured OBS; never worse than they."""
+
+    def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
+        seed = _OBS.solve(problem, start=start)
+        return ADMM().solve(problem, start=seed.solution)
+
+
+_OBS = GroupOBS(batch=None)
+SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
+    "obs": lambda: _OBS,
+    "obs-one-shot": lambda: GroupOBS(batch=0),
+    "admm": SeededADMM,
+    "mask": GroupMask,
+    "mask-interactions": lambda: GroupMask(interactions=True),
+}
+
+
+def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
+    """What the problem loses when k = 0..n groups go in the selector's order: (n + 1,), float64, on the CPU.
+
+    The last group, without which there is nothing left to answer, is counted too: the whole energy of the output.
+    """
+    count = problem.minimizer.shape[1] // width
+    if compensate:
+        batch = count if selector == "obs-one-shot" else _OBS.size(count)
+        rises = groups.eliminate(problem.hessian, problem.minimizer, width, count, batch).losses
+    else:
+        rises = groups.interactions(problem.hessian, problem.minimizer, width).diagonal().sort().values.cumsum(0)
+    return torch.cat([rises.new_zeros(1), rises]).cpu()
+
+
+def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) -> tuple[Result, Tensor]:
+    """The groups that the selector keeps: with the least-squares weights on them, or with the weights they had.
+
+    Returns:
+        The result, and the columns (in,) that stay, as booleans.
+    """
+    result = SELECTORS[selector]().solve(problem)
+    assert isinstance(problem.constraint, SupportConstraint)
+    mask = problem.constraint.select(result.solution.map(torch.abs))  # of full size, also where weights kept are zero
+    dense = problem.initial()
+    kept = problem.refit(mask) if compensate else dense.map(lambda w, m: w.where(m, 0), mask)
+    return replace(result, solution=kept, objective=problem.value(kept), state=None), mask["weight"][0]

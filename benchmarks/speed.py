@@ -1,0 +1,144 @@
+"""How much faster a structurally pruned model is: prefill and decoding, beside the dense model in the same run.
+
+    python -m benchmarks.speed OUT [--width 1024 --blocks 8] [--sparsity 0.3,0.5] [--tokens 256] [--decode 16]
+
+A Llama of random weights (97 M parameters by default) is pruned from disk to disk, to widths that are multiples of 64;
+dense and pruned models then take turns. The ideal ratio is that of their operations: matrices, attention, head. Times
+are CPU times of one thread, the least of the repeats: other work on the machine does not enter them.
+
+OUT receives speed.json and speed.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admm_prune.models.branches import branches
+from admm_prune.models.budgets import savings
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.recipes.struprune import StruPrune
+from admm_prune.runs.memory_scaling import Shape, random_tokens, write_random_model
+from admm_prune.runs.streaming import prune_from_disk
+from benchmarks.machine import headline, machine
+
+RECIPE = StruPrune(multiple=64)
+
+
+def operations(model: Any, tokens: int) -> float:
+    """A token, at a context of so many tokens, half of it seen on average."""
+    parts = [branch for block in decoder_blocks(model) for branch in branches(block)]
+    head = 2 * model.get_output_embeddings().weight.numel()
+    return head + sum(float(savings(branch, "flops", tokens=tokens)[-1]) for branch in parts)
+
+
+@torch.no_grad()
+def prefill(model: Any, tokens: int) -> None:
+    ids = torch.arange(tokens)[None] % model.config.vocab_size
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(model: Any, tokens: int) -> None:
+    ids = torch.arange(16)[None]
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+    )
+
+
+def least(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, float]:
+    """The least CPU time of each model; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):  # the first one warms up
+        for name, model in models.items():
+            began = time.process_time()
+            run(model, tokens)
+            times[name].append(time.process_time() - began)
+    return {name: min(found[1:]) for name, found in times.items()}
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--sparsity", default="0.3,0.5")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--decode", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = Shape(given.width, given.blocks)
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        dense = Path(place) / "dense"
+        dense.mkdir()
+        write_random_model(shape, dense)
+        names = {path.stem: path.name for path in dense.glob("*.safetensors")}
+        from safetensors.torch import load_file, save_file  # stock from_pretrained wants one file, or an index
+
+        save_file(
+            {key: x for name in names.values() for key, x in load_file(dense / name).items()},
+            dense / "model.safetensors",
+            {"format": "pt"},
+        )
+        for name in names.values():
+            (dense / name).unlink()
+        models = {"dense": AutoModelForCausalLM.from_pretrained(dense).eval()}
+        for sparsity in given.sparsity.split(","):
+            out = Path(place) / f"pruned-{sparsity}"
+            prune_from_disk(dense, out, random_tokens(256), float(sparsity), recipe=RECIPE)
+            models[sparsity] = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+        for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
+            times = least(run, models, tokens, given.repeats)
+            for sparsity in given.sparsity.split(","):
+                ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
+                faster = times["dense"] / times[sparsity]
+                rows.append(
+                    {
+                        "task": task,
+                        "tokens": tokens,
+                        "pruned": float(sparsity),
+                        "parameters": sum(p.numel() for p in models[sparsity].parameters()),
+                        "dense_seconds": times["dense"],
+                        "pruned_seconds": times[sparsity],
+                        "speedup": faster,
+                        "ideal": ideal,
+                        "of_ideal": faster / ideal,
+                    }
+                )
+    content = {
+        "machine": machine(),
+        "command": f"python -m benchmarks.speed {' '.join(sys.argv[1:])}",
+        "parameters": shape.parameters,
+        "rows": rows,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "speed.json").write_text(json.dumps(content, indent=2) + "\n")
+    lines = [
+        headline(content["machine"]),
+        content["command"],
+        f"A random Llama of {shape.parameters / 1e6:.0f} M parameters, float32; CPU seconds of one thread",
+        f"{'':10}{'tokens':>8}{'pruned':>8}{'dense s':>10}{'pruned s':>10}{'faster':>9}{'ideal':>8}{'of ideal':>10}",
+    ]
+    lines += [
+        f"{r['task']:10}{r['tokens']:>8}{r['pruned']:>8.0%}{r['dense_seconds']:>10.3f}{r['pruned_seconds']:>10.3f}"
+        f"{r['speedup']:>9.2f}{r['ideal']:>8.2f}{r['of_ideal']:>10.2f}"
+        for r in rows
+    ]
+    (given.out / "speed.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Perplexity of structured methods: which units go, what answers, how the budget is spread.
+
+    python -m benchmarks.structured OUT --model DIR [--data FILE --eval-data FILE] [--sparsity 0.2,0.3,0.5]
+
+Every row is one configuration of the recipe `StruPrune`, on the same calibration and evaluation text. "saved" is the
+fraction of the parameters of the blocks that went: units are whole, so it may exceed what was asked by less than one.
+
+OUT receives structured.json and structured.txt; a second model is added to what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admm_prune.models.evaluate import evaluate
+from admm_prune.models.loading import load
+from admm_prune.problems.allocation import Binomial, CappedSoftmax, Curve, EqualSlope, Owl, Uniform
+from admm_prune.problems.knapsack import Knapsack
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.structured import STRUCTURED
+from admm_prune.recipes.struprune import StruPrune
+from admm_prune.recipes.targets import Target, parse_targets
+from admm_prune.runs.texts import Texts, TextSettings
+from benchmarks.machine import headline, machine
+
+NAMED = {recipe.name: recipe for recipe in STRUCTURED}
+OURS = NAMED["struprune"]
+GREEDY = replace(OURS, selector="obs")
+ROWS: Mapping[str, StruPrune] = {
+    "struprune": OURS,
+    "greedy OBS chooses": GREEDY,
+    "ADMM chooses": replace(OURS, selector="admm"),
+    "Wanda's score chooses": replace(OURS, selector="mask"),
+    "nothing answers": replace(OURS, selector="mask-interactions", compensate=False, fold_bias=False),
+    "uniform": replace(OURS, allocator=Uniform()),
+    "greedy OBS; uniform": replace(GREEDY, allocator=Uniform()),
+    "greedy OBS; equal slope T = 0": replace(GREEDY, allocator=EqualSlope()),
+    "greedy OBS; binomial T = 2": replace(GREEDY, allocator=Binomial(2.0)),
+    "greedy OBS; capped softmax T = 2": replace(GREEDY, allocator=CappedSoftmax(2.0, most=0.9)),
+    "greedy OBS; owl": replace(GREEDY, allocator=Owl()),
+    "greedy OBS; knapsack": replace(GREEDY, allocator=Knapsack()),
+    "greedy OBS; all blocks alike": replace(GREEDY, uniform=True),
+    "global structured": NAMED["structured-global"],
+    "greedy OBS; global structured": replace(NAMED["structured-global"], selector="obs"),
+    "greedy OBS; global; losses not relative": replace(NAMED["structured-global"], selector="obs", relative=False),
+    "Wanda-type structured": NAMED["structured-wanda"],
+}
+
+
+def measure(model: str, settings: TextSettings, targets: list[Target], names: list[str]) -> dict[str, Any]:
+    """Perplexity and the fraction saved, by row and target, of the rows that are named."""
+    loaded = load(model)
+    texts = Texts(settings, loaded)
+    calibration = texts.calibration(OURS.samples)
+    dense = evaluate(loaded.model, texts.evaluation)
+    curves: dict[tuple[Any, ...], dict[str, Curve]] = {}
+    rows = []
+    for name, recipe in ((name, ROWS[name]) for name in names):
+        for target in targets:
+            request = Request(target=target, calibration=calibration)
+            began = time.process_time()
+            fresh = load(model).model
+            key = (recipe.selector == "obs-one-shot", recipe.compensate, recipe.relative, recipe.uniform)
+            if key not in curves:
+                curves[key] = recipe.measure(fresh, request)
+            outcome = recipe.prune(fresh, request, curves[key])
+            pruned = fresh if outcome.model is None else outcome.model
+            found = evaluate(pruned, texts.evaluation)
+            rows.append(
+                {
+                    "row": name,
+                    "target": target.label,
+                    "asked": target.fraction,
+                    "perplexity": found.perplexity,
+                    "saved": outcome.details["saved"],
+                    "temperature": outcome.details.get("temperature"),
+                    "units": outcome.details["units"],
+                    "cpu_seconds": round(time.process_time() - began, 2),
+                }
+            )
+            print(f"{name:40} {target.label:>5} {found.perplexity:10.3f} {outcome.details['saved']:.4f}", flush=True)
+    return {
+        "dense": dense.perplexity,
+        "calibration_tokens": calibration.tokens,
+        "evaluation_tokens": dense.tokens,
+        "rows": rows,
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """One block a model: perplexity, and in brackets the ratio to 'global structured' at the same target."""
+    lines = [
+        headline(content["machine"]),
+        "Perplexity (relative to 'global structured'); [%] that went, where not as asked",
+    ]
+    for model, found in content["models"].items():
+        cells = {(row["row"], row["target"]): row for row in found["rows"]}
+        targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
+        lines += ["", found["command"]]
+        lines.append(
+            f"{model}: dense {found['dense']:.3f}; {found['calibration_tokens']} tokens to calibrate, "
+            f"{found['evaluation_tokens']} to judge"
+        )
+        lines.append(f"{'':40}" + "".join(f"{target:>18}{'':8}" for target in targets))
+        for name in dict.fromkeys(row["row"] for row in found["rows"]):
+            parts = []
+            for target in targets:
+                cell, base = cells[name, target], cells["global structured", target]
+                ratio = cell["perplexity"] / base["perplexity"]
+                more = 100 * (cell["saved"] - base["asked"])
+                parts.append(
+                    f"{cell['perplexity']:10.3f} ({ratio:6.3f})" + (f" [+{more:.2f}]" if more >= 0.05 else " " * 8)
+                )
+            lines.append(f"{name:40}" + "".join(parts))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--data", default="embedded")
+    parser.add_argument("--eval-data")
+    parser.add_argument("--sparsity", default="0.2,0.3,0.5")
+    parser.add_argument("--rows", help="comma-separated; measured again, the others stay")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = TextSettings(
+        data=given.data,
+        eval_data=given.eval_data,
+        samples=given.samples,
+        eval_samples=given.eval_samples,
+        length=given.length,
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "structured.json"
+    content = json.loads(path.read_text()) if path.is_file() else {"models": {}}
+    names = given.rows.split(",") if given.rows else list(ROWS)
+    shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    found = measure(given.model, settings, parse_targets(given.sparsity, None), names)
+    before = content["models"].get(Path(given.model).name, {"rows": []})
+    rows = [row for row in before["rows"] if row["row"] not in names] + found["rows"]
+    rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["asked"]))
+    command = f"python -m benchmarks.structured {shlex.join(shown)}"
+    content["machine"] = machine()
+    content["models"][Path(given.model).name] = {**found, "command": command, "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    (given.out / "structured.txt").write_text(table(content))
+
+
+if __name__ == "__main__":
+    main()
