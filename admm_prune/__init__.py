@@ -32,6 +32,8 @@ __all__ = [
     "SparseGPT",
     "StackedRows",
     "Status",
+    "StochasticADMM",
+    "SurrogateFree",
     "Unstructured",
     "Wanda",
     "prune",
@@ -59,6 +61,8 @@ _HOME = {
     "SparseGPT": "admm_prune.solvers.obs",
     "StackedRows": "admm_prune.problems.constraints",
     "Status": "admm_prune.result",
+    "StochasticADMM": "admm_prune.solvers.stochastic_admm",
+    "SurrogateFree": "admm_prune.problems.surrogate_free",
     "Unstructured": "admm_prune.problems.constraints",
     "Wanda": "admm_prune.solvers.closed_form",
     "prune": "admm_prune.runs.pruning",
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     from admm_prune.problems.gram import GramAccumulator, LayerStatistics
     from admm_prune.problems.groups import GroupReconstruction
     from admm_prune.problems.layer import LayerReconstruction
+    from admm_prune.problems.surrogate_free import SurrogateFree
     from admm_prune.result import Progress, Result, Status
     from admm_prune.runs.pruning import prune
     from admm_prune.solvers.admm import ADMM
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.polish import Polish
     from admm_prune.solvers.sparse_adam import SparseAdam
+    from admm_prune.solvers.stochastic_admm import StochasticADMM
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

@@ -9,6 +9,7 @@ import torch
 from admm_prune.problems import constraints
 from admm_prune.problems.groups import GroupReconstruction
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.surrogate_free import SurrogateFree
 from admm_prune.recipes.catalogue import RECIPES
 from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
 
@@ -43,7 +44,8 @@ def capabilities() -> dict[str, Any]:
         "methods": [{"name": recipe.name, "summary": recipe.summary} for recipe in RECIPES.values()],
         "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
         "problems": [
-            {"name": kind.__name__, "summary": _summary(kind)} for kind in (LayerReconstruction, GroupReconstruction)
+            {"name": kind.__name__, "summary": _summary(kind)}
+            for kind in (LayerReconstruction, GroupReconstruction, SurrogateFree)
         ],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],
         "fits": fits,
