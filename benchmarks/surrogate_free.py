@@ -44,14 +44,16 @@ BASELINES = ("admm-finetuned", "gradual")
 
 # elsa with one of its parts taken away or exchanged.
 ABLATIONS: dict[str, Trained] = {
-    "elsa, no distillation": Elsa(name="elsa, no distillation", distillation=0.0),
-    "elsa, no ladder": Elsa(name="elsa, no ladder", ladder=None),
-    "elsa, no ladder, no distillation": Elsa(name="elsa, no ladder, no distillation", ladder=None, distillation=0.0),
-    "elsa, projected by magnitude": Elsa(name="elsa, projected by magnitude", projection=LOCAL_METHODS["magnitude"]),
-    "elsa, projected by sparsegpt": Elsa(name="elsa, projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
-    "elsa, only distillation": Elsa(name="elsa, only distillation", distillation=1.0),
-    "elsa, half the rate": Elsa(name="elsa, half the rate", boldness=0.5),
-    "elsa, twice the rate": Elsa(name="elsa, twice the rate", boldness=2.0),
+    "elsa without distillation": Elsa(name="elsa without distillation", distillation=0.0),
+    "elsa without ladder": Elsa(name="elsa without ladder", ladder=None),
+    "elsa without ladder or distillation": Elsa(
+        name="elsa without ladder or distillation", ladder=None, distillation=0.0
+    ),
+    "elsa projected by magnitude": Elsa(name="elsa projected by magnitude", projection=LOCAL_METHODS["magnitude"]),
+    "elsa projected by sparsegpt": Elsa(name="elsa projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
+    "elsa by distillation": Elsa(name="elsa by distillation", distillation=1.0),
+    "elsa at half the rate": Elsa(name="elsa at half the rate", boldness=0.5),
+    "elsa at twice the rate": Elsa(name="elsa at twice the rate", boldness=2.0),
 }
 
 
