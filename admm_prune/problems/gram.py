@@ -51,6 +51,29 @@ class GramAccumulator:
         return self._channel_sum / max(self.tokens, 1)
 
 
+class TargetAccumulator:
+    """C = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, in float64.
+
+    Args:
+        outputs: m, the number of target channels.
+        width: d, the number of input channels.
+        device: where the sums live.
+    """
+
+    def __init__(self, outputs: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
+        self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.energy = 0.0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes."""
+        for some_inputs, some_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            y = some_targets.to(self.correlation)
+            self.correlation.addmm_(y.T, some_inputs.to(self.correlation))
+            self.total += y.sum(0)
+            self.energy += float(y.square().sum())
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """What is known of a layer's inputs: Grams (in, in), undamped, in float32.
@@ -107,10 +130,16 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
 
 def check_square(name: str, matrix: Tensor, width: int) -> None:
     """Raises ValueError unless `matrix` is of finite float32 or float64 numbers, width x width."""
+    check_matrix(name, matrix, (width, width))
+
+
+def check_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless `matrix` is of finite float32 or float64 numbers and this shape."""
+    rows, width = shape
     if matrix.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, not {matrix.dtype}")
-    if matrix.shape != (width, width):
-        raise ValueError(f"{name} must be {width} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
+    if matrix.shape != shape:
+        raise ValueError(f"{name} must be {rows} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"{name} holds NaN or Inf")
 

@@ -1,0 +1,238 @@
+"""Network output: keep what a whole feed-forward network puts out, one weight after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.point import Point
+from admm_prune.problem import Constraint, Problem
+from admm_prune.problems.constraints import Product, SparseSet, StackedRows
+from admm_prune.problems.feed_forward import EVEN, FREE, Damping, FeedForward, Network, Penalties, correction
+from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
+from admm_prune.problems.layer import LayerReconstruction
+
+Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
+_CHUNK = 1024  # tokens that are in the hidden layer at once
+_CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
+
+
+class NetworkOutput:
+    """min |net(X; W1, W2) - Y|^2 over weights in their sets, where net(x) = W2 act(W1 x + b1) + b2, or gated.
+
+    `Stochastic`, and `Coordinated` of two blocks. "down" is the layer reconstruction of Y from what the hidden units do
+    under the present W1: the closing step. It takes b2 with it, where there is one. "up", with the gate stacked on it,
+    is the plain layer reconstruction at the dense weights. Elsewhere its target is the pre-activation of the split
+    network (`FeedForward`) that begins at the present weights: `sweeps` exact updates of P and Z say what the hidden
+    units should do for the output, and W1 is fitted to that. Nothing of size n x D outlives its chunk of tokens.
+
+    Points hold "up", "down", "gate" where there is one, and "bias" (m,), b2, where there is one.
+
+    Args:
+        tokens: inputs and targets.
+        constraints: a set for each weight.
+        judging: tokens that no block is fitted to, for `judge`; by default the same.
+        penalties, sweeps: of the split network.
+        dampings: of "up" (with the gate) and "down".
+        sample: tokens of a sampled gradient.
+
+    Everything is computed in the dtype of the network's weights.
+
+    Source: the split is that of Bai et al., SparseLLM, 2024; beginning it anew at the present network, and the closing
+    step, are ours.
+    """
+
+    order: tuple[str, ...] = ("up", "down")
+
+    def __init__(
+        self,
+        network: Network,
+        tokens: Tokens,
+        constraints: Mapping[str, SparseSet],
+        *,
+        judging: Tokens | None = None,
+        penalties: Penalties = EVEN,
+        sweeps: int = 1,
+        dampings: Mapping[str, Damping] | None = None,
+        sample: int = 512,
+    ) -> None:
+        self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
+        self.sample = min(sample, len(tokens[0]))
+        self.constraints = constraints
+        self.penalties, self.sweeps, self.dampings = penalties, sweeps, dampings or {}
+        self._bias = network.biases.get("down")
+        inner = {name: bias for name, bias in network.biases.items() if name != "down"}
+        self._inner = Network(network.activation, network.weights, inner)  # b2 is on the targets' side
+        self._inputs = ("gate", "up") if network.gated else ("up",)
+        self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.initial()})
+
+    @cached_property
+    def curvature(self) -> float:
+        """That of the down projection at the start."""
+        return self._down(self.initial()).curvature
+
+    def initial(self) -> Point:
+        x = Point({name: self.network.weights[name] for name in (*self._inputs, "down")})
+        return x if self._bias is None else Point({**x, "bias": self._bias})
+
+    def value(self, x: Point) -> float:
+        return self._loss(x, self.tokens)[0]
+
+    def judge(self, x: Point) -> float:
+        """|net(X; x) - Y|^2 / |Y|^2 on the judging tokens."""
+        loss, energy = self._loss(x, self.judging)
+        return loss / energy if energy > 0 else 0.0
+
+    def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
+        """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""
+        count = len(self._shuffle)
+        places = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
+        inputs, targets = (part[self._shuffle[places]].to(x["up"]) for part in self.tokens)
+        scale = count / self.sample
+        pre = {name: self._inner.linear(name, x, inputs) for name in self._inputs}
+        act, slope, _ = self._inner.activation.derivatives(pre[self._inputs[0]])
+        hidden = act * pre["up"] if self._inner.gated else act
+        missing = self._inner.linear("down", x, hidden) - targets
+        if self._bias is not None:
+            missing += x["bias"]
+        back = missing.mul(2 * scale)
+        felt = back @ x["down"]
+        gradient = Point(down=back.T @ hidden)
+        if self._inner.gated:
+            gradient["up"] = (felt * act).T @ inputs
+            gradient["gate"] = (felt * pre["up"] * slope).T @ inputs
+        else:
+            gradient["up"] = (felt * slope).T @ inputs
+        if self._bias is not None:
+            gradient["bias"] = back.sum(0)
+        return scale * float(missing.double().square().sum()), Point({name: gradient[name] for name in x})
+
+    def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
+        return self._down(x) if name == "down" else self._up(x)
+
+    def part(self, x: Point, name: str) -> Point:
+        return Point(weight=x["down"] if name == "down" else self._stacked(x))
+
+    def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
+        weight = solution["weight"]
+        if name == "down":
+            bias = {} if self._bias is None or not isinstance(block, _Closing) else {"bias": block.bias(weight)}
+            return Point({**x, "down": weight, **bias})
+        parts = weight.split([x[part].shape[0] for part in self._inputs])
+        return Point({**x, **dict(zip(self._inputs, parts, strict=True))})
+
+    def _chunks(self, tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in zip(*(part.split(_CHUNK) for part in tokens), strict=True):
+            yield inputs.to(self.network.weights["up"]), targets.to(self.network.weights["up"])
+
+    def _loss(self, x: Point, tokens: Tokens) -> tuple[float, float]:
+        """|net(X; x) - Y|^2 and |Y|^2, added in float64."""
+        loss, energy = 0.0, 0.0
+        for inputs, targets in self._chunks(tokens):
+            outputs = self._inner.linear("down", x, self._inner.hidden(x, inputs))
+            if self._bias is not None:
+                outputs += x["bias"]
+            loss += float((outputs - targets).double().square().sum())
+            energy += float(targets.double().square().sum())
+        return loss, energy
+
+    @cached_property
+    def _shuffle(self) -> Tensor:
+        """The tokens in a random order, the same for every problem of as many tokens."""
+        inputs = self.tokens[0]
+        return torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+
+    def _stacked(self, x: Point) -> Tensor:
+        return torch.cat([x[part] for part in self._inputs])
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        gram = GramAccumulator(self.network.weights["up"].shape[1], self.network.weights["up"].device)
+        for inputs, _ in self._chunks(self.tokens):
+            gram.add(inputs)
+        return gram.gram.to(self.network.weights["up"])
+
+    def _up(self, x: Point) -> LayerReconstruction:
+        dense = self._stacked(self.network.weights)
+        rows = [(self.network.weights[part].shape[0], self.constraints[part]) for part in self._inputs]
+        target = None if torch.equal(self._stacked(x), dense) else self._wanted(x)
+        damping = self.dampings.get("up", Damping())
+        return LayerReconstruction(
+            dense,
+            self._gram,
+            rows[0][1] if len(rows) == 1 else StackedRows(tuple(rows)),
+            ridge=damping.ridge,
+            damping=damping.damping,
+            correlation=None if target is None else target.correlation.to(dense),
+            target_energy=None if target is None else target.energy,
+        )
+
+    def _wanted(self, x: Point) -> TargetAccumulator:
+        """What the pre-activations, stacked as the weights are, should be for the output."""
+        lift = correction(x["down"], self.penalties.output)
+        rows, width = self._stacked(x).shape
+        wanted = TargetAccumulator(rows, width, x["up"].device)
+        kind = GatedFeedForward if self.network.gated else FeedForward
+        pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
+        for inputs, targets in self._chunks(self.tokens):
+            if self._bias is not None:
+                targets = targets - x["bias"]
+            split = kind(self._inner, inputs, targets, {}, penalties=self.penalties)
+            point = split.consistent(x)
+            for _ in range(self.sweeps):
+                point["post"] = split.post_activation(point, lift)
+                for name in reversed(pre):
+                    point[name] = split.split_pre_activation(name, point)
+            parts = [
+                point[name] - bias if (bias := self.network.biases.get(weight)) is not None else point[name]
+                for name, weight in zip(pre, self._inputs, strict=True)
+            ]
+            wanted.add(inputs, torch.cat(parts, 1))
+        return wanted
+
+    def _down(self, x: Point) -> LayerReconstruction:
+        weight, damping = self.network.weights["down"], self.dampings.get("down", Damping())
+        gram = GramAccumulator(weight.shape[1], weight.device)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
+        for inputs, targets in self._chunks(self.tokens):
+            hidden = self._inner.hidden(x, inputs)
+            gram.add(hidden)
+            target.add(hidden, targets)
+        mean_input, mean_target = gram.mean, target.total / max(1, gram.tokens)
+        moments, correlation, energy = gram.gram, target.correlation, target.energy
+        if self._bias is not None:
+            before = moments.diagonal().clone()
+            moments -= gram.tokens * mean_input * mean_input[:, None]
+            correlation -= gram.tokens * mean_input * mean_target[:, None]
+            energy -= gram.tokens * float(mean_target.square().sum())
+            constant = moments.diagonal() <= _CONSTANT * before  # the bias does all that such a unit can do
+            moments.masked_fill_(constant | constant[:, None], 0)
+            correlation.masked_fill_(constant, 0)
+        return _Closing(
+            weight,
+            moments.to(weight),
+            self.constraints["down"],
+            ridge=damping.ridge,
+            damping=damping.damping,
+            correlation=correlation.to(weight),
+            target_energy=energy,
+            means=(mean_input.to(weight), mean_target.to(weight)),
+        )
+
+
+class _Closing(LayerReconstruction):
+    """A layer reconstruction with a bias: of inputs and targets less their means, which the bias makes up for."""
+
+    def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self._means = means
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias (m,) beside a weight."""
+        mean_input, mean_target = self._means
+        return mean_target - weight @ mean_input
