@@ -12,7 +12,7 @@ from torch import Tensor
 from admm_prune.kernels.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, Unstructured
-from admm_prune.problems.feed_forward import Damping, FeedForward, Network
+from admm_prune.problems.feed_forward import FeedForward, Network
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.network_output import NetworkOutput
 
@@ -45,8 +45,8 @@ def sets(net: Network, constraint: SparseSet = HALF) -> dict[str, SparseSet]:
     return dict.fromkeys(net.weights, constraint)
 
 
-def damped(net: Network, ridge: float) -> Mapping[str, Damping]:
-    return dict.fromkeys(net.weights, Damping(ridge))
+def damped(net: Network, ridge: float) -> Mapping[str, tuple[float, float]]:
+    return dict.fromkeys(net.weights, (ridge, 0.0))
 
 
 def split(

@@ -51,7 +51,7 @@ def test_each_step_lowers_the_error_on_other_tokens(name: str, gated: bool) -> N
     judged = []
     for seed in range(3):
         net = network(name, gated=gated, seed=seed)
-        setting = {"constraint": Unstructured(0.6), "noise": 0.02, "count": 1000, "dampings": damped(net, 0.01)}
+        setting = {"constraint": Unstructured(0.6), "noise": 0.02, "count": 1000, "damped": damped(net, 0.01)}
         problem = whole(net, **setting)
         explicit = split(net, judging=problem.judging, **setting)
         runs = [

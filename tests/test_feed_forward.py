@@ -82,7 +82,7 @@ def test_the_gated_value_is_stationary() -> None:
 @pytest.mark.parametrize("name", ["up", "down", "gate"])
 def test_any_weight_changes_the_objective_as_it_changes_its_layer_reconstruction(name: str, ridge: float) -> None:
     net = network("silu", gated=True)
-    problem = split(net, penalties=Penalties(alpha=0.5, beta=2.0), dampings=damped(net, ridge))
+    problem = split(net, penalties=Penalties(alpha=0.5, beta=2.0), damped=damped(net, ridge))
     x = moved(problem)
     block = problem.block(name, x)
     g = torch.Generator().manual_seed(5)
@@ -117,7 +117,7 @@ def test_only_ratios_count(name: str, gated: bool) -> None:
     net = network(name, gated=gated)
     found = [
         Alternating(inner=SparseGPT(), max_iterations=3)
-        .solve(split(net, penalties=Penalties(alpha=0.3 * c, beta=1.1 * c, gamma=0.7 * c), dampings=damped(net, 0.01)))
+        .solve(split(net, penalties=Penalties(alpha=0.3 * c, beta=1.1 * c, gamma=0.7 * c), damped=damped(net, 0.01)))
         .solution
         for c in (1.0, 50.0)
     ]
@@ -132,7 +132,7 @@ def test_the_first_round_is_the_local_solver(gated: bool, solver: SparseGPT | AD
     net = network("silu" if gated else "relu", gated=gated)
     inputs, _ = tokens(net)
     hidden = net.hidden(net.weights, inputs)
-    problem = split(net, noise=0.0, dampings=damped(net, 0.03))
+    problem = split(net, noise=0.0, damped=damped(net, 0.03))
     found = Alternating(inner=solver, max_iterations=1).solve(problem).solution
     for name, x in (("up", inputs), ("gate", inputs), ("down", hidden)):
         if name not in net.weights:
@@ -142,7 +142,7 @@ def test_the_first_round_is_the_local_solver(gated: bool, solver: SparseGPT | AD
         assert torch.allclose(found[name], local["weight"], rtol=1e-7, atol=1e-9)
     block = problem.block("up", problem.initial())
     assert torch.equal(block.minimizer, net.weights["up"]), "to the bit"
-    output = whole(net, dampings=damped(net, 0.03))
+    output = whole(net, damped=damped(net, 0.03))
     assert torch.equal(output.block("up", output.initial()).minimizer[-HIDDEN:], net.weights["up"])
 
 
@@ -233,7 +233,7 @@ def test_a_massive_token_and_dead_units_leave_everything_finite(gated: bool) -> 
     else:
         net.biases["up"][3] = -1.0  # never active
     targets = net.linear("down", net.weights, net.hidden(net.weights, inputs))
-    problem = NetworkOutput(net, (inputs, targets), sets(net), dampings=damped(net, 0.01), sweeps=3)
+    problem = NetworkOutput(net, (inputs, targets), sets(net), damped=damped(net, 0.01), sweeps=3)
     result = Alternating(inner=ADMM(), max_iterations=3).solve(problem)
     assert result.solution.is_finite()
     assert all(step.end_to_end is not None and step.end_to_end < 1 for step in result.history)

@@ -22,14 +22,6 @@ FREE = Unstructured(0.0)  # holds every point
 
 
 @dataclass(frozen=True)
-class Damping:
-    """Of the `LayerReconstruction` of one weight."""
-
-    ridge: float = 0.0
-    damping: float = 0.0
-
-
-@dataclass(frozen=True)
 class Network:
     """y = W2 act(W1 x + b1) + b2, or with a gate y = W2 (act(Wg x + bg) * (W1 x + b1)) + b2: a dense network.
 
@@ -105,7 +97,7 @@ class FeedForward:
         targets: Y (n, m).
         constraints: a set for each weight.
         judging: inputs and targets that no block is fitted to, for `judge`; by default the same.
-        dampings: of each weight's layer reconstruction; none where it is missing.
+        damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
 
     Source: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, eq. 5 to 9. The Woodbury
     form of P, the anchored fit of the weights and the rule for Z are ours.
@@ -122,12 +114,12 @@ class FeedForward:
         *,
         judging: tuple[Tensor, Tensor] | None = None,
         penalties: Penalties = EVEN,
-        dampings: Mapping[str, Damping] | None = None,
+        damped: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.network, self.penalties = network, penalties
         self.inputs, self.targets = inputs, targets
         self.judging = (inputs, targets) if judging is None else judging
-        self.constraints, self.dampings = constraints, dampings or {}
+        self.constraints, self.damped = constraints, damped or {}
         self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.names})
 
     @property
@@ -208,13 +200,13 @@ class FeedForward:
             seen = TargetAccumulator(targets.shape[1], inputs.shape[1], inputs.device)
             seen.add(inputs, targets if bias is None else targets - bias)
             correlation, energy = (scale * seen.correlation).to(inputs), scale * seen.energy
-        damping = self.dampings.get(name, Damping())
+        ridge, damping = self.damped.get(name, (0.0, 0.0))
         return LayerReconstruction(
             self.network.weights[name],
             (scale * gram.gram).to(inputs),
             self.constraints.get(name, FREE),
-            ridge=damping.ridge,
-            damping=damping.damping,
+            ridge=ridge,
+            damping=damping,
             correlation=correlation,
             target_energy=energy,
         )

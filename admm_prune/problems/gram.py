@@ -43,7 +43,7 @@ class GramAccumulator:
     @property
     def gram(self) -> Tensor:
         """H (d, d), float64, exactly symmetric."""
-        return (self._sum + self._sum.T) / 2
+        return (self._sum + self._sum.T).div_(2)
 
     @property
     def mean(self) -> Tensor:

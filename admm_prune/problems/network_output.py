@@ -12,7 +12,7 @@ from torch import Tensor
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.constraints import Product, SparseSet, StackedRows
-from admm_prune.problems.feed_forward import EVEN, FREE, Damping, FeedForward, Network, Penalties, correction
+from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, Network, Penalties, correction
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
 from admm_prune.problems.layer import LayerReconstruction
@@ -38,7 +38,7 @@ class NetworkOutput:
         constraints: a set for each weight.
         judging: tokens that no block is fitted to, for `judge`; by default the same.
         penalties, sweeps: of the split network.
-        dampings: of "up" (with the gate) and "down".
+        damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
         sample: tokens of a sampled gradient.
 
     Everything is computed in the dtype of the network's weights.
@@ -58,13 +58,13 @@ class NetworkOutput:
         judging: Tokens | None = None,
         penalties: Penalties = EVEN,
         sweeps: int = 1,
-        dampings: Mapping[str, Damping] | None = None,
+        damped: Mapping[str, tuple[float, float]] | None = None,
         sample: int = 512,
     ) -> None:
         self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
         self.sample = min(sample, len(tokens[0]))
         self.constraints = constraints
-        self.penalties, self.sweeps, self.dampings = penalties, sweeps, dampings or {}
+        self.penalties, self.sweeps, self.damped = penalties, sweeps, damped or {}
         self._bias = network.biases.get("down")
         inner = {name: bias for name, bias in network.biases.items() if name != "down"}
         self._inner = Network(network.activation, network.weights, inner)  # b2 is on the targets' side
@@ -161,13 +161,13 @@ class NetworkOutput:
         dense = self._stacked(self.network.weights)
         rows = [(self.network.weights[part].shape[0], self.constraints[part]) for part in self._inputs]
         target = None if torch.equal(self._stacked(x), dense) else self._wanted(x)
-        damping = self.dampings.get("up", Damping())
+        ridge, damping = self.damped.get("up", (0.0, 0.0))
         return LayerReconstruction(
             dense,
             self._gram,
             rows[0][1] if len(rows) == 1 else StackedRows(tuple(rows)),
-            ridge=damping.ridge,
-            damping=damping.damping,
+            ridge=ridge,
+            damping=damping,
             correlation=None if target is None else target.correlation.to(dense),
             target_energy=None if target is None else target.energy,
         )
@@ -196,29 +196,30 @@ class NetworkOutput:
         return wanted
 
     def _down(self, x: Point) -> LayerReconstruction:
-        weight, damping = self.network.weights["down"], self.dampings.get("down", Damping())
+        weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
         gram = GramAccumulator(weight.shape[1], weight.device)
         target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
         for inputs, targets in self._chunks(self.tokens):
             hidden = self._inner.hidden(x, inputs)
             gram.add(hidden)
             target.add(hidden, targets)
-        mean_input, mean_target = gram.mean, target.total / max(1, gram.tokens)
+        count, mean_input, mean_target = gram.tokens, gram.mean, target.total / max(1, gram.tokens)
         moments, correlation, energy = gram.gram, target.correlation, target.energy
+        del gram  # twice the size of all that follows
         if self._bias is not None:
             before = moments.diagonal().clone()
-            moments -= gram.tokens * mean_input * mean_input[:, None]
-            correlation -= gram.tokens * mean_input * mean_target[:, None]
-            energy -= gram.tokens * float(mean_target.square().sum())
+            moments.addr_(mean_input, mean_input, alpha=-count)
+            correlation.addr_(mean_target, mean_input, alpha=-count)
+            energy -= count * float(mean_target.square().sum())
             constant = moments.diagonal() <= _CONSTANT * before  # the bias does all that such a unit can do
-            moments.masked_fill_(constant | constant[:, None], 0)
-            correlation.masked_fill_(constant, 0)
+            moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
+        moments = moments.to(weight)
         return _Closing(
             weight,
-            moments.to(weight),
+            moments,
             self.constraints["down"],
-            ridge=damping.ridge,
-            damping=damping.damping,
+            ridge=ridge,
+            damping=damping,
             correlation=correlation.to(weight),
             target_energy=energy,
             means=(mean_input.to(weight), mean_target.to(weight)),

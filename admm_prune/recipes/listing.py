@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from admm_prune.problems import constraints
+from admm_prune.problems.feed_forward import FeedForward
+from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.recipes.catalogue import RECIPES
 from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
+
+PROBLEMS = (LayerReconstruction, FeedForward, GatedFeedForward, NetworkOutput)
 
 
 def capabilities() -> dict[str, Any]:
@@ -33,7 +38,7 @@ def capabilities() -> dict[str, Any]:
     return {
         "methods": [{"name": recipe.name, "summary": recipe.summary} for recipe in RECIPES.values()],
         "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
-        "problems": [{"name": "LayerReconstruction", "summary": _summary(LayerReconstruction)}],
+        "problems": [{"name": kind.__name__, "summary": _summary(kind)} for kind in PROBLEMS],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],
         "fits": fits,
     }
