@@ -11,7 +11,7 @@ from admm_prune.kernels.activations import ACTIVATIONS, RELU, Activation
 
 _PIECE = 1 << 16  # entries worked on at once: they stay in the cache from one operation to the next
 _NEWTON = {torch.float64: 12}  # steps that end at rounding
-_NEWTON_SINGLE = 5
+_NEWTON_SINGLE = 3
 _TABLE = 4096
 _FLAT = -16.0  # left of it every activation here is as good as zero
 _LINEAR = 12.0  # right of it every activation here is s

@@ -69,11 +69,14 @@ class BlockStream:
         }
 
     @torch.no_grad()
-    def collect(self, index: int, weights: Sequence[WeightView] | None = None) -> list[SharedInput]:
+    def collect(
+        self, index: int, weights: Sequence[WeightView] | None = None, outputs: dict[str, Tensor] | None = None
+    ) -> list[SharedInput]:
         """The inputs of block `index`, in the order in which the block first uses them; pads are left out.
 
         Args:
             weights: of the block; all of them by default.
+            outputs: receives what the block puts out, (n, hidden size) for every part of the text.
 
         Raises:
             ValueError: it is another block's turn.
@@ -83,24 +86,15 @@ class BlockStream:
         collector = _Collector(block if weights is None else replace(block, weights=tuple(weights)))
         with collector.watching():
             for part, flows in self._flows.items():
+                seen: list[Tensor] = []
                 for flow in flows:
                     collector.begin(part, flow.mask)
-                    flow.replay(block, index)
+                    hidden = flow.replay(block, index)
+                    if outputs is not None:
+                        seen.append(hidden[flow.mask])
+                if outputs is not None:
+                    outputs[part] = torch.cat(seen)
         return collector.shared_inputs()
-
-    @torch.no_grad()
-    def outputs(self, index: int) -> dict[str, Tensor]:
-        """What block `index` puts out now, real tokens only: (n, hidden size) for every part of the text.
-
-        Raises:
-            ValueError: it is another block's turn.
-            UserError: the outputs are not finite.
-        """
-        block = self._turn(index)
-        return {
-            part: torch.cat([flow.replay(block, index)[flow.mask] for flow in flows])
-            for part, flows in self._flows.items()
-        }
 
     @torch.no_grad()
     def pairs(
@@ -109,14 +103,14 @@ class BlockStream:
         """What enters `first` and what `last` puts out in block `index`, real tokens only, for every part of the text.
 
         Args:
-            wanted: what the block is to put out, as `outputs` gave it: the second of a pair is then what `last` would
+            wanted: what the block is to put out, as `collect` gave it: the second of a pair is then what `last` would
                 have to put out for that, where the block adds it to its residual stream.
 
         Returns:
             (n, in) and (n, out) for every part.
 
         Raises:
-            ValueError, UserError: as `outputs`.
+            ValueError, UserError: as `advance`.
         """
         block = self._turn(index)
         found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admm_prune.kernels import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.constraints import Product, SparseSet, StackedRows
@@ -19,6 +20,7 @@ from admm_prune.problems.layer import LayerReconstruction
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
+_ASKED = 64  # tokens that the split network is asked about, for each input channel
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 
 
@@ -168,32 +170,38 @@ class NetworkOutput:
             rows[0][1] if len(rows) == 1 else StackedRows(tuple(rows)),
             ridge=ridge,
             damping=damping,
-            correlation=None if target is None else target.correlation.to(dense),
-            target_energy=None if target is None else target.energy,
+            correlation=None if target is None else target[0],
+            target_energy=None if target is None else target[1],
         )
 
-    def _wanted(self, x: Point) -> TargetAccumulator:
-        """What the pre-activations, stacked as the weights are, should be for the output."""
+    def _wanted(self, x: Point) -> tuple[Tensor, float]:
+        """What the pre-activations, stacked as the weights are, should be for the output: what they are under x on all
+        tokens, and what the split network adds to that, on as many as tell it well.
+
+        Returns:
+            Their correlation with the inputs, and their energy, less the biases.
+        """
         lift = correction(x["down"], self.penalties.output)
         rows, width = self._stacked(x).shape
         wanted = TargetAccumulator(rows, width, x["up"].device)
         kind = GatedFeedForward if self.network.gated else FeedForward
         pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
-        for inputs, targets in self._chunks(self.tokens):
+        stride = max(1, len(self.tokens[0]) // (_ASKED * width))
+        for inputs, targets in self._chunks((self.tokens[0][::stride], self.tokens[1][::stride])):
             if self._bias is not None:
                 targets = targets - x["bias"]
             split = kind(self._inner, inputs, targets, {}, penalties=self.penalties)
             point = split.consistent(x)
+            before = torch.cat([point[name] for name in pre], 1)
             for _ in range(self.sweeps):
                 point["post"] = split.post_activation(point, lift)
                 for name in reversed(pre):
                     point[name] = split.split_pre_activation(name, point)
-            parts = [
-                point[name] - bias if (bias := self.network.biases.get(weight)) is not None else point[name]
-                for name, weight in zip(pre, self._inputs, strict=True)
-            ]
-            wanted.add(inputs, torch.cat(parts, 1))
-        return wanted
+            wanted.add(inputs, torch.cat([point[name] for name in pre], 1) - before)
+        scale = len(self.tokens[0]) / len(range(0, len(self.tokens[0]), stride))
+        present, more = self._stacked(x), scale * wanted.correlation.to(x["up"])
+        energy = quadratic.energy(present, self._gram) + 2 * quadratic.inner(present, more) + scale * wanted.energy
+        return present @ self._gram + more, energy
 
     def _down(self, x: Point) -> LayerReconstruction:
         weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))

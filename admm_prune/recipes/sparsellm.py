@@ -100,11 +100,11 @@ class SparseLLM:
     ) -> tuple[list[LayerReport], dict[str, Any]]:
         began = time.perf_counter()
         own = list(views.views.values())
-        wanted = stream.outputs(index) if self.target == "block" and stream.adds(index, views.down) else None
+        wanted: dict[str, Tensor] | None = {} if self.target == "block" and stream.adds(index, views.down) else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
         attention = [view for view in block.weights if view not in own]
-        for shared in stream.collect(index, attention) if attention else ():
+        for shared in stream.collect(index, attention, wanted):
             reports += prune_shared(shared, self.method, request)
         if pairs is None:
             pairs = stream.pairs(index, views.up, views.down, wanted)
@@ -177,7 +177,7 @@ class SparseLLM:
         result = solver.solve(problem)
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
         energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
-        return result, whole.value(x) / energy, whole.judge(x)
+        return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
     def _damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""

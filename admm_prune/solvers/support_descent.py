@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Stochastic, SupportConstraint, require
 from admm_prune.result import Progress
 from admm_prune.solvers.base import Iterative
 
+_TINY = 1e-12  # keeps 0 / 0 off the support at 0; gradients are those of a sum over all tokens
+
 
 @dataclass
 class State:
-    """The point, its support and Adam's moments."""
+    """The point, its support and Adam's moments, which vanish off it."""
 
     x: Point
     mask: Point
-    optimizer: torch.optim.Adam
-    scale: list[float]  # of each tensor: what its learning rate is in units of
-    loss: float = 0.0
+    first: Point
+    second: Point
+    scale: dict[str, float]  # of each tensor: what its rate is in units of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +58,22 @@ class SupportDescent(Iterative[State]):
 
     def init(self, problem: Stochastic, start: Point | None) -> State:
         x = self.projected_start(problem, start).clone()
-        mask = problem.constraint.select(x.map(torch.abs))  # type: ignore[attr-defined]  # as checked
-        scale = [float(part.square().sum() / max(1, int(kept.sum()))) ** 0.5 for part, kept in _pairs(x, mask)]
-        parameters = [{"params": [part], "lr": 0.0} for part in x.values()]
-        return State(x, mask, torch.optim.Adam(parameters, betas=self.betas), scale)
+        mask = problem.constraint.select(x.map(Tensor.abs))  # type: ignore[attr-defined]  # as checked
+        scale = {name: _rms(part, mask[name]) for name, part in x.items()}
+        return State(x, mask, x.zeros_like(), x.zeros_like(), scale)
 
     def step(self, problem: Stochastic, state: State, iteration: int) -> None:
-        state.loss, gradient = problem.sample_gradient(state.x, iteration)
+        _, gradient = problem.sample_gradient(state.x, iteration)
+        gradient.mul_(state.mask)
         rate = self.rate * min(1.0, (iteration + 1) / self.warm_up) * max(0.0, 1.0 - iteration / self.over)
-        for group, scale, part, (slope, kept) in zip(
-            state.optimizer.param_groups, state.scale, state.x.values(), _pairs(gradient, state.mask), strict=True
-        ):
-            group["lr"] = rate * scale
-            part.grad = slope.mul_(kept)
-        state.optimizer.step()
-        for part in state.x.values():
-            part.grad = None
+        b1, b2 = self.betas
+        rate /= 1 - b1 ** (iteration + 1)
+        unbiased = (1 - b2 ** (iteration + 1)) ** 0.5
+        for name, part in state.x.items():
+            slope, first, second = gradient[name], state.first[name], state.second[name]
+            first.lerp_(slope, 1 - b1)
+            second.mul_(b2).addcmul_(slope, slope, value=1 - b2)
+            part.addcdiv_(first, second.sqrt().div_(unbiased).add_(_TINY), value=-rate * state.scale[name])
 
     def measure(self, state: State, iteration: int) -> Progress:
         return Progress(iteration=iteration)
@@ -83,5 +85,6 @@ class SupportDescent(Iterative[State]):
         return state.x.map(lambda part, kept: part.where(kept, 0), state.mask)
 
 
-def _pairs(x: Point, mask: Point) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(x[name], mask[name]) for name in x]
+def _rms(x: Tensor, kept: Tensor) -> float:
+    """The root mean square of the entries kept."""
+    return float(x.square().sum() / max(1, int(kept.sum()))) ** 0.5

@@ -99,11 +99,13 @@ def test_the_wanted_output_makes_up_for_what_attention_lost(family: str, stories
     blocks, networks = decoder_blocks(model), found_in(model)
     stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3)
     assert stream.adds(0, networks[0].down)
-    dense = stream.outputs(0)
+    dense: dict[str, Tensor] = {}
+    stream.collect(0, outputs=dense)
     for view in blocks[0].weights:
         if view not in networks[0].views.values():
             view.write(prune_half(view.read()))
-    pruned = stream.outputs(0)
+    pruned: dict[str, Tensor] = {}
+    stream.collect(0, outputs=pruned)
     inputs, targets = stream.pairs(0, networks[0].up, networks[0].down, dense)["calibration"]
     own = stream.pairs(0, networks[0].up, networks[0].down)["calibration"]
     assert torch.equal(inputs, own[0])
