@@ -12,12 +12,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "Alternating",
     "Blocks",
+    "FeedForward",
+    "GatedFeedForward",
     "GramAccumulator",
     "LayerReconstruction",
     "LayerStatistics",
     "LocalSearch",
     "Magnitude",
+    "NetworkOutput",
     "NofM",
     "Point",
     "Polish",
@@ -29,6 +33,7 @@ __all__ = [
     "SparseGPT",
     "StackedRows",
     "Status",
+    "SupportDescent",
     "Unstructured",
     "Wanda",
     "prune",
@@ -36,12 +41,16 @@ __all__ = [
 
 _HOME = {
     "ADMM": "admm_prune.solvers.admm",
+    "Alternating": "admm_prune.solvers.alternating",
     "Blocks": "admm_prune.problems.constraints",
+    "FeedForward": "admm_prune.problems.feed_forward",
+    "GatedFeedForward": "admm_prune.problems.gated",
     "GramAccumulator": "admm_prune.problems.gram",
     "LayerReconstruction": "admm_prune.problems.layer",
     "LayerStatistics": "admm_prune.problems.gram",
     "LocalSearch": "admm_prune.solvers.local_search",
     "Magnitude": "admm_prune.solvers.closed_form",
+    "NetworkOutput": "admm_prune.problems.network_output",
     "NofM": "admm_prune.problems.constraints",
     "Point": "admm_prune.point",
     "Polish": "admm_prune.solvers.polish",
@@ -53,6 +62,7 @@ _HOME = {
     "SparseGPT": "admm_prune.solvers.obs",
     "StackedRows": "admm_prune.problems.constraints",
     "Status": "admm_prune.result",
+    "SupportDescent": "admm_prune.solvers.support_descent",
     "Unstructured": "admm_prune.problems.constraints",
     "Wanda": "admm_prune.solvers.closed_form",
     "prune": "admm_prune.runs.pruning",
@@ -61,16 +71,21 @@ _HOME = {
 if TYPE_CHECKING:
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, NofM, Product, RowWise, StackedRows, Unstructured
+    from admm_prune.problems.feed_forward import FeedForward
+    from admm_prune.problems.gated import GatedFeedForward
     from admm_prune.problems.gram import GramAccumulator, LayerStatistics
     from admm_prune.problems.layer import LayerReconstruction
+    from admm_prune.problems.network_output import NetworkOutput
     from admm_prune.result import Progress, Result, Status
     from admm_prune.runs.pruning import prune
     from admm_prune.solvers.admm import ADMM
+    from admm_prune.solvers.alternating import Alternating
     from admm_prune.solvers.closed_form import Magnitude, Wanda
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.polish import Polish
     from admm_prune.solvers.sparse_adam import SparseAdam
+    from admm_prune.solvers.support_descent import SupportDescent
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

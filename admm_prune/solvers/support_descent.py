@@ -87,4 +87,4 @@ class SupportDescent(Iterative[State]):
 
 def _rms(x: Tensor, kept: Tensor) -> float:
     """The root mean square of the entries kept."""
-    return float(x.square().sum() / max(1, int(kept.sum()))) ** 0.5
+    return float((x.square().sum() / max(1, int(kept.sum()))).sqrt())
