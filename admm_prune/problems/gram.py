@@ -18,9 +18,11 @@ class GramAccumulator:
     Args:
         width: d, the number of input channels.
         device: where the sum lives.
+        products: in which the products of a chunk are taken; chunks are added up in float64 in any case.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64) -> None:
+        self._products = products
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -35,9 +37,9 @@ class GramAccumulator:
         if flat.shape[1] != len(self._sum):
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
         for chunk in flat.split(_CHUNK):
-            x = chunk.to(self._sum)
-            self._sum.addmm_(x.T, x)
-            self._channel_sum += x.sum(0)
+            x = chunk.to(self._products)
+            _add_product(self._sum, x, x)
+            self._channel_sum += x.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
 
     @property
@@ -58,9 +60,13 @@ class TargetAccumulator:
         outputs: m, the number of target channels.
         width: d, the number of input channels.
         device: where the sums live.
+        products: as of `GramAccumulator`.
     """
 
-    def __init__(self, outputs: int, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, outputs: int, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64
+    ) -> None:
+        self._products = products
         self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = 0.0
@@ -68,10 +74,10 @@ class TargetAccumulator:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes."""
         for some_inputs, some_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            y = some_targets.to(self.correlation)
-            self.correlation.addmm_(y.T, some_inputs.to(self.correlation))
-            self.total += y.sum(0)
-            self.energy += float(y.square().sum())
+            y = some_targets.to(self._products)
+            _add_product(self.correlation, y, some_inputs.to(self._products))
+            self.total += y.sum(0, dtype=torch.float64)
+            self.energy += float(y.double().square().sum())
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,14 @@ class LayerStatistics:
     def dead_channels(self) -> Tensor:
         """Indices of inputs that were (as good as) zero in every token."""
         return dead_channels(self.gram).nonzero()[:, 0]
+
+
+def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """total <- total + Y^T X."""
+    if y.dtype is total.dtype:
+        total.addmm_(y.T, x)
+    else:
+        total += y.T @ x
 
 
 def check_gram(name: str, gram: Tensor, width: int) -> None:

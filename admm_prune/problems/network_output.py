@@ -20,7 +20,8 @@ from admm_prune.problems.layer import LayerReconstruction
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
-_ASKED = 64  # tokens that the split network is asked about, for each input channel
+_ASKED = 16  # tokens that the split network is asked about, for each input channel
+_SAMPLE = 64
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 
 
@@ -41,7 +42,7 @@ class NetworkOutput:
         judging: tokens that no block is fitted to, for `judge`; by default the same.
         penalties, sweeps: of the split network.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
-        sample: tokens of a sampled gradient.
+        sample: tokens of a sampled gradient; by default an 128th of them, at least 64.
 
     Everything is computed in the dtype of the network's weights.
 
@@ -61,10 +62,10 @@ class NetworkOutput:
         penalties: Penalties = EVEN,
         sweeps: int = 1,
         damped: Mapping[str, tuple[float, float]] | None = None,
-        sample: int = 512,
+        sample: int | None = None,
     ) -> None:
         self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
-        self.sample = min(sample, len(tokens[0]))
+        self.sample = min(len(tokens[0]), max(_SAMPLE, len(tokens[0]) // 128) if sample is None else sample)
         self.constraints = constraints
         self.penalties, self.sweeps, self.damped = penalties, sweeps, damped or {}
         self._bias = network.biases.get("down")
@@ -154,10 +155,11 @@ class NetworkOutput:
 
     @cached_property
     def _gram(self) -> Tensor:
-        gram = GramAccumulator(self.network.weights["up"].shape[1], self.network.weights["up"].device)
+        weight = self.network.weights["up"]
+        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
         for inputs, _ in self._chunks(self.tokens):
             gram.add(inputs)
-        return gram.gram.to(self.network.weights["up"])
+        return gram.gram.to(weight)
 
     def _up(self, x: Point) -> LayerReconstruction:
         dense = self._stacked(self.network.weights)
@@ -183,7 +185,7 @@ class NetworkOutput:
         """
         lift = correction(x["down"], self.penalties.output)
         rows, width = self._stacked(x).shape
-        wanted = TargetAccumulator(rows, width, x["up"].device)
+        wanted = TargetAccumulator(rows, width, x["up"].device, x["up"].dtype)
         kind = GatedFeedForward if self.network.gated else FeedForward
         pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
         stride = max(1, len(self.tokens[0]) // (_ASKED * width))
@@ -205,8 +207,8 @@ class NetworkOutput:
 
     def _down(self, x: Point) -> LayerReconstruction:
         weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
-        gram = GramAccumulator(weight.shape[1], weight.device)
-        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
+        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, weight.dtype)
         for inputs, targets in self._chunks(self.tokens):
             hidden = self._inner.hidden(x, inputs)
             gram.add(hidden)

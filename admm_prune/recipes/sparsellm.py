@@ -84,9 +84,14 @@ class SparseLLM:
         stream = BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
         chosen = blocks[: (len(blocks) + 1) // 2] if self.first_half else blocks
         reports, figures, notes = [], [], []
+        repairs = self.target == "block" and stream.adds(0, networks[0].down)
+        if self.target == "block" and not repairs:
+            notes.append(
+                "the blocks do not add their networks' outputs to what they put out: attention is not made up for"
+            )
         for index, (block, views) in enumerate(zip(chosen, networks, strict=False)):
             request.tell(index, len(chosen), block.name)
-            told, figure = self._prune_block(stream, index, block, views, request)
+            told, figure = self._prune_block(stream, index, block, views, repairs, request)
             reports += told
             figures.append(figure)
             stream.advance(index)
@@ -96,11 +101,11 @@ class SparseLLM:
         return Outcome(layers=reports, notes=tuple(notes), details={"feed_forward": figures})
 
     def _prune_block(
-        self, stream: BlockStream, index: int, block: Block, views: FeedForwardViews, request: Request
+        self, stream: BlockStream, index: int, block: Block, views: FeedForwardViews, repairs: bool, request: Request
     ) -> tuple[list[LayerReport], dict[str, Any]]:
         began = time.perf_counter()
         own = list(views.views.values())
-        wanted: dict[str, Tensor] | None = {} if self.target == "block" and stream.adds(index, views.down) else None
+        wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
         attention = [view for view in block.weights if view not in own]
