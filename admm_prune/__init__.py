@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "Alternating",
     "Blocks",
+    "FeedForward",
+    "GatedFeedForward",
     "GramAccumulator",
     "GroupOBS",
     "GroupReconstruction",
@@ -21,6 +24,7 @@ __all__ = [
     "LayerStatistics",
     "LocalSearch",
     "Magnitude",
+    "NetworkOutput",
     "NofM",
     "Point",
     "Polish",
@@ -33,6 +37,7 @@ __all__ = [
     "StackedRows",
     "Status",
     "StochasticADMM",
+    "SupportDescent",
     "SurrogateFree",
     "Unstructured",
     "Wanda",
@@ -41,7 +46,10 @@ __all__ = [
 
 _HOME = {
     "ADMM": "admm_prune.solvers.admm",
+    "Alternating": "admm_prune.solvers.alternating",
     "Blocks": "admm_prune.problems.constraints",
+    "FeedForward": "admm_prune.problems.feed_forward",
+    "GatedFeedForward": "admm_prune.problems.gated",
     "GramAccumulator": "admm_prune.problems.gram",
     "GroupOBS": "admm_prune.solvers.group_obs",
     "GroupReconstruction": "admm_prune.problems.groups",
@@ -50,6 +58,7 @@ _HOME = {
     "LayerStatistics": "admm_prune.problems.gram",
     "LocalSearch": "admm_prune.solvers.local_search",
     "Magnitude": "admm_prune.solvers.closed_form",
+    "NetworkOutput": "admm_prune.problems.network_output",
     "NofM": "admm_prune.problems.constraints",
     "Point": "admm_prune.point",
     "Polish": "admm_prune.solvers.polish",
@@ -63,6 +72,7 @@ _HOME = {
     "Status": "admm_prune.result",
     "StochasticADMM": "admm_prune.solvers.stochastic_admm",
     "SurrogateFree": "admm_prune.problems.surrogate_free",
+    "SupportDescent": "admm_prune.solvers.support_descent",
     "Unstructured": "admm_prune.problems.constraints",
     "Wanda": "admm_prune.solvers.closed_form",
     "prune": "admm_prune.runs.pruning",
@@ -71,13 +81,17 @@ _HOME = {
 if TYPE_CHECKING:
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
+    from admm_prune.problems.feed_forward import FeedForward
+    from admm_prune.problems.gated import GatedFeedForward
     from admm_prune.problems.gram import GramAccumulator, LayerStatistics
     from admm_prune.problems.groups import GroupReconstruction
     from admm_prune.problems.layer import LayerReconstruction
+    from admm_prune.problems.network_output import NetworkOutput
     from admm_prune.problems.surrogate_free import SurrogateFree
     from admm_prune.result import Progress, Result, Status
     from admm_prune.runs.pruning import prune
     from admm_prune.solvers.admm import ADMM
+    from admm_prune.solvers.alternating import Alternating
     from admm_prune.solvers.closed_form import Magnitude, Wanda
     from admm_prune.solvers.group_obs import GroupOBS
     from admm_prune.solvers.local_search import LocalSearch
@@ -85,6 +99,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.polish import Polish
     from admm_prune.solvers.sparse_adam import SparseAdam
     from admm_prune.solvers.stochastic_admm import StochasticADMM
+    from admm_prune.solvers.support_descent import SupportDescent
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

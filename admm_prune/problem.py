@@ -135,6 +135,30 @@ class Blockwise(Problem, Protocol):
 
 
 @runtime_checkable
+class Minimizable(Problem, Protocol):
+    def minimize(self) -> Point:
+        """argmin of value over the constraint, directly."""
+        ...
+
+
+@runtime_checkable
+class Coordinated(Blockwise, Protocol):
+    """Blocks whose points may be named otherwise than the whole's, and a figure that they are all there for."""
+
+    def part(self, x: Point, name: str) -> Point:
+        """x as a point of its block `name`."""
+        ...
+
+    def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
+        """x with the solution of its block `name` in place."""
+        ...
+
+    def judge(self, x: Point) -> float:
+        """What is wanted in the end, to be low, measured on data that no block is fitted to where there is such."""
+        ...
+
+
+@runtime_checkable
 class Refittable(Problem, Protocol):
     def refit(self, mask: Point) -> Point:
         """The exact minimum of value over the points that vanish wherever mask is False."""

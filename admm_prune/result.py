@@ -37,6 +37,8 @@ class Progress:
     rho: float | None = None
     support_changes: int | None = None
     seconds: float = 0.0
+    end_to_end: float | None = None  # what a Coordinated problem judges by, beside the objective
+    end_to_end_gain: float | None = None  # relative to the best iteration before; infinite for the first
 
 
 @dataclass(frozen=True)

@@ -490,6 +490,49 @@ class BlocksLeaveHalfOut(Changed):
         return LayerReconstruction(self.weight, self.gram / 2, self.constraint, ridge=0.01)
 
 
+class MinimumOfAnotherSet(Changed):
+    def minimize(self) -> Point:
+        return Point(weight=self.minimizer)
+
+
+class MinimizesNothing(Changed):
+    def minimize(self) -> Point:
+        return self.initial().zeros_like()
+
+
+class InBlocks(Changed):
+    """The layer as its own only block."""
+
+    order = ("weight",)
+
+    def block(self, name, x) -> LayerReconstruction:
+        return LayerReconstruction(self.weight, self.gram, self.constraint, ridge=0.01)
+
+    def part(self, x, name) -> Point:
+        return x
+
+    def joined(self, x, name, block, solution) -> Point:
+        return solution
+
+    def judge(self, x) -> float:
+        return self.value(x)
+
+
+class JoinsNothing(InBlocks):
+    def joined(self, x, name, block, solution) -> Point:
+        return x
+
+
+class JoinsHalf(InBlocks):
+    def joined(self, x, name, block, solution) -> Point:
+        return 0.5 * (x + solution)
+
+
+class JudgesByATensor(InBlocks):
+    def judge(self, x) -> float:
+        return torch.tensor(self.value(x))
+
+
 BROKEN_PROBLEMS = [
     (WrongGradient, "as a Differentiable must give a gradient that equals central differences"),
     (GradientOfAnother, "give the value that `value` gives"),
@@ -509,6 +552,11 @@ BROKEN_PROBLEMS = [
     (ChangesItsArgument, "leave the arguments of prox as they were|answer the same when prox"),
     (SamplesAreNotRepeated, "answer the same when sample_gradient is asked again"),
     (BlocksLeaveHalfOut, "have blocks whose values differ as its own do"),
+    (MinimumOfAnotherSet, "have a minimum that lies in its constraint"),
+    (MinimizesNothing, "as a Minimizable must give its minimum"),
+    (JoinsNothing, "join a solution of the block"),
+    (JoinsHalf, "part with what it joined"),
+    (JudgesByATensor, "judge by a finite float"),
 ]
 
 
@@ -522,6 +570,7 @@ def test_broken_problems(problem, message) -> None:
 def test_the_layer_that_they_break_is_sound() -> None:
     assert isinstance(Changed.of(0), Quadratic)
     assert_problem_conforms(Changed.of)
+    assert_problem_conforms(InBlocks.of)
 
 
 def test_the_solver_that_they_break_is_sound() -> None:

@@ -72,11 +72,14 @@ class BlockStream:
             }
 
     @torch.no_grad()
-    def collect(self, index: int, only: Collection[str] | None = None) -> list[SharedInput]:
+    def collect(
+        self, index: int, only: Collection[str] | None = None, outputs: dict[str, Tensor] | None = None
+    ) -> list[SharedInput]:
         """The inputs of block `index`, in the order in which the block first uses them; pads are left out.
 
         Args:
             only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
+            outputs: receives what the block puts out, (n, hidden size) for every part of the text.
 
         Raises:
             ValueError: it is another block's turn.
@@ -87,10 +90,65 @@ class BlockStream:
         collector = _Collector(weights)
         with collector.watching():
             for part, flows in self._flows.items():
+                seen: list[Tensor] = []
                 for flow in flows:
                     collector.begin(part, flow.mask)
-                    flow.replay(block, index)
+                    hidden = flow.replay(block, index)
+                    if outputs is not None:
+                        seen.append(hidden[flow.mask])
+                if outputs is not None:
+                    outputs[part] = torch.cat(seen)
         return collector.shared_inputs()
+
+    @torch.no_grad()
+    def pairs(
+        self, index: int, first: WeightView, last: WeightView, wanted: dict[str, Tensor] | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What enters `first` and what `last` puts out in block `index`, real tokens only, for every part of the text.
+
+        Args:
+            wanted: what the block is to put out, as `collect` gave it: the second of a pair is then what `last` would
+                have to put out for that, where the block adds it to its residual stream.
+
+        Returns:
+            (n, in) and (n, out) for every part.
+
+        Raises:
+            ValueError, UserError: as `advance`.
+        """
+        block = self._turn(index)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for part, flows in self._flows.items():
+            inputs, outputs, done = [], [], 0
+            for flow in flows:
+                seen: list[Tensor] = []
+                with ExitStack() as stack:
+                    stack.enter_context(first.module.register_forward_pre_hook(_keep(seen)))
+                    stack.enter_context(last.module.register_forward_hook(_keep_output(seen)))
+                    hidden = flow.replay(block, index)
+                mask = flow.mask.flatten()
+                entering, leaving = (x.reshape(-1, x.shape[-1])[mask] for x in seen)
+                if wanted is not None:
+                    leaving = leaving + wanted[part][done : done + len(leaving)] - hidden[flow.mask]
+                    done += len(leaving)
+                inputs.append(entering)
+                outputs.append(leaving)
+            found[part] = (torch.cat(inputs), torch.cat(outputs))
+        return found
+
+    @torch.no_grad()
+    def adds(self, index: int, last: WeightView) -> bool:
+        """True where block `index` adds what `last` puts out to its own output: tried out on one batch."""
+        block = self._turn(index)
+        flow = next(iter(self._flows.values()))[0]
+        before = flow.replay(block, index)
+        size = before.float().square().mean().sqrt()
+        g = torch.Generator().manual_seed(0)
+        more = torch.randn(before.shape[-1], generator=g).to(before) * size.to(before)
+        with last.module.register_forward_hook(_adding(more)):
+            after = flow.replay(block, index)
+        off = ((after.float() - before.float()) - more.float()).square().mean().sqrt()
+        return bool(off <= 0.05 * size)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -246,6 +304,18 @@ class _Collector:
         if key not in self._grams:
             self._grams[key] = GramAccumulator(rows.shape[1], rows.device)
         self._grams[key].add(rows[self._mask])
+
+
+def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, args: seen.append(args[0])
+
+
+def _keep_output(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    return lambda _, __, output: seen.append(output)
+
+
+def _adding(more: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda _, __, output: output + more
 
 
 def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:

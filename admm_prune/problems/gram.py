@@ -18,9 +18,11 @@ class GramAccumulator:
     Args:
         width: d, the number of input channels.
         device: where the sum lives.
+        products: in which the products of a chunk are taken; chunks are added up in float64 in any case.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64) -> None:
+        self._products = products
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -35,20 +37,47 @@ class GramAccumulator:
         if flat.shape[1] != len(self._sum):
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
         for chunk in flat.split(_CHUNK):
-            x = chunk.to(self._sum)
-            self._sum.addmm_(x.T, x)
-            self._channel_sum += x.sum(0)
+            x = chunk.to(self._products)
+            _add_product(self._sum, x, x)
+            self._channel_sum += x.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
 
     @property
     def gram(self) -> Tensor:
         """H (d, d), float64, exactly symmetric."""
-        return (self._sum + self._sum.T) / 2
+        return (self._sum + self._sum.T).div_(2)
 
     @property
     def mean(self) -> Tensor:
         """The mean input (d,), float64; zeros before the first token."""
         return self._channel_sum / max(self.tokens, 1)
+
+
+class TargetAccumulator:
+    """C = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, in float64.
+
+    Args:
+        outputs: m, the number of target channels.
+        width: d, the number of input channels.
+        device: where the sums live.
+        products: as of `GramAccumulator`.
+    """
+
+    def __init__(
+        self, outputs: int, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64
+    ) -> None:
+        self._products = products
+        self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
+        self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.energy = 0.0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes."""
+        for some_inputs, some_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            y = some_targets.to(self._products)
+            _add_product(self.correlation, y, some_inputs.to(self._products))
+            self.total += y.sum(0, dtype=torch.float64)
+            self.energy += float(y.double().square().sum())
 
 
 @dataclass(frozen=True)
@@ -98,6 +127,14 @@ class LayerStatistics:
         return dead_channels(self.gram).nonzero()[:, 0]
 
 
+def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """total <- total + Y^T X."""
+    if y.dtype is total.dtype:
+        total.addmm_(y.T, x)
+    else:
+        total += y.T @ x
+
+
 def check_gram(name: str, gram: Tensor, width: int) -> None:
     """Raises ValueError unless `gram` can be X^T X of a layer of so many inputs: shape, numbers, symmetry, sign."""
     check_square(name, gram, width)
@@ -111,10 +148,16 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
 
 def check_square(name: str, matrix: Tensor, width: int) -> None:
     """Raises ValueError unless `matrix` is of finite float32 or float64 numbers, width x width."""
+    check_matrix(name, matrix, (width, width))
+
+
+def check_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless `matrix` is of finite float32 or float64 numbers and this shape."""
+    rows, width = shape
     if matrix.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, not {matrix.dtype}")
-    if matrix.shape != (width, width):
-        raise ValueError(f"{name} must be {width} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
+    if matrix.shape != shape:
+        raise ValueError(f"{name} must be {rows} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"{name} holds NaN or Inf")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from admm_prune.kernels import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.problems.gram import DEAD, check_gram, check_square, check_weight, dead_channels
+from admm_prune.problems.gram import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels
 
 # What served best on tokens that were not calibrated on: the ridge on drawn layers and the most of the real ones, the
 # damping where a few channels outweigh all others and the rare ones are known from few tokens.
@@ -35,10 +35,12 @@ class LayerReconstruction:
         ridge: relative to diag(H), so that scaling a channel changes nothing.
         damping: relative to mean(diag H), as published for SparseGPT (0.01).
         cross_gram: X0^T X (in, in).
-        target_energy: ||Y||_F^2; needed with `cross_gram`.
+        correlation: Y^T X (out, in), in place of `cross_gram`.
+        target_energy: ||Y||_F^2; needed with either.
 
     Raises:
-        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge.
+        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge;
+            two targets, or one without its energy.
 
     Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024. The normal form is ours.
     """
@@ -52,21 +54,27 @@ class LayerReconstruction:
         ridge: float = DEFAULT_RIDGE,
         damping: float = 0.0,
         cross_gram: Tensor | None = None,
+        correlation: Tensor | None = None,
         target_energy: float | None = None,
     ) -> None:
         check_weight(weight)
         check_gram("gram", gram, weight.shape[1])
         if cross_gram is not None:
             check_square("cross_gram", cross_gram, weight.shape[1])
-            if target_energy is None:
-                raise ValueError("cross_gram needs target_energy, the squared norm of the target, beside it")
+        if correlation is not None:
+            check_matrix("correlation", correlation, (weight.shape[0], weight.shape[1]))
+        if cross_gram is not None and correlation is not None:
+            raise ValueError("cross_gram and correlation both name a target: give one of them")
+        if target_energy is None and (cross_gram is not None or correlation is not None):
+            given = "correlation" if cross_gram is None else "cross_gram"
+            raise ValueError(f"{given} needs target_energy, the squared norm of the target, beside it")
         if ridge < 0 or damping < 0:
             raise ValueError(f"ridge and damping must not be negative: {ridge}, {damping}")
         self.constraint = constraint
         self.weight = weight.detach().to(gram.dtype)
         self.gram = gram.detach()
         self.ridge, self.damping = ridge, damping
-        self.cross_gram, self.target_energy = cross_gram, target_energy
+        self.cross_gram, self.correlation, self.target_energy = cross_gram, correlation, target_energy
         self.dead = dead_channels(gram)
         self.notes: tuple[str, ...] = ()
         if bool(self.dead.any()):
@@ -92,10 +100,10 @@ class LayerReconstruction:
     @cached_property
     def minimizer(self) -> Tensor:
         """The minimum without the constraint (out, in): W itself unless the target came from other inputs."""
-        if self.cross_gram is None:
+        target = self._target
+        if target is None:
             return self.weight
-        cross = self.cross_gram.to(self.gram.dtype).masked_fill(self.dead[:, None] | self.dead, 0)
-        target = self.weight @ cross + self.weight * self._anchor
+        target = target.masked_fill(self.dead, 0) + self.weight * self._anchor
         return torch.cholesky_solve(target.T, torch.linalg.cholesky(self.hessian)).T.contiguous()
 
     @property
@@ -128,33 +136,40 @@ class LayerReconstruction:
         return Point(weight=quadratic.minimize_on_support(scaled, self.minimizer * scale, mask["weight"]) / scale)
 
     def relative_error(self, x: Point, gram: Tensor | None = None) -> float:
-        """||X V^T - Y||^2 / ||Y||^2, undamped, in float64: tr((V-W) H (V-W)^T) / tr(W H W^T) for its own inputs.
+        """||X V^T - Y||^2 / ||Y||^2, undamped, in float64: tr((V-W) H (V-W)^T) / tr(W H W^T) for its own outputs.
 
         Args:
-            gram: another H (in, in), such as that of held-out tokens; only for the layer's own inputs.
+            gram: another H (in, in), such as that of held-out tokens; only for the layer's own outputs.
 
         Raises:
-            ValueError: another Gram with a target from other inputs.
+            ValueError: another Gram with another target.
         """
         v = x["weight"]
-        if self.cross_gram is None:
+        target = self._target
+        if target is None:
             h = self.gram if gram is None else gram
             energy = quadratic.energy(self.weight, h)
             error = quadratic.energy(v, h, self.weight)
             return error / energy if energy > 0 else 0.0
         if gram is not None or self.target_energy is None:
-            raise ValueError("an error on other tokens needs their cross-Gram too")
-        target = self.weight @ self.cross_gram.to(self.gram.dtype)
+            raise ValueError("an error on other tokens needs their target too")
         energy = quadratic.energy(v, self.gram) - 2 * quadratic.inner(v, target) + self.target_energy
         return energy / self.target_energy if self.target_energy > 0 else 0.0
 
     @cached_property
     def _least(self) -> float:
         """The value at the unconstrained minimum: 0 for the layer's own target."""
-        if self.cross_gram is None or self.target_energy is None:
+        if self.target_energy is None:
             return 0.0
         anchored = float((self.weight.double().square().sum(0) * self._anchor.double()).sum())
         return self.target_energy + anchored - quadratic.energy(self.minimizer, self.hessian)
+
+    @property
+    def _target(self) -> Tensor | None:
+        """Y^T X (out, in); None for the layer's own output, X W^T."""
+        if self.cross_gram is not None:
+            return self.weight @ self.cross_gram.to(self.gram.dtype)
+        return None if self.correlation is None else self.correlation.to(self.gram.dtype)
 
     @property
     def _anchor(self) -> Tensor:

@@ -10,10 +10,11 @@ from admm_prune.recipes.elsa import TRAINED
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, method_names
 from admm_prune.recipes.recipe import Recipe
+from admm_prune.recipes.sparsellm import SPARSELLM
 from admm_prune.recipes.structured import STRUCTURED
 from admm_prune.recipes.trained import Trained
 
-_RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *STRUCTURED, *TRAINED)
+_RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSELLM, *STRUCTURED, *TRAINED)
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 

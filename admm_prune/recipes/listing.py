@@ -7,11 +7,16 @@ from typing import Any
 import torch
 
 from admm_prune.problems import constraints
+from admm_prune.problems.feed_forward import FeedForward
+from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.groups import GroupReconstruction
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.problems.surrogate_free import SurrogateFree
 from admm_prune.recipes.catalogue import RECIPES
 from admm_prune.recipes.local_methods import LOCAL_METHODS, REFERENCES, Method
+
+PROBLEMS = (LayerReconstruction, GroupReconstruction, FeedForward, GatedFeedForward, NetworkOutput, SurrogateFree)
 
 
 def capabilities() -> dict[str, Any]:
@@ -43,10 +48,7 @@ def capabilities() -> dict[str, Any]:
     return {
         "methods": [{"name": recipe.name, "summary": recipe.summary} for recipe in RECIPES.values()],
         "references": [{"name": method.name, "summary": method.summary} for method in REFERENCES.values()],
-        "problems": [
-            {"name": kind.__name__, "summary": _summary(kind)}
-            for kind in (LayerReconstruction, GroupReconstruction, SurrogateFree)
-        ],
+        "problems": [{"name": kind.__name__, "summary": _summary(kind)} for kind in PROBLEMS],
         "constraints": [{"name": kind.__name__, "summary": _summary(kind)} for kind in sets],
         "fits": fits,
     }

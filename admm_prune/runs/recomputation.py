@@ -137,7 +137,7 @@ def define(layer: LayerFile, ridge: float, damping: float) -> Definition:
     if layer.cross_gram is None or layer.target_energy is None:
         return Definition(weight, gram, hessian, weight, 0.0, None, rounding)
     cross: Array = layer.cross_gram.to(layer.gram.dtype).double().numpy()
-    target = weight @ np.where(dead[:, None] | dead, 0.0, cross) + weight * anchor
+    target = np.where(dead, 0.0, weight @ cross) + weight * anchor
     scale = np.sqrt(np.diagonal(hessian))
     minimizer = np.linalg.solve(hessian / scale / scale[:, None], (target / scale).T).T / scale
     least = layer.target_energy + float((weight * weight * anchor).sum()) - energy(minimizer, hessian)[0]

@@ -14,7 +14,9 @@ from admm_prune.point import Point
 from admm_prune.problem import (
     Blockwise,
     Constraint,
+    Coordinated,
     Differentiable,
+    Minimizable,
     Problem,
     Proximable,
     Quadratic,
@@ -42,7 +44,10 @@ def assert_problem_conforms(make_problem: Callable[[int], Problem], *, examples:
     Differentiable: the value is f's, the gradient equals central differences.
     Stochastic: a draw repeats itself by the bit; its gradient equals the central differences of its loss.
     Refittable: refit vanishes off the mask; no direction on the mask lowers f; a larger mask is not worse.
+    Minimizable: the minimum lies in the constraint, and nothing found is lower: not the initial point, nor its
+    projection, nor points near by.
     Blockwise: each block is a problem; where its points are named as ours, its values differ as ours do.
+    Coordinated: a block's own part put back is no change; another one changes it; the judge's figure is finite.
 
     Args:
         make_problem: from a seed, a small problem (up to some hundred weights, best in float64); the same for the same
@@ -95,8 +100,12 @@ def _capabilities(case: Case, problem: Problem, points: list[Point], seed: int) 
             _prox(case.but(f"as a Proximable, rho = {rho}"), problem, points[1], rho, smooth=smooth, seed=seed)
     if isinstance(problem, Refittable):
         _refit(case.but("as a Refittable"), problem, points[1], smooth=smooth, seed=seed)
+    if isinstance(problem, Minimizable):
+        _minimum(case.but("as a Minimizable"), problem, points, seed)
     if isinstance(problem, Blockwise):
-        _blocks(case.but("as a Blockwise"), problem, points)
+        _blocks(case.but("as a Blockwise"), problem, points, seed)
+    if isinstance(problem, Coordinated):
+        _coordinated(case.but("as a Coordinated"), problem, points)
 
 
 def _untouched(case: Case, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -214,7 +223,34 @@ def _refit(case: Case, problem: Refittable, x: Point, *, smooth: bool, seed: int
         case.promise(values[large] <= values[small] + slack, f"be no worse refitted on {large} than on {small}")
 
 
-def _blocks(case: Case, problem: Blockwise, points: list[Point]) -> None:
+def _minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -> None:
+    best = _untouched(case, "minimize", problem.minimize)
+    case.promise(same_form(best, points[0]) and best.is_finite(), "have a finite minimum of the form of its points")
+    case.promise(problem.constraint.contains(best), "have a minimum that lies in its constraint")
+    here = problem.value(best)
+    near = [best + 10.0 ** -(k % 3 + 1) * random_like(best, seed + k, rms(best)) for k in range(_DIRECTIONS)]
+    for rival in (points[0], *map(problem.constraint.project, (*points, *near))):
+        there = problem.value(rival)
+        slack = 1000 * precision(best) * max(abs(here), abs(there))
+        case.promise(here <= there + slack, "give its minimum", f"it gives {here}, {there} is reached")
+
+
+def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
+    x, other = points[0], points[1]
+    judged = _untouched(case, "judge", problem.judge, x)
+    case.promise(isinstance(judged, float) and math.isfinite(judged), "judge by a finite float", f"{judged!r}")
+    for name in problem.order:
+        here = case.but(f"block {name}")
+        block = problem.block(name, x)
+        part = _untouched(here, "part", problem.part, x, name)
+        here.promise(same_form(part, block.initial()), "have a part of the form of the block's points")
+        foreign = problem.joined(x, name, block, problem.part(other, name))
+        here.promise(same_form(foreign, x) and not same_bits(foreign, x), "join a solution of the block")
+        again = problem.part(foreign, name)
+        here.promise(same_bits(again, problem.part(other, name)), "part with what it joined")
+
+
+def _blocks(case: Case, problem: Blockwise, points: list[Point], seed: int) -> None:
     order = problem.order
     case.promise(len(order) > 0 and len(set(order)) == len(order), "name each block once", f"{order}")
     x, other = points[0], points[1]
@@ -226,6 +262,8 @@ def _blocks(case: Case, problem: Blockwise, points: list[Point]) -> None:
             mine = block.initial()
             change = block.value(mine)
         here.promise(math.isfinite(change), "have blocks of finite value", f"{change}")
+        if isinstance(block, Minimizable):
+            _minimum(here, block, [mine, random_like(mine, seed, rms(mine))], seed)
         if mine.keys() <= x.keys() and all(mine[key].shape == x[key].shape for key in mine):
             moved = Point({key: other[key] for key in mine})
             change = block.value(moved) - block.value(Point({key: x[key] for key in mine}))

@@ -121,7 +121,7 @@ def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dens
         "give the same bits for the same problem made again",
     )
     dense = problem.initial().clone()
-    feasible = constraint.project(0.9 * dense)
+    feasible = problem.constraint.project(0.9 * dense)
     _is_not_worse(trial, case.but("from a feasible start"), problem, feasible)
     if dense_start:
         _is_not_worse(trial, case.but("from the dense weights"), problem, dense)

@@ -1,0 +1,274 @@
+"""Feed-forward network split by auxiliary variables: every block of variables has an easy problem of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels.activations import Activation
+from admm_prune.kernels.pre_activation import pre_activation
+from admm_prune.point import Point
+from admm_prune.problem import Constraint, Problem
+from admm_prune.problems.constraints import Product, SparseSet, Unstructured
+from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
+from admm_prune.problems.layer import LayerReconstruction
+
+FREE = Unstructured(0.0)  # holds every point
+
+
+@dataclass(frozen=True)
+class Network:
+    """y = W2 act(W1 x + b1) + b2, or with a gate y = W2 (act(Wg x + bg) * (W1 x + b1)) + b2: a dense network.
+
+    Attributes:
+        weights: "up" W1 (D, d), "down" W2 (m, D) and, where there is a gate, "gate" Wg (D, d).
+        biases: of the same names; a name that is missing has none.
+    """
+
+    activation: Activation
+    weights: Point
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def gated(self) -> bool:
+        return "gate" in self.weights
+
+    def linear(self, name: str, x: Point, inputs: Tensor) -> Tensor:
+        """Inputs (n, in) through one weight of x and the bias of that name (n, out)."""
+        bias = self.biases.get(name)
+        return inputs @ x[name].T if bias is None else torch.addmm(bias, inputs, x[name].T)
+
+    def hidden(self, x: Point, inputs: Tensor) -> Tensor:
+        """What enters the down projection (n, D)."""
+        up = self.linear("up", x, inputs)
+        return (
+            self.activation.value(self.linear("gate", x, inputs)).mul_(up) if self.gated else self.activation.value(up)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """How much the three bonds of a split network count: linear maps (alpha), output (beta), activation (gamma).
+
+    Only their ratios matter.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.alpha, self.beta, self.gamma) <= 0:
+            raise ValueError(f"alpha, beta and gamma must be positive, not {self.alpha}, {self.beta}, {self.gamma}")
+
+    @property
+    def linear(self) -> float:
+        return self.alpha / self.gamma
+
+    @property
+    def output(self) -> float:
+        return self.beta / self.gamma
+
+
+EVEN = Penalties()
+
+
+class FeedForward:
+    """min a |X W1^T + b1 - Z|^2 + |P - act(Z)|^2 + b |P W2^T + b2 - Y|^2 over W1, W2 in their sets, and all Z, P,
+
+    with a = alpha / gamma, b = beta / gamma. `Coordinated`: "up" and "down" are layer reconstructions; "post" (P) and
+    "pre" (Z) are `Minimizable`, P by a Cholesky factor of the size of the output, Z entry by entry, exactly for ReLU,
+    else to rounding in nearly all entries. Biases stay as they are.
+
+    Points hold "up" (D, d), "down" (m, D), "pre" and "post" (n, D). At the start Z and P are what the dense network
+    computes; there the block "up" is the plain layer reconstruction, to the bit.
+
+    Args:
+        network: without a gate.
+        inputs: X (n, d), float32 or float64; everything is computed in this dtype.
+        targets: Y (n, m).
+        constraints: a set for each weight.
+        judging: inputs and targets that no block is fitted to, for `judge`; by default the same.
+        damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
+
+    Source: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, eq. 5 to 9. The Woodbury
+    form of P, the anchored fit of the weights and the rule for Z are ours.
+    """
+
+    order: tuple[str, ...] = ("up", "down", "post", "pre")
+
+    def __init__(
+        self,
+        network: Network,
+        inputs: Tensor,
+        targets: Tensor,
+        constraints: Mapping[str, SparseSet],
+        *,
+        judging: tuple[Tensor, Tensor] | None = None,
+        penalties: Penalties = EVEN,
+        damped: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.network, self.penalties = network, penalties
+        self.inputs, self.targets = inputs, targets
+        self.judging = (inputs, targets) if judging is None else judging
+        self.constraints, self.damped = constraints, damped or {}
+        self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.names})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors of a point."""
+        return ("up", "down", "pre", "post")
+
+    @cached_property
+    def curvature(self) -> float:
+        """Half the mean diagonal of the Hessian over the weights, at the start."""
+        dense = self.network.weights
+        hidden = self.network.hidden(dense, self.inputs)
+        total = sum(
+            self.penalties.linear * _energy(self.inputs) * len(w) for name, w in dense.items() if name != "down"
+        ) + self.penalties.output * _energy(hidden) * len(dense["down"])
+        return total / dense.numel()
+
+    def initial(self) -> Point:
+        return self.consistent(self.network.weights)
+
+    def consistent(self, x: Point) -> Point:
+        """The weights of x, with Z and P as these weights compute them: all of the loss is in the output."""
+        pre = self.network.linear("up", x, self.inputs)
+        return Point(up=x["up"], down=x["down"], pre=pre, post=self.network.activation.value(pre))
+
+    def value(self, x: Point) -> float:
+        return self._linear_loss("up", "pre", x) + self._activation_loss(x) + self._output_loss(x)
+
+    def block(self, name: str, x: Point) -> Any:  # a Problem; some type checkers take a cached_property for no member
+        if name == "post":
+            return PostActivation(self, x)
+        if name == "pre":
+            return PreActivation(self, "pre", x)
+        if name == "down":
+            return self._layer("down", x["post"], self.targets, self.penalties.output)
+        return self._layer_of_inputs(name, "pre", x)
+
+    def part(self, x: Point, name: str) -> Point:
+        return Point({("weight" if name in self.network.weights else name): x[name]})
+
+    def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
+        return Point({**x, name: solution["weight"] if "weight" in solution else solution[name]})
+
+    def judge(self, x: Point) -> float:
+        """|net(X; x) - Y|^2 / |Y|^2 of the network itself, whatever Z and P, on the judging tokens."""
+        inputs, targets = self.judging
+        outputs = self.network.linear("down", x, self.network.hidden(x, inputs))
+        return _energy(outputs - targets) / (_energy(targets) or 1.0)
+
+    def activated(self, x: Point) -> Tensor:
+        """act(Z) (n, D)."""
+        return self.network.activation.value(x["pre"])
+
+    def post_activation(self, x: Point, correction: Tensor) -> Tensor:
+        """The best P for all else at x (n, D): F + (Y - b2 - F W2^T) correction, with F = act(Z)."""
+        hidden = self.activated(x)
+        missing = self.targets - self.network.linear("down", x, hidden)
+        return torch.addmm(hidden, missing, correction)
+
+    def split_pre_activation(self, name: str, x: Point) -> Tensor:
+        """The best Z for all else at x (n, D)."""
+        mean = self.network.linear("up", x, self.inputs)
+        return pre_activation(mean, x["post"], None, 1 / self.penalties.linear, self.network.activation, x["pre"])
+
+    def _layer_of_inputs(self, name: str, pre: str, x: Point) -> LayerReconstruction:
+        dense = self.network.weights
+        if torch.equal(x[name], dense[name]) and torch.equal(x[pre], self.network.linear(name, dense, self.inputs)):
+            return self._layer(name, self.inputs, None, self.penalties.linear)
+        return self._layer(name, self.inputs, x[pre], self.penalties.linear)
+
+    def _layer(self, name: str, inputs: Tensor, targets: Tensor | None, scale: float) -> LayerReconstruction:
+        """scale |inputs W^T + bias - targets|^2; the weight's own output where no targets are given."""
+        gram = GramAccumulator(inputs.shape[1], inputs.device)
+        gram.add(inputs)
+        correlation, energy = None, None
+        if targets is not None:
+            bias = self.network.biases.get(name)
+            seen = TargetAccumulator(targets.shape[1], inputs.shape[1], inputs.device)
+            seen.add(inputs, targets if bias is None else targets - bias)
+            correlation, energy = (scale * seen.correlation).to(inputs), scale * seen.energy
+        ridge, damping = self.damped.get(name, (0.0, 0.0))
+        return LayerReconstruction(
+            self.network.weights[name],
+            (scale * gram.gram).to(inputs),
+            self.constraints.get(name, FREE),
+            ridge=ridge,
+            damping=damping,
+            correlation=correlation,
+            target_energy=energy,
+        )
+
+    def _linear_loss(self, name: str, pre: str, x: Point) -> float:
+        return self.penalties.linear * _energy(self.network.linear(name, x, self.inputs) - x[pre])
+
+    def _activation_loss(self, x: Point) -> float:
+        return _energy(x["post"] - self.activated(x))
+
+    def _output_loss(self, x: Point) -> float:
+        return self.penalties.output * _energy(self.network.linear("down", x, x["post"]) - self.targets)
+
+
+class AuxiliaryBlock:
+    """The problem in one auxiliary variable of a split network, all else held: its minimum is known."""
+
+    constraint: Constraint = FREE
+
+    def __init__(self, split: FeedForward, name: str, x: Point) -> None:
+        self._split, self._name, self._x = split, name, x
+
+    @property
+    def curvature(self) -> float:
+        return 1.0
+
+    def initial(self) -> Point:
+        return Point({self._name: self._x[self._name]})
+
+    def value(self, x: Point) -> float:
+        """The value of the whole."""
+        return self._split.value(Point({**self._x, **x}))
+
+
+class PostActivation(AuxiliaryBlock):
+    """min_P |P - act(Z)|^2 + b |P W2^T + b2 - Y|^2."""
+
+    def __init__(self, split: FeedForward, x: Point) -> None:
+        super().__init__(split, "post", x)
+
+    def minimize(self) -> Point:
+        """P = F + b (Y - b2 - F W2^T) (I + b W2 W2^T)^-1 W2 with F = act(Z)."""
+        lift = correction(self._x["down"], self._split.penalties.output)
+        return Point(post=self._split.post_activation(self._x, lift))
+
+
+class PreActivation(AuxiliaryBlock):
+    """min_Z of what holds Z to the linear map below it and to the activation above it."""
+
+    def __init__(self, split: FeedForward, name: str, x: Point) -> None:
+        super().__init__(split, name, x)
+
+    def minimize(self) -> Point:
+        return Point({self._name: self._split.split_pre_activation(self._name, self._x)})
+
+
+def correction(down: Tensor, output: float) -> Tensor:
+    """b (I + b W2 W2^T)^-1 W2 (m, D): what a residual of the output asks of the hidden units."""
+    system = output * down @ down.T
+    system.diagonal().add_(1)
+    return torch.cholesky_solve(output * down, torch.linalg.cholesky(system))
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.double().square().sum())

@@ -1,0 +1,249 @@
+"""Network output: keep what a whole feed-forward network puts out, one weight after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels import quadratic
+from admm_prune.point import Point
+from admm_prune.problem import Constraint, Problem
+from admm_prune.problems.constraints import Product, SparseSet, StackedRows
+from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, Network, Penalties, correction
+from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
+from admm_prune.problems.layer import LayerReconstruction
+
+Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
+_CHUNK = 1024  # tokens that are in the hidden layer at once
+_ASKED = 16  # tokens that the split network is asked about, for each input channel
+_SAMPLE = 64
+_CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
+
+
+class NetworkOutput:
+    """min |net(X; W1, W2) - Y|^2 over weights in their sets, where net(x) = W2 act(W1 x + b1) + b2, or gated.
+
+    `Stochastic`, and `Coordinated` of two blocks. "down" is the layer reconstruction of Y from what the hidden units do
+    under the present W1: the closing step. It takes b2 with it, where there is one. "up", with the gate stacked on it,
+    is the plain layer reconstruction at the dense weights. Elsewhere its target is the pre-activation of the split
+    network (`FeedForward`) that begins at the present weights: `sweeps` exact updates of P and Z say what the hidden
+    units should do for the output, and W1 is fitted to that. Nothing of size n x D outlives its chunk of tokens.
+
+    Points hold "up", "down", "gate" where there is one, and "bias" (m,), b2, where there is one.
+
+    Args:
+        tokens: inputs and targets.
+        constraints: a set for each weight.
+        judging: tokens that no block is fitted to, for `judge`; by default the same.
+        penalties, sweeps: of the split network.
+        damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
+        sample: tokens of a sampled gradient; by default an 128th of them, at least 64.
+
+    Everything is computed in the dtype of the network's weights.
+
+    Source: the split is that of Bai et al., SparseLLM, 2024; beginning it anew at the present network, and the closing
+    step, are ours.
+    """
+
+    order: tuple[str, ...] = ("up", "down")
+
+    def __init__(
+        self,
+        network: Network,
+        tokens: Tokens,
+        constraints: Mapping[str, SparseSet],
+        *,
+        judging: Tokens | None = None,
+        penalties: Penalties = EVEN,
+        sweeps: int = 1,
+        damped: Mapping[str, tuple[float, float]] | None = None,
+        sample: int | None = None,
+    ) -> None:
+        self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
+        self.sample = min(len(tokens[0]), max(_SAMPLE, len(tokens[0]) // 128) if sample is None else sample)
+        self.constraints = constraints
+        self.penalties, self.sweeps, self.damped = penalties, sweeps, damped or {}
+        self._bias = network.biases.get("down")
+        inner = {name: bias for name, bias in network.biases.items() if name != "down"}
+        self._inner = Network(network.activation, network.weights, inner)  # b2 is on the targets' side
+        self._inputs = ("gate", "up") if network.gated else ("up",)
+        self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.initial()})
+
+    @cached_property
+    def curvature(self) -> float:
+        """That of the down projection at the start."""
+        return self._down(self.initial()).curvature
+
+    def initial(self) -> Point:
+        x = Point({name: self.network.weights[name] for name in (*self._inputs, "down")})
+        return x if self._bias is None else Point({**x, "bias": self._bias})
+
+    def value(self, x: Point) -> float:
+        return self._loss(x, self.tokens)[0]
+
+    def judge(self, x: Point) -> float:
+        """|net(X; x) - Y|^2 / |Y|^2 on the judging tokens."""
+        loss, energy = self._loss(x, self.judging)
+        return loss / energy if energy > 0 else 0.0
+
+    def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
+        """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""
+        count = len(self._shuffle)
+        places = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
+        inputs, targets = (part[self._shuffle[places]].to(x["up"]) for part in self.tokens)
+        scale = count / self.sample
+        pre = {name: self._inner.linear(name, x, inputs) for name in self._inputs}
+        act, slope, _ = self._inner.activation.derivatives(pre[self._inputs[0]])
+        hidden = act * pre["up"] if self._inner.gated else act
+        missing = self._inner.linear("down", x, hidden) - targets
+        if self._bias is not None:
+            missing += x["bias"]
+        back = missing.mul(2 * scale)
+        felt = back @ x["down"]
+        gradient = Point(down=back.T @ hidden)
+        if self._inner.gated:
+            gradient["up"] = (felt * act).T @ inputs
+            gradient["gate"] = (felt * pre["up"] * slope).T @ inputs
+        else:
+            gradient["up"] = (felt * slope).T @ inputs
+        if self._bias is not None:
+            gradient["bias"] = back.sum(0)
+        return scale * float(missing.double().square().sum()), Point({name: gradient[name] for name in x})
+
+    def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
+        return self._down(x) if name == "down" else self._up(x)
+
+    def part(self, x: Point, name: str) -> Point:
+        return Point(weight=x["down"] if name == "down" else self._stacked(x))
+
+    def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
+        weight = solution["weight"]
+        if name == "down":
+            bias = {} if self._bias is None or not isinstance(block, _Closing) else {"bias": block.bias(weight)}
+            return Point({**x, "down": weight, **bias})
+        parts = weight.split([x[part].shape[0] for part in self._inputs])
+        return Point({**x, **dict(zip(self._inputs, parts, strict=True))})
+
+    def _chunks(self, tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, targets in zip(*(part.split(_CHUNK) for part in tokens), strict=True):
+            yield inputs.to(self.network.weights["up"]), targets.to(self.network.weights["up"])
+
+    def _loss(self, x: Point, tokens: Tokens) -> tuple[float, float]:
+        """|net(X; x) - Y|^2 and |Y|^2, added in float64."""
+        loss, energy = 0.0, 0.0
+        for inputs, targets in self._chunks(tokens):
+            outputs = self._inner.linear("down", x, self._inner.hidden(x, inputs))
+            if self._bias is not None:
+                outputs += x["bias"]
+            loss += float((outputs - targets).double().square().sum())
+            energy += float(targets.double().square().sum())
+        return loss, energy
+
+    @cached_property
+    def _shuffle(self) -> Tensor:
+        """The tokens in a random order, the same for every problem of as many tokens."""
+        inputs = self.tokens[0]
+        return torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+
+    def _stacked(self, x: Point) -> Tensor:
+        return torch.cat([x[part] for part in self._inputs])
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        weight = self.network.weights["up"]
+        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
+        for inputs, _ in self._chunks(self.tokens):
+            gram.add(inputs)
+        return gram.gram.to(weight)
+
+    def _up(self, x: Point) -> LayerReconstruction:
+        dense = self._stacked(self.network.weights)
+        rows = [(self.network.weights[part].shape[0], self.constraints[part]) for part in self._inputs]
+        target = None if torch.equal(self._stacked(x), dense) else self._wanted(x)
+        ridge, damping = self.damped.get("up", (0.0, 0.0))
+        return LayerReconstruction(
+            dense,
+            self._gram,
+            rows[0][1] if len(rows) == 1 else StackedRows(tuple(rows)),
+            ridge=ridge,
+            damping=damping,
+            correlation=None if target is None else target[0],
+            target_energy=None if target is None else target[1],
+        )
+
+    def _wanted(self, x: Point) -> tuple[Tensor, float]:
+        """What the pre-activations, stacked as the weights are, should be for the output: what they are under x on all
+        tokens, and what the split network adds to that, on as many as tell it well.
+
+        Returns:
+            Their correlation with the inputs, and their energy, less the biases.
+        """
+        lift = correction(x["down"], self.penalties.output)
+        rows, width = self._stacked(x).shape
+        wanted = TargetAccumulator(rows, width, x["up"].device, x["up"].dtype)
+        kind = GatedFeedForward if self.network.gated else FeedForward
+        pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
+        stride = max(1, len(self.tokens[0]) // (_ASKED * width))
+        for inputs, targets in self._chunks((self.tokens[0][::stride], self.tokens[1][::stride])):
+            if self._bias is not None:
+                targets = targets - x["bias"]
+            split = kind(self._inner, inputs, targets, {}, penalties=self.penalties)
+            point = split.consistent(x)
+            before = torch.cat([point[name] for name in pre], 1)
+            for _ in range(self.sweeps):
+                point["post"] = split.post_activation(point, lift)
+                for name in reversed(pre):
+                    point[name] = split.split_pre_activation(name, point)
+            wanted.add(inputs, torch.cat([point[name] for name in pre], 1) - before)
+        scale = len(self.tokens[0]) / len(range(0, len(self.tokens[0]), stride))
+        present, more = self._stacked(x), scale * wanted.correlation.to(x["up"])
+        energy = quadratic.energy(present, self._gram) + 2 * quadratic.inner(present, more) + scale * wanted.energy
+        return present @ self._gram + more, energy
+
+    def _down(self, x: Point) -> LayerReconstruction:
+        weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
+        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, weight.dtype)
+        for inputs, targets in self._chunks(self.tokens):
+            hidden = self._inner.hidden(x, inputs)
+            gram.add(hidden)
+            target.add(hidden, targets)
+        count, mean_input, mean_target = gram.tokens, gram.mean, target.total / max(1, gram.tokens)
+        moments, correlation, energy = gram.gram, target.correlation, target.energy
+        del gram  # twice the size of all that follows
+        if self._bias is not None:
+            before = moments.diagonal().clone()
+            moments.addr_(mean_input, mean_input, alpha=-count)
+            correlation.addr_(mean_target, mean_input, alpha=-count)
+            energy -= count * float(mean_target.square().sum())
+            constant = moments.diagonal() <= _CONSTANT * before  # the bias does all that such a unit can do
+            moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
+        moments = moments.to(weight)
+        return _Closing(
+            weight,
+            moments,
+            self.constraints["down"],
+            ridge=ridge,
+            damping=damping,
+            correlation=correlation.to(weight),
+            target_energy=energy,
+            means=(mean_input.to(weight), mean_target.to(weight)),
+        )
+
+
+class _Closing(LayerReconstruction):
+    """A layer reconstruction with a bias: of inputs and targets less their means, which the bias makes up for."""
+
+    def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self._means = means
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias (m,) beside a weight."""
+        mean_input, mean_target = self._means
+        return mean_target - weight @ mean_input

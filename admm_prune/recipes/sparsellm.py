@@ -1,0 +1,244 @@
+"""SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.errors import UserError
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.feed_forward import FeedForwardViews, feed_forwards
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.point import Point
+from admm_prune.problems.feed_forward import EVEN, FeedForward, Network, Penalties
+from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.gram import GramAccumulator
+from admm_prune.problems.network_output import NetworkOutput
+from admm_prune.recipes.layerwise import Layerwise, check_target, prune_shared
+from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
+from admm_prune.recipes.recipe import LayerReport, Outcome, Request
+from admm_prune.recipes.ridge import settle_ridge
+from admm_prune.recipes.targets import Target
+from admm_prune.result import Result
+from admm_prune.solvers.alternating import Alternating
+from admm_prune.solvers.support_descent import SupportDescent
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseLLM:
+    """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
+
+    For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
+    what it did before, attention's error included; then alternate: fit and prune the up projection (and gate), refit
+    and prune the down projection on what the pruned up projection makes the hidden units do, ask the split network what
+    they should do; last, all weights together on their supports. The best round on validation tokens is kept.
+
+    Args:
+        method: prunes attention, and is the inner solver of every block of weights.
+        rounds: at most so many; 1 is "sequential + closing".
+        closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
+            to those that the pruned up projection gives.
+        finish: descend on the supports in the end.
+        target: of the network: "block" makes up for attention too, "network" is its own dense output, "before" is that
+            too, with inputs from before attention was pruned, as released.
+        penalties: of the split network.
+        first_half: prune only the first half of the blocks, as the published tables did.
+
+    Sources: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, and its released code
+    (`RELEASED`). Closing, finish and the target "block" are ours.
+    """
+
+    name: str
+    summary: str
+    method: Method
+    rounds: int = 2
+    closing: bool = True
+    finish: bool = True
+    target: Literal["block", "network", "before"] = "block"
+    penalties: Penalties = Penalties(alpha=0.1, beta=10.0)
+    first_half: bool = False
+    samples: int = 128
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        return "model" if self.first_half else "matrix"
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        blocks = decoder_blocks(model)
+        check_target(blocks, self.method, target)
+        feed_forwards(model, blocks)
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        blocks = decoder_blocks(model)
+        check_target(blocks, self.method, request.target)
+        networks = feed_forwards(model, blocks)
+        if request.target.fraction == 0:  # to the bit: no target makes up for what is not lost
+            return Layerwise(self.method).prune(model, request)
+        stream = BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
+        chosen = blocks[: (len(blocks) + 1) // 2] if self.first_half else blocks
+        reports, figures, notes = [], [], []
+        repairs = self.target == "block" and stream.adds(0, networks[0].down)
+        if self.target == "block" and not repairs:
+            notes.append(
+                "the blocks do not add their networks' outputs to what they put out: attention is not made up for"
+            )
+        for index, (block, views) in enumerate(zip(chosen, networks, strict=False)):
+            request.tell(index, len(chosen), block.name)
+            told, figure = self._prune_block(stream, index, block, views, repairs, request)
+            reports += told
+            figures.append(figure)
+            stream.advance(index)
+        request.tell(len(chosen), len(chosen))
+        if self.first_half:
+            notes.append(f"only the first {len(chosen)} of {len(blocks)} blocks were pruned")
+        return Outcome(layers=reports, notes=tuple(notes), details={"feed_forward": figures})
+
+    def _prune_block(
+        self, stream: BlockStream, index: int, block: Block, views: FeedForwardViews, repairs: bool, request: Request
+    ) -> tuple[list[LayerReport], dict[str, Any]]:
+        began = time.perf_counter()
+        own = list(views.views.values())
+        wanted: dict[str, Tensor] | None = {} if repairs else None
+        pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
+        reports = []
+        attention = {view.name for view in block.weights if view not in own}
+        for shared in stream.collect(index, attention, wanted):
+            reports += prune_shared(shared, self.method, request)
+        if pairs is None:
+            pairs = stream.pairs(index, views.up, views.down, wanted)
+        del wanted
+        try:
+            network = network_of(views)
+            damped = self._damped(network, pairs, request)
+            result, error, judged = self._solve(network, damped, pairs, request.target)
+            for name, view in views.views.items():
+                view.write(result.solution[name])
+            bias = views.down.bias
+            if bias is not None and "bias" in result.solution:
+                bias.data.copy_(result.solution["bias"])
+        except (ValueError, LinAlgError) as problem:
+            raise UserError(f"{', '.join(view.name for view in own)}: {problem}") from problem
+        seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
+        entries = sum(view.parameter.numel() for view in own)
+        for view in own:
+            written = Point(weight=view.read())
+            reports.append(
+                LayerReport(
+                    name=view.name,
+                    shape=view.shape,
+                    sparsity=written.sparsity(),
+                    status=result.status.name,
+                    iterations=result.iterations,
+                    seconds=seconds * view.parameter.numel() / entries,
+                    tokens=len(pairs["calibration"][0]),
+                    notes=result.notes,
+                )
+            )
+        figure = {
+            "block": block.name,
+            "activation": views.activation.name,
+            "relative_error": error,
+            "relative_error_validation": judged,
+            "damped": damped,
+            "rounds": [progress.end_to_end for progress in result.history],
+            "best_round": result.best_iteration,
+        }
+        return reports, figure
+
+    def _solve(
+        self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, target: Target
+    ) -> tuple[Result, float, float]:
+        """The solved network, and the relative errors of its output on calibration and on validation tokens."""
+        judging = pairs.get("validation", pairs["calibration"])
+        constraints = dict.fromkeys(network.weights, self.method.constraint(target))
+        whole = NetworkOutput(
+            network, pairs["calibration"], constraints, judging=judging, penalties=self.penalties, damped=damped
+        )
+        problem: NetworkOutput | FeedForward = whole
+        if not self.closing:
+            kind = GatedFeedForward if network.gated else FeedForward
+            inputs, targets, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *judging))
+            problem = kind(
+                network,
+                inputs,
+                targets,
+                constraints,
+                judging=(others[0], others[1]),
+                penalties=self.penalties,
+                damped=damped,
+            )
+        solver = Alternating(
+            inner=self.method.make(),
+            max_iterations=self.rounds,
+            finish_with=SupportDescent() if self.finish and self.closing else None,
+        )
+        result = solver.solve(problem)
+        x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
+        energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
+        return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
+
+    def _damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
+        """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
+        constraint = self.method.constraint(request.target)
+        damped = {}
+        for name, weight in network.weights.items():
+            gram, validation = torch.empty(0), None
+            if request.ridge == "auto":
+                grams = {part: _gram(network, name, inputs) for part, (inputs, _) in pairs.items()}
+                validation = grams.get("validation")
+                gram = torch.stack(list(grams.values())).sum(0)
+            asked = settle_ridge(request.ridge, self.method, weight, gram, validation, constraint)
+            damped[name] = (asked.ridge, asked.damping)
+        return damped
+
+
+def network_of(views: FeedForwardViews) -> Network:
+    """The network's weights and biases as they are now, copied, in float32 at least."""
+    weights = {name: _wide(view.read()) for name, view in views.views.items()}
+    biases = {name: _wide(view.bias.detach()) for name, view in views.views.items() if view.bias is not None}
+    return Network(views.activation, Point(weights), biases)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _gram(network: Network, name: str, inputs: Tensor) -> Tensor:
+    """H of what enters a weight of the dense network."""
+    gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
+    for chunk in inputs.split(1024):
+        x = chunk.to(network.weights[name])
+        gram.add(network.hidden(network.weights, x) if name == "down" else x)
+    return gram.gram.to(network.weights[name])
+
+
+SPARSELLM = (
+    SparseLLM(
+        name="sparsellm",
+        summary="each feed-forward network as one, by admm; attention's error made up for",
+        method=LOCAL_METHODS["admm"],
+    ),
+    SparseLLM(
+        name="sequential",
+        summary="sparsellm's ablation: up by admm, then down on what the pruned up gives (closing), and no more",
+        method=LOCAL_METHODS["admm"],
+        rounds=1,
+        finish=False,
+    ),
+    SparseLLM(
+        name="sparsellm-release",
+        summary="sparsellm with the inner solver, ratios, rounds and targets of its released code",
+        method=LOCAL_METHODS["sparsegpt"],
+        rounds=4,
+        closing=False,
+        target="before",
+        penalties=EVEN,
+    ),
+)

@@ -1,0 +1,118 @@
+"""Alternating minimization: one block of variables after the other; the best round by what is wanted in the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from admm_prune.point import Point
+from admm_prune.problem import Coordinated, Minimizable, Problem, fits, require
+from admm_prune.result import Progress
+from admm_prune.solvers.base import Iterative, Solver
+from admm_prune.solvers.polish import Polish
+
+
+@dataclass
+class State:
+    """The point of this round, and the best one by the judge."""
+
+    x: Point
+    best: Point
+    best_judged: float = math.inf
+    judged: float = math.inf
+    rounds: int = 0
+    best_round: int = 0
+    gain: float = math.inf  # of this round over the best one before, relative
+    changed: int = 0
+    notes: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternating(Iterative[State]):
+    """Round after round, for every block b in the problem's order: x_b <- argmin over x_b, all other blocks held.
+
+    A block that is `Minimizable` gives its minimum itself, any other is solved by `inner`. What a block lowers is a
+    surrogate: after every round the problem judges the whole, the best round is returned, and a round that improves
+    nothing ends the run.
+
+    Args:
+        inner: solves blocks with a sparse set.
+        freeze_after: rounds after which supports stay as they are and `refit` takes the place of `inner`; None never.
+        refit: fits a block anew on the support of its start.
+        finish_with: improves the best round once more, all blocks together, on its support; the last block of the order
+            is then refitted. Kept where the judge agrees.
+        tolerance: stop after a round that lowers the judge's figure by less, relative to the best round before.
+
+    Raises:
+        TypeError: the problem is not Coordinated.
+
+    Source: Bai et al., SparseLLM, 2024, algorithm 1; the judge, the freezing and the finish are ours.
+    """
+
+    inner: Solver
+    max_iterations: int = 4
+    freeze_after: int | None = None
+    refit: Solver = Polish(max_iterations=20)
+    finish_with: Solver | None = None
+    tolerance: float = 1e-3
+
+    def check(self, problem: Problem) -> None:
+        require(self, problem, Coordinated, "it solves block after block and is told by a judge which round is best")
+
+    def init(self, problem: Coordinated, start: Point | None) -> State:
+        x = problem.initial() if start is None else start
+        return State(x, x)
+
+    def step(self, problem: Coordinated, state: State, iteration: int) -> None:
+        frozen = self.freeze_after is not None and iteration >= self.freeze_after
+        before = state.x
+        for name in problem.order:
+            state.x = self._solved(problem, state, name, frozen)
+        state.rounds = iteration + 1
+        state.changed = sum(
+            int(((x != 0) != (before[name] != 0)).sum()) for name, x in state.x.items() if x.shape == before[name].shape
+        )
+        state.judged = problem.judge(state.x)
+        best = state.best_judged
+        state.gain = (best - state.judged) / best if 0 < best < math.inf else best
+        if state.judged < state.best_judged:
+            state.best, state.best_judged, state.best_round = state.x, state.judged, state.rounds
+
+    def measure(self, state: State, iteration: int) -> Progress:
+        return Progress(
+            iteration=iteration, end_to_end=state.judged, end_to_end_gain=state.gain, support_changes=state.changed
+        )
+
+    def converged(self, progress: Progress) -> bool:
+        return progress.end_to_end_gain is not None and progress.end_to_end_gain < self.tolerance
+
+    def solution(self, problem: Coordinated, state: State) -> Point:
+        return state.best
+
+    def finish(self, problem: Any, state: State, point: Point) -> Point:
+        if self.finish_with is None:
+            return point
+        result = self.finish_with.solve(problem, start=point)
+        state.x = result.solution
+        finished = self._solved(problem, state, problem.order[-1], frozen=True)
+        judged = problem.judge(finished)
+        kept = judged < state.best_judged
+        verdict = "kept" if kept else "dropped"
+        state.notes.append(f"finish: {state.best_judged:.4g} became {judged:.4g} by the judge, {verdict}")
+        return finished if kept else point
+
+    def notes(self, state: State) -> tuple[str, ...]:
+        stalled = state.rounds - state.best_round
+        told = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
+        return (*told, *dict.fromkeys(state.notes))
+
+    def _solved(self, problem: Coordinated, state: State, name: str, frozen: bool) -> Point:
+        """The point of this round with one block solved."""
+        block = problem.block(name, state.x)
+        if fits(block, Minimizable):
+            return problem.joined(state.x, name, block, block.minimize())
+        solver = self.refit if frozen else self.inner
+        result = solver.solve(block, start=problem.part(state.x, name) if frozen else None)
+        state.notes += [f"{name}: {note}" for note in result.notes]
+        return problem.joined(state.x, name, block, result.solution)

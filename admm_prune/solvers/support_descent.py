@@ -1,0 +1,90 @@
+"""Descent on a support: Adam on sampled gradients, all weights at once, zeros stay zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from admm_prune.point import Point
+from admm_prune.problem import Problem, Stochastic, SupportConstraint, require
+from admm_prune.result import Progress
+from admm_prune.solvers.base import Iterative
+
+_TINY = 1e-12  # keeps 0 / 0 off the support at 0; gradients are those of a sum over all tokens
+
+
+@dataclass
+class State:
+    """The point, its support and Adam's moments, which vanish off it."""
+
+    x: Point
+    mask: Point
+    first: Point
+    second: Point
+    scale: dict[str, float]  # of each tensor: what its rate is in units of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportDescent(Iterative[State]):
+    """x <- x - rate * rms(x_i) * Adam(mask * sampled gradient), for every tensor x_i; the support of the start stays.
+
+    Neither exact nor limited to one block: it follows the problem's own loss through all of its tensors together.
+
+    Args:
+        rate: relative to the root mean square of a tensor's kept entries; rises over `warm_up` steps, then falls
+            linearly to zero at step `over`.
+        betas: of Adam.
+
+    Raises:
+        TypeError: the problem is not Stochastic, or its constraint no SupportConstraint.
+
+    Source: Kingma and Ba, Adam, 2015.
+    """
+
+    rate: float = 0.05
+    warm_up: int = 5
+    over: int = 200
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_iterations: int = 200
+
+    def check(self, problem: Problem) -> None:
+        require(self, problem, Stochastic, "it follows sampled gradients")
+        if not isinstance(problem.constraint, SupportConstraint):
+            raise TypeError(
+                f"SupportDescent needs a SupportConstraint, which it cannot leave on a support of it; "
+                f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
+            )
+
+    def init(self, problem: Stochastic, start: Point | None) -> State:
+        x = self.projected_start(problem, start).clone()
+        mask = problem.constraint.select(x.map(Tensor.abs))  # type: ignore[attr-defined]  # as checked
+        scale = {name: _rms(part, mask[name]) for name, part in x.items()}
+        return State(x, mask, x.zeros_like(), x.zeros_like(), scale)
+
+    def step(self, problem: Stochastic, state: State, iteration: int) -> None:
+        _, gradient = problem.sample_gradient(state.x, iteration)
+        gradient.mul_(state.mask)
+        rate = self.rate * min(1.0, (iteration + 1) / self.warm_up) * max(0.0, 1.0 - iteration / self.over)
+        b1, b2 = self.betas
+        rate /= 1 - b1 ** (iteration + 1)
+        unbiased = (1 - b2 ** (iteration + 1)) ** 0.5
+        for name, part in state.x.items():
+            slope, first, second = gradient[name], state.first[name], state.second[name]
+            first.lerp_(slope, 1 - b1)
+            second.mul_(b2).addcmul_(slope, slope, value=1 - b2)
+            part.addcdiv_(first, second.sqrt().div_(unbiased).add_(_TINY), value=-rate * state.scale[name])
+
+    def measure(self, state: State, iteration: int) -> Progress:
+        return Progress(iteration=iteration)
+
+    def converged(self, progress: Progress) -> bool:
+        return False
+
+    def solution(self, problem: Stochastic, state: State) -> Point:
+        return state.x.map(lambda part, kept: part.where(kept, 0), state.mask)
+
+
+def _rms(x: Tensor, kept: Tensor) -> float:
+    """The root mean square of the entries kept."""
+    return float((x.square().sum() / max(1, int(kept.sum()))).sqrt())
