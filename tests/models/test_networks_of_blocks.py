@@ -20,6 +20,7 @@ from admm_prune.models.structure import decoder_blocks
 
 EXPECTED = {
     "llama": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "mistral": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
     "qwen3": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
     "opt": ("relu", "fc1", None, "fc2"),
     "gpt2": ("gelu-tanh", "mlp.c_fc", None, "mlp.c_proj"),
