@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -76,7 +77,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
 
     with torch.no_grad():
         here = value(0.0)
-        found = minimize_scalar(
+        found: Any = minimize_scalar(  # its declared type does not know its own fields
             lambda power: value(scale * 2.0**power),
             bounds=(_SMALLEST, _LARGEST),
             method="bounded",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterato
 
 
 @contextmanager
-def trainable(model: nn.Module) -> Iterator[None]:
+def trainable(model: nn.Module) -> Generator[None]:
     """Within it every parameter takes a gradient; afterwards those that did before."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
