@@ -60,7 +60,7 @@ class Setting:
     rounds: int = 1
     explicit: bool = False
     closed: bool = False
-    finish: bool = False
+    descent: int = 0
     penalties: Penalties = EVEN
     sweeps: int = 1
     freeze_after: int | None = None
@@ -82,10 +82,12 @@ SETTINGS: dict[str, Setting] = {
     "4 rounds": Setting(rounds=4, penalties=LOOSE),
     "4 rounds, 3 sweeps": Setting(rounds=4, penalties=LOOSE, sweeps=3),
     "8 rounds": Setting(rounds=8, penalties=LOOSE),
-    "1 round, finished": Setting(finish=True),
-    "sparsellm": Setting(rounds=2, penalties=LOOSE, finish=True),
-    "sparsellm, sparsegpt": Setting(inner="sparsegpt", rounds=2, penalties=LOOSE, finish=True),
-    "sparsellm, wanda": Setting(inner="wanda", rounds=2, penalties=LOOSE, finish=True),
+    "1 round, 200 steps": Setting(descent=200),
+    "sparsellm": Setting(rounds=2, penalties=LOOSE, descent=100),
+    "sparsellm, frozen": Setting(rounds=2, penalties=LOOSE, descent=100, freeze_after=1),
+    "sparsellm, 4 rounds": Setting(rounds=4, penalties=LOOSE, descent=100),
+    "sparsellm, sparsegpt": Setting(inner="sparsegpt", rounds=2, penalties=LOOSE, descent=100),
+    "sparsellm, wanda": Setting(inner="wanda", rounds=2, penalties=LOOSE, descent=100),
 }
 for _alpha in (0.2, 1.0, 5.0):
     for _beta in (0.2, 1.0, 5.0):
@@ -144,7 +146,7 @@ def error_of(setting: Setting, network: Network, pairs: Pairs, target: Target) -
         inner=method.make(),
         max_iterations=setting.rounds,
         freeze_after=setting.freeze_after,
-        finish_with=SupportDescent() if setting.finish else None,
+        together=SupportDescent.of(setting.descent) if setting.descent else None,
         tolerance=-1.0,
     )
     found = solver.solve(problem).solution

@@ -1,6 +1,6 @@
 """Peak memory and time of one random feed-forward network under `sparsellm`'s solver.
 
-    python -m benchmarks.network_memory [--width 2048] [--hidden 8192] [--tokens 131072] [--rounds 1] [--finish]
+    python -m benchmarks.network_memory [--width 2048] [--hidden 8192] [--tokens 131072] [--rounds 2] [--descent 100]
 
 Inputs and targets are there before the measurement begins and are counted apart: 2 x width x 2 bytes a token, in
 bfloat16. Everything else is in the peak: weights in float32, statistics, solver, chunks.
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, help="4 x width by default")
     parser.add_argument("--tokens", type=int, default=64 * 2048)
     parser.add_argument("--rounds", type=int, default=SparseLLM.rounds)
-    parser.add_argument("--finish", action="store_true", help="the descent on the supports too")
+    parser.add_argument("--descent", type=int, default=SparseLLM.descent, help="steps in every round")
     parser.add_argument("--inner", default="sparsegpt", choices=list(LOCAL_METHODS))
     parser.add_argument("--date")
     chosen = parser.parse_args(arguments)
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         solver = Alternating(
             inner=method.make(),
             max_iterations=chosen.rounds,
-            finish_with=SupportDescent() if chosen.finish else None,
+            together=SupportDescent.of(chosen.descent) if chosen.descent else None,
         )
         judged = problem.judge(solver.solve(problem).solution)
     held = 2 * inputs.numel() * inputs.element_size() / 2**20
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens": chosen.tokens,
         "inner": chosen.inner,
         "rounds": chosen.rounds,
-        "finish": chosen.finish,
+        "descent": chosen.descent,
         "inputs_and_targets_mib": round(held, 1),
         "peak_beyond_mib": memory.extra_mib,
         "peak_mib": round(held + memory.extra_mib, 1),

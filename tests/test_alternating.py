@@ -30,7 +30,7 @@ COORDINATED = {
 
 
 def test_alternating_conforms() -> None:
-    solver = Alternating(inner=SparseGPT(), max_iterations=2, finish_with=None)
+    solver = Alternating(inner=SparseGPT(), max_iterations=2)
     tried = assert_solver_conforms(solver, problems=COORDINATED, constraints=FITTING, fills=False)
     assert {f"{problem}, {name}" for problem in COORDINATED for name in FITTING} <= set(tried.solved)
     assert "Alternating needs a Coordinated problem" in tried.refused["a layer that shows only its value, half"]
@@ -58,7 +58,7 @@ def test_each_step_lowers_the_error_on_other_tokens(name: str, gated: bool) -> N
             Alternating(inner=SparseGPT(), max_iterations=1).solve(explicit),
             Alternating(inner=SparseGPT(), max_iterations=4, tolerance=-1.0).solve(explicit),
             Alternating(inner=SparseGPT(), max_iterations=1).solve(problem),
-            Alternating(inner=SparseGPT(), max_iterations=2, finish_with=SupportDescent()).solve(problem),
+            Alternating(inner=SparseGPT(), max_iterations=2, together=SupportDescent()).solve(problem),
         ]
         judged.append([problem.judge(weights_of(problem, run.solution)) for run in runs])
     local, published, closed, finished = torch.tensor(judged).mean(0).tolist()
@@ -96,12 +96,12 @@ def test_a_frozen_support_stays() -> None:
     assert problem.judge(frozen.solution) <= problem.judge(first.solution)
 
 
-def test_a_finish_that_the_judge_does_not_like_is_dropped() -> None:
+def test_a_step_together_that_the_judge_does_not_like_is_dropped() -> None:
     problem = whole(network("relu", gated=False), constraint=Unstructured(0.7))
     plain = Alternating(inner=ADMM(), max_iterations=1).solve(problem)
-    wild = Alternating(inner=ADMM(), max_iterations=1, finish_with=Ruin()).solve(problem)
+    wild = Alternating(inner=ADMM(), max_iterations=1, together=Ruin()).solve(problem)
     assert all(torch.equal(plain.solution[name], x) for name, x in wild.solution.items())
-    assert any(note.endswith("by the judge, dropped") for note in wild.notes)
+    assert any(note.startswith("round 1: all blocks together were no better") for note in wild.notes)
 
 
 def test_descent_keeps_the_support_and_lowers_the_value() -> None:

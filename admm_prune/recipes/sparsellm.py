@@ -37,22 +37,23 @@ class SparseLLM:
 
     For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
     what it did before, attention's error included; then alternate: fit and prune the up projection (and gate), refit
-    and prune the down projection on what the pruned up projection makes the hidden units do, ask the split network what
-    they should do; last, all weights together on their supports. The best round on validation tokens is kept.
+    and prune the down projection on what the pruned up projection makes the hidden units do, descend with all weights
+    together on their supports, ask the split network what the hidden units should do instead, and begin anew. The best
+    round on validation tokens is kept.
 
     Args:
         method: prunes attention, and is the inner solver of every block of weights.
         rounds: at most so many; 1 is "sequential + closing".
         closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
             to those that the pruned up projection gives.
-        finish: descend on the supports in the end.
+        descent: steps with all weights together in every round; 0 for none.
         target: of the network: "block" makes up for attention too, "network" is its own dense output, "before" is that
             too, with inputs from before attention was pruned, as released.
         penalties: of the split network.
         first_half: prune only the first half of the blocks, as the published tables did.
 
     Sources: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, and its released code
-    (`RELEASED`). Closing, finish and the target "block" are ours.
+    (`sparsellm-release`). Closing, descent and the target "block" are ours.
     """
 
     name: str
@@ -60,7 +61,7 @@ class SparseLLM:
     method: Method
     rounds: int = 2
     closing: bool = True
-    finish: bool = True
+    descent: int = 100
     target: Literal["block", "network", "before"] = "block"
     penalties: Penalties = Penalties(alpha=0.1, beta=10.0)
     first_half: bool = False
@@ -177,7 +178,7 @@ class SparseLLM:
         solver = Alternating(
             inner=self.method.make(),
             max_iterations=self.rounds,
-            finish_with=SupportDescent() if self.finish and self.closing else None,
+            together=SupportDescent.of(self.descent) if self.descent and self.closing else None,
         )
         result = solver.solve(problem)
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
@@ -230,7 +231,7 @@ SPARSELLM = (
         summary="sparsellm's ablation: up by admm, then down on what the pruned up gives (closing), and no more",
         method=LOCAL_METHODS["admm"],
         rounds=1,
-        finish=False,
+        descent=0,
     ),
     SparseLLM(
         name="sparsellm-release",

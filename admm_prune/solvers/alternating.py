@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from admm_prune.point import Point
 from admm_prune.problem import Coordinated, Minimizable, Problem, fits, require
@@ -40,21 +39,21 @@ class Alternating(Iterative[State]):
         inner: solves blocks with a sparse set.
         freeze_after: rounds after which supports stay as they are and `refit` takes the place of `inner`; None never.
         refit: fits a block anew on the support of its start.
-        finish_with: improves the best round once more, all blocks together, on its support; the last block of the order
-            is then refitted. Kept where the judge agrees.
+        together: ends every round, where it is given: improves all blocks at once on their supports, after which the
+            last block of the order is refitted. Kept where the judge agrees; the next round begins there.
         tolerance: stop after a round that lowers the judge's figure by less, relative to the best round before.
 
     Raises:
         TypeError: the problem is not Coordinated.
 
-    Source: Bai et al., SparseLLM, 2024, algorithm 1; the judge, the freezing and the finish are ours.
+    Source: Bai et al., SparseLLM, 2024, algorithm 1; the judge, the freezing and the step together are ours.
     """
 
     inner: Solver
     max_iterations: int = 4
     freeze_after: int | None = None
     refit: Solver = Polish(max_iterations=20)
-    finish_with: Solver | None = None
+    together: Solver | None = None
     tolerance: float = 1e-3
 
     def check(self, problem: Problem) -> None:
@@ -74,6 +73,8 @@ class Alternating(Iterative[State]):
             int(((x != 0) != (before[name] != 0)).sum()) for name, x in state.x.items() if x.shape == before[name].shape
         )
         state.judged = problem.judge(state.x)
+        if self.together is not None:
+            self._improve(problem, state)
         best = state.best_judged
         state.gain = (best - state.judged) / best if 0 < best < math.inf else best
         if state.judged < state.best_judged:
@@ -90,22 +91,22 @@ class Alternating(Iterative[State]):
     def solution(self, problem: Coordinated, state: State) -> Point:
         return state.best
 
-    def finish(self, problem: Any, state: State, point: Point) -> Point:
-        if self.finish_with is None:
-            return point
-        result = self.finish_with.solve(problem, start=point)
-        state.x = result.solution
-        finished = self._solved(problem, state, problem.order[-1], frozen=True)
-        judged = problem.judge(finished)
-        kept = judged < state.best_judged
-        verdict = "kept" if kept else "dropped"
-        state.notes.append(f"finish: {state.best_judged:.4g} became {judged:.4g} by the judge, {verdict}")
-        return finished if kept else point
-
     def notes(self, state: State) -> tuple[str, ...]:
         stalled = state.rounds - state.best_round
         told = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
         return (*told, *dict.fromkeys(state.notes))
+
+    def _improve(self, problem: Coordinated, state: State) -> None:
+        alternated, judged = state.x, state.judged
+        assert self.together is not None
+        state.x = self.together.solve(problem, start=alternated).solution
+        state.x = self._solved(problem, state, problem.order[-1], frozen=True)
+        state.judged = problem.judge(state.x)
+        if state.judged >= judged:
+            state.notes.append(
+                f"round {state.rounds}: all blocks together were no better, {state.judged:.4g} by the judge"
+            )
+            state.x, state.judged = alternated, judged
 
     def _solved(self, problem: Coordinated, state: State, name: str, frozen: bool) -> Point:
         """The point of this round with one block solved."""

@@ -48,6 +48,11 @@ class SupportDescent(Iterative[State]):
     betas: tuple[float, float] = (0.9, 0.99)
     max_iterations: int = 200
 
+    @classmethod
+    def of(cls, steps: int) -> SupportDescent:
+        """The schedule over so many steps."""
+        return cls(over=steps, max_iterations=steps)
+
     def check(self, problem: Problem) -> None:
         require(self, problem, Stochastic, "it follows sampled gradients")
         if not isinstance(problem.constraint, SupportConstraint):
