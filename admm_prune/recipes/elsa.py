@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
+from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.layerwise import Layerwise, check_target
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
 from admm_prune.recipes.recipe import Outcome
@@ -51,11 +52,11 @@ class Elsa(Trained):
         at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
         in between:      x <- Adam's step with the gradient of f, restricted to the support.
 
-    This is ELSA's splitting with three of its parts exchanged, each by measurement (`benchmarks/results/elsa-*`). The
-    projection is taken in the metric of the layers' second moments, as far as `projection` solves it, and compensates
-    what it removes, in place of the diagonal of the Fisher information. x = z is held between the projections: the
-    penalty is infinite, so that no dual variable and no anchor is kept, and the state beyond Adam's is a bit a weight.
-    And C is approached through a few larger sets. `published` is the iteration of the paper.
+    This is ELSA's splitting with three of its parts exchanged, by measurement (`benchmarks/results/surrogate-free-*`).
+    The projection is taken in the metric of the layers' second moments, as far as `projection` solves it, and
+    compensates what it removes, in place of the diagonal of the Fisher information. x = z is held between the
+    projections: the penalty is infinite, so that no dual variable and no anchor is kept, and the state beyond Adam's is
+    a bit a weight. And C is approached through a few larger sets. `Published` is the iteration of the paper.
 
     Attributes:
         ladder: None projects to the target at once.
@@ -69,8 +70,6 @@ class Elsa(Trained):
     projection: Method = LOCAL_METHODS["admm"]
 
     def check(self, model: Any, target: Target) -> None:
-        from admm_prune.models.structure import decoder_blocks
-
         check_target(decoder_blocks(model), self.projection, target)
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
