@@ -66,8 +66,8 @@ class Trained(ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`recipes.rate`) before the
-    first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights is kept beside
-    the optimizer's state.
+    first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights is kept
+    beside the optimizer's state.
 
     Attributes:
         steps: forward and backward passes over a batch, those that measure the rate included.
