@@ -220,12 +220,12 @@ def text_table(rows: Sequence[Row], head: str) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         dense = next(row["dense"] for row in rows if row["model"] == model)
         columns = f"{'perplexity':>11}{'spread':>9}{'seeds':>6}{'ratio':>8}{'tokens':>9}{'seconds':>9}  lr"
-        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':16}{columns}"]
+        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':28}{columns}"]
         for row in (row for row in rows if row["model"] == model):
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             rate = "" if row["used_lr"] == "" else row["used_lr"]
             lines.append(
-                f"{row['target']:7}{row['method']:16}{row['perplexity']:11.3f}{row['spread']:9.3f}{row['seeds']:6}"
+                f"{row['target']:7}{row['method']:28}{row['perplexity']:11.3f}{row['spread']:9.3f}{row['seeds']:6}"
                 f"{ratio:>8}{int(row['tokens'] or 0):9}{row['seconds']:9.0f}  {rate}"
             )
     return "\n".join(lines) + "\n"
