@@ -14,11 +14,13 @@ def main() -> None:
     """
     import typer
 
+    from admm_prune.cli import interrupts
     from admm_prune.cli.app import app
     from admm_prune.errors import UserError
 
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with interrupts.remembered():
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UserError, _usage_error()) as error:
         # A usage error's str() leaves out the name of the option that is wrong.
         text = getattr(error, "format_message", error.__str__)()

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from admm_prune.cli import interrupts
+
 Model = Annotated[str, typer.Option(help="'embedded', a from_pretrained folder, or a Hub id.")]
 Data = Annotated[
     str, typer.Option(help="Calibration text: 'embedded', a .txt, .jsonl or .parquet file, a folder, or a Hub id.")
@@ -60,6 +62,7 @@ def progress_bar(what: str) -> Iterator[Report]:
         task = bar.add_task("", total=None)
 
         def report(done: int, total: int, at_work: str) -> None:
+            interrupts.check()
             bar.update(task, completed=done, total=total, description=at_work)
             if not console.is_terminal and at_work:
                 print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from outcome import Command
 
+from admm_prune.cli import common, interrupts
 from admm_prune.runs import pruning
 
 MODES = pytest.mark.parametrize(
@@ -86,3 +88,15 @@ def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path, model
     assert err.splitlines()[-1] == "admm-prune: interrupted"
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_that_was_swallowed_ends_the_next_step_of_the_work() -> None:
+    with interrupts.remembered(), common.progress_bar("work") as report:
+        report(0, 2, "before")
+        with suppress(KeyboardInterrupt):  # as a destructor would
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with pytest.raises(KeyboardInterrupt):
+            report(1, 2, "after")
+    with interrupts.remembered(), common.progress_bar("work") as report:
+        report(0, 1, "other work")

@@ -1,0 +1,36 @@
+"""Interrupts that are not lost: what is raised inside a destructor or a callback of another language is swallowed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+_seen = threading.Event()
+
+
+@contextmanager
+def remembered() -> Generator[None]:
+    """Within it SIGINT raises KeyboardInterrupt, as ever, and `check` raises it again where it got lost."""
+    _seen.clear()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if there was an interrupt; whoever still asks did not get it."""
+    if _seen.is_set():
+        raise KeyboardInterrupt
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    _seen.set()
+    raise KeyboardInterrupt
