@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ class State:
     rounds: int = 0
     best_round: int = 0
     gain: float = math.inf  # of this round over the best one before, relative
-    changed: int = 0
+    changed: int = 0  # entries that entered a support in this round
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -65,13 +66,9 @@ class Alternating(Iterative[State]):
 
     def step(self, problem: Coordinated, state: State, iteration: int) -> None:
         frozen = self.freeze_after is not None and iteration >= self.freeze_after
-        before = state.x
+        state.rounds, state.changed = iteration + 1, 0
         for name in problem.order:
             state.x = self._solved(problem, state, name, frozen)
-        state.rounds = iteration + 1
-        state.changed = sum(
-            int(((x != 0) != (before[name] != 0)).sum()) for name, x in state.x.items() if x.shape == before[name].shape
-        )
         state.judged = problem.judge(state.x)
         if self.together is not None:
             self._improve(problem, state)
@@ -99,7 +96,7 @@ class Alternating(Iterative[State]):
     def _improve(self, problem: Coordinated, state: State) -> None:
         alternated, judged = state.x, state.judged
         assert self.together is not None
-        state.x = self.together.solve(problem, start=alternated).solution
+        state.x = self.together.solve(_by_its_judge(problem), start=alternated).solution
         state.x = self._solved(problem, state, problem.order[-1], frozen=True)
         state.judged = problem.judge(state.x)
         if state.judged >= judged:
@@ -113,7 +110,16 @@ class Alternating(Iterative[State]):
         block = problem.block(name, state.x)
         if fits(block, Minimizable):
             return problem.joined(state.x, name, block, block.minimize())
-        solver = self.refit if frozen else self.inner
-        result = solver.solve(block, start=problem.part(state.x, name) if frozen else None)
+        solver, before = self.refit if frozen else self.inner, problem.part(state.x, name)
+        result = solver.solve(block, start=before if frozen else None)
+        entered = result.solution.map(lambda new, old: (new != 0) & (old == 0), before)
+        state.changed += entered.count_nonzero()
         state.notes += [f"{name}: {note}" for note in result.notes]
         return problem.joined(state.x, name, block, result.solution)
+
+
+def _by_its_judge(problem: Coordinated) -> Coordinated:
+    """The problem with its judge's figure as its value: what only the judge is to like is measured by nothing else."""
+    view = copy.copy(problem)
+    vars(view)["value"] = problem.judge
+    return view
