@@ -42,7 +42,7 @@ class SupportDescent(Iterative[State]):
     Source: Kingma and Ba, Adam, 2015.
     """
 
-    rate: float = 0.05
+    rate: float = 0.03
     warm_up: int = 5
     over: int = 200
     betas: tuple[float, float] = (0.9, 0.99)
