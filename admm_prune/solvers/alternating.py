@@ -40,8 +40,8 @@ class Alternating(Iterative[State]):
         inner: solves blocks with a sparse set.
         freeze_after: rounds after which supports stay as they are and `refit` takes the place of `inner`; None never.
         refit: fits a block anew on the support of its start.
-        together: ends every round, where it is given: improves all blocks at once on their supports, after which the
-            last block of the order is refitted. Kept where the judge agrees; the next round begins there.
+        together: ends every round, where it is given: improves all blocks at once on their supports, is kept where the
+            judge agrees, and is where the next round begins. The last block of the best round is then refitted.
         tolerance: stop after a round that lowers the judge's figure by less, relative to the best round before.
 
     Raises:
@@ -68,10 +68,10 @@ class Alternating(Iterative[State]):
         frozen = self.freeze_after is not None and iteration >= self.freeze_after
         state.rounds, state.changed = iteration + 1, 0
         for name in problem.order:
-            state.x = self._solved(problem, state, name, frozen)
+            state.x = self._solved(problem, state, state.x, name, frozen)
         state.judged = problem.judge(state.x)
         if self.together is not None:
-            self._improve(problem, state)
+            self._improve(self.together, problem, state)
         best = state.best_judged
         state.gain = (best - state.judged) / best if 0 < best < math.inf else best
         if state.judged < state.best_judged:
@@ -93,29 +93,31 @@ class Alternating(Iterative[State]):
         told = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
         return (*told, *dict.fromkeys(state.notes))
 
-    def _improve(self, problem: Coordinated, state: State) -> None:
-        alternated, judged = state.x, state.judged
-        assert self.together is not None
-        state.x = self.together.solve(_by_its_judge(problem), start=alternated).solution
-        state.x = self._solved(problem, state, problem.order[-1], frozen=True)
-        state.judged = problem.judge(state.x)
-        if state.judged >= judged:
-            state.notes.append(
-                f"round {state.rounds}: all blocks together were no better, {state.judged:.4g} by the judge"
-            )
-            state.x, state.judged = alternated, judged
+    def finish(self, problem: Coordinated, state: State, point: Point) -> Point:
+        if self.together is None:
+            return point
+        refitted = self._solved(problem, state, point, problem.order[-1], frozen=True)
+        return refitted if problem.judge(refitted) < state.best_judged else point
 
-    def _solved(self, problem: Coordinated, state: State, name: str, frozen: bool) -> Point:
-        """The point of this round with one block solved."""
-        block = problem.block(name, state.x)
+    def _improve(self, together: Solver, problem: Coordinated, state: State) -> None:
+        improved = together.solve(_by_its_judge(problem), start=state.x).solution
+        judged = problem.judge(improved)
+        if judged < state.judged:
+            state.x, state.judged = improved, judged
+        else:
+            state.notes.append(f"round {state.rounds}: all blocks together were no better, {judged:.4g} by the judge")
+
+    def _solved(self, problem: Coordinated, state: State, x: Point, name: str, frozen: bool) -> Point:
+        """x with one block solved."""
+        block = problem.block(name, x)
         if fits(block, Minimizable):
-            return problem.joined(state.x, name, block, block.minimize())
-        solver, before = self.refit if frozen else self.inner, problem.part(state.x, name)
+            return problem.joined(x, name, block, block.minimize())
+        solver, before = self.refit if frozen else self.inner, problem.part(x, name)
         result = solver.solve(block, start=before if frozen else None)
         entered = result.solution.map(lambda new, old: (new != 0) & (old == 0), before)
         state.changed += entered.count_nonzero()
         state.notes += [f"{name}: {note}" for note in result.notes]
-        return problem.joined(state.x, name, block, result.solution)
+        return problem.joined(x, name, block, result.solution)
 
 
 def _by_its_judge(problem: Coordinated) -> Coordinated:
