@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import Corpus
 from admm_prune.errors import UserError
-from admm_prune.models.capture import BlockStream, SharedInput
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import decoder_blocks
 
 SHARED = {
