@@ -118,17 +118,23 @@ class BlockStream:
         block = self._turn(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         collector = Collector(weights)
+        self._observe(collector, index, outputs)
+        if collector.starving():
+            self._observe(collector, index)
+        return collector.shared_inputs()
+
+    def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
+        """One run of the block over all batches."""
         with collector.watching():
             for part, flows in self._flows.items():
                 seen: list[Tensor] = []
                 for flow in flows:
                     collector.begin(part, flow.mask)
-                    hidden = flow.replay(block, index)
+                    hidden = flow.replay(self._blocks[index], index)
                     if outputs is not None:
                         seen.append(hidden[flow.mask])
                 if outputs is not None:
                     outputs[part] = torch.cat(seen)
-        return collector.shared_inputs()
 
     @torch.no_grad()
     def pairs(
@@ -219,7 +225,8 @@ def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 def _keep_output(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    return lambda _, __, output: seen.append(output)
+    # A copy: Falcon adds to it in place.
+    return lambda _, __, output: seen.append(output.clone())
 
 
 def _adding(more: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -145,7 +145,7 @@ def _prune(
                 ridge=problem.ridge,
                 damping=problem.damping,
                 ridge_trials=asked.trials,
-                notes=result.notes,
+                notes=(*statistics.notes, *result.notes),
                 diagnosis=tuple(finding.code for finding in diagnosis),
             )
         )
