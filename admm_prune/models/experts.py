@@ -57,7 +57,7 @@ class _Products(TorchFunctionMode):
     """Sees every product with a matrix of an expert, told by the memory that it lies in."""
 
     def __init__(self, views: Mapping[int, WeightView], observe: Observe) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        super().__init__()
         self._observe = observe
         self._numbers: dict[tuple[int, tuple[int, ...], bool], int] = {}
         for number, view in views.items():
@@ -95,8 +95,8 @@ class _Gate:
                 if x.shape == choice.shape:
                     taken[id(x)] = x.new_zeros(count, len(chosen))
             taken[id(choice)] = chosen.expand(count, -1)
-        swap = lambda x: taken[id(x)] if isinstance(x, Tensor) else x  # noqa: E731
-        return tuple(map(swap, args)), {name: swap(x) for name, x in kwargs.items()}
+        swapped = [taken[id(x)] if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+        return tuple(swapped[: len(args)]), dict(zip(kwargs, swapped[len(args) :], strict=True))
 
     def leave(self, _: nn.Module, args: Any, output: Tensor) -> Tensor:
         whole = output.new_zeros(len(self._mask()), *output.shape[1:])

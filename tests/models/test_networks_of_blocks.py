@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, inputs_of, one_by_one, prune_half
+from tiny_models import FAMILIES, build, inputs_of, is_mixture, one_by_one, prune_half
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,9 +40,7 @@ def found_in(model: PreTrainedModel) -> list[FeedForwardViews]:
     return feed_forwards(model, decoder_blocks(model))
 
 
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if "experts_implementation" not in FAMILIES[family][1]]
-)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not is_mixture(family)])
 def test_every_family_is_read(family: str) -> None:
     model = build(family)
     activation, up, gate, down = EXPECTED[family.split("-", maxsplit=1)[0]]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build
+from tiny_models import build, is_mixture
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -49,7 +49,7 @@ EXPERTS = [f"mlp.experts.{own}.{expert}" for own in ("gate_up_proj", "down_proj"
 
 def test_blocks_and_weights_of_every_family(model: PreTrainedModel, family: str) -> None:
     path, names = EXPECTED.get(family) or EXPECTED[family.partition("-")[0]]
-    experts = EXPERTS if "num_experts_per_tok" in FAMILIES[family][1] else []
+    experts = EXPERTS if is_mixture(family) else []
     blocks = decoder_blocks(model)
     assert [block.name for block in blocks] == [f"{path}.{i}" for i in range(3)]
     for block in blocks:

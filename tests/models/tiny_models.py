@@ -45,9 +45,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2", GEMMA),
-    "gemma3": ("Gemma3", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 2}),
     "phi3": ("Phi3", LLAMA | {"pad_token_id": 0}),
-    "stablelm": ("StableLm", LLAMA | {"use_qkv_bias": True, "qk_layernorm": True}),
+    "stablelm": ("StableLm", LLAMA | {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", LLAMA | {"use_parallel_residual": True, "qk_layernorm": True}),
     "olmo2": ("Olmo2", LLAMA),
     "opt": ("OPT", OPT | {"tie_word_embeddings": True}),
     "opt-post-norm-untied": (
@@ -76,6 +77,11 @@ def family_model(family: str, layers: int) -> PreTrainedModel:
     head = "ForCausalLM" if hasattr(transformers, f"{name}ForCausalLM") else "LMHeadModel"
     model: PreTrainedModel = getattr(transformers, f"{name}{head}")(config)
     return model
+
+
+def is_mixture(family: str) -> bool:
+    """Whether its blocks have experts."""
+    return "num_experts_per_tok" in FAMILIES[family][1]
 
 
 def build(family: str, layers: int = 3) -> PreTrainedModel:
