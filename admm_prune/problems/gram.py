@@ -86,7 +86,7 @@ class LayerStatistics:
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
-    input of the calibration tokens.
+    input of the calibration tokens. `notes` say how they were come by, where that was not as usual.
     """
 
     gram: Tensor
@@ -96,6 +96,7 @@ class LayerStatistics:
     holdout: Tensor | None = None
     holdout_tokens: int = 0
     mean: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def collected(

@@ -85,7 +85,7 @@ class Elsa(Trained):
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)
         session.model.requires_grad_(True)
-        masks = {view.name: view.parameter.detach() != 0 for view in session.views}
+        masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
         if str(target) == str(session.request.target):

@@ -108,7 +108,7 @@ class SparseLLM:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
         repairs = self.target == "block" and stream.adds(index, views.down)
-        own = list(views.views.values())
+        own = views.weights
         wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
@@ -130,7 +130,7 @@ class SparseLLM:
         except (ValueError, LinAlgError) as problem:
             raise UserError(f"{', '.join(view.name for view in own)}: {problem}") from problem
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
-        entries = sum(view.parameter.numel() for view in own)
+        entries = sum(view.read().numel() for view in own)
         for view in own:
             written = Point(weight=view.read())
             reports.append(
@@ -140,7 +140,7 @@ class SparseLLM:
                     sparsity=written.sparsity(),
                     status=result.status.name,
                     iterations=result.iterations,
-                    seconds=seconds * view.parameter.numel() / entries,
+                    seconds=seconds * view.read().numel() / entries,
                     tokens=len(pairs["calibration"][0]),
                     notes=result.notes,
                 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, branches, keep_units
+from admm_prune.models.branches import Branch, branches, heads_stay, keep_units
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits_heads, check_exportable, export, units_by_block
@@ -126,7 +126,8 @@ class StruPrune:
         units = {branch.name: branch.count for block in parts for branch in block}
         form = export(model, parts, self.form)
         details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
-        return Outcome(layers=layers, notes=notes, details=details)
+        stay = heads_stay(blocks[0])
+        return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
 
     def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.

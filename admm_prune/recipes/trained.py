@@ -154,7 +154,7 @@ class Trained(ABC):
         views = [view for block in decoder_blocks(model) for view in block.weights]
         target = request.target
         how: dict[str, Any] = {"params": model, "lr": self.lr or 0.0, "moments": self.moments}
-        how |= {"targets": [view.name for view in views], "ignore": ()}
+        how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
         how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
         trainer = Trainer(
             model,
@@ -201,5 +201,5 @@ class Trained(ABC):
 
 
 def _report(view: WeightView, tokens: int) -> LayerReport:
-    zeros = 1.0 - int(view.read().count_nonzero()) / view.parameter.numel()
+    zeros = 1.0 - int(view.read().count_nonzero()) / view.read().numel()
     return LayerReport(name=view.name, shape=view.shape, sparsity=zeros, tokens=tokens)

@@ -130,7 +130,7 @@ class SparseAdam(Optimizer):
             i: Splitting(support, self.penalty, score, self._anchors, self._moments, seed, processes)
             for i, support in chosen.supports.items()
         }
-        self._transposed = chosen.transposed
+        self._transposed, self._stacked = chosen.transposed, chosen.stacked
         self._norm = math.nan  # of the last gradient
         check_masks(self._masks, self._weights())
 
@@ -302,7 +302,7 @@ class SparseAdam(Optimizer):
                     splitting,
                     group,
                     [
-                        Weight(name, index + i, p, self.state[p], transposed=id(p) in self._transposed)
+                        Weight(name, index + i, p, self.state[p], id(p) in self._transposed, id(p) in self._stacked)
                         for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
                     ],
                 )

@@ -32,6 +32,7 @@ class Weight:
     Attributes:
         index: among all pruned parameters.
         transposed: stored as (in, out).
+        stacked: a matrix for every expert of a mixture.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Weight:
     parameter: Tensor
     state: State
     transposed: bool
+    stacked: bool
 
     @property
     def here(self) -> Tensor:
