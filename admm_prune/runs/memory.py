@@ -32,15 +32,15 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
-            _reset_high_water()
-            self._before = _high_water()
+            _resetpeak_resident_bytes()
+            self._before = peak_resident_bytes()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _high_water()
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
         self.extra_mib = round((peak - self._before) / _MIB, 1)
 
 
@@ -64,13 +64,13 @@ def _meminfo(field: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _reset_high_water() -> None:
+def _resetpeak_resident_bytes() -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _high_water() -> int:
-    """Bytes resident at the high-water mark."""
+def peak_resident_bytes() -> int:
+    """Bytes of this process that were resident at its peak, libraries and mapped files included."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
