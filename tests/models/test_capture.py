@@ -27,6 +27,7 @@ SHARED = {
     "falcon": [["query_key_value", "dense_h_to_4h"], ["dense"], ["dense_4h_to_h"]],  # one norm before both
     "falcon-grouped": FUSED,
     "falcon-alibi": FUSED,
+    "stablelm-parallel": [[*LLAMA[0], *LLAMA[2]], ["o_proj"], ["down_proj"]],
     "mixtral": [*LLAMA[:2], *([own] for own in ["gate_up_proj", "down_proj"] * 4)],
     "qwen3-moe": [*LLAMA[:2], *([own] for own in ["gate_up_proj", "down_proj"] * 4)],
 }
