@@ -136,7 +136,7 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> Tensor:
 
 @contextmanager
 def trusted() -> Generator[None]:
-    """Within it NaN is not refused on CUDA tensors, where the answer would have to be waited for.
+    """Within it NaN is not refused on a device, where the answer would have to be waited for.
 
     Masks then keep the right number of entries, of no meaning: for callers who notice NaN themselves, later.
     """
@@ -162,7 +162,7 @@ def _unless_nan(mask: Tensor, bad: Tensor) -> Tensor:
 
 def _refuse(bad: Tensor) -> None:
     """Raises ValueError where `bad` says that a score is NaN."""
-    if _trusting and bad.is_cuda:
+    if _trusting and backend.on_device(bad):
         return
     if bool(bad):
         raise ValueError("scores contain NaN: there is no largest")
