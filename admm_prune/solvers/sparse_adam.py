@@ -18,6 +18,7 @@ from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks
 from admm_prune.solvers.elsa.duals import Splitting
+from admm_prune.solvers.elsa.fused import Later
 from admm_prune.solvers.elsa.gradients import clip, norms
 from admm_prune.solvers.elsa.groups import Target, parameter_groups
 from admm_prune.solvers.elsa.history import DualUpdate, WeightUpdate
@@ -196,8 +197,9 @@ class SparseAdam(Optimizer):
             self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
-        self._prepare_gradients(active, each, norm)
-        self._step_adam()
+        later = Later.of(active, self.score, clip_penalty=self.clip_penalty)
+        self._prepare_gradients(active, each, norm, later)
+        self._step_adam(later)
         self._advance()
         return loss
 
@@ -330,20 +332,20 @@ class SparseAdam(Optimizer):
             self._restrict()
         self._set("frozen", fixed)
 
-    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float) -> None:
+    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float, later: Later | None) -> None:
         """Clips, then adds the penalty; or the other way round."""
-        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip)
+        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, later)
         squares = dict(zip(map(id, active), each.double().mul_(factor).square_().tolist(), strict=True))
         for splitting, _, weights in () if self.frozen else self._pruned():
             for weight in weights:
                 if id(weight.parameter) in squares:
                     splitting.observe(weight, squares[id(weight.parameter)])
                     if not (self.penalty.decoupled or self.hard):
-                        splitting.add_penalty(weight)
+                        splitting.add_penalty(weight, later)
         if self.clip is not None and self.clip_penalty:
             clip(active, float(torch.linalg.vector_norm(norms(active))), self.clip)
 
-    def _step_adam(self) -> None:
+    def _step_adam(self, later: Later | None) -> None:
         index = 0
         for group in self.param_groups:
             active = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -352,6 +354,7 @@ class SparseAdam(Optimizer):
                 [self.state[parameter] for _, parameter in active],
                 group,
                 [(self.seed, self.steps_done, number) for number, _ in active],
+                later,
             )
             index += len(group["params"])
         if self.penalty.decoupled and not (self.frozen or self.hard):

@@ -72,7 +72,7 @@ class Weight:
     def restrict(self, x: Tensor) -> None:
         """x <- M x, in place, for a tensor of this process's part."""
         for rows in chunks(x):
-            x[rows].mul_(self.mask(rows))
+            bits.restrict_(x[rows], local(self.state["mask"])[rows])
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, complete: bool = False) -> None:

@@ -18,7 +18,7 @@ from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.elsa.sharding import Processes, gathered, own_rows, processes_of, totals
 
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
-_LEAST_FISHER = 2.0**-152
+LEAST_FISHER = 2.0**-152
 _LEAST_FACTOR = 2.0**-100
 
 Selected = Iterator[tuple[Weight, Tensor, Tensor]]
@@ -154,4 +154,4 @@ def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) ->
     if fisher is None:
         return result
     factor = fisher.sqrt() if score.power == 0.5 else fisher.pow(score.power)
-    return result.mul_(factor.clamp_min_(max(_LEAST_FISHER**score.power, _LEAST_FACTOR)))
+    return result.mul_(factor.clamp_min_(max(LEAST_FISHER**score.power, _LEAST_FACTOR)))
