@@ -18,6 +18,11 @@ _SIGNED_DECADES, _UNSIGNED_DECADES = 5.0, 6.0  # from the smallest level to the 
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def generator_on(device: torch.device) -> torch.Generator:
+    """A generator for what is drawn on a device; on the meta device, where nothing is drawn, that of the host."""
+    return torch.Generator("cpu" if device.type == "meta" else device)
+
+
 def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x (float32) in bfloat16: to the nearest, or, with a generator, up or down at random so that the mean is x.
 

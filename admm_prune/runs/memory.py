@@ -56,12 +56,24 @@ def free_bytes(device: torch.device | str) -> int:
     return max(0, min(available))
 
 
+def resident_bytes() -> int:
+    """Bytes of this process in memory."""
+    return _told(Path("/proc/self/status"), "VmRSS:") or _high_water()
+
+
 def _meminfo(field: str) -> int:
+    return _told(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _told(path: Path, field: str) -> int | None:
+    """A line of kB of a file of the system's, in bytes."""
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
 
 
 def _reset_high_water() -> None:
@@ -71,11 +83,8 @@ def _reset_high_water() -> None:
 
 def _high_water() -> int:
     """Bytes resident at the high-water mark."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    told = _told(Path("/proc/self/status"), "VmHWM:")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from admm_prune.kernels.quantization import generator_on
 from admm_prune.solvers.elsa.sharding import processes_of
 
 
@@ -15,4 +16,4 @@ def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
     processes = processes_of(parameter)
     said = repr((*numbers, 0 if processes is None else processes.rank))
     seed = int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest())
-    return torch.Generator(parameter.device).manual_seed(seed)
+    return generator_on(parameter.device).manual_seed(seed)
