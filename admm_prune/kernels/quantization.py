@@ -19,6 +19,11 @@ _SIGNED_DECADES, _UNSIGNED_DECADES = 5.0, 6.0  # from the smallest level to the 
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def generator_on(device: torch.device) -> torch.Generator:
+    """A generator for what is drawn on a device; on the meta device, where nothing is drawn, that of the host."""
+    return torch.Generator("cpu" if device.type == "meta" else device)
+
+
 def _log_step(levels: int, decades: float) -> float:
     """Natural logarithm of the ratio of two levels."""
     return decades * math.log(10.0) / (levels - 1)

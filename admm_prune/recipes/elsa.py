@@ -18,7 +18,7 @@ from admm_prune.recipes.trained import Session, Trained
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_CALIBRATION = 128  # sequences that layer problems are made of
+CALIBRATION = 128  # sequences that layer problems are made of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Elsa(Trained):
 
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
-        calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
+        calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
         request = replace(session.request, target=target, calibration=calibration, on_progress=None)
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)

@@ -120,8 +120,8 @@ class SparseLLM:
         del wanted
         try:
             network = network_of(views)
-            damped = self._damped(network, pairs, request)
-            result, error, judged = self._solve(network, damped, pairs, request.target)
+            damped = self.damped(network, pairs, request)
+            result, error, judged = self.solve(network, damped, pairs, request.target)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -157,7 +157,7 @@ class SparseLLM:
         }
         return Visit(layers=reports, details=figure)
 
-    def _solve(
+    def solve(
         self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, target: Target
     ) -> tuple[Result, float, float]:
         """The solved network, and the relative errors of its output on calibration and on validation tokens."""
@@ -189,7 +189,7 @@ class SparseLLM:
         energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
-    def _damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
+    def damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
         constraint = self.method.constraint(request.target)
         damped = {}

@@ -122,10 +122,7 @@ class Trained(ABC):
         self.check(model, request.target)
         if request.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
-        with trainable(model):
-            session = self._session(model, request)
-            self._train(session)
-            session.trainer.optimizer.finalize()
+        session = self.run(model, request)
         last = session.offer()
         notes = session.trainer.optimizer.notes
         if session.best_loss < last:
@@ -146,6 +143,14 @@ class Trained(ABC):
             details={"training": details, "stages": session.stages},
         )
 
+    def run(self, model: nn.Module, request: Request) -> Session:
+        """Trains and prunes to the end, in place; what is remembered of the way."""
+        with trainable(model):
+            session = self._session(model, request)
+            self._train(session)
+            session.trainer.optimizer.finalize()
+        return session
+
     def _session(self, model: nn.Module, request: Request) -> Session:
         sequences = request.calibration
         if len(sequences.rows) < _LEAST:
@@ -163,11 +168,16 @@ class Trained(ABC):
             if self.distillation
             else next_token_loss,
             training,
-            steps=max(1, self.steps - self._passes),
+            steps=self.training_steps,
             batch_size=self.batch_size,
             seed=request.seed,
         )
         return Session(model, views, request, training, held_out, trainer)
+
+    @property
+    def training_steps(self) -> int:
+        """Of the optimizer: what measuring the rate leaves."""
+        return max(1, self.steps - self._passes)
 
     @property
     def _passes(self) -> int:

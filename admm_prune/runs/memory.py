@@ -32,7 +32,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
-            _resetpeak_resident_bytes()
+            _reset_high_water()
             self._before = peak_resident_bytes()
         return self
 
@@ -56,26 +56,33 @@ def free_bytes(device: torch.device | str) -> int:
     return max(0, min(available))
 
 
+def resident_bytes() -> int:
+    """Bytes of this process in memory."""
+    return _told(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
+
+
 def _meminfo(field: str) -> int:
+    return _told(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _told(path: Path, field: str) -> int | None:
+    """A line of kB of a file of the system's, in bytes."""
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
-def _resetpeak_resident_bytes() -> None:
+def _reset_high_water() -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident_bytes() -> int:
     """Bytes of this process that were resident at its peak, libraries and mapped files included."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    told = _told(Path("/proc/self/status"), "VmHWM:")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

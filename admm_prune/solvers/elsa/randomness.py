@@ -7,12 +7,13 @@ import hashlib
 import torch
 from torch import Tensor
 
+from admm_prune.kernels.quantization import generator_on
 from admm_prune.solvers.elsa.sharding import processes_of
 
 
 def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
     """A generator on the parameter's device, with `seed` of the same."""
-    return torch.Generator(parameter.device).manual_seed(seed(parameter, *numbers))
+    return generator_on(parameter.device).manual_seed(seed(parameter, *numbers))
 
 
 def seed(parameter: Tensor, *numbers: int) -> int:
