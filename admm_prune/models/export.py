@@ -48,7 +48,7 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "p
         if not alike:
             continue
         widest = max(branch.count for branch in alike)
-        while not _admits(config, alike[0], widest):
+        while not admits(config, alike[0], widest):
             widest += 1  # the dense number is admitted
         for branch in alike:
             pad_units(branch, widest)
@@ -70,6 +70,13 @@ def check_exportable(model: nn.Module, form: Form) -> None:
 def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
     """How many units the branches of every block have, by kind."""
     return [{branch.kind: branch.count for branch in block} for block in blocks]
+
+
+def admits(config: Any, branch: Branch, count: int) -> bool:
+    """Whether the stock class of a config can have so many units of a kind."""
+    if branch.kind == "heads":
+        return admits_heads(config, count * branch.queries, branch.size)
+    return admits_neurons(config, count)
 
 
 def admits_heads(config: Any, heads: int, size: int) -> bool:
@@ -105,14 +112,7 @@ def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
     units = units_by_block(blocks)
     if any(other != units[0] for other in units):
         return False
-    return all(_admits(config, branch, branch.count) for branch in blocks[0])
-
-
-def _admits(config: Any, branch: Branch, count: int) -> bool:
-    """Whether the stock class of a config can have so many units of a kind."""
-    if branch.kind == "heads":
-        return admits_heads(config, count * branch.queries, branch.size)
-    return admits_neurons(config, count)
+    return all(admits(config, branch, branch.count) for branch in blocks[0])
 
 
 def _says_head_size(config: Any) -> bool:

@@ -52,7 +52,9 @@ class Anatomy:
                 wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
                 model = AutoModelForCausalLM.from_config(config, dtype=wanted)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise UserError(f"{source}: its config is not one of a causal language model ({first_line(error)})") from error
+            raise UserError(
+                f"{source}: its config is not one of a causal language model ({first_line(error)})"
+            ) from error
         model.eval().requires_grad_(False)
         return cls(source, model, decoder_blocks(model))
 

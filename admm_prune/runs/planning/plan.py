@@ -174,7 +174,9 @@ def make_plan(
     if gpus > 1 and gpu is None:
         raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
     if stream and isinstance(recipe, Trained):
-        raise UserError(f"{method} trains all weights at once and cannot stream: choose a method that goes block by block")
+        raise UserError(
+            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
+        )
     anatomy = Anatomy.of(model, dtype)
     recipe.check(anatomy.model, target)
     libraries = {LIBRARIES: resident_bytes()}
@@ -222,7 +224,11 @@ def _stages(anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *,
         stages += whole_model.training(anatomy, recipe, request)
     else:
         stages += blockwise_stages(anatomy, recipe, request, stream=stream)
-    return [*stages, *evaluated, whole_model.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target))]
+    return [
+        *stages,
+        *evaluated,
+        whole_model.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target)),
+    ]
 
 
 def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
@@ -232,9 +238,7 @@ def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
-def _disk(
-    anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool
-) -> dict[str, int]:
+def _disk(anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool) -> dict[str, int]:
     size = round(anatomy.weight_bytes * _kept(anatomy, recipe, request.target))
     held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}

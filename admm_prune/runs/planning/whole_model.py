@@ -33,7 +33,9 @@ def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
         with stretch(counting) as check:
             bool(torch.isfinite(weight).all())
     held = {"largest weight": weight.nbytes} if stream else {WEIGHTS: anatomy.weight_bytes}
-    work = Work.of(disk_read=anatomy.weight_bytes, traffic=check.work.counts["traffic"] * anatomy.parameters / weight.numel())
+    work = Work.of(
+        disk_read=anatomy.weight_bytes, traffic=check.work.counts["traffic"] * anatomy.parameters / weight.numel()
+    )
     return Stage(name="loading", parts={**held, CHECKED: check.peak}, work=work)
 
 

@@ -93,4 +93,3 @@ def scores(weight: Weight, anchor: Stored | None, score: Score, second: Stored |
 
     lag, bonus = float(weight.state["lag"]), 1.0 + score.hysteresis
     return adam.scores(x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5)
-
