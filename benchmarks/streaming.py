@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.runs.memory import peak_resident_bytes
-from admm_prune.runs.memory_scaling import RETURNED, write_random_model
+from admm_prune.runs.memory_scaling import write_random_model
 from benchmarks.machine import headline, machine
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +71,6 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.streaming", "--here", *arguments],
         cwd=_ROOT,
-        env={**os.environ, **RETURNED},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -119,7 +117,6 @@ def main(arguments: list[str] | None = None) -> None:
                 "parameters": parameters,
                 "weights_gb": round(size / 1e9, 2),
                 "tokens": chosen.samples * chosen.length,
-                "environment": RETURNED,
                 "rows": rows,
             }
             chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -259,4 +259,8 @@ def _statistics(stream: BlockStream, index: int, parts: Sequence[Branch]) -> dic
         return {}
     names = {branch.output.name: branch.name for branch in parts}
     shared = stream.collect(index, only=names)
-    return {names[view.name]: inputs.statistics for inputs in shared for view in inputs.weights}
+    # No ridge is chosen here: what is known of the validation tokens alone is not needed.
+    statistics = {
+        view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
+    }
+    return {names[name]: found for name, found in statistics.items()}

@@ -25,6 +25,7 @@ from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import manifest
+from admm_prune.runs.memory import return_freed_memory
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
 
@@ -211,8 +212,12 @@ def prune(
             journal=journal or NOTHING,
             activation_bytes=activation_bytes,
         )
-        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, texts.evaluation, request))))
-        report = run_recipe(recipe, request, loaded, dense, texts.evaluation, record)
+        judging = texts.evaluation
+        del texts
+        if streams:
+            return_freed_memory()
+        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, judging, request))))
+        report = run_recipe(recipe, request, loaded, dense, judging, record)
         if journal is not None:
             with journal.output() as folder:
                 report = replace(save_run(loaded, report, folder), out=journal.out)
