@@ -45,6 +45,9 @@ def run(
         typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
     ] = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Prove a lower bound of every layer's error too: seconds a matrix.")
+    ] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -85,6 +88,7 @@ def run(
                 resume=resume,
                 activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
                 trust_remote_code=trust_remote_code,
+                bounds=bounds,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -110,3 +114,4 @@ def run(
     ]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
+    print(f"report: {out / 'report.html'}")

@@ -12,19 +12,21 @@ from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.models.capture import BlockStream
-from admm_prune.models.inputs import SharedInput
+from admm_prune.kernels import quadratic
+from admm_prune.models.capture import BlockStream, SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.constraints import StackedRows
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.block_walk import Visit, walk
+from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers.doctor import diagnose
+from admm_prune.solvers.reference import lower_bound
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _prune(
         ridge_used=problem.ridge,
     )
     seconds = time.perf_counter() - began
-    reports = []
+    reports: list[LayerReport] = []
     for view, weight in zip(views, stacked.split(sizes), strict=True):
         own = LayerReconstruction(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
@@ -146,7 +148,21 @@ def _prune(
                 damping=problem.damping,
                 ridge_trials=asked.trials,
                 notes=(*statistics.notes, *result.notes),
-                diagnosis=tuple(finding.code for finding in diagnosis),
+                diagnosis=diagnosis,
+                convergence=None if reports else Convergence.of(result.history),
+                **(_bound(own, written) if request.bounds else {}),
             )
         )
     return reports
+
+
+def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:
+    """The objective reached and a lower bound of all that can be, both relative to tr(W H W^T).
+
+    Empty where nothing is proven: the layer is never used, or the sparse set is of another kind than the bound knows.
+    """
+    energy = quadratic.energy(problem.weight, problem.gram)
+    try:
+        return {"objective": problem.value(written) / energy, "bound": lower_bound(problem).value / energy}
+    except (ZeroDivisionError, TypeError, ValueError):
+        return {}

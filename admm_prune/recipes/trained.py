@@ -136,6 +136,17 @@ class Trained(ABC):
             "distillation": self.distillation,
             "held_out_loss": session.best_loss,
             "held_out_sequences": len(session.held_out.rows),
+            "dual_updates": [
+                {
+                    "step": update.step,
+                    "primal_residual": update.primal_residual,
+                    "dual_residual": update.dual_residual,
+                    "churn": update.churn,
+                    "rho": update.rho,
+                    "sparsity": update.sparsity,
+                }
+                for update in trainer.optimizer.history
+            ],
         }
         return Outcome(
             layers=[_report(view, trainer.tokens) for view in session.views],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
+from admm_prune.runs.phases import Phase, Phases
+from admm_prune.runs.reports import write_report
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
 
@@ -43,6 +44,7 @@ class Report:
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
+        phases: time and memory of the parts of the run, up to the evaluation of what came of it.
         model: without weights where it was streamed: they are in `out`.
     """
 
@@ -59,6 +61,7 @@ class Report:
     details: dict[str, Any]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
+    phases: tuple[Phase, ...] = ()
     out: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -81,10 +84,11 @@ class Report:
         }
 
     def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, and of every layer in whichever process pruned it."""
+        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
         return {
             "seconds": round(self.seconds, 3),
             "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
+            "phases": [asdict(phase) for phase in self.phases],
         }
 
 
@@ -104,6 +108,7 @@ class RunSettings:
     multiple: int | None = None
     stream: bool = False
     trust_remote_code: bool = False
+    bounds: bool = False
 
 
 def prune(
@@ -131,6 +136,7 @@ def prune(
     resume: bool = False,
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
+    bounds: bool = False,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -156,6 +162,7 @@ def prune(
         activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
+        bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
@@ -180,9 +187,12 @@ def prune(
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = decide(stream, model, recipe, out is not None, place)
-        loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        phases = Phases(place)
+        with phases("opening the model"):
+            loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
         recipe.check(loaded.model, target)
-        texts = Texts(text, loaded)
+        with phases("reading the text"):
+            texts = Texts(text, loaded)
         settings = RunSettings(
             model=loaded.source,
             method=method,
@@ -196,6 +206,7 @@ def prune(
             multiple=multiple,
             stream=streams,
             trust_remote_code=trust_remote_code,
+            bounds=bounds,
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
@@ -207,6 +218,7 @@ def prune(
             calibration=texts.calibration(recipe.samples),
             seed=seed,
             ridge=ridge,
+            bounds=bounds,
             on_progress=progress,
             residence=loaded.residence,
             journal=journal or NOTHING,
@@ -216,8 +228,9 @@ def prune(
         del texts
         if streams:
             return_freed_memory()
-        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, judging, request))))
-        report = run_recipe(recipe, request, loaded, dense, judging, record)
+        with phases("judging the dense model"):
+            found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
+        report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
         if journal is not None:
             with journal.output() as folder:
                 report = replace(save_run(loaded, report, folder), out=journal.out)
@@ -237,6 +250,7 @@ def run_recipe(
     dense: Evaluation,
     judging: Sequences,
     record: dict[str, Any],
+    phases: Phases | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
 
@@ -244,13 +258,16 @@ def run_recipe(
         dense: figures of the model as it is.
         judging: the text that they are of.
         record: the manifest of the run.
+        phases: that were before.
     """
-    began = time.perf_counter()
-    outcome = recipe.prune(loaded.model, request)
-    seconds = time.perf_counter() - began
+    phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    with phases("pruning") as pruning:
+        outcome = recipe.prune(loaded.model, request)
     model: Any = loaded.model if outcome.model is None else outcome.model
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
+    with phases("judging the pruned model"):
+        pruned = judged(replace(loaded, model=model), judging, request)
     return Report(
         method=recipe.name,
         target=request.target.label,
@@ -258,18 +275,19 @@ def run_recipe(
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,
         dense=dense,
-        pruned=judged(replace(loaded, model=model), judging, request),
+        pruned=pruned,
         layers=outcome.layers,
-        seconds=seconds,
+        seconds=pruning.seconds,
         notes=outcome.notes,
         details=outcome.details,
         manifest=record,
         model=model,
+        phases=tuple(phases),
     )
 
 
 def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
-    """Writes the model as a plain `save_pretrained` folder, with the manifest and the weights' fingerprints beside it.
+    """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
 
     Returns:
         The report as written.
@@ -279,6 +297,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
+    write_report(folder)
     return written
 
 

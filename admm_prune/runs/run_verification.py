@@ -17,9 +17,10 @@ from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.comparison import mean_error
 from admm_prune.runs.device import pick_device
 from admm_prune.runs.folder import MANIFEST
+from admm_prune.runs.reports.content import mean_error
+from admm_prune.runs.reports.pages import read_manifest
 from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
 from admm_prune.runs.verification import Verification
 
@@ -37,7 +38,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
     Raises:
         UserError: no finished run, or `data` is not the text of the run.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     place = pick_device(device)
     comparing = "rows" in manifest
     report = Verification(path=folder, kind="comparison" if comparing else "run")
@@ -74,7 +75,7 @@ def _verify_comparison(
         where = f"{row['folder']}: "
         if row["folder"] not in found:
             continue
-        content = _read_manifest(folder / row["folder"])
+        content = read_manifest(folder / row["folder"])
         told = {
             "method": content["method"],
             "target": content["target"],
@@ -253,19 +254,6 @@ def _location(manifest: Manifest) -> str | None:
     name = text.get("eval_data") or text.get("data") or ""
     looks_local = Path(name).is_absolute() or Path(name).suffix in {".txt", ".jsonl", ".parquet"}
     return None if looks_local and not Path(name).expanduser().exists() else name
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no manifest")
-    return content
 
 
 def _same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:

@@ -257,3 +257,21 @@ def test_list_names_what_there_is_and_what_fits(command: Command) -> None:
     for group in ("methods", "problems", "constraints"):
         for item in content[group]:
             assert item["name"] in table
+
+
+def test_report_writes_a_page_again_and_one_on_the_difference(run: Any, command: Command, place: Path) -> None:
+    for method in ("magnitude", "wanda"):
+        assert run("--method", method, "--sparsity", 0.5, "--out", method).status == 0
+    page = (place / "wanda/report.html").read_bytes()
+    (place / "wanda/report.html").write_text("")
+    assert command("report", "wanda", "--json").json() == {"out": "wanda/report.html"}
+    assert (place / "wanda/report.html").read_bytes() == page
+    content = command("report", "magnitude", "wanda", "--out", "page.html", "--json").json()
+    assert content["out"] == "page.html"
+    assert content["unlike"] == ["settings.method"]
+    assert "magnitude" in (place / "page.html").read_text()
+    outcome = command("report", "magnitude", "wanda", "--out", "page.html")
+    assert "perplexity, pruned" in outcome.out
+    refused = command("report", "wanda", "--out", "page.html")
+    assert (refused.status, refused.out) == (2, "")
+    assert "--out is for the difference of two runs" in refused.err
