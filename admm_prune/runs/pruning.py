@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.shelf import Shelf
-from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.recipes.composing import Objective, composed, described, target_of
 from admm_prune.recipes.journal import NOTHING
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
+from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
@@ -29,6 +32,7 @@ from admm_prune.runs.phases import Phase, Phases
 from admm_prune.runs.reports import write_report
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,14 +113,24 @@ class RunSettings:
     stream: bool = False
     trust_remote_code: bool = False
     bounds: bool = False
+    solver: str | None = None
+    problem: str | None = None
+    constraint: str | None = None
+    selection: Selection = Selection()
 
 
 def prune(
     model: str | Path | PreTrainedModel,
     *,
-    method: str = "admm",
+    method: str | None = None,
+    problem: Objective | None = None,
+    solver: str | Solver | None = None,
+    constraint: SparseSet | type[SparseSet] | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    overrides: Mapping[str, float | str] | None = None,
     data: str = "embedded",
     eval_data: str | None = None,
     out: str | Path | None = None,
@@ -143,9 +157,15 @@ def prune(
 
     Args:
         model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
-        method: a name that `admm-prune list` prints.
+        method: a name that `admm-prune list` prints; `admm` by default.
+        solver: what solves the layer problems, in place of the method's own or of a method: an object such as
+            `ADMM.best()`, or a name.
+        problem: what builds the layer problems, as `LayerReconstruction` does.
+        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; or its class.
         sparsity: the fraction of every matrix to go, 0 to 1; or
         pattern: "N:M", N kept of every M consecutive inputs.
+        targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
+            those with a target of their own: see `Selection`.
         data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
@@ -168,8 +188,11 @@ def prune(
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
-    target = parse_target(sparsity, pattern)
-    recipe = configured(recipe_named(method, steps), unit, multiple)
+    selection = Selection.of(targets, ignore, overrides or {})
+    inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
+    recipe = configured(inner, unit, multiple)
+    told = None if constraint is None or isinstance(constraint, type) else target_of(constraint)
+    target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
@@ -190,12 +213,13 @@ def prune(
         phases = Phases(place)
         with phases("opening the model"):
             loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         with phases("reading the text"):
             texts = Texts(text, loaded)
         settings = RunSettings(
             model=loaded.source,
-            method=method,
+            method=recipe.name,
             target=target,
             text=text,
             ridge=ridge,
@@ -207,6 +231,10 @@ def prune(
             stream=streams,
             trust_remote_code=trust_remote_code,
             bounds=bounds,
+            solver=described(solver),
+            problem=described(problem),
+            constraint=described(constraint),
+            selection=selection,
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
         if journal is not None:

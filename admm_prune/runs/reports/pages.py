@@ -131,6 +131,7 @@ def _run(folder: Path, run: Manifest) -> str:
         map=plots.sparsity_map(layers, Weights(folder, layers)),
         errors=plots.layer_errors(layers),
         bounded=any(layer["bound"] is not None for layer in layers),
+        own_targets=_own_targets(run),
         allocation=content.allocation_of(details),
         convergence=plots.convergence(layers),
         training=plots.training(details),
@@ -138,6 +139,13 @@ def _run(folder: Path, run: Manifest) -> str:
         total_seconds=sum(phase["seconds"] for phase in run["timings"]["phases"]) or 1.0,
         manifest=_short(run),
     )
+
+
+def _own_targets(run: Manifest) -> dict[str, str | None]:
+    """The target of every layer that has one of its own, None of the others; empty where none has."""
+    contents = run["settings"].get("targets") or [run["settings"]["target"]]
+    own = {name: target for content in contents for name, target in content["layers"]}
+    return {layer["name"]: own.get(layer["name"]) for layer in run["layers"]} if own else {}
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:
