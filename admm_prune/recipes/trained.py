@@ -137,6 +137,7 @@ class Trained(ABC):
             "lr": session.rates or trainer.lr,
             "batch_size": self.batch_size,
             "distillation": self.distillation,
+            "moments": trainer.optimizer.moments,
             "held_out_loss": session.best_loss,
             "held_out_sequences": len(session.held_out.rows),
         }

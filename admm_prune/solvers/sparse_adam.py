@@ -63,7 +63,7 @@ class SparseAdam(Optimizer):
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
         anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes a weight.
-        moments: how Adam's moments are stored: see `Moments`. 8 or 2.03 bytes a weight.
+        moments: how Adam's moments are stored: see `Moments`. 8 bytes a weight, or 2.03 in 8 bits.
         seed: of stochastic rounding.
 
     Raises:
@@ -118,7 +118,8 @@ class SparseAdam(Optimizer):
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
-        self._anchors, self._moments = Anchors(anchor, rounding), Moments(moments)
+        self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
+        self.moments = str(self._moments)  # as kept in the end
         self._masks = dict(masks or {})
         self.history: list[DualUpdate] = []
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
@@ -169,7 +170,8 @@ class SparseAdam(Optimizer):
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be done that was not asked for."""
-        return (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
+        skipped = (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
+        return skipped + self._moments.notes
 
     @overload
     def step(self, closure: None = None) -> None: ...
