@@ -29,7 +29,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:  # some releases of typer return it, others raise
-        print("admm-prune: interrupted", file=sys.stderr)
+        print(f"admm-prune: {interrupts.message()}", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 

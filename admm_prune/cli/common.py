@@ -40,6 +40,10 @@ Steps = Annotated[
     int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Never done otherwise.")
+]
+
 Report = Callable[[int, int, str], None]
 _WIDE = 160
 

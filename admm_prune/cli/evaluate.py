@@ -18,6 +18,7 @@ def evaluate(
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
+    trust_remote_code: common.TrustRemoteCode = False,
     json: common.Json = False,
 ) -> None:
     """Evaluate a model: perplexity, bits per character, sparsity.
@@ -36,7 +37,7 @@ def evaluate(
         packing=parse_packing(packing),
         seed=seed,
     )
-    judgement = evaluate_model(model, text, device=device, dtype=dtype)
+    judgement = evaluate_model(model, text, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if json:
         common.emit(judgement.as_json())
         return

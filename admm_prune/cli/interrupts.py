@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 _seen = threading.Event()
+_advice: list[str] = []
 
 
 @contextmanager
 def remembered() -> Generator[None]:
     """Within it SIGINT raises KeyboardInterrupt, as ever, and `check` raises it again where it got lost."""
     _seen.clear()
+    _advice.clear()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say what a signal does
         yield
         return
@@ -23,6 +25,16 @@ def remembered() -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def advise(advice: str) -> None:
+    """Has the line that reports an interrupt say what to do."""
+    _advice[:] = [advice]
+
+
+def message() -> str:
+    """The line that reports an interrupt."""
+    return ": ".join(["interrupted", *_advice])
 
 
 def check() -> None:

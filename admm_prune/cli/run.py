@@ -30,6 +30,21 @@ def run(
     multiple: Annotated[
         int | None, typer.Option(min=1, help="Neurons that a structured method keeps: a multiple, such as 64.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Take the model from its folder block by block; by default where it would fill the memory.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")
+    ] = False,
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
+    ] = None,
+    trust_remote_code: common.TrustRemoteCode = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -39,32 +54,43 @@ def run(
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
+    from admm_prune.cli import interrupts
     from admm_prune.recipes.ridge import parse_ridge
+    from admm_prune.runs.journal import home_of
     from admm_prune.runs.pruning import prune
     from admm_prune.runs.texts import parse_packing
 
-    with common.progress_bar("pruning") as progress:
-        report = prune(
-            model,
-            method=method,
-            sparsity=sparsity,  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
-            pattern=pattern,
-            data=data,
-            eval_data=eval_data,
-            out=out,
-            samples=samples,
-            eval_samples=eval_samples,
-            length=length,
-            packing=parse_packing(packing),
-            seed=seed,
-            ridge=parse_ridge(ridge),
-            steps=steps,
-            unit=unit,
-            multiple=multiple,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-        )
+    try:
+        with common.progress_bar("pruning") as progress:
+            report = prune(
+                model,
+                method=method,
+                sparsity=sparsity,  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
+                pattern=pattern,
+                data=data,
+                eval_data=eval_data,
+                out=out,
+                samples=samples,
+                eval_samples=eval_samples,
+                length=length,
+                packing=parse_packing(packing),
+                seed=seed,
+                ridge=parse_ridge(ridge),
+                steps=steps,
+                unit=unit,
+                multiple=multiple,
+                device=device,
+                dtype=dtype,
+                stream="auto" if stream is None else stream,
+                resume=resume,
+                activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if home_of(out).is_dir():
+            interrupts.advise(f"go on with the same command and --resume ({out}.partial holds what is finished)")
+        raise
     if json:
         common.emit(
             {

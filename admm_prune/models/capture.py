@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from admm_prune.data.sequences import Batch, Sequences
+from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.models.flow import Flow, check_finite, form_of, record
+from admm_prune.models.shelf import Shelf
+from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.tensor_file import Lazy
 from admm_prune.problems.gram import GramAccumulator, LayerStatistics
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class BlockStream:
     `collect(1)`, and so on. One block's statistics are held at a time, and the hidden states of all batches.
 
     Args:
-        model: in evaluation mode, on `device`.
+        model: in evaluation mode.
         blocks: all of its blocks, as `decoder_blocks` finds them.
         sequences: calibration text.
-        device: of the model; the hidden states and Grams live there.
+        device: on which the model computes; Grams live there.
         validation_fraction: of the sequences: their Gram is kept apart too. A single sequence is not cut.
         holdout: other text, for reporting only.
-        hollow: the blocks have no weights yet, and are passed by while the model runs.
+        residence: of the blocks: whoever works on one has it entered.
+        shelf: keeps the hidden states.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite.
@@ -56,20 +58,58 @@ class BlockStream:
         *,
         validation_fraction: float = 0.15,
         holdout: Sequences | None = None,
-        hollow: bool = False,
+        residence: Residence = IN_MEMORY,
+        shelf: Shelf | None = None,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
         self._position = 0
+        shelf = shelf or Shelf()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
-        with _passed_by(blocks) if hollow else nullcontext():
-            self._flows = {
-                part: [_Flow.record(model, blocks, batch, device) for batch in text.batches]
-                for part, text in parts.items()
-                if text is not None
-            }
+        place = torch.device(device)
+        wrap = form_of(model, blocks, place, residence)
+        self._flows = {
+            part: record(
+                model,
+                blocks,
+                ((f"{part}/{i}", batch) for i, batch in enumerate(text.batches)),
+                place,
+                residence=residence,
+                wrap=wrap,
+                shelf=shelf,
+            )
+            for part, text in parts.items()
+            if text is not None
+        }
+
+    @property
+    def position(self) -> int:
+        """The block whose turn it is."""
+        return self._position
+
+    @property
+    def activations(self) -> Mapping[str, Tensor]:
+        """The hidden states that enter the block whose turn it is, of every batch by its name, on the host.
+
+        They are brought in as they are asked for.
+        """
+        flows = {flow.name: flow for flow in self._all_flows()}
+        return Lazy(list(flows), lambda name: flows[name].stored)
+
+    def resume(self, index: int, activations: Mapping[str, Tensor]) -> None:
+        """Goes on at block `index` with what `activations` gave when it was its turn.
+
+        Raises:
+            ValueError: they are of other batches.
+        """
+        flows = self._all_flows()
+        if {flow.name: flow.stored.shape for flow in flows} != {name: x.shape for name, x in activations.items()}:
+            raise ValueError("the activations are of other batches than those of the text")
+        for flow in flows:
+            flow.hidden = activations[flow.name]
+        self._position = index
 
     @torch.no_grad()
     def collect(
@@ -175,69 +215,13 @@ class BlockStream:
         flows = self._flows["calibration"] + self._flows.get("validation", [])
         return sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
 
+    def _all_flows(self) -> list[Flow]:
+        return [flow for flows in self._flows.values() for flow in flows]
+
     def _turn(self, index: int) -> Block:
         if index != self._position:
             raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
         return self._blocks[index]
-
-
-@contextmanager
-def _passed_by(blocks: list[Block]) -> Generator[None]:
-    """Blocks hand on the hidden states as they come: what else they are called with does not depend on these."""
-    for block in blocks:
-        block.module.forward = lambda *args, **kwargs: _without_hidden(args, kwargs)[0]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.module.forward
-
-
-class _StopRecordingError(Exception):
-    """Ends the recording run at the last block: neither its outputs nor the logits are needed."""
-
-
-@dataclass
-class _Flow:
-    """One batch under way: its hidden states (b, L, d), its real tokens (b, L), and every block's other arguments."""
-
-    hidden: Tensor
-    mask: Tensor
-    calls: list[_Call]
-
-    @classmethod
-    @torch.no_grad()
-    def record(cls, model: nn.Module, blocks: list[Block], batch: Batch, device: torch.device | str) -> _Flow:
-        entering: list[Tensor] = []
-        calls: list[_Call] = []
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not blocks[len(calls)].module:
-                raise UserError(f"the model calls its blocks out of order: {blocks[len(calls)].name} was expected")
-            hidden, call = _without_hidden(args, kwargs)
-            if not calls:
-                entering.append(hidden)
-            calls.append(call)
-            if len(calls) == len(blocks):
-                raise _StopRecordingError
-
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
-            stack.enter_context(suppress(_StopRecordingError))
-            model(input_ids=batch.input_ids.to(device), use_cache=False)
-        if len(calls) < len(blocks):
-            raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")
-        _check_finite(entering[0], f"the hidden states that enter {blocks[0].name}")
-        return cls(entering[0], batch.mask.to(device), calls)
-
-    def replay(self, block: Block, index: int) -> Tensor:
-        """The hidden states that `block` makes of the present ones."""
-        args, kwargs = self.calls[index]
-        output = block.module(self.hidden, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        _check_finite(hidden, f"the outputs of {block.name}")
-        return hidden
 
 
 class _Collector:
@@ -278,7 +262,7 @@ class _Collector:
                 self._grams.get((leader, "validation")),
                 self._grams.get((leader, "holdout")),
             )
-            _check_finite(statistics.gram, f"the inputs of {members[0].name}")
+            check_finite(statistics.gram, f"the inputs of {members[0].name}")
             shared.append(SharedInput(members, statistics))
         return shared
 
@@ -316,16 +300,3 @@ def _keep_output(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...],
 
 def _adding(more: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     return lambda _, __, output: output + more
-
-
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
-    """Parts a block's arguments into the hidden states, which come first or by that name, and the others."""
-    if args:
-        return args[0], (args[1:], kwargs)
-    others = dict(kwargs)
-    return others.pop("hidden_states"), ((), others)
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise UserError(f"{what} are not finite: load the model in another dtype, or look for damaged weights")

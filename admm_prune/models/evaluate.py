@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
-from admm_prune.models.structure import Block
+from admm_prune.models.flow import form_of, passed_by, record
+from admm_prune.models.shelf import Shelf
+from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.structure import Block, decoder_blocks
 
 _LOGITS = 2**27  # logits held at once: 512 MiB in float32
 
@@ -34,15 +37,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, sequences: Sequences) -> Evaluation:
+def evaluate(
+    model: nn.Module, sequences: Sequences, residence: Residence = IN_MEMORY, shelf: Shelf | None = None
+) -> Evaluation:
     """Scores every token of `sequences` but those that are given, once each.
 
     Cross-entropies are computed from logits in float32 and added in float64. A model that overflows gets the
     perplexity it earned, inf or nan.
+
+    Args:
+        residence: of the weights. Where they are not in memory all of the text goes through one block after the other,
+            by the same calls on the same batches as the model would make, so that the figures are the same.
+        shelf: keeps the hidden states meanwhile.
     """
+    losses = _streamed(model, sequences, residence, shelf or Shelf()) if residence.hollow else None
+    if losses is None:
+        losses = (_loss(model, piece) for batch in sequences.batches for piece in _pieces(model, batch))
     total = torch.zeros((), dtype=torch.float64)
-    for batch in sequences.batches:
-        total += cross_entropy(model, batch)
+    for loss in losses:
+        total += loss
     tokens, characters = sequences.scored_tokens, sequences.characters
     return Evaluation(
         perplexity=(total / tokens).exp().item(),
@@ -56,17 +69,47 @@ def evaluate(model: nn.Module, sequences: Sequences) -> Evaluation:
     )
 
 
+def _streamed(model: nn.Module, sequences: Sequences, residence: Residence, shelf: Shelf) -> Iterator[Tensor]:
+    """The losses of all pieces, with one block in memory at a time and then what is outside of the blocks."""
+    blocks, device = decoder_blocks(model), residence.device(model)
+    pieces = [piece for batch in sequences.batches for piece in _pieces(model, batch)]
+    named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
+    wrap = form_of(model, blocks, device, residence)
+    flows = record(model, blocks, named, device, residence=residence, wrap=wrap, shelf=shelf, finite=False)
+    for index, block in enumerate(blocks):
+        with residence.block(index):
+            for flow in flows:
+                flow.hidden = flow.replay(block, index, finite=False)
+    assert wrap is not None
+    with residence.outside():
+        for piece, flow in zip(pieces, flows, strict=True):
+            with passed_by(blocks, wrap, flow.hidden):
+                yield _loss(model, piece, device)
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of -log p over the scored tokens of a batch: a float64 scalar on the CPU."""
-    device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
-    rows = _rows_at_once(model, batch)
-    for ids, scored in zip(batch.input_ids.split(rows), batch.scored.split(rows), strict=True):
-        ids, scored = ids.to(device), scored.to(device)[:, 1:]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
-        losses = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
-        total += losses.double().sum().cpu()
+    for piece in _pieces(model, batch):
+        total += _loss(model, piece)
     return total
+
+
+def _loss(model: nn.Module, piece: Batch, device: torch.device | None = None) -> Tensor:
+    device = device or next(model.parameters()).device
+    ids, scored = piece.input_ids.to(device), piece.scored.to(device)[:, 1:]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
+    losses = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
+    return losses.double().sum().cpu()
+
+
+def _pieces(model: nn.Module, batch: Batch) -> list[Batch]:
+    """A batch in as many rows at once as keep the logits of a call within bounds."""
+    rows = _rows_at_once(model, batch)
+    return [
+        Batch(ids, lengths, batch.bos)
+        for ids, lengths in zip(batch.input_ids.split(rows), batch.lengths.split(rows), strict=True)
+    ]
 
 
 def _rows_at_once(model: nn.Module, batch: Batch) -> int:

@@ -36,6 +36,21 @@ class FeedForwardViews:
 
 
 @torch.no_grad()
+def feed_forward(block: Block, run: Callable[[], object]) -> FeedForwardViews:
+    """The one feed-forward network of a block, by what its weights do to the first tokens of what `run` gives it.
+
+    Raises:
+        UserError: as `feed_forwards`.
+    """
+    calls: _Calls = {}
+    with ExitStack() as stack:
+        for view in block.weights:
+            stack.enter_context(view.module.register_forward_hook(_remembering(calls, id(view))))
+        run()
+    return _feed_forward(block, calls)
+
+
+@torch.no_grad()
 def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardViews]:
     """The one feed-forward network of every block: the model runs on a few tokens, and the weight is looked for that
     reads act(W x) or act(V x) * (W x) of others.
@@ -75,13 +90,12 @@ def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
 def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwardViews | None:
     """The network that ends in `down`: what comes closest to its inputs, to rounding."""
     wanted = calls[id(down)][0]
-    wanted = wanted.reshape(-1, wanted.shape[-1])
+    tokens = wanted.numel() // wanted.shape[-1]
+    wanted = wanted.reshape(-1, wanted.shape[-1])[:_TOKENS]
     outputs = {
-        id(view): calls[id(view)][1].reshape(-1, down.shape[1])
+        id(view): calls[id(view)][1].reshape(-1, down.shape[1])[:_TOKENS]
         for view in used
-        if view is not down
-        and view.shape[0] == down.shape[1]
-        and len(wanted) * down.shape[1] == calls[id(view)][1].numel()
+        if view is not down and view.shape[0] == down.shape[1] and tokens * down.shape[1] == calls[id(view)][1].numel()
     }
     others = [view for view in used if id(view) in outputs]
     best, least = None, _ROUNDING * torch.finfo(wanted.dtype).eps

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.export import per_layer_class
+from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,35 +29,82 @@ METADATA_KEY = "admm_prune"
 class LoadedModel:
     """A model in evaluation mode without gradients, its tokenizer, and where they come from.
 
-    `revision` is the commit of the Hub repository, None for a local folder.
+    `revision` is the commit of the Hub repository, None for a local folder. `residence` is where the weights are.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None = None
+    residence: Residence = IN_MEMORY
 
 
-def load(source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> LoadedModel:
-    """Loads a model and its tokenizer from safetensors. No code from the source is run.
+def load(
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Loads a model and its tokenizer from safetensors.
 
     Args:
         source: "embedded" (the model that comes with this package), a folder, or a Hub id.
         device: where the model goes.
         dtype: of the weights; None keeps them as stored.
+        trust_remote_code: run code that comes with the model; never done otherwise.
 
     Raises:
         UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
     """
     location = _locate(source)
-    model = _load_model(source, location, dtype)
+    model = _load_model(source, location, dtype, trust_remote_code)
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
-    tokenizer = _load_tokenizer(source, location)
+    tokenizer = _load_tokenizer(source, location, trust_remote_code)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     return LoadedModel(model, tokenizer, source, getattr(model.config, "_commit_hash", None))
+
+
+def open_on_disk(
+    source: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """A model whose weights stay on disk until they are asked for, and its tokenizer.
+
+    Args:
+        source: "embedded" or a folder.
+        device, dtype, trust_remote_code: as for `load`.
+
+    Raises:
+        UserError: as `load`; `source` is not on this disk.
+    """
+    location = _locate(source)
+    if not isinstance(location, Path):
+        raise UserError(f"{source}: only a folder can be streamed: download the model first, or use --no-stream")
+    tokenizer = _load_tokenizer(source, location, trust_remote_code)
+    with _explained(source, location), quiet():
+        config, kind = _kind(location, trust_remote_code)
+    named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with _explained(source, location):
+        on_disk = ModelOnDisk(location, kind, config, device, named, trust_remote_code=trust_remote_code)
+    return LoadedModel(on_disk.model, tokenizer, source, residence=on_disk)
+
+
+def fingerprint(loaded: LoadedModel) -> str:
+    """sha256 over the config and all weights, as they are stored where they are not in memory."""
+    residence = loaded.residence
+    tensors = residence.tensors() if isinstance(residence, ModelOnDisk) else loaded.model.state_dict().items()
+    digest = hashlib.sha256(loaded.model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
@@ -69,7 +120,10 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
     setattr(config, METADATA_KEY, metadata)
     try:
         with quiet():
-            loaded.model.save_pretrained(folder)
+            if isinstance(loaded.residence, ModelOnDisk):
+                loaded.residence.save(folder)
+            else:
+                loaded.model.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
     finally:  # the caller's model keeps the metadata of its own making
         if before is missing:
@@ -115,27 +169,16 @@ def _check_reachable(source: str) -> None:
         ) from error
 
 
-def _load_model(source: str, location: Path | str, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with quiet():
-            # A model with unlike blocks names a class of ours, which is here: the file beside its weights is not run.
-            architectures = getattr(AutoConfig.from_pretrained(location), "architectures", None) or [""]
-            kind = per_layer_class(architectures[0]) if architectures[0].startswith("PerLayer") else None
-            # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
-            result: Any = (kind or AutoModelForCausalLM).from_pretrained(
-                location, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-            )
-    except SafetensorError as error:
-        raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # All that a wrong config, a foreign architecture, mismatched shapes or a missing repository ends in.
-        where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
-        raise UserError(
-            f"{source}: {where}cannot be loaded as a causal language model ({first_line(error)})"
-        ) from error
+def _load_model(
+    source: str, location: Path | str, dtype: torch.dtype | str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    with _explained(source, location), quiet():
+        config, kind = _kind(location, trust_remote_code)
+        own = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
+        # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
+        result: Any = kind.from_pretrained(
+            location, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **own
+        )
     model: PreTrainedModel = result[0]
     absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
     if absent:
@@ -143,11 +186,40 @@ def _load_model(source: str, location: Path | str, dtype: torch.dtype | str | No
     return model
 
 
-def _load_tokenizer(source: str, location: Path | str) -> PreTrainedTokenizerBase:
+def _kind(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The config, and what builds the model that it is of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    # A model with unlike blocks names a class of ours, which is here: the file beside its weights is not run.
+    architectures = getattr(config, "architectures", None) or [""]
+    kind = per_layer_class(architectures[0]) if architectures[0].startswith("PerLayer") else None
+    return config, kind or AutoModelForCausalLM
+
+
+@contextmanager
+def _explained(source: str, location: Path | str) -> Generator[None]:
+    """What a model that cannot be loaded ends in becomes a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # All that a wrong config, a foreign architecture, mismatched shapes or a missing repository ends in.
+        why = first_line(error)
+        if "trust_remote_code" in str(error):
+            why = "it needs code that comes with it, which is run only with --trust-remote-code"
+        where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
+        raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
+
+
+def _load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(location)
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{source}: no tokenizer could be read: save the model's tokenizer beside it") from error

@@ -1,146 +1,270 @@
-"""A model that does not fit in memory: on disk, one block resident at a time, in and out as safetensors."""
+"""A model that does not fit in memory: on disk, one block resident at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from admm_prune.data.hub import quiet
+from admm_prune.data.hub import first_line, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.tensor_file import Lazy, write_tensors
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+_SINGLE, _OUTSIDE = "model.safetensors", "outside.safetensors"
 
 
 class Residence:
-    """Where the blocks of a model are: here, all in memory, always. A subclass brings them in and takes them out."""
+    """Where the weights of a model are: here, all in memory, always. A subclass brings them in and takes them out."""
 
-    hollow = False  # whether a block that was not entered has no weights
+    hollow = False  # whether what was not entered has no weights
+
+    def device(self, model: nn.Module) -> torch.device:
+        """On which the model computes."""
+        return next(model.parameters()).device
 
     @contextmanager
-    def block(self, index: int) -> Iterator[None]:
+    def outside(self) -> Generator[None]:
+        """While what is outside of the blocks is at work: embeddings, the last norm, the head."""
+        yield
+
+    @contextmanager
+    def block(self, index: int) -> Generator[None]:
         """While a block is at work on."""
         yield
 
+    def restore(self, index: int, block: Block, file: Path) -> None:
+        """Gives a block the weights that were written to a file when it was finished, shapes included."""
+        device = self.device(block.module)
+        for name, tensor in load_file(file).items():
+            _put(block.module, name.removeprefix(f"{block.name}."), tensor.to(device, copy=True))
+
+
+IN_MEMORY = Residence()
+
 
 class ModelOnDisk(Residence):
-    """A model folder whose blocks are read when they are entered, and dropped or written elsewhere when they are left.
-
-    What is outside of the blocks (embeddings, the last norm, the head) stays in memory.
+    """A model folder of which weights are read when they are asked for, and dropped afterwards.
 
     Args:
         folder: with config.json and safetensors.
+        kind: the model's class, or an auto class.
+        config: the folder's.
         device: where weights go.
+        dtype: of the weights; None keeps that of the config, else of the files.
+        trust_remote_code: run code that comes with the model.
 
     Attributes:
-        model: of the right class; its blocks have no weights unless they are entered.
-        output: where blocks go when they are left; None drops them.
+        model: of the right class; its parameters are on the meta device unless they are entered.
 
     Raises:
-        UserError: no such folder, a class that cannot be built without weights, or weights that are missing.
+        UserError: a class that cannot be built without weights, or weights that are missing or damaged.
     """
 
     hollow = True
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def __init__(
+        self,
+        folder: Path,
+        kind: Any,
+        config: Any,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers import GenerationConfig
 
-        self._folder, self._device = folder, device
+        self._folder, self._device = folder, torch.device(device)
         self._files = _tensor_files(folder)
+        dtype = dtype or getattr(config, "dtype", None) or self._read(next(iter(self._files))).dtype
+        auto = hasattr(kind, "from_config")
+        build = kind.from_config if auto else kind._from_config
+        code = {"trust_remote_code": trust_remote_code} if auto else {}
         with quiet(), torch.device("meta"):
-            config: Any = AutoConfig.from_pretrained(folder)
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None))
+            self.model: Any = build(config, dtype=dtype, **code)
+            if (folder / "generation_config.json").is_file():
+                self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.model.eval().requires_grad_(False)
-        self.blocks: list[Block] = decoder_blocks(self.model)
-        inside = {id(module) for block in self.blocks for module in block.module.modules()}
-        for name, module in self.model.named_modules():
-            if id(module) not in inside:
-                self._settle(name, module, config)
         self.model.tie_weights()
-        blocks = {f"{block.name}.{name}" for block in self.blocks for name, _ in block.module.named_parameters()}
-        self._outside = [name for name, _ in self.model.named_parameters() if name not in blocks]
-        for name in self._outside:
-            if self.model.get_parameter(name).is_meta:
-                raise UserError(f"{folder}: the weights lack {name}")
-        self.output: Path | None = None
-        self._written: dict[str, str] = {}
+        self.blocks: list[Block] = decoder_blocks(self.model)
+        for name, module in self.model.named_modules():
+            self._settle_buffers(name, module)
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        names = [name for name, _ in self.model.named_parameters()]
+        absent = [name for name in names if name not in self._files]
+        if absent:
+            raise UserError(f"{folder}: the weights lack {absent[0]} ({len(absent)} missing in all)")
+        self._finished: dict[int, Path] = {}
+        self._outside = [name for name in names if not name.startswith(inside)]
+        self._entered = 0
+
+    def device(self, model: nn.Module) -> torch.device:
+        return self._device
 
     @contextmanager
-    def block(self, index: int) -> Iterator[None]:
+    def outside(self) -> Generator[None]:
+        if self._entered == 0:
+            self._fill("", self._outside)
+            self.model.tie_weights()
+        self._entered += 1
+        try:
+            yield
+        finally:
+            self._entered -= 1
+            if self._entered == 0:
+                self._empty("", self._outside)
+                self.model.tie_weights()
+
+    @contextmanager
+    def block(self, index: int) -> Generator[None]:
         block = self.blocks[index]
-        for name, parameter in list(block.module.named_parameters()):
-            _put(block.module, name, self._read(f"{block.name}.{name}").to(parameter.dtype))
-        yield
-        if self.output is not None:
-            weights = {f"{block.name}.{name}": p for name, p in block.module.named_parameters()}
-            self._write(f"block-{index:05d}.safetensors", weights)
-        for name, parameter in list(block.module.named_parameters()):
-            _put(block.module, name, torch.empty_like(parameter, device="meta"))
+        names = [name for name, _ in block.module.named_parameters()]
+        self._fill(f"{block.name}.", names)
+        try:
+            yield
+        finally:
+            self._empty(f"{block.name}.", names)
 
-    def finish(self) -> None:
-        """Writes what is outside of the blocks, the index, and the config, after the last block has left.
+    def restore(self, index: int, block: Block, file: Path) -> None:
+        self._finished[index] = file
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # no mapping
+                self._files[name] = file
+                shape = tensors.get_slice(name).get_shape()
+                meta = torch.empty(shape, dtype=self.model.get_parameter(name).dtype, device="meta")
+                _put(self.model, name, meta)
 
-        The folder is then one that `from_pretrained` loads.
+    def tensors(self) -> Generator[tuple[str, Tensor]]:
+        """All that the files hold, one after the other, by name."""
+        for name in sorted(self._files):
+            yield name, self._read(name)
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `from_pretrained` loads, after every block was finished: their files are linked to it.
+
+        Raises:
+            OSError: it cannot be written.
         """
         from transformers.dynamic_module_utils import custom_object_save
 
-        assert self.output is not None
-        self._write("outside.safetensors", {name: self.model.get_parameter(name) for name in self._outside})
-        index = {"metadata": {}, "weight_map": self._written}
-        (self.output / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files: dict[str, str] = {}
+        for index, block in enumerate(self.blocks):
+            name = f"block-{index:05d}.safetensors"
+            _link(self._finished[index], folder / name)
+            files |= {f"{block.name}.{own}": name for own, _ in block.module.named_parameters()}
+        write_tensors(folder / _OUTSIDE, Lazy(self._outside, self._tensor))
+        files |= dict.fromkeys(self._outside, _OUTSIDE)
+        sizes = sum((folder / name).stat().st_size for name in set(files.values()))
+        index_content = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX).write_text(json.dumps(index_content, indent=2) + "\n", encoding="utf-8")
         self.model.config.architectures = [type(self.model).__name__]
         if type(self.model)._auto_class is not None:
-            custom_object_save(self.model, self.output, config=self.model.config)
-        self.model.config.save_pretrained(self.output)
+            custom_object_save(self.model, folder, config=self.model.config)
+        self.model.config.save_pretrained(folder)
+        if self.model.can_generate():
+            self.model.generation_config.save_pretrained(folder)
 
-    def _settle(self, name: str, module: nn.Module, config: Any) -> None:
-        """Weights of one module outside of the blocks; buffers that no file holds are made anew with their module."""
-        prefix = f"{name}." if name else ""
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            if f"{prefix}{own}" in self._files:
-                _put(module, own, self._read(f"{prefix}{own}").to(parameter.dtype))
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent, _, own = name.rpartition(".")
-            try:
-                made = type(module)(config)
-            except TypeError as error:
-                raise UserError(f"{self._folder}: {name} cannot be built without its weights") from error
-            setattr(self.model.get_submodule(parent), own, made.to(self._device))
+    def _fill(self, prefix: str, names: list[str]) -> None:
+        for name in names:
+            _put(self.model, f"{prefix}{name}", self._tensor(f"{prefix}{name}"))
+
+    def _empty(self, prefix: str, names: list[str]) -> None:
+        for name in names:
+            parameter = self.model.get_parameter(f"{prefix}{name}")
+            _put(self.model, f"{prefix}{name}", torch.empty_like(parameter, device="meta"))
+
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter as the model is to have it."""
+        wanted = self.model.get_parameter(name)
+        tensor = self._read(name)
+        if tensor.shape != wanted.shape:
+            raise UserError(
+                f"{self._folder}: the weight {name} is of shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(wanted.shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self._folder}: the weight {name} has NaN or Inf entries: the file is damaged")
+        return tensor.to(wanted.dtype)
 
     def _read(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise UserError(f"{self._folder}: the weights lack {name}")
-        with safe_open(self._folder / self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor.to(self._device)
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor.to(self._device)
+        except SafetensorError as error:
+            raise UserError(_damaged(self._files[name], error)) from error
 
-    def _write(self, file: str, weights: dict[str, Any]) -> None:
-        assert self.output is not None
-        tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
-        save_file(tensors, self.output / file, {"format": "pt"})
-        self._written |= dict.fromkeys(tensors, file)
+    def _settle_buffers(self, name: str, module: nn.Module) -> None:
+        """Buffers are read, or made anew by the model's class where no file holds them."""
+        buffers = {own: b for own, b in module.named_buffers(recurse=False) if b.is_meta}
+        for own, buffer in buffers.items():
+            stored = f"{name}.{own}" if name else own
+            made = torch.empty_like(buffer, device=self._device)
+            module._buffers[own] = self._read(stored) if stored in self._files else made.fill_(_UNSET)
+        if not buffers:
+            return
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # of transformers: not to be drawn
+        self.model._init_weights(module)
+        for own in buffers:
+            made = module.get_buffer(own)
+            if not (made.is_floating_point() and bool(torch.isfinite(made).all())):
+                raise UserError(f"{self._folder}: {name}.{own} cannot be made without the model: use --no-stream")
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths or not (folder / "config.json").is_file():
+_UNSET = float("nan")
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor, of those that `from_pretrained` reads."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names or not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder: it has no config.json or no safetensors weights")
-    found: dict[str, str] = {}
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path.name)
+    if _SINGLE in names:
+        names = [_SINGLE]
+    elif (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: {INDEX} cannot be read ({first_line(error)})") from error
+    found: dict[str, Path] = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), folder / name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(_damaged(folder / name, error)) from error
     return found
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all safetensors files of a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path}: the safetensors weights are damaged or cut short ({first_line(error)})"
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, own = name.rpartition(".")
     setattr(module.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+
+
+def _link(file: Path, name: Path) -> None:
+    """The same bytes under another name; copied where the disk has no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)

@@ -18,6 +18,7 @@ from admm_prune.point import Point
 from admm_prune.problems.constraints import StackedRows
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
@@ -53,16 +54,14 @@ class Layerwise:
 
     def prune(self, model: nn.Module, request: Request) -> Outcome:
         self.check(model, request.target)
-        blocks = decoder_blocks(model)
-        stream = BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
-        reports = []
-        for index, block in enumerate(blocks):
-            request.tell(index, len(blocks), block.name)
-            for shared in stream.collect(index):
-                reports += prune_shared(shared, self.method, request)
-            stream.advance(index)
-        request.tell(len(blocks), len(blocks))
-        return Outcome(layers=reports)
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            shared = stream.collect(index)
+            return Visit(layers=[report for one in shared for report in prune_shared(one, self.method, request)])
+
+        visits = walk(model, request, visit)
+        request.tell(len(visits), len(visits))
+        return Outcome(layers=[report for found in visits for report in found.layers])
 
 
 def check_target(blocks: Iterable[Block], method: Method, target: Target) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, Self
 
 from torch import nn
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.recipes.journal import NOTHING, Journal
 from admm_prune.recipes.ridge import Ridge, Trial
 from admm_prune.recipes.targets import Target
 
@@ -26,6 +28,9 @@ class Request:
         seed: of every random choice.
         ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
         on_progress: told of every step.
+        residence: where the model's weights are.
+        journal: keeps what is finished, and knows what an earlier run finished.
+        activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
     """
 
     target: Target
@@ -33,6 +38,9 @@ class Request:
     seed: int = 0
     ridge: Ridge = None
     on_progress: OnProgress | None = None
+    residence: Residence = IN_MEMORY
+    journal: Journal = NOTHING
+    activation_bytes: int | None = None
 
     def tell(self, done: int, total: int, at_work: str = "") -> None:
         """Reports progress, where anybody listens."""
@@ -68,6 +76,21 @@ class LayerReport:
     ridge_trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
     diagnosis: tuple[str, ...] = ()
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries that are left, and not zero."""
+        return round((1.0 - self.sparsity) * self.shape[0] * self.shape[1])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """What `as_json` gave, after it was JSON."""
+        lists = {name: tuple(content[name]) for name in ("shape", "notes", "diagnosis")}
+        trials = tuple(Trial(**trial) for trial in content["ridge_trials"])
+        return cls(**{**content, **lists, "ridge_trials": trials})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,15 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.feed_forward import FeedForwardViews, feed_forwards
+from admm_prune.models.feed_forward import FeedForwardViews, feed_forward, feed_forwards
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.feed_forward import EVEN, FeedForward, Network, Penalties
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.gram import GramAccumulator
 from admm_prune.problems.network_output import NetworkOutput
+from admm_prune.recipes.block_walk import Visit, walk
+from admm_prune.recipes.branch_pruning import report_of
 from admm_prune.recipes.layerwise import Layerwise, check_target, prune_shared
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
@@ -74,37 +76,38 @@ class SparseLLM:
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
         check_target(blocks, self.method, target)
-        feed_forwards(model, blocks)
+        if not blocks[0].weights[0].parameter.is_meta:  # else a block is read when its weights are there
+            feed_forwards(model, blocks)
 
     def prune(self, model: nn.Module, request: Request) -> Outcome:
-        blocks = decoder_blocks(model)
-        check_target(blocks, self.method, request.target)
-        networks = feed_forwards(model, blocks)
+        self.check(model, request.target)
         if request.target.fraction == 0:  # to the bit: no target makes up for what is not lost
             return Layerwise(self.method).prune(model, request)
-        stream = BlockStream(model, blocks, request.calibration, next(model.parameters()).device)
-        chosen = blocks[: (len(blocks) + 1) // 2] if self.first_half else blocks
-        reports, figures, notes = [], [], []
-        repairs = self.target == "block" and stream.adds(0, networks[0].down)
-        if self.target == "block" and not repairs:
+        count = len(decoder_blocks(model))
+        chosen = (count + 1) // 2 if self.first_half else count
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            if index >= chosen:
+                return Visit(layers=[report_of(view, view.shape) for view in block.weights])
+            return self._prune_block(stream, index, block, request)
+
+        visits = walk(model, request, visit)
+        request.tell(count, count)
+        figures = [found.details for found in visits[:chosen]]
+        notes = []
+        if self.target == "block" and not all(figure["repairs"] for figure in figures):
             notes.append(
                 "the blocks do not add their networks' outputs to what they put out: attention is not made up for"
             )
-        for index, (block, views) in enumerate(zip(chosen, networks, strict=False)):
-            request.tell(index, len(chosen), block.name)
-            told, figure = self._prune_block(stream, index, block, views, repairs, request)
-            reports += told
-            figures.append(figure)
-            stream.advance(index)
-        request.tell(len(chosen), len(chosen))
-        if self.first_half:
-            notes.append(f"only the first {len(chosen)} of {len(blocks)} blocks were pruned")
-        return Outcome(layers=reports, notes=tuple(notes), details={"feed_forward": figures})
+        if chosen < count:
+            notes.append(f"only the first {chosen} of {count} blocks were pruned")
+        layers = [report for found in visits for report in found.layers]
+        return Outcome(layers=layers, notes=tuple(notes), details={"feed_forward": figures})
 
-    def _prune_block(
-        self, stream: BlockStream, index: int, block: Block, views: FeedForwardViews, repairs: bool, request: Request
-    ) -> tuple[list[LayerReport], dict[str, Any]]:
+    def _prune_block(self, stream: BlockStream, index: int, block: Block, request: Request) -> Visit:
         began = time.perf_counter()
+        views = feed_forward(block, lambda: stream.preview(index))
+        repairs = self.target == "block" and stream.adds(index, views.down)
         own = list(views.views.values())
         wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
@@ -145,13 +148,14 @@ class SparseLLM:
         figure = {
             "block": block.name,
             "activation": views.activation.name,
+            "repairs": repairs,
             "relative_error": error,
             "relative_error_validation": judged,
             "damped": damped,
             "rounds": [progress.end_to_end for progress in result.history],
             "best_round": result.best_iteration,
         }
-        return reports, figure
+        return Visit(layers=reports, details=figure)
 
     def _solve(
         self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, target: Target

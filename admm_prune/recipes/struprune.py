@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, branches
+from admm_prune.models.branches import Branch, branches, keep_units
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits_heads, check_exportable, export, units_by_block
-from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
 from admm_prune.problems.gram import LayerStatistics
+from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import Pruner, report_of
 from admm_prune.recipes.recipe import Budget, LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.unit_selection import Selector
 
-_IN_MEMORY = Residence()
 RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
 
 
@@ -84,70 +83,81 @@ class StruPrune:
         curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
         self._allocate(parts, curves, target)
 
-    def prune(
-        self,
-        model: nn.Module,
-        request: Request,
-        curves: Mapping[str, Curve] | None = None,
-        residence: Residence = _IN_MEMORY,
-    ) -> Outcome:
+    def prune(self, model: nn.Module, request: Request, curves: Mapping[str, Curve] | None = None) -> Outcome:
         """As `Recipe.prune`.
 
         Args:
             curves: what `measure` found on the same model and text, whatever the target; None to measure now.
-            residence: where the blocks are when they are not at work on.
         """
         self.check(model, request.target)
+        if self.form == "padded" and request.residence.hollow:
+            raise UserError(
+                "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
+            )
         pruner = self._pruner(request)
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
+        removed: dict[str, int] = {}
+        details: dict[str, Any] = {}
+        notes: tuple[str, ...] = ()
+        if request.target.fraction > 0:
+            measured = self.measure(model, request) if curves is None else curves
+            # Written down, because a budget in seconds is measured anew by every run.
+            told = request.journal.once(
+                "allocation", lambda: self._told(self._allocate(parts, measured, request.target), parts)
+            )
+            removed, notes = told["removed"], tuple(told["notes"])
+            details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            return Visit(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
+
+        def reshape(index: int) -> None:
+            for branch in parts[index]:
+                if removed.get(branch.name, 0) > 0:
+                    keep_units(branch, torch.arange(branch.count - removed[branch.name]))
+
+        count = len(blocks)
+        visits = walk(model, request, visit, reshape=reshape, steps=(count, 2 * count))
+        layers = [report for found in visits for report in found.layers]
+        request.tell(2 * count, 2 * count)
         if request.target.fraction == 0:
-            return Outcome(layers=[report_of(view, view.shape) for block in blocks for view in block.weights])
-        curves = self.measure(model, request, residence) if curves is None else curves
-        allocation = self._allocate(parts, curves, request.target)
-        saved = allocation.saved / self._weight(parts)
-        stream = self._stream(model, blocks, request, residence)
-        reports: list[LayerReport] = []
-        for index, block in enumerate(blocks):
-            request.tell(len(blocks) + index, 2 * len(blocks), block.name)
-            with residence.block(index):
-                reports += self._prune_block(stream, index, block, parts[index], allocation.removed, pruner)
+            return Outcome(layers=layers)
         units = {branch.name: branch.count for block in parts for branch in block}
         form = export(model, parts, self.form)
-        request.tell(2 * len(blocks), 2 * len(blocks))
-        details = {
-            "method": RECONSTRUCTION,
-            "form": form,
-            "unit": self.unit,
-            "saved": saved,
-            "loss": allocation.loss,
-            "bound": allocation.bound,
-            "price": allocation.price,
-            "units": units,
-            "removed": allocation.removed,
-        }
-        return Outcome(layers=reports, notes=allocation.notes, details=details)
+        details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
+        return Outcome(layers=layers, notes=notes, details=details)
 
-    def measure(self, model: nn.Module, request: Request, residence: Residence = _IN_MEMORY) -> dict[str, Curve]:
+    def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
 
         Raises:
             UserError: as `Recipe.check` and `Recipe.prune`.
         """
         pruner = self._pruner(request)
-        blocks = decoder_blocks(model)
-        parts = [branches(block) for block in blocks]
-        stream = self._stream(model, blocks, request, residence)
-        curves: dict[str, Curve] = {}
-        for index, block in enumerate(parts):
-            request.tell(index, 2 * len(blocks), f"{blocks[index].name}, curves")
-            with residence.block(index):
-                statistics = _statistics(stream, index, block)
-                losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in block}
-                stream.advance(index)
+        parts = [branches(block) for block in decoder_blocks(model)]
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            statistics = _statistics(stream, index, parts[index])
+            losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in parts[index]}
+            stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
-            curves |= {branch.name: self._curve(model, branch, losses[branch.name] / scale) for branch in block}
-        return curves
+            return Visit(tensors={name: found / scale for name, found in losses.items()})
+
+        visits = walk(model, request, visit, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves")
+        losses = {name: found for one in visits for name, found in one.tensors.items()}
+        return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
+
+    def _told(self, allocation: Allocation, parts: Sequence[Sequence[Branch]]) -> dict[str, Any]:
+        """What an allocation comes to, as JSON values."""
+        return {
+            "removed": allocation.removed,
+            "saved": allocation.saved / self._weight(parts),
+            "loss": allocation.loss,
+            "bound": allocation.bound,
+            "price": allocation.price,
+            "notes": allocation.notes,
+        }
 
     def _prune_block(
         self,
@@ -175,7 +185,6 @@ class StruPrune:
                 )
                 for branch in losing
             ]
-            stream.advance(index)
         reports = {report.name: report for report in solved}
         return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
 
@@ -188,10 +197,6 @@ class StruPrune:
             fold_bias=self.fold_bias,
             ridge=self.ridge if request.ridge is None else request.ridge,
         )
-
-    def _stream(self, model: nn.Module, blocks: list[Block], request: Request, residence: Residence) -> BlockStream:
-        device = next(model.parameters()).device
-        return BlockStream(model, blocks, request.calibration, device, hollow=residence.hollow)
 
     def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
         """Without losses, a curve that knows what can be saved."""

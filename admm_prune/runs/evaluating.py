@@ -24,14 +24,24 @@ class Judgement:
         return {**asdict(self.figures), "sparsity": self.sparsity}
 
 
-def evaluate_model(model: str, text: TextSettings, *, device: str = "auto", dtype: str | None = None) -> Judgement:
+def evaluate_model(
+    model: str,
+    text: TextSettings,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Judgement:
     """Loads a model and evaluates it on the evaluation text of `text`.
+
+    Args:
+        trust_remote_code: run code that comes with the model; never done otherwise.
 
     Raises:
         UserError: the model, the text, the device or the dtype cannot be used.
     """
     place = pick_device(device)
     check_dtype(dtype)
-    loaded = load(model, device=place, dtype=dtype)
+    loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
     sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
     return Judgement(evaluation.evaluate(loaded.model, read_judging_text(text, loaded)), sparsity)

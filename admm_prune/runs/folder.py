@@ -16,6 +16,7 @@ from admm_prune.data.layer_file import is_ours
 from admm_prune.errors import UserError
 
 MANIFEST = "admm_prune.json"
+TIMINGS = "timings.json"  # apart from the manifest, which equal runs have in common to the byte
 
 
 def check_output(path: Path) -> None:
@@ -25,7 +26,7 @@ def check_output(path: Path) -> None:
         UserError: the path is a file, the working folder, a folder that holds something and is not ours, or cannot be
             written.
     """
-    place = _absolute(path)
+    place = absolute(path)
     if place.is_symlink() or (place.exists() and not place.is_dir()):
         raise UserError(f"{path} is a file or a link, not a folder: choose another --out")
     if place.is_dir():
@@ -42,7 +43,7 @@ def check_output_file(path: Path) -> None:
     Raises:
         UserError: the path is a folder or a file that is not ours, its folder is missing, or it cannot be written.
     """
-    place = _absolute(path)
+    place = absolute(path)
     if place.is_dir():
         raise UserError(f"{path} is a folder, not a file: choose another --out")
     if (place.exists() or place.is_symlink()) and not is_ours(place):
@@ -62,7 +63,7 @@ def output_folder(path: Path) -> Iterator[Path]:
         UserError: the output cannot be written, or could not be written to the end.
     """
     check_output(path)
-    place = _absolute(path)
+    place = absolute(path)
     made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
     workshop: Path | None = None
     try:
@@ -71,7 +72,7 @@ def output_folder(path: Path) -> Iterator[Path]:
         new = workshop / "new"
         new.mkdir()
         yield new
-        _swap(new, place, workshop / "old")
+        swap(new, place, workshop / "old")
         made = []
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
@@ -97,7 +98,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _swap(new: Path, place: Path, old: Path) -> None:
+def swap(new: Path, place: Path, old: Path) -> None:
     """Moves `new` to `place`, and what stood there to `old`; puts that back if the move fails."""
     if place.exists():
         place.replace(old)
@@ -111,7 +112,7 @@ def _swap(new: Path, place: Path, old: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     """Tries it out: permission bits say nothing of file systems that are read-only, full or not real."""
-    parent = _absolute(path).parent
+    parent = absolute(path).parent
     while not parent.exists():
         parent = parent.parent
     try:
@@ -120,6 +121,6 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {parent} is not a writable folder ({error.strerror})") from error
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
     """Without "..", links kept: the place that the user named, whatever the working folder becomes."""
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  # Path.absolute keeps ".."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -41,6 +42,26 @@ class PeakMemory:
         cuda = self._device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else _high_water()
         self.extra_mib = round((peak - self._before) / _MIB, 1)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes that can still be had: of a CUDA device, else of the host within the limit that its control group sets."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = [_meminfo("MemAvailable:")]
+    with suppress(OSError, ValueError):  # no such limit, or none that can be read
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        available.append(int((group / "memory.max").read_text()) - used)
+    return max(0, min(available))
+
+
+def _meminfo(field: str) -> int:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _reset_high_water() -> None:

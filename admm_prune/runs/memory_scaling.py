@@ -24,12 +24,14 @@ import torch
 from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
-from admm_prune.recipes.recipe import OnProgress
+from admm_prune.models.streaming import ModelOnDisk
+from admm_prune.recipes.recipe import OnProgress, Request
 from admm_prune.recipes.struprune import StruPrune
+from admm_prune.recipes.targets import Target
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
+from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import environment
 from admm_prune.runs.memory import PeakMemory
-from admm_prune.runs.streaming import prune_from_disk
 
 VOCABULARY, HEAD, LENGTH = 4096, 64, 256
 WIDTH_PER_BLOCK = 128  # 4096 / 32 of LLaMA 7B; 128 and 102 of 13B and 70B
@@ -189,11 +191,23 @@ def _measure_here(model: Path, out: Path, tokens: int, sparsity: float) -> None:
         tiny = Path(place) / "tiny"
         tiny.mkdir()
         write_random_model(Shape(256, 2), tiny)
-        prune_from_disk(tiny, Path(place) / "out", random_tokens(LENGTH), sparsity, recipe=_RECIPE)
+        _prune(tiny, Path(place) / "out", random_tokens(LENGTH), sparsity)
     began = time.perf_counter()
     with PeakMemory() as peak:
-        prune_from_disk(model, out, random_tokens(tokens), sparsity, recipe=_RECIPE)
+        _prune(model, out, random_tokens(tokens), sparsity)
     print(json.dumps({"mib": peak.extra_mib, "seconds": round(time.perf_counter() - began, 1)}))  # noqa: T201
+
+
+def _prune(model: Path, out: Path, calibration: Sequences, sparsity: float) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    on_disk = ModelOnDisk(model, LlamaForCausalLM, LlamaConfig.from_pretrained(model))
+    with journal_of(out) as journal:
+        journal.begin({"settings": {}, "environment": {}})
+        request = Request(target=Target(sparsity), calibration=calibration, residence=on_disk, journal=journal)
+        _RECIPE.prune(on_disk.model, request)
+        with journal.output() as folder:
+            on_disk.save(folder)
 
 
 def _table(content: dict[str, Any], peaks: Sequence[Peak]) -> str:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.loading import LoadedModel, load, save
-from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
+from admm_prune.models.shelf import Shelf
 from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.journal import NOTHING
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
-from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
+from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
+from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import manifest
+from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
 
 if TYPE_CHECKING:
@@ -32,14 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did. `model` is the pruned model itself; everything else is written to the manifest.
+    """What a run did. `model` is the pruned model itself; everything else is written to the manifest, times beside it.
 
     Attributes:
         budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
-        seconds: of the pruning alone.
+        seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
+        model: without weights where it was streamed: they are in `out`.
     """
 
     method: str
@@ -58,6 +61,10 @@ class Report:
     out: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
+        """The manifest: equal runs have equal ones, also where one of them was interrupted."""
+        layers = [layer.as_json() for layer in self.layers]
+        for layer in layers:
+            del layer["seconds"]
         return {
             "method": self.method,
             "target": self.target,
@@ -66,11 +73,17 @@ class Report:
             "sparsity": self.sparsity,
             "dense": asdict(self.dense),
             "pruned": asdict(self.pruned),
-            "layers": [asdict(layer) for layer in self.layers],
-            "seconds": round(self.seconds, 3),
+            "layers": layers,
             "notes": self.notes,
             "details": self.details,
             **self.manifest,
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """Seconds: of the pruning in this process, and of every layer in whichever process pruned it."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
         }
 
 
@@ -88,6 +101,8 @@ class RunSettings:
     steps: int | None = None
     unit: str | None = None
     multiple: int | None = None
+    stream: bool = False
+    trust_remote_code: bool = False
 
 
 def prune(
@@ -111,6 +126,10 @@ def prune(
     steps: int | None = None,
     unit: str | None = None,
     multiple: int | None = None,
+    stream: Stream = "auto",
+    resume: bool = False,
+    activation_bytes: int | None = None,
+    trust_remote_code: bool = False,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -130,6 +149,12 @@ def prune(
         unit: of a structured method: what the sparsity is a fraction of, "parameters" by default, "bytes", "kv-cache",
             "flops" or "latency", measured here.
         multiple: of a structured method: the numbers of neurons that stay are multiples of it.
+        stream: True takes one block at a time from the model's folder, and writes it to `out` before the next; False
+            loads the whole model; "auto" streams what does not fit comfortably into the memory that is free.
+        resume: go on with a run that was interrupted, from the journal beside `out`, with the same arguments.
+        activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
+            memory by default where weights are streamed, else all.
+        trust_remote_code: run code that comes with the model; never done otherwise.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
@@ -147,33 +172,56 @@ def prune(
         packing=packing,
         seed=seed,
     )
-    if out is not None:
-        check_output(Path(out))
-    loaded = _loaded(model, tokenizer, pick_device(device), dtype)
-    recipe.check(loaded.model, target)
-    texts = Texts(text, loaded)
-    request = Request(
-        target=target, calibration=texts.calibration(recipe.samples), seed=seed, ridge=ridge, on_progress=progress
-    )
-    settings = RunSettings(
-        model=loaded.source,
-        method=method,
-        target=target,
-        text=text,
-        ridge=ridge,
-        device=device,
-        dtype=dtype,
-        steps=steps,
-        unit=unit,
-        multiple=multiple,
-    )
-    record = manifest(settings, texts.records(recipe.samples), loaded.revision)
-    dense = evaluation.evaluate(loaded.model, texts.evaluation)
-    report = run_recipe(recipe, request, loaded, dense, texts.evaluation, record)
-    if out is not None:
-        with output_folder(Path(out)) as folder:
-            report = replace(save_run(loaded, report, folder), out=Path(out))
+    if resume and out is None:
+        raise UserError("only a run with --out can be resumed: its journal is beside that folder")
+    place = pick_device(device)
+    with nullcontext() if out is None else journal_of(Path(out), resume=resume) as journal:
+        begun = None if journal is None else journal.begun_with("stream")
+        streams = begun if begun is not None else decide(stream, model, recipe, out is not None, place)
+        loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        recipe.check(loaded.model, target)
+        texts = Texts(text, loaded)
+        settings = RunSettings(
+            model=loaded.source,
+            method=method,
+            target=target,
+            text=text,
+            ridge=ridge,
+            device=device,
+            dtype=dtype,
+            steps=steps,
+            unit=unit,
+            multiple=multiple,
+            stream=streams,
+            trust_remote_code=trust_remote_code,
+        )
+        record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+        if journal is not None:
+            journal.begin({**record, "weights": fingerprint(loaded)})
+        if streams and activation_bytes is None:
+            activation_bytes = default_activation_bytes(place)
+        request = Request(
+            target=target,
+            calibration=texts.calibration(recipe.samples),
+            seed=seed,
+            ridge=ridge,
+            on_progress=progress,
+            residence=loaded.residence,
+            journal=journal or NOTHING,
+            activation_bytes=activation_bytes,
+        )
+        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, texts.evaluation, request))))
+        report = run_recipe(recipe, request, loaded, dense, texts.evaluation, record)
+        if journal is not None:
+            with journal.output() as folder:
+                report = replace(save_run(loaded, report, folder), out=journal.out)
     return report
+
+
+def judged(loaded: LoadedModel, judging: Sequences, request: Request) -> Evaluation:
+    """The figures of a model as it is now, wherever its weights are."""
+    shelf = Shelf(request.activation_bytes, request.journal.scratch())
+    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf)
 
 
 def run_recipe(
@@ -191,12 +239,12 @@ def run_recipe(
         judging: the text that they are of.
         record: the manifest of the run.
     """
-    dense_weights = _entries(loaded.model)
     began = time.perf_counter()
     outcome = recipe.prune(loaded.model, request)
     seconds = time.perf_counter() - began
     model: Any = loaded.model if outcome.model is None else outcome.model
-    left = sum(int(view.read().count_nonzero()) for block in decoder_blocks(model) for view in block.weights)
+    dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
+    left = sum(layer.nonzeros for layer in outcome.layers)
     return Report(
         method=recipe.name,
         target=request.target.label,
@@ -204,7 +252,7 @@ def run_recipe(
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,
         dense=dense,
-        pruned=evaluation.evaluate(model, judging),
+        pruned=judged(replace(loaded, model=model), judging, request),
         layers=outcome.layers,
         seconds=seconds,
         notes=outcome.notes,
@@ -223,20 +271,25 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     pruned = replace(loaded, model=report.model)
     save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
+    write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
     return written
 
 
-def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, device: str, dtype: str | None) -> LoadedModel:
+def _opened(
+    model: str | Path | PreTrainedModel,
+    tokenizer: Any,
+    device: str,
+    dtype: str | None,
+    streams: bool,
+    trust_remote_code: bool,
+) -> LoadedModel:
     check_dtype(dtype)
     if isinstance(model, str | Path):
-        return load(str(model), device=device, dtype=dtype)
+        opens = open_on_disk if streams else load
+        return opens(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
     if model.training:
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
     return LoadedModel(model, tokenizer, type(model).__name__, None)
-
-
-def _entries(model: nn.Module) -> int:
-    return sum(view.parameter.numel() for block in decoder_blocks(model) for view in block.weights)

@@ -1,61 +1,55 @@
-"""Structured pruning from disk to disk, with one block in memory at a time."""
+"""Whether a model is taken from disk block by block, or loaded as a whole."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Literal
 
-from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.streaming import ModelOnDisk
-from admm_prune.recipes.recipe import OnProgress, Outcome, Request
+from admm_prune.models.streaming import weight_bytes
+from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.folder import output_folder
+from admm_prune.recipes.trained import Trained
+from admm_prune.runs.memory import free_bytes
 
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+Stream = Literal["auto"] | bool
+_COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top
 
 
-def prune_from_disk(
-    source: Path,
-    out: Path,
-    calibration: Sequences,
-    sparsity: float,
-    *,
-    recipe: StruPrune | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    progress: OnProgress | None = None,
-) -> Outcome:
-    """Prunes a model folder into another one that `from_pretrained` loads, without ever holding the whole model.
-
-    At any time there are in memory: one block, its statistics, the hidden states of the calibration tokens, and what is
-    outside of the blocks. Nothing is evaluated: that needs the model.
+def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device: str) -> bool:
+    """Whether to stream.
 
     Args:
-        source: a model folder with safetensors.
-        out: written whole or not at all.
-        sparsity: the fraction to go, 0 < sparsity < 1.
-        recipe: `StruPrune()` by default; its form must not be "padded".
-        progress: called with (steps done, steps, what is at work).
+        stream: what the user says; "auto" streams a folder whose weights would not fit comfortably.
+        model: a name, a folder, or a module.
+        written: the result goes to a folder.
+        device: where the weights would go.
 
     Raises:
-        UserError: the model, the text or the folders cannot be used.
+        UserError: it is asked for and cannot be done.
     """
-    recipe = recipe or StruPrune()
-    if recipe.form == "padded":
-        raise UserError("padding needs the widest block, which is known only at the end: choose per-layer or uniform")
-    if not 0 < sparsity < 1:
-        raise UserError(f"sparsity must lie between 0 and 1, not {sparsity}")
-    on_disk = ModelOnDisk(source, device)
-    request = Request(target=Target(sparsity), calibration=calibration, seed=seed, on_progress=progress)
-    recipe.check(on_disk.model, request.target)
-    with output_folder(out) as folder:
-        curves = recipe.measure(on_disk.model, request, on_disk)
-        on_disk.output = folder
-        outcome = recipe.prune(on_disk.model, request, curves, on_disk)
-        on_disk.finish()
-        for pattern in _BESIDE:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, folder / path.name)
-    return outcome
+    if stream not in ("auto", True, False):
+        raise UserError(f"stream must be auto, True or False, not {stream!r}")
+    why = _why_not(model, recipe, written)
+    if stream is True and why is not None:
+        raise UserError(f"cannot stream: {why}")
+    if stream != "auto":
+        return stream
+    return why is None and weight_bytes(Path(str(model)).expanduser()) > _COMFORT * free_bytes(device)
+
+
+def default_activation_bytes(device: str) -> int:
+    """A quarter of what is free on the host, where activations live whatever the device."""
+    return free_bytes("cpu") // 4
+
+
+def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
+    if not isinstance(model, str | Path):
+        return "the model is in memory already: give its folder"
+    if not written:
+        return "the pruned model has to go to a folder: give --out"
+    if isinstance(recipe, Trained):
+        return f"{recipe.name} trains all weights at once: choose a method that goes block by block"
+    if isinstance(recipe, StruPrune) and recipe.form == "padded":
+        return f"{recipe.name} pads to the widest block, which is known only at the end: choose struprune"
+    return None

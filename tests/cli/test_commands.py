@@ -17,7 +17,7 @@ FIGURES = {
     "perplexity", "bits_per_char", "tokens", "characters", "packing", "length", "truncated_tokens", "protocol",
 }  # fmt: skip
 MANIFEST = {
-    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "seconds", "notes",
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes",
     "details", "settings", "model_revision", "texts", "environment", "weights",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down

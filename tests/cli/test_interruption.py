@@ -36,18 +36,38 @@ def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
 
 
 @MODES
-@pytest.mark.parametrize("name", ["run", "compare"])
 @pytest.mark.parametrize("moment", ["save", "write_json"])
-def test_nothing_is_left_of_a_run_that_breaks_off(
+def test_nothing_is_left_of_a_comparison_that_breaks_off(
     command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
-    name: str, moment: str, error: BaseException, status: int,
+    moment: str, error: BaseException, status: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(pruning, moment, breaks(error))
-    outcome = command(name, *arguments)
+    outcome = command("compare", *arguments)
     assert (outcome.status, outcome.out) == (status, "")
     last = "interrupted" if status == 130 else "cannot write to deep/out: No space left on device"
     assert outcome.err.splitlines()[-1] == f"admm-prune: {last}"
     assert not list(place.iterdir())
+
+
+@MODES
+@pytest.mark.parametrize("moment", ["save", "write_json"])
+def test_a_run_that_breaks_off_is_kept_beside_its_place_and_resumed(
+    command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
+    moment: str, error: BaseException, status: int,
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, moment, breaks(error))
+        outcome = command("run", *arguments)
+    assert (outcome.status, outcome.out) == (status, "")
+    last = {
+        130: "interrupted: go on with the same command and --resume (deep/out.partial holds what is finished)",
+        2: "cannot write to deep/out: No space left on device: what is finished is kept in deep/out.partial; "
+        "go on with --resume",
+    }
+    assert outcome.err.splitlines()[-1] == f"admm-prune: {last[status]}"
+    assert [path.name for path in (place / "deep").iterdir()] == ["out.partial"]
+    assert command("run", *arguments, "--resume").status == 0
+    assert [path.name for path in (place / "deep").iterdir()] == ["out"]
 
 
 @MODES
@@ -63,8 +83,8 @@ def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_wh
         patch.setattr(pruning, "write_json", breaks(error))
         assert command("run", *arguments, "--method", "wanda").status == status
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert command("run", *arguments, "--method", "wanda").status == 0
+    assert {path.name for path in out.parent.iterdir()} == {"out", "out.partial"}
+    assert command("run", *arguments, "--method", "wanda", "--resume").status == 0
     assert '"method": "wanda"' in (out / "admm_prune.json").read_text()
     assert not (out / "leftover.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -1,31 +1,34 @@
-"""From disk to disk, one block at a time: the same model as in memory, and the bench that measures it."""
+"""From disk to disk, one block at a time: the same model and figures as in memory, and the bench that measures it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.loading import load
+from admm_prune.models.evaluate import evaluate
+from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.targets import Target
-from admm_prune.runs import memory_scaling
+from admm_prune.runs import memory_scaling, streaming
 from admm_prune.runs.memory_scaling import Peak, Shape, exponent, write_random_model
-from admm_prune.runs.streaming import prune_from_disk
+from admm_prune.runs.pruning import Report
+from admm_prune.runs.run_verification import verify_folder
 from admm_prune.runs.texts import Texts, TextSettings
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
+METHODS = ("magnitude", "sparsegpt", "sparsellm", "struprune", "struprune-uniform", "structured-global")
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +36,56 @@ def calibration(model_folder: Path, text_file: Path) -> Sequences:
     return Texts(TextSettings(data=str(text_file), samples=12), load(str(model_folder))).calibration()
 
 
-@pytest.fixture(params=["llama", "opt"])
-def folder(request: pytest.FixtureRequest, model_folder: Path, tmp_path: Path) -> Path:
-    if request.param == "llama":
-        return model_folder
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=300, hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.3,
-    )  # fmt: skip
-    OPTForCausalLM(config).save_pretrained(tmp_path / "opt", max_shard_size="20KB")
-    return tmp_path / "opt"
+def prune(model: Path, out: Path, text_file: Path, **how: Any) -> Report:
+    settings: dict[str, Any] = {"sparsity": 0.3, "data": str(text_file), "samples": 12, "eval_samples": 3}
+    return admm_prune.prune(model, out=out, device="cpu", **settings | how)
 
 
-@pytest.mark.parametrize("recipe", [StruPrune(), StruPrune(uniform=True)], ids=["per-layer", "uniform"])
-def test_from_disk_it_is_the_same_model_to_the_bit(
-    recipe: StruPrune, folder: Path, calibration: Sequences, tmp_path: Path
+def fingerprints(folder: Path) -> dict[str, str]:
+    """sha256 of every file but that of the times."""
+    files = {path.name: path for path in folder.iterdir() if path.name != "timings.json"}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_disk_it_is_the_same_model_and_the_same_report_to_the_bit(
+    method: str, model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    outcome = prune_from_disk(folder, tmp_path / "out", calibration, 0.3, recipe=recipe)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    expected = recipe.prune(model, Request(target=Target(0.3), calibration=calibration))
-    assert outcome.details == expected.details
-    stock = outcome.details["form"] == "stock"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=not stock)
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
-    assert [layer.sparsity for layer in outcome.layers] == [layer.sparsity for layer in expected.layers]
+    before = fingerprints(model_folder)
+    streamed = prune(model_folder, tmp_path / "streamed", text_file, method=method, stream=True)
+    assert fingerprints(model_folder) == before
+    whole = prune(model_folder, tmp_path / "whole", text_file, method=method, stream=False)
+    stock = not (tmp_path / "streamed/modeling_per_layer.py").exists()
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=not stock).state_dict()
+        for name in ("streamed", "whole")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    manifests = [report.as_json() for report in (streamed, whole)]
+    for manifest in manifests:
+        del manifest["settings"]["stream"], manifest["weights"]
+    assert manifests[0] == manifests[1], "perplexities, errors and allocations are the same to the bit"
+    assert verify_folder(tmp_path / "streamed", device="cpu").failures == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_streamed_model_is_judged_as_it_would_be_in_memory(dtype: str, model_folder: Path, text_file: Path) -> None:
+    whole, on_disk = (opens(str(model_folder), dtype=dtype) for opens in (load, open_on_disk))
+    judging = Texts(TextSettings(data=str(text_file)), whole).evaluation
+    assert evaluate(on_disk.model, judging, on_disk.residence) == evaluate(whole.model, judging)
+    assert all(parameter.is_meta for parameter in on_disk.model.parameters())
+
+
+def opened(folder: Path) -> ModelOnDisk:
+    residence = open_on_disk(str(folder)).residence
+    assert isinstance(residence, ModelOnDisk)
+    return residence
 
 
 def test_a_block_has_weights_only_while_it_is_at_work_on(model_folder: Path) -> None:
-    on_disk = ModelOnDisk(model_folder)
+    on_disk = opened(model_folder)
     dense = load(str(model_folder)).model
 
     def present() -> list[bool]:
@@ -80,8 +102,8 @@ def test_a_block_has_weights_only_while_it_is_at_work_on(model_folder: Path) -> 
 def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibration: Sequences) -> None:
     dense = load(str(model_folder)).model
     full = BlockStream(dense, decoder_blocks(dense), calibration, "cpu")
-    on_disk = ModelOnDisk(model_folder)
-    hollow = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", hollow=True)
+    on_disk = opened(model_folder)
+    hollow = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", residence=on_disk)
     for mine, its in zip(full._flows["calibration"], hollow._flows["calibration"], strict=True):
         assert torch.equal(mine.hidden, its.hidden)
         for (_, a), (_, b) in zip(mine.calls, its.calls, strict=True):
@@ -120,32 +142,48 @@ def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_para
     write_random_model(shape, tmp_path)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == shape.parameters
-    assert sum(view.parameter.numel() for view in ModelOnDisk(tmp_path).blocks[0].weights) == shape.block
+    blocks = decoder_blocks(ModelOnDisk(tmp_path, LlamaForCausalLM, LlamaConfig.from_pretrained(tmp_path)).model)
+    assert sum(view.parameter.numel() for view in blocks[0].weights) == shape.block
 
 
-def test_folders_that_cannot_be_streamed(model_folder: Path, calibration: Sequences, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not a model folder: it has no config.json or no safetensors"):
-        prune_from_disk(tmp_path / "nothing", tmp_path / "out", calibration, 0.3)
-    with pytest.raises(UserError, match="padding needs the widest block"):
-        prune_from_disk(model_folder, tmp_path / "out", calibration, 0.3, recipe=StruPrune(form="padded"))
-    with pytest.raises(UserError, match="sparsity must lie between 0 and 1, not 1"):
-        prune_from_disk(model_folder, tmp_path / "out", calibration, 1)
+def test_what_cannot_be_streamed_is_refused(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    for how, reason in (
+        ({"method": "struprune-padded"}, "struprune-padded pads to the widest block"),
+        ({"method": "elsa"}, "elsa trains all weights at once"),
+        ({"model": tmp_path / "nothing"}, "there is no such model folder"),
+        ({"model": model, "tokenizer": 1}, "the model is in memory already"),
+        ({"stream": "often"}, "stream must be auto, True or False, not 'often'"),
+        ({"out": None}, "give --out"),
+    ):
+        arguments: dict[str, Any] = {"model": model_folder, "out": out, "stream": True, "sparsity": 0.3, **how}
+        with pytest.raises(UserError, match=reason):
+            admm_prune.prune(data=str(text_file), **arguments)
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "config.json").write_text((model_folder / "config.json").read_text())
-    for lost in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
-        weights = load_file(model_folder / "model.safetensors")
-        del weights[lost]
-        save_file(weights, broken / "model.safetensors", {"format": "pt"})
-        with pytest.raises(UserError, match=f"the weights lack {lost}"):
-            prune_from_disk(broken, tmp_path / "out", calibration, 0.3)
-    assert not (tmp_path / "out").exists()
+    for path in model_folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model_folder / "model.safetensors")
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    for changed, reason in (
+        ({up: None}, f"the weights lack {up}"),
+        ({norm: None}, f"the weights lack {norm}"),
+        ({up: weights[up].T.contiguous()}, rf"{up} is of shape \(32, 48\), config.json asks for \(48, 32\)"),
+        ({up: weights[up] * torch.inf}, f"{up} has NaN or Inf entries"),
+    ):
+        kept = {name: tensor for name, tensor in {**weights, **changed}.items() if tensor is not None}
+        save_file(kept, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=reason):
+            prune(broken, out, text_file, method="magnitude", stream=True)
+    (broken / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        prune(broken, out, text_file, method="magnitude", stream=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-def test_what_is_written_has_an_index_and_the_tokenizer(
-    model_folder: Path, calibration: Sequences, tmp_path: Path
-) -> None:
-    prune_from_disk(model_folder, tmp_path / "out", calibration, 0.3)
+def test_what_is_written_has_an_index_and_the_tokenizer(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(model_folder, tmp_path / "out", text_file, method="magnitude", stream=True)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
         "block-00000.safetensors",
@@ -153,3 +191,21 @@ def test_what_is_written_has_an_index_and_the_tokenizer(
         "outside.safetensors",
     }
     assert load(str(tmp_path / "out")).tokenizer("the cat")["input_ids"]
+
+
+def test_a_model_that_would_fill_the_memory_is_streamed(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in model_folder.glob("*.safetensors"))
+    for free, streams in ((size, True), (10 * size, False)):
+        monkeypatch.setattr(streaming, "free_bytes", lambda _, free=free: free)
+        report = prune(model_folder, tmp_path / str(free), text_file, method="magnitude")
+        assert report.manifest["settings"]["stream"] is streams
+
+
+def test_activations_on_disk_change_nothing(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    reports = [
+        prune(model_folder, tmp_path / str(limit), text_file, method="wanda", stream=True, activation_bytes=limit)
+        for limit in (0, 10**9)
+    ]
+    assert reports[0].as_json() == reports[1].as_json()

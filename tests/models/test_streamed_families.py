@@ -1,0 +1,34 @@
+"""Models of every family pruned and judged from disk, one block at a time: what comes of it in memory, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from saved_model import text_file
+from tiny_models import build
+from transformers import PreTrainedTokenizerFast
+
+import admm_prune
+from admm_prune.models.loading import load
+
+__all__ = ["text_file"]  # a fixture
+
+IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
+
+
+def test_every_family_streams(family: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
+    """Several shards, blocks that return tuples, biases, untied heads, projections around the blocks."""
+    build(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    how: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "data": str(text_file), "samples": 12, "eval_samples": 3}
+    streamed, whole = (
+        admm_prune.prune(tmp_path / "dense", out=tmp_path / str(stream), stream=stream, device="cpu", **how)
+        for stream in (True, False)
+    )
+    assert (streamed.dense, streamed.pruned) == (whole.dense, whole.pruned)
+    first, second = (load(str(tmp_path / str(stream))).model for stream in (True, False))
+    with torch.no_grad():
+        assert torch.equal(first(input_ids=IDS).logits, second(input_ids=IDS).logits)
+    assert first.config.tie_word_embeddings == second.config.tie_word_embeddings
