@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from admm_prune.errors import UserError
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.layerwise import Layerwise, check_target
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.recipe import Outcome
+from admm_prune.recipes.recipe import Outcome, Request
+from admm_prune.recipes.session import Session
 from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Session, Trained
+from admm_prune.recipes.trained import Trained
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -81,10 +82,12 @@ class Elsa(Trained):
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
         calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
-        request = replace(session.request, target=target, calibration=calibration, on_progress=None)
+        request = Request(target=target, calibration=calibration, seed=session.request.seed)
+        session.gather()
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)
         session.model.requires_grad_(True)
+        session.scatter()
         masks = {view.name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
