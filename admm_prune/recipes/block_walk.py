@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from safetensors.torch import load_file
@@ -94,6 +95,7 @@ def walk(
             request.tell(before + index, total, f"{block.name}{note}")
             with residence.block(index):
                 found = visit(stream, index, block)
+                found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
                 if stream.position == index:
                     stream.advance(index)
                 journal.commit(

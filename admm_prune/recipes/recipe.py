@@ -88,9 +88,11 @@ class LayerReport:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """What `as_json` gave, after it was JSON."""
-        lists = {name: tuple(content[name]) for name in ("shape", "notes", "diagnosis")}
-        trials = tuple(Trial(**trial) for trial in content["ridge_trials"])
-        return cls(**{**content, **lists, "ridge_trials": trials})
+        values = dict(content)
+        for name in ("shape", "notes", "diagnosis"):
+            values[name] = tuple(content[name])
+        values["ridge_trials"] = tuple(Trial(**trial) for trial in content["ridge_trials"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

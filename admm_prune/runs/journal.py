@@ -82,8 +82,8 @@ class FolderJournal(Journal):
             self._read()
 
     def begun_with(self, setting: str) -> Any:
-        """A setting of the run that began the journal; None where this one does."""
-        return _unseal(self.home / _HEADER)["settings"].get(setting) if self.resumed else None
+        """A setting of the run that is resumed."""
+        return _unseal(self.home / _HEADER)["settings"].get(setting)
 
     @property
     def holds_work(self) -> bool:

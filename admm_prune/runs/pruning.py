@@ -176,8 +176,9 @@ def prune(
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     place = pick_device(device)
     with nullcontext() if out is None else journal_of(Path(out), resume=resume) as journal:
-        begun = None if journal is None else journal.begun_with("stream")
-        streams = begun if begun is not None else decide(stream, model, recipe, out is not None, place)
+        if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
+            stream = bool(journal.begun_with("stream"))
+        streams = decide(stream, model, recipe, out is not None, place)
         loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
         recipe.check(loaded.model, target)
         texts = Texts(text, loaded)

@@ -1,0 +1,353 @@
+"""Runs that break off anywhere, go on, and leave the very files that they would have left; journals that are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import admm_prune
+from admm_prune.errors import UserError
+from admm_prune.recipes.recipe import LayerReport
+from admm_prune.recipes.ridge import Trial
+from admm_prune.runs.folder import TIMINGS
+from admm_prune.runs.journal import FolderJournal, home_of, journal_of
+from admm_prune.runs.randomness import random_state, restore_random_state
+
+RUNS = [
+    ("sparsegpt", False),
+    ("wanda", True),
+    ("sparsellm", False),
+    ("sparsellm", True),
+    ("struprune", False),
+    ("struprune", True),
+]
+
+
+def prune(model: Path | str, out: Path, text_file: Path, **how: Any) -> Any:
+    settings: dict[str, Any] = {"sparsity": 0.3, "data": str(text_file), "samples": 12, "eval_samples": 3}
+    return admm_prune.prune(model, out=out, device="cpu", **settings | how)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """sha256 of every file but that of the times."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS}
+    return {str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+@pytest.mark.parametrize(("method", "stream"), RUNS)
+def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
+    method: str, stream: bool, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process gets one record further than the one before."""
+    how: dict[str, Any] = {"method": method, "stream": stream}
+    whole = prune(model_folder, tmp_path / "whole", text_file, **how)
+    commit, out = FolderJournal.commit, tmp_path / "out"
+    records = 0
+
+    def commits_once(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
+        nonlocal records
+        commit(journal, *arguments, **tensors)
+        records += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderJournal, "commit", commits_once)
+    while True:
+        torch.manual_seed(records)  # whatever a process draws before it goes on
+        try:
+            report = prune(model_folder, out, text_file, resume=records > 0, **how)
+            break
+        except KeyboardInterrupt:
+            assert not out.exists()
+    assert records == {"struprune": 6}.get(method, 3)  # the dense model's figures, and every block, twice, or once
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+    assert report.as_json() == whole.as_json()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_files_of_a_kill_in_the_middle_of_a_record_do_no_harm(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = broken_off(model_folder, text_file, tmp_path, monkeypatch, after=2)
+    home = home_of(out)
+    (home / "records/00002-blocks-00001.unfinished").write_text("half a rec")
+    (home / "tensors/00002-blocks-00001.safetensors").write_bytes(b"whole, but its record never came")
+    (home / "activations/00002-blocks-00001.unfinished").write_bytes(b"half")
+    (home / "model").mkdir(exist_ok=True)
+    (home / "model/half.safetensors").write_bytes(b"half")
+    prune(model_folder, out, text_file, method="wanda", resume=True)
+    prune(model_folder, tmp_path / "whole", text_file, method="wanda")
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+
+
+def test_a_kill_between_the_last_renames_loses_neither_the_old_nor_the_new(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prune(model_folder, out, text_file, method="magnitude")
+    old = fingerprints(out)
+    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3)
+    out.rename(home_of(out) / "old")  # as if killed right then
+    prune(model_folder, out, text_file, method="wanda", resume=True)
+    new = fingerprints(out)
+    assert new != old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # And as if killed after the very last rename, with the journal still there.
+    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3)
+    (home_of(out) / "old").mkdir()
+    (home_of(out) / "old/admm_prune.json").write_text("{}")
+    prune(model_folder, out, text_file, method="wanda", resume=True)
+    assert fingerprints(out) == new
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def broken_off(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **how: Any
+) -> Path:
+    """The place of a run of wanda that was interrupted after so many records."""
+    commit, records = FolderJournal.commit, 0
+
+    def commits(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
+        nonlocal records
+        commit(journal, *arguments, **tensors)
+        records += 1
+        if records == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FolderJournal, "commit", commits)
+        prune(model_folder, tmp_path / "out", text_file, method="wanda", **how)
+    return tmp_path / "out"
+
+
+def test_what_is_not_the_same_is_refused_and_nothing_is_lost(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_text, other_model = tmp_path / "other.txt", tmp_path / "model"
+    text = tmp_path / "text.txt"
+    text.write_bytes(text_file.read_bytes())
+    other_text.write_text(text_file.read_text().replace("cat", "dog"))
+    other_model.mkdir()
+    for path in model_folder.iterdir():
+        (other_model / path.name).write_bytes(path.read_bytes())
+    out = broken_off(other_model, text, tmp_path, monkeypatch, after=2)
+    home = home_of(out)
+    before = fingerprints(home)
+
+    def refused(reason: str, **how: Any) -> None:
+        model, data = how.pop("model", other_model), how.pop("text", text)
+        with pytest.raises(UserError, match=reason) as told:
+            prune(model, out, data, **{"method": "wanda", "resume": True} | how)
+        assert "\n" not in str(told.value)
+        assert fingerprints(home) == before
+        assert not out.exists()
+
+    refused("holds a run that was not finished: go on with --resume, or delete the folder", resume=False)
+    refused("was begun with method wanda, not magnitude: --resume needs the same arguments", method="magnitude")
+    refused("was begun with sparsity 0.3, not 0.4", sparsity=0.4)
+    refused("was begun with seed 0, not 1", seed=1)
+    refused("was begun with samples 12, not 11", samples=11)
+    refused("was begun with data .*text.txt, not .*other.txt", text=other_text)
+    refused("was begun with stream False, not True", stream=True)
+    text.write_bytes(other_text.read_bytes())
+    refused("the calibration text is not the one that .* was begun with")
+    text.write_bytes(text_file.read_bytes())
+    weights = (other_model / "model.safetensors").read_bytes()
+    (other_model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    refused("the model is not the one that .* was begun with: --resume needs the same weights")
+    (other_model / "model.safetensors").write_bytes(weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 7)
+        refused("was begun with threads 1, not 7: --resume needs the same machine and versions")
+    prune(other_model, out, text, method="wanda", resume=True)
+
+
+def test_a_journal_that_is_damaged_or_foreign_is_refused(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = broken_off(model_folder, text_file, tmp_path, monkeypatch, after=2)
+    home = home_of(out)
+
+    def refused(reason: str) -> None:
+        before = fingerprints(home)
+        with pytest.raises(UserError, match=reason) as told:
+            prune(model_folder, out, text_file, method="wanda", resume=True)
+        assert "\n" not in str(told.value)
+        assert fingerprints(home) == before
+
+    for path in sorted(path for path in home.rglob("*") if path.is_file() and path.name != "lock"):
+        content = path.read_bytes()
+        for damaged in (content[: len(content) // 2], content[:-9] + b"?" + content[-8:], b""):
+            path.write_bytes(damaged)
+            refused("is damaged")
+        path.write_bytes(content)
+    first, second = sorted((home / "records").iterdir())
+    first.rename(tmp_path / "kept")
+    refused("a record before .* is missing")
+    (tmp_path / "kept").rename(first)
+    (home / "tensors" / f"{second.name}.safetensors").rename(tmp_path / "kept")
+    refused("is damaged or gone")
+    (tmp_path / "kept").rename(home / "tensors" / f"{second.name}.safetensors")
+    with journal_of(tmp_path / "other") as other:
+        other.begin({"settings": {"of": "another run"}})
+        other.commit("dense", 0, {})
+        own = second.read_bytes()
+        second.write_bytes((other.home / "records/00000-dense-00000").read_bytes())
+    refused("is a record of another run")
+    second.write_bytes(own)
+    prune(model_folder, out, text_file, method="wanda", resume=True)
+
+
+def test_there_must_be_something_to_resume_and_the_place_must_be_ours(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"nothing to resume: there is no .*out\.partial; leave --resume out"):
+        prune(model_folder, out, text_file, resume=True)
+    with pytest.raises(UserError, match="only a run with --out can be resumed"):
+        admm_prune.prune(model_folder, sparsity=0.5, resume=True)
+    prune(model_folder, out, text_file, method="magnitude")
+    with pytest.raises(UserError, match=r"nothing to resume: .*out is finished"):
+        prune(model_folder, out, text_file, method="magnitude", resume=True)
+    home_of(out).mkdir()
+    (home_of(out) / "thesis.txt").write_text("not ours")
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"out\.partial was not written by admm-prune: choose another --out"):
+            prune(model_folder, out, text_file, method="magnitude", resume=resume)
+    assert (home_of(out) / "thesis.txt").read_text() == "not ours"
+    (tmp_path / "file.partial").write_text("")
+    with pytest.raises(UserError, match=r"file\.partial is a file or a link"):
+        prune(model_folder, tmp_path / "file", text_file)
+
+
+def test_what_a_kill_left_before_there_was_a_header_is_no_hindrance(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    home = home_of(tmp_path / "out")
+    (home / "records").mkdir(parents=True)
+    (home / "header.unfinished").write_text("ha")
+    (home / "lock").write_text("1")
+    prune(model_folder, tmp_path / "out", text_file, method="magnitude")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_do_not_share_a_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with journal_of(tmp_path / "out") as journal:
+        journal.begin({"settings": {}})
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"another run is at work in .*out\.partial \(process {os.getpid()}\)"):
+                prune(model_folder, tmp_path / "out", text_file, resume=resume)
+        journal.commit("dense", 0, {"perplexity": float("inf")})
+        assert journal.finished("dense") == [{"perplexity": float("inf")}]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_before_any_work_leaves_nothing(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pattern 16:32 needs a width"):
+        prune(model_folder, tmp_path / "deep/out", text_file, sparsity=None, pattern="16:32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_where_there_is_room(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the kernel refuses to write more, in the middle of a file."""
+    command = [
+        sys.executable, "-c",
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\n"
+        "from admm_prune.cli import main; main()",
+    ]  # fmt: skip
+    arguments = [
+        "run", "--model", model_folder, "--data", text_file, "--samples", "12", "--eval-samples", "3",
+        "--method", "wanda", "--sparsity", "0.3", "--out", "out",
+    ]  # fmt: skip
+    done = subprocess.run([*command, "40000", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("admm-prune: cannot write to out: ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_generators_come_back() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    draw()
+    state = random_state()
+    first = draw()
+    draw()
+    restore_random_state(state)
+    assert draw() == first
+
+
+def test_a_report_comes_back_from_json_as_it_was() -> None:
+    trial = Trial(**{name: 0.5 for name in Trial.__dataclass_fields__})
+    report = LayerReport(name="w", shape=(3, 7), sparsity=8 / 21, ridge_trials=(trial,), notes=("a",), diagnosis=("b",))
+    assert LayerReport.from_json(report.as_json() | {"shape": [3, 7], "notes": ["a"]}) == report
+    assert report.nonzeros == 13
+
+
+def test_a_recipe_keeps_files_of_its_own_and_computes_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), journal_of(tmp_path / "out") as journal:
+        journal.begin({"settings": {}})
+        folder = journal.checkpoints("training")
+        assert folder is not None
+        (folder / "step-5.pt").write_text("5")
+        assert journal.once("rate", lambda: [0.1]) == [0.1]
+        raise KeyboardInterrupt
+    with journal_of(tmp_path / "out", resume=True) as journal:
+        journal.begin({"settings": {}})
+        again = journal.checkpoints("training")
+        assert again is not None
+        assert (again / "step-5.pt").read_text() == "5"
+        assert journal.once("rate", lambda: pytest.fail("it is known")) == [0.1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "stream"), [*RUNS[1:], ("admm-fast", False), ("sparsegpt", True)])
+def test_killed_at_random_times_it_ends_in_the_same_files(method: str, stream: bool, tmp_path: Path) -> None:
+    """Three kills each, 21 in all, of real processes, wherever they are."""
+    arguments = [
+        "run", "--method", method, "--sparsity", "0.5", "--samples", "8", "--eval-samples", "4", "--length", "128",
+        "--stream" if stream else "--no-stream", "--out",
+    ]  # fmt: skip
+    command = [str(Path(sys.executable).with_name("admm-prune")), *arguments]
+    began = time.perf_counter()
+    subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
+    most = time.perf_counter() - began
+    draw = random.Random(f"{method} {stream}")
+    kills = 0
+    home = home_of(tmp_path / "out")
+    while kills < 3:
+        resume = ["--resume"] if home.is_dir() else []
+        with subprocess.Popen([*command, "out", *resume], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+            while not (home / "header").exists() and process.poll() is None:
+                time.sleep(0.01)
+            with_luck = draw.uniform(0, 0.5 * most)
+            try:
+                process.wait(with_luck)
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL)
+        if process.returncode == 0 and kills < 3:  # it was faster: once more from the start
+            (tmp_path / "out").rename(tmp_path / f"done-{time.time_ns()}")
+    if home.is_dir():
+        subprocess.run([*command, "out", "--resume"], cwd=tmp_path, check=True, capture_output=True)
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
+    assert not home.exists()
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))
