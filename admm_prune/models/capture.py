@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.flow import Flow, check_finite, form_of, record
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
@@ -44,9 +45,12 @@ class BlockStream:
         holdout: other text, for reporting only.
         residence: of the blocks: whoever works on one has it entered.
         shelf: keeps the hidden states.
+        world: processes that share the sequences, each with a part of every part of the text. The statistics are those
+            of all sequences in all of them; everything else is of a process's own share.
 
     Raises:
-        UserError: the hidden states that enter the first block are not finite.
+        UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
+            than processes.
     """
 
     def __init__(
@@ -60,21 +64,27 @@ class BlockStream:
         holdout: Sequences | None = None,
         residence: Residence = IN_MEMORY,
         shelf: Shelf | None = None,
+        world: World = ALONE,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
-        self._position = 0
+        self._position, self._world = 0, world
         shelf = shelf or Shelf()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
+        if len(calibration.rows) < world.size:
+            count = len(sequences.rows)
+            raise UserError(
+                f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
+            )
         place = torch.device(device)
         wrap = form_of(model, blocks, place, residence)
         self._flows = {
             part: record(
                 model,
                 blocks,
-                ((f"{part}/{i}", batch) for i, batch in enumerate(text.batches)),
+                ((f"{part}/{i}", batch) for i, batch in enumerate(_share(text, world).batches)),
                 place,
                 residence=residence,
                 wrap=wrap,
@@ -138,7 +148,7 @@ class BlockStream:
                         seen.append(hidden[flow.mask])
                 if outputs is not None:
                     outputs[part] = torch.cat(seen)
-        return collector.shared_inputs()
+        return collector.shared_inputs(tuple(self._flows), self._world)
 
     @torch.no_grad()
     def pairs(
@@ -249,8 +259,11 @@ class _Collector:
         """The next calls belong to a batch of `part` with these real tokens."""
         self._part, self._mask, self._seen = part, mask.flatten(), []
 
-    def shared_inputs(self) -> list[SharedInput]:
+    def shared_inputs(self, parts: Collection[str], world: World) -> list[SharedInput]:
+        """Of the batches in all processes."""
         weights = self._weights
+        if world.size > 1:
+            self._join(parts, world)
         for number in range(len(weights)):
             if number not in self._leaders:
                 raise UserError(f"{self._name(number)} is never used on the calibration text: it cannot be pruned")
@@ -265,6 +278,19 @@ class _Collector:
             check_finite(statistics.gram, f"the inputs of {members[0].name}")
             shared.append(SharedInput(members, statistics))
         return shared
+
+    def _join(self, parts: Collection[str], world: World) -> None:
+        """All processes go through the same Grams in the same order; one that saw nothing of an input adds zeros."""
+        device = self._mask.device
+        leaders = torch.tensor([self._leaders.get(number, -1) for number in range(len(self._weights))], device=device)
+        known = enumerate(world.largest(leaders).tolist())
+        self._leaders = {number: leader for number, leader in known if leader >= 0}
+        for leader in dict.fromkeys(self._leaders.values()):
+            width = self._weights[leader].shape[1]
+            for part in parts:
+                if (leader, part) not in self._grams:
+                    self._grams[leader, part] = GramAccumulator(width, device)
+                self._grams[leader, part].join(world.total)
 
     def _name(self, number: int) -> str:
         return self._weights[number].name
@@ -288,6 +314,10 @@ class _Collector:
         if key not in self._grams:
             self._grams[key] = GramAccumulator(rows.shape[1], rows.device)
         self._grams[key].add(rows[self._mask])
+
+
+def _share(text: Sequences, world: World) -> Sequences:
+    return replace(text, rows=tuple(world.share(text.rows)))
 
 
 def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

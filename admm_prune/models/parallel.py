@@ -19,7 +19,7 @@ from admm_prune.models.structure import decoder_blocks
 
 T = TypeVar("T")
 
-_LOST = "another process of this run ended or cannot be reached"
+LOST = "another process of this run ended or cannot be reached"
 
 
 class LostProcessError(UserError):
@@ -110,13 +110,16 @@ class World:
         return values
 
 
+ALONE = World()
+
+
 @contextmanager
 def reaching_others() -> Generator[None]:
     """Within it torch's errors of communication are `LostProcessError`."""
     try:
         yield
     except RuntimeError as error:  # gloo's, and the base of NCCL's
-        raise LostProcessError(_LOST) from error
+        raise LostProcessError(LOST) from error
 
 
 def sharded_copy(model: nn.Module, world: World) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run that trains, by torch.distributed.checkpoint in safetensors: any number of processes reads them."""
+"""Checkpoints of a run that trains: torch.distributed.checkpoint in safetensors, read by any number of processes."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ class Elsa(Trained):
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
         calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
-        request = Request(target=target, calibration=calibration, seed=session.request.seed)
+        request = Request(
+            target=target, calibration=calibration, seed=session.request.seed, world=session.request.world
+        )
         session.gather()
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)

@@ -125,7 +125,7 @@ class Trained(ABC):
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
         views = [view for block in decoder_blocks(model) for view in block.weights]
-        target, world = request.target, World.here()
+        target, world = request.target, request.world
         trained = sharded_copy(model, world)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
         how |= {"targets": [view.name for view in views], "ignore": ()}
@@ -153,7 +153,7 @@ class Trained(ABC):
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
         every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
         kept = max(1, min(_STEPS, trainer.steps // _PART))
-        checkpoints = Checkpoints(request.journal.checkpoints("training"), World.here())
+        checkpoints = Checkpoints(request.journal.checkpoints("training"), request.world)
         session.go_on(checkpoints)
         while trainer.done < trainer.steps:
             if trainer.done % every == 0:

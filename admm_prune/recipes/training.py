@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.models.evaluate import cross_entropy
-from admm_prune.models.parallel import World
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -37,12 +37,12 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
-        batch_size: int, seed: int, world: World | None = None,
+        batch_size: int, seed: int, world: World = ALONE,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.steps = model, optimizer, steps
         self.done, self.tokens = 0, 0
         self.curve: list[tuple[int, float]] = []
-        self._loss, self._world = loss, world or World()
+        self._loss, self._world = loss, world
         self._batches = endless_batches(sequences, batch_size, seed)
         self._taken = 0
         self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))

@@ -1,4 +1,4 @@
-"""Runs that break off anywhere, go on, and leave the very files that they would have left; journals that are refused."""
+"""Runs that break off anywhere, go on, and end in the very files that they would have left; journals refused."""
 
 from __future__ import annotations
 
@@ -125,9 +125,10 @@ def broken_off(
         if records == after:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(FolderJournal, "commit", commits)
-        prune(model_folder, tmp_path / "out", text_file, method="wanda", **how)
+        with pytest.raises(KeyboardInterrupt):
+            prune(model_folder, tmp_path / "out", text_file, method="wanda", **how)
     return tmp_path / "out"
 
 
@@ -263,16 +264,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_where_there_is_room(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A limit on the size of a file stands for the disk: the kernel refuses to write more, in the middle of a file."""
-    command = [
-        sys.executable, "-c",
+    limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)\n"
-        "from admm_prune.cli import main; main()",
-    ]  # fmt: skip
+        "from admm_prune.cli import main; main()"
+    )
     arguments = [
         "run", "--model", model_folder, "--data", text_file, "--samples", "12", "--eval-samples", "3",
         "--method", "wanda", "--sparsity", "0.3", "--out", "out",
     ]  # fmt: skip
-    done = subprocess.run([*command, "40000", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "40000", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("admm-prune: cannot write to out: ")
     assert "Traceback" not in done.stderr
@@ -293,26 +295,29 @@ def test_all_generators_come_back() -> None:
 
 
 def test_a_report_comes_back_from_json_as_it_was() -> None:
-    trial = Trial(**{name: 0.5 for name in Trial.__dataclass_fields__})
+    trial = Trial(**dict.fromkeys(Trial.__dataclass_fields__, 0.5))
     report = LayerReport(name="w", shape=(3, 7), sparsity=8 / 21, ridge_trials=(trial,), notes=("a",), diagnosis=("b",))
     assert LayerReport.from_json(report.as_json() | {"shape": [3, 7], "notes": ["a"]}) == report
     assert report.nonzeros == 13
 
 
 def test_a_recipe_keeps_files_of_its_own_and_computes_once(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), journal_of(tmp_path / "out") as journal:
-        journal.begin({"settings": {}})
-        folder = journal.checkpoints("training")
-        assert folder is not None
-        (folder / "step-5.pt").write_text("5")
-        assert journal.once("rate", lambda: [0.1]) == [0.1]
-        raise KeyboardInterrupt
-    with journal_of(tmp_path / "out", resume=True) as journal:
-        journal.begin({"settings": {}})
-        again = journal.checkpoints("training")
-        assert again is not None
-        assert (again / "step-5.pt").read_text() == "5"
-        assert journal.once("rate", lambda: pytest.fail("it is known")) == [0.1]
+    def work(resume: bool) -> None:
+        with journal_of(tmp_path / "out", resume=resume) as journal:
+            journal.begin({"settings": {}})
+            folder = journal.checkpoints("training")
+            assert folder is not None
+            rate = journal.once("rate", lambda: [float(not resume)])
+            assert rate == [1.0], "it is known when the run goes on"
+            step = folder / "step-5.safetensors"
+            assert step.exists() == resume
+            step.write_text("5")
+            if not resume:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(resume=False)
+    work(resume=True)
     assert not list(tmp_path.iterdir())
 
 
