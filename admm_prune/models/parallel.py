@@ -135,5 +135,5 @@ def sharded_copy(model: nn.Module, world: World) -> nn.Module:
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in decoder_blocks(divided):
         fully_shard(block.module, mesh=mesh)
-    fully_shard(divided, mesh=mesh)
+    fully_shard(divided, mesh=mesh, reshard_after_forward=True)  # not left whole after an evaluation, as roots are
     return divided

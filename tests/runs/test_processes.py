@@ -91,7 +91,7 @@ def test_training_ends_as_in_one_process(
 ) -> None:
     for count, out in ((1, "one"), (processes, "several")):
         run = start(
-            tmp_path, model_folder, text_file, count, method, "--sparsity", "0.9", "--steps", "20", out=out, samples=41
+            tmp_path, model_folder, text_file, count, method, "--sparsity", "0.7", "--steps", "20", out=out, samples=41
         )
         finished(run)
     assert_equal(tmp_path / "one", tmp_path / "several", 1e-4)
