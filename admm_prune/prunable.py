@@ -1,8 +1,8 @@
-"""Which parameters of a model are pruned: the matrices of its linear layers, narrowed down by name."""
+"""Which parameters of a model are pruned: the matrices of its linear layers and experts, narrowed down by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,17 +15,55 @@ HEADS = ("*lm_head*",)  # of models that do not say which module gives their log
 
 @dataclass(frozen=True, eq=False)
 class LinearWeight:
-    """A matrix W of y = W x; `transposed` where the module stores W^T (in, out), as transformers' `Conv1D` does."""
+    """A matrix W (out, in) of y = W x, or those of all experts of a mixture (experts, out, in) in one parameter.
+
+    Attributes:
+        name: of the parameter, dotted from the root.
+        module, own: that holds it, under this name.
+        transposed: whether W^T is stored, as transformers' `Conv1D` does.
+    """
 
     name: str
-    parameter: nn.Parameter
+    module: nn.Module
+    own: str
     transposed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.own)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is one matrix for every expert."""
+        return self.parameter.ndim == 3
+
+
+def matrices(root: nn.Module) -> Iterator[LinearWeight]:
+    """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
+
+    Experts are a module with `num_experts` and parameters (num_experts, ., .), as transformers keeps them. The routers
+    of a mixture are no matrices to prune: linear layers beside its experts with an output for each expert, or one.
+    """
+    routers: set[nn.Module] = set()
+    for module in root.modules():
+        counts = {count for child in module.children() if (count := _experts(child)) is not None}
+        if counts:
+            routers |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
+    for name, module in root.named_modules():
+        prefix = f"{name}." if name else ""
+        if _is_linear(module):
+            if module not in routers:
+                yield LinearWeight(f"{prefix}weight", module, "weight", _stores_inputs_first(module))
+        elif (count := _experts(module)) is not None:
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and parameter.shape[0] == count:
+                    yield LinearWeight(f"{prefix}{own}", module, own, bool(getattr(module, "is_transposed", False)))
 
 
 def linear_weights(
     model: nn.Module, *, targets: Sequence[str] = ("*",), ignore: Sequence[str] = HEADS
 ) -> list[LinearWeight]:
-    """The weights of all `nn.Linear` and `Conv1D` in the order of the modules.
+    """The `matrices` of a model.
 
     Left out are the module that gives the logits (`get_output_embeddings`) and every parameter that a module of
     another kind shares, such as an embedding. A weight shared by several linear layers is listed once.
@@ -37,20 +75,18 @@ def linear_weights(
     Raises:
         UserError: no weight is left; a target matches none.
     """
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     give_logits = getattr(model, "get_output_embeddings", None)
     head = give_logits() if callable(give_logits) else None
+    listed = [weight for weight in matrices(model) if weight.module is not head]
+    held = {(id(weight.module), weight.own) for weight in listed}
     taken = {
         id(parameter)
         for module in model.modules()
-        if module is head or not _is_linear(module)
-        for parameter in module.parameters(recurse=False)
+        for own, parameter in module.named_parameters(recurse=False)
+        if (id(module), own) not in held
     }
     found = []
-    for name, module in linear.items():
-        weight = LinearWeight(
-            f"{name}.weight" if name else "weight", module.get_parameter("weight"), _stores_inputs_first(module)
-        )
+    for weight in listed:
         if id(weight.parameter) not in taken and not _matches(weight.name, ignore):
             taken.add(id(weight.parameter))
             found.append(weight)
@@ -73,3 +109,12 @@ def _is_linear(module: nn.Module) -> bool:
 def _stores_inputs_first(module: nn.Module) -> bool:
     # transformers' Conv1D, told by its attribute: this module must not load transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _experts(module: nn.Module) -> int | None:
+    """The number of experts that a module holds as stacks of matrices; None where it holds none."""
+    count = getattr(module, "num_experts", None)
+    if not isinstance(count, int) or isinstance(module, nn.Linear):
+        return None
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return count if any(len(shape) == 3 and shape[0] == count for shape in shapes) else None

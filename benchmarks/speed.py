@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         dense = Path(place) / "dense"
         dense.mkdir()
-        write_random_model(shape, dense)
+        write_random_model(shape.config(), dense)
         names = {path.stem: path.name for path in dense.glob("*.safetensors")}
         from safetensors.torch import load_file, save_file  # stock from_pretrained wants one file, or an index
 

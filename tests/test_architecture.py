@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "problems": MATHEMATICS | {"prunable"},
     "solvers": MATHEMATICS | {"prunable"},
     "data": {"errors", "problems.gram"},
-    "models": MATHEMATICS | {"data", "problems.gram"},
-    "recipes": MATHEMATICS | {"data", "models", "problems", "solvers"},
+    "models": MATHEMATICS | {"data", "problems.gram", "prunable"},
+    "recipes": MATHEMATICS | {"data", "models", "prunable", "problems", "solvers"},
 }
 MAY_IMPORT["testing"] = MATHEMATICS | {"problems", "solvers"}
 MAY_IMPORT["runs"] = {*MAY_IMPORT["recipes"], "recipes"}

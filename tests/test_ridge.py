@@ -12,7 +12,7 @@ from torch import nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.capture import SharedInput
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.constraints import Unstructured
 from admm_prune.problems.gram import LayerStatistics

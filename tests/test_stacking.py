@@ -10,7 +10,7 @@ from catalogue import correlated_inputs, random_weight
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.models.capture import SharedInput
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.recipes.layerwise import prune_shared

@@ -142,7 +142,7 @@ def default_length(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     contexts: list[int] = [getattr(text, name) for name in names if getattr(text, name, None)]
-    return min(LONGEST_DEFAULT, *contexts)
+    return min([LONGEST_DEFAULT, *contexts])
 
 
 def pack(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-_TILE = 256  # rows and columns converted to float64 at once
+from admm_prune.kernels import backend, products
+
+_TILE, _TILE_ON_DEVICE = 256, 2048  # rows and columns converted to float64 at once
 _GATHERED = 1 << 24  # entries of the gathered Hessians solved at once
 _TRIANGLE = 128  # triangles of this width are inverted directly
-_PANEL = 512  # rows that conjugate gradients take through all their iterations together: bounds the work space
+_PANEL, _PANEL_ON_DEVICE = 512, 16384  # rows that go through all conjugate gradients together: bounds the work space
+_UNCHECKED = 16  # iterations of conjugate gradients that a device does without being asked whether they are needed
 
 
 def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
@@ -16,20 +20,29 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
 
     In float64 whatever the dtypes, the difference too, in tiles of bounded memory.
     """
-    total = 0.0
-    for i, rows in enumerate(v.split(_TILE)):
+    tile = _tile(v)
+    total = torch.zeros((), dtype=torch.float64, device=v.device)
+    for i, rows in enumerate(v.split(tile)):
         e = rows.double()
         if origin is not None:
-            e = e - origin[i * _TILE : (i + 1) * _TILE].double()
-        for start in range(0, len(hessian), _TILE):
-            columns = slice(start, start + _TILE)
-            total += float((e @ hessian[:, columns].double()).mul_(e[:, columns]).sum())
-    return total
+            e = e - origin[i * tile : (i + 1) * tile].double()
+        for start in range(0, len(hessian), tile):
+            columns = slice(start, start + tile)
+            total += (e @ hessian[:, columns].double()).mul_(e[:, columns]).sum()
+    return float(total)
 
 
 def inner(a: Tensor, b: Tensor) -> float:
     """<A, B> = sum_ij A_ij B_ij, in float64."""
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a.split(_TILE), b.split(_TILE), strict=True))
+    tile = _tile(a)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(tile), b.split(tile), strict=True):
+        total += (x.double() * y.double()).sum()
+    return float(total)
+
+
+def _tile(x: Tensor) -> int:
+    return _TILE_ON_DEVICE if backend.on_device(x) else _TILE
 
 
 def unit_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +62,31 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     factor: Tensor = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
     _invert_upper(factor)
     return factor
+
+
+def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision = "exact") -> Tensor:
+    """A^-1 by Cholesky, symmetric; the memory of A is used up.
+
+    Args:
+        failed: on a device, where to learn of a failure means to wait, the answer is put here, for `check_factored`.
+        precision: of the product that ends it there.
+
+    Raises:
+        torch.linalg.LinAlgError: on the CPU, where A is not positive definite in its own precision.
+    """
+    if not backend.on_device(matrix):
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    factor, info = torch.linalg.cholesky_ex(matrix, upper=True)
+    failed.append(info)
+    _invert_upper(factor)
+    # A = R^T R, so A^-1 = R^-1 R^-T: one product, where a solve against the identity would take its time in steps.
+    return products.multiply(factor, products.prepared(factor.mT, precision), out=torch.empty_like(matrix))
+
+
+def check_factored(failed: list[Tensor]) -> None:
+    """Raises torch.linalg.LinAlgError where one of the factorizations failed."""
+    if failed and bool(torch.stack(failed).any()):
+        raise LinAlgError("the matrix is not positive definite in its own precision: raise the ridge")
 
 
 def _invert_upper(factor: Tensor) -> None:
@@ -131,7 +169,8 @@ def conjugate_gradient_on_support_(
     """
     diagonal = hessian.diagonal()
     done, worst = 0, 0.0
-    for rows in (slice(i, i + _PANEL) for i in range(0, len(v), _PANEL)):  # rows are independent
+    panel = _PANEL_ON_DEVICE if backend.on_device(v) else _PANEL
+    for rows in (slice(i, i + panel) for i in range(0, len(v), panel)):  # rows are independent
         iterations, residual = _descend_conjugate_(
             v[rows], minimizer[rows], mask[rows], hessian, diagonal, tolerance, max_iterations
         )
@@ -157,7 +196,7 @@ def _descend_conjugate_(
     iteration = 0
     while iteration < max_iterations:
         active = squared.sqrt() > tolerance * scale
-        if not bool(active.any()):
+        if not (backend.on_device(v) and max_iterations <= _UNCHECKED) and not bool(active.any()):
             break
         iteration += 1
         product = torch.mm(direction, hessian).mul_(mask)

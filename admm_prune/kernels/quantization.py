@@ -6,6 +6,7 @@ A block is a run of entries of one row, so that a quantized tensor may be cut or
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,28 @@ _LINEAR = 127  # levels of either sign
 _SIGNED, _UNSIGNED = 127, 255  # levels above zero
 _SIGNED_DECADES, _UNSIGNED_DECADES = 5.0, 6.0  # from the smallest level to the largest
 _TINY = torch.finfo(torch.float32).tiny
+
+
+def generator_on(device: torch.device) -> torch.Generator:
+    """A generator for what is drawn on a device; on the meta device, where nothing is drawn, that of the host."""
+    return torch.Generator("cpu" if device.type == "meta" else device)
+
+
+def _log_step(levels: int, decades: float) -> float:
+    """Natural logarithm of the ratio of two levels."""
+    return decades * math.log(10.0) / (levels - 1)
+
+
+SIGNED_STEP = _log_step(_SIGNED, _SIGNED_DECADES)
+UNSIGNED_STEP = _log_step(_UNSIGNED, _UNSIGNED_DECADES)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it is kept: floats, or 8-bit codes with a scale per 256 entries of a row."""
+
+    values: Tensor
+    scales: Tensor | None = None
 
 
 def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -113,11 +136,6 @@ def _rounded(levels: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return levels.round_()
     return levels.add_(torch.rand(levels.shape, generator=generator, device=levels.device)).floor_()
-
-
-def _log_step(levels: int, decades: float) -> float:
-    """Natural logarithm of the ratio of two levels."""
-    return decades * math.log(10.0) / (levels - 1)
 
 
 def _log_levels(x: Tensor, scales: Tensor, levels: int, decades: float) -> Tensor:

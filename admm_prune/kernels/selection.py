@@ -1,12 +1,21 @@
 """Selecting the largest scores by a threshold: exact counts, no full sort, one stated rule for ties.
 
 Every function returns a boolean mask with exactly the count asked. Among equal scores the lower index (row-major) wins.
+On CUDA tensors Triton's kernels do the same (`kernels.triton.selection`) where Triton is installed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+from admm_prune.kernels import backend
+
+_TRITON = (torch.float32, torch.bfloat16, torch.float16)  # what Triton's kernels take; float64 goes the plain way
+_WIDEST_ROW, _WIDEST_GROUP = 1 << 15, 32  # theirs
 
 _FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
 _PART = 1 << 18  # scores compared at once on the CPU
@@ -20,6 +29,12 @@ def threshold(score: Tensor, keep: int) -> Tensor:
         score: any shape, at least `keep` entries, without NaN.
         keep: from 1 to the number of entries.
     """
+    if backend.uses_triton(score, *_TRITON):
+        from admm_prune.kernels.triton import selection as fused
+
+        level, bad = fused.threshold(score.reshape(-1), keep)
+        _refuse(bad)
+        return level.to(score.dtype)
     return _threshold(score.reshape(-1), keep)[0]
 
 
@@ -59,6 +74,10 @@ def _select(values: Tensor, rank: int) -> tuple[Tensor, int]:
 
 def largest(score: Tensor, keep: int) -> Tensor:
     """Marks the `keep` largest entries of the whole tensor."""
+    if 0 < keep < score.numel() and backend.uses_triton(score, *_TRITON):
+        from admm_prune.kernels.triton import selection as fused
+
+        return _unless_nan(*fused.largest(score, keep))
     _refuse_nan(score)
     if keep <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -74,8 +93,12 @@ def largest(score: Tensor, keep: int) -> Tensor:
 
 def largest_per_row(score: Tensor, keep: int) -> Tensor:
     """Marks the `keep` largest entries of every row of the last dimension."""
-    _refuse_nan(score)
     width = score.shape[-1]
+    if 0 < keep < width <= _WIDEST_ROW and backend.uses_triton(score, *_TRITON):
+        from admm_prune.kernels.triton import selection as fused
+
+        return _unless_nan(*fused.largest_per_row(score, keep))
+    _refuse_nan(score)
     if keep <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if keep >= width:
@@ -93,6 +116,10 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> Tensor:
     Small groups go through a compare network: entry i is kept when fewer than `keep` entries beat it,
     #{j < i: s_j >= s_i} + #{j > i: s_j > s_i} < keep, which takes group (group - 1) / 2 comparisons and no sort.
     """
+    if group <= _WIDEST_GROUP and score.shape[-1] % group == 0 and backend.uses_triton(score, *_TRITON):
+        from admm_prune.kernels.triton import selection as fused
+
+        return _unless_nan(*fused.largest_per_group(score, keep, group))
     _refuse_nan(score)
     grouped = score.unflatten(-1, (-1, group))
     if group > 8:
@@ -107,6 +134,35 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> Tensor:
     return (beaten < keep).flatten(-2)
 
 
+@contextmanager
+def trusted() -> Generator[None]:
+    """Within it NaN is not refused on a device, where the answer would have to be waited for.
+
+    Masks then keep the right number of entries, of no meaning: for callers who notice NaN themselves, later.
+    """
+    _trusting.append(True)
+    try:
+        yield
+    finally:
+        _trusting.pop()
+
+
+_trusting: list[bool] = []
+
+
 def _refuse_nan(score: Tensor) -> None:
-    if score.numel() and bool(torch.isnan(score.amax())):
+    if score.numel():
+        _refuse(torch.isnan(score.amax()))
+
+
+def _unless_nan(mask: Tensor, bad: Tensor) -> Tensor:
+    _refuse(bad)
+    return mask
+
+
+def _refuse(bad: Tensor) -> None:
+    """Raises ValueError where `bad` says that a score is NaN."""
+    if _trusting and backend.on_device(bad):
+        return
+    if bool(bad):
         raise ValueError("scores contain NaN: there is no largest")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
@@ -13,7 +14,19 @@ from admm_prune.models.structure import Block, WeightView
 
 Kind = Literal["neurons", "heads"]
 # Attributes that modules of transformers read in their forward, and that count units of the branch.
-_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim")
+_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "ffn_dim",
+)
+# What they call the size of a head; a module that has one is an attention.
+_SIZES = ("head_dim", "head_size")
+# Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
+# shapes alone cannot tell this from all queries before all keys.
+_BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +39,10 @@ class Branch:
     Attributes:
         name: of the module, dotted from the model's root.
         module: the attention, the feed-forward part, or the block itself where this holds the matrices (OPT).
-        inner: the matrices (rows, d) that read the residual stream.
+        inner: the matrices (rows, d) that read the residual stream; gate and up may be the halves of one weight.
         output: the matrix (d, columns) that writes to it.
+        size: of a head; 1 for a neuron.
+        queries: query heads of a unit; 1 for a neuron.
     """
 
     name: str
@@ -35,62 +50,100 @@ class Branch:
     module: nn.Module
     inner: tuple[WeightView, ...]
     output: WeightView
-    size: int  # of a unit, in rows of its smallest inner matrix: 1, or that of a head
+    size: int
+    queries: int
 
     @property
     def count(self) -> int:
         """Units that are there now."""
-        return min(view.shape[0] for view in self.inner) // self.size
+        return self.output.shape[1] // self.width
 
     @property
     def width(self) -> int:
         """Columns of the output matrix that belong to a unit."""
-        return self.output.shape[1] // self.count
-
-    @property
-    def queries(self) -> int:
-        """Query heads of a unit; 1 for a neuron."""
-        return self.width // self.size
+        return self.queries * self.size
 
     @property
     def unit_weights(self) -> int:
         """Entries of all matrices that belong to a unit."""
-        return sum(view.parameter.numel() for view in (*self.inner, self.output)) // self.count
+        return sum(view.read().numel() for view in (*self.inner, self.output)) // self.count
 
 
 def branches(block: Block) -> tuple[Branch, ...]:
-    """Attention and feed-forward part of a block, found by the shapes of the matrices that one module holds.
+    """The branches of a block that can lose units, found by the shapes of the matrices that one module holds.
 
-    The last of them writes to the residual stream, all others read it. Three others beside it, in a module that says
-    how large a head is, are queries, keys and values; one or two others are a feed-forward part.
+    One or two matrices that read the residual stream and a last one that writes to it are a feed-forward part; a first
+    one of twice as many rows is gate and up in one. Queries, keys, values and the output, in a module that says how
+    large a head is, are an attention. Heads that cannot go without a change to the others stay: see `heads_stay`.
 
     Raises:
-        UserError: matrices of another form (queries, keys and values in one); the message names the module.
+        UserError: matrices of another form, or experts; the message names the module.
     """
-    found = []
+    return tuple(found for found in _read(block) if isinstance(found, Branch))
+
+
+def heads_stay(block: Block) -> str | None:
+    """Why the heads of a block cannot go, in words; None where they can."""
+    return next((found for found in _read(block) if isinstance(found, str)), None)
+
+
+def _read(block: Block) -> list[Branch | str]:
+    found: list[Branch | str] = []
     for name, views in _by_module(block).items():
-        *inner, output = views
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
-        width, columns = output.shape
-        rows = [view.shape[0] for view in inner]
-        size = getattr(module, "head_dim", None) if len(inner) == 3 else 1
-        readable = 1 <= len(inner) <= 3 and all(view.shape[1] == width for view in inner) and isinstance(size, int)
-        if not readable or max(rows) != columns or any(r % size or columns % r for r in rows):  # type: ignore[operator]
+        if any(view.expert is not None for view in views):
+            raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
+        size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
+        read = _neurons(name, module, views) if size is None else _heads(name, module, views, size)
+        if read is None:
             shapes = ", ".join(f"{view.name.rpartition('.')[0].rpartition('.')[2]} {view.shape}" for view in views)
             raise UserError(
                 f"cannot read the units of {name}: {shapes} are neither attention nor feed-forward matrices"
             )
-        kind: Kind = "heads" if len(inner) == 3 else "neurons"
-        found.append(Branch(name, kind, module, tuple(inner), output, int(size or 1)))
-    return tuple(found)
+        found.append(read)
+    return found
 
 
 def _by_module(block: Block) -> dict[str, list[WeightView]]:
     """The matrices by the name of the module that holds them, in the order of the block."""
     grouped: dict[str, list[WeightView]] = {}
     for view in block.weights:
-        grouped.setdefault(view.name.removesuffix(".weight").rpartition(".")[0], []).append(view)
+        owner = view.parameter_name.removesuffix(f".{view.own}")
+        grouped.setdefault(owner if view.expert is not None else owner.rpartition(".")[0], []).append(view)
     return grouped
+
+
+def _neurons(name: str, module: nn.Module, views: list[WeightView]) -> Branch | None:
+    *inner, output = views
+    width, columns = output.shape
+    if len(inner) == 1 and inner[0].shape[0] == 2 * columns:
+        inner = [replace(inner[0], part=(i, i + 1, 2)) for i in range(2)]
+    if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
+        return None
+    return Branch(name, "neurons", module, tuple(inner), output, 1, 1)
+
+
+def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Branch | str | None:
+    *inner, output = views
+    columns = output.shape[1]
+    if len(inner) not in (1, 3):
+        return None
+    if len(inner) == 1:
+        if type(module).__name__ not in _BY_HEAD:
+            return f"{name} keeps queries, keys and values in one matrix"
+        keys = (inner[0].shape[0] - columns) // 2 // size
+    else:
+        keys = min(view.shape[0] for view in inner) // size
+    rows = [view.shape[0] for view in inner]
+    if keys < 1 or any(r % (keys * size) for r in (*rows, columns)) or sum(rows) != columns + 2 * keys * size:
+        return None
+    if getattr(getattr(module, "config", None), "alibi", False):
+        return f"{name} gives every head a slope of its own (ALiBi)"
+    matrices = {view.module for view in views}
+    norms = [m for m in module.modules() if m not in matrices and next(m.parameters(recurse=False), None) is not None]
+    if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
+        return f"{name} has norms of its own for heads, or over all of them"
+    return Branch(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
 def keep_units(branch: Branch, kept: Tensor) -> None:
@@ -99,25 +152,33 @@ def keep_units(branch: Branch, kept: Tensor) -> None:
     Args:
         kept: (k,), ascending indices of the units that stay; at least one.
     """
-    share, width = len(kept) / branch.count, branch.width
-    rows = [view.shape[0] // branch.count for view in branch.inner]
-    for view, each in zip(branch.inner, rows, strict=True):
-        chosen = columns_of(kept, each)
-        bias = None if view.bias is None else view.bias[chosen]
-        _replace(view, view.read()[chosen], bias)
+    count, width = branch.count, branch.width
+    for whole, parts in _stored(branch):
+        rows = torch.cat([view.rows.start + columns_of(kept, view.shape[0] // count) for view in parts])
+        _replace(whole, whole.read()[rows], None if whole.bias is None else whole.bias[rows])
     _replace(branch.output, branch.output.read()[:, columns_of(kept, width)], branch.output.bias)
-    _rescale(branch, share)
+    _rescale(branch, len(kept) / count)
 
 
 def pad_units(branch: Branch, count: int) -> None:
     """Adds units of zeros at the end of a branch until it has `count`, in place: its outputs stay what they are."""
-    share, missing, width = count / branch.count, count - branch.count, branch.width
-    rows = [view.shape[0] // branch.count for view in branch.inner]
-    for view, each in zip(branch.inner, rows, strict=True):
-        bias = None if view.bias is None else nn.functional.pad(view.bias, (0, missing * each))
-        _replace(view, nn.functional.pad(view.read(), (0, 0, 0, missing * each)), bias)
-    _replace(branch.output, nn.functional.pad(branch.output.read(), (0, missing * width)), branch.output.bias)
-    _rescale(branch, share)
+    now, width = branch.count, branch.width
+    pad = nn.functional.pad
+    for whole, parts in _stored(branch):
+        missing = [(count - now) * (view.shape[0] // now) for view in parts]
+        weight = torch.cat([pad(view.read(), (0, 0, 0, n)) for view, n in zip(parts, missing, strict=True)])
+        biases = [pad(view.bias, (0, n)) for view, n in zip(parts, missing, strict=True) if view.bias is not None]
+        _replace(whole, weight, torch.cat(biases) if biases else None)
+    _replace(branch.output, pad(branch.output.read(), (0, (count - now) * width)), branch.output.bias)
+    _rescale(branch, count / now)
+
+
+def _stored(branch: Branch) -> list[tuple[WeightView, list[WeightView]]]:
+    """The inner matrices as they are stored, each with those that it is made of, in the order of their rows."""
+    parts: dict[nn.Module, list[WeightView]] = {}
+    for view in branch.inner:
+        parts.setdefault(view.module, []).append(view)
+    return [(replace(views[0], part=None), sorted(views, key=lambda v: v.rows.start)) for views in parts.values()]
 
 
 def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:

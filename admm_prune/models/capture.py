@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.flow import Flow, check_finite, form_of, record
+from admm_prune.models.flow import Flow, form_of, record
+from admm_prune.models.inputs import Collector, SharedInput
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.tensor_file import Lazy
-from admm_prune.problems.gram import GramAccumulator, LayerStatistics
-
-
-@dataclass(frozen=True)
-class SharedInput:
-    """Weights that read the same inputs (q, k and v; gate and up), and the statistics of these."""
-
-    weights: tuple[WeightView, ...]
-    statistics: LayerStatistics
 
 
 class BlockStream:
@@ -137,18 +129,26 @@ class BlockStream:
         """
         block = self._turn(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
-        collector = _Collector(weights)
+        collector = Collector(weights)
+        self._observe(collector, index, outputs)
+        collector.join(tuple(self._flows), self._world)
+        if collector.starving():
+            self._observe(collector, index)
+            collector.join(tuple(self._flows), self._world)
+        return collector.shared_inputs()
+
+    def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
+        """One run of the block over all batches."""
         with collector.watching():
             for part, flows in self._flows.items():
                 seen: list[Tensor] = []
                 for flow in flows:
                     collector.begin(part, flow.mask)
-                    hidden = flow.replay(block, index)
+                    hidden = flow.replay(self._blocks[index], index)
                     if outputs is not None:
                         seen.append(hidden[flow.mask])
                 if outputs is not None:
                     outputs[part] = torch.cat(seen)
-        return collector.shared_inputs(tuple(self._flows), self._world)
 
     @torch.no_grad()
     def pairs(
@@ -234,88 +234,6 @@ class BlockStream:
         return self._blocks[index]
 
 
-class _Collector:
-    """Adds what enters some weights of one block to one Gram per distinct input.
-
-    Weights share an input when they are called with the very same tensor, unchanged in between.
-    """
-
-    def __init__(self, weights: tuple[WeightView, ...]) -> None:
-        self._weights = weights
-        self._leaders: dict[int, int] = {}  # weight -> the first weight of the block that reads the same input
-        self._grams: dict[tuple[int, str], GramAccumulator] = {}  # by (leader, part of the text)
-        self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
-        self._part = ""
-        self._mask = torch.empty(0)
-
-    @contextmanager
-    def watching(self) -> Generator[None]:
-        with ExitStack() as stack:
-            for number, view in enumerate(self._weights):
-                stack.enter_context(view.module.register_forward_pre_hook(self._hook(number)))
-            yield
-
-    def begin(self, part: str, mask: Tensor) -> None:
-        """The next calls belong to a batch of `part` with these real tokens."""
-        self._part, self._mask, self._seen = part, mask.flatten(), []
-
-    def shared_inputs(self, parts: Collection[str], world: World) -> list[SharedInput]:
-        """Of the batches in all processes."""
-        weights = self._weights
-        if world.size > 1:
-            self._join(parts, world)
-        for number in range(len(weights)):
-            if number not in self._leaders:
-                raise UserError(f"{self._name(number)} is never used on the calibration text: it cannot be pruned")
-        shared = []
-        for leader in dict.fromkeys(self._leaders.values()):
-            members = tuple(weights[number] for number, first in self._leaders.items() if first == leader)
-            statistics = LayerStatistics.collected(
-                self._grams[leader, "calibration"],
-                self._grams.get((leader, "validation")),
-                self._grams.get((leader, "holdout")),
-            )
-            check_finite(statistics.gram, f"the inputs of {members[0].name}")
-            shared.append(SharedInput(members, statistics))
-        return shared
-
-    def _join(self, parts: Collection[str], world: World) -> None:
-        """All processes go through the same Grams in the same order; one that saw nothing of an input adds zeros."""
-        device = self._mask.device
-        leaders = torch.tensor([self._leaders.get(number, -1) for number in range(len(self._weights))], device=device)
-        known = enumerate(world.largest(leaders).tolist())
-        self._leaders = {number: leader for number, leader in known if leader >= 0}
-        for leader in dict.fromkeys(self._leaders.values()):
-            width = self._weights[leader].shape[1]
-            for part in parts:
-                if (leader, part) not in self._grams:
-                    self._grams[leader, part] = GramAccumulator(width, device)
-                self._grams[leader, part].join(world.total)
-
-    def _name(self, number: int) -> str:
-        return self._weights[number].name
-
-    def _hook(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: self._observe(number, args[0])
-
-    def _observe(self, number: int, inputs: Tensor) -> None:
-        leader = next((first for first, x, version in self._seen if x is inputs and x._version == version), number)
-        if self._leaders.setdefault(number, leader) != leader:
-            raise UserError(f"{self._name(number)} shares its inputs with other weights in some calls only")
-        if leader != number:
-            return
-        self._seen.append((number, inputs, inputs._version))
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if len(rows) != len(self._mask):
-            raise UserError(
-                f"{self._name(number)} reads {len(rows)} inputs for {len(self._mask)} tokens, not one a token"
-            )
-        key = (number, self._part)
-        if key not in self._grams:
-            self._grams[key] = GramAccumulator(rows.shape[1], rows.device)
-        self._grams[key].add(rows[self._mask])
-
-
 def _share(text: Sequences, world: World) -> Sequences:
     return replace(text, rows=tuple(world.share(text.rows)))
 
@@ -325,7 +243,8 @@ def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
 def _keep_output(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    return lambda _, __, output: seen.append(output)
+    # A copy: Falcon adds to it in place.
+    return lambda _, __, output: seen.append(output.clone())
 
 
 def _adding(more: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -137,13 +137,13 @@ def _protocol(sequences: Sequences) -> str:
 
 def sparsity(blocks: Iterable[Block]) -> float:
     """The fraction of the prunable weights that are exactly zero."""
-    weights = [view.parameter for block in blocks for view in block.weights]
+    weights = [view.read() for block in blocks for view in block.weights]
     return 1.0 - sum(map(_nonzeros, weights)) / sum(weight.numel() for weight in weights)
 
 
 def sparsity_by_weight(blocks: Iterable[Block]) -> dict[str, float]:
     """The fraction of exact zeros of every prunable matrix, by its name."""
-    weights = {view.name: view.parameter for block in blocks for view in block.weights}
+    weights = {view.name: view.read() for block in blocks for view in block.weights}
     return {name: 1.0 - _nonzeros(weight) / weight.numel() for name, weight in weights.items()}
 
 

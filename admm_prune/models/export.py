@@ -13,7 +13,9 @@ from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, pad_units
 
 Form = Literal["per-layer", "padded"]
-_NEURONS = ("intermediate_size", "ffn_dim")  # what configs call the number of neurons
+_NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # what configs call the number of neurons
+
+_KEYS = ("num_key_value_heads", "num_kv_heads")  # and that of key heads
 
 
 def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "per-layer") -> str:
@@ -43,8 +45,10 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "p
         return form
     for kind in ("heads", "neurons"):
         alike = [branch for block in blocks for branch in block if branch.kind == kind]
+        if not alike:
+            continue
         widest = max(branch.count for branch in alike)
-        while kind == "heads" and not admits_heads(config, widest * alike[0].queries, alike[0].size):
+        while not admits(config, alike[0], widest):
             widest += 1  # the dense number is admitted
         for branch in alike:
             pad_units(branch, widest)
@@ -68,12 +72,19 @@ def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
     return [{branch.kind: branch.count for branch in block} for block in blocks]
 
 
+def admits(config: Any, branch: Branch, count: int) -> bool:
+    """Whether the stock class of a config can have so many units of a kind."""
+    if branch.kind == "heads":
+        return admits_heads(config, count * branch.queries, branch.size)
+    return admits_neurons(config, count)
+
+
 def admits_heads(config: Any, heads: int, size: int) -> bool:
     """Whether the stock class of a config can have so many query heads of this size.
 
     Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
     """
-    if not hasattr(config, "head_dim"):
+    if not _says_head_size(config):
         return bool(heads * size == config.hidden_size)
     candidate = copy.deepcopy(config)
     candidate.per_layer_config = None
@@ -83,6 +94,11 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
     except StrictDataclassError:
         return False
     return True
+
+
+def admits_neurons(config: Any, count: int) -> bool:
+    """Whether the stock class of a config can have so many neurons: Bloom's are four times its width, always."""
+    return any(hasattr(config, name) for name in _NEURONS) or bool(count == 4 * config.hidden_size)
 
 
 def per_layer_class(name: str) -> Any:
@@ -96,7 +112,12 @@ def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
     units = units_by_block(blocks)
     if any(other != units[0] for other in units):
         return False
-    return all(admits_heads(config, b.count * b.queries, b.size) for b in blocks[0] if b.kind == "heads")
+    return all(admits(config, branch, branch.count) for branch in blocks[0])
+
+
+def _says_head_size(config: Any) -> bool:
+    """Whether the size of a head is the config's to say; it follows from other numbers where it is a property."""
+    return hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
 
 
 def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
@@ -104,11 +125,12 @@ def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
     widths: dict[str, int] = {}
     for branch in block:
         if branch.kind == "neurons":
-            widths[next(name for name in _NEURONS if hasattr(config, name))] = branch.count
+            widths[next((name for name in _NEURONS if hasattr(config, name)), _NEURONS[0])] = branch.count
         else:
             widths["num_attention_heads"] = branch.count * branch.queries
-            if hasattr(config, "num_key_value_heads"):
-                widths["num_key_value_heads"] = branch.count
+            for name in _KEYS:
+                if hasattr(config, name):
+                    widths[name] = branch.count
     return widths
 
 
@@ -126,8 +148,9 @@ def _settle(model: Any, block: Sequence[Branch]) -> None:
 
 def _keep_head_size(config: Any, block: Sequence[Branch]) -> None:
     """Where a config leaves the head size open it follows from the number of heads, which changes."""
-    if hasattr(config, "head_dim"):
-        config.head_dim = next(branch.size for branch in block if branch.kind == "heads")
+    sizes = [branch.size for branch in block if branch.kind == "heads"]
+    if sizes and _says_head_size(config):
+        config.head_dim = sizes[0]
 
 
 def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:

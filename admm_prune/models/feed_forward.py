@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import torch
@@ -14,19 +14,39 @@ from admm_prune.errors import UserError
 from admm_prune.kernels.activations import ACTIVATIONS, Activation
 from admm_prune.models.structure import Block, WeightView
 
-_Calls = dict[int, tuple[Tensor, Tensor]]  # inputs and outputs, by the identity of a weight's view
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a weight: the very tensor that it read, of so many tokens, and copies of the first rows in and out.
+
+    Copies, because some blocks go on in place.
+    """
+
+    source: Tensor
+    tokens: int
+    inputs: Tensor
+    outputs: Tensor
+
+
+_Calls = dict[int, _Call]  # by the identity of a weight's view
 _TOKENS = 16
 _ROUNDING = 8  # times the unit roundoff, by which a recomputed activation may differ
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForwardViews:
-    """y = W2 act(W1 x + b1) + b2, or with a gate y = W2 (act(Wg x + bg) * (W1 x + b1)) + b2, in a block."""
+    """y = W2 act(W1 x + b1) + b2, or with a gate y = W2 (act(Wg x + bg) * (W1 x + b1)) + b2, in a block.
+
+    Attributes:
+        up, gate, down: the matrices; gate and up may be the halves of one weight.
+        weights: of the block, which hold them.
+    """
 
     activation: Activation
     up: WeightView
     down: WeightView
-    gate: WeightView | None = None
+    gate: WeightView | None
+    weights: tuple[WeightView, ...]
 
     @property
     def views(self) -> dict[str, WeightView]:
@@ -56,7 +76,8 @@ def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardView
     reads act(W x) or act(V x) * (W x) of others.
 
     Raises:
-        UserError: a block, named, has none with an activation of `kernels.activations`, or more than one.
+        UserError: a block, named, has none with an activation of `kernels.activations`, or more than one, or is a
+            mixture of experts.
     """
     calls: _Calls = {}
     with ExitStack() as stack:
@@ -70,12 +91,17 @@ def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardView
 
 def _remembering(calls: _Calls, key: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[key] = (args[0], output)
+        entering, leaving = (x.reshape(-1, x.shape[-1]) for x in (args[0], output))
+        calls[key] = _Call(args[0], len(entering), entering[:_TOKENS].clone(), leaving[:_TOKENS].clone())
 
     return hook
 
 
 def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
+    if any(view.expert is not None for view in block.weights):
+        raise UserError(
+            f"{block.name} is a mixture of experts, not one feed-forward network: use a method that goes layer by layer"
+        )
     used = [view for view in block.weights if id(view) in calls]
     found = [match for down in used if (match := _match(down, used, calls)) is not None]
     if len(found) != 1:
@@ -87,30 +113,63 @@ def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
     return found[0]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A weight, or a half of one, that may feed the down projection: W x of its call, (tokens, n)."""
+
+    view: WeightView
+    weight: WeightView
+    source: Tensor
+    outputs: Tensor
+
+
 def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwardViews | None:
     """The network that ends in `down`: what comes closest to its inputs, to rounding."""
-    wanted = calls[id(down)][0]
-    tokens = wanted.numel() // wanted.shape[-1]
-    wanted = wanted.reshape(-1, wanted.shape[-1])[:_TOKENS]
-    outputs = {
-        id(view): calls[id(view)][1].reshape(-1, down.shape[1])[:_TOKENS]
-        for view in used
-        if view is not down and view.shape[0] == down.shape[1] and tokens * down.shape[1] == calls[id(view)][1].numel()
-    }
-    others = [view for view in used if id(view) in outputs]
+    wanted = calls[id(down)].inputs
+    whole, halves = _parts(down, calls[id(down)].tokens, used, calls)
     best, least = None, _ROUNDING * torch.finfo(wanted.dtype).eps
     for activation in ACTIVATIONS.values():
-        active = {key: activation.value(output) for key, output in outputs.items()}
-        tried = [(_off(active[id(up)], wanted), FeedForwardViews(activation, up, down)) for up in others]
-        tried += [
-            (_off(active[id(gate)] * outputs[id(up)], wanted), FeedForwardViews(activation, up, down, gate))
-            for gate, up in permutations(others, 2)
-            if calls[id(gate)][0] is calls[id(up)][0]
+        tried = [
+            (
+                _off(activation.value(up.outputs), wanted),
+                FeedForwardViews(activation, up.view, down, None, (up.weight, down)),
+            )
+            for up in whole
         ]
+        for gate, up in (
+            *permutations(whole, 2),
+            *((a, b) for one, two in halves for a, b in ((one, two), (two, one))),
+        ):
+            if gate.source is up.source:
+                weights = tuple(dict.fromkeys((gate.weight, up.weight, down)))
+                views = FeedForwardViews(activation, up.view, down, gate.view, weights)
+                tried.append((_off(activation.value(gate.outputs) * up.outputs, wanted), views))
         for off, views in tried:
             if off < least:
                 best, least = views, off
     return best
+
+
+def _parts(
+    down: WeightView, tokens: int, used: list[WeightView], calls: _Calls
+) -> tuple[list[_Part], list[tuple[_Part, _Part]]]:
+    """Weights with as many outputs as `down` has inputs, for as many tokens; in halves, those with twice as many."""
+    whole, halves = [], []
+    inputs = down.shape[1]
+    for view in used:
+        call = calls[id(view)]
+        if view is down or call.tokens != tokens:
+            continue
+        outputs = call.outputs
+        if view.shape[0] == inputs:
+            whole.append(_Part(view, view, call.source, outputs))
+        elif view.shape[0] == 2 * inputs:
+            first, second = (
+                _Part(replace(view, part=(i, i + 1, 2)), view, call.source, outputs[:, i * inputs : (i + 1) * inputs])
+                for i in range(2)
+            )
+            halves.append((first, second))
+    return whole, halves
 
 
 def _off(value: Tensor, wanted: Tensor) -> float:

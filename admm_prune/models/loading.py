@@ -57,7 +57,7 @@ def load(
     Raises:
         UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
     """
-    location = _locate(source)
+    location = locate(source)
     model = _load_model(source, location, dtype, trust_remote_code)
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
@@ -84,7 +84,7 @@ def open_on_disk(
     Raises:
         UserError: as `load`; `source` is not on this disk.
     """
-    location = _locate(source)
+    location = locate(source)
     if not isinstance(location, Path):
         raise UserError(f"{source}: only a folder can be streamed: download the model first, or use --no-stream")
     tokenizer = _load_tokenizer(source, location, trust_remote_code)
@@ -132,8 +132,15 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
             setattr(config, METADATA_KEY, before)
 
 
-def _locate(source: str) -> Path | str:
-    """What `from_pretrained` is to read: a folder that looks like a model, or a Hub id."""
+def locate(source: str, *, weights: bool = True) -> Path | str:
+    """What `from_pretrained` is to read: a folder that looks like a model, or a Hub id.
+
+    Args:
+        weights: refuse a folder without any; else a config.json is enough.
+
+    Raises:
+        UserError: there is no such model.
+    """
     folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -150,7 +157,7 @@ def _locate(source: str) -> Path | str:
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise UserError(f"{source}: config.json cannot be read ({first_line(error)})") from error
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
     return folder
 

@@ -1,7 +1,8 @@
 """Decoders whose blocks differ in their numbers of neurons and heads. This file is saved beside the weights of one.
 
 A stock class builds every block alike; these build it, and then give each block the widths of its own config,
-`config.per_layer_config[i]`: `intermediate_size` (`ffn_dim` in OPT), `num_attention_heads`, `num_key_value_heads`.
+`config.per_layer_config[i]`: `intermediate_size` (`ffn_dim` in OPT, `n_inner` in GPT-2, `ffn_hidden_size` in Falcon),
+`num_attention_heads`, `num_key_value_heads` (`num_kv_heads` in Falcon), as far as their heads can go.
 Written by admm-prune; needs torch and transformers only.
 """
 
@@ -11,12 +12,22 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    BloomForCausalLM,
+    FalconForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
     OPTForCausalLM,
+    Phi3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    StableLmForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 
 class PerLayerLlamaForCausalLM(LlamaForCausalLM):
@@ -58,10 +69,87 @@ class PerLayerOPTForCausalLM(OPTForCausalLM):
             resize(layer, "fc2", columns=own.ffn_dim)
 
 
+class PerLayerGemma2ForCausalLM(Gemma2ForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        fit_gated(self.model.layers, config)
+
+
+class PerLayerGemma3ForCausalLM(Gemma3ForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        fit_gated(self.model.layers, config)
+
+
+class PerLayerStableLmForCausalLM(StableLmForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        fit_gated(self.model.layers, config)
+
+
+class PerLayerOlmo2ForCausalLM(Olmo2ForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        fit_gated(self.model.layers, config)
+
+
+class PerLayerPhi3ForCausalLM(Phi3ForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.model.layers
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            resize(layer.mlp, "gate_up_proj", rows=2 * own.intermediate_size)
+            resize(layer.mlp, "down_proj", columns=own.intermediate_size)
+
+
+class PerLayerGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.gpt_neox.layers
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            heads = own.num_attention_heads * layer.attention.head_size
+            resize(layer.attention, "query_key_value", rows=3 * heads)
+            resize(layer.attention, "dense", columns=heads)
+            fit_dense(layer.mlp, own.intermediate_size)
+
+
+class PerLayerBloomForCausalLM(BloomForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.transformer.h
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            fit_dense(layer.mlp, own.intermediate_size)
+
+
+class PerLayerFalconForCausalLM(FalconForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.transformer.h
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            fit_dense(layer.mlp, own.ffn_hidden_size)
+            attention: Any = layer.self_attention
+            if attention.new_decoder_architecture:
+                attention.num_heads, attention.num_kv_heads = own.num_attention_heads, own.num_kv_heads
+                heads = own.num_attention_heads * attention.head_dim
+                resize(attention, "query_key_value", rows=heads + 2 * own.num_kv_heads * attention.head_dim)
+                resize(attention, "dense", columns=heads)
+
+
+class PerLayerGPT2LMHeadModel(GPT2LMHeadModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        layers: Any = self.transformer.h
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            resize(layer.mlp, "c_fc", rows=own.n_inner)
+            resize(layer.mlp, "c_proj", columns=own.n_inner)
+
+
 def fit_gated(layers: Any, config: Any) -> None:
     for layer, own in zip(layers, config.per_layer_config, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         queries, values = (n * attention.head_dim for n in (own.num_attention_heads, own.num_key_value_heads))
+        if hasattr(attention, "num_heads"):  # StableLM shapes by them
+            attention.num_heads, attention.num_key_value_heads = own.num_attention_heads, own.num_key_value_heads
         resize(attention, "q_proj", rows=queries)
         resize(attention, "k_proj", rows=values)
         resize(attention, "v_proj", rows=values)
@@ -71,7 +159,18 @@ def fit_gated(layers: Any, config: Any) -> None:
         resize(mlp, "down_proj", columns=own.intermediate_size)
 
 
+def fit_dense(mlp: Any, neurons: int) -> None:
+    resize(mlp, "dense_h_to_4h", rows=neurons)
+    resize(mlp, "dense_4h_to_h", columns=neurons)
+
+
 def resize(module: Any, name: str, rows: int | None = None, columns: int | None = None) -> None:
+    """A layer of the same kind with another number of rows or columns, without values."""
     old = getattr(module, name)
-    shape = columns or old.in_features, rows or old.out_features
-    setattr(module, name, nn.Linear(*shape, old.bias is not None, old.weight.device, old.weight.dtype))
+    weight = old.weight
+    if isinstance(old, Conv1D):
+        new: nn.Module = Conv1D(rows or old.nf, columns or old.nx).to(device=weight.device, dtype=weight.dtype)
+    else:
+        shape = columns or old.in_features, rows or old.out_features
+        new = type(old)(*shape, old.bias is not None, weight.device, weight.dtype)
+    setattr(module, name, new)

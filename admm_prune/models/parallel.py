@@ -129,10 +129,11 @@ def sharded_copy(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     divided = copy.deepcopy(model)
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in decoder_blocks(divided):
         fully_shard(block.module, mesh=mesh)
     fully_shard(divided, mesh=mesh, reshard_after_forward=True)  # not left whole after an evaluation, as roots are

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from admm_prune.data.hub import first_line, quiet
+from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import INDEX, Checkpoint
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.models.tensor_file import Lazy, write_tensors
 
-INDEX = "model.safetensors.index.json"
-_SINGLE, _OUTSIDE = "model.safetensors", "outside.safetensors"
+_OUTSIDE = "outside.safetensors"
 
 
 class Residence:
@@ -86,8 +86,8 @@ class ModelOnDisk(Residence):
         from transformers import GenerationConfig
 
         self._folder, self._device = folder, torch.device(device)
-        self._files = _tensor_files(folder)
-        dtype = dtype or getattr(config, "dtype", None) or self._read(next(iter(self._files))).dtype
+        self._checkpoint = Checkpoint(folder, self._device)
+        dtype = dtype or getattr(config, "dtype", None) or self._checkpoint.first().dtype
         auto = hasattr(kind, "from_config")
         build = kind.from_config if auto else kind._from_config
         code = {"trust_remote_code": trust_remote_code} if auto else {}
@@ -97,12 +97,13 @@ class ModelOnDisk(Residence):
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.model.eval().requires_grad_(False)
         self.model.tie_weights()
+        self._checkpoint.adapt(self.model)
         self.blocks: list[Block] = decoder_blocks(self.model)
         for name, module in self.model.named_modules():
             self._settle_buffers(name, module)
         inside = tuple(f"{block.name}." for block in self.blocks)
         names = [name for name, _ in self.model.named_parameters()]
-        absent = [name for name in names if name not in self._files]
+        absent = [name for name in names if name not in self._checkpoint]
         if absent:
             raise UserError(f"{folder}: the weights lack {absent[0]} ({len(absent)} missing in all)")
         self._finished: dict[int, Path] = {}
@@ -140,15 +141,14 @@ class ModelOnDisk(Residence):
         self._finished[index] = file
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # no mapping
-                self._files[name] = file
+                self._checkpoint.replace(name, file)
                 shape = tensors.get_slice(name).get_shape()
                 meta = torch.empty(shape, dtype=self.model.get_parameter(name).dtype, device="meta")
                 _put(self.model, name, meta)
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
         """All that the files hold, one after the other, by name."""
-        for name in sorted(self._files):
-            yield name, self._read(name)
+        return self._checkpoint.tensors()
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `from_pretrained` loads, after every block was finished: their files are linked to it.
@@ -161,10 +161,14 @@ class ModelOnDisk(Residence):
         files: dict[str, str] = {}
         for index, block in enumerate(self.blocks):
             name = f"block-{index:05d}.safetensors"
-            _link(self._finished[index], folder / name)
-            files |= {f"{block.name}.{own}": name for own, _ in block.module.named_parameters()}
-        write_tensors(folder / _OUTSIDE, Lazy(self._outside, self._tensor))
-        files |= dict.fromkeys(self._outside, _OUTSIDE)
+            if self._checkpoint.renames:
+                stored = self._checkpoint.as_stored(load_file(self._finished[index]))
+                write_tensors(folder / name, stored)
+            else:
+                _link(self._finished[index], folder / name)
+                stored = {f"{block.name}.{own}": own for own, _ in block.module.named_parameters()}
+            files |= dict.fromkeys(stored, name)
+        files |= dict.fromkeys(self._write_outside(folder / _OUTSIDE), _OUTSIDE)
         sizes = sum((folder / name).stat().st_size for name in set(files.values()))
         index_content = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX).write_text(json.dumps(index_content, indent=2) + "\n", encoding="utf-8")
@@ -174,6 +178,18 @@ class ModelOnDisk(Residence):
         self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
+
+    def _write_outside(self, path: Path) -> list[str]:
+        """What is outside of the blocks, one tensor in memory at a time; returns the names in the file."""
+        if not self._checkpoint.renames:
+            write_tensors(path, Lazy(self._outside, self._tensor))
+            return self._outside
+        names = {
+            next(iter(self._checkpoint.as_stored({name: self.model.get_parameter(name)}))): name
+            for name in self._outside
+        }
+        write_tensors(path, Lazy(list(names), lambda stored: self._tensor(names[stored])))
+        return list(names)
 
     def _fill(self, prefix: str, names: list[str]) -> None:
         for name in names:
@@ -187,23 +203,15 @@ class ModelOnDisk(Residence):
     def _tensor(self, name: str) -> Tensor:
         """A parameter as the model is to have it."""
         wanted = self.model.get_parameter(name)
-        tensor = self._read(name)
+        tensor = self._checkpoint.read(name)
         if tensor.shape != wanted.shape:
             raise UserError(
                 f"{self._folder}: the weight {name} is of shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(wanted.shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made
             raise UserError(f"{self._folder}: the weight {name} has NaN or Inf entries: the file is damaged")
         return tensor.to(wanted.dtype)
-
-    def _read(self, name: str) -> Tensor:
-        try:
-            with safe_open(self._files[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor.to(self._device)
-        except SafetensorError as error:
-            raise UserError(_damaged(self._files[name], error)) from error
 
     def _settle_buffers(self, name: str, module: nn.Module) -> None:
         """Buffers are read, or made anew by the model's class where no file holds them."""
@@ -211,7 +219,7 @@ class ModelOnDisk(Residence):
         for own, buffer in buffers.items():
             stored = f"{name}.{own}" if name else own
             made = torch.empty_like(buffer, device=self._device)
-            module._buffers[own] = self._read(stored) if stored in self._files else made.fill_(_UNSET)
+            module._buffers[own] = self._checkpoint.read(stored) if stored in self._checkpoint else made.fill_(_UNSET)
         if not buffers:
             return
         for parameter in module.parameters(recurse=False):
@@ -224,37 +232,6 @@ class ModelOnDisk(Residence):
 
 
 _UNSET = float("nan")
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor, of those that `from_pretrained` reads."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names or not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: not a model folder: it has no config.json or no safetensors weights")
-    if _SINGLE in names:
-        names = [_SINGLE]
-    elif (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: {INDEX} cannot be read ({first_line(error)})") from error
-    found: dict[str, Path] = {}
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), folder / name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(_damaged(folder / name, error)) from error
-    return found
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of all safetensors files of a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    return f"{path}: the safetensors weights are damaged or cut short ({first_line(error)})"
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.prunable import matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,34 +18,56 @@ class WeightView:
     """One matrix W (out, in) of y = W x + b, whatever the storage of its module.
 
     Attributes:
-        name: of the parameter, dotted from the model's root.
-        module: its `nn.Linear`, or the `Conv1D` of transformers, which stores the transpose.
+        name: of the parameter, dotted from the model's root; with the number of the expert, where it is one's.
+        module: its `nn.Linear`, the `Conv1D` of transformers, which stores the transpose, or the experts of a mixture,
+            which keep their matrices in one parameter of three dimensions.
         transposed: whether the module stores W^T.
+        own: the parameter's name in its module.
+        expert: whose matrix it is, in a parameter of three dimensions.
+        part: (first, last, of): W is those of its rows in equal parts, where several matrices are stored as one.
     """
 
     name: str
     module: nn.Module
     transposed: bool = False
+    own: str = "weight"
+    expert: int | None = None
+    part: tuple[int, int, int] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The matrix as stored."""
-        return self.module.get_parameter("weight")
+        """What is stored: the matrix, or that together with others."""
+        return self.module.get_parameter(self.own)
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        return dict(self.module.named_parameters(recurse=False)).get("bias")
+    def parameter_name(self) -> str:
+        """Dotted from the model's root."""
+        return self.name if self.expert is None else self.name.removesuffix(f".{self.expert}")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (out,), sharing memory with its parameter."""
+        bias = None if self.expert is not None else dict(self.module.named_parameters(recurse=False)).get("bias")
+        return bias if bias is None or self.part is None else bias[self.rows]
+
+    @property
+    def rows(self) -> slice:
+        """Of the stored matrix (out, in)."""
+        total = self.parameter.shape[-1 if self.transposed else -2]
+        first, last, of = self.part or (0, 1, 1)
+        return slice(total * first // of, total * last // of)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = self.parameter.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        rows, columns = self.read().shape
+        return (rows, columns)
 
     def read(self) -> Tensor:
         """W (out, in), detached; it shares memory with the parameter."""
         stored = self.parameter.detach()
-        return stored.T if self.transposed else stored
+        matrix = stored if self.expert is None else stored[self.expert]
+        return (matrix.T if self.transposed else matrix)[self.rows]
 
     def write(self, weight: Tensor) -> None:
         """Puts W (out, in) into the parameter, in the parameter's dtype; zeros stay exact zeros.
@@ -71,13 +95,15 @@ class Block:
 def decoder_blocks(model: nn.Module) -> list[Block]:
     """The blocks of the outermost `ModuleList` that holds the most parameters.
 
-    The weights are all matrices of `nn.Linear` and `Conv1D` in it which no module outside of the blocks shares.
+    The weights are all `prunable.matrices` in it which no module outside of the blocks shares; of experts, one each.
 
     Raises:
-        UserError: there is no such list, or a block has no such matrix, or keeps weights in another form (the fused
-            experts of a mixture), which would stay dense unnoticed. The message names the model's class.
+        UserError: there is no such list, or a block has no such matrix, or keeps weights in another form (a
+            convolution), which would stay dense unnoticed; the model has an encoder, or reads more than text. The
+            message names the model's class, and the first block that cannot be read.
     """
     kind = type(model).__name__
+    _check_decoder(model)
     lists = dict(_outermost_lists(model))
     if not lists:
         raise UserError(f"{kind}: no list of decoder blocks found: this kind of model cannot be pruned")
@@ -91,13 +117,17 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     }
     blocks = []
     for name, module in names.items():
+        everything = _views(module, name)
+        known = {id(view.parameter) for view in everything}
         for inner, parameter in module.named_parameters():
-            if parameter.ndim > 2:
+            if parameter.ndim > 2 and id(parameter) not in known:
                 form = f"{name}.{inner} {tuple(parameter.shape)}"
-                raise UserError(f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D")
-        views = [view for view in _views(module, name) if id(view.parameter) not in taken]
+                raise UserError(
+                    f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D, nor of experts"
+                )
+        views = [view for view in everything if id(view.parameter) not in taken]
         if not views:
-            raise UserError(f"{kind}: cannot read block {name}: it has no Linear or Conv1D matrix of its own")
+            raise UserError(f"{kind}: cannot read block {name}: it has no Linear, Conv1D or expert matrix of its own")
         taken |= {id(view.parameter) for view in views}
         blocks.append(Block(name, module, tuple(views)))
     return blocks
@@ -113,9 +143,23 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from _outermost_lists(child, f"{path}.")
 
 
-def _views(block: nn.Module, prefix: str) -> Iterator[WeightView]:
-    from transformers.pytorch_utils import Conv1D
+def _views(block: nn.Module, prefix: str) -> list[WeightView]:
+    views = []
+    for weight in matrices(block):
+        name = f"{prefix}.{weight.name}"
+        if weight.stacked:
+            experts = range(weight.parameter.shape[0])
+            views += [WeightView(f"{name}.{e}", weight.module, weight.transposed, weight.own, e) for e in experts]
+        else:
+            views.append(WeightView(name, weight.module, weight.transposed, weight.own))
+    return views
 
-    for name, module in block.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield WeightView(f"{prefix}.{name}.weight", module, transposed=isinstance(module, Conv1D))
+
+def _check_decoder(model: Any) -> None:
+    """Refuses what has a decoder beside other parts."""
+    config, kind = getattr(model, "config", None), type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{kind} is an encoder with a decoder: only models of a decoder alone can be pruned")
+    of_text = getattr(config, "get_text_config", None)
+    if callable(of_text) and of_text() is not config:
+        raise UserError(f"{kind} reads more than text: only models of text alone can be pruned")

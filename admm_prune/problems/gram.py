@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # tokens multiplied at once: bounds the float64 copy of the inputs
+_TILE = 256  # rows taken from float64 at once
 _SYMMETRY = 1e-3  # |H - H^T| allowed, relative to sqrt(H_ii H_jj): what accumulation in float32 may leave
 DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median
 
@@ -54,6 +55,10 @@ class GramAccumulator:
         """H (d, d), float64, exactly symmetric."""
         return (self._sum + self._sum.T).div_(2)
 
+    def release(self) -> None:
+        """Lets the sum go, which is the largest thing there is; `mean` and `tokens` stay."""
+        self._sum = self._sum.new_empty(0, 0)
+
     @property
     def mean(self) -> Tensor:
         """The mean input (d,), float64; zeros before the first token."""
@@ -93,7 +98,7 @@ class LayerStatistics:
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
-    input of the calibration tokens.
+    input of the calibration tokens. `notes` say how they were come by, where that was not as usual.
     """
 
     gram: Tensor
@@ -103,6 +108,7 @@ class LayerStatistics:
     holdout: Tensor | None = None
     holdout_tokens: int = 0
     mean: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def collected(
@@ -111,19 +117,28 @@ class LayerStatistics:
         validation: GramAccumulator | None = None,
         holdout: GramAccumulator | None = None,
     ) -> LayerStatistics:
-        """Joins accumulators of disjoint tokens; the validation tokens count as calibration tokens too."""
-        gram, tokens, mean = calibration.gram, calibration.tokens, calibration.mean
+        """Joins accumulators of disjoint tokens, which are empty afterwards.
+
+        The validation tokens count as calibration tokens too.
+        """
         if validation is not None and validation.tokens == 0:
             validation = None
+        tokens, mean = calibration.tokens, calibration.mean
         if validation is not None:
-            gram, tokens = gram + validation.gram, tokens + validation.tokens
+            tokens += validation.tokens
             mean = mean + (validation.mean - mean) * (validation.tokens / max(tokens, 1))
+        gram = _in_float(calibration) if validation is None else _in_float(calibration, validation)
+        calibration.release()
+        apart = [None if other is None else _in_float(other) for other in (validation, holdout)]
+        for other in (validation, holdout):
+            if other is not None:
+                other.release()
         return cls(
-            gram=gram.float(),
+            gram=gram,
             tokens=tokens,
-            validation=None if validation is None else validation.gram.float(),
+            validation=apart[0],
             validation_tokens=0 if validation is None else validation.tokens,
-            holdout=None if holdout is None else holdout.gram.float(),
+            holdout=apart[1],
             holdout_tokens=0 if holdout is None else holdout.tokens,
             mean=mean,
         )
@@ -132,6 +147,16 @@ class LayerStatistics:
     def dead_channels(self) -> Tensor:
         """Indices of inputs that were (as good as) zero in every token."""
         return dead_channels(self.gram).nonzero()[:, 0]
+
+
+def _in_float(*accumulators: GramAccumulator) -> Tensor:
+    """The sum of some Grams in float32, without a copy of any in float64."""
+    sums = [accumulator._sum for accumulator in accumulators]
+    result = torch.empty(sums[0].shape, dtype=torch.float32, device=sums[0].device)
+    for start in range(0, len(result), _TILE):
+        rows = slice(start, start + _TILE)
+        result[rows] = sum((x[rows] + x[:, rows].T).div_(2) for x in sums)
+    return result
 
 
 def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:

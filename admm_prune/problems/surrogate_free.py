@@ -93,7 +93,7 @@ class SurrogateFree:
             for parameter, asked in zip(parameters, before, strict=True):
                 parameter.requires_grad_(asked)
         named = zip(self._weights.values(), gradients, strict=True)
-        return float(loss.detach()), Point({w.name: (g.T if w.transposed else g).contiguous() for w, g in named})
+        return float(loss.detach()), Point({w.name: (g.mT if w.transposed else g).contiguous() for w, g in named})
 
     @cached_property
     def curvature(self) -> float:
@@ -138,7 +138,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _oriented(parameter: Tensor, transposed: bool) -> Tensor:
-    return parameter.T if transposed else parameter
+    return parameter.mT if transposed else parameter
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

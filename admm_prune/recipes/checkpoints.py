@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from admm_prune.errors import UserError
 from admm_prune.models.parallel import World
@@ -51,9 +52,10 @@ class Checkpoints:
         folder = self._folder
         if folder is None:
             return None
-        name, values = self._world.from_first(lambda: _read_latest(folder))
-        if name is None:
+        found = self._world.from_first(lambda: _read_latest(folder))
+        if found is None:
             return None
+        name, values = found
         self._latest, self._count = folder / name, int(name) + 1
         return values
 
@@ -65,11 +67,12 @@ class Checkpoints:
         """
         assert self._latest is not None
         reader = HuggingFaceStorageReader(str(self._latest))
-        saved = {name: (x.size, x.properties.dtype) for name, x in reader.read_metadata().state_dict_metadata.items()}
+        kept = reader.read_metadata().state_dict_metadata
+        saved = {name: (x.size, x.properties.dtype) for name, x in kept.items() if isinstance(x, TensorStorageMetadata)}
         if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
             raise UserError(f"{self._latest} is a checkpoint of another run: delete it to begin anew")
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
+            state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
 
     def save(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Writes a checkpoint, then drops the one before.
@@ -85,7 +88,7 @@ class Checkpoints:
         try:
             writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
             with _quiet():
-                dcp.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
+                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
         self._world.from_first(lambda: _complete(new, place, values))
@@ -127,10 +130,10 @@ def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
         raise UserError(f"cannot write to {place.parent}: {error.strerror or error}") from error
 
 
-def _read_latest(folder: Path) -> tuple[str | None, Any]:
+def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:
     names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     if not names:
-        return None, None
+        return None
     place = folder / max(names)
     digest, _, body = (
         (place / _VALUES).read_text(encoding="utf-8", errors="replace").removesuffix("\n").partition("\n")

@@ -19,7 +19,7 @@ from admm_prune.recipes.trained import Trained
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_CALIBRATION = 128  # sequences that layer problems are made of
+CALIBRATION = 128  # sequences that layer problems are made of
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,15 @@ class Elsa(Trained):
 
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
-        calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
-        request = Request(
-            target=target, calibration=calibration, seed=session.request.seed, world=session.request.world
-        )
+        calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
+        asked = session.request
+        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
         session.gather()
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)
         session.model.requires_grad_(True)
         session.scatter()
-        masks = {view.name: view.parameter.detach() != 0 for view in session.views}
+        masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
         if str(target) == str(session.request.target):

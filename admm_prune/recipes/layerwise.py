@@ -12,7 +12,8 @@ from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.models.capture import BlockStream, SharedInput
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.constraints import StackedRows
@@ -163,7 +164,7 @@ def _prune(
                 ridge=problem.ridge,
                 damping=problem.damping,
                 ridge_trials=asked.trials,
-                notes=result.notes,
+                notes=(*statistics.notes, *result.notes),
                 diagnosis=tuple(finding.code for finding in diagnosis),
             )
         )

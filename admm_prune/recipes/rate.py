@@ -74,7 +74,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
     scale = math.sqrt(square / entries)
 
     def value(step: float) -> float:
-        chance = torch.Generator(moved[0][0].device).manual_seed(0)
+        chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
         for (parameter, x), direction in zip(moved, directions, strict=True):
             parameter.copy_(_moved(x, direction, step, chance))
         return judge()

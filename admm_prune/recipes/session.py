@@ -15,7 +15,7 @@ from admm_prune.recipes.checkpoints import Checkpoints
 from admm_prune.recipes.rate import MeasuredRate
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.training import Trainer, held_out_loss
-from admm_prune.solvers.elsa.sharding import local, own_rows
+from admm_prune.solvers.elsa.sharding import gathered, local, own_rows
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Session:
     def gather(self) -> None:
         """Brings what was trained into the whole model."""
         for whole, part in self._pairs():
-            whole.copy_(part.full_tensor())  # type: ignore[operator]  # a DTensor's
+            whole.copy_(gathered(part, local(part)))
 
     @torch.no_grad()
     def scatter(self) -> None:

@@ -108,7 +108,7 @@ class SparseLLM:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
         repairs = self.target == "block" and stream.adds(index, views.down)
-        own = list(views.views.values())
+        own = views.weights
         wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
@@ -120,8 +120,8 @@ class SparseLLM:
         del wanted
         try:
             network = network_of(views)
-            damped = self._damped(network, pairs, request)
-            result, error, judged = self._solve(network, damped, pairs, request.target)
+            damped = self.damped(network, pairs, request)
+            result, error, judged = self.solve(network, damped, pairs, request.target)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -130,7 +130,7 @@ class SparseLLM:
         except (ValueError, LinAlgError) as problem:
             raise UserError(f"{', '.join(view.name for view in own)}: {problem}") from problem
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
-        entries = sum(view.parameter.numel() for view in own)
+        entries = sum(view.read().numel() for view in own)
         for view in own:
             written = Point(weight=view.read())
             reports.append(
@@ -140,7 +140,7 @@ class SparseLLM:
                     sparsity=written.sparsity(),
                     status=result.status.name,
                     iterations=result.iterations,
-                    seconds=seconds * view.parameter.numel() / entries,
+                    seconds=seconds * view.read().numel() / entries,
                     tokens=len(pairs["calibration"][0]),
                     notes=result.notes,
                 )
@@ -157,7 +157,7 @@ class SparseLLM:
         }
         return Visit(layers=reports, details=figure)
 
-    def _solve(
+    def solve(
         self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, target: Target
     ) -> tuple[Result, float, float]:
         """The solved network, and the relative errors of its output on calibration and on validation tokens."""
@@ -189,7 +189,7 @@ class SparseLLM:
         energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
-    def _damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
+    def damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
         constraint = self.method.constraint(request.target)
         damped = {}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, branches, keep_units
+from admm_prune.models.branches import Branch, branches, heads_stay, keep_units
 from admm_prune.models.budgets import Unit, savings
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.export import Form, admits_heads, check_exportable, export, units_by_block
+from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
 from admm_prune.problems.gram import LayerStatistics
@@ -81,7 +81,7 @@ class StruPrune:
         elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
         curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
-        self._allocate(parts, curves, target)
+        self._allocate(model, parts, curves, target)
 
     def prune(self, model: nn.Module, request: Request, curves: Mapping[str, Curve] | None = None) -> Outcome:
         """As `Recipe.prune`.
@@ -104,7 +104,8 @@ class StruPrune:
             measured = self.measure(model, request) if curves is None else curves
             # Written down, because a budget in seconds is measured anew by every run.
             told = request.journal.once(
-                "allocation", lambda: self._told(self._allocate(parts, measured, request.target), parts)
+                "allocation",
+                lambda: self._told(self._allocate(model, parts, measured, request.target), self._weight(model, parts)),
             )
             removed, notes = told["removed"], tuple(told["notes"])
             details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
@@ -126,7 +127,8 @@ class StruPrune:
         units = {branch.name: branch.count for block in parts for branch in block}
         form = export(model, parts, self.form)
         details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
-        return Outcome(layers=layers, notes=notes, details=details)
+        stay = heads_stay(blocks[0])
+        return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
 
     def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
@@ -148,11 +150,11 @@ class StruPrune:
         losses = {name: found for one in visits for name, found in one.tensors.items()}
         return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
 
-    def _told(self, allocation: Allocation, parts: Sequence[Sequence[Branch]]) -> dict[str, Any]:
+    def _told(self, allocation: Allocation, weight: float) -> dict[str, Any]:
         """What an allocation comes to, as JSON values."""
         return {
             "removed": allocation.removed,
-            "saved": allocation.saved / self._weight(parts),
+            "saved": allocation.saved / weight,
             "loss": allocation.loss,
             "bound": allocation.bound,
             "price": allocation.price,
@@ -202,9 +204,10 @@ class StruPrune:
         """Without losses, a curve that knows what can be saved."""
         saved = savings(branch, self.unit)
         stays: frozenset[int] | None = None
-        if self.uniform and branch.kind == "heads":  # the stock class must admit their number
+        if self.uniform:  # the stock class must admit their number
             counts = range(1, branch.count + 1)
-            stays = frozenset(n for n in counts if admits_heads(model.config, n * branch.queries, branch.size))
+            admitted = frozenset(n for n in counts if admits(model.config, branch, n))
+            stays = None if len(admitted) == len(counts) else admitted
         multiple = self.multiple if branch.kind == "neurons" else 1
         return Curve(
             branch.name,
@@ -215,17 +218,22 @@ class StruPrune:
             stays=stays,
         )
 
-    def _weight(self, parts: Sequence[Sequence[Branch]]) -> float:
-        """What all units weigh together."""
+    def _weight(self, model: nn.Module, parts: Sequence[Sequence[Branch]]) -> float:
+        """What a target is a fraction of: all matrices of the blocks, heads that stay included; or all units."""
+        if self.unit in ("parameters", "bytes"):
+            matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
+            return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
         return sum(float(savings(branch, self.unit)[-1]) for block in parts for branch in block)
 
-    def _allocate(self, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target) -> Allocation:
-        """Units that every branch loses: the budget is the target's fraction of what all units weigh together.
+    def _allocate(
+        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+    ) -> Allocation:
+        """Units that every branch loses, by the target's fraction.
 
         Raises:
             UserError: so much cannot go.
         """
-        budget = target.fraction * self._weight(parts)
+        budget = target.fraction * self._weight(model, parts)
         kinds: dict[str, list[Curve]] = {}
         for branch in (branch for block in parts for branch in block):
             kinds.setdefault(branch.kind, []).append(curves[branch.name])
@@ -244,4 +252,8 @@ def _statistics(stream: BlockStream, index: int, parts: Sequence[Branch]) -> dic
         return {}
     names = {branch.output.name: branch.name for branch in parts}
     shared = stream.collect(index, only=names)
-    return {names[view.name]: inputs.statistics for inputs in shared for view in inputs.weights}
+    # No ridge is chosen here: what is known of the validation tokens alone is not needed.
+    statistics = {
+        view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
+    }
+    return {names[name]: found for name, found in statistics.items()}

@@ -93,10 +93,7 @@ class Trained(ABC):
         self.check(model, request.target)
         if request.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
-        with trainable(model):
-            session = self._session(model, request)
-            self._train(session)
-            session.trainer.optimizer.finalize()
+        session = self.run(model, request)
         last = session.offer()
         notes = session.trainer.optimizer.notes
         if session.best_loss < last:
@@ -119,6 +116,14 @@ class Trained(ABC):
             details={"training": details, "stages": session.stages},
         )
 
+    def run(self, model: nn.Module, request: Request) -> Session:
+        """Trains and prunes to the end, in place; what is remembered of the way."""
+        with trainable(model):
+            session = self._session(model, request)
+            self._train(session)
+            session.trainer.optimizer.finalize()
+        return session
+
     def _session(self, model: nn.Module, request: Request) -> Session:
         sequences = request.calibration
         if len(sequences.rows) < _LEAST:
@@ -128,19 +133,24 @@ class Trained(ABC):
         target, world = request.target, request.world
         trained = sharded_copy(model, world)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
-        how |= {"targets": [view.name for view in views], "ignore": ()}
+        how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
         how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
         trainer = Trainer(
             trained,
             self.optimizer(how),
             Distillation(_teacher(model, world), self.distillation) if self.distillation else next_token_loss,
             training,
-            steps=max(1, self.steps - self._passes),
+            steps=self.training_steps,
             batch_size=self.batch_size,
             seed=request.seed,
             world=world,
         )
         return Session(model, trained, views, request, training, held_out, trainer)
+
+    @property
+    def training_steps(self) -> int:
+        """Of the optimizer: what measuring the rate leaves."""
+        return max(1, self.steps - self._passes)
 
     @property
     def _passes(self) -> int:
@@ -193,5 +203,5 @@ def _teacher(model: nn.Module, world: World) -> nn.Module:
 
 
 def _report(view: WeightView, tokens: int) -> LayerReport:
-    zeros = 1.0 - int(view.read().count_nonzero()) / view.parameter.numel()
+    zeros = 1.0 - int(view.read().count_nonzero()) / view.read().numel()
     return LayerReport(name=view.name, shape=view.shape, sparsity=zeros, tokens=tokens)

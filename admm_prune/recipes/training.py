@@ -30,6 +30,7 @@ class Trainer:
     share every batch: the model is divided over them, and its gradients are means over the processes.
 
     Attributes:
+        objective: the loss of a whole batch in one process.
         steps, done: of the run; done so far.
         tokens: trained on so far.
         curve: (steps done, mean loss of the steps since the last point).
@@ -42,7 +43,7 @@ class Trainer:
         self.model, self.optimizer, self.steps = model, optimizer, steps
         self.done, self.tokens = 0, 0
         self.curve: list[tuple[int, float]] = []
-        self._loss, self._world = loss, world
+        self.objective, self._world = loss, world
         self._batches = endless_batches(sequences, batch_size, seed)
         self._taken = 0
         self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
@@ -69,12 +70,12 @@ class Trainer:
         """Of this process's share of a batch, scaled so that the mean over the processes is the loss of the batch."""
         count, size = len(batch.lengths), self._world.size
         if size == 1:
-            return self._loss(model, batch)
+            return self.objective(model, batch)
         # All have to take part: one without a share looks at the first sequence, which counts nothing.
         rows = self._world.share(range(count)) or [0]
         share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
         part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
-        return part * self._loss(model, share)
+        return part * self.objective(model, share)
 
     def step(self) -> None:
         batch = self.take(1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -13,6 +14,7 @@ from typing import Self
 import torch
 
 _MIB = 2**20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 class PeakMemory:
@@ -33,14 +35,14 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self._device)
         else:
             _reset_high_water()
-            self._before = _high_water()
+            self._before = peak_resident_bytes()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else _high_water()
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
         self.extra_mib = round((peak - self._before) / _MIB, 1)
 
 
@@ -56,12 +58,34 @@ def free_bytes(device: torch.device | str) -> int:
     return max(0, min(available))
 
 
+def resident_bytes() -> int:
+    """Bytes of this process in memory."""
+    return _told(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
+
+
+def return_freed_memory() -> None:
+    """Has the C library give back what is freed from now on, and what it holds already.
+
+    glibc raises its own threshold to 32 MiB as it goes, and keeps what was freed below it: a process that takes one
+    block after the other would come to hold more and more of blocks that are gone. Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 2**16)
+        library.malloc_trim(0)
+
+
 def _meminfo(field: str) -> int:
+    return _told(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _told(path: Path, field: str) -> int | None:
+    """A line of kB of a file of the system's, in bytes."""
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _reset_high_water() -> None:
@@ -69,13 +93,10 @@ def _reset_high_water() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _high_water() -> int:
-    """Bytes resident at the high-water mark."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def peak_resident_bytes() -> int:
+    """Bytes of this process that were resident at its peak, libraries and mapped files included."""
+    told = _told(Path("/proc/self/status"), "VmHWM:")
+    if told is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

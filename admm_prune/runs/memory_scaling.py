@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,13 +33,16 @@ from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import environment
 from admm_prune.runs.memory import PeakMemory
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
 VOCABULARY, HEAD, LENGTH = 4096, 64, 256
 WIDTH_PER_BLOCK = 128  # 4096 / 32 of LLaMA 7B; 128 and 102 of 13B and 70B
 _TARGETS = {"growing": 0.75, "deeper": 0.1}  # the exponents that were asked for
 _RECIPE = StruPrune()
 # glibc raises its threshold to 32 MiB by itself, and then keeps what was freed below it: the peak would grow with every
 # block that was ever there, though none is any more.
-_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.depth * (self.block + 2 * self.width) + VOCABULARY * self.width + self.width
+
+    def config(self) -> LlamaConfig:
+        from transformers import LlamaConfig
+
+        heads = self.width // HEAD
+        return LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=self.width,
+            intermediate_size=self.neurons,
+            num_hidden_layers=self.depth,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            head_dim=HEAD,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+            dtype="float32",
+        )
 
 
 FAMILIES: dict[str, tuple[Shape, ...]] = {
@@ -129,35 +149,23 @@ def exponent(peaks: Iterable[Peak]) -> float:
     return slope
 
 
-def write_random_model(shape: Shape, folder: Path) -> None:
-    """A Llama of random weights in float32, a file for each block; never more than one block in memory."""
+def write_random_model(config: LlamaConfig, folder: Path) -> None:
+    """A Llama of random weights in the config's dtype, a file for each block; never more than one block in memory."""
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    heads = shape.width // HEAD
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.width,
-        intermediate_size=shape.neurons,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=HEAD,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
     with quiet(), torch.device("meta"):
         model = LlamaForCausalLM(config)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
+    dtype = torch.float32 if config.dtype is None else config.dtype
     generator = torch.Generator().manual_seed(0)
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         files.setdefault(name.split(".")[2] if ".layers." in name else "outside", {})[name] = parameter
     for file, parameters in files.items():
         drawn = {
-            name: 0.02 * torch.randn(p.shape, generator=generator) if p.ndim == 2 else torch.ones(p.shape)
+            name: (0.02 * torch.randn(p.shape, generator=generator) if p.ndim == 2 else torch.ones(p.shape)).to(dtype)
             for name, p in parameters.items()
         }
         save_file(drawn, folder / f"{file}.safetensors", {"format": "pt"})
@@ -175,9 +183,9 @@ def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         model.mkdir()
-        write_random_model(shape, model)
+        write_random_model(shape.config(), model)
         command = [sys.executable, "-m", __name__, str(model), str(Path(place) / "out"), str(tokens), str(sparsity)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **_RETURNED})
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **RETURNED})
         if done.returncode != 0:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{shape.parameters / 1e6:.0f} M parameters: the process failed: {why[0]}")
@@ -190,7 +198,7 @@ def _measure_here(model: Path, out: Path, tokens: int, sparsity: float) -> None:
     with tempfile.TemporaryDirectory() as place:  # loads libraries and their buffers before the clock starts
         tiny = Path(place) / "tiny"
         tiny.mkdir()
-        write_random_model(Shape(256, 2), tiny)
+        write_random_model(Shape(256, 2).config(), tiny)
         _prune(tiny, Path(place) / "out", random_tokens(LENGTH), sparsity)
     began = time.perf_counter()
     with PeakMemory() as peak:
@@ -216,7 +224,7 @@ def _table(content: dict[str, Any], peaks: Sequence[Peak]) -> str:
     lines = [
         f"{content['date']}, {about['machine']}, torch {about['versions']['torch']}, {about['threads']} thread(s)",
         content["command"],
-        f"Extra resident memory at the peak of pruning from disk to disk, float32, fixed tokens; {_RETURNED}.",
+        f"Extra resident memory at the peak of pruning from disk to disk, float32, fixed tokens; {RETURNED}.",
         "",
         f"{names[0]:10}" + "".join(f"{name:>12}" for name in names[1:]),
     ]

@@ -6,16 +6,18 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from admm_prune.models.parallel import LOST, LostProcessError, World
 from admm_prune.runs.device import pick_device
 
 _PATIENCE = timedelta(hours=12)  # one may solve a large layer while the others wait; a death is noticed at once
 
-_store: dist.Store | None = None
+_store: Any = None  # of torchrun, which outlives any of its processes
 
 
 def started() -> tuple[int, int]:
@@ -41,7 +43,7 @@ def joined(device: str) -> Generator[World]:
     if pick_device(device) == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
     _store = store
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
@@ -60,6 +62,6 @@ def speaks(error: Exception | None) -> bool:
     if size == 1 or _store is None:
         return rank == 0
     try:
-        return _store.add("said", 1) == 1
+        return int(_store.add("said", 1)) == 1
     except RuntimeError:  # whoever kept the store is gone too
         return isinstance(error, LostProcessError)

@@ -27,6 +27,7 @@ from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.manifest import manifest
+from admm_prune.runs.memory import return_freed_memory
 from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
@@ -219,8 +220,12 @@ def prune(
             world=world,
             activation_bytes=activation_bytes,
         )
-        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, texts.evaluation, request))))
-        report = run_recipe(recipe, request, loaded, dense, texts.evaluation, record)
+        judging = texts.evaluation
+        del texts
+        if streams:
+            return_freed_memory()
+        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, judging, request))))
+        report = run_recipe(recipe, request, loaded, dense, judging, record)
         if journal is not None:
             written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
             report = replace(report, manifest=written, out=journal.out)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from admm_prune.errors import UserError
-from admm_prune.models.streaming import weight_bytes
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.struprune import StruPrune
 from admm_prune.recipes.trained import Trained

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from admm_prune.kernels import backend, selection, splitting
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
@@ -15,6 +17,8 @@ from admm_prune.solvers.base import Iterative, projection_in_its_metric
 from admm_prune.solvers.polish import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
 from admm_prune.solvers.x_updates import DenseUpdate, ProximalUpdate, QuadraticUpdate
+
+_UNREAD = 16  # iterations, at most, whose measures stay on the device
 
 
 @dataclass
@@ -30,13 +34,22 @@ class State:
     tau: float = 0.0  # no dual before the first step
     changed: int = 0  # entries that entered the support since the penalty was last set
     kept: int = 1
-    last_changes: int = 0
-    residual: float = 0.0  # |x - d|_D / |d|_D
+    unread: list[Measured] = field(default_factory=list)
 
     def release(self) -> None:
         """Gives up all memory that a step would make again."""
         self.x, self.d = Point(), Point()
         self.update.release()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step left on its device to be read: for every tensor of the point, what `splitting.settle_` returns."""
+
+    iteration: int
+    rho: float
+    chosen: bool  # whether the support was chosen anew
+    numbers: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +141,9 @@ class ADMM(Iterative[State]):
     def init(self, problem: Quadratic | Proximable, start: Point | None) -> State:
         update = QuadraticUpdate(problem) if fits(problem, Quadratic) else ProximalUpdate(problem)
         z = (update.origin() if start is None else start).map(_contiguous_copy)
-        score = update.weighed(z, z.map(torch.empty_like))
-        return State(update, z, self._select(problem, score.map(torch.abs_), 0))
+        root = update.root
+        score = Point({name: x.abs() if name not in root else (x * root[name]).abs_() for name, x in z.items()})
+        return State(update, z, self._select(problem, score, 0))
 
     def step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
         s = state
@@ -142,32 +156,56 @@ class ADMM(Iterative[State]):
                 s.update.prepare(rho, fast=iteration < self.fast_until)
             s.changed = 0
         if not s.d:
-            s.d = s.z.map(torch.empty_like).map(_masked, s.z, s.mask)
+            s.d = s.z.map(lambda z, mask: z * mask.view(torch.uint8), s.mask)
         if not s.x:
             s.x = s.z.map(torch.empty_like)
         # From here to the end of the step s.d holds, one after the other: d, the target d - u, the score, the new d.
-        s.z.map(lambda z, d, x: _part(z, d, x, s.tau, self.relaxation), s.d, s.x)
+        names, offset, root = s.z.keys(), s.update.offset, s.update.root
+        for name in names:
+            splitting.to_target_(s.z[name], s.d[name], s.x[name], offset.get(name), s.tau, self.relaxation)
         s.x = s.update.minimize(s.d, out=s.x)
-        s.z.add_(s.x, self.relaxation)
+        for name in names:
+            splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
+        before: Mapping[str, Tensor] = {}
         if self.freeze_after is None or iteration < self.freeze_after:
-            mask = self._select(problem, s.update.weighed(s.z, out=s.d).map(torch.abs_), iteration)
-            s.last_changes = sum(int(torch.count_nonzero(mask[name] > before)) for name, before in s.mask.items())
-            s.changed += s.last_changes
-            s.mask = mask
-            s.kept = mask.count_nonzero()
-        else:
-            s.last_changes = 0
-        s.d.map(_masked, s.z, s.mask)
+            before = s.mask
+            with selection.trusted():  # a residual that is not finite says it too
+                s.mask = self._select(problem, s.d, iteration)
+        numbers = [
+            splitting.settle_(s.z[name], s.mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
+            for name in names
+        ]
+        s.unread.append(Measured(iteration + 1, s.rho, bool(before), numbers))
         s.tau = 1.0
-        away = _norm(s.update.weighed(s.x.add_(s.d, -1.0), out=s.x))
-        s.residual = away / (_norm(s.update.weighed(s.d, out=s.x)) or 1.0)
+
+    def measures(self, state: State, iteration: int) -> Sequence[Progress]:
+        """Reads what the steps left behind: on the CPU after each, on a device when the penalty may move, and at the
+        end, so that the host does not wait for every step."""
+        every = min(self.penalty.every, _UNREAD)
+        asked = self.objective_every and iteration % self.objective_every == 0
+        if (
+            any(map(backend.on_device, state.z.values()))
+            and iteration % every
+            and iteration < self.max_iterations
+            and not asked
+        ):
+            return ()
+        return [self._read(state, measured) for measured in _on_host(state)]
 
     def measure(self, state: State, iteration: int) -> Progress:
+        return self.measures(state, self.max_iterations)[-1]
+
+    def _read(self, state: State, measured: Measured) -> Progress:
+        entered, kept, away, size = zip(*(numbers.tolist() for numbers in measured.numbers), strict=True)
+        changes = int(sum(entered))
+        if measured.chosen:
+            state.changed += changes
+            state.kept = int(sum(kept))
         return Progress(
-            iteration=iteration,
-            primal_residual=state.residual,
-            rho=state.rho,
-            support_changes=state.last_changes,
+            iteration=measured.iteration,
+            primal_residual=math.hypot(*away) / (math.hypot(*size) or 1.0),
+            rho=measured.rho,
+            support_changes=changes,
         )
 
     def converged(self, progress: Progress) -> bool:
@@ -193,6 +231,9 @@ class ADMM(Iterative[State]):
         refit_(problem, point["weight"], tolerance=1e-5, max_iterations=self.polish_iterations)
         return point
 
+    def notes(self, state: State) -> tuple[str, ...]:
+        return backend.note(next(iter(state.z.values())).device)
+
     def _select(self, problem: Problem, score: Point, iteration: int) -> Point:
         constraint = problem.constraint
         assert isinstance(constraint, SupportConstraint)
@@ -201,22 +242,15 @@ class ADMM(Iterative[State]):
         return constraint.select(score)
 
 
-def _norm(x: Point) -> float:
-    """|x| in the tensors' own precision: a residual is read to two digits, and every iteration pays for it."""
-    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in x.values()))
-
-
-def _part(z: Tensor, d: Tensor, scratch: Tensor, tau: float, relaxation: float) -> Tensor:
-    """With u = tau (z - d): d <- d - u, the target, and z <- (1 - a) d + u, what the relaxed step adds a x to."""
-    torch.mul(z, tau, out=scratch)
-    torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
-    d.mul_(1.0 + tau).sub_(scratch)
-    return z
-
-
-def _masked(out: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-    """out <- mask * z; a product with bytes is half the time of one with booleans."""
-    return torch.mul(z, mask.view(torch.uint8), out=out)
+def _on_host(state: State) -> list[Measured]:
+    """What was unread, in one copy from the device."""
+    unread, state.unread = state.unread, []
+    state.update.check()
+    if not unread or not unread[0].numbers[0].is_cuda:
+        return unread
+    rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
+    count = len(unread[0].numbers)
+    return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
 
 
 def _contiguous_copy(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -70,6 +70,11 @@ class Iterative(ABC, Generic[StateT]):
     def measure(self, state: StateT, iteration: int) -> Progress:
         """What is cheap to say of the iteration just done."""
 
+    def measures(self, state: StateT, iteration: int) -> Sequence[Progress]:
+        """What is known since the last call. One that measures on a device may read several iterations at once: until
+        then nothing is known, and nothing stops the run."""
+        return (self.measure(state, iteration),)
+
     @abstractmethod
     def converged(self, progress: Progress) -> bool: ...
 
@@ -113,9 +118,9 @@ class Iterative(ABC, Generic[StateT]):
         while run.iteration < self.max_iterations:
             self.step(problem, run.inner, run.iteration)
             run.iteration += 1
-            progress = self._observe(problem, run, time.perf_counter() - began)
-            run.history.append(progress)
-            stop = _why_stop(self, progress, watch, began)
+            news = self._observe(problem, run, time.perf_counter() - began)
+            run.history += news
+            stop = next((why for progress in news if (why := _why_stop(self, progress, watch, began))), None)
             if stop is not None:
                 status = stop
                 break
@@ -148,14 +153,15 @@ class Iterative(ABC, Generic[StateT]):
             notes=(*getattr(problem, "notes", ()), *self.notes(run.inner)),
         )
 
-    def _observe(self, problem: Any, run: Run[StateT], seconds: float) -> Progress:
-        progress = self.measure(run.inner, run.iteration)
-        objective = progress.objective
+    def _observe(self, problem: Any, run: Run[StateT], seconds: float) -> list[Progress]:
+        news = [replace(progress, seconds=seconds) for progress in self.measures(run.inner, run.iteration)]
         if self.objective_every and run.iteration % self.objective_every == 0:
             point = self.solution(problem, run.inner)
             objective = problem.value(point)
             run.offer(point, objective)
-        return replace(progress, objective=objective, seconds=seconds)
+            if news:
+                news[-1] = replace(news[-1], objective=objective)
+        return news
 
 
 def closed_form(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import quadratic
+from admm_prune.kernels import backend, quadratic, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
+_WIDEST, _WIDEST_GROUP = 256, 32  # block and group that one kernel settles
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class SparseGPT:
             mask = constraint.select(Point(weight=score.T.contiguous()))["weight"].T
             self._sweep(columns, factor, constraint, mask)
         else:
-            self._sweep(columns, factor, constraint, None)
+            with selection.trusted():  # what is not finite is found in the end
+                self._sweep(columns, factor, constraint, None)
         solution = Point(weight=(columns.T / scale).contiguous())
-        return closed_form(problem, solution, began, start, notes)
+        return closed_form(problem, solution, began, start, (*notes, *backend.note(columns.device)))
 
     def _sweep(self, columns: Tensor, factor: Tensor, constraint: SupportConstraint, mask: Tensor | None) -> None:
         """Settles all columns, in place. Without a mask, chooses one as it goes."""
@@ -70,15 +73,24 @@ class SparseGPT:
         group = constraint.group_width
         panel = group * max(1, min(_PANEL, self.block) // group)
         block = panel * max(1, self.block // panel)
+        pattern = _pattern(constraint) if group > 1 else None
+        fused = _fused(columns, block, mask is not None or group == 1 or pattern is not None)
+        if fused:
+            factor = factor.contiguous()
         for start in range(0, width, block):
             stop = min(start + block, width)
             rows = columns[start:stop]
-            errors = torch.empty_like(rows)
-            if mask is not None:
-                keep = mask[start:stop]
-            elif group == 1:
+            keep = None if mask is None else mask[start:stop]
+            if keep is None and group == 1:
                 keep = _choose(rows, factor, constraint, start, stop, width)
-            else:
+            if fused:
+                from admm_prune.kernels.triton.sweep import eliminate_
+
+                errors = eliminate_(columns, factor, start, stop, keep, pattern or (1, 1))
+                columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+                continue
+            errors = torch.empty_like(rows)
+            if keep is None:
                 keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)  # chosen group by group
             loss = (~keep).to(rows.dtype).div_(factor.diagonal()[start:stop, None])
             for left in range(start, stop, panel):
@@ -104,6 +116,21 @@ def _choose(
     score = columns.abs() / factor.diagonal()[start:stop, None]
     share = constraint.share(start, stop, (columns.shape[1], width))
     return share.select(Point(weight=score.T.contiguous()))["weight"].T.contiguous()
+
+
+def _fused(columns: Tensor, block: int, known: bool) -> bool:
+    """Whether one kernel settles a block, given that its mask, or the pattern of it, is known."""
+    return known and block <= _WIDEST and backend.uses_triton(columns, torch.float32)
+
+
+def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:
+    """(n, m) where every row keeps n of every m consecutive columns; None where that cannot be told."""
+    parts: Sequence[tuple[int, SupportConstraint]] = getattr(constraint, "parts", ((1, constraint),))
+    patterns = {(getattr(part, "n", None), getattr(part, "m", None)) for _, part in parts}
+    n, m = patterns.pop()
+    if patterns or not isinstance(n, int) or not isinstance(m, int) or m != constraint.group_width or m > _WIDEST_GROUP:
+        return None
+    return n, m
 
 
 def _inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks
 from admm_prune.solvers.elsa.duals import Splitting
+from admm_prune.solvers.elsa.fused import Later
 from admm_prune.solvers.elsa.gradients import clip, norms
 from admm_prune.solvers.elsa.groups import Target, parameter_groups
 from admm_prune.solvers.elsa.history import DualUpdate, WeightUpdate
@@ -119,19 +120,17 @@ class SparseAdam(Optimizer):
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
-        self.moments = str(self._moments)  # as kept in the end
-        self._masks = dict(masks or {})
+        self._masks, self.moments = dict(masks or {}), str(self._moments)  # the moments as kept in the end
         self.history: list[DualUpdate] = []
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
-        # What moves beside the state of the parameters lives in the groups, so that any way to save a torch optimizer
-        # saves it.
+        # What moves beside the state of the parameters lives in the groups: whatever saves a torch optimizer saves it.
         super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._splittings = {
             i: Splitting(support, self.penalty, score, self._anchors, self._moments, seed, processes)
             for i, support in chosen.supports.items()
         }
-        self._transposed = chosen.transposed
+        self._transposed, self._stacked = chosen.transposed, chosen.stacked
         self._norm = math.nan  # of the last gradient
         check_masks(self._masks, self._weights())
 
@@ -170,8 +169,7 @@ class SparseAdam(Optimizer):
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be done that was not asked for."""
-        skipped = (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
-        return skipped + self._moments.notes
+        return (*self._moments.notes, *[f"{self.skipped} steps skipped: a gradient was not finite"][: self.skipped])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -198,8 +196,9 @@ class SparseAdam(Optimizer):
             self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
-        self._prepare_gradients(active, each, norm)
-        self._step_adam()
+        later = self._moments.later(active, self.score, clip_penalty=self.clip_penalty)
+        self._prepare_gradients(active, each, norm, later)
+        self._step_adam(later)
         self._advance()
         return loss
 
@@ -304,7 +303,7 @@ class SparseAdam(Optimizer):
                     splitting,
                     group,
                     [
-                        Weight(name, index + i, p, self.state[p], transposed=id(p) in self._transposed)
+                        Weight(name, index + i, p, self.state[p], id(p) in self._transposed, id(p) in self._stacked)
                         for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
                     ],
                 )
@@ -332,20 +331,20 @@ class SparseAdam(Optimizer):
             self._restrict()
         self._set("frozen", fixed)
 
-    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float) -> None:
+    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float, later: Later | None) -> None:
         """Clips, then adds the penalty; or the other way round."""
-        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip)
+        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, later)
         squares = dict(zip(map(id, active), each.double().mul_(factor).square_().tolist(), strict=True))
         for splitting, _, weights in () if self.frozen else self._pruned():
             for weight in weights:
                 if id(weight.parameter) in squares:
                     splitting.observe(weight, squares[id(weight.parameter)])
                     if not (self.penalty.decoupled or self.hard):
-                        splitting.add_penalty(weight)
+                        splitting.add_penalty(weight, later)
         if self.clip is not None and self.clip_penalty:
             clip(active, float(torch.linalg.vector_norm(norms(active))), self.clip)
 
-    def _step_adam(self) -> None:
+    def _step_adam(self, later: Later | None) -> None:
         index = 0
         for group in self.param_groups:
             active = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -354,6 +353,7 @@ class SparseAdam(Optimizer):
                 [self.state[parameter] for _, parameter in active],
                 group,
                 [(self.seed, self.steps_done, number) for number, _ in active],
+                later,
             )
             index += len(group["params"])
         if self.penalty.decoupled and not (self.frozen or self.hard):

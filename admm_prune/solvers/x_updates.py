@@ -7,22 +7,25 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from admm_prune.kernels import backend, products, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic
 
-_PANEL = 512  # rows converted to bfloat16 at once
-
 
 class DenseUpdate(ABC):
-    """The x-step, and the diagonal metric D that ADMM measures distances in: |x|_D^2 = sum_i D_i x_i^2."""
+    """The x-step, and the diagonal metric D that ADMM measures distances in: |x|_D^2 = sum_i D_i x_i^2.
+
+    Attributes:
+        offset: what is taken off the target before `minimize`, and is missing from its answer; empty for nothing.
+        root: sqrt(D), one number for each column; empty for D = 1.
+    """
+
+    offset: Point
+    root: Point
 
     @abstractmethod
     def origin(self) -> Point:
         """The unconstrained minimum, or the dense weights where that is not known."""
-
-    @abstractmethod
-    def weighed(self, x: Point, out: Point) -> Point:
-        """x_i sqrt(D_i), into `out`, which may be x."""
 
     @abstractmethod
     def prepare(self, rho: float, *, fast: bool = False) -> None:
@@ -34,7 +37,10 @@ class DenseUpdate(ABC):
 
     @abstractmethod
     def minimize(self, target: Point, out: Point) -> Point:
-        """argmin_x f(x) + rho |x - target|_D^2; may overwrite `target` and write into `out`."""
+        """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`."""
+
+    def check(self) -> None:
+        """Raises what went wrong on a device since the last call."""
 
 
 class QuadraticUpdate(DenseUpdate):
@@ -42,30 +48,30 @@ class QuadraticUpdate(DenseUpdate):
 
     One Cholesky inverse (in^3 operations) for each penalty, one product (2 out in^2) for each step. With W the
     unconstrained minimum, the linear term of f is never formed. A fast step multiplies in bfloat16, where the device
-    does so in less time: M and T - W are rounded to 8 bits, V - W with them, W itself is not.
+    does so in less time: M and T - W are rounded to 8 bits, V - W with them, W itself is not. On CUDA the other steps
+    multiply in three bfloat16 products, which leaves 16 bits.
     """
 
     def __init__(self, problem: Quadratic) -> None:
         self._problem = problem
         self._minimizer = problem.minimizer
         self._metric = problem.hessian.diagonal().clone()
-        self._root = self._metric.sqrt()
+        self.offset = Point(weight=self._minimizer)
+        self.root = Point(weight=self._metric.sqrt())
         self._operator: Tensor | None = None
-        self._dtype = self._metric.dtype  # of the operator
+        self._precision: products.Precision = "exact"  # of the products
+        self._split: products.Precision = "exact"  # of what is done in float32 elsewhere
         self._rho = 0.0
+        self._failed: list[Tensor] = []
 
     def origin(self) -> Point:
         return Point(weight=self._minimizer)
 
-    def weighed(self, x: Point, out: Point) -> Point:
-        torch.mul(x["weight"], self._root, out=out["weight"])
-        return out
-
     def prepare(self, rho: float, *, fast: bool = False) -> None:
         self._rho = rho
-        exact = self._metric.dtype
-        half = fast and exact is torch.float32 and multiplies_bfloat16(self._metric.device)
-        self._dtype = torch.bfloat16 if half else exact
+        self._precision = self._split = "bfloat16x3" if splits_products(self._metric) else "exact"
+        if fast and self._metric.dtype is torch.float32 and multiplies_bfloat16(self._metric.device):
+            self._precision = "bfloat16"
         self._factorize()
 
     def release(self) -> None:
@@ -73,14 +79,12 @@ class QuadraticUpdate(DenseUpdate):
 
     def minimize(self, target: Point, out: Point) -> Point:
         operator = self._factorize() if self._operator is None else self._operator
-        away, x = target["weight"].sub_(self._minimizer), out["weight"]
-        if operator.dtype is away.dtype:
-            torch.mm(away, operator, out=x)
-        else:
-            for rows, panel in zip(x.split(_PANEL), away.split(_PANEL), strict=True):
-                rows.copy_(panel.to(operator) @ operator)
-        x.add_(self._minimizer)
+        products.multiply(target["weight"], operator, out=out["weight"])
         return out
+
+    def check(self) -> None:
+        failed, self._failed = self._failed, []
+        quadratic.check_factored(failed)
 
     def _factorize(self) -> Tensor:
         self._operator = None  # frees its memory for the factorization
@@ -88,9 +92,8 @@ class QuadraticUpdate(DenseUpdate):
         # LAPACK reads columns: a symmetric matrix and its transpose are one, and no copy has to turn it round.
         matrix = self._problem.hessian.clone().mT
         matrix.diagonal().add_(metric)
-        matrix = torch.linalg.cholesky(matrix)
-        matrix = torch.cholesky_inverse(matrix)
-        self._operator = matrix.mT.mul_(metric[:, None]).to(self._dtype)
+        matrix = quadratic.inverse(matrix, self._failed, self._split)
+        self._operator = products.prepared(matrix.mT.mul_(metric[:, None]), self._precision)
         return self._operator
 
 
@@ -100,12 +103,10 @@ class ProximalUpdate(DenseUpdate):
     def __init__(self, problem: Proximable) -> None:
         self._problem = problem
         self._rho = 0.0
+        self.offset, self.root = Point(), Point()
 
     def origin(self) -> Point:
         return self._problem.initial()
-
-    def weighed(self, x: Point, out: Point) -> Point:
-        return out.copy_(x)
 
     def prepare(self, rho: float, *, fast: bool = False) -> None:
         self._rho = rho
@@ -115,6 +116,11 @@ class ProximalUpdate(DenseUpdate):
 
     def minimize(self, target: Point, out: Point) -> Point:
         return self._problem.prox(target, self._rho)
+
+
+def splits_products(x: Tensor) -> bool:
+    """True where three products in bfloat16 take less time than one in float32."""
+    return x.dtype is torch.float32 and backend.on_device(x) and (not x.is_cuda or multiplies_bfloat16(x.device))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, inputs_of, one_by_one, prune_half
+from tiny_models import FAMILIES, build, inputs_of, is_mixture, one_by_one, prune_half
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +24,15 @@ EXPECTED = {
     "qwen3": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
     "opt": ("relu", "fc1", None, "fc2"),
     "gpt2": ("gelu-tanh", "mlp.c_fc", None, "mlp.c_proj"),
+    "qwen2": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "gemma2": ("gelu-tanh", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "gemma3": ("gelu-tanh", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "phi3": ("silu", "mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "stablelm": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "olmo2": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),
+    "neox": ("gelu", "mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),
+    "bloom": ("gelu-tanh", "mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),
+    "falcon": ("gelu", "mlp.dense_h_to_4h", None, "mlp.dense_4h_to_h"),
 }
 
 
@@ -31,7 +40,9 @@ def found_in(model: PreTrainedModel) -> list[FeedForwardViews]:
     return feed_forwards(model, decoder_blocks(model))
 
 
-def test_every_family_is_read(family: str, model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not is_mixture(family)])
+def test_every_family_is_read(family: str) -> None:
+    model = build(family)
     activation, up, gate, down = EXPECTED[family.split("-", maxsplit=1)[0]]
     for block, views in zip(decoder_blocks(model), found_in(model), strict=True):
         assert views.activation.name == activation
@@ -69,17 +80,24 @@ def test_another_activation_is_refused_with_the_name_of_the_block() -> None:
         found_in(model)
 
 
-def test_a_fused_gate_is_refused() -> None:
-    from transformers import Phi3Config, Phi3ForCausalLM
+def test_a_fused_gate_is_two_halves_of_one_weight() -> None:
+    model = build("phi3")
+    for block, views in zip(decoder_blocks(model), found_in(model), strict=True):
+        fused = block.module.mlp.gate_up_proj.weight
+        assert views.gate is not None
+        assert torch.equal(views.gate.read(), fused[:24])
+        assert torch.equal(views.up.read(), fused[24:])
+        assert [view.name for view in views.weights] == [
+            f"{block.name}.mlp.{own}.weight" for own in ("gate_up_proj", "down_proj")
+        ]
 
-    config = Phi3Config(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
-    )
-    with pytest.raises(UserError, match=r"cannot read the feed-forward network of model\.layers\.0: .*layer by layer"):
-        found_in(Phi3ForCausalLM(config).eval())
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^model\.layers\.0 is a mixture of experts, .* layer by layer"):
+        found_in(build("mixtral"))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "phi3", "neox", "falcon"])
 def test_pairs_are_what_the_model_computes(family: str, stories: Sequences) -> None:
     model = build(family)
     blocks, networks = decoder_blocks(model), found_in(model)
@@ -93,7 +111,7 @@ def test_pairs_are_what_the_model_computes(family: str, stories: Sequences) -> N
         assert pairs[part][1].shape == expected.shape
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "phi3", "neox", "falcon"])
 def test_the_wanted_output_makes_up_for_what_attention_lost(family: str, stories: Sequences) -> None:
     """With the target of the pruned block's network as its output, the block puts out what the dense block did."""
     model = build(family)

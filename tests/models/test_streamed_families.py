@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from saved_model import text_file
-from tiny_models import build
+from tiny_models import CONTEXT, build
 from transformers import PreTrainedTokenizerFast
 
 import admm_prune
@@ -18,16 +19,27 @@ __all__ = ["text_file"]  # a fixture
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 
 
+def tensor_names(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= set(file.keys())
+    return found
+
+
 def test_every_family_streams(family: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
     """Several shards, blocks that return tuples, biases, untied heads, projections around the blocks."""
     build(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     tokenizer.save_pretrained(tmp_path / "dense")
     how: dict[str, Any] = {"method": "wanda", "sparsity": 0.3, "data": str(text_file), "samples": 12, "eval_samples": 3}
+    how["length"] = CONTEXT  # Bloom knows of no context
     streamed, whole = (
         admm_prune.prune(tmp_path / "dense", out=tmp_path / str(stream), stream=stream, device="cpu", **how)
         for stream in (True, False)
     )
     assert (streamed.dense, streamed.pruned) == (whole.dense, whole.pruned)
+    names, others = (tensor_names(tmp_path / str(stream)) for stream in (True, False))
+    assert names == others, "the files are those that save_pretrained makes, whatever the model calls its parameters"
     first, second = (load(str(tmp_path / str(stream))).model for stream in (True, False))
     with torch.no_grad():
         assert torch.equal(first(input_ids=IDS).logits, second(input_ids=IDS).logits)

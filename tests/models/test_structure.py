@@ -2,39 +2,67 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import build, is_mixture
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 from admm_prune.errors import UserError
 from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.prunable import linear_weights
 
 LLAMA = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 ]  # fmt: skip
 OPT = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"]
+FUSED = ["query_key_value", "dense"]
+MLP = ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 EXPECTED = {
     "llama": ("model.layers", LLAMA),
     "qwen3": ("model.layers", LLAMA),
     "mistral": ("model.layers", LLAMA),
     "opt": ("model.decoder.layers", OPT),
     "gpt2": ("transformer.h", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    "qwen2": ("model.layers", LLAMA),
+    "gemma2": ("model.layers", LLAMA),
+    "gemma3": ("model.layers", LLAMA),
+    "stablelm": ("model.layers", LLAMA),
+    "olmo2": ("model.layers", LLAMA),
+    "phi3": ("model.layers", ["self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]),
+    "neox": ("gpt_neox.layers", [f"attention.{name}" for name in FUSED] + MLP),
+    "bloom": ("transformer.h", [f"self_attention.{name}" for name in FUSED] + MLP),
+    "falcon": ("transformer.h", [f"self_attention.{name}" for name in FUSED] + MLP),
+    "mixtral": ("model.layers", LLAMA[:4]),
+    "qwen3-moe": ("model.layers", LLAMA[:4]),
 }
+EXPERTS = [f"mlp.experts.{own}.{expert}" for own in ("gate_up_proj", "down_proj") for expert in range(4)]
 
 
 def test_blocks_and_weights_of_every_family(model: PreTrainedModel, family: str) -> None:
-    path, names = EXPECTED[family.partition("-")[0]]
+    path, names = EXPECTED.get(family) or EXPECTED[family.partition("-")[0]]
+    experts = EXPERTS if is_mixture(family) else []
     blocks = decoder_blocks(model)
     assert [block.name for block in blocks] == [f"{path}.{i}" for i in range(3)]
     for block in blocks:
-        assert [view.name for view in block.weights] == [f"{block.name}.{name}.weight" for name in names]
+        expected = [*(f"{name}.weight" for name in names), *experts]
+        assert sorted(view.name for view in block.weights) == sorted(f"{block.name}.{name}" for name in expected)
         for view in block.weights:
-            assert model.get_parameter(view.name) is view.parameter
+            assert model.get_parameter(view.parameter_name) is view.parameter
+    entries = sum(view.read().numel() for block in blocks for view in block.weights)
+    assert entries == sum(parameter.numel() for parameter in {view.parameter for b in blocks for view in b.weights})
 
 
 def test_a_view_is_the_matrix_of_y_equals_w_x_plus_b(model: PreTrainedModel) -> None:
-    for view in decoder_blocks(model)[0].weights:
+    for view in (view for view in decoder_blocks(model)[0].weights if view.expert is None):
         weight, x = view.read(), torch.randn(5, view.shape[1])
         assert weight.shape == view.shape
         expected = x @ weight.T if view.bias is None else x @ weight.T + view.bias
@@ -91,10 +119,85 @@ def test_models_that_cannot_be_read_are_named() -> None:
         decoder_blocks(norms)
 
 
-def test_fused_experts_are_refused_rather_than_left_dense() -> None:
-    config = MixtralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"MixtralForCausalLM: cannot read block model.layers.0: .*experts"):
-        decoder_blocks(MixtralForCausalLM(config))
+def test_an_expert_is_a_slice_that_is_read_and_put_back() -> None:
+    model = build("mixtral")
+    view = next(view for view in decoder_blocks(model)[1].weights if view.name.endswith("down_proj.2"))
+    stored = view.parameter
+    before = stored.clone()
+    assert view.shape == (16, 24)
+    assert torch.equal(view.read(), stored[2])
+    view.write(torch.zeros(16, 24))
+    assert torch.equal(stored != before, torch.arange(4)[:, None, None].expand_as(before) == 2)
+    with pytest.raises(ValueError, match=r"experts.down_proj.2 is of shape \(16, 24\)"):
+        view.write(torch.zeros(24, 16))
+
+
+def test_a_half_of_a_matrix_is_its_rows() -> None:
+    linear = nn.Linear(3, 8)
+    first, second = (WeightView("w", linear, part=(i, i + 1, 2)) for i in range(2))
+    assert torch.equal(torch.cat([first.read(), second.read()]), linear.weight)
+    assert second.bias is not None
+    assert torch.equal(second.bias, linear.bias[4:])
+    second.write(torch.zeros(4, 3))
+    assert torch.equal(linear.weight.abs().sum(1) == 0, torch.arange(8) >= 4)
+
+
+class Mixture(nn.Module):
+    """Experts, a router with an output for each of them, and a gate of the shared expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.shared_gate = nn.Linear(8, 1)
+        self.shared = nn.Linear(8, 8)
+        self.experts = nn.Module()
+        self.experts.num_experts = 4
+        self.experts.up = nn.Parameter(torch.randn(4, 6, 8))
+
+
+def test_routers_are_not_pruned() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mixture()])
+    (block,) = decoder_blocks(model)
+    assert [view.name for view in block.weights] == [
+        "layers.0.shared.weight",
+        *(f"layers.0.experts.up.{e}" for e in range(4)),
+    ]
+    assert [weight.name for weight in linear_weights(model)] == ["layers.0.shared.weight", "layers.0.experts.up"]
+
+
+def test_a_parameter_of_another_form_is_refused_rather_than_left_dense() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3))])
+    with pytest.raises(
+        UserError, match=r"Module: cannot read block layers.1: layers.1.1.weight \(4, 4, 3\) is not the matrix"
+    ):
+        decoder_blocks(model)
+
+
+def test_an_encoder_and_other_senses_are_refused() -> None:
+    tiny = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    with pytest.raises(
+        UserError, match=r"^T5ForConditionalGeneration is an encoder with a decoder: only models of a decoder"
+    ):
+        decoder_blocks(T5ForConditionalGeneration(T5Config(**tiny)))
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    seeing = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision))
+    )
+    with pytest.raises(UserError, match=r"^LlavaForConditionalGeneration reads more than text: only models of text"):
+        decoder_blocks(seeing)

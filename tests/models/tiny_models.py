@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.models.structure import WeightView
 
 VOCABULARY, CONTEXT = 300, 64
 STORIES = (
@@ -32,69 +20,74 @@ STORIES = (
     "naïve ☃",
     "the mat",
 )
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA = {
+    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
+}  # fmt: skip
+OPT = {
+    "hidden_size": 16, "ffn_dim": 24, "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "init_std": 0.3,
+    "pad_token_id": 1,
+}  # fmt: skip
+FALCON = {
+    "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,
+}  # fmt: skip
+GEMMA = LLAMA | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}
 
+Family = tuple[str, dict[str, object]]  # the name of its classes, and the config's options
 
-def llama(tied: bool, **options: object) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=tied, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0, **options,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def qwen3() -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        initializer_range=0.3, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config)
-
-
-def mistral() -> PreTrainedModel:
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, sliding_window=8, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return MistralForCausalLM(config)
-
-
-def opt(pre_norm: bool, tied: bool) -> PreTrainedModel:
-    config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=CONTEXT, word_embed_proj_dim=16 if pre_norm else 12, do_layer_norm_before=pre_norm,
-        tie_word_embeddings=tied, init_std=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    return OPTForCausalLM(config)
-
-
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=3, n_head=4, n_positions=CONTEXT, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: llama(tied=True),
-    "llama-untied": lambda: llama(tied=False, attention_bias=True, mlp_bias=True),
-    "llama-eager": lambda: llama(tied=True, attn_implementation="eager"),
-    "qwen3": qwen3,
-    "mistral": mistral,
-    "opt": lambda: opt(pre_norm=True, tied=True),
-    "opt-post-norm-untied": lambda: opt(pre_norm=False, tied=False),
-    "gpt2": gpt2,
+FAMILIES: dict[str, Family] = {
+    "llama": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "llama-untied": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-eager": ("Llama", LLAMA | {"tie_word_embeddings": True, "attn_implementation": "eager"}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": 8}),
+    "qwen2": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 2}),
+    "phi3": ("Phi3", LLAMA | {"pad_token_id": 0}),
+    "stablelm": ("StableLm", LLAMA | {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", LLAMA | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "olmo2": ("Olmo2", LLAMA),
+    "opt": ("OPT", OPT | {"tie_word_embeddings": True}),
+    "opt-post-norm-untied": (
+        "OPT",
+        OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 12, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("GPT2", {"n_embd": 16, "n_head": 4, "n_inner": 24, "n_positions": CONTEXT, "initializer_range": 0.3}),
+    "neox": ("GPTNeoX", LLAMA),
+    "neox-sequential": ("GPTNeoX", LLAMA | {"use_parallel_residual": False}),
+    "bloom": ("Bloom", {"hidden_size": 16, "n_head": 4, "initializer_range": 0.3}),
+    "falcon": ("Falcon", FALCON | {"multi_query": True}),
+    "falcon-grouped": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": ("Falcon", FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
+    "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4, **EXPERTS}),
+    "qwen3-moe": ("Qwen3Moe", LLAMA | {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8, **EXPERTS}),
 }
 
 
-def build(family: str) -> PreTrainedModel:
+def family_model(family: str, layers: int) -> PreTrainedModel:
+    """A random instance, as its class initializes it."""
+    name, options = FAMILIES[family]
+    text = "Text" if hasattr(transformers, f"{name}TextConfig") else ""
+    config = getattr(transformers, f"{name}{text}Config")(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, bos_token_id=0, eos_token_id=0, **options
+    )
+    head = "ForCausalLM" if hasattr(transformers, f"{name}ForCausalLM") else "LMHeadModel"
+    model: PreTrainedModel = getattr(transformers, f"{name}{head}")(config)
+    return model
+
+
+def is_mixture(family: str) -> bool:
+    """Whether its blocks have experts."""
+    return "num_experts_per_tok" in FAMILIES[family][1]
+
+
+def build(family: str, layers: int = 3) -> PreTrainedModel:
     """In evaluation mode, without gradients; biases and norms are random too."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval().requires_grad_(False)
+    model = family_model(family, layers).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -119,4 +112,22 @@ def inputs_of(model: nn.Module, module: nn.Module, ids: list[Tensor]) -> Tensor:
         for row in ids:
             model(input_ids=row)
     handle.remove()
+    return torch.cat(seen)
+
+
+def expert_inputs(model: nn.Module, view: WeightView, ids: list[Tensor], everything: bool) -> Tensor:
+    """What enters a matrix of an expert: the tokens that its router chose it for, or all; by the formula."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, choice, _ = args
+        x = hidden if everything else hidden[(choice == view.expert).any(1)]
+        if view.own == "down_proj":
+            gate, up = (x @ module.get_parameter("gate_up_proj")[view.expert].T).chunk(2, dim=-1)
+            x = nn.functional.silu(gate) * up
+        seen.append(x)
+
+    with view.module.register_forward_pre_hook(hook), torch.no_grad():
+        for row in ids:
+            model(input_ids=row)
     return torch.cat(seen)

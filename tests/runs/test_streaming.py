@@ -139,7 +139,7 @@ def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_para
     peaks = [Peak("growing", 1, 1, n, 1.0, 3 * n**0.6, 1.0) for n in (10**6, 10**7, 10**9)]
     assert exponent(peaks) == pytest.approx(0.6)
     shape = Shape(256, 3)
-    write_random_model(shape, tmp_path)
+    write_random_model(shape.config(), tmp_path)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == shape.parameters
     blocks = decoder_blocks(ModelOnDisk(tmp_path, LlamaForCausalLM, LlamaConfig.from_pretrained(tmp_path)).model)

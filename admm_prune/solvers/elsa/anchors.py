@@ -32,6 +32,7 @@ class Weight:
     Attributes:
         index: among all pruned parameters.
         transposed: stored as (in, out).
+        stacked: a matrix for every expert of a mixture.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Weight:
     parameter: Tensor
     state: State
     transposed: bool
+    stacked: bool
 
     @property
     def here(self) -> Tensor:
@@ -70,7 +72,7 @@ class Weight:
     def restrict(self, x: Tensor) -> None:
         """x <- M x, in place, for a tensor of this process's part."""
         for rows in chunks(x):
-            x[rows].mul_(self.mask(rows))
+            bits.restrict_(x[rows], local(self.state["mask"])[rows])
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, complete: bool = False) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from admm_prune.solvers.elsa import fused
 from admm_prune.solvers.elsa.anchors import Anchors, State, Weight, working_dtype
 from admm_prune.solvers.elsa.history import WeightUpdate
 from admm_prune.solvers.elsa.moments import Moments
@@ -112,10 +113,12 @@ class Splitting:
             gradient, decay = weight.gradient.float(), self.score.decay
             local(state["fisher"]).mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
 
-    def add_penalty(self, weight: Weight) -> None:
-        """g <- g + rho (x - c), in the precision of the computation."""
+    def add_penalty(self, weight: Weight, later: fused.Later | None = None) -> None:
+        """g <- g + rho (x - c), in the precision of the computation; or tells it to the kernel that will do so."""
         rho = weight.state["rho"]
-        if rho and not weight.dense:
+        if rho and not weight.dense and later is not None:
+            later.pulls[id(weight.parameter)] = (rho, fused.stored_anchor(weight, self.anchors))
+        elif rho and not weight.dense:
             for rows, away in self.anchors.away(weight):
                 weight.gradient[rows].add_(away, alpha=rho)
 
@@ -128,6 +131,11 @@ class Splitting:
 
     def scores(self, weight: Weight) -> Tensor:
         """Of a = x + u, in the part in this process."""
+        if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
+            second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
+            at_once = fused.scores(weight, fused.stored_anchor(weight, self.anchors), self.score, second)
+            if at_once is not None:
+                return at_once
         return scores_of(weight, self.anchors.sum(weight), self.score, self._fisher(weight))
 
     def update(self, weights: Sequence[Weight], step: int, progress: float, fraction: float) -> dict[str, WeightUpdate]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from admm_prune.solvers.elsa.fused import Later
 from admm_prune.solvers.elsa.sharding import local, processes_of, totals
 
 
@@ -23,10 +24,16 @@ def norms(parameters: Sequence[Tensor]) -> Tensor:
     return totals(parameters, here.square_()).sqrt_()
 
 
-def clip(parameters: Sequence[Tensor], norm: float, limit: float) -> float:
-    """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor."""
+def clip(parameters: Sequence[Tensor], norm: float, limit: float, later: Later | None = None) -> float:
+    """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor.
+
+    Args:
+        later: told the factor, where a kernel scales them.
+    """
     factor = min(1.0, limit / (norm + 1e-6))
-    if factor < 1.0:
+    if later is not None:
+        later.factor = factor
+    elif factor < 1.0:
         for gradient in gradients(parameters):
             gradient.mul_(factor)
     return factor

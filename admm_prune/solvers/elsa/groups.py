@@ -43,11 +43,12 @@ class Target:
 
 @dataclass
 class ParameterGroups:
-    """Groups as torch takes them, the support of each that is pruned by its number, and who is stored transposed."""
+    """Groups as torch takes them, the support of each that is pruned by its number, and how weights are stored."""
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     supports: dict[int, Support] = field(default_factory=dict)
     transposed: set[int] = field(default_factory=set)  # ids of parameters
+    stacked: set[int] = field(default_factory=set)  # of those that hold a matrix for every expert
 
 
 def parameter_groups(
@@ -80,6 +81,7 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
         result.groups.append({"params": others})
     result.supports[0] = _required(target)
     result.transposed = {id(weight.parameter) for weight in weights if weight.transposed}
+    result.stacked = {id(weight.parameter) for weight in weights if weight.stacked}
     return result
 
 

@@ -12,8 +12,11 @@ from torch.optim.adam import adam
 
 from admm_prune.errors import UserError
 from admm_prune.kernels import library_adam, quantization
+from admm_prune.kernels.quantization import Stored
+from admm_prune.solvers.elsa import fused
 from admm_prune.solvers.elsa.anchors import State, chunks, working_dtype
 from admm_prune.solvers.elsa.randomness import generator
+from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.elsa.sharding import laid_out_as, local, processes_of
 
 MomentFormat = Literal["full", "int8", "bitsandbytes"]
@@ -101,6 +104,17 @@ class Moments:
             return library_adam.second_moment(stored, scales)
         return quantization.from_unsigned_log(stored, scales).square_()
 
+    def later(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> fused.Later | None:
+        """As `fused.Later.of`; None for a library's moments, which our kernels cannot read."""
+        return None if self.format == "bitsandbytes" else fused.Later.of(active, score, clip_penalty=clip_penalty)
+
+    def stored_second(self, parameter: Tensor, state: State) -> Stored:
+        """v of the part in this process as it is kept: in 8 bits, its root."""
+        return self._stored(parameter, state, "exp_avg_sq")
+
+    def _stored(self, parameter: Tensor, state: State, name: str) -> Stored:
+        return Stored(local(state[name]), local(state[f"{name}_scale"]) if self.quantizes(parameter) else None)
+
     def restrict(self, state: State, mask: Tensor) -> None:
         """m <- M m, so that Adam leaves the other entries where they are."""
         first = local(state["exp_avg"])
@@ -112,6 +126,7 @@ class Moments:
         states: Sequence[State],
         group: dict[str, Any],
         draws: Sequence[tuple[int, ...]],
+        later: fused.Later | None = None,
     ) -> None:
         """x <- x - lr (m / c1) / (sqrt(v / c2) + eps), with torch's decoupled weight decay.
 
@@ -119,7 +134,13 @@ class Moments:
             parameters: each with a gradient.
             group: the settings lr, betas, eps, weight_decay, foreach and fused.
             draws: for each parameter, numbers that seed the rounding of what is kept in fewer bits than computed in.
+            later: where all of it is one kernel a parameter, what the gradients still have to be put through.
         """
+        if later is not None:
+            for x, state, draw in zip(parameters, states, draws, strict=True):
+                first, second = self._stored(x, state, "exp_avg"), self.stored_second(x, state)
+                fused.step(x, state, first, second, group, (*draw, _DRAW), later)
+            return
         narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
         wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]
         if wide:

@@ -18,7 +18,7 @@ from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.elsa.sharding import Processes, gathered, own_rows, processes_of, totals
 
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
-_LEAST_FISHER = 2.0**-152
+LEAST_FISHER = 2.0**-152
 _LEAST_FACTOR = 2.0**-100
 
 Selected = Iterator[tuple[Weight, Tensor, Tensor]]
@@ -40,7 +40,7 @@ class Support(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """round((1 - sparsity) n) entries of every matrix of n, or of all together.
+    """round((1 - sparsity) n) entries of every matrix of n, those of each expert too, or of all together.
 
     "model" compares scores between matrices after a division by their mean. Matrices sharded by rows are compared by a
     histogram: counts travel, never scores.
@@ -62,7 +62,11 @@ class Budget:
             processes = processes_of(weight.parameter)
             if processes is None:
                 scores = score(weight)
-                yield weight, selection.largest(scores, self._keep(weight.entries, fraction)), scores
+                each = list(scores) if weight.stacked else [scores]
+                found = [selection.largest(matrix, self._keep(matrix.numel(), fraction)) for matrix in each]
+                yield weight, torch.stack(found) if weight.stacked else found[0], scores
+            elif weight.stacked:
+                raise UserError(f"{weight.name} holds the matrices of experts and is sharded: give a pattern instead")
             else:
                 divided.setdefault(processes, []).append(weight)
         for processes, group in divided.items():
@@ -111,11 +115,11 @@ class Groups:
             scores = score(weight)
             if weight.transposed and processes_of(weight.parameter) is not None:
                 raise UserError(f"{weight.name} is stored transposed and sharded: groups of its inputs are cut apart")
-            by_rows = scores.T if weight.transposed else scores
+            by_rows = scores.mT if weight.transposed else scores
             if by_rows.shape[-1] % self.m:
                 raise UserError(f"{weight.name}: {self.m} does not divide its {by_rows.shape[-1]} inputs")
             mask = selection.largest_per_group(by_rows, n, self.m)
-            yield weight, (mask.T if weight.transposed else mask), scores
+            yield weight, (mask.mT if weight.transposed else mask), scores
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,9 @@ class Within:
         constraint = self.constraint if fraction >= 1.0 else self.constraint.tightened(fraction)
         scores = {weight.name: score(weight) for weight in weights}
         whole = {weight.name: gathered(weight.parameter, scores[weight.name]) for weight in weights}
-        masks = constraint.select(Point({w.name: whole[w.name].T if w.transposed else whole[w.name] for w in weights}))
+        masks = constraint.select(Point({w.name: whole[w.name].mT if w.transposed else whole[w.name] for w in weights}))
         for weight in weights:
-            mask = masks[weight.name].T if weight.transposed else masks[weight.name]
+            mask = masks[weight.name].mT if weight.transposed else masks[weight.name]
             yield weight, own_rows(weight.parameter, mask), scores[weight.name]
 
 
@@ -150,4 +154,4 @@ def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) ->
     if fisher is None:
         return result
     factor = fisher.sqrt() if score.power == 0.5 else fisher.pow(score.power)
-    return result.mul_(factor.clamp_min_(max(_LEAST_FISHER**score.power, _LEAST_FACTOR)))
+    return result.mul_(factor.clamp_min_(max(LEAST_FISHER**score.power, _LEAST_FACTOR)))

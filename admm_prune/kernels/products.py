@@ -1,0 +1,48 @@
+"""Products at the precision that a result needs: as they are, in bfloat16, or in three bfloat16 products.
+
+A float32 number is a bfloat16 number, plus another one that holds the next 8 bits, up to a relative 2^-17. With
+A = A1 + A2 and B = B1 + B2, A B = A1 B1 + A1 B2 + A2 B1 up to 2^-16 |A| |B|, summed in float32: one product of three
+times the inner length, which tensor cores do in a fraction of the time of float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["exact", "bfloat16x3", "bfloat16"]
+
+_PANEL = 512  # rows that the CPU converts to bfloat16 at once
+
+
+def prepared(b: Tensor, precision: Precision) -> Tensor:
+    """B (k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (3 k, n)."""
+    if precision == "exact":
+        return b
+    high = b.to(torch.bfloat16)
+    if precision == "bfloat16":
+        return high
+    return torch.cat([high, (b - high).to(torch.bfloat16), high])
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell."""
+    if b.dtype is a.dtype:
+        return torch.mm(a, b, out=out)
+    thrice = b.shape[0] == 3 * a.shape[1]
+    if a.is_cuda:
+        return torch.mm(_halves(a) if thrice else a.to(b), b, out_dtype=out.dtype, out=out)
+    for rows, panel in zip(out.split(_PANEL), a.split(_PANEL), strict=True):
+        if thrice:  # no CPU product adds bfloat16 up in float32: the same numbers, taken apart and multiplied there
+            torch.mm(_halves(panel).to(out.dtype), b.to(out.dtype), out=rows)
+        else:
+            rows.copy_(panel.to(b) @ b)
+    return out
+
+
+def _halves(a: Tensor) -> Tensor:
+    """[A1, A1, A2] (m, 3 k)."""
+    high = a.to(torch.bfloat16)
+    return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=1)

@@ -1,0 +1,202 @@
+"""Device code: the keep-th largest by radix histograms, and the masks made of it. Launched by `selection`.
+
+Scores become unsigned keys that order as they do. A control block of eight int64 says where the search stands, so that
+no step waits for the host.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Of the control block: how many of the remaining keys are wanted; the upper bits found; candidates gathered; keys above
+# the bracket; whether the candidates failed; whether a NaN was met; how many keys equal the threshold.
+NEED, FOUND, GATHERED, ABOVE, FAILED, NAN, TIES = 0, 1, 2, 3, 4, 5, 6
+CONTROLS = 8
+
+
+@triton.jit
+def key_of(x):
+    """uint32 keys of float scores, in their order; -0 and +0 are one."""
+    x = x.to(tl.float32)
+    x = tl.where(x == 0.0, 0.0, x)
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def gather(score, total, bracket, candidates, capacity, control, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Counts what lies above the bracket, and gathers the keys inside it, in any order."""
+    low = key_of(tl.load(bracket))
+    high = key_of(tl.load(bracket + 1))
+    first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
+    above = tl.zeros((BLOCK,), tl.int32)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for step in range(STEPS):
+        place = first + step * BLOCK + tl.arange(0, BLOCK)
+        there = place < total
+        x = tl.load(score + place, mask=there, other=0.0)
+        key = key_of(x)
+        over = there & (key > high)
+        inside = (there & (key >= low) & (key <= high)).to(tl.int32)
+        above += over.to(tl.int32)
+        bad += (x != x).to(tl.int32)
+        start = tl.atomic_add(control + 2, tl.sum(inside).to(tl.int64))
+        slot = start + tl.cumsum(inside) - 1
+        tl.store(candidates + slot, key.to(tl.int32, bitcast=True), mask=(inside > 0) & (slot < capacity))
+    tl.atomic_add(control + 3, tl.sum(above).to(tl.int64))
+    tl.atomic_max(control + 5, tl.max(bad).to(tl.int64))
+
+
+@triton.jit
+def judge(control, keep, capacity):
+    """Whether the answer is among the candidates; if not, all keys are searched."""
+    gathered = tl.load(control + 2)
+    need = keep - tl.load(control + 3)
+    good = (need >= 1) & (need <= gathered) & (gathered <= capacity)
+    tl.store(control, tl.where(good, need, keep))
+    tl.store(control + 4, tl.where(good, 0, 1).to(tl.int64))
+
+
+@triton.jit
+def count(
+    score,
+    total,
+    candidates,
+    control,
+    histogram,
+    ALL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Adds up how many keys that begin with what is found have each value of the next bits."""
+    first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
+    limit = total
+    if not ALL:
+        limit = tl.load(control + 2)
+    searched = (tl.load(control + 4) != 0) == ALL
+    if searched & (first < limit):
+        found = tl.load(control + 1).to(tl.uint32)
+        counts = tl.zeros((BINS,), tl.int32)
+        bad = tl.zeros((BLOCK,), tl.int32)
+        for step in range(STEPS):
+            place = first + step * BLOCK + tl.arange(0, BLOCK)
+            there = place < limit
+            if ALL:
+                x = tl.load(score + place, mask=there, other=0.0)
+                bad += (x != x).to(tl.int32)
+                key = key_of(x)
+            else:
+                key = tl.load(candidates + place, mask=there, other=0).to(tl.uint32, bitcast=True)
+            if not FIRST:
+                there = there & ((key >> (SHIFT + WIDTH)) == found)
+            digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
+            counts += tl.histogram(digit, BINS, mask=there)
+        bins = tl.arange(0, BINS)
+        tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)
+        if ALL:
+            tl.atomic_max(control + 5, tl.max(bad).to(tl.int64))
+
+
+@triton.jit
+def descend(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
+    """Settles the next bits: the highest bin at which the counts from the top reach what is wanted. Clears the bins."""
+    need = tl.load(control)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram + bins)
+    from_top = tl.sum(counts) - tl.cumsum(counts) + counts
+    digit = tl.max(tl.where(from_top >= need, bins, 0))
+    above = tl.sum(tl.where(bins > digit, counts, 0))
+    tl.store(control, need - above)
+    tl.store(control + 6, tl.sum(tl.where(bins == digit, counts, 0)))
+    tl.store(control + 1, (tl.load(control + 1) << WIDTH) + digit)
+    tl.store(histogram + bins, tl.zeros((BINS,), tl.int64))
+
+
+@triton.jit
+def count_ties(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Keys equal to the threshold in each program's part; nothing where all of them are kept."""
+    if tl.load(control + 6) > tl.load(control):
+        level = tl.load(control + 1).to(tl.uint32)
+        first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
+        equal = tl.zeros((BLOCK,), tl.int32)
+        for step in range(STEPS):
+            place = first + step * BLOCK + tl.arange(0, BLOCK)
+            there = place < total
+            key = key_of(tl.load(score + place, mask=there, other=0.0))
+            equal += (there & (key == level)).to(tl.int32)
+        tl.store(ties + tl.program_id(0), tl.sum(equal).to(tl.int64))
+
+
+@triton.jit
+def mark(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Keeps the keys above the threshold, and of those equal to it the first ones."""
+    need = tl.load(control)
+    level = tl.load(control + 1).to(tl.uint32)
+    all_ties = tl.load(control + 6) <= need
+    first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
+    before = tl.load(ties_before + tl.program_id(0))
+    for step in range(STEPS):
+        place = first + step * BLOCK + tl.arange(0, BLOCK)
+        there = place < total
+        key = key_of(tl.load(score + place, mask=there, other=0.0))
+        if all_ties:
+            tl.store(kept + place, (key >= level).to(tl.uint8), mask=there)
+        else:
+            tie = (there & (key == level)).to(tl.int32)
+            rank = before + tl.cumsum(tie)
+            tl.store(kept + place, ((key > level) | ((tie > 0) & (rank <= need))).to(tl.uint8), mask=there)
+            before += tl.sum(tie)
+
+
+@triton.jit
+def level_of(control, level):
+    """The score that has the key found."""
+    key = tl.load(control + 1).to(tl.uint32).to(tl.int32, bitcast=True)
+    bits = tl.where(key < 0, key ^ -2147483648, ~key)
+    tl.store(level, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def mark_rows(score, kept, width, keep, bad, BLOCK: tl.constexpr):
+    """One row a program: its keep-th largest key bit by bit, then ties by index."""
+    columns = tl.arange(0, BLOCK)
+    there = columns < width
+    place = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(score + place, mask=there, other=0.0)
+    key = key_of(x)
+    level = tl.zeros((1,), tl.uint32)
+    one = tl.full((1,), 1, tl.uint32)
+    for step in range(32):
+        trial = level | (one << (31 - step))
+        reaching = tl.sum((there & (key >= trial)).to(tl.int32))
+        level = tl.where(reaching >= keep, trial, level)
+    greater = there & (key > level)
+    tie = (there & (key == level)).to(tl.int32)
+    missing = keep - tl.sum(greater.to(tl.int32))
+    tl.store(kept + place, (greater | ((tie > 0) & (tl.cumsum(tie) <= missing))).to(tl.uint8), mask=there)
+    wrong = tl.max((x != x).to(tl.int32))
+    if wrong > 0:
+        tl.atomic_max(bad, wrong.to(tl.int64))
+
+
+@triton.jit
+def mark_groups(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Entry i of a group is kept when fewer than `keep` beat it: larger ones, and equal ones before it."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    there = (group[:, None] < groups) & (column[None, :] < M)
+    place = group[:, None] * M + column[None, :]
+    x = tl.load(score + place, mask=there, other=float("-inf")).to(tl.float32)
+    mine, other = x[:, :, None], x[:, None, :]
+    earlier = column[None, None, :] < column[None, :, None]
+    beats = (other > mine) | ((other == mine) & earlier)
+    beaten = tl.sum(beats.to(tl.int32), axis=2)
+    tl.store(kept + place, (beaten < keep).to(tl.uint8), mask=there)
+    wrong = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
+    if wrong > 0:
+        tl.atomic_max(bad, wrong.to(tl.int64))

@@ -1,0 +1,58 @@
+"""Device code: SparseGPT's column by column elimination inside one block. Launched by `sweep`.
+
+A program takes all columns of the block for some outputs: outputs never meet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sweep(
+    columns_at,
+    factor_at,
+    keep_at,
+    errors_at,
+    start,
+    count,
+    outputs,
+    stride,
+    CHOOSE: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    out = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.arange(0, ROWS)
+    there = (row[:, None] < count) & (out[None, :] < outputs)
+    first = start.to(tl.int64)
+    place = (first + row)[:, None] * outputs + out[None, :]
+    w = tl.load(columns_at + place, mask=there, other=0.0)
+    factor = factor_at + first * stride + first
+    diagonal = tl.load(factor + row * (stride + 1), mask=row < count, other=1.0)
+    if CHOOSE:
+        kept = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    else:
+        kept = tl.load(keep_at + row[:, None] * outputs + out[None, :], mask=there, other=1).to(tl.float32)
+    for j in range(ROWS):
+        if j < count:
+            if CHOOSE:
+                if j % M == 0:
+                    # Kept is what fewer than N of its group beat: larger scores, and equal ones before it.
+                    score = tl.abs(w) / diagonal[:, None]
+                    beaten = tl.zeros((ROWS, OUTPUTS), tl.int32)
+                    for i in range(M):
+                        other = tl.sum(tl.where(row[:, None] == j + i, score, 0.0), axis=0)[None, :]
+                        beaten += ((other > score) | ((other == score) & (row[:, None] > j + i))).to(tl.int32)
+                    group = (row[:, None] >= j) & (row[:, None] < j + M)
+                    kept = tl.where(group, (beaten < N).to(tl.float32), kept)
+            mine = row[:, None] == j
+            scale = 1.0 / tl.load(factor + j * (stride + 1))
+            error = tl.sum(tl.where(mine, w * (1.0 - kept), 0.0), axis=0) * scale
+            right = tl.load(factor + j * stride + row, mask=(row > j) & (row < count), other=0.0)
+            w -= right[:, None] * error[None, :]
+            tl.store(errors_at + j * outputs + out, error, mask=out < outputs)
+    tl.store(columns_at + place, w * kept, mask=there)

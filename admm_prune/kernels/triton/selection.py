@@ -1,0 +1,139 @@
+"""Selection on the GPU: launches `device_selection`. The twin is `kernels.selection`, whose rules these keep.
+
+Nothing here waits for the device: counts, ranks and whether a guess held stay on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels.triton import device_selection as device
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST_ROW, WIDEST_GROUP = 1 << 15, 32  # what one program holds
+
+_BLOCK, _STEPS = 4096, 16  # entries a program takes at once, and how often
+_SMALL_BLOCK, _SMALL = 1024, 1 << 20  # up to here the parts are of this size, or there would be too few of them
+_DIRECT = 1 << 25  # up to here histograms of all scores cost less than a bracket
+_SAMPLED = 1 << 20  # scores sampled to guess where the threshold lies
+_DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and width: 32 bits in three passes
+_BINS = 1 << 11
+
+
+def threshold(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The `keep`-th largest of flat (n,), 0-dimensional float32, and whether there was a NaN (then it means nothing)."""
+    control = _search(flat.contiguous(), keep, direct=_DIRECT)
+    level = torch.empty((), dtype=torch.float32, device=flat.device)
+    device.level_of[(1,)](control, level)
+    return level, control[device.NAN]
+
+
+def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor, Tensor]:
+    """Marks the `keep` largest, 0 < keep < n; and whether there was a NaN, on the device.
+
+    Up to `direct` entries three histogram passes find the threshold, above it one pass that gathers what lies in a
+    sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the sample misled,
+    the histograms are taken of everything.
+    """
+    flat = score.contiguous().view(-1)
+    control = _search(flat, keep, direct=direct)
+    grid, part = _parts(flat.numel())
+    ties = torch.zeros(grid, dtype=torch.int64, device=flat.device)
+    device.count_ties[grid](flat, flat.numel(), control, ties, **part)
+    kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    before = ties.cumsum(0) - ties
+    device.mark[grid](flat, flat.numel(), control, before, kept.view(torch.uint8), **part)
+    return kept.view(score.shape), control[device.NAN]
+
+
+def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
+    """The control block when all bits of the threshold are found."""
+    total = flat.numel()
+    control = torch.zeros(device.CONTROLS, dtype=torch.int64, device=flat.device)
+    histogram = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
+    if total <= direct:
+        control[device.NEED : device.NEED + 1].fill_(keep)
+        control[device.FAILED : device.FAILED + 1].fill_(1)
+        candidates = histogram  # not read
+        sources = ((True, total),)
+    else:
+        candidates = _gathered(flat, keep, control)
+        sources = ((False, len(candidates)), (True, total))
+    for position, (shift, width) in enumerate(_DIGITS):
+        for everything, entries in sources:
+            grid, part = _parts(entries)
+            device.count[grid](
+                flat,
+                total,
+                candidates,
+                control,
+                histogram,
+                ALL=everything,
+                SHIFT=shift,
+                WIDTH=width,
+                FIRST=position == 0,
+                BINS=1 << width,
+                **part,
+            )
+        device.descend[(1,)](control, histogram, WIDTH=width, BINS=1 << width, num_warps=4)
+    return control
+
+
+def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
+    """The keys of a bracket that holds the threshold almost surely; `control` knows whether it does."""
+    total = flat.numel()
+    size = min(total // 16, _SAMPLED)
+    sample = flat[:: total // size | 1].float().sort(descending=True).values
+    expected = keep / total * len(sample)
+    margin = 4.0 * (expected * (1 - keep / total)) ** 0.5 + 4.0
+    high_rank, low_rank = int(expected - margin) + 1, int(expected + margin) + 1
+    high = sample[high_rank - 1] if high_rank >= 1 else sample.new_full((), torch.inf)
+    low = sample[low_rank - 1] if low_rank <= len(sample) else sample.new_full((), -torch.inf)
+    share = (min(low_rank, len(sample)) - max(high_rank, 0)) / len(sample)
+    capacity = min(total, int(1.5 * share * total) + _BLOCK)
+    candidates = torch.empty(capacity, dtype=torch.int32, device=flat.device)
+    grid, part = _parts(total)
+    device.gather[grid](flat, total, torch.stack([low, high]), candidates, capacity, control, **part)
+    device.judge[(1,)](control, keep, capacity)
+    return candidates
+
+
+def _parts(entries: int) -> tuple[tuple[int], dict[str, int]]:
+    """How many programs, and what each takes."""
+    block, steps = (_SMALL_BLOCK, 1) if entries <= _SMALL else (_BLOCK, _STEPS)
+    part = {"BLOCK": block, "STEPS": steps, "num_warps": min(8, block // 128)}
+    return (max(1, -(-entries // (block * steps))),), part
+
+
+def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Marks the `keep` largest of every row of at most `WIDEST_ROW` entries, 0 < keep < width; whether there was a NaN."""
+    rows = score.contiguous()
+    width = rows.shape[-1]
+    kept = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    bad = torch.zeros((), dtype=torch.int64, device=rows.device)
+    block = _power_of_2(width)
+    if rows.numel():
+        device.mark_rows[(rows.numel() // width,)](
+            rows, kept.view(torch.uint8), width, keep, bad, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        )
+    return kept, bad
+
+
+def largest_per_group(score: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
+    """Marks the `keep` largest of every `group`, at most `WIDEST_GROUP`, consecutive entries; whether there was a NaN."""
+    flat = score.contiguous()
+    kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    bad = torch.zeros((), dtype=torch.int64, device=flat.device)
+    padded = _power_of_2(group)
+    block = max(1, 2048 // padded**2) if padded > 8 else 256
+    groups = flat.numel() // group
+    if groups:
+        device.mark_groups[(-(-groups // block),)](
+            flat, kept.view(torch.uint8), groups, keep, bad, M=group, PADDED=padded, BLOCK=block, num_warps=4
+        )
+    return kept, bad
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,60 @@
+"""ADMM between two products on the GPU: launches `device_splitting`. The twins are those of `kernels.splitting`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels.triton import device_splitting as device
+
+_WIDEST = 1024  # entries of a row that a program takes
+
+
+def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
+    grid, block = _parts(z)
+    device.to_target[grid](
+        z, d, z if offset is None else offset, z.shape[1], tau, relaxation, OFFSET=offset is not None, BLOCK=block
+    )
+
+
+def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, score: Tensor, relaxation: float) -> None:
+    grid, block = _parts(z)
+    device.relax[grid](
+        z,
+        x,
+        z if offset is None else offset,
+        z if root is None else root,
+        score,
+        z.shape[1],
+        relaxation,
+        OFFSET=offset is not None,
+        ROOT=root is not None,
+        BLOCK=block,
+    )
+
+
+def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor, root: Tensor | None) -> Tensor:
+    """Partial sums of the programs are added up in float64, in one order: no atomics, the same bits every time."""
+    grid, block = _parts(z)
+    parts = torch.zeros((*grid, 4), dtype=torch.float32, device=z.device)
+    device.settle[grid](
+        z,
+        mask.view(torch.uint8),
+        (mask if before is None else before).view(torch.uint8),
+        d,
+        x,
+        z if root is None else root,
+        parts,
+        z.shape[1],
+        CHANGES=before is not None,
+        ROOT=root is not None,
+        BLOCK=block,
+    )
+    sums = parts.sum((0, 1), dtype=torch.float64)
+    return torch.cat([sums[:2], sums[2:].sqrt()])
+
+
+def _parts(x: Tensor) -> tuple[tuple[int, int], int]:
+    rows, width = x.shape
+    block = min(_WIDEST, max(16, 1 << (width - 1).bit_length()))
+    return (rows, -(-width // block)), block

@@ -1,0 +1,199 @@
+"""A row of the benchmark, and how it is got: under its own limits of time and memory, and never fatal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from admm_prune.runs.gpu.ceilings import Ceilings, Work, synchronize
+
+Status = Literal["measured", "failed", "no memory", "no time", "too long"]
+_RESERVE = 0.06  # of a device's memory is left alone
+_FAILURES = (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, AttributeError, KeyError, AssertionError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        section: which part of the benchmark.
+        name: what ran.
+        case: on what: a shape and a target.
+        seconds: None where it did not end.
+        floor_seconds: what it cannot be faster than, at the ceilings measured in this run.
+        bound: by operations or by bytes.
+        peak_bytes: of the device, beyond what was there before.
+        error: relative error of a layer, undamped, in float64.
+        baseline: whether it is something that ours is compared with.
+        more: anything else, by name.
+        note: why there is no figure, or what is to be known about it.
+    """
+
+    section: str
+    name: str
+    case: str
+    status: Status
+    seconds: float | None = None
+    floor_seconds: float | None = None
+    bound: str | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    baseline: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def reached(self) -> float | None:
+        """The floor as a fraction of the time."""
+        if not self.seconds or self.floor_seconds is None:
+            return None
+        return self.floor_seconds / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a measurement found."""
+
+    seconds: float
+    work: Work | None = None
+    error: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A measurement to be made.
+
+    Attributes:
+        run: makes it.
+        needs: bytes of the device's memory, at the most, about.
+        limit: seconds.
+    """
+
+    section: str
+    name: str
+    case: str
+    run: Callable[[], Figures]
+    needs: float = 0.0
+    limit: float = 30.0
+    baseline: bool = False
+
+
+class Runner:
+    """Makes measurements one after the other, until the time for all of them is over.
+
+    Args:
+        budget: seconds for all.
+        tell: called with every row.
+    """
+
+    def __init__(
+        self, device: torch.device, ceilings: Ceilings, budget: float, tell: Callable[[Row], None] | None = None
+    ) -> None:
+        self.device, self.ceilings = device, ceilings
+        self._end = time.perf_counter() + budget
+        self._tell = tell
+        self.rows: list[Row] = []
+
+    @property
+    def left(self) -> float:
+        return self._end - time.perf_counter()
+
+    def run(self, cases: Iterable[Case]) -> list[Row]:
+        """The rows of some cases, in their order."""
+        rows = []
+        for case in cases:
+            row = self._one(case)
+            rows.append(row)
+            self.rows.append(row)
+            if self._tell is not None:
+                self._tell(row)
+        return rows
+
+    def _one(self, case: Case) -> Row:
+        def row(status: Status, **found: Any) -> Row:
+            named = {"section": case.section, "name": case.name, "case": case.case, "baseline": case.baseline}
+            return Row(**named, status=status, **found)
+
+        limit = min(case.limit, self.left)
+        if limit <= 0:
+            return row("no time", note="the time for the whole benchmark was over")
+        free = free_memory(self.device)
+        if free is not None and case.needs > free:
+            return row("no memory", note=f"needs about {case.needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device) if cuda else 0
+        try:
+            with time_limit(limit):
+                figures = case.run()
+                synchronize(self.device)
+        except TimeoutError:
+            return row("too long", note=f"stopped after {limit:.0f} s")
+        except torch.OutOfMemoryError as error:
+            return row("no memory", note=_first_line(error))
+        except _FAILURES as error:
+            return row("failed", note=f"{type(error).__name__}: {_first_line(error)}")
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()
+        work = figures.work
+        return row(
+            "measured",
+            seconds=figures.seconds,
+            floor_seconds=None if work is None else self.ceilings.floor(work),
+            bound=None if work is None else self.ceilings.bound(work),
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) - before if cuda else None,
+            error=figures.error,
+            more=figures.more,
+            note=figures.note,
+        )
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that may be taken on a device; None where there is no such limit."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0.0, free + unused - _RESERVE * total)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """Raises TimeoutError in the block after so many seconds, where the system has timers and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measured_row(rows: Sequence[Row], name: str, case: str | None = None) -> Row | None:
+    """The first measured row of this name."""
+    found = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
+    return next(found, None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

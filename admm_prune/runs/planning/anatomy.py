@@ -1,0 +1,103 @@
+"""What a model is made of, from its config alone: built on the meta device, where weights have shapes and no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.data.hub import first_line, quiet
+from admm_prune.data.sequences import Row, Sequences, default_length
+from admm_prune.errors import UserError
+from admm_prune.models.loading import locate
+from admm_prune.models.structure import Block, decoder_blocks
+
+BATCH = 8  # as `data.sequences.pack` makes them
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A model without weights.
+
+    Attributes:
+        source: as the user named it.
+        model: in evaluation mode, on the meta device.
+        blocks: of it.
+    """
+
+    source: str
+    model: Any
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, source: str, dtype: str | None = None) -> Anatomy:
+        """Builds the model that a config describes.
+
+        Args:
+            source: "embedded", a folder with a config.json, or a Hub id.
+            dtype: in place of the config's.
+
+        Raises:
+            UserError: there is no such model, or it has no decoder blocks that can be read.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        location = locate(source, weights=False)
+        try:
+            with quiet(), torch.device("meta"):
+                config = AutoConfig.from_pretrained(location)
+                wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+                model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise UserError(
+                f"{source}: its config is not one of a causal language model ({first_line(error)})"
+            ) from error
+        model.eval().requires_grad_(False)
+        return cls(source, model, decoder_blocks(model))
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of the weights that are in no block: embeddings, the last norm, the head."""
+        return self.weight_bytes - sum(map(block_bytes, self.blocks))
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest single weight."""
+        weight: Tensor = max(self.model.parameters(), key=lambda p: p.numel())
+        return weight
+
+    def kinds(self) -> Iterator[tuple[int, int]]:
+        """(the first block, how many) of every kind of block; blocks with weights of the same shapes are of one kind."""
+        kinds: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)
+        return ((members[0], len(members)) for members in kinds.values())
+
+    def sequences(self, count: int, length: int | None) -> Sequences:
+        """So many full sequences of a length, by default that of a run.
+
+        Raises:
+            UserError: the length is beyond the model's context.
+        """
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if length is not None and context is not None and length > context:
+            raise UserError(f"length {length} is beyond the model's context of {context} tokens")
+        length = length or default_length(self.model.config)
+        row = Row(torch.zeros(length, dtype=torch.long), length)
+        return Sequences((row,) * count, "windows", length, None, BATCH)
+
+
+def block_bytes(block: Block) -> int:
+    """Of all of its weights."""
+    return sum(p.nbytes for p in block.module.parameters())

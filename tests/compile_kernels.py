@@ -1,0 +1,118 @@
+"""Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there: python tests/compile_kernels.py
+
+Kernels are not run: their launchers are called on CPU tensors with a driver that only knows what to compile for. Prints
+each kernel with the shared memory it takes, and fails where a kernel of the package was never launched.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from admm_prune.kernels.quantization import Stored
+from admm_prune.kernels.triton import (
+    adam,
+    bits,
+    device_adam,
+    device_selection,
+    device_splitting,
+    device_sweep,
+    selection,
+)
+from admm_prune.kernels.triton import splitting as splitting_
+from admm_prune.kernels.triton import sweep
+
+HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even"}  # called by kernels
+compiled: dict[str, int] = {}
+
+
+class NoGPU:
+    """A driver without a device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_instead(run: Any) -> Any:
+    def launch(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled[self.__name__] = max(compiled.get(self.__name__, 0), kernel.metadata.shared)
+        return kernel
+
+    return launch
+
+
+def launch_all() -> None:
+    for dtype in selection.DTYPES:
+        x = torch.randn(70_000).to(dtype)
+        selection.threshold(x, 100)
+        selection.largest(x, 100, direct=0)
+    selection.largest(torch.randn(3 << 20), 1000)
+    for width in (512, 4096, 11008, 28672):
+        selection.largest_per_row(torch.randn(2, width), 100)
+    for group in (2, 4, 8, 12, 32):
+        selection.largest_per_group(torch.randn(4, 10 * group), 1, group)
+    launch_training()
+    z, root = torch.randn(4, 1100), torch.ones(1100)
+    for given in (None, z):
+        splitting_.to_target_(z, z, given, 0.7, 1.3)
+        splitting_.relax_(z, z, given, root if given is None else None, z, 1.3)
+        splitting_.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
+    columns, factor = torch.randn(512, 100), torch.eye(512)
+    for keep, stop, pattern in (
+        (columns > 0, 128, (1, 1)),
+        (None, 128, (2, 4)),
+        (None, 100, (4, 8)),
+        (None, 256, (2, 4)),
+    ):
+        sweep.eliminate_(columns, factor, 0, stop, None if keep is None else keep[:stop], pattern)
+
+
+def launch_training() -> None:
+    shape, runs = (4, 1100), (4, 5)
+    floats = Stored(torch.zeros(shape))
+    codes = Stored(torch.zeros(shape, dtype=torch.int8), torch.zeros(runs))
+    unsigned = Stored(torch.zeros(shape, dtype=torch.uint8), torch.zeros(runs))
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    packed = bits.pack(torch.zeros(shape, dtype=torch.bool), 138)
+    bits.unpack(packed, 1100)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(shape).to(dtype)
+        bits.restrict_(x, packed)
+        for first, second in ((floats, floats), (codes, unsigned)):
+            for anchor in (None, Stored(torch.zeros(shape, dtype=torch.bfloat16)), codes, floats):
+                pull = None if anchor is None else (0.1, anchor)
+                adam.step_(x, x, first, second, steps=3, factor=0.5, pull=pull, seed=1 << 50, settings=settings)
+                for fisher in (None, second):
+                    adam.scores(x, anchor, packed, fisher, lag=1.0, bonus=1.0, least=1e-30)
+
+
+def main() -> None:
+    driver.set_active(NoGPU())
+    jit.JITFunction.run = compile_instead(jit.JITFunction.run)
+    launch_all()
+    for name, shared in sorted(compiled.items()):
+        print(f"{name:12} {shared:6} bytes of shared memory")
+    modules = (device_adam, device_selection, device_splitting, device_sweep)
+    kernels = {name for module in modules for name, x in vars(module).items() if isinstance(x, jit.JITFunction)}
+    missing = kernels - HELPERS - compiled.keys()
+    if missing:
+        sys.exit(f"never launched: {', '.join(sorted(missing))}")
+
+
+if __name__ == "__main__":
+    main()

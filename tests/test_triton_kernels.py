@@ -1,0 +1,296 @@
+"""Triton's kernels beside their plain-torch twins: on a GPU, and in Triton's interpreter at tiny shapes without one."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
+from admm_prune.kernels import backend, bits, quantization, selection, splitting
+from admm_prune.kernels.quantization import Stored
+from admm_prune.problems.constraints import StackedRows, Unstructured
+from admm_prune.solvers.obs import SparseGPT
+
+DEVICES = [pytest.param("cpu", id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where Triton runs; it is forced, so that nothing can go another way."""
+    if request.param == "cpu" and not backend.interpreted():
+        pytest.skip("Triton compiles for the GPU of this machine: its interpreter is off")
+    with backend.forced("triton"):
+        yield request.param
+
+
+def drawn(kind: str, shape: tuple[int, ...], device: str) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    if kind == "ties":
+        x = (2 * x).round()
+    elif kind == "zeros":
+        x = x * (x > 0.7)
+        x[..., ::3] *= -1.0  # some -0
+    elif kind == "bfloat16":
+        x = x.bfloat16()
+    return x.to(device)
+
+
+def twin(function, *arguments):
+    with backend.forced("torch"):
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "bfloat16"])
+@pytest.mark.parametrize(("entries", "keep"), [(1, 1), (7, 3), (2500, 1), (2500, 1700), (2500, 2499)])
+def test_the_largest_of_all(device, kind, entries, keep) -> None:
+    x = drawn(kind, (entries,), device)
+    assert torch.equal(selection.largest(x, keep), twin(selection.largest, x, keep))
+    assert torch.equal(selection.threshold(x, keep), twin(selection.threshold, x, keep))
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties"])
+@pytest.mark.parametrize("keep", [1, 900, 2200])
+def test_a_bracket_from_a_sample(device, kind, keep) -> None:
+    from admm_prune.kernels.triton import selection as fused
+
+    x = drawn(kind, (2300,), device)
+    mask, bad = fused.largest(x, keep, direct=0)
+    assert torch.equal(mask, twin(selection.largest, x, keep))
+    assert not bool(bad)
+
+
+def test_a_sample_that_misleads_is_found_out(device) -> None:
+    from admm_prune.kernels.triton import selection as fused
+
+    x = torch.arange(2300.0, device=device) + 1.0
+    x[:: 2300 // 143 | 1] = 0.0  # all that the sample sees
+    mask, _ = fused.largest(x, 500, direct=0)
+    assert torch.equal(mask, twin(selection.largest, x, 500))
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
+@pytest.mark.parametrize(("width", "keep"), [(5, 2), (100, 99)])
+def test_the_largest_of_rows(device, kind, width, keep) -> None:
+    x = drawn(kind, (3, width), device)
+    assert torch.equal(selection.largest_per_row(x, keep), twin(selection.largest_per_row, x, keep))
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 1), (0, 2), (4, 8), (5, 12), (16, 32)])
+def test_the_largest_of_groups(device, keep, group) -> None:
+    x = drawn("ties", (3, 5 * group), device)
+    expected = twin(selection.largest_per_group, x, keep, group)
+    assert torch.equal(selection.largest_per_group(x, keep, group), expected)
+
+
+def test_nan_is_refused_unless_the_caller_will_notice(device) -> None:
+    x = drawn("spread", (4, 20), device)
+    x[1, 3] = math.nan
+    for call in (
+        lambda: selection.largest(x, 9),
+        lambda: selection.threshold(x, 9),
+        lambda: selection.largest_per_row(x, 9),
+        lambda: selection.largest_per_group(x, 2, 4),
+    ):
+        with pytest.raises(ValueError, match="NaN"):
+            call()
+        with selection.trusted():
+            call()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1030)])
+@pytest.mark.parametrize("quadratic", [True, False])
+def test_admm_between_two_products(device, shape, quadratic) -> None:
+    z, d, x, offset = (drawn("spread", (shape[0], shape[1] + i), device)[:, : shape[1]].contiguous() for i in range(4))
+    root = drawn("spread", (shape[1],), device).abs() if quadratic else None
+    before, after = z > 0.2, x > 0.1
+
+    def run() -> tuple[Tensor, ...]:
+        a, target, y = z.clone(), d.clone(), x.clone()
+        given = offset if quadratic else None
+        splitting.to_target_(a, target, torch.empty_like(a), given, 0.7, 1.3)
+        score, split = torch.empty_like(a), torch.empty_like(a)
+        splitting.relax_(a, y, given, root, score, 1.3)
+        measured = splitting.settle_(a, after, before, split, y.clone(), root)
+        same = splitting.settle_(a, after, None, split, y.clone(), root)
+        return a, target, y, score, split, measured.cpu(), same.cpu()
+
+    for ours, theirs in zip(run(), twin(run), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [1, 8, 1030])
+def test_bits(device, width) -> None:
+    mask = drawn("spread", (3, width), device) > 0
+    packed = bits.pack(mask)
+    assert torch.equal(packed, twin(bits.pack, mask))
+    assert torch.equal(bits.unpack(packed, width), mask)
+    x = drawn("spread", (3, width), device)
+    restricted = x.clone()
+    bits.restrict_(restricted, packed)
+    assert torch.equal(restricted, x * mask)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"anchor": "int8"}, {"anchor": "full", "weight_decay": 0.1}, {"penalty": math.inf, "ramp": 1.0}],
+    ids=str,
+)
+def test_sparse_adam(device, how) -> None:
+    """Three steps with a dual update: the same weights up to rounding, the same masks."""
+    ours, masks = trained(device, **how)
+    theirs, expected = twin(lambda: trained(device, **how))
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
+
+
+def trained(device: str, **how) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(270, 3), nn.Tanh(), nn.Linear(3, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    model.to(device)
+    optimizer = SparseAdam(model, sparsity=0.5, lr=1e-2, interval=2, first_update=1, total_steps=20, **how)
+    for _ in range(3):
+        x = torch.randn(8, 270, generator=generator).to(device)
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().cpu() for name, p in model.named_parameters()}, optimizer.masks()
+
+
+def narrow_step(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One step on moments in 8 bits, and the exact moments."""
+    from admm_prune.kernels.triton import adam
+
+    rows, width = x.shape
+    m, root = drawn("spread", (rows, width), x.device.type), drawn("spread", (rows, width), x.device.type).abs() * 0.1
+    gradient = drawn("spread", (rows, width + 1), x.device.type)[:, :width].to(x.dtype).contiguous()
+    first = Stored(*quantization.to_signed_log(m))
+    second = Stored(*quantization.to_unsigned_log(root))
+    exact_m = 0.9 * quantization.from_signed_log(first.values, first.scales) + 0.1 * gradient.float()
+    exact_v = 0.99 * quantization.from_unsigned_log(second.values, second.scales) ** 2 + 0.01 * gradient.float() ** 2
+    settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    adam.step_(x, gradient, first, second, steps=4, factor=1.0, pull=None, seed=seed, settings=settings)
+    m = quantization.from_signed_log(first.values, first.scales)
+    root = quantization.from_unsigned_log(second.values, second.scales)
+    return x, m, root, exact_m, exact_v.sqrt()
+
+
+def test_moments_in_8_bits(device) -> None:
+    """Within their levels; the root, rounded at random, right in the mean; x as by the exact moments."""
+    x = drawn("spread", (2, 300), device)
+    start = x.clone()
+    x, m, root, exact_m, exact_root = narrow_step(x, seed=3)
+    step = 0.01 * (exact_m / (1 - 0.9**4)) / (exact_root / (1 - 0.99**4) ** 0.5 + 1e-8)
+    torch.testing.assert_close(x, start - step, rtol=1e-5, atol=1e-6)
+    large = exact_m.abs() > 1e-4
+    assert bool(((m - exact_m).abs() <= 0.051 * exact_m.abs())[large].all())
+    relative = (root / exact_root - 1)[exact_root > 1e-4]
+    assert float(relative.abs().max()) < 0.057
+    assert abs(float(relative.mean())) < 4 * 0.057 / 600**0.5  # not biased: 600 draws between neighbouring levels
+    again = narrow_step(start.clone(), seed=3)
+    assert all(torch.equal(a, b) for a, b in zip((x, m, root), again[:3], strict=True))
+
+
+def test_bfloat16_weights_are_rounded_at_random(device) -> None:
+    x = drawn("bfloat16", (2, 300), device)
+    exact, *_ = narrow_step(x.float(), seed=1)
+    rounded, *_ = narrow_step(x.clone(), seed=1)
+    below = (exact.contiguous().view(torch.int32) & -65536).view(torch.float32)
+    above = ((exact.contiguous().view(torch.int32) & -65536) + 65536).view(torch.float32)
+    # The gradient is in bfloat16 too, so that the exact step differs a little: neighbours of it are allowed.
+    off = torch.minimum((rounded.float() - below).abs(), (rounded.float() - above).abs())
+    assert float((off == 0).float().mean()) > 0.95
+    error = (rounded.float() - exact) / (above - below).abs()
+    assert abs(float(error.mean())) < 4 * 0.5 / 600**0.5
+
+
+@pytest.mark.parametrize("fisher", ["none", "adam", "int8"])
+def test_scores(device, fisher) -> None:
+    from admm_prune.kernels.triton import adam
+
+    x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
+    mask = drawn("spread", (2, 301), device)[:, :300] > 0
+    v = drawn("spread", (2, 302), device)[:, :300].abs().contiguous()
+    codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
+    second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
+    ours = adam.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
+    factor = {
+        "none": torch.ones_like(v),
+        "adam": v.sqrt(),
+        "int8": quantization.from_unsigned_log(*vars(codes).values()),
+    }
+    expected = (x - 0.5 * c.masked_fill(mask, 0)).abs() * torch.where(mask, 1.2, 1.0) * factor[fisher]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [Unstructured(0.6), NofM(2, 4), StackedRows(((2, NofM(3, 8)), (3, NofM(3, 8))))],
+    ids=["60%", "2:4", "stacked"],
+)
+@pytest.mark.parametrize("scope", ["block", "layer"])
+def test_sparsegpt(device, constraint, scope) -> None:
+    solver = SparseGPT(block=32, mask_scope=scope)
+    ours = solver.solve(layer_problem(5, 72, constraint, device)).solution["weight"]
+    theirs = twin(solver.solve, layer_problem(5, 72, constraint, device)).solution["weight"]
+    assert torch.equal(ours != 0, theirs != 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_admm(device) -> None:
+    """A whole solve by kernels: the error of the plain solve, and a history without gaps."""
+    solver = ADMM(max_iterations=6, fast_until=0)
+    ours = solver.solve(layer_problem(3, 16, NofM(2, 4), device))
+    theirs = twin(solver.solve, layer_problem(3, 16, NofM(2, 4), device))
+    assert ours.objective == pytest.approx(theirs.objective, rel=1e-4)
+    assert [p.iteration for p in ours.history] == [1, 2, 3, 4, 5, 6]
+    assert [p.support_changes for p in ours.history] == [p.support_changes for p in theirs.history]
+    again = solver.solve(layer_problem(3, 16, NofM(2, 4), device))
+    assert torch.equal(ours.solution["weight"], again.solution["weight"])
+
+
+def layer_problem(rows: int, width: int, constraint, device: str) -> LayerReconstruction:
+    generator = torch.Generator().manual_seed(rows * width)
+    x, w = torch.randn(4 * width, width, generator=generator), torch.randn(rows, width, generator=generator)
+    return LayerReconstruction(w.to(device), (x.T @ x).to(device), constraint, ridge=0.01)
+
+
+def test_what_is_forced_and_cannot_be_done_is_refused(monkeypatch) -> None:
+    x = torch.ones(4)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backend.forced("triton"), pytest.raises(RuntimeError, match="a tensor lies on the cpu"):
+        selection.largest(x, 2)
+    monkeypatch.setattr(backend, "installed", lambda: False)
+    with backend.forced("triton"), pytest.raises(RuntimeError, match="not installed"):
+        selection.largest(x, 2)
+    with pytest.raises(RuntimeError, match="one of auto, torch, triton"), backend.forced("cuda"):
+        pass
+
+
+def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    with backend.forced("auto"):
+        assert backend.note(gpu) == ()
+        monkeypatch.setattr(backend, "installed", lambda: False)
+        assert "triton is not installed" in backend.note(gpu)[0]
+        assert backend.note(torch.device("cpu")) == ()
+        assert backend.described("cuda").startswith("torch")
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    """For sm_90, without one; in a process of its own, where the interpreter is off."""
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
