@@ -64,19 +64,19 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
         loss(model, batch).backward()
-    here = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
-    moved = [(x, x.clone()) for x in here]
-    directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, here, strict=True)]
+    parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
+    moved = [(x, x.clone()) for x in parts]
+    directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
     for parameter in parameters:
         parameter.grad = None
-    counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in here]
+    counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
     square, entries = totals(parameters, torch.stack(counts)).sum(0).tolist()
     scale = math.sqrt(square / entries)
 
     def value(step: float) -> float:
         chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
-        for (parameter, x), direction in zip(moved, directions, strict=True):
-            parameter.copy_(_moved(x, direction, step, chance))
+        for (part, x), direction in zip(moved, directions, strict=True):
+            part.copy_(_moved(x, direction, step, chance))
         return judge()
 
     with torch.no_grad():
@@ -87,8 +87,8 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
             method="bounded",
             options={"maxiter": _TRIALS, "xatol": _EXACT},
         )
-        for parameter, x in moved:
-            parameter.copy_(x)
+        for part, x in moved:
+            part.copy_(x)
     return MeasuredRate(step=scale * 2.0 ** float(found.x), decrease=start - float(found.fun))
 
 
