@@ -61,8 +61,8 @@ _WIDE = 160
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Report]:
-    """A progress bar on stderr, silent where stderr is no terminal; yields the callback (done, total, at work)."""
+def progress_bar(what: str, *, shown: bool = True) -> Iterator[Report]:
+    """A progress bar on stderr, lines where stderr is no terminal; yields the callback (done, total, at work)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -74,13 +74,13 @@ def progress_bar(what: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (console.is_terminal and shown)) as bar:
         task = bar.add_task("", total=None)
 
         def report(done: int, total: int, at_work: str) -> None:
             interrupts.check()
             bar.update(task, completed=done, total=total, description=at_work)
-            if not console.is_terminal and at_work:
+            if shown and not console.is_terminal and at_work:
                 print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
 
         yield report

@@ -61,13 +61,15 @@ def run(
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
     from admm_prune.cli import interrupts
+    from admm_prune.models.parallel import LostProcessError
     from admm_prune.recipes.ridge import parse_ridge
     from admm_prune.runs.journal import home_of
+    from admm_prune.runs.processes import joined
     from admm_prune.runs.pruning import prune
     from admm_prune.runs.texts import parse_packing
 
     try:
-        with common.progress_bar("pruning") as progress:
+        with joined(device) as world, common.progress_bar("pruning", shown=world.first) as progress:
             report = prune(
                 model,
                 method=method,
@@ -97,10 +99,15 @@ def run(
                 bounds=bounds,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostProcessError) as error:
+        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
         if home_of(out).is_dir():
-            interrupts.advise(f"go on with the same command and --resume ({out}.partial holds what is finished)")
+            interrupts.advise(advice)
+            if isinstance(error, LostProcessError):
+                raise LostProcessError(f"{error}: {advice}") from error
         raise
+    if not world.first:
+        return
     if json:
         common.emit(
             {

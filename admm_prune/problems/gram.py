@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,12 @@ class GramAccumulator:
             _add_product(self._sum, x, x)
             self._channel_sum += x.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Takes in what accumulators in other processes saw; `total` sums a tensor over all of them, in place."""
+        total(self._sum)
+        total(self._channel_sum)
+        self.tokens = int(total(torch.tensor(self.tokens, device=self._sum.device)))
 
     @property
     def gram(self) -> Tensor:

@@ -12,9 +12,10 @@ from admm_prune.errors import UserError
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.layerwise import Layerwise, check_target
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.recipe import Outcome
+from admm_prune.recipes.recipe import Outcome, Request
+from admm_prune.recipes.session import Session
 from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Session, Trained
+from admm_prune.recipes.trained import Trained
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -82,10 +83,13 @@ class Elsa(Trained):
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
         calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
-        request = replace(session.request, target=target, calibration=calibration, on_progress=None)
+        asked = session.request
+        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
+        session.gather()
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)
         session.model.requires_grad_(True)
+        session.scatter()
         masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}

@@ -13,7 +13,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.kernels import quadratic
-from admm_prune.models.capture import BlockStream, SharedInput
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
@@ -62,13 +63,32 @@ class Layerwise:
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
-            shared = stream.collect(index, chosen) if chosen else []
-            layers = [report for one in shared for report in prune_shared(one, self.method, request)]
+            layers = _prune_all(stream.collect(index, chosen) if chosen else [], self.method, request)
             return Visit(layers=[*layers, *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
         request.tell(len(visits), len(visits))
         return Outcome(layers=[report for found in visits for report in found.layers])
+
+
+def _prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
+    """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
+    world = request.world
+    pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
+    owners = world.dealt([_cost(piece) for piece in pieces])
+    mine = {i: prune_shared(piece, method, request) for i, piece in enumerate(pieces) if owners[i] == world.rank}
+    for piece, owner in zip(pieces, owners, strict=True):
+        for view in piece.weights if world.size > 1 else ():
+            weight = view.read().contiguous()
+            view.write(world.handed(weight, owner))
+    reports = {i: found for those in world.gathered(mine) for i, found in those.items()}
+    return [report for i in range(len(pieces)) for report in reports[i]]
+
+
+def _cost(piece: SharedInput) -> float:
+    """Of a solve, to compare with others: a factorization, and products with its inverse."""
+    width = float(piece.weights[0].shape[1])
+    return width**3 + width**2 * sum(view.shape[0] for view in piece.weights)
 
 
 def check_target(blocks: Iterable[Block], method: Method, target: Target) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self
 from torch import nn
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.journal import NOTHING, Journal
@@ -33,6 +34,7 @@ class Request:
         on_progress: told of every step.
         residence: where the model's weights are.
         journal: keeps what is finished, and knows what an earlier run finished.
+        world: the processes that work on this together; all of them ask for the same.
         activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
     """
 
@@ -45,6 +47,7 @@ class Request:
     residence: Residence = IN_MEMORY
     journal: Journal = NOTHING
     activation_bytes: int | None = None
+    world: World = ALONE
 
     def tell(self, done: int, total: int, at_work: str = "") -> None:
         """Reports progress, where anybody listens."""

@@ -13,23 +13,26 @@ from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
+from admm_prune.models.parallel import World
 from admm_prune.models.shelf import Shelf
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.composing import Objective, composed, described, target_of
 from admm_prune.recipes.journal import NOTHING
+from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
 from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
+from admm_prune.recipes.trained import Trained
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
-from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
 from admm_prune.runs.phases import Phase, Phases
 from admm_prune.runs.reports import write_report
+from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
 from admm_prune.solvers.base import Solver
@@ -155,6 +158,8 @@ def prune(
 ) -> Report:
     """Prunes a language model and says what that cost.
 
+    In a process group of torch's all processes call this alike: they share the work, and the first one writes.
+
     Args:
         model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
         method: a name that `admm-prune list` prints; `admm` by default.
@@ -205,11 +210,13 @@ def prune(
     )
     if resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    place = pick_device(device)
-    with nullcontext() if out is None else journal_of(Path(out), resume=resume) as journal:
+    place, world = pick_device(device), World.here()
+    if world.size > 1 and not isinstance(recipe, Layerwise | Trained):
+        raise UserError(f"{recipe.name} runs in one process: leave torchrun out, or choose a layer-wise method or elsa")
+    with nullcontext() if out is None else shared_journal(Path(out), world, resume=resume) as journal:
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = decide(stream, model, recipe, out is not None, place)
+        streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
         phases = Phases(place)
         with phases("opening the model"):
             loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
@@ -238,7 +245,7 @@ def prune(
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
-            journal.begin({**record, "weights": fingerprint(loaded)})
+            journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         if streams and activation_bytes is None:
             activation_bytes = default_activation_bytes(place)
         request = Request(
@@ -250,6 +257,7 @@ def prune(
             on_progress=progress,
             residence=loaded.residence,
             journal=journal or NOTHING,
+            world=world,
             activation_bytes=activation_bytes,
         )
         judging = texts.evaluation
@@ -260,15 +268,15 @@ def prune(
             found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
         report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
         if journal is not None:
-            with journal.output() as folder:
-                report = replace(save_run(loaded, report, folder), out=journal.out)
+            written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
+            report = replace(report, manifest=written, out=journal.out)
     return report
 
 
 def judged(loaded: LoadedModel, judging: Sequences, request: Request) -> Evaluation:
     """The figures of a model as it is now, wherever its weights are."""
     shelf = Shelf(request.activation_bytes, request.journal.scratch())
-    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf)
+    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf, request.world)
 
 
 def run_recipe(

@@ -326,11 +326,12 @@ def test_a_recipe_keeps_files_of_its_own_and_computes_once(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "stream"), [*RUNS[1:], ("admm-fast", False), ("sparsegpt", True)])
+@pytest.mark.parametrize(("method", "stream"), [*RUNS[1:], ("admm-fast", False), ("sparsegpt", True), ("elsa", False)])
 def test_killed_at_random_times_it_ends_in_the_same_files(method: str, stream: bool, tmp_path: Path) -> None:
-    """Three kills each, 21 in all, of real processes, wherever they are."""
+    """Three kills each, 24 in all, of real processes, wherever they are."""
+    target = ["--sparsity", "0.9", "--steps", "24"] if method == "elsa" else ["--sparsity", "0.5"]
     arguments = [
-        "run", "--method", method, "--sparsity", "0.5", "--samples", "8", "--eval-samples", "4", "--length", "128",
+        "run", "--method", method, *target, "--samples", "8", "--eval-samples", "4", "--length", "128",
         "--stream" if stream else "--no-stream", "--out",
     ]  # fmt: skip
     command = [str(Path(sys.executable).with_name("admm-prune")), *arguments]

@@ -17,7 +17,16 @@ from admm_prune.runs.gpu.ceilings import Ceilings, Work, synchronize
 
 Status = Literal["measured", "failed", "no memory", "no time", "too long"]
 _RESERVE = 0.06  # of a device's memory is left alone
-_FAILURES = (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, AttributeError, KeyError, AssertionError)
+_FAILURES = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

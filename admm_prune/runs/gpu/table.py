@@ -29,7 +29,11 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
         own = [row for row in rows if row.section == section]
         wide = max(len(row.name) for row in own) + 2
         case = max(len(row.case) for row in own) + 2
-        lines += ["", f"{section}", f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}"]
+        lines += [
+            "",
+            f"{section}",
+            f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
+        ]
         lines += [_line(row, wide, case) for row in own]
     lines += ["", "to be shown", *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
