@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.kernels.activations import Activation
-from admm_prune.models.capture import SharedInput
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
