@@ -299,14 +299,11 @@ class SparseAdam(Optimizer):
             splitting = self._splittings.get(number)
             if splitting is not None:
                 names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-                yield (
-                    splitting,
-                    group,
-                    [
-                        Weight(name, index + i, p, self.state[p], id(p) in self._transposed, id(p) in self._stacked)
-                        for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
-                    ],
-                )
+                weights = [
+                    Weight(name, index + i, p, self.state[p], id(p) in self._transposed, id(p) in self._stacked)
+                    for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
+                ]
+                yield splitting, group, weights
             index += len(group["params"])
 
     def _weights(self) -> list[Weight]:

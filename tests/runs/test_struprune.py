@@ -234,7 +234,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Pat
             recipe.prune(model, Request(target=target, calibration=calibration, **request))  # type: ignore[arg-type]
 
     refuses(StruPrune(), "struprune removes whole units: give a sparsity such as 0.3", Target(pattern=(2, 4)))
-    refuses(StruPrune(), r"99.00% is to go, and \d+.\d+% can go at most", Target(0.99))
+    refuses(StruPrune(), r"99% of the blocks is to go, and \d+.\d+% can go at most", Target(0.99))
     refuses(StruPrune(allocator=Binomial(most=0.5)), r"70.00% is to go, and 50.00% can go at most", Target(0.7))
     refuses(StruPrune(), "struprune does not choose a ridge: give a number", Target(0.3), ridge="auto")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
