@@ -55,6 +55,7 @@ Override = Annotated[
     list[str] | None,
     typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
 
 Report = Callable[[int, int, str], None]
 _WIDE = 160
@@ -101,6 +102,12 @@ def parse_overrides(given: list[str] | None) -> dict[str, float | str]:
             raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
         found[pattern] = wanted
     return found
+
+
+def given(ctx: typer.Context, **renamed: str) -> set[str]:
+    """The names of the options that were given, not left at their defaults; some under another name."""
+    names = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    return {renamed.get(name, name) for name in names}
 
 
 def emit(content: dict[str, Any]) -> None:

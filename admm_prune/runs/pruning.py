@@ -16,7 +16,7 @@ from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_di
 from admm_prune.models.parallel import World
 from admm_prune.models.shelf import Shelf
 from admm_prune.problems.constraints import SparseSet
-from admm_prune.recipes.composing import Objective, composed, described, target_of
+from admm_prune.recipes.composing import DEFAULT, Objective, composed, described, target_of
 from admm_prune.recipes.journal import NOTHING
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
@@ -31,6 +31,8 @@ from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
 from admm_prune.runs.phases import Phase, Phases
+from admm_prune.runs.recipe_file import RECIPE, content_of
+from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.reports import write_report
 from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
@@ -104,7 +106,7 @@ class RunSettings:
     """All that a run depends on, as the manifest records it."""
 
     model: str
-    method: str
+    method: str | None  # None: the solver, layer by layer
     target: Target
     text: TextSettings
     ridge: Ridge = None
@@ -136,6 +138,8 @@ def prune(
     overrides: Mapping[str, float | str] | None = None,
     data: str = "embedded",
     eval_data: str | None = None,
+    eval_split: str = "validation",
+    documents: int | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -171,7 +175,7 @@ def prune(
         pattern: "N:M", N kept of every M consecutive inputs.
         targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
             those with a target of their own: see `Selection`.
-        data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
+        data, eval_data, eval_split, documents, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
             shared input on a part of the calibration tokens, together with the damping.
@@ -202,6 +206,8 @@ def prune(
     text = TextSettings(
         data=data,
         eval_data=eval_data,
+        eval_split=eval_split,
+        documents=documents,
         samples=samples,
         eval_samples=eval_samples,
         length=length,
@@ -226,7 +232,7 @@ def prune(
             texts = Texts(text, loaded)
         settings = RunSettings(
             model=loaded.source,
-            method=recipe.name,
+            method=method or (DEFAULT if solver is None else None),
             target=target,
             text=text,
             ridge=ridge,
@@ -334,6 +340,8 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
     write_report(folder)
+    if "target" in report.manifest["settings"]:  # a comparison is none of many runs
+        (folder / RECIPE).write_text(written_recipe(content_of(report.manifest["settings"])), encoding="utf-8")
     return written
 
 
