@@ -1,4 +1,6 @@
-"""Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there: python tests/compile_kernels.py
+"""Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there.
+
+    python tests/compile_kernels.py
 
 Kernels are not run: their launchers are called on CPU tensors with a driver that only knows what to compile for. Prints
 each kernel with the shared memory it takes, and fails where a kernel of the package was never launched.
@@ -18,9 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from admm_prune.kernels.quantization import Stored
-from admm_prune.kernels.triton import adam, bits, device_adam, device_selection, device_splitting, device_sweep, selection
+from admm_prune.kernels.triton import (
+    adam,
+    bits,
+    device_adam,
+    device_selection,
+    device_splitting,
+    device_sweep,
+    selection,
+    sweep,
+)
 from admm_prune.kernels.triton import splitting as splitting_
-from admm_prune.kernels.triton import sweep
 
 HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even"}  # called by kernels
 compiled: dict[str, int] = {}
@@ -65,7 +75,12 @@ def launch_all() -> None:
         splitting_.relax_(z, z, given, root if given is None else None, z, 1.3)
         splitting_.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
     columns, factor = torch.randn(512, 100), torch.eye(512)
-    for keep, stop, pattern in ((columns > 0, 128, (1, 1)), (None, 128, (2, 4)), (None, 100, (4, 8)), (None, 256, (2, 4))):
+    for keep, stop, pattern in (
+        (columns > 0, 128, (1, 1)),
+        (None, 128, (2, 4)),
+        (None, 100, (4, 8)),
+        (None, 256, (2, 4)),
+    ):
         sweep.eliminate_(columns, factor, 0, stop, None if keep is None else keep[:stop], pattern)
 
 

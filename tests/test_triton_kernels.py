@@ -224,7 +224,11 @@ def test_scores(device, fisher) -> None:
     codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
     second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
     ours = adam.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
-    factor = {"none": torch.ones_like(v), "adam": v.sqrt(), "int8": quantization.from_unsigned_log(*vars(codes).values())}
+    factor = {
+        "none": torch.ones_like(v),
+        "adam": v.sqrt(),
+        "int8": quantization.from_unsigned_log(*vars(codes).values()),
+    }
     expected = (x - 0.5 * c.masked_fill(mask, 0)).abs() * torch.where(mask, 1.2, 1.0) * factor[fisher]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-30)
 

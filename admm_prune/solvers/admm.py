@@ -183,7 +183,12 @@ class ADMM(Iterative[State]):
         end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
         asked = self.objective_every and iteration % self.objective_every == 0
-        if any(map(backend.on_device, state.z.values())) and iteration % every and iteration < self.max_iterations and not asked:
+        if (
+            any(map(backend.on_device, state.z.values()))
+            and iteration % every
+            and iteration < self.max_iterations
+            and not asked
+        ):
             return ()
         return [self._read(state, measured) for measured in _on_host(state)]
 

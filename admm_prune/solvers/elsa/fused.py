@@ -1,4 +1,4 @@
-"""SparseAdam's step as one kernel, where Triton serves: what the gradients would be put through is told to it instead."""
+"""SparseAdam's step as one kernel, where Triton serves: what gradients would be put through is told to it."""
 
 from __future__ import annotations
 
@@ -93,4 +93,3 @@ def scores(weight: Weight, anchor: Stored | None, score: Score, second: Stored |
 
     lag, bonus = float(weight.state["lag"]), 1.0 + score.hysteresis
     return adam.scores(x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5)
-
