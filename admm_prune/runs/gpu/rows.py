@@ -154,7 +154,7 @@ class Runner:
         except torch.OutOfMemoryError as error:
             return row("no memory", note=_first_line(error))
         except _FAILURES as error:
-            return row("failed", note=f"{type(error).__name__}: {_first_line(error)}")
+            return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
         finally:
             if cuda:
                 torch.cuda.empty_cache()
