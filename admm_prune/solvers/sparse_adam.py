@@ -261,14 +261,13 @@ class SparseAdam(Optimizer):
     def projected(self) -> Generator[None]:
         """Within it the pruned weights are zero off the current support, to evaluate them; afterwards as before."""
         self._begin()
-        pruned = self._weights()
-        before = [weight.here.clone() for weight in pruned]
-        for weight in pruned:
+        before = [(weight, weight.here.clone()) for weight in self._weights()]
+        for weight, _ in before:
             weight.restrict(weight.here)
         try:
             yield
         finally:
-            for weight, x in zip(pruned, before, strict=True):
+            for weight, x in before:
                 weight.here.copy_(x)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whole blocks: local pruning of a model shape measured on two blocks, and the memory of structured pruning over sizes."""
+"""Whole blocks: local pruning of a shape by two of its blocks, and the memory of structured pruning over sizes."""
 
 from __future__ import annotations
 
