@@ -62,7 +62,7 @@ def load(
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
-    tokenizer = _load_tokenizer(source, location, trust_remote_code)
+    tokenizer = load_tokenizer(source, location, trust_remote_code)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     return LoadedModel(model, tokenizer, source, getattr(model.config, "_commit_hash", None))
@@ -87,7 +87,7 @@ def open_on_disk(
     location = locate(source)
     if not isinstance(location, Path):
         raise UserError(f"{source}: only a folder can be streamed: download the model first, or use --no-stream")
-    tokenizer = _load_tokenizer(source, location, trust_remote_code)
+    tokenizer = load_tokenizer(source, location, trust_remote_code)
     with _explained(source, location), quiet():
         config, kind = _kind(location, trust_remote_code)
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -222,7 +222,7 @@ def _explained(source: str, location: Path | str) -> Generator[None]:
         raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
 
 
-def _load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

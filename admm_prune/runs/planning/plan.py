@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from admm_prune.data.sources import EMBEDDED, read_corpus
-from admm_prune.data.splits import hold_out
 from admm_prune.errors import UserError
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Recipe, Request
@@ -25,12 +23,13 @@ from admm_prune.runs.planning import whole_model
 from admm_prune.runs.planning.anatomy import Anatomy
 from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
 from admm_prune.runs.planning.machine import Machine, gpu_named, measured_here
+from admm_prune.runs.planning.reading import Reading, read
 from admm_prune.runs.planning.stages import LIBRARIES, Stage
 from admm_prune.runs.planning.work import Work
 
 _GB = 1e9
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART)  # wherever the model computes
-_CHARACTERS = 3.5  # of a token of English or of code, where the text was not tokenized
+TEXT, TOKENS = "text", "tokenizer's lists"
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, TEXT, TOKENS)  # wherever the model computes
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
 
@@ -177,13 +176,25 @@ def make_plan(
         raise UserError(f"{method} trains all weights at once and cannot stream: choose a method that goes block by block")
     anatomy = Anatomy.of(model, dtype)
     recipe.check(anatomy.model, target)
-    libraries = {LIBRARIES: resident_bytes()}
+    libraries = {LIBRARIES: resident_bytes()}  # before anything is tried out
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
     notes: list[str] = []
-    judging = _judging_tokens(data, eval_samples, text.length, notes)
-    stages = list(_stages(anatomy, recipe, request, judging, stream=stream))
+    reading = None if data is None else read(data, model)
+    judging = _judging_tokens(reading, eval_samples, text.length, notes)
+    stages = _stages(anatomy, recipe, request, judging, stream=stream)
+    if reading is None:
+        notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
+    else:
+        first = {} if stream else {whole_model.WEIGHTS: anatomy.weight_bytes}
+        work = Work.of(tokenize=reading.characters)
+        tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
+        kept = {TEXT: reading.held, TOKENS: reading.left}
+        stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
+        stages[1] = stages[1].beside({TEXT: reading.held})
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    if reading is not None:
+        host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
     if gpus > 1:
         stages = [_shared_out(stage, gpus, anatomy) for stage in stages]
@@ -240,21 +251,13 @@ def _disk(
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 
 
-def _judging_tokens(data: str | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
+def _judging_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
     if eval_samples is not None:
         return eval_samples * length
-    if data is None:
-        notes.append("evaluation is not counted: give --data or --eval-samples")
+    if text is None:
+        notes.append("evaluation is not counted: give --eval-samples, or --data that is on this disk")
         return 0
-    if data == EMBEDDED:
-        corpus = read_corpus(data, split="validation")
-    elif Path(data).expanduser().exists():
-        corpus = hold_out(read_corpus(data))[1]
-    else:
-        notes.append("evaluation is not counted: the text is not here; give --eval-samples")
-        return 0
-    notes.append(f"the text was not tokenized: {_CHARACTERS} characters a token are assumed")
-    return round(corpus.characters / _CHARACTERS)
+    return text.judging_tokens
 
 
 def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:
