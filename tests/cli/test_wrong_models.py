@@ -68,7 +68,7 @@ def sharded(missing: bool) -> Damage:
         (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
         weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
         weight_map[UP] = "model-00002-of-00002.safetensors"
-        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}) if missing else "{cut sho")
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}) if missing else "{cut sho")
 
     return damage
 
@@ -87,14 +87,13 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "no text": (file("config.json", b"\xff\xfe\x00{"), "config.json cannot be read"),
     "no model type": (config(model_type=None, architectures=None), "model_type"),
     "an unknown model type": (config(model_type="nonesuch"), "nonesuch"),
-    "no causal model": (config(model_type="bert", architectures=["BertModel"]), "broken"),
-    "no decoder": (config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "broken"),
+    "no decoder": (config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "T5Config"),
     "an unknown dtype": (config(dtype="float17"), "float17"),
-    "a width that is a word": (config(hidden_size="wide"), "broken"),
-    "heads that do not divide": (config(num_attention_heads=5, head_dim=None), "broken"),
-    "no blocks": (config(num_hidden_layers=0), "broken"),
-    "an unknown activation": (config(hidden_act="nonesuch"), "broken"),
-    "code": (of_code, "broken"),
+    "a width that is a word": (config(hidden_size="wide"), "hidden_size"),
+    "heads that do not divide": (config(num_attention_heads=5, head_dim=None), "not a multiple of the number of attention heads"),
+    "no blocks": (config(num_hidden_layers=0), "no list of decoder blocks found"),
+    "an unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
+    "code": (of_code, "only with --trust-remote-code"),
 }
 FILES: dict[str, tuple[Damage, str]] = {
     "cut in its numbers": (cut(0.9), "damaged or cut short"),
@@ -102,15 +101,15 @@ FILES: dict[str, tuple[Damage, str]] = {
     "empty": (file(WEIGHTS, b""), "damaged or cut short"),
     "noise": (file(WEIGHTS, bytes(range(256)) * 8), "damaged or cut short"),
     "a weight is missing": (tensors(lambda t: {n: x for n, x in t.items() if n != UP}), f"the weights lack {UP}"),
-    "a weight of another shape": (tensors(lambda t: t | {UP: t[UP][:-1]}), UP),
+    "a weight of another shape": (tensors(lambda t: t | {UP: t[UP][:-1]}), f"{UP} is of shape (47, 32)"),
     "NaN": (tensors(lambda t: t | {UP: t[UP] * torch.nan}), f"the weight {UP} has NaN or Inf"),
-    "whole numbers": (tensors(lambda t: t | {UP: t[UP].to(torch.int8)}), UP),
+    "whole numbers": (tensors(lambda t: t | {UP: t[UP].to(torch.int8)}), f"{UP} is stored in whole numbers"),
     "more blocks in the config": (config(num_hidden_layers=3), "the weights lack model.layers.2."),
-    "fewer blocks in the config": (config(num_hidden_layers=1), "model.layers.1."),
-    "another width in the config": (config(hidden_size=64), "broken"),
-    "another vocabulary in the config": (config(vocab_size=301), "broken"),
-    "more neurons in the config": (config(intermediate_size=64), "broken"),
-    "other key heads in the config": (config(num_key_value_heads=4), "broken"),
+    "fewer blocks in the config": (config(num_hidden_layers=1), "but config.json asks for 1 blocks only"),
+    "another width in the config": (config(hidden_size=64), "config.json asks for (300, 64)"),
+    "another vocabulary in the config": (config(vocab_size=301), "config.json asks for (301, 32)"),
+    "more neurons in the config": (config(intermediate_size=64), "config.json asks for (32, 64)"),
+    "other key heads in the config": (config(num_key_value_heads=4), "config.json asks for (32, 32)"),
     "pickled": (pickled, "no safetensors weights in the folder (other formats can run code and are not read)"),
     "a shard is missing": (sharded(missing=True), "model-00002-of-00002.safetensors"),
     "an index that is none": (sharded(missing=False), "index.json"),
