@@ -1,9 +1,9 @@
 """What `admm-prune plan` said of runs, and what they took: peak resident memory and time, a fresh process for each.
 
-    python -m benchmarks.plan_accuracy OUT --date DATE [--cases small,stream,large] [--only METHOD,...]
+    python -m benchmarks.plan_accuracy OUT --date DATE [--cases embedded,memory,stream,part,whole] [--only METHOD,...]
 
-Models are random Llamas with the embedded model's tokenizer, or the embedded model; text is a megabyte of Python's own
-library. Memory is the high-water mark of the whole process (VmHWM), and that less what was resident when libraries were
+Models are random Llamas with the embedded model's tokenizer, or the embedded model; "part" is two blocks of TinyLlama's
+shape with its whole vocabulary, "whole" all 22. Text is a megabyte of Python's own library. Memory is the high-water mark of the whole process (VmHWM), and that less what was resident when libraries were
 loaded; time is that of the run on the clock, and of the processor. The plan is made right before the run: on a machine
 with other work both share it.
 """
@@ -24,7 +24,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from admm_prune.runs.memory_scaling import RETURNED, Shape, write_random_model
+from benchmarks.machine import headline, machine
+from benchmarks.streaming import write_model
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CHARACTERS = 1_000_000
@@ -60,26 +62,25 @@ class Case:
         }
 
 
-_ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
-_TRAINED = {"samples": 64, "length": 128, "steps": 16}
+_ONE_SHOT = ("wanda", "admm", "sparsegpt", "struprune", "magnitude", "sparsellm")
+_TRAINED: dict[str, Any] = {"samples": 64, "length": 128, "steps": 16}
+_LARGE = 2048  # from this width on: TinyLlama's shape, embedding and head apart
 CASES: dict[str, tuple[Case, ...]] = {
     "embedded": (
-        *(Case(0, 0, method, False) for method in (*_ONE_SHOT, "struprune")),
-        *(Case(0, 0, method, False, **_TRAINED) for method in ("elsa", "elsa-l", "elsa-published", "gradual")),  # type: ignore[arg-type]
+        *(Case(0, 0, method, False) for method in _ONE_SHOT),
+        *(Case(0, 0, method, False, **_TRAINED) for method in ("elsa", "elsa-l", "elsa-published", "gradual")),
     ),
     "memory": (
-        *(Case(640, 5, method, False) for method in (*_ONE_SHOT, "struprune")),
-        Case(640, 5, "elsa", False, **_TRAINED),  # type: ignore[arg-type]
-        Case(1024, 8, "wanda", False),
-        Case(1024, 8, "sparsegpt", False),
-        Case(1024, 8, "elsa-l", False, **_TRAINED),  # type: ignore[arg-type]
+        *(Case(640, 5, method, False) for method in _ONE_SHOT),
+        *(Case(640, 5, method, False, **_TRAINED) for method in ("elsa", "elsa-l")),
+        *(Case(1024, 8, method, False) for method in ("wanda", "sparsegpt")),
     ),
     "stream": (
-        *(Case(640, 5, method, True) for method in (*_ONE_SHOT, "struprune")),
-        *(Case(1024, 8, method, True) for method in ("magnitude", "wanda", "sparsegpt", "admm", "struprune")),
-        *(Case(1536, 12, method, True) for method in ("magnitude", "wanda", "sparsegpt", "struprune")),
+        *(Case(640, 5, method, True) for method in _ONE_SHOT),
+        *(Case(1024, 8, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude", "admm")),
     ),
-    "large": tuple(Case(2048, 22, method, True) for method in ("magnitude", "wanda", "sparsegpt", "struprune")),
+    "part": tuple(Case(_LARGE, 2, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude")),
+    "whole": tuple(Case(_LARGE, 22, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude")),
 }
 
 
@@ -126,7 +127,7 @@ def _compared(case: Case) -> dict[str, Any]:
 def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plan_accuracy", str(place / "out"), "--date", "-", "--child", child]
     command += ["--model", str(model), "--text", str(text), "--options", json.dumps(case.options)]
-    done = subprocess.run(command, cwd=_ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=_ROOT, env={**os.environ, **RETURNED}, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{child} of {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -168,18 +169,19 @@ def _ran(model: Path, text: Path, options: dict[str, Any], out: Path) -> dict[st
 
 
 def _written(case: Case, place: Path) -> Path:
-    from admm_prune.runs.memory_scaling import Shape, write_random_model
-
     embedded = Path(str(files("admm_prune") / "assets" / "embedded"))
     if not case.width:
         return embedded
     model = place / "model"
     model.mkdir()
-    write_random_model(Shape(case.width, case.depth), model)
+    if case.width >= _LARGE:
+        write_model("1.1B", "float32", case.depth, model)
+        return model
+    config = Shape(case.width, case.depth).config()
+    config.max_position_embeddings = _CONTEXT
+    write_random_model(config, model)
     for path in embedded.glob("tokenizer*"):
         shutil.copyfile(path, model / path.name)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": _CONTEXT}))
     return model
 
 
@@ -216,9 +218,10 @@ def _table(content: dict[str, Any]) -> str:
         f"{'plan s':>9}{'clock s':>9}{'ratio':>7}{'cpu s':>9}"
     )
     lines = [
-        f"{content['date']}, {content['machine']}",
+        headline(content["machine"]),
         "python -m benchmarks.plan_accuracy OUT --date DATE",
-        "Peak resident memory in MiB of the whole process, and (-l) without interpreter and libraries; seconds.",
+        "Peak resident memory in MiB of the whole process, and (-l) without interpreter and libraries; seconds;",
+        str(RETURNED),
         "",
         head,
         *map(_line, content["rows"]),
