@@ -3,9 +3,9 @@
     python -m benchmarks.plan_accuracy OUT --date DATE [--cases embedded,memory,stream,part,whole] [--only METHOD,...]
 
 Models are random Llamas with the embedded model's tokenizer, or the embedded model; "part" is two blocks of TinyLlama's
-shape with its whole vocabulary, "whole" all 22. Text is a megabyte of Python's own library. Memory is the high-water mark of the whole process (VmHWM), and that less what was resident when libraries were
-loaded; time is that of the run on the clock, and of the processor. The plan is made right before the run: on a machine
-with other work both share it.
+shape with its whole vocabulary, "whole" all 22. Text is a megabyte of Python's own library. Memory is the high-water
+mark of the whole process (VmHWM), and that less what was resident when libraries were loaded; time is that of the run on
+the clock, and of the processor. The plan is made right before the run: on a machine with other work both share it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [case for name in chosen.cases.split(",") for case in CASES[name]]
     only = set(filter(None, chosen.only.split(",")))
     for case in wanted:
-        if only and case.method not in only or any(row["case"] == asdict(case) for row in rows):
+        if (only and case.method not in only) or any(row["case"] == asdict(case) for row in rows):
             continue
         rows.append(_compared(case))
         print(_line(rows[-1]), flush=True)
@@ -127,7 +127,9 @@ def _compared(case: Case) -> dict[str, Any]:
 def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plan_accuracy", str(place / "out"), "--date", "-", "--child", child]
     command += ["--model", str(model), "--text", str(text), "--options", json.dumps(case.options)]
-    done = subprocess.run(command, cwd=_ROOT, env={**os.environ, **RETURNED}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=_ROOT, env={**os.environ, **RETURNED}, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{child} of {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -214,7 +216,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def _table(content: dict[str, Any]) -> str:
     head = (
-        f"{'M params':>8} {'method':>15} {'from':>8}{'plan':>9}{'peak':>9}{'ratio':>7}{'plan-l':>9}{'peak-l':>9}{'ratio':>7}"
+        f"{'M params':>8} {'method':>15} {'from':>8}"
+        f"{'plan':>9}{'peak':>9}{'ratio':>7}{'plan-l':>9}{'peak-l':>9}{'ratio':>7}"
         f"{'plan s':>9}{'clock s':>9}{'ratio':>7}{'cpu s':>9}"
     )
     lines = [

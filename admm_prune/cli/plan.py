@@ -78,12 +78,17 @@ def _show(made: Plan) -> None:
     for place, told in content["memory"].items():
         rows = [[name, f"{size / 1e6:,.1f}"] for name, size in told["parts"].items()]
         rows.append(["at most", f"{told['bytes'] / 1e6:,.1f}"])
-        title = f"{made.method} {made.target}, {made.parameters:,} parameters: memory on the {place}, at '{told['stage']}'"
+        title = (
+            f"{made.method} {made.target}, {made.parameters:,} parameters: memory on the {place}, at '{told['stage']}'"
+        )
         common.show_table(title, ["part", "MB"], rows)
     rows = [
-        [name, f"{told['operations'] / 1e9:,.2f}", f"{told['seconds']:,.1f}"] for name, told in content["stages"].items()
+        [name, f"{told['operations'] / 1e9:,.2f}", f"{told['seconds']:,.1f}"]
+        for name, told in content["stages"].items()
     ]
-    rows.append(["all", f"{sum(t['operations'] for t in content['stages'].values()) / 1e9:,.2f}", f"{made.seconds:,.1f}"])
+    rows.append(
+        ["all", f"{sum(t['operations'] for t in content['stages'].values()) / 1e9:,.2f}", f"{made.seconds:,.1f}"]
+    )
     common.show_table(f"time on {made.machine.name} ({made.machine.source})", ["stage", "10^9 operations", "s"], rows)
     common.show_table("disk", ["what", "MB"], [[name, f"{size / 1e6:,.1f}"] for name, size in made.disk.items()])
     for note in made.notes:

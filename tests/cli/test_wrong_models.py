@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Command, Refused
+from outcome import Refused
 from safetensors.torch import load_file, save_file
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -90,7 +90,10 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "no decoder": (config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "T5Config"),
     "an unknown dtype": (config(dtype="float17"), "float17"),
     "a width that is a word": (config(hidden_size="wide"), "hidden_size"),
-    "heads that do not divide": (config(num_attention_heads=5, head_dim=None), "not a multiple of the number of attention heads"),
+    "heads that do not divide": (
+        config(num_attention_heads=5, head_dim=None),
+        "not a multiple of the number of attention heads",
+    ),
     "no blocks": (config(num_hidden_layers=0), "no list of decoder blocks found"),
     "an unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
     "code": (of_code, "only with --trust-remote-code"),
@@ -143,7 +146,13 @@ def arguments(name: str, model: str, text: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ["run", "stream", "eval", "plan"])
 @pytest.mark.parametrize(("damage", "reason"), CONFIGS.values(), ids=CONFIGS)
 def test_a_config_that_is_none(
-    refused: Refused, damaged: Callable[[Damage], str], text_file: Path, place: Path, name: str, damage: Damage, reason: str
+    refused: Refused,
+    damaged: Callable[[Damage], str],
+    text_file: Path,
+    place: Path,
+    name: str,
+    damage: Damage,
+    reason: str,
 ) -> None:
     refused(reason, *arguments(name, damaged(damage), text_file))
     assert not (place / "ran").exists()

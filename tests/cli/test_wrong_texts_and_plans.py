@@ -61,9 +61,7 @@ def test_a_text_that_is_none(
 
 
 @pytest.mark.parametrize("kind", ["UTF-16", "JSON without the key", "parquet that is none", "an empty folder"])
-def test_a_text_to_evaluate_on_that_is_none(
-    refused: Refused, place: Path, run: tuple[object, ...], kind: str
-) -> None:
+def test_a_text_to_evaluate_on_that_is_none(refused: Refused, place: Path, run: tuple[object, ...], kind: str) -> None:
     name, make, reason = TEXTS[kind]
     make(place / name)
     refused(reason, *run, "--sparsity", "0.5", "--out", "out", "--eval-data", name)

@@ -62,7 +62,9 @@ def allocated(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
         kept = run()
     events = sorted(
-        (event.start_ns(), event.nbytes()) for event in told.profiler.kineto_results.events() if event.name() == "[memory]"
+        (event.start_ns(), event.nbytes())
+        for event in told.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     )
     now = peak = 0
     for _, size in events:
@@ -105,11 +107,11 @@ def test_without_data_the_same_is_counted_as_with_it(family: str) -> None:
     assert meta[2] == pytest.approx(traffic, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["admm", "sparsegpt", "struprune", "sparsellm"])
+@pytest.mark.parametrize(
+    "name", ["sparsegpt", "struprune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("admm", "sparsellm"))]
+)
 def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> None:
     recipe, calibration = recipe_named(name), text(8, 256)
-    if name == "sparsellm":
-        recipe = replace(recipe, descent=10)  # type: ignore[type-var]
     request = Request(target=Target(0.5), calibration=calibration)
     stages = blockwise_stages(Anatomy.of("embedded", "float32"), recipe, request, stream=False)
     planned = max(stage.bytes for stage in stages)
@@ -123,7 +125,9 @@ def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> Non
     assert done == pytest.approx(counting.work.operations, rel=0.3)
 
 
-@pytest.mark.parametrize("name", ["elsa", "elsa-l", "gradual", "elsa-published"])
+@pytest.mark.parametrize(
+    "name", ["elsa-published", *(pytest.param(name, marks=pytest.mark.slow) for name in ("elsa", "elsa-l", "gradual"))]
+)
 def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> None:
     recipe = recipe_named(name, steps=16)
     assert isinstance(recipe, Trained)
@@ -138,6 +142,7 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     assert planned == pytest.approx(weights + counting.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_large_problem_takes_what_small_ones_foretell() -> None:
     trial = LayerTrial(LOCAL_METHODS["admm"], Target(0.5), None, (1024,), 1024, torch.float32, validation=True)
     foretold, counted_ = trial.estimated(), trial(1.0, False)
@@ -160,7 +165,8 @@ def test_a_machine_has_a_rate_for_every_kind_of_work() -> None:
     assert twice.seconds(work) == pytest.approx(here.seconds(work) / 2)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("admm-best", "sparsellm", "sparsellm-release")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(KINDS, 1e9)
     monkeypatch.setattr("admm_prune.runs.planning.plan.measured_here", lambda *_: Machine("m", "given", rates))

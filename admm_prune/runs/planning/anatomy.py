@@ -71,7 +71,7 @@ class Anatomy:
         return weight
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """(the first block, how many) of every kind of block; blocks with weights of the same shapes are of one kind."""
+        """(the first block, how many) of every kind of block: those with weights of the same shapes."""
         kinds: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
             kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)

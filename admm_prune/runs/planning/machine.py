@@ -66,7 +66,11 @@ def gpu_named(name: str, host: Machine) -> Machine:
         "factor_float64": _ATTAINED * double / 10,
         "select": traffic / 64,
         "traffic": _ATTAINED * traffic,
-        **{kind: host.rates[kind] for kind in ("disk_read", "disk_write", "hash", "calls", "tokenize") if kind in host.rates},
+        **{
+            kind: host.rates[kind]
+            for kind in ("disk_read", "disk_write", "hash", "calls", "tokenize")
+            if kind in host.rates
+        },
     }
     source = f"NVIDIA's data sheet, at {_ATTAINED:.0%} of the peak; not measured"
     return Machine(name, source, rates, int(memory))

@@ -74,8 +74,8 @@ class Plan:
             if stage.bytes > limit:
                 part = max((name for name in stage.parts if name != LIBRARIES), key=lambda name: stage.parts[name])
                 return (
-                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB there "
-                    f"are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
+                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB "
+                    f"there are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
                     f"{self._advice(part, place)}"
                 )
         return None
@@ -157,7 +157,7 @@ def make_plan(
     """Plans a run from the model's config alone.
 
     Args:
-        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: as of a run.
+        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
         data: the text, whose length tells how much there is to evaluate; None leaves evaluation out.
         stream: one block in memory at a time.
         gpu: a GPU that is not here, by its name; gpus: so many of them.
@@ -173,7 +173,9 @@ def make_plan(
     if gpus > 1 and gpu is None:
         raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
     if stream and isinstance(recipe, Trained):
-        raise UserError(f"{method} trains all weights at once and cannot stream: choose a method that goes block by block")
+        raise UserError(
+            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
+        )
     anatomy = Anatomy.of(model, dtype)
     recipe.check(anatomy.model, target)
     libraries = {LIBRARIES: resident_bytes()}  # before anything is tried out
@@ -233,7 +235,11 @@ def _stages(anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *,
         stages += whole_model.training(anatomy, recipe, request)
     else:
         stages += blockwise_stages(anatomy, recipe, request, stream=stream)
-    return [*stages, *evaluated, whole_model.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target))]
+    return [
+        *stages,
+        *evaluated,
+        whole_model.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target)),
+    ]
 
 
 def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
@@ -243,9 +249,7 @@ def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
-def _disk(
-    anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool
-) -> dict[str, int]:
+def _disk(anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool) -> dict[str, int]:
     size = round(anatomy.weight_bytes * _kept(anatomy, recipe, request.target))
     held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}

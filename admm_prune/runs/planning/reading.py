@@ -49,7 +49,7 @@ class Reading:
 
 
 def read(data: str, model: str) -> Reading | None:
-    """Reads the text that a run would, and encodes a piece as large as is encoded at once, at most a few seconds' worth.
+    """Reads the text that a run would, and encodes a piece as large as is encoded at once.
 
     Args:
         data: as of a run; None is given back where it is not on this disk.

@@ -7,8 +7,8 @@ factorizations (in^3) by s^3, what touches every entry by s^2, and the number of
 
     bytes(1) = a + b,   with   bytes(s) = a s^2 + b s   at two values of s,
 
-and no solver has to be described here. What iterates needs the same memory in its first iterations as in all of them, so
-that bytes are counted on a few, operations on all.
+and no solver has to be described here. What iterates needs the same memory in its first iterations as in all, so that
+bytes are counted on a few, operations on all.
 """
 
 from __future__ import annotations
@@ -148,16 +148,27 @@ class NetworkTrial:
         weights = Point(dict(zip(("up", "gate"), up, strict=False)))
         weights["down"] = torch.randn(out, width, dtype=self.dtype)
         pairs = {
-            part: (torch.randn(_shrunk(n, scale), d, dtype=self.dtype), torch.randn(_shrunk(n, scale), out, dtype=self.dtype))
+            part: (
+                torch.randn(_shrunk(n, scale), d, dtype=self.dtype),
+                torch.randn(_shrunk(n, scale), out, dtype=self.dtype),
+            )
             for part, n in zip(("calibration", "validation"), self.tokens, strict=True)
             if n
         }
-        method = self.recipe.method if whole else replace(self.recipe.method, make=lambda: shortened(self.recipe.method.make()))
-        recipe = replace(self.recipe, method=method, descent=self.recipe.descent if whole else min(2, self.recipe.descent))
+        method = (
+            self.recipe.method
+            if whole
+            else replace(self.recipe.method, make=lambda: shortened(self.recipe.method.make()))
+        )
+        recipe = replace(
+            self.recipe, method=method, descent=self.recipe.descent if whole else min(2, self.recipe.descent)
+        )
         with counted() as counting, torch.no_grad():
             counting.know(*weights.values(), *(x for pair in pairs.values() for x in pair))
             with stretch(counting) as found:
-                wide = Point({name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()})
+                wide = Point(
+                    {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
+                )
                 network = Network(self.activation, wide)
                 damped = recipe.damped(network, pairs, request_for(self.target, self.ridge))
                 recipe.solve(network, damped, pairs, self.target)
@@ -248,4 +259,3 @@ def random_gram(width: int, tokens: int | None = None) -> Tensor:
 
 def _shrunk(size: int, scale: float, multiple: int = 1) -> int:
     return multiple * max(1, round(size * scale / multiple))
-

@@ -1,4 +1,4 @@
-"""The stages in which the whole model runs: loading, evaluation, training. The code itself is run on the meta device."""
+"""The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Session, Trained
 from admm_prune.runs.planning.anatomy import Anatomy
-from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, blockwise_stages
+from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, blockwise_stages
 from admm_prune.runs.planning.counting import counted
 from admm_prune.runs.planning.stages import Stage, stretch
 from admm_prune.runs.planning.work import Work
