@@ -4,8 +4,9 @@
 
 Models are random Llamas with the embedded model's tokenizer, or the embedded model; "part" is two blocks of TinyLlama's
 shape with its whole vocabulary, "whole" all 22. Text is a megabyte of Python's own library. Memory is the high-water
-mark of the whole process (VmHWM), and that less what was resident when libraries were loaded; time is that of the run on
-the clock, and of the processor. The plan is made right before the run: on a machine with other work both share it.
+mark of the whole process (VmHWM), and that less what was resident in the run's process when its libraries were loaded;
+time is that of the run on the clock, and of the processor. The plan is made right before the run: on a machine with
+other work both share it.
 """
 
 from __future__ import annotations
@@ -204,8 +205,7 @@ def _documents(documents: tuple[str, ...]) -> Iterator[str]:
 
 def _line(row: dict[str, Any]) -> str:
     case, plan, run = Case(**row["case"]), row["plan"], row["run"]
-    libraries = plan["parts"]["interpreter and libraries"]
-    own, took = plan["bytes"] - libraries, run["bytes"] - run["libraries"]
+    own, took = (told["bytes"] - run["libraries"] for told in (plan, run))
     return (
         f"{plan['parameters'] / 1e6:>8.1f} {case.method:>15} {'disk' if case.stream else 'memory':>8}"
         f"{plan['bytes'] / _MIB:>9.0f}{run['bytes'] / _MIB:>9.0f}{plan['bytes'] / run['bytes']:>7.2f}"

@@ -178,7 +178,8 @@ def make_plan(
         )
     anatomy = Anatomy.of(model, dtype)
     recipe.check(anatomy.model, target)
-    libraries = {LIBRARIES: resident_bytes()}  # before anything is tried out
+    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
     notes: list[str] = []
@@ -194,7 +195,6 @@ def make_plan(
         kept = {TEXT: reading.held, TOKENS: reading.left}
         stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
         stages[1] = stages[1].beside({TEXT: reading.held})
-    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     if reading is not None:
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
