@@ -14,7 +14,7 @@ from admm_prune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
+GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _groups(documents: Sequence[str]) -> Iterator[list[str]]:
     for document in documents:
         group.append(document)
         characters += len(document)
-        if characters >= _GROUP:
+        if characters >= GROUP:
             yield group
             group, characters = [], 0
     if group:

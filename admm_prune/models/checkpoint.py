@@ -36,7 +36,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self._device = folder, device
-        self._files = _tensor_files(folder)
+        self._files = tensor_files(folder)
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
         self._converters: dict[str, Any] = {}
         self._model: Any = None
@@ -61,6 +61,11 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files or name in self._parts
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """The file of every tensor, by its stored name."""
+        return self._files
 
     @property
     def renames(self) -> bool:
@@ -121,8 +126,12 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor, of those that `from_pretrained` reads."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor, of those that `from_pretrained` reads.
+
+    Raises:
+        UserError: there is none, the index cannot be read, or a file is missing or damaged.
+    """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names or not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder: it has no config.json or no safetensors weights")

@@ -15,7 +15,9 @@ import torch
 
 from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import tensor_files
 from admm_prune.models.export import per_layer_class
+from admm_prune.models.stored import check_stored, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def load(
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
-    tokenizer = _load_tokenizer(source, location, trust_remote_code)
+    tokenizer = load_tokenizer(source, location, trust_remote_code)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     return LoadedModel(model, tokenizer, source, getattr(model.config, "_commit_hash", None))
@@ -87,12 +89,12 @@ def open_on_disk(
     location = locate(source)
     if not isinstance(location, Path):
         raise UserError(f"{source}: only a folder can be streamed: download the model first, or use --no-stream")
-    tokenizer = _load_tokenizer(source, location, trust_remote_code)
-    with _explained(source, location), quiet():
-        config, kind = _kind(location, trust_remote_code)
+    with explained(source, location), quiet():
+        config, kind = kind_of(location, trust_remote_code)
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with _explained(source, location):
+    with explained(source, location):
         on_disk = ModelOnDisk(location, kind, config, device, named, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, location, trust_remote_code)
     return LoadedModel(on_disk.model, tokenizer, source, residence=on_disk)
 
 
@@ -179,8 +181,11 @@ def _check_reachable(source: str) -> None:
 def _load_model(
     source: str, location: Path | str, dtype: torch.dtype | str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    with _explained(source, location), quiet():
-        config, kind = _kind(location, trust_remote_code)
+    stored = tensor_files(location) if isinstance(location, Path) else {}
+    with explained(source, location), quiet():
+        config, kind = kind_of(location, trust_remote_code)
+        if stored:
+            check_stored(source, shapes(kind, config, trust_remote_code=trust_remote_code), stored)
         own = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
         # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
         result: Any = kind.from_pretrained(
@@ -193,7 +198,7 @@ def _load_model(
     return model
 
 
-def _kind(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
+def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
     """The config, and what builds the model that it is of."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -205,8 +210,9 @@ def _kind(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _explained(source: str, location: Path | str) -> Generator[None]:
+def explained(source: str, location: Path | str) -> Generator[None]:
     """What a model that cannot be loaded ends in becomes a UserError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -215,16 +221,19 @@ def _explained(source: str, location: Path | str) -> Generator[None]:
         raise
     except SafetensorError as error:
         raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError
+    ) as error:  # fmt: skip
         # All that a wrong config, a foreign architecture, mismatched shapes or a missing repository ends in.
-        why = first_line(error)
+        # What validates a config says where, and its cause what.
+        why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         if "trust_remote_code" in str(error):
             why = "it needs code that comes with it, which is run only with --trust-remote-code"
         where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
         raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
 
 
-def _load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:

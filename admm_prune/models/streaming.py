@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import INDEX, Checkpoint
+from admm_prune.models.stored import check_stored, shapes
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.models.tensor_file import Lazy, write_tensors
 
@@ -88,15 +89,12 @@ class ModelOnDisk(Residence):
         self._folder, self._device = folder, torch.device(device)
         self._checkpoint = Checkpoint(folder, self._device)
         dtype = dtype or getattr(config, "dtype", None) or self._checkpoint.first().dtype
-        auto = hasattr(kind, "from_config")
-        build = kind.from_config if auto else kind._from_config
-        code = {"trust_remote_code": trust_remote_code} if auto else {}
-        with quiet(), torch.device("meta"):
-            self.model: Any = build(config, dtype=dtype, **code)
+        with quiet():
+            self.model: Any = shapes(kind, config, dtype, trust_remote_code=trust_remote_code)
             if (folder / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
-        self.model.eval().requires_grad_(False)
         self.model.tie_weights()
+        check_stored(str(folder), self.model, self._checkpoint.files)
         self._checkpoint.adapt(self.model)
         self.blocks: list[Block] = decoder_blocks(self.model)
         for name, module in self.model.named_modules():
@@ -207,7 +205,7 @@ class ModelOnDisk(Residence):
         """A parameter as the model is to have it."""
         wanted = self.model.get_parameter(name)
         tensor = self._checkpoint.read(name)
-        if tensor.shape != wanted.shape:
+        if tensor.shape != wanted.shape:  # of one that the files keep in parts, or under another name
             raise UserError(
                 f"{self._folder}: the weight {name} is of shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(wanted.shape)}"

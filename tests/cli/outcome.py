@@ -27,3 +27,4 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
+Refused = Callable[..., None]

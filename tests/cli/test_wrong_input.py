@@ -8,42 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import Command
+from outcome import Refused
 from safetensors.torch import load_file, save_file
 
 from admm_prune.runs import folder
 
-Refused = Callable[..., None]
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def refused(command: Command, place: Path) -> Refused:
-    """Asserts that the command refuses, for the reason that contains `reason`, and leaves the working folder alone."""
-
-    def check(reason: str, *arguments: object) -> None:
-        before = snapshot(place)
-        outcome = command(*arguments)
-        assert outcome.status == 2
-        assert outcome.out == ""
-        assert outcome.err.startswith("admm-prune: ")
-        assert outcome.err.endswith("\n")
-        assert outcome.err.count("\n") == 1, outcome.err
-        assert reason in outcome.err
-        assert snapshot(place) == before
-
-    return check
-
-
-def snapshot(root: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
-
-
-@pytest.fixture
-def run(model_folder: Path, text_file: Path) -> tuple[object, ...]:
-    """A run that would go well, given a target and an output."""
-    return ("run", "--model", model_folder, "--data", text_file)
 
 
 TARGETS = [

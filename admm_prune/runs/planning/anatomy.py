@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admm_prune.data.hub import first_line, quiet
+from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import Row, Sequences, default_length
 from admm_prune.errors import UserError
-from admm_prune.models.loading import locate
+from admm_prune.models.loading import explained, kind_of, locate
+from admm_prune.models.stored import shapes
 from admm_prune.models.structure import Block, decoder_blocks
 
 BATCH = 8  # as `data.sequences.pack` makes them
@@ -43,19 +44,11 @@ class Anatomy:
         Raises:
             UserError: there is no such model, or it has no decoder blocks that can be read.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         location = locate(source, weights=False)
-        try:
-            with quiet(), torch.device("meta"):
-                config = AutoConfig.from_pretrained(location)
-                wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
-                model = AutoModelForCausalLM.from_config(config, dtype=wanted)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise UserError(
-                f"{source}: its config is not one of a causal language model ({first_line(error)})"
-            ) from error
-        model.eval().requires_grad_(False)
+        with explained(source, location), quiet():
+            config, kind = kind_of(location, trust_remote_code=False)
+            wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+            model = shapes(kind, config, wanted)
         return cls(source, model, decoder_blocks(model))
 
     @property
@@ -78,7 +71,7 @@ class Anatomy:
         return weight
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """(the first block, how many) of every kind of block; blocks with weights of the same shapes are of one kind."""
+        """(the first block, how many) of every kind of block: those with weights of the same shapes."""
         kinds: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
             kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)

@@ -17,6 +17,7 @@ from admm_prune.errors import UserError
 from admm_prune.kernels.activations import ACTIVATIONS, Activation
 from admm_prune.models.branches import Branch, branches
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.shelf import Shelf
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.local_methods import Method
@@ -52,6 +53,20 @@ class Collected:
         return Stage(name=name, parts={GRAMS: self.sums, FORWARD: forward}, work=self.stretch.work)
 
 
+class _Shelf(Shelf):
+    """Keeps activations where they are: on the meta device there is no host to bring them to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Tensor] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self._kept[name] = tensor.detach()
+
+    def get(self, name: str) -> Tensor:
+        return self._kept[name]
+
+
 class Walk:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
@@ -59,7 +74,7 @@ class Walk:
         self.anatomy, self.counting = anatomy, counting
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as self.recording:
-            self.stream = BlockStream(anatomy.model, anatomy.blocks, request.calibration, "meta")
+            self.stream = BlockStream(anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf())
         self.parts = 2 if len(request.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
 
@@ -162,6 +177,10 @@ def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stag
 def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stage]:
     for index, block, count in walk.kinds():
         network = _network(block)
+        with stretch(walk.counting) as looking:  # for the network, and whether its block adds what it puts out
+            for _ in range(3):
+                walk.stream.preview(index)
+        yield _forward("form of the network", looking, count)
         own = {view.name for view in network}
         wanted: dict[str, Tensor] = {}
         attention = walk.collect([view.name for view in block.weights if view.name not in own], wanted)

@@ -41,7 +41,7 @@ class Counting(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.live, self.peak = 0, 0
         self._counts: Counter[str] = Counter()
         self._storages: dict[int, weakref.ref[Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -65,7 +66,11 @@ def gpu_named(name: str, host: Machine) -> Machine:
         "factor_float64": _ATTAINED * double / 10,
         "select": traffic / 64,
         "traffic": _ATTAINED * traffic,
-        **{kind: host.rates[kind] for kind in ("disk_read", "disk_write", "calls")},
+        **{
+            kind: host.rates[kind]
+            for kind in ("disk_read", "disk_write", "hash", "calls", "tokenize")
+            if kind in host.rates
+        },
     }
     source = f"NVIDIA's data sheet, at {_ATTAINED:.0%} of the peak; not measured"
     return Machine(name, source, rates, int(memory))
@@ -92,6 +97,8 @@ def measured_here(folder: Path | None = None, half: torch.dtype = torch.bfloat16
     out = torch.empty_like(x)
     rates["traffic"] = _rate(lambda: torch.mul(x, 2.0, out=out), 8 * _ENTRIES)
     rates["select"] = _rate(lambda: x[: _ENTRIES // 8].kthvalue(_ENTRIES // 16), _ENTRIES // 8)
+    data = bytes(_FILE // 4)
+    rates["hash"] = _rate(lambda: hashlib.sha256(data), len(data))
     tiny = torch.randn(8)
     rates["calls"] = _rate(lambda: [tiny.mul(2.0) for _ in range(1000)], 1000)
     rates |= _disk(folder)

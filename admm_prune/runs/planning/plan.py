@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from admm_prune.data.sources import EMBEDDED, read_corpus
-from admm_prune.data.splits import hold_out
 from admm_prune.errors import UserError
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Recipe, Request
@@ -25,12 +23,13 @@ from admm_prune.runs.planning import whole_model
 from admm_prune.runs.planning.anatomy import Anatomy
 from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
 from admm_prune.runs.planning.machine import Machine, gpu_named, measured_here
+from admm_prune.runs.planning.reading import Reading, read
 from admm_prune.runs.planning.stages import LIBRARIES, Stage
 from admm_prune.runs.planning.work import Work
 
 _GB = 1e9
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART)  # wherever the model computes
-_CHARACTERS = 3.5  # of a token of English or of code, where the text was not tokenized
+TEXT, TOKENS = "text", "tokenizer's lists"
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, TEXT, TOKENS)  # wherever the model computes
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
 
@@ -75,8 +74,8 @@ class Plan:
             if stage.bytes > limit:
                 part = max((name for name in stage.parts if name != LIBRARIES), key=lambda name: stage.parts[name])
                 return (
-                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB there "
-                    f"are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
+                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB "
+                    f"there are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
                     f"{self._advice(part, place)}"
                 )
         return None
@@ -158,7 +157,7 @@ def make_plan(
     """Plans a run from the model's config alone.
 
     Args:
-        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: as of a run.
+        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
         data: the text, whose length tells how much there is to evaluate; None leaves evaluation out.
         stream: one block in memory at a time.
         gpu: a GPU that is not here, by its name; gpus: so many of them.
@@ -179,13 +178,25 @@ def make_plan(
         )
     anatomy = Anatomy.of(model, dtype)
     recipe.check(anatomy.model, target)
-    libraries = {LIBRARIES: resident_bytes()}
+    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
     notes: list[str] = []
-    judging = _judging_tokens(data, eval_samples, text.length, notes)
-    stages = list(_stages(anatomy, recipe, request, judging, stream=stream))
-    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    reading = None if data is None else read(data, model)
+    judging = _judging_tokens(reading, eval_samples, text.length, notes)
+    stages = _stages(anatomy, recipe, request, judging, stream=stream)
+    if reading is None:
+        notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
+    else:
+        first = {} if stream else {whole_model.WEIGHTS: anatomy.weight_bytes}
+        work = Work.of(tokenize=reading.characters)
+        tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
+        kept = {TEXT: reading.held, TOKENS: reading.left}
+        stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
+        stages[1] = stages[1].beside({TEXT: reading.held})
+    if reading is not None:
+        host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
     if gpus > 1:
         stages = [_shared_out(stage, gpus, anatomy) for stage in stages]
@@ -244,21 +255,13 @@ def _disk(anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 
 
-def _judging_tokens(data: str | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
+def _judging_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
     if eval_samples is not None:
         return eval_samples * length
-    if data is None:
-        notes.append("evaluation is not counted: give --data or --eval-samples")
+    if text is None:
+        notes.append("evaluation is not counted: give --eval-samples, or --data that is on this disk")
         return 0
-    if data == EMBEDDED:
-        corpus = read_corpus(data, split="validation")
-    elif Path(data).expanduser().exists():
-        corpus = hold_out(read_corpus(data))[1]
-    else:
-        notes.append("evaluation is not counted: the text is not here; give --eval-samples")
-        return 0
-    notes.append(f"the text was not tokenized: {_CHARACTERS} characters a token are assumed")
-    return round(corpus.characters / _CHARACTERS)
+    return text.judging_tokens
 
 
 def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:

@@ -7,8 +7,8 @@ factorizations (in^3) by s^3, what touches every entry by s^2, and the number of
 
     bytes(1) = a + b,   with   bytes(s) = a s^2 + b s   at two values of s,
 
-and no solver has to be described here. What iterates needs the same memory in its first iterations as in all of them, so
-that bytes are counted on a few, operations on all.
+and no solver has to be described here. What iterates needs the same memory in its first iterations as in all, so that
+bytes are counted on a few, operations on all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stages in which the whole model runs: loading, evaluation, training. The code itself is run on the meta device."""
+"""The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from admm_prune.models import evaluate as evaluation
 from admm_prune.recipes.elsa import CALIBRATION, Elsa
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.targets import Target
 from admm_prune.recipes.session import Session
+from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 from admm_prune.runs.planning.anatomy import Anatomy
-from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, blockwise_stages
+from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, blockwise_stages
 from admm_prune.runs.planning.counting import counted
 from admm_prune.runs.planning.stages import Stage, stretch
 from admm_prune.runs.planning.work import Work
@@ -28,15 +28,15 @@ _STEPS = (1, 2)  # on which the work of a step is counted
 
 
 def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
-    """Reading the weights, and looking for damage in each: |x| and two masks of the largest beside all of them."""
+    """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
     with counted() as counting:
         weight = torch.empty_like(anatomy.largest)
         with stretch(counting) as check:
             bool(torch.isfinite(weight).all())
     held = {"largest weight": weight.nbytes} if stream else {WEIGHTS: anatomy.weight_bytes}
-    work = Work.of(
-        disk_read=anatomy.weight_bytes, traffic=check.work.counts["traffic"] * anatomy.parameters / weight.numel()
-    )
+    size = anatomy.weight_bytes
+    checks = check.work.counts["traffic"] * anatomy.parameters / weight.numel()
+    work = Work.of(disk_read=2 * size if stream else size, traffic=checks, hash=size)
     return Stage(name="loading", parts={**held, CHECKED: check.peak}, work=work)
 
 
@@ -54,19 +54,20 @@ def evaluating(anatomy: Anatomy, judging: Sequences, *, stream: bool) -> Iterato
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as found:
             evaluation.cross_entropy(anatomy.model, batch)
-    weights = {WEIGHTS: anatomy.weight_bytes}
+    weights, work = {WEIGHTS: anatomy.weight_bytes}, found.work * share
     if stream:
+        work += Work.of(disk_read=anatomy.weight_bytes)
         width = anatomy.model.get_input_embeddings().weight.shape[-1]
         element = anatomy.model.get_input_embeddings().weight.element_size()
         weights = {"weights outside of the blocks": anatomy.outside_bytes, ACTIVATIONS_PART: tokens * width * element}
-    yield Stage(name="evaluation", parts={**weights, "logits": found.peak}, work=found.work * share)
+    yield Stage(name="evaluation", parts={**weights, "logits": found.peak}, work=work)
 
 
 def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
     """Writing the model and reading its files again for their fingerprints: no second copy is made of any of it."""
     size = round(anatomy.weight_bytes * factor)
     held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
-    return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size))
+    return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
 
 
 def training(anatomy: Anatomy, recipe: Trained, request: Request) -> list[Stage]:

@@ -15,6 +15,8 @@ KINDS = (
     "traffic",
     "disk_read",
     "disk_write",
+    "hash",
+    "tokenize",
     "calls",
 )
 
@@ -25,8 +27,8 @@ class Work:
 
     products_*: operations of matrix products and attention, two for a multiplication and its addition, by the dtype
     that is multiplied; factor_*: of Cholesky factorizations, their inverses and triangular solves; select: entries that
-    a sort or a selection looks at; traffic: bytes that everything else reads and writes; disk_*: bytes; calls: of
-    operators, each with its own overhead.
+    a sort or a selection looks at; traffic: bytes that everything else reads and writes; disk_*, hash: bytes; tokenize:
+    characters; calls: of operators, each with its own overhead.
     """
 
     counts: Counter[str] = field(default_factory=Counter[str])

@@ -1,0 +1,100 @@
+"""What reading and tokenizing the text takes: tried out on a piece of it, with the model's tokenizer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
+from admm_prune.data.splits import hold_out
+from admm_prune.data.tokens import GROUP, encode
+from admm_prune.models.loading import load_tokenizer, locate
+from admm_prune.runs.memory import PeakMemory, resident_bytes
+
+_MIB = 2**20
+_IDS = 16  # bytes of a token and of where it ends, both int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The text of a run.
+
+    Attributes:
+        characters, judging: of all of it; of the part that judges.
+        held: bytes of the text.
+        lists: bytes of a tokenizer's lists for as much as it encodes at once.
+        left: bytes that the process keeps of them.
+        tokens: of all of the text.
+        rate: characters tokenized a second.
+    """
+
+    characters: int
+    judging: int
+    held: int
+    lists: int
+    left: int
+    tokens: int
+    rate: float
+
+    @property
+    def judging_tokens(self) -> int:
+        return round(self.tokens * self.judging / self.characters)
+
+    @property
+    def peak(self) -> int:
+        """Bytes while the last piece is encoded, beside the text."""
+        return self.lists + _IDS * self.tokens
+
+
+def read(data: str, model: str) -> Reading | None:
+    """Reads the text that a run would, and encodes a piece as large as is encoded at once.
+
+    Args:
+        data: as of a run; None is given back where it is not on this disk.
+        model: whose tokenizer encodes.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be used.
+    """
+    corpora = _corpora(data)
+    if corpora is None:
+        return None
+    tokenizer = load_tokenizer(model, locate(model, weights=False), False)
+    documents = [document for corpus in corpora for document in corpus.documents]
+    encode([documents[0][:1000]], tokenizer)  # what only the first call takes
+    whole = sum(map(len, documents))
+    at_once = min(whole, max(GROUP, *map(len, documents)))
+    piece = _piece(documents, min(at_once, 2 * GROUP))
+    size = sum(map(len, piece))
+    before, began = resident_bytes(), time.perf_counter()
+    with PeakMemory() as memory:
+        tokens = sum(len(document.ids) for document in encode(piece, tokenizer))
+    seconds = time.perf_counter() - began
+    return Reading(
+        characters=whole,
+        judging=corpora[1].characters,
+        held=sum(map(sys.getsizeof, documents)),
+        lists=round(memory.extra_mib * _MIB * at_once / size),
+        left=max(0, resident_bytes() - before),
+        tokens=round(tokens * whole / size),
+        rate=size / seconds,
+    )
+
+
+def _corpora(data: str) -> tuple[Corpus, Corpus] | None:
+    """What calibrates and what judges, where it is on this disk."""
+    if data == EMBEDDED:
+        return read_corpus(data), read_corpus(data, split="validation")
+    return hold_out(read_corpus(data)) if Path(data).expanduser().exists() else None
+
+
+def _piece(documents: list[str], characters: int) -> list[str]:
+    piece: list[str] = []
+    for document in documents:
+        piece.append(document[:characters])
+        characters -= len(piece[-1])
+        if characters <= 0:
+            break
+    return piece

@@ -1,0 +1,199 @@
+"""What a plan says against what its runs take: tensors counted while the very recipes run, exactly, on small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from admm_prune.data.sequences import Row, Sequences
+from admm_prune.models.capture import SharedInput
+from admm_prune.models.losses import next_token_loss
+from admm_prune.problems.gram import LayerStatistics
+from admm_prune.recipes.catalogue import RECIPES, recipe_named
+from admm_prune.recipes.layerwise import prune_shared
+from admm_prune.recipes.local_methods import LOCAL_METHODS
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.targets import Target
+from admm_prune.recipes.trained import Trained
+from admm_prune.runs.planning.anatomy import Anatomy
+from admm_prune.runs.planning.blockwise import blockwise_stages
+from admm_prune.runs.planning.counting import counted
+from admm_prune.runs.planning.machine import GPUS, Machine, measured_here
+from admm_prune.runs.planning.plan import make_plan
+from admm_prune.runs.planning.trials import LayerTrial, random_gram, view_of
+from admm_prune.runs.planning.whole_model import training
+from admm_prune.runs.planning.work import KINDS, Work
+
+
+def text(rows: int, length: int) -> Sequences:
+    g = torch.Generator().manual_seed(0)
+    drawn = tuple(Row(torch.randint(4096, (length,), generator=g), length) for _ in range(rows))
+    return Sequences(drawn, "windows", length, None, 8)
+
+
+def embedded() -> nn.Module:
+    from admm_prune.models.loading import load
+
+    model: nn.Module = load("embedded", dtype="float32").model
+    return model
+
+
+def tiny(family: str, device: str) -> nn.Module:
+    """A random model of two blocks."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    with torch.device(device):
+        if family == "llama":
+            return LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=48, num_key_value_heads=2)).eval()
+        if family == "opt":
+            return OPTForCausalLM(OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=32)).eval()
+        return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Bytes that torch's allocator gave out at most, inside of kernels too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        kept = run()
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in told.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    now = peak = 0
+    for _, size in events:
+        now += size
+        peak = max(peak, now)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "admm"])
+def test_counted_bytes_are_those_of_the_allocator(name: str) -> None:
+    def layer() -> SharedInput:
+        return SharedInput((view_of(torch.randn(192, 128)),), LayerStatistics(random_gram(128), 256))
+
+    request = Request(target=Target(0.5), calibration=text(1, 2))
+    method = LOCAL_METHODS[name]
+    prune_shared(layer(), method, request)  # what only the first call allocates
+    shared = layer()
+    seen = allocated(lambda: prune_shared(shared, method, request))
+    shared = layer()
+    with counted() as counting:
+        counting.know(shared.statistics.gram, shared.weights[0].parameter)
+        prune_shared(shared, method, request)
+    assert counting.peak == pytest.approx(seen, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_without_data_the_same_is_counted_as_with_it(family: str) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        model = tiny(family, device)
+        batch = Sequences((Row(torch.arange(32), 32),) * 4, "windows", 32, None, 4).batches[0]
+        with counted() as counting:
+            counting.know(*model.parameters(), *model.buffers())
+            next_token_loss(model, batch).backward()
+        found.append((counting.peak, counting.work.operations, counting.work.counts["traffic"]))
+    (peak, operations, traffic), meta = found
+    assert meta[0] == pytest.approx(peak, rel=0.02)
+    assert meta[1] == operations
+    assert meta[2] == pytest.approx(traffic, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["sparsegpt", "struprune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("admm", "sparsellm"))]
+)
+def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> None:
+    recipe, calibration = recipe_named(name), text(8, 256)
+    request = Request(target=Target(0.5), calibration=calibration)
+    stages = blockwise_stages(Anatomy.of("embedded", "float32"), recipe, request, stream=False)
+    planned = max(stage.bytes for stage in stages)
+    model = embedded()
+    weights = sum(p.nbytes for p in model.parameters())
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        recipe.prune(model, request)
+    assert planned == pytest.approx(weights + counting.peak, rel=0.1)
+    done = sum((stage.work for stage in stages), Work()).operations
+    assert done == pytest.approx(counting.work.operations, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "name", ["elsa-published", *(pytest.param(name, marks=pytest.mark.slow) for name in ("elsa", "elsa-l", "gradual"))]
+)
+def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> None:
+    recipe = recipe_named(name, steps=16)
+    assert isinstance(recipe, Trained)
+    request = Request(target=Target(0.5), calibration=text(24, 64))
+    stages = training(Anatomy.of("embedded", "float32"), recipe, request)
+    planned = max(stage.bytes for stage in stages)
+    model = embedded()
+    weights = sum(p.nbytes for p in model.parameters())
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        recipe.prune(model, request)
+    assert planned == pytest.approx(weights + counting.peak, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_large_problem_takes_what_small_ones_foretell() -> None:
+    trial = LayerTrial(LOCAL_METHODS["admm"], Target(0.5), None, (1024,), 1024, torch.float32, validation=True)
+    foretold, counted_ = trial.estimated(), trial(1.0, False)
+    assert foretold.peak == pytest.approx(counted_.peak, rel=0.1)
+
+
+def test_work_scales_by_kind() -> None:
+    work = Work.of(products_float32=8.0, factor_float64=1.0, traffic=4.0, calls=3.0)
+    assert work.scaled(2.0).counts == {"products_float32": 64.0, "factor_float64": 8.0, "traffic": 16.0, "calls": 3.0}
+    assert (work + work).counts == (work * 2).counts
+    assert work.operations == 9.0
+
+
+def test_a_machine_has_a_rate_for_every_kind_of_work() -> None:
+    here = measured_here()
+    assert set(here.rates) == set(KINDS) - {"tokenize"}
+    assert all(rate > 0 for rate in here.rates.values())
+    twice = Machine("twice", "", {kind: 2 * rate for kind, rate in here.rates.items()})
+    work = Work.of(products_float32=1e9, disk_read=1e6)
+    assert twice.seconds(work) == pytest.approx(here.seconds(work) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(KINDS, 1e9)
+    monkeypatch.setattr("admm_prune.runs.planning.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    sparsity = 0 if name == "tuned-dense" else 0.5
+    steps = 16 if isinstance(RECIPES[name], Trained) else None
+    plan = make_plan("embedded", method=name, sparsity=sparsity, samples=16, length=32, steps=steps)
+    assert plan.refusal() is None
+    assert plan.seconds > 0
+    weights = plan.weight_bytes
+    assert all(stage.bytes > weights for stage in plan.stages)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(KINDS, 1e9)
+    monkeypatch.setattr("admm_prune.runs.planning.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    how = {"method": "elsa-published", "sparsity": 0.5, "samples": 16, "length": 32, "steps": 16, "gpu": gpu}
+    one, eight = (make_plan("embedded", **how, gpus=gpus) for gpus in (1, 8))  # type: ignore[arg-type]
+    assert eight.peak("device").bytes < one.peak("device").bytes
+    assert eight.seconds == pytest.approx(one.seconds / 8)
+    assert one.peak("host").parts.keys() <= {"interpreter and libraries", "activations between blocks"}
+
+
+def test_what_does_not_fit_is_told_with_its_part_and_what_helps() -> None:
+    plan = make_plan("embedded", method="wanda", sparsity=0.5, samples=8, length=64, memory=100)
+    assert plan.refusal() is None
+    refused = replace(plan, limits={"host": 10**6}).refusal()
+    assert refused is not None
+    assert "wanda does not fit" in refused
+    assert "0.00 GB there are" in refused
