@@ -36,6 +36,15 @@ Ridge = Annotated[
     typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
 ]
 
+Problem = Annotated[str, typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints.")]
+OwnProblem = Annotated[
+    str | None,
+    typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints; the method's own by default."),
+]
+Constraint = Annotated[
+    str | None,
+    typer.Option(help="Sparse set of a --sparsity, a name that 'admm-prune list' prints; the method's own by default."),
+]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
 ]

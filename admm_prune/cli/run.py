@@ -16,6 +16,8 @@ def run(
     method: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
     sparsity: Annotated[str | None, typer.Option(help="Fraction of every matrix to go, such as 0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
+    problem: common.OwnProblem = None,
+    constraint: common.Constraint = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
     samples: common.Samples = None,
@@ -67,6 +69,8 @@ def run(
                 method=method,
                 sparsity=sparsity,  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
                 pattern=pattern,
+                problem=problem,
+                constraint=constraint,
                 data=data,
                 eval_data=eval_data,
                 out=out,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from admm_prune.errors import UserError
 from admm_prune.recipes.elsa import TRAINED
 from admm_prune.recipes.layerwise import Layerwise
-from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, method_names
+from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, method_names, with_parts
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.sparsellm import SPARSELLM
 from admm_prune.recipes.structured import STRUCTURED
@@ -23,16 +23,25 @@ _BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
 _COMPARED = ("elsa", "elsa-l", "elsa-published")
 
 
-def recipe_named(name: str, steps: int | None = None) -> Recipe:
+def recipe_named(
+    name: str, steps: int | None = None, problem: str | None = None, constraint: str | None = None
+) -> Recipe:
     """The recipe of this name; any solver of layer problems, a reference or another package's too, goes layer by layer.
 
     Args:
         steps: of a recipe that trains, in place of its own number.
+        problem, constraint: of a recipe that goes layer by layer, in place of its own.
 
     Raises:
-        UserError: no such recipe; the message lists those there are. Steps are asked of one that does not train.
+        UserError: no such recipe; the message lists those there are. Steps are asked of one that does not train, or
+            a problem or a constraint of one that does not go layer by layer.
     """
     recipe = _named(name)
+    if problem is not None or constraint is not None:
+        if not isinstance(recipe, Layerwise):
+            option = "--problem" if problem is not None else "--constraint"
+            raise UserError(f"{name} does not go layer by layer: {option} is for {', '.join(LOCAL_METHODS)}")
+        recipe = replace(recipe, method=with_parts(recipe.method, problem, constraint))
     if steps is None:
         return recipe
     if not isinstance(recipe, Trained):

@@ -18,7 +18,6 @@ from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.constraints import StackedRows
 from admm_prune.problems.gram import LayerStatistics
-from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
@@ -57,7 +56,7 @@ class Layerwise:
         self.check(model, request.target)
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            shared = stream.collect(index)
+            shared = stream.collect(index, weigh=self.method.objective.token_weights)
             return Visit(layers=[report for one in shared for report in prune_shared(one, self.method, request)])
 
         visits = walk(model, request, visit)
@@ -105,7 +104,7 @@ def _prune(
     sizes = [view.shape[0] for view in views]
     try:
         asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraint)
-        problem = LayerReconstruction(
+        problem = method.objective(
             stacked,
             statistics.gram,
             constraint if len(views) == 1 else StackedRows(tuple((rows, constraint) for rows in sizes)),
@@ -128,7 +127,7 @@ def _prune(
     seconds = time.perf_counter() - began
     reports = []
     for view, weight in zip(views, stacked.split(sizes), strict=True):
-        own = LayerReconstruction(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+        own = method.objective(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation
         reports.append(

@@ -100,6 +100,8 @@ class RunSettings:
     device: str = "cpu"
     dtype: str | None = None
     steps: int | None = None
+    problem: str | None = None
+    constraint: str | None = None
     unit: str | None = None
     multiple: int | None = None
     stream: bool = False
@@ -112,6 +114,8 @@ def prune(
     method: str = "admm",
     sparsity: float | None = None,
     pattern: str | None = None,
+    problem: str | None = None,
+    constraint: str | None = None,
     data: str = "embedded",
     eval_data: str | None = None,
     out: str | Path | None = None,
@@ -140,6 +144,7 @@ def prune(
         method: a name that `admm-prune list` prints.
         sparsity: the fraction of every matrix to go, 0 to 1; or
         pattern: "N:M", N kept of every M consecutive inputs.
+        problem, constraint: of a method that goes layer by layer, another objective or sparse set, by name.
         data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
@@ -162,7 +167,7 @@ def prune(
         UserError: something in the arguments cannot be used; the message is one line.
     """
     target = parse_target(sparsity, pattern)
-    recipe = configured(recipe_named(method, steps), unit, multiple)
+    recipe = configured(recipe_named(method, steps, problem, constraint), unit, multiple)
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
@@ -192,6 +197,8 @@ def prune(
             device=device,
             dtype=dtype,
             steps=steps,
+            problem=problem,
+            constraint=constraint,
             unit=unit,
             multiple=multiple,
             stream=streams,

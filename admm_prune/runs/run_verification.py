@@ -205,7 +205,10 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     missed = {
         name: _missed(view, left[name], sizes.get(name, view.read().numel()), target) for name, view in views.items()
     }
-    if manifest["budget"] == "model" and target.pattern is None:
+    if manifest["settings"].get("constraint") is not None:
+        missed = {}
+        report.unchecked.append(f"{where}the target: only the set '{manifest['settings']['constraint']}' can tell")
+    elif manifest["budget"] == "model" and target.pattern is None:
         missed = {"all matrices together": _too_few(total - kept, total, target)}
     elif manifest["budget"] not in ("matrix", "model"):
         missed = {}
