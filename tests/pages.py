@@ -1,4 +1,4 @@
-"""README and docs as tests see them: fenced blocks, the commands in them, and a way to run a page from top to bottom."""
+"""README and docs as tests see them: fenced blocks, and the commands in them."""
 
 from __future__ import annotations
 

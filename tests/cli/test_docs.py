@@ -36,7 +36,7 @@ def parses(words: list[str]) -> None:
     """The command exists, and takes these options."""
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        assert set(word for word in words[1:] if "=" not in word) <= set(targets), words
+        assert {word for word in words[1:] if "=" not in word} <= set(targets), words
         return
     if words[0] == "python":
         source = (ROOT / f"{words[2].replace('.', '/')}.py").read_text()
