@@ -15,8 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from admm_prune.models.branches import branches
 from admm_prune.models.budgets import savings
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.struprune import StruPrune
+from admm_prune.runs.inference import decode, least, prefill
 from admm_prune.runs.memory_scaling import Shape, random_tokens, write_random_model
 from admm_prune.runs.streaming import prune_from_disk
 from benchmarks.machine import headline, machine
@@ -38,31 +37,6 @@ def operations(model: Any, tokens: int) -> float:
     parts = [branch for block in decoder_blocks(model) for branch in branches(block)]
     head = 2 * model.get_output_embeddings().weight.numel()
     return head + sum(float(savings(branch, "flops", tokens=tokens)[-1]) for branch in parts)
-
-
-@torch.no_grad()
-def prefill(model: Any, tokens: int) -> None:
-    ids = torch.arange(tokens)[None] % model.config.vocab_size
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-
-@torch.no_grad()
-def decode(model: Any, tokens: int) -> None:
-    ids = torch.arange(16)[None]
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-    )
-
-
-def least(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, float]:
-    """The least CPU time of each model; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):  # the first one warms up
-        for name, model in models.items():
-            began = time.process_time()
-            run(model, tokens)
-            times[name].append(time.process_time() - began)
-    return {name: min(found[1:]) for name, found in times.items()}
 
 
 def main() -> None:
