@@ -25,7 +25,12 @@ EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequenc
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
 ]
-Packing = Annotated[str, typer.Option(help="'documents' (one a sequence), 'windows' (contiguous), or 'auto'.")]
+Packing = Annotated[
+    str,
+    typer.Option(
+        help="'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the sequences.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]

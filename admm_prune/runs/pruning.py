@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.evaluate import Evaluation, continued
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.shelf import Shelf
 from admm_prune.recipes.catalogue import recipe_named
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PROMPT, _CONTINUED = 24, 24  # tokens of the sample of what the model writes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did. `model` is the pruned model itself; everything else is written to the manifest, times beside it.
@@ -43,6 +46,8 @@ class Report:
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
+        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
+            "prompt", "dense", "pruned"; empty where the weights were streamed.
         model: without weights where it was streamed: they are in `out`.
     """
 
@@ -57,6 +62,7 @@ class Report:
     seconds: float
     notes: tuple[str, ...]
     details: dict[str, Any]
+    continuation: dict[str, str]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
     out: Path | None = None
@@ -77,6 +83,7 @@ class Report:
             "layers": layers,
             "notes": self.notes,
             "details": self.details,
+            "continuation": self.continuation,
             **self.manifest,
         }
 
@@ -252,10 +259,15 @@ def run_recipe(
         judging: the text that they are of.
         record: the manifest of the run.
     """
+    whole = not loaded.residence.hollow  # every token of a continuation takes all weights
+    prompt = judging.rows[0].ids[:_PROMPT]
+    written = {"prompt": prompt, "dense": continued(loaded.model, prompt, _CONTINUED)} if whole else {}
     began = time.perf_counter()
     outcome = recipe.prune(loaded.model, request)
     seconds = time.perf_counter() - began
     model: Any = loaded.model if outcome.model is None else outcome.model
+    if whole:
+        written["pruned"] = continued(model, prompt, _CONTINUED)
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
     return Report(
@@ -270,6 +282,7 @@ def run_recipe(
         seconds=seconds,
         notes=outcome.notes,
         details=outcome.details,
+        continuation={name: loaded.tokenizer.decode(ids) for name, ids in written.items()},
         manifest=record,
         model=model,
     )
