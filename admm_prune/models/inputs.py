@@ -15,7 +15,6 @@ from admm_prune.models.flow import check_finite
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.gram import GramAccumulator, LayerStatistics
 
-
 TokenWeights = Callable[[Tensor], Tensor]  # inputs (n, in) -> weights (n,)
 
 

@@ -149,7 +149,7 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
         dropped = 1 - float(within.square().sum()) / energy if energy > 0 else 0.0
         merged.append(MergedWeight(f"{name}.weight", sparsity, max(0.0, dropped)))
     unload = getattr(model, "unload", None)
-    return (unload() if callable(unload) else model), merged  # type: ignore[return-value]  # peft gives a module
+    return (unload() if callable(unload) else model), merged
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

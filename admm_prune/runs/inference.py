@@ -166,11 +166,11 @@ class _CSRLinear(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             self.register_buffer("weight", linear.weight.detach().to_sparse_csr(), persistent=False)
-        self.bias = linear.bias
+        self.bias: Any = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.weight
-        out = (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], weight.shape[0])
+        out: Tensor = (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], weight.shape[0])
         return out if self.bias is None else out + self.bias
 
 

@@ -282,7 +282,7 @@ def run_recipe(
         seconds=seconds,
         notes=outcome.notes,
         details=outcome.details,
-        continuation={name: loaded.tokenizer.decode(ids) for name, ids in written.items()},
+        continuation={name: str(loaded.tokenizer.decode(ids)) for name, ids in written.items()},
         manifest=record,
         model=model,
     )
