@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,12 @@ def test_the_extras_and_links_of_a_page_exist(page: Path) -> None:
 def run_page(page: Path, command: Command, place: Path, model: Path, text: Path) -> None:
     """From top to bottom, in one folder and one Python."""
     (place / "text.txt").write_text(text.read_text())
-    names: dict[str, Any] = {"__name__": page.stem}
+    module = types.ModuleType("page")
+    sys.modules["page"] = module  # dataclasses ask for the module of their class
     for block in blocks(page):
         if block.language == PYTHON:
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-            exec(code, names)
+            exec(code, vars(module))
         for words in block.commands:
             if words[0] == "admm-prune" and "not run" not in block.note:
                 outcome = command(*(str(model) if word in OWN else word for word in words[1:]))
