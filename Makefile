@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu bench lint clean
+.PHONY: help demo test test-all gpu bench catalogue docs lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ gpu: $(INSTALLED) ## the tests that need a CUDA device; says so where there is n
 
 bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/README.md has the larger ones
 	$(ONE_THREAD) $(PYTEST) benchmarks/micro -p no:xdist --benchmark-timer=time.process_time $(BENCH_ARGS)
+
+catalogue: $(INSTALLED) ## try every solver on every problem and set, and write down what `list` and the docs show
+	$(ONE_THREAD) $(BIN)/python scripts/write_catalogue.py
+
+docs: $(INSTALLED) ## the documentation as a site, in site/
+	$(BIN)/zensical build --strict
 
 lint: $(INSTALLED) ## ruff, mypy and pyright
 	$(BIN)/ruff check .

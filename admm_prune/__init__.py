@@ -41,6 +41,8 @@ __all__ = [
     "SurrogateFree",
     "Unstructured",
     "Wanda",
+    "keep_sparsity",
+    "merge_lora",
     "prune",
 ]
 
@@ -75,10 +77,13 @@ _HOME = {
     "SupportDescent": "admm_prune.solvers.support_descent",
     "Unstructured": "admm_prune.problems.constraints",
     "Wanda": "admm_prune.solvers.closed_form",
+    "keep_sparsity": "admm_prune.models.recovery",
+    "merge_lora": "admm_prune.models.recovery",
     "prune": "admm_prune.runs.pruning",
 }
 
 if TYPE_CHECKING:
+    from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
     from admm_prune.problems.feed_forward import FeedForward

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed OUT [--width 1024 --blocks 8] [--sparsity 0.3,0.5] [--tokens 256] [--decode 16]
 
-A Llama of random weights (97 M parameters by default) is pruned from disk to disk, to widths that are multiples of 64;
+A Llama of random weights (97 M parameters by default) is pruned to widths that are multiples of 64;
 dense and pruned models then take turns. The ideal ratio is that of their operations: matrices, attention, head. Times
 are CPU times of one thread, the least of the repeats: other work on the machine does not enter them.
 
@@ -12,11 +12,9 @@ OUT receives speed.json and speed.txt.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,11 @@ import torch
 from admm_prune.models.branches import branches
 from admm_prune.models.budgets import savings
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.struprune import StruPrune
-from admm_prune.runs.memory_scaling import Shape, random_tokens, write_random_model
-from admm_prune.runs.streaming import prune_from_disk
+from admm_prune.recipes.targets import Target
+from admm_prune.runs.inference import decode, least, prefill
+from admm_prune.runs.memory_scaling import Shape, random_tokens
 from benchmarks.machine import headline, machine
 
 RECIPE = StruPrune(multiple=64)
@@ -38,31 +38,6 @@ def operations(model: Any, tokens: int) -> float:
     parts = [branch for block in decoder_blocks(model) for branch in branches(block)]
     head = 2 * model.get_output_embeddings().weight.numel()
     return head + sum(float(savings(branch, "flops", tokens=tokens)[-1]) for branch in parts)
-
-
-@torch.no_grad()
-def prefill(model: Any, tokens: int) -> None:
-    ids = torch.arange(tokens)[None] % model.config.vocab_size
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-
-@torch.no_grad()
-def decode(model: Any, tokens: int) -> None:
-    ids = torch.arange(16)[None]
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-    )
-
-
-def least(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, float]:
-    """The least CPU time of each model; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats + 1):  # the first one warms up
-        for name, model in models.items():
-            began = time.process_time()
-            run(model, tokens)
-            times[name].append(time.process_time() - began)
-    return {name: min(found[1:]) for name, found in times.items()}
 
 
 def main() -> None:
@@ -80,43 +55,31 @@ def main() -> None:
     torch.set_num_threads(1)
     shape = Shape(given.width, given.blocks)
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        dense = Path(place) / "dense"
-        dense.mkdir()
-        write_random_model(shape.config(), dense)
-        names = {path.stem: path.name for path in dense.glob("*.safetensors")}
-        from safetensors.torch import load_file, save_file  # stock from_pretrained wants one file, or an index
-
-        save_file(
-            {key: x for name in names.values() for key, x in load_file(dense / name).items()},
-            dense / "model.safetensors",
-            {"format": "pt"},
-        )
-        for name in names.values():
-            (dense / name).unlink()
-        models = {"dense": AutoModelForCausalLM.from_pretrained(dense).eval()}
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(shape.config()).eval().requires_grad_(False)
+    models: dict[str, Any] = {"dense": dense}
+    for sparsity in given.sparsity.split(","):
+        request = Request(target=Target(float(sparsity)), calibration=random_tokens(256))
+        copied = copy.deepcopy(dense)
+        models[sparsity] = RECIPE.prune(copied, request).model or copied
+    for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
+        times = least(run, models, tokens, given.repeats)
         for sparsity in given.sparsity.split(","):
-            out = Path(place) / f"pruned-{sparsity}"
-            prune_from_disk(dense, out, random_tokens(256), float(sparsity), recipe=RECIPE)
-            models[sparsity] = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
-        for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
-            times = least(run, models, tokens, given.repeats)
-            for sparsity in given.sparsity.split(","):
-                ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
-                faster = times["dense"] / times[sparsity]
-                rows.append(
-                    {
-                        "task": task,
-                        "tokens": tokens,
-                        "pruned": float(sparsity),
-                        "parameters": sum(p.numel() for p in models[sparsity].parameters()),
-                        "dense_seconds": times["dense"],
-                        "pruned_seconds": times[sparsity],
-                        "speedup": faster,
-                        "ideal": ideal,
-                        "of_ideal": faster / ideal,
-                    }
-                )
+            ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
+            faster = times["dense"] / times[sparsity]
+            rows.append(
+                {
+                    "task": task,
+                    "tokens": tokens,
+                    "pruned": float(sparsity),
+                    "parameters": sum(p.numel() for p in models[sparsity].parameters()),
+                    "dense_seconds": times["dense"],
+                    "pruned_seconds": times[sparsity],
+                    "speedup": faster,
+                    "ideal": ideal,
+                    "of_ideal": faster / ideal,
+                }
+            )
     content = {
         "machine": machine(),
         "command": f"python -m benchmarks.speed {' '.join(sys.argv[1:])}",

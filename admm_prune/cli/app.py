@@ -10,6 +10,7 @@ from admm_prune.cli import (
     compare,
     evaluate,
     listing,
+    pack,
     plan,
     recipe,
     report,
@@ -35,6 +36,8 @@ app.command("verify")(verify.verify)
 app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("reproduce")(reproduce.reproduce)
+app.command("pack")(pack.pack)
+app.command("unpack")(pack.unpack)
 app.command("list")(listing.list_)
 app.add_typer(recipe.recipe, name="recipe")
 app.add_typer(bench.bench, name="bench")

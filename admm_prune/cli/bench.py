@@ -67,3 +67,66 @@ def gpu(
         common.emit({"out": str(out), "claims": content["claims"], "rows": rows})
         return
     print((out / "gpu.txt").read_text(encoding="utf-8"))
+
+
+@bench.command()
+def inference(
+    model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
+    against: Annotated[str | None, typer.Option(help="The dense model to set beside it.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; its time is added up over them.")] = 1,
+    device: common.Device = "auto",
+    dtype: common.Dtype = None,
+    json: common.Json = False,
+) -> None:
+    """Measure bytes on disk and in memory, prefill and decoding; say plainly where pruning gains nothing.
+
+    Example: admm-prune bench inference pruned --against embedded --tokens 128
+    """
+    import torch
+
+    from admm_prune.runs.inference import bench_inference
+
+    torch.set_num_threads(threads)
+    content = bench_inference(
+        model, against, tokens=tokens, new_tokens=new_tokens, repeats=repeats, device=device, dtype=dtype
+    )
+    if json:
+        common.emit(content)
+        return
+    rows = [
+        [
+            row["form"],
+            f"{row['parameters']:,}",
+            f"{100 * row['zeros']:.1f}%",
+            _mib(row["disk_bytes"]),
+            _mib(row["packed_bytes"]),
+            _mib(row["memory_bytes"]),
+            f"{1000 * row['prefill_seconds']:.1f}",
+            f"{row['prefill_speedup']:.2f}",
+            f"{1000 * row['decode_seconds'] / new_tokens:.2f}",
+            f"{row['decode_speedup']:.2f}",
+        ]
+        for row in content["rows"]
+    ]
+    columns = [
+        "",
+        "parameters",
+        "zeros",
+        "disk\nMiB",
+        "packed\nMiB",
+        "memory\nMiB",
+        f"prefill {tokens}\nms",
+        "times\nas fast",
+        "decoding\nms/token",
+        "times\nas fast",
+    ]
+    common.show_table(f"{model} on {content['device']}", columns, rows)
+    for sentence in content["sentences"]:
+        print(sentence)
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.2f}"

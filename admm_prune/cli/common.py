@@ -25,7 +25,12 @@ EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequenc
 Length = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
 ]
-Packing = Annotated[str, typer.Option(help="'documents' (one a sequence), 'windows' (contiguous), or 'auto'.")]
+Packing = Annotated[
+    str,
+    typer.Option(
+        help="'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the sequences.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
@@ -36,6 +41,15 @@ Ridge = Annotated[
     typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
 ]
 
+Problem = Annotated[str, typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints.")]
+OwnProblem = Annotated[
+    str | None,
+    typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints; the method's own by default."),
+]
+Constraint = Annotated[
+    str | None,
+    typer.Option(help="Sparse set of a --sparsity, a name that 'admm-prune list' prints; the method's own by default."),
+]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,12 +17,20 @@ def evaluate(
     length: common.Length = None,
     packing: common.Packing = "auto",
     seed: common.Seed = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated names of lm-evaluation-harness, in place of perplexity.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; the task's own by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task, for a quick look.")] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
     trust_remote_code: common.TrustRemoteCode = False,
     json: common.Json = False,
 ) -> None:
-    """Evaluate a model: perplexity, bits per character, sparsity.
+    """Evaluate a model: perplexity, bits per character, sparsity; or tasks of lm-evaluation-harness.
 
     A local file is judged whole, the embedded text by its held-out part.
 
@@ -30,6 +39,10 @@ def evaluate(
     from admm_prune.runs.evaluating import evaluate_model
     from admm_prune.runs.texts import TextSettings, parse_packing
 
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, seed, json)
+        return
     text = TextSettings(
         data=data,
         eval_samples=samples,
@@ -46,3 +59,32 @@ def evaluate(
     rows = [[model, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}", zeros]]
     common.show_table(f"{figures.tokens:,} tokens", ["model", "perplexity", "bits/char", "zeros"], rows)
     print(figures.protocol)
+
+
+def _evaluate_tasks(
+    model: str,
+    names: list[str],
+    folder: Path | None,
+    shots: int | None,
+    limit: int | None,
+    device: str,
+    dtype: str | None,
+    seed: int,
+    json: bool,
+) -> None:
+    from admm_prune.runs.tasks import evaluate_tasks
+
+    content = evaluate_tasks(
+        model, names, folder=folder, shots=shots, limit=limit, device=device, dtype=dtype, seed=seed
+    )
+    if json:
+        common.emit(content)
+        return
+    rows = [
+        [task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
+        for task, figures in content["results"].items()
+        for metric, value in figures.items()
+    ]
+    common.show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
+    if limit is not None:
+        print(f"At most {limit} questions a task: a quick look, not a figure to compare.")

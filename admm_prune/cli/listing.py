@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import json as json_
+from importlib.resources import files
+from typing import Any
+
 from admm_prune.cli import common
 
 
 def list_(json: common.Json = False) -> None:
-    """List methods, solvers, problems and constraints, and which solver fits which problem, or why not.
+    """List methods, solvers, problems, constraints and plug-ins, and which solver fits which problem, or why not.
 
     Example: admm-prune list
     """
-    from admm_prune.recipes.listing import capabilities
+    from admm_prune.recipes.plugins import all_declared
 
-    content = capabilities()
+    # Written down by `make catalogue`, which tries every pair: nothing heavy has to be loaded to read it.
+    content: dict[str, Any] = json_.loads((files("admm_prune") / "assets/catalogue.json").read_text(encoding="utf-8"))
+    content["plugins"] = all_declared()
     if json:
         common.emit(content)
         return
     methods = [[m["name"], m["summary"]] for m in content["methods"]]
-    common.show_table("methods (run, compare, solve)", ["name", "what it does"], methods, prose=True)
+    common.show_table(
+        "methods (run, compare; those that go layer by layer: solve)", ["name", "what it does"], methods, prose=True
+    )
     references = [[m["name"], m["summary"]] for m in content["references"]]
     common.show_table("references for small layers (solve)", ["name", "what it does"], references, prose=True)
-    problems = [[p["name"], p["summary"]] for p in content["problems"]]
-    common.show_table("problems", ["name", "what is kept"], problems, prose=True)
-    constraints = [[c["name"], c["summary"]] for c in content["constraints"]]
-    common.show_table("constraints", ["name", "set"], constraints, prose=True)
-    fits = {(f["solver"], f["constraint"]): f for f in content["fits"]}
+    for title, key, option in (
+        ("problems", "problems", "--problem"),
+        ("constraints; N:M is asked for by --pattern", "constraints", "--constraint"),
+    ):
+        rows = [[x["name"], x["option"], x["summary"]] for x in content[key]]
+        common.show_table(title, ["class", option, "what it is"], rows, prose=True)
+    if content["plugins"]:
+        rows = [[p["name"], p["kind"], p["package"], p["object"]] for p in content["plugins"]]
+        common.show_table("plug-ins of installed packages", ["name", "kind", "package", "object"], rows, prose=True)
+    _show_fits("solver x problem", content["pairs"], "problem")
+    _show_fits("method x constraint, on a small LayerReconstruction", content["fits"], "constraint")
+
+
+def _show_fits(title: str, tried: list[dict[str, Any]], column: str) -> None:
+    fits = {(t["solver"], t[column]): t for t in tried}
     solvers, columns = (list(dict.fromkeys(key[i] for key in fits)) for i in (0, 1))
     matrix = [[s, *("yes" if fits[s, c]["fits"] else "no" for c in columns)] for s in solvers]
-    common.show_table("solver x constraint, on a small LayerReconstruction", ["solver", *columns], matrix)
-    for fit in fits.values():
+    common.show_table(title, ["", *columns], matrix)
+    for pair, fit in fits.items():
         if not fit["fits"]:
-            print(f"{fit['solver']}, {fit['constraint']}: {fit['why']}")
+            print(f"{pair[0]}, {pair[1]}: {fit['why']}")

@@ -20,6 +20,8 @@ def solve(
     pattern: Annotated[
         str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
     ] = None,
+    problem: common.OwnProblem = None,
+    constraint: common.Constraint = None,
     ridge: common.Ridge = None,
     out: Annotated[
         Path | None,
@@ -34,11 +36,11 @@ def solve(
 
     Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
     """
-    from admm_prune.recipes.local_methods import method_named
+    from admm_prune.recipes.local_methods import method_named, with_parts
     from admm_prune.recipes.targets import parse_path
     from admm_prune.runs.solving import solve_path
 
-    method, targets = method_named(solver), parse_path(sparsity, pattern)
+    method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
     path = solve_path(file, method, targets, ridge=ridge, out=out, device=device)
     if json:
         several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}

@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Packing = Literal["auto", "documents", "windows"]
+Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
 LONGEST_DEFAULT = 2048  # contexts of today's models (131072 tokens) would fill the memory with one batch
@@ -69,7 +69,7 @@ class Sequences:
 
     Attributes:
         rows: the sequences, in the order of the batches, which is that of their lengths.
-        packing: "documents" or "windows".
+        packing: "documents", "windows" or "segments".
         length: the tokens of a full sequence.
         bos: as in `Batch`.
         batch_size: sequences a batch.
@@ -161,6 +161,9 @@ def pack(
     "windows": all documents one after the other, BOS between them, cut into windows of `length` tokens. A window
     begins with a token that is given, not scored (BOS, else the last token of the window before), so that every token
     of the text is scored exactly once, but the very first where there is no BOS.
+    "segments": the protocol of the code of GPTQ, SparseGPT and Wanda: all documents joined by blank lines and encoded
+    at once, BOS before the first where the tokenizer puts one, cut into segments of `length` tokens; the shorter last
+    one is dropped. The first token of a segment is given, so that one token in `length` is never scored.
     "auto": documents where their mean length fits in a sequence, else windows.
 
     Args:
@@ -187,7 +190,10 @@ def pack(
         )
     if packing == "auto":
         packing = "documents" if found <= length * len(documents) else "windows"
-    if packing == "documents":
+    if packing == "segments":
+        rows = _segments(encode(["\n\n".join(corpus.documents)], tokenizer)[0], _first_token(tokenizer), length)
+        usable = [row for row in rows if len(row.ids) == length]
+    elif packing == "documents":
         rows = [_document(document, bos, length) for document in documents]
         usable = [row for row in rows if len(row.ids) > 1]
     else:
@@ -216,6 +222,23 @@ def _document(document: EncodedDocument, bos: int | None, length: int) -> Row:
     ids = document.ids[:end] if bos is None else torch.cat([torch.tensor([bos]), document.ids[:end]])
     characters = int(document.bounds[end] - document.bounds[min(given, end)])
     return Row(ids, characters, truncated=len(document.ids) - end)
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """BOS where the tokenizer puts it before a text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return int(ids[0]) if len(ids) > 0 and ids[0] == tokenizer.bos_token_id else None
+
+
+def _segments(document: EncodedDocument, first: int | None, length: int) -> list[Row]:
+    ids, bounds = document.ids, document.bounds
+    if first is not None:
+        ids, bounds = torch.cat([torch.tensor([first]), ids]), torch.cat([torch.tensor([0]), bounds])
+    rows = []
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        rows.append(Row(ids[start:end], int(bounds[end] - bounds[min(start + 1, end)])))
+    return rows
 
 
 def _windows(documents: list[EncodedDocument], bos: int | None, length: int) -> list[Row]:

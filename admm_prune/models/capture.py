@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.flow import Flow, form_of, record
-from admm_prune.models.inputs import Collector, SharedInput
+from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
@@ -115,21 +115,27 @@ class BlockStream:
 
     @torch.no_grad()
     def collect(
-        self, index: int, only: Collection[str] | None = None, outputs: dict[str, Tensor] | None = None
+        self,
+        index: int,
+        only: Collection[str] | None = None,
+        outputs: dict[str, Tensor] | None = None,
+        weigh: TokenWeights | None = None,
     ) -> list[SharedInput]:
         """The inputs of block `index`, in the order in which the block first uses them; pads are left out.
 
         Args:
             only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
             outputs: receives what the block puts out, (n, hidden size) for every part of the text.
+            weigh: from inputs (n, in) the tokens' weights in their Gram (n,).
 
         Raises:
             ValueError: it is another block's turn.
-            UserError: a weight is never used, reads inputs that do not come one a token, or activations overflow.
+            UserError: a weight is never used, reads inputs that do not come one a token, activations overflow, or what
+                `weigh` gives is not one a token, finite and not negative.
         """
         block = self._turn(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
-        collector = Collector(weights)
+        collector = Collector(weights, weigh)
         self._observe(collector, index, outputs)
         collector.join(tuple(self._flows), self._world)
         if collector.starving():

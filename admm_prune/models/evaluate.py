@@ -94,6 +94,16 @@ def _streamed(model: nn.Module, pieces: list[Batch], residence: Residence, shelf
                 yield _loss(model, piece, device)
 
 
+@torch.no_grad()
+def continued(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
+    """The most probable tokens (count,) after a prompt (n,), one after the other; no settings of the model enter."""
+    ids = prompt.to(next(model.parameters()).device)[None]
+    for _ in range(count):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids[0, len(prompt) :].cpu()
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of -log p over the scored tokens of a batch: a float64 scalar on the CPU."""
     total = torch.zeros((), dtype=torch.float64)
@@ -127,7 +137,12 @@ def _rows_at_once(model: nn.Module, batch: Batch) -> int:
 
 def _protocol(sequences: Sequences) -> str:
     begin = "no BOS, the first token is given" if sequences.bos is None else "BOS is given"
-    if sequences.packing == "documents":
+    if sequences.packing == "segments":
+        form = (
+            f"joined documents in segments of {sequences.length} tokens, as the code of GPTQ, SparseGPT and Wanda, the "
+            f"first token of each is given, {sequences.dropped_sequences} shorter at the end dropped"
+        )
+    elif sequences.packing == "documents":
         form = f"one document a sequence, {begin}, cut at {sequences.length} tokens ({sequences.truncated_tokens} lost)"
     else:
         begin = "the last token before it is given" if sequences.bos is None else begin

@@ -16,6 +16,8 @@ from admm_prune.models.parallel import World
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.gram import GramAccumulator, LayerStatistics
 
+TokenWeights = Callable[[Tensor], Tensor]  # inputs (n, in) -> weights (n,)
+
 
 @dataclass(frozen=True)
 class SharedInput:
@@ -31,11 +33,11 @@ class Collector:
     Weights share an input when they are called with the very same tensor, unchanged in between. An expert's inputs are
     the tokens that the router sends it. One that got fewer tokens than a matrix of its has inputs, so that nothing is
     known of the rest, starves: the block is to run again, where this matrix is given all tokens of the block, pads
-    left out, and its statistics are of those.
+    left out, and its statistics are of those. `weigh` gives the tokens their weights in the Grams.
     """
 
-    def __init__(self, weights: tuple[WeightView, ...]) -> None:
-        self._weights = weights
+    def __init__(self, weights: tuple[WeightView, ...], weigh: TokenWeights | None = None) -> None:
+        self._weights, self._weigh = weights, weigh
         self._leaders: dict[int, int] = {}  # weight -> the first weight of the block that reads the same input
         self._grams: dict[tuple[int, str], GramAccumulator] = {}  # by (leader, part of the text)
         self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
@@ -151,4 +153,7 @@ class Collector:
         key = (number, self._part)
         if key not in self._grams:
             self._grams[key] = GramAccumulator(rows.shape[1], rows.device)
-        self._grams[key].add(rows)
+        try:
+            self._grams[key].add(rows, None if self._weigh is None else self._weigh(rows))
+        except ValueError as error:
+            raise UserError(f"{self._name(number)}: {error}") from error

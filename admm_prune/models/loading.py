@@ -15,6 +15,7 @@ import torch
 
 from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
 from admm_prune.errors import UserError
+from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.checkpoint import tensor_files
 from admm_prune.models.export import per_layer_class
 from admm_prune.models.stored import check_stored, shapes
@@ -159,6 +160,8 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise UserError(f"{source}: config.json cannot be read ({first_line(error)})") from error
+    if (folder / PACK_MANIFEST).is_file():
+        raise UserError(f"{source}: an archive, not a model folder: give it back with 'admm-prune unpack {source} OUT'")
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
     return folder

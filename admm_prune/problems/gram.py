@@ -29,19 +29,25 @@ class GramAccumulator:
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Adds tokens (..., d) of any float dtype.
 
+        Args:
+            weights: s_t >= 0, one a token, so that H = sum_t s_t x_t x_t^T; the mean stays that of the inputs.
+
         Raises:
-            ValueError: the last dimension is not d.
+            ValueError: the last dimension is not d; weights are not one a token, finite and not negative.
         """
         flat = inputs.reshape(-1, inputs.shape[-1])
         if flat.shape[1] != len(self._sum):
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
-        for chunk in flat.split(_CHUNK):
+        roots = None if weights is None else _roots(weights, len(flat)).split(_CHUNK)
+        for k, chunk in enumerate(flat.split(_CHUNK)):
             x = chunk.to(self._products)
-            _add_product(self._sum, x, x)
             self._channel_sum += x.sum(0, dtype=torch.float64)
+            if roots is not None:
+                x = x * roots[k].to(x)[:, None]
+            _add_product(self._sum, x, x)
         self.tokens += len(flat)
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -157,6 +163,15 @@ def _in_float(*accumulators: GramAccumulator) -> Tensor:
         rows = slice(start, start + _TILE)
         result[rows] = sum((x[rows] + x[:, rows].T).div_(2) for x in sums)
     return result
+
+
+def _roots(weights: Tensor, tokens: int) -> Tensor:
+    """The square roots of token weights, which have to be one a token, finite and not negative."""
+    if weights.shape != (tokens,):
+        raise ValueError(f"token weights must be of shape ({tokens},), one a token, not {tuple(weights.shape)}")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("token weights must be finite and not negative")
+    return weights.double().sqrt()
 
 
 def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,8 +44,14 @@ class LayerReconstruction:
         ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge;
             two targets, or one without its energy.
 
+    Attributes:
+        token_weights: of a subclass that weighs tokens, sum_t s_t |x_t V^T - y_t|^2: from inputs (n, in) the
+            weights s_t >= 0 (n,), a static method. Whoever takes the Gram asks it.
+
     Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024. The normal form is ours.
     """
+
+    token_weights: ClassVar[Callable[[Tensor], Tensor] | None] = None
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.elsa import Elsa
 from admm_prune.recipes.layerwise import Layerwise
-from admm_prune.recipes.local_methods import LOCAL_METHODS, Method, method_named
+from admm_prune.recipes.local_methods import LOCAL_METHODS, Method, method_named, with_parts
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.sparsellm import SparseLLM
 from admm_prune.recipes.targets import Target
@@ -58,16 +58,16 @@ def composed(
     *,
     steps: int | None = None,
     solver: str | Solver | None = None,
-    problem: Objective | None = None,
-    constraint: SparseSet | type[SparseSet] | None = None,
+    problem: str | Objective | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
 ) -> Recipe:
     """The recipe of a method, with another solver, objective or sparse set inside.
 
     Args:
         method: a name; None for going layer by layer with the solver, or with `admm` where there is none either.
         solver: an object, or the name of a local method, whose ridge, damping and budget come with it.
-        problem: a class derived from `LayerReconstruction`, or what builds one from the same arguments.
-        constraint: a set, or its class where a sparsity alone makes one.
+        problem: a class derived from `LayerReconstruction`, or what builds one from the same arguments; or a name.
+        constraint: a set, or its class where a sparsity alone makes one; or a name.
 
     Raises:
         UserError: there is no such method, or it has no part of this kind.
@@ -128,11 +128,19 @@ def _method_of(solver: str | Solver) -> Method:
 def _parts(
     method: Method,
     solver: str | Solver | None,
-    problem: Objective | None,
-    constraint: SparseSet | type[SparseSet] | None,
+    problem: str | Objective | None,
+    constraint: str | SparseSet | type[SparseSet] | None,
 ) -> Method:
     if solver is not None:
         method = _method_of(solver)
+    if isinstance(problem, str) or isinstance(constraint, str):
+        method = with_parts(
+            method,
+            problem if isinstance(problem, str) else None,
+            constraint if isinstance(constraint, str) else None,
+        )
+        problem = None if isinstance(problem, str) else problem
+        constraint = None if isinstance(constraint, str) else constraint
     if problem is None and constraint is None:
         return method
     values: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields(method)}

@@ -63,8 +63,9 @@ class Layerwise:
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
-            layers = _prune_all(stream.collect(index, chosen) if chosen else [], self.method, request)
-            return Visit(layers=[*layers, *untouched(block, chosen)])
+            weigh = getattr(self.method.objective, "token_weights", None)
+            inputs = stream.collect(index, chosen, weigh=weigh) if chosen else []
+            return Visit(layers=[*_prune_all(inputs, self.method, request), *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
         request.tell(len(visits), len(visits))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
+from admm_prune.recipes.parts import LAYER, layer_problem_named, sparse_set_named
+from admm_prune.recipes.plugins import declared, load_declared
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
@@ -24,12 +26,14 @@ class Method:
 
     Args:
         make: builds the solver.
-        ridge, damping: of the `LayerReconstruction` it is given.
+        ridge, damping: of the layer problem it is given.
         row_wise: an unstructured budget is spread evenly over the output rows, not over the whole layer.
         stacks: weights that share their inputs are solved as one, each within its own budget, because the solver
             factors their Gram and knows `StackedRows`.
         stacks_targets: so are copies of one weight with different targets, because nothing that the solver does depends
             on how dense the stack is as a whole.
+        problem: the objective, by a name that `layer_problem_named` knows.
+        sparse_set: by a name that `sparse_set_named` knows, in place of the method's own set.
     """
 
     name: str
@@ -40,18 +44,38 @@ class Method:
     row_wise: bool = False
     stacks: bool = False
     stacks_targets: bool = False
+    problem: str = LAYER
+    sparse_set: str | None = None
 
     @property
     def objective(self) -> Callable[..., LayerReconstruction]:
         """What builds the layer problem."""
-        return LayerReconstruction
+        return layer_problem_named(self.problem)
 
     def constraint(self, target: Target) -> SparseSet:
-        """The sparse set that this method aims at for a target."""
+        """The sparse set that this method aims at for a target.
+
+        Raises:
+            UserError: a pattern is asked for beside a set by name.
+        """
         if target.pattern is not None:
+            if self.sparse_set is not None:
+                raise UserError(f"the pattern {target} is a sparse set of its own: give --constraint a sparsity")
             return NofM(*target.pattern)
         assert target.sparsity is not None
+        if self.sparse_set is not None:
+            return sparse_set_named(self.sparse_set, target.sparsity)
         return RowWise(target.sparsity) if self.row_wise else Unstructured(target.sparsity)
+
+    def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
+        """Within what the kept weights are counted; "set" where only the named set can tell."""
+        made = self.constraint(target)
+        kinds: dict[type[SparseSet], Literal["matrix", "row", "group"]] = {
+            Unstructured: "matrix",
+            RowWise: "row",
+            NofM: "group",
+        }
+        return kinds.get(type(made), "set")
 
 
 LOCAL_METHODS: Mapping[str, Method] = {
@@ -125,24 +149,39 @@ REFERENCES: Mapping[str, Method] = {
 
 def method_names() -> list[str]:
     """All names that `method_named` knows: ours, then those of installed packages."""
-    return [*LOCAL_METHODS, *REFERENCES, *sorted(_plugins())]
+    return [*LOCAL_METHODS, *REFERENCES, *sorted(declared("solvers"))]
 
 
 def method_named(name: str) -> Method:
     """The method of this name, ours or one that an installed package declares under `admm_prune.solvers`.
 
     Raises:
-        UserError: no such method; the message lists those there are.
+        UserError: no such method (the message lists those there are), or a plug-in that cannot be used.
     """
     ours = {**LOCAL_METHODS, **REFERENCES}
     if name in ours:
         return ours[name]
-    plugins = _plugins()
-    if name in plugins:
-        loaded = plugins[name].load()
-        return loaded if isinstance(loaded, Method) else Method(name, loaded.__doc__ or "", loaded)
-    raise UserError(f"unknown method '{name}': choose one of {', '.join(method_names())}")
+    if name not in declared("solvers"):
+        raise UserError(f"unknown method '{name}': choose one of {', '.join(method_names())}")
+    loaded: Any = load_declared("solvers", name)
+    if isinstance(loaded, Method):
+        return replace(loaded, name=name)
+    if not (callable(loaded) and hasattr(loaded, "solve")):
+        raise UserError(f"the plug-in '{name}' is neither a Method nor a class with a method solve")
+    make: Callable[[], Solver] = loaded
+    return Method(name, (make.__doc__ or "").strip().partition("\n")[0], make)
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group="admm_prune.solvers")}
+def with_parts(method: Method, problem: str | None = None, sparse_set: str | None = None) -> Method:
+    """The method with another objective or another sparse set, each by its name; None leaves its own.
+
+    Raises:
+        UserError: there is no part of that name, or it cannot be used.
+    """
+    if problem is not None:
+        layer_problem_named(problem)
+        method = replace(method, problem=problem)
+    if sparse_set is not None:
+        sparse_set_named(sparse_set, 0.5)
+        method = replace(method, sparse_set=sparse_set)
+    return method

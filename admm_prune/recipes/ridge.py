@@ -81,7 +81,7 @@ def settle_ridge(
         if validation is None:
             raise UserError("--ridge auto needs validation tokens, which are not there: give a number instead")
         began = time.perf_counter()
-        trials = choose_ridge(weight, gram, validation, constraint)
+        trials = choose_ridge(weight, gram, validation, constraint, objective=method.objective)
         return Damping(trials[0].ridge, trials[0].damping, trials, time.perf_counter() - began)
     return Damping(method.ridge if asked is None else asked, method.damping)
 
@@ -92,6 +92,7 @@ def choose_ridge(
     validation: Tensor,
     constraint: Constraint,
     grid: Sequence[tuple[float, float]] = GRID,
+    objective: type[LayerReconstruction] = LayerReconstruction,
 ) -> tuple[Trial, ...]:
     """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
 
@@ -103,7 +104,8 @@ def choose_ridge(
         gram: H (in, in) of all calibration tokens.
         validation: the part of H that comes from the validation tokens.
         constraint: a set that fits a matrix of fewer rows too, such as `Unstructured`, `RowWise`, `NofM`.
-        grid: (ridge, damping) of `LayerReconstruction`.
+        grid: (ridge, damping) of the problem.
+        objective: what builds it.
 
     Returns:
         All trials, the best one first.
@@ -113,7 +115,7 @@ def choose_ridge(
     training.diagonal().clamp_(min=0)  # a channel that only the validation tokens use leaves rounding behind
     trials = []
     for ridge, damping in grid:
-        problem = LayerReconstruction(rows, training, constraint, ridge=ridge, damping=damping)
+        problem = objective(rows, training, constraint, ridge=ridge, damping=damping)
         error = problem.relative_error(_PROBE.solve(problem).solution, validation)
         trials.append(Trial(ridge, damping, error))
     return tuple(sorted(trials, key=lambda trial: trial.error))

@@ -10,6 +10,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.recipes.parts import LAYER, layer_problem_named
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import check_output_file
 from admm_prune.runs.texts import Texts, TextSettings
@@ -23,18 +24,22 @@ def capture_layer(
     *,
     device: str = "auto",
     dtype: str | None = None,
+    problem: str = LAYER,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LayerFile:
     """Writes the problem of one weight, all blocks dense, and returns it.
 
     Args:
+        problem: the objective that the Grams are for, by name: it may weigh the tokens.
         progress: called with (blocks done, blocks to go through, name of the block at work).
 
     Raises:
-        UserError: the model has no such block matrix, the text cannot be used, the file cannot be written.
+        UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
+            cannot be written.
     """
     check_output_file(out)
     place = pick_device(device)
+    weigh = layer_problem_named(problem).token_weights
     check_dtype(dtype)
     loaded = load(model, device=place, dtype=dtype)
     blocks = decoder_blocks(loaded.model)
@@ -50,7 +55,7 @@ def capture_layer(
             progress(index, home + 1, blocks[index].name)
         if index < home:
             stream.advance(index)
-    shared = next(s for s in stream.collect(home) if weight in [view.name for view in s.weights])
+    shared = next(s for s in stream.collect(home, weigh=weigh) if weight in [view.name for view in s.weights])
     view = next(view for view in shared.weights if view.name == weight)
     statistics = shared.statistics
     layer = LayerFile(
@@ -61,6 +66,7 @@ def capture_layer(
         metadata={
             "model": loaded.source,
             "weight": weight,
+            "problem": problem,
             "tokens": str(statistics.tokens),
             "tokens_validation": str(statistics.validation_tokens),
             "tokens_holdout": str(statistics.holdout_tokens),

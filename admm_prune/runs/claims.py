@@ -17,7 +17,7 @@ from admm_prune.recipes.targets import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
-_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Claims:
 
     Attributes:
         target: "0.7", the fraction pruned, or "2:4".
-        budget: "matrix", "row" or "group": within what the kept weights are counted.
+        budget: "matrix", "row" or "group": within what the kept weights are counted; "set": a set that has to be asked.
+        problem: the objective, by name.
         bound_kind: the argument that gave the bound.
         ridge, damping: as used in the end.
         layer: where the layer problem lay.
@@ -37,6 +38,7 @@ class Claims:
     status: str
     target: str
     budget: str
+    problem: str | None
     sparsity: float
     relative_error: float
     relative_error_holdout: float | None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.evaluate import Evaluation, continued
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.shelf import Shelf
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_PROMPT, _CONTINUED = 24, 24  # tokens of the sample of what the model writes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a run did. `model` is the pruned model itself; everything else is written to the manifest, times beside it.
@@ -54,6 +57,8 @@ class Report:
         seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
         phases: time and memory of the parts of the run, up to the evaluation of what came of it.
+        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
+            "prompt", "dense", "pruned"; empty where the weights were streamed.
         model: without weights where it was streamed: they are in `out`.
     """
 
@@ -68,6 +73,7 @@ class Report:
     seconds: float
     notes: tuple[str, ...]
     details: dict[str, Any]
+    continuation: dict[str, str]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
     phases: tuple[Phase, ...] = ()
@@ -89,6 +95,7 @@ class Report:
             "layers": layers,
             "notes": self.notes,
             "details": self.details,
+            "continuation": self.continuation,
             **self.manifest,
         }
 
@@ -128,9 +135,9 @@ def prune(
     model: str | Path | PreTrainedModel,
     *,
     method: str | None = None,
-    problem: Objective | None = None,
+    problem: str | Objective | None = None,
     solver: str | Solver | None = None,
-    constraint: SparseSet | type[SparseSet] | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
     targets: str | Sequence[str] = (),
@@ -169,8 +176,9 @@ def prune(
         method: a name that `admm-prune list` prints; `admm` by default.
         solver: what solves the layer problems, in place of the method's own or of a method: an object such as
             `ADMM.best()`, or a name.
-        problem: what builds the layer problems, as `LayerReconstruction` does.
-        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; or its class.
+        problem: what builds the layer problems, as `LayerReconstruction` does; or the name of an objective.
+        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; its class, or
+            a name.
         sparsity: the fraction of every matrix to go, 0 to 1; or
         pattern: "N:M", N kept of every M consecutive inputs.
         targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
@@ -200,7 +208,7 @@ def prune(
     selection = Selection.of(targets, ignore, overrides or {})
     inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
     recipe = configured(inner, unit, multiple)
-    told = None if constraint is None or isinstance(constraint, type) else target_of(constraint)
+    told = None if constraint is None or isinstance(constraint, str | type) else target_of(constraint)
     target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
     ridge = parse_ridge(ridge)
     text = TextSettings(
@@ -303,9 +311,14 @@ def run_recipe(
         phases: that were before.
     """
     phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    whole = not loaded.residence.hollow  # every token of a continuation takes all weights
+    prompt = judging.rows[0].ids[:_PROMPT]
+    written = {"prompt": prompt, "dense": continued(loaded.model, prompt, _CONTINUED)} if whole else {}
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, request)
     model: Any = loaded.model if outcome.model is None else outcome.model
+    if whole:
+        written["pruned"] = continued(model, prompt, _CONTINUED)
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
     with phases("judging the pruned model"):
@@ -322,6 +335,7 @@ def run_recipe(
         seconds=pruning.seconds,
         notes=outcome.notes,
         details=outcome.details,
+        continuation={name: str(loaded.tokenizer.decode(ids)) for name, ids in written.items()},
         manifest=record,
         model=model,
         phases=tuple(phases),

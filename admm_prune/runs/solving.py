@@ -15,7 +15,8 @@ from admm_prune.errors import UserError
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.local_methods import Method
+from admm_prune.recipes.local_methods import Method, with_parts
+from admm_prune.recipes.parts import LAYER
 from admm_prune.recipes.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
 from admm_prune.recipes.targets import Target
 from admm_prune.result import Result
@@ -107,6 +108,7 @@ def solve_path(
     asked = parse_ridge(ridge)
     place = pick_device(device)
     layer = load_layer_file(path)
+    method = _fitted(method, path, layer)
     if asked == "auto" and (layer.gram_validation is None or layer.cross_gram is not None):
         what = "no gram_validation" if layer.gram_validation is None else "a target from other inputs"
         raise UserError(f"{path}: it has {what}, which --ridge auto cannot choose on: give a number")
@@ -153,12 +155,12 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
     for members in groups.values():
         damping, constraints = dampings[members[0]], [method.constraint(targets[i]) for i in members]
         with PeakMemory(place) as memory:
-            whole = _problem(layer, constraints, damping)
+            whole = _problem(layer, constraints, damping, method)
             result = method.make().solve(whole)
         for i, constraint, weight in zip(
             members, constraints, result.solution["weight"].split(len(layer.weight)), strict=True
         ):
-            own = whole if len(members) == 1 else _problem(layer, [constraint], damping)
+            own = whole if len(members) == 1 else _problem(layer, [constraint], damping, method)
             solution = Point(weight=weight)
             part = replace(
                 result,
@@ -170,11 +172,26 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
     return [solved[i] for i in range(len(targets))]
 
 
-def _problem(layer: LayerFile, constraints: Sequence[SparseSet], damping: Damping) -> LayerReconstruction:
+def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
+    """The method with the objective that the file was captured for, where it names none of its own."""
+    captured = layer.metadata.get("problem", LAYER)
+    if method.problem == LAYER:
+        return with_parts(method, captured)
+    if method.objective.token_weights is not None and method.problem != captured:
+        raise UserError(
+            f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem}' weighs tokens "
+            f"otherwise: capture the layer with --problem {method.problem}"
+        )
+    return method
+
+
+def _problem(
+    layer: LayerFile, constraints: Sequence[SparseSet], damping: Damping, method: Method
+) -> LayerReconstruction:
     """The layer's problem; with several constraints the weight is stacked upon itself, a copy for each."""
     rows, copies = len(layer.weight), len(constraints)
     energy = layer.target_energy
-    return LayerReconstruction(
+    return method.objective(
         layer.weight.repeat(copies, 1) if copies > 1 else layer.weight,
         layer.gram,
         constraints[0] if copies == 1 else StackedRows(tuple((rows, constraint) for constraint in constraints)),
@@ -239,7 +256,8 @@ def _claims(
         method=method.name,
         status=solved.status,
         target=solved.target,
-        budget="group" if target.pattern else "row" if method.row_wise else "matrix",
+        budget=method.cell(target),
+        problem=method.problem,
         sparsity=solved.sparsity,
         relative_error=solved.relative_error,
         relative_error_holdout=solved.relative_error_holdout,

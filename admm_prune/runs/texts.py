@@ -32,7 +32,8 @@ class TextSettings:
         samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
         eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
         length: tokens of a sequence; the model's context by default, at most 2048.
-        packing: "documents" (one a sequence), "windows" (contiguous), or "auto".
+        packing: "documents" (one a sequence), "windows" (contiguous), "segments" (as
+            published code of GPTQ and Wanda), or "auto"; see `data.sequences.pack`.
 
     Raises:
         UserError: a number is out of range, or there is no such packing.

@@ -18,7 +18,7 @@ FIGURES = {
 }  # fmt: skip
 MANIFEST = {
     "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes",
-    "details", "settings", "model_revision", "texts", "environment", "weights",
+    "details", "continuation", "settings", "model_revision", "texts", "environment", "weights",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -49,7 +49,7 @@ def test_not_exactly_one_target(
 
 OPTIONS = [
     (["--method", "nonesuch"], "unknown method 'nonesuch': choose one of magnitude, wanda"),
-    (["--packing", "tight"], "packing must be auto, documents or windows, not 'tight'"),
+    (["--packing", "tight"], "packing must be auto, documents, windows or segments, not 'tight'"),
     (["--dtype", "int8"], "dtype must be float32, bfloat16 or float16, not 'int8'"),
     (["--device", "tpu"], "device must be auto, cpu or cuda, not 'tpu'"),
     (["--ridge", "inf"], "ridge must be 'auto' or a finite number that is not negative, not inf"),

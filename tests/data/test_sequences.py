@@ -191,3 +191,20 @@ def test_default_length_is_the_context_or_2048() -> None:
     assert default_length(LlamaConfig(max_position_embeddings=131072)) == 2048
     assert default_length(OPTConfig(max_position_embeddings=512)) == 512
     assert default_length(GPT2Config(n_positions=64)) == 64
+
+
+def test_segments_are_those_of_published_code(tokenizers: Tokenizers) -> None:
+    """enc = tokenizer("\\n\\n".join(texts)); segment i = enc[i * L : (i + 1) * L], the rest dropped."""
+    for tokenizer in tokenizers:
+        whole = tokenizer("\n\n".join(DOCUMENTS), verbose=False)["input_ids"]
+        sequences = pack(Corpus("x", DOCUMENTS), tokenizer, length=6, packing="segments")
+        expected = [whole[i * 6 : (i + 1) * 6] for i in range(len(whole) // 6)]
+        assert sorted(row.ids.tolist() for row in sequences.rows) == sorted(expected)
+        assert sequences.scored_tokens == 5 * len(expected)
+        assert sequences.dropped_sequences == (1 if len(whole) % 6 else 0)
+        assert sequences.characters < len("\n\n".join(DOCUMENTS))
+
+
+def test_segments_of_a_text_that_is_too_short_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="no document has a token to score"):
+        pack(Corpus("x", ("a",)), tokenizer, length=64, packing="segments")

@@ -86,3 +86,27 @@ def test_sparsity_counts_exact_zeros() -> None:
     assert set(others) == {0.0}
     total = sum(nn.Module.get_parameter(model, v.name).numel() for block in blocks for v in block.weights)
     assert sparsity(blocks) == pytest.approx((view.parameter == 0).sum().item() / total)
+
+
+def test_segments_give_the_perplexity_of_published_code(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As the scripts of GPTQ, SparseGPT and Wanda: exp(sum_i loss_i L / (n L)), loss_i the model's own on segment i."""
+    model, length = build("llama"), 8
+    whole = torch.tensor(tokenizer("\n\n".join(STORIES))["input_ids"])
+    count = len(whole) // length
+    losses = []
+    for i in range(count):
+        ids = whole[None, i * length : (i + 1) * length]
+        losses.append(float(model(input_ids=ids, labels=ids).loss.detach()) * length)
+    result = evaluate(model, pack(Corpus("stories", STORIES), tokenizer, length=length, packing="segments"))
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / (count * length)), rel=1e-5)
+    assert result.packing == "segments"
+    assert "1 shorter at the end dropped" in result.protocol
+
+
+def test_a_continuation_is_the_greedy_one(model: PreTrainedModel) -> None:
+    prompt = torch.arange(1, 6)
+    ids = model.generate(
+        prompt[None], attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=7, min_new_tokens=7,
+        do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    assert module.continued(model, prompt, 7).tolist() == ids[0, 5:].tolist()

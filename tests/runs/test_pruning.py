@@ -85,7 +85,7 @@ def test_a_module_that_cannot_be_used_is_refused(model_folder: Path, text_file: 
         ({"samples": 0}, "samples must be at least 1, not 0"),
         ({"eval_samples": 0}, "eval_samples must be at least 1, not 0"),
         ({"length": 1}, "length must be at least 2, not 1"),
-        ({"packing": "tight"}, "packing must be auto, documents or windows"),
+        ({"packing": "tight"}, "packing must be auto, documents, windows or segments"),
         ({"ridge": float("nan")}, "ridge must be 'auto' or a finite number"),
     ],
 )
@@ -120,3 +120,11 @@ def test_a_local_file_is_judged_whole_by_eval(model_folder: Path, text_file: Pat
     judgement = evaluate_model(str(model_folder), TextSettings(data=str(text_file)), device="cpu")
     assert judgement.figures.characters == sum(map(len, text_file.read_text().split("<|endoftext|>")))
     assert judgement.sparsity == 0.0
+
+
+def test_the_report_shows_what_the_models_write(model_folder: Path, text_file: Path) -> None:
+    report = admm_prune.prune(str(model_folder), method="magnitude", sparsity=0.9, data=str(text_file), samples=4)
+    said = report.as_json()["continuation"]
+    assert set(said) == {"prompt", "dense", "pruned"}
+    assert all(isinstance(text, str) and text for text in said.values())
+    assert said["dense"] != said["pruned"]

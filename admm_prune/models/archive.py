@@ -1,0 +1,166 @@
+"""Masked weights on disk without their zeros: a bit an entry and the other values, in safetensors, tensor by tensor.
+
+A packed file carries the header of the file that it was made of, so that unpacking gives that file back to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from admm_prune.errors import UserError
+from admm_prune.kernels import bits
+
+PACK_MANIFEST = "admm_prune_pack.json"
+PACKED = ".packed"  # behind the name of a packed file: no loader takes it for the weights themselves
+_BITS, _VALUES, _HEADER = ".bits", ".values", "header"
+_LENGTH = struct.Struct("<Q")  # safetensors: the length of the header, the header as JSON, then the data
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file, as its header has it; `start` and `stop` count from the end of the header."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> tuple[bytes, list[Entry]]:
+    """The header of a safetensors file, to the byte, and its tensors in the order of their data.
+
+    Raises:
+        UserError: it is none, or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:  # safe_open checks offsets and length
+            header = file.read(_LENGTH.unpack(file.read(_LENGTH.size))[0])
+    except (SafetensorError, OSError, struct.error) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    return header, _entries(header)
+
+
+def pack_file(source: Path, out: Path) -> list[str]:
+    """Writes a safetensors file without its zeros, one tensor in memory; one that would not become smaller stays whole.
+
+    Only what is zero in every bit is left out: -0.0 is a value.
+
+    Returns:
+        The names of the tensors that were packed.
+
+    Raises:
+        UserError: `source` is no safetensors file, or packed already.
+    """
+    header, entries = read_header(source)
+    if _HEADER in json.loads(header).get("__metadata__", {}):
+        raise UserError(f"{source} is packed already")
+    names = {entry.name for entry in entries}
+    with safe_open(source, framework="pt") as file:
+        kept = {entry.name: int(_integers(file.get_tensor(entry.name)).count_nonzero()) for entry in entries}
+        packed = [entry for entry in entries if _gains(entry, kept[entry.name]) and not _taken(entry, names)]
+        parts: list[tuple[str, str, list[int], int, Entry]] = []
+        for entry in entries:
+            if entry in packed:
+                width, size = bits.packed_width(_count(entry)), _itemsize(entry)
+                parts.append((entry.name + _VALUES, entry.dtype, [kept[entry.name]], kept[entry.name] * size, entry))
+                parts.append((entry.name + _BITS, "U8", [width], width, entry))
+            else:
+                parts.append((entry.name, entry.dtype, entry.shape, entry.stop - entry.start, entry))
+        parts.sort(key=lambda part: -_itemsize(part[4]) if not part[0].endswith(_BITS) else -1)  # data stay aligned
+        content: dict[str, Any] = {"__metadata__": {"admm_prune": "1", _HEADER: header.decode("utf-8")}}
+        end = 0
+        for name, dtype, shape, length, _ in parts:
+            content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + length]}
+            end += length
+        with out.open("wb") as target:
+            text = json.dumps(content).encode("utf-8")
+            text += b" " * (-len(text) % _LENGTH.size)
+            target.write(_LENGTH.pack(len(text)) + text)
+            for name, _, _, _, entry in parts:
+                flat = _integers(file.get_tensor(entry.name))
+                if entry in packed:
+                    flat = bits.pack(flat != 0) if name.endswith(_BITS) else flat[flat != 0]
+                _write(target, flat)
+    return [entry.name for entry in packed]
+
+
+def unpack_file(source: Path, out: Path) -> None:
+    """The inverse of `pack_file`, to the byte, one tensor in memory.
+
+    Raises:
+        UserError: `source` is no packed file, or its bits and values do not belong together.
+    """
+    packed_header, _ = read_header(source)
+    metadata = json.loads(packed_header).get("__metadata__", {})
+    if _HEADER not in metadata:
+        raise UserError(f"{source} is not packed")
+    header = metadata[_HEADER].encode("utf-8")
+    with safe_open(source, framework="pt") as file, out.open("wb") as target:
+        names = set(file.keys())
+        target.write(_LENGTH.pack(len(header)) + header)
+        for entry in _entries(header):
+            if entry.name in names:
+                _write(target, _integers(file.get_tensor(entry.name)))
+                continue
+            if not {entry.name + _BITS, entry.name + _VALUES} <= names:
+                raise UserError(f"{source} lacks the tensor {entry.name}: it is damaged")
+            mask = bits.unpack(file.get_tensor(entry.name + _BITS), _count(entry))
+            values = _integers(file.get_tensor(entry.name + _VALUES))
+            if int(mask.count_nonzero()) != len(values):
+                raise UserError(f"{source}: the bits and the values of {entry.name} do not belong together")
+            _write(target, torch.zeros(_count(entry), dtype=values.dtype).masked_scatter_(mask, values))
+
+
+def _entries(header: bytes) -> list[Entry]:
+    content = json.loads(header)
+    found = [
+        Entry(name, tensor["dtype"], tensor["shape"], *tensor["data_offsets"])
+        for name, tensor in content.items()
+        if name != "__metadata__"
+    ]
+    return sorted(found, key=lambda entry: (entry.start, entry.stop))
+
+
+def _gains(entry: Entry, kept: int) -> bool:
+    """Whether bits and values take less than the tensor."""
+    return kept * _itemsize(entry) + bits.packed_width(_count(entry)) < entry.stop - entry.start
+
+
+def _taken(entry: Entry, names: set[str]) -> bool:
+    return entry.name + _BITS in names or entry.name + _VALUES in names
+
+
+def _count(entry: Entry) -> int:
+    count = 1
+    for size in entry.shape:
+        count *= size
+    return count
+
+
+def _itemsize(entry: Entry) -> int:
+    return (entry.stop - entry.start) // max(1, _count(entry))
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """The bit patterns of a tensor (n,), as integers of the size of its entries."""
+    return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
+
+
+def _write(target: IO[bytes], flat: Tensor) -> None:
+    for chunk in _chunks(flat):
+        target.write(chunk.contiguous().view(torch.uint8).numpy().data)
+
+
+def _chunks(flat: Tensor) -> Iterator[Tensor]:
+    yield from flat.split(1 << 24)

@@ -1,0 +1,91 @@
+"""bench inference: bytes that can be counted by hand, times that are measured, and sentences that do not flatter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from admm_prune.errors import UserError
+from admm_prune.models.loading import load
+from admm_prune.runs.inference import _CSRLinear, bench_inference, least
+from admm_prune.runs.pruning import prune
+
+QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    place = tmp_path_factory.mktemp("runs")
+    kinds = {
+        "mask": {"method": "magnitude", "sparsity": 0.9},
+        "2:4": {"method": "magnitude", "pattern": "2:4"},
+        "smaller": {"method": "struprune-uniform", "sparsity": 0.4},
+    }
+    for name, how in kinds.items():
+        prune(str(model_folder), data=str(text_file), samples=8, out=place / name, **how)
+    return {name: str(place / name) for name in kinds}
+
+
+def test_an_unstructured_mask_gains_nothing_as_stored(folders: dict[str, str], model_folder: Path) -> None:
+    content = bench_inference(folders["mask"], str(model_folder), **QUICK)
+    rows = {row["form"]: row for row in content["rows"]}
+    assert list(rows) == ["dense", "as stored", "CSR kernels"]
+    dense, stored, csr = rows.values()
+    tensors = load_file(Path(folders["mask"]) / "model.safetensors")
+    assert stored["disk_bytes"] == (Path(folders["mask"]) / "model.safetensors").stat().st_size
+    assert stored["memory_bytes"] == dense["memory_bytes"]
+    weights = sum(t.numel() * 4 for t in tensors.values())
+    assert weights <= stored["memory_bytes"] < weights + 1024  # and a few buffers of the rotary embedding
+    packed = sum(min(t.numel() * 4, int(t.count_nonzero()) * 4 + -(-t.numel() // 8)) for t in tensors.values())
+    assert stored["packed_bytes"] == packed
+    assert stored["zeros"] == pytest.approx(0.9, abs=0.01)
+    assert csr["disk_bytes"] is None
+    assert csr["memory_bytes"] < stored["memory_bytes"]
+    assert all(row[key] > 0 for row in rows.values() for key in ("prefill_seconds", "decode_seconds"))
+    assert any("neither smaller nor faster" in sentence for sentence in content["sentences"])
+
+
+def test_two_of_four_says_what_was_not_measured(folders: dict[str, str]) -> None:
+    content = bench_inference(folders["2:4"], **QUICK)
+    assert content["rows"][0]["form"] == "as stored"
+    assert any("2:4; kernels for that were not measured here: they need a CUDA" in s for s in content["sentences"])
+
+
+def test_a_structured_model_is_smaller(folders: dict[str, str], model_folder: Path) -> None:
+    content = bench_inference(folders["smaller"], str(model_folder), **QUICK)
+    dense, stored = content["rows"]
+    assert stored["parameters"] < dense["parameters"]
+    assert stored["disk_bytes"] < dense["disk_bytes"]
+    assert stored["memory_bytes"] < dense["memory_bytes"]
+    assert any("parameters are gone for good" in sentence for sentence in content["sentences"])
+
+
+def test_the_kernels_compute_the_same(folders: dict[str, str]) -> None:
+    linear = torch.nn.Linear(16, 8)
+    with torch.no_grad():
+        linear.weight[:, ::2] = 0
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(_CSRLinear(linear)(x), linear(x))
+
+
+def test_models_take_turns(model_folder: Path) -> None:
+    model = load(str(model_folder), device="cpu").model
+    turns: list[str] = []
+    names = {"a": model, "b": model}
+    times = least(lambda _, tokens: turns.append(f"{tokens}"), names, 5, repeats=2)
+    assert turns == ["5"] * 6
+    assert set(times) == {"a", "b"}
+
+
+def test_a_context_that_is_too_short_is_refused(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="its context of 64 tokens is shorter"):
+        bench_inference(str(model_folder), tokens=65, device="cpu")
+
+
+@pytest.mark.gpu
+def test_two_of_four_kernels(folders: dict[str, str]) -> None:
+    content = bench_inference(folders["2:4"], **{**QUICK, "device": "cuda"}, dtype="float16")
+    assert "2:4 kernels" in [row["form"] for row in content["rows"]]

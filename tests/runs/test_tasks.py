@@ -1,0 +1,94 @@
+"""Tasks of lm-evaluation-harness on a task of our own, against log-likelihoods that are computed here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from admm_prune.errors import UserError
+from admm_prune.models.loading import load
+from admm_prune.runs.tasks import evaluate_tasks
+
+ROWS = [
+    {"question": "the cat sat on a", "choices": [" mat", " question"], "answer": 0},
+    {"question": "to be or not to", "choices": [" be", " mat and cat"], "answer": 0},
+    {"question": "the mat is", "choices": [" moved and not", " on"], "answer": 1},
+]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with the task "mats", multiple choice on three local questions."""
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "mats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (place / "mats.yaml").write_text(
+        f"""
+task: mats
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {place / "mats.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+num_fewshot: 0
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata: {{version: 3}}
+"""
+    )
+    return place
+
+
+def chosen(model: torch.nn.Module, tokenizer: object, row: dict) -> int:
+    """The choice of the largest log-likelihood given the question, BOS before it."""
+    scores = []
+    for choice in row["choices"]:
+        given = tokenizer(row["question"], add_special_tokens=True)["input_ids"]
+        whole = tokenizer(row["question"] + choice, add_special_tokens=True)["input_ids"]
+        logits = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        scores.append(sum(float(logits[i - 1, whole[i]].detach()) for i in range(len(given), len(whole))))
+    return int(torch.tensor(scores).argmax())
+
+
+def test_accuracy_is_what_the_likelihoods_say(model_folder: Path, tasks: Path) -> None:
+    found = evaluate_tasks(str(model_folder), ["mats"], folder=tasks, device="cpu")
+    loaded = load(str(model_folder), device="cpu")
+    expected = sum(chosen(loaded.model, loaded.tokenizer, row) == row["answer"] for row in ROWS) / len(ROWS)
+    assert found["results"]["mats"]["acc,none"] == pytest.approx(expected)
+    assert found["versions"] == {"mats": 3}
+    assert found["shots"] == {"mats": 0}
+    assert found["limit"] is None
+    json.dumps(found)
+
+
+def test_what_cannot_be_evaluated_is_refused(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder of tasks"):
+        evaluate_tasks(str(model_folder), ["mats"], folder=tmp_path / "none", device="cpu")
+    with pytest.raises(UserError, match="name at least one task"):
+        evaluate_tasks(str(model_folder), [], device="cpu")
+
+
+@pytest.mark.slow  # the harness reads thousands of files
+def test_an_unknown_task_is_refused(model_folder: Path, tasks: Path) -> None:
+    with pytest.raises(UserError, match="knows no task 'nonsense'"):
+        evaluate_tasks(str(model_folder), ["nonsense"], folder=tasks, device="cpu")
+
+
+def test_without_the_harness_it_says_what_to_install(model_folder: Path) -> None:
+    script = (
+        "import sys; sys.modules['lm_eval'] = None\n"
+        "from admm_prune.runs.tasks import evaluate_tasks\n"
+        f"evaluate_tasks({str(model_folder)!r}, ['piqa'], device='cpu')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "tasks need lm-evaluation-harness: pip install admm-prune[eval]" in done.stderr
