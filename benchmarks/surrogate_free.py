@@ -52,6 +52,7 @@ ABLATIONS: dict[str, Trained] = {
     "elsa projected by magnitude": Elsa(name="elsa projected by magnitude", projection=LOCAL_METHODS["magnitude"]),
     "elsa projected by sparsegpt": Elsa(name="elsa projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
     "elsa by distillation": Elsa(name="elsa by distillation", distillation=1.0),
+    "elsa-l by bitsandbytes": Elsa(name="elsa-l by bitsandbytes", moments="bitsandbytes"),
     "elsa at half the rate": Elsa(name="elsa at half the rate", boldness=0.5),
     "elsa at twice the rate": Elsa(name="elsa at twice the rate", boldness=2.0),
 }

@@ -1,4 +1,6 @@
-"""Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there: python tests/compile_kernels.py
+"""Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there.
+
+    python tests/compile_kernels.py
 
 Kernels are not run: their launchers are called on CPU tensors with a driver that only knows what to compile for. Prints
 each kernel with the shared memory it takes, and fails where a kernel of the package was never launched.
@@ -26,9 +28,9 @@ from admm_prune.kernels.triton import (
     device_splitting,
     device_sweep,
     selection,
+    sweep,
 )
 from admm_prune.kernels.triton import splitting as splitting_
-from admm_prune.kernels.triton import sweep
 
 HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even"}  # called by kernels
 compiled: dict[str, int] = {}

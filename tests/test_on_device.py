@@ -7,7 +7,6 @@ there (measures read in bulk, products split in bfloat16, inverses by products) 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,15 +33,16 @@ SOLVERS: dict[str, tuple[Solver, float]] = {  # with the error that float32 may 
     "alps": (ADMM.alps(), 5e-3),
     "gradual": (ADMM.gradual(), 5e-3),
 }
+DRAWS = 3
 LONG = {"admm-best", "alps"}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SOLVERS]
 
 
 @pytest.fixture(params=["cpu", "device", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "device":
         monkeypatch.setattr(backend, "on_device", lambda x: True)
-    yield request.param
+    return request.param
 
 
 def torch_device(device: str) -> str:
@@ -82,16 +82,19 @@ def pattern(name: str, shape: tuple[int, int]) -> SparseSet:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", ["70%", "2:4"])
 def test_a_solve_is_as_good_as_in_float64(device, name, target) -> None:
+    """In the geometric mean over fresh layers: which local minimum a search ends in may hang on the last digit."""
     solver, tolerance = SOLVERS[name]
     for shape in SHAPES[device]:
-        constraint = pattern(target, shape)
-        ours = solved(solver, shape, constraint, device)
-        exact = problem(shape, constraint, "cpu", torch.float64)
-        reference = exact.relative_error(solver.solve(exact).solution)
-        error = exact.relative_error(ours.solution.map(lambda x: x.cpu().double()))
-        assert error <= reference * (1 + tolerance) + 1e-9, f"{shape}: {error} for {reference}"
-        assert exact.constraint.contains(ours.solution)
-        assert ours.solution["weight"].device.type == torch_device(device)
+        ratios = []
+        for seed in range(DRAWS):
+            constraint = pattern(target, shape)
+            ours = solved(solver, shape, constraint, device, seed)
+            exact = problem(shape, constraint, "cpu", torch.float64, seed)
+            reference = exact.relative_error(solver.solve(exact).solution)
+            ratios.append(exact.relative_error(ours.solution.map(lambda x: x.cpu().double())) / reference)
+            assert exact.constraint.contains(ours.solution)
+            assert ours.solution["weight"].device.type == torch_device(device)
+        assert abs(math.log(math.prod(ratios))) / DRAWS <= tolerance, f"{shape}: {ratios}"
 
 
 @pytest.mark.parametrize("target", ["rows", "stacked", "2:4"])
@@ -129,22 +132,26 @@ def test_measures_are_read_in_bulk(device) -> None:
 
 
 def test_numbers_that_overflow_are_reported(device) -> None:
+    """Scores |z| sqrt(A_jj) beyond float32: the residual is not finite, and the result is a point that is."""
     task = problem(SHAPES[device][0], Unstructured(0.5), device, torch.float32)
-    start = task.initial().map(lambda x: x * 1e38)
-    if device == "cpu":
-        with pytest.raises((ValueError, ArithmeticError)):
-            ADMM().solve(task, start=start)
-    else:
-        result = ADMM().solve(task, start=start.map(lambda x: x.nan_to_num(posinf=3e38, neginf=-3e38)))
-        assert result.solution.is_finite() or result.status is Status.NONFINITE
+    huge = LayerReconstruction(task.weight * 1e25, task.gram * 1e30, task.constraint)
+    result = ADMM().solve(huge)
+    assert result.status is Status.NONFINITE
+    assert result.iterations == (1 if device == "cpu" else 4)
+    assert result.solution.is_finite()
+    assert huge.constraint.contains(result.solution)
 
 
 def test_a_matrix_that_is_not_positive_definite_is_found_out(device) -> None:
     hessian = torch.diag(torch.tensor([1.0, -1.0, 2.0], device=torch_device(device)))
-    with pytest.raises(RuntimeError, match="positive"):
+
+    def invert() -> None:
         failed: list[torch.Tensor] = []
         quadratic.inverse(hessian, failed)
         quadratic.check_factored(failed)
+
+    with pytest.raises(RuntimeError, match="positive"):
+        invert()
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("exact", 1e-6), ("bfloat16x3", 3e-5), ("bfloat16", 1e-2)])

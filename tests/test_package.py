@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import admm_prune
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"cvxpy", "datasets", "matplotlib", "pydantic", "pyscipopt"}
+OPTIONAL = {"bitsandbytes", "cvxpy", "datasets", "matplotlib", "pydantic", "pyscipopt"}
 HEAVY = OPTIONAL | {"jinja2", "numpy", "rich", "scipy", "tokenizers", "torch", "transformers", "typer"}
 REPORT_LOADED = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
 

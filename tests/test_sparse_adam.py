@@ -215,6 +215,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so() -> None:
         ({"freeze": 1.0}, 8 + 0.125),
         ({"penalty": math.inf}, 8 + 0.125),
         ({"freeze": 1.0, "moments": "int8"}, 2 + 8 / 256 + 0.125),
+        ({"freeze": 1.0, "moments": "bitsandbytes"}, 2 + 8 / 256 + 0.125),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 _WRONG_INPUT, _INTERRUPTED = 2, 130
@@ -10,7 +11,7 @@ _WRONG_INPUT, _INTERRUPTED = 2, 130
 def main() -> None:
     """Runs `admm-prune` and exits: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
 
-    Without arguments it shows the help.
+    Without arguments it shows the help. Of several processes (torchrun) that end so, one says why.
     """
     import typer
 
@@ -20,17 +21,43 @@ def main() -> None:
 
     try:
         with interrupts.remembered():
+            if _several() and sys.argv[1:2] != ["run"]:
+                raise UserError("only 'run' is for several processes: leave torchrun out")
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UserError, _usage_error()) as error:
         # A usage error's str() leaves out the name of the option that is wrong.
         text = getattr(error, "format_message", error.__str__)()
-        print(f"admm-prune: {' '.join(text.split())}", file=sys.stderr)
-        sys.exit(_WRONG_INPUT)
+        if _speaks(error):
+            print(f"admm-prune: {' '.join(text.split())}", file=sys.stderr)
+        _leave(_WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:  # some releases of typer return it, others raise
-        print(f"admm-prune: {interrupts.message()}", file=sys.stderr)
+        if _speaks():
+            print(f"admm-prune: {interrupts.message()}", file=sys.stderr)
+        _leave(_INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _speaks(error: Exception | None = None) -> bool:
+    """Whether this is the process to say why the run has failed."""
+    if not _several():
+        return True
+    from admm_prune.runs import processes
+
+    return processes.speaks(error)
+
+
+def _leave(status: int) -> None:
+    if _several():  # others may wait for this one in what the interpreter would wait for: they see it go
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _usage_error() -> type[Exception]:

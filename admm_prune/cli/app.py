@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import bench, capture, compare, evaluate, listing, plan, run, solve, verify
+from admm_prune.cli import (
+    bench,
+    capture,
+    compare,
+    evaluate,
+    listing,
+    plan,
+    recipe,
+    report,
+    reproduce,
+    run,
+    solve,
+    verify,
+)
 
 app = typer.Typer(
     name="admm-prune",
@@ -20,5 +33,8 @@ app.command("capture")(capture.capture)
 app.command("solve")(solve.solve)
 app.command("verify")(verify.verify)
 app.command("plan")(plan.plan)
+app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("list")(listing.list_)
+app.add_typer(recipe.recipe, name="recipe")
 app.add_typer(bench.bench, name="bench")

@@ -33,3 +33,37 @@ def memory(
         common.emit({"out": str(out), "exponents": content["exponents"], "peaks": content["peaks"]})
         return
     print((out / "memory.txt").read_text(encoding="utf-8"))
+
+
+@bench.command()
+def gpu(
+    out: common.Out,
+    device: common.Device = "auto",
+    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: tries every part, on any machine.")] = False,
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for everything; later rows go without.")] = 450.0,
+    sections: Annotated[
+        str, typer.Option(help="Which parts, separated by commas.")
+    ] = "layers,selection,training,models",
+    json: common.Json = False,
+) -> None:
+    """Measure solvers, selection, training steps and whole blocks on one GPU, each beside its floor on that card.
+
+    Example: admm-prune bench gpu --out gpu
+    """
+    from admm_prune.runs.device import pick_device
+    from admm_prune.runs.gpu.suite import bench_gpu
+
+    with common.progress_bar("measuring") as progress:
+        content = bench_gpu(
+            out,
+            device=pick_device(device),
+            small=small,
+            budget=budget,
+            sections=[name.strip() for name in sections.split(",")],
+            progress=progress,
+        )
+    if json:
+        rows = [{key: row[key] for key in ("section", "name", "case", "status", "seconds")} for row in content["rows"]]
+        common.emit({"out": str(out), "claims": content["claims"], "rows": rows})
+        return
+    print((out / "gpu.txt").read_text(encoding="utf-8"))

@@ -44,13 +44,26 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Never done otherwise.")
 ]
 
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable."
+    ),
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Leave what fits as it is, as for --targets; repeatable.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
+
 Report = Callable[[int, int, str], None]
 _WIDE = 160
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Report]:
-    """A progress bar on stderr, silent where stderr is no terminal; yields the callback (done, total, at work)."""
+def progress_bar(what: str, *, shown: bool = True) -> Iterator[Report]:
+    """A progress bar on stderr, lines where stderr is no terminal; yields the callback (done, total, at work)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -62,16 +75,39 @@ def progress_bar(what: str) -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (console.is_terminal and shown)) as bar:
         task = bar.add_task("", total=None)
 
         def report(done: int, total: int, at_work: str) -> None:
             interrupts.check()
             bar.update(task, completed=done, total=total, description=at_work)
-            if not console.is_terminal and at_work:
+            if shown and not console.is_terminal and at_work:
                 print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
 
         yield report
+
+
+def parse_overrides(given: list[str] | None) -> dict[str, float | str]:
+    """{pattern: target} from PATTERN=TARGET.
+
+    Raises:
+        UserError: there is no "=".
+    """
+    from admm_prune.errors import UserError
+
+    found: dict[str, float | str] = {}
+    for item in given or ():
+        pattern, equals, wanted = item.rpartition("=")
+        if not (equals and pattern and wanted):
+            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
+        found[pattern] = wanted
+    return found
+
+
+def given(ctx: typer.Context, **renamed: str) -> set[str]:
+    """The names of the options that were given, not left at their defaults; some under another name."""
+    names = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    return {renamed.get(name, name) for name in names}
 
 
 def emit(content: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -11,11 +12,18 @@ from admm_prune.cli import common
 
 
 def run(
+    ctx: typer.Context,
     out: common.Out,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe.yaml, or the folder of a run that has one: options go before it.")
+    ] = None,
     model: common.Model = "embedded",
     method: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
     sparsity: Annotated[str | None, typer.Option(help="Fraction of every matrix to go, such as 0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
+    targets: common.Targets = None,
+    ignore: common.Ignore = None,
+    override: common.Override = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
     samples: common.Samples = None,
@@ -45,6 +53,10 @@ def run(
         typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
     ] = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Prove a lower bound of every layer's error too: seconds a matrix.")
+    ] = False,
+    dry_run: common.DryRun = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -54,43 +66,96 @@ def run(
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
-    from admm_prune.cli import interrupts
     from admm_prune.recipes.ridge import parse_ridge
-    from admm_prune.runs.journal import home_of
-    from admm_prune.runs.pruning import prune
+    from admm_prune.runs.recipe_file import read_recipe
     from admm_prune.runs.texts import parse_packing
 
+    asked: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "targets": targets or (),
+        "ignore": ignore or (),
+        "overrides": common.parse_overrides(override),
+        "data": data,
+        "eval_data": eval_data,
+        "samples": samples,
+        "eval_samples": eval_samples,
+        "length": length,
+        "packing": parse_packing(packing),
+        "seed": seed,
+        "ridge": parse_ridge(ridge),
+        "steps": steps,
+        "unit": unit,
+        "multiple": multiple,
+        "bounds": bounds,
+        "device": device,
+        "dtype": dtype,
+    }
+    if recipe is not None or dry_run:
+        given = common.given(ctx, override="overrides")
+        if recipe is None:
+            from admm_prune.runs.recipe_schema import validated
+
+            chosen = validated({key: asked[key] for key in ("sparsity", "pattern") if asked[key] is not None}, "run")
+        else:
+            chosen = read_recipe(recipe)
+        chosen = chosen.with_options({name: value for name, value in asked.items() if name in given})
+        asked = chosen.arguments()
+        if dry_run:
+            show_plan(chosen.as_content(), out, json)
+            return
+    carry_out(
+        asked,
+        out,
+        json,
+        stream="auto" if stream is None else stream,
+        resume=resume,
+        activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
+    """Prints the recipe that would be run, and where it would go; nothing is loaded."""
+    from admm_prune.runs.recipe_file import written
+
+    if json:
+        common.emit({"recipe": content, "out": None if out is None else str(out)})
+        return
+    print(written(content), end="")
+    print(f"# would be written to {out}" if out is not None else "# a run needs --out")
+
+
+def carry_out(asked: dict[str, Any], out: Path, json: bool, **machine: Any) -> None:
+    """Runs what is asked for, and says what came of it.
+
+    Args:
+        asked: arguments of `prune` that say what to do.
+        machine: those that say how.
+    """
+    from admm_prune.cli import interrupts
+    from admm_prune.models.parallel import LostProcessError
+    from admm_prune.runs.journal import home_of
+    from admm_prune.runs.processes import joined
+    from admm_prune.runs.pruning import prune
+
     try:
-        with common.progress_bar("pruning") as progress:
-            report = prune(
-                model,
-                method=method,
-                sparsity=sparsity,  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
-                pattern=pattern,
-                data=data,
-                eval_data=eval_data,
-                out=out,
-                samples=samples,
-                eval_samples=eval_samples,
-                length=length,
-                packing=parse_packing(packing),
-                seed=seed,
-                ridge=parse_ridge(ridge),
-                steps=steps,
-                unit=unit,
-                multiple=multiple,
-                device=device,
-                dtype=dtype,
-                stream="auto" if stream is None else stream,
-                resume=resume,
-                activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
+        with (
+            joined(asked.get("device", "auto")) as world,
+            common.progress_bar("pruning", shown=world.first) as progress,
+        ):
+            report = prune(**asked, **machine, out=out, progress=progress)
+    except (KeyboardInterrupt, LostProcessError) as error:
+        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
         if home_of(out).is_dir():
-            interrupts.advise(f"go on with the same command and --resume ({out}.partial holds what is finished)")
+            interrupts.advise(advice)
+            if isinstance(error, LostProcessError):
+                raise LostProcessError(f"{error}: {advice}") from error
         raise
+    if not world.first:
+        return
     if json:
         common.emit(
             {
@@ -106,7 +171,8 @@ def run(
         return
     rows = [
         [name, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}"]
-        for name, figures in (("dense", report.dense), (f"{method} {report.target}", report.pruned))
+        for name, figures in (("dense", report.dense), (f"{report.method} {report.target}", report.pruned))
     ]
-    common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
+    common.show_table(f"{asked['model']}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
+    print(f"report: {out / 'report.html'}")

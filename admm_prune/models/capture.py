@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
 from admm_prune.models.flow import Flow, form_of, record
 from admm_prune.models.inputs import Collector, SharedInput
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
@@ -34,9 +37,12 @@ class BlockStream:
         holdout: other text, for reporting only.
         residence: of the blocks: whoever works on one has it entered.
         shelf: keeps the hidden states.
+        world: processes that share the sequences, each with a part of every part of the text. The statistics are those
+            of all sequences in all of them; everything else is of a process's own share.
 
     Raises:
-        UserError: the hidden states that enter the first block are not finite.
+        UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
+            than processes.
     """
 
     def __init__(
@@ -50,21 +56,27 @@ class BlockStream:
         holdout: Sequences | None = None,
         residence: Residence = IN_MEMORY,
         shelf: Shelf | None = None,
+        world: World = ALONE,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
-        self._position = 0
+        self._position, self._world = 0, world
         shelf = shelf or Shelf()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
+        if len(calibration.rows) < world.size:
+            count = len(sequences.rows)
+            raise UserError(
+                f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
+            )
         place = torch.device(device)
         wrap = form_of(model, blocks, place, residence)
         self._flows = {
             part: record(
                 model,
                 blocks,
-                ((f"{part}/{i}", batch) for i, batch in enumerate(text.batches)),
+                ((f"{part}/{i}", batch) for i, batch in enumerate(_share(text, world).batches)),
                 place,
                 residence=residence,
                 wrap=wrap,
@@ -119,8 +131,10 @@ class BlockStream:
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         collector = Collector(weights)
         self._observe(collector, index, outputs)
+        collector.join(tuple(self._flows), self._world)
         if collector.starving():
             self._observe(collector, index)
+            collector.join(tuple(self._flows), self._world)
         return collector.shared_inputs()
 
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
@@ -218,6 +232,10 @@ class BlockStream:
         if index != self._position:
             raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
         return self._blocks[index]
+
+
+def _share(text: Sequences, world: World) -> Sequences:
+    return replace(text, rows=tuple(world.share(text.rows)))
 
 
 def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
 from admm_prune.models.flow import form_of, passed_by, record
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, decoder_blocks
@@ -38,7 +39,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, sequences: Sequences, residence: Residence = IN_MEMORY, shelf: Shelf | None = None
+    model: nn.Module,
+    sequences: Sequences,
+    residence: Residence = IN_MEMORY,
+    shelf: Shelf | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Scores every token of `sequences` but those that are given, once each.
 
@@ -49,13 +54,16 @@ def evaluate(
         residence: of the weights. Where they are not in memory all of the text goes through one block after the other,
             by the same calls on the same batches as the model would make, so that the figures are the same.
         shelf: keeps the hidden states meanwhile.
+        world: processes that share the text; all of them get the figures.
     """
-    losses = _streamed(model, sequences, residence, shelf or Shelf()) if residence.hollow else None
+    pieces = world.share([piece for batch in sequences.batches for piece in _pieces(model, batch)])
+    losses = _streamed(model, pieces, residence, shelf or Shelf()) if residence.hollow else None
     if losses is None:
-        losses = (_loss(model, piece) for batch in sequences.batches for piece in _pieces(model, batch))
+        losses = (_loss(model, piece) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
     for loss in losses:
         total += loss
+    total = world.total(total)
     tokens, characters = sequences.scored_tokens, sequences.characters
     return Evaluation(
         perplexity=(total / tokens).exp().item(),
@@ -69,10 +77,9 @@ def evaluate(
     )
 
 
-def _streamed(model: nn.Module, sequences: Sequences, residence: Residence, shelf: Shelf) -> Iterator[Tensor]:
+def _streamed(model: nn.Module, pieces: list[Batch], residence: Residence, shelf: Shelf) -> Iterator[Tensor]:
     """The losses of all pieces, with one block in memory at a time and then what is outside of the blocks."""
     blocks, device = decoder_blocks(model), residence.device(model)
-    pieces = [piece for batch in sequences.batches for piece in _pieces(model, batch)]
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
     wrap = form_of(model, blocks, device, residence)
     flows = record(model, blocks, named, device, residence=residence, wrap=wrap, shelf=shelf, finite=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from admm_prune.errors import UserError
 from admm_prune.models.experts import routed
 from admm_prune.models.flow import check_finite
+from admm_prune.models.parallel import World
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.gram import GramAccumulator, LayerStatistics
 
@@ -41,6 +42,7 @@ class Collector:
         self._part = ""
         self._mask = torch.empty(0)
         self._routed: dict[int, int] = {}  # tokens that the router sent to weights that starve
+        self._joined: set[int] = set()  # leaders whose Grams are those of all processes
 
     @contextmanager
     def watching(self) -> Generator[None]:
@@ -61,12 +63,29 @@ class Collector:
         """The next calls belong to a batch of `part` with these real tokens."""
         self._part, self._mask, self._seen = part, mask.flatten(), []
 
+    def join(self, parts: Collection[str], world: World) -> None:
+        """Takes in what the processes saw that share the text; one that saw nothing of an input has zeros to add."""
+        if world.size == 1:
+            return
+        for found in world.gathered(self._leaders):  # in one order everywhere
+            for number, leader in found.items():
+                self._leaders.setdefault(number, leader)
+        first = world.gathered(list(self._leaders))[0]
+        self._leaders = {number: self._leaders[number] for number in first}
+        for leader in dict.fromkeys(self._leaders.values()):
+            for part in parts if leader not in self._joined else ():
+                if (leader, part) not in self._grams:
+                    self._grams[leader, part] = GramAccumulator(self._weights[leader].shape[1], self._mask.device)
+                self._grams[leader, part].join(world.total)
+            self._joined.add(leader)
+
     def starving(self) -> bool:
         """True where the block has to run once more over all batches, for the experts that got too few tokens."""
         for number, view in enumerate(self._weights):
             if view.expert is not None and self._tokens(number) < view.shape[1]:
                 self._routed[number] = self._tokens(number)
                 self._leaders.pop(number, None)
+                self._joined.discard(number)
                 for part in ("calibration", "validation", "holdout"):
                     self._grams.pop((number, part), None)
         return bool(self._routed)

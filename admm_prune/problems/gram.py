@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,12 @@ class GramAccumulator:
             _add_product(self._sum, x, x)
             self._channel_sum += x.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Takes in what accumulators in other processes saw; `total` sums a tensor over all of them, in place."""
+        total(self._sum)
+        total(self._channel_sum)
+        self.tokens = int(total(torch.tensor(self.tokens, device=self._sum.device)))
 
     @property
     def gram(self) -> Tensor:
@@ -167,7 +174,8 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
     if bool((diagonal < 0).any()):
         raise ValueError(f"{name} has a negative diagonal: it is not X^T X")
     scale = diagonal.sqrt()
-    if bool(((gram - gram.T).abs() > _SYMMETRY * scale * scale[:, None]).any()):
+    tiles = [slice(start, start + _TILE) for start in range(0, width, _TILE)]  # no copy of the Gram is made
+    if any(bool(((gram[t] - gram[:, t].T).abs() > _SYMMETRY * scale * scale[t, None]).any()) for t in tiles):
         raise ValueError(f"{name} is not symmetric: it is not X^T X")
 
 

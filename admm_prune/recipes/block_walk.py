@@ -87,9 +87,11 @@ def walk(
     if len(visits) < len(blocks):
         shelf = Shelf(request.activation_bytes, journal.scratch())
         device = residence.device(model)
-        stream = BlockStream(model, blocks, request.calibration, device, residence=residence, shelf=shelf)
+        stream = BlockStream(
+            model, blocks, request.calibration, device, residence=residence, shelf=shelf, world=request.world
+        )
         if visits:
-            stream.resume(len(visits), journal.resume_point(part))
+            _catch_up(stream, request, journal.resume_point(part), len(visits))
         for index in range(len(visits), len(blocks)):
             block = blocks[index]
             request.tell(before + index, total, f"{block.name}{note}")
@@ -103,12 +105,25 @@ def walk(
                     index,
                     {"layers": [layer.as_json() for layer in found.layers], "details": found.details},
                     tensors=_weights(block) if changes else found.tensors,
-                    activations=stream.activations,
+                    activations=stream.activations if request.world.size == 1 else None,
                 )
             if changes and residence.hollow:
                 residence.restore(index, block, journal.tensor_file(part, index))
             visits.append(found)
     return visits
+
+
+def _catch_up(stream: BlockStream, request: Request, activations: dict[str, Tensor] | None, index: int) -> None:
+    """Brings a stream to block `index`: by what was kept, or through the finished blocks.
+
+    Activations are kept by a run in one process, and of use to one: others share the sequences otherwise.
+    """
+    if activations is not None and request.world.size == 1:
+        stream.resume(index, activations)
+        return
+    for finished in range(index):
+        with request.residence.block(finished):
+            stream.advance(finished)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

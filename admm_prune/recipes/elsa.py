@@ -12,9 +12,10 @@ from admm_prune.errors import UserError
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.layerwise import Layerwise, check_target
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.recipe import Outcome
+from admm_prune.recipes.recipe import Outcome, Request
+from admm_prune.recipes.session import Session
 from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Session, Trained
+from admm_prune.recipes.trained import Trained
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -70,6 +71,7 @@ class Elsa(Trained):
     projection: Method = LOCAL_METHODS["admm"]
 
     def check(self, model: Any, target: Target) -> None:
+        super().check(model, target)
         check_target(decoder_blocks(model), self.projection, target)
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
@@ -81,10 +83,13 @@ class Elsa(Trained):
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
         calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
-        request = replace(session.request, target=target, calibration=calibration, on_progress=None)
+        asked = session.request
+        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
+        session.gather()
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, request)
         session.model.requires_grad_(True)
+        session.scatter()
         masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
@@ -140,8 +145,8 @@ class TunedDense(Trained):
     summary: str = "prunes nothing: the dense model trained as long as the others, to compare them with"
 
     def check(self, model: Any, target: Target) -> None:
-        if target.fraction:
-            raise UserError("tuned-dense prunes nothing: give --sparsity 0")
+        if target.fraction or target.layers:
+            raise UserError("tuned-dense prunes nothing: give --sparsity 0, and no targets or overrides")
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         return SparseAdam(**how, freeze=1.0)
@@ -159,8 +164,8 @@ def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
 
 def _of_density(target: Target, density: float) -> Target:
     if target.pattern is None:
-        return Target(sparsity=1.0 - density)
-    return Target(pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
+        return replace(target, sparsity=1.0 - density)
+    return replace(target, pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
 
 
 def _mean_error(outcome: Outcome) -> float:

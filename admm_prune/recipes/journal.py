@@ -27,8 +27,9 @@ class Journal:
         """The safetensors file with the tensors of a record."""
         raise LookupError(f"there is no record {index} of {part}")
 
-    def resume_point(self, part: str) -> dict[str, Tensor]:
-        """The activations of the last record of a part; puts the random generators into the state that they had then.
+    def resume_point(self, part: str) -> dict[str, Tensor] | None:
+        """The activations of the last record of a part, None if it went without; puts the random generators into the
+        state that they had then.
 
         Only the latest activations of a run are kept: ask for those of a part before another part begins.
         """

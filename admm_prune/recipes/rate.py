@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Batch
 from admm_prune.kernels import quantization
 from admm_prune.recipes.training import Loss
+from admm_prune.solvers.elsa.sharding import local, totals
 
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
 _TRIALS, _EXACT = 7, 0.4  # at most so many steps are tried; the power of two is settled to within this
@@ -60,37 +61,41 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
         gradients: batches that g is the mean over.
         judge: f of the model as it is when it is called.
     """
-    moved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
         loss(model, batch).backward()
-    directions = [_direction(parameter, x) for parameter, x in moved]
-    for parameter, _ in moved:
+    parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
+    moved = [(x, x.clone()) for x in parts]
+    directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
+    for parameter in parameters:
         parameter.grad = None
-    entries = sum(int(x.count_nonzero()) for _, x in moved)
-    scale = math.sqrt(sum(float(x.float().square().sum()) for _, x in moved) / entries)
+    counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
+    square, entries = totals(parameters, torch.stack(counts)).sum(0).tolist()
+    scale = math.sqrt(square / entries)
 
     def value(step: float) -> float:
         chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
-        for (parameter, x), direction in zip(moved, directions, strict=True):
-            parameter.copy_(_moved(x, direction, step, chance))
+        for (part, x), direction in zip(moved, directions, strict=True):
+            part.copy_(_moved(x, direction, step, chance))
         return judge()
 
     with torch.no_grad():
-        here = value(0.0)
+        start = value(0.0)
         found: Any = minimize_scalar(  # its declared type does not know its own fields
             lambda power: value(scale * 2.0**power),
             bounds=(_SMALLEST, _LARGEST),
             method="bounded",
             options={"maxiter": _TRIALS, "xatol": _EXACT},
         )
-        for parameter, x in moved:
-            parameter.copy_(x)
-    return MeasuredRate(step=scale * 2.0 ** float(found.x), decrease=here - float(found.fun))
+        for part, x in moved:
+            part.copy_(x)
+    return MeasuredRate(step=scale * 2.0 ** float(found.x), decrease=start - float(found.fun))
 
 
-def _direction(parameter: Tensor, x: Tensor) -> Tensor:
-    gradient = torch.zeros_like(x) if parameter.grad is None else parameter.grad
-    return (gradient.sign() * (x != 0)).to(torch.int8)
+def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """Of the part in this process."""
+    slope = torch.zeros_like(x) if gradient is None else local(gradient)
+    return (slope.sign() * (x != 0)).to(torch.int8)
 
 
 def _moved(x: Tensor, direction: Tensor, step: float, chance: torch.Generator) -> Tensor:

@@ -73,6 +73,8 @@ class StruPrune:
         return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
 
     def check(self, model: nn.Module, target: Target) -> None:
+        if target.layers:
+            raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
         if target.pattern is not None:
             raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
         parts = [branches(block) for block in decoder_blocks(model)]

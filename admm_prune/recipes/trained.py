@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.losses import Distillation, next_token_loss
+from admm_prune.models.parallel import World, sharded_copy
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.recipes.rate import GRADIENTS, MeasuredRate, measured_rate, passes
+from admm_prune.recipes.checkpoints import Checkpoints
+from admm_prune.recipes.layerwise import untouched
+from admm_prune.recipes.rate import GRADIENTS, measured_rate, passes
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
+from admm_prune.recipes.session import Session
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.training import Trainer, held_out_loss, trainable
 from admm_prune.solvers.elsa.moments import MomentFormat
@@ -25,40 +26,7 @@ from admm_prune.solvers.sparse_adam import SparseAdam
 _HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
 _JUDGES = 8  # of them, that measure the rate
 _LEAST = 2  # sequences to train on
-
-
-@dataclass
-class Session:
-    """One run of a recipe that trains: what it works on, and what is remembered of the way."""
-
-    model: nn.Module
-    views: list[WeightView]
-    request: Request
-    training: Sequences
-    held_out: Sequences
-    trainer: Trainer
-    measured: MeasuredRate | None = None
-    rates: list[float] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Tensor] | None = None
-    best_loss: float = math.inf
-
-    def offer(self) -> float:
-        """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
-
-        Call it only where the model is as sparse as it is to become.
-        """
-        loss = held_out_loss(self.model, self.held_out)
-        if self.best is None or loss < self.best_loss:
-            self.best_loss = loss
-            self.best = {name: x.detach().clone() for name, x in self.model.named_parameters()}
-        return loss
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        assert self.best is not None
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.best[name])
+_STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +35,11 @@ class Trained(ABC):
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`recipes.rate`) before the
     first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights is kept
-    beside the optimizer's state.
+    beside the optimizer's state. What moves is written to the request's journal every few steps and after each
+    projection, so that a run which was killed goes on from there, to the same end.
+
+    Several processes divide the parameters that are trained, their gradients, Adam's moments and the teacher among them
+    (FSDP2), and share every batch. Beside that each holds the model once, to project it and to keep the answer.
 
     Attributes:
         steps: forward and backward passes over a batch, those that measure the rate included.
@@ -112,7 +84,9 @@ class Trained(ABC):
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
 
     def check(self, model: nn.Module, target: Target) -> None:
-        for view in (view for block in decoder_blocks(model) for view in block.weights):
+        if target.varied:
+            raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
+        for view in chosen_views(model, target):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
 
@@ -128,17 +102,32 @@ class Trained(ABC):
         if session.best_loss < last:
             session.restore_best()
             notes += ("training ended worse on held-out sequences than the best sparse model on the way",)
+        session.gather()
         trainer = session.trainer
         details = {
             **trainer.as_json(),
             "lr": session.rates or trainer.lr,
             "batch_size": self.batch_size,
             "distillation": self.distillation,
+            "moments": trainer.optimizer.moments,
             "held_out_loss": session.best_loss,
             "held_out_sequences": len(session.held_out.rows),
+            "dual_updates": [
+                {
+                    "step": update.step,
+                    "primal_residual": update.primal_residual,
+                    "dual_residual": update.dual_residual,
+                    "churn": update.churn,
+                    "rho": update.rho,
+                    "sparsity": update.sparsity,
+                }
+                for update in trainer.optimizer.history
+            ],
         }
+        pruned = {view.name for view in session.views}
+        layers = [_report(view, trainer.tokens) for view in session.views]
         return Outcome(
-            layers=[_report(view, trainer.tokens) for view in session.views],
+            layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
             notes=notes,
             details={"training": details, "stages": session.stages},
         )
@@ -156,23 +145,23 @@ class Trained(ABC):
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
-        views = [view for block in decoder_blocks(model) for view in block.weights]
-        target = request.target
-        how: dict[str, Any] = {"params": model, "lr": self.lr or 0.0, "moments": self.moments}
+        target, world = request.target, request.world
+        views = chosen_views(model, target)
+        trained = sharded_copy(model, world)
+        how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
         how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
         how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
         trainer = Trainer(
-            model,
+            trained,
             self.optimizer(how),
-            Distillation(copy.deepcopy(model).requires_grad_(False), self.distillation)
-            if self.distillation
-            else next_token_loss,
+            Distillation(_teacher(model, world), self.distillation) if self.distillation else next_token_loss,
             training,
             steps=self.training_steps,
             batch_size=self.batch_size,
             seed=request.seed,
+            world=world,
         )
-        return Session(model, views, request, training, held_out, trainer)
+        return Session(model, trained, views, request, training, held_out, trainer)
 
     @property
     def training_steps(self) -> int:
@@ -189,18 +178,32 @@ class Trained(ABC):
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
         every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
+        kept = max(1, min(_STEPS, trainer.steps // _PART))
+        checkpoints = Checkpoints(request.journal.checkpoints("training"), request.world)
+        session.go_on(checkpoints)
         while trainer.done < trainer.steps:
             if trainer.done % every == 0:
                 request.tell(trainer.done, trainer.steps, self.name)
-            if trainer.done in plan:
-                self.project(session, plan[trainer.done])
-            if self.lr is None and (trainer.done in plan or trainer.done == 0):
-                self._set_rate(session, plan.get(trainer.done, request.target))
+            if session.prepared != trainer.done:
+                self._prepare(session, plan)
+                session.prepared = trainer.done
+                if trainer.done in plan:
+                    session.keep(checkpoints)
             trainer.step()
+            if trainer.done % kept == 0 or trainer.done == trainer.steps:
+                session.keep(checkpoints)
         request.tell(trainer.steps, trainer.steps)
 
+    def _prepare(self, session: Session, plan: dict[int, Target]) -> None:
+        """What comes before a step: a projection and a rate, where they are due."""
+        done = session.trainer.done
+        if done in plan:
+            self.project(session, plan[done])
+        if self.lr is None and (done in plan or done == 0):
+            self._set_rate(session, plan.get(done, session.request.target))
+
     def _set_rate(self, session: Session, target: Target) -> None:
-        model, trainer = session.model, session.trainer
+        model, trainer = session.trained, session.trainer
         if session.measured is None:
             judges = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
             session.measured = measured_rate(
@@ -208,6 +211,26 @@ class Trained(ABC):
             )
         trainer.lr = self.boldness * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
+
+
+def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
+    """The weights that are pruned.
+
+    Raises:
+        UserError: only some of the matrices that are one parameter.
+    """
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    chosen = [view for view in views if target.at(view.name) is not None]
+    left = {view.parameter_name for view in views} - {view.parameter_name for view in chosen}
+    torn = {view.parameter_name for view in views if target.at(view.name) is None} - left
+    if torn:
+        raise UserError(f"{min(torn)} is one parameter for all experts: a method that trains prunes all of it or none")
+    return chosen
+
+
+def _teacher(model: nn.Module, world: World) -> nn.Module:
+    teacher = copy.deepcopy(model) if world.size == 1 else sharded_copy(model, world)
+    return teacher.requires_grad_(False)
 
 
 def _report(view: WeightView, tokens: int) -> LayerReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.models.evaluate import cross_entropy
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -26,9 +26,11 @@ _WINDOW = 32  # steps that a point of the curve is the mean over
 class Trainer:
     """Steps of one optimizer on batches of a text, at a rate that rises shortly, then falls linearly to zero.
 
-    Every sequence is seen once before any is seen again, in an order drawn anew for every epoch.
+    Every sequence is seen once before any is seen again, in an order drawn anew for every epoch. Several processes
+    share every batch: the model is divided over them, and its gradients are means over the processes.
 
     Attributes:
+        objective: the loss of a whole batch in one process.
         steps, done: of the run; done so far.
         tokens: trained on so far.
         curve: (steps done, mean loss of the steps since the last point).
@@ -36,12 +38,14 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
-        batch_size: int, seed: int,
+        batch_size: int, seed: int, world: World = ALONE,
     ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.loss, self.steps = model, optimizer, loss, steps
-        self.done, self.tokens, self.seconds = 0, 0, 0.0
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.done, self.tokens = 0, 0
         self.curve: list[tuple[int, float]] = []
+        self.objective, self._world = loss, world
         self._batches = endless_batches(sequences, batch_size, seed)
+        self._taken = 0
         self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
         self._recent: list[Tensor] = []
 
@@ -59,28 +63,62 @@ class Trainer:
 
     def take(self, count: int) -> list[Batch]:
         """The next batches of the text, to be used otherwise."""
+        self._taken += count
         return [next(self._batches) for _ in range(count)]
 
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of this process's share of a batch, scaled so that the mean over the processes is the loss of the batch."""
+        count, size = len(batch.lengths), self._world.size
+        if size == 1:
+            return self.objective(model, batch)
+        # All have to take part: one without a share looks at the first sequence, which counts nothing.
+        rows = self._world.share(range(count)) or [0]
+        share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
+        part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
+        return part * self.objective(model, share)
+
     def step(self) -> None:
-        began = time.perf_counter()
-        batch = next(self._batches)
+        batch = self.take(1)[0]
         value = self.loss(self.model, batch)
         value.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._rates.step()
         self.done, self.tokens = self.done + 1, self.tokens + int(batch.lengths.sum())
-        self._recent.append(value.detach())
+        self._recent.append(value.detach().float())
         if len(self._recent) == _WINDOW or self.done == self.steps:
-            self.curve.append((self.done, float(torch.stack(self._recent).float().mean())))
+            self.curve.append((self.done, float(self._all_recent().mean())))
             self._recent = []
-        self.seconds += time.perf_counter() - began
+
+    def position(self) -> dict[str, Any]:
+        """Where the run is, beside the model and the optimizer: JSON values, of all processes alike."""
+        return {
+            "done": self.done,
+            "tokens": self.tokens,
+            "curve": self.curve,
+            "taken": self._taken,
+            "base_lrs": list(self._rates.base_lrs),
+            "recent": self._all_recent().tolist(),
+        }
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Goes on from where `position` was taken; the first batches are passed over."""
+        self.done, self.tokens = position["done"], position["tokens"]
+        self.curve = [(step, loss) for step, loss in position["curve"]]
+        self.take(position["taken"] - self._taken)
+        self._rates.base_lrs = list(position["base_lrs"])
+        self._rates.last_epoch = self.done
+        device = next(self.model.parameters()).device
+        self._recent = list(torch.tensor(position["recent"], device=device))
+
+    def _all_recent(self) -> Tensor:
+        """The losses since the last point of the curve, (n,), the means over the processes."""
+        return self._world.total(torch.stack(self._recent)).div_(self._world.size) if self._recent else torch.zeros(0)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "steps": self.done,
             "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
             "loss": [{"step": step, "loss": loss} for step, loss in self.curve],
         }
 

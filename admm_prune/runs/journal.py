@@ -98,10 +98,10 @@ class FolderJournal(Journal):
         file: dict[str, str] = self._records[part][index]["tensors"]
         return self.home / file["name"]
 
-    def resume_point(self, part: str) -> dict[str, Tensor]:
+    def resume_point(self, part: str) -> dict[str, Tensor] | None:
         last = self._records[part][-1]
         restore_random_state(last["random"])
-        return load_file(self.home / last["activations"]["name"])
+        return None if last["activations"] is None else load_file(self.home / last["activations"]["name"])
 
     def commit(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,21 +13,31 @@ from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
+from admm_prune.models.parallel import World
 from admm_prune.models.shelf import Shelf
-from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.recipes.composing import DEFAULT, Objective, composed, described, target_of
 from admm_prune.recipes.journal import NOTHING
+from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
+from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
+from admm_prune.recipes.trained import Trained
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
-from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
+from admm_prune.runs.phases import Phase, Phases
+from admm_prune.runs.recipe_file import RECIPE, content_of
+from admm_prune.runs.recipe_file import written as written_recipe
+from admm_prune.runs.reports import write_report
+from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +53,7 @@ class Report:
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
+        phases: time and memory of the parts of the run, up to the evaluation of what came of it.
         model: without weights where it was streamed: they are in `out`.
     """
 
@@ -59,6 +70,7 @@ class Report:
     details: dict[str, Any]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
+    phases: tuple[Phase, ...] = ()
     out: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -81,10 +93,11 @@ class Report:
         }
 
     def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, and of every layer in whichever process pruned it."""
+        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
         return {
             "seconds": round(self.seconds, 3),
             "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
+            "phases": [asdict(phase) for phase in self.phases],
         }
 
 
@@ -93,7 +106,7 @@ class RunSettings:
     """All that a run depends on, as the manifest records it."""
 
     model: str
-    method: str
+    method: str | None  # None: the solver, layer by layer
     target: Target
     text: TextSettings
     ridge: Ridge = None
@@ -104,16 +117,29 @@ class RunSettings:
     multiple: int | None = None
     stream: bool = False
     trust_remote_code: bool = False
+    bounds: bool = False
+    solver: str | None = None
+    problem: str | None = None
+    constraint: str | None = None
+    selection: Selection = Selection()
 
 
 def prune(
     model: str | Path | PreTrainedModel,
     *,
-    method: str = "admm",
+    method: str | None = None,
+    problem: Objective | None = None,
+    solver: str | Solver | None = None,
+    constraint: SparseSet | type[SparseSet] | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    overrides: Mapping[str, float | str] | None = None,
     data: str = "embedded",
     eval_data: str | None = None,
+    eval_split: str = "validation",
+    documents: int | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -131,16 +157,25 @@ def prune(
     resume: bool = False,
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
+    bounds: bool = False,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
 
+    In a process group of torch's all processes call this alike: they share the work, and the first one writes.
+
     Args:
         model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
-        method: a name that `admm-prune list` prints.
+        method: a name that `admm-prune list` prints; `admm` by default.
+        solver: what solves the layer problems, in place of the method's own or of a method: an object such as
+            `ADMM.best()`, or a name.
+        problem: what builds the layer problems, as `LayerReconstruction` does.
+        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; or its class.
         sparsity: the fraction of every matrix to go, 0 to 1; or
         pattern: "N:M", N kept of every M consecutive inputs.
-        data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
+        targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
+            those with a target of their own: see `Selection`.
+        data, eval_data, eval_split, documents, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
             shared input on a part of the calibration tokens, together with the damping.
@@ -156,17 +191,23 @@ def prune(
         activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
+        bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
-    target = parse_target(sparsity, pattern)
-    recipe = configured(recipe_named(method, steps), unit, multiple)
+    selection = Selection.of(targets, ignore, overrides or {})
+    inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
+    recipe = configured(inner, unit, multiple)
+    told = None if constraint is None or isinstance(constraint, type) else target_of(constraint)
+    target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
         eval_data=eval_data,
+        eval_split=eval_split,
+        documents=documents,
         samples=samples,
         eval_samples=eval_samples,
         length=length,
@@ -175,17 +216,23 @@ def prune(
     )
     if resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    place = pick_device(device)
-    with nullcontext() if out is None else journal_of(Path(out), resume=resume) as journal:
+    place, world = pick_device(device), World.here()
+    if world.size > 1 and not isinstance(recipe, Layerwise | Trained):
+        raise UserError(f"{recipe.name} runs in one process: leave torchrun out, or choose a layer-wise method or elsa")
+    with nullcontext() if out is None else shared_journal(Path(out), world, resume=resume) as journal:
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = decide(stream, model, recipe, out is not None, place)
-        loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
+        phases = Phases(place)
+        with phases("opening the model"):
+            loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
-        texts = Texts(text, loaded)
+        with phases("reading the text"):
+            texts = Texts(text, loaded)
         settings = RunSettings(
             model=loaded.source,
-            method=method,
+            method=method or (DEFAULT if solver is None else None),
             target=target,
             text=text,
             ridge=ridge,
@@ -196,10 +243,15 @@ def prune(
             multiple=multiple,
             stream=streams,
             trust_remote_code=trust_remote_code,
+            bounds=bounds,
+            solver=described(solver),
+            problem=described(problem),
+            constraint=described(constraint),
+            selection=selection,
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
-            journal.begin({**record, "weights": fingerprint(loaded)})
+            journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         if streams and activation_bytes is None:
             activation_bytes = default_activation_bytes(place)
         request = Request(
@@ -207,27 +259,30 @@ def prune(
             calibration=texts.calibration(recipe.samples),
             seed=seed,
             ridge=ridge,
+            bounds=bounds,
             on_progress=progress,
             residence=loaded.residence,
             journal=journal or NOTHING,
+            world=world,
             activation_bytes=activation_bytes,
         )
         judging = texts.evaluation
         del texts
         if streams:
             return_freed_memory()
-        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, judging, request))))
-        report = run_recipe(recipe, request, loaded, dense, judging, record)
+        with phases("judging the dense model"):
+            found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
+        report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
         if journal is not None:
-            with journal.output() as folder:
-                report = replace(save_run(loaded, report, folder), out=journal.out)
+            written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
+            report = replace(report, manifest=written, out=journal.out)
     return report
 
 
 def judged(loaded: LoadedModel, judging: Sequences, request: Request) -> Evaluation:
     """The figures of a model as it is now, wherever its weights are."""
     shelf = Shelf(request.activation_bytes, request.journal.scratch())
-    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf)
+    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf, request.world)
 
 
 def run_recipe(
@@ -237,6 +292,7 @@ def run_recipe(
     dense: Evaluation,
     judging: Sequences,
     record: dict[str, Any],
+    phases: Phases | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
 
@@ -244,13 +300,16 @@ def run_recipe(
         dense: figures of the model as it is.
         judging: the text that they are of.
         record: the manifest of the run.
+        phases: that were before.
     """
-    began = time.perf_counter()
-    outcome = recipe.prune(loaded.model, request)
-    seconds = time.perf_counter() - began
+    phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    with phases("pruning") as pruning:
+        outcome = recipe.prune(loaded.model, request)
     model: Any = loaded.model if outcome.model is None else outcome.model
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
+    with phases("judging the pruned model"):
+        pruned = judged(replace(loaded, model=model), judging, request)
     return Report(
         method=recipe.name,
         target=request.target.label,
@@ -258,18 +317,19 @@ def run_recipe(
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,
         dense=dense,
-        pruned=judged(replace(loaded, model=model), judging, request),
+        pruned=pruned,
         layers=outcome.layers,
-        seconds=seconds,
+        seconds=pruning.seconds,
         notes=outcome.notes,
         details=outcome.details,
         manifest=record,
         model=model,
+        phases=tuple(phases),
     )
 
 
 def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
-    """Writes the model as a plain `save_pretrained` folder, with the manifest and the weights' fingerprints beside it.
+    """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
 
     Returns:
         The report as written.
@@ -279,6 +339,9 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
+    write_report(folder)
+    if "target" in report.manifest["settings"]:  # a comparison is none of many runs
+        (folder / RECIPE).write_text(written_recipe(content_of(report.manifest["settings"])), encoding="utf-8")
     return written
 
 

@@ -27,6 +27,8 @@ class TextSettings:
         data: calibration text: "embedded", a file, a folder or a Hub id.
         eval_data: text to evaluate on. By default the held-out part of the same source: its validation split, or the
             last tenth of a local file, which then does not calibrate.
+        eval_split: of a Hub id to evaluate on: "validation" or "test".
+        documents: of the calibration text that are read; None for all. A Hub id is then read no further.
         samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
         eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
         length: tokens of a sequence; the model's context by default, at most 2048.
@@ -38,6 +40,8 @@ class TextSettings:
 
     data: str = EMBEDDED
     eval_data: str | None = None
+    eval_split: str = "validation"
+    documents: int | None = None
     samples: int | None = None
     eval_samples: int | None = None
     length: int | None = None
@@ -46,7 +50,10 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         parse_packing(self.packing)
+        if self.eval_split not in ("validation", "test"):
+            raise UserError(f"eval_split must be validation or test, not '{self.eval_split}'")
         for name, number, least in (
+            ("documents", self.documents, 1),
             ("samples", self.samples, 1),
             ("eval_samples", self.eval_samples, 1),
             ("length", self.length, 2),
@@ -114,7 +121,7 @@ def read_judging_text(settings: TextSettings, loaded: LoadedModel) -> Sequences:
         UserError: the text cannot be used, or the length is beyond the model's context.
     """
     length = _length(settings, loaded.model.config)
-    corpus = read_corpus(settings.eval_data or settings.data, split="validation")
+    corpus = read_corpus(settings.eval_data or settings.data, split=settings.eval_split)
     return _pack_judging(corpus, settings, length, loaded)
 
 
@@ -131,11 +138,15 @@ def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: L
 
 def _corpora(settings: TextSettings) -> tuple[Corpus, Corpus]:
     if settings.eval_data is not None:
-        return read_corpus(settings.data), read_corpus(settings.eval_data, split="validation")
+        return _calibrating(settings), read_corpus(settings.eval_data, split=settings.eval_split)
     # A folder that happens to be called "embedded" is not meant by the name.
     if settings.data != EMBEDDED and Path(settings.data).expanduser().exists():
-        return hold_out(read_corpus(settings.data))
-    return read_corpus(settings.data), read_corpus(settings.data, split="validation")
+        return hold_out(_calibrating(settings))
+    return _calibrating(settings), read_corpus(settings.data, split=settings.eval_split)
+
+
+def _calibrating(settings: TextSettings) -> Corpus:
+    return read_corpus(settings.data, limit=settings.documents)
 
 
 def _length(settings: TextSettings, config: Any) -> int:

@@ -64,7 +64,7 @@ class SparseAdam(Optimizer):
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
         anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes a weight.
-        moments: how Adam's moments are stored: see `Moments`. 8 or 2.03 bytes a weight.
+        moments: how Adam's moments are stored: see `Moments`. 8 bytes a weight, or 2.03 in 8 bits.
         seed: of stochastic rounding.
 
     Raises:
@@ -119,12 +119,11 @@ class SparseAdam(Optimizer):
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
-        self._anchors, self._moments = Anchors(anchor, rounding), Moments(moments)
-        self._masks = dict(masks or {})
+        self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
+        self._masks, self.moments = dict(masks or {}), str(self._moments)  # the moments as kept in the end
         self.history: list[DualUpdate] = []
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
-        # What moves beside the state of the parameters lives in the groups, so that any way to save a torch optimizer
-        # saves it.
+        # What moves beside the state of the parameters lives in the groups: whatever saves a torch optimizer saves it.
         super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._splittings = {
@@ -170,7 +169,7 @@ class SparseAdam(Optimizer):
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be done that was not asked for."""
-        return (f"{self.skipped} steps skipped: a gradient was not finite",) if self.skipped else ()
+        return (*self._moments.notes, *[f"{self.skipped} steps skipped: a gradient was not finite"][: self.skipped])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -197,7 +196,7 @@ class SparseAdam(Optimizer):
             self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
-        later = Later.of(active, self.score, clip_penalty=self.clip_penalty)
+        later = self._moments.later(active, self.score, clip_penalty=self.clip_penalty)
         self._prepare_gradients(active, each, norm, later)
         self._step_adam(later)
         self._advance()
@@ -262,14 +261,13 @@ class SparseAdam(Optimizer):
     def projected(self) -> Generator[None]:
         """Within it the pruned weights are zero off the current support, to evaluate them; afterwards as before."""
         self._begin()
-        pruned = self._weights()
-        before = [weight.here.clone() for weight in pruned]
-        for weight in pruned:
+        before = [(weight, weight.here.clone()) for weight in self._weights()]
+        for weight, _ in before:
             weight.restrict(weight.here)
         try:
             yield
         finally:
-            for weight, x in zip(pruned, before, strict=True):
+            for weight, x in before:
                 weight.here.copy_(x)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class DenseUpdate(ABC):
     def minimize(self, target: Point, out: Point) -> Point:
         """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  # most have nothing to check
         """Raises what went wrong on a device since the last call."""
 
 

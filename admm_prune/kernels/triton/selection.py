@@ -5,13 +5,14 @@ Nothing here waits for the device: counts, ranks and whether a guess held stay o
 
 from __future__ import annotations
 
+# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
 import torch
 from torch import Tensor
 
 from admm_prune.kernels.triton import device_selection as device
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST_ROW, WIDEST_GROUP = 1 << 15, 32  # what one program holds
 
 _BLOCK, _STEPS = 4096, 16  # entries a program takes at once, and how often
 _SMALL_BLOCK, _SMALL = 1024, 1 << 20  # up to here the parts are of this size, or there would be too few of them
@@ -22,7 +23,7 @@ _BINS = 1 << 11
 
 
 def threshold(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The `keep`-th largest of flat (n,), 0-dimensional float32, and whether there was a NaN (then it means nothing)."""
+    """The `keep`-th largest of flat (n,), 0-dimensional float32; and whether there was a NaN, on the device."""
     control = _search(flat.contiguous(), keep, direct=_DIRECT)
     level = torch.empty((), dtype=torch.float32, device=flat.device)
     device.level_of[(1,)](control, level)
@@ -56,7 +57,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
         control[device.NEED : device.NEED + 1].fill_(keep)
         control[device.FAILED : device.FAILED + 1].fill_(1)
         candidates = histogram  # not read
-        sources = ((True, total),)
+        sources: tuple[tuple[bool, int], ...] = ((True, total),)
     else:
         candidates = _gathered(flat, keep, control)
         sources = ((False, len(candidates)), (True, total))
@@ -107,7 +108,7 @@ def _parts(entries: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Marks the `keep` largest of every row of at most `WIDEST_ROW` entries, 0 < keep < width; whether there was a NaN."""
+    """Marks the `keep` largest of every row of up to 32768 entries, 0 < keep < width; whether there was a NaN."""
     rows = score.contiguous()
     width = rows.shape[-1]
     kept = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
@@ -121,7 +122,7 @@ def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_per_group(score: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
-    """Marks the `keep` largest of every `group`, at most `WIDEST_GROUP`, consecutive entries; whether there was a NaN."""
+    """Marks the `keep` largest of every `group` <= 32 consecutive entries; whether there was a NaN."""
     flat = score.contiguous()
     kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     bad = torch.zeros((), dtype=torch.int64, device=flat.device)

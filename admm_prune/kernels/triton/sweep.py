@@ -1,7 +1,9 @@
-"""SparseGPT's elimination inside one block on the GPU: launches `device_sweep`. The twin is the loop of `solvers.obs`."""
+"""SparseGPT's elimination inside one block on the GPU: launches `device_sweep`. Its twin is in `solvers.obs`."""
 
 from __future__ import annotations
 
+# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
 import torch
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Whole blocks: local pruning of a model shape measured on two blocks, and the memory of structured pruning over sizes."""
+"""Whole blocks: local pruning of a shape by two of its blocks, and the memory of structured pruning over sizes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def working_bytes(shape: ModelShape, tokens: int, dtype: torch.dtype = torch.bfl
     one more in float32 with its operator, and the largest stack of weights with what a solve holds beside it."""
     widths = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
     stack = max(2 * shape.inner * shape.hidden, (shape.heads + 2 * shape.key_heads) * shape.head * shape.hidden)
-    return 2.0 * dtype.itemsize * tokens * shape.hidden + 8.0 * sum(d * d for d in widths) + 24.0 * max(widths) ** 2 + 28.0 * stack
+    return (
+        2.0 * dtype.itemsize * tokens * shape.hidden
+        + 8.0 * sum(d * d for d in widths)
+        + 24.0 * max(widths) ** 2
+        + 28.0 * stack
+    )
 
 
 def block_work(shape: ModelShape, name: str, tokens: int) -> Work:

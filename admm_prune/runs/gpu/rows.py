@@ -17,7 +17,16 @@ from admm_prune.runs.gpu.ceilings import Ceilings, Work, synchronize
 
 Status = Literal["measured", "failed", "no memory", "no time", "too long"]
 _RESERVE = 0.06  # of a device's memory is left alone
-_FAILURES = (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, AttributeError, KeyError, AssertionError)
+_FAILURES = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +131,9 @@ class Runner:
 
     def _one(self, case: Case) -> Row:
         def row(status: Status, **found: Any) -> Row:
-            named = {"section": case.section, "name": case.name, "case": case.case, "baseline": case.baseline}
-            return Row(**named, status=status, **found)
+            return Row(
+                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **found
+            )
 
         limit = min(case.limit, self.left)
         if limit <= 0:
@@ -144,7 +154,7 @@ class Runner:
         except torch.OutOfMemoryError as error:
             return row("no memory", note=_first_line(error))
         except _FAILURES as error:
-            return row("failed", note=f"{type(error).__name__}: {_first_line(error)}")
+            return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
         finally:
             if cuda:
                 torch.cuda.empty_cache()
@@ -172,7 +182,7 @@ def free_memory(device: torch.device) -> float | None:
 
 @contextmanager
 def time_limit(seconds: float) -> Generator[None]:
-    """Raises TimeoutError in the block after so many seconds, where the system has timers and this is the main thread."""
+    """Raises TimeoutError in the block after so many seconds; in the main thread, and where the system has timers."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -36,7 +36,9 @@ def fitted(rows: Sequence[Row]) -> Line | None:
     spent = torch.tensor([seconds for _, seconds in points], dtype=torch.float64)
     # Divided by the time, so that small layers count as much as large ones.
     matrix = torch.stack([1.0 / spent, floors / spent], dim=1)
-    overhead, slope = torch.linalg.lstsq(matrix, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    overhead, slope = (
+        torch.linalg.lstsq(matrix, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    )
     if overhead < 0.0 or slope <= 0.0:  # no overhead to be seen: the slope alone
         overhead, slope = 0.0, float((floors / spent).sum() / (floors / spent).square().sum())
     guessed = overhead + slope * floors

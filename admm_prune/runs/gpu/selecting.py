@@ -16,19 +16,19 @@ KEPT = 0.3
 
 
 def cases(entries: int, device: torch.device) -> Iterator[Case]:
-    """Ours at `entries`; topk and sort at as many as they can take: an index beside each score costs three times more."""
+    """Ours at `entries`; topk and sort at what fits: an index beside each score takes three times as much."""
     rows, width = max(1, entries // 4096), min(4096, entries)
     scores = _Scores(rows, width, device)
     whole = 4.0 * rows * width
-    yield _case("threshold", scores, lambda s, k: selection.threshold(s, k), 4.0, whole)
-    yield _case("mask", scores, lambda s, k: selection.largest(s, k), 5.0, 1.6 * whole)
+    yield _case("threshold", scores, selection.threshold, 4.0, whole)
+    yield _case("mask", scores, selection.largest, 5.0, 1.6 * whole)
     yield _case("2:4 mask", scores, lambda s, k: selection.largest_per_group(s, 2, 4), 5.0, 1.6 * whole)
     yield _case("row by row", scores, lambda s, k: selection.largest_per_row(s, round(KEPT * width)), 5.0, 1.6 * whole)
     yield _case("mask, packed", scores, lambda s, k: bits.pack(selection.largest(s, k)), 4.125, 1.7 * whole)
     scores.release()
     fewer = _Scores(max(1, rows // 13), width, device)
     part = whole / 13
-    yield _case("mask", fewer, lambda s, k: selection.largest(s, k), 5.0, 1.6 * part)
+    yield _case("mask", fewer, selection.largest, 5.0, 1.6 * part)
     yield _case("torch.topk", fewer, _by_topk, 5.0, 9 * part, baseline=True)
     yield _case("torch.sort", fewer, _by_sort, 5.0, 9 * part, baseline=True)
     fewer.release()

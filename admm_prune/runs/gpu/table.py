@@ -27,11 +27,16 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
     ]
     for section in dict.fromkeys(row.section for row in rows):
         own = [row for row in rows if row.section == section]
-        wide = max(len(row.name) for row in own) + 2
+        wide = max(len(row.name) for row in own) + 4
         case = max(len(row.case) for row in own) + 2
-        lines += ["", f"{section}", f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}"]
+        lines += [
+            "",
+            f"{section}",
+            f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
+        ]
         lines += [_line(row, wide, case) for row in own]
-    lines += ["", "to be shown", *(_claim_line(claim) for claim in content["claims"])]
+    judged = "to be shown" + (", but not by tiny shapes" if content["gap"] else "")
+    lines += ["", judged, *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
 
 
@@ -51,7 +56,8 @@ def _line(row: Row, wide: int, case: int) -> str:
 
 def _claim_line(claim: dict[str, Any]) -> str:
     value = claim["value"]
-    said = "not measured" if value is None else f"{_figure(value)} ({'met' if claim['met'] else 'NOT met'})"
+    verdict = "" if claim["met"] is None else " (met)" if claim["met"] else " (NOT met)"
+    said = "not measured" if value is None else f"{_figure(value)}{verdict}"
     return f"{claim['what']}: {said}; asked: {claim['asked']}"
 
 

@@ -249,7 +249,8 @@ def llama(shape: ModelShape, blocks: int, device: torch.device, dtype: torch.dty
         dtype=dtype,
     )
     with torch.device(device):
-        return LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 def _parameters(shape: ModelShape, blocks: int, device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:

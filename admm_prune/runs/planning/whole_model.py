@@ -14,7 +14,8 @@ from admm_prune.recipes.elsa import CALIBRATION, Elsa
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Session, Trained
+from admm_prune.recipes.session import Session
+from admm_prune.recipes.trained import Trained
 from admm_prune.runs.planning.anatomy import Anatomy
 from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, blockwise_stages
 from admm_prune.runs.planning.counting import counted
@@ -119,7 +120,7 @@ def _parts(session: Session) -> dict[str, int]:
             if isinstance(value, torch.Tensor):
                 kind = _MASKS if name == "mask" else _MOMENTS if name.startswith("exp_avg") else _ANCHORS
                 state[kind] += value.nbytes
-    teacher = getattr(session.trainer.loss, "teacher", None)
+    teacher = getattr(session.trainer.objective, "teacher", None)
     if teacher is not None:
         state[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
     state[_BEST] = sum(x.nbytes for x in (session.best or {}).values())

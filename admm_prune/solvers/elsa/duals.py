@@ -131,7 +131,7 @@ class Splitting:
 
     def scores(self, weight: Weight) -> Tensor:
         """Of a = x + u, in the part in this process."""
-        if not (self.score.weighted and self.score.fisher == "clean"):
+        if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
             second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
             at_once = fused.scores(weight, fused.stored_anchor(weight, self.anchors), self.score, second)
             if at_once is not None:

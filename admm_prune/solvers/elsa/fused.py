@@ -1,4 +1,4 @@
-"""SparseAdam's step as one kernel, where Triton serves: what the gradients would be put through is told to it instead."""
+"""SparseAdam's step as one kernel, where Triton serves: what gradients would be put through is told to it."""
 
 from __future__ import annotations
 

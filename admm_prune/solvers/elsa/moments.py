@@ -1,23 +1,25 @@
-"""Adam's own step: torch's, on float moments, or on moments kept in 8 bits."""
+"""Adam's own step: torch's, on float moments, or on moments kept in 8 bits, a library's or our own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from admm_prune.kernels import quantization
+from admm_prune.errors import UserError
+from admm_prune.kernels import library_adam, quantization
 from admm_prune.kernels.quantization import Stored
 from admm_prune.solvers.elsa import fused
 from admm_prune.solvers.elsa.anchors import State, chunks, working_dtype
 from admm_prune.solvers.elsa.randomness import generator
-from admm_prune.solvers.elsa.sharding import laid_out_as, local
+from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.elsa.sharding import laid_out_as, local, processes_of
 
-MomentFormat = Literal["full", "int8"]
+MomentFormat = Literal["full", "int8", "bitsandbytes"]
 
 _SMALLEST = 4096  # entries of a tensor whose moments are kept in 8 bits
 _DRAW = 0  # tells these random numbers from those of the anchors
@@ -25,14 +27,34 @@ _DRAW = 0  # tells these random numbers from those of the anchors
 
 @dataclass(frozen=True)
 class Moments:
-    """How Adam's moments are kept: "full" in the precision of the computation, or "int8", with a float32 scale per 256.
+    """How Adam's moments are kept: "full" in the precision of the computation, or in 8 bits, a scale per 256 entries.
 
-    In 8 bits the first moment has logarithmic levels of both signs, and the root of the second, which is divided by,
-    logarithmic levels rounded at random: at 0.1 % a step it would not move between levels 5 % apart otherwise. Vectors
-    and tensors below 4096 entries keep full moments.
+    In "int8", which needs no library, the first moment has logarithmic levels of both signs, and the root of the
+    second, which is divided by, logarithmic levels rounded at random: at 0.1 % a step it would not move between levels
+    5 % apart otherwise. In "bitsandbytes" levels, rounding and the step itself are that library's, fused on a GPU.
+    Vectors and tensors below 4096 entries keep full moments.
     """
 
     format: MomentFormat
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def at_hand(cls, asked: MomentFormat) -> Moments:
+        """Those asked for; "int8" in place of the library's where it is not installed.
+
+        Raises:
+            UserError: there is no such format.
+        """
+        if asked not in get_args(MomentFormat):
+            raise UserError(f"moments are one of {', '.join(get_args(MomentFormat))}, not '{asked}'")
+        if asked == "bitsandbytes" and library_adam.installed() is None:
+            return cls(
+                "int8", ("bitsandbytes is not installed: Adam's moments were kept in this package's own 8 bits",)
+            )
+        return cls(asked)
+
+    def __str__(self) -> str:
+        return f"bitsandbytes {library_adam.installed()}" if self.format == "bitsandbytes" else self.format
 
     def create(self, parameter: Tensor, state: State, *, fused: bool) -> None:
         """Zero moments. torch's fused kernel wants the count of steps beside the parameter, the others on the CPU."""
@@ -43,24 +65,48 @@ class Moments:
             state["exp_avg"] = laid_out_as(parameter, zero)
             state["exp_avg_sq"] = laid_out_as(parameter, zero.clone())
             return
-        scales = torch.zeros(quantization.scales_shape(x.shape), device=x.device)
-        for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-            state[name] = laid_out_as(parameter, torch.zeros_like(x, dtype=dtype))
+        scales = torch.zeros(self._scales_shape(parameter, x), device=x.device)
+        for name, dtype in (("exp_avg", self._first_dtype), ("exp_avg_sq", torch.uint8)):
+            state[name] = laid_out_as(parameter, torch.zeros(x.shape, dtype=dtype, device=x.device))
             state[f"{name}_scale"] = laid_out_as(parameter, scales.clone())
 
+    @property
+    def _first_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.format == "bitsandbytes" else torch.int8
+
+    def _scales_shape(self, parameter: Tensor, here: Tensor) -> torch.Size:
+        rows = quantization.scales_shape(here.shape)
+        if self.format != "bitsandbytes" or here.shape[-1] % library_adam.BLOCK == 0:
+            return rows
+        if processes_of(parameter) is not None:
+            raise UserError(
+                f"bitsandbytes shares a scale across the rows of a weight {tuple(parameter.shape)}, which are sharded: "
+                'use moments="int8"'
+            )
+        return torch.Size((library_adam.blocks(here.numel()),))
+
     def quantizes(self, parameter: Tensor) -> bool:
-        return self.format == "int8" and parameter.ndim > 1 and parameter.numel() >= _SMALLEST
+        return self.format != "full" and parameter.ndim > 1 and parameter.numel() >= _SMALLEST
 
     def stored(self, parameter: Tensor, state: State) -> bool:
         """Whether the state is kept this way."""
-        return self.quantizes(parameter) == ("exp_avg_scale" in state)
+        if not self.quantizes(parameter):
+            return "exp_avg_scale" not in state
+        return "exp_avg_scale" in state and local(state["exp_avg"]).dtype == self._first_dtype
 
     def second(self, parameter: Tensor, state: State) -> Tensor:
         """v of the part in this process."""
         stored = local(state["exp_avg_sq"])
         if not self.quantizes(parameter):
             return stored
-        return quantization.from_unsigned_log(stored, local(state["exp_avg_sq_scale"])).square_()
+        scales = local(state["exp_avg_sq_scale"])
+        if self.format == "bitsandbytes":
+            return library_adam.second_moment(stored, scales)
+        return quantization.from_unsigned_log(stored, scales).square_()
+
+    def later(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> fused.Later | None:
+        """As `fused.Later.of`; None for a library's moments, which our kernels cannot read."""
+        return None if self.format == "bitsandbytes" else fused.Later.of(active, score, clip_penalty=clip_penalty)
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
         """v of the part in this process as it is kept: in 8 bits, its root."""
@@ -71,7 +117,8 @@ class Moments:
 
     def restrict(self, state: State, mask: Tensor) -> None:
         """m <- M m, so that Adam leaves the other entries where they are."""
-        local(state["exp_avg"]).mul_(mask)
+        first = local(state["exp_avg"])
+        first.masked_fill_(~mask, library_adam.ZERO_FIRST if first.dtype == torch.uint8 else 0)
 
     def step(
         self,
@@ -106,7 +153,9 @@ class Moments:
                 group,
             )
         for i, (x, state) in enumerate(zip(parameters, states, strict=True)):
-            if narrow[i]:
+            if self.format == "bitsandbytes" and self.quantizes(x):
+                _library_step(x, state, group, generator(x, *draws[i], _DRAW))
+            elif narrow[i]:
                 self._narrow_step(x, state, group, generator(x, *draws[i], _DRAW))
 
     def _narrow_step(self, parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
@@ -120,10 +169,7 @@ class Moments:
             _adam([here], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
             if self.quantizes(parameter):
                 self._write(state, rows, first, second, chance)
-            if x.dtype == torch.bfloat16:
-                x[rows] = quantization.to_bfloat16(here, chance)
-            elif x.dtype != dtype:
-                x[rows] = here.to(x.dtype)
+            _write_weights(x, rows, here, chance)
         state["step"] += 1
 
     def _read(self, parameter: Tensor, state: State, rows: slice) -> tuple[Tensor, Tensor]:
@@ -141,6 +187,34 @@ class Moments:
         for name, (levels, scales) in codes.items():
             local(state[name])[rows] = levels
             local(state[f"{name}_scale"])[rows] = scales
+
+
+def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
+    """As `Moments._narrow_step`, over runs of whole blocks."""
+    x = local(parameter.detach())
+    flat = x.view(-1)
+    gradient = _gradient(parameter).reshape(-1)
+    moments = [
+        [local(state[f"{name}{part}"]).view(-1) for part in ("", "_scale")] for name in ("exp_avg", "exp_avg_sq")
+    ]
+    state["step"] += 1
+    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    for some in chunks(flat):
+        scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
+        here, slope = flat[some].float(), gradient[some].float()
+        pruned = (here == 0) & (slope == 0)  # the library's kernels do not give an exact zero back as one
+        first, second = ((codes[some], scale[scales]) for codes, scale in moments)
+        library_adam.step(here, slope, first, second, int(state["step"]), **settings)
+        here.masked_fill_(pruned, 0)
+        _write_weights(flat, some, here, chance)
+
+
+def _write_weights(x: Tensor, rows: slice, here: Tensor, chance: torch.Generator) -> None:
+    """Some rows of x from the precision of the computation; where that is x's own, `here` is x already."""
+    if x.dtype == torch.bfloat16:
+        x[rows] = quantization.to_bfloat16(here, chance)
+    elif x.dtype != here.dtype:
+        x[rows] = here.to(x.dtype)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""The processes of a run, where there are several: who does what, and what they tell each other.
+
+One process is a world of size 1, in which nothing is told; so no caller asks whether there are several.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.models.structure import decoder_blocks
+
+T = TypeVar("T")
+
+LOST = "another process of this run ended or cannot be reached"
+
+
+class LostProcessError(UserError):
+    """Another process is gone: this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of the run, the first of which writes and speaks for all."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> World:
+        """The processes of torch's default group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """What of some items falls to this process; each falls to one, the numbers differ by one at most."""
+        return list(items[self.rank :: self.size])
+
+    def dealt(self, costs: Sequence[float]) -> list[int]:
+        """Which process does what, for pieces of work of these costs: the dearest first, each to the least busy."""
+        loads = [0.0] * self.size
+        owners = [0] * len(costs)
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owners[i] = loads.index(min(loads))
+            loads[owners[i]] += costs[i]
+        return owners
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over the processes, in place."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def handed(self, values: Tensor, owner: int) -> Tensor:
+        """What `values` are in the process `owner`, in place."""
+        if self.size > 1:
+            with reaching_others():
+                dist.broadcast(values, owner)
+        return values
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes."""
+        everywhere: list[Any] = [value] * self.size
+        if self.size > 1:
+            with reaching_others():
+                dist.all_gather_object(everywhere, value)
+        return everywhere
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, or the error of the user that it ends in: in all of them."""
+        if self.size == 1:
+            return compute()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = compute()
+            except UserError as error:
+                told[1] = str(error)
+        with reaching_others():
+            dist.broadcast_object_list(told, 0)
+        if told[1] is not None:
+            raise UserError(told[1])
+        result: T = told[0]
+        return result
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            with reaching_others():
+                dist.barrier()
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        if self.size > 1:
+            with reaching_others():
+                dist.all_reduce(values, how)
+        return values
+
+
+ALONE = World()
+
+
+@contextmanager
+def reaching_others() -> Generator[None]:
+    """Within it torch's errors of communication are `LostProcessError`."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, and the base of NCCL's
+        raise LostProcessError(LOST) from error
+
+
+def sharded_copy(model: nn.Module, world: World) -> nn.Module:
+    """A copy whose parameters are divided over the processes by rows (FSDP2), block by block; alone, the model itself.
+
+    A block's parameters are brought together while the block is at work.
+    """
+    if world.size == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    divided = copy.deepcopy(model)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
+    for block in decoder_blocks(divided):
+        fully_shard(block.module, mesh=mesh)
+    fully_shard(divided, mesh=mesh, reshard_after_forward=True)  # not left whole after an evaluation, as roots are
+    return divided

@@ -1,0 +1,162 @@
+"""Checkpoints of a run that trains: torch.distributed.checkpoint in safetensors, read by any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from admm_prune.errors import UserError
+from admm_prune.models.parallel import World
+
+_VALUES, _UNFINISHED = "values.json", ".unfinished"
+
+
+class Checkpoints:
+    """The latest checkpoint in a folder: whole or not there.
+
+    Every process writes the parts that lie in it into files of its own, under another name; the first one writes the
+    single values and the fingerprints of all files, and renames the folder.
+
+    Args:
+        folder: of checkpoints alone, the same in all processes; None keeps nothing.
+        world: the processes.
+    """
+
+    def __init__(self, folder: Path | None, world: World) -> None:
+        self._folder, self._world = folder, world
+        self._count = 0
+        self._latest: Path | None = None
+
+    @property
+    def kept(self) -> bool:
+        return self._folder is not None
+
+    def latest(self) -> dict[str, Any] | None:
+        """The single values of the latest checkpoint; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        folder = self._folder
+        if folder is None:
+            return None
+        found = self._world.from_first(lambda: _read_latest(folder))
+        if found is None:
+            return None
+        name, values = found
+        self._latest, self._count = folder / name, int(name) + 1
+        return values
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Brings the tensors of the latest checkpoint into these, which may be divided otherwise than they were.
+
+        Raises:
+            UserError: it has not all of them, or in other shapes.
+        """
+        assert self._latest is not None
+        reader = HuggingFaceStorageReader(str(self._latest))
+        kept = reader.read_metadata().state_dict_metadata
+        saved = {name: (x.size, x.properties.dtype) for name, x in kept.items() if isinstance(x, TensorStorageMetadata)}
+        if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
+            raise UserError(f"{self._latest} is a checkpoint of another run: delete it to begin anew")
+        with _quiet():
+            state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
+
+    def save(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+        """Writes a checkpoint, then drops the one before.
+
+        Raises:
+            UserError: it cannot be written. The one before is safe.
+        """
+        folder = self._folder
+        assert folder is not None
+        place = folder / f"{self._count:06d}"
+        new = place.with_name(place.name + _UNFINISHED)
+        self._world.from_first(lambda: _emptied(new))
+        try:
+            writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
+            with _quiet():
+                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        self._world.from_first(lambda: _complete(new, place, values))
+        self._count += 1
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without torch's warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _emptied(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
+
+
+def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
+    """All files are on the disk before the folder has its name, and it has before the others go."""
+    try:
+        content = {"values": values, "sha256": _fingerprints(new)}
+        body = json.dumps(content)
+        with (new / _VALUES).open("w", encoding="utf-8") as file:
+            file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(new)
+        new.replace(place)
+        _sync(place.parent)
+        for other in place.parent.iterdir():
+            if other.name != place.name:
+                shutil.rmtree(other)
+    except OSError as error:
+        raise UserError(f"cannot write to {place.parent}: {error.strerror or error}") from error
+
+
+def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if not names:
+        return None
+    place = folder / max(names)
+    digest, _, body = (
+        (place / _VALUES).read_text(encoding="utf-8", errors="replace").removesuffix("\n").partition("\n")
+        if (place / _VALUES).is_file()
+        else ("", "", "")
+    )
+    sound = hashlib.sha256(body.encode()).hexdigest() == digest
+    if not sound or json.loads(body)["sha256"] != _fingerprints(place):
+        raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to begin anew")
+    return place.name, json.loads(body)["values"]
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,127 @@
+"""Recipes as files: what a run was asked for, in YAML, beside its weights, to be read, changed and run again."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from admm_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from admm_prune.runs.recipe_schema import RecipeFile
+
+RECIPE = "recipe.yaml"
+_TEXT = ("data", "eval_data", "eval_split", "documents", "samples", "eval_samples", "length", "packing", "seed")
+_PLAIN = ("ridge", "steps", "unit", "multiple", "bounds", "dtype", "device")
+_PARTS = ("method", "solver", "problem", "constraint")
+
+
+def content_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run, from the settings in its manifest; what stands at its default is left out.
+
+    Parts that were given as objects cannot be named in a file: they are described under "objects".
+    """
+    target, selection = settings["target"], settings["selection"]
+    parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
+    named = {name: part for name, part in parts.items() if part.replace("-", "").isalnum()}
+    content: dict[str, Any] = {"model": settings["model"], **named}
+    if target["pattern"] is not None:
+        content["pattern"] = "{}:{}".format(*target["pattern"])
+    else:
+        content["sparsity"] = target["sparsity"]
+    content |= {name: list(selection[name]) for name in ("targets", "ignore") if selection[name]}
+    if selection["overrides"]:
+        content["overrides"] = {pattern: _plain(wanted) for pattern, wanted in selection["overrides"]}
+    content["text"] = {name: settings["text"][name] for name in _TEXT if settings["text"][name] is not None}
+    content |= {name: settings[name] for name in _PLAIN if settings[name] not in (None, False)}
+    if len(named) < len(parts):
+        content["objects"] = {name: part for name, part in parts.items() if name not in named}
+    return content
+
+
+def written(content: dict[str, Any]) -> str:
+    """YAML, in the order of the content."""
+    import yaml
+
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def packaged_names() -> list[str]:
+    """The recipes that come with the package."""
+    found = files("admm_prune").joinpath("assets/recipes").iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml"))
+
+
+def read_packaged(name: str) -> RecipeFile:
+    """A recipe that comes with the package.
+
+    Raises:
+        UserError: there is none of this name; the message lists those there are.
+    """
+    if name not in packaged_names():
+        raise UserError(
+            f"there is no recipe '{name}': choose one of {', '.join(packaged_names())}, or run --recipe FILE"
+        )
+    return _read(files("admm_prune").joinpath(f"assets/recipes/{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def read_recipe(path: Path) -> RecipeFile:
+    """A recipe from a file, or from the folder of a run.
+
+    Raises:
+        UserError: there is no such file, or it is no recipe; the message names the first field that is wrong.
+    """
+    path = path / RECIPE if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+    return _read(text, str(path))
+
+
+@cache
+def _loader() -> Any:
+    """YAML's safe loader, to which 2:4 is a text, not 124, two and four in base 60; and 1e-3 a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    numbers = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in numbers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    digits = list("-+.0123456789")
+    Loader.add_implicit_resolver(numbers[0], re.compile(r"[-+]?[0-9]+\Z"), digits)
+    Loader.add_implicit_resolver(
+        numbers[1], re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z"), digits
+    )
+    return Loader
+
+
+def _plain(wanted: str) -> float | str:
+    """A number where it is one."""
+    try:
+        return float(wanted)
+    except ValueError:
+        return wanted
+
+
+def _read(text: str, where: str) -> RecipeFile:
+    import yaml
+
+    from admm_prune.runs.recipe_schema import validated
+
+    try:
+        content = yaml.load(text, _loader())
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = "" if place is None else f", line {place.line + 1}"
+        raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: a recipe is a mapping, such as 'model: embedded'")
+    return validated(content, where)

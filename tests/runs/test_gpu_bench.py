@@ -1,0 +1,166 @@
+"""The GPU benchmark, end to end at tiny shapes, and how its rows end when they do not end well."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from admm_prune.cli.app import app
+from admm_prune.errors import UserError
+from admm_prune.kernels import quadratic
+from admm_prune.problems.constraints import NofM, Unstructured
+from admm_prune.runs.gpu import baselines, layers, rows, scaling, suite, training
+from admm_prune.runs.gpu.ceilings import Ceilings, Work
+from admm_prune.runs.gpu.rows import Case, Figures, Row, Runner
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(dict.fromkeys(("float64", "float32", "bfloat16", "bfloat16x3"), 1000000000.0), read=1e9, copied=1e9)
+# What the machine with a GPU lacks: importing it fails, and so does asking for its version.
+WITHOUT = """
+import importlib.metadata, sys
+LACKING = {"pydantic", "pydantic_core", "datasets", "cvxpy", "pyscipopt"}
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LACKING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Lacking())
+version = importlib.metadata.version
+def asked(name):
+    if name in LACKING | {"admm-prune"}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = asked
+from pathlib import Path
+from admm_prune.runs.gpu.suite import bench_gpu
+bench_gpu(Path(sys.argv[1]), device="cpu", small=True, budget=400.0)
+"""
+
+
+def test_the_whole_of_it_without_what_a_gpu_machine_lacks(tmp_path: Path) -> None:
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads((tmp_path / "out" / "admm_prune.json").read_text())
+    assert {row["section"] for row in content["rows"]} == set(suite.SECTIONS)
+    assert [row for row in content["rows"] if row["status"] != "measured"] == []
+    assert content["gap"]
+    assert all(claim["met"] is None for claim in content["claims"])  # tiny shapes prove nothing
+    for row in content["rows"]:
+        assert row["seconds"] > 0
+        if row["section"] == "layers":
+            assert 0 < row["error"] < 1
+            assert row["floor_seconds"] >= 0
+    assert {"sparsegpt", "admm-fast", "admm"} <= set(content["model"]["layers"])
+    table = (tmp_path / "out" / "gpu.txt").read_text()
+    for row in content["rows"]:
+        assert row["name"] in table
+    assert "nothing about the speed of a GPU" in table
+
+
+def test_the_command(tmp_path: Path) -> None:
+    words = ["bench", "gpu", "--small", "--device", "cpu", "--sections", "selection", "--out", str(tmp_path / "out")]
+    told = CliRunner().invoke(app, [*words, "--json"])
+    assert told.exit_code == 0, told.output
+    names = [row["name"] for row in json.loads(told.stdout.splitlines()[-1])["rows"]]
+    assert {"threshold", "mask", "torch.topk", "torch.sort"} <= set(names)
+    shown = CliRunner().invoke(app, words)  # over the folder that is ours
+    assert "reads of memory" in shown.output
+
+
+def test_full_size_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--small"):
+        suite.bench_gpu(tmp_path / "out", device="cpu")
+    with pytest.raises(UserError, match="no section 'speed'"):
+        suite.bench_gpu(tmp_path / "out", device="cpu", small=True, sections=["speed"])
+    assert not (tmp_path / "out").exists()
+
+
+def case(run, **how) -> Case:
+    return Case(section="s", name="n", case="c", run=run, **how)
+
+
+def test_a_row_that_fails_is_a_row(monkeypatch) -> None:
+    def singular() -> Figures:
+        raise torch.linalg.LinAlgError("not positive definite\nmore")
+
+    def exhausted() -> Figures:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    def endless() -> Figures:
+        while True:
+            time.sleep(0.01)
+
+    runner = Runner(CPU, CEILINGS, budget=30.0)
+    good = case(lambda: Figures(seconds=2.0, work=Work({"float32": 1e9}, 4e8)))
+    found = runner.run([case(singular), case(exhausted), case(endless, limit=0.1), good])
+    assert [row.status for row in found] == ["failed", "no memory", "too long", "measured"]
+    assert found[0].note == "LinAlgError: not positive definite"
+    assert found[3].floor_seconds == pytest.approx(1.0)
+    assert found[3].reached == pytest.approx(0.5)
+    assert found[3].bound == "operations"
+    monkeypatch.setattr(rows, "free_memory", lambda device: 1e9)
+    assert runner.run([case(endless, needs=2e9)])[0].status == "no memory"
+    assert Runner(CPU, CEILINGS, budget=0.0).run([good])[0].status == "no time"
+
+
+def test_the_fit_finds_a_line() -> None:
+    points = [(0.01, 0.03), (0.1, 0.21), (1.0, 2.01)]  # 10 ms and twice the floor
+    measured = [
+        Row(section="layers", name="admm", case="", status="measured", seconds=t, floor_seconds=f) for f, t in points
+    ]
+    line = scaling.fitted(measured)
+    assert line is not None
+    assert line.overhead == pytest.approx(0.01)
+    assert line.reached == pytest.approx(0.5)
+    assert line.worst < 1e-9
+    assert scaling.fitted(measured[:1]) is None
+    content = scaling.model_of(measured, [training.SHAPES["7B"]], CEILINGS, tokens=1024, methods=("admm",))
+    (model,) = content["models"]
+    assert model["seconds"] == pytest.approx(2 * model["floor_seconds"])
+    assert 6.5e9 < model["parameters"] < 6.9e9
+
+
+def test_claims_are_judged_by_the_rows() -> None:
+    def row(name: str, seconds: float, error: float) -> Row:
+        return Row(section="layers", name=name, case="4x4 0.7", status="measured", seconds=seconds, error=error)
+
+    measured = [row("admm", 1.0, 0.10), row("ALPS, straightforward float64", 12.0, 0.10), row("sparsegpt", 1.0, 0.1)]
+    found = {claim["what"]: claim for claim in suite.claims(measured)}
+    assert found["admm over float64 ALPS, 4x4 0.7"]["value"] == 12.0
+    assert found["admm over float64 ALPS, 4x4 0.7"]["met"]
+    assert found["its error over that of ALPS, 4x4 0.7"]["met"]
+    missing = found["sparsegpt over the straightforward one, 4x4 0.7"]
+    assert missing["value"] is None
+    assert missing["met"] is None
+
+
+@pytest.mark.parametrize("constraint", [Unstructured(0.7), NofM(2, 4)], ids=["70%", "2:4"])
+def test_the_baselines_do_what_they_say(constraint) -> None:
+    """As good as our own implementations of the same algorithms, and feasible."""
+    from admm_prune.point import Point
+    from admm_prune.problems.layer import LayerReconstruction
+    from admm_prune.solvers.admm import ADMM
+    from admm_prune.solvers.obs import SparseGPT
+
+    layer = layers.drawn(40, 64, CPU)
+    task = LayerReconstruction(layer.weight.double(), layer.gram.double(), constraint, ridge=0.0, damping=0.01)
+    pattern = (2, 4) if isinstance(constraint, NofM) else None
+    found = {
+        "alps": (baselines.alps(layer.weight, layer.gram, constraint), ADMM.alps()),
+        "sparsegpt": (baselines.sparsegpt(layer.weight, layer.gram, sparsity=0.7, pattern=pattern), SparseGPT()),
+    }
+    for name, (baseline, solver) in found.items():
+        assert constraint.contains(Point(weight=baseline.weight))
+        error = quadratic.energy(baseline.weight.double(), task.gram, task.weight)
+        ours = quadratic.energy(solver.solve(task).solution["weight"], task.gram, task.weight)
+        assert abs(math.log(error / ours)) < (0.1 if name == "alps" else 0.02), f"{name}: {error} for {ours}"

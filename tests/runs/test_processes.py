@@ -1,0 +1,273 @@
+"""Several processes under torchrun: the result of one, one line where one fails, and a run that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_sparse_adam_sharded import in_processes
+
+from admm_prune.errors import UserError
+from admm_prune.models.loading import load
+from admm_prune.models.parallel import World
+from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.recipes.journal import NOTHING, Journal
+from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.targets import Target
+from admm_prune.recipes.trained import Trained
+from admm_prune.runs.texts import Texts, TextSettings
+
+LINE = "admm-prune: "
+SCRIPT = "import sys; from admm_prune.cli import main; sys.argv[0] = 'admm-prune'; main()"
+
+
+def start(
+    folder: Path, model: Path, text: Path, processes: int, method: str, *more: str, out: str = "out", samples: int = 13
+) -> subprocess.Popen[str]:
+    """`admm-prune run` in so many processes; 13 sequences, so that the shares are uneven."""
+    script = folder / "admm_prune_main.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*(torchrun if processes > 1 else [sys.executable]), str(script), "run", "--model", str(model)]
+    command += ["--data", str(text), "--method", method, "--length", "32", "--packing", "windows", "--device", "cpu"]
+    command += ["--eval-samples", "9", "--samples", str(samples), "--out", str(folder / out), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finished(run: subprocess.Popen[str]) -> str:
+    """What a run printed that ended well."""
+    stdout, stderr = run.communicate(timeout=600)
+    assert run.returncode == 0, stderr
+    return stdout
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def assert_equal(one: Path, several: Path, *, trained: bool = False) -> None:
+    """The same files; masks equal, weights and figures to rounding.
+
+    Where they were trained, figures to 10 %: the tiny model's measured rate is as large as its weights, and then Adam
+    makes steps of what rounding leaves of a gradient that vanishes. The tests at a gentle rate compare the weights.
+    """
+    assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
+    expected, found = weights(one), weights(several)
+    assert expected.keys() == found.keys()
+    for name, x in expected.items():
+        assert torch.equal(x != 0, found[name] != 0), name
+        assert trained or float((x - found[name]).abs().max()) <= 1e-5 * max(1.0, float(x.abs().max())), name
+    reports = [json.loads((folder / "admm_prune.json").read_text()) for folder in (one, several)]
+    assert reports[0]["pruned"]["perplexity"] == pytest.approx(
+        reports[1]["pruned"]["perplexity"], rel=0.1 if trained else 1e-4
+    )
+    assert reports[0]["dense"]["perplexity"] == pytest.approx(reports[1]["dense"]["perplexity"], rel=1e-6)
+    layers = [[(layer["name"], layer["tokens"], layer["status"]) for layer in report["layers"]] for report in reports]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_layers_are_pruned_as_by_one_process(
+    tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int
+) -> None:
+    for count, out in ((1, "one"), (processes, "several")):
+        said = finished(start(tmp_path, model_folder, text_file, count, method, "--sparsity", "0.6", "--json", out=out))
+        assert len(said.splitlines()) == 1  # one process speaks
+        assert json.loads(said)["method"] == method
+    assert_equal(tmp_path / "one", tmp_path / "several")
+
+
+@pytest.mark.slow
+def test_a_streamed_run_too(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    for count, out in ((1, "one"), (2, "several")):
+        finished(start(tmp_path, model_folder, text_file, count, "admm", "--sparsity", "0.6", "--stream", out=out))
+    assert_equal(tmp_path / "one", tmp_path / "several")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["elsa", "gradual"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_training_ends_as_in_one_process(
+    tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int
+) -> None:
+    for count, out in ((1, "one"), (processes, "several")):
+        run = start(
+            tmp_path, model_folder, text_file, count, method, "--sparsity", "0.7", "--steps", "20", out=out, samples=41
+        )
+        finished(run)
+    assert_equal(tmp_path / "one", tmp_path / "several", trained=True)
+
+
+class Checkpoints(Journal):
+    """A journal that keeps checkpoints alone."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def checkpoints(self, name: str) -> Path:
+        return self.folder / name
+
+
+def trained_in(
+    rank: int, processes: int, folder: str, model: Path, text: Path, method: str, stop: int | None = None
+) -> None:
+    """Leaves the weights that a recipe ends with in a file; with `stop`, it ends before, with its checkpoint."""
+
+    def progress(done: int, total: int, at_work: str) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    loaded = load(str(model))
+    calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(41)
+    recipe = recipe_named(method, 12)
+    assert isinstance(recipe, Trained)
+    kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
+    request = Request(
+        target=Target(0.7),
+        calibration=calibration,
+        world=World.here(),
+        journal=Checkpoints(kept) if kept else NOTHING,
+        on_progress=progress,
+    )
+    with nullcontext() if stop is None else suppress(KeyboardInterrupt):
+        replace(recipe, lr=2e-3).prune(loaded.model, request)
+    if rank == 0 and stop is None:
+        save_file({n: p.detach().clone() for n, p in loaded.model.named_parameters()}, f"{folder}/{processes}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["elsa", "gradual"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_gentle_rate(tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int) -> None:
+    trained_in(0, 1, str(tmp_path), model_folder, text_file, method)
+    in_processes(processes, trained_in, str(tmp_path), model_folder, text_file, method)
+    assert_near(tmp_path / "1", tmp_path / str(processes))
+
+
+def assert_near(one: Path, several: Path) -> None:
+    expected, found = load_file(one), load_file(several)
+    for name, x in expected.items():
+        assert torch.equal(x != 0, found[name] != 0), name
+        assert float((x - found[name]).abs().max()) <= 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["elsa", "gradual"])
+@pytest.mark.parametrize(("begun", "then"), [(2, 1), (1, 2), (2, 4)])
+def test_a_checkpoint_is_read_by_another_number_of_processes(
+    tmp_path: Path, model_folder: Path, text_file: Path, method: str, begun: int, then: int
+) -> None:
+    trained_in(0, 1, str(tmp_path), model_folder, text_file, method)
+    (tmp_path / "1").rename(tmp_path / "whole")
+    for processes, stop in ((begun, 7), (then, None)):
+        (tmp_path / "meeting").unlink(missing_ok=True)
+        if processes == 1:
+            trained_in(0, 1, str(tmp_path), model_folder, text_file, method, stop)
+        else:
+            in_processes(processes, trained_in, str(tmp_path), model_folder, text_file, method, stop)
+    assert list((tmp_path / "kept/training").glob("*/values.json"))
+    assert_near(tmp_path / "whole", tmp_path / str(then))
+
+
+def killed_once_it_has(run: subprocess.Popen[str], there: Path, pattern: str) -> tuple[list[str], float]:
+    """Kills one process of a run when a file appears: the lines of ours that the others say, and how long they take."""
+    limit = time.monotonic() + 300
+    while not list(there.glob(pattern)):
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    _, stderr = run.communicate(timeout=120)
+    took = time.monotonic() - began
+    with pytest.raises(ProcessLookupError):  # none of the group is left
+        os.killpg(run.pid, 0)
+    assert run.returncode != 0
+    return [line for line in stderr.splitlines() if line.startswith(LINE)], took
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("admm", "records/*-blocks-00000"), ("elsa", "checkpoints/training/*/values.json")]
+)
+@pytest.mark.parametrize(("processes", "then"), [(2, 2), (4, 1), (2, 4)])
+def test_where_one_is_killed_all_end_and_any_number_goes_on(
+    tmp_path: Path, model_folder: Path, text_file: Path, method: str, pattern: str, processes: int, then: int
+) -> None:
+    settings = ["--sparsity", "0.7", *(["--steps", "40"] if method == "elsa" else [])]
+    finished(start(tmp_path, model_folder, text_file, 1, method, *settings, out="one", samples=41))
+    run = start(tmp_path, model_folder, text_file, processes, method, *settings, samples=41)
+    said, took = killed_once_it_has(run, tmp_path / "out.partial", pattern)
+    assert took < 30
+    assert len(said) <= 1  # torchrun may end the others before they can say anything
+    assert all("--resume" in line for line in said)
+    assert not (tmp_path / "out").exists()
+    finished(start(tmp_path, model_folder, text_file, then, method, *settings, "--resume", samples=41))
+    assert_equal(tmp_path / "one", tmp_path / "out", trained=method == "elsa")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "samples", "line"),
+    [
+        (("--sparsity", "1.5"), 13, "sparsity"),
+        (("--sparsity", "0.5"), 3, "3 calibration sequences are too few for 4 processes: give more --samples"),
+        (("--pattern", "16:32"), 13, "needs a width"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tmp_path: Path, model_folder: Path, text_file: Path, more: tuple[str, ...], samples: int, line: str
+) -> None:
+    run = start(tmp_path, model_folder, text_file, 4, "admm", *more, samples=samples)
+    _, stderr = run.communicate(timeout=300)
+    assert run.returncode != 0
+    said = [text for text in stderr.splitlines() if text.startswith(LINE)]
+    assert len(said) == 1
+    assert line in said[0]
+    assert list(tmp_path.iterdir()) == [tmp_path / "admm_prune_main.py"]
+
+
+@pytest.mark.slow
+def test_methods_that_are_for_one_process_say_so(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    _, stderr = start(tmp_path, model_folder, text_file, 2, "struprune", "--sparsity", "0.5").communicate(timeout=300)
+    assert [line for line in stderr.splitlines() if line.startswith(LINE)] == [
+        "admm-prune: struprune runs in one process: leave torchrun out, or choose a layer-wise method or elsa"
+    ]
+
+
+def test_work_is_dealt_out_by_cost() -> None:
+    world = World(1, 3)
+    owners = world.dealt([1.0, 9.0, 2.0, 3.0, 4.0])
+    loads = [
+        sum(cost for cost, owner in zip([1.0, 9.0, 2.0, 3.0, 4.0], owners, strict=True) if owner == i) for i in range(3)
+    ]
+    assert sorted(loads) == [5.0, 5.0, 9.0]
+    assert [len(World(i, 3).share(range(13))) for i in range(3)] == [5, 4, 4]
+    assert sorted(x for i in range(3) for x in World(i, 3).share(range(13))) == list(range(13))
+
+
+def test_one_process_tells_itself() -> None:
+    world = World.here()
+    x = torch.arange(3.0)
+    assert (world.rank, world.size) == (0, 1)
+    assert torch.equal(world.total(x), torch.arange(3.0))
+    assert world.gathered("a") == ["a"]
+    with pytest.raises(UserError, match="wrong"):
+        world.from_first(lambda: (_ for _ in ()).throw(UserError("wrong")))
