@@ -1,0 +1,73 @@
+"""Decoders that no list names are read by their structure, or refused with the first block that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from test_capture import near
+from test_family_table import prune
+from tiny_models import LLAMA, build, one_by_one
+from torch import Tensor
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.structure import decoder_blocks
+
+MIXTURE = LLAMA | {"num_experts_per_tok": 2}
+UNLISTED: dict[str, tiny_models.Family] = {
+    "gpt-oss": ("GptOss", MIXTURE | {"num_local_experts": 4, "head_dim": 8}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        MIXTURE | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    ),
+    "olmoe": ("Olmoe", MIXTURE | {"num_experts": 4}),
+    "mpt": ("Mpt", {"d_model": 16, "n_heads": 4}),
+    "mamba": ("Mamba", {"hidden_size": 16}),
+}
+
+
+@pytest.fixture(autouse=True)
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_models, "FAMILIES", tiny_models.FAMILIES | UNLISTED)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen2-moe", "olmoe", "mpt"])
+def test_it_is_pruned(name: str, stories: Sequences) -> None:
+    model = build(name, layers=2)
+    prune(model, "wanda", stories)
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    assert len(views) == {"gpt-oss": 24, "qwen2-moe": 30, "olmoe": 24, "mpt": 8}[name]
+    assert all(2 * int(view.read().count_nonzero()) <= view.read().numel() for view in views)
+    gates = [p for own, p in model.named_parameters() if own.endswith(("router.weight", "gate.weight"))]
+    assert all(bool((gate != 0).all()) for gate in gates)
+
+
+def test_experts_stored_transposed_are_seen(stories: Sequences) -> None:
+    """GPT-OSS multiplies by the matrix as stored, without `linear`."""
+    model: Any = build("gpt-oss", layers=2)
+    view = next(view for view in decoder_blocks(model)[0].weights if view.name.endswith("gate_up_proj.1"))
+    assert view.transposed
+    assert torch.equal(view.read(), view.parameter[1].T)
+    seen: list[Tensor] = []
+
+    def hook(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        hidden, choice, *_rest = (*args, *kwargs.values())
+        seen.append(hidden[(choice == 1).any(1)])
+
+    with view.module.register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
+        for row in one_by_one(stories):
+            model(input_ids=row)
+    x = torch.cat(seen).double()
+    assert len(x) >= view.shape[1], "or it starves"
+    (shared,) = BlockStream(model, decoder_blocks(model), stories, "cpu").collect(0, {view.name})
+    assert shared.statistics.tokens == len(x)
+    near(shared.statistics.gram, x.T @ x)
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    with pytest.raises(UserError, match=r"^MambaForCausalLM: cannot read block backbone\.layers\.0: .*conv1d\.weight"):
+        decoder_blocks(build("mamba", layers=2))
