@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import bench, capture, compare, evaluate, listing, plan, run, solve, verify
+from admm_prune.cli import bench, capture, compare, evaluate, listing, plan, report, run, solve, verify
 
 app = typer.Typer(
     name="admm-prune",
@@ -20,5 +20,6 @@ app.command("capture")(capture.capture)
 app.command("solve")(solve.solve)
 app.command("verify")(verify.verify)
 app.command("plan")(plan.plan)
+app.command("report")(report.report)
 app.command("list")(listing.list_)
 app.add_typer(bench.bench, name="bench")

@@ -44,6 +44,18 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Never done otherwise.")
 ]
 
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable."
+    ),
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Leave what fits as it is, as for --targets; repeatable.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
+]
+
 Report = Callable[[int, int, str], None]
 _WIDE = 160
 
@@ -72,6 +84,23 @@ def progress_bar(what: str, *, shown: bool = True) -> Iterator[Report]:
                 print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
 
         yield report
+
+
+def parse_overrides(given: list[str] | None) -> dict[str, float | str]:
+    """{pattern: target} from PATTERN=TARGET.
+
+    Raises:
+        UserError: there is no "=".
+    """
+    from admm_prune.errors import UserError
+
+    found: dict[str, float | str] = {}
+    for item in given or ():
+        pattern, equals, wanted = item.rpartition("=")
+        if not (equals and pattern and wanted):
+            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
+        found[pattern] = wanted
+    return found
 
 
 def emit(content: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ def run(
     method: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
     sparsity: Annotated[str | None, typer.Option(help="Fraction of every matrix to go, such as 0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
+    targets: common.Targets = None,
+    ignore: common.Ignore = None,
+    override: common.Override = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
     samples: common.Samples = None,
@@ -45,6 +48,9 @@ def run(
         typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
     ] = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Prove a lower bound of every layer's error too: seconds a matrix.")
+    ] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -69,6 +75,9 @@ def run(
                 method=method,
                 sparsity=sparsity,  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
                 pattern=pattern,
+                targets=targets or (),
+                ignore=ignore or (),
+                overrides=common.parse_overrides(override),
                 data=data,
                 eval_data=eval_data,
                 out=out,
@@ -87,6 +96,7 @@ def run(
                 resume=resume,
                 activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
                 trust_remote_code=trust_remote_code,
+                bounds=bounds,
                 progress=progress,
             )
     except (KeyboardInterrupt, LostProcessError) as error:
@@ -113,7 +123,8 @@ def run(
         return
     rows = [
         [name, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}"]
-        for name, figures in (("dense", report.dense), (f"{method} {report.target}", report.pruned))
+        for name, figures in (("dense", report.dense), (f"{report.method} {report.target}", report.pruned))
     ]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
+    print(f"report: {out / 'report.html'}")

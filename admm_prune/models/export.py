@@ -162,4 +162,5 @@ def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:
     config.per_layer_config = {i: _widths(config, block) for i, block in enumerate(blocks)}
     # The subclass differs in how it is built, which this model is already: nothing has to be copied.
     model.__class__ = per_layer_class(type(model).__name__)
+    model._weight_conversions = []  # older names (GPT-NeoX's head) are not known to a class beside the weights
     model.__class__.register_for_auto_class("AutoModelForCausalLM")

@@ -211,6 +211,8 @@ def _explained(source: str, location: Path | str) -> Generator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:

@@ -161,13 +161,7 @@ class ModelOnDisk(Residence):
         files: dict[str, str] = {}
         for index, block in enumerate(self.blocks):
             name = f"block-{index:05d}.safetensors"
-            if self._checkpoint.renames:
-                stored = self._checkpoint.as_stored(load_file(self._finished[index]))
-                write_tensors(folder / name, stored)
-            else:
-                _link(self._finished[index], folder / name)
-                stored = {f"{block.name}.{own}": own for own, _ in block.module.named_parameters()}
-            files |= dict.fromkeys(stored, name)
+            files |= dict.fromkeys(self._write_block(index, block, folder / name), name)
         files |= dict.fromkeys(self._write_outside(folder / _OUTSIDE), _OUTSIDE)
         sizes = sum((folder / name).stat().st_size for name in set(files.values()))
         index_content = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(files.items()))}
@@ -178,6 +172,15 @@ class ModelOnDisk(Residence):
         self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
+
+    def _write_block(self, index: int, block: Block, path: Path) -> list[str]:
+        """A finished block; returns the names in the file."""
+        if not self._checkpoint.renames:
+            _link(self._finished[index], path)
+            return [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
+        stored = self._checkpoint.as_stored(load_file(self._finished[index]))
+        write_tensors(path, stored)
+        return list(stored)
 
     def _write_outside(self, path: Path) -> list[str]:
         """What is outside of the blocks, one tensor in memory at a time; returns the names in the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Elsa(Trained):
     projection: Method = LOCAL_METHODS["admm"]
 
     def check(self, model: Any, target: Target) -> None:
+        super().check(model, target)
         check_target(decoder_blocks(model), self.projection, target)
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
@@ -144,8 +145,8 @@ class TunedDense(Trained):
     summary: str = "prunes nothing: the dense model trained as long as the others, to compare them with"
 
     def check(self, model: Any, target: Target) -> None:
-        if target.fraction:
-            raise UserError("tuned-dense prunes nothing: give --sparsity 0")
+        if target.fraction or target.layers:
+            raise UserError("tuned-dense prunes nothing: give --sparsity 0, and no targets or overrides")
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         return SparseAdam(**how, freeze=1.0)
@@ -163,8 +164,8 @@ def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
 
 def _of_density(target: Target, density: float) -> Target:
     if target.pattern is None:
-        return Target(sparsity=1.0 - density)
-    return Target(pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
+        return replace(target, sparsity=1.0 - density)
+    return replace(target, pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
 
 
 def _mean_error(outcome: Outcome) -> float:

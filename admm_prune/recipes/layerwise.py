@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,19 +12,23 @@ from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.models.capture import BlockStream
-from admm_prune.models.inputs import SharedInput
+from admm_prune.kernels import quadratic
+from admm_prune.models.capture import BlockStream, SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
+from admm_prune.problem import Constraint
 from admm_prune.problems.constraints import StackedRows
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.block_walk import Visit, walk
+from admm_prune.recipes.branch_pruning import report_of
+from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers.doctor import diagnose
+from admm_prune.solvers.reference import lower_bound
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Layerwise:
         self.check(model, request.target)
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            return Visit(layers=_prune_all(stream.collect(index), self.method, request))
+            chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
+            layers = _prune_all(stream.collect(index, chosen) if chosen else [], self.method, request)
+            return Visit(layers=[*layers, *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
         request.tell(len(visits), len(visits))
@@ -90,12 +96,27 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
     Raises:
         UserError: a weight does not admit it; the message names the weight.
     """
-    constraint = method.constraint(target)
     for view in (view for block in blocks for view in block.weights):
+        own = target.at(view.name)
         try:
-            constraint.contains(Point(weight=torch.zeros(1, view.shape[1])))
+            if own is not None:
+                _try(method.constraint(own), view.shape)
         except ValueError as error:
             raise UserError(f"{view.name}: {error}") from error
+
+
+def _try(constraint: Constraint, shape: tuple[int, int]) -> None:
+    """Raises ValueError where matrices of this shape do not admit the set; one row tells it of all but tiles."""
+    try:
+        constraint.contains(Point(weight=torch.zeros(1, shape[1])))
+    except ValueError:
+        constraint.contains(Point(weight=torch.zeros(()).expand(shape)))
+
+
+def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
+    """Reports of the weights of a block that were not among those to prune."""
+    left = [view for view in block.weights if view.name not in pruned]
+    return [replace(report_of(view, view.shape), notes=("not to be pruned: left as it was",)) for view in left]
 
 
 def prune_shared(shared: SharedInput, method: Method, request: Request) -> list[LayerReport]:
@@ -108,9 +129,12 @@ def prune_shared(shared: SharedInput, method: Method, request: Request) -> list[
     Raises:
         UserError: a weight cannot be pruned; the message names it.
     """
-    if not method.stacks:
-        return [report for view in shared.weights for report in _prune((view,), shared.statistics, method, request)]
-    return _prune(shared.weights, shared.statistics, method, request)
+    groups: dict[object, tuple[WeightView, ...]] = {}
+    for view in shared.weights:
+        alike = None if method.stacks_targets else request.target.at(view.name)
+        key: object = alike if method.stacks else view.name
+        groups[key] = (*groups.get(key, ()), view)
+    return [report for views in groups.values() for report in _prune(views, shared.statistics, method, request)]
 
 
 def _prune(
@@ -118,16 +142,16 @@ def _prune(
 ) -> list[LayerReport]:
     """Prunes some weights by one solve."""
     began = time.perf_counter()
-    constraint = method.constraint(request.target)
+    constraints = [method.constraint(target_of(request, view)) for view in views]
     # A copy: what is read shares memory with the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in views])
     sizes = [view.shape[0] for view in views]
     try:
-        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraint)
-        problem = LayerReconstruction(
+        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraints[0])
+        problem = method.objective(
             stacked,
             statistics.gram,
-            constraint if len(views) == 1 else StackedRows(tuple((rows, constraint) for rows in sizes)),
+            constraints[0] if len(views) == 1 else StackedRows(tuple(zip(sizes, constraints, strict=True))),
             ridge=asked.ridge,
             damping=asked.damping,
         )
@@ -145,9 +169,9 @@ def _prune(
         ridge_used=problem.ridge,
     )
     seconds = time.perf_counter() - began
-    reports = []
-    for view, weight in zip(views, stacked.split(sizes), strict=True):
-        own = LayerReconstruction(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+    reports: list[LayerReport] = []
+    for view, weight, constraint in zip(views, stacked.split(sizes), constraints, strict=True):
+        own = method.objective(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation
         reports.append(
@@ -165,7 +189,28 @@ def _prune(
                 damping=problem.damping,
                 ridge_trials=asked.trials,
                 notes=(*statistics.notes, *result.notes),
-                diagnosis=tuple(finding.code for finding in diagnosis),
+                diagnosis=diagnosis,
+                convergence=None if reports else Convergence.of(result.history),
+                **(_bound(own, written) if request.bounds else {}),
             )
         )
     return reports
+
+
+def target_of(request: Request, view: WeightView) -> Target:
+    """The target of a weight that is to be pruned."""
+    target = request.target.at(view.name)
+    assert target is not None, f"{view.name} is to stay as it is"
+    return target
+
+
+def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:
+    """The objective reached and a lower bound of all that can be, both relative to tr(W H W^T).
+
+    Empty where nothing is proven: the layer is never used, or the sparse set is of another kind than the bound knows.
+    """
+    energy = quadratic.energy(problem.weight, problem.gram)
+    try:
+        return {"objective": problem.value(written) / energy, "bound": lower_bound(problem).value / energy}
+    except (ZeroDivisionError, TypeError, ValueError):
+        return {}

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
-from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
@@ -40,6 +40,11 @@ class Method:
     row_wise: bool = False
     stacks: bool = False
     stacks_targets: bool = False
+
+    @property
+    def objective(self) -> Callable[..., LayerReconstruction]:
+        """What builds the layer problem."""
+        return LayerReconstruction
 
     def constraint(self, target: Target) -> SparseSet:
         """The sparse set that this method aims at for a target."""

@@ -11,9 +11,11 @@ from torch import nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.journal import NOTHING, Journal
 from admm_prune.recipes.ridge import Ridge, Trial
 from admm_prune.recipes.targets import Target
+from admm_prune.solvers.doctor import Diagnosis
 
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
@@ -28,6 +30,7 @@ class Request:
         calibration: text to calibrate or train on.
         seed: of every random choice.
         ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
+        bounds: prove a lower bound for every layer problem too: seconds a matrix, two eigendecompositions each.
         on_progress: told of every step.
         residence: where the model's weights are.
         journal: keeps what is finished, and knows what an earlier run finished.
@@ -39,6 +42,7 @@ class Request:
     calibration: Sequences
     seed: int = 0
     ridge: Ridge = None
+    bounds: bool = False
     on_progress: OnProgress | None = None
     residence: Residence = IN_MEMORY
     journal: Journal = NOTHING
@@ -59,10 +63,13 @@ class LayerReport:
         shape: (out, in) of the dense weight.
         sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
         relative_error, relative_error_validation: None where no layer problem was solved.
+        objective, bound: of the weights and of all others in the same sparse set, with ridge and damping, relative as
+            the errors are; None where they were not asked for.
         tokens: that the layer's inputs were taken from.
         ridge, damping: of the layer problem, as used in the end; None where there was none.
         ridge_trials: what "auto" tried, the best one first.
-        diagnosis: codes of `solvers.doctor`.
+        diagnosis: what `solvers.doctor` finds.
+        convergence: of the solve; of several weights that were solved as one, with the first.
     """
 
     name: str
@@ -70,6 +77,8 @@ class LayerReport:
     sparsity: float
     relative_error: float | None = None
     relative_error_validation: float | None = None
+    objective: float | None = None
+    bound: float | None = None
     status: str | None = None
     iterations: int = 0
     seconds: float = 0.0
@@ -78,7 +87,8 @@ class LayerReport:
     damping: float | None = None
     ridge_trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = ()
-    diagnosis: tuple[str, ...] = ()
+    diagnosis: tuple[Diagnosis, ...] = ()
+    convergence: Convergence | None = None
 
     @property
     def nonzeros(self) -> int:
@@ -91,11 +101,12 @@ class LayerReport:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """What `as_json` gave, after it was JSON."""
-        values = dict(content)
-        for name in ("shape", "notes", "diagnosis"):
-            values[name] = tuple(content[name])
-        values["ridge_trials"] = tuple(Trial(**trial) for trial in content["ridge_trials"])
-        return cls(**values)
+        columns = content["convergence"]
+        parts: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "notes")}
+        parts["ridge_trials"] = tuple(Trial(**trial) for trial in content["ridge_trials"])
+        parts["diagnosis"] = tuple(Diagnosis(**finding) for finding in content["diagnosis"])
+        parts["convergence"] = columns and Convergence(**{name: tuple(column) for name, column in columns.items()})
+        return cls(**{**content, **parts})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from admm_prune.problems.gram import GramAccumulator
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import report_of
-from admm_prune.recipes.layerwise import Layerwise, check_target, prune_shared
+from admm_prune.recipes.layerwise import Layerwise, check_target, prune_shared, untouched
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
@@ -77,11 +78,14 @@ class SparseLLM:
         blocks = decoder_blocks(model)
         check_target(blocks, self.method, target)
         if not blocks[0].weights[0].parameter.is_meta:  # else a block is read when its weights are there
-            feed_forwards(model, blocks)
+            for views in feed_forwards(model, blocks):
+                _targets(views, target)
 
     def prune(self, model: nn.Module, request: Request) -> Outcome:
         self.check(model, request.target)
-        if request.target.fraction == 0:  # to the bit: no target makes up for what is not lost
+        if (
+            request.target.fraction == 0 and not request.target.layers
+        ):  # to the bit: no target makes up for what is not lost
             return Layerwise(self.method).prune(model, request)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
@@ -102,7 +106,11 @@ class SparseLLM:
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
         layers = [report for found in visits for report in found.layers]
-        return Outcome(layers=layers, notes=tuple(notes), details={"feed_forward": figures})
+        return Outcome(
+            layers=layers,
+            notes=tuple(notes),
+            details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
+        )
 
     def _prune_block(self, stream: BlockStream, index: int, block: Block, request: Request) -> Visit:
         began = time.perf_counter()
@@ -112,16 +120,20 @@ class SparseLLM:
         wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
-        attention = {view.name for view in block.weights if view not in own}
+        pruned = {view.name for view in block.weights if request.target.at(view.name) is not None}
+        targets = _targets(views, request.target)
+        attention = pruned - {view.name for view in own}
         for shared in stream.collect(index, attention, wanted):
             reports += prune_shared(shared, self.method, request)
+        if not targets:  # the whole network is to stay as it is
+            return Visit(layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs})
         if pairs is None:
             pairs = stream.pairs(index, views.up, views.down, wanted)
         del wanted
         try:
             network = network_of(views)
-            damped = self.damped(network, pairs, request)
-            result, error, judged = self.solve(network, damped, pairs, request.target)
+            damped = self.damped(network, pairs, request, targets)
+            result, error, judged = self.solve(network, damped, pairs, targets)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -155,25 +167,25 @@ class SparseLLM:
             "rounds": [progress.end_to_end for progress in result.history],
             "best_round": result.best_iteration,
         }
-        return Visit(layers=reports, details=figure)
+        return Visit(layers=reports + untouched(block, pruned), details=figure)
 
     def solve(
-        self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, target: Target
+        self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, targets: Mapping[str, Target]
     ) -> tuple[Result, float, float]:
         """The solved network, and the relative errors of its output on calibration and on validation tokens."""
         judging = pairs.get("validation", pairs["calibration"])
-        constraints = dict.fromkeys(network.weights, self.method.constraint(target))
+        constraints = {name: self.method.constraint(targets[name]) for name in network.weights}
         whole = NetworkOutput(
             network, pairs["calibration"], constraints, judging=judging, penalties=self.penalties, damped=damped
         )
         problem: NetworkOutput | FeedForward = whole
         if not self.closing:
             kind = GatedFeedForward if network.gated else FeedForward
-            inputs, targets, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *judging))
+            inputs, outputs, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *judging))
             problem = kind(
                 network,
                 inputs,
-                targets,
+                outputs,
                 constraints,
                 judging=(others[0], others[1]),
                 penalties=self.penalties,
@@ -189,9 +201,10 @@ class SparseLLM:
         energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
-    def damped(self, network: Network, pairs: Pairs, request: Request) -> dict[str, tuple[float, float]]:
+    def damped(
+        self, network: Network, pairs: Pairs, request: Request, targets: Mapping[str, Target]
+    ) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
-        constraint = self.method.constraint(request.target)
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
@@ -199,9 +212,24 @@ class SparseLLM:
                 grams = {part: _gram(network, name, inputs) for part, (inputs, _) in pairs.items()}
                 validation = grams.get("validation")
                 gram = torch.stack(list(grams.values())).sum(0)
+            constraint = self.method.constraint(targets[name])
             asked = settle_ridge(request.ridge, self.method, weight, gram, validation, constraint)
             damped[name] = (asked.ridge, asked.damping)
         return damped
+
+
+def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
+    """The target of every matrix of a network; empty where it is to stay as it is.
+
+    Raises:
+        UserError: some of its matrices are to stay, others to be pruned.
+    """
+    own = {name: target.at(view.name) for name, view in views.views.items()}
+    found = {name: one for name, one in own.items() if one is not None}
+    if found and len(found) < len(own):
+        left = next(views.views[name].name for name, one in own.items() if one is None)
+        raise UserError(f"a feed-forward network is pruned as one: {left} cannot stay as it is by itself")
+    return found
 
 
 def network_of(views: FeedForwardViews) -> Network:

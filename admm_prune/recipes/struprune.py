@@ -73,6 +73,8 @@ class StruPrune:
         return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
 
     def check(self, model: nn.Module, target: Target) -> None:
+        if target.layers:
+            raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
         if target.pattern is not None:
             raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
         parts = [branches(block) for block in decoder_blocks(model)]
@@ -233,7 +235,14 @@ class StruPrune:
         Raises:
             UserError: so much cannot go.
         """
-        budget = target.fraction * self._weight(model, parts)
+        weight = self._weight(model, parts)
+        budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
+        if budget > most * (1 + 1e-9):
+            why = heads_stay(decoder_blocks(model)[0])
+            raise UserError(
+                f"{self.name}: {target.label} of the blocks is to go, and {100 * most / weight:.4g}% can go at most"
+                + (f": heads stay, as {why}" if why else ": every branch keeps what it must")
+            )
         kinds: dict[str, list[Curve]] = {}
         for branch in (branch for block in parts for branch in block):
             kinds.setdefault(branch.kind, []).append(curves[branch.name])

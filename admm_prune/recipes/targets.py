@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from admm_prune.errors import UserError
+
+DENSE = "dense"  # of a weight that stays as it is
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much is to go: a sparsity, or N kept of every M."""
+    """How much is to go: a sparsity, or N kept of every M.
+
+    Attributes:
+        layers: (name, "0.5" or "2:4" or "dense") of every weight that has a target of its own, or none.
+    """
 
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
+    layers: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         """In full, "0.7" or "2:4": what `target_named` reads back to the bit."""
@@ -27,6 +34,18 @@ class Target:
     def fraction(self) -> float:
         """The fraction of the weights to go, 0 to 1, of a pattern too."""
         return 1 - self.pattern[0] / self.pattern[1] if self.pattern else self.sparsity or 0.0
+
+    def at(self, name: str) -> Target | None:
+        """The target of one weight; None where it is to stay as it is."""
+        own = dict(self.layers).get(name)
+        if own is None:
+            return replace(self, layers=())
+        return None if own == DENSE else target_named(own)
+
+    @property
+    def varied(self) -> bool:
+        """Whether some weights have other targets than the rest of those that are pruned."""
+        return any(own != DENSE for _, own in self.layers)
 
 
 def target_named(text: str) -> Target:

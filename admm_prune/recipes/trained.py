@@ -14,6 +14,7 @@ from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.parallel import World, sharded_copy
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.recipes.checkpoints import Checkpoints
+from admm_prune.recipes.layerwise import untouched
 from admm_prune.recipes.rate import GRADIENTS, measured_rate, passes
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.session import Session
@@ -83,7 +84,9 @@ class Trained(ABC):
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
 
     def check(self, model: nn.Module, target: Target) -> None:
-        for view in (view for block in decoder_blocks(model) for view in block.weights):
+        if target.varied:
+            raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
+        for view in chosen_views(model, target):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
 
@@ -109,9 +112,22 @@ class Trained(ABC):
             "moments": trainer.optimizer.moments,
             "held_out_loss": session.best_loss,
             "held_out_sequences": len(session.held_out.rows),
+            "dual_updates": [
+                {
+                    "step": update.step,
+                    "primal_residual": update.primal_residual,
+                    "dual_residual": update.dual_residual,
+                    "churn": update.churn,
+                    "rho": update.rho,
+                    "sparsity": update.sparsity,
+                }
+                for update in trainer.optimizer.history
+            ],
         }
+        pruned = {view.name for view in session.views}
+        layers = [_report(view, trainer.tokens) for view in session.views]
         return Outcome(
-            layers=[_report(view, trainer.tokens) for view in session.views],
+            layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
             notes=notes,
             details={"training": details, "stages": session.stages},
         )
@@ -129,8 +145,8 @@ class Trained(ABC):
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
-        views = [view for block in decoder_blocks(model) for view in block.weights]
         target, world = request.target, request.world
+        views = chosen_views(model, target)
         trained = sharded_copy(model, world)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
         how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
@@ -200,6 +216,21 @@ class Trained(ABC):
 def _teacher(model: nn.Module, world: World) -> nn.Module:
     teacher = copy.deepcopy(model) if world.size == 1 else sharded_copy(model, world)
     return teacher.requires_grad_(False)
+
+
+def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
+    """The weights that are pruned.
+
+    Raises:
+        UserError: only some of the matrices that are one parameter.
+    """
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    chosen = [view for view in views if target.at(view.name) is not None]
+    left = {view.parameter_name for view in views} - {view.parameter_name for view in chosen}
+    torn = {view.parameter_name for view in views if target.at(view.name) is None} - left
+    if torn:
+        raise UserError(f"{min(torn)} is one parameter for all experts: a method that trains prunes all of it or none")
+    return chosen
 
 
 def _report(view: WeightView, tokens: int) -> LayerReport:

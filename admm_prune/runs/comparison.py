@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 from admm_prune.runs import pruning
 from admm_prune.runs.device import check_dtype, pick_device
-from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
+from admm_prune.runs.folder import MANIFEST, check_output, finite, output_folder, write_json
 from admm_prune.runs.manifest import TextRecord, manifest
-from admm_prune.runs.report import write_report
+from admm_prune.runs.reports import write_report
+from admm_prune.runs.reports.content import lowest_of_target, mean_error
 from admm_prune.runs.texts import Texts, TextSettings
 
 
@@ -49,8 +49,8 @@ class Comparison:
 
     def is_best(self, row: Row) -> bool:
         """True where no other method reached a lower perplexity at the row's target."""
-        rivals = [other.perplexity for other in self.rows if other.target == row.target]
-        return not any(rival < row.perplexity for rival in rivals) and math.isfinite(row.perplexity)
+        pairs = [(other.target, finite(other.perplexity)) for other in self.rows]
+        return lowest_of_target(pairs)[self.rows.index(row)]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -137,16 +137,10 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
         record = manifest(settings, records, loaded.revision)
         comparison = Comparison(model=settings.model, parameters=parameters, dense=dense, rows=rows, manifest=record)
         write_json(folder / MANIFEST, comparison.as_json())
-        write_report(comparison.as_json(), [comparison.is_best(row) for row in rows], folder)
+        write_report(folder)
         if progress is not None:
             progress(len(jobs), len(jobs), "")
     return comparison
-
-
-def mean_error(errors: list[float | None]) -> float | None:
-    """The mean over the layers of a model; None unless every one has an error."""
-    known = [error for error in errors if error is not None]
-    return sum(known) / len(known) if known and len(known) == len(errors) else None
 
 
 def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.shelf import Shelf
-from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.recipes.composing import Objective, composed, described, target_of
 from admm_prune.recipes.journal import NOTHING
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
+from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.recipes.trained import Trained
@@ -28,9 +30,12 @@ from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
+from admm_prune.runs.phases import Phase, Phases
+from admm_prune.runs.reports import write_report
 from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +51,7 @@ class Report:
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
         notes, details: what the recipe had to say.
+        phases: time and memory of the parts of the run, up to the evaluation of what came of it.
         model: without weights where it was streamed: they are in `out`.
     """
 
@@ -62,6 +68,7 @@ class Report:
     details: dict[str, Any]
     manifest: dict[str, Any]
     model: PreTrainedModel = field(repr=False)
+    phases: tuple[Phase, ...] = ()
     out: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -84,10 +91,11 @@ class Report:
         }
 
     def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, and of every layer in whichever process pruned it."""
+        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
         return {
             "seconds": round(self.seconds, 3),
             "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
+            "phases": [asdict(phase) for phase in self.phases],
         }
 
 
@@ -107,14 +115,25 @@ class RunSettings:
     multiple: int | None = None
     stream: bool = False
     trust_remote_code: bool = False
+    bounds: bool = False
+    solver: str | None = None
+    problem: str | None = None
+    constraint: str | None = None
+    selection: Selection = Selection()
 
 
 def prune(
     model: str | Path | PreTrainedModel,
     *,
-    method: str = "admm",
+    method: str | None = None,
+    problem: Objective | None = None,
+    solver: str | Solver | None = None,
+    constraint: SparseSet | type[SparseSet] | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    overrides: Mapping[str, float | str] | None = None,
     data: str = "embedded",
     eval_data: str | None = None,
     out: str | Path | None = None,
@@ -134,6 +153,7 @@ def prune(
     resume: bool = False,
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
+    bounds: bool = False,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -142,9 +162,15 @@ def prune(
 
     Args:
         model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
-        method: a name that `admm-prune list` prints.
+        method: a name that `admm-prune list` prints; `admm` by default.
+        solver: what solves the layer problems, in place of the method's own or of a method: an object such as
+            `ADMM.best()`, or a name.
+        problem: what builds the layer problems, as `LayerReconstruction` does.
+        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; or its class.
         sparsity: the fraction of every matrix to go, 0 to 1; or
         pattern: "N:M", N kept of every M consecutive inputs.
+        targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
+            those with a target of their own: see `Selection`.
         data, eval_data, samples, eval_samples, length, packing, seed: see `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
@@ -161,13 +187,17 @@ def prune(
         activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
+        bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
-    target = parse_target(sparsity, pattern)
-    recipe = configured(recipe_named(method, steps), unit, multiple)
+    selection = Selection.of(targets, ignore, overrides or {})
+    inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
+    recipe = configured(inner, unit, multiple)
+    told = None if constraint is None or isinstance(constraint, type) else target_of(constraint)
+    target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
     ridge = parse_ridge(ridge)
     text = TextSettings(
         data=data,
@@ -187,12 +217,16 @@ def prune(
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
-        loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        phases = Phases(place)
+        with phases("opening the model"):
+            loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
-        texts = Texts(text, loaded)
+        with phases("reading the text"):
+            texts = Texts(text, loaded)
         settings = RunSettings(
             model=loaded.source,
-            method=method,
+            method=recipe.name,
             target=target,
             text=text,
             ridge=ridge,
@@ -203,6 +237,11 @@ def prune(
             multiple=multiple,
             stream=streams,
             trust_remote_code=trust_remote_code,
+            bounds=bounds,
+            solver=described(solver),
+            problem=described(problem),
+            constraint=described(constraint),
+            selection=selection,
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
@@ -214,6 +253,7 @@ def prune(
             calibration=texts.calibration(recipe.samples),
             seed=seed,
             ridge=ridge,
+            bounds=bounds,
             on_progress=progress,
             residence=loaded.residence,
             journal=journal or NOTHING,
@@ -224,8 +264,9 @@ def prune(
         del texts
         if streams:
             return_freed_memory()
-        dense = Evaluation(**request.journal.once("dense", lambda: asdict(judged(loaded, judging, request))))
-        report = run_recipe(recipe, request, loaded, dense, judging, record)
+        with phases("judging the dense model"):
+            found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
+        report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
         if journal is not None:
             written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
             report = replace(report, manifest=written, out=journal.out)
@@ -245,6 +286,7 @@ def run_recipe(
     dense: Evaluation,
     judging: Sequences,
     record: dict[str, Any],
+    phases: Phases | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
 
@@ -252,13 +294,16 @@ def run_recipe(
         dense: figures of the model as it is.
         judging: the text that they are of.
         record: the manifest of the run.
+        phases: that were before.
     """
-    began = time.perf_counter()
-    outcome = recipe.prune(loaded.model, request)
-    seconds = time.perf_counter() - began
+    phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    with phases("pruning") as pruning:
+        outcome = recipe.prune(loaded.model, request)
     model: Any = loaded.model if outcome.model is None else outcome.model
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
+    with phases("judging the pruned model"):
+        pruned = judged(replace(loaded, model=model), judging, request)
     return Report(
         method=recipe.name,
         target=request.target.label,
@@ -266,18 +311,19 @@ def run_recipe(
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,
         dense=dense,
-        pruned=judged(replace(loaded, model=model), judging, request),
+        pruned=pruned,
         layers=outcome.layers,
-        seconds=seconds,
+        seconds=pruning.seconds,
         notes=outcome.notes,
         details=outcome.details,
         manifest=record,
         model=model,
+        phases=tuple(phases),
     )
 
 
 def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
-    """Writes the model as a plain `save_pretrained` folder, with the manifest and the weights' fingerprints beside it.
+    """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
 
     Returns:
         The report as written.
@@ -287,6 +333,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
+    write_report(folder)
     return written
 
 

@@ -17,13 +17,15 @@ from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.comparison import mean_error
 from admm_prune.runs.device import pick_device
 from admm_prune.runs.folder import MANIFEST
+from admm_prune.runs.reports.content import mean_error
+from admm_prune.runs.reports.pages import read_manifest
 from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
 from admm_prune.runs.verification import Verification
 
 Manifest = dict[str, Any]
+_COUNTED = ("Unstructured(", "RowWise(", "NofM(")  # sets whose target every matrix meets by itself
 _FIGURES = ("perplexity", "bits_per_char", "tokens", "characters")
 
 
@@ -37,7 +39,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
     Raises:
         UserError: no finished run, or `data` is not the text of the run.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     place = pick_device(device)
     comparing = "rows" in manifest
     report = Verification(path=folder, kind="comparison" if comparing else "run")
@@ -74,7 +76,7 @@ def _verify_comparison(
         where = f"{row['folder']}: "
         if row["folder"] not in found:
             continue
-        content = _read_manifest(folder / row["folder"])
+        content = read_manifest(folder / row["folder"])
         told = {
             "method": content["method"],
             "target": content["target"],
@@ -202,11 +204,18 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         abs(manifest["sparsity"] - found) * total < 0.5,
         f"{where}claimed sparsity {manifest['sparsity']}, found {found}",
     )
+    own = {name: found for name in views if (found := target.at(name)) is not None}
     missed = {
-        name: _missed(view, left[name], sizes.get(name, view.read().numel()), target) for name, view in views.items()
+        name: _missed(views[name], left[name], sizes.get(name, views[name].read().numel()), one)
+        for name, one in own.items()
     }
-    if manifest["budget"] == "model" and target.pattern is None:
-        missed = {"all matrices together": _too_few(total - kept, total, target)}
+    constraint = manifest["settings"].get("constraint")
+    if constraint is not None and not constraint.startswith(_COUNTED):
+        missed = {}
+        report.unchecked.append(f"{where}the target: only the set {constraint} can tell")
+    elif manifest["budget"] == "model" and target.pattern is None:
+        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
+        missed = {"all matrices together": _too_few(total - kept, total, asked, target)}
     elif manifest["budget"] not in ("matrix", "model"):
         missed = {}
         report.unchecked.append(f"{where}the target: it is a fraction of the {manifest['budget']}, not of the weights")
@@ -217,15 +226,14 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
 def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
     """How a matrix of so many dense weights misses its target."""
     if target.pattern is None:
-        return _too_few(size - left, size, target)
+        return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
     kept, group = target.pattern
     over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
     return f"{over} groups keep more than {kept} of {group}" if over else None
 
 
-def _too_few(zeros: int, size: int, target: Target) -> str | None:
+def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
     """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
-    asked = (target.sparsity or 0.0) * size
     return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
 
 
@@ -234,7 +242,8 @@ def _target(manifest: Manifest) -> Target | None:
     settings = manifest["settings"]
     for content in settings.get("targets") or [settings["target"]]:
         pattern = content["pattern"]
-        target = Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]))
+        layers = tuple((name, own) for name, own in content["layers"])
+        target = Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
         if target.label == manifest["target"]:
             return target
     return None
@@ -253,19 +262,6 @@ def _location(manifest: Manifest) -> str | None:
     name = text.get("eval_data") or text.get("data") or ""
     looks_local = Path(name).is_absolute() or Path(name).suffix in {".txt", ".jsonl", ".parquet"}
     return None if looks_local and not Path(name).expanduser().exists() else name
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no manifest")
-    return content
 
 
 def _same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:

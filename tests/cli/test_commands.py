@@ -257,3 +257,39 @@ def test_list_names_what_there_is_and_what_fits(command: Command) -> None:
     for group in ("methods", "problems", "constraints"):
         for item in content[group]:
             assert item["name"] in table
+
+
+def test_report_writes_a_page_again_and_one_on_the_difference(run: Any, command: Command, place: Path) -> None:
+    for method in ("magnitude", "wanda"):
+        assert run("--method", method, "--sparsity", 0.5, "--out", method).status == 0
+    page = (place / "wanda/report.html").read_bytes()
+    (place / "wanda/report.html").write_text("")
+    assert command("report", "wanda", "--json").json() == {"out": "wanda/report.html"}
+    assert (place / "wanda/report.html").read_bytes() == page
+    content = command("report", "magnitude", "wanda", "--out", "page.html", "--json").json()
+    assert content["out"] == "page.html"
+    assert content["unlike"] == ["settings.method"]
+    assert "magnitude" in (place / "page.html").read_text()
+    outcome = command("report", "magnitude", "wanda", "--out", "page.html")
+    assert "perplexity, pruned" in outcome.out
+    refused = command("report", "wanda", "--out", "page.html")
+    assert (refused.status, refused.out) == (2, "")
+    assert "--out is for the difference of two runs" in refused.err
+
+
+def test_run_prunes_what_is_chosen_to_targets_of_its_own(run: Any, place: Path) -> None:
+    outcome = run(
+        "--method", "magnitude", "--sparsity", 0.5, "--targets", "LlamaMLP", "--targets", "re:.*q_proj",
+        "--ignore", "re:.*layers.0", "--override", "re:.*up_proj=2:8", "--out", "out",
+    )  # fmt: skip
+    assert outcome.status == 0
+    layers = json.loads((place / "out/admm_prune.json").read_text())["layers"]
+    found = {layer["name"].removeprefix("model.layers."): round(layer["sparsity"], 2) for layer in layers}
+    pruned = {name: value for name, value in found.items() if value}
+    assert pruned == {
+        "1.self_attn.q_proj.weight": 0.5, "1.mlp.gate_proj.weight": 0.5, "1.mlp.up_proj.weight": 0.75,
+        "1.mlp.down_proj.weight": 0.5,
+    }  # fmt: skip
+    refused = run("--method", "magnitude", "--sparsity", 0.5, "--override", "up_proj", "--out", "other")
+    assert (refused.status, refused.out) == (2, "")
+    assert "an override is PATTERN=TARGET" in refused.err

@@ -15,7 +15,7 @@ from outcome import Command
 from admm_prune.cli.app import app
 
 SCRIPT = Path(sys.executable).with_name("admm-prune")
-COMMANDS = ["run", "compare", "eval", "capture", "solve", "verify", "list", "bench"]
+COMMANDS = ["run", "compare", "eval", "capture", "solve", "verify", "report", "list", "bench"]
 
 
 def plain(text: str) -> str:

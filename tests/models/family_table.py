@@ -94,7 +94,7 @@ _NETWORKS = Limit(
 )
 _FIXED = Limit(
     "no",
-    "struprune-uniform: ",
+    "0% can go at most",
     "The stock class has four times as many neurons as its width, always.",
     refused=True,
 )

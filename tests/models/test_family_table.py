@@ -19,7 +19,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.catalogue import RECIPES, recipe_named
-from admm_prune.recipes.recipe import Outcome, Request
+from admm_prune.recipes.recipe import OnProgress, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 
@@ -84,12 +84,12 @@ def target_of(method: str) -> Target:
     return Target(0.0 if method == "tuned-dense" else 0.3 if method.startswith("stru") else 0.5)
 
 
-def prune(model: nn.Module, method: str, stories: Sequences) -> Outcome:
+def prune(model: nn.Module, method: str, stories: Sequences, on_progress: OnProgress | None = None) -> Outcome:
     recipe = recipe_named(method)
     if isinstance(recipe, Trained):
         recipe = replace(recipe, steps=2, batch_size=2, lr=1e-3)
     recipe.check(model, target_of(method))
-    return recipe.prune(model, Request(target=target_of(method), calibration=stories))
+    return recipe.prune(model, Request(target=target_of(method), calibration=stories, on_progress=on_progress))
 
 
 def assert_pruned(model: nn.Module, method: str, dense: int) -> None:

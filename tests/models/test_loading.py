@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from admm_prune.errors import UserError
 from admm_prune.models import loading
-from admm_prune.models.loading import LoadedModel, load, save
+from admm_prune.models.loading import LoadedModel, load, open_on_disk, save
 from admm_prune.models.structure import decoder_blocks
 
 IDS = torch.tensor([[0, 5, 17, 42, 99]])
@@ -158,6 +159,36 @@ def test_a_model_without_tokenizer(folder: Path) -> None:
     for path in folder.glob("*token*"):
         path.unlink()
     assert "no tokenizer could be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("opens", [load, open_on_disk])
+@pytest.mark.parametrize("known", [False, True])
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(
+    opens: Callable[..., LoadedModel], known: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of the folder's own, under a kind that transformers knows or not; it leaves a trace when it is run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    trace = tmp_path / "trace"
+    (folder / "own.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config["architectures"] = ["OwnModel"]
+    config["model_type"] = config["model_type"] if known else "own"
+    (folder / "config.json").write_text(json.dumps(config))
+    if known:
+        assert type(opens(str(folder)).model).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(UserError, match="it needs code that comes with it, which is run only with --trust-remote"):
+            opens(str(folder))
+    assert not trace.exists()
+    assert type(opens(str(folder), trust_remote_code=True).model).__name__ == "OwnModel"
+    assert trace.exists()
 
 
 def test_a_relative_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ FAMILIES: dict[str, Family] = {
     "falcon-grouped": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("Falcon", FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
     "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4, **EXPERTS}),
-    "qwen3-moe": ("Qwen3Moe", LLAMA | {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8, **EXPERTS}),
+    "qwen3-moe": ("Qwen3Moe", LLAMA | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **EXPERTS}),
 }
 
 

@@ -121,7 +121,7 @@ def test_a_budget_of_the_whole_model_that_is_not_met_is_told(
         return failures
 
     settings = json.loads(path.read_text())["settings"]
-    asked = settings | {"target": {"sparsity": 0.7, "pattern": None}}
+    asked = settings | {"target": {"sparsity": 0.7, "pattern": None, "layers": []}}
     told = falsify({"settings": asked, "target": "70%"})
     assert any(failure.startswith("all matrices together: ") for failure in told)
     assert any("60% asks for" in failure for failure in falsify({"budget": "matrix"})), "not every matrix meets it"

@@ -24,6 +24,7 @@ from admm_prune.recipes.ridge import Trial
 from admm_prune.runs.folder import TIMINGS
 from admm_prune.runs.journal import FolderJournal, home_of, journal_of
 from admm_prune.runs.randomness import random_state, restore_random_state
+from admm_prune.runs.reports import REPORT
 
 RUNS = [
     ("sparsegpt", False),
@@ -40,9 +41,12 @@ def prune(model: Path | str, out: Path, text_file: Path, **how: Any) -> Any:
     return admm_prune.prune(model, out=out, device="cpu", **settings | how)
 
 
+TIMED = (TIMINGS, REPORT)
+
+
 def fingerprints(folder: Path) -> dict[str, str]:
-    """sha256 of every file but that of the times."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.name != TIMINGS}
+    """sha256 of every file but those that tell times."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.name not in TIMED}
     return {str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 

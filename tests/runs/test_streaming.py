@@ -42,8 +42,8 @@ def prune(model: Path, out: Path, text_file: Path, **how: Any) -> Report:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """sha256 of every file but that of the times."""
-    files = {path.name: path for path in folder.iterdir() if path.name != "timings.json"}
+    """sha256 of every file but those that tell times."""
+    files = {path.name: path for path in folder.iterdir() if path.name not in ("timings.json", "report.html")}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 

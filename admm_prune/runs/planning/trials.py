@@ -170,8 +170,9 @@ class NetworkTrial:
                     {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
                 )
                 network = Network(self.activation, wide)
-                damped = recipe.damped(network, pairs, request_for(self.target, self.ridge))
-                recipe.solve(network, damped, pairs, self.target)
+                targets = dict.fromkeys(network.weights, self.target)
+                damped = recipe.damped(network, pairs, request_for(self.target, self.ridge), targets)
+                recipe.solve(network, damped, pairs, targets)
         return found
 
     def estimated(self) -> Stretch:

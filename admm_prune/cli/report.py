@@ -1,0 +1,49 @@
+"""admm-prune report: the page of a finished run or comparison, or of the difference of two runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admm_prune.cli import common
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="What 'run' or 'compare' wrote.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second run: the page is on the difference of the two.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page on a difference: difference.html here, by default.")
+    ] = None,
+    json: common.Json = False,
+) -> None:
+    """Write the HTML page of a run or a comparison again, or one on the difference of two runs, from their files alone.
+
+    Example: admm-prune report pruned compared/models/wanda-50 --out difference.html
+    """
+    from admm_prune.errors import UserError
+    from admm_prune.runs.reports import write_difference, write_report
+
+    if other is None:
+        if out is not None:
+            raise UserError(f"--out is for the difference of two runs: the page of {folder} stands in it")
+        path = write_report(folder)
+        if json:
+            common.emit({"out": str(path)})
+        else:
+            print(f"report: {path}")
+        return
+    path = out or Path("difference.html")
+    found = write_difference(folder, other, path)
+    if json:
+        common.emit({"out": str(path), **found})
+        return
+    rows = [
+        [name, *("" if found is None else f"{found:.6g}" for found in (pair["a"], pair["b"]))]
+        for name, pair in found["figures"].items()
+    ]
+    common.show_table(f"A: {folder}   B: {other}", ["figure", "A", "B"], rows)
+    print(f"report: {path}")
