@@ -15,6 +15,7 @@ from admm_prune.recipes.checkpoints import Checkpoints
 from admm_prune.recipes.rate import MeasuredRate
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.training import Trainer, held_out_loss
+from admm_prune.solvers.elsa.history import DualUpdate
 from admm_prune.solvers.elsa.sharding import gathered, local, own_rows
 
 
@@ -97,6 +98,7 @@ class Session:
                 optimizer.state[parameter][key] = torch.full_like(here, number) if isinstance(here, Tensor) else number
         for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
             group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+        optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
         self.trainer.go_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
         self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
@@ -131,6 +133,7 @@ class Session:
             "rates": self.rates,
             "stages": self.stages,
             "prepared": self.prepared,
+            "history": [asdict(update) for update in optimizer.history],
             "best_loss": None if self.best is None else self.best_loss,
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class DualUpdate:
     gradient_norm: float
     skipped: int
     weights: Mapping[str, WeightUpdate]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """What `dataclasses.asdict` gave, after it was JSON."""
+        return cls(**{**content, "weights": {name: WeightUpdate(**w) for name, w in content["weights"].items()}})
 
     @property
     def primal_residual(self) -> float:
