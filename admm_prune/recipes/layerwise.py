@@ -63,8 +63,7 @@ class Layerwise:
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
-            weigh = getattr(self.method.objective, "token_weights", None)
-            inputs = stream.collect(index, chosen, weigh=weigh) if chosen else []
+            inputs = stream.collect(index, chosen, weigh=self.method.token_weights) if chosen else []
             return Visit(layers=[*_prune_all(inputs, self.method, request), *untouched(block, chosen)])
 
         visits = walk(model, request, visit)

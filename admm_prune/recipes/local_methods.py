@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
@@ -51,6 +53,11 @@ class Method:
     def objective(self) -> Callable[..., LayerReconstruction]:
         """What builds the layer problem."""
         return layer_problem_named(self.problem)
+
+    @property
+    def token_weights(self) -> Callable[[Tensor], Tensor] | None:
+        """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
+        return getattr(self.objective, "token_weights", None)
 
     def constraint(self, target: Target) -> SparseSet:
         """The sparse set that this method aims at for a target.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +92,7 @@ def choose_ridge(
     validation: Tensor,
     constraint: Constraint,
     grid: Sequence[tuple[float, float]] = GRID,
-    objective: type[LayerReconstruction] = LayerReconstruction,
+    objective: Callable[..., LayerReconstruction] = LayerReconstruction,
 ) -> tuple[Trial, ...]:
     """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
 

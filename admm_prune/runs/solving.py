@@ -177,7 +177,7 @@ def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
     captured = layer.metadata.get("problem", LAYER)
     if method.problem == LAYER:
         return with_parts(method, captured)
-    if method.objective.token_weights is not None and method.problem != captured:
+    if method.token_weights is not None and method.problem != captured:
         raise UserError(
             f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem}' weighs tokens "
             f"otherwise: capture the layer with --problem {method.problem}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.recipe import LayerReport
 from admm_prune.recipes.ridge import Trial
 from admm_prune.runs.folder import TIMINGS
 from admm_prune.runs.journal import FolderJournal, home_of, journal_of
 from admm_prune.runs.randomness import random_state, restore_random_state
 from admm_prune.runs.reports import REPORT
+from admm_prune.solvers.doctor import Diagnosis
 
 RUNS = [
     ("sparsegpt", False),
@@ -300,8 +303,18 @@ def test_all_generators_come_back() -> None:
 
 def test_a_report_comes_back_from_json_as_it_was() -> None:
     trial = Trial(**dict.fromkeys(Trial.__dataclass_fields__, 0.5))
-    report = LayerReport(name="w", shape=(3, 7), sparsity=8 / 21, ridge_trials=(trial,), notes=("a",), diagnosis=("b",))
-    assert LayerReport.from_json(report.as_json() | {"shape": [3, 7], "notes": ["a"]}) == report
+    finding = Diagnosis("a", "info", "b", "c")
+    told = Convergence(**dict.fromkeys(Convergence.__dataclass_fields__, (1, 2)))
+    report = LayerReport(
+        name="w",
+        shape=(3, 7),
+        sparsity=8 / 21,
+        ridge_trials=(trial,),
+        notes=("a",),
+        diagnosis=(finding,),
+        convergence=told,
+    )
+    assert LayerReport.from_json(json.loads(json.dumps(report.as_json()))) == report
     assert report.nonzeros == 13
 
 
