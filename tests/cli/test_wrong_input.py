@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import Refused
+from outcome import Command, Refused
 from safetensors.torch import load_file, save_file
 
 from admm_prune.runs import folder
