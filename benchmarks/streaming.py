@@ -120,8 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "rows": rows,
             }
             chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            chosen.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            chosen.out.with_suffix(".txt").write_text(table(content), encoding="utf-8")
+            Path(f"{chosen.out}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            Path(f"{chosen.out}.txt").write_text(table(content), encoding="utf-8")
 
 
 def table(content: dict[str, Any]) -> str:

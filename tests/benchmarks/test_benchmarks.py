@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.recipes.targets import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate
-from benchmarks import gaps, instances, leaderboard, measuring, published, tables
+from benchmarks import gaps, instances, leaderboard, machine, measuring, published, streaming, tables
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, problem_for, settings_key
 from benchmarks.journal import Journal, write_csv
 from benchmarks.leaderboard import Leaderboard
@@ -314,3 +315,17 @@ def test_swaps_end_where_no_swap_helps() -> None:
     loss = gaps.swapped(row, kept)
     assert loss < row.loss(kept)
     assert kept.tolist() == [True] * 5 + [False] * 5, "the start is left as it was"
+
+
+def test_models_to_stream_have_as_many_parameters_as_is_said(tmp_path: Path) -> None:
+    parameters = streaming.write_model("tiny", "bfloat16", 2, tmp_path)
+    stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
+    assert sum(tensor.numel() for tensor in stored) == parameters
+    assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
+    row = {"method": "wanda", "peak_gb": 1.234, "minutes": 5.6}
+    content = {
+        "machine": machine.machine("2026-11-24"), "command": "c", "shape": "tiny", "blocks": "2 of 4", "tokens": 8,
+        "parameters": parameters, "weights_gb": 0.1, "rows": [row],
+    }  # fmt: skip
+    assert "tiny shape, 2 of 4 blocks" in streaming.table(content)
+    assert streaming.table(content).splitlines()[-1].split() == ["wanda", "1.23", "5.6"]

@@ -110,6 +110,27 @@ def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path, model
     assert not list(tmp_path.iterdir())
 
 
+def test_a_real_interrupt_of_a_run_says_how_to_go_on(tmp_path: Path) -> None:
+    """It comes when the first block is done."""
+    command = [
+        Path(sys.executable).with_name("admm-prune"), "run", "--method", "wanda", "--sparsity", "0.5", "--samples", "4",
+        "--eval-samples", "2", "--length", "64", "--out", "out",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("pruning: 1/"):
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    advice = "go on with the same command and --resume (out.partial holds what is finished)"
+    assert err.splitlines()[-1] == f"admm-prune: interrupted: {advice}"
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert len(list((tmp_path / "out.partial/tensors").iterdir())) >= 1
+
+
 def test_an_interrupt_that_was_swallowed_ends_the_next_step_of_the_work() -> None:
     with interrupts.remembered(), common.progress_bar("work") as report:
         report(0, 2, "before")

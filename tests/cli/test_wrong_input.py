@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import Refused
+from outcome import Command, Refused
 from safetensors.torch import load_file, save_file
 
 from admm_prune.runs import folder
@@ -27,6 +27,37 @@ TARGETS = [
     (["--pattern", "2-4"], "pattern must be N:M"),
     (["--pattern", "2:7"], "pattern 2:7 needs a width that 7 divides, not"),
 ]
+
+
+STREAMING = [
+    (["--resume"], "nothing to resume: there is no "),
+    (["--stream", "--method", "elsa"], "cannot stream: elsa trains all weights at once"),
+    (["--stream", "--method", "struprune-padded"], "cannot stream: struprune-padded pads to the widest block"),
+    (["--stream", "--method", "wanda", "--model", "./nowhere"], "./nowhere: there is no such model folder"),
+    (["--activation-memory", "-1"], "'--activation-memory'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), STREAMING, ids=lambda value: str(value)[:30])
+def test_what_can_neither_be_streamed_nor_resumed(
+    refused: Refused, run: tuple[object, ...], arguments: list[str], reason: str
+) -> None:
+    refused(reason, *run, "--sparsity", "0.5", "--out", "out", *arguments)
+
+
+def test_a_journal_in_the_way(command: Command, run: tuple[object, ...], place: Path) -> None:
+    header = place / "out.partial/header"
+    header.parent.mkdir()
+    header.write_text("not ours")
+    for more, reason in (
+        ([], "holds a run that was not finished: go on with --resume"),
+        (["--resume"], "header is damaged: the journal cannot be trusted; delete"),
+    ):
+        outcome = command(*run, "--sparsity", "0.5", "--out", "out", *more)
+        assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert reason in outcome.err
+        assert header.read_text() == "not ours"
+        assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize(("target", "reason"), TARGETS, ids=lambda value: value if isinstance(value, str) else None)
