@@ -35,7 +35,7 @@ class Work:
 
     @classmethod
     def of(cls, **counts: float) -> Work:
-        return cls(Counter(counts))  # type: ignore[arg-type]  # counts are of any size
+        return cls(Counter(counts))
 
     def __add__(self, other: Work) -> Work:
         total = Counter(self.counts)
@@ -43,7 +43,7 @@ class Work:
         return Work(total)
 
     def __mul__(self, factor: float) -> Work:
-        return Work(Counter({kind: factor * count for kind, count in self.counts.items()}))  # type: ignore[misc]
+        return Work(Counter({kind: factor * count for kind, count in self.counts.items()}))
 
     def scaled(self, scale: float) -> Work:
         """That of a problem `scale` times as large in all of its dimensions, as many calls.
@@ -52,7 +52,7 @@ class Work:
         """
         cubic = ("products", "factor")
         power = {kind: 3 if kind.startswith(cubic) else 0 if kind == "calls" else 2 for kind in self.counts}
-        return Work(Counter({kind: count * scale ** power[kind] for kind, count in self.counts.items()}))  # type: ignore[misc]
+        return Work(Counter({kind: count * scale ** power[kind] for kind, count in self.counts.items()}))
 
     @property
     def operations(self) -> float:
