@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import llama
+from tiny_models import build
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from admm_prune import keep_sparsity, merge_lora
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 def pruned() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = llama(tied=True)
+    model = build("llama").requires_grad_(True)
     with torch.no_grad():
         for block in decoder_blocks(model):
             for view in block.weights:
