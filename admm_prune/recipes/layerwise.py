@@ -13,7 +13,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.kernels import quadratic
-from admm_prune.models.capture import BlockStream, SharedInput
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
