@@ -13,7 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.recipes import trained
 
 STEPS = 24
-TIMINGS = "timings.json"
+TIMED = {"timings.json", "report.html"}  # they tell times
 
 
 def run(out: Path, model: Path, text: Path, method: str, *, stop: int | None = None, resume: bool = False) -> None:
@@ -37,7 +37,7 @@ def files(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != TIMINGS
+        if path.is_file() and path.name not in TIMED
     }
 
 

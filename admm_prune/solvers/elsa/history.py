@@ -71,7 +71,9 @@ class DualUpdate:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """What `dataclasses.asdict` gave, after it was JSON."""
-        return cls(**{**content, "weights": {name: WeightUpdate(**w) for name, w in content["weights"].items()}})
+        values: dict[str, Any] = dict(content)
+        values["weights"] = {name: WeightUpdate(**numbers) for name, numbers in content["weights"].items()}
+        return cls(**values)
 
     @property
     def primal_residual(self) -> float:
