@@ -239,4 +239,4 @@ def _network(block: Block) -> tuple[WeightView, ...]:
 def _activation(anatomy: Anatomy) -> Activation:
     config = anatomy.model.config
     name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "silu")
-    return ACTIVATIONS[_NAMES.get(name, "gelu-tanh")]
+    return ACTIVATIONS[_NAMES.get(str(name), "gelu-tanh")]

@@ -167,7 +167,7 @@ def make_plan(
     Raises:
         UserError: something in the arguments cannot be used.
     """
-    target = parse_target(sparsity, pattern)  # type: ignore[arg-type]  # as typed: parsed, and refused, in one place
+    target = parse_target(sparsity, pattern)  # as typed: parsed, and refused, in one place
     recipe = configured(recipe_named(method, steps), unit, multiple)
     check_dtype(dtype)
     if gpus > 1 and gpu is None:
