@@ -26,6 +26,7 @@ def reproduce(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")
     ] = False,
+    log: common.Log = None,
     dry_run: common.DryRun = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the sequences.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -59,4 +60,4 @@ def reproduce(
     elif out is None:
         raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
     else:
-        carry_out(recipe.arguments(), out, json, resume=resume)
+        carry_out(recipe.arguments(), out, json, resume=resume, log=log)

@@ -58,6 +58,7 @@ def run(
     bounds: Annotated[
         bool, typer.Option("--bounds", help="Prove a lower bound of every layer's error too: seconds a matrix.")
     ] = False,
+    log: common.Log = None,
     dry_run: common.DryRun = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
@@ -118,6 +119,7 @@ def run(
         resume=resume,
         activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
         trust_remote_code=trust_remote_code,
+        log=log,
     )
 
 

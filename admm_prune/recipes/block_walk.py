@@ -110,6 +110,8 @@ def walk(
             if changes and residence.hollow:
                 residence.restore(index, block, journal.tensor_file(part, index))
             visits.append(found)
+            if found.layers:
+                request.record(_figures(found.layers), index)
     return visits
 
 
@@ -124,6 +126,18 @@ def _catch_up(stream: BlockStream, request: Request, activations: dict[str, Tens
     for finished in range(index):
         with request.residence.block(finished):
             stream.advance(finished)
+
+
+def _figures(layers: list[LayerReport]) -> dict[str, float]:
+    """What is told of a finished block."""
+    size = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
+    figures = {
+        "block/sparsity": 1.0 - sum(layer.nonzeros for layer in layers) / size,
+        "block/seconds": sum(layer.seconds for layer in layers),
+        "block/iterations": float(max(layer.iterations for layer in layers)),
+    }
+    return figures | ({"block/relative_error": sum(errors) / len(errors)} if errors else {})
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

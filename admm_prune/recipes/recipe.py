@@ -19,6 +19,7 @@ from admm_prune.solvers.doctor import Diagnosis
 
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Request:
         ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
         bounds: prove a lower bound for every layer problem too: seconds a matrix, two eigendecompositions each.
         on_progress: told of every step.
+        on_record: told the figures of every block that is finished, and of training.
         residence: where the model's weights are.
         journal: keeps what is finished, and knows what an earlier run finished.
         world: the processes that work on this together; all of them ask for the same.
@@ -44,6 +46,7 @@ class Request:
     ridge: Ridge = None
     bounds: bool = False
     on_progress: OnProgress | None = None
+    on_record: OnRecord | None = None
     residence: Residence = IN_MEMORY
     journal: Journal = NOTHING
     activation_bytes: int | None = None
@@ -53,6 +56,11 @@ class Request:
         """Reports progress, where anybody listens."""
         if self.on_progress is not None:
             self.on_progress(done, total, at_work)
+
+    def record(self, figures: dict[str, float], step: int) -> None:
+        """Reports figures, where anybody listens."""
+        if self.on_record is not None:
+            self.on_record(figures, step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,11 @@ class Trained(ABC):
                 session.prepared = trainer.done
                 if trainer.done in plan:
                     session.keep(checkpoints)
+            told = len(trainer.curve)
             trainer.step()
+            if len(trainer.curve) > told:
+                step, loss = trainer.curve[-1]
+                request.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % kept == 0 or trainer.done == trainer.steps:
                 session.keep(checkpoints)
         request.tell(trainer.steps, trainer.steps)

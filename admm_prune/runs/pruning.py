@@ -37,6 +37,7 @@ from admm_prune.runs.reports import write_report
 from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.trackers import Tracker, figures_of, followed, tracker_named
 from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def prune(
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
     bounds: bool = False,
+    log: str | Tracker | None = None,
     progress: OnProgress | None = None,
 ) -> Report:
     """Prunes a language model and says what that cost.
@@ -200,6 +202,8 @@ def prune(
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
         bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
+        log: who is told the figures of every finished block, and of training: "tensorboard:FOLDER", "wandb:PROJECT",
+            "trackio:PROJECT", or an object with the methods of `Tracker`.
         progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
 
     Raises:
@@ -227,6 +231,9 @@ def prune(
     place, world = pick_device(device), World.here()
     if world.size > 1 and not isinstance(recipe, Layerwise | Trained):
         raise UserError(f"{recipe.name} runs in one process: leave torchrun out, or choose a layer-wise method or elsa")
+    # One process of several tells.
+    tracker = tracker_named(log) if isinstance(log, str) else log
+    tracker = tracker if world.rank == 0 else None
     with nullcontext() if out is None else shared_journal(Path(out), world, resume=resume) as journal:
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
@@ -269,6 +276,7 @@ def prune(
             ridge=ridge,
             bounds=bounds,
             on_progress=progress,
+            on_record=None if tracker is None else tracker.log,
             residence=loaded.residence,
             journal=journal or NOTHING,
             world=world,
@@ -278,12 +286,14 @@ def prune(
         del texts
         if streams:
             return_freed_memory()
-        with phases("judging the dense model"):
-            found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
-        report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
-        if journal is not None:
-            written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
-            report = replace(report, manifest=written, out=journal.out)
+        with followed(tracker, record["settings"]) as summary:
+            with phases("judging the dense model"):
+                found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
+            report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
+            if journal is not None:
+                written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
+                report = replace(report, manifest=written, out=journal.out)
+            summary |= figures_of(report.as_json())
     return report
 
 

@@ -26,7 +26,7 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     """
     target, selection = settings["target"], settings["selection"]
     parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
-    named = {name: part for name, part in parts.items() if part.replace("-", "").isalnum()}
+    named = {name: part for name, part in parts.items() if re.fullmatch(r"[\w-]+", part)}
     content: dict[str, Any] = {"model": settings["model"], **named}
     if target["pattern"] is not None:
         content["pattern"] = "{}:{}".format(*target["pattern"])

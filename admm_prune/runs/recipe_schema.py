@@ -48,6 +48,8 @@ class RecipeFile(_Strict):
     model: str = Field("embedded", description="'embedded', a from_pretrained folder, or a Hub id.")
     method: str | None = Field(None, description="A name that 'admm-prune list' prints; admm by default.")
     solver: str | None = Field(None, description="What solves the layer problems, in place of the method's own.")
+    problem: str | None = Field(None, description="Objective of a layer, by name; the method's own by default.")
+    constraint: str | None = Field(None, description="Sparse set of a sparsity, by name; the method's own by default.")
     sparsity: _Sparsity | None = Field(None, description="Fraction of every matrix to go; or a pattern.")
     pattern: str | None = Field(None, description="N:M, N kept of every M inputs.")
     targets: tuple[str, ...] = Field((), description="Prune only what fits: classes, names, or re: and an expression.")

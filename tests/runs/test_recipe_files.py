@@ -32,6 +32,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         {"method": "sparsegpt", "sparsity": 0.6, "ridge": 0.05, "samples": 9, "seed": 3},
         {"method": "admm", "pattern": "2:4", "ignore": "re:.*down_proj", "overrides": {"re:.*up_proj": 0.75}},
         {"solver": "wanda", "sparsity": 0.5, "targets": ["LlamaMLP"], "length": 32, "packing": "windows"},
+        {"method": "magnitude", "sparsity": 0.5, "constraint": "row-wise", "problem": "layer"},
         {"method": "elsa", "sparsity": 0.7, "steps": 4},
         {"method": "struprune", "sparsity": 0.3, "multiple": 4},
     ],

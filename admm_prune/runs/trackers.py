@@ -1,0 +1,149 @@
+"""Runs followed from outside, while they go on: TensorBoard, Weights & Biases, trackio, or anybody's own tracker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from admm_prune.errors import UserError
+
+
+class Tracker(Protocol):
+    """Is told what a run does. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
+        ...
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Figures of one block or of one step of training, counted from 0; steps never fall."""
+        ...
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        """The run is over: its figures as a whole; empty where it broke off."""
+        ...
+
+
+class TensorBoard:
+    """Event files in a folder, by `torch.utils.tensorboard`."""
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log tensorboard needs the package: pip install 'admm-prune[tensorboard]'") from error
+        self._open: Callable[[str], Any] = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        self._writer = self._open(self._folder)
+        lines = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+        self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}", 0)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        for name, value in summary.items():
+            self._writer.add_scalar(name, value, 0)
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in a project."""
+
+    def __init__(self, project: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log wandb needs the package: pip install 'admm-prune[wandb]'") from error
+        self._wandb: Any = wandb
+        self._project = project
+        self._run: Any = None
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        self._run = self._wandb.init(project=self._project, config=dict(settings))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=0 if summary else 1)
+
+
+class Trackio:
+    """A run of trackio in a project."""
+
+    def __init__(self, project: str) -> None:
+        try:
+            import trackio
+        except ImportError as error:
+            raise UserError("--log trackio needs the package: pip install 'admm-prune[trackio]'") from error
+        self._trackio: Any = trackio
+        self._project = project
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        self._trackio.init(project=self._project, config=dict(settings))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._trackio.log(dict(figures), step=step)
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        if summary:
+            self._trackio.log(dict(summary))
+        self._trackio.finish()
+
+
+_KINDS: Mapping[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def tracker_named(text: str) -> Tracker:
+    """The tracker of "tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT".
+
+    Raises:
+        UserError: there is none of this kind, nothing after the colon, or its package is not installed.
+    """
+    kind, _, place = text.partition(":")
+    if kind not in _KINDS or not place:
+        raise UserError(f"log must be tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT, not '{text}'")
+    return _KINDS[kind](place)
+
+
+@contextmanager
+def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[dict[str, float]]:
+    """Within it a run goes on; yields what is to be filled with its figures, and told when it is over."""
+    summary: dict[str, float] = {}
+    if tracker is None:
+        yield summary
+        return
+    tracker.start(flat(settings))
+    try:
+        yield summary
+    except BaseException:
+        tracker.finish({})
+        raise
+    tracker.finish(summary)
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}; what is None or empty is left out."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value not in (None, (), []):
+            found[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return found
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run as a whole, from its manifest: what is not finite is left out."""
+    found = {"sparsity": report["sparsity"]}
+    for which in ("dense", "pruned"):
+        found |= {f"{which}/{name}": report[which][name] for name in ("perplexity", "bits_per_char")}
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
