@@ -150,7 +150,7 @@ def _parts(
 
 def _with_sparsity(shape: SparseSet | type[SparseSet], sparsity: float) -> SparseSet:
     given: Any = shape
-    kind = given if isinstance(given, type) else type(given)
+    kind: Any = shape if isinstance(shape, type) else type(shape)
     try:
         made: SparseSet = kind(sparsity) if kind is given else replace(given, sparsity=sparsity)
         return made

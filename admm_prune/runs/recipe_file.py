@@ -87,7 +87,7 @@ def _loader() -> Any:
     """YAML's safe loader, to which 2:4 is a text, not 124, two and four in base 60; and 1e-3 a number."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml declares no types
         pass
 
     numbers = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

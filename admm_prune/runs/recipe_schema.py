@@ -23,15 +23,21 @@ class _Strict(BaseModel):
 class Text(_Strict):
     """Which text calibrates and which judges; see `TextSettings`."""
 
-    data: str = Field("embedded", description="Calibration text: 'embedded', a file, a folder, or a Hub id.")
-    eval_data: str | None = Field(None, description="Text to evaluate on; a held-out part of `data` by default.")
-    eval_split: Literal["validation", "test"] = Field("validation", description="Split of a Hub id to evaluate on.")
-    documents: _Count | None = Field(None, description="Read so many documents of `data` and no more.")
-    samples: _Count | None = Field(None, description="Calibration sequences; the method's own number by default.")
-    eval_samples: _Count | None = Field(None, description="Evaluation sequences; all of the text by default.")
-    length: Annotated[int, Field(ge=2)] | None = Field(None, description="Tokens of a sequence.")
-    packing: Packing = Field("auto", description="How documents become sequences.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of every random choice.")
+    data: str = Field(default="embedded", description="Calibration text: 'embedded', a file, a folder, or a Hub id.")
+    eval_data: str | None = Field(
+        default=None, description="Text to evaluate on; a held-out part of `data` by default."
+    )
+    eval_split: Literal["validation", "test"] = Field(
+        default="validation", description="Split of a Hub id to evaluate on."
+    )
+    documents: _Count | None = Field(default=None, description="Read so many documents of `data` and no more.")
+    samples: _Count | None = Field(
+        default=None, description="Calibration sequences; the method's own number by default."
+    )
+    eval_samples: _Count | None = Field(default=None, description="Evaluation sequences; all of the text by default.")
+    length: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Tokens of a sequence.")
+    packing: Packing = Field(default="auto", description="How documents become sequences.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of every random choice.")
 
 
 class RecipeFile(_Strict):
@@ -45,25 +51,33 @@ class RecipeFile(_Strict):
     summary: str | None = None
     source: str | None = None
     deviations: tuple[str, ...] = ()
-    model: str = Field("embedded", description="'embedded', a from_pretrained folder, or a Hub id.")
-    method: str | None = Field(None, description="A name that 'admm-prune list' prints; admm by default.")
-    solver: str | None = Field(None, description="What solves the layer problems, in place of the method's own.")
-    problem: str | None = Field(None, description="Objective of a layer, by name; the method's own by default.")
-    constraint: str | None = Field(None, description="Sparse set of a sparsity, by name; the method's own by default.")
-    sparsity: _Sparsity | None = Field(None, description="Fraction of every matrix to go; or a pattern.")
-    pattern: str | None = Field(None, description="N:M, N kept of every M inputs.")
-    targets: tuple[str, ...] = Field((), description="Prune only what fits: classes, names, or re: and an expression.")
-    ignore: tuple[str, ...] = Field((), description="Leave what fits as it is.")
-    overrides: dict[str, float | str] = Field({}, description="{pattern: sparsity, 'N:M' or 'dense'}.")
+    model: str = Field(default="embedded", description="'embedded', a from_pretrained folder, or a Hub id.")
+    method: str | None = Field(default=None, description="A name that 'admm-prune list' prints; admm by default.")
+    solver: str | None = Field(
+        default=None, description="What solves the layer problems, in place of the method's own."
+    )
+    problem: str | None = Field(default=None, description="Objective of a layer, by name; the method's own by default.")
+    constraint: str | None = Field(
+        default=None, description="Sparse set of a sparsity, by name; the method's own by default."
+    )
+    sparsity: _Sparsity | None = Field(default=None, description="Fraction of every matrix to go; or a pattern.")
+    pattern: str | None = Field(default=None, description="N:M, N kept of every M inputs.")
+    targets: tuple[str, ...] = Field(
+        default=(), description="Prune only what fits: classes, names, or re: and an expression."
+    )
+    ignore: tuple[str, ...] = Field(default=(), description="Leave what fits as it is.")
+    overrides: dict[str, float | str] = Field(default={}, description="{pattern: sparsity, 'N:M' or 'dense'}.")
     text: Text = Text()
     ridge: float | Literal["auto"] | None = None
-    steps: _Count | None = Field(None, description="Optimizer steps of a method that trains.")
+    steps: _Count | None = Field(default=None, description="Optimizer steps of a method that trains.")
     unit: Literal["parameters", "bytes", "kv-cache", "flops", "latency"] | None = None
     multiple: _Count | None = None
     bounds: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "auto"
-    objects: dict[str, str] = Field({}, description="Parts that were objects in Python; such a run is not repeatable.")
+    objects: dict[str, str] = Field(
+        default={}, description="Parts that were objects in Python; such a run is not repeatable."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

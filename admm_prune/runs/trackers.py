@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Protocol
 
 from admm_prune.errors import UserError
@@ -58,10 +59,9 @@ class WandB:
 
     def __init__(self, project: str) -> None:
         try:
-            import wandb
+            self._wandb: Any = import_module("wandb")
         except ImportError as error:
             raise UserError("--log wandb needs the package: pip install 'admm-prune[wandb]'") from error
-        self._wandb: Any = wandb
         self._project = project
         self._run: Any = None
 
@@ -81,10 +81,9 @@ class Trackio:
 
     def __init__(self, project: str) -> None:
         try:
-            import trackio
+            self._trackio: Any = import_module("trackio")
         except ImportError as error:
             raise UserError("--log trackio needs the package: pip install 'admm-prune[trackio]'") from error
-        self._trackio: Any = trackio
         self._project = project
 
     def start(self, settings: Mapping[str, Any]) -> None:
