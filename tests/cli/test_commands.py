@@ -66,7 +66,7 @@ def test_the_manifest_is_complete(run: Any, place: Path, model_folder: Path, tex
         key: content[key] for key in ("dense", "pruned", "sparsity")
     }
     assert manifest["settings"]["model"] == str(model_folder)
-    assert manifest["settings"]["target"] == {"sparsity": None, "pattern": [2, 4]}
+    assert manifest["settings"]["target"] == {"sparsity": None, "pattern": [2, 4], "layers": []}
     assert manifest["settings"]["text"]["seed"] == 3
     for role in ("calibration", "evaluation"):
         record = manifest["texts"][role]

@@ -201,7 +201,10 @@ def test_weights_that_are_none_are_refused_by_the_name_of_the_matrix(
         (("--constraint", "list"), "the plug-in 'list' gives a list"),
         (("--problem", "list"), "the plug-in 'list' is the class list"),
         (("--method", "list"), "the plug-in 'list' is neither a Method nor a class with a method solve"),
-        (("--method", "sparsellm", "--problem", "relative"), "sparsellm does not go layer by layer: --problem is for"),
+        (
+            ("--method", "sparsellm", "--problem", "relative"),
+            "sparsellm takes no problem: it is for methods that go layer by layer",
+        ),
     ],
 )
 def test_wrong_names_and_broken_packages(

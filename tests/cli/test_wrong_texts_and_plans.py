@@ -83,7 +83,7 @@ PLANS: dict[str, tuple[list[str], str]] = {
     "a dtype that is none": (["--sparsity", "0.5", "--dtype", "int8"], "dtype must be float32, bfloat16 or float16"),
     "more than there is": (["--sparsity", "0.5", "--memory", "0.01"], "admm does not fit"),
     "more than a GPU has": (
-        ["--sparsity", "0.5", "--gpu", "h100", "--device-memory", "0.001", "--samples", "4096"],
+        ["--model", "embedded", "--sparsity", "0.5", "--gpu", "h100", "--device-memory", "0.001"],
         "on the device",
     ),
 }

@@ -65,6 +65,8 @@ def test_from_disk_it_is_the_same_model_and_the_same_report_to_the_bit(
     manifests = [report.as_json() for report in (streamed, whole)]
     for manifest in manifests:
         del manifest["settings"]["stream"], manifest["weights"]
+    assert manifests[0].pop("continuation") == {}, "every token of one takes all weights"
+    assert manifests[1].pop("continuation").keys() == {"prompt", "dense", "pruned"}
     assert manifests[0] == manifests[1], "perplexities, errors and allocations are the same to the bit"
     assert verify_folder(tmp_path / "streamed", device="cpu").failures == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streamed", "whole"]

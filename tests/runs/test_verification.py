@@ -232,9 +232,9 @@ def test_the_layer_is_found_beside_the_solved_one_and_asked_for_where_it_is_not(
 
 def test_claims_survive_the_file_to_the_bit() -> None:
     claims = Claims(
-        method="admm", status="SOLVED", target="0.7", budget="matrix", sparsity=0.7, relative_error=1 / 3,
-        relative_error_holdout=None, objective=1e-300, bound=None, bound_kind=None, ridge=0.1 + 0.2, damping=0.0,
-        layer="a b.safetensors", layer_sha256="0", weight_sha256="1",
+        method="admm", status="SOLVED", target="0.7", budget="matrix", problem="layer", sparsity=0.7,
+        relative_error=1 / 3, relative_error_holdout=None, objective=1e-300, bound=None, bound_kind=None,
+        ridge=0.1 + 0.2, damping=0.0, layer="a b.safetensors", layer_sha256="0", weight_sha256="1",
     )  # fmt: skip
     assert Claims.read(claims.metadata(), Path("f")) == claims
 
