@@ -19,6 +19,7 @@ def main() -> None:
     from admm_prune.cli.app import app
     from admm_prune.errors import UserError
 
+    status: object = None
     try:
         with interrupts.remembered():
             if _several() and sys.argv[1:2] != ["run"]:

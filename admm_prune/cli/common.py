@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +77,7 @@ _WIDE = 160
 
 
 @contextmanager
-def progress_bar(what: str, *, shown: bool = True) -> Iterator[Report]:
+def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
     """A progress bar on stderr, lines where stderr is no terminal; yields the callback (done, total, at work)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +148,8 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
         sparsity = 1 - int(kept.count_nonzero()) / kept.numel()
         dropped = 1 - float(within.square().sum()) / energy if energy > 0 else 0.0
         merged.append(MergedWeight(f"{name}.weight", sparsity, max(0.0, dropped)))
-    unload = getattr(model, "unload", None)
-    return (unload() if callable(unload) else model), merged
+    unload: Callable[[], nn.Module] | None = getattr(model, "unload", None)
+    return (model if unload is None else unload()), merged
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -220,7 +220,7 @@ class ModelOnDisk(Residence):
         for own, buffer in buffers.items():
             stored = f"{name}.{own}" if name else own
             made = torch.empty_like(buffer, device=self._device)
-            module._buffers[own] = self._checkpoint.read(stored) if stored in self._checkpoint else made.fill_(_UNSET)
+            setattr(module, own, self._checkpoint.read(stored) if stored in self._checkpoint else made.fill_(_UNSET))
         if not buffers:
             return
         for parameter in module.parameters(recurse=False):

@@ -59,7 +59,11 @@ class GramAccumulator:
     @property
     def gram(self) -> Tensor:
         """H (d, d), float64, exactly symmetric."""
-        return (self._sum + self._sum.T).div_(2)
+        return self.rows(slice(None))
+
+    def rows(self, chosen: slice) -> Tensor:
+        """Some rows of H (k, d), float64."""
+        return (self._sum[chosen] + self._sum[:, chosen].T).div_(2)
 
     def release(self) -> None:
         """Lets the sum go, which is the largest thing there is; `mean` and `tokens` stay."""
@@ -157,11 +161,11 @@ class LayerStatistics:
 
 def _in_float(*accumulators: GramAccumulator) -> Tensor:
     """The sum of some Grams in float32, without a copy of any in float64."""
-    sums = [accumulator._sum for accumulator in accumulators]
-    result = torch.empty(sums[0].shape, dtype=torch.float32, device=sums[0].device)
+    none = accumulators[0].rows(slice(0, 0))
+    result = none.new_empty(none.shape[1], none.shape[1], dtype=torch.float32)
     for start in range(0, len(result), _TILE):
         rows = slice(start, start + _TILE)
-        result[rows] = sum((x[rows] + x[:, rows].T).div_(2) for x in sums)
+        result[rows] = sum(accumulator.rows(rows) for accumulator in accumulators)
     return result
 
 

@@ -173,9 +173,10 @@ def method_named(name: str) -> Method:
     loaded: Any = load_declared("solvers", name)
     if isinstance(loaded, Method):
         return replace(loaded, name=name)
+    made_by: Any = loaded
     if not (callable(loaded) and hasattr(loaded, "solve")):
         raise UserError(f"the plug-in '{name}' is neither a Method nor a class with a method solve")
-    make: Callable[[], Solver] = loaded
+    make: Callable[[], Solver] = made_by
     return Method(name, (make.__doc__ or "").strip().partition("\n")[0], make)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def check_output_file(path: Path) -> None:
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
+def output_folder(path: Path) -> Generator[Path]:
     """Yields an empty folder that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     A folder of ours that stands there already is put aside, and deleted only when the new one is in its place.

@@ -32,7 +32,7 @@ class SharedJournal(Journal):
         self.out = out
         self._kept, self._world = kept, world
 
-    def begin(self, facts: Callable[[], dict[str, dict[str, Any]]]) -> None:
+    def begin(self, facts: Callable[[], dict[str, Any]]) -> None:
         """As `FolderJournal.begin`; the facts are asked for where they are needed."""
         self._ask(lambda kept: kept.begin(facts()))
 

@@ -64,9 +64,11 @@ def evaluate_tasks(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise UserError(f"lm_eval {lm_eval.__version__} knows no task '{unknown[0]}'; tasks of your own: --task-folder")
-    harness: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    model_of: Any = HFLM
+    evaluate: Any = lm_eval.simple_evaluate
+    harness = model_of(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     try:
-        found: Any = lm_eval.simple_evaluate(
+        found = evaluate(
             harness,
             tasks=list(tasks),
             num_fewshot=shots,

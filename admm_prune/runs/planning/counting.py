@@ -82,7 +82,7 @@ class Counting(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _key(tensor)
         if key in self._storages:
             return
         self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size))
@@ -96,10 +96,10 @@ class Counting(TorchDispatchMode):
 
     def _answer(self, name: str, args: Any, tensor: Tensor) -> None:
         """`any` of bad entries is False, and so is what is made of that; everything else holds."""
-        inherited = [self._answers.get(x.untyped_storage()._cdata, True) for x in args if isinstance(x, Tensor)]
+        inherited = [self._answers.get(_key(x), True) for x in args if isinstance(x, Tensor)]
         says = name not in ("any", "isnan", "gt", "lt") and all(inherited)
         if not says:
-            self._answers[tensor.untyped_storage()._cdata] = False
+            self._answers[_key(tensor)] = False
 
     def _count(self, func: Any, name: str, args: Any, out: Any) -> None:
         if func.is_view:
@@ -170,3 +170,9 @@ def _products(base: str, args: Any) -> float:
     if base == f"{_ATTENTION}_backward":
         return float(10 * args[1].numel() * args[2].shape[-2])
     return 0.0
+
+
+def _key(tensor: Tensor) -> int:
+    """Of its storage: torch has no public name for it, and on the meta device no address."""
+    key: int = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    return key
