@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -126,8 +127,8 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     zensical = Path(sys.executable).with_name("zensical")
-    config = (ROOT / "zensical.toml").read_text().replace('site_dir = "site"', f'site_dir = "{tmp_path / "site"}"')
-    config = config.replace('docs_dir = "docs"', f'docs_dir = "{ROOT / "docs"}"').replace('["."]', f'["{ROOT}"]')
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    config = (ROOT / "zensical.toml").read_text().replace('["."]', f'["{ROOT}"]')
     (tmp_path / "zensical.toml").write_text(config)
     done = subprocess.run(
         [zensical, "build", "--strict", "--clean"], cwd=tmp_path, capture_output=True, text=True, check=False
