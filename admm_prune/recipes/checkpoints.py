@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import warnings
 from collections.abc import Generator, Mapping
@@ -17,6 +14,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
 from admm_prune.errors import UserError
 from admm_prune.models.parallel import World
 
@@ -115,14 +113,9 @@ def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
     """All files are on the disk before the folder has its name, and it has before the others go."""
     try:
         content = {"values": values, "sha256": _fingerprints(new)}
-        body = json.dumps(content)
-        with (new / _VALUES).open("w", encoding="utf-8") as file:
-            file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(new)
+        write_sealed(new / _VALUES, content)
         new.replace(place)
-        _sync(place.parent)
+        sync(place.parent)
         for other in place.parent.iterdir():
             if other.name != place.name:
                 shutil.rmtree(other)
@@ -135,28 +128,11 @@ def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:
     if not names:
         return None
     place = folder / max(names)
-    digest, _, body = (
-        (place / _VALUES).read_text(encoding="utf-8", errors="replace").removesuffix("\n").partition("\n")
-        if (place / _VALUES).is_file()
-        else ("", "", "")
-    )
-    sound = hashlib.sha256(body.encode()).hexdigest() == digest
-    if not sound or json.loads(body)["sha256"] != _fingerprints(place):
+    content = read_sealed(place / _VALUES)
+    if content is None or content["sha256"] != _fingerprints(place):
         raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to begin anew")
-    return place.name, json.loads(body)["values"]
+    return place.name, content["values"]
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}

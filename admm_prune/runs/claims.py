@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from admm_prune.data.durable import file_sha256
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
 from admm_prune.recipes.targets import Target, target_named
@@ -106,11 +107,9 @@ def weights_sha256(folder: Path) -> dict[str, dict[str, Any]]:
     """For every safetensors file of a folder: {"sha256": of the file, "tensors": {name: sha256}}."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
         with safe_open(path, framework="pt") as file:
             found[path.name] = {
-                "sha256": whole,
+                "sha256": file_sha256(path),
                 "tensors": {name: tensor_sha256(file.get_tensor(name)) for name in sorted(file.keys())},
             }
     return found

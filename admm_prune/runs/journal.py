@@ -16,9 +16,7 @@ A record's other files are on the disk before the record itself appears under it
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +26,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
 from admm_prune.errors import UserError
 from admm_prune.models.tensor_file import write_tensors
 from admm_prune.recipes.journal import Journal
@@ -76,8 +75,8 @@ class FolderJournal(Journal):
                 for name in _FOLDERS:  # a kill may have left some before there was a header, or after it was gone
                     shutil.rmtree(self.home / name, ignore_errors=True)
                     (self.home / name).mkdir()
-                _seal(path, content)
-        self._header = hashlib.sha256(path.read_bytes()).hexdigest()
+                write_sealed(path, content)
+        self._header = file_sha256(path)
         if self.resumed:
             self._read()
 
@@ -128,7 +127,7 @@ class FolderJournal(Journal):
                 "activations": self._file(f"activations/{name}.safetensors", activations),
                 "random": random_state(),
             }
-            records.append(_seal(self.home / "records" / name, record))
+            records.append(write_sealed(self.home / "records" / name, record))
             self._count += 1
             if activations is not None:
                 self._keep_only(self.home / "activations", {f"{name}.safetensors"})
@@ -159,12 +158,12 @@ class FolderJournal(Journal):
             yield new
             for path in new.rglob("*"):
                 if path.is_file():
-                    _sync(path)
-            _sync(new)
+                    sync(path)
+            sync(new)
             if place.exists() and old.exists():  # killed after the last rename: what stands there is the newer one
                 shutil.rmtree(old)
             swap(new, place, old)
-            _sync(place.parent)
+            sync(place.parent)
 
     def _file(self, name: str, tensors: Mapping[str, Tensor] | None) -> dict[str, Any] | None:
         if tensors is None:
@@ -173,7 +172,7 @@ class FolderJournal(Journal):
         unfinished = path.with_suffix(".unfinished")
         digest = write_tensors(unfinished, tensors)
         unfinished.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
         return {"name": name, "sha256": digest}
 
     def _read(self) -> None:
@@ -195,7 +194,7 @@ class FolderJournal(Journal):
         files += [latest["activations"]] if latest is not None else []
         for file in files:
             path = self.home / file["name"]
-            if not path.is_file() or _sha256(path) != file["sha256"]:
+            if not path.is_file() or file_sha256(path) != file["sha256"]:
                 raise UserError(f"{path} is damaged or gone: {_advice(self.home)}")
         names = {Path(file["name"]).name for file in files}
         for folder in ("tensors", "activations"):
@@ -327,41 +326,8 @@ def _advice(home: Path) -> str:
     return f"the journal cannot be trusted; delete {home} to begin anew"
 
 
-def _seal(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes JSON after its fingerprint, atomically; returns it as it will be read."""
-    body = json.dumps(content)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    _sync(path.parent)
-    read: dict[str, Any] = json.loads(body)
-    return read
-
-
 def _unseal(path: Path) -> dict[str, Any]:
-    try:
-        digest, _, body = path.read_text(encoding="utf-8").removesuffix("\n").partition("\n")
-        sound = hashlib.sha256(body.encode()).hexdigest() == digest
-    except (OSError, UnicodeDecodeError):
-        sound, body = False, ""
-    if not sound:
+    content = read_sealed(path)
+    if content is None:
         raise UserError(f"{path} is damaged: {_advice(path.parent if path.name == _HEADER else path.parents[1])}")
-    content: dict[str, Any] = json.loads(body)
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """A file's bytes, or a folder's entries, through to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST, PACKED, pack_file, unpack_file
 from admm_prune.runs.folder import check_output, output_folder, write_json
@@ -59,7 +59,7 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
                 shutil.copyfile(path, target)
             tensors += len(packed)
             record[str(name)] = {
-                "sha256": _sha256(path),
+                "sha256": file_sha256(path),
                 "bytes": path.stat().st_size,
                 "packed_bytes": target.stat().st_size,
                 "packed_tensors": packed,
@@ -102,7 +102,7 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
                 shutil.copyfile(folder / name, target)
             else:
                 raise UserError(f"{folder} lacks {name}: it is damaged")
-            if _sha256(target) != sha256:
+            if file_sha256(target) != sha256:
                 raise UserError(f"{name} is not the file that was packed: {folder} is damaged")
         dense = sum(path.stat().st_size for path in _files(new))
     if progress is not None:
@@ -119,8 +119,3 @@ def _files(folder: Path) -> list[Path]:
 def _keep_apart(folder: Path, out: Path) -> None:
     if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out} is the folder itself, or in it: choose another place")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

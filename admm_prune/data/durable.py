@@ -1,0 +1,53 @@
+"""Files that outlive a kill: through to the disk before they have their name, and told from damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's entries, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes JSON after its fingerprint, atomically; returns it as it will be read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    body = json.dumps(content)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    sync(path.parent)
+    read: dict[str, Any] = json.loads(body)
+    return read
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None where the file is missing or damaged."""
+    try:
+        digest, _, body = path.read_text(encoding="utf-8").removesuffix("\n").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        return None
+    content: dict[str, Any] = json.loads(body)
+    return content
