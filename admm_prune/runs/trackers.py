@@ -27,15 +27,18 @@ class Tracker(Protocol):
         ...
 
 
+def _package(extra: str, module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"--log {extra} needs the package: pip install 'admm-prune[{extra}]'") from error
+
+
 class TensorBoard:
     """Event files in a folder, by `torch.utils.tensorboard`."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--log tensorboard needs the package: pip install 'admm-prune[tensorboard]'") from error
-        self._open: Callable[[str], Any] = SummaryWriter
+        self._open: Callable[[str], Any] = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter
         self._folder = folder
         self._writer: Any = None
 
@@ -58,10 +61,7 @@ class WandB:
     """A run of Weights & Biases in a project."""
 
     def __init__(self, project: str) -> None:
-        try:
-            self._wandb: Any = import_module("wandb")
-        except ImportError as error:
-            raise UserError("--log wandb needs the package: pip install 'admm-prune[wandb]'") from error
+        self._wandb = _package("wandb", "wandb")
         self._project = project
         self._run: Any = None
 
@@ -80,10 +80,7 @@ class Trackio:
     """A run of trackio in a project."""
 
     def __init__(self, project: str) -> None:
-        try:
-            self._trackio: Any = import_module("trackio")
-        except ImportError as error:
-            raise UserError("--log trackio needs the package: pip install 'admm-prune[trackio]'") from error
+        self._trackio = _package("trackio", "trackio")
         self._project = project
 
     def start(self, settings: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.gpu import baselines
 from admm_prune.runs.gpu.ceilings import Work, synchronize
-from admm_prune.runs.gpu.rows import Case, Figures
+from admm_prune.runs.gpu.rows import Case, Drawn, Figures
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 
@@ -84,7 +84,7 @@ def cases(
     A layer is made when its first case is asked for, and let go before the next one.
     """
     for index, (rows, width) in enumerate(shapes):
-        layer = _Lazy(rows, width, device)
+        layer = Drawn(drawn, rows, width, device)
         needs = 4.0 * (6 * rows * width + 4 * width**2)
         for target in targets:
             for name in ("magnitude", "wanda", "sparsegpt", "admm-fast", "admm", "admm-best"):
@@ -100,23 +100,8 @@ def cases(
         layer.release()
 
 
-class _Lazy:
-    def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        self.rows, self.width, self._device = rows, width, device
-        self._layer: Layer | None = None
-
-    def __call__(self) -> Layer:
-        if self._layer is None:
-            self._layer = drawn(self.rows, self.width, self._device)
-            synchronize(self._device)
-        return self._layer
-
-    def release(self) -> None:
-        self._layer = None
-
-
 def _case(
-    layer: _Lazy, label: str, method: Method, solver: Solver, target: Target, needs: float, limit: float = 30.0
+    layer: Drawn[Layer], label: str, method: Method, solver: Solver, target: Target, needs: float, limit: float = 30.0
 ) -> Case:
     def run() -> Figures:
         data = layer()
@@ -153,7 +138,7 @@ def _case(
     return Case(section=SECTION, name=label, case=name, run=run, needs=needs, limit=limit)
 
 
-def _baselines(layer: _Lazy, target: Target) -> Iterator[Case]:
+def _baselines(layer: Drawn[Layer], target: Target) -> Iterator[Case]:
     constraint: SparseSet = NofM(*target.pattern) if target.pattern else Unstructured(target.sparsity or 0.0)
     size = layer.rows * layer.width
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -27,6 +27,31 @@ _FAILURES = (
     KeyError,
     AssertionError,
 )
+
+
+Made = TypeVar("Made")
+
+
+class Drawn(Generic[Made]):
+    """What several rows run on: made on the device when the first of them asks for it, and let go after the last.
+
+    Args:
+        draw: makes it, from its shape and the device.
+    """
+
+    def __init__(self, draw: Callable[[int, int, torch.device], Made], rows: int, width: int, device: torch.device):
+        self.rows, self.width = rows, width
+        self._draw, self._device = draw, device
+        self._held: Made | None = None
+
+    def __call__(self) -> Made:
+        if self._held is None:
+            self._held = self._draw(self.rows, self.width, self._device)
+            synchronize(self._device)
+        return self._held
+
+    def release(self) -> None:
+        self._held = None
 
 
 @dataclass(frozen=True, kw_only=True)

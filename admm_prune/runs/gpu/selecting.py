@@ -9,7 +9,7 @@ from torch import Tensor
 
 from admm_prune.kernels import backend, bits, selection
 from admm_prune.runs.gpu.ceilings import Work, seconds_of
-from admm_prune.runs.gpu.rows import Case, Figures
+from admm_prune.runs.gpu.rows import Case, Drawn, Figures
 
 SECTION = "selection"
 KEPT = 0.3
@@ -18,7 +18,7 @@ KEPT = 0.3
 def cases(entries: int, device: torch.device) -> Iterator[Case]:
     """Ours at `entries`; topk and sort at what fits: an index beside each score takes three times as much."""
     rows, width = max(1, entries // 4096), min(4096, entries)
-    scores = _Scores(rows, width, device)
+    scores = Drawn(_scores, rows, width, device)
     whole = 4.0 * rows * width
     yield _case("threshold", scores, selection.threshold, 4.0, whole)
     yield _case("mask", scores, selection.largest, 5.0, 1.6 * whole)
@@ -26,7 +26,7 @@ def cases(entries: int, device: torch.device) -> Iterator[Case]:
     yield _case("row by row", scores, lambda s, k: selection.largest_per_row(s, round(KEPT * width)), 5.0, 1.6 * whole)
     yield _case("mask, packed", scores, lambda s, k: bits.pack(selection.largest(s, k)), 4.125, 1.7 * whole)
     scores.release()
-    fewer = _Scores(max(1, rows // 13), width, device)
+    fewer = Drawn(_scores, max(1, rows // 13), width, device)
     part = whole / 13
     yield _case("mask", fewer, selection.largest, 5.0, 1.6 * part)
     yield _case("torch.topk", fewer, _by_topk, 5.0, 9 * part, baseline=True)
@@ -34,24 +34,14 @@ def cases(entries: int, device: torch.device) -> Iterator[Case]:
     fewer.release()
 
 
-class _Scores:
-    def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        self.rows, self.width, self._device = rows, width, device
-        self._held: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self._held is None:
-            g = torch.Generator(self._device).manual_seed(0)
-            self._held = torch.empty(self.rows, self.width, device=self._device).normal_(generator=g).abs_()
-        return self._held
-
-    def release(self) -> None:
-        self._held = None
+def _scores(rows: int, width: int, device: torch.device) -> Tensor:
+    g = torch.Generator(device).manual_seed(0)
+    return torch.empty(rows, width, device=device).normal_(generator=g).abs_()
 
 
 def _case(
     name: str,
-    scores: _Scores,
+    scores: Drawn[Tensor],
     select: Callable[[Tensor, int], Tensor],
     moved: float,
     needs: float,
