@@ -36,6 +36,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
 Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
+OptionalOut = Annotated[Path | None, typer.Option(help="Folder to write, whole or not at all.")]
 Ridge = Annotated[
     str | None,
     typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
@@ -70,6 +71,7 @@ Override = Annotated[
     typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
 ]
 Log = Annotated[str | None, typer.Option(help="Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
 
 Report = Callable[[int, int, str], None]
@@ -100,6 +102,23 @@ def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
                 print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
 
         yield report
+
+
+@contextmanager
+def resumable(out: Path) -> Generator[None]:
+    """Has what breaks off a run say how to go on, where something is kept of it beside `out`."""
+    from admm_prune.models.parallel import LostProcessError
+    from admm_prune.runs.journal import home_of
+
+    try:
+        yield
+    except (KeyboardInterrupt, LostProcessError) as error:
+        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
+        if home_of(out).is_dir():
+            interrupts.advise(advice)
+            if isinstance(error, LostProcessError):
+                raise LostProcessError(f"{error}: {advice}") from error
+        raise
 
 
 def parse_overrides(given: list[str] | None) -> dict[str, float | str]:

@@ -15,6 +15,9 @@ def compare(
     methods: Annotated[str, typer.Option(help="Comma-separated names.")] = "magnitude,wanda,sparsegpt,admm",
     sparsity: Annotated[str | None, typer.Option(help="Comma-separated, such as 0.5,0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Comma-separated, such as 2:4,4:8.")] = None,
+    targets: common.Targets = None,
+    ignore: common.Ignore = None,
+    override: common.Override = None,
     data: common.Data = "embedded",
     eval_data: common.EvalData = None,
     samples: common.Samples = None,
@@ -25,6 +28,7 @@ def compare(
     baselines: Annotated[
         bool, typer.Option(help="Beside elsa, also what has to stand beside it: tuned-dense, admm-finetuned, gradual.")
     ] = True,
+    resume: common.Resume = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -34,6 +38,7 @@ def compare(
 
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
+    from admm_prune.recipes.selection import Selection
     from admm_prune.recipes.targets import parse_targets
     from admm_prune.runs import comparison as comparisons
     from admm_prune.runs.texts import TextSettings, parse_packing
@@ -55,9 +60,10 @@ def compare(
         dtype=dtype,
         steps=steps,
         baselines=baselines,
+        selection=Selection.of(targets or (), ignore or (), common.parse_overrides(override)),
     )
-    with common.progress_bar("comparing") as progress:
-        result = comparisons.compare(settings, out, progress)
+    with common.resumable(out), common.progress_bar("comparing") as progress:
+        result = comparisons.compare(settings, out, progress, resume=resume)
     if json:
         common.emit(result.as_json())
         return

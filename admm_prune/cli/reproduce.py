@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from admm_prune.cli.run import carry_out, show_plan
 
 def reproduce(
     name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write, whole or not at all.")] = None,
+    out: common.OptionalOut = None,
     model: Annotated[str | None, typer.Option(help="In place of the paper's: 'embedded', a folder, a Hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Calibration text in place of the paper's.")] = None,
     eval_data: common.EvalData = None,
@@ -23,9 +22,7 @@ def reproduce(
     sparsity: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, in place of the paper's sparsity.")] = None,
     steps: common.Steps = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")
-    ] = False,
+    resume: common.Resume = False,
     log: common.Log = None,
     dry_run: common.DryRun = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the sequences.")] = None,
@@ -37,7 +34,6 @@ def reproduce(
 
     Example: admm-prune reproduce sparsegpt --dry-run
     """
-    from admm_prune.errors import UserError
     from admm_prune.runs.recipe_file import read_packaged
 
     given = {
@@ -57,7 +53,5 @@ def reproduce(
     recipe = read_packaged(name).with_options({key: value for key, value in given.items() if value is not None})
     if dry_run:
         show_plan(recipe.as_content(), out, json)
-    elif out is None:
-        raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
     else:
         carry_out(recipe.arguments(), out, json, resume=resume, log=log)

@@ -13,7 +13,7 @@ from admm_prune.cli import common
 
 def run(
     ctx: typer.Context,
-    out: common.Out,
+    out: common.OptionalOut = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe.yaml, or the folder of a run that has one: options go before it.")
     ] = None,
@@ -47,9 +47,7 @@ def run(
             help="Take the model from its folder block by block; by default where it would fill the memory.",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")
-    ] = False,
+    resume: common.Resume = False,
     activation_memory: Annotated[
         float | None,
         typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
@@ -134,32 +132,28 @@ def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
     print(f"# would be written to {out}" if out is not None else "# a run needs --out")
 
 
-def carry_out(asked: dict[str, Any], out: Path, json: bool, **machine: Any) -> None:
+def carry_out(asked: dict[str, Any], out: Path | None, json: bool, **machine: Any) -> None:
     """Runs what is asked for, and says what came of it.
 
     Args:
         asked: arguments of `prune` that say what to do.
         machine: those that say how.
+
+    Raises:
+        UserError: it cannot be done, or there is no `out`.
     """
-    from admm_prune.cli import interrupts
-    from admm_prune.models.parallel import LostProcessError
-    from admm_prune.runs.journal import home_of
+    from admm_prune.errors import UserError
     from admm_prune.runs.processes import joined
     from admm_prune.runs.pruning import prune
 
-    try:
-        with (
-            joined(asked.get("device", "auto")) as world,
-            common.progress_bar("pruning", shown=world.first) as progress,
-        ):
-            report = prune(**asked, **machine, out=out, progress=progress)
-    except (KeyboardInterrupt, LostProcessError) as error:
-        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
-        if home_of(out).is_dir():
-            interrupts.advise(advice)
-            if isinstance(error, LostProcessError):
-                raise LostProcessError(f"{error}: {advice}") from error
-        raise
+    if out is None:
+        raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
+    with (
+        common.resumable(out),
+        joined(asked.get("device", "auto")) as world,
+        common.progress_bar("pruning", shown=world.first) as progress,
+    ):
+        report = prune(**asked, **machine, out=out, progress=progress)
     if not world.first:
         return
     if json:

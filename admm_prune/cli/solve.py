@@ -37,9 +37,11 @@ def solve(
     Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
     """
     from admm_prune.recipes.local_methods import method_named, with_parts
+    from admm_prune.recipes.parts import check_one_set
     from admm_prune.recipes.targets import parse_path
     from admm_prune.runs.solving import solve_path
 
+    check_one_set(constraint, pattern)
     method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
     path = solve_path(file, method, targets, ridge=ridge, out=out, device=device)
     if json:

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from admm_prune.errors import UserError
-from admm_prune.problems.constraints import NofM, SparseSet
-from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.elsa import Elsa
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method, method_named, with_parts
+from admm_prune.recipes.parts import Objective
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.sparsellm import SparseLLM
-from admm_prune.recipes.targets import Target
 from admm_prune.solvers.base import Solver
 
-Objective = Callable[..., LayerReconstruction]
 DEFAULT = "admm"
-
-
-@dataclass(frozen=True)
-class Composed(Method):
-    """A method with an objective or a sparse set that are given as they are.
-
-    Attributes:
-        kind: builds the layer problem, as `LayerReconstruction` does.
-        shape: a sparse set like those aimed at: other targets give sets of its kind and with its other settings.
-    """
-
-    kind: Objective | None = None
-    shape: SparseSet | None = None
-
-    @property
-    def objective(self) -> Objective:
-        return self.kind or super().objective
-
-    def constraint(self, target: Target) -> SparseSet:
-        """The sparse set that this method aims at for a target.
-
-        Raises:
-            UserError: the set given has no such target.
-        """
-        if self.shape is None:
-            return super().constraint(target)
-        if target == target_of(self.shape):
-            return self.shape
-        if target.pattern is not None:
-            return NofM(*target.pattern)
-        return _with_sparsity(self.shape, target.fraction)
 
 
 def composed(
@@ -77,7 +42,7 @@ def composed(
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
-        return Layerwise(_parts(_method_of(solver), None, problem, constraint))
+        return Layerwise(with_parts(_method_of(solver), problem, constraint))
     recipe = recipe_named(method or DEFAULT, steps)
     given = " and ".join(
         name
@@ -87,29 +52,14 @@ def composed(
     if isinstance(recipe, Layerwise):
         if solver is not None:
             raise UserError(f"{recipe.name} is a solver itself: give either a method or a solver")
-        return replace(recipe, method=_parts(recipe.method, solver, problem, constraint))
+        return replace(recipe, method=with_parts(recipe.method, problem, constraint))
     if isinstance(recipe, SparseLLM) and problem is None:
-        return replace(recipe, method=_parts(recipe.method, solver, problem, constraint))
+        inner = recipe.method if solver is None else _method_of(solver)
+        return replace(recipe, method=with_parts(inner, None, constraint))
     if isinstance(recipe, Elsa) and constraint is None:
-        return replace(recipe, projection=_parts(recipe.projection, solver, problem, constraint))
+        inner = recipe.projection if solver is None else _method_of(solver)
+        return replace(recipe, projection=with_parts(inner, problem))
     raise UserError(f"{recipe.name} takes no {given}: it is for methods that go layer by layer")
-
-
-def target_of(constraint: SparseSet) -> Target | None:
-    """What a set asks for, where it says so; None for one that has neither a sparsity nor N of M."""
-    if isinstance(constraint, NofM):
-        return Target(pattern=(constraint.n, constraint.m))
-    sparsity = getattr(constraint, "sparsity", None)
-    return None if sparsity is None else Target(sparsity=float(sparsity))
-
-
-def described(part: object) -> str | None:
-    """What a manifest says of a part: its name, or the settings that it was built with; None where there is none."""
-    if part is None or isinstance(part, str):
-        return part
-    if isinstance(part, type) or callable(part):
-        return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
-    return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def _method_of(solver: str | Solver) -> Method:
@@ -123,36 +73,3 @@ def _method_of(solver: str | Solver) -> Method:
     if like is not None:
         return replace(like, name=like.name, summary=f"{like.name} with other settings", make=lambda: solver)
     return Method(kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0], lambda: solver)
-
-
-def _parts(
-    method: Method,
-    solver: str | Solver | None,
-    problem: str | Objective | None,
-    constraint: str | SparseSet | type[SparseSet] | None,
-) -> Method:
-    if solver is not None:
-        method = _method_of(solver)
-    if isinstance(problem, str) or isinstance(constraint, str):
-        method = with_parts(
-            method,
-            problem if isinstance(problem, str) else None,
-            constraint if isinstance(constraint, str) else None,
-        )
-        problem = None if isinstance(problem, str) else problem
-        constraint = None if isinstance(constraint, str) else constraint
-    if problem is None and constraint is None:
-        return method
-    values: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields(method)}
-    shape = _with_sparsity(constraint, 0.5) if isinstance(constraint, type) else constraint
-    return Composed(**values, kind=problem, shape=shape)
-
-
-def _with_sparsity(shape: SparseSet | type[SparseSet], sparsity: float) -> SparseSet:
-    given: Any = shape
-    kind: Any = shape if isinstance(shape, type) else type(shape)
-    try:
-        made: SparseSet = kind(sparsity) if kind is given else replace(given, sparsity=sparsity)
-        return made
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{kind.__name__} is not made from a sparsity alone ({error}): give the set itself") from error

@@ -63,7 +63,7 @@ class Layerwise:
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
-            inputs = stream.collect(index, chosen, weigh=self.method.token_weights) if chosen else []
+            inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
             return Visit(layers=[*_prune_all(inputs, self.method, request), *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
@@ -149,7 +149,7 @@ def _prune(
     sizes = [view.shape[0] for view in views]
     try:
         asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraints[0])
-        problem = method.objective(
+        problem = method.problem.build(
             stacked,
             statistics.gram,
             constraints[0] if len(views) == 1 else StackedRows(tuple(zip(sizes, constraints, strict=True))),
@@ -172,7 +172,7 @@ def _prune(
     seconds = time.perf_counter() - began
     reports: list[LayerReport] = []
     for view, weight, constraint in zip(views, stacked.split(sizes), constraints, strict=True):
-        own = method.objective(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+        own = method.problem.build(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation
         reports.append(

@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
-from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
-from admm_prune.recipes.parts import LAYER, layer_problem_named, sparse_set_named
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
+from admm_prune.recipes.parts import RECONSTRUCTION, LayerProblem, Objective, SetFamily
 from admm_prune.recipes.plugins import declared, load_declared
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers import reference
@@ -34,8 +32,8 @@ class Method:
             factors their Gram and knows `StackedRows`.
         stacks_targets: so are copies of one weight with different targets, because nothing that the solver does depends
             on how dense the stack is as a whole.
-        problem: the objective, by a name that `layer_problem_named` knows.
-        sparse_set: by a name that `sparse_set_named` knows, in place of the method's own set.
+        problem: what the solver is given.
+        sets: in place of the method's own sparse set.
     """
 
     name: str
@@ -46,36 +44,19 @@ class Method:
     row_wise: bool = False
     stacks: bool = False
     stacks_targets: bool = False
-    problem: str = LAYER
-    sparse_set: str | None = None
-
-    @property
-    def objective(self) -> Callable[..., LayerReconstruction]:
-        """What builds the layer problem."""
-        return layer_problem_named(self.problem)
-
-    @property
-    def token_weights(self) -> Callable[[Tensor], Tensor] | None:
-        """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
-        return getattr(self.objective, "token_weights", None)
+    problem: LayerProblem = RECONSTRUCTION
+    sets: SetFamily | None = None
 
     def constraint(self, target: Target) -> SparseSet:
         """The sparse set that this method aims at for a target.
 
         Raises:
-            UserError: a pattern is asked for beside a set by name.
+            UserError: the sets given have no such member.
         """
-        if target.pattern is not None:
-            if self.sparse_set is not None:
-                raise UserError(f"the pattern {target} is a sparse set of its own: give --constraint a sparsity")
-            return NofM(*target.pattern)
-        assert target.sparsity is not None
-        if self.sparse_set is not None:
-            return sparse_set_named(self.sparse_set, target.sparsity)
-        return RowWise(target.sparsity) if self.row_wise else Unstructured(target.sparsity)
+        return (self.sets or SetFamily.of("row-wise" if self.row_wise else "unstructured")).at(target)
 
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
-        """Within what the kept weights are counted; "set" where only the named set can tell."""
+        """Within what the kept weights are counted; "set" where only the set can tell."""
         made = self.constraint(target)
         kinds: dict[type[SparseSet], Literal["matrix", "row", "group"]] = {
             Unstructured: "matrix",
@@ -180,16 +161,16 @@ def method_named(name: str) -> Method:
     return Method(name, (make.__doc__ or "").strip().partition("\n")[0], make)
 
 
-def with_parts(method: Method, problem: str | None = None, sparse_set: str | None = None) -> Method:
-    """The method with another objective or another sparse set, each by its name; None leaves its own.
+def with_parts(
+    method: Method,
+    problem: str | Objective | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
+) -> Method:
+    """The method with another objective or another sparse set, by name or as it is; None leaves its own.
 
     Raises:
         UserError: there is no part of that name, or it cannot be used.
     """
     if problem is not None:
-        layer_problem_named(problem)
-        method = replace(method, problem=problem)
-    if sparse_set is not None:
-        sparse_set_named(sparse_set, 0.5)
-        method = replace(method, sparse_set=sparse_set)
-    return method
+        method = replace(method, problem=LayerProblem.of(problem))
+    return method if constraint is None else replace(method, sets=SetFamily.of(constraint))

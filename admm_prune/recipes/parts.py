@@ -1,14 +1,21 @@
-"""Objectives and sparse sets of a layer by name: ours, and those that other packages declare."""
+"""Objectives and sparse sets of a layer: ours and those that other packages declare, by name; and any, as it is."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.problems.constraints import Groups, RowWise, SparseSet, Unstructured
+from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.plugins import declared, load_declared
+from admm_prune.recipes.targets import Target
+
+Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
 
 # What a fraction alone describes; N:M is asked for by a pattern.
 SETS: Mapping[str, Callable[[float], SparseSet]] = {
@@ -20,48 +27,126 @@ LAYER = "layer"
 LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
 
-def layer_problem_named(name: str) -> type[LayerReconstruction]:
-    """The objective of this name, ours or a plug-in.
+@dataclass(frozen=True)
+class LayerProblem:
+    """What builds the problem of a layer, and what that is called."""
 
-    Raises:
-        UserError: there is none, or it is no subclass of `LayerReconstruction`.
+    name: str
+    build: Objective
+
+    @property
+    def token_weights(self) -> Callable[[Tensor], Tensor] | None:
+        """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
+        return getattr(self.build, "token_weights", None)
+
+    @classmethod
+    def of(cls, part: str | Objective) -> LayerProblem:
+        """By the name of one of ours or of a plug-in, or as it is.
+
+        Raises:
+            UserError: there is none of this name, or the plug-in is no subclass of `LayerReconstruction`.
+        """
+        if not isinstance(part, str):
+            return cls(described(part), part)
+        if part in LAYER_PROBLEMS:
+            return cls(part, LAYER_PROBLEMS[part])
+        if part not in declared("problems"):
+            raise _unknown("problem", part, [*LAYER_PROBLEMS, *declared("problems")])
+        kind = load_declared("problems", part)
+        if not (inspect.isclass(kind) and issubclass(kind, LayerReconstruction)):
+            raise UserError(
+                f"the plug-in '{part}' is {_kind_of(kind)}: a problem with a name on the command line derives from "
+                "admm_prune.LayerReconstruction; any other is solved from Python"
+            )
+        return cls(part, kind)
+
+
+@dataclass(frozen=True)
+class SetFamily:
+    """Sparse sets that are alike but for how much they prune.
+
+    Attributes:
+        member: one of them, whose other settings all have; or what makes one of a fraction.
     """
-    if name in LAYER_PROBLEMS:
-        return LAYER_PROBLEMS[name]
-    if name not in declared("problems"):
-        raise _unknown("problem", name, [*LAYER_PROBLEMS, *declared("problems")])
-    kind = load_declared("problems", name)
-    if not (inspect.isclass(kind) and issubclass(kind, LayerReconstruction)):
-        raise UserError(
-            f"the plug-in '{name}' is {_described(kind)}: a problem with a name on the command line derives from "
-            "admm_prune.LayerReconstruction; any other is solved from Python"
-        )
-    return kind
+
+    name: str
+    member: SparseSet | Callable[[float], SparseSet]
+
+    @classmethod
+    def of(cls, part: str | SparseSet | Callable[[float], SparseSet]) -> SetFamily:
+        """By the name of one of ours or of a plug-in, by its class, or by a member.
+
+        Raises:
+            UserError: there is none of this name, or it makes no `SparseSet` of a fraction.
+        """
+        if isinstance(part, SparseSet):
+            return cls(described(part), part)
+        if not isinstance(part, str):
+            family = cls(described(part), part)
+        elif part in SETS:
+            family = cls(part, SETS[part])
+        elif part in declared("constraints"):
+            family = cls(part, load_declared("constraints", part))
+        else:
+            raise _unknown("constraint", part, [*SETS, *declared("constraints")])
+        if not isinstance(family.member, SparseSet):
+            family._made(0.5)
+        return family
+
+    def at(self, target: Target) -> SparseSet:
+        """The member that prunes so much; for a pattern N of M itself.
+
+        Raises:
+            UserError: there is none.
+        """
+        if isinstance(self.member, SparseSet) and target == target_of(self.member):
+            return self.member
+        return NofM(*target.pattern) if target.pattern is not None else self._made(target.fraction)
+
+    def _made(self, sparsity: float) -> SparseSet:
+        member: Any = self.member
+        try:
+            made: Any = replace(member, sparsity=sparsity) if isinstance(self.member, SparseSet) else member(sparsity)
+        except (TypeError, ValueError) as error:
+            kind = type(member).__name__ if isinstance(member, SparseSet) else getattr(member, "__name__", self.name)
+            raise UserError(f"{kind} is not made from a sparsity alone ({error}): give the set itself") from error
+        if not isinstance(made, SparseSet):
+            raise UserError(
+                f"the constraint '{self.name}' gives {_kind_of(made)}: a constraint derives from "
+                "admm_prune.problems.constraints.SparseSet"
+            )
+        return made
 
 
-def sparse_set_named(name: str, sparsity: float) -> SparseSet:
-    """The set of this name, ours or a plug-in, that prunes a fraction.
+RECONSTRUCTION = LayerProblem.of(LAYER)
 
-    Raises:
-        UserError: there is none, or what it gives is no `SparseSet`.
-    """
-    if name in SETS:
-        return SETS[name](sparsity)
-    if name not in declared("constraints"):
-        raise _unknown("constraint", name, [*SETS, *declared("constraints")])
-    kind = load_declared("constraints", name)
-    made = kind(sparsity) if callable(kind) else kind
-    if not isinstance(made, SparseSet):
-        raise UserError(
-            f"the plug-in '{name}' gives {_described(made)}: a constraint with a name on the command line derives "
-            "from admm_prune.problems.constraints.SparseSet"
-        )
-    return made
+
+def target_of(constraint: SparseSet) -> Target | None:
+    """What a set asks for, where it says so; None for one that has neither a sparsity nor N of M."""
+    if isinstance(constraint, NofM):
+        return Target(pattern=(constraint.n, constraint.m))
+    sparsity = getattr(constraint, "sparsity", None)
+    return None if sparsity is None else Target(sparsity=float(sparsity))
+
+
+def check_one_set(constraint: object, pattern: str | None) -> None:
+    """Raises UserError where both are given: a pattern is a sparse set of its own."""
+    if constraint is not None and pattern is not None:
+        raise UserError(f"the pattern {pattern} is a sparse set of its own: give the constraint a sparsity instead")
+
+
+def described(part: object) -> str:
+    """What a manifest says of a part: its name, or the settings that it was built with."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, type) or callable(part):
+        return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
+    return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def _unknown(what: str, name: str, known: list[str]) -> UserError:
     return UserError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
 
 
-def _described(thing: object) -> str:
+def _kind_of(thing: object) -> str:
     return f"the class {thing.__name__}" if inspect.isclass(thing) else f"a {type(thing).__name__}"

@@ -81,7 +81,7 @@ def settle_ridge(
         if validation is None:
             raise UserError("--ridge auto needs validation tokens, which are not there: give a number instead")
         began = time.perf_counter()
-        trials = choose_ridge(weight, gram, validation, constraint, objective=method.objective)
+        trials = choose_ridge(weight, gram, validation, constraint, objective=method.problem.build)
         return Damping(trials[0].ridge, trials[0].damping, trials, time.perf_counter() - began)
     return Damping(method.ridge if asked is None else asked, method.damping)
 

@@ -10,7 +10,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.parts import LAYER, layer_problem_named
+from admm_prune.recipes.parts import LAYER, LayerProblem
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import check_output_file
 from admm_prune.runs.texts import Texts, TextSettings
@@ -39,7 +39,7 @@ def capture_layer(
     """
     check_output_file(out)
     place = pick_device(device)
-    weigh = layer_problem_named(problem).token_weights
+    weigh = LayerProblem.of(problem).token_weights
     check_dtype(dtype)
     loaded = load(model, device=place, dtype=dtype)
     blocks = decoder_blocks(loaded.model)

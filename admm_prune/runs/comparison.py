@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.loading import load
+from admm_prune.models.loading import fingerprint, load
 from admm_prune.recipes.catalogue import recipe_named, with_baselines
 from admm_prune.recipes.elsa import TunedDense
 from admm_prune.recipes.recipe import OnProgress, Recipe, Request
+from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 from admm_prune.runs import pruning
+from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
-from admm_prune.runs.folder import MANIFEST, check_output, finite, output_folder, write_json
+from admm_prune.runs.folder import MANIFEST, finite, write_json
+from admm_prune.runs.journal import home_of, journal_of
+from admm_prune.runs.judging import judged_dense
 from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.reports import write_report
 from admm_prune.runs.reports.content import lowest_of_target, mean_error
 from admm_prune.runs.texts import Texts, TextSettings
+
+_MODELS = "models"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,7 @@ class ComparisonSettings:
         steps: of the methods that train, in place of their own number.
         baselines: beside ELSA, compare what has to stand beside it: the dense model tuned as long, masked fine-tuning,
             gradual pruning.
+        selection: which weights are pruned, and to what in place of a target.
     """
 
     model: str
@@ -80,9 +91,12 @@ class ComparisonSettings:
     dtype: str | None = None
     steps: int | None = None
     baselines: bool = True
+    selection: Selection = Selection()
 
 
-def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None = None) -> Comparison:
+def compare(
+    settings: ComparisonSettings, out: Path, progress: OnProgress | None = None, *, resume: bool = False
+) -> Comparison:
     """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
 
     Where the settings name no number of calibration sequences, every method is given its own.
@@ -91,6 +105,7 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
 
     Args:
         progress: called with (runs done, runs, what is at work).
+        resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
 
     Raises:
         UserError: the model, a method, a target, the text or `out` cannot be used.
@@ -104,43 +119,89 @@ def compare(settings: ComparisonSettings, out: Path, progress: OnProgress | None
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are told apart by what the report and the folders call them.
     targets = list({target.label: target for target in settings.targets}.values())
-    check_output(out)
+    if not targets:
+        raise UserError("give at least one sparsity or pattern")
     device = pick_device(settings.device)
     check_dtype(settings.dtype)
-    loaded = load(settings.model, device=device, dtype=settings.dtype)
-    # What prunes nothing has one row, whatever the targets.
-    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
-    jobs += [(recipe, target) for target in targets for recipe in recipes if not isinstance(recipe, TunedDense)]
-    for recipe, target in jobs:
-        recipe.check(loaded.model, target)
-    texts = Texts(settings.text, loaded)
-    records = _records(texts, recipes)
-    dense = evaluation.evaluate(loaded.model, texts.evaluation)
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    rows = []
-    with output_folder(out) as folder:
+    with journal_of(out, resume=resume) as journal:
+        loaded = load(settings.model, device=device, dtype=settings.dtype)
+        jobs = _jobs(recipes, targets, settings.selection, loaded.model)
+        texts = Texts(settings.text, loaded)
+        record = manifest(settings, _records(texts, recipes), loaded.revision)
+        journal.begin({**record, "weights": fingerprint(loaded)})
+        first = Request(target=targets[0], calibration=texts.calibration(recipes[0].samples), journal=journal)
+        dense = judged_dense(loaded, texts.evaluation, first)
+        models = journal.checkpoints(_MODELS)
+        assert models is not None
+        rows = [_known(found, models) for found in journal.finished("rows")]
         for done, (recipe, target) in enumerate(jobs):
-            label = f"{recipe.name} {target.label}"
+            if done < len(rows):
+                continue
             if progress is not None:
-                progress(done, len(jobs), label)
-            request = Request(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed)
-            model = load(settings.model, device=device, dtype=settings.dtype)
-            record = manifest(settings, texts.records(recipe.samples), loaded.revision)
-            report = pruning.run_recipe(recipe, request, model, dense, texts.evaluation, record)
-            place = folder / "models" / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            place.mkdir(parents=True)
-            pruning.save_run(model, report, place)
+                progress(done, len(jobs), f"{recipe.name} {target.label}")
+            place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
+            with journal_of(place, resume=home_of(place).is_dir()) as own:
+                model = load(settings.model, device=device, dtype=settings.dtype)
+                request = Request(
+                    target=target,
+                    calibration=texts.calibration(recipe.samples),
+                    seed=settings.text.seed,
+                    journal=own,
+                )
+                its_record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+                own.begin({**its_record, "weights": fingerprint(model)})
+                report = pruning.run_recipe(recipe, request, model, dense, its_record)
+                with own.output() as folder:
+                    report = pruning.save_run(model, report, folder)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
             if repr(again) != repr(report.pruned):  # as text, where nan equals nan
-                raise RuntimeError(f"{label}: saved and loaded, {again} is not {report.pruned}")
-            rows.append(_row(report, again, str(place.relative_to(folder))))
-        record = manifest(settings, records, loaded.revision)
-        comparison = Comparison(model=settings.model, parameters=parameters, dense=dense, rows=rows, manifest=record)
-        write_json(folder / MANIFEST, comparison.as_json())
-        write_report(folder)
+                raise RuntimeError(f"{recipe.name} {target.label}: saved and loaded, {again} is not {report.pruned}")
+            rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
+            journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        comparison = Comparison(
+            model=settings.model, parameters=parameters, dense=dense.figures, rows=rows, manifest=record
+        )
+        with journal.output() as folder:
+            shutil.copytree(models, folder / _MODELS, copy_function=_linked)
+            write_json(folder / MANIFEST, comparison.as_json())
+            write_report(folder)
         if progress is not None:
             progress(len(jobs), len(jobs), "")
     return comparison
+
+
+def _jobs(
+    recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
+) -> list[tuple[Recipe, Target]]:
+    """Every recipe to every target, checked; what prunes nothing has one row, whatever the targets."""
+    wanted = [selection.applied(model, target) for target in targets]
+    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
+    jobs += [(recipe, target) for target in wanted for recipe in recipes if not isinstance(recipe, TunedDense)]
+    for recipe, target in jobs:
+        recipe.check(model, target)
+    return jobs
+
+
+def _known(found: dict[str, Any], models: Path) -> Row:
+    """A row that an earlier process finished.
+
+    Raises:
+        UserError: its model is not what was written then.
+    """
+    row = Row(**found["row"])
+    place = models / Path(row.folder).name
+    if not place.is_dir() or weights_sha256(place) != found["weights"]:
+        raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to begin anew")
+    return row
+
+
+def _linked(source: str, destination: str) -> None:
+    """A second name for a file, so that neither the journal nor the output is without it at any moment."""
+    try:
+        Path(destination).hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, destination)
 
 
 def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:

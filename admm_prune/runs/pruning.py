@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.sequences import Packing, Sequences
+from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
-from admm_prune.models import evaluate as evaluation
-from admm_prune.models.evaluate import Evaluation, continued
+from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
-from admm_prune.models.shelf import Shelf
 from admm_prune.problems.constraints import SparseSet
-from admm_prune.recipes.composing import DEFAULT, Objective, composed, described, target_of
+from admm_prune.recipes.composing import DEFAULT, composed
 from admm_prune.recipes.journal import NOTHING
 from admm_prune.recipes.layerwise import Layerwise
+from admm_prune.recipes.parts import Objective, check_one_set, described, target_of
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
 from admm_prune.recipes.selection import Selection
@@ -28,6 +27,7 @@ from admm_prune.recipes.trained import Trained
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
+from admm_prune.runs.judging import Judgement, judged, judged_dense
 from admm_prune.runs.manifest import manifest
 from admm_prune.runs.memory import return_freed_memory
 from admm_prune.runs.phases import Phase, Phases
@@ -42,9 +42,6 @@ from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_PROMPT, _CONTINUED = 24, 24  # tokens of the sample of what the model writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +206,7 @@ def prune(
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
+    check_one_set(constraint, pattern)
     selection = Selection.of(targets, ignore, overrides or {})
     inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
     recipe = configured(inner, unit, multiple)
@@ -259,9 +257,9 @@ def prune(
             stream=streams,
             trust_remote_code=trust_remote_code,
             bounds=bounds,
-            solver=described(solver),
-            problem=described(problem),
-            constraint=described(constraint),
+            solver=None if solver is None else described(solver),
+            problem=None if problem is None else described(problem),
+            constraint=None if constraint is None else described(constraint),
             selection=selection,
         )
         record = manifest(settings, texts.records(recipe.samples), loaded.revision)
@@ -288,8 +286,8 @@ def prune(
             return_freed_memory()
         with followed(tracker, record["settings"]) as summary:
             with phases("judging the dense model"):
-                found = request.journal.once("dense", lambda: asdict(judged(loaded, judging, request)))
-            report = run_recipe(recipe, request, loaded, Evaluation(**found), judging, record, phases)
+                dense = judged_dense(loaded, judging, request)
+            report = run_recipe(recipe, request, loaded, dense, record, phases)
             if journal is not None:
                 written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
                 report = replace(report, manifest=written, out=journal.out)
@@ -297,55 +295,43 @@ def prune(
     return report
 
 
-def judged(loaded: LoadedModel, judging: Sequences, request: Request) -> Evaluation:
-    """The figures of a model as it is now, wherever its weights are."""
-    shelf = Shelf(request.activation_bytes, request.journal.scratch())
-    return evaluation.evaluate(loaded.model, judging, loaded.residence, shelf, request.world)
-
-
 def run_recipe(
     recipe: Recipe,
     request: Request,
     loaded: LoadedModel,
-    dense: Evaluation,
-    judging: Sequences,
+    dense: Judgement,
     record: dict[str, Any],
     phases: Phases | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
 
     Args:
-        dense: figures of the model as it is.
-        judging: the text that they are of.
+        dense: the model as it is.
         record: the manifest of the run.
         phases: that were before.
     """
     phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
-    whole = not loaded.residence.hollow  # every token of a continuation takes all weights
-    prompt = judging.rows[0].ids[:_PROMPT]
-    written = {"prompt": prompt, "dense": continued(loaded.model, prompt, _CONTINUED)} if whole else {}
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, request)
     model: Any = loaded.model if outcome.model is None else outcome.model
-    if whole:
-        written["pruned"] = continued(model, prompt, _CONTINUED)
+    pruned = replace(loaded, model=model)
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
     with phases("judging the pruned model"):
-        pruned = judged(replace(loaded, model=model), judging, request)
+        judgement = judged(pruned, dense.text, request)
     return Report(
         method=recipe.name,
         target=request.target.label,
         budget=recipe.budget,
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,
-        dense=dense,
-        pruned=pruned,
+        dense=dense.figures,
+        pruned=judgement.figures,
         layers=outcome.layers,
         seconds=pruning.seconds,
         notes=outcome.notes,
         details=outcome.details,
-        continuation={name: str(loaded.tokenizer.decode(ids)) for name, ids in written.items()},
+        continuation=dense.beside(judgement),
         manifest=record,
         model=model,
         phases=tuple(phases),

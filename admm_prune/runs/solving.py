@@ -175,12 +175,12 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
 def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
     """The method with the objective that the file was captured for, where it names none of its own."""
     captured = layer.metadata.get("problem", LAYER)
-    if method.problem == LAYER:
+    if method.problem.name == LAYER:
         return with_parts(method, captured)
-    if method.token_weights is not None and method.problem != captured:
+    if method.problem.token_weights is not None and method.problem.name != captured:
         raise UserError(
-            f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem}' weighs tokens "
-            f"otherwise: capture the layer with --problem {method.problem}"
+            f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem.name}' weighs tokens "
+            f"otherwise: capture the layer with --problem {method.problem.name}"
         )
     return method
 
@@ -191,7 +191,7 @@ def _problem(
     """The layer's problem; with several constraints the weight is stacked upon itself, a copy for each."""
     rows, copies = len(layer.weight), len(constraints)
     energy = layer.target_energy
-    return method.objective(
+    return method.problem.build(
         layer.weight.repeat(copies, 1) if copies > 1 else layer.weight,
         layer.gram,
         constraints[0] if copies == 1 else StackedRows(tuple((rows, constraint) for constraint in constraints)),
@@ -257,7 +257,7 @@ def _claims(
         status=solved.status,
         target=solved.target,
         budget=method.cell(target),
-        problem=method.problem,
+        problem=method.problem.name,
         sparsity=solved.sparsity,
         relative_error=solved.relative_error,
         relative_error_holdout=solved.relative_error_holdout,

@@ -37,16 +37,25 @@ def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
 
 @MODES
 @pytest.mark.parametrize("moment", ["save", "write_json"])
-def test_nothing_is_left_of_a_comparison_that_breaks_off(
+def test_a_comparison_that_breaks_off_is_kept_beside_its_place_and_resumed(
     command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
     moment: str, error: BaseException, status: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pruning, moment, breaks(error))
-    outcome = command("compare", *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, moment, breaks(error))
+        outcome = command("compare", *arguments)
     assert (outcome.status, outcome.out) == (status, "")
-    last = "interrupted" if status == 130 else "cannot write to deep/out: No space left on device"
-    assert outcome.err.splitlines()[-1] == f"admm-prune: {last}"
-    assert not list(place.iterdir())
+    last = outcome.err.splitlines()[-1]
+    if status == 130:
+        advice = "go on with the same command and --resume (deep/out.partial holds what is finished)"
+        assert last == f"admm-prune: interrupted: {advice}"
+    else:
+        assert last.startswith("admm-prune: cannot write to ")
+        assert "No space left on device" in last
+        assert last.endswith("go on with --resume")
+    assert [path.name for path in (place / "deep").iterdir()] == ["out.partial"]
+    assert command("compare", *arguments, "--resume").status == 0
+    assert [path.name for path in (place / "deep").iterdir()] == ["out"]
 
 
 @MODES
@@ -90,24 +99,27 @@ def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_wh
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_a_real_interrupt_ends_with_130_and_leaves_nothing(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
-    """A comparison of many runs is interrupted after its first line of progress."""
+def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
+    tmp_path: Path, model_folder: Path, text_file: Path
+) -> None:
+    """It comes within the second of many rows."""
     sparsities = ",".join(f"0.{i}" for i in range(10, 90))
     command = [
         Path(sys.executable).with_name("admm-prune"), "compare", "--model", model_folder, "--data", text_file,
-        "--methods", "admm", "--sparsity", sparsities, "--out", tmp_path / "out",
+        "--methods", "admm", "--sparsity", sparsities, "--out", "out",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "comparing: 0/80 admm 10%\n"
-        time.sleep(0.3)
+        assert process.stderr.readline() == "comparing: 1/80 admm 11%\n"
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "admm-prune: interrupted"
+    advice = "go on with the same command and --resume (out.partial holds what is finished)"
+    assert err.splitlines()[-1] == f"admm-prune: interrupted: {advice}"
     assert "Traceback" not in err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_a_real_interrupt_of_a_run_says_how_to_go_on(tmp_path: Path) -> None:

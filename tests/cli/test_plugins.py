@@ -198,7 +198,7 @@ def test_weights_that_are_none_are_refused_by_the_name_of_the_matrix(
         (("--problem", "nonsense"), "unknown problem 'nonsense': choose one of layer, relative"),
         (("--constraint", "nonsense"), "unknown constraint 'nonsense': choose one of unstructured, row-wise, groups"),
         (("--problem", "broken"), "the plug-in 'broken' of broken (nowhere:Nothing) cannot be loaded"),
-        (("--constraint", "list"), "the plug-in 'list' gives a list"),
+        (("--constraint", "list"), "the constraint 'list' gives a list"),
         (("--problem", "list"), "the plug-in 'list' is the class list"),
         (("--method", "list"), "the plug-in 'list' is neither a Method nor a class with a method solve"),
         (
@@ -231,7 +231,7 @@ def no_set(sparsity: float) -> list[float]:
 def test_a_pattern_beside_a_set_is_refused(command: Command, place: Path) -> None:
     outcome = command("run", "--constraint", "row-wise", "--pattern", "2:4", "--out", "p")
     assert outcome.status == 2
-    assert "give --constraint a sparsity" in outcome.err
+    assert "give the constraint a sparsity instead" in outcome.err
 
 
 def test_our_own_sets_by_name(command: Command, place: Path, model_folder: Path, text_file: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_run_is_repeated_from_its_folder_and_options_go_before(
     shown = command("run", "--recipe", "first", "--seed", 5, "--dry-run", "--out", "none")
     assert yaml.safe_load(shown.out)["text"]["seed"] == 5
     assert not (place / "none").exists()
-    plain = command("run", "--sparsity", 0.5, "--samples", 3, "--dry-run", "--out", "none")
+    plain = command("run", "--sparsity", 0.5, "--samples", 3, "--dry-run")
     assert yaml.safe_load(plain.out)["text"] == {"samples": 3}
     assert not (place / "none").exists()
 

@@ -151,7 +151,7 @@ def test_no_cuda_device(
     [
         (["prune"], "No such command 'prune'"),
         (["--bogus"], "No such option: --bogus"),
-        (["run", "--sparsity", "0.5"], "Missing option '--out'"),
+        (["run", "--sparsity", "0.5"], "name the folder to write with --out"),
         (["compare", "--sparsity", "0.5"], "Missing option '--out'"),
         (["capture", "--out", "f"], "Missing option '--weight'"),
         (["eval"], "Missing argument"),

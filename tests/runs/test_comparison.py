@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from admm_prune.data.durable import file_sha256
+from admm_prune.errors import UserError
 from admm_prune.models.evaluate import Evaluation
+from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.targets import Target
 from admm_prune.runs import comparison
 from admm_prune.runs.comparison import Comparison, ComparisonSettings, Row, compare
+from admm_prune.runs.journal import FolderJournal
 from admm_prune.runs.texts import TextSettings
 
 DENSE = Evaluation(
@@ -45,8 +50,18 @@ def test_the_best_is_the_lowest_of_its_target() -> None:
     assert [result(*tied).is_best(r) for r in tied] == [True, True]
 
 
-def test_a_model_that_reloads_to_other_figures_is_a_defect_and_leaves_nothing(
-    tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def settings(model_folder: Path, text_file: Path) -> ComparisonSettings:
+    return ComparisonSettings(
+        model=str(model_folder),
+        methods=("magnitude", "sparsegpt"),
+        targets=(Target(sparsity=0.5), Target(sparsity=0.6)),
+        text=TextSettings(data=str(text_file), samples=8),
+    )
+
+
+def test_a_model_that_reloads_to_other_figures_is_a_defect_and_never_reported(
+    tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate, calls = comparison.evaluation.evaluate, []
 
@@ -56,12 +71,89 @@ def test_a_model_that_reloads_to_other_figures_is_a_defect_and_leaves_nothing(
         return replace(figures, perplexity=figures.perplexity + 1e-9 * len(calls))
 
     monkeypatch.setattr(comparison.evaluation, "evaluate", drifting)
-    settings = ComparisonSettings(
-        model=str(model_folder),
-        methods=("magnitude",),
-        targets=(Target(sparsity=0.5),),
-        text=TextSettings(data=str(text_file)),
-    )
     with pytest.raises(RuntimeError, match="magnitude 50%: saved and loaded"):
         compare(settings, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def untimed(place: Path) -> dict[str, Any]:
+    """What a comparison wrote, without seconds: its manifest, and the fingerprints of its models."""
+    content = json.loads((place / "admm_prune.json").read_text())
+    for found in content["rows"]:
+        del found["seconds"]
+    weights = sorted(place.glob("models/*/model.safetensors"))
+    return {"manifest": content, "weights": {str(p.relative_to(place)): file_sha256(p) for p in weights}}
+
+
+def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_would_have(
+    tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After blocks within a row, after rows, and before all is put in its place."""
+    settings = replace(settings, targets=settings.targets[:1])
+    compare(settings, tmp_path / "whole")
+    commit, output, out = FolderJournal.commit, FolderJournal.output, tmp_path / "out"
+    records = 0
+
+    def breaks_off(after: Any) -> Any:
+        def call(journal: FolderJournal, *arguments: Any, **how: Any) -> Any:
+            nonlocal records
+            after(journal, *arguments, **how)
+            records += 1
+            raise KeyboardInterrupt
+
+        return call
+
+    monkeypatch.setattr(FolderJournal, "commit", breaks_off(commit))
+    while True:
+        try:
+            compare(settings, out, resume=records > 0)
+            break
+        except KeyboardInterrupt:
+            assert not out.exists()
+    assert records == 1 + 2 * (2 + 1)  # the dense model; for every row two blocks and the row itself
+    assert untimed(out) == untimed(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    monkeypatch.setattr(FolderJournal, "commit", commit)
+    monkeypatch.setattr(FolderJournal, "output", breaks_off(output))
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, tmp_path / "second")
+    monkeypatch.setattr(FolderJournal, "output", output)
+    compare(settings, tmp_path / "second", resume=True)
+    assert untimed(tmp_path / "second") == untimed(tmp_path / "whole")
+
+
+def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path, settings: ComparisonSettings) -> None:
+    def interrupts(done: int, total: int, at_work: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, tmp_path / "out", interrupts)
+    with pytest.raises(UserError, match="was not finished: go on with --resume"):
+        compare(settings, tmp_path / "out")
+    with pytest.raises(UserError, match="was begun with methods"):
+        compare(replace(settings, methods=("magnitude",)), tmp_path / "out", resume=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        compare(settings, tmp_path / "other", resume=True)
+    first = tmp_path / "out.partial/checkpoints/models/magnitude-50/model.safetensors"
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"magnitude-50 is damaged or gone: delete .*out\.partial to begin anew"):
+        compare(settings, tmp_path / "out", resume=True)
+    first.write_bytes(content)
+    assert [row.method for row in compare(settings, tmp_path / "out", resume=True).rows] == [
+        "magnitude",
+        "sparsegpt",
+    ] * 2
+
+
+def test_a_comparison_of_chosen_weights(tmp_path: Path, settings: ComparisonSettings) -> None:
+    selection = Selection.of(["LlamaMLP"], ["re:.*down_proj"], {"re:.*layers.1.*up_proj": "2:4"})
+    compare(replace(settings, targets=settings.targets[1:], selection=selection), tmp_path / "out")
+    for method in settings.methods:
+        place = tmp_path / f"out/models/{method}-60"
+        layers = {found["name"]: found for found in json.loads((place / "admm_prune.json").read_text())["layers"]}
+        expected = {"gate_proj": (0.6, 0.6), "up_proj": (0.6, 0.5)}
+        for name, layer in layers.items():
+            asked = expected.get(name.split(".")[-2], (0.0, 0.0))["layers.1." in name]
+            assert layer["sparsity"] == pytest.approx(asked, abs=0.002), name

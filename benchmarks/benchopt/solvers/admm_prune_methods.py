@@ -21,7 +21,7 @@ class Solver(BaseSolver):
         self.solver = method.make()
         constraint = method.constraint(target_named(target))
         tensors = torch.from_numpy(weight.copy()), torch.from_numpy(gram.copy())
-        self.problem = method.objective(*tensors, constraint, ridge=method.ridge, damping=method.damping)
+        self.problem = method.problem.build(*tensors, constraint, ridge=method.ridge, damping=method.damping)
 
     def run(self, _):
         self.solution = self.solver.solve(self.problem).solution["weight"]
