@@ -16,9 +16,10 @@ _UNCHECKED = 16  # iterations of conjugate gradients that a device does without 
 
 
 def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
-    """tr(E A E^T) with E = V - W, for V and W (out, in), A (in, in); W = 0 where no origin is given.
+    """tr(E A E^T) with E = V - W, for V and W (out, in), A (in, in) symmetric; W = 0 where no origin is given.
 
-    In float64 whatever the dtypes, the difference too, in tiles of bounded memory.
+    In float64 whatever the dtypes, the difference too, in tiles of bounded memory. Of A only what is above the diagonal
+    is multiplied, and counts twice: out in^2 operations.
     """
     tile = _tile(v)
     total = torch.zeros((), dtype=torch.float64, device=v.device)
@@ -27,8 +28,9 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
         if origin is not None:
             e = e - origin[i * tile : (i + 1) * tile].double()
         for start in range(0, len(hessian), tile):
-            columns = slice(start, start + tile)
-            total += (e @ hessian[:, columns].double()).mul_(e[:, columns]).sum()
+            above = hessian[: start + tile, start : start + tile].double()
+            above[:start] *= 2
+            total += (e[:, : start + tile] @ above).mul_(e[:, start : start + tile]).sum()
     return float(total)
 
 
