@@ -37,45 +37,25 @@ def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
 
 @MODES
 @pytest.mark.parametrize("moment", ["save", "write_json"])
-def test_a_comparison_that_breaks_off_is_kept_beside_its_place_and_resumed(
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_what_breaks_off_is_kept_beside_its_place_and_resumed(
     command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
-    moment: str, error: BaseException, status: int,
+    name: str, moment: str, error: BaseException, status: int,
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(pruning, moment, breaks(error))
-        outcome = command("compare", *arguments)
+        outcome = command(name, *arguments)
     assert (outcome.status, outcome.out) == (status, "")
-    last = outcome.err.splitlines()[-1]
-    if status == 130:
-        advice = "go on with the same command and --resume (deep/out.partial holds what is finished)"
-        assert last == f"admm-prune: interrupted: {advice}"
-    else:
-        assert last.startswith("admm-prune: cannot write to ")
-        assert "No space left on device" in last
-        assert last.endswith("go on with --resume")
-    assert [path.name for path in (place / "deep").iterdir()] == ["out.partial"]
-    assert command("compare", *arguments, "--resume").status == 0
-    assert [path.name for path in (place / "deep").iterdir()] == ["out"]
-
-
-@MODES
-@pytest.mark.parametrize("moment", ["save", "write_json"])
-def test_a_run_that_breaks_off_is_kept_beside_its_place_and_resumed(
-    command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch,
-    moment: str, error: BaseException, status: int,
-) -> None:  # fmt: skip
-    with monkeypatch.context() as patch:
-        patch.setattr(pruning, moment, breaks(error))
-        outcome = command("run", *arguments)
-    assert (outcome.status, outcome.out) == (status, "")
+    of_a_row = str(place / "deep/out.partial/checkpoints/models/magnitude-50")  # a comparison's, with its own journal
+    written = of_a_row if name == "compare" else "deep/out"
     last = {
         130: "interrupted: go on with the same command and --resume (deep/out.partial holds what is finished)",
-        2: "cannot write to deep/out: No space left on device: what is finished is kept in deep/out.partial; "
+        2: f"cannot write to {written}: No space left on device: what is finished is kept in {written}.partial; "
         "go on with --resume",
     }
     assert outcome.err.splitlines()[-1] == f"admm-prune: {last[status]}"
     assert [path.name for path in (place / "deep").iterdir()] == ["out.partial"]
-    assert command("run", *arguments, "--resume").status == 0
+    assert command(name, *arguments, "--resume").status == 0
     assert [path.name for path in (place / "deep").iterdir()] == ["out"]
 
 
