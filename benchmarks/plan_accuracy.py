@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from admm_prune.runs.memory_scaling import RETURNED, Shape, write_random_model
+from admm_prune.runs.memory_scaling import Shape, write_random_model
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
 
@@ -128,9 +127,7 @@ def _compared(case: Case) -> dict[str, Any]:
 def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.plan_accuracy", str(place / "out"), "--date", "-", "--child", child]
     command += ["--model", str(model), "--text", str(text), "--options", json.dumps(case.options)]
-    done = subprocess.run(
-        command, cwd=_ROOT, env={**os.environ, **RETURNED}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{child} of {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -157,9 +154,10 @@ def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dic
 def _ran(model: Path, text: Path, options: dict[str, Any], out: Path) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401  # what a run loads before its first byte of work
 
-    from admm_prune.runs.memory import peak_resident_bytes, resident_bytes
+    from admm_prune.runs.memory import peak_resident_bytes, resident_bytes, return_freed_memory
     from admm_prune.runs.pruning import prune
 
+    return_freed_memory()  # what is resident counts, not what the allocator keeps for later
     before = resident_bytes()
     began, processor = time.perf_counter(), time.process_time()
     prune(str(model), data=str(text), out=out, device="cpu", **options)
@@ -224,7 +222,6 @@ def _table(content: dict[str, Any]) -> str:
         headline(content["machine"]),
         "python -m benchmarks.plan_accuracy OUT --date DATE",
         "Peak resident memory in MiB of the whole process, and (-l) without interpreter and libraries; seconds;",
-        str(RETURNED),
         "",
         head,
         *map(_line, content["rows"]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from admm_prune.recipes.targets import Target
 from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
 from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import environment
-from admm_prune.runs.memory import PeakMemory
+from admm_prune.runs.memory import PeakMemory, return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -40,9 +39,6 @@ VOCABULARY, HEAD, LENGTH = 4096, 64, 256
 WIDTH_PER_BLOCK = 128  # 4096 / 32 of LLaMA 7B; 128 and 102 of 13B and 70B
 _TARGETS = {"growing": 0.75, "deeper": 0.1}  # the exponents that were asked for
 _RECIPE = StruPrune()
-# glibc raises its threshold to 32 MiB by itself, and then keeps what was freed below it: the peak would grow with every
-# block that was ever there, though none is any more.
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
         model.mkdir()
         write_random_model(shape.config(), model)
         command = [sys.executable, "-m", __name__, str(model), str(Path(place) / "out"), str(tokens), str(sparsity)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **RETURNED})
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{shape.parameters / 1e6:.0f} M parameters: the process failed: {why[0]}")
@@ -195,6 +191,7 @@ def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
 
 
 def _measure_here(model: Path, out: Path, tokens: int, sparsity: float) -> None:
+    return_freed_memory()
     with tempfile.TemporaryDirectory() as place:  # loads libraries and their buffers before the clock starts
         tiny = Path(place) / "tiny"
         tiny.mkdir()
@@ -224,7 +221,7 @@ def _table(content: dict[str, Any], peaks: Sequence[Peak]) -> str:
     lines = [
         f"{content['date']}, {about['machine']}, torch {about['versions']['torch']}, {about['threads']} thread(s)",
         content["command"],
-        f"Extra resident memory at the peak of pruning from disk to disk, float32, fixed tokens; {RETURNED}.",
+        "Extra resident memory at the peak of pruning from disk to disk, float32, fixed tokens.",
         "",
         f"{names[0]:10}" + "".join(f"{name:>12}" for name in names[1:]),
     ]
