@@ -72,6 +72,7 @@ def output_folder(path: Path) -> Generator[Path]:
         new = workshop / "new"
         new.mkdir()
         yield new
+        check_output(path)  # once more: what stands there may have come meanwhile
         swap(new, place, workshop / "old")
         made = []
     except OSError as error:

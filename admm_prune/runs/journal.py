@@ -160,6 +160,7 @@ class FolderJournal(Journal):
                 if path.is_file():
                     sync(path)
             sync(new)
+            check_output(self.out)  # once more: what stands there may have come since the run began
             if place.exists() and old.exists():  # killed after the last rename: what stands there is the newer one
                 shutil.rmtree(old)
             swap(new, place, old)

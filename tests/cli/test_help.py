@@ -55,6 +55,13 @@ def test_the_help_comes_without_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_module_is_the_command() -> None:
+    """As `torchrun -m admm_prune` and tools without a path to scripts call it."""
+    calls = ([SCRIPT], [sys.executable, "-m", "admm_prune"])
+    told = [subprocess.run([*call, "list", "--json"], capture_output=True, text=True, check=True) for call in calls]
+    assert told[0].stdout == told[1].stdout != ""
+
+
 def test_the_installed_script_refuses_in_one_line(tmp_path: Path, text_file: Path) -> None:
     command = [SCRIPT, "run", "--model", tmp_path / "none", "--data", text_file, "--sparsity", "0.5", "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outcome import Command
@@ -77,6 +79,29 @@ def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_wh
     assert '"method": "wanda"' in (out / "admm_prune.json").read_text()
     assert not (out / "leftover.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_that_comes_while_a_run_is_at_work_is_not_replaced(
+    command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a tracker's would be, that is named as the output is."""
+    save, notes = pruning.save, place / "deep/out/notes.txt"
+
+    def comes(*given: Any) -> None:
+        notes.parent.mkdir()
+        notes.write_text("mine")
+        save(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "save", comes)
+        outcome = command("run", *arguments)
+    assert outcome.status == 2
+    reason = "deep/out exists and was not written by admm-prune: choose another --out"
+    assert outcome.err.splitlines()[-1] == f"admm-prune: {reason}"
+    assert notes.read_text() == "mine"
+    shutil.move(notes.parent, place / "theirs")
+    assert command("run", *arguments, "--resume").status == 0
+    assert (place / "deep/out/admm_prune.json").is_file()
 
 
 def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(

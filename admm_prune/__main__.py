@@ -1,0 +1,5 @@
+"""`python -m admm_prune` is `admm-prune`."""
+
+from admm_prune.cli import main
+
+main()
