@@ -1,12 +1,12 @@
 """What `admm-prune plan` said of runs, and what they took: peak resident memory and time, a fresh process for each.
 
-    python -m benchmarks.plan_accuracy OUT --date DATE [--cases embedded,memory,stream,part,whole] [--only METHOD,...]
+    python -m benchmarks.plan_accuracy OUT --date DATE [--cases embedded,memory,stream,experts,part,whole] [--only M]
 
 Models are random Llamas with the embedded model's tokenizer, or the embedded model; "part" is two blocks of TinyLlama's
-shape with its whole vocabulary, "whole" all 22. Text is a megabyte of Python's own library. Memory is the high-water
-mark of the whole process (VmHWM), and that less what was resident in the run's process when its libraries were loaded;
-time is that of the run on the clock, and of the processor. The plan is made right before the run: on a machine with
-other work both share it.
+shape with its whole vocabulary, "whole" all 22; "experts" is a Mixtral. Text is a megabyte of Python's own library.
+Memory is the high-water mark of the whole process (VmHWM), and that less what was resident in the run's process when
+its libraries were loaded; time is that of the run on the clock, and of the processor. The plan is made right before the
+run: on a machine with other work both share it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from admm_prune.runs.memory_scaling import Shape, write_random_model
 from benchmarks.machine import headline, machine
@@ -47,6 +49,7 @@ class Case:
     length: int = 512
     eval_samples: int = 2
     steps: int | None = None
+    experts: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,6 +81,9 @@ CASES: dict[str, tuple[Case, ...]] = {
     "stream": (
         *(Case(640, 5, method, True) for method in _ONE_SHOT),
         *(Case(1024, 8, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude", "admm")),
+    ),
+    "experts": tuple(
+        Case(512, 3, method, stream, experts=8) for method in ("wanda", "admm") for stream in (False, True)
     ),
     "part": tuple(Case(_LARGE, 2, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude")),
     "whole": tuple(Case(_LARGE, 22, method, True) for method in ("wanda", "struprune", "sparsegpt", "magnitude")),
@@ -180,10 +186,24 @@ def _written(case: Case, place: Path) -> Path:
         return model
     config = Shape(case.width, case.depth).config()
     config.max_position_embeddings = _CONTEXT
-    write_random_model(config, model)
+    if case.experts:
+        _write_mixture(config, case.experts, model)
+    else:
+        write_random_model(config, model)
     for path in embedded.glob("tokenizer*"):
         shutil.copyfile(path, model / path.name)
     return model
+
+
+def _write_mixture(like: Any, experts: int, folder: Path) -> None:
+    """A Mixtral of random weights with a Llama's shape, each expert half as wide as its network, two a token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {name: value for name, value in like.to_dict().items() if name in MixtralConfig().to_dict()}
+    shape |= {"intermediate_size": like.intermediate_size // 2, "num_local_experts": experts}
+    kept = {name: value for name, value in shape.items() if name not in ("model_type", "architectures")}
+    MixtralForCausalLM(MixtralConfig(**kept)).save_pretrained(folder)
 
 
 def _text() -> str:

@@ -27,7 +27,8 @@ def routed(
     """While it lasts, `observe(number, rows)` is told what enters the matrices of experts: rows (n, in).
 
     The experts' own forward runs, one expert after the other: what it hands to a product with a matrix of an expert is
-    seen there. It is called with real tokens only, so that no pad is ever routed; pads get zeros.
+    seen there. It is called with real tokens only, so that no pad is ever routed; pads get zeros. On the meta device
+    nothing is routed: every expert is given its share of the tokens.
 
     Args:
         views: matrices of experts, by number.
@@ -45,6 +46,10 @@ def routed(
     names = {view.module: view.parameter_name.rpartition(".")[0] for view in views.values()}
     with ExitStack() as stack:
         for module, experts in modules.items():
+            if next(module.parameters()).is_meta:
+                own = {number: view for number, view in views.items() if view.module is module}
+                stack.enter_context(_in_shares(module, own, observe, experts if everything else None))
+                continue
             gate = _Gate(names[module], mask, experts if everything else None)
             stack.enter_context(_one_by_one(module))
             stack.enter_context(module.register_forward_pre_hook(gate.enter, with_kwargs=True))
@@ -73,6 +78,29 @@ class _Products(TorchFunctionMode):
             if number is not None:
                 self._observe(number, args[0])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_shares(
+    module: Any, views: Mapping[int, WeightView], observe: Observe, everything: list[int] | None
+) -> Generator[None]:
+    """Has the experts' forward run on as many rows for each as if all were sent as many tokens; nothing is in them."""
+    forward = module.forward
+
+    def in_shares(x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+        count = module.num_experts if everything is None else len(everything)
+        rows = len(x) if everything is not None else -(-choices.numel() // count)
+        for _ in range(count):
+            forward(x[:rows], choices[:rows, :1], weights[:rows, :1])
+        for number, view in views.items():
+            observe(number, x.new_empty(rows, view.shape[1]))
+        return torch.empty_like(x)
+
+    module.forward = in_shares
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 class _Gate:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.models.capture import SharedInput
 from admm_prune.models.losses import next_token_loss
+from admm_prune.models.structure import decoder_blocks
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.recipes.catalogue import RECIPES, recipe_named
 from admm_prune.recipes.layerwise import prune_shared
@@ -123,6 +125,50 @@ def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> Non
     assert planned == pytest.approx(weights + counting.peak, rel=0.1)
     done = sum((stage.work for stage in stages), Work()).operations
     assert done == pytest.approx(counting.work.operations, rel=0.3)
+
+
+def mixture(family: str, device: str) -> PreTrainedModel:
+    """A random mixture of eight experts, two blocks."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    with torch.device(device):
+        if family == "mixtral":
+            config = MixtralConfig(**shape, intermediate_size=96, num_key_value_heads=2, num_local_experts=8)
+            return MixtralForCausalLM(config).eval()
+        experts = {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 32}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_key_value_heads=2, **experts)).eval()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_the_plan_of_a_mixture_of_experts_is_what_its_run_holds(family: str, name: str) -> None:
+    """As if the router sent every expert as many tokens as any other: here it is drawn at random."""
+    recipe, request = recipe_named(name), Request(target=Target(0.5), calibration=text(16, 256))
+    plan = mixture(family, "meta")
+    stages = blockwise_stages(Anatomy(family, plan, decoder_blocks(plan)), recipe, request, stream=False)
+    model = mixture(family, "cpu")
+    weights = sum(p.nbytes for p in model.parameters())
+    with counted() as counting, torch.no_grad():
+        counting.know(*model.parameters(), *model.buffers())
+        recipe.prune(model, request)
+    assert max(stage.bytes for stage in stages) == pytest.approx(weights + counting.peak, rel=0.1)
+    done = sum((stage.work for stage in stages), Work()).operations
+    assert done == pytest.approx(counting.work.operations, rel=0.3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_a_mixture_of_experts_does_the_work_that_is_counted_without_data(family: str) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        model = mixture(family, device)
+        with counted() as counting, torch.no_grad():
+            counting.know(*model.parameters(), *model.buffers())
+            for batch in text(4, 64).batches:
+                next_token_loss(model, batch)
+        found.append(counting.work.operations)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 @pytest.mark.parametrize(

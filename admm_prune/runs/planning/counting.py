@@ -28,6 +28,7 @@ _FACTORS: dict[str, Callable[..., float]] = {
     "linalg_solve_triangular": lambda a, b, *_: b.numel() * a.shape[-1],
 }
 _SELECTIONS = {"kthvalue", "sort", "topk", "argsort"}
+_GROUPED = (torch.nn.functional.grouped_mm, torch._grouped_mm)  # the first hands its arguments on to the second
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -121,26 +122,32 @@ class Counting(TorchDispatchMode):
             self._counts["traffic"] += sum(x.numel() * x.element_size() for x in tensors)
 
 
-class _CpuAttention(TorchFunctionMode):
-    """Attention on the meta device by the operator that a CPU takes, which keeps no matrix of scores."""
+class _CpuKernels(TorchFunctionMode):
+    """On the meta device the operators that a CPU takes: attention that keeps no matrix of scores, and for the grouped
+    products of experts, whose sizes only a router knows, one product of as many rows with one expert.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention or not args or not args[0].is_meta:
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
             return func(*args, **kwargs)
-        q, k, v = args[:3]
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
-        )
-        return out
+        if func in _GROUPED:
+            return torch.mm(args[0], args[1][0])
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
+            )
+            return out
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def counted() -> Generator[Counting]:
     """Counts what is done within."""
     with ExitStack() as stack:
-        stack.enter_context(_CpuAttention())
+        stack.enter_context(_CpuKernels())
         yield stack.enter_context(Counting())
 
 

@@ -183,7 +183,7 @@ def make_plan(
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
     notes: list[str] = []
-    reading = None if data is None else read(data, model)
+    reading = None if data is None else read(data, model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, text.length, notes)
     stages = _stages(anatomy, recipe, request, judging, stream=stream)
     if reading is None:

@@ -11,7 +11,7 @@ from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
 from admm_prune.data.splits import hold_out
 from admm_prune.data.tokens import GROUP, encode
 from admm_prune.models.loading import load_tokenizer, locate
-from admm_prune.runs.memory import PeakMemory, resident_bytes
+from admm_prune.runs.memory import PeakMemory, resident_bytes, return_freed_memory
 
 _MIB = 2**20
 _IDS = 16  # bytes of a token and of where it ends, both int64
@@ -48,12 +48,13 @@ class Reading:
         return self.lists + _IDS * self.tokens
 
 
-def read(data: str, model: str) -> Reading | None:
+def read(data: str, model: str, *, stream: bool) -> Reading | None:
     """Reads the text that a run would, and encodes a piece as large as is encoded at once.
 
     Args:
         data: as of a run; None is given back where it is not on this disk.
         model: whose tokenizer encodes.
+        stream: the run gives back what is freed, as runs that stream do.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
@@ -72,6 +73,8 @@ def read(data: str, model: str) -> Reading | None:
     with PeakMemory() as memory:
         tokens = sum(len(document.ids) for document in encode(piece, tokenizer))
     seconds = time.perf_counter() - began
+    if stream:
+        return_freed_memory()
     return Reading(
         characters=whole,
         judging=corpora[1].characters,
