@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
@@ -25,9 +25,12 @@ class PeakMemory:
     """
 
     extra_mib: float = 0.0
+    highest: ClassVar[int] = 0  # the kernel's high-water mark of this process, of times before it was reset
+    _measuring: ClassVar[list[PeakMemory]] = []
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
+        self._seen = 0  # the mark at its highest, of times before someone else reset it
 
     def __enter__(self) -> Self:
         if self._device.type == "cuda":
@@ -35,15 +38,26 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self._device)
         else:
             _reset_high_water()
-            self._before = peak_resident_bytes()
+            self._before = _high_water()
+            self._measuring.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else peak_resident_bytes()
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._measuring.remove(self)
+            peak = max(self._seen, _high_water())
         self.extra_mib = round((peak - self._before) / _MIB, 1)
+
+    @classmethod
+    def keep(cls, mark: int) -> None:
+        """Remembers a mark that is about to be reset, and lets all that are measuring know of it."""
+        cls.highest = max(cls.highest, mark)
+        for one in cls._measuring:
+            one._seen = max(one._seen, mark)
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -89,14 +103,19 @@ def _told(path: Path, field: str) -> int | None:
 
 
 def _reset_high_water() -> None:
+    PeakMemory.keep(_high_water())
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_resident_bytes() -> int:
-    """Bytes of this process that were resident at its peak, libraries and mapped files included."""
+def _high_water() -> int:
     told = _told(Path("/proc/self/status"), "VmHWM:")
     if told is not None:
         return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes() -> int:
+    """Bytes of this process that were resident at its peak, libraries and mapped files included, since it began."""
+    return max(PeakMemory.highest, _high_water())

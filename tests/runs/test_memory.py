@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from admm_prune.runs.memory import PeakMemory
+from admm_prune.runs.memory import PeakMemory, peak_resident_bytes
 
 
 def touch(mib: int) -> np.ndarray:
@@ -30,6 +30,28 @@ def test_what_came_before_does_not_count() -> None:
         del block
     assert held[0] == 1
     assert memory.extra_mib == pytest.approx(100, rel=0.15)
+
+
+def test_one_measurement_within_another_takes_nothing_from_it() -> None:
+    with PeakMemory() as outer:
+        block = touch(200)
+        del block
+        with PeakMemory() as inner:
+            block = touch(50)
+            del block
+    assert outer.extra_mib == pytest.approx(200, rel=0.15)
+    assert inner.extra_mib == pytest.approx(50, rel=0.3)
+
+
+def test_the_peak_of_the_process_outlives_measurements() -> None:
+    """They reset the kernel's mark: what a whole run took must not become what its last phase took."""
+    block = touch(400)
+    highest = peak_resident_bytes()
+    del block
+    with PeakMemory():
+        block = touch(20)
+        del block
+    assert peak_resident_bytes() >= highest - 2**21  # pages that the kernel counts late
 
 
 @pytest.mark.gpu

@@ -168,7 +168,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _products(base: str, args: Any) -> float:
     """Operations of a matrix product or of attention, 0 for anything else."""
-    if base in ("mm", "bmm"):
+    if base in ("mm", "bmm", "_grouped_mm"):
         return float(2 * args[0].numel() * args[1].shape[-1])
     if base in ("addmm", "baddbmm"):
         return float(2 * args[1].numel() * args[2].shape[-1])

@@ -39,9 +39,8 @@ from admm_prune.recipes.struprune import StruPrune
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.planning.counting import counted
 from admm_prune.runs.planning.stages import Stretch, stretch
-from admm_prune.runs.planning.work import Work
 
-_BYTES_AT = (1 << 17, 1 << 19)  # entries of the weight on which bytes are counted
+_BYTES_AT = (1 << 20, 1 << 21)  # entries on which bytes are counted: larger than the tiles that code works in
 _WORK_AT = 1 << 16  # and operations
 _FEW = 4  # iterations that reach the peak: every schedule of a penalty has set its first by then
 _ITERATIONS = ("max_iterations", "rounds")
@@ -50,25 +49,23 @@ Trial = Callable[[float, bool], Stretch]  # (scale, whether all iterations are w
 
 
 def estimated(trial: Trial, entries: int) -> Stretch:
-    """What a problem takes whose largest weight has so many entries, from trials of smaller ones."""
-    if entries <= _BYTES_AT[0]:
+    """What a problem takes whose largest weight has so many entries, from trials of smaller ones where it is large."""
+    if entries <= 2 * _WORK_AT:
         return trial(1.0, True)
-    small, large = (min(1.0, (at / entries) ** 0.5) for at in _BYTES_AT)
+    scale = (_WORK_AT / entries) ** 0.5
+    work = trial(scale, True).work.scaled(1 / scale)
+    if entries <= _BYTES_AT[1]:
+        whole = trial(1.0, False)
+        return Stretch(peak=whole.peak, left=whole.left, work=work)
+    small, large = ((at / entries) ** 0.5 for at in _BYTES_AT)
     at_small, at_large = trial(small, False), trial(large, False)
     peak = _at_full_size(small, at_small.peak, large, at_large.peak)
     left = _at_full_size(small, at_small.left, large, at_large.left)
-    scale = (_WORK_AT / entries) ** 0.5
-    return Stretch(peak=peak, left=left, work=_fixed(trial(scale, True).work, scale))
-
-
-def _fixed(work: Work, scale: float) -> Work:
-    return work.scaled(1 / scale)
+    return Stretch(peak=peak, left=left, work=work)
 
 
 def _at_full_size(small: float, at_small: int, large: float, at_large: int) -> int:
     """a + b of bytes(s) = a s^2 + b s."""
-    if large == small:
-        return at_large
     a = (at_large / large - at_small / small) / (large - small)
     b = at_large / large - a * large
     return round(a + max(b, 0.0)) if b > 0 else round(at_large / large**2)
