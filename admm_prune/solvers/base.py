@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
 from admm_prune.result import Progress, Result, Status
@@ -95,6 +96,7 @@ class Iterative(ABC, Generic[StateT]):
         """What had to be done that was not asked for."""
         return ()
 
+    @precision.full()
     def solve(
         self, problem: Any, *, start: Point | None = None, state: Run[StateT] | None = None, watch: Watch | None = None
     ) -> Result:
