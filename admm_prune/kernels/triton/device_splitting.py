@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from admm_prune.kernels.triton.device_places import part_of_row
+
 
 @triton.jit
 def to_target(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    _row, _column, there, place = part_of_row(width, BLOCK)
     z = tl.load(z_at + place, mask=there)
     d = tl.load(d_at + place, mask=there)
     dual = z * tau
@@ -34,9 +34,7 @@ def relax(
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    _row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there)
     if OFFSET:
         x += tl.load(offset_at + place, mask=there)
@@ -63,9 +61,7 @@ def settle(
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    row, column, there, place = part_of_row(width, BLOCK)
     mask = tl.load(mask_at + place, mask=there, other=0)
     z = tl.load(z_at + place, mask=there, other=0.0)
     d = tl.where(mask != 0, z, z * 0.0)  # NaN and Inf off the support are seen
@@ -75,7 +71,7 @@ def settle(
         root = tl.load(root_at + column, mask=there, other=0.0)
         away *= root
         d *= root
-    part = parts_at + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 4
+    part = parts_at + (row * tl.num_programs(1) + tl.program_id(1)) * 4
     if CHANGES:
         before = tl.load(before_at + place, mask=there, other=0)
         tl.store(part, tl.sum(((mask != 0) & (before == 0)).to(tl.int32)).to(tl.float32))
