@@ -104,6 +104,7 @@ def bench_gpu(
     if device != "cuda" and not small:
         raise UserError("the full shapes need a GPU: add --small to try everything at tiny shapes on the CPU")
     size, where = (SMALL if small else FULL), torch.device(device)
+    about = environment(where)
     began = time.perf_counter()
     if progress is not None:
         progress(0, 0, "measuring what the device can do")
@@ -122,7 +123,7 @@ def bench_gpu(
     content = {
         "command": _command(device, small, budget, sections),
         "date": time.strftime("%Y-%m-%d"),
-        "environment": environment(where),
+        "environment": about,
         "gap": _gap(device, small),
         "ceilings": asdict(ceilings),
         "seconds": time.perf_counter() - began,
