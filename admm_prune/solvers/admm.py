@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,43 +14,13 @@ from admm_prune.kernels import backend, selection, splitting
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
+from admm_prune.solvers.admm_state import Batch, Measured, State
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
 from admm_prune.solvers.polish import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
-from admm_prune.solvers.x_updates import DenseUpdate, ProximalUpdate, QuadraticUpdate
+from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
 
 _UNREAD = 16  # iterations, at most, whose measures stay on the device
-
-
-@dataclass
-class State:
-    """z = d + u and one bit per weight: d = mask * z is feasible, u = tau (1 - mask) * z is the scaled dual."""
-
-    update: DenseUpdate
-    z: Point
-    mask: Point
-    d: Point = field(default_factory=Point)  # mask * z during a solve; empty between solves
-    x: Point = field(default_factory=Point)  # likewise
-    rho: float = 0.0
-    tau: float = 0.0  # no dual before the first step
-    changed: int = 0  # entries that entered the support since the penalty was last set
-    kept: int = 1
-    unread: list[Measured] = field(default_factory=list)
-
-    def release(self) -> None:
-        """Gives up all memory that a step would make again."""
-        self.x, self.d = Point(), Point()
-        self.update.release()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a step left on its device to be read: for every tensor of the point, what `splitting.settle_` returns."""
-
-    iteration: int
-    rho: float
-    chosen: bool  # whether the support was chosen anew
-    numbers: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +50,8 @@ class ADMM(Iterative[State]):
     Sources: Meng et al., ALPS, 2024 (the splitting); Boza, Fast and Effective Weight Update for Pruned Large Language
     Models, 2024 (`gradual`); the log-spaced penalty, the compact state and the metric are ours.
     """
+
+    batched: ClassVar[bool] = True
 
     penalty: PenaltySchedule = LogSpaced(0.15, 1.2, over=32, every=4)
     relaxation: float = 1.3
@@ -146,9 +119,35 @@ class ADMM(Iterative[State]):
         return State(update, z, self._select(problem, score, 0))
 
     def step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
+        state.leave()
+        self._step(problem, state, iteration)
+
+    def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[State], iteration: int) -> None:
+        """Quadratic problems of one shape and set take their steps stacked while their penalties are the same."""
+        batch = states[0].batch
+        together = len(states) > 1 and len({self._rho(state, iteration) for state in states}) == 1
+        if batch is not None and not (together and batch.holds(states)):
+            batch.part()
+            batch = None
+        if batch is None and together:
+            batch = Batch.of(problems, states)
+        if batch is None:
+            super().step_all(problems, states, iteration)
+            return
+        batch.whole.changed, batch.whole.kept = states[0].changed, states[0].kept
+        self._step(problems[0], batch.whole, iteration)
+        batch.follow(iteration % self.penalty.every == 0)
+
+    def _rho(self, state: State, iteration: int) -> float:
+        """The penalty of a step."""
+        if iteration % self.penalty.every:
+            return state.rho
+        return self.penalty.rho(iteration, state.rho, state.changed / max(1, state.kept))
+
+    def _step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
         s = state
         if iteration % self.penalty.every == 0:
-            rho = self.penalty.rho(iteration, s.rho, s.changed / max(1, s.kept))
+            rho = self._rho(s, iteration)
             if rho != s.rho:
                 s.tau *= s.rho / rho
                 s.rho = rho
@@ -170,7 +169,7 @@ class ADMM(Iterative[State]):
         if self.freeze_after is None or iteration < self.freeze_after:
             before = s.mask
             with selection.trusted():  # a residual that is not finite says it too
-                s.mask = self._select(problem, s.d, iteration)
+                s.mask = self._select(problem, s.d, iteration, s.problems)
         numbers = [
             splitting.settle_(s.z[name], s.mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
             for name in names
@@ -183,14 +182,9 @@ class ADMM(Iterative[State]):
         end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
         asked = self.objective_every and iteration % self.objective_every == 0
-        if (
-            any(map(backend.on_device, state.z.values()))
-            and iteration % every
-            and iteration < self.max_iterations
-            and not asked
-        ):
+        if backend.on_device(state.device) and iteration % every and iteration < self.max_iterations and not asked:
             return ()
-        return [self._read(state, measured) for measured in _on_host(state)]
+        return [self._read(state, measured) for measured in state.read()]
 
     def measure(self, state: State, iteration: int) -> Progress:
         return self.measures(state, self.max_iterations)[-1]
@@ -214,7 +208,8 @@ class ADMM(Iterative[State]):
         return ramp_done and progress.support_changes == 0 and residual is not None and residual <= self.tolerance
 
     def solution(self, problem: Quadratic | Proximable, state: State) -> Point:
-        d = state.z.map(lambda z, kept: z.where(kept, 0), state.mask)
+        z, mask = state.support()
+        d = z.map(lambda x, kept: x.where(kept, 0), mask)
         # Along the ramp d is less sparse than asked.
         return d if self.ramp is None else problem.constraint.project(d)
 
@@ -232,25 +227,16 @@ class ADMM(Iterative[State]):
         return point
 
     def notes(self, state: State) -> tuple[str, ...]:
-        return backend.note(next(iter(state.z.values())).device)
+        return backend.note(state.device)
 
-    def _select(self, problem: Problem, score: Point, iteration: int) -> Point:
-        constraint = problem.constraint
-        assert isinstance(constraint, SupportConstraint)
+    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+        constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
         if self.ramp is not None and iteration + 1 < self.ramp.over:
             constraint = constraint.tightened(self.ramp.fraction(iteration))
-        return constraint.select(score)
-
-
-def _on_host(state: State) -> list[Measured]:
-    """What was unread, in one copy from the device."""
-    unread, state.unread = state.unread, []
-    state.update.check()
-    if not unread or not unread[0].numbers[0].is_cuda:
-        return unread
-    rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
-    count = len(unread[0].numbers)
-    return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
+        if problems > 1:
+            return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))
+        chosen: Point = constraint.select(score)
+        return chosen
 
 
 def _contiguous_copy(x: Tensor) -> Tensor:

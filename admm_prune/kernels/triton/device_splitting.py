@@ -1,4 +1,7 @@
-"""Device code: ADMM between two products. Launched by `splitting`; a program takes a part of one row."""
+"""Device code: ADMM between two products. Launched by `splitting`; a program takes a part of one row.
+
+`rows` share a row of the metric.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,14 @@ def relax(
     offset_at,
     root_at,
     score_at,
+    rows,
     width,
     relaxation,
     OFFSET: tl.constexpr,
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _row, column, there, place = part_of_row(width, BLOCK)
+    row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there)
     if OFFSET:
         x += tl.load(offset_at + place, mask=there)
@@ -43,7 +47,7 @@ def relax(
     tl.store(z_at + place, z, mask=there)
     score = z
     if ROOT:
-        score = z * tl.load(root_at + column, mask=there)
+        score = z * tl.load(root_at + (row // rows) * width + column, mask=there)
     tl.store(score_at + place, tl.abs(score), mask=there)
 
 
@@ -56,6 +60,7 @@ def settle(
     x_at,
     root_at,
     parts_at,
+    rows,
     width,
     CHANGES: tl.constexpr,
     ROOT: tl.constexpr,
@@ -68,7 +73,7 @@ def settle(
     tl.store(d_at + place, d, mask=there)
     away = tl.load(x_at + place, mask=there, other=0.0) - d
     if ROOT:
-        root = tl.load(root_at + column, mask=there, other=0.0)
+        root = tl.load(root_at + (row // rows) * width + column, mask=there, other=0.0)
         away *= root
         d *= root
     part = parts_at + (row * tl.num_programs(1) + tl.program_id(1)) * 4
