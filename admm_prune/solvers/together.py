@@ -41,13 +41,17 @@ class Shape:
         return cls(x.shape[0], x.shape[1], x.dtype, x.device, problem.constraint)
 
     @property
+    def bytes(self) -> int:
+        """Of a problem in a batch: z, d, x, the minimizer, scores and masks, and its Hessian as it is factored."""
+        return self.dtype.itemsize * (6 * self.rows * self.width + 5 * self.width**2)
+
+    @property
     def most(self) -> int:
-        """Problems at once: z, d, x, the minimizer, scores and masks of each, and its Hessian as it is factored."""
-        size, on_device = self.rows * self.width, backend.on_device(self.device)
-        if not on_device and max(size, self.width**2) > _LARGEST_ON_CPU:
+        """Problems at once."""
+        on_device = backend.on_device(self.device)
+        if not on_device and max(self.rows, self.width) * self.width > _LARGEST_ON_CPU:
             return 1
-        each = self.dtype.itemsize * (6 * size + 5 * self.width**2)
-        return max(1, (MOST_BYTES if on_device else MOST_BYTES_ON_CPU) // each)
+        return max(1, (MOST_BYTES if on_device else MOST_BYTES_ON_CPU) // self.bytes)
 
 
 def batches(solver: Solver, shapes: Sequence[Shape]) -> list[list[int]]:
