@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.kernels import backend, selection, splitting
+from admm_prune.kernels.graphs import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
@@ -43,6 +44,9 @@ class ADMM(Iterative[State]):
         freeze_after: iterations after which the support stays as it is; None never.
         polish: least-squares refit on the final support, where the problem is Quadratic.
         tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
+        graphs: on CUDA the steps of a penalty but its first are recorded once and played back, which gains where
+            matrices are so small that launching their kernels takes longer than running them. The numbers are the same;
+            the buffers of a step and the operator stay in memory while the Hessian is factored anew.
 
     Raises:
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
@@ -61,6 +65,7 @@ class ADMM(Iterative[State]):
     polish: bool = True
     polish_iterations: int = 3
     tolerance: float = 1e-6
+    graphs: bool = False
     max_iterations: int = 32
 
     @classmethod
@@ -151,31 +156,71 @@ class ADMM(Iterative[State]):
             if rho != s.rho:
                 s.tau *= s.rho / rho
                 s.rho = rho
-                s.x, s.d = Point(), Point()  # frees their memory for the factorization
-                s.update.prepare(rho, fast=iteration < self.fast_until)
+                if not self.graphs:
+                    s.x, s.d = Point(), Point()  # frees their memory for the factorization
+                s.update.prepare(rho, fast=iteration < self.fast_until, in_place=self.graphs)
             s.changed = 0
         if not s.d:
             s.d = s.z.map(lambda z, mask: z * mask.view(torch.uint8), s.mask)
         if not s.x:
             s.x = s.z.map(torch.empty_like)
-        # From here to the end of the step s.d holds, one after the other: d, the target d - u, the score, the new d.
+        chosen = self.freeze_after is None or iteration < self.freeze_after
+        if self.graphs and s.tau == 1.0 and not self._ramps(iteration):
+            replayed = self._replayed(problem, s, iteration, chosen)
+            numbers: Sequence[Tensor] = [one.clone() for one in replayed()]
+            if replayed.note and replayed.note not in s.notes:
+                s.notes.append(replayed.note)
+        else:
+            mask, numbers = self._pass(problem, s, iteration, chosen)
+            if self.graphs:
+                s.mask.copy_(mask)
+            else:
+                s.mask = mask
+        s.unread.append(Measured(iteration + 1, s.rho, chosen, numbers))
+        s.tau = 1.0
+
+    def _pass(
+        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
+    ) -> tuple[Point, list[Tensor]]:
+        """One pass over x, z and d, in place: the new mask, and what was measured.
+
+        s.d holds, one after the other: d, the target d - u, the score, the new d.
+        """
         names, offset, root = s.z.keys(), s.update.offset, s.update.root
         for name in names:
             splitting.to_target_(s.z[name], s.d[name], s.x[name], offset.get(name), s.tau, self.relaxation)
         s.x = s.update.minimize(s.d, out=s.x)
         for name in names:
             splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
-        before: Mapping[str, Tensor] = {}
-        if self.freeze_after is None or iteration < self.freeze_after:
-            before = s.mask
+        mask, before = s.mask, (s.mask if chosen else Point())
+        if chosen:
             with selection.trusted():  # a residual that is not finite says it too
-                s.mask = self._select(problem, s.d, iteration, s.problems)
+                mask = self._select(problem, s.d, iteration, s.problems)
         numbers = [
-            splitting.settle_(s.z[name], s.mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
+            splitting.settle_(s.z[name], mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
             for name in names
         ]
-        s.unread.append(Measured(iteration + 1, s.rho, bool(before), numbers))
-        s.tau = 1.0
+        return mask, numbers
+
+    def _replayed(
+        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
+    ) -> Replayed[list[Tensor]]:
+        """The pass as it is recorded: what it reads and writes stays where it is, the mask included."""
+
+        def again() -> list[Tensor]:
+            mask, numbers = self._pass(problem, s, iteration, chosen)
+            if chosen:
+                s.mask.copy_(mask)
+            return numbers
+
+        key = (chosen, s.update.place)
+        if s.replayed is None or s.replayed[0] != key:
+            s.replayed = (key, Replayed(again, s.device))
+        return s.replayed[1]
+
+    def _ramps(self, iteration: int) -> bool:
+        """Whether the sparsity of this iteration is not yet the final one."""
+        return self.ramp is not None and iteration + 1 < self.ramp.over
 
     def measures(self, state: State, iteration: int) -> Sequence[Progress]:
         """Reads what the steps left behind: on the CPU after each, on a device when the penalty may move, and at the
@@ -227,11 +272,11 @@ class ADMM(Iterative[State]):
         return point
 
     def notes(self, state: State) -> tuple[str, ...]:
-        return backend.note(state.device)
+        return (*backend.note(state.device), *state.notes)
 
     def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
-        if self.ramp is not None and iteration + 1 < self.ramp.over:
+        if self.ramp is not None and self._ramps(iteration):
             constraint = constraint.tightened(self.ramp.fraction(iteration))
         if problems > 1:
             return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from admm_prune.kernels.graphs import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Problem
 from admm_prune.solvers.x_updates import DenseUpdate, QuadraticUpdate
@@ -29,6 +30,8 @@ class State:
     unread: list[Measured] = field(default_factory=list)
     problems: int = 1  # that lie stacked here
     batch: Batch | None = None  # that it takes its steps with
+    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the step as it is played back, and for what
+    notes: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +49,7 @@ class State:
     def release(self) -> None:
         """Gives up all memory that a step would make again."""
         self.leave()
-        self.x, self.d = Point(), Point()
+        self.x, self.d, self.replayed = Point(), Point(), None
         self.update.release()
 
     def read(self) -> list[Measured]:
@@ -143,6 +146,7 @@ class Batch:
         for state in self.members:
             z, mask = self.share(state)
             state.z, state.mask = z.clone(), mask.clone()
+            state.notes += [note for note in self.whole.notes if note not in state.notes]
             assert isinstance(state.update, QuadraticUpdate)
             assert isinstance(self.whole.update, QuadraticUpdate)
             state.update.continue_as(self.whole.update)

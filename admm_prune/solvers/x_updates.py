@@ -27,9 +27,19 @@ class DenseUpdate(ABC):
     def origin(self) -> Point:
         """The unconstrained minimum, or the dense weights where that is not known."""
 
+    @property
+    def place(self) -> object:
+        """Where that lies which `minimize` reads beside its arguments: another value says that it has moved."""
+        return None
+
     @abstractmethod
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
-        """Factors for this penalty; `fast` where half the digits will do."""
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
+        """Factors for this penalty.
+
+        Args:
+            fast: half the digits will do.
+            in_place: where the factors of the last penalty lie, if they are alike.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -72,12 +82,19 @@ class QuadraticUpdate(DenseUpdate):
     def origin(self) -> Point:
         return Point(weight=self._minimizer)
 
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
+    @property
+    def place(self) -> object:
+        return None if self._operator is None else self._operator.data_ptr()
+
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
         self._rho = rho
+        before = self._operator if in_place else None
         self._precision = self._split = "bfloat16x3" if splits_products(self._metric) else "exact"
         if fast and self._metric.dtype is torch.float32 and multiplies_bfloat16(self._metric.device):
             self._precision = "bfloat16"
-        self._factorize()
+        made = self._factorize()
+        if before is not None and (before.shape, before.dtype) == (made.shape, made.dtype):
+            self._operator = before.copy_(made)
 
     def release(self) -> None:
         self._operator = None
@@ -121,7 +138,7 @@ class ProximalUpdate(DenseUpdate):
     def origin(self) -> Point:
         return self._problem.initial()
 
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
         self._rho = rho
 
     def release(self) -> None:
