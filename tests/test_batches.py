@@ -24,6 +24,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.schedules import Constant
 from admm_prune.testing.instances import correlated_inputs, random_weight
+from admm_prune.testing.views import OnlyProximable
 
 ROWS, WIDTH = 6, 16
 CONSTRAINTS: dict[str, SparseSet] = {
@@ -37,7 +38,6 @@ CONSTRAINTS: dict[str, SparseSet] = {
 }
 SOLVERS: dict[str, ADMM] = {
     "default": ADMM(),
-    "fast": ADMM.fast(),
     "gradual": ADMM.gradual(),
     "alps": ADMM.alps(),
     "watched": ADMM(objective_every=3, max_iterations=10),
@@ -206,6 +206,9 @@ def test_what_cannot_be_taken_together_is_not() -> None:
         for ours, problem in zip(together.solve_all(solver, problems), problems, strict=True):
             same(ours, solver.solve(problem))
     for ours, problem in zip(ADMM(max_iterations=4).solve_all(mixed), mixed, strict=True):  # asked for directly
+        same(ours, ADMM(max_iterations=4).solve(problem))
+    proximal = [OnlyProximable(problem) for problem in mixed]
+    for ours, problem in zip(ADMM(max_iterations=4).solve_all(proximal), proximal, strict=True):
         same(ours, ADMM(max_iterations=4).solve(problem))
     assert ADMM().solve_all([]) == []
 

@@ -23,6 +23,7 @@ from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.result import Result
 from admm_prune.solvers.schedules import Constant
 from admm_prune.testing.instances import correlated_inputs, random_weight
+from admm_prune.testing.views import OnlyProximable
 
 _ASKING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
 
@@ -182,6 +183,15 @@ def test_where_there_are_no_graphs_it_says_so() -> None:
     found = ADMM(graphs=True).solve(task)
     same(found, ADMM().solve(task))
     assert found.notes == ("steps were not played back: there are no graphs on the cpu",)
+
+
+def test_a_proximal_operator_is_not_recorded_and_says_so(recorder) -> None:
+    """It puts its answer where it likes."""
+    task = OnlyProximable(problem(NofM(2, 4)))
+    found = ADMM(graphs=True, max_iterations=8).solve(task)
+    same(found, ADMM(max_iterations=8).solve(task))
+    assert recorder.recorded == 0
+    assert found.notes == ("steps were not played back: a proximal operator is not recorded",)
 
 
 def test_a_function_is_called_then_recorded_then_played(recorder) -> None:

@@ -165,7 +165,7 @@ class ADMM(Iterative[State]):
         if not s.x:
             s.x = s.z.map(torch.empty_like)
         chosen = self.freeze_after is None or iteration < self.freeze_after
-        if self.graphs and s.tau == 1.0 and not self._ramps(iteration):
+        if self.graphs and s.tau == 1.0 and s.update.place is not None and not self._ramps(iteration):
             replayed = self._replayed(problem, s, iteration, chosen)
             numbers: Sequence[Tensor] = [one.clone() for one in replayed()]
             if replayed.note and replayed.note not in s.notes:
@@ -272,7 +272,9 @@ class ADMM(Iterative[State]):
         return point
 
     def notes(self, state: State) -> tuple[str, ...]:
-        return (*backend.note(state.device), *state.notes)
+        proximal = self.graphs and isinstance(state.update, ProximalUpdate)
+        unplayed = ("steps were not played back: a proximal operator is not recorded",) if proximal else ()
+        return (*backend.note(state.device), *state.notes, *unplayed)
 
     def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it

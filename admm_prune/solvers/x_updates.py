@@ -29,7 +29,8 @@ class DenseUpdate(ABC):
 
     @property
     def place(self) -> object:
-        """Where that lies which `minimize` reads beside its arguments: another value says that it has moved."""
+        """Where that lies which `minimize` reads beside its arguments: another value says that it has moved; None that
+        it is not known, or `minimize` does not write where it is told to."""
         return None
 
     @abstractmethod

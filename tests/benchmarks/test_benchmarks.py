@@ -322,13 +322,13 @@ def test_models_to_stream_have_as_many_parameters_as_is_said(tmp_path: Path) -> 
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == parameters
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
-    row = {"method": "wanda", "peak_gb": 1.234, "minutes": 5.6}
+    row = {"method": "wanda", "peak_gb": 1.234, "minutes": 5.6, "reading_percent": 0.42}
     content = {
         "machine": machine.machine("2026-11-24"), "command": "c", "shape": "tiny", "blocks": "2 of 4", "tokens": 8,
         "parameters": parameters, "weights_gb": 0.1, "rows": [row],
     }  # fmt: skip
     assert "tiny shape, 2 of 4 blocks" in streaming.table(content)
-    assert streaming.table(content).splitlines()[-1].split() == ["wanda", "1.23", "5.6"]
+    assert streaming.table(content).splitlines()[-1].split() == ["wanda", "1.23", "5.6", "0.42", "%"]
 
 
 # Batches
