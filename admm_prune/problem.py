@@ -52,6 +52,13 @@ class SupportConstraint(Constraint, Protocol):
 
 
 @runtime_checkable
+class BatchedConstraint(SupportConstraint, Protocol):
+    def select_each(self, score: Tensor) -> Tensor:
+        """`select` for several matrices (matrices, out, in), each of which has the whole of the set."""
+        ...
+
+
+@runtime_checkable
 class GroupConstraint(SupportConstraint, Protocol):
     """C = {V : at most budget(in) groups of `width` consecutive columns of V (out, in) hold a non-zero}."""
 

@@ -1,16 +1,19 @@
 """What pruning a large model from disk takes: peak resident memory of the whole process, and time.
 
-    python -m benchmarks.streaming OUT [--shape 1.1B] [--methods wanda,sparsegpt] [--blocks N]
+    python -m benchmarks.streaming OUT [--shape 1.1B] [--methods wanda,sparsegpt] [--blocks N] [--cold]
 
 Writes a Llama of random weights, shard by shard, then runs `admm-prune run --stream` on it in a process of its own for
 each method, embedded text, and evaluation of one sequence before and after. The peak is all that was resident:
-interpreter, libraries and mapped files included. OUT.json and OUT.txt gain a row for each method as it ends.
+interpreter, libraries and mapped files included. Reading is the part of the run's time that weights were brought in,
+which is the most that reading a block ahead could save; `--cold` has the system forget the files before each block, so
+that they come from the disk. OUT.json and OUT.txt gain a row for each method as it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from admm_prune.runs.memory_scaling import write_random_model
 from benchmarks.machine import headline, machine
 
 _ROOT = Path(__file__).resolve().parents[1]
+_HERE, _HERE_COLD = "--here", "--here-cold"
 # Width, neurons, blocks, query heads, key heads; vocabulary of 32000, embedding and head apart.
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "tiny": (256, 512, 4, 4, 2),
@@ -69,7 +73,7 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.streaming", "--here", *arguments],
+        [sys.executable, "-m", "benchmarks.streaming", _HERE_COLD if chosen.cold else _HERE, *arguments],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -77,11 +81,12 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     )
     if done.returncode != 0:
         raise RuntimeError(f"{method} failed with status {done.returncode}")
-    told, peak = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    told, spent = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     shutil.rmtree(place / method)
     return {
         "method": method,
-        "peak_gb": round(peak["bytes"] / 1e9, 3),
+        "peak_gb": round(spent["bytes"] / 1e9, 3),
+        "reading_percent": round(100 * spent["reading"] / spent["seconds"], 2),
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "dense_perplexity": told["dense"]["perplexity"],
         "pruned_perplexity": told["pruned"]["perplexity"],
@@ -99,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--cold", action="store_true", help="weights come from the disk, not from the system's memory")
     parser.add_argument("--work", type=Path, help="where the model is written; a temporary folder by default")
     chosen = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
@@ -132,27 +138,50 @@ def table(content: dict[str, Any]) -> str:
         f"{content['weights_gb']} GB on disk, {content['tokens']} tokens of calibration",
         "Peak: everything resident in the process, libraries and mapped files included.",
         "",
-        f"{'method':12}{'peak GB':>9}{'minutes':>9}",
+        f"{'method':12}{'peak GB':>9}{'minutes':>9}{'reading':>9}",
     ]
-    lines += [f"{row['method']:12}{row['peak_gb']:>9.2f}{row['minutes']:>9.1f}" for row in content["rows"]]
+    lines += [
+        f"{row['method']:12}{row['peak_gb']:>9.2f}{row['minutes']:>9.1f}{row['reading_percent']:>7.2f} %"
+        for row in content["rows"]
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _here(arguments: list[str]) -> None:
-    """The command in this process, and then what was resident at its peak."""
+def _here(arguments: list[str], *, cold: bool) -> None:
+    """The command in this process, then what was resident at its peak, and the seconds of the run and of reading."""
     from admm_prune import cli
+    from admm_prune.models.streaming import ModelOnDisk
 
+    reading, fill = [0.0], ModelOnDisk._fill
+
+    def timed(self: ModelOnDisk, prefix: str, names: list[str]) -> None:
+        if cold:
+            _forget(self._folder)
+        began = time.perf_counter()
+        fill(self, prefix, names)
+        reading[0] += time.perf_counter() - began
+
+    ModelOnDisk._fill = timed  # type: ignore[method-assign]
     sys.argv = ["admm-prune", *arguments]
+    began = time.perf_counter()
     try:
         cli.main()
     except SystemExit as end:
         if end.code:
             raise
-    print(json.dumps({"bytes": peak_resident_bytes()}))
+    spent = time.perf_counter() - began
+    print(json.dumps({"bytes": peak_resident_bytes(), "reading": reading[0], "seconds": spent}))
+
+
+def _forget(folder: Path) -> None:
+    """Has the system drop what it holds of a folder's files in memory."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]:
-        _here(sys.argv[2:])
+    if sys.argv[1:2] in ([_HERE], [_HERE_COLD]):
+        _here(sys.argv[2:], cold=sys.argv[1] == _HERE_COLD)
     else:
         main()

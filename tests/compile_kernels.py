@@ -32,7 +32,8 @@ from admm_prune.kernels.triton import (
 )
 from admm_prune.kernels.triton import splitting as splitting_
 
-HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even"}  # called by kernels
+# Called by kernels.
+HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row"}
 compiled: dict[str, int] = {}
 
 

@@ -82,6 +82,28 @@ def test_the_largest_of_rows(device, kind, width, keep) -> None:
     assert torch.equal(selection.largest_per_row(x, keep), twin(selection.largest_per_row, x, keep))
 
 
+@pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
+@pytest.mark.parametrize(("count", "width", "keep"), [(1, 1500, 3), (3, 1100, 700), (2, 16, 15)])
+def test_the_largest_of_each_of_several(device, kind, count, width, keep) -> None:
+    """By the launches that serve one tensor: rows of any width, whose masks are those of the rows alone."""
+    from admm_prune.kernels.triton import selection as fused
+
+    x = drawn(kind, (count, width), device)
+    mask, bad = fused.largest_of_each(x, keep)
+    assert torch.equal(mask, torch.stack([twin(selection.largest, row, keep) for row in x]))
+    assert not bool(bad)
+    x[-1, 3] = math.nan
+    assert bool(fused.largest_of_each(x, keep)[1])
+
+
+def test_several_tensors_wider_than_a_row_go_there(device, monkeypatch) -> None:
+    monkeypatch.setattr(selection, "_WIDEST_ROW", 64)
+    x = drawn("ties", (3, 5, 30), device)
+    expected = torch.stack([twin(selection.largest, one, 41) for one in x])
+    assert torch.equal(selection.largest_of_each(x, 41), expected)
+    assert torch.equal(twin(selection.largest_of_each, x, 41), expected)
+
+
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 1), (0, 2), (4, 8), (5, 12), (16, 32)])
 def test_the_largest_of_groups(device, keep, group) -> None:
     x = drawn("ties", (3, 5 * group), device)
@@ -123,6 +145,29 @@ def test_admm_between_two_products(device, shape, quadratic) -> None:
 
     for ours, theirs in zip(run(), twin(run), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_admm_between_two_products_of_several_problems(device) -> None:
+    """Stacked, with a metric of their own each: what every problem gives alone, bit for bit where Triton takes it."""
+    z, d, x, offset = (drawn("spread", (6, 40 + i), device)[:, :40].contiguous() for i in range(4))
+    roots = drawn("spread", (3, 40), device).abs()
+    before, after = z > 0.2, x > 0.1
+
+    def run(rows: slice, root: Tensor) -> tuple[Tensor, ...]:
+        a, target, y = z[rows].clone(), d[rows].clone(), x[rows].clone()
+        splitting.to_target_(a, target, torch.empty_like(a), offset[rows], 0.7, 1.3)
+        score, split = torch.empty_like(a), torch.empty_like(a)
+        splitting.relax_(a, y, offset[rows], root, score, 1.3)
+        measured = splitting.settle_(a, after[rows], before[rows], split, y, root)
+        same = splitting.settle_(a, after[rows], None, split, score.clone(), root)
+        return a, target, score, split, measured, same
+
+    alone = [run(slice(2 * i, 2 * i + 2), roots[i]) for i in range(3)]
+    for together, parts in zip(run(slice(0, 6), roots), zip(*alone, strict=True), strict=True):
+        joined = torch.stack(parts) if parts[0].shape == (4,) else torch.cat(parts)
+        assert torch.equal(together, joined)
+    for ours, theirs in zip(run(slice(0, 6), roots), twin(run, slice(0, 6), roots), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("width", [1, 8, 1030])

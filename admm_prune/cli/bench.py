@@ -43,10 +43,10 @@ def gpu(
     budget: Annotated[float, typer.Option(min=1.0, help="Seconds for everything; later rows go without.")] = 450.0,
     sections: Annotated[
         str, typer.Option(help="Which parts, separated by commas.")
-    ] = "layers,selection,training,models",
+    ] = "layers,selection,training,models,batches",
     json: common.Json = False,
 ) -> None:
-    """Measure solvers, selection, training steps and whole blocks on one GPU, each beside its floor on that card.
+    """Measure solvers, selection, training steps, whole blocks and batches on one GPU, each beside its floor on it.
 
     Example: admm-prune bench gpu --out gpu
     """

@@ -59,10 +59,10 @@ def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
     return x.is_cuda and installed()
 
 
-def on_device(x: Tensor) -> bool:
+def on_device(x: Tensor | torch.device) -> bool:
     """Whether the host should leave x's device alone: to read a number is to wait. Where Triton is forced on the CPU,
     it is treated as such a device, so that what runs on a GPU can be tested without one."""
-    return x.is_cuda or _choice[-1] == "triton"
+    return (x.type == "cuda" if isinstance(x, torch.device) else x.is_cuda) or _choice[-1] == "triton"
 
 
 @cache

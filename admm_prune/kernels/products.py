@@ -18,20 +18,26 @@ _PANEL = 512  # rows that the CPU converts to bfloat16 at once
 
 
 def prepared(b: Tensor, precision: Precision) -> Tensor:
-    """B (k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (3 k, n)."""
+    """B (..., k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (..., 3 k, n)."""
     if precision == "exact":
         return b
     high = b.to(torch.bfloat16)
     if precision == "bfloat16":
         return high
-    return torch.cat([high, (b - high).to(torch.bfloat16), high])
+    return torch.cat([high, (b - high).to(torch.bfloat16), high], dim=-2)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell."""
+    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell. For several B
+    (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n).
+
+    On the CPU several products have the bits that each has alone.
+    """
+    if b.ndim == 3:
+        return _multiply_each(a, b, out)
     if b.dtype is a.dtype:
         return torch.mm(a, b, out=out)
-    thrice = b.shape[0] == 3 * a.shape[1]
+    thrice = _thrice(a, b)
     if a.is_cuda:
         return torch.mm(_halves(a) if thrice else a.to(b), b, out_dtype=out.dtype, out=out)
     for rows, panel in zip(out.split(_PANEL), a.split(_PANEL), strict=True):
@@ -42,7 +48,21 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _multiply_each(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if not a.is_cuda:
+        for one, by, into in zip(a, b, out, strict=True):
+            multiply(one, by, out=into)
+        return out
+    if b.dtype is a.dtype:
+        return torch.bmm(a, b, out=out)
+    return torch.bmm(_halves(a) if _thrice(a, b) else a.to(b), b, out_dtype=out.dtype, out=out)
+
+
+def _thrice(a: Tensor, b: Tensor) -> bool:
+    return b.shape[-2] == 3 * a.shape[-1]
+
+
 def _halves(a: Tensor) -> Tensor:
-    """[A1, A1, A2] (m, 3 k)."""
+    """[A1, A1, A2] (..., m, 3 k)."""
     high = a.to(torch.bfloat16)
-    return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=1)
+    return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)

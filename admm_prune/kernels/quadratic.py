@@ -67,7 +67,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision = "exact") -> Tensor:
-    """A^-1 by Cholesky, symmetric; the memory of A is used up.
+    """A^-1 by Cholesky, symmetric; the memory of A is used up. A (..., in, in) may be several.
 
     Args:
         failed: on a device, where to learn of a failure means to wait, the answer is put here, for `check_factored`.
@@ -87,7 +87,7 @@ def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision 
 
 def check_factored(failed: list[Tensor]) -> None:
     """Raises torch.linalg.LinAlgError where one of the factorizations failed."""
-    if failed and bool(torch.stack(failed).any()):
+    if failed and bool(torch.cat([one.view(-1) for one in failed]).any()):
         raise LinAlgError("the matrix is not positive definite in its own precision: raise the ridge")
 
 
@@ -96,13 +96,13 @@ def _invert_upper(factor: Tensor) -> None:
 
     Costs a third of a triangular solve against the identity, which takes no notice of the zeros on its right side.
     """
-    width = len(factor)
+    width = factor.shape[-1]
     if width <= _TRIANGLE:
         identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
         factor.copy_(torch.linalg.solve_triangular(factor, identity, upper=True))
         return
     half = width // 2
-    upper, lower, corner = factor[:half, :half], factor[half:, half:], factor[:half, half:]
+    upper, lower, corner = factor[..., :half, :half], factor[..., half:, half:], factor[..., :half, half:]
     _invert_upper(upper)
     _invert_upper(lower)
     corner.copy_(upper @ corner @ lower).neg_()

@@ -13,6 +13,7 @@ from admm_prune.kernels import backend
 
 _TRITON = (torch.float32, torch.bfloat16, torch.float16)  # what Triton's kernels take; float64 goes the plain way
 _WIDEST_ROW, _WIDEST_GROUP = 1 << 15, 32  # theirs
+_LARGEST_OF_EACH = 1 << 25  # entries of one of several tensors: above it a bracket costs less than histograms of all
 
 _FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
 _PART = 1 << 18  # scores compared at once on the CPU
@@ -88,6 +89,22 @@ def largest(score: Tensor, keep: int) -> Tensor:
     return mask
 
 
+def largest_of_each(score: Tensor, keep: int) -> Tensor:
+    """Marks the `keep` largest entries of each of several tensors (tensors, ...)."""
+    flat = score.reshape(len(score), -1)
+    if (
+        _WIDEST_ROW < flat.shape[1] < _LARGEST_OF_EACH
+        and 0 < keep < flat.shape[1]
+        and backend.uses_triton(flat, *_TRITON)
+    ):
+        from admm_prune.kernels.triton import selection as fused
+
+        return _unless_nan(*fused.largest_of_each(flat, keep)).view(score.shape)
+    if flat.shape[1] <= (_WIDEST_ROW if backend.on_device(score) else _SMALL):
+        return largest_per_row(flat, keep).view(score.shape)
+    return torch.stack([largest(one, keep) for one in score])  # a sample finds a threshold that lies among many
+
+
 def largest_per_row(score: Tensor, keep: int) -> Tensor:
     """Marks the `keep` largest entries of every row of the last dimension."""
     width = score.shape[-1]
@@ -101,6 +118,10 @@ def largest_per_row(score: Tensor, keep: int) -> Tensor:
     if keep >= width:
         return torch.ones_like(score, dtype=torch.bool)
     level = score.kthvalue(width - keep + 1, dim=-1, keepdim=True).values
+    if not backend.on_device(score):
+        mask = score >= level
+        if int(torch.count_nonzero(mask)) == keep * (score.numel() // width):  # no row has ties to choose from
+            return mask
     mask = score > level
     ties = score == level
     missing = keep - mask.sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import quadratic
+from admm_prune.kernels import precision, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
 from admm_prune.problems.gram import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels
@@ -106,6 +106,7 @@ class LayerReconstruction:
         return hessian
 
     @cached_property
+    @precision.full()
     def minimizer(self) -> Tensor:
         """The minimum without the constraint (out, in): W itself unless the target came from other inputs."""
         target = self._target

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
@@ -18,18 +19,20 @@ from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.problems.constraints import StackedRows
-from admm_prune.problems.gram import LayerStatistics
+from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import report_of
 from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
-from admm_prune.recipes.ridge import settle_ridge
+from admm_prune.recipes.ridge import Damping, settle_ridge
 from admm_prune.recipes.targets import Target
+from admm_prune.result import Result
+from admm_prune.solvers.base import Solver
 from admm_prune.solvers.doctor import diagnose
 from admm_prune.solvers.reference import lower_bound
+from admm_prune.solvers.together import Shape, batches, solve_batch
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def _prune_all(inputs: list[SharedInput], method: Method, request: Request) -> l
     world = request.world
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
     owners = world.dealt([_cost(piece) for piece in pieces])
-    mine = {i: prune_shared(piece, method, request) for i, piece in enumerate(pieces) if owners[i] == world.rank}
+    own = [i for i in range(len(pieces)) if owners[i] == world.rank]
+    mine = dict(zip(own, prune_several([pieces[i] for i in own], method, request), strict=True))
     for piece, owner in zip(pieces, owners, strict=True):
         for view in piece.weights if world.size > 1 else ():
             weight = view.read().contiguous()
@@ -121,46 +125,113 @@ def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
 
 
 def prune_shared(shared: SharedInput, method: Method, request: Request) -> list[LayerReport]:
-    """Prunes the weights that read one input, in place.
+    """Prunes the weights that read one input, in place: see `prune_several`."""
+    return prune_several([shared], method, request)[0]
 
-    A method that gains by it solves them stacked, each within its own budget: one Gram is factored once for q, k and v.
-    Status, iterations, notes and diagnosis are then those of the one solve, and its seconds are shared out by the
-    number of entries, so that the seconds of all weights still add up to the whole.
+
+def prune_several(inputs: Sequence[SharedInput], method: Method, request: Request) -> list[list[LayerReport]]:
+    """Prunes the weights that read each of some inputs, in place.
+
+    A method that gains by it solves those that share an input stacked, each within its own budget: one Gram is factored
+    once for q, k and v. Status, iterations, notes and diagnosis are then those of the one solve, and its seconds are
+    shared out by the number of entries, so that the seconds of all weights still add up to the whole. Such problems of
+    one shape, as the experts of a mixture are, may be solved in one batch, each with a result of its own.
 
     Raises:
         UserError: a weight cannot be pruned; the message names it.
     """
+    owned = [(i, job) for i, shared in enumerate(inputs) for job in _jobs(shared, method, request)]
+    jobs = [job for _, job in owned]
+    solver = method.make()
+    done: dict[int, list[LayerReport]] = {}
+    for batch in batches(solver, [_shape(job, method, request) for job in jobs]):
+        done |= zip(batch, _prune([jobs[i] for i in batch], method, solver, request), strict=True)
+    reports: list[list[LayerReport]] = [[] for _ in inputs]
+    for number, (i, _) in enumerate(owned):
+        reports[i] += done[number]
+    return reports
+
+
+def _jobs(shared: SharedInput, method: Method, request: Request) -> list[SharedInput]:
+    """The weights that are solved as one."""
     groups: dict[object, tuple[WeightView, ...]] = {}
     for view in shared.weights:
         alike = None if method.stacks_targets else request.target.at(view.name)
         key: object = alike if method.stacks else view.name
         groups[key] = (*groups.get(key, ()), view)
-    return [report for views in groups.values() for report in _prune(views, shared.statistics, method, request)]
+    return [SharedInput(views, shared.statistics) for views in groups.values()]
 
 
-def _prune(
-    views: tuple[WeightView, ...], statistics: LayerStatistics, method: Method, request: Request
-) -> list[LayerReport]:
-    """Prunes some weights by one solve."""
+def _constraint(job: SharedInput, method: Method, request: Request) -> SparseSet:
+    constraints = [method.constraint(target_of(request, view)) for view in job.weights]
+    if len(constraints) == 1:
+        return constraints[0]
+    return StackedRows(tuple(zip((view.shape[0] for view in job.weights), constraints, strict=True)))
+
+
+def _shape(job: SharedInput, method: Method, request: Request) -> Shape:
+    gram = job.statistics.gram
+    rows = sum(view.shape[0] for view in job.weights)
+    return Shape(rows, len(gram), gram.dtype, gram.device, _constraint(job, method, request))
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """A problem, how its damping was settled, the weights as they were, and the seconds that it took to pose."""
+
+    problem: LayerReconstruction
+    asked: Damping
+    stacked: Tensor
+    seconds: float
+
+
+def _prune(jobs: Sequence[SharedInput], method: Method, solver: Solver, request: Request) -> list[list[LayerReport]]:
+    """Prunes the weights of some jobs, each by one solve, or all by one batch of solves."""
+    posed = [_pose(job, method, request) for job in jobs]
     began = time.perf_counter()
-    constraints = [method.constraint(target_of(request, view)) for view in views]
-    # A copy: what is read shares memory with the parameter, which is about to be overwritten.
-    stacked = torch.cat([view.read() for view in views])
-    sizes = [view.shape[0] for view in views]
+    results = solve_batch(solver, [one.problem for one in posed], [_naming(job) for job in jobs])
+    share = (time.perf_counter() - began) / len(jobs)
+    return [
+        _write(job, one, result, share, method, request) for job, one, result in zip(jobs, posed, results, strict=True)
+    ]
+
+
+@contextmanager
+def _naming(job: SharedInput) -> Generator[None]:
+    """What goes wrong with a problem is said of its weights."""
     try:
-        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, constraints[0])
-        problem = method.problem.build(
-            stacked,
-            statistics.gram,
-            constraints[0] if len(views) == 1 else StackedRows(tuple(zip(sizes, constraints, strict=True))),
-            ridge=asked.ridge,
-            damping=asked.damping,
-        )
-        result = method.make().solve(problem)
-        for view, weight in zip(views, result.solution["weight"].split(sizes), strict=True):
-            view.write(weight)
+        yield
     except (ValueError, LinAlgError) as error:
-        raise UserError(f"{', '.join(view.name for view in views)}: {error}") from error
+        raise UserError(f"{', '.join(view.name for view in job.weights)}: {error}") from error
+
+
+def _pose(job: SharedInput, method: Method, request: Request) -> _Posed:
+    began = time.perf_counter()
+    statistics = job.statistics
+    # A copy: what is read shares memory with the parameter, which is about to be overwritten.
+    stacked = torch.cat([view.read() for view in job.weights])
+    with _naming(job):
+        alone = method.constraint(target_of(request, job.weights[0]))
+        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, alone)
+        constraint = _constraint(job, method, request)
+        problem = method.problem.build(stacked, statistics.gram, constraint, ridge=asked.ridge, damping=asked.damping)
+    return _Posed(problem, asked, stacked, time.perf_counter() - began)
+
+
+def _write(
+    job: SharedInput, posed: _Posed, result: Result, seconds: float, method: Method, request: Request
+) -> list[LayerReport]:
+    """Gives the weights of a job what was found for them, and tells of each.
+
+    Args:
+        seconds: that the solve took.
+    """
+    began = time.perf_counter()
+    problem, asked, stacked, statistics = posed.problem, posed.asked, posed.stacked, job.statistics
+    sizes = [view.shape[0] for view in job.weights]
+    with _naming(job):
+        for view, weight in zip(job.weights, result.solution["weight"].split(sizes), strict=True):
+            view.write(weight)
     diagnosis = diagnose(
         result,
         width=stacked.shape[1],
@@ -169,9 +240,10 @@ def _prune(
         ridge_asked=asked.ridge,
         ridge_used=problem.ridge,
     )
-    seconds = time.perf_counter() - began
+    seconds += posed.seconds + time.perf_counter() - began
     reports: list[LayerReport] = []
-    for view, weight, constraint in zip(views, stacked.split(sizes), constraints, strict=True):
+    for view, weight in zip(job.weights, stacked.split(sizes), strict=True):
+        constraint = method.constraint(target_of(request, view))
         own = method.problem.build(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation

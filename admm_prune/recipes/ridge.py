@@ -16,6 +16,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.local_methods import Method
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.schedules import Constant
+from admm_prune.solvers.together import solve_all
 
 Ridge = float | Literal["auto"] | None  # None: the method's own
 
@@ -113,9 +114,9 @@ def choose_ridge(
     rows = weight[:: -(-len(weight) // _ROWS)]
     training = gram - validation
     training.diagonal().clamp_(min=0)  # a channel that only the validation tokens use leaves rounding behind
-    trials = []
-    for ridge, damping in grid:
-        problem = objective(rows, training, constraint, ridge=ridge, damping=damping)
-        error = problem.relative_error(_PROBE.solve(problem).solution, validation)
-        trials.append(Trial(ridge, damping, error))
+    problems = [objective(rows, training, constraint, ridge=ridge, damping=damping) for ridge, damping in grid]
+    trials = [
+        Trial(ridge, damping, problem.relative_error(result.solution, validation))
+        for (ridge, damping), problem, result in zip(grid, problems, solve_all(_PROBE, problems), strict=True)
+    ]
     return tuple(sorted(trials, key=lambda trial: trial.error))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import groups
+from admm_prune.kernels import groups, precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint
 from admm_prune.problems.groups import GroupReconstruction
@@ -25,6 +25,7 @@ Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
 class SeededADMM:
     """ADMM that starts from the groups of structured OBS; never worse than they."""
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         seed = _OBS.solve(problem, start=start)
         return ADMM().solve(problem, start=seed.solution)
@@ -40,6 +41,7 @@ SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
 }
 
 
+@precision.full()
 def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
     """What the problem loses when k = 0..n groups go in the selector's order: (n + 1,), float64, on the CPU.
 
@@ -54,6 +56,7 @@ def losses(problem: GroupReconstruction, width: int, selector: Selector, compens
     return torch.cat([rises.new_zeros(1), rises]).cpu()
 
 
+@precision.full()
 def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) -> tuple[Result, Tensor]:
     """The groups that the selector keeps: with the least-squares weights on them, or with the weights they had.
 

@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from admm_prune.kernels import backend, selection, splitting
+from admm_prune.kernels.graphs import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
+from admm_prune.solvers.admm_state import Batch, Measured, State
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
 from admm_prune.solvers.polish import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
-from admm_prune.solvers.x_updates import DenseUpdate, ProximalUpdate, QuadraticUpdate
+from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
 
 _UNREAD = 16  # iterations, at most, whose measures stay on the device
-
-
-@dataclass
-class State:
-    """z = d + u and one bit per weight: d = mask * z is feasible, u = tau (1 - mask) * z is the scaled dual."""
-
-    update: DenseUpdate
-    z: Point
-    mask: Point
-    d: Point = field(default_factory=Point)  # mask * z during a solve; empty between solves
-    x: Point = field(default_factory=Point)  # likewise
-    rho: float = 0.0
-    tau: float = 0.0  # no dual before the first step
-    changed: int = 0  # entries that entered the support since the penalty was last set
-    kept: int = 1
-    unread: list[Measured] = field(default_factory=list)
-
-    def release(self) -> None:
-        """Gives up all memory that a step would make again."""
-        self.x, self.d = Point(), Point()
-        self.update.release()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a step left on its device to be read: for every tensor of the point, what `splitting.settle_` returns."""
-
-    iteration: int
-    rho: float
-    chosen: bool  # whether the support was chosen anew
-    numbers: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +44,9 @@ class ADMM(Iterative[State]):
         freeze_after: iterations after which the support stays as it is; None never.
         polish: least-squares refit on the final support, where the problem is Quadratic.
         tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
+        graphs: on CUDA the steps of a penalty but its first are recorded once and played back, which gains where
+            matrices are so small that launching their kernels takes longer than running them. The numbers are the same;
+            the buffers of a step and the operator stay in memory while the Hessian is factored anew.
 
     Raises:
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
@@ -79,6 +54,8 @@ class ADMM(Iterative[State]):
     Sources: Meng et al., ALPS, 2024 (the splitting); Boza, Fast and Effective Weight Update for Pruned Large Language
     Models, 2024 (`gradual`); the log-spaced penalty, the compact state and the metric are ours.
     """
+
+    batched: ClassVar[bool] = True
 
     penalty: PenaltySchedule = LogSpaced(0.15, 1.2, over=32, every=4)
     relaxation: float = 1.3
@@ -88,6 +65,7 @@ class ADMM(Iterative[State]):
     polish: bool = True
     polish_iterations: int = 3
     tolerance: float = 1e-6
+    graphs: bool = False
     max_iterations: int = 32
 
     @classmethod
@@ -146,51 +124,112 @@ class ADMM(Iterative[State]):
         return State(update, z, self._select(problem, score, 0))
 
     def step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
+        state.leave()
+        self._step(problem, state, iteration)
+
+    def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[State], iteration: int) -> None:
+        """Quadratic problems of one shape and set take their steps stacked while their penalties are the same."""
+        batch = states[0].batch
+        together = len(states) > 1 and len({self._rho(state, iteration) for state in states}) == 1
+        if batch is not None and not (together and batch.holds(states)):
+            batch.part()
+            batch = None
+        if batch is None and together:
+            batch = Batch.of(problems, states)
+        if batch is None:
+            super().step_all(problems, states, iteration)
+            return
+        batch.whole.changed, batch.whole.kept = states[0].changed, states[0].kept
+        self._step(problems[0], batch.whole, iteration)
+        batch.follow(iteration % self.penalty.every == 0)
+
+    def _rho(self, state: State, iteration: int) -> float:
+        """The penalty of a step."""
+        if iteration % self.penalty.every:
+            return state.rho
+        return self.penalty.rho(iteration, state.rho, state.changed / max(1, state.kept))
+
+    def _step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
         s = state
         if iteration % self.penalty.every == 0:
-            rho = self.penalty.rho(iteration, s.rho, s.changed / max(1, s.kept))
+            rho = self._rho(s, iteration)
             if rho != s.rho:
                 s.tau *= s.rho / rho
                 s.rho = rho
-                s.x, s.d = Point(), Point()  # frees their memory for the factorization
-                s.update.prepare(rho, fast=iteration < self.fast_until)
+                if not self.graphs:
+                    s.x, s.d = Point(), Point()  # frees their memory for the factorization
+                s.update.prepare(rho, fast=iteration < self.fast_until, in_place=self.graphs)
             s.changed = 0
         if not s.d:
             s.d = s.z.map(lambda z, mask: z * mask.view(torch.uint8), s.mask)
         if not s.x:
             s.x = s.z.map(torch.empty_like)
-        # From here to the end of the step s.d holds, one after the other: d, the target d - u, the score, the new d.
+        chosen = self.freeze_after is None or iteration < self.freeze_after
+        if self.graphs and s.tau == 1.0 and s.update.place is not None and not self._ramps(iteration):
+            replayed = self._replayed(problem, s, iteration, chosen)
+            numbers: Sequence[Tensor] = [one.clone() for one in replayed()]
+            if replayed.note and replayed.note not in s.notes:
+                s.notes.append(replayed.note)
+        else:
+            mask, numbers = self._pass(problem, s, iteration, chosen)
+            if self.graphs:
+                s.mask.copy_(mask)
+            else:
+                s.mask = mask
+        s.unread.append(Measured(iteration + 1, s.rho, chosen, numbers))
+        s.tau = 1.0
+
+    def _pass(
+        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
+    ) -> tuple[Point, list[Tensor]]:
+        """One pass over x, z and d, in place: the new mask, and what was measured.
+
+        s.d holds, one after the other: d, the target d - u, the score, the new d.
+        """
         names, offset, root = s.z.keys(), s.update.offset, s.update.root
         for name in names:
             splitting.to_target_(s.z[name], s.d[name], s.x[name], offset.get(name), s.tau, self.relaxation)
         s.x = s.update.minimize(s.d, out=s.x)
         for name in names:
             splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
-        before: Mapping[str, Tensor] = {}
-        if self.freeze_after is None or iteration < self.freeze_after:
-            before = s.mask
+        mask, before = s.mask, (s.mask if chosen else Point())
+        if chosen:
             with selection.trusted():  # a residual that is not finite says it too
-                s.mask = self._select(problem, s.d, iteration)
+                mask = self._select(problem, s.d, iteration, s.problems)
         numbers = [
-            splitting.settle_(s.z[name], s.mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
+            splitting.settle_(s.z[name], mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
             for name in names
         ]
-        s.unread.append(Measured(iteration + 1, s.rho, bool(before), numbers))
-        s.tau = 1.0
+        return mask, numbers
+
+    def _replayed(
+        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
+    ) -> Replayed[list[Tensor]]:
+        """The pass as it is recorded: what it reads and writes stays where it is, the mask included."""
+
+        def again() -> list[Tensor]:
+            mask, numbers = self._pass(problem, s, iteration, chosen)
+            if chosen:
+                s.mask.copy_(mask)
+            return numbers
+
+        key = (chosen, s.update.place)
+        if s.replayed is None or s.replayed[0] != key:
+            s.replayed = (key, Replayed(again, s.device))
+        return s.replayed[1]
+
+    def _ramps(self, iteration: int) -> bool:
+        """Whether the sparsity of this iteration is not yet the final one."""
+        return self.ramp is not None and iteration + 1 < self.ramp.over
 
     def measures(self, state: State, iteration: int) -> Sequence[Progress]:
         """Reads what the steps left behind: on the CPU after each, on a device when the penalty may move, and at the
         end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
         asked = self.objective_every and iteration % self.objective_every == 0
-        if (
-            any(map(backend.on_device, state.z.values()))
-            and iteration % every
-            and iteration < self.max_iterations
-            and not asked
-        ):
+        if backend.on_device(state.device) and iteration % every and iteration < self.max_iterations and not asked:
             return ()
-        return [self._read(state, measured) for measured in _on_host(state)]
+        return [self._read(state, measured) for measured in state.read()]
 
     def measure(self, state: State, iteration: int) -> Progress:
         return self.measures(state, self.max_iterations)[-1]
@@ -214,7 +253,8 @@ class ADMM(Iterative[State]):
         return ramp_done and progress.support_changes == 0 and residual is not None and residual <= self.tolerance
 
     def solution(self, problem: Quadratic | Proximable, state: State) -> Point:
-        d = state.z.map(lambda z, kept: z.where(kept, 0), state.mask)
+        z, mask = state.support()
+        d = z.map(lambda x, kept: x.where(kept, 0), mask)
         # Along the ramp d is less sparse than asked.
         return d if self.ramp is None else problem.constraint.project(d)
 
@@ -232,25 +272,18 @@ class ADMM(Iterative[State]):
         return point
 
     def notes(self, state: State) -> tuple[str, ...]:
-        return backend.note(next(iter(state.z.values())).device)
+        proximal = self.graphs and isinstance(state.update, ProximalUpdate)
+        unplayed = ("steps were not played back: a proximal operator is not recorded",) if proximal else ()
+        return (*backend.note(state.device), *state.notes, *unplayed)
 
-    def _select(self, problem: Problem, score: Point, iteration: int) -> Point:
-        constraint = problem.constraint
-        assert isinstance(constraint, SupportConstraint)
-        if self.ramp is not None and iteration + 1 < self.ramp.over:
+    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+        constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
+        if self.ramp is not None and self._ramps(iteration):
             constraint = constraint.tightened(self.ramp.fraction(iteration))
-        return constraint.select(score)
-
-
-def _on_host(state: State) -> list[Measured]:
-    """What was unread, in one copy from the device."""
-    unread, state.unread = state.unread, []
-    state.update.check()
-    if not unread or not unread[0].numbers[0].is_cuda:
-        return unread
-    rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
-    count = len(unread[0].numbers)
-    return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
+        if problems > 1:
+            return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))
+        chosen: Point = constraint.select(score)
+        return chosen
 
 
 def _contiguous_copy(x: Tensor) -> Tensor:

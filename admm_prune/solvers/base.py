@@ -7,8 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
 from admm_prune.result import Progress, Result, Status
@@ -40,6 +41,16 @@ class Run(Generic[StateT]):
             self.best, self.best_value, self.best_iteration = point, value, self.iteration
 
 
+@dataclass
+class _Solve(Generic[StateT]):
+    """One call of `solve`: the problem, what moves, where it was to begin, and why it stopped."""
+
+    problem: Any
+    run: Run[StateT]
+    start: Point | None
+    stop: Status | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Iterative(ABC, Generic[StateT]):
     """A solver that repeats a step. Subclasses say what a step is; `solve` exists once, here.
@@ -50,6 +61,8 @@ class Iterative(ABC, Generic[StateT]):
         objective_every: evaluate the feasible point every so many iterations, and let it compete for the best; 0
             only at the end. An evaluation costs about as much as a step.
     """
+
+    batched: ClassVar[bool] = False  # whether `step_all` gains by taking several problems at once
 
     max_iterations: int = 100
     time_limit: float | None = None
@@ -65,6 +78,11 @@ class Iterative(ABC, Generic[StateT]):
     @abstractmethod
     def step(self, problem: Any, state: StateT, iteration: int) -> None:
         """One iteration, in place."""
+
+    def step_all(self, problems: Sequence[Any], states: Sequence[StateT], iteration: int) -> None:
+        """The same iteration of several solves, in place; a solver may do some of its work for all of them at once."""
+        for problem, state in zip(problems, states, strict=True):
+            self.step(problem, state, iteration)
 
     @abstractmethod
     def measure(self, state: StateT, iteration: int) -> Progress:
@@ -95,6 +113,7 @@ class Iterative(ABC, Generic[StateT]):
         """What had to be done that was not asked for."""
         return ()
 
+    @precision.full()
     def solve(
         self, problem: Any, *, start: Point | None = None, state: Run[StateT] | None = None, watch: Watch | None = None
     ) -> Result:
@@ -113,17 +132,47 @@ class Iterative(ABC, Generic[StateT]):
         """
         self.check(problem)
         began = time.perf_counter()
-        run = Run(self.init(problem, start)) if state is None else state
-        status = Status.MAX_ITERATIONS
-        while run.iteration < self.max_iterations:
-            self.step(problem, run.inner, run.iteration)
-            run.iteration += 1
-            news = self._observe(problem, run, time.perf_counter() - began)
-            run.history += news
-            stop = next((why for progress in news if (why := _why_stop(self, progress, watch, began))), None)
-            if stop is not None:
-                status = stop
-                break
+        solve = _Solve(problem, Run(self.init(problem, start)) if state is None else state, start)
+        self._iterate([solve], watch, began)
+        return self._result(solve, began)
+
+    @precision.full()
+    def solve_all(self, problems: Sequence[Any]) -> list[Result]:
+        """Solves of several problems side by side, from their dense weights: what `solve` gives of each alone.
+
+        A solve that stops is left as it is while others go on. `seconds` is an even share of the time of all.
+
+        Raises:
+            TypeError: a problem lacks a capability that the solver needs.
+        """
+        for problem in problems:
+            self.check(problem)
+        began = time.perf_counter()
+        solves = [_Solve(problem, Run(self.init(problem, None)), None) for problem in problems]
+        self._iterate(solves, None, began)
+        share = (time.perf_counter() - began) / max(1, len(solves))
+        return [self._result(solve, time.perf_counter() - share) for solve in solves]
+
+    def _iterate(self, solves: Sequence[_Solve[StateT]], watch: Watch | None, began: float) -> None:
+        """The loop. All solves are at the same iteration."""
+        going = [solve for solve in solves if solve.run.iteration < self.max_iterations]
+        while going:
+            iteration = going[0].run.iteration
+            if len(going) == 1:
+                self.step(going[0].problem, going[0].run.inner, iteration)
+            else:
+                self.step_all([solve.problem for solve in going], [solve.run.inner for solve in going], iteration)
+            for solve in going:
+                solve.run.iteration += 1
+                news = self._observe(solve.problem, solve.run, time.perf_counter() - began)
+                solve.run.history += news
+                solve.stop = next((why for progress in news if (why := _why_stop(self, progress, watch, began))), None)
+            going = [solve for solve in going if solve.stop is None and solve.run.iteration < self.max_iterations]
+
+    def _result(self, solve: _Solve[StateT], began: float) -> Result:
+        """Ends a solve that has stopped."""
+        problem, run, start = solve.problem, solve.run, solve.start
+        status = solve.stop or Status.MAX_ITERATIONS
         finished = self.solution(problem, run.inner)
         finite = finished.is_finite()
         if finite:

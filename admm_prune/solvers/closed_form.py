@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic, require
 from admm_prune.result import Result
@@ -15,6 +16,7 @@ from admm_prune.solvers.base import closed_form, projection_in_its_metric
 class Magnitude:
     """Projects the dense weights: keeps the largest |w|. Fits every problem."""
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         return closed_form(problem, problem.constraint.project(problem.initial()), began, start)
@@ -32,6 +34,7 @@ class Wanda:
     Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023.
     """
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "the norms of its inputs are its metric")
         began = time.perf_counter()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import groups, selection
+from admm_prune.kernels import groups, precision, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, require
 from admm_prune.result import Result
@@ -31,6 +31,7 @@ class GroupMask:
 
     interactions: bool = False
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its scores are entries of one Hessian")
         constraint = checked_groups(self, problem)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from admm_prune.kernels import groups
+from admm_prune.kernels import groups, precision
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Quadratic, require
 from admm_prune.result import Result
@@ -37,6 +37,7 @@ class GroupOBS:
 
     batch: int | None = 1
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it works on the inverse of one Hessian shared by all rows")
         constraint = checked_groups(self, problem)

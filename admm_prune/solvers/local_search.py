@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, require
 from admm_prune.result import Result, Status
@@ -61,6 +62,7 @@ class LocalSearch:
     refits: int = 6
     patience: int = 3
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its gains are those of a quadratic")
         began = time.perf_counter()

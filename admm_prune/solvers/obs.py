@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import backend, quadratic, selection
+from admm_prune.kernels import backend, precision, quadratic, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, require
 from admm_prune.result import Result
@@ -45,6 +45,7 @@ class SparseGPT:
     block: int = 128
     mask_scope: Literal["block", "layer"] = "block"
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it works on the inverse of one Hessian shared by all rows")
         constraint = problem.constraint

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import quadratic
+from admm_prune.kernels import precision, quadratic
 from admm_prune.kernels.groups import minimize_on_columns
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, fits
@@ -38,6 +38,7 @@ class Polish:
     tolerance: float = 1e-5
     max_iterations: int = 100
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         if not (fits(problem, Quadratic) or fits(problem, Refittable)):
             raise TypeError(

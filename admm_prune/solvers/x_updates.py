@@ -27,9 +27,20 @@ class DenseUpdate(ABC):
     def origin(self) -> Point:
         """The unconstrained minimum, or the dense weights where that is not known."""
 
+    @property
+    def place(self) -> object:
+        """Where that lies which `minimize` reads beside its arguments: another value says that it has moved; None that
+        it is not known, or `minimize` does not write where it is told to."""
+        return None
+
     @abstractmethod
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
-        """Factors for this penalty; `fast` where half the digits will do."""
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
+        """Factors for this penalty.
+
+        Args:
+            fast: half the digits will do.
+            in_place: where the factors of the last penalty lie, if they are alike.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -50,12 +61,17 @@ class QuadraticUpdate(DenseUpdate):
     unconstrained minimum, the linear term of f is never formed. A fast step multiplies in bfloat16, where the device
     does so in less time: M and T - W are rounded to 8 bits, V - W with them, W itself is not. On CUDA the other steps
     multiply in three bfloat16 products, which leaves 16 bits.
+
+    Several problems of one shape are taken together: their rows stacked (problems * out, in), D (problems, in), M
+    (problems, in, in).
     """
 
-    def __init__(self, problem: Quadratic) -> None:
-        self._problem = problem
-        self._minimizer = problem.minimizer
-        self._metric = problem.hessian.diagonal().clone()
+    def __init__(self, *problems: Quadratic) -> None:
+        self.problems = problems
+        minimizers = [problem.minimizer for problem in problems]
+        metrics = [problem.hessian.diagonal() for problem in problems]
+        self._minimizer = minimizers[0] if len(problems) == 1 else torch.cat(minimizers)
+        self._metric = metrics[0].clone() if len(problems) == 1 else torch.stack(metrics)
         self.offset = Point(weight=self._minimizer)
         self.root = Point(weight=self._metric.sqrt())
         self._operator: Tensor | None = None
@@ -67,20 +83,34 @@ class QuadraticUpdate(DenseUpdate):
     def origin(self) -> Point:
         return Point(weight=self._minimizer)
 
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
+    @property
+    def place(self) -> object:
+        return None if self._operator is None else self._operator.data_ptr()
+
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
         self._rho = rho
+        before = self._operator if in_place else None
         self._precision = self._split = "bfloat16x3" if splits_products(self._metric) else "exact"
         if fast and self._metric.dtype is torch.float32 and multiplies_bfloat16(self._metric.device):
             self._precision = "bfloat16"
-        self._factorize()
+        made = self._factorize()
+        if before is not None and (before.shape, before.dtype) == (made.shape, made.dtype):
+            self._operator = before.copy_(made)
 
     def release(self) -> None:
         self._operator = None
 
     def minimize(self, target: Point, out: Point) -> Point:
         operator = self._factorize() if self._operator is None else self._operator
-        products.multiply(target["weight"], operator, out=out["weight"])
+        x, into = target["weight"], out["weight"]
+        if operator.ndim == 3:
+            x, into = (y.view(len(operator), -1, y.shape[1]) for y in (x, into))
+        products.multiply(x, operator, out=into)
         return out
+
+    def continue_as(self, other: QuadraticUpdate) -> None:
+        """Stands where another one stood, of the same problem or of several that it is one of."""
+        self._rho, self._precision, self._split = other._rho, other._precision, other._split
 
     def check(self) -> None:
         failed, self._failed = self._failed, []
@@ -89,11 +119,12 @@ class QuadraticUpdate(DenseUpdate):
     def _factorize(self) -> Tensor:
         self._operator = None  # frees its memory for the factorization
         metric = self._metric * self._rho
+        one, *more = self.problems
         # LAPACK reads columns: a symmetric matrix and its transpose are one, and no copy has to turn it round.
-        matrix = self._problem.hessian.clone().mT
-        matrix.diagonal().add_(metric)
+        matrix = (torch.stack([problem.hessian for problem in self.problems]) if more else one.hessian.clone()).mT
+        matrix.diagonal(dim1=-2, dim2=-1).add_(metric)
         matrix = quadratic.inverse(matrix, self._failed, self._split)
-        self._operator = products.prepared(matrix.mT.mul_(metric[:, None]), self._precision)
+        self._operator = products.prepared(matrix.mT.mul_(metric[..., None]), self._precision)
         return self._operator
 
 
@@ -108,7 +139,7 @@ class ProximalUpdate(DenseUpdate):
     def origin(self) -> Point:
         return self._problem.initial()
 
-    def prepare(self, rho: float, *, fast: bool = False) -> None:
+    def prepare(self, rho: float, *, fast: bool = False, in_place: bool = False) -> None:
         self._rho = rho
 
     def release(self) -> None:

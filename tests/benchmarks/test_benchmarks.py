@@ -18,7 +18,7 @@ from admm_prune.recipes.targets import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate
-from benchmarks import gaps, instances, leaderboard, machine, measuring, published, streaming, tables
+from benchmarks import batches, gaps, instances, leaderboard, machine, measuring, published, streaming, tables
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, problem_for, settings_key
 from benchmarks.journal import Journal, write_csv
 from benchmarks.leaderboard import Leaderboard
@@ -322,10 +322,27 @@ def test_models_to_stream_have_as_many_parameters_as_is_said(tmp_path: Path) -> 
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == parameters
     assert {tensor.dtype for tensor in stored} == {torch.bfloat16}
-    row = {"method": "wanda", "peak_gb": 1.234, "minutes": 5.6}
+    row = {"method": "wanda", "peak_gb": 1.234, "minutes": 5.6, "reading_percent": 0.42}
     content = {
         "machine": machine.machine("2026-11-24"), "command": "c", "shape": "tiny", "blocks": "2 of 4", "tokens": 8,
         "parameters": parameters, "weights_gb": 0.1, "rows": [row],
     }  # fmt: skip
     assert "tiny shape, 2 of 4 blocks" in streaming.table(content)
-    assert streaming.table(content).splitlines()[-1].split() == ["wanda", "1.23", "5.6"]
+    assert streaming.table(content).splitlines()[-1].split() == ["wanda", "1.23", "5.6", "0.42", "%"]
+
+
+# Batches
+
+
+def test_batches_are_timed_beside_the_same_problems_alone(tmp_path: Path) -> None:
+    out = tmp_path / "batches"
+    batches.main([str(out), "--count", "3", "--repeats", "2", "--shapes", "16x32,300x128"])
+    rows = json.loads((tmp_path / "batches.json").read_text())["rows"]
+    assert [(row["shape"], row["target"], row["chosen"]) for row in rows] == [
+        ("16x32", "70%", True),
+        ("16x32", "2:4", True),
+        ("300x128", "70%", False),
+        ("300x128", "2:4", False),
+    ]
+    assert all(row["same_bits"] and row["ratio"] > 0 for row in rows)
+    assert "16x32" in (tmp_path / "batches.txt").read_text()

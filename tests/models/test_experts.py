@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from test_capture import near
 from tiny_models import build, expert_inputs, one_by_one
 from torch import Tensor, nn
 
-from admm_prune import SparseAdam
+from admm_prune import ADMM, SparseAdam
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
@@ -18,7 +19,9 @@ from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.ridge import GRID
 from admm_prune.recipes.targets import Target
+from admm_prune.solvers import together
 
 
 def mixture(family: str = "mixtral", *, starved: int | None = None) -> nn.Module:
@@ -129,3 +132,26 @@ def test_a_view_of_an_expert_is_what_its_forward_multiplies_by() -> None:
     up, down = (WeightView("w", experts, own=own, expert=2).read() for own in ("gate_up_proj", "down_proj"))
     gate, value = (x @ up.T).chunk(2, dim=-1)
     torch.testing.assert_close(experts(x, choice, weight), (nn.functional.silu(gate) * value) @ down.T)
+
+
+@pytest.mark.parametrize(("ridge", "pattern"), [(None, None), ("auto", (2, 4))], ids=["70%", "2:4, ridge chosen"])
+def test_experts_are_solved_in_batches_and_end_as_alone(
+    stories: Sequences, monkeypatch: pytest.MonkeyPatch, ridge: Any, pattern: tuple[int, int] | None
+) -> None:
+    """The experts' matrices of a shape in one batch; to the bit what comes of one solve after the other."""
+    target = Target(None, pattern) if pattern else Target(0.7)
+    sizes: list[int] = []
+    real = ADMM.solve_all
+    monkeypatch.setattr(ADMM, "solve_all", lambda self, problems: sizes.append(len(problems)) or real(self, problems))
+    models, reports = [], []
+    for largest in (together._LARGEST_ON_CPU, 0):
+        monkeypatch.setattr(together, "_LARGEST_ON_CPU", largest)
+        model = mixture()
+        outcome = recipe_named("admm").prune(model, Request(target=target, calibration=stories, ridge=ridge))
+        models.append(model.state_dict())
+        reports.append([replace(layer, seconds=0.0) for layer in outcome.layers])
+        assert (4 in sizes) is bool(largest)
+        assert (len(GRID) in sizes) is (bool(largest) and ridge == "auto")
+        sizes.clear()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert reports[0] == reports[1]

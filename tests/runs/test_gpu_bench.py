@@ -18,36 +18,45 @@ from admm_prune.cli.app import app
 from admm_prune.errors import UserError
 from admm_prune.kernels import quadratic
 from admm_prune.problems.constraints import NofM, Unstructured
-from admm_prune.runs.gpu import baselines, layers, rows, scaling, suite, training
+from admm_prune.runs.gpu import baselines, blocks, layers, rows, scaling, suite, training
 from admm_prune.runs.gpu.ceilings import Ceilings, Work
 from admm_prune.runs.gpu.rows import Case, Figures, Row, Runner
+from admm_prune.runs.gpu.table import rendered
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(dict.fromkeys(("float64", "float32", "bfloat16", "bfloat16x3"), 1000000000.0), read=1e9, copied=1e9)
-# What the machine with a GPU lacks: importing it fails, and so does asking for its version.
+# What the machine with a GPU lacks: importing it fails, and so does asking for its version. typer may use pydantic.
 WITHOUT = """
-import importlib.metadata, sys
+import builtins, importlib.metadata, importlib.util, sys
 LACKING = {"pydantic", "pydantic_core", "datasets", "cvxpy", "pyscipopt"}
-class Lacking:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in LACKING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Lacking())
-version = importlib.metadata.version
+real, found, version = builtins.__import__, importlib.util.find_spec, importlib.metadata.version
+def imported(name, globals=None, locals=None, fromlist=(), level=0):
+    asking = (globals or {}).get("__name__", "").partition(".")[0]
+    if level == 0 and name.partition(".")[0] in LACKING and asking not in LACKING | {"typer"}:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return real(name, globals, locals, fromlist, level)
 def asked(name):
     if name in LACKING | {"admm-prune"}:
         raise importlib.metadata.PackageNotFoundError(name)
     return version(name)
-importlib.metadata.version = asked
-from pathlib import Path
-from admm_prune.runs.gpu.suite import bench_gpu
-bench_gpu(Path(sys.argv[1]), device="cpu", small=True, budget=400.0)
+builtins.__import__, importlib.metadata.version = imported, asked
+importlib.util.find_spec = lambda name, package=None: None if name in LACKING else found(name, package)
+"""
+COMMAND = """
+from admm_prune import cli
+sys.argv = ["admm-prune", "bench", "gpu", "--small", "--device", "cpu", "--budget", "400", "--out", sys.argv[1]]
+cli.main()
+"""
+# Every file with tests for a GPU, collected as pytest would there.
+COLLECT = """
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
 def test_the_whole_of_it_without_what_a_gpu_machine_lacks(tmp_path: Path) -> None:
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "out")]
+    command = [sys.executable, "-c", WITHOUT + COMMAND, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "out" / "admm_prune.json").read_text())
@@ -57,14 +66,28 @@ def test_the_whole_of_it_without_what_a_gpu_machine_lacks(tmp_path: Path) -> Non
     assert all(claim["met"] is None for claim in content["claims"])  # tiny shapes prove nothing
     for row in content["rows"]:
         assert row["seconds"] > 0
+        assert row["floor_seconds"] > 0
+        assert row["reached"] == pytest.approx(row["floor_seconds"] / row["seconds"])
         if row["section"] == "layers":
             assert 0 < row["error"] < 1
-            assert row["floor_seconds"] >= 0
     assert {"sparsegpt", "admm-fast", "admm"} <= set(content["model"]["layers"])
     table = (tmp_path / "out" / "gpu.txt").read_text()
     for row in content["rows"]:
         assert row["name"] in table
     assert "nothing about the speed of a GPU" in table
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_gpu_is_collected_without_them() -> None:
+    tests = Path(__file__).parents[1]
+    files = [path for path in sorted(tests.rglob("test_*.py")) if path != Path(__file__)]
+    marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    command = [sys.executable, "-c", WITHOUT + COLLECT, *map(str, marked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    names = {path.name for path in marked}
+    assert {"test_on_device.py", "test_triton_kernels.py", "test_precision.py"} <= names
+    assert all(f"{name}::" in done.stdout for name in names)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -113,6 +136,20 @@ def test_a_row_that_fails_is_a_row(monkeypatch) -> None:
     assert Runner(CPU, CEILINGS, budget=0.0).run([good])[0].status == "no time"
 
 
+def test_a_card_that_answers_nothing_more_leaves_the_rows_so_far(monkeypatch) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runner = Runner(CPU, CEILINGS, budget=30.0)
+    runner.run([case(lambda: Figures(seconds=2.0))])
+    for name in ("mem_get_info", "empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lost)
+    runner.device = torch.device("cuda")
+    runner.run([case(lambda: Figures(seconds=1.0))])
+    assert [row.status for row in runner.rows] == ["measured", "failed"]
+    assert "illegal memory access" in runner.rows[1].note
+
+
 def test_the_fit_finds_a_line() -> None:
     points = [(0.01, 0.03), (0.1, 0.21), (1.0, 2.01)]  # 10 ms and twice the floor
     measured = [
@@ -128,6 +165,27 @@ def test_the_fit_finds_a_line() -> None:
     (model,) = content["models"]
     assert model["seconds"] == pytest.approx(2 * model["floor_seconds"])
     assert 6.5e9 < model["parameters"] < 6.9e9
+    assert model["working_from"] == "counted"
+
+
+def test_memory_is_scaled_by_what_blocks_took() -> None:
+    def row(name: str, case: str, **more: float) -> Row:
+        named = {"section": "models", "name": name, "case": case, "status": "measured"}
+        return Row(**named, seconds=2.0, floor_seconds=1.0, more=more)
+
+    seven, tokens = training.SHAPES["7B"], 1024
+    half = blocks.working_bytes(seven, tokens) / 2
+    sizes = [row(blocks.STRUCTURED, "", parameters=p, **{blocks.BEYOND: 3 * p**0.5}) for p in (1e6, 1e7, 1e8)]
+    measured = [row("admm 70 %, layer by layer", "7B, 2 of 32 blocks", **{blocks.BEYOND: half}), *sizes]
+    shapes = [seven, training.SHAPES["70B"]]
+    content = scaling.model_of(measured, shapes, CEILINGS, tokens=tokens, methods=("admm",))
+    for shape, model in zip(shapes, content["models"], strict=True):
+        assert model["working_bytes"] == pytest.approx(blocks.working_bytes(shape, tokens) / 2)
+        assert model["working_from"] == "blocks"
+    assert content["structured_peak"]["exponent"] == pytest.approx(0.5)
+    content |= {"date": "", "command": "", "gap": "", "claims": [], "model": content}
+    content["environment"] = {"device": "a card", "versions": {}, "kernels": ""}
+    assert "parameters^0.50, 3 rows" in rendered(content, measured, CEILINGS)
 
 
 def test_claims_are_judged_by_the_rows() -> None:

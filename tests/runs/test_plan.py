@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +19,17 @@ from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.recipes.catalogue import RECIPES, recipe_named
-from admm_prune.recipes.layerwise import prune_shared
+from admm_prune.recipes.layerwise import prune_several, prune_shared
 from admm_prune.recipes.local_methods import LOCAL_METHODS
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 from admm_prune.runs.planning.anatomy import Anatomy
-from admm_prune.runs.planning.blockwise import blockwise_stages
+from admm_prune.runs.planning.blockwise import SOLVER, Collected, _local, blockwise_stages
 from admm_prune.runs.planning.counting import counted
 from admm_prune.runs.planning.machine import GPUS, Machine, measured_here
 from admm_prune.runs.planning.plan import make_plan
+from admm_prune.runs.planning.stages import Stretch, stretch
 from admm_prune.runs.planning.trials import LayerTrial, random_gram, view_of
 from admm_prune.runs.planning.whole_model import training
 from admm_prune.runs.planning.work import KINDS, Work
@@ -243,3 +246,22 @@ def test_what_does_not_fit_is_told_with_its_part_and_what_helps() -> None:
     assert refused is not None
     assert "wanda does not fit" in refused
     assert "0.00 GB there are" in refused
+
+
+def test_experts_that_are_solved_in_batches_are_counted_so() -> None:
+    """A solver that takes six matrices of a shape at once is given what its batch is bound to, on any device."""
+    request = Request(target=Target(0.7), calibration=text(4, 32))
+    views = [view_of(torch.randn(96, 32)) for _ in range(6)]
+
+    def planned(method: str, device: str) -> int:
+        walk: Any = SimpleNamespace(parts=1, device=torch.device(device))
+        collected = Collected([((view,), 32) for view in views], Stretch(), 0)
+        stages = _local(collected, LOCAL_METHODS[method], request, 1, walk)
+        return max(stage.parts[SOLVER] for stage in stages if stage.name == "solver")
+
+    inputs = [SharedInput((view,), LayerStatistics(random_gram(32), 64)) for view in views]
+    with counted() as counting, stretch(counting) as found, torch.no_grad():
+        counting.know(*(one.statistics.gram for one in inputs), *(view.parameter for view in views))
+        prune_several(inputs, LOCAL_METHODS["admm"], request)
+    assert found.peak <= planned("admm", "cpu") == planned("admm", "cuda") <= 2 * found.peak
+    assert planned("admm", "cpu") > 2 * planned("sparsegpt", "cpu")

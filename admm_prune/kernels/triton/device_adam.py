@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from admm_prune.kernels.triton.device_places import part_of_row, runs_of_row
+
 
 @triton.jit
 def _bit(bits_at, row, column, packed, there):
@@ -77,11 +79,7 @@ def adam(
     SECOND_STEP: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    run = tl.program_id(1) * STEPS + tl.arange(0, STEPS)
-    column = run[:, None] * 256 + tl.arange(0, 256)[None, :]
-    there = column < width
-    place = row * width + column
+    row, run, column, there, place = runs_of_row(width, STEPS)
     x = tl.load(x_at + place, mask=there, other=0.0).to(tl.float32)
     g = tl.load(gradient_at + place, mask=there, other=0.0).to(tl.float32) * factor
     if ANCHOR:
@@ -150,11 +148,7 @@ def score(
     STEPS: tl.constexpr,
 ):
     """|x + u| sqrt(F), times `bonus` in the support; u is -lag c off it."""
-    row = tl.program_id(0).to(tl.int64)
-    run = tl.program_id(1) * STEPS + tl.arange(0, STEPS)
-    column = run[:, None] * 256 + tl.arange(0, 256)[None, :]
-    there = column < width
-    place = row * width + column
+    row, run, column, there, place = runs_of_row(width, STEPS)
     a = tl.load(x_at + place, mask=there, other=0.0).to(tl.float32)
     inside = _bit(bits_at, row, column, packed, there)
     if ANCHOR:
@@ -185,19 +179,14 @@ def pack(mask_at, bits_at, rows, width, packed, BYTES: tl.constexpr):
 
 @triton.jit
 def unpack(bits_at, mask_at, width, packed, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    tl.store(mask_at + row * width + column, _bit(bits_at, row, column, packed, there).to(tl.uint8), mask=there)
+    row, column, there, place = part_of_row(width, BLOCK)
+    tl.store(mask_at + place, _bit(bits_at, row, column, packed, there).to(tl.uint8), mask=there)
 
 
 @triton.jit
 def restrict(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
     """x <- M x."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = row * width + column
+    row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there, other=0.0)
     inside = _bit(bits_at, row, column, packed, there)
     tl.store(x_at + place, x * inside.to(x.dtype), mask=there)

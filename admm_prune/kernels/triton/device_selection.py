@@ -35,7 +35,7 @@ def gather(score, total, bracket, candidates, capacity, control, BLOCK: tl.const
     for step in range(STEPS):
         place = first + step * BLOCK + tl.arange(0, BLOCK)
         there = place < total
-        x = tl.load(score + place, mask=there, other=0.0)
+        x = tl.load(score + place, mask=there, other=0.0).to(tl.float32)
         key = key_of(x)
         over = there & (key > high)
         inside = (there & (key >= low) & (key <= high)).to(tl.int32)
@@ -74,6 +74,10 @@ def count(
     STEPS: tl.constexpr,
 ):
     """Adds up how many keys that begin with what is found have each value of the next bits."""
+    matrix = tl.program_id(1).to(tl.int64)
+    score += matrix * total
+    control += matrix * 8
+    histogram += matrix * BINS
     first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
     limit = total
     if not ALL:
@@ -87,7 +91,7 @@ def count(
             place = first + step * BLOCK + tl.arange(0, BLOCK)
             there = place < limit
             if ALL:
-                x = tl.load(score + place, mask=there, other=0.0)
+                x = tl.load(score + place, mask=there, other=0.0).to(tl.float32)
                 bad += (x != x).to(tl.int32)
                 key = key_of(x)
             else:
@@ -105,6 +109,8 @@ def count(
 @triton.jit
 def descend(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
     """Settles the next bits: the highest bin at which the counts from the top reach what is wanted. Clears the bins."""
+    control += tl.program_id(0) * 8
+    histogram += tl.program_id(0) * BINS
     need = tl.load(control)
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram + bins)
@@ -120,6 +126,10 @@ def descend(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
 @triton.jit
 def count_ties(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Keys equal to the threshold in each program's part; nothing where all of them are kept."""
+    matrix = tl.program_id(1).to(tl.int64)
+    score += matrix * total
+    control += matrix * 8
+    ties += matrix * tl.num_programs(0)
     if tl.load(control + 6) > tl.load(control):
         level = tl.load(control + 1).to(tl.uint32)
         first = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
@@ -135,6 +145,11 @@ def count_ties(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.const
 @triton.jit
 def mark(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Keeps the keys above the threshold, and of those equal to it the first ones."""
+    matrix = tl.program_id(1).to(tl.int64)
+    score += matrix * total
+    kept += matrix * total
+    control += matrix * 8
+    ties_before += matrix * tl.num_programs(0)
     need = tl.load(control)
     level = tl.load(control + 1).to(tl.uint32)
     all_ties = tl.load(control + 6) <= need
@@ -167,7 +182,7 @@ def mark_rows(score, kept, width, keep, bad, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     there = columns < width
     place = tl.program_id(0).to(tl.int64) * width + columns
-    x = tl.load(score + place, mask=there, other=0.0)
+    x = tl.load(score + place, mask=there, other=0.0).to(tl.float32)
     key = key_of(x)
     level = tl.zeros((1,), tl.uint32)
     one = tl.full((1,), 1, tl.uint32)

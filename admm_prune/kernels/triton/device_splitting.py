@@ -1,16 +1,19 @@
-"""Device code: ADMM between two products. Launched by `splitting`; a program takes a part of one row."""
+"""Device code: ADMM between two products. Launched by `splitting`; a program takes a part of one row.
+
+`rows` share a row of the metric.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from admm_prune.kernels.triton.device_places import part_of_row
+
 
 @triton.jit
 def to_target(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    _row, _column, there, place = part_of_row(width, BLOCK)
     z = tl.load(z_at + place, mask=there)
     d = tl.load(d_at + place, mask=there)
     dual = z * tau
@@ -28,15 +31,14 @@ def relax(
     offset_at,
     root_at,
     score_at,
+    rows,
     width,
     relaxation,
     OFFSET: tl.constexpr,
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there)
     if OFFSET:
         x += tl.load(offset_at + place, mask=there)
@@ -45,7 +47,7 @@ def relax(
     tl.store(z_at + place, z, mask=there)
     score = z
     if ROOT:
-        score = z * tl.load(root_at + column, mask=there)
+        score = z * tl.load(root_at + (row // rows) * width + column, mask=there)
     tl.store(score_at + place, tl.abs(score), mask=there)
 
 
@@ -58,24 +60,23 @@ def settle(
     x_at,
     root_at,
     parts_at,
+    rows,
     width,
     CHANGES: tl.constexpr,
     ROOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+    row, column, there, place = part_of_row(width, BLOCK)
     mask = tl.load(mask_at + place, mask=there, other=0)
     z = tl.load(z_at + place, mask=there, other=0.0)
     d = tl.where(mask != 0, z, z * 0.0)  # NaN and Inf off the support are seen
     tl.store(d_at + place, d, mask=there)
     away = tl.load(x_at + place, mask=there, other=0.0) - d
     if ROOT:
-        root = tl.load(root_at + column, mask=there, other=0.0)
+        root = tl.load(root_at + (row // rows) * width + column, mask=there, other=0.0)
         away *= root
         d *= root
-    part = parts_at + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 4
+    part = parts_at + (row * tl.num_programs(1) + tl.program_id(1)) * 4
     if CHANGES:
         before = tl.load(before_at + place, mask=there, other=0)
         tl.store(part, tl.sum(((mask != 0) & (before == 0)).to(tl.int32)).to(tl.float32))

@@ -24,10 +24,10 @@ _BINS = 1 << 11
 
 def threshold(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep`-th largest of flat (n,), 0-dimensional float32; and whether there was a NaN, on the device."""
-    control = _search(flat.contiguous(), keep, direct=_DIRECT)
+    control = _search(flat.contiguous().view(1, -1), keep, direct=_DIRECT)
     level = torch.empty((), dtype=torch.float32, device=flat.device)
     device.level_of[(1,)](control, level)
-    return level, control[device.NAN]
+    return level, control[0, device.NAN]
 
 
 def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor, Tensor]:
@@ -37,34 +37,52 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the sample misled,
     the histograms are taken of everything.
     """
-    flat = score.contiguous().view(-1)
-    control = _search(flat, keep, direct=direct)
-    grid, part = _parts(flat.numel())
-    ties = torch.zeros(grid, dtype=torch.int64, device=flat.device)
-    device.count_ties[grid](flat, flat.numel(), control, ties, **part)
+    flat = score.contiguous().view(1, -1)
+    kept, bad = _marked(flat, _search(flat, keep, direct=direct))
+    return kept.view(score.shape), bad
+
+
+def largest_of_each(rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Marks the `keep` largest of every row (n, width) of any width, 0 < keep < width; whether there was a NaN.
+
+    The same launches serve all rows.
+    """
+    flat = rows.contiguous()
+    return _marked(flat, _search(flat, keep, direct=flat.shape[1]))
+
+
+def _marked(flat: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask, from what was found of every row; whether there was a NaN."""
+    matrices, total = flat.shape
+    (programs,), part = _parts(total)
+    ties = torch.zeros(matrices, programs, dtype=torch.int64, device=flat.device)
+    device.count_ties[(programs, matrices)](flat, total, control, ties, **part)
     kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    before = ties.cumsum(0) - ties
-    device.mark[grid](flat, flat.numel(), control, before, kept.view(torch.uint8), **part)
-    return kept.view(score.shape), control[device.NAN]
+    before = ties.cumsum(1) - ties
+    device.mark[(programs, matrices)](flat, total, control, before, kept.view(torch.uint8), **part)
+    return kept, control[:, device.NAN].amax()
 
 
 def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
-    """The control block when all bits of the threshold are found."""
-    total = flat.numel()
-    control = torch.zeros(device.CONTROLS, dtype=torch.int64, device=flat.device)
-    histogram = torch.zeros(_BINS, dtype=torch.int64, device=flat.device)
+    """The control blocks (rows, 8) when all bits of the threshold of every row of flat (rows, n) are found.
+
+    A bracket is sampled for a single row alone.
+    """
+    matrices, total = flat.shape
+    control = torch.zeros(matrices, device.CONTROLS, dtype=torch.int64, device=flat.device)
+    histogram = torch.zeros(matrices, _BINS, dtype=torch.int64, device=flat.device)
     if total <= direct:
-        control[device.NEED : device.NEED + 1].fill_(keep)
-        control[device.FAILED : device.FAILED + 1].fill_(1)
+        control[:, device.NEED].fill_(keep)
+        control[:, device.FAILED].fill_(1)
         candidates = histogram  # not read
         sources: tuple[tuple[bool, int], ...] = ((True, total),)
     else:
-        candidates = _gathered(flat, keep, control)
+        candidates = _gathered(flat[0], keep, control)
         sources = ((False, len(candidates)), (True, total))
     for position, (shift, width) in enumerate(_DIGITS):
         for everything, entries in sources:
-            grid, part = _parts(entries)
-            device.count[grid](
+            (programs,), part = _parts(entries)
+            device.count[(programs, matrices)](
                 flat,
                 total,
                 candidates,
@@ -77,7 +95,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
                 BINS=1 << width,
                 **part,
             )
-        device.descend[(1,)](control, histogram, WIDTH=width, BINS=1 << width, num_warps=4)
+        device.descend[(matrices,)](control, histogram, WIDTH=width, BINS=1 << width, num_warps=4)
     return control
 
 

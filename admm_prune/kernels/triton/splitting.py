@@ -27,6 +27,7 @@ def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, sco
         z if offset is None else offset,
         z if root is None else root,
         score,
+        z.shape[0] // _problems(root),
         z.shape[1],
         relaxation,
         OFFSET=offset is not None,
@@ -47,13 +48,21 @@ def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor,
         x,
         z if root is None else root,
         parts,
+        z.shape[0] // _problems(root),
         z.shape[1],
         CHANGES=before is not None,
         ROOT=root is not None,
         BLOCK=block,
     )
-    sums = parts.sum((0, 1), dtype=torch.float64)
-    return torch.cat([sums[:2], sums[2:].sqrt()])
+    several = root is not None and root.ndim == 2
+    sums = parts.view(_problems(root), -1, 4).sum(1, dtype=torch.float64)
+    measured = torch.cat([sums[:, :2], sums[:, 2:].sqrt()], dim=1)
+    return measured if several else measured[0]
+
+
+def _problems(root: Tensor | None) -> int:
+    """How many problems lie stacked: each has a row of the metric."""
+    return len(root) if root is not None and root.ndim == 2 else 1
 
 
 def _parts(x: Tensor) -> tuple[tuple[int, int], int]:

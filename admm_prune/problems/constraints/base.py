@@ -21,6 +21,10 @@ class SparseSet(ABC):
     def select(self, score: Point) -> Point:
         """The admissible support of the largest total squared score, as booleans; scores are not negative."""
 
+    def select_each(self, score: Tensor) -> Tensor:
+        """The supports of several matrices (matrices, out, in), each of which has the whole of this set."""
+        return torch.stack([self.select(Point(weight=one))["weight"] for one in score])
+
     @property
     def group_width(self) -> int:
         """How many consecutive columns are kept or dropped in view of each other; 1 where there is no such."""

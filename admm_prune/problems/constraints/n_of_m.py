@@ -44,6 +44,9 @@ class NofM(SparseSet):
     def select(self, score: Point) -> Point:
         return score.map(lambda s: selection.largest_per_group(self._checked(s), self.n, self.m))
 
+    def select_each(self, score: Tensor) -> Tensor:
+        return selection.largest_per_group(self._checked(score.flatten(0, 1)), self.n, self.m).view(score.shape)
+
     def tightened(self, fraction: float) -> Self:
         return type(self)(self.m - math.ceil((self.m - self.n) * fraction), self.m)
 

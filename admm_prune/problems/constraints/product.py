@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from math import lcm
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from admm_prune.point import Point
 from admm_prune.problems.constraints.base import SparseSet
@@ -39,7 +41,7 @@ class Product(SparseSet):
     def contains(self, z: Point) -> bool:
         return all(factor.contains(Point({name: x})) for name, factor, x in self._pairs(z))
 
-    def _pairs(self, x: Point) -> list[tuple[str, SparseSet, torch.Tensor]]:
+    def _pairs(self, x: Point) -> list[tuple[str, SparseSet, Tensor]]:
         if x.keys() != self.factors.keys():
             raise ValueError(f"the product is over {sorted(self.factors)}, the point names {sorted(x)}")
         return [(name, self.factors[name], tensor) for name, tensor in x.items()]
@@ -59,8 +61,28 @@ class StackedRows(SparseSet):
     parts: tuple[tuple[int, SparseSet], ...]
 
     def select(self, score: Point) -> Point:
-        masks = [part.select(piece) for part, piece in self._split(score)]
+        pieces = self._split(score)
+        if len(score) == 1:
+            return score.map(self._select_matrix)
+        masks = [part.select(piece) for part, piece in pieces]
         return Point({name: torch.cat([mask[name] for mask in masks]) for name in score})
+
+    def _select_matrix(self, score: Tensor) -> Tensor:
+        """Neighbours of one size and set in one selection."""
+        masks: list[Tensor] = []
+        start = 0
+        for (rows, part), alike in groupby(self.parts):
+            count = len(list(alike))
+            pieces = score[start : start + count * rows].view(count, rows, -1)
+            if count > 1 and isinstance(part, SparseSet):
+                masks.append(part.select_each(pieces).flatten(0, 1))
+            else:
+                masks += [part.select(Point(weight=piece))["weight"] for piece in pieces]
+            start += count * rows
+        return torch.cat(masks) if len(masks) > 1 else masks[0]
+
+    def select_each(self, score: Tensor) -> Tensor:
+        return type(self)(self.parts * len(score))._select_matrix(score.flatten(0, 1)).view(score.shape)
 
     @property
     def group_width(self) -> int:

@@ -34,6 +34,10 @@ class RowWise(SparseSet):
     def select(self, score: Point) -> Point:
         return score.map(self._select_matrix)
 
+    def select_each(self, score: Tensor) -> Tensor:
+        keep, longer = self._budget(*score.shape[1:])
+        return super().select_each(score) if longer else selection.largest_per_row(score, keep)
+
     def tightened(self, fraction: float) -> Self:
         if self.keep is not None:
             raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")

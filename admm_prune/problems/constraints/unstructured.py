@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from admm_prune.kernels import selection
 from admm_prune.point import Point
@@ -36,6 +37,9 @@ class Unstructured(SparseSet):
         flat = torch.cat([s.reshape(-1) for s in score.values()])
         parts = selection.largest(flat, keep).split([s.numel() for s in score.values()])
         return Point({name: part.view_as(s) for (name, s), part in zip(score.items(), parts, strict=True)})
+
+    def select_each(self, score: Tensor) -> Tensor:
+        return selection.largest_of_each(score, self._count(Point(weight=score[0])))
 
     def tightened(self, fraction: float) -> Self:
         if self.keep is not None:

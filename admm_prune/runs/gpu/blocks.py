@@ -17,10 +17,11 @@ from admm_prune.recipes.struprune import StruPrune
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.gpu.ceilings import Work, synchronize
 from admm_prune.runs.gpu.layers import solver_work
-from admm_prune.runs.gpu.rows import Case, Figures
+from admm_prune.runs.gpu.rows import Case, Figures, peak_of
 from admm_prune.runs.gpu.training import ModelShape, llama
 
-SECTION = "models"
+SECTION, STRUCTURED = "models", "struprune 30 %"
+BEYOND = "peak bytes beyond the model"
 
 
 def local_cases(
@@ -38,8 +39,11 @@ def _local_case(
 
     def run() -> Figures:
         model = llama(shape, measured, device, dtype).eval().requires_grad_(False)
-        seconds = _pruned(model, Layerwise(LOCAL_METHODS[name]), Target(0.7), shape, samples, length, device)
+        recipe = Layerwise(LOCAL_METHODS[name])
+        with peak_of(device) as peaks:
+            seconds = _pruned(model, recipe, Target(0.7), shape, samples, length, device)
         more: dict[str, Any] = {
+            **({BEYOND: peaks[0]} if peaks else {}),
             "tokens": samples * length,
             "seconds a block": seconds / measured,
             "seconds for all blocks": seconds / measured * shape.blocks,
@@ -93,23 +97,27 @@ def structured_cases(sizes: list[ModelShape], device: torch.device, *, samples: 
 def _structured_case(shape: ModelShape, device: torch.device, samples: int, length: int) -> Case:
     def run() -> Figures:
         model = llama(shape, shape.blocks, device, torch.float32).eval().requires_grad_(False)
-        own = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds = _pruned(model, StruPrune(form="padded"), Target(0.3), shape, samples, length, device)
-        more: dict[str, Any] = {"parameters": shape.parameters}
-        if device.type == "cuda":
-            more["peak bytes beyond the model"] = torch.cuda.max_memory_allocated(device) - own
-        return Figures(seconds=seconds, more=more)
+        with peak_of(device) as peaks:
+            seconds = _pruned(model, StruPrune(form="padded"), Target(0.3), shape, samples, length, device)
+        more: dict[str, Any] = {"parameters": shape.parameters, **({BEYOND: peaks[0]} if peaks else {})}
+        return Figures(seconds=seconds, work=structured_work(shape, samples * length), more=more)
 
     return Case(
         section=SECTION,
-        name="struprune 30 %",
+        name=STRUCTURED,
         case=f"{shape.parameters:.2e} parameters, {samples} x {length} tokens",
         run=run,
         needs=12.0 * shape.parameters,
         limit=40.0,
     )
+
+
+def structured_work(shape: ModelShape, tokens: int) -> Work:
+    """StruPrune, all blocks: in the first pass a forward for the statistics and one for the next inputs, in the second
+    one for each branch's and one for the next inputs, in float32; Grams of both outputs twice, in float64."""
+    grams = (shape.heads * shape.head) ** 2 + shape.inner**2
+    block = Work({"float32": 5 * 2.0 * tokens * shape.block, "float64": 2 * float(tokens) * grams})
+    return block * shape.blocks
 
 
 def _pruned(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.kernels import products
+from admm_prune.kernels import precision, products
 
 RATES = ("float64", "float32", "bfloat16", "bfloat16x3")
 
@@ -69,6 +69,7 @@ class Ceilings:
         return "operations" if computing >= work.moved / self.copied else "bytes"
 
 
+@precision.full()
 def measured(device: torch.device, *, width: int, entries: int) -> Ceilings:
     """From square products of `width`, and from reading and copying `entries` float32 numbers, that no cache holds."""
     operations = {}

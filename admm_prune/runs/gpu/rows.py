@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Generic, Literal, TypeVar
@@ -163,17 +163,15 @@ class Runner:
         limit = min(case.limit, self.left)
         if limit <= 0:
             return row("no time", note="the time for the whole benchmark was over")
-        free = free_memory(self.device)
-        if free is not None and case.needs > free:
-            return row("no memory", note=f"needs about {case.needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device) if cuda else 0
+        peak = None
         try:
-            with time_limit(limit):
+            free = free_memory(self.device)
+            if free is not None and case.needs > free:
+                return row("no memory", note=f"needs about {case.needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            with time_limit(limit), peak_of(self.device) as peaks:
                 figures = case.run()
                 synchronize(self.device)
+            peak = peaks[0] if peaks else None
         except TimeoutError:
             return row("too long", note=f"stopped after {limit:.0f} s")
         except torch.OutOfMemoryError as error:
@@ -181,15 +179,16 @@ class Runner:
         except _FAILURES as error:
             return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
         finally:
-            if cuda:
-                torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after some errors the card answers nothing more: the rows so far count
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
         work = figures.work
         return row(
             "measured",
             seconds=figures.seconds,
             floor_seconds=None if work is None else self.ceilings.floor(work),
             bound=None if work is None else self.ceilings.bound(work),
-            peak_bytes=torch.cuda.max_memory_allocated(self.device) - before if cuda else None,
+            peak_bytes=peak,
             error=figures.error,
             more=figures.more,
             note=figures.note,
@@ -203,6 +202,19 @@ def free_memory(device: torch.device) -> float | None:
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(0.0, free + unused - _RESERVE * total)
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Generator[list[int]]:
+    """Receives, at the end, the most bytes of a CUDA device that were held at once, beyond those held before."""
+    peaks: list[int] = []
+    if device.type != "cuda":
+        yield peaks
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield peaks
+    peaks.append(torch.cuda.max_memory_allocated(device) - before)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from admm_prune.runs.gpu.blocks import block_work, working_bytes
+from admm_prune.runs.gpu.blocks import BEYOND, STRUCTURED, block_work, working_bytes
 from admm_prune.runs.gpu.ceilings import Ceilings
 from admm_prune.runs.gpu.rows import Row
-from admm_prune.runs.gpu.training import ModelShape
+from admm_prune.runs.gpu.training import SHAPES, ModelShape
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,29 @@ def fitted(rows: Sequence[Row]) -> Line | None:
     return Line(overhead, 1.0 / slope, len(points), float((guessed / spent - 1.0).abs().max()))
 
 
+def power_of(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The exponent e of peak = c parameters^e over structured pruning's sizes, by least squares over logarithms; None
+    where fewer than two peaks were measured."""
+    points = [
+        (row.more["parameters"], row.more[BEYOND]) for row in rows if row.name == STRUCTURED and BEYOND in row.more
+    ]
+    if len(points) < 2:
+        return None
+    x, y = torch.tensor(points, dtype=torch.float64).log().unbind(1)
+    away = x - x.mean()
+    return {"exponent": float((away * y).sum() / away.square().sum()), "rows": len(points)}
+
+
 def model_of(
     rows: Sequence[Row], shapes: Sequence[ModelShape], ceilings: Ceilings, *, tokens: int, methods: Sequence[str]
 ) -> dict[str, Any]:
     """For every method its fitted line over layers, and what whole models are to take.
 
     A model's time is its floor (forward passes, Grams, solves) by the fraction that the measured blocks reached, or,
-    where those were not measured, that of the layers. Memory is counted, weights of the whole model in bfloat16 beside.
+    where those were not measured, that of the layers. Memory is counted, and scaled by what the measured blocks took of
+    what was counted for them; weights of the whole model in bfloat16 beside.
     """
-    content: dict[str, Any] = {"layers": {}, "models": []}
+    content: dict[str, Any] = {"layers": {}, "models": [], "structured_peak": power_of(rows)}
     for method in methods:
         line = fitted([row for row in rows if row.section == "layers" and row.name == method])
         if line is not None:
@@ -62,6 +76,10 @@ def model_of(
         reached = block.reached if block is not None else None if line is None else line.reached
         if not reached:
             continue
+        taken = None if block is None else block.more.get(BEYOND)
+        share = 1.0
+        if block is not None and taken is not None:
+            share = taken / working_bytes(SHAPES[block.case.partition(",")[0]], tokens)
         for shape in shapes:
             work = block_work(shape, method, tokens)
             content["models"].append(
@@ -74,7 +92,8 @@ def model_of(
                     "from": "blocks" if block is not None else "layers",
                     "bound": ceilings.bound(work),
                     "largest_part": largest_part(shape, method, tokens, ceilings),
-                    "working_bytes": working_bytes(shape, tokens),
+                    "working_bytes": share * working_bytes(shape, tokens),
+                    "working_from": "counted" if taken is None else "blocks",
                     "weights_bytes": 2 * shape.parameters,
                 }
             )

@@ -17,12 +17,12 @@ from admm_prune.errors import UserError
 from admm_prune.kernels import backend
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.folder import MANIFEST, check_output, finite, output_folder, write_json
-from admm_prune.runs.gpu import blocks, layers, scaling, selecting, training
+from admm_prune.runs.gpu import batches, blocks, layers, scaling, selecting, training
 from admm_prune.runs.gpu.ceilings import measured
 from admm_prune.runs.gpu.rows import Row, Runner, free_memory, measured_row
 from admm_prune.runs.gpu.table import rendered
 
-SECTIONS = ("layers", "selection", "training", "models")
+SECTIONS = ("layers", "selection", "training", "models", "batches")
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
 Tell = Callable[[int, int, str], None]
 
@@ -40,6 +40,7 @@ class Size:
     samples: int
     length: int
     structured: tuple[int, ...]
+    batches: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
     ceiling_width: int
     ceiling_entries: int
@@ -55,6 +56,7 @@ FULL = Size(
     samples=128,
     length=2048,
     structured=(640, 1024, 1536, 2304),
+    batches=((1024, 2048, 16), (768, 768, 32), (256, 256, 64)),
     dtype=torch.bfloat16,
     ceiling_width=8192,
     ceiling_entries=1 << 29,
@@ -69,6 +71,7 @@ SMALL = Size(
     samples=4,
     length=32,
     structured=(128, 192),
+    batches=((16, 32, 4),),
     dtype=torch.float32,
     ceiling_width=128,
     ceiling_entries=1 << 18,
@@ -104,6 +107,7 @@ def bench_gpu(
     if device != "cuda" and not small:
         raise UserError("the full shapes need a GPU: add --small to try everything at tiny shapes on the CPU")
     size, where = (SMALL if small else FULL), torch.device(device)
+    about = environment(where)
     began = time.perf_counter()
     if progress is not None:
         progress(0, 0, "measuring what the device can do")
@@ -122,7 +126,7 @@ def bench_gpu(
     content = {
         "command": _command(device, small, budget, sections),
         "date": time.strftime("%Y-%m-%d"),
-        "environment": environment(where),
+        "environment": about,
         "gap": _gap(device, small),
         "ceilings": asdict(ceilings),
         "seconds": time.perf_counter() - began,
@@ -149,6 +153,8 @@ def _cases(section: str, size: Size, device: torch.device) -> Any:
         return selecting.cases(size.scores, device)
     if section == "training":
         return _training(size, device)
+    if section == "batches":
+        return batches.cases(size.batches, device)
     return chain(
         blocks.local_cases(
             training.SHAPES[size.local],
@@ -233,6 +239,13 @@ def claims(rows: Sequence[Row], *, judged: bool = True) -> list[dict[str, Any]]:
     claim(
         "GB that an ELSA-L step takes at the 27 B shape, blocks only", "at most 141", bytes_needed, lambda x: x <= 141
     )
+    for case in dict.fromkeys(row.case for row in rows if row.section == batches.SECTION):
+        one, many, played = (
+            measured_row(rows, name, case)
+            for name in ("admm, one after the other", "admm, one batch", "admm, one batch, graphs")
+        )
+        claim(f"one batch over one after the other, {case}", "faster", _ratio(one, many), lambda x: x > 1)
+        claim(f"its steps played back, {case}", "at least as fast", _ratio(many, played), lambda x: x >= 0.97)
     local = next((r for r in rows if r.name.startswith("admm 70 %") and r.seconds), None)
     whole_model = None if local is None else local.more["seconds for all blocks"]
     claim("seconds for all blocks of the 7 B shape, locally pruned", "below 600", whole_model, lambda x: x < 600)

@@ -62,6 +62,8 @@ def _claim_line(claim: dict[str, Any]) -> str:
 
 
 def _model_lines(model: dict[str, Any]) -> list[str]:
+    if not model["layers"] and not model["models"]:
+        return []
     lines = ["", "time of a layer = overhead + floor / reached, fitted over the shapes and targets above"]
     lines += [
         f"{name:12} overhead {1e3 * fit['overhead']:.2f} ms, reached {fit['reached']:.2f}, {fit['rows']} rows, "
@@ -72,9 +74,16 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
     lines += [
         f"{m['method']:12}{m['shape']:6}{m['parameters'] / 1e9:>6.1f} B {m['seconds']:>10.1f} s, floor "
         f"{m['floor_seconds']:.1f} s, bound by {m['bound']} ({m['largest_part']}), beyond the weights "
-        f"({m['weights_bytes'] / 1e9:.0f} GB, or one block of them) {m['working_bytes'] / 1e9:.1f} GB; from {m['from']}"
+        f"({m['weights_bytes'] / 1e9:.0f} GB, or one block of them) {m['working_bytes'] / 1e9:.1f} GB; "
+        f"time from {m['from']}, memory {'counted' if m['working_from'] == 'counted' else 'from blocks'}"
         for m in model["models"]
     ]
+    grown = model["structured_peak"]
+    if grown is not None:
+        lines += [
+            "",
+            f"struprune's peak beyond the model grows as parameters^{grown['exponent']:.2f}, {grown['rows']} rows",
+        ]
     return lines
 
 

@@ -6,11 +6,13 @@ are counted and nothing is computed; solvers are counted on small instances (`tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
@@ -28,6 +30,7 @@ from admm_prune.runs.planning.anatomy import Anatomy, block_bytes
 from admm_prune.runs.planning.counting import Counting, counted
 from admm_prune.runs.planning.stages import Stage, Stretch, stretch
 from admm_prune.runs.planning.trials import GroupTrial, LayerTrial, NetworkTrial
+from admm_prune.solvers.together import Shape, batches
 
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
@@ -70,8 +73,8 @@ class _Shelf(Shelf):
 class Walk:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
-    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request) -> None:
-        self.anatomy, self.counting = anatomy, counting
+    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request, device: str) -> None:
+        self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as self.recording:
             self.stream = BlockStream(anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf())
@@ -103,11 +106,14 @@ class Walk:
         return Collected(told, found, self.parts * sum(_SUM * width * width for _, width in told))
 
 
-def blockwise_stages(anatomy: Anatomy, recipe: Recipe, request: Request, *, stream: bool) -> list[Stage]:
+def blockwise_stages(
+    anatomy: Anatomy, recipe: Recipe, request: Request, *, stream: bool, device: str = "cpu"
+) -> list[Stage]:
     """Every stage of a method, but for what it has in common with all others, from the text to the last block.
 
     Args:
         stream: one block in memory at a time.
+        device: on which it is to run.
 
     Raises:
         UserError: the recipe is of no kind that goes block by block.
@@ -123,7 +129,7 @@ def blockwise_stages(anatomy: Anatomy, recipe: Recipe, request: Request, *, stre
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
-        walk = Walk(anatomy, counting, request)
+        walk = Walk(anatomy, counting, request, device)
         recording = Stage(
             name="embeddings", parts={FORWARD: walk.recording.peak - walk.recording.left}, work=walk.recording.work
         )
@@ -142,14 +148,20 @@ def _layerwise(walk: Walk, recipe: Layerwise, request: Request) -> Iterator[Stag
 def _local(collected: Collected, method: Method, request: Request, count: int, walk: Walk) -> Iterator[Stage]:
     """Statistics of a block, and a local method on them."""
     yield collected.stage("statistics").times(count)
+    jobs: list[tuple[tuple[int, ...], int, torch.dtype]] = []
     for views, width in collected.shared:
         rows = tuple(view.shape[0] for view in views)
-        dtype = views[0].parameter.dtype
         groups = [rows] if method.stacks else [(row,) for row in rows]
-        for group in groups:
-            trial = _cached(LayerTrial(method, request.target, request.ridge, group, width, dtype, walk.parts > 1))
-            parts = {GRAMS: collected.stretch.left, SOLVER: trial.peak}
-            yield Stage(name="solver", parts=parts, work=trial.work * count)
+        jobs += [(group, width, views[0].parameter.dtype) for group in groups]
+    solver, several = method.make(), Counter(jobs)
+    for group, width, dtype in jobs:
+        trial = _cached(LayerTrial(method, request.target, request.ridge, group, width, dtype, walk.parts > 1))
+        shape = Shape(sum(group), width, torch.float32, walk.device, method.constraint(request.target))
+        batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
+        posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
+        peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
+        parts = {GRAMS: collected.stretch.left, SOLVER: peak}
+        yield Stage(name="solver", parts=parts, work=trial.work * count)
 
 
 def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stage]:

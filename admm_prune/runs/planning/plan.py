@@ -185,7 +185,8 @@ def make_plan(
     notes: list[str] = []
     reading = None if data is None else read(data, model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, text.length, notes)
-    stages = _stages(anatomy, recipe, request, judging, stream=stream)
+    device = "cpu" if gpu is None else "cuda"
+    stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
@@ -223,7 +224,9 @@ def make_plan(
     )
 
 
-def _stages(anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *, stream: bool) -> list[Stage]:
+def _stages(
+    anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *, stream: bool, device: str
+) -> list[Stage]:
     stages = [whole_model.loading(anatomy, stream=stream)]
     rows = -(-judging // request.calibration.length)
     evaluated: list[Stage] = []
@@ -234,7 +237,7 @@ def _stages(anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *,
     if isinstance(recipe, Trained):
         stages += whole_model.training(anatomy, recipe, request)
     else:
-        stages += blockwise_stages(anatomy, recipe, request, stream=stream)
+        stages += blockwise_stages(anatomy, recipe, request, stream=stream, device=device)
     return [
         *stages,
         *evaluated,

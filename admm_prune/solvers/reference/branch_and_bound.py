@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
@@ -54,6 +55,7 @@ class BranchAndBound:
     gap: float = 1e-9
     max_width: int = 64
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         separated = separate(type(self).__name__, problem)

@@ -9,6 +9,7 @@ from itertools import combinations, product
 
 import numpy as np
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result
@@ -33,6 +34,7 @@ class BruteForce:
 
     max_supports: int = 20_000
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         separated = separate(type(self).__name__, problem)

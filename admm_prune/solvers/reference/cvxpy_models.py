@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
@@ -52,6 +53,7 @@ class MixedIntegerReference:
     time_limit: float = math.inf
     max_width: int = 32
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         cvxpy = load_cvxpy(type(self).__name__, self.solver)

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import torch
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, require
 from admm_prune.result import Result
@@ -33,6 +34,7 @@ class BruteForceGroups:
 
     max_supports: int = 5_000
 
+    @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it solves the least squares of every set of columns")
         constraint = checked_groups(self, problem)

@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 import scipy.linalg
 
+from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
@@ -45,6 +46,7 @@ class GroupExact:
     max_width: int = 512
     max_choices: int = 1000
 
+    @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         separated = separate(type(self).__name__, problem)

@@ -1,0 +1,154 @@
+"""What moves during a solve by ADMM: of one problem, or of several that take their steps together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from admm_prune.kernels.graphs import Replayed
+from admm_prune.point import Point
+from admm_prune.problem import BatchedConstraint, Problem
+from admm_prune.solvers.x_updates import DenseUpdate, QuadraticUpdate
+
+
+@dataclass
+class State:
+    """z = d + u and one bit per weight: d = mask * z is feasible, u = tau (1 - mask) * z is the scaled dual."""
+
+    update: DenseUpdate
+    z: Point  # empty while a batch has it, like the mask
+    mask: Point
+    d: Point = field(default_factory=Point)  # mask * z during a solve; empty between solves
+    x: Point = field(default_factory=Point)  # likewise
+    rho: float = 0.0
+    tau: float = 0.0  # no dual before the first step
+    changed: int = 0  # entries that entered the support since the penalty was last set
+    kept: int = 1
+    unread: list[Measured] = field(default_factory=list)
+    problems: int = 1  # that lie stacked here
+    batch: Batch | None = None  # that it takes its steps with
+    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the step as it is played back, and for what
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter((self if self.batch is None else self.batch.whole).z.values())).device
+
+    def support(self) -> tuple[Point, Point]:
+        """z and the mask, which the next step changes."""
+        return (self.z, self.mask) if self.batch is None else self.batch.share(self)
+
+    def leave(self) -> None:
+        """Takes what is its own out of the batch, if it is in one."""
+        if self.batch is not None:
+            self.batch.part()
+
+    def release(self) -> None:
+        """Gives up all memory that a step would make again."""
+        self.leave()
+        self.x, self.d, self.replayed = Point(), Point(), None
+        self.update.release()
+
+    def read(self) -> list[Measured]:
+        """What was unread, in one copy from the device."""
+        if self.batch is not None:
+            self.batch.read()
+        unread, self.unread = self.unread, []
+        self.update.check()
+        if not unread or not unread[0].numbers[0].is_cuda:
+            return unread
+        rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
+        count = len(unread[0].numbers)
+        return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step left on its device to be read: for every tensor of the point, what `splitting.settle_` returns."""
+
+    iteration: int
+    rho: float
+    chosen: bool  # whether the support was chosen anew
+    numbers: Sequence[Tensor]
+
+
+@dataclass
+class Batch:
+    """Solves of problems of one shape that take their steps together, as long as their penalties are the same.
+
+    The rows of all problems lie stacked in `whole`, whose steps are theirs; what is counted and read stays apart.
+    """
+
+    whole: State
+    members: Sequence[State]
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], states: Sequence[State]) -> Batch | None:
+        """The states in a batch of their own; None where they cannot be taken together."""
+        first = states[0]
+        alike = {(s.rho, s.tau, *((n, x.shape, x.dtype, x.device) for n, x in s.z.items())) for s in states}
+        quadratic = [p for s in states if isinstance(s.update, QuadraticUpdate) for p in s.update.problems]
+        constraint = problems[0].constraint
+        if (
+            len(alike) > 1
+            or len(quadratic) < len(states)
+            or not isinstance(constraint, BatchedConstraint)
+            or any(problem.constraint != constraint for problem in problems)
+        ):
+            return None
+        update = QuadraticUpdate(*quadratic)
+        assert isinstance(first.update, QuadraticUpdate)
+        update.continue_as(first.update)
+        whole = State(
+            update,
+            z=Point(weight=torch.cat([s.z["weight"] for s in states])),
+            mask=Point(weight=torch.cat([s.mask["weight"] for s in states])),
+            rho=first.rho,
+            tau=first.tau,
+            problems=len(states),
+        )
+        batch = cls(whole, tuple(states))
+        for state in states:
+            state.release()
+            state.z, state.mask, state.batch = Point(), Point(), batch
+        return batch
+
+    def holds(self, states: Sequence[State]) -> bool:
+        """Whether its members are these and no others."""
+        return len(states) == len(self.members) and all(a is b for a, b in zip(states, self.members, strict=True))
+
+    def follow(self, penalty_set: bool) -> None:
+        """The members stand where the whole does, after a step of it."""
+        for state in self.members:
+            state.rho, state.tau = self.whole.rho, self.whole.tau
+            if penalty_set:
+                state.changed = 0
+
+    def share(self, state: State) -> tuple[Point, Point]:
+        """z and the mask of a member."""
+        rows = len(self.whole.z["weight"]) // len(self.members)
+        start = rows * next(i for i, one in enumerate(self.members) if one is state)
+        z, mask = (x.map(lambda t: t[start : start + rows]) for x in (self.whole.z, self.whole.mask))
+        return z, mask
+
+    def read(self) -> None:
+        """Deals out what the steps have measured."""
+        for measured in self.whole.read():
+            for state, numbers in zip(self.members, measured.numbers[0].unbind(), strict=True):
+                state.unread.append(replace(measured, numbers=[numbers]))
+
+    def part(self) -> None:
+        """Every member goes on by itself."""
+        self.read()
+        for state in self.members:
+            z, mask = self.share(state)
+            state.z, state.mask = z.clone(), mask.clone()
+            state.notes += [note for note in self.whole.notes if note not in state.notes]
+            assert isinstance(state.update, QuadraticUpdate)
+            assert isinstance(self.whole.update, QuadraticUpdate)
+            state.update.continue_as(self.whole.update)
+        for state in self.members:
+            state.batch = None
