@@ -229,7 +229,8 @@ class BlockStream:
     def energy(self) -> float:
         """||h||_F^2: the square norms of all calibration tokens' present hidden states, added up in float64."""
         flows = self._flows["calibration"] + self._flows.get("validation", [])
-        return sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
+        own = sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
+        return float(self._world.total(torch.tensor(own, dtype=torch.float64)))
 
     def _all_flows(self) -> list[Flow]:
         return [flow for flows in self._flows.values() for flow in flows]

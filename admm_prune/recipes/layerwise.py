@@ -73,16 +73,13 @@ class Layerwise:
 
 def _prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
     """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
-    world = request.world
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
-    owners = world.dealt([_cost(piece) for piece in pieces])
-    mine = {i: prune_shared(piece, method, request) for i, piece in enumerate(pieces) if owners[i] == world.rank}
-    for piece, owner in zip(pieces, owners, strict=True):
-        for view in piece.weights if world.size > 1 else ():
-            weight = view.read().contiguous()
-            view.write(world.handed(weight, owner))
-    reports = {i: found for those in world.gathered(mine) for i, found in those.items()}
-    return [report for i in range(len(pieces)) for report in reports[i]]
+    reports = request.world.divided(
+        [_cost(piece) for piece in pieces],
+        lambda i: prune_shared(pieces[i], method, request),
+        lambda i: [view.read() for view in pieces[i].weights],
+    )
+    return [report for found in reports for report in found]
 
 
 def _cost(piece: SharedInput) -> float:

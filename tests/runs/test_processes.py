@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_sparse_adam_sharded import in_processes
 
 from admm_prune.errors import UserError
@@ -22,7 +23,9 @@ from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.journal import NOTHING, Journal
-from admm_prune.recipes.recipe import Request
+from admm_prune.recipes.recipe import Recipe, Request
+from admm_prune.recipes.structured import STRUCTURED
+from admm_prune.recipes.struprune import StruPrune
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.trained import Trained
 from admm_prune.runs.texts import Texts, TextSettings
@@ -77,12 +80,16 @@ def assert_equal(one: Path, several: Path, *, trained: bool = False) -> None:
     assert reports[0]["dense"]["perplexity"] == pytest.approx(reports[1]["dense"]["perplexity"], rel=1e-6)
     layers = [[(layer["name"], layer["tokens"], layer["status"]) for layer in report["layers"]] for report in reports]
     assert layers[0] == layers[1]
+    assert reports[0]["details"].get("removed") == reports[1]["details"].get("removed")
+
+
+STRUCTURES = tuple(recipe.name for recipe in STRUCTURED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", *STRUCTURES])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_layers_are_pruned_as_by_one_process(
+def test_blocks_are_pruned_as_by_one_process(
     tmp_path: Path, model_folder: Path, text_file: Path, method: str, processes: int
 ) -> None:
     for count, out in ((1, "one"), (processes, "several")):
@@ -93,10 +100,41 @@ def test_layers_are_pruned_as_by_one_process(
 
 
 @pytest.mark.slow
-def test_a_streamed_run_too(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+@pytest.mark.parametrize("method", ["admm", "struprune"])
+def test_a_streamed_run_too(tmp_path: Path, model_folder: Path, text_file: Path, method: str) -> None:
     for count, out in ((1, "one"), (2, "several")):
-        finished(start(tmp_path, model_folder, text_file, count, "admm", "--sparsity", "0.6", "--stream", out=out))
+        finished(start(tmp_path, model_folder, text_file, count, method, "--sparsity", "0.6", "--stream", out=out))
     assert_equal(tmp_path / "one", tmp_path / "several")
+
+
+def pruned_in(rank: int, processes: int, folder: str, model: Path, text: Path, recipes: tuple[Recipe, ...]) -> None:
+    """Leaves what recipes make of a model in files: its weights, and what there is to say of them."""
+    world = World.here()
+    for recipe in recipes:
+        loaded = load(str(model))
+        calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(13)
+        outcome = recipe.prune(loaded.model, Request(target=Target(0.5), calibration=calibration, world=world))
+        found = {name: x.clone() for name, x in loaded.model.state_dict().items()}
+        assert len(set(world.gathered(hashlib.sha256(save(found)).hexdigest()))) == 1, "all end with the same bits"
+        assert len(set(world.gathered(json.dumps(outcome.details)))) == 1
+        if rank == 0:
+            place = Path(folder, f"{recipe.name}-{processes}")
+            save_file(found, place.with_suffix(".safetensors"))
+            place.with_suffix(".json").write_text(json.dumps(outcome.details))
+
+
+def test_blocks_in_two_processes(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    """In a process group of one's own, without files between the processes."""
+    recipes = (StruPrune(), StruPrune(name="by-latency", unit="latency"))
+    pruned_in(0, 1, str(tmp_path), model_folder, text_file, recipes)
+    in_processes(2, pruned_in, str(tmp_path), model_folder, text_file, recipes)
+    for recipe in recipes:
+        one, two = (tmp_path / f"{recipe.name}-{count}" for count in (1, 2))
+        if recipe.name != "by-latency":  # measured anew by each of the two runs
+            assert_near(one.with_suffix(".safetensors"), two.with_suffix(".safetensors"))
+            told = [json.loads(path.with_suffix(".json").read_text()) for path in (one, two)]
+            assert told[0]["removed"] == told[1]["removed"]
+            assert told[0]["loss"] == pytest.approx(told[1]["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -204,7 +242,13 @@ def killed_once_it_has(run: subprocess.Popen[str], there: Path, pattern: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "pattern"), [("admm", "records/*-blocks-00000"), ("elsa", "checkpoints/training/*/values.json")]
+    ("method", "pattern"),
+    [
+        ("admm", "records/*-blocks-00000"),
+        ("struprune", "records/*-curves-00000"),
+        ("struprune", "records/*-blocks-00000"),
+        ("elsa", "checkpoints/training/*/values.json"),
+    ],
 )
 @pytest.mark.parametrize(("processes", "then"), [(2, 2), (4, 1), (2, 4)])
 def test_where_one_is_killed_all_end_and_any_number_goes_on(
