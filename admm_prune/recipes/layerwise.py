@@ -64,14 +64,14 @@ class Layerwise:
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
             inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
-            return Visit(layers=[*_prune_all(inputs, self.method, request), *untouched(block, chosen)])
+            return Visit(layers=[*prune_all(inputs, self.method, request), *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
         request.tell(len(visits), len(visits))
         return Outcome(layers=[report for found in visits for report in found.layers])
 
 
-def _prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
+def prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
     """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
     reports = request.world.divided(

@@ -20,7 +20,6 @@ from admm_prune.recipes.parts import Objective, check_one_set, described, target
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
 from admm_prune.recipes.selection import Selection
-from admm_prune.recipes.sparsellm import SparseLLM
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
@@ -226,8 +225,6 @@ def prune(
     if resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     place, world = pick_device(device), World.here()
-    if world.size > 1 and isinstance(recipe, SparseLLM):
-        raise UserError(f"{recipe.name} runs in one process: leave torchrun out, or choose another method")
     # One process of several tells.
     tracker = tracker_named(log) if isinstance(log, str) else log
     tracker = tracker if world.rank == 0 else None
