@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 _LIBRARIES = ("transformers", "huggingface_hub", "datasets")
@@ -35,6 +36,28 @@ def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:
     except (HfHubHTTPError, ValueError):  # an answer, or a name that is none: who downloads says what is wrong
         return
     except Exception as error:  # releases of the client differ in whose network errors they let through
+        raise ConnectionError(first_line(error)) from error
+
+
+def fetch(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a model repository in the local cache, with those of its files that have these names.
+
+    Args:
+        names: shell patterns; only files at the repository's root are meant.
+        revision: the commit; the latest by default, or without the Hub the latest that is in the cache.
+
+    Raises:
+        OSError, ValueError: the Hub has no such repository, or is out of reach and nothing of it is in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(names), ignore_patterns=["*/*"])
+        )
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # as in check_hub
         raise ConnectionError(first_line(error)) from error
 
 

@@ -36,8 +36,7 @@ def pre_activation(
     """
     solution = torch.empty_like(m, memory_format=torch.contiguous_format)
     g = torch.ones((), dtype=m.dtype, device=m.device).expand_as(m) if gain is None else gain
-    rows = max(1, _PIECE // max(1, m[0].numel())) if len(m) else 1
-    parts = (x.split(rows) for x in (solution, m, p, g, m if start is None else start))
+    parts = (x.reshape(-1).split(_PIECE) for x in (solution, m, p, g, m if start is None else start))
     for out, some_m, some_p, some_g, begin in zip(*parts, strict=True):
         if activation is RELU:
             out.copy_(_relu(some_m, some_p, some_g, w))

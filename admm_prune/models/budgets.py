@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch
+from admm_prune.models.parallel import World
 
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -23,7 +24,8 @@ def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
     Args:
         unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes a token of keys and values;
             "flops", a token, of the matrices and of attention over half of the context; "latency", seconds that the
-            products of the matrices with `tokens` inputs take less on this machine, measured.
+            products of the matrices with `tokens` inputs take less on this machine, measured; of several processes, by
+            the first one, so that all of them decide alike.
         tokens: of the context.
 
     Raises:
@@ -52,7 +54,7 @@ def _seconds_saved(
     count: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> Tensor:
     points = sorted({round(count * i / (_WIDTHS - 1)) for i in range(_WIDTHS)})
-    times = [_seconds(units, inner, width, tokens, dtype, device) for units in points]
+    times = World.here().from_first(lambda: [_seconds(units, inner, width, tokens, dtype, device) for units in points])
     # Fewer units take no longer: what a measurement says against it is noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
     kept = torch.arange(count, -1, -1, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +66,13 @@ class BlockStream:
         shelf = shelf or Shelf()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
+        self._texts = {part: text for part, text in parts.items() if text is not None}
         if len(calibration.rows) < world.size:
             count = len(sequences.rows)
             raise UserError(
                 f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
             )
-        place = torch.device(device)
+        self._device = place = torch.device(device)
         wrap = form_of(model, blocks, place, residence)
         self._flows = {
             part: record(
@@ -82,8 +84,7 @@ class BlockStream:
                 wrap=wrap,
                 shelf=shelf,
             )
-            for part, text in parts.items()
-            if text is not None
+            for part, text in self._texts.items()
         }
 
     @property
@@ -154,7 +155,7 @@ class BlockStream:
                     if outputs is not None:
                         seen.append(hidden[flow.mask])
                 if outputs is not None:
-                    outputs[part] = torch.cat(seen)
+                    outputs[part] = torch.cat(seen) if seen else outputs["calibration"][:0]
 
     @torch.no_grad()
     def pairs(
@@ -189,12 +190,29 @@ class BlockStream:
                     done += len(leaving)
                 inputs.append(entering)
                 outputs.append(leaving)
-            found[part] = (torch.cat(inputs), torch.cat(outputs))
+            if flows:
+                found[part] = (torch.cat(inputs), torch.cat(outputs))
+            else:  # others have all of it
+                entered, left = found["calibration"]
+                found[part] = (entered[:0], left[:0])
         return found
+
+    def places(self, part: str) -> tuple[Tensor | None, int]:
+        """Where the tokens of a process's own share stand among all tokens of a part of the text (n,), None where they
+        are all, and how many these are."""
+        text = self._texts[part]
+        if self._world.size == 1:
+            return None, text.tokens
+        lengths = [len(row.ids) for row in text.rows]
+        starts = accumulate(lengths, initial=0)
+        own = self._world.share(list(zip(starts, lengths, strict=False)))
+        here = [torch.arange(start, start + length, device=self._device) for start, length in own]
+        return torch.cat(here), text.tokens
 
     @torch.no_grad()
     def adds(self, index: int, last: WeightView) -> bool:
-        """True where block `index` adds what `last` puts out to its own output: tried out on one batch."""
+        """True where block `index` adds what `last` puts out to its own output: tried out on one batch, of the first
+        process."""
         block = self._turn(index)
         flow = next(iter(self._flows.values()))[0]
         before = flow.replay(block, index)
@@ -204,7 +222,7 @@ class BlockStream:
         with last.module.register_forward_hook(_adding(more)):
             after = flow.replay(block, index)
         off = ((after.float() - before.float()) - more.float()).square().mean().sqrt()
-        return bool(off <= 0.05 * size)
+        return self._world.from_first(lambda: bool(off <= 0.05 * size))
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -229,7 +247,8 @@ class BlockStream:
     def energy(self) -> float:
         """||h||_F^2: the square norms of all calibration tokens' present hidden states, added up in float64."""
         flows = self._flows["calibration"] + self._flows.get("validation", [])
-        return sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
+        own = sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
+        return float(self._world.total(torch.tensor(own, dtype=torch.float64)))
 
     def _all_flows(self) -> list[Flow]:
         return [flow for flows in self._flows.values() for flow in flows]

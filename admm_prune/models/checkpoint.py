@@ -17,7 +17,7 @@ from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -135,13 +135,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names or not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder: it has no config.json or no safetensors weights")
-    if _SINGLE in names:
-        names = [_SINGLE]
+    if SINGLE in names:
+        names = [SINGLE]
     elif (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: {INDEX} cannot be read ({first_line(error)})") from error
+        names = indexed(folder)
     found: dict[str, Path] = {}
     for name in names:
         try:
@@ -150,6 +147,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(folder / name, error)) from error
     return found
+
+
+def indexed(folder: Path) -> list[str]:
+    """The files that the index of a folder names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: {INDEX} cannot be read ({first_line(error)})") from error
 
 
 def _damaged(path: Path, error: Exception) -> str:

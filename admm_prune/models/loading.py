@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
+from admm_prune.data.hub import check_hub, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST
-from admm_prune.models.checkpoint import tensor_files
+from admm_prune.models.checkpoint import INDEX, SINGLE, indexed, tensor_files
 from admm_prune.models.export import per_layer_class
 from admm_prune.models.stored import check_stored, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 METADATA_KEY = "admm_prune"
+_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # what a config and a tokenizer are read from
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,20 @@ def open_on_disk(
     """A model whose weights stay on disk until they are asked for, and its tokenizer.
 
     Args:
-        source: "embedded" or a folder.
-        device, dtype, trust_remote_code: as for `load`.
+        source, device, dtype, trust_remote_code: as for `load`. A Hub id is downloaded into the local cache.
 
     Raises:
-        UserError: as `load`; `source` is not on this disk.
+        UserError: as `load`.
     """
     location = locate(source)
-    if not isinstance(location, Path):
-        raise UserError(f"{source}: only a folder can be streamed: download the model first, or use --no-stream")
-    with explained(source, location), quiet():
-        config, kind = kind_of(location, trust_remote_code)
+    folder = location if isinstance(location, Path) else _fetched(source, trust_remote_code)
+    with explained(source, folder), quiet():
+        config, kind = kind_of(folder, trust_remote_code)
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with explained(source, location):
-        on_disk = ModelOnDisk(location, kind, config, device, named, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source, location, trust_remote_code)
-    return LoadedModel(on_disk.model, tokenizer, source, residence=on_disk)
+    with explained(source, folder):
+        on_disk = ModelOnDisk(folder, kind, config, device, named, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, folder, trust_remote_code)
+    return LoadedModel(on_disk.model, tokenizer, source, None if folder == location else folder.name, on_disk)
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -164,6 +163,27 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
         raise UserError(f"{source}: an archive, not a model folder: give it back with 'admm-prune unpack {source} OUT'")
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
+    return folder
+
+
+def _fetched(source: str, trust_remote_code: bool) -> Path:
+    """The folder of a Hub id in the local cache, with all that is read of it, and nothing that can run code.
+
+    Raises:
+        UserError: there is no such model, or it has no safetensors weights.
+    """
+    code = ["*.py"] if trust_remote_code else []
+    with explained(source, source), quiet():
+        folder = fetch(source, [*_DESCRIBING, *code])
+        names = indexed(folder) if (folder / INDEX).is_file() else [SINGLE]
+        names = [name for name in names if Path(name).suffix == ".safetensors"]
+        folder = fetch(source, names, folder.name)
+    absent = [name for name in names if not (folder / name).is_file()] or ([] if names else [SINGLE])
+    if absent:
+        raise UserError(
+            f"{source}: {absent[0]} is neither in the local cache nor to be had (other formats can run code and are "
+            "not read)"
+        )
     return folder
 
 

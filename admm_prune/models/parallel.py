@@ -6,7 +6,7 @@ One process is a world of size 1, in which nothing is told; so no caller asks wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -56,6 +56,27 @@ class World:
             owners[i] = loads.index(min(loads))
             loads[owners[i]] += costs[i]
         return owners
+
+    def divided(
+        self,
+        costs: Sequence[float],
+        work: Callable[[list[int]], Iterable[T]],
+        changed: Callable[[int], Iterable[Tensor]] = lambda _: (),
+    ) -> list[T]:
+        """What comes of pieces of work of these costs, each of which one process does, in all processes.
+
+        Args:
+            work: does some pieces, given by their numbers, in order.
+            changed: the tensors that it changes in place: they become the same everywhere.
+        """
+        owners = self.dealt(costs)
+        own = [i for i, owner in enumerate(owners) if owner == self.rank]
+        mine = dict(zip(own, work(own), strict=True))
+        for i, owner in enumerate(owners if self.size > 1 else ()):
+            for values in changed(i):
+                values.copy_(self.handed(values.contiguous(), owner))
+        done = {i: found for those in self.gathered(mine) for i, found in those.items()}
+        return [done[i] for i in range(len(costs))]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the processes, in place."""

@@ -17,6 +17,7 @@ from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.constraints import Product, SparseSet, Unstructured
 from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.share import Total, own
 
 FREE = Unstructured(0.0)  # holds every point
 
@@ -98,6 +99,7 @@ class FeedForward:
         constraints: a set for each weight.
         judging: inputs and targets that no block is fitted to, for `judge`; by default the same.
         damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
+        total: sums over all processes, where each has tokens of its own, with their Z and P; they do all in step.
 
     Source: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, eq. 5 to 9. The Woodbury
     form of P, the anchored fit of the weights and the rule for Z are ours.
@@ -115,8 +117,9 @@ class FeedForward:
         judging: tuple[Tensor, Tensor] | None = None,
         penalties: Penalties = EVEN,
         damped: Mapping[str, tuple[float, float]] | None = None,
+        total: Total = own,
     ) -> None:
-        self.network, self.penalties = network, penalties
+        self.network, self.penalties, self.total = network, penalties, total
         self.inputs, self.targets = inputs, targets
         self.judging = (inputs, targets) if judging is None else judging
         self.constraints, self.damped = constraints, damped or {}
@@ -133,8 +136,8 @@ class FeedForward:
         dense = self.network.weights
         hidden = self.network.hidden(dense, self.inputs)
         total = sum(
-            self.penalties.linear * _energy(self.inputs) * len(w) for name, w in dense.items() if name != "down"
-        ) + self.penalties.output * _energy(hidden) * len(dense["down"])
+            self.penalties.linear * self._energy(self.inputs) * len(w) for name, w in dense.items() if name != "down"
+        ) + self.penalties.output * self._energy(hidden) * len(dense["down"])
         return total / dense.numel()
 
     def initial(self) -> Point:
@@ -167,7 +170,7 @@ class FeedForward:
         """|net(X; x) - Y|^2 / |Y|^2 of the network itself, whatever Z and P, on the judging tokens."""
         inputs, targets = self.judging
         outputs = self.network.linear("down", x, self.network.hidden(x, inputs))
-        return _energy(outputs - targets) / (_energy(targets) or 1.0)
+        return self._energy(outputs - targets) / (self._energy(targets) or 1.0)
 
     def activated(self, x: Point) -> Tensor:
         """act(Z) (n, D)."""
@@ -186,7 +189,8 @@ class FeedForward:
 
     def _layer_of_inputs(self, name: str, pre: str, x: Point) -> LayerReconstruction:
         dense = self.network.weights
-        if torch.equal(x[name], dense[name]) and torch.equal(x[pre], self.network.linear(name, dense, self.inputs)):
+        same = torch.equal(x[name], dense[name]) and torch.equal(x[pre], self.network.linear(name, dense, self.inputs))
+        if float(self.total(torch.tensor(float(not same)))) == 0:  # everywhere
             return self._layer(name, self.inputs, None, self.penalties.linear)
         return self._layer(name, self.inputs, x[pre], self.penalties.linear)
 
@@ -194,11 +198,13 @@ class FeedForward:
         """scale |inputs W^T + bias - targets|^2; the weight's own output where no targets are given."""
         gram = GramAccumulator(inputs.shape[1], inputs.device)
         gram.add(inputs)
+        gram.join(self.total)
         correlation, energy = None, None
         if targets is not None:
             bias = self.network.biases.get(name)
             seen = TargetAccumulator(targets.shape[1], inputs.shape[1], inputs.device)
             seen.add(inputs, targets if bias is None else targets - bias)
+            seen.join(self.total)
             correlation, energy = (scale * seen.correlation).to(inputs), scale * seen.energy
         ridge, damping = self.damped.get(name, (0.0, 0.0))
         return LayerReconstruction(
@@ -212,13 +218,17 @@ class FeedForward:
         )
 
     def _linear_loss(self, name: str, pre: str, x: Point) -> float:
-        return self.penalties.linear * _energy(self.network.linear(name, x, self.inputs) - x[pre])
+        return self.penalties.linear * self._energy(self.network.linear(name, x, self.inputs) - x[pre])
 
     def _activation_loss(self, x: Point) -> float:
-        return _energy(x["post"] - self.activated(x))
+        return self._energy(x["post"] - self.activated(x))
 
     def _output_loss(self, x: Point) -> float:
-        return self.penalties.output * _energy(self.network.linear("down", x, x["post"]) - self.targets)
+        return self.penalties.output * self._energy(self.network.linear("down", x, x["post"]) - self.targets)
+
+    def _energy(self, x: Tensor) -> float:
+        """The sum of squares of all tokens."""
+        return float(self.total(x.double().square().sum()))
 
 
 class AuxiliaryBlock:
@@ -268,7 +278,3 @@ def correction(down: Tensor, output: float) -> Tensor:
     system = output * down @ down.T
     system.diagonal().add_(1)
     return torch.cholesky_solve(output * down, torch.linalg.cholesky(system))
-
-
-def _energy(x: Tensor) -> float:
-    return float(x.double().square().sum())

@@ -20,11 +20,9 @@ class GramAccumulator:
     Args:
         width: d, the number of input channels.
         device: where the sum lives.
-        products: in which the products of a chunk are taken; chunks are added up in float64 in any case.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64) -> None:
-        self._products = products
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self.tokens = 0
@@ -43,11 +41,11 @@ class GramAccumulator:
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
         roots = None if weights is None else _roots(weights, len(flat)).split(_CHUNK)
         for k, chunk in enumerate(flat.split(_CHUNK)):
-            x = chunk.to(self._products)
-            self._channel_sum += x.sum(0, dtype=torch.float64)
+            x = chunk.double()
+            self._channel_sum += x.sum(0)
             if roots is not None:
-                x = x * roots[k].to(x)[:, None]
-            _add_product(self._sum, x, x)
+                x = x * roots[k][:, None]
+            self._sum.addmm_(x.T, x)
         self.tokens += len(flat)
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -82,13 +80,9 @@ class TargetAccumulator:
         outputs: m, the number of target channels.
         width: d, the number of input channels.
         device: where the sums live.
-        products: as of `GramAccumulator`.
     """
 
-    def __init__(
-        self, outputs: int, width: int, device: torch.device | str = "cpu", products: torch.dtype = torch.float64
-    ) -> None:
-        self._products = products
+    def __init__(self, outputs: int, width: int, device: torch.device | str = "cpu") -> None:
         self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = 0.0
@@ -96,10 +90,16 @@ class TargetAccumulator:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes."""
         for some_inputs, some_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            y = some_targets.to(self._products)
-            _add_product(self.correlation, y, some_inputs.to(self._products))
-            self.total += y.sum(0, dtype=torch.float64)
-            self.energy += float(y.double().square().sum())
+            y = some_targets.double()
+            self.correlation.addmm_(y.T, some_inputs.double())
+            self.total += y.sum(0)
+            self.energy += float(y.square().sum())
+
+    def join(self, total: Callable[[Tensor], Tensor]) -> None:
+        """As `GramAccumulator.join`."""
+        total(self.correlation)
+        total(self.total)
+        self.energy = float(total(torch.tensor(self.energy, dtype=torch.float64, device=self.total.device)))
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,6 @@ def _roots(weights: Tensor, tokens: int) -> Tensor:
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("token weights must be finite and not negative")
     return weights.double().sqrt()
-
-
-def _add_product(total: Tensor, y: Tensor, x: Tensor) -> None:
-    """total <- total + Y^T X."""
-    if y.dtype is total.dtype:
-        total.addmm_(y.T, x)
-    else:
-        total += y.T @ x
 
 
 def check_gram(name: str, gram: Tensor, width: int) -> None:

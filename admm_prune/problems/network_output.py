@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from admm_prune.kernels import quadratic
 from admm_prune.point import Point
@@ -17,10 +17,12 @@ from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, Network, P
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.share import Share
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
 _ASKED = 16  # tokens that the split network is asked about, for each input channel
+_WHOLE = 64  # tokens: in less, what a kernel does to the last few entries is rounded otherwise than the others are
 _SAMPLE = 64
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 
@@ -43,8 +45,9 @@ class NetworkOutput:
         penalties, sweeps: of the split network.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
         sample: tokens of a sampled gradient; by default an 128th of them, at least 64.
+        share: which of all tokens these are, where other processes hold the rest: they do all in step.
 
-    Everything is computed in the dtype of the network's weights.
+    Everything is computed in the dtype of the network's weights, and added up over the tokens in float64.
 
     Source: the split is that of Bai et al., SparseLLM, 2024; beginning it anew at the present network, and the closing
     step, are ours.
@@ -63,9 +66,12 @@ class NetworkOutput:
         sweeps: int = 1,
         damped: Mapping[str, tuple[float, float]] | None = None,
         sample: int | None = None,
+        share: Share | None = None,
     ) -> None:
         self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
-        self.sample = min(len(tokens[0]), max(_SAMPLE, len(tokens[0]) // 128) if sample is None else sample)
+        self.share = Share(len(tokens[0])) if share is None else share
+        count = self.share.count
+        self.sample = min(count, max(_SAMPLE, count // 128) if sample is None else sample)
         self.constraints = constraints
         self.penalties, self.sweeps, self.damped = penalties, sweeps, damped or {}
         self._bias = network.biases.get("down")
@@ -93,27 +99,30 @@ class NetworkOutput:
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
         """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""
-        count = len(self._shuffle)
-        places = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
-        inputs, targets = (part[self._shuffle[places]].to(x["up"]) for part in self.tokens)
+        count = self.share.count
+        drawn = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
+        here = self.share.at(self._shuffle[drawn])
+        inputs, targets = (part[here].double() for part in self.tokens)
         scale = count / self.sample
-        pre = {name: self._inner.linear(name, x, inputs) for name in self._inputs}
-        act, slope, _ = self._inner.activation.derivatives(pre[self._inputs[0]])
-        hidden = act * pre["up"] if self._inner.gated else act
-        missing = self._inner.linear("down", x, hidden) - targets
+        wide, net = x.map(Tensor.double), self._in_double
+        pre = {name: net.linear(name, wide, inputs) for name in self._inputs}
+        act, slope, _ = net.activation.derivatives(pre[self._inputs[0]])
+        hidden = act * pre["up"] if net.gated else act
+        missing = net.linear("down", wide, hidden) - targets
         if self._bias is not None:
-            missing += x["bias"]
+            missing += wide["bias"]
         back = missing.mul(2 * scale)
-        felt = back @ x["down"]
+        felt = back @ wide["down"]
         gradient = Point(down=back.T @ hidden)
-        if self._inner.gated:
+        if net.gated:
             gradient["up"] = (felt * act).T @ inputs
             gradient["gate"] = (felt * pre["up"] * slope).T @ inputs
         else:
             gradient["up"] = (felt * slope).T @ inputs
         if self._bias is not None:
             gradient["bias"] = back.sum(0)
-        return scale * float(missing.double().square().sum()), Point({name: gradient[name] for name in x})
+        loss = float(self.share.total(missing.square().sum()))
+        return scale * loss, x.map(lambda to, sums: self.share.total(sums).to(to), gradient)
 
     def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
         return self._down(x) if name == "down" else self._up(x)
@@ -134,21 +143,27 @@ class NetworkOutput:
             yield inputs.to(self.network.weights["up"]), targets.to(self.network.weights["up"])
 
     def _loss(self, x: Point, tokens: Tokens) -> tuple[float, float]:
-        """|net(X; x) - Y|^2 and |Y|^2, added in float64."""
-        loss, energy = 0.0, 0.0
+        """|net(X; x) - Y|^2 and |Y|^2 over all tokens, added in float64."""
+        sums = torch.zeros(2, dtype=torch.float64)
         for inputs, targets in self._chunks(tokens):
             outputs = self._inner.linear("down", x, self._inner.hidden(x, inputs))
             if self._bias is not None:
                 outputs += x["bias"]
-            loss += float((outputs - targets).double().square().sum())
-            energy += float(targets.double().square().sum())
+            sums += torch.stack([part.double().square().sum() for part in (outputs - targets, targets)]).cpu()
+        loss, energy = self.share.total(sums).tolist()
         return loss, energy
 
     @cached_property
+    def _in_double(self) -> Network:
+        """The network for a sampled gradient: in less it would depend on which process has which of the tokens."""
+        biases = {name: bias.double() for name, bias in self._inner.biases.items()}
+        return Network(self._inner.activation, self._inner.weights, biases)
+
+    @cached_property
     def _shuffle(self) -> Tensor:
-        """The tokens in a random order, the same for every problem of as many tokens."""
-        inputs = self.tokens[0]
-        return torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+        """All tokens in a random order, the same for every problem of as many tokens."""
+        order = torch.randperm(self.share.count, generator=torch.Generator().manual_seed(0))
+        return order.to(self.tokens[0].device)
 
     def _stacked(self, x: Point) -> Tensor:
         return torch.cat([x[part] for part in self._inputs])
@@ -156,9 +171,10 @@ class NetworkOutput:
     @cached_property
     def _gram(self) -> Tensor:
         weight = self.network.weights["up"]
-        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
+        gram = GramAccumulator(weight.shape[1], weight.device)
         for inputs, _ in self._chunks(self.tokens):
             gram.add(inputs)
+        gram.join(self.share.total)
         return gram.gram.to(weight)
 
     def _up(self, x: Point) -> LayerReconstruction:
@@ -185,11 +201,15 @@ class NetworkOutput:
         """
         lift = correction(x["down"], self.penalties.output)
         rows, width = self._stacked(x).shape
-        wanted = TargetAccumulator(rows, width, x["up"].device, x["up"].dtype)
+        wanted = TargetAccumulator(rows, width, x["up"].device)
         kind = GatedFeedForward if self.network.gated else FeedForward
         pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
-        stride = max(1, len(self.tokens[0]) // (_ASKED * width))
-        for inputs, targets in self._chunks((self.tokens[0][::stride], self.tokens[1][::stride])):
+        count = self.share.count
+        stride = max(1, count // (_ASKED * width))
+        asked = self.share.every(stride)
+        for inputs, targets in self._chunks((self.tokens[0][asked], self.tokens[1][asked])):
+            tokens = len(inputs)
+            inputs, targets = (nn.functional.pad(part, (0, 0, 0, -tokens % _WHOLE)) for part in (inputs, targets))
             if self._bias is not None:
                 targets = targets - x["bias"]
             split = kind(self._inner, inputs, targets, {}, penalties=self.penalties)
@@ -199,20 +219,23 @@ class NetworkOutput:
                 point["post"] = split.post_activation(point, lift)
                 for name in reversed(pre):
                     point[name] = split.split_pre_activation(name, point)
-            wanted.add(inputs, torch.cat([point[name] for name in pre], 1) - before)
-        scale = len(self.tokens[0]) / len(range(0, len(self.tokens[0]), stride))
+            wanted.add(inputs[:tokens], (torch.cat([point[name] for name in pre], 1) - before)[:tokens])
+        wanted.join(self.share.total)
+        scale = count / len(range(0, count, stride))
         present, more = self._stacked(x), scale * wanted.correlation.to(x["up"])
         energy = quadratic.energy(present, self._gram) + 2 * quadratic.inner(present, more) + scale * wanted.energy
         return present @ self._gram + more, energy
 
     def _down(self, x: Point) -> LayerReconstruction:
         weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
-        gram = GramAccumulator(weight.shape[1], weight.device, weight.dtype)
-        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, weight.dtype)
+        gram = GramAccumulator(weight.shape[1], weight.device)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
         for inputs, targets in self._chunks(self.tokens):
             hidden = self._inner.hidden(x, inputs)
             gram.add(hidden)
             target.add(hidden, targets)
+        gram.join(self.share.total)
+        target.join(self.share.total)
         count, mean_input, mean_target = gram.tokens, gram.mean, target.total / max(1, gram.tokens)
         moments, correlation, energy = gram.gram, target.correlation, target.energy
         del gram  # twice the size of all that follows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.models.branches import Branch, keep_units
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import WeightView
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
@@ -28,12 +29,16 @@ Outputs = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """How a branch loses units; see `StruPrune` for the settings."""
+    """How branches lose units; see `StruPrune` for the settings.
+
+    Several processes, which know the same statistics, solve a branch each, and take over what the others find.
+    """
 
     selector: Selector
     compensate: bool
     fold_bias: bool
     ridge: float
+    world: World = ALONE
 
     def problem(self, branch: Branch, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
         """The group problem of a branch that is to keep so many units.
@@ -53,26 +58,50 @@ class Pruner:
         except ValueError as error:
             raise UserError(f"{branch.output.name}: {error}") from error
 
-    def losses(self, branch: Branch, statistics: LayerStatistics) -> Tensor:
-        """What the branch loses when k = 0..n units go: (n + 1,)."""
-        problem = self.problem(branch, statistics, branch.count)
-        try:
-            return unit_selection.losses(problem, branch.width, self.selector, self.compensate)
-        except LinAlgError as error:
-            raise UserError(f"{branch.output.name}: {error}: ask for a larger --ridge") from error
+    def losses(self, parts: Sequence[Branch], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+        """What every branch loses when k = 0..n of its units go: (n + 1,), by the branch's name."""
+
+        def of(branch: Branch) -> Tensor:
+            problem = self.problem(branch, statistics[branch.name], branch.count)
+            try:
+                return unit_selection.losses(problem, branch.width, self.selector, self.compensate)
+            except LinAlgError as error:
+                raise UserError(f"{branch.output.name}: {error}: ask for a larger --ridge") from error
+
+        found = self.world.divided([_cost(branch) for branch in parts], lambda own: [of(parts[i]) for i in own])
+        return {branch.name: losses for branch, losses in zip(parts, found, strict=True)}
 
     def prune(
-        self, branch: Branch, statistics: LayerStatistics, count: int, outputs: Outputs | None = None
-    ) -> LayerReport:
-        """Takes units from a branch, in place.
+        self,
+        parts: Sequence[Branch],
+        statistics: Mapping[str, LayerStatistics],
+        removed: Mapping[str, int],
+        outputs: Outputs | None = None,
+    ) -> list[LayerReport]:
+        """Takes units from some branches of a block, each by its own inputs as they are now, in place.
 
         Args:
-            count: units to go.
+            statistics: of what enters the output matrix, by the name of the branch.
+            removed: units to go, by the name of the branch.
             outputs: runs the block on some inputs: they must not change when what is zero is sliced off.
 
         Raises:
             UserError: the weights cannot be solved for, or the block is not made of units as it looks.
         """
+        solved = self.world.divided(
+            [_cost(branch) for branch in parts],
+            lambda own: [self._solve(parts[i], statistics[parts[i].name], removed[parts[i].name]) for i in own],
+            lambda i: _answering(parts[i]),
+        )
+        for branch, (_, kept) in zip(parts, solved, strict=True):
+            masked = outputs() if outputs is not None else None
+            keep_units(branch, torch.tensor(kept))
+            if masked is not None and outputs is not None:
+                _check_unchanged(branch, masked, outputs())
+        return [report for report, _ in solved]
+
+    def _solve(self, branch: Branch, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
+        """Writes the weights, and the bias, that answer for the units that go; returns the units that stay too."""
         began = time.perf_counter()
         output, dense_shape = branch.output, branch.output.shape
         problem = self.problem(branch, statistics, branch.count - count)
@@ -97,11 +126,19 @@ class Pruner:
             damping=problem.damping,
             notes=result.notes,
         )
-        masked = outputs() if outputs is not None else None
-        keep_units(branch, columns.view(-1, branch.width)[:, 0].nonzero()[:, 0])
-        if masked is not None and outputs is not None:
-            _check_unchanged(branch, masked, outputs())
-        return report
+        return report, columns.view(-1, branch.width)[:, 0].nonzero()[:, 0].tolist()
+
+
+def _cost(branch: Branch) -> float:
+    """Of a solve, to compare with others: a factorization of what enters the output matrix."""
+    return float(branch.output.shape[1]) ** 3
+
+
+def _answering(branch: Branch) -> Iterator[Tensor]:
+    """What answers for the units that go."""
+    yield branch.output.read()
+    if branch.output.bias is not None:
+        yield branch.output.bias.detach()
 
 
 def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:

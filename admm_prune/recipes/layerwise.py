@@ -67,26 +67,22 @@ class Layerwise:
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
             inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
-            return Visit(layers=[*_prune_all(inputs, self.method, request), *untouched(block, chosen)])
+            return Visit(layers=[*prune_all(inputs, self.method, request), *untouched(block, chosen)])
 
         visits = walk(model, request, visit)
         request.tell(len(visits), len(visits))
         return Outcome(layers=[report for found in visits for report in found.layers])
 
 
-def _prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
+def prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
     """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
-    world = request.world
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
-    owners = world.dealt([_cost(piece) for piece in pieces])
-    own = [i for i in range(len(pieces)) if owners[i] == world.rank]
-    mine = dict(zip(own, prune_several([pieces[i] for i in own], method, request), strict=True))
-    for piece, owner in zip(pieces, owners, strict=True):
-        for view in piece.weights if world.size > 1 else ():
-            weight = view.read().contiguous()
-            view.write(world.handed(weight, owner))
-    reports = {i: found for those in world.gathered(mine) for i, found in those.items()}
-    return [report for i in range(len(pieces)) for report in reports[i]]
+    reports = request.world.divided(
+        [_cost(piece) for piece in pieces],
+        lambda own: prune_several([pieces[i] for i in own], method, request),
+        lambda i: [view.read() for view in pieces[i].weights],
+    )
+    return [report for found in reports for report in found]
 
 
 def _cost(piece: SharedInput) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,17 +13,21 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
+from admm_prune.kernels.activations import ACTIVATIONS
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.feed_forward import FeedForwardViews, feed_forward, feed_forwards
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.feed_forward import EVEN, FeedForward, Network, Penalties
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.gram import GramAccumulator
 from admm_prune.problems.network_output import NetworkOutput
+from admm_prune.problems.share import Share, Total
+from admm_prune.recipes.agreement import Agreed
 from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import report_of
-from admm_prune.recipes.layerwise import Layerwise, check_target, prune_shared, untouched
+from admm_prune.recipes.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
@@ -114,7 +119,10 @@ class SparseLLM:
 
     def _prune_block(self, stream: BlockStream, index: int, block: Block, request: Request) -> Visit:
         began = time.perf_counter()
+        world = request.world
         views = feed_forward(block, lambda: stream.preview(index))
+        activation = world.from_first(lambda: views.activation.name)  # two may be alike to rounding
+        views = replace(views, activation=ACTIVATIONS[activation])
         repairs = self.target == "block" and stream.adds(index, views.down)
         own = views.weights
         wanted: dict[str, Tensor] | None = {} if repairs else None
@@ -123,8 +131,7 @@ class SparseLLM:
         pruned = {view.name for view in block.weights if request.target.at(view.name) is not None}
         targets = _targets(views, request.target)
         attention = pruned - {view.name for view in own}
-        for shared in stream.collect(index, attention, wanted):
-            reports += prune_shared(shared, self.method, request)
+        reports += prune_all(stream.collect(index, attention, wanted), self.method, request)
         if not targets:  # the whole network is to stay as it is
             return Visit(layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs})
         if pairs is None:
@@ -133,7 +140,9 @@ class SparseLLM:
         try:
             network = network_of(views)
             damped = self.damped(network, pairs, request, targets)
-            result, error, judged = self.solve(network, damped, pairs, targets)
+            places, count = stream.places("calibration")
+            share = Share(count, places, world.total)
+            result, error, judged = self.solve(network, damped, pairs, targets, share, world)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -153,7 +162,7 @@ class SparseLLM:
                     status=result.status.name,
                     iterations=result.iterations,
                     seconds=seconds * view.read().numel() / entries,
-                    tokens=len(pairs["calibration"][0]),
+                    tokens=count,
                     notes=result.notes,
                 )
             )
@@ -170,14 +179,31 @@ class SparseLLM:
         return Visit(layers=reports + untouched(block, pruned), details=figure)
 
     def solve(
-        self, network: Network, damped: dict[str, tuple[float, float]], pairs: Pairs, targets: Mapping[str, Target]
+        self,
+        network: Network,
+        damped: dict[str, tuple[float, float]],
+        pairs: Pairs,
+        targets: Mapping[str, Target],
+        share: Share | None = None,
+        world: World = ALONE,
     ) -> tuple[Result, float, float]:
-        """The solved network, and the relative errors of its output on calibration and on validation tokens."""
+        """The solved network, and the relative errors of its output on calibration and on validation tokens.
+
+        Args:
+            share, world: of the calibration tokens, where every process has its own.
+        """
         judging = pairs.get("validation", pairs["calibration"])
         constraints = {name: self.method.constraint(targets[name]) for name in network.weights}
         whole = NetworkOutput(
-            network, pairs["calibration"], constraints, judging=judging, penalties=self.penalties, damped=damped
+            network,
+            pairs["calibration"],
+            constraints,
+            judging=judging,
+            penalties=self.penalties,
+            damped=damped,
+            share=share,
         )
+        total = whole.share.total
         problem: NetworkOutput | FeedForward = whole
         if not self.closing:
             kind = GatedFeedForward if network.gated else FeedForward
@@ -190,15 +216,17 @@ class SparseLLM:
                 judging=(others[0], others[1]),
                 penalties=self.penalties,
                 damped=damped,
+                total=total,
             )
         solver = Alternating(
-            inner=self.method.make(),
+            inner=Agreed(self.method.make(), world),
             max_iterations=self.rounds,
-            together=SupportDescent.of(self.descent) if self.descent and self.closing else None,
+            refit=Agreed(Alternating.refit, world),
+            together=Agreed(SupportDescent.of(self.descent), world) if self.descent and self.closing else None,
         )
         result = solver.solve(problem)
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
-        energy = float(pairs["calibration"][1].double().square().sum()) or 1.0
+        energy = float(total(pairs["calibration"][1].double().square().sum())) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
     def damped(
@@ -209,11 +237,13 @@ class SparseLLM:
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
             if request.ridge == "auto":
-                grams = {part: _gram(network, name, inputs) for part, (inputs, _) in pairs.items()}
+                total = request.world.total
+                grams = {part: _gram(network, name, inputs, total) for part, (inputs, _) in pairs.items()}
                 validation = grams.get("validation")
                 gram = torch.stack(list(grams.values())).sum(0)
             constraint = self.method.constraint(targets[name])
-            asked = settle_ridge(request.ridge, self.method, weight, gram, validation, constraint)
+            settle = partial(settle_ridge, request.ridge, self.method, weight, gram, validation, constraint)
+            asked = request.world.from_first(settle)
             damped[name] = (asked.ridge, asked.damping)
         return damped
 
@@ -243,12 +273,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def _gram(network: Network, name: str, inputs: Tensor) -> Tensor:
+def _gram(network: Network, name: str, inputs: Tensor, total: Total) -> Tensor:
     """H of what enters a weight of the dense network."""
     gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
     for chunk in inputs.split(1024):
         x = chunk.to(network.weights[name])
         gram.add(network.hidden(network.weights, x) if name == "down" else x)
+    gram.join(total)
     return gram.gram.to(network.weights[name])
 
 

@@ -107,7 +107,7 @@ class StruPrune:
             # Written down, because a budget in seconds is measured anew by every run.
             told = request.journal.once(
                 "allocation",
-                lambda: self._told(self._allocate(model, parts, measured, request.target), self._weight(model, parts)),
+                lambda: request.world.from_first(lambda: self._told(model, parts, measured, request.target)),
             )
             removed, notes = told["removed"], tuple(told["notes"])
             details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
@@ -142,8 +142,7 @@ class StruPrune:
         parts = [branches(block) for block in decoder_blocks(model)]
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            statistics = _statistics(stream, index, parts[index])
-            losses = {branch.name: pruner.losses(branch, statistics.pop(branch.name)) for branch in parts[index]}
+            losses = pruner.losses(parts[index], _statistics(stream, index, parts[index]))
             stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
             return Visit(tensors={name: found / scale for name, found in losses.items()})
@@ -152,11 +151,14 @@ class StruPrune:
         losses = {name: found for one in visits for name, found in one.tensors.items()}
         return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
 
-    def _told(self, allocation: Allocation, weight: float) -> dict[str, Any]:
-        """What an allocation comes to, as JSON values."""
+    def _told(
+        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+    ) -> dict[str, Any]:
+        """What the allocation comes to, as JSON values."""
+        allocation = self._allocate(model, parts, curves, target)
         return {
             "removed": allocation.removed,
-            "saved": allocation.saved / weight,
+            "saved": allocation.saved / self._weight(model, curves),
             "loss": allocation.loss,
             "bound": allocation.bound,
             "price": allocation.price,
@@ -178,16 +180,14 @@ class StruPrune:
         if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
             statistics = _statistics(stream, index, losing)
             stream.advance(index)
-            solved = [pruner.prune(b, statistics[b.name], removed[b.name]) for b in losing]
+            solved = pruner.prune(losing, statistics, removed)
         else:
             solved = [
-                pruner.prune(
-                    branch,
-                    _statistics(stream, index, [branch])[branch.name],
-                    removed[branch.name],
-                    lambda: stream.preview(index),
-                )
+                report
                 for branch in losing
+                for report in pruner.prune(
+                    [branch], _statistics(stream, index, [branch]), removed, lambda: stream.preview(index)
+                )
             ]
         reports = {report.name: report for report in solved}
         return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
@@ -200,6 +200,7 @@ class StruPrune:
             compensate=self.compensate,
             fold_bias=self.fold_bias,
             ridge=self.ridge if request.ridge is None else request.ridge,
+            world=request.world,
         )
 
     def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
@@ -220,12 +221,12 @@ class StruPrune:
             stays=stays,
         )
 
-    def _weight(self, model: nn.Module, parts: Sequence[Sequence[Branch]]) -> float:
+    def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:
         """What a target is a fraction of: all matrices of the blocks, heads that stay included; or all units."""
         if self.unit in ("parameters", "bytes"):
             matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
             return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
-        return sum(float(savings(branch, self.unit)[-1]) for block in parts for branch in block)
+        return sum(float(curve.savings[-1]) for curve in curves.values())
 
     def _allocate(
         self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
@@ -235,7 +236,7 @@ class StruPrune:
         Raises:
             UserError: so much cannot go.
         """
-        weight = self._weight(model, parts)
+        weight = self._weight(model, curves)
         budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
         if budget > most * (1 + 1e-9):
             why = heads_stay(decoder_blocks(model)[0])

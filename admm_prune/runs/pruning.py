@@ -16,14 +16,12 @@ from admm_prune.models.parallel import World
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.composing import DEFAULT, composed
 from admm_prune.recipes.journal import NOTHING
-from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.parts import Objective, check_one_set, described, target_of
 from admm_prune.recipes.recipe import LayerReport, OnProgress, Recipe, Request
 from admm_prune.recipes.ridge import Ridge, parse_ridge
 from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
-from admm_prune.recipes.trained import Trained
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
@@ -227,8 +225,6 @@ def prune(
     if resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     place, world = pick_device(device), World.here()
-    if world.size > 1 and not isinstance(recipe, Layerwise | Trained):
-        raise UserError(f"{recipe.name} runs in one process: leave torchrun out, or choose a layer-wise method or elsa")
     # One process of several tells.
     tracker = tracker_named(log) if isinstance(log, str) else log
     tracker = tracker if world.rank == 0 else None

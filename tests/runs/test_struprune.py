@@ -152,7 +152,7 @@ def test_the_mean_of_the_error_goes_into_the_bias() -> None:
     gram = GramAccumulator(24)
     gram.add(hidden)
     pruner = Pruner(selector="obs", compensate=True, fold_bias=True, ridge=0.01)
-    report = pruner.prune(neurons, LayerStatistics.collected(gram), 12)
+    (report,) = pruner.prune([neurons], {neurons.name: LayerStatistics.collected(gram)}, {neurons.name: 12})
     after = block.module.fc2(block.module.fc1(x).relu()).mean(0)
     assert torch.allclose(before, after, atol=1e-5)
     assert report.shape == (16, 24)
