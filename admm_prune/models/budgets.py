@@ -24,8 +24,9 @@ def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
     Args:
         unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes a token of keys and values;
             "flops", a token, of the matrices and of attention over half of the context; "latency", seconds that the
-            products of the matrices with `tokens` inputs take less on this machine, measured; of several processes, by
-            the first one, so that all of them decide alike.
+            products of the matrices with `tokens` inputs take less on this machine, measured: where the weights are, or
+            on the GPU if there is one and they are on disk; of several processes, by the first one, so that all of them
+            decide alike.
         tokens: of the context.
 
     Raises:
@@ -45,8 +46,13 @@ def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
     if unit == "latency":
         shapes = tuple((view.shape[0] // branch.count, view.shape[1]) for view in branch.inner)
         weight = branch.output.parameter
-        return _seconds_saved(branch.count, shapes, branch.width, tokens, weight.dtype, str(weight.device))
+        device = _computing() if weight.is_meta else str(weight.device)
+        return _seconds_saved(branch.count, shapes, branch.width, tokens, weight.dtype, device)
     raise UserError(f"a budget is in {', '.join(UNITS[:-1])} or {UNITS[-1]}, not in '{unit}'")
+
+
+def _computing() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=64)  # blocks are alike

@@ -20,6 +20,9 @@ from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.tensor_file import Lazy
 
+_SUM = 8  # bytes of an entry of a Gram while it is summed up, in float64
+_APART = 1 << 30  # bytes of such sums that are worth another pass of the block
+
 
 class BlockStream:
     """The calibration text on its way through the model, block after block.
@@ -40,6 +43,8 @@ class BlockStream:
         shelf: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.
+        sparing: large Grams of the widest inputs are summed up by themselves, in another pass of the block, when those
+            of the others have shrunk to float32; the same to the bit.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
@@ -58,11 +63,12 @@ class BlockStream:
         residence: Residence = IN_MEMORY,
         shelf: Shelf | None = None,
         world: World = ALONE,
+        sparing: bool = False,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
-        self._position, self._world = 0, world
+        self._position, self._world, self._sparing = 0, world, sparing
         shelf = shelf or Shelf()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
@@ -122,7 +128,7 @@ class BlockStream:
         outputs: dict[str, Tensor] | None = None,
         weigh: TokenWeights | None = None,
     ) -> list[SharedInput]:
-        """The inputs of block `index`, in the order in which the block first uses them; pads are left out.
+        """The inputs of block `index`, in the order of its weights; pads are left out.
 
         Args:
             only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
@@ -136,13 +142,27 @@ class BlockStream:
         """
         block = self._turn(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
-        collector = Collector(weights, weigh)
-        self._observe(collector, index, outputs)
-        collector.join(tuple(self._flows), self._world)
-        if collector.starving():
-            self._observe(collector, index)
+        shared: list[SharedInput] = []
+        for some in self._apart(weights):
+            collector = Collector(some, weigh)
+            self._observe(collector, index, None if shared else outputs)
             collector.join(tuple(self._flows), self._world)
-        return collector.shared_inputs()
+            if collector.starving():
+                self._observe(collector, index)
+                collector.join(tuple(self._flows), self._world)
+            shared += collector.shared_inputs()
+        places = {view.name: place for place, view in enumerate(weights)}
+        return sorted(shared, key=lambda one: min(places[view.name] for view in one.weights))
+
+    def _apart(self, weights: tuple[WeightView, ...]) -> list[tuple[WeightView, ...]]:
+        """The weights whose Grams are summed up together: all, or the widest by themselves, where memory is spared."""
+        widths = {view.shape[1] for view in weights}
+        sums = len(self._flows) * sum(_SUM * width**2 for width in widths)
+        if not self._sparing or len(widths) == 1 or sums < _APART or any(v.expert is not None for v in weights):
+            return [weights]
+        widest = max(widths)
+        narrow, wide = (tuple(v for v in weights if (v.shape[1] == widest) is is_wide) for is_wide in (False, True))
+        return [narrow, wide]
 
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
         """One run of the block over all batches."""

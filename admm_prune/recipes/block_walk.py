@@ -88,7 +88,14 @@ def walk(
         shelf = Shelf(request.activation_bytes, journal.scratch())
         device = residence.device(model)
         stream = BlockStream(
-            model, blocks, request.calibration, device, residence=residence, shelf=shelf, world=request.world
+            model,
+            blocks,
+            request.calibration,
+            device,
+            residence=residence,
+            shelf=shelf,
+            world=request.world,
+            sparing=residence.hollow,
         )
         if visits:
             _catch_up(stream, request, journal.resume_point(part), len(visits))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import Corpus
 from admm_prune.errors import UserError
+from admm_prune.models import capture
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import decoder_blocks
@@ -93,6 +94,30 @@ def test_hidden_states_after_the_last_block_are_those_of_the_pruned_model(storie
             for hidden, length, ids in zip(flow.hidden, batch.lengths, batch.input_ids, strict=True):
                 model(input_ids=ids[None, :length])
                 torch.testing.assert_close(hidden[:length], outputs.pop(), rtol=1e-4, atol=1e-4)
+
+
+def test_wide_grams_apart_are_the_same_to_the_bit(
+    model: PreTrainedModel, family: str, stories: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order, sharing and sums are those of one pass; the block runs once more where an input is wider than others."""
+    monkeypatch.setattr(capture, "_APART", 0)
+    blocks = decoder_blocks(model)
+    runs: list[int] = []
+    observe = BlockStream._observe
+    monkeypatch.setattr(BlockStream, "_observe", lambda *a: (runs.append(len(a)), observe(*a))[1])
+    found = []
+    for sparing in (False, True):
+        stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3, sparing=sparing)
+        runs.clear()
+        found.append(stream.collect(0))
+        if any(view.expert is not None for view in blocks[0].weights):
+            return
+        wider = len({view.shape[1] for view in blocks[0].weights}) > 1
+        assert len(runs) == (2 if sparing and wider else 1)
+    assert [shared.weights for shared in found[0]] == [shared.weights for shared in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.statistics.gram, other.statistics.gram)
+        assert torch.equal(*(torch.as_tensor(shared.statistics.validation) for shared in (one, other)))
 
 
 def test_batching_changes_nothing(stories: Sequences, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.models import budgets
 from admm_prune.models.branches import branches
 from admm_prune.models.budgets import UNITS, savings
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.loading import load
+from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
@@ -112,6 +113,22 @@ def test_savings_are_those_of_the_matrices(model_folder: Path) -> None:
     assert float(seconds[-1]) > float(seconds[0]) == 0
     with pytest.raises(UserError, match=r"a budget is in parameters, bytes, .* or latency, not in 'joules'"):
         savings(heads, "joules")  # type: ignore[arg-type]
+
+
+def test_weights_on_disk_are_timed_where_they_will_compute(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device, where they have no bytes, multiplies in no time whatever their shape."""
+    seconds, places = budgets._seconds, []
+
+    def watched(*arguments: Any) -> float:
+        places.append(arguments[-1])
+        return seconds(*arguments)
+
+    monkeypatch.setattr(budgets, "_seconds", watched)
+    budgets._seconds_saved.cache_clear()
+    for branch in branches(decoder_blocks(open_on_disk(str(model_folder)).model)[0]):
+        saved = savings(branch, "latency", tokens=64)
+        assert float(saved[-1]) > 0
+    assert set(places) == {"cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def test_widths_are_rounded_to_a_multiple(model_folder: Path, calibration: Sequences) -> None:

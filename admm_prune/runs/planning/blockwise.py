@@ -44,7 +44,7 @@ class Collected:
 
     Attributes:
         shared: the weights that read one input, and their width.
-        sums: bytes of the sums of Grams, all there when the last token was seen.
+        sums: bytes of the sums of Grams, all there when the last token was seen, unless memory is spared.
     """
 
     shared: list[tuple[tuple[WeightView, ...], int]]
@@ -73,11 +73,13 @@ class _Shelf(Shelf):
 class Walk:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
-    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request, device: str) -> None:
+    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request, device: str, *, stream: bool) -> None:
         self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as self.recording:
-            self.stream = BlockStream(anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf())
+            self.stream = BlockStream(
+                anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf(), sparing=stream
+            )
         self.parts = 2 if len(request.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
 
@@ -103,7 +105,8 @@ class Walk:
             shared = self.stream.collect(self.position, only, outputs)
         found.left -= sum(x.nbytes for x in (outputs or {}).values())
         told = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
-        return Collected(told, found, self.parts * sum(_SUM * width * width for _, width in told))
+        sums = self.parts * sum(_SUM * width * width for _, width in told)
+        return Collected(told, found, min(sums, found.peak))
 
 
 def blockwise_stages(
@@ -129,7 +132,7 @@ def blockwise_stages(
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
-        walk = Walk(anatomy, counting, request, device)
+        walk = Walk(anatomy, counting, request, device, stream=stream)
         recording = Stage(
             name="embeddings", parts={FORWARD: walk.recording.peak - walk.recording.left}, work=walk.recording.work
         )
