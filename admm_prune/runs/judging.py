@@ -55,4 +55,9 @@ def judged_dense(loaded: LoadedModel, text: Sequences, request: Request) -> Judg
         return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
 
     found = request.journal.once("dense", judge)
-    return Judgement(**{**found, "text": text, "figures": Evaluation(**found["figures"])})
+    return Judgement(
+        text=text,
+        figures=Evaluation(**found["figures"]),
+        prompt=found["prompt"],
+        continuation=found["continuation"],
+    )

@@ -28,7 +28,7 @@ _FACTORS: dict[str, Callable[..., float]] = {
     "linalg_solve_triangular": lambda a, b, *_: b.numel() * a.shape[-1],
 }
 _SELECTIONS = {"kthvalue", "sort", "topk", "argsort"}
-_GROUPED = (torch.nn.functional.grouped_mm, torch._grouped_mm)  # the first hands its arguments on to the second
+_GROUPED = {"grouped_mm", "_grouped_mm"}  # torch.nn.functional's hands its arguments on to one without a public name
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -131,7 +131,7 @@ class _CpuKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
             return func(*args, **kwargs)
-        if func in _GROUPED:
+        if getattr(func, "__name__", "") in _GROUPED:
             return torch.mm(args[0], args[1][0])
         if func is torch.nn.functional.scaled_dot_product_attention:
             q, k, v = args[:3]
