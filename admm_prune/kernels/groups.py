@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm_prune.kernels.quadratic import unit_diagonal
+from admm_prune.kernels.quadratic import unit_diagonal, unit_diagonal_
 
 _DIGITS = 1e3  # (condition number) x (rounding) is to stay below its inverse
 
@@ -65,7 +65,7 @@ def minimize_on_columns(hessian: Tensor, minimizer: Tensor, kept: Tensor) -> Ten
     solution = torch.zeros_like(minimizer)
     if len(stay) == 0:
         return solution
-    block, scale = unit_diagonal(hessian[stay][:, stay])
+    block, scale = unit_diagonal_(hessian[stay][:, stay])
     right = (minimizer[:, go] @ hessian[go][:, stay]) / scale
     factor = torch.linalg.cholesky(block)
     solution[:, stay] = minimizer[:, stay] + torch.cholesky_solve(right.T, factor).T / scale

@@ -48,9 +48,14 @@ def _tile(x: Tensor) -> int:
 
 
 def unit_diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """S^-1 A S^-1 and the diagonal of S = sqrt(diag A): Jacobi's scaling, in which a weight v is v S."""
+    """As `unit_diagonal_`, in memory of its own."""
+    return unit_diagonal_(hessian.clone())
+
+
+def unit_diagonal_(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """S^-1 A S^-1, in the memory of A, and the diagonal of S = sqrt(diag A): Jacobi's scaling, in which v is v S."""
     scale = hessian.diagonal().sqrt()
-    return (hessian / scale).div_(scale[:, None]), scale
+    return hessian.div_(scale).div_(scale[:, None]), scale
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:

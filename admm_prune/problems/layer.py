@@ -141,7 +141,7 @@ class LayerReconstruction:
 
     def refit(self, mask: Point) -> Point:
         """The least-squares weights on a support, by Cholesky, in Jacobi-scaled coordinates."""
-        scaled, scale = quadratic.unit_diagonal(self.hessian)
+        scaled, scale = quadratic.unit_diagonal_(self.hessian)
         return Point(weight=quadratic.minimize_on_support(scaled, self.minimizer * scale, mask["weight"]) / scale)
 
     def relative_error(self, x: Point, gram: Tensor | None = None) -> float:
@@ -192,7 +192,7 @@ class LayerReconstruction:
             return
         asked = self.ridge
         for _ in range(_ESCALATIONS):
-            scaled, _ = quadratic.unit_diagonal(self.hessian)
+            scaled, _ = quadratic.unit_diagonal_(self.hessian)
             _, failed = torch.linalg.cholesky_ex(scaled)
             if not int(failed):
                 break
