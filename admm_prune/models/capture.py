@@ -43,8 +43,8 @@ class BlockStream:
         shelf: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.
-        sparing: large Grams of the widest inputs are summed up by themselves, in another pass of the block, when those
-            of the others have shrunk to float32; the same to the bit.
+        sparing: large Grams of the widest inputs are summed up by themselves, in another pass of the block and before
+            those of the others; the same to the bit.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
@@ -162,7 +162,7 @@ class BlockStream:
             return [weights]
         widest = max(widths)
         narrow, wide = (tuple(v for v in weights if (v.shape[1] == widest) is is_wide) for is_wide in (False, True))
-        return [narrow, wide]
+        return [wide, narrow]  # while the widest are summed up nothing else is held
 
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
         """One run of the block over all batches."""

@@ -252,7 +252,7 @@ def _why_stop(solver: Iterative[Any], progress: Progress, watch: Watch | None, b
 
 def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> Point:
     """The projection of a point, by default of the unconstrained minimum, in the metric diag(A)."""
-    metric = problem.hessian.diagonal().expand_as(problem.minimizer)
+    metric = problem.hessian.diagonal().clone().expand_as(problem.minimizer)  # the Hessian itself may go
     return problem.constraint.project(Point(weight=problem.minimizer) if point is None else point, Point(weight=metric))
 
 
