@@ -10,7 +10,6 @@ a ratio is the median over the turns. Whether every result has the bits that it 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.together import Shape
 from benchmarks.instances import instance
-from benchmarks.machine import headline, machine
+from benchmarks.machine import headline, machine, write_results
 
 SHAPES = "16x32,32x64,64x64,128x64,128x128,256x128,256x256,512x512"
 SETS: dict[str, SparseSet] = {"70%": Unstructured(0.7), "2:4": NofM(2, 4)}
@@ -74,9 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": machine(),
         "rows": rows,
     }
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{chosen.out}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    Path(f"{chosen.out}.txt").write_text(table(content), encoding="utf-8")
+    write_results(chosen.out, content, table(content))
 
 
 def table(content: dict[str, Any]) -> str:

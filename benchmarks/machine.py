@@ -1,8 +1,9 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and its files."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -38,6 +39,13 @@ def headline(facts: dict[str, Any]) -> str:
         f"{facts['date']}, {facts['cpu']} ({facts['cores']} cores, {facts['cpu_capability']}), "
         f"{facts['threads']} thread(s), torch {facts['torch']}"
     )
+
+
+def write_results(out: Path, content: dict[str, Any], table: str) -> None:
+    """OUT.json and OUT.txt."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    Path(f"{out}.txt").write_text(table, encoding="utf-8")
 
 
 def _cpu_model() -> str:

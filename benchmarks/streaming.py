@@ -25,7 +25,7 @@ from typing import Any
 
 from admm_prune.runs.memory import peak_resident_bytes
 from admm_prune.runs.memory_scaling import write_random_model
-from benchmarks.machine import headline, machine
+from benchmarks.machine import headline, machine, write_results
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HERE, _HERE_COLD = "--here", "--here-cold"
@@ -125,9 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "tokens": chosen.samples * chosen.length,
                 "rows": rows,
             }
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{chosen.out}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            Path(f"{chosen.out}.txt").write_text(table(content), encoding="utf-8")
+            write_results(chosen.out, content, table(content))
 
 
 def table(content: dict[str, Any]) -> str:

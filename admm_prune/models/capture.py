@@ -19,8 +19,8 @@ from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.tensor_file import Lazy
+from admm_prune.problems.gram import SUM_BYTES
 
-_SUM = 8  # bytes of an entry of a Gram while it is summed up, in float64
 _APART = 1 << 30  # bytes of such sums that are worth another pass of the block
 
 
@@ -157,11 +157,12 @@ class BlockStream:
     def _apart(self, weights: tuple[WeightView, ...]) -> list[tuple[WeightView, ...]]:
         """The weights whose Grams are summed up together: all, or the widest by themselves, where memory is spared."""
         widths = {view.shape[1] for view in weights}
-        sums = len(self._flows) * sum(_SUM * width**2 for width in widths)
+        sums = len(self._flows) * sum(SUM_BYTES * width**2 for width in widths)
         if not self._sparing or len(widths) == 1 or sums < _APART or any(v.expert is not None for v in weights):
             return [weights]
         widest = max(widths)
-        narrow, wide = (tuple(v for v in weights if (v.shape[1] == widest) is is_wide) for is_wide in (False, True))
+        wide = tuple(view for view in weights if view.shape[1] == widest)
+        narrow = tuple(view for view in weights if view.shape[1] < widest)
         return [wide, narrow]  # while the widest are summed up nothing else is held
 
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:

@@ -14,6 +14,9 @@ _SYMMETRY = 1e-3  # |H - H^T| allowed, relative to sqrt(H_ii H_jj): what accumul
 DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median
 
 
+SUM_BYTES = 8  # of an entry of a Gram while it is summed up, in float64
+
+
 class GramAccumulator:
     """H = sum_t x_t x_t^T over all tokens seen, in float64, whatever comes in and in whatever pieces.
 

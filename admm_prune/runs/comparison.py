@@ -128,7 +128,8 @@ def compare(
         jobs = _jobs(recipes, targets, settings.selection, loaded.model)
         texts = Texts(settings.text, loaded)
         record = manifest(settings, _records(texts, recipes), loaded.revision)
-        journal.begin({**record, "weights": fingerprint(loaded)})
+        weights = fingerprint(loaded)
+        journal.begin({**record, "weights": weights})
         first = Request(target=targets[0], calibration=texts.calibration(recipes[0].samples), journal=journal)
         dense = judged_dense(loaded, texts.evaluation, first)
         models = journal.checkpoints(_MODELS)
@@ -149,7 +150,7 @@ def compare(
                     journal=own,
                 )
                 its_record = manifest(settings, texts.records(recipe.samples), loaded.revision)
-                own.begin({**its_record, "weights": fingerprint(model)})
+                own.begin({**its_record, "weights": weights})
                 report = pruning.run_recipe(recipe, request, model, dense, its_record)
                 with own.output() as folder:
                     report = pruning.save_run(model, report, folder)

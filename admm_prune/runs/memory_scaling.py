@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_
 from admm_prune.runs.journal import journal_of
 from admm_prune.runs.manifest import environment
 from admm_prune.runs.memory import PeakMemory, return_freed_memory
+from admm_prune.runs.power_law import exponent
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -120,12 +121,13 @@ def bench_memory(
         if progress is not None:
             progress(done, len(shapes), f"{shape.parameters / 1e6:.0f} M parameters, {shape.depth} blocks")
         peaks.append(_measured(name, shape, tokens, sparsity))
+    points = {name: [(peak.parameters, peak.peak_mib) for peak in peaks if peak.family == name] for name in FAMILIES}
     content = {
         "command": f"admm-prune bench memory --most {most:g} --tokens {tokens} --sparsity {sparsity:g}",
         "environment": environment(),
         "date": time.strftime("%Y-%m-%d"),
         "recipe": asdict(_RECIPE),
-        "exponents": {name: exponent(peak for peak in peaks if peak.family == name) for name in FAMILIES},
+        "exponents": {name: exponent(own) for name, own in points.items()},
         "peaks": [asdict(peak) for peak in peaks],
     }
     with output_folder(out) as folder:
@@ -135,14 +137,6 @@ def bench_memory(
     if progress is not None:
         progress(len(shapes), len(shapes), "")
     return content
-
-
-def exponent(peaks: Iterable[Peak]) -> float:
-    """The slope of log(peak) over log(N), by least squares."""
-    points = [(math.log(peak.parameters), math.log(peak.peak_mib)) for peak in peaks]
-    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope: float = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
-    return slope
 
 
 def write_random_model(config: LlamaConfig, folder: Path) -> None:

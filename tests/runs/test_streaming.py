@@ -22,7 +22,8 @@ from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs import memory_scaling, streaming
-from admm_prune.runs.memory_scaling import Peak, Shape, exponent, write_random_model
+from admm_prune.runs.memory_scaling import Peak, Shape, write_random_model
+from admm_prune.runs.power_law import exponent
 from admm_prune.runs.pruning import Report
 from admm_prune.runs.run_verification import verify_folder
 from admm_prune.runs.texts import Texts, TextSettings
@@ -139,7 +140,7 @@ def test_the_memory_bench_measures_both_families(
 
 def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:
     peaks = [Peak("growing", 1, 1, n, 1.0, 3 * n**0.6, 1.0) for n in (10**6, 10**7, 10**9)]
-    assert exponent(peaks) == pytest.approx(0.6)
+    assert exponent((peak.parameters, peak.peak_mib) for peak in peaks) == pytest.approx(0.6)
     shape = Shape(256, 3)
     write_random_model(shape.config(), tmp_path)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]

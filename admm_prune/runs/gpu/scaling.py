@@ -12,6 +12,7 @@ from admm_prune.runs.gpu.blocks import BEYOND, STRUCTURED, block_work, working_b
 from admm_prune.runs.gpu.ceilings import Ceilings
 from admm_prune.runs.gpu.rows import Row
 from admm_prune.runs.gpu.training import SHAPES, ModelShape
+from admm_prune.runs.power_law import exponent
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ def power_of(rows: Sequence[Row]) -> dict[str, Any] | None:
     ]
     if len(points) < 2:
         return None
-    x, y = torch.tensor(points, dtype=torch.float64).log().unbind(1)
-    away = x - x.mean()
-    return {"exponent": float((away * y).sum() / away.square().sum()), "rows": len(points)}
+    return {"exponent": exponent(points), "rows": len(points)}
 
 
 def model_of(

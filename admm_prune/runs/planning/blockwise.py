@@ -21,6 +21,7 @@ from admm_prune.models.branches import Branch, branches
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.shelf import Shelf
 from admm_prune.models.structure import Block, WeightView
+from admm_prune.problems.gram import SUM_BYTES
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.local_methods import Method
 from admm_prune.recipes.recipe import Recipe, Request
@@ -34,7 +35,6 @@ from admm_prune.solvers.together import Shape, batches
 
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
-_SUM = 8  # bytes of an entry of a Gram while it is summed: float64
 _NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 
 
@@ -105,7 +105,7 @@ class Walk:
             shared = self.stream.collect(self.position, only, outputs)
         found.left -= sum(x.nbytes for x in (outputs or {}).values())
         told = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
-        sums = self.parts * sum(_SUM * width * width for _, width in told)
+        sums = self.parts * sum(SUM_BYTES * width * width for _, width in told)
         return Collected(told, found, min(sums, found.peak))
 
 
