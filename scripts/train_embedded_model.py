@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from embed_standard_library import modules as installed_modules
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -30,7 +31,7 @@ def training_documents() -> list[str]:
     """Library modules that are not held out, and tests that name no held-out module."""
     held_out = {name.split(".")[-1] for name, _ in standard_library.modules() if standard_library.is_held_out(name)}
     subjects = lambda name: {part.removeprefix("test_").removesuffix("_test") for part in name.split(".")}  # noqa: E731
-    tests = [text for name, text in standard_library.modules(tests=True) if held_out.isdisjoint(subjects(name))]
+    tests = [text for name, text in installed_modules(tests=True) if held_out.isdisjoint(subjects(name))]
     return standard_library.documents(held_out=False) + tests
 
 

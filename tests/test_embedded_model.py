@@ -54,6 +54,15 @@ def test_the_split_is_fixed_by_names() -> None:
     assert 0.05 < held_out / sum(1 for _ in standard_library.modules()) < 0.15
 
 
+def test_the_text_is_the_same_on_every_machine() -> None:
+    # The figures of README and docs are those of this text: an interpreter's own library differs between releases,
+    # distributors, and the paths that it was installed to.
+    documents = {held_out: standard_library.documents(held_out) for held_out in (False, True)}
+    assert {held_out: len(texts) for held_out, texts in documents.items()} == {False: 531, True: 76}
+    prints = {held_out: Corpus("embedded", tuple(texts)).fingerprint[:16] for held_out, texts in documents.items()}
+    assert prints == {False: "7bea7854170a3a95", True: "01a62186d3b21e84"}
+
+
 def test_methods_rank_on_it() -> None:
     reports = {
         name: prune("embedded", method=name, sparsity=0.6, samples=16, eval_samples=12)

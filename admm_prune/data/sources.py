@@ -47,7 +47,7 @@ def read_corpus(source: str, *, split: str = "train", column: str = "text", limi
     """The documents of `source`, in their order, blank ones dropped.
 
     Args:
-        source: "embedded" (the standard library of the running interpreter), a `.txt`, `.jsonl` or `.parquet` file, a
+        source: "embedded" (CPython's standard library, part of this package), a `.txt`, `.jsonl` or `.parquet` file, a
             folder of such files (read in the order of their paths), a Hub id "owner/name" or "owner/name:config", or
             the short names "c4" and "wikitext2". In a `.txt` file `<|endoftext|>` separates documents.
         split: the split of a Hub dataset; "train" (modules not held out), "validation" or "test" (held-out modules)
