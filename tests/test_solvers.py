@@ -69,36 +69,6 @@ def test_wanda_is_a_projection_in_the_metric_of_the_inputs(seed) -> None:
     assert bool((score.where(kept, torch.inf).amin(1) >= score.where(~kept, 0).amax(1)).all())
 
 
-def textbook_admm(problem: LayerReconstruction, solver: ADMM) -> torch.Tensor:
-    """ADMM with x, d and u as three tensors, in Jacobi-scaled coordinates, a dense solve each step."""
-    scale = problem.hessian.diagonal().sqrt()
-    a, w = problem.hessian / scale / scale[:, None], problem.minimizer * scale
-    d = problem.constraint.project(Point(weight=w))["weight"]
-    u = torch.zeros_like(w)
-    rho = 0.0
-    for t in range(solver.max_iterations):
-        if t % solver.penalty.every == 0:
-            new = solver.penalty.rho(t, rho, 0.0)
-            u, rho = u * (rho / new), new
-        right = w @ a + rho * (d - u)
-        x = torch.linalg.solve(a + rho * torch.eye(len(a), dtype=a.dtype), right.T).T
-        z = solver.relaxation * x + (1 - solver.relaxation) * d + u
-        d = problem.constraint.project(Point(weight=z))["weight"]
-        u = z - d
-    return d / scale
-
-
-@pytest.mark.parametrize("constraint", ["half", "2:4", "rows"])
-@given(seed=seeds, relaxation=st.sampled_from([1.0, 1.5]))
-def test_compact_admm_equals_the_textbook(constraint, seed, relaxation) -> None:
-    penalty = LogSpaced(0.05, 3.0, over=20, every=3)
-    solver = ADMM(polish=False, penalty=penalty, relaxation=relaxation, max_iterations=20, tolerance=-1.0)
-    problem = layer(CONSTRAINTS[constraint], seed=seed)
-    state = solver.solve(problem).state.inner
-    mine = solver.solution(problem, state)["weight"]
-    assert torch.allclose(mine, textbook_admm(problem, solver), rtol=1e-7, atol=1e-9)
-
-
 @pytest.mark.parametrize("make", [layer, retargeted])
 @given(seed=seeds)
 def test_admm_with_its_support_frozen_equals_least_squares(make, seed) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from admm_prune import SparseAdam
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import RowWise
+from admm_prune.solvers import textbook
 from admm_prune.solvers.elsa.settings import Penalty, Score
 
 LR, BETAS, EPS = 0.02, (0.9, 0.999), 1e-8
@@ -35,36 +36,6 @@ class Bowl:
         return float((self.h * (x - self.b).square()).sum() / 2)
 
 
-def textbook(bowl: Bowl, steps: int, keep: int, penalty: Penalty, interval: int, first: int) -> tuple[Tensor, Tensor]:
-    """ELSA with z and u as two tensors, straight from its equations. x and the mask."""
-    x = bowl.b.clone()
-    z, u = x * _top(x.abs(), keep), torch.zeros_like(x)
-    mask = _top(x.abs(), keep)
-    m, v = torch.zeros_like(x), torch.zeros_like(x)
-    rho = dual_rho = penalty.at(0.0)
-    lag = 1.0
-    for t in range(steps):
-        g = bowl.gradient(x, t)
-        g = g * min(1.0, 1.0 / (float(g.norm()) + 1e-6))
-        g = g + rho * (x - z + u)
-        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
-        corrected = v.sqrt() / math.sqrt(1 - BETAS[1] ** (t + 1)) + EPS
-        x = x - LR / (1 - BETAS[0] ** (t + 1)) * m / corrected
-        if t >= first and (t - first) % interval == 0:
-            a = x + lag * u
-            mask = _top(a.abs() * v.sqrt(), keep)
-            z, u = a * mask, a * ~mask
-            rho = penalty.at(t / steps)
-            factor = dual_rho / rho if rho else 1.0
-            dual_rho = rho or dual_rho
-            if penalty.rescale == "immediate":
-                u = u * factor
-            else:
-                # As published: the steps until the next update still pull to the old u.
-                lag = factor
-    return x, mask
-
-
 def _top(score: Tensor, keep: int) -> Tensor:
     mask = torch.zeros_like(score, dtype=torch.bool)
     mask.view(-1)[score.reshape(-1).topk(keep).indices] = True
@@ -84,7 +55,10 @@ def test_the_compact_state_is_the_textbook_iteration(shape, seed, interval, firs
     steps, bowl = 400, Bowl(shape, seed)
     penalty = Penalty(value=0.8, shape=shape_of_rho, start=0.05, units="absolute", rescale=rescale)
     keep = max(1, round(0.4 * math.prod(shape)))
-    x, mask = textbook(bowl, steps, keep, penalty, interval, first)
+    x, mask = textbook.elsa(
+        bowl.b, bowl.gradient, lambda score: _top(score, keep), penalty.at, steps=steps, interval=interval, lr=LR,
+        betas=BETAS, eps=EPS, first=first, lagged=penalty.rescale == "lagged",
+    )  # fmt: skip
 
     parameter = nn.Parameter(bowl.b.clone())
     optimizer = SparseAdam(

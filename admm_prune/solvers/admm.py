@@ -51,6 +51,8 @@ class ADMM(Iterative[State]):
     Raises:
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
 
+    Reference implementation: `textbook.admm`.
+
     Sources: Meng et al., ALPS, 2024 (the splitting); Boza, Fast and Effective Weight Update for Pruned Large Language
     Models, 2024 (`gradual`); the log-spaced penalty, the compact state and the metric are ours.
     """

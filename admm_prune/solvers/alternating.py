@@ -47,6 +47,8 @@ class Alternating(Iterative[State]):
     Raises:
         TypeError: the problem is not Coordinated.
 
+    Reference implementation: `textbook.sparsellm`.
+
     Source: Bai et al., SparseLLM, 2024, algorithm 1; the judge, the freezing and the step together are ours.
     """
 

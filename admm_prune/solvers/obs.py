@@ -39,6 +39,8 @@ class SparseGPT:
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
 
+    Reference implementation: `textbook.sparsegpt`.
+
     Source: Frantar and Alistarh, SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot, 2023.
     """
 
