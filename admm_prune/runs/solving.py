@@ -244,6 +244,8 @@ def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, 
         bound = lower_bound(problem, result.objective)
     except (TypeError, ValueError, LinAlgError) as error:
         return None, (f"no lower bound: {error}",)
+    if bound is None:
+        return None, ("no lower bound: float64 does not prove the damped Gram definite: raise the ridge",)
     if bound.vacuous:
         return bound, (f"the lower bound is {bound.ratio:.1g} of the loss reached: it certifies nothing",)
     return bound, ()
