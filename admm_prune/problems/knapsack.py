@@ -1,4 +1,4 @@
-"""Allocation as a multiple-choice knapsack: a mixed-integer program finds it, Lagrangian bounds prove how good it is."""
+"""Allocation as a multiple-choice knapsack: found by a mixed-integer program, proved by Lagrangian bounds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Knapsack:
         found = _search(table, self._programmed(table), self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
         if found.loss == math.inf:
             raise ValueError(f"no allocation that saves {budget:g} was found: some losses are not finite")
-        notes = () if found.closed else (f"the knapsack is proved to {(found.loss - found.bound) / found.loss:.2g} only",)
+        notes = (
+            () if found.closed else (f"the knapsack is proved to {(found.loss - found.bound) / found.loss:.2g} only",)
+        )
         removed = [own[k] for own, k in zip(levels, found.chosen, strict=True)]
         result = allocation(curves, removed, notes=notes)
         return allocation(curves, removed, bound=min(found.bound, result.loss), notes=notes)
@@ -177,8 +179,8 @@ def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices
     The choices are the minima at the two ends of the last interval of prices, equal where no price is needed; None
     where the ranges cannot meet the budget, with an infinite bound.
 
-    E - t s is computed with an error of at most 2 u (E + t s), the sum over b branches with gamma_b: 2^-52 (b + 4) times
-    the largest E + t s of each branch and t budget, taken off.
+    E - t s is computed with an error of at most 2 u (E + t s), the sum over b branches with gamma_b: 2^-52 (b + 4)
+    times the largest E + t s of each branch and t budget is taken off.
     """
     index = np.arange(table.losses.shape[1])
     inside = (index >= ranges[:, :1]) & (index <= ranges[:, 1:]) & np.isfinite(table.losses)

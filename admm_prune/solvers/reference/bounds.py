@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm_prune.point import Point
 from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, total_bound
-from admm_prune.solvers.reference.rows import quadratic, scaled_hessian, to_array
+from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessian, to_array
 from admm_prune.solvers.reference.supports import Supports, recognise
 
 VACUOUS = 0.1  # a smaller ratio certifies nothing worth saying
@@ -76,10 +75,9 @@ def lower_bound(candidate: object, objective: float | None = None) -> Bound | No
     supports = recognise("lower_bound", problem.constraint, (target.shape[0], target.shape[1]))
     losses = loss_bounds(form, torch.from_numpy(target), supports)
     kind = max(losses, key=lambda name: losses[name])
-    floor = problem.value(Point(weight=problem.minimizer))
-    rounding = float(torch.finfo(problem.minimizer.dtype).eps) / 2
-    value = total_bound(form, target, floor, losses[kind], rounding)
-    return None if value is None else Bound.above(floor, value, kind, objective)
+    floor = floor_of(problem, scale)
+    value = total_bound(form, floor, losses[kind])
+    return None if value is None else Bound.above(floor.value, value, kind, objective)
 
 
 def loss_bounds(form: Form, target: Tensor, supports: Supports) -> dict[str, float]:

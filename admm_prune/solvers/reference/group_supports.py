@@ -17,7 +17,7 @@ from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 from admm_prune.solvers.group_obs import checked_groups
 from admm_prune.solvers.reference.rigorous import Array, Form, Mask, least_losses, rounded_down_sum, total_bound
-from admm_prune.solvers.reference.rows import scaled_hessian, to_array
+from admm_prune.solvers.reference.rows import floor_of, scaled_hessian, to_array
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class BruteForceGroups:
                     fitted = np.where(kept, target + steps, 0.0) / scale
                     best, least = Point(weight=torch.from_numpy(fitted).to(minimizer)), float(losses.sum())
         result = closed_form(problem, best, began, start)
-        floor = problem.value(Point(weight=minimizer))
-        proved = total_bound(form, target, floor, bound, float(torch.finfo(minimizer.dtype).eps) / 2)
+        proved = total_bound(form, floor_of(problem, scale), bound)
         return replace(result, bound=None if proved is None else min(proved, result.objective), iterations=sets)
 
 

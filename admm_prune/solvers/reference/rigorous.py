@@ -250,38 +250,41 @@ def least_losses(form: Form, target: Array, kept: Mask, steps: Array) -> tuple[A
     return np.where(np.isnan(losses), np.inf, losses), np.where(np.isfinite(exact), exact, 0.0)
 
 
-def total_bound(form: Form, minimizer: Array, floor: float, loss: float, rounding: float) -> float | None:
-    """A lower bound of f where the losses of the rows are proved to add up to at least `loss`; None without a proof.
-
-    With f(M) = 0 it is the loss. Else M is the minimum for another target, G A^-1, computed in float64 by Cholesky and
-    rounded to its dtype, and f(M) a difference of energies. Then M is off the minimum W by at most P in the norm of A,
-    P the sum over rows of gamma_(3n+1) 2 n |m|_D / sqrt(l) (Higham, theorem 10.4) and of the rounding |m|_|A|, so that
-    f >= f(M) - P^2 + max(0, sqrt(loss) - P)^2, less the rounding of f(M), gamma_(out in + 2n) of the energies.
+@dataclass(frozen=True, eq=False)
+class Floor:
+    """f(M), and what is known of its rounding and of that of M.
 
     Args:
-        minimizer: M (out, n), scaled.
-        floor: f(M) as computed.
-        loss: in the scale of f.
-        rounding: unit roundoff of the dtype of M.
+        value: as computed.
+        residual: R = M A - G (out, n), scaled as A^-1, bounded entry by entry; None where M is the minimum exactly.
+        energies: the magnitudes that `value` is a sum of; 0 where it is exact.
+    """
+
+    value: float
+    residual: Array | None = None
+    energies: float = 0.0
+
+
+def total_bound(form: Form, floor: Floor, loss: float) -> float | None:
+    """A lower bound of f where the losses of the rows are proved to add up to at least `loss`; None without a proof.
+
+    f(V) = f(M) + |V - M|_A^2 + 2 <V - M, R> >= f(M) + (|V - M|_A - P)^2 - P^2, P^2 = sum R_ij^2 / D_jj / l being at
+    least |R|_(A^-1)^2. f(M) as computed is off by at most gamma_(2k+2n+16) times its magnitudes, k = out n.
     """
     if not form.definite or not math.isfinite(loss):
         return None
-    if floor == 0:
-        return loss
-    n = form.width
+    if floor.residual is None and floor.energies == 0 and 0 in (floor.value, loss):
+        return floor.value + loss
     with np.errstate(all="ignore"):
-        size = np.abs(minimizer)
-        energies = ((size @ np.abs(form.hessian)) * size).sum(1)
-        lengths = (minimizer * minimizer * form.diagonal).sum(1)
-        solve = gamma(3 * n + 1) * 2 * n / math.sqrt(form.least) if form.least > 0 else math.inf
-        away = float(np.square(solve * np.sqrt(lengths) + rounding * np.sqrt(energies)).sum()) * (
-            1 + gamma(size.size + 64)
-        )
-        doubt = gamma(size.size + 2 * n + 16) * (abs(floor) + 2 * float(energies.sum()))
-        bound = (
-            floor - doubt - away + max(0.0, math.sqrt(loss) - math.sqrt(away) * (1 + 4 * UNIT)) ** 2 * (1 - 8 * UNIT)
-        )
-        bound -= 8 * UNIT * (abs(floor) + loss + doubt + away)
+        squared = 0.0
+        if floor.residual is not None and floor.residual.any():
+            sizes = np.square(floor.residual) / form.diagonal
+            squared = float(sizes.sum()) * (1 + gamma(sizes.size + 8)) / form.least if form.least > 0 else math.inf
+        terms = 1 if floor.residual is None else floor.residual.size
+        doubt = gamma(2 * terms + 2 * form.width + 16) * floor.energies
+        left = max(0.0, math.sqrt(loss) * (1 - 2 * UNIT) - math.sqrt(squared) * (1 + 2 * UNIT))
+        bound = floor.value - doubt - squared + left * left * (1 - 4 * UNIT)
+        bound -= 4 * UNIT * (abs(floor.value) + doubt + squared + loss)
     return bound if math.isfinite(bound) else None
 
 

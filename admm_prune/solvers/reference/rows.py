@@ -22,12 +22,21 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, fits
+from admm_prune.problem import Fitted, Quadratic, fits
 from admm_prune.result import Result, Status
-from admm_prune.solvers.reference.rigorous import Array, Form, Mask, rounded_down_sum, scaled_form, total_bound
+from admm_prune.solvers.reference.rigorous import (
+    Array,
+    Floor,
+    Form,
+    Mask,
+    gamma,
+    rounded_down_sum,
+    scaled_form,
+    total_bound,
+)
 from admm_prune.solvers.reference.supports import recognise
 
-__all__ = ["Array", "Mask", "Row", "Separated", "quadratic", "scaled_hessian", "separate", "to_array"]
+__all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +173,7 @@ class Separated:
 
     def bound(self, row_bounds: Sequence[float]) -> float | None:
         """A lower bound of f from proved ones of the rows' losses; None where nothing is proved."""
-        rounding = float(torch.finfo(self.problem.minimizer.dtype).eps) / 2
-        return total_bound(self.form, self.target, self.floor, rounded_down_sum(list(row_bounds)), rounding)
+        return total_bound(self.form, floor_of(self.problem, self.scale), rounded_down_sum(list(row_bounds)))
 
 
 def separate(owner: str, candidate: object) -> Separated:
@@ -189,6 +197,16 @@ def separate(owner: str, candidate: object) -> Separated:
         return Separated(problem, form, target, (whole,), scale)
     rows = tuple(Row(form, w, group, keep) for w, (group, keep) in zip(target, supports.rows, strict=True))
     return Separated(problem, form, target, rows, scale)
+
+
+def floor_of(problem: Quadratic, scale: Array) -> Floor:
+    """f at the minimizer of a problem, with the rounding of both."""
+    value = problem.value(Point(weight=problem.minimizer))
+    found = problem.minimizer_residual() if fits(problem, Fitted) else None
+    if found is None:
+        return Floor(value)
+    residual, sizes = (np.abs(to_array(x)) / scale for x in found[:2])
+    return Floor(value, residual + gamma(len(scale) + 4) * sizes, found[2])
 
 
 def quadratic(owner: str, problem: object) -> Quadratic:
