@@ -12,7 +12,15 @@ from torch import Tensor
 from admm_prune.kernels import precision, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.problems.gram import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels
+from admm_prune.problems.gram import (
+    DEAD,
+    check_gram,
+    check_matrix,
+    check_square,
+    check_weight,
+    dead_channels,
+    symmetric,
+)
 
 # What served best on tokens that were not calibrated on: the ridge on drawn layers and the most of the real ones, the
 # damping where a few channels outweigh all others and the rare ones are known from few tokens.
@@ -35,7 +43,7 @@ class LayerReconstruction:
 
     Args:
         weight: W (out, in), any float dtype; computed with in the dtype of the Gram.
-        gram: H (in, in), float32 or float64, undamped.
+        gram: H (in, in), float32 or float64, undamped; (H + H^T) / 2 where it differs from its transpose by rounding.
         constraint: the sparse set C.
         ridge: relative to diag(H), so that scaling a channel changes nothing.
         damping: relative to mean(diag H), as published for SparseGPT (0.01).
@@ -83,7 +91,7 @@ class LayerReconstruction:
             raise ValueError(f"ridge and damping must not be negative: {ridge}, {damping}")
         self.constraint = constraint
         self.weight = weight.detach().to(gram.dtype)
-        self.gram = gram.detach()
+        self.gram = symmetric(gram.detach())
         self.ridge, self.damping = ridge, damping
         self.cross_gram = None if cross_gram is None else cross_gram.detach().to(gram.dtype)
         self.correlation = None if correlation is None else correlation.detach().to(gram.dtype)
