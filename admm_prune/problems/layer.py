@@ -38,6 +38,9 @@ class LayerReconstruction:
     or, with `cross_gram` = X0^T X, the output that the weights W gave on other inputs, Y = X0 W^T; then everything
     goes on as if W were (W X0^T X + W D) A^-1, the unconstrained minimum. The ridge pulls to W, never to zero.
 
+    All is computed with A as the tensor `hessian` holds it, D added in the dtype of the Gram: that is the problem which
+    `value`, every solver and every bound mean.
+
     A channel whose H_jj vanishes is *dead*: it is cut out of H and weighs next to nothing, so that it is pruned first
     and keeps W where the constraint forces it to be kept.
 
