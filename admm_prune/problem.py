@@ -113,6 +113,16 @@ class Quadratic(Problem, Protocol):
 
 
 @runtime_checkable
+class Fitted(Quadratic, Protocol):
+    """A Quadratic problem whose minimizer comes from a solve, and is off G A^-1 by its rounding."""
+
+    def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
+        """In float64: (minimizer A - G (out, in), the magnitudes that it adds up (out, in), those of the value at the
+        minimizer); None where the minimizer is exact."""
+        ...
+
+
+@runtime_checkable
 class Proximable(Problem, Protocol):
     def prox(self, v: Point, rho: float) -> Point:
         """argmin_x value(x) + rho * curvature * |x - v|^2."""

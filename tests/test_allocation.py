@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -265,3 +266,42 @@ def test_energies_that_outweigh_others_are_compared_by_their_logarithms() -> Non
     plain, skewed = standardized([1.0, 2.0, 3.0]), standardized([1.0, 10.0, 1000.0])
     assert sum(plain) == pytest.approx(0)
     assert skewed[2] - skewed[1] == pytest.approx(2 * (skewed[1] - skewed[0]))
+
+
+def polynomials(count: int, units: float = 1.0) -> list[Curve]:
+    fractions = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+    shapes = ((2, 1.0), (3, 2.0), (1.5, 0.7), (4, 1.3))
+    savings = torch.arange(count + 1, dtype=torch.float64) * units
+    return [Curve(f"b{i}", fractions**p * s, savings) for i, (p, s) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(("units", "budget"), [(1.0, 794.6), (1.0, 40.0), (0.1, 79.46), (4096.0, 6e6)])
+def test_the_knapsack_bounds_every_level_of_curves_too_long_for_the_program(units: float, budget: float) -> None:
+    """The bound was that of 64 levels of 640: up to 28 % above what equal slopes reach."""
+    curves = polynomials(640, units)
+    found, slopes = Knapsack(max_nodes=100).allocate(curves, budget), EqualSlope().allocate(curves, budget)
+    assert found.bound is not None
+    assert found.bound <= found.loss <= slopes.loss
+    assert found.bound >= 0.99 * found.loss
+
+
+@settings(max_examples=25)
+@given(seed=seeds, share=st.floats(0.05, 0.8), scale=st.sampled_from([1e-15, 1.0, 1e15]), whole=st.booleans())
+def test_the_bound_of_the_knapsack_is_below_every_allocation_in_fractions(seed, share, scale, whole) -> None:
+    """Curves that are neither convex nor even, against all their allocations, in exact arithmetic."""
+    draw = torch.Generator().manual_seed(seed)
+    curves = []
+    for l in range(3):
+        rises, steps = torch.rand(2, 9, generator=draw, dtype=torch.float64)
+        steps = (steps * 5).ceil() if whole else steps * (steps > 0.2)
+        rises = rises * (rises > 0.3) * 10 ** (6 * torch.rand((), generator=draw, dtype=torch.float64) - 3)
+        start = torch.zeros(1, dtype=torch.float64)
+        curves.append(Curve(f"b{l}", scale * torch.cat([start, rises.cumsum(0)]), torch.cat([start, steps.cumsum(0)])))
+    budget = share * sum(float(c.savings[c.levels()[-1]]) for c in curves)
+    pairs = [[(Fraction(float(c.losses[k])), Fraction(float(c.savings[k]))) for k in c.levels()] for c in curves]
+    least = min(sum(e for e, _ in ks) for ks in product(*pairs) if sum(s for _, s in ks) >= Fraction(budget))
+    found = Knapsack(choices=4).allocate(curves, budget)
+    assert found.bound is not None
+    assert Fraction(found.bound) <= least
+    assert found.bound >= 0.99 * float(least)
+    assert found.loss <= float(least) * (1 + 1e-5)

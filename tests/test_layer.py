@@ -157,3 +157,91 @@ def test_validation_tokens_count_as_calibration_tokens() -> None:
     assert statistics.validation_tokens == statistics.holdout_tokens == 10
     assert torch.allclose(statistics.gram, (whole.T @ whole).float())
     assert statistics.dead_channels.numel() == 0
+
+
+def uneven(seed: int, dtype: torch.dtype, shift: float = 0.0) -> tuple[LayerReconstruction, torch.Tensor]:
+    """A problem re-targeted to inputs that differ by `shift`, its channels of very different size; and ||Y||^2."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, WIDTH, generator=g, dtype=torch.float64)
+    x *= torch.exp(2 * torch.randn(WIDTH, generator=g, dtype=torch.float64))
+    w = torch.randn(8, WIDTH, generator=g)
+    dense = x * (1 + shift * torch.randn(x.shape, generator=g, dtype=torch.float64))
+    energy = (dense @ w.double().T).square().sum()
+    gram, cross = (x.T @ x).to(dtype), (dense.T @ x).to(dtype)
+    return LayerReconstruction(w, gram, Unstructured(0.0), cross_gram=cross, target_energy=float(energy)), dense - x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_error_of_nothing_is_never_negative(dtype: torch.dtype) -> None:
+    """A third of these were negative: the Gram and its target are rounded, the energy of the target is not."""
+    for seed in range(60):
+        problem, _ = uneven(seed, dtype)
+        for v in (problem.weight, problem.minimizer):
+            assert 0.0 <= problem.relative_error(Point(weight=v)) <= 1e-6
+
+
+@given(seed=seeds)
+def test_an_error_is_that_of_the_outputs_on_other_inputs(seed) -> None:
+    problem, away = uneven(seed, torch.float64, 0.01)
+    error = (away @ problem.weight.double().T).square().sum()
+    assert problem.target_energy is not None
+    found = problem.relative_error(Point(weight=problem.weight))
+    assert found == pytest.approx(float(error) / problem.target_energy, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_energy_that_cannot_be_the_target_s_is_refused(dtype: torch.dtype) -> None:
+    right, _ = uneven(0, dtype)
+    assert right.target_energy is not None
+    for factor in (0.0, 0.5, 0.999):
+        problem = LayerReconstruction(
+            right.weight,
+            right.gram,
+            Unstructured(0.5),
+            cross_gram=right.cross_gram,
+            target_energy=factor * right.target_energy,
+        )
+        with pytest.raises(ValueError, match="is not the squared norm of the target"):
+            problem.relative_error(Point(weight=problem.weight))
+
+
+def test_a_gram_that_is_none_is_refused_where_an_error_is_negative() -> None:
+    gram = torch.ones(WIDTH, WIDTH) * -1.0
+    gram.fill_diagonal_(1e-3)
+    problem = LayerReconstruction(torch.ones(2, WIDTH), torch.eye(WIDTH), Unstructured(0.5))
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        problem.relative_error(Point(weight=torch.zeros(2, WIDTH)), gram)
+
+
+@given(seed=seeds)
+def test_the_value_at_the_minimum_of_another_target_is_that_of_its_definition(seed) -> None:
+    """An error of the minimizer, which comes from a solve in float32, changes it in second order only."""
+    problem, _ = uneven(seed, torch.float32, 0.3)
+    found = problem.minimizer_residual()
+    assert found is not None
+    assert problem.cross_gram is not None
+    assert problem.target_energy is not None
+    m, w, a = problem.minimizer.double(), problem.weight.double(), problem.hessian.double()
+    anchor = (problem.hessian.diagonal() - problem.gram.diagonal()).double()
+    g = w @ problem.cross_gram.double() + w * anchor
+    direct = ((m @ a) * m).sum() - 2 * (m * g).sum() + problem.target_energy + (w.square() * anchor).sum()
+    assert problem.value(Point(weight=problem.minimizer)) == pytest.approx(float(direct), rel=1e-10)
+    assert torch.allclose(found[0], m @ a - g, rtol=1e-6, atol=1e-12 * float(found[1].max()))
+
+
+def test_a_gram_is_made_symmetric() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=g)
+    gram = x.T @ x + 1e-6 * torch.randn(6, 6, generator=g)
+    problem = LayerReconstruction(torch.ones(2, 6), gram, Unstructured(0.5))
+    assert torch.equal(problem.gram, problem.gram.T)
+    assert torch.allclose(problem.gram, (gram + gram.T) / 2)
+    same = (gram + gram.T) / 2
+    assert LayerReconstruction(torch.ones(2, 6), same, Unstructured(0.5)).gram.data_ptr() == same.data_ptr()
+
+
+def test_an_energy_without_another_target_means_nothing() -> None:
+    w, gram = torch.ones(2, WIDTH), torch.eye(WIDTH)
+    problem = LayerReconstruction(w, gram, Unstructured(0.5), target_energy=123.0)
+    assert problem.value(Point(weight=w)) == 0.0
+    assert problem.relative_error(Point(weight=w)) == 0.0

@@ -229,9 +229,9 @@ def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0
             prices = price(l, (at[1:] + at[:-1]) / 2 / curve.count).cummax(0).values
             steps += [(float(p), to / curve.count, l, to) for p, to in zip(prices, levels[1:], strict=True)]
     removed = [0] * len(curves)
-    saved, enough, last = 0.0, _enough(curves, budget), None
+    saved, needed, last = 0.0, enough(curves, budget), None
     for worth, _, l, to in sorted(steps):
-        if saved >= enough:
+        if saved >= needed:
             break
         saved += float(curves[l].savings[to] - curves[l].savings[removed[l]])
         removed[l], last = to, worth
@@ -287,7 +287,7 @@ def together(name: str, curves: Sequence[Curve]) -> Curve:
 def check_budget(curves: Sequence[Curve], budget: float, most: float = 1.0) -> None:
     """Raises ValueError where the curves cannot save so much; the message says how much they can."""
     possible = sum(float(curve.savings[curve.levels(most)[-1]]) for curve in curves)
-    if possible < _enough(curves, budget):
+    if possible < enough(curves, budget):
         total = sum(float(curve.savings[-1]) for curve in curves) or 1.0
         raise ValueError(
             f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: every branch keeps what it must"
@@ -314,7 +314,7 @@ def allocation(
     )
 
 
-def _enough(curves: Sequence[Curve], budget: float) -> float:
+def enough(curves: Sequence[Curve], budget: float) -> float:
     """The saving that meets the budget, up to rounding."""
     return budget - _ROUNDING * sum(float(curve.savings[-1]) for curve in curves)
 

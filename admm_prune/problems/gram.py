@@ -193,6 +193,15 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
         raise ValueError(f"{name} is not symmetric: it is not X^T X")
 
 
+def symmetric(gram: Tensor) -> Tensor:
+    """(H + H^T) / 2, of the same dtype; H itself where it is symmetric to the bit, without a copy."""
+    tiles = [slice(start, start + _TILE) for start in range(0, len(gram), _TILE)]
+    if all(torch.equal(gram[t], gram[:, t].T) for t in tiles):
+        return gram
+    half = gram / 2
+    return half + half.T
+
+
 def check_square(name: str, matrix: Tensor, width: int) -> None:
     """Raises ValueError unless `matrix` is of finite float32 or float64 numbers, width x width."""
     check_matrix(name, matrix, (width, width))

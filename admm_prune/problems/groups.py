@@ -44,7 +44,7 @@ class GroupReconstruction(LayerReconstruction):
     ) -> None:
         if mean is not None and tokens < 1:
             raise ValueError("a mean input needs the number of tokens that it is of")
-        self.mean = mean
+        self.mean, self._tokens = mean, tokens
         centred_gram = gram if mean is None else centred(gram, mean, tokens)
         super().__init__(weight, centred_gram, constraint, ridge=ridge, damping=damping)
 
@@ -54,6 +54,15 @@ class GroupReconstruction(LayerReconstruction):
         if not bool((kept == kept[0]).all()):
             return super().refit(mask)
         return Point(weight=groups.minimize_on_columns(self.hessian, self.minimizer, kept[0]))
+
+    def _magnitudes(self, e: Tensor, gram: Tensor) -> float:
+        """With those of n mu mu^T, which a centred Gram is a difference from."""
+        taken = (
+            0.0
+            if self.mean is None
+            else self._tokens * float((e.abs() @ self.mean.abs().to(e)).double().square().sum())
+        )
+        return super()._magnitudes(e, gram) + 2 * taken
 
     def bias_shift(self, x: Point) -> Tensor:
         """(W - V) mu (out,): what the bias takes over; zeros without a mean."""

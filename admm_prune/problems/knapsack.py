@@ -1,66 +1,227 @@
-"""Allocation as a multiple-choice knapsack, solved to a proven gap by a mixed-integer program."""
+"""Allocation as a multiple-choice knapsack: found by a mixed-integer program, proved by Lagrangian bounds."""
 
 from __future__ import annotations
 
+import heapq
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget
+from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, enough
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+_HALVINGS = 48  # of an interval of prices
+_ROUNDING = 2.0**-52
 
 
 @dataclass(frozen=True)
 class Knapsack:
     """min sum_l E_l(k_l), sum_l saving_l(k_l) >= budget, one k_l of each branch: binary variables, by HiGHS.
 
-    Needs neither convex curves nor linear savings, so that measured times may be the budget.
+    Needs neither convex curves nor linear savings, so that measured times may be the budget. The bound is not that of
+    HiGHS, which holds to its tolerances and for the levels that it is given: all levels of all branches are searched by
+    branch and bound, each node with the Lagrangian bound, for any price t >= 0,
+
+        t budget + sum_l min_k (E_l(k) - t saving_l(k)),
+
+    in float64 less its rounding. Allocations that the search meets are taken where they are better.
 
     Args:
         most: the largest fraction that a branch may lose.
-        choices: levels of a branch that are tried, spread evenly where it has more; the bound is for these.
+        choices: levels of a branch that HiGHS is given, spread evenly where it has more.
         gap: relative, at which the search may stop.
-        time_limit: seconds; then the best allocation so far, with its bound.
+        time_limit: seconds for HiGHS, and as many for the proof; then the best allocation so far, with its bound.
+        max_nodes: of the proof.
 
-    Source: Frantar and Alistarh, SPDY, 2022, solve the same problem by dynamic programming.
+    Sources: Frantar and Alistarh, SPDY, 2022, solve the same problem by dynamic programming; Sinha and Zoltners, The
+    Multiple-Choice Knapsack Problem, 1979, the bound.
     """
 
     most: float = 1.0
     choices: int = 64
     gap: float = 1e-6
     time_limit: float = 30.0
+    max_nodes: int = 2000
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
+        check_budget(curves, budget, self.most)
+        levels = [curve.levels(self.most) for curve in curves]
+        table = _Table.of(curves, levels, enough(curves, budget))
+        found = _search(table, self._programmed(table), self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
+        if found.loss == math.inf:
+            raise ValueError(f"no allocation that saves {budget:g} was found: some losses are not finite")
+        notes = (
+            () if found.closed else (f"the knapsack is proved to {(found.loss - found.bound) / found.loss:.2g} only",)
+        )
+        removed = [own[k] for own, k in zip(levels, found.chosen, strict=True)]
+        result = allocation(curves, removed, notes=notes)
+        return allocation(curves, removed, bound=min(found.bound, result.loss), notes=notes)
+
+    def _programmed(self, table: _Table) -> Indices | None:
+        """What HiGHS chooses among some levels of each branch; None where it gives up, or meets the budget only within
+        its tolerances."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        check_budget(curves, budget, self.most)
-        levels = [_thinned(curve.levels(self.most), self.choices) for curve in curves]
-        owner = np.repeat(np.arange(len(curves)), [len(own) for own in levels])
-        flat = np.concatenate([np.array(own) for own in levels])
-        losses = np.concatenate([c.losses.numpy()[own] for c, own in zip(curves, levels, strict=True)])
-        savings = np.concatenate([c.savings.numpy()[own] for c, own in zip(curves, levels, strict=True)])
-        scale, unit = losses.max() or 1.0, savings.max() or 1.0
-        one_each = (owner == np.arange(len(curves))[:, None]).astype(float)
+        tried = [np.unique(np.linspace(0, n - 1, min(n, self.choices)).round().astype(np.intp)) for n in table.counts]
+        owner = np.repeat(np.arange(len(tried)), [len(own) for own in tried])
+        flat = np.concatenate(tried)
+        losses, savings = table.losses[owner, flat], table.savings[owner, flat]
+        finite = np.isfinite(losses)
+        owner, flat, losses, savings = owner[finite], flat[finite], losses[finite], savings[finite]
+        scale, unit = losses.max(initial=0.0) or 1.0, savings.max(initial=0.0) or 1.0
         found = milp(
             losses / scale,
             constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(savings[None] / unit, budget * (1 - 1e-9) / unit, np.inf),
+                LinearConstraint((owner == np.arange(len(tried))[:, None]).astype(float), 1, 1),
+                LinearConstraint(savings[None] / unit, table.budget / unit, np.inf),
             ],
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": self.gap, "time_limit": self.time_limit},
         )
         if found.x is None:
-            raise ValueError(f"no allocation that saves {budget:g} was found: {found.message}")
-        chosen = found.x.reshape(-1) > 0.5
-        bound = None if found.mip_dual_bound is None else float(found.mip_dual_bound) * scale
-        notes = () if found.status == 0 else (f"the knapsack was not closed: {found.message}",)
-        return allocation(curves, [int(k) for k in flat[chosen]], bound=bound, notes=notes)
+            return None
+        chosen = np.zeros(len(tried), dtype=np.intp)
+        picked = found.x.reshape(-1) > 0.5
+        chosen[owner[picked]] = flat[picked]
+        return chosen
 
 
-def _thinned(levels: list[int], choices: int) -> list[int]:
-    """At most so many levels, the first and the last among them."""
-    if len(levels) <= choices:
-        return levels
-    return [levels[round(i)] for i in np.linspace(0, len(levels) - 1, choices)]
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Losses and savings of all levels (branches, most levels), infinite and 0 behind the last of a branch."""
+
+    losses: Array
+    savings: Array
+    counts: NDArray[np.intp]
+    budget: float
+
+    @classmethod
+    def of(cls, curves: Sequence[Curve], levels: Sequence[Sequence[int]], budget: float) -> _Table:
+        counts = np.array([len(own) for own in levels])
+        losses = np.full((len(levels), counts.max()), np.inf)
+        savings = np.zeros_like(losses)
+        for l, (curve, own) in enumerate(zip(curves, levels, strict=True)):
+            losses[l, : len(own)] = curve.losses.double().numpy()[own]
+            savings[l, : len(own)] = curve.savings.double().numpy()[own]
+        losses[np.isnan(losses)] = np.inf
+        total = float(savings.max(1).sum())
+        if total < 2**53 and not np.any(savings % 1):  # whole numbers, whose sums are multiples of their divisor
+            step = int(np.gcd.reduce(savings.astype(np.int64), axis=None)) or 1
+            return cls(losses, savings, counts, float(math.ceil(budget / step * (1 - 2 * _ROUNDING)) * step))
+        # Sums that others round differently still meet it.
+        return cls(losses, savings, counts, budget - _ROUNDING * len(levels) * total)
+
+    def saved(self, chosen: Indices) -> float:
+        return math.fsum(self.savings[np.arange(len(chosen)), chosen])
+
+    def loss(self, chosen: Indices) -> float:
+        """The loss of an allocation that meets the budget; infinite for others."""
+        return math.fsum(self.losses[np.arange(len(chosen)), chosen]) if self.saved(chosen) >= self.budget else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    chosen: Indices
+    loss: float
+    bound: float
+    closed: bool
+
+
+def _search(table: _Table, start: Indices | None, gap: float, most: int, deadline: float) -> _Found:
+    """Branch and bound over intervals of levels (branches, 2), best first."""
+    whole = np.stack([np.zeros_like(table.counts), table.counts - 1], axis=1)
+    chosen = whole[:, 1] if start is None else start
+    loss = table.loss(chosen)
+    if loss == math.inf:
+        chosen, loss = whole[:, 1], table.loss(whole[:, 1])
+    heap: list[tuple[float, int, NDArray[np.intp], Indices, Indices]] = []
+    count = 0
+
+    def offer(ranges: NDArray[np.intp], above: float) -> None:
+        nonlocal chosen, loss, count
+        count += 1
+        bound, below, reaching = _lagrangian(table, ranges)
+        if reaching is not None and table.loss(reaching) < loss:
+            chosen, loss = reaching, table.loss(reaching)
+        if below is not None and reaching is not None:
+            heapq.heappush(heap, (max(bound, above), count, ranges, below, reaching))
+
+    settled = math.inf  # the least bound of nodes that cannot be split
+    offer(whole, 0.0)
+    while heap and heap[0][0] < loss * (1 - gap) and count < most and time.perf_counter() < deadline:
+        bound, _, ranges, below, reaching = heapq.heappop(heap)
+        apart = np.abs(table.losses[np.arange(len(below)), reaching] - table.losses[np.arange(len(below)), below])
+        apart[below == reaching] = -1.0
+        l = int(apart.argmax())
+        if apart[l] < 0:
+            settled = min(settled, bound)
+            continue
+        middle = (int(below[l]) + int(reaching[l])) // 2
+        for low, high in ((ranges[l, 0], middle), (middle + 1, ranges[l, 1])):
+            part = ranges.copy()
+            part[l] = low, high
+            offer(part, bound)
+    proved = min(settled, heap[0][0] if heap else math.inf)
+    # Nodes above the loss are left in the heap or hold no allocation: what was dropped lies at the loss or above it.
+    return _Found(chosen, loss, max(0.0, min(proved, loss)), proved >= loss * (1 - 2 * gap))
+
+
+def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices | None, Indices | None]:
+    """(a lower bound, the choice just below the budget, one that meets it) for levels within ranges (branches, 2).
+
+    The choices are the minima at the two ends of the last interval of prices, equal where no price is needed; None
+    where the ranges cannot meet the budget, with an infinite bound.
+
+    E - t s is computed with an error of at most 2 u (E + t s), the sum over b branches with gamma_b: 2^-52 (b + 4)
+    times the largest E + t s of each branch and t budget is taken off.
+    """
+    index = np.arange(table.losses.shape[1])
+    inside = (index >= ranges[:, :1]) & (index <= ranges[:, 1:]) & np.isfinite(table.losses)
+    if not inside.any(1).all():
+        return math.inf, None, None
+    losses, savings = np.where(inside, table.losses, np.inf), np.where(inside, table.savings, -np.inf)
+    highest = savings.argmax(1)
+    if table.saved(highest) < table.budget:
+        return math.inf, None, None
+    finite, kept = np.where(inside, losses, 0.0), np.where(inside, savings, 0.0)
+
+    def at(price: float) -> tuple[float, Indices]:
+        reduced = np.where(inside, finite - price * kept, np.inf)
+        best = reduced.argmin(1)
+        sizes = (finite + price * kept).max(1).sum() + price * abs(table.budget)
+        value = price * table.budget + reduced[np.arange(len(best)), best].sum()
+        return float(value - _ROUNDING * (len(best) + 4) * sizes), best
+
+    bound, below = at(0.0)
+    if table.saved(below) >= table.budget:
+        return bound, below, below
+    reaching, low, high = highest, 0.0, 1.0
+    largest = float(finite.max()) or 1.0
+    unit = largest / max(float(kept.max()), math.ulp(0.0))
+    while math.isfinite(high * unit):  # the least power of four at which the budget is met
+        value, choice = at(high * unit)
+        bound = max(bound, value)
+        if table.saved(choice) >= table.budget:
+            reaching = choice
+            break
+        low, below, high = high, choice, 4 * high
+        if high > 1e18:
+            return bound, below, reaching
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if middle in (low, high) or np.array_equal(below, reaching):
+            break
+        value, choice = at(middle * unit)
+        bound = max(bound, value)
+        if table.saved(choice) >= table.budget:
+            high, reaching = middle, choice
+        else:
+            low, below = middle, choice
+    return bound, below, reaching

@@ -12,11 +12,22 @@ from torch import Tensor
 from admm_prune.kernels import precision, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.problems.gram import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels
+from admm_prune.problems.gram import (
+    DEAD,
+    check_gram,
+    check_matrix,
+    check_square,
+    check_weight,
+    dead_channels,
+    symmetric,
+)
 
 # What served best on tokens that were not calibrated on: the ridge on drawn layers and the most of the real ones, the
 # damping where a few channels outweigh all others and the rare ones are known from few tokens.
 DEFAULT_RIDGE, DEFAULT_DAMPING = 0.03, 0.003
+_ROUNDINGS = (
+    32.0  # of each entry of a Gram: when it was stored, and in a sum of thousands of tokens by blocked products
+)
 _ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
 
 
@@ -27,18 +38,21 @@ class LayerReconstruction:
     or, with `cross_gram` = X0^T X, the output that the weights W gave on other inputs, Y = X0 W^T; then everything
     goes on as if W were (W X0^T X + W D) A^-1, the unconstrained minimum. The ridge pulls to W, never to zero.
 
+    All is computed with A as the tensor `hessian` holds it, D added in the dtype of the Gram: that is the problem which
+    `value`, every solver and every bound mean.
+
     A channel whose H_jj vanishes is *dead*: it is cut out of H and weighs next to nothing, so that it is pruned first
     and keeps W where the constraint forces it to be kept.
 
     Args:
         weight: W (out, in), any float dtype; computed with in the dtype of the Gram.
-        gram: H (in, in), float32 or float64, undamped.
+        gram: H (in, in), float32 or float64, undamped; (H + H^T) / 2 where it differs from its transpose by rounding.
         constraint: the sparse set C.
         ridge: relative to diag(H), so that scaling a channel changes nothing.
         damping: relative to mean(diag H), as published for SparseGPT (0.01).
         cross_gram: X0^T X (in, in).
         correlation: Y^T X (out, in), in place of `cross_gram`.
-        target_energy: ||Y||_F^2; needed with either.
+        target_energy: ||Y||_F^2; needed with either, without meaning otherwise.
 
     Raises:
         ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge;
@@ -80,9 +94,11 @@ class LayerReconstruction:
             raise ValueError(f"ridge and damping must not be negative: {ridge}, {damping}")
         self.constraint = constraint
         self.weight = weight.detach().to(gram.dtype)
-        self.gram = gram.detach()
+        self.gram = symmetric(gram.detach())
         self.ridge, self.damping = ridge, damping
-        self.cross_gram, self.correlation, self.target_energy = cross_gram, correlation, target_energy
+        self.cross_gram = None if cross_gram is None else cross_gram.detach().to(gram.dtype)
+        self.correlation = None if correlation is None else correlation.detach().to(gram.dtype)
+        self.target_energy = None if cross_gram is None and correlation is None else target_energy
         self.dead = dead_channels(gram)
         self.notes: tuple[str, ...] = ()
         if bool(self.dead.any()):
@@ -113,7 +129,9 @@ class LayerReconstruction:
         if target is None:
             return self.weight
         target = target.masked_fill(self.dead, 0) + self.weight * self._anchor
-        return torch.cholesky_solve(target.T, torch.linalg.cholesky(self.hessian)).T.contiguous()
+        scaled, scale = quadratic.unit_diagonal_(self.hessian)
+        factor = torch.linalg.cholesky(scaled)
+        return (torch.cholesky_solve((target / scale).T, factor).T / scale).contiguous()
 
     @property
     def linear(self) -> Tensor:
@@ -147,38 +165,95 @@ class LayerReconstruction:
     def relative_error(self, x: Point, gram: Tensor | None = None) -> float:
         """||X V^T - Y||^2 / ||Y||^2, undamped, in float64: tr((V-W) H (V-W)^T) / tr(W H W^T) for its own outputs.
 
+        For another target it is <V, V H> - 2 <V, Y^T X> + ||Y||^2, a difference of energies. The rounding of the
+        tensors may leave it negative where V reproduces the target: it is 0 then, as long as 32 eps of the Gram's dtype
+        times the magnitudes that are added up explain it.
+
         Args:
             gram: another H (in, in), such as that of held-out tokens; only for the layer's own outputs.
 
         Raises:
-            ValueError: another Gram with another target.
+            ValueError: another Gram with another target; a negative error that rounding does not explain, where the
+                Gram is not positive semidefinite or target_energy is not ||Y||^2.
         """
         v = x["weight"]
-        target = self._target
-        if target is None:
+        if self.target_energy is None:
             h = self.gram if gram is None else gram
             energy = quadratic.energy(self.weight, h)
             error = quadratic.energy(v, h, self.weight)
-            return error / energy if energy > 0 else 0.0
-        if gram is not None or self.target_energy is None:
+            if error < 0 and error < -_ROUNDINGS * torch.finfo(h.dtype).eps * self._magnitudes(v - self.weight, h):
+                raise ValueError("gram is not positive semidefinite: it is not X^T X")
+            return max(0.0, error) / energy if energy > 0 else 0.0
+        if gram is not None:
             raise ValueError("an error on other tokens needs their target too")
-        energy = quadratic.energy(v, self.gram) - 2 * quadratic.inner(v, target) + self.target_energy
-        return energy / self.target_energy if self.target_energy > 0 else 0.0
+        whole = self.target_energy
+        own = quadratic.energy(v, self.gram)
+        shared, sizes = self._correlated(v)
+        error = own - 2 * shared + whole
+        if error < 0:
+            sizes = self._magnitudes(v, self.gram) + 2 * sizes + whole
+            if error < -_ROUNDINGS * torch.finfo(self.gram.dtype).eps * sizes:
+                raise ValueError(
+                    f"target_energy {whole:g} is not the squared norm of the target: some weights would have a squared "
+                    f"error of {error:g}; take it, the Gram and the cross_gram from the same tokens, in float64"
+                )
+        return max(0.0, error) / whole if whole > 0 else 0.0
+
+    def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
+        """(W' A - G (out, in), the magnitudes that it adds up (out, in), those of the value at W'), in float64.
+
+        For another target only, whose W' comes from a solve and is rounded; None for the layer's own. Dense in float64:
+        for the references.
+        """
+        if self.target_energy is None:
+            return None
+        w, m, anchor = self.weight.double(), self.minimizer.double(), self._anchor.double()
+        alive = (~self.dead).double()
+        if self.correlation is None:
+            assert self.cross_gram is not None
+            cross = self.cross_gram.double() * alive
+            target, sizes = w @ cross, w.abs() @ cross.abs()
+        else:
+            target = self.correlation.double() * alive
+            sizes = target.abs()
+        hessian = self.hessian.double()
+        residual = m @ hessian - (target + w * anchor)
+        sizes = sizes + w.abs() * anchor
+        product = m.abs() @ hessian.abs()
+        energies = self.target_energy + float((w.square() * anchor).sum() + (m.abs() * (2 * sizes + product)).sum())
+        return residual, sizes + product, energies
+
+    def _magnitudes(self, e: Tensor, gram: Tensor) -> float:
+        """tr(|E| |H| |E|^T): what the roundings of a Gram are relative to."""
+        return quadratic.bilinear(e, gram, e)[1]
+
+    def _correlated(self, v: Tensor) -> tuple[float, float]:
+        """(<V, Y^T X>, the magnitudes that it adds up), in float64 from the tensors as stored."""
+        if self.correlation is not None:
+            return quadratic.inner(v, self.correlation), quadratic.inner(v.abs(), self.correlation.abs())
+        assert self.cross_gram is not None
+        return quadratic.bilinear(v, self.cross_gram, self.weight)
 
     @cached_property
     def _least(self) -> float:
-        """The value at the unconstrained minimum: 0 for the layer's own target."""
+        """The value at the unconstrained minimum W': 0 for the layer's own target.
+
+        <W', W' A> - 2 <W', G> + ||Y||^2 + tr(W D W^T), which an error of W' changes in second order only.
+        """
         if self.target_energy is None:
             return 0.0
-        anchored = float((self.weight.double().square().sum(0) * self._anchor.double()).sum())
-        return self.target_energy + anchored - quadratic.energy(self.minimizer, self.hessian)
+        anchor = self._anchor
+        anchored = quadratic.inner(self.weight.double().square(), anchor.expand_as(self.weight))
+        anchored -= 2 * quadratic.inner(self.minimizer.double() * self.weight.double(), anchor.expand_as(self.weight))
+        shared, _ = self._correlated(self.minimizer.masked_fill(self.dead, 0))
+        return self.target_energy + anchored - 2 * shared + quadratic.energy(self.minimizer, self.hessian)
 
     @property
     def _target(self) -> Tensor | None:
         """Y^T X (out, in); None for the layer's own output, X W^T."""
         if self.cross_gram is not None:
-            return self.weight @ self.cross_gram.to(self.gram.dtype)
-        return None if self.correlation is None else self.correlation.to(self.gram.dtype)
+            return self.weight @ self.cross_gram
+        return self.correlation
 
     @property
     def _anchor(self) -> Tensor:

@@ -280,6 +280,9 @@ def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:
     """
     energy = quadratic.energy(problem.weight, problem.gram)
     try:
-        return {"objective": problem.value(written) / energy, "bound": lower_bound(problem).value / energy}
-    except (ZeroDivisionError, TypeError, ValueError):
+        bound = lower_bound(problem)
+    except (TypeError, ValueError):
         return {}
+    if bound is None or energy == 0:
+        return {}
+    return {"objective": problem.value(written) / energy, "bound": bound.value / energy}

@@ -9,6 +9,7 @@ import numpy as np
 
 from admm_prune.runs.recomputation import Array, Budget, Definition
 from admm_prune.runs.swaps import (
+    Gain,
     Mask,
     RefittedSwaps,
     fixed_swaps_across,
@@ -27,8 +28,9 @@ class Certificates:
     """How far a point is from what no local change improves. Numbers, not verdicts.
 
     A swap exchanges one kept for one pruned weight of the same budget: of the row, of the group of N:M, or, where one
-    budget is shared by the whole matrix, of any two rows. Its gain is what it takes off f, over the loss of the rows
-    that it touches.
+    budget is shared by the whole matrix, of any two rows. Its gain is what it takes off f. The best swap is the one of
+    the largest gain, told as a share of the loss of the layer and as a share of the loss of the rows that it touches:
+    the layer has many rows, and one swap moves one or two of them.
 
     Attributes:
         refit_residual: the largest |gradient| on the support of a row over the largest |linear term| there, in
@@ -37,10 +39,13 @@ class Certificates:
         swap_rows: rows examined for swaps with all other weights refitted, drawn at random.
         swap_pairs: all swaps among them, each compared by its exact gain over the refitted rows.
         swap_optimal: the fraction of these rows where no swap within the row gains.
-        swap_gain: the largest gain of these swaps; 0 where none gains.
+        swap_gain: the largest gain of these swaps over the loss of the layer; 0 where none gains.
+        swap_gain_of_rows: the same gain over the loss of its rows.
         fixed_swap_pairs: swaps compared with all other weights held fixed, the weight that enters at its best value:
             those within as many rows as time allows (all but in wide layers), those between any two rows.
-        fixed_swap_gain: their largest gain; negative where every one costs; None where there is none.
+        fixed_swap_gain: their largest gain over the loss of the layer; negative where every one costs; None where there
+            is none.
+        fixed_swap_gain_of_rows: the same gain over the loss of its rows.
         reachable: f after a refit and the best swap in each of the rows examined: no lower bound can lie above it.
     """
 
@@ -50,17 +55,21 @@ class Certificates:
     swap_pairs: int
     swap_optimal: float
     swap_gain: float
+    swap_gain_of_rows: float
     fixed_swap_pairs: int
     fixed_swap_gain: float | None
+    fixed_swap_gain_of_rows: float | None
     reachable: float
 
     def in_words(self) -> list[str]:
         """What the numbers on swaps certify, and what they do not."""
         said = []
-        if self.fixed_swap_gain is not None:
-            said.append(_swap_words(self.fixed_swap_gain, self.fixed_swap_pairs, "all other weights held as they are"))
+        if self.fixed_swap_gain is not None and self.fixed_swap_gain_of_rows is not None:
+            gains = self.fixed_swap_gain, self.fixed_swap_gain_of_rows
+            said.append(_swap_words(*gains, self.fixed_swap_pairs, "all other weights held as they are"))
         if self.swap_pairs:
-            said.append(_swap_words(self.swap_gain, self.swap_pairs, f"in {self.swap_rows} rows, all others refitted"))
+            how = f"in {self.swap_rows} rows, all others refitted"
+            said.append(_swap_words(self.swap_gain, self.swap_gain_of_rows, self.swap_pairs, how))
         return said
 
 
@@ -85,11 +94,15 @@ def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: i
     fixed = [fixed_swaps_within(hessian, -gradient[some], point[some], loss[some], group)]
     if shared:
         fixed.append(fixed_swaps_across(-gradient, point, loss))
-    gains = [swaps.gain for swaps in fixed if swaps.gain is not None]
+    whole = float(loss.sum())
+    held = _best([gain for swaps in fixed for gain in swaps.gains], whole)
     drawn = np.sort(order[: min(_MOST_ROWS, max(1, _WORK // len(hessian) ** 3))])
     refitted = [refitted_swaps(hessian, target[row], kept[row], group) for row in drawn]
     within = [row.gain / row.loss if row.loss > 0 else 0.0 for row in refitted]
-    pairs, between = _between(refitted, kept[drawn]) if shared else (0, 0.0)
+    pairs, between = _between(refitted, kept[drawn]) if shared else (0, [])
+    best = _best([*(Gain(row.gain, row.loss) for row in refitted if row.loss > 0), *between], whole)
+    if best is None or best[0] <= 0:
+        best = 0.0, 0.0
     saved = sum(max(0.0, loss[row] - swaps.loss + swaps.gain) for row, swaps in zip(drawn, refitted, strict=True))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
@@ -97,31 +110,41 @@ def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: i
         swap_rows=len(drawn),
         swap_pairs=sum(row.pairs for row in refitted) + pairs,
         swap_optimal=float(np.mean([gain <= _OPTIMAL for gain in within])),
-        swap_gain=max([*within, between]),
+        swap_gain=best[0],
+        swap_gain_of_rows=best[1],
         fixed_swap_pairs=sum(swaps.pairs for swaps in fixed),
-        fixed_swap_gain=max(gains) if gains else None,
-        reachable=value - saved,
+        fixed_swap_gain=None if held is None else held[0],
+        fixed_swap_gain_of_rows=None if held is None else held[1],
+        reachable=float(value - saved),
     )
 
 
-def _between(rows: list[RefittedSwaps], kept: Mask) -> tuple[int, float]:
-    """Swaps between different ones of some refitted rows: how many, and the largest gain; 0 where none gains."""
+def _best(gains: list[Gain], whole: float) -> tuple[float, float] | None:
+    """The largest gain, over the loss of the layer and over that of its rows; None where there is none."""
+    if not gains or whole <= 0:
+        return None
+    best = max(gains, key=lambda gain: gain.absolute)
+    return best.absolute / whole, best.share
+
+
+def _between(rows: list[RefittedSwaps], kept: Mask) -> tuple[int, list[Gain]]:
+    """Swaps between different ones of some refitted rows: how many, and the best gain of each two."""
     inside = kept.sum(1)
     outside = kept.shape[1] - inside
     pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)
     gains = [
-        (into.best_add - out_of.cheapest_drop) / (into.loss + out_of.loss)
+        Gain(into.best_add - out_of.cheapest_drop, into.loss + out_of.loss)
         for out_of, into in permutations(rows, 2)
         if into.loss + out_of.loss > 0
     ]
-    return pairs, max([0.0, *gains])
+    return pairs, gains
 
 
-def _swap_words(gain: float, pairs: int, how: str) -> str:
-    if gain > _OPTIMAL:
-        found = f"by {gain:.2g} of its rows' loss, the best of {pairs:,} pairs tried"
-        return f"a single swap lowers the error, {how}: {found}"
-    found = f"largest gain found {max(gain, 0.0):.2g} over {pairs:,} pairs tried"
+def _swap_words(gain: float, of_rows: float, pairs: int, how: str) -> str:
+    if of_rows > _OPTIMAL:
+        shares = f"by {gain:.2g} of the layer's loss ({of_rows:.2g} of its rows' loss)"
+        return f"a single swap lowers the error, {how}: {shares}, the best of {pairs:,} pairs tried"
+    found = f"largest gain found {max(gain, 0.0):.2g} of the layer's loss over {pairs:,} pairs tried"
     return f"no single swap lowers the error, {how}: {found}"
 
 

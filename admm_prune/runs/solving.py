@@ -118,17 +118,25 @@ def solve_path(
             check_output_file(file)
     moved = _moved(layer, place)
     try:
+        _check_errors(moved, method, targets[0])
         solved = _solve(moved, method, targets, asked, place)
+        reached = [_measured(moved, target, part) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    reached = [_measured(moved, target, part) for target, part in zip(targets, solved, strict=True)]
     for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):
         if file is not None:
             weight = part.result.solution["weight"].cpu().contiguous()
             write_tensors(file, {"weight": weight}, _claims(figures, path, layer, weight, method, target).metadata())
     return reached
+
+
+def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
+    """Raises ValueError, before any work, where the weights as they are would have a negative error."""
+    if layer.cross_gram is not None:
+        problem = _problem(layer, [method.constraint(target)], Damping(1.0, 0.0), method)
+        problem.relative_error(problem.initial())
 
 
 @dataclass(frozen=True)
@@ -244,6 +252,8 @@ def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, 
         bound = lower_bound(problem, result.objective)
     except (TypeError, ValueError, LinAlgError) as error:
         return None, (f"no lower bound: {error}",)
+    if bound is None:
+        return None, ("no lower bound: float64 does not prove the damped Gram definite: raise the ridge",)
     if bound.vacuous:
         return bound, (f"the lower bound is {bound.ratio:.1g} of the loss reached: it certifies nothing",)
     return bound, ()

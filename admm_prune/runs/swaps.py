@@ -84,16 +84,34 @@ def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> Ref
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What a swap takes off the loss; negative where it adds to it.
+
+    Attributes:
+        absolute: in the units of the loss.
+        touched: the loss of the rows that it touches, above 0.
+    """
+
+    absolute: float
+    touched: float
+
+    @property
+    def share(self) -> float:
+        """Of the loss of the rows that it touches."""
+        return self.absolute / self.touched
+
+
+@dataclass(frozen=True)
 class FixedSwaps:
-    """The best of many swaps with all other weights held fixed.
+    """Many swaps with all other weights held fixed.
 
     Attributes:
         pairs: swaps that were compared.
-        gain: what the best one takes off the loss, over the loss of the rows it touches; negative where all cost.
+        gains: of the best swap of each row, or pair of rows, that was looked at.
     """
 
     pairs: int
-    gain: float | None
+    gains: tuple[Gain, ...]
 
 
 def fixed_swaps_within(hessian: Array, residual: Array, point: Array, loss: Array, group: int) -> FixedSwaps:
@@ -109,16 +127,16 @@ def fixed_swaps_within(hessian: Array, residual: Array, point: Array, loss: Arra
     """
     columns = np.arange(len(hessian)).reshape(-1, group)
     couplings = hessian[columns[:, :, None], columns[:, None, :]]
-    pairs, best = 0, -np.inf
+    pairs, gains = 0, []
     for r, v, before in zip(residual.reshape(-1, *columns.shape), point.reshape(-1, *columns.shape), loss, strict=True):
         kept = v != 0
         allowed = kept[:, :, None] & ~kept[:, None, :]
         count = int(np.count_nonzero(allowed))
         if count and before > 0:
             gain = (r[:, None, :] + v[:, :, None] * couplings) ** 2 - (v * v + 2 * v * r)[:, :, None]
-            best = max(best, float(gain[allowed].max() / before))
+            gains.append(Gain(float(gain[allowed].max()), float(before)))
         pairs += count
-    return FixedSwaps(pairs, best if best > -np.inf else None)
+    return FixedSwaps(pairs, tuple(gains))
 
 
 def fixed_swaps_across(residual: Array, point: Array, loss: Array) -> FixedSwaps:
@@ -133,14 +151,13 @@ def fixed_swaps_across(residual: Array, point: Array, loss: Array) -> FixedSwaps
     outside = kept.shape[1] - inside
     pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)
     adds, drops = np.argsort(-add, kind="stable")[:2], np.argsort(drop, kind="stable")[:2]
-    found = [
-        (float(add[b] - drop[a]), float(loss[a] + loss[b]))
+    gains = [
+        Gain(float(add[b] - drop[a]), float(loss[a] + loss[b]))
         for a in drops
         for b in adds
-        if a != b and np.isfinite(add[b]) and np.isfinite(drop[a])
+        if a != b and np.isfinite(add[b]) and np.isfinite(drop[a]) and loss[a] + loss[b] > 0
     ]
-    gain, touched = max(found, default=(0.0, 0.0))
-    return FixedSwaps(pairs, gain / touched if touched > 0 else None)
+    return FixedSwaps(pairs, tuple(gains))
 
 
 def _refit(hessian: Array, target: Array, kept: Mask) -> Array:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from admm_prune.point import Point
-from admm_prune.solvers.reference.rows import quadratic, scaled_hessian, to_array
+from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, total_bound
+from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessian, to_array
 from admm_prune.solvers.reference.supports import Supports, recognise
 
 VACUOUS = 0.1  # a smaller ratio certifies nothing worth saying
-_EPSILON = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,31 @@ class Bound:
         return self.ratio is not None and self.ratio < VACUOUS
 
     @classmethod
-    def above(cls, floor: float, loss: float, kind: str, objective: float | None) -> Bound:
-        """The bound floor + loss, compared with an objective; floor = f(minimizer)."""
+    def above(cls, floor: float, value: float, kind: str, objective: float | None) -> Bound:
+        """The bound `value`, compared with an objective; floor = f(minimizer)."""
         if objective is None:
-            return cls(floor + loss, kind)
+            return cls(value, kind)
         lost = objective - floor
-        return cls(floor + loss, kind, min(1.0, loss / lost) if lost > 0 else 1.0)
+        return cls(value, kind, min(1.0, max(0.0, value - floor) / lost) if lost > 0 else 1.0)
 
 
-def lower_bound(candidate: object, objective: float | None = None) -> Bound:
+def lower_bound(candidate: object, objective: float | None = None) -> Bound | None:
     """The best of three bounds, with K = Ã^-1 in Jacobi-scaled coordinates, r removals, and K^ = K with unit diagonal:
 
         removal            loss(R) >= max_{j in R} w_j^2 / K_jj >= the r-th smallest of w_j^2 / K_jj,
         Hessian diagonal   loss(R) >= lambda_min(Ã) sum_{j in R} w_j^2,
         inverse diagonal   loss(R) >= sum_{j in R} w_j^2 / K_jj / lambda_max(K^),
 
-    the sums over the r smallest terms, each within its own budget: group, row or matrix. Computed in float64 and
-    lowered by the rounding that cond(Ã) allows; zero where Ã is singular to working precision.
+    the sums over the r smallest terms, each within its own budget: group, row or matrix; in the second Ã has a unit
+    diagonal. Computed in float64 and lowered by bounds of all rounding (see `rigorous`). Where Ã is definite and no
+    more is proved, the bound is f(minimizer).
 
     Args:
         candidate: a Quadratic problem.
         objective: the value of a feasible point, to compare with.
+
+    Returns:
+        None where float64 does not prove that A is positive definite: then f has no bound.
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
@@ -66,40 +70,45 @@ def lower_bound(candidate: object, objective: float | None = None) -> Bound:
     Source: this project's methods, local.md, section 8.
     """
     problem = quadratic("lower_bound", candidate)
-    hessian, scale = (torch.from_numpy(x) for x in scaled_hessian("lower_bound", problem))
-    target = torch.from_numpy(to_array(problem.minimizer)) * scale
+    form, scale = scaled_hessian("lower_bound", problem)
+    target = to_array(problem.minimizer) * scale
     supports = recognise("lower_bound", problem.constraint, (target.shape[0], target.shape[1]))
-    losses = loss_bounds(hessian, target, supports)
+    losses = loss_bounds(form, torch.from_numpy(target), supports)
     kind = max(losses, key=lambda name: losses[name])
-    floor = problem.value(Point(weight=problem.minimizer))
-    return Bound.above(floor, losses[kind], kind, objective)
+    floor = floor_of(problem, scale)
+    value = total_bound(form, floor, losses[kind])
+    return None if value is None else Bound.above(floor.value, value, kind, objective)
 
 
-def loss_bounds(hessian: Tensor, target: Tensor, supports: Supports) -> dict[str, float]:
+def loss_bounds(form: Form, target: Tensor, supports: Supports) -> dict[str, float]:
     """The three bounds of `lower_bound` by name, on the loss above f(minimizer).
 
+    The terms and their sums are of numbers that are not negative, and lose at most gamma_(k+8) of k terms.
+
     Args:
-        hessian: Ã (in, in), float64, unit diagonal, positive definite.
-        target: w (out, in), float64, Jacobi-scaled.
+        form: of Ã (in, in).
+        target: w (out, in), float64, scaled as Ã.
     """
-    width = len(hessian)
-    spectrum = torch.linalg.eigvalsh(hessian)
-    largest = float(spectrum[-1])
-    least = max(0.0, float(spectrum[0]) - 4 * width * _EPSILON * largest)
-    if least == 0.0:
+    if form.least == 0:
         return {"Hessian diagonal": 0.0}
-    rounding = max(0.0, 1 - 8 * width * _EPSILON * largest / least)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    diagonal = inverse.diagonal()
-    correlation = inverse / diagonal.sqrt() / diagonal.sqrt()[:, None]
-    spread = float(torch.linalg.eigvalsh(correlation)[-1])
-    removal = target.square() / diagonal
-    cheapest = least_sum(removal, supports)
-    return {
-        "removal": _least_maximum(removal, supports) * rounding,
-        "Hessian diagonal": least_sum(target.square(), supports) * least * (1 - 4 * width * _EPSILON),
-        "inverse diagonal": cheapest / spread * rounding,
-    }
+    rounding = 1 - gamma(target.numel() + 8)
+    unit = scaled_exactly(target)
+    squares = target.mul(unit).square()
+    cell = rounding / unit / unit
+    diagonal = least_sum(squares * torch.from_numpy(form.diagonal), supports) * form.least
+    found = {"Hessian diagonal": diagonal * cell}
+    if form.inverse_error < 1:
+        removal = squares / torch.from_numpy(form.inverse.diagonal().copy())
+        kept = (1 - form.inverse_error) * (1 - 2 * UNIT) * cell
+        found["removal"] = _least_maximum(removal, supports) * kept
+        found["inverse diagonal"] = least_sum(removal, supports) / form.inverse_spread * kept
+    return {name: loss if math.isfinite(loss) else 0.0 for name, loss in found.items()}
+
+
+def scaled_exactly(target: Tensor) -> float:
+    """A power of two that brings the largest entry next to 1; 1 where all are zero."""
+    largest = float(target.abs().max())
+    return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
 def least_sum(terms: Tensor, supports: Supports) -> float:

@@ -15,6 +15,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.bounds import loss_bounds
+from admm_prune.solvers.reference.rigorous import least_losses, refit_steps
 from admm_prune.solvers.reference.row_search import search
 from admm_prune.solvers.reference.rows import Mask, Row, separate
 from admm_prune.solvers.reference.supports import Supports
@@ -41,7 +42,8 @@ class BranchAndBound:
 
     Returns (solve):
         Status SOLVED where every row is proved to `gap`; else TIME_LIMIT, with the best supports found and the least
-        bound of the open nodes. `iterations` counts nodes. The bound allows for rounding: 8 n eps cond(Ã), relative.
+        bound of the open nodes. `iterations` counts nodes. The bound is what the tree proves less the rounding of its
+        eliminations, `Form.elimination_error`, or that of `lower_bound`, which is valid for every support.
 
     Raises (solve):
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
@@ -112,13 +114,14 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
     """
     kept, loss = incumbent
     if row.removals in (0, row.width):
-        return Solved(kept, loss, loss * (1 - row.rounding), 0, True)
+        return Solved(kept, loss, _least_of(row, kept[None])[1], 0, True)
     if row.removals == 1:
-        kept = np.arange(row.width) != int(np.argmin(row.target**2 / row.inverse.diagonal()))
-        loss = row.loss(kept)
-        return Solved(kept, loss, loss * (1 - row.rounding), 1, True)
+        single = ~np.eye(row.width, dtype=np.bool_)
+        best, bound = _least_of(row, single)
+        return Solved(single[best], row.loss(single[best]), bound, 1, True)
     plain = Supports(row.keep, ((row.group, row.keep),))
-    root = max(loss_bounds(torch.from_numpy(row.hessian), torch.from_numpy(row.target[None]), plain).values())
+    root = max(loss_bounds(row.form, torch.from_numpy(row.target[None]), plain).values())
+    least_leaf = math.inf
     pool, count = Pool(), 0
     pool.push(Nodes.root(row.inverse, row.target, row.removals))
     while pool and time.perf_counter() < deadline:
@@ -127,11 +130,23 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
             continue
         count += len(nodes.loss)
         children, leaf = expand(nodes, loss * (1 - gap))
+        if leaf is not None:
+            least_leaf = min(least_leaf, leaf.loss)
         if leaf is not None and leaf.loss < loss:
             value = row.loss(~leaf.removed)
             if value < loss:
                 kept, loss = ~leaf.removed, value
         for child in children:
             pool.push(child)
-    proved = min(loss * (1 - gap), pool.least_bound()) * (1 - row.rounding)
-    return Solved(kept, loss, min(max(root, proved), loss), count, not pool)
+    # The tree compares what it computes; a leaf may have been computed below the loss that stands for it in the end.
+    threshold = min(loss * (1 - gap), least_leaf, pool.least_bound())
+    proved = (
+        max(0.0, threshold * (1 - row.form.elimination_error)) if math.isfinite(row.form.elimination_error) else 0.0
+    )
+    return Solved(kept, loss, max(root, proved), count, not pool)
+
+
+def _least_of(row: Row, kept: Mask) -> tuple[int, float]:
+    """(which of some supports has the least loss, a proved bound of all their losses)."""
+    losses, bounds = least_losses(row.form, row.target, kept, refit_steps(row.form, row.target, kept))
+    return int(np.argmin(losses)), float(bounds.min())

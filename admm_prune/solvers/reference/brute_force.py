@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
 
@@ -13,7 +13,8 @@ from admm_prune.kernels import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result
-from admm_prune.solvers.reference.rows import Array, Mask, Row, separate
+from admm_prune.solvers.reference.rigorous import least_losses, refit_steps
+from admm_prune.solvers.reference.rows import Mask, Row, separate
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class BruteForce:
             (12 870) and four groups of 2:4 (1296).
 
     Returns (solve):
-        Status CLOSED_FORM; the bound is the objective.
+        Status CLOSED_FORM. The bound is the least of the proved bounds of all supports (`rigorous.least_losses`); None
+        where float64 does not prove that the Hessian is positive definite.
 
     Raises (solve):
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
@@ -45,22 +47,20 @@ class BruteForce:
                 f"{type(problem).__name__} has {most:.3g} for one budget"
             )
         best = [_best(row) for row in separated.rows]
-        result = separated.result(best, None, start=start, seconds=time.perf_counter() - began)
-        return replace(result, bound=result.objective, iterations=sum(row.supports for row in separated.rows))
+        return separated.result(
+            [kept for kept, _ in best],
+            [bound for _, bound in best],
+            start=start,
+            iterations=sum(row.supports for row in separated.rows),
+            seconds=time.perf_counter() - began,
+        )
 
 
-def _best(row: Row) -> Mask:
+def _best(row: Row) -> tuple[Mask, float]:
+    """The support of the least loss, and a proved lower bound of the losses of all supports."""
     kept = all_supports(row.width, row.group, row.keep)
-    return np.asarray(kept[int(np.argmin(all_losses(row, kept)))])
-
-
-def all_losses(row: Row, kept: Mask) -> Array:
-    """loss(R) for every support (count, n), all of one size; (count,)."""
-    removed = np.nonzero(~kept)[1].reshape(len(kept), -1)
-    target = row.target[removed]
-    blocks = row.inverse[removed[:, :, None], removed[:, None, :]]
-    losses: Array = np.einsum("ci,ci->c", target, np.linalg.solve(blocks, target[:, :, None])[:, :, 0])
-    return losses
+    losses, bounds = least_losses(row.form, row.target, kept, refit_steps(row.form, row.target, kept))
+    return np.asarray(kept[int(np.argmin(losses))]), float(bounds.min())
 
 
 @lru_cache(maxsize=8)

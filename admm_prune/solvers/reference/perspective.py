@@ -6,16 +6,18 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
-from admm_prune.solvers.reference.bounds import Bound
+from admm_prune.solvers.reference.bounds import Bound, scaled_exactly
 from admm_prune.solvers.reference.cvxpy_models import load_cvxpy, try_solve
+from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, least_eigenvalue
 from admm_prune.solvers.reference.row_search import search
 from admm_prune.solvers.reference.rows import Array, Row, separate
 
-_EPSILON = float(np.finfo(np.float64).eps)
+_STEPS_BACK = 4  # each twice as far as the remainder fails to be semidefinite
 
 
-def perspective_bound(problem: object, objective: float | None = None, *, max_width: int = 64) -> Bound:
+def perspective_bound(problem: object, objective: float | None = None, *, max_width: int = 64) -> Bound | None:
     """The sum over rows of the least value of
 
         (v-w)^T N (v-w) + sum_j delta_j (t_j - 2 w_j v_j + w_j^2)
@@ -43,34 +45,45 @@ def perspective_bound(problem: object, objective: float | None = None, *, max_wi
     if widest > max_width:
         raise ValueError(f"perspective_bound takes rows of at most {max_width} entries, not {widest}")
     diagonals: dict[int, Array] = {}  # of each Hessian: most often all rows share one
-    loss = 0.0
+    losses = []
     for row in separated.rows:
         if row.removals == 0:
             continue
-        if id(row.hessian) not in diagonals:
-            diagonals[id(row.hessian)] = _largest_diagonal(cvxpy, row.hessian)
-        diagonal = diagonals[id(row.hessian)]
+        if id(row.form) not in diagonals:
+            diagonals[id(row.form)] = _largest_diagonal(cvxpy, row.form)
+        diagonal = diagonals[id(row.form)]
         if (diagonal > 0).all():
-            loss += max(0.0, dual_value(row, diagonal, _relaxed(cvxpy, row, diagonal)))
-    return Bound.above(separated.floor, loss, "perspective", objective)
+            losses.append(max(0.0, dual_value(row, diagonal, _relaxed(cvxpy, row, diagonal))))
+    value = separated.bound(losses)
+    return None if value is None else Bound.above(separated.floor, value, "perspective", objective)
 
 
 def dual_value(row: Row, diagonal: Array, shift: Array) -> float:
     """-p^T N p - sum_j q_j^2 / delta_j + min_R sum_{j in R} (sqrt(delta_j) w_j - q_j / sqrt(delta_j))^2,  q = N p.
 
     At most loss(R) for every support and every p: replace (v-w)^T N (v-w) by its tangent at p, then minimize over v
-    entry by entry, free where kept and zero where removed.
+    entry by entry, free where kept and zero where removed. q is known within d = gamma_(n+4) (|Ã| + diag(delta)) |p|:
+    what is kept counts (|q_j| + d_j)^2 / delta_j, what is removed 2 d_j |w_j| less, and gamma_(2n+16) of all
+    magnitudes is taken off for the sums.
 
     Args:
         diagonal: delta > 0 (n,), with N = Ã - diag(delta) positive semidefinite.
         shift: p (n,).
     """
-    pull = row.hessian @ shift - diagonal * shift
-    terms = (np.sqrt(diagonal) * row.target - pull / np.sqrt(diagonal)) ** 2
-    cheapest = np.sort(terms.reshape(-1, row.group), axis=1)[:, : row.group - row.keep].sum()
-    curvature, kept = float(shift @ pull), float((pull**2 / diagonal).sum())
-    rounding = 8 * row.width * _EPSILON * (float(cheapest) + abs(curvature) + kept)
-    return float(cheapest) - curvature - kept - rounding
+    if row.form.doubt:
+        return 0.0
+    n = row.width
+    unit = scaled_exactly(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
+    w, p = row.target * unit, shift * unit
+    pull = row.hessian @ p - diagonal * p
+    doubt = gamma(n + 4) * (np.abs(row.hessian) @ np.abs(p) + diagonal * np.abs(p))
+    kept = (np.abs(pull) + doubt) ** 2 / diagonal
+    removed = diagonal * w * w - 2 * pull * w - 2 * doubt * np.abs(w)
+    cheapest = np.sort((removed + kept).reshape(-1, row.group), axis=1)[:, : row.group - row.keep].sum()
+    curvature = float(np.abs(p) @ doubt + p @ pull)
+    sizes = diagonal * w * w + 2 * np.abs(w) * (np.abs(pull) + doubt) + 2 * kept + np.abs(p) * (np.abs(pull) + doubt)
+    value = float(cheapest) - curvature - float(kept.sum()) - gamma(2 * n + 16) * float(sizes.sum())
+    return value / unit / unit if math.isfinite(value) else 0.0
 
 
 def _relaxed(cvxpy: Any, row: Row, diagonal: Array) -> Array:
@@ -96,20 +109,27 @@ def _relaxed(cvxpy: Any, row: Row, diagonal: Array) -> Array:
     return np.asarray((v.value - target) * math.sqrt(upper), dtype=np.float64)
 
 
-def _largest_diagonal(cvxpy: Any, hessian: Array) -> Array:
-    """delta of the largest sum with Ã - diag(delta) positive semidefinite, made safe against rounding.
+def _largest_diagonal(cvxpy: Any, form: Form) -> Array:
+    """delta with Ã - diag(delta) proved positive semidefinite, of the largest sum of delta_j / Ã_jj.
 
-    Not positive where Ã is singular to working precision.
+    Not positive where Ã is not proved definite.
     """
-    width = len(hessian)
-    spectrum = np.linalg.eigvalsh(hessian)
-    margin = 4 * width * _EPSILON * float(spectrum[-1])
-    plain = np.full(width, float(spectrum[0]) - margin)
-    delta = cvxpy.Variable(width)
-    program = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(delta)), [delta >= plain[0], hessian - cvxpy.diag(delta) >> 0])
-    if not try_solve(cvxpy, program, "CLARABEL") or delta.value is None:
+    own = form.diagonal
+    plain = form.least * own * (1 - 8 * UNIT)
+    root = np.sqrt(own)
+    correlation = form.hessian / root / root[:, None]
+    delta = cvxpy.Variable(form.width)
+    program = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(delta)), [delta >= 0, correlation - cvxpy.diag(delta) >> 0])
+    if form.least == 0 or not try_solve(cvxpy, program, "CLARABEL") or delta.value is None:
         return plain
-    found = np.asarray(delta.value, dtype=np.float64)
+    found = np.asarray(delta.value, dtype=np.float64) * own
     # The solver may overshoot by its tolerance: step back by as much as the remainder fails to be semidefinite.
-    found = found + min(0.0, float(np.linalg.eigvalsh(hessian - np.diag(found))[0])) - margin
-    return found if (found > 0).all() else plain
+    for _ in range(_STEPS_BACK):
+        rest = form.hessian - np.diag(found)
+        short = least_eigenvalue(rest, own) - 4 * UNIT * float((1 + np.abs(found / own)).max())
+        if short >= 0:
+            return found if (found > 0).all() else plain
+        if not math.isfinite(short):
+            return plain
+        found = found + 2 * short * own
+    return plain

@@ -1,6 +1,7 @@
 """The normal form of every reference: independent rows, Jacobi-scaled, in float64, each with its own supports.
 
-With A = S Ã S, S = sqrt(diag A), and W' = minimizer S, a problem with the Hessian A on every row splits as
+With A = S Ã S, S the powers of two next to sqrt(diag A), and W' = minimizer S, which rounds nothing, a problem with the
+Hessian A on every row splits as
 
     f(V) = f(minimizer) + sum_i loss_i(R_i),    loss(R) = w_R^T (K_RR)^-1 w_R,    K = Ã^-1,
 
@@ -9,6 +10,7 @@ where R_i are the entries removed from row i. loss is monotone: R in R' implies 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,18 +19,24 @@ from math import comb, prod
 import numpy as np
 import scipy.linalg
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, fits
+from admm_prune.problem import Fitted, Quadratic, fits
 from admm_prune.result import Result, Status
+from admm_prune.solvers.reference.rigorous import (
+    Array,
+    Floor,
+    Form,
+    Mask,
+    gamma,
+    rounded_down_sum,
+    scaled_form,
+    total_bound,
+)
 from admm_prune.solvers.reference.supports import recognise
 
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-
-_EPSILON = float(np.finfo(np.float64).eps)
+__all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +44,26 @@ class Row:
     """One independent row: loss(R) = w_R^T (K_RR)^-1 w_R over the supports that keep `keep` of every `group` entries.
 
     Args:
-        hessian: Ã (n, n), unit diagonal, positive definite.
+        form: of Ã (n, n), diagonal in [1/2, 2), positive definite.
         target: w (n,), the unconstrained minimum.
         group: divides n; n for one budget over the whole row.
         keep: entries kept in every group of consecutive entries.
     """
 
-    hessian: Array
+    form: Form
     target: Array
     group: int
     keep: int
+
+    @property
+    def hessian(self) -> Array:
+        """Ã (n, n)."""
+        return self.form.hessian
+
+    @property
+    def inverse(self) -> Array:
+        """K = Ã^-1 (n, n)."""
+        return self.form.inverse
 
     @property
     def width(self) -> int:
@@ -60,18 +78,6 @@ class Row:
     def supports(self) -> int:
         """The number of supports of full size."""
         return int(prod([comb(self.group, self.keep)] * (self.width // self.group)))
-
-    @cached_property
-    def inverse(self) -> Array:
-        """K = Ã^-1 (n, n)."""
-        inverse = scipy.linalg.cho_solve((np.linalg.cholesky(self.hessian), True), np.eye(len(self.hessian)))
-        return np.asarray((inverse + inverse.T) / 2, dtype=np.float64)
-
-    @cached_property
-    def rounding(self) -> float:
-        """A relative error that no loss computed from K exceeds: 8 n eps cond(Ã)."""
-        condition = float(np.linalg.norm(self.hessian, 2) * np.linalg.norm(self.inverse, 2))
-        return min(1.0, 8 * self.width * _EPSILON * condition)
 
     def completed(self, kept: Mask) -> Mask:
         """The support of full size nearest to `kept`: its entries first, larger |w| first."""
@@ -103,12 +109,16 @@ class Separated:
 
     Args:
         problem: the problem itself.
+        form: of the Hessian that the rows of the matrix share.
+        target: the scaled minimizer (out, in).
         rows: its independent rows. One budget over a whole matrix makes it a single row of out * in entries, with the
             Hessian I kron Ã.
-        scale: s = sqrt(diag A) (in,).
+        scale: S (in,), powers of two.
     """
 
     problem: Quadratic
+    form: Form
+    target: Array
     rows: tuple[Row, ...]
     scale: Array
 
@@ -144,17 +154,26 @@ class Separated:
         seconds: float = 0.0,
         notes: tuple[str, ...] = (),
     ) -> Result:
-        """The refitted point with its value; the bound is f(minimizer) + sum of the rows' bounds."""
+        """The refitted point with its value, or the start's projection where that is better.
+
+        Args:
+            row_bounds: proved lower bounds of the losses of the rows.
+        """
         solution = self.point(supports)
         objective = self.problem.value(solution)
-        if start is not None and self.problem.constraint.contains(start):
-            value = self.problem.value(start)
-            if value < objective:
-                solution, objective = start.clone(), value
+        if start is not None:
+            projected = self.problem.constraint.project(start)
+            value = self.problem.value(projected)
+            if value < objective or not math.isfinite(objective):
+                solution, objective = projected, value
+        notes = (*getattr(self.problem, "notes", ()), *notes)
         result = Result(solution, status, objective, iterations=iterations, seconds=seconds, notes=notes)
-        if row_bounds is None:
-            return result
-        return replace(result, bound=min(objective, self.floor + float(sum(row_bounds))))
+        bound = None if row_bounds is None else self.bound(row_bounds)
+        return replace(result, bound=None if bound is None else min(objective, bound))
+
+    def bound(self, row_bounds: Sequence[float]) -> float | None:
+        """A lower bound of f from proved ones of the rows' losses; None where nothing is proved."""
+        return total_bound(self.form, floor_of(self.problem, self.scale), rounded_down_sum(list(row_bounds)))
 
 
 def separate(owner: str, candidate: object) -> Separated:
@@ -168,17 +187,26 @@ def separate(owner: str, candidate: object) -> Separated:
         ValueError: its supports are of an unknown kind, or its Hessian is not positive definite.
     """
     problem = quadratic(owner, candidate)
-    minimizer = to_array(problem.minimizer)
-    scaled, scale = scaled_hessian(owner, problem)
-    count, width = minimizer.shape
+    form, scale = scaled_hessian(owner, problem)
+    target = to_array(problem.minimizer) * scale
+    count, width = target.shape
     supports = recognise(owner, problem.constraint, (count, width))
-    target = minimizer * scale
     if supports.rows is None:
-        stacked = np.asarray(np.kron(np.eye(count), scaled), dtype=np.float64)
-        whole = Row(stacked, target.reshape(-1), count * width, supports.total)
-        return Separated(problem, (whole,), scale)
-    rows = tuple(Row(scaled, w, group, keep) for w, (group, keep) in zip(target, supports.rows, strict=True))
-    return Separated(problem, rows, scale)
+        stacked = np.asarray(np.kron(np.eye(count), form.hessian), dtype=np.float64)
+        whole = Row(Form(stacked, form.doubt), target.reshape(-1), count * width, supports.total)
+        return Separated(problem, form, target, (whole,), scale)
+    rows = tuple(Row(form, w, group, keep) for w, (group, keep) in zip(target, supports.rows, strict=True))
+    return Separated(problem, form, target, rows, scale)
+
+
+def floor_of(problem: Quadratic, scale: Array) -> Floor:
+    """f at the minimizer of a problem, with the rounding of both."""
+    value = problem.value(Point(weight=problem.minimizer))
+    found = problem.minimizer_residual() if fits(problem, Fitted) else None
+    if found is None:
+        return Floor(value)
+    residual, sizes = (np.abs(to_array(x)) / scale for x in found[:2])
+    return Floor(value, residual + gamma(len(scale) + 4) * sizes, found[2])
 
 
 def quadratic(owner: str, problem: object) -> Quadratic:
@@ -189,8 +217,8 @@ def quadratic(owner: str, problem: object) -> Quadratic:
     raise TypeError(f"{owner} needs a Quadratic problem; {type(problem).__name__} lacks {missing}")
 
 
-def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Array, Array]:
-    """Ã with unit diagonal and s = sqrt(diag A), A = diag(s) Ã diag(s).
+def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Form, Array]:
+    """The form of Ã and S (in,), powers of two, A = S Ã S, the diagonal of Ã in [1/2, 2).
 
     Raises:
         ValueError: A is not finite or not positive definite.
@@ -202,15 +230,10 @@ def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Array, Array]:
         raise ValueError(f"{names} holds NaN or Inf")
     if not (diagonal > 0).all():
         raise ValueError(f"{names} has {int((diagonal <= 0).sum())} diagonal entries <= 0: cut these channels out")
-    scale = np.sqrt(diagonal)
-    scaled = hessian / scale / scale[:, None]
-    scaled = (scaled + scaled.T) / 2
-    np.fill_diagonal(scaled, 1.0)
-    try:
-        np.linalg.cholesky(scaled)
-    except np.linalg.LinAlgError:
-        raise ValueError(f"{names} is not: raise the ridge") from None
-    return scaled, scale
+    form, exponents = scaled_form(hessian)
+    if int(torch.linalg.cholesky_ex(torch.from_numpy(form.hessian)).info):
+        raise ValueError(f"{names} is not: raise the ridge")
+    return form, np.ldexp(1.0, exponents.astype(np.int32))
 
 
 def to_array(x: Tensor) -> Array:

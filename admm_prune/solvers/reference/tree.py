@@ -25,6 +25,7 @@ from admm_prune.solvers.reference.rows import Array, Mask
 _BUCKET = 4  # nodes are stored by their number of free entries, rounded up to a multiple of this
 _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
 _ROUNDS = 2  # of the clique test: dropping an entry may drop others
+_MARGIN = 1e-9  # between an eigenvalue and what is to be proved to lie above it
 _LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
 
 
@@ -133,8 +134,8 @@ def expand(nodes: Nodes, ceiling: float) -> tuple[list[Nodes], Leaf | None]:
 
 def _unit_diagonal(nodes: Nodes) -> tuple[Array, Array]:
     """(x = w / sqrt(diag K) (N, m), K with unit diagonal (N, m, m))."""
-    # (Ã_SS)^-1 has a diagonal of at least 1 where Ã has ones; less is rounding.
-    scale = 1 / np.sqrt(np.maximum(np.einsum("bii->bi", nodes.inverse), 1.0))
+    # (Ã_SS)^-1 has a diagonal of at least 1 / Ã_jj, which is above 1/2; less is rounding.
+    scale = 1 / np.sqrt(np.maximum(np.einsum("bii->bi", nodes.inverse), 0.5))
     correlation = nodes.inverse * scale[:, :, None]
     correlation *= scale[:, None, :]
     return nodes.target * scale, correlation
@@ -151,7 +152,15 @@ def _sums_reach(nodes: Nodes, single: Array, correlation: Array, ceiling: float)
     reach = allowed >= 1
     reach[reach] = allowed[reach] >= np.sqrt(np.square(correlation[reach]).sum(2).max(1))
     if reach.any():
-        reach[reach] = allowed[reach] >= np.linalg.eigvalsh(correlation[reach])[:, -1]
+        reach[reach] = allowed[reach] >= np.linalg.eigvalsh(correlation[reach])[:, -1] * (1 + _MARGIN)
+    if reach.any():
+        # The eigenvalue is a guess; that a Cholesky factorization runs to its end is the proof.
+        rest = -correlation[reach]
+        np.einsum("bii->bi", rest)[:] += allowed[reach][:, None]
+        try:
+            np.linalg.cholesky(rest)
+        except np.linalg.LinAlgError:
+            reach[:] = False
     return reach
 
 
