@@ -28,14 +28,14 @@ def check_no_adapters(source: str, what: nn.Module | Path) -> None:
         found = next((name or type(module).__name__ for name, module in what.named_modules() if _is_peft(module)), None)
         if found is not None:
             raise UserError(
-                f"{source}: the model has PEFT adapters ({found}): merge them first, with admm_prune.merge_lora(model), "
-                "which keeps zeros, or with model.merge_and_unload()"
+                f"{source}: the model has PEFT adapters ({found}): merge them first, with admm_prune.merge_lora(model) "
+                "under the zeros of a pruned model, or with model.merge_and_unload()"
             )
     elif (what / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{source}: has a PEFT adapter ({ADAPTER_CONFIG}), not only a model: load it with peft.AutoPeftModelForCausalLM"
-            ".from_pretrained, merge it with admm_prune.merge_lora(model), which keeps zeros, or with "
-            "model.merge_and_unload(), and save the merged model to another folder"
+            f"{source}: there is a PEFT adapter in it ({ADAPTER_CONFIG}), which would be lost: load model and adapter "
+            "with peft.PeftModel.from_pretrained, merge them with admm_prune.merge_lora(model) or "
+            "model.merge_and_unload(), and save the merged model to a folder of its own"
         )
 
 

@@ -37,7 +37,7 @@ class _Masked:
         if alive:
             raise UserError(
                 f"{self.name}: {alive} pruned weights are no longer zero: something wrote to them beside the optimizer "
-                "that keep_sparsity was given (a copy of the model needs a call of keep_sparsity with its own optimizer)"
+                "that keep_sparsity was given (a copy of the model needs keep_sparsity with its own optimizer)"
             )
 
     def restrict_gradient(self, *_: object) -> None:
@@ -47,7 +47,9 @@ class _Masked:
         if gradient.is_sparse:
             gradient = gradient.coalesce()
             values = gradient.values() * self.mask[tuple(gradient.indices())]
-            self.parameter.grad = torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+            self.parameter.grad = torch.sparse_coo_tensor(
+                gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
         else:
             gradient.masked_fill_(~self.mask, 0)
 
