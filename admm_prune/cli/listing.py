@@ -19,6 +19,14 @@ def list_(json: common.Json = False) -> None:
     # Written down by `make catalogue`, which tries every pair: nothing heavy has to be loaded to read it.
     content: dict[str, Any] = json_.loads((files("admm_prune") / "assets/catalogue.json").read_text(encoding="utf-8"))
     content["plugins"] = all_declared()
+    names = {
+        "solvers": {m["name"] for m in (*content["methods"], *content["references"])},
+        "problems": {x["option"] for x in content["problems"]},
+        "constraints": {x["option"] for x in content["constraints"]},
+    }
+    for plugin in content["plugins"]:
+        if plugin["name"] in names[plugin["kind"]]:
+            plugin["object"] += " (cannot be used: the name is built in)"
     if json:
         common.emit(content)
         return

@@ -15,6 +15,7 @@ import torch
 
 from admm_prune.data.hub import check_hub, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError
+from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.checkpoint import INDEX, SINGLE, indexed, tensor_files
 from admm_prune.models.export import per_layer_class
@@ -141,7 +142,7 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
         weights: refuse a folder without any; else a config.json is enough.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it has an adapter.
     """
     folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else Path(source).expanduser()
     if not folder.is_dir():
@@ -150,7 +151,9 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
         if source == EMBEDDED or not is_repository(source):
             raise UserError(f"{source}: there is no such model folder")
         _check_reachable(source)
+        _check_repository(source)
         return source
+    check_no_adapters(source, folder)
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{source}: not a model folder: it has no config.json")
@@ -199,6 +202,16 @@ def _check_reachable(source: str) -> None:
         raise UserError(
             f"{source}: no such folder here, and as a Hub id it cannot be loaded: no connection to the Hub ({error})"
         ) from error
+
+
+def _check_repository(source: str) -> None:
+    """Raises UserError where a Hub repository has an adapter: `from_pretrained` would load it beside the model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with explained(source, source), quiet():
+        found = find_adapter_config_file(source)
+    if found is not None:
+        check_no_adapters(source, Path(found).parent)
 
 
 def _load_model(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,41 +12,87 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.kernels import bits
+from admm_prune.models.adapters import adapter_parameters, saved_modules, tuner_layers
+
+
+class _Masked:
+    """A pruned parameter and its mask, one bit a weight.
+
+    Its methods are the hooks of a module's `state_dict`: a deep copy or a pickle of the module takes them along, and
+    what they refer to is then the copy's own parameter.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.name, self.parameter = name, parameter
+        self._kept = bits.pack(parameter.detach().flatten() != 0)
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a weight is kept."""
+        bits_here = self._kept.to(self.parameter.device)
+        return bits.unpack(bits_here, self.parameter.numel()).view(self.parameter.shape)
+
+    def check(self, *_: object) -> None:
+        alive = int((self.parameter.detach() != 0).logical_and_(~self.mask).count_nonzero())
+        if alive:
+            raise UserError(
+                f"{self.name}: {alive} pruned weights are no longer zero: something wrote to them beside the optimizer "
+                "that keep_sparsity was given (a copy of the model needs keep_sparsity with its own optimizer)"
+            )
+
+    def restrict_gradient(self, *_: object) -> None:
+        gradient = self.parameter.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            values = gradient.values() * self.mask[tuple(gradient.indices())]
+            self.parameter.grad = torch.sparse_coo_tensor(
+                gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
+        else:
+            gradient.masked_fill_(~self.mask, 0)
+
+    def restrict_weight(self) -> None:
+        if self.parameter.requires_grad or self.parameter.grad is not None:  # else no optimizer writes to it
+            self.parameter.masked_fill_(~self.mask, 0)
 
 
 class KeptSparsity:
     """Holds a model to its zeros while an optimizer trains it; made by `keep_sparsity`.
 
-    Before each of the optimizer's steps the gradients of pruned weights are set to zero, so that moments and clipping
-    know nothing of them; after it the weights are. Whenever the model's state is taken (`state_dict`, and with it
-    `save_pretrained`, checkpoints of a trainer) the mask is asserted. One bit a weight is kept.
+    As a gradient is accumulated its entries at pruned weights are set to zero, so that moments, clipping and reported
+    norms are those of the kept weights; after every step of the optimizer the pruned weights are. Whenever the state
+    of the model, or of a part of it, is taken (`state_dict`, and with it `save_pretrained` and a trainer's
+    checkpoints) the mask is asserted. One bit a weight is kept.
+
+    A deep copy of the model, or one that was pickled, asserts its own mask. Copied together with the model and the
+    optimizer, as `copy.deepcopy((model, optimizer, kept))`, this object holds the copies.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._kept = {
-            name: (parameter, bits.pack(parameter.detach().flatten() != 0))
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and bool((parameter == 0).any())
-        }
-        if not self._kept:
+        self._optimizer = optimizer
+        self._masked = [_Masked(name, parameter) for name, parameter in _pruned(model)]
+        if not self._masked:
             raise UserError("the model has no zeros to keep: prune it first")
-        self._hooks: list[Any] = [
-            optimizer.register_step_pre_hook(lambda *_: self._hold_gradients()),
-            optimizer.register_step_post_hook(lambda *_: self._hold_weights()),
-            model.register_state_dict_pre_hook(lambda *_: self.check()),
+        owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
+        # At the module that has the parameter: what wraps the model, or takes the state of a part of it, meets it too.
+        self._checks: list[Any] = [
+            owners[id(masked.parameter)].register_state_dict_pre_hook(masked.check) for masked in self._masked
         ]
+        self._hooks: list[Any] = []
+        self._attach()
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """True where a weight is kept, by parameter name."""
-        return {name: self._mask(parameter, packed) for name, (parameter, packed) in self._kept.items()}
+        return {masked.name: masked.mask for masked in self._masked}
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros in the matrices that hold any."""
-        sizes = sum(parameter.numel() for parameter, _ in self._kept.values())
-        kept = sum(int(self._mask(parameter, packed).count_nonzero()) for parameter, packed in self._kept.values())
-        return 1 - kept / sizes
+        """The fraction of zeros in the matrices that are held."""
+        sizes = sum(masked.parameter.numel() for masked in self._masked)
+        return 1 - sum(int(masked.mask.count_nonzero()) for masked in self._masked) / sizes
 
     def check(self) -> None:
         """Asserts the mask.
@@ -53,33 +100,43 @@ class KeptSparsity:
         Raises:
             UserError: a pruned weight is no longer zero; the message names its matrix.
         """
-        for name, (parameter, packed) in self._kept.items():
-            alive = int((parameter.detach() != 0).logical_and_(~self._mask(parameter, packed)).count_nonzero())
-            if alive:
-                raise UserError(
-                    f"{name}: {alive} pruned weights are no longer zero: something wrote to them beside the optimizer "
-                    "that keep_sparsity was given"
-                )
+        for masked in self._masked:
+            masked.check()
 
     def remove(self) -> None:
-        """Lets the model and the optimizer go."""
-        for hook in self._hooks:
+        """Removes all hooks from the model and the optimizer."""
+        for hook in (*self._hooks, *self._checks):
             hook.remove()
         self._hooks.clear()
+        self._checks.clear()
 
-    def _hold_gradients(self) -> None:
-        for parameter, packed in self._kept.values():
-            if parameter.grad is not None:
-                parameter.grad.masked_fill_(~self._mask(parameter, packed), 0)
+    def _attach(self) -> None:
+        for masked in self._masked:
+            if masked.parameter.is_floating_point():
+                self._hooks.append(_after_accumulation(masked))
+        self._hooks.append(self._optimizer.register_step_pre_hook(self._restrict_gradients))
+        self._hooks.append(self._optimizer.register_step_post_hook(self._restrict_weights))
+
+    def _restrict_gradients(self, *_: object) -> None:
+        """For gradients that were assigned, not accumulated."""
+        for masked in self._masked:
+            masked.restrict_gradient()
 
     @torch.no_grad()
-    def _hold_weights(self) -> None:
-        for parameter, packed in self._kept.values():
-            parameter.masked_fill_(~self._mask(parameter, packed), 0)
+    def _restrict_weights(self, *_: object) -> None:
+        for masked in self._masked:
+            masked.restrict_weight()
 
-    @staticmethod
-    def _mask(parameter: Tensor, packed: Tensor) -> Tensor:
-        return bits.unpack(packed.to(parameter.device), parameter.numel()).view(parameter.shape)
+    # Parameters and optimizers are copied and pickled without their hooks, modules with them.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": [], "attached": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("attached")
+        self.__dict__.update(state)
+        if attached:
+            self._attach()
 
 
 def keep_sparsity(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptSparsity:
@@ -90,22 +147,54 @@ def keep_sparsity(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptSpa
         model.save_pretrained(out)                 # the mask is asserted
 
     Args:
-        model: pruned; every parameter of two dimensions or more that holds a zero is held to its zeros.
+        model: pruned. Every parameter of two dimensions or more that holds zeros is held to them. Not held are
+            matrices of zeros alone, such as a new head, and adapters of PEFT. Where other matrices begin with zeros
+            that are to be trained, give the part of the model that was pruned.
         optimizer: whose steps train it.
 
     Raises:
-        UserError: the model has no zeros.
+        UserError: the model has no zeros, or its parameters are sharded or not in memory.
     """
     return KeptSparsity(model, optimizer)
 
 
+def _pruned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the model that hold zeros, and not only zeros; adapters apart."""
+    adapters = adapter_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in adapters:
+            continue
+        if parameter.is_meta or hasattr(parameter, "device_mesh"):
+            raise UserError(
+                f"{name}: the parameter is sharded or not in memory: SparseAdam(freeze=1) trains a model under FSDP"
+            )
+        if _mask_of(parameter) is not None:
+            yield name.replace("_orig_mod.", ""), parameter
+
+
+def _after_accumulation(masked: _Masked) -> Any:
+    """Registers the hook; of a frozen parameter too, which may be trained later."""
+    parameter, trained = masked.parameter, masked.parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        return parameter.register_post_accumulate_grad_hook(masked.restrict_gradient)
+    finally:
+        parameter.requires_grad_(trained)
+
+
+def _mask_of(weight: Tensor) -> Tensor | None:
+    """True where a weight is not zero; None where nothing was pruned: there are no zeros, or nothing else."""
+    mask = weight.detach() != 0
+    return mask if 0 < int(mask.count_nonzero()) < mask.numel() else None
+
+
 @dataclass(frozen=True)
 class MergedWeight:
-    """A weight that took in its adapters.
+    """A weight that took in its adapters, or its trained copy.
 
     Attributes:
         sparsity: the fraction of its zeros, before and after.
-        dropped: |dW off the mask|^2 / |dW|^2, the share of the adapters' change that the mask did not let through.
+        dropped: |dW off the mask|^2 / |dW|^2, the share of the change that the mask did not let through.
     """
 
     name: str
@@ -118,52 +207,170 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
     """W <- W + M * (s B A) for every LoRA layer, M the non-zeros of W: what was pruned stays pruned.
 
     A plain merge fills the zeros: W + s B A is dense. What an adapter learned for pruned weights is lost here, and
-    `dropped` says how much that was.
+    `dropped` says how much that was. Weights of linear layers, embeddings, convolutions and stacked experts
+    (`target_parameters`) are merged; trained copies (`modules_to_save`) replace their originals, under the mask too. A
+    weight of zeros alone, or without any, has no mask. Adapters that are not active are left out, as by
+    `merge_and_unload`. Where an embedding and a head share a weight and only one of them was adapted, they are
+    separated, and the config says so.
 
     Args:
         model: of peft, with plain LoRA adapters on weights that are not quantized; changed in place.
 
     Returns:
-        The model without its adapters, and what became of every weight.
+        The model without its adapters, and every weight that changed.
 
     Raises:
-        UserError: no LoRA layers; adapters that are merged already, that are no plain sum (DoRA) or come with a bias.
+        UserError: no LoRA layers; adapters that are disabled or merged already, that are no plain sum (DoRA) or come
+            with a bias; other adapters than LoRA. Nothing was merged then.
     """
-    layers = list(_lora_layers(model))
+    layers = list(tuner_layers(model))
     if not layers:
         raise UserError("the model has no LoRA layers: give the model that peft.get_peft_model made")
     for name, layer in layers:
-        _check_plain(name, layer)
-    merged = []
-    for name, layer in layers:
-        weight: nn.Parameter = layer.base_layer.weight
-        kept = weight != 0
-        change = torch.zeros_like(weight, dtype=torch.float32)
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                change += layer.get_delta_weight(adapter).float()
-        energy = float(change.square().sum())
-        within = change.masked_fill_(~kept, 0)
-        weight.copy_((weight.float() + within).to(weight.dtype))
-        sparsity = 1 - int(kept.count_nonzero()) / kept.numel()
-        dropped = 1 - float(within.square().sum()) / energy if energy > 0 else 0.0
-        merged.append(MergedWeight(f"{name}.weight", sparsity, max(0.0, dropped)))
-    unload: Callable[[], nn.Module] | None = getattr(model, "unload", None)
-    return (model if unload is None else unload()), merged
+        _check_plain(_plain_name(name), layer)
+    if not any(_active(layer) for _, layer in layers):
+        raise UserError("none of the model's adapters is active: choose one with model.set_adapter(name)")
+    tied = _untied(model, [layer for _, layer in layers if _active(layer)])
+    merged = [_merge(_plain_name(name), layer) for name, layer in layers if _active(layer)]
+    merged += [one for name, wrapper in saved_modules(model) for one in _restrict_copy(_plain_name(name), wrapper)]
+    for owner, attribute, other in tied:
+        if _alike(getattr(owner, attribute), other):
+            setattr(owner, attribute, other)
+    return _unloaded(model), merged
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers with LoRA adapters, told by what they have: this module must not load peft."""
-    for name, module in model.named_modules():
-        layer: Any = module
-        if all(hasattr(layer, part) for part in ("lora_A", "get_delta_weight", "base_layer")) and len(layer.lora_A) > 0:
-            yield name.removeprefix("base_model.model."), layer
+def _active(layer: Any) -> list[str]:
+    """The adapters of a LoRA layer that take part in its output."""
+    own = {*layer.lora_A, *layer.lora_embedding_A}
+    return [adapter for adapter in layer.active_adapters if adapter in own]
+
+
+def _plain_name(name: str) -> str:
+    """The name that a module has in the model without adapters."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    return ".".join(parts)
+
+
+def _weight_name(layer: Any) -> str:
+    return getattr(layer, "parameter_name", "weight")  # of a layer that adapts a parameter, not a module
 
 
 def _check_plain(name: str, layer: Any) -> None:
+    if not hasattr(layer, "lora_embedding_A") or not hasattr(layer, "get_delta_weight"):
+        kind = f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__}"
+        raise UserError(f"{name}: an adapter of the kind {kind} cannot be merged here, only LoRA can")
     if getattr(layer, "merged", False):
         raise UserError(f"{name}: its adapters are merged already: merge_lora needs them apart")
-    if any(getattr(layer, "use_dora", {}).values()) or any(getattr(layer, "lora_bias", {}).values()):
-        raise UserError(f"{name}: DoRA and LoRA with a bias are no plain sum of matrices: they cannot be merged here")
-    if not layer.base_layer.weight.is_floating_point():
+    if layer.disable_adapters:
+        raise UserError(f"{name}: its adapters are disabled: call enable_adapter_layers() of the model first")
+    for adapter in _active(layer):
+        if adapter in layer.lora_variant or layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
+            raise UserError(
+                f"{name}: DoRA and LoRA with a bias are no plain sum of matrices, nor are other variants: they cannot "
+                "be merged here"
+            )
+    weight = getattr(layer.get_base_layer(), _weight_name(layer), None)
+    if not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
         raise UserError(f"{name}: its weight is quantized: load the model in float32, bfloat16 or float16")
+    if weight.is_meta:
+        raise UserError(f"{name}: its weight is not in memory: load the model without offloading")
+
+
+def _merge(name: str, layer: Any) -> MergedWeight:
+    """W <- W + M * change, rounded once."""
+    weight: nn.Parameter = getattr(layer.get_base_layer(), _weight_name(layer))
+    change = torch.zeros_like(weight, dtype=torch.float32)
+    for adapter in _active(layer):
+        change += layer.get_delta_weight(adapter).to(change)
+    kept, dropped = _mask_of(weight), 0.0
+    if kept is not None:
+        dropped = _energy_off(kept, change)
+        change.masked_fill_(~kept, 0)
+    weight.copy_((weight.float() + change).to(weight.dtype))
+    return MergedWeight(f"{name}.{_weight_name(layer)}", _sparsity(kept), dropped)
+
+
+def _restrict_copy(name: str, wrapper: Any) -> Iterator[MergedWeight]:
+    """Puts the trained copy of a module under the mask of the original."""
+    if not wrapper.active_adapters:
+        return
+    copy: nn.Module = wrapper.modules_to_save[wrapper.active_adapter]
+    trained = dict(copy.named_parameters())
+    for own, original in wrapper.original_module.named_parameters():
+        weight = trained.get(own)
+        if weight is None or weight.ndim < 2:
+            continue
+        kept, dropped = _mask_of(original), 0.0
+        if kept is not None:
+            dropped = _energy_off(kept, weight.float() - original.float())
+            weight.masked_fill_(~kept, 0)
+        yield MergedWeight(f"{name}.{own}", _sparsity(kept), dropped)
+
+
+def _sparsity(kept: Tensor | None) -> float:
+    return 0.0 if kept is None else 1 - int(kept.count_nonzero()) / kept.numel()
+
+
+def _energy_off(kept: Tensor, change: Tensor) -> float:
+    """The share of |change|^2 that lies off the mask."""
+    whole, off = (float(x.square().sum(dtype=torch.float64)) for x in (change, change.masked_fill(kept, 0)))
+    return off / whole if whole > 0 else 0.0
+
+
+def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Gives every adapted weight that other modules share a copy of its own.
+
+    Returns:
+        (module, name, the weight as the others have it) of each.
+    """
+    found = []
+    for layer in layers:
+        owner, attribute = layer.get_base_layer(), _weight_name(layer)
+        weight: nn.Parameter = getattr(owner, attribute)
+        places = {
+            (id(module), name)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter is weight
+        }
+        if len(places) > 1:
+            setattr(owner, attribute, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            found.append((owner, attribute, weight))
+    return found
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding: tied adapters give their products in another order of the factors."""
+    return float((a.float() - b.float()).abs().max()) <= 8 * torch.finfo(a.dtype).eps * float(b.abs().max())
+
+
+def _unloaded(model: nn.Module) -> nn.Module:
+    """The model without adapters, and a config that says whether its embedding and head are still one."""
+    unload = getattr(model, "unload", None)
+    plain: Any = model if unload is None else unload()
+    if unload is None:  # adapters that were injected into a plain model
+        inner = [(n, m) for n, m in [*tuner_layers(model), *saved_modules(model)]]
+        for name, layer in reversed(inner):
+            own = getattr(layer, "unload_and_optionally_merge_module", partial(_base_of, layer))
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, own(merge=False, safe_merge=False, adapter_names=None))
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(attribute, None)
+    _record_ties(plain)
+    return plain
+
+
+def _base_of(layer: Any, **_: object) -> nn.Module:
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def _record_ties(model: Any) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and embedding is not None and head.weight is not embedding.weight:
+        for one in (config, config.get_text_config()):
+            if getattr(one, "tie_word_embeddings", False):
+                one.tie_word_embeddings = False

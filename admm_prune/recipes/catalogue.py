@@ -9,6 +9,7 @@ from admm_prune.errors import UserError
 from admm_prune.recipes.elsa import TRAINED
 from admm_prune.recipes.layerwise import Layerwise
 from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, method_names
+from admm_prune.recipes.plugins import check_no_clash
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.sparsellm import SPARSELLM
 from admm_prune.recipes.structured import STRUCTURED
@@ -49,6 +50,7 @@ def with_baselines(names: Iterable[str]) -> list[str]:
 
 
 def _named(name: str) -> Recipe:
+    check_no_clash("solvers", name, RECIPES)
     if name in RECIPES:
         return RECIPES[name]
     local = method_names()

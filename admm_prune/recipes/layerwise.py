@@ -25,6 +25,7 @@ from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import report_of
 from admm_prune.recipes.convergence import Convergence
 from admm_prune.recipes.local_methods import Method
+from admm_prune.recipes.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import Damping, settle_ridge
 from admm_prune.recipes.targets import Target
@@ -97,13 +98,44 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
     Raises:
         UserError: a weight does not admit it; the message names the weight.
     """
+    tried: set[tuple[str, tuple[int, int]]] = set()
     for view in (view for block in blocks for view in block.weights):
         own = target.at(view.name)
         try:
             if own is not None:
-                _try(method.constraint(own), view.shape)
+                constraint = method.constraint(own)
+                with explained_parts(constraint=type(constraint)):
+                    _try(constraint, view.shape)
+                if (str(own), view.shape) not in tried:
+                    check_set(constraint, view.shape, own.fraction)
+                    tried.add((str(own), view.shape))
         except ValueError as error:
             raise UserError(f"{view.name}: {error}") from error
+    if target.fraction:
+        _check_parts(method, target)
+
+
+def _check_parts(method: Method, target: Target) -> None:
+    """Tries a solver or an objective of other code on a small drawn problem, so that its mistakes show before any work.
+
+    Raises:
+        UserError: a part fails, or breaks its promise.
+    """
+    solver, problem = method.make(), method.problem
+    if not (is_foreign(type(solver)) or is_foreign(problem.build)):
+        return
+    constraint = method.constraint(replace(target, layers=()))
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, max(16, 4 * constraint.group_width), generator=g)
+    inputs = torch.randn(64, weight.shape[1], generator=g)
+    weigh = problem.token_weights
+    if weigh is not None:
+        weigh(inputs)
+    parts: dict[str, object] = {"solver": type(solver), "constraint": type(constraint), "problem": problem.build}
+    with suppress_refusals(), torch.random.fork_rng(devices=[]), explained_parts(**parts):
+        posed = problem.posed(weight, inputs.T @ inputs, constraint, ridge=method.ridge, damping=method.damping)
+        result = solver.solve(posed)
+        check_result(result, posed, solver, [Part(len(weight), constraint, target.fraction)])
 
 
 def _try(constraint: Constraint, shape: tuple[int, int]) -> None:
@@ -185,11 +217,26 @@ def _prune(jobs: Sequence[SharedInput], method: Method, solver: Solver, request:
     """Prunes the weights of some jobs, each by one solve, or all by one batch of solves."""
     posed = [_pose(job, method, request) for job in jobs]
     began = time.perf_counter()
-    results = solve_batch(solver, [one.problem for one in posed], [_naming(job) for job in jobs])
+    with explained_parts(
+        solver=type(solver), constraint=_kind_of_set(jobs[0], method, request), problem=type(posed[0].problem)
+    ):
+        results = solve_batch(solver, [one.problem for one in posed], [_naming(job) for job in jobs])
     share = (time.perf_counter() - began) / len(jobs)
+    for job, one, result in zip(jobs, posed, results, strict=True):
+        with _naming(job):
+            check_result(result, one.problem, solver, [_part(view, method, request) for view in job.weights])
     return [
         _write(job, one, result, share, method, request) for job, one, result in zip(jobs, posed, results, strict=True)
     ]
+
+
+def _part(view: WeightView, method: Method, request: Request) -> Part:
+    target = target_of(request, view)
+    return Part(view.shape[0], method.constraint(target), target.fraction)
+
+
+def _kind_of_set(job: SharedInput, method: Method, request: Request) -> type:
+    return type(method.constraint(target_of(request, job.weights[0])))
 
 
 @contextmanager
@@ -206,11 +253,12 @@ def _pose(job: SharedInput, method: Method, request: Request) -> _Posed:
     statistics = job.statistics
     # A copy: what is read shares memory with the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in job.weights])
-    with _naming(job):
+    kind = _kind_of_set(job, method, request)
+    with _naming(job), explained_parts(problem=method.problem.build, constraint=kind):
         alone = method.constraint(target_of(request, job.weights[0]))
         asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, alone)
         constraint = _constraint(job, method, request)
-        problem = method.problem.build(stacked, statistics.gram, constraint, ridge=asked.ridge, damping=asked.damping)
+        problem = method.problem.posed(stacked, statistics.gram, constraint, ridge=asked.ridge, damping=asked.damping)
     return _Posed(problem, asked, stacked, time.perf_counter() - began)
 
 
@@ -240,7 +288,7 @@ def _write(
     reports: list[LayerReport] = []
     for view, weight in zip(job.weights, stacked.split(sizes), strict=True):
         constraint = method.constraint(target_of(request, view))
-        own = method.problem.build(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+        own = method.problem.posed(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation
         reports.append(

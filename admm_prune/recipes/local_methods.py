@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,8 +10,9 @@ from typing import Any, Literal
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
+from admm_prune.recipes.part_checks import explained_parts
 from admm_prune.recipes.parts import RECONSTRUCTION, LayerProblem, Objective, SetFamily
-from admm_prune.recipes.plugins import declared, load_declared
+from admm_prune.recipes.plugins import check_no_clash, declared, load_declared
 from admm_prune.recipes.targets import Target
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
@@ -53,7 +55,8 @@ class Method:
         Raises:
             UserError: the sets given have no such member.
         """
-        return (self.sets or SetFamily.of("row-wise" if self.row_wise else "unstructured")).at(target)
+        own = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
+        return (self.sets or own).at(target)
 
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
         """Within what the kept weights are counted; "set" where only the set can tell."""
@@ -147,6 +150,7 @@ def method_named(name: str) -> Method:
         UserError: no such method (the message lists those there are), or a plug-in that cannot be used.
     """
     ours = {**LOCAL_METHODS, **REFERENCES}
+    check_no_clash("solvers", name, ours)
     if name in ours:
         return ours[name]
     if name not in declared("solvers"):
@@ -155,10 +159,25 @@ def method_named(name: str) -> Method:
     if isinstance(loaded, Method):
         return replace(loaded, name=name)
     made_by: Any = loaded
-    if not (callable(loaded) and hasattr(loaded, "solve")):
-        raise UserError(f"the plug-in '{name}' is neither a Method nor a class with a method solve")
-    make: Callable[[], Solver] = made_by
-    return Method(name, (make.__doc__ or "").strip().partition("\n")[0], make)
+    if not (inspect.isclass(loaded) and callable(getattr(loaded, "solve", None))):
+        kind = f"an instance of {type(loaded).__name__}" if hasattr(loaded, "solve") else f"a {type(loaded).__name__}"
+        raise UserError(
+            f"the plug-in '{name}' is neither a Method nor a class with a method solve, but "
+            f"{f'the class {loaded.__name__}' if inspect.isclass(loaded) else kind}"
+        )
+    if inspect.isabstract(loaded):
+        raise UserError(f"the solver '{name}' lacks methods: {', '.join(sorted(made_by.__abstractmethods__))}")
+
+    def make() -> Solver:
+        with explained_parts(solver=loaded):
+            solver: Solver = made_by()
+            return solver
+
+    try:
+        make()
+    except ValueError as error:
+        raise UserError(f"the solver '{name}' cannot be made without arguments: {error}") from error
+    return Method(name, (loaded.__doc__ or "").strip().partition("\n")[0], make)
 
 
 def with_parts(

@@ -12,7 +12,8 @@ from torch import Tensor
 from admm_prune.errors import UserError
 from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.plugins import declared, load_declared
+from admm_prune.recipes.part_checks import explained_parts
+from admm_prune.recipes.plugins import check_no_clash, declared, load_declared
 from admm_prune.recipes.targets import Target
 
 Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
@@ -37,7 +38,41 @@ class LayerProblem:
     @property
     def token_weights(self) -> Callable[[Tensor], Tensor] | None:
         """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
-        return getattr(self.build, "token_weights", None)
+        weigh: Callable[[Tensor], Tensor] | None = getattr(self.build, "token_weights", None)
+        if weigh is None:
+            return None
+
+        def explained(inputs: Tensor) -> Tensor:
+            with explained_parts(problem=self.build):
+                return weigh(inputs)
+
+        return explained
+
+    def posed(self, *arguments: Any, **settings: Any) -> LayerReconstruction:
+        """The problem, as `LayerReconstruction` takes its arguments.
+
+        Raises:
+            UserError: what builds it fails, or builds something else.
+            ValueError: the arguments cannot be used.
+        """
+        with explained_parts(problem=self.build):
+            problem: Any = self.build(*arguments, **settings)
+        if not isinstance(problem, LayerReconstruction):
+            raise UserError(
+                f"the problem '{self.name}' builds {_kind_of(problem)}: it has to be an admm_prune.LayerReconstruction"
+            )
+        return problem
+
+    def __post_init__(self) -> None:
+        """Raises UserError where what builds the problem, or weighs its tokens, does not take the arguments."""
+        if not callable(self.build):
+            raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
+        _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
+        if inspect.isabstract(self.build):
+            raise UserError(f"the problem '{self.name}' lacks methods: {_abstract(self.build)}")
+        weigh = getattr(self.build, "token_weights", None)
+        if weigh is not None:
+            _check_call(f"token_weights of the problem '{self.name}', a staticmethod,", weigh, 1)
 
     @classmethod
     def of(cls, part: str | Objective) -> LayerProblem:
@@ -48,6 +83,7 @@ class LayerProblem:
         """
         if not isinstance(part, str):
             return cls(described(part), part)
+        check_no_clash("problems", part, LAYER_PROBLEMS)
         if part in LAYER_PROBLEMS:
             return cls(part, LAYER_PROBLEMS[part])
         if part not in declared("problems"):
@@ -81,6 +117,8 @@ class SetFamily:
         """
         if isinstance(part, SparseSet):
             return cls(described(part), part)
+        if isinstance(part, str):
+            check_no_clash("constraints", part, SETS)
         if not isinstance(part, str):
             family = cls(described(part), part)
         elif part in SETS:
@@ -105,9 +143,17 @@ class SetFamily:
 
     def _made(self, sparsity: float) -> SparseSet:
         member: Any = self.member
+        if inspect.isabstract(member):
+            raise UserError(f"the constraint '{self.name}' lacks methods of a SparseSet: {_abstract(member)}")
+        if not callable(member) and not isinstance(member, SparseSet):
+            raise UserError(f"the constraint '{self.name}' is {_kind_of(member)}, which makes no sparse set")
         try:
             made: Any = replace(member, sparsity=sparsity) if isinstance(self.member, SparseSet) else member(sparsity)
-        except (TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever the code of another package raises
+            if not isinstance(error, TypeError | ValueError):
+                raise UserError(f"the constraint '{self.name}' failed: {type(error).__name__}: {error}") from error
             kind = type(member).__name__ if isinstance(member, SparseSet) else getattr(member, "__name__", self.name)
             raise UserError(f"{kind} is not made from a sparsity alone ({error}): give the set itself") from error
         if not isinstance(made, SparseSet):
@@ -116,9 +162,6 @@ class SetFamily:
                 "admm_prune.problems.constraints.SparseSet"
             )
         return made
-
-
-RECONSTRUCTION = LayerProblem.of(LAYER)
 
 
 def target_of(constraint: SparseSet) -> Target | None:
@@ -148,5 +191,24 @@ def _unknown(what: str, name: str, known: list[str]) -> UserError:
     return UserError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
 
 
+def _check_call(what: str, function: Any, positional: int, **named: object) -> None:
+    """Raises UserError where a function does not take so many arguments by position and these by name."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C code, which has none to read
+        return
+    try:
+        signature.bind(*range(positional), **named)
+    except TypeError as error:
+        raise UserError(f"{what} does not take the arguments it is given: {error}") from error
+
+
+def _abstract(kind: Any) -> str:
+    return ", ".join(sorted(kind.__abstractmethods__))
+
+
 def _kind_of(thing: object) -> str:
     return f"the class {thing.__name__}" if inspect.isclass(thing) else f"a {type(thing).__name__}"
+
+
+RECONSTRUCTION = LayerProblem(LAYER, LayerReconstruction)

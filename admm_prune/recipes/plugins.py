@@ -10,6 +10,7 @@ fraction of the weights to go). Declaring is all: nothing is imported before its
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,24 @@ def all_declared() -> list[dict[str, str]]:
         for kind in get_args(Kind)
         for name, point in sorted(declared(kind).items())
     ]
+
+
+def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
+    """Refuses a name that stands for two parts.
+
+    Raises:
+        UserError: a package declares what is a name of this package, or two packages declare it.
+    """
+    found = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
+    who = " and ".join(f"{_package(point)} ({point.value})" for point in found.values())
+    if found and name in ours:
+        raise UserError(f"the name '{name}' is built in, and declared by {who}: that package has to choose another")
+    if len(found) > 1:
+        raise UserError(f"the name '{name}' is declared by {who}: one of them has to choose another")
+
+
+def _package(point: EntryPoint) -> str:
+    return "a package" if point.dist is None else point.dist.name
 
 
 def load_declared(kind: Kind, name: str) -> Any:

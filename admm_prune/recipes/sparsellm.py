@@ -29,6 +29,7 @@ from admm_prune.recipes.block_walk import Visit, walk
 from admm_prune.recipes.branch_pruning import report_of
 from admm_prune.recipes.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
+from admm_prune.recipes.part_checks import Checked
 from admm_prune.recipes.recipe import LayerReport, Outcome, Request
 from admm_prune.recipes.ridge import settle_ridge
 from admm_prune.recipes.targets import Target
@@ -219,7 +220,7 @@ class SparseLLM:
                 total=total,
             )
         solver = Alternating(
-            inner=Agreed(self.method.make(), world),
+            inner=Agreed(Checked.of(self.method.make()), world),
             max_iterations=self.rounds,
             refit=Agreed(Alternating.refit, world),
             together=Agreed(SupportDescent.of(self.descent), world) if self.descent and self.closing else None,

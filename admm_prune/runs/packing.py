@@ -10,6 +10,7 @@ from pathlib import Path
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
+from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST, PACKED, pack_file, unpack_file
 from admm_prune.runs.folder import check_output, output_folder, write_json
 
@@ -33,11 +34,12 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
     """Writes a copy of a model folder in which every safetensors file is packed; one tensor is in memory at a time.
 
     Raises:
-        UserError: no model folder, packed already, or `out` cannot be written.
+        UserError: no model folder, one with an adapter, packed already, or `out` cannot be written.
     """
     files = _files(folder)
     if (folder / PACK_MANIFEST).is_file():
         raise UserError(f"{folder} is packed already")
+    check_no_adapters(str(folder), folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no safetensors weights: there is nothing to pack")
     check_output(out)

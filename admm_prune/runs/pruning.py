@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
+from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
@@ -363,6 +364,7 @@ def _opened(
     if isinstance(model, str | Path):
         opens = open_on_disk if streams else load
         return opens(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_no_adapters(type(model).__name__, model)
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
     if model.training:

@@ -16,6 +16,7 @@ from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.recipes.local_methods import Method, with_parts
+from admm_prune.recipes.part_checks import Part, check_result, check_set, explained_parts
 from admm_prune.recipes.parts import LAYER
 from admm_prune.recipes.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
 from admm_prune.recipes.targets import Target
@@ -152,19 +153,31 @@ class _Solved:
 
 def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: Ridge, place: str) -> list[_Solved]:
     """All targets, those that may be solved together by one solve."""
-    dampings = [
-        settle_ridge(asked, method, layer.weight, layer.gram, layer.gram_validation, method.constraint(target))
-        for target in targets
-    ]
+    dampings: list[Damping] = []
+    for target in targets:
+        constraint = method.constraint(target)
+        check_set(constraint, (layer.weight.shape[0], layer.weight.shape[1]), target.fraction)
+        with explained_parts(problem=method.problem.build, constraint=type(constraint)):
+            damping = settle_ridge(asked, method, layer.weight, layer.gram, layer.gram_validation, constraint)
+        dampings.append(damping)
     groups: dict[object, list[int]] = {}
     for i, damping in enumerate(dampings):
         groups.setdefault((damping.ridge, damping.damping) if method.stacks_targets else i, []).append(i)
     solved: dict[int, _Solved] = {}
     for members in groups.values():
         damping, constraints = dampings[members[0]], [method.constraint(targets[i]) for i in members]
-        with PeakMemory(place) as memory:
-            whole = _problem(layer, constraints, damping, method)
-            result = method.make().solve(whole)
+        parts = [
+            Part(len(layer.weight), constraint, targets[i].fraction)
+            for i, constraint in zip(members, constraints, strict=True)
+        ]
+        whole = _problem(layer, constraints, damping, method)
+        solver = method.make()
+        with (
+            PeakMemory(place) as memory,
+            explained_parts(solver=type(solver), constraint=type(constraints[0]), problem=type(whole)),
+        ):
+            result = solver.solve(whole)
+        check_result(result, whole, solver, parts)
         for i, constraint, weight in zip(
             members, constraints, result.solution["weight"].split(len(layer.weight)), strict=True
         ):
@@ -199,7 +212,7 @@ def _problem(
     """The layer's problem; with several constraints the weight is stacked upon itself, a copy for each."""
     rows, copies = len(layer.weight), len(constraints)
     energy = layer.target_energy
-    return method.problem.build(
+    return method.problem.posed(
         layer.weight.repeat(copies, 1) if copies > 1 else layer.weight,
         layer.gram,
         constraints[0] if copies == 1 else StackedRows(tuple((rows, constraint) for constraint in constraints)),

@@ -1,8 +1,9 @@
-"""Recovery keeps the zeros: any optimizer, a trainer's checkpoints, LoRA of peft."""
+"""Recovery keeps the zeros: any optimizer, clipped gradients, copies, a trainer's checkpoints."""
 
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 
 import peft
@@ -181,3 +182,178 @@ def test_what_is_no_plain_sum_is_refused() -> None:
     adapted.merge_adapter()
     with pytest.raises(UserError, match="merged already"):
         merge_lora(adapted)
+
+
+def two_layers(sparsity: float = 0.8) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[torch.rand_like(layer.weight) < sparsity] = 0
+    return model
+
+
+def loss_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
+    return model(torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))).square().mean()
+
+
+def kept_norm(model: torch.nn.Module, dense: torch.nn.Module) -> float:
+    """The norm of the gradients of `dense`, a twin of the model, over what the model has kept."""
+    total = 0.0
+    for parameter, twin in zip(model.parameters(), dense.parameters(), strict=True):
+        kept = parameter != 0 if parameter.ndim > 1 else torch.ones_like(parameter, dtype=torch.bool)
+        total += float(twin.grad[kept].square().sum())
+    return total**0.5
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulated", "zeroed in place", "foreach", "unfrozen", "compiled"])
+def test_clipping_sees_the_kept_weights_alone(case: str) -> None:
+    model, twin = two_layers(0.9), two_layers(0.9)
+    called = torch.compile(model, backend="eager") if case == "compiled" else model
+    if case == "unfrozen":
+        model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(called.parameters(), lr=1e-3, foreach=case == "foreach" or None)
+    keep_sparsity(called, optimizer)
+    model.requires_grad_(True)
+    if case == "zeroed in place":
+        loss_of(model).backward()
+        optimizer.zero_grad(set_to_none=False)
+    for seed in range(3 if case == "accumulated" else 1):
+        loss_of(called, seed).backward()
+        loss_of(twin, seed).backward()
+    expected = kept_norm(model, twin)
+    assert float(torch.nn.utils.clip_grad_norm_(twin.parameters(), 1e9)) > 1.1 * expected
+    assert float(torch.nn.utils.clip_grad_norm_(called.parameters(), 0.1 * expected)) == pytest.approx(expected)
+    after = torch.nn.utils.get_total_norm([p.grad for p in called.parameters()])
+    assert float(after) == pytest.approx(0.1 * expected, rel=1e-4)
+
+
+def test_gradients_of_shared_and_sparse_weights_are_masked() -> None:
+    torch.manual_seed(0)
+    embedding, head = torch.nn.Embedding(10, 4, sparse=True), torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        embedding.weight[:, 1] = 0
+        head.weight[0] = 0
+    model = torch.nn.ModuleDict({"embedding": embedding, "one": head, "two": head})
+    kept = keep_sparsity(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert set(kept.masks) == {"embedding.weight", "one.weight"}
+    head(head(embedding(torch.tensor([1, 1, 3])))).square().sum().backward()
+    assert embedding.weight.grad.is_sparse
+    assert bool((embedding.weight.grad.to_dense()[:, 1] == 0).all())
+    assert float(embedding.weight.grad.to_dense().norm()) > 0
+    assert bool((head.weight.grad[0] == 0).all())
+    assert bool((head.weight.grad[1:] != 0).any())
+
+
+def test_gradients_that_are_assigned_are_masked_before_the_step() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    keep_sparsity(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+    assert torch.equal(momentum != 0, two_layers()[0].weight != 0)
+
+
+def copied(what: object, how: str) -> object:
+    if how == "deepcopy":
+        return copy.deepcopy(what)
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def break_mask(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_a_copy_of_the_model_asserts_its_own_mask(how: str) -> None:
+    model = two_layers()
+    keep_sparsity(model, torch.optim.AdamW(model.parameters()))
+    other = copied(model, how)
+    other.state_dict()
+    break_mask(model)
+    other.state_dict()
+    with pytest.raises(UserError, match=r"0\.weight: \d+ pruned weights are no longer zero"):
+        model.state_dict()
+    other = copied(two_layers_held(), how)
+    break_mask(other)
+    with pytest.raises(UserError, match="a copy of the model needs keep_sparsity"):
+        other.state_dict()
+
+
+def two_layers_held() -> torch.nn.Module:
+    model = two_layers()
+    keep_sparsity(model, torch.optim.AdamW(model.parameters()))
+    return model
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_model_optimizer_and_mask_are_copied_together(how: str, removed: bool) -> None:
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    kept = keep_sparsity(model, optimizer)
+    loss_of(model).backward()
+    optimizer.step()
+    if removed:
+        kept.remove()
+    other, its_optimizer, its_kept = copied((model, optimizer, kept), how)
+    before = other[0].weight.detach().clone()
+    loss_of(other).backward()
+    assert bool((other[0].weight.grad[before == 0] == 0).all()) != removed
+    its_optimizer.step()
+    assert not torch.equal(other[0].weight, before)
+    assert torch.equal(model[0].weight, before)
+    assert bool((other[0].weight[before == 0] == 0).all()) != removed
+    its_kept.remove()
+    break_mask(other)
+    other.state_dict()
+    assert bool((model[0].weight == 0).any())
+
+
+def test_an_average_of_the_weights_is_sparse_and_checked() -> None:
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    keep_sparsity(model, optimizer)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module[0].weight == 0, two_layers()[0].weight == 0)
+    break_mask(averaged.module)
+    with pytest.raises(UserError, match="no longer zero"):
+        averaged.state_dict()
+
+
+def test_the_mask_of_a_compiled_model_is_checked_from_every_side() -> None:
+    model = two_layers()
+    compiled = torch.compile(model, backend="eager")
+    kept = keep_sparsity(compiled, torch.optim.AdamW(compiled.parameters(), lr=1e-2))
+    assert set(kept.masks) == {"0.weight", "2.weight"}
+    break_mask(model)
+    for module in (compiled, model, model[0], torch.nn.DataParallel(model)):
+        with pytest.raises(UserError, match=r"^0\.weight"):
+            module.state_dict()
+
+
+def test_what_has_no_mask_is_refused_or_left_alone() -> None:
+    model = torch.nn.ModuleDict(
+        {"pruned": two_layers(), "head": torch.nn.Linear(16, 3), "router": torch.nn.Linear(3, 3)}
+    )
+    with torch.no_grad():
+        for name in ("head", "router"):
+            model[name].weight.zero_()
+    assert set(keep_sparsity(model, torch.optim.SGD(model.parameters())).masks) == {
+        "pruned.0.weight",
+        "pruned.2.weight",
+    }
+    with pytest.raises(UserError, match="no zeros to keep"):
+        keep_sparsity(model["head"], torch.optim.SGD(model["head"].parameters()))
+    with pytest.raises(UserError, match="sharded or not in memory"):
+        keep_sparsity(two_layers().to("meta"), torch.optim.SGD(model.parameters()))

@@ -1,0 +1,211 @@
+"""Checks of solvers, objectives and sparse sets that other code brings: ordinary mistakes end in one line."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.errors import UserError
+from admm_prune.point import Point
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.result import Result, Status
+from admm_prune.solvers.base import Solver
+
+_SLACK = 0.005  # of a sparsity, beside the rounding of the set
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack's rows that are in a set of their own, and the fraction of them that is to be zero."""
+
+    rows: int
+    constraint: SparseSet
+    fraction: float
+
+
+def is_foreign(part: object) -> bool:
+    """Whether a part, a class or an object, is not of this package."""
+    module = getattr(part, "__module__", None) or type(part).__module__
+    return module.partition(".")[0] != "admm_prune"
+
+
+def title_of(part: object) -> str:
+    """The class of a part, in a message."""
+    name = getattr(part, "__qualname__", None)
+    return str(name) if name is not None else type(part).__qualname__
+
+
+@contextmanager
+def explained_parts(**parts: object) -> Generator[None]:
+    """Turns an exception in the code of foreign parts into a UserError that names them; ours stay as they are.
+
+    Args:
+        parts: by what they are, such as `solver`, `constraint`, `problem`.
+
+    Raises:
+        UserError: a foreign part failed. The exception is its cause.
+        ValueError: as it was raised.
+    """
+    try:
+        yield
+    except (ValueError, LinAlgError, torch.OutOfMemoryError):  # refusals, which callers explain
+        raise
+    except Exception as error:
+        foreign = {kind: part for kind, part in parts.items() if is_foreign(part)}
+        if not foreign:
+            raise
+        who = ", ".join(f"the {kind} {title_of(part)}" for kind, part in foreign.items())
+        raise UserError(f"{who} failed{_place_of(error)}: {_words(error)}") from error
+
+
+@contextmanager
+def suppress_refusals() -> Generator[None]:
+    """Ends a trial where a part refuses the drawn problem: it may well take the real ones."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LinAlgError):
+        return
+
+
+def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) -> None:
+    """Tries a foreign set on a drawn matrix: its projection must lie in it, and keep what was asked for.
+
+    Args:
+        shape: (out, in) of the matrix.
+        fraction: of the entries that are to be zero.
+
+    Raises:
+        UserError: the set fails, or its projection is no point of it or breaks the budget.
+        ValueError: matrices of this shape do not admit the set.
+    """
+    if not is_foreign(type(constraint)):
+        return
+    name = title_of(type(constraint))
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    point = Point(weight=drawn.where(drawn != 0, 1.0))
+    with explained_parts(constraint=type(constraint)):
+        projected: Any = constraint.project(point)
+        _check_point(f"the projection on the constraint {name}", projected, point)
+        inside = constraint.contains(projected)
+        slack = _slack(constraint, shape)
+    if not bool(inside):
+        raise UserError(f"the constraint {name} does not contain its own projection of a matrix {shape}")
+    reached = projected.sparsity()
+    if abs(reached - fraction) > slack:
+        raise UserError(
+            f"the constraint {name} breaks its budget: {fraction:.4g} of a matrix {shape} was to be zero, "
+            f"{reached:.4g} of its projection is"
+        )
+
+
+def check_result(result: object, problem: Any, solver: object, parts: Sequence[Part]) -> None:
+    """Holds what a solver returned to its promise: a finite point of the set, as sparse as was asked for.
+
+    Args:
+        parts: the rows of the one matrix of the problem; nothing is asked of the set where there are none.
+
+    Raises:
+        UserError: the message names solver and set.
+    """
+    name = title_of(solver) if isinstance(solver, type) else title_of(type(solver))
+    who = f"the solver {name}"
+    if not isinstance(result, Result):
+        raise UserError(f"{who} returned {_kind(result)}, not an admm_prune.Result")
+    _check_point(f"the solution of {who}", result.solution, problem.initial())
+    if not isinstance(result.status, Status):
+        raise UserError(f"the result of {who} has the status {result.status!r}, which is no admm_prune.Status")
+    if not isinstance(result.objective, int | float) or not math.isfinite(result.objective):
+        raise UserError(f"the result of {who} has the objective {result.objective!r}, which is no finite number")
+    if result.bound is not None and not result.bound <= result.objective + 1e-6 * abs(result.objective):
+        raise UserError(f"the result of {who} has the bound {result.bound!r} above its objective {result.objective!r}")
+    weights: Sequence[Tensor] = result.solution["weight"].split([part.rows for part in parts]) if parts else ()
+    for part, weight in zip(parts, weights, strict=True):
+        own, constraint = Point(weight=weight), part.constraint
+        with explained_parts(constraint=type(constraint)):
+            inside = bool(constraint.contains(own))
+            slack = _slack(constraint, (weight.shape[0], weight.shape[1]))
+        if not inside:
+            raise UserError(
+                f"the solution of {who} is not in its set {constraint}: {own.sparsity():.4g} of it is zero, "
+                f"{part.fraction:.4g} was asked for"
+            )
+        if own.sparsity() < part.fraction - slack:
+            raise UserError(
+                f"{who} and the set {constraint} break the budget: {part.fraction:.4g} was to be zero, "
+                f"{own.sparsity():.4g} is"
+            )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A solver inside another, each of whose results is held to what a solver promises."""
+
+    inner: Solver
+
+    @classmethod
+    def of(cls, solver: Solver) -> Solver:
+        """A foreign solver with its checks; ours as it is."""
+        return cls(solver) if is_foreign(type(solver)) else solver
+
+    def solve(self, problem: Any, *, start: Point | None = None) -> Result:
+        with explained_parts(solver=type(self.inner), constraint=type(problem.constraint)):
+            result = self.inner.solve(problem, start=start)
+        check_result(result, problem, self.inner, ())
+        if not problem.constraint.contains(result.solution):
+            raise UserError(
+                f"the solution of the solver {title_of(type(self.inner))} is not in its set {problem.constraint}"
+            )
+        return result
+
+
+def _check_point(what: str, found: Any, like: Point) -> None:
+    """Raises UserError unless `found` has the tensors of `like`, finite."""
+    if not isinstance(found, Point):
+        raise UserError(f"{what} is {_kind(found)}, not an admm_prune.Point")
+    if found.keys() != like.keys():
+        raise UserError(f"{what} has the tensors {sorted(found)}, not {sorted(like)}")
+    for name, wanted in like.items():
+        tensor: Any = found[name]
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{what} has {_kind(tensor)} in '{name}', not a tensor")
+        for asked in ("shape", "dtype", "device"):
+            has, needs = getattr(tensor, asked), getattr(wanted, asked)
+            if has != needs:
+                has, needs = (tuple(x) if asked == "shape" else x for x in (has, needs))
+                raise UserError(f"{what} has the {asked} {has} in '{name}', not {needs}")
+    if not found.is_finite():
+        raise UserError(f"{what} has NaN or Inf entries")
+
+
+def _slack(constraint: SparseSet, shape: tuple[int, int]) -> float:
+    """By how much a set may miss a fraction: one row or one group of columns, which it keeps or drops as a whole."""
+    return max(_SLACK, 1 / shape[0], constraint.group_width / shape[1])
+
+
+def _kind(thing: object) -> str:
+    return "None" if thing is None else f"a {type(thing).__name__}"
+
+
+def _words(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _place_of(error: BaseException) -> str:
+    """Where in foreign code it was raised: the innermost frame outside of this package and torch."""
+    inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "contextlib.py")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(inside[:2]) and not frame.filename.endswith(inside[2]):
+            return f" ({Path(frame.filename).name}:{frame.lineno})"
+    return ""
