@@ -199,7 +199,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     lines = _lines(path)
     head: list[tuple[int, str]] = []
     begun: list[str] = []  # the first two lines that are not blank
-    for number, line in lines:
+    for number, line in _bounded(path, lines):
         head.append((number, line))
         if line.strip():
             begun.append(line)
@@ -208,13 +208,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     if len(begun) == 2 and _is_object(begun[0]):
         yield from _json_lines(path, chain(head, lines))
         return
-    pieces, size = [], 0
-    for _, line in chain(head, lines):
-        size += len(line)
-        if kind_of(path)[1] and size > LARGEST:
-            raise UserError(f"{path}: expands to more than {LARGEST >> 20} MiB: give it uncompressed, or as .jsonl.gz")
-        pieces.append(line)
-    text = "".join(pieces)
+    text = "".join(line for _, line in _bounded(path, chain(head, lines)))
     if not text.strip():
         return
     content = _parsed(text, f"{path}: the file")
@@ -225,6 +219,16 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: a .json file holds an array of rows, not one {type(content).__name__}")
     for number, row in enumerate(content, start=1):
         yield f"row {number}", row
+
+
+def _bounded(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Lines that are held at once: of a compressed file only so many."""
+    size = 0
+    for number, line in lines:
+        size += len(line)
+        if kind_of(path)[1] and size > LARGEST:
+            raise UserError(f"{path}: expands to more than {LARGEST >> 20} MiB: give it uncompressed, or as .jsonl.gz")
+        yield number, line
 
 
 def _is_object(line: str) -> bool:
@@ -276,7 +280,9 @@ def _parquet_documents(path: Path, reader: RowReader) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            sample = [] if TEXT in names else next((b.to_pylist() for b in file.iter_batches(batch_size=100)), [])
+            sample: list[dict[str, Any]] = (
+                [] if TEXT in names else next((b.to_pylist() for b in file.iter_batches(batch_size=100)), [])
+            )
             column = reader.column(str(path), sample, names)
             batches = file.iter_batches(columns=[column], batch_size=1000)
             values = (value for batch in batches for value in batch.column(0).to_pylist())

@@ -85,9 +85,9 @@ def joined(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
 def _located(document: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> EncodedDocument:
     """Ids with the characters that each adds to the decoded text; a tokenizer that decodes a token in other ways beside
     others gives every token an equal share."""
-    ids = document[1:] if document and document[0] == tokenizer.bos_token_id else document
+    ids = list(document[1:] if document[0] == tokenizer.bos_token_id else document)
     stream = DecodeStream(skip_special_tokens=False)
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend = tokenizer.backend_tokenizer
     bounds = [0]
     try:
         for token in ids:

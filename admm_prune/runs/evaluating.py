@@ -81,13 +81,12 @@ def text_of_run(model: str) -> TextSettings | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))["settings"]["text"]
         settings = TextSettings(**{name: value for name, value in content.items() if name in known})
-        places = [place for place in (settings.data, settings.eval_data) if place is not None]
-        given = PYTHON_OBJECT in places
+        places = [Path(place) for place in (settings.data, settings.eval_data) if place is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not say on which text the run evaluated: name one with --data") from error
-    if given:
+    if Path(PYTHON_OBJECT) in places:
         raise UserError(f"{model}: its run was given the text as a Python object: name a text with --data")
     for place in places:
-        if not isinstance(place, str) or (is_file_name(place) and not Path(place).expanduser().exists()):
+        if is_file_name(str(place)) and not place.expanduser().exists():
             raise UserError(f"{model}: the text of its run, {place}, is not there any more: name a text with --data")
     return settings

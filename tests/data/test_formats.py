@@ -217,7 +217,7 @@ def test_what_expands_without_end_is_read_no_further(tmp_path: Path, monkeypatch
     for name, content in (
         ("a.txt.gz", b"a" * 2**24),
         ("a.jsonl.gz", b'{"text": "' + b"a" * 2**24),
-        ("a.json.gz", b"[" + b" \n" * 2**20),
+        ("a.json.gz", b"\n" + (b" " * 999 + b"\n") * 2**12),
     ):
         (tmp_path / name).write_bytes(gzip.compress(content))
         with pytest.raises(UserError, match=r"more than 1 MiB|longer than 1 MiB"):
