@@ -100,7 +100,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 
 @given(data=st.binary(max_size=200), kind=st.sampled_from(KINDS))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_random_bytes(
     tmp_path_factory: pytest.TempPathFactory, chatting: PreTrainedTokenizerFast, data: bytes, kind: str
 ) -> None:
@@ -134,7 +134,7 @@ def written(value: object) -> str:
 
 
 @given(rows=st.lists(json_values, max_size=4), column=st.sampled_from((None, "text", "messages")), whole=st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_json(
     tmp_path_factory: pytest.TempPathFactory,
     chatting: PreTrainedTokenizerFast,
