@@ -95,6 +95,8 @@ def read_corpus(
         NoSplitError: the source has splits, and not this one.
         UserError: there is no such source, it cannot be read as text, or it holds no text.
     """
+    if not source.strip():
+        raise UserError("the name of the text is empty: name it with --data")
     path = Path(source).expanduser()
     notes = Notes()
     reader = RowReader(column, tokenizer, notes)

@@ -11,6 +11,7 @@ from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
 from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.targets import parse_target
+from admm_prune.runs.texts import check_data
 
 _Count = Annotated[int, Field(ge=1)]
 _Sparsity = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -100,7 +101,8 @@ class RecipeFile(_Strict):
         """What `prune` is to be called with.
 
         Raises:
-            UserError: a part of the run was an object in Python.
+            UserError: a part of the run was an object in Python, or the model is another than the embedded one and no
+                text is named.
         """
         if self.objects:
             parts = ", ".join(f"{name}={part}" for name, part in self.objects.items())
@@ -109,7 +111,7 @@ class RecipeFile(_Strict):
                 f"this run was put together in Python, with {parts}: it cannot be repeated from a file{advice}"
             )
         told = self.model_dump(exclude={"name", "summary", "source", "deviations", "objects", "text"})
-        return {**told, **self.text.model_dump()}
+        return {**told, **self.text.model_dump(), "data": check_data(self.text.data, self.model)}
 
     def with_options(self, given: Mapping[str, Any]) -> RecipeFile:
         """The recipe with arguments of `prune` in place of its own.

@@ -208,15 +208,18 @@ def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: L
     )
 
 
-def local_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus] | None:
-    """What calibrates and what judges, where both are on this disk; else None.
+def is_local(settings: TextSettings) -> bool:
+    """True where no text is a Hub id."""
+    places = [place for place in (settings.data, settings.eval_data) if place is not None and place != EMBEDDED]
+    return all(is_file_name(place) or Path(place).expanduser().exists() for place in places)
+
+
+def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
+    """What calibrates and what judges, for a tokenizer whose chat template writes conversations.
 
     Raises:
         UserError: a text cannot be used.
     """
-    places = [place for place in (settings.data, settings.eval_data) if place not in (None, EMBEDDED)]
-    if any(not is_file_name(place) and not Path(place).expanduser().exists() for place in places if place):
-        return None
     return _Sources(settings, tokenizer, {}, None).both()
 
 

@@ -81,6 +81,8 @@ def test_every_option_that_a_message_names_exists() -> None:
         ("eval", "MODEL"),
         ("eval", "MODEL", "--samples", "2"),
         ("run", "--recipe", "recipe.yaml", "--out", "out"),
+        ("run", "--model", "MODEL", "--sparsity", "0.5", "--dry-run"),
+        ("recipe", "check", "recipe.yaml"),
     ],
     ids=" ".join,
 )

@@ -174,6 +174,7 @@ def test_refusals_of_names(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("a,b")
     assert "no such file" in refusal(tmp_path / "missing.txt")
     assert "no such file or folder" in refusal(tmp_path / "missing")
+    assert "the name of the text is empty" in refusal("")
     assert "unknown kind of file '.docx'" in refusal(tmp_path / "a.docx")
     assert "holds no .txt, .jsonl, .json, .csv, .tsv, .parquet" in refusal(tmp_path)
     assert "no split 'dev'" in refusal("embedded", split="dev")

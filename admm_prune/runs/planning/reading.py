@@ -10,7 +10,7 @@ from admm_prune.data.sources import Document
 from admm_prune.data.tokens import GROUP, encode
 from admm_prune.models.loading import load_tokenizer, locate
 from admm_prune.runs.memory import PeakMemory, resident_bytes, return_freed_memory
-from admm_prune.runs.texts import TextSettings, local_corpora
+from admm_prune.runs.texts import TextSettings, is_local, read_corpora
 
 _MIB = 2**20
 _IDS = 16  # bytes of a token and of where it ends, both int64
@@ -58,10 +58,10 @@ def read(text: TextSettings, model: str, *, stream: bool) -> Reading | None:
     Raises:
         UserError: the text or the tokenizer cannot be used.
     """
-    tokenizer = load_tokenizer(model, locate(model, weights=False), False)
-    corpora = local_corpora(text, tokenizer)
-    if corpora is None:
+    if not is_local(text):
         return None
+    tokenizer = load_tokenizer(model, locate(model, weights=False), False)
+    corpora = read_corpora(text, tokenizer)
     documents = [document for corpus in corpora for document in corpus.documents]
     encode([documents[0][:1000]], tokenizer)  # what only the first call takes
     whole = sum(map(len, documents))
