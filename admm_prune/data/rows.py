@@ -93,7 +93,7 @@ class RowReader:
             raise NoColumnError(source, TEXT, names)
         self.notes.add(
             f"column {candidates[0]}",
-            f"{source}: there is no column 'text': '{candidates[0]}' is read (--column names another)",
+            f"{source}: there is no column 'text': '{_short(candidates[0])}' is read (--column names another)",
         )
         return candidates[0]
 
@@ -101,7 +101,7 @@ class RowReader:
         if isinstance(row, dict):
             if column not in row:
                 raise NoColumnError(where, column, list(row))
-            value, place = row[column], f"{where}: column {column!r}"
+            value, place = row[column], f"{where}: column {_short(column)!r}"
         else:
             value, place = row, where
         if value is None or (isinstance(row, dict) and value == []):
@@ -136,8 +136,15 @@ class NoColumnError(UserError):
     """Rows do not have the column that is wanted."""
 
     def __init__(self, where: str, column: str, found: Sequence[object]) -> None:
-        names = ", ".join(sorted(map(str, found))[:30]) or "none"
-        super().__init__(without_surrogates(f"{where}: no column {column!r}; found {names}: choose one with --column"))
+        names = sorted(_short(name) for name in found)
+        listed = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") if names else "none"
+        super().__init__(f"{where}: no column {_short(column)!r}; found {listed}: choose one with --column")
+
+
+def _short(name: object) -> str:
+    """A column's name as a message can hold it: data that are damaged may have any text there."""
+    text = " ".join(without_surrogates(str(name)).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_chat(values: list[Any]) -> bool:

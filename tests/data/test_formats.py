@@ -139,6 +139,15 @@ def test_the_column_is_text_or_the_only_one_with_text(tmp_path: Path, case: str,
     assert corpus.notes == (() if noted is None else (expected,))
 
 
+def test_columns_of_any_name_are_listed_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('"a\nb","' + "c" * 500 + '",' + ",".join(f"n{i:02}" for i in range(40)) + "\nx,y\n")
+    with pytest.raises(UserError) as caught:
+        read_corpus(str(path), column="text")
+    assert str(caught.value).startswith(f"{path}: no column 'text'; found a b, {'c' * 57}..., n00, n01, ")
+    assert str(caught.value).endswith("n27, ...: choose one with --column")
+
+
 def test_two_columns_of_text_need_a_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines({"title": "a", "body": "b"}))
