@@ -166,7 +166,7 @@ def test_damaged_files(tmp_path: Path, chatting: PreTrainedTokenizerFast, kind: 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", VALID)
 def test_many_damaged_files(tmp_path: Path, chatting: PreTrainedTokenizerFast, kind: str) -> None:
-    try_damaged(tmp_path, chatting, kind, 5000)
+    try_damaged(tmp_path, chatting, kind, 2000)
 
 
 @pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
