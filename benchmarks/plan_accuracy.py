@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from admm_prune.runs.memory_scaling import Shape, write_random_model
+from admm_prune.runs.texts import TextSettings
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
 
@@ -144,7 +145,7 @@ def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dic
     from admm_prune.runs.planning.plan import make_plan
 
     began = time.perf_counter()
-    plan = make_plan(str(model), data=str(text), out=out, **options)
+    plan = make_plan(str(model), text=TextSettings(data=str(text)), out=out, **options)
     peak = plan.peak("host")
     return {
         "bytes": peak.bytes,

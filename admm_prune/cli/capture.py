@@ -14,10 +14,15 @@ def capture(
     weight: Annotated[str, typer.Option(help="A block matrix, such as model.layers.0.mlp.up_proj.weight.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     model: common.Model = "embedded",
-    data: common.Data = "embedded",
+    data: common.Data = None,
+    column: common.Column = None,
+    split: common.Split = "train",
+    documents: common.Documents = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Text of the held-out Gram; by default held out of --data.")
     ] = None,
+    eval_split: common.EvalSplit = None,
+    eval_documents: common.EvalDocuments = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     eval_samples: Annotated[int, typer.Option(min=1, help="Held-out sequences.")] = 128,
     length: common.Length = None,
@@ -33,11 +38,16 @@ def capture(
     Example: admm-prune capture --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors
     """
     from admm_prune.runs.capturing import capture_layer
-    from admm_prune.runs.texts import TextSettings, parse_packing
+    from admm_prune.runs.texts import TextSettings, check_data, parse_packing
 
     text = TextSettings(
-        data=data,
+        data=check_data(data, model),
+        column=column,
+        split=split,
+        documents=documents,
         eval_data=eval_data,
+        eval_split=eval_split,
+        eval_documents=eval_documents,
         samples=samples,
         eval_samples=eval_samples,
         length=length,

@@ -15,7 +15,26 @@ from admm_prune.cli import interrupts
 
 Model = Annotated[str, typer.Option(help="'embedded', a from_pretrained folder, or a Hub id.")]
 Data = Annotated[
-    str, typer.Option(help="Calibration text: 'embedded', a .txt, .jsonl or .parquet file, a folder, or a Hub id.")
+    str | None,
+    typer.Option(
+        help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
+        "'embedded', which is the default of the embedded model alone."
+    ),
+]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Column of rows that holds the text or a chat; 'text' by default, or the only one with text."),
+]
+Documents = Annotated[
+    int | None, typer.Option(min=1, help="Calibration documents to read; all by default, 20,000 of a Hub id.")
+]
+EvalDocuments = Annotated[
+    int | None, typer.Option(min=1, help="Evaluation documents to read; all by default, 20,000 of a Hub id.")
+]
+Split = Annotated[str, typer.Option(help="Split of a Hub id or saved data set to calibrate on.")]
+EvalSplit = Annotated[
+    str | None,
+    typer.Option(help="Split of a Hub id or saved data set to evaluate on; 'validation' or 'test' by default."),
 ]
 EvalData = Annotated[str | None, typer.Option(help="Text to evaluate on; by default a held-out part of --data.")]
 Samples = Annotated[

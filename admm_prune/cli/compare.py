@@ -18,8 +18,13 @@ def compare(
     targets: common.Targets = None,
     ignore: common.Ignore = None,
     override: common.Override = None,
-    data: common.Data = "embedded",
+    data: common.Data = None,
+    column: common.Column = None,
+    split: common.Split = "train",
+    documents: common.Documents = None,
     eval_data: common.EvalData = None,
+    eval_split: common.EvalSplit = None,
+    eval_documents: common.EvalDocuments = None,
     samples: common.Samples = None,
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
@@ -41,15 +46,20 @@ def compare(
     from admm_prune.recipes.selection import Selection
     from admm_prune.recipes.targets import parse_targets
     from admm_prune.runs import comparison as comparisons
-    from admm_prune.runs.texts import TextSettings, parse_packing
+    from admm_prune.runs.texts import TextSettings, check_data, parse_packing
 
     settings = comparisons.ComparisonSettings(
         model=model,
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         targets=tuple(parse_targets(sparsity, pattern)),
         text=TextSettings(
-            data=data,
+            data=check_data(data, model),
+            column=column,
+            split=split,
+            documents=documents,
             eval_data=eval_data,
+            eval_split=eval_split,
+            eval_documents=eval_documents,
             samples=samples,
             eval_samples=eval_samples,
             length=length,

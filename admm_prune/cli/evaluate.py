@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,8 +11,20 @@ from admm_prune.cli import common
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
-    data: common.Data = "embedded",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text, as --data of run; by default the one that the run evaluated on which wrote the folder, and the "
+            "embedded one of the embedded model."
+        ),
+    ] = None,
+    column: common.Column = None,
+    eval_split: common.EvalSplit = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents to read; all by default, 20,000 of a Hub id.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Sequences; all of the text by default.")] = None,
     length: common.Length = None,
     packing: common.Packing = "auto",
@@ -32,7 +44,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model: perplexity, bits per character, sparsity; or tasks of lm-evaluation-harness.
 
-    A local file is judged whole, the embedded text by its held-out part.
+    A file given with --data is evaluated on whole, a Hub id on its validation split, the embedded text on its held-out
+    part.
 
     Example: admm-prune eval pruned --data stories.txt --json
     """
@@ -43,14 +56,26 @@ def evaluate(
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, seed, json)
         return
-    text = TextSettings(
-        data=data,
-        eval_samples=samples,
-        length=length,
-        packing=parse_packing(packing),
-        seed=seed,
+    asked = {
+        "column": column,
+        "eval_split": eval_split,
+        "eval_documents": documents,
+        "eval_samples": samples,
+        "length": length,
+        "packing": parse_packing(packing),
+        "seed": seed,
+    }
+    given = common.given(ctx, documents="eval_documents", samples="eval_samples")
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if name in given}
+    text = None if data is None else TextSettings(data=data, **changes)
+    judgement = evaluate_model(
+        model,
+        text,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **(changes if text is None else {}),
     )
-    judgement = evaluate_model(model, text, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if json:
         common.emit(judgement.as_json())
         return
@@ -58,7 +83,7 @@ def evaluate(
     zeros = f"{100 * judgement.sparsity:.2f}%"
     rows = [[model, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}", zeros]]
     common.show_table(f"{figures.tokens:,} tokens", ["model", "perplexity", "bits/char", "zeros"], rows)
-    print(figures.protocol)
+    print(f"{figures.protocol}; text: {judgement.text.source}")
 
 
 def _evaluate_tasks(

@@ -19,6 +19,12 @@ def plan(
     sparsity: Annotated[str | None, typer.Option(help="Fraction of every matrix to go, such as 0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
     data: Annotated[str | None, typer.Option(help="The text: how much there is to evaluate is told by it.")] = None,
+    column: common.Column = None,
+    split: common.Split = "train",
+    documents: common.Documents = None,
+    eval_data: common.EvalData = None,
+    eval_split: common.EvalSplit = None,
+    eval_documents: common.EvalDocuments = None,
     samples: common.Samples = None,
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
@@ -42,13 +48,25 @@ def plan(
     from admm_prune.errors import UserError
     from admm_prune.recipes.ridge import parse_ridge
     from admm_prune.runs.planning.plan import make_plan
+    from admm_prune.runs.texts import TextSettings
 
+    text = None
+    if data is not None:
+        text = TextSettings(
+            data=data,
+            column=column,
+            split=split,
+            documents=documents,
+            eval_data=eval_data,
+            eval_split=eval_split,
+            eval_documents=eval_documents,
+        )
     made = make_plan(
         model,
         method=method,
         sparsity=sparsity,
         pattern=pattern,
-        data=data,
+        text=text,
         samples=samples,
         eval_samples=eval_samples,
         length=length,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from admm_prune.data.sources import Corpus
-from admm_prune.data.tokens import EncodedDocument, encode
+from admm_prune.data.tokens import EncodedDocument, encode, joined
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def pack(
     if packing == "auto":
         packing = "documents" if found <= length * len(documents) else "windows"
     if packing == "segments":
-        rows = _segments(encode(["\n\n".join(corpus.documents)], tokenizer)[0], _first_token(tokenizer), length)
+        rows = _segments(joined(corpus.documents, tokenizer), _first_token(tokenizer), length)
         usable = [row for row in rows if len(row.ids) == length]
     elif packing == "documents":
         rows = [_document(document, bos, length) for document in documents]

@@ -17,7 +17,7 @@ _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors",
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Which text, cut how."""
+    """Which text, cut how; `notes` say what was assumed or replaced in reading it."""
 
     source: str
     fingerprint: str
@@ -29,6 +29,7 @@ class TextRecord:
     truncated_tokens: int
     dropped_sequences: int
     token_hash: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, corpus: Corpus, sequences: Sequences) -> TextRecord:
@@ -43,6 +44,7 @@ class TextRecord:
             truncated_tokens=sequences.truncated_tokens,
             dropped_sequences=sequences.dropped_sequences,
             token_hash=sequences.token_hash,
+            notes=corpus.notes,
         )
 
 

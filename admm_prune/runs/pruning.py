@@ -35,7 +35,7 @@ from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.reports import write_report
 from admm_prune.runs.shared_journal import shared_journal
 from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts, TextSettings, check_data, passed_from_python
 from admm_prune.runs.trackers import Tracker, figures_of, followed, tracker_named
 from admm_prune.solvers.base import Solver
 
@@ -140,10 +140,13 @@ def prune(
     targets: str | Sequence[str] = (),
     ignore: str | Sequence[str] = (),
     overrides: Mapping[str, float | str] | None = None,
-    data: str = "embedded",
-    eval_data: str | None = None,
-    eval_split: str = "validation",
+    data: Any = None,
+    eval_data: Any = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    column: str | None = None,
     documents: int | None = None,
+    eval_documents: int | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -181,7 +184,11 @@ def prune(
         pattern: "N:M", N kept of every M consecutive inputs.
         targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
             those with a target of their own: see `Selection`.
-        data, eval_data, eval_split, documents, samples, eval_samples, length, packing, seed: see `TextSettings`.
+        data, eval_data: a path, a Hub id or "embedded" (see `TextSettings`); or text itself: a `datasets.Dataset`, a
+            list of strings, of rows or of token ids, or an iterable of batches with input_ids. Only the embedded model
+            has a default.
+        split, eval_split, column, documents, eval_documents, samples, eval_samples, length, packing, seed: see
+            `TextSettings`.
         out: a folder for the pruned model and its manifest, written whole or not at all.
         ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
             shared input on a part of the calibration tokens, together with the damping.
@@ -212,11 +219,15 @@ def prune(
     told = None if constraint is None or isinstance(constraint, str | type) else target_of(constraint)
     target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
     ridge = parse_ridge(ridge)
+    passed, (source, eval_source) = passed_from_python(data, eval_data)
     text = TextSettings(
-        data=data,
-        eval_data=eval_data,
+        data=check_data(source, model),
+        eval_data=eval_source,
+        split=split,
         eval_split=eval_split,
+        column=column,
         documents=documents,
+        eval_documents=eval_documents,
         samples=samples,
         eval_samples=eval_samples,
         length=length,
@@ -239,7 +250,7 @@ def prune(
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         with phases("reading the text"):
-            texts = Texts(text, loaded)
+            texts = Texts(text, loaded, passed)
         settings = RunSettings(
             model=loaded.source,
             method=method or (DEFAULT if solver is None else None),

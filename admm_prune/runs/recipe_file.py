@@ -8,13 +8,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from admm_prune.data.sources import PYTHON_OBJECT
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
     from admm_prune.runs.recipe_schema import RecipeFile
 
 RECIPE = "recipe.yaml"
-_TEXT = ("data", "eval_data", "eval_split", "documents", "samples", "eval_samples", "length", "packing", "seed")
+_TEXT = (
+    "data", "eval_data", "split", "eval_split", "column", "documents", "eval_documents", "samples", "eval_samples",
+    "length", "packing", "seed",
+)  # fmt: skip
 _PLAIN = ("ridge", "steps", "unit", "multiple", "bounds", "dtype", "device")
 _PARTS = ("method", "solver", "problem", "constraint")
 
@@ -22,7 +26,7 @@ _PARTS = ("method", "solver", "problem", "constraint")
 def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run, from the settings in its manifest; what stands at its default is left out.
 
-    Parts that were given as objects cannot be named in a file: they are described under "objects".
+    Parts and texts that were given as objects cannot be named in a file: they are described under "objects".
     """
     target, selection = settings["target"], settings["selection"]
     parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
@@ -35,10 +39,13 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     content |= {name: list(selection[name]) for name in ("targets", "ignore") if selection[name]}
     if selection["overrides"]:
         content["overrides"] = {pattern: _plain(wanted) for pattern, wanted in selection["overrides"]}
-    content["text"] = {name: settings["text"][name] for name in _TEXT if settings["text"][name] is not None}
+    text = {name: settings["text"][name] for name in _TEXT if settings["text"][name] is not None}
+    passed = {name: value for name, value in text.items() if value == PYTHON_OBJECT}
+    content["text"] = {name: value for name, value in text.items() if name not in passed}
     content |= {name: settings[name] for name in _PLAIN if settings[name] not in (None, False)}
-    if len(named) < len(parts):
-        content["objects"] = {name: part for name, part in parts.items() if name not in named}
+    objects = {name: part for name, part in parts.items() if name not in named} | passed
+    if objects:
+        content["objects"] = objects
     return content
 
 

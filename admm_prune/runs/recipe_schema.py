@@ -11,6 +11,7 @@ from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
 from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.targets import parse_target
+from admm_prune.runs.texts import check_data
 
 _Count = Annotated[int, Field(ge=1)]
 _Sparsity = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -23,14 +24,22 @@ class _Strict(BaseModel):
 class Text(_Strict):
     """Which text calibrates and which judges; see `TextSettings`."""
 
-    data: str = Field(default="embedded", description="Calibration text: 'embedded', a file, a folder, or a Hub id.")
+    data: str | None = Field(
+        default=None,
+        description="Calibration text: a file, a folder, a Hub id; 'embedded' is the embedded model's default alone.",
+    )
     eval_data: str | None = Field(
         default=None, description="Text to evaluate on; a held-out part of `data` by default."
     )
-    eval_split: Literal["validation", "test"] = Field(
-        default="validation", description="Split of a Hub id to evaluate on."
+    split: str = Field(default="train", description="Split of a Hub id to calibrate on.")
+    eval_split: str | None = Field(
+        default=None, description="Split of a Hub id to evaluate on; validation by default, else test."
+    )
+    column: str | None = Field(
+        default=None, description="Column of rows; 'text' by default, or the only one that holds text."
     )
     documents: _Count | None = Field(default=None, description="Read so many documents of `data` and no more.")
+    eval_documents: _Count | None = Field(default=None, description="Read so many documents to evaluate on.")
     samples: _Count | None = Field(
         default=None, description="Calibration sequences; the method's own number by default."
     )
@@ -76,7 +85,7 @@ class RecipeFile(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "auto"
     objects: dict[str, str] = Field(
-        default={}, description="Parts that were objects in Python; such a run is not repeatable."
+        default={}, description="Parts and texts that were objects in Python; such a run is not repeatable."
     )
 
     @model_validator(mode="after")
@@ -92,13 +101,17 @@ class RecipeFile(_Strict):
         """What `prune` is to be called with.
 
         Raises:
-            UserError: a part of the run was an object in Python.
+            UserError: a part of the run was an object in Python, or the model is another than the embedded one and no
+                text is named.
         """
         if self.objects:
             parts = ", ".join(f"{name}={part}" for name, part in self.objects.items())
-            raise UserError(f"this run was put together in Python, with {parts}: it cannot be repeated from a file")
+            advice = "; name the text with --data" if self.objects.keys() <= {"data", "eval_data"} else ""
+            raise UserError(
+                f"this run was put together in Python, with {parts}: it cannot be repeated from a file{advice}"
+            )
         told = self.model_dump(exclude={"name", "summary", "source", "deviations", "objects", "text"})
-        return {**told, **self.text.model_dump()}
+        return {**told, **self.text.model_dump(), "data": check_data(self.text.data, self.model)}
 
     def with_options(self, given: Mapping[str, Any]) -> RecipeFile:
         """The recipe with arguments of `prune` in place of its own.
@@ -115,8 +128,10 @@ class RecipeFile(_Strict):
             if one in given:
                 content.pop(other, None)
         if "data" in given:
-            for name in ("eval_data", "eval_split", "documents"):
+            for name in ("eval_data", "split", "eval_split", "column", "documents", "eval_documents"):
                 text.pop(name, None)
+        replaced = {"data", "eval_data"} if "data" in given else {"eval_data"} & given.keys()
+        content["objects"] = {name: part for name, part in content.get("objects", {}).items() if name not in replaced}
         for name, value in given.items():
             (text if name in Text.model_fields else content)[name] = value
         return validated({**content, "text": text}, self.name or "the recipe")

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
@@ -260,8 +261,8 @@ def _location(manifest: Manifest) -> str | None:
     """Where the evaluation text was read; None where that is a path at which nothing is now."""
     text = manifest.get("settings", {}).get("text", {})
     name = text.get("eval_data") or text.get("data") or ""
-    looks_local = Path(name).is_absolute() or Path(name).suffix in {".txt", ".jsonl", ".parquet"}
-    return None if looks_local and not Path(name).expanduser().exists() else name
+    gone = is_file_name(name) and not Path(name).expanduser().exists()
+    return None if gone or name == PYTHON_OBJECT else name
 
 
 def _same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:

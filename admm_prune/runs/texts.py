@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from admm_prune.data.formats import NoSplitError, has_splits
+from admm_prune.data.objects import check_ids, check_object, corpus_of
+from admm_prune.data.rows import NoColumnError
 from admm_prune.data.sequences import Packing, Sequences, default_length, pack
-from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
+from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, is_file_name, read_corpus
 from admm_prune.data.splits import hold_out
 from admm_prune.errors import UserError
 from admm_prune.runs.manifest import TextRecord
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from admm_prune.models.loading import LoadedModel
 
 
 DEFAULT_SAMPLES = 128
+
+_LOG = logging.getLogger("admm_prune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +34,16 @@ class TextSettings:
     """Which text calibrates and which text judges.
 
     Args:
-        data: calibration text: "embedded", a file, a folder or a Hub id.
+        data: calibration text: "embedded", a file, a folder or a Hub id (see `data.sources.read_corpus`);
+            `PYTHON_OBJECT` where it was passed from Python.
         eval_data: text to evaluate on. By default the held-out part of the same source: its validation split, or the
-            last tenth of a local file, which then does not calibrate.
-        eval_split: of a Hub id to evaluate on: "validation" or "test".
-        documents: of the calibration text that are read; None for all. A Hub id is then read no further.
+            last tenth of what has no splits, which then does not calibrate.
+        split: of a Hub id or a saved `DatasetDict` to calibrate on.
+        eval_split: of these to evaluate on; by default "validation", else "test".
+        column: of rows that holds the text or a conversation; by default "text", or the only column that holds text.
+            The text to evaluate on may lack it, and is then read by that default.
+        documents, eval_documents: of the calibration and of the evaluation text that are read; None for all, of a Hub
+            id for 20,000.
         samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
         eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
         length: tokens of a sequence; the model's context by default, at most 2048.
@@ -39,10 +54,13 @@ class TextSettings:
         UserError: a number is out of range, or there is no such packing.
     """
 
-    data: str = EMBEDDED
+    data: str
     eval_data: str | None = None
-    eval_split: str = "validation"
+    split: str = "train"
+    eval_split: str | None = None
+    column: str | None = None
     documents: int | None = None
+    eval_documents: int | None = None
     samples: int | None = None
     eval_samples: int | None = None
     length: int | None = None
@@ -51,16 +69,53 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         parse_packing(self.packing)
-        if self.eval_split not in ("validation", "test"):
-            raise UserError(f"eval_split must be validation or test, not '{self.eval_split}'")
         for name, number, least in (
             ("documents", self.documents, 1),
+            ("eval_documents", self.eval_documents, 1),
             ("samples", self.samples, 1),
             ("eval_samples", self.eval_samples, 1),
             ("length", self.length, 2),
         ):
             if number is not None and number < least:
                 raise UserError(f"{name} must be at least {least}, not {number}")
+
+
+def check_data(data: str | None, model: object) -> str:
+    """The calibration text of a run: the embedded text is the default of the embedded model alone.
+
+    Args:
+        model: as of a run.
+
+    Raises:
+        UserError: another model has no default.
+    """
+    if data is not None:
+        return data
+    if isinstance(model, str | Path) and str(model) == EMBEDDED:
+        return EMBEDDED
+    named = f"{model}: " if isinstance(model, str | Path) else ""
+    raise UserError(
+        f"{named}name the text with --data: a file, a folder or a Hub dataset, such as --data wikitext2 "
+        "(only the embedded model has a text of its own)"
+    )
+
+
+def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
+    """What is no name of a text, by its role; and the names for `TextSettings`.
+
+    Raises:
+        UserError: it cannot be text.
+    """
+    passed: dict[str, Any] = {}
+    names: list[str | None] = []
+    for role, value in (("data", data), ("eval_data", eval_data)):
+        if value is None or isinstance(value, str | Path):
+            names.append(None if value is None else str(value))
+        else:
+            check_object(value, role)
+            passed[role] = value
+            names.append(PYTHON_OBJECT)
+    return passed, (names[0], names[1])
 
 
 def parse_packing(text: str) -> Packing:
@@ -78,16 +133,20 @@ def parse_packing(text: str) -> Packing:
 class Texts:
     """Both texts of a run, read once and packed for the model's tokenizer and context.
 
+    Args:
+        passed: what was passed from Python in place of a path or a Hub id, by "data" and "eval_data".
+
     Raises:
         UserError: a text cannot be used, or the length is beyond the model's context.
     """
 
-    def __init__(self, settings: TextSettings, loaded: LoadedModel) -> None:
+    def __init__(self, settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any] | None = None) -> None:
         self._settings, self._tokenizer = settings, loaded.tokenizer
         self._length = _length(settings, loaded.model.config)
-        self._calibrating, self._judging = _corpora(settings)
+        self._calibrating, self._judging = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
         self.evaluation = _pack_judging(self._judging, settings, self._length, loaded)
+        _tell(self._calibrating, self._judging)
 
     def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
         """The calibration text: so many sequences, unless the settings name another number.
@@ -111,19 +170,31 @@ class Texts:
         """What both texts were, by their role; `samples` as for `calibration`."""
         return {
             "calibration": TextRecord.of(self._calibrating, self.calibration(samples)),
-            "evaluation": TextRecord.of(self._judging, self.evaluation),
+            "evaluation": self.evaluation_record,
         }
+
+    @property
+    def evaluation_record(self) -> TextRecord:
+        return TextRecord.of(self._judging, self.evaluation)
 
 
 def read_judging_text(settings: TextSettings, loaded: LoadedModel) -> Sequences:
+    """As `judging_text`, without its record."""
+    return judging_text(settings, loaded)[0]
+
+
+def judging_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
     """The evaluation text alone: all of a local file, the held-out part of other sources.
 
     Raises:
         UserError: the text cannot be used, or the length is beyond the model's context.
     """
     length = _length(settings, loaded.model.config)
-    corpus = read_corpus(settings.eval_data or settings.data, split=settings.eval_split)
-    return _pack_judging(corpus, settings, length, loaded)
+    corpus = _sources(settings, loaded, {}).judging(whole=True)
+    assert corpus is not None
+    _tell(corpus)
+    sequences = _pack_judging(corpus, settings, length, loaded)
+    return sequences, TextRecord.of(corpus, sequences)
 
 
 def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel) -> Sequences:
@@ -137,17 +208,103 @@ def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: L
     )
 
 
-def _corpora(settings: TextSettings) -> tuple[Corpus, Corpus]:
-    if settings.eval_data is not None:
-        return _calibrating(settings), read_corpus(settings.eval_data, split=settings.eval_split)
-    # A folder that happens to be called "embedded" is not meant by the name.
-    if settings.data != EMBEDDED and Path(settings.data).expanduser().exists():
-        return hold_out(_calibrating(settings))
-    return _calibrating(settings), read_corpus(settings.data, split=settings.eval_split)
+def is_local(settings: TextSettings) -> bool:
+    """True where no text is a Hub id."""
+    places = [place for place in (settings.data, settings.eval_data) if place is not None and place != EMBEDDED]
+    return all(is_file_name(place) or Path(place).expanduser().exists() for place in places)
 
 
-def _calibrating(settings: TextSettings) -> Corpus:
-    return read_corpus(settings.data, limit=settings.documents)
+def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
+    """What calibrates and what judges, for a tokenizer whose chat template writes conversations.
+
+    Raises:
+        UserError: a text cannot be used.
+    """
+    return _Sources(settings, tokenizer, {}, None).both()
+
+
+def _sources(settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any]) -> _Sources:
+    vocabulary = getattr(loaded.model.config.get_text_config(), "vocab_size", None)
+    return _Sources(settings, loaded.tokenizer, passed, vocabulary)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where both texts come from; `vocabulary` is the number of tokens that the model has."""
+
+    settings: TextSettings
+    tokenizer: PreTrainedTokenizerBase
+    passed: Mapping[str, Any]
+    vocabulary: int | None
+
+    def both(self) -> tuple[Corpus, Corpus]:
+        """(what calibrates, what judges)."""
+        settings = self.settings
+        calibrating = self._read("data", settings.split, settings.documents)
+        if settings.eval_data is None and not self._has_splits():
+            return hold_out(calibrating)
+        judging = self.judging()
+        if judging is not None:
+            return calibrating, judging
+        note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
+        return hold_out(replace(calibrating, notes=(*calibrating.notes, note)))
+
+    def judging(self, *, whole: bool = False) -> Corpus | None:
+        """The text to evaluate on; None where nothing names it and the calibration text has no split for it.
+
+        Args:
+            whole: the calibration text will not be read: where it has one split alone, that judges.
+        """
+        settings = self.settings
+        role = "data" if settings.eval_data is None else "eval_data"
+        try:
+            return self._read(role, settings.eval_split or "validation", settings.eval_documents)
+        except NoSplitError as error:
+            if settings.eval_split is not None:
+                raise
+            if "test" in error.available:
+                return self._read(role, "test", settings.eval_documents)
+            if role == "data" and not whole:
+                return None
+            if len(error.available) != 1:
+                raise
+            return self._read(role, error.available[0], settings.eval_documents)
+
+    def _has_splits(self) -> bool:
+        data = self.settings.data
+        if "data" in self.passed:
+            return isinstance(self.passed["data"], Mapping)
+        path = Path(data).expanduser()
+        # A folder that happens to be called "embedded" is not meant by the name.
+        return data == EMBEDDED or not path.exists() or has_splits(path)
+
+    def _read(self, role: str, split: str, limit: int | None) -> Corpus:
+        settings = self.settings
+        if role in self.passed:
+            corpus = corpus_of(
+                self.passed[role], split=split, column=settings.column, limit=limit, tokenizer=self.tokenizer
+            )
+            if self.vocabulary is not None:
+                check_ids(corpus, self.vocabulary)
+            return corpus
+        source = settings.data if role == "data" else settings.eval_data
+        assert source is not None
+        if source == PYTHON_OBJECT:
+            raise UserError("the text was passed from Python: name one with --data")
+        how: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": self.tokenizer}
+        try:
+            return read_corpus(source, column=settings.column, **how)
+        except NoColumnError:
+            if role == "data" or settings.column is None:
+                raise
+            return read_corpus(source, **how)  # another data set, with columns of its own
+
+
+def _tell(*corpora: Corpus) -> None:
+    """Logs what was assumed or replaced in reading, once of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
+            _LOG.warning("note: %s", note)
 
 
 def _length(settings: TextSettings, config: Any) -> int:

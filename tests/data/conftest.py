@@ -7,6 +7,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = ["the cat sat on the mat and the dog sat on the cat", "a naïve café – 漢字 are not bytes", "to be or not to be"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+)
 
 
 def byte_level_bpe(**special: str) -> PreTrainedTokenizerFast:
@@ -30,3 +35,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer_without_bos() -> PreTrainedTokenizerFast:
     return byte_level_bpe()
+
+
+@pytest.fixture(scope="session")
+def chatting() -> PreTrainedTokenizerFast:
+    """With a chat template that begins with BOS and knows no system role."""
+    tokenizer = byte_level_bpe(bos_token="<s>", chat_template=TEMPLATE)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
+    return tokenizer

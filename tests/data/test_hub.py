@@ -74,7 +74,8 @@ def test_what_is_in_the_cache_needs_no_hub(answer: Any, monkeypatch: pytest.Monk
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         load("owner/name")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "cached"}])
+    cached = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["cached"]}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: cached)
     (tmp_path / "owner___name").mkdir()
     assert read_corpus("owner/name").documents == ("cached",)
     assert asked == []

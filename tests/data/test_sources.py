@@ -101,7 +101,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     calls: list[tuple[Any, ...]] = []
 
     def local(path: str, name: str | None = None, **options: Any) -> Any:
-        calls.append((path, name, options["streaming"]))
+        calls.append((path, name, options.get("streaming", False)))
         return load(str(folder), cache_dir=str(tmp_path / "cache"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
@@ -109,22 +109,41 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     return calls
 
 
-def test_hub_datasets_are_read_by_split_and_streamed_under_a_limit(hub: list[tuple[Any, ...]]) -> None:
+def test_hub_datasets_are_streamed_by_split_up_to_a_limit(
+    hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read_corpus("owner/name:config").documents == STORIES
     assert read_corpus("owner/name", split="test").documents == ("held out",)
-    assert read_corpus("owner/name", limit=2).documents == STORIES[:2]
-    assert hub == [("owner/name", "config", False), ("owner/name", None, False), ("owner/name", None, True)]
+    assert read_corpus("owner/name", limit=2) == Corpus("owner/name", STORIES[:2])
+    assert hub == [("owner/name", "config", True), ("owner/name", None, True), ("owner/name", None, True)]
+    monkeypatch.setattr(sources, "HUB_DOCUMENTS", 2)
+    capped = read_corpus("owner/name")
+    assert capped.documents == STORIES[:2]
+    (note,) = capped.notes
+    assert note.startswith("owner/name: the first 2 documents of the split 'train' are read (--documents ")
+    monkeypatch.setattr(sources, "HUB_DOCUMENTS", 3)
+    assert read_corpus("owner/name") == Corpus("owner/name", STORIES), "all there are: nothing to note"
+
+
+def test_a_dataset_in_the_cache_is_read_from_there(
+    hub: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "owner___name").mkdir()
+    assert read_corpus("owner/name").documents == STORIES
+    assert hub == [("owner/name", None, False)]
 
 
 def test_short_names_stand_for_hub_datasets(hub: list[tuple[Any, ...]]) -> None:
-    read_corpus("c4", limit=1)
-    read_corpus("wikitext2", limit=1)
-    assert hub == [("allenai/c4", "en", True), ("Salesforce/wikitext", "wikitext-2-raw-v1", True)]
+    for name in ("c4", "wikitext2", "wikitext"):
+        read_corpus(name, limit=1)
+    wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1", True)
+    assert hub == [("allenai/c4", "en", True), wikitext, wikitext]
 
 
 def test_hub_refusals(hub: list[tuple[Any, ...]]) -> None:
     assert "no column 'body'; found text" in refusal("owner/name", column="body")
-    assert "nosuch" in refusal("owner/name", split="nosuch")
+    assert "no split 'nosuch'; there are train, test: choose with --split" in refusal("owner/name", split="nosuch")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +153,10 @@ def test_hub_refusals(hub: list[tuple[Any, ...]]) -> None:
         (
             datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\nor so"),
             "doesn't exist",
+        ),
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample: x"),
+            "name one of its configurations ['a', 'b'], as owner/name:NAME",
         ),
         (RuntimeError("scripts are no longer supported"), "scripts are no longer supported"),
     ],
@@ -148,11 +171,12 @@ def test_what_the_hub_raises_becomes_one_line(error: Exception, said: str, monke
 
 
 def test_refusals_of_names(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.docx").write_text("a,b")
     assert "no such file" in refusal(tmp_path / "missing.txt")
     assert "no such file or folder" in refusal(tmp_path / "missing")
-    assert "unknown kind of file '.csv'" in refusal(tmp_path / "a.csv")
-    assert "holds no .txt, .jsonl, .parquet" in refusal(tmp_path)
+    assert "the name of the text is empty" in refusal("")
+    assert "unknown kind of file '.docx'" in refusal(tmp_path / "a.docx")
+    assert "holds no .txt, .jsonl, .json, .csv, .tsv, .parquet" in refusal(tmp_path)
     assert "no split 'dev'" in refusal("embedded", split="dev")
 
 

@@ -96,7 +96,7 @@ def test_options_go_before_a_recipe() -> None:
     assert changed.method == recipe.method
     again = changed.with_options({"sparsity": "0.25", "data": "mine.txt"})
     assert (again.sparsity, again.pattern) == (0.25, None)
-    assert (again.text.eval_data, again.text.documents, again.text.eval_split) == (None, None, "validation")
+    assert (again.text.eval_data, again.text.documents, again.text.eval_split) == (None, None, None)
     both = changed.with_options({"data": "mine.txt", "eval_data": "other.txt"})
     assert both.text.eval_data == "other.txt"
     assert RecipeFile(sparsity=0.5).with_options({"ridge": "auto"}).ridge == "auto"

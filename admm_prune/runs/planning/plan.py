@@ -26,6 +26,7 @@ from admm_prune.runs.planning.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.planning.reading import Reading, read
 from admm_prune.runs.planning.stages import LIBRARIES, Stage
 from admm_prune.runs.planning.work import Work
+from admm_prune.runs.texts import TextSettings
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
@@ -138,7 +139,7 @@ def make_plan(
     method: str = "admm",
     sparsity: str | float | None = None,
     pattern: str | None = None,
-    data: str | None = None,
+    text: TextSettings | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
     length: int | None = None,
@@ -158,7 +159,7 @@ def make_plan(
 
     Args:
         model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
-        data: the text, whose length tells how much there is to evaluate; None leaves evaluation out.
+        text: of a run, whose length tells how much there is to evaluate; None leaves evaluation out.
         stream: one block in memory at a time.
         gpu: a GPU that is not here, by its name; gpus: so many of them.
         device_memory, memory: GB of a device and of the host, in place of what there is.
@@ -180,11 +181,11 @@ def make_plan(
     recipe.check(anatomy.model, target)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
-    text = anatomy.sequences(samples or recipe.samples, length)
-    request = Request(target=target, calibration=text, ridge=ridge)
+    sequences = anatomy.sequences(samples or recipe.samples, length)
+    request = Request(target=target, calibration=sequences, ridge=ridge)
     notes: list[str] = []
-    reading = None if data is None else read(data, model, stream=stream)
-    judging = _judging_tokens(reading, eval_samples, text.length, notes)
+    reading = None if text is None else read(text, model, stream=stream)
+    judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
     if reading is None:
@@ -213,8 +214,8 @@ def make_plan(
         target=target.label,
         parameters=anatomy.parameters,
         weight_bytes=anatomy.weight_bytes,
-        samples=len(text.rows),
-        length=text.length,
+        samples=len(sequences.rows),
+        length=sequences.length,
         stream=stream,
         stages=tuple(stage.beside(libraries) for stage in stages),
         machine=machine,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
-from admm_prune.data.splits import hold_out
+from admm_prune.data.sources import Document
 from admm_prune.data.tokens import GROUP, encode
 from admm_prune.models.loading import load_tokenizer, locate
 from admm_prune.runs.memory import PeakMemory, resident_bytes, return_freed_memory
+from admm_prune.runs.texts import TextSettings, is_local, read_corpora
 
 _MIB = 2**20
 _IDS = 16  # bytes of a token and of where it ends, both int64
@@ -48,21 +47,21 @@ class Reading:
         return self.lists + _IDS * self.tokens
 
 
-def read(data: str, model: str, *, stream: bool) -> Reading | None:
+def read(text: TextSettings, model: str, *, stream: bool) -> Reading | None:
     """Reads the text that a run would, and encodes a piece as large as is encoded at once.
 
     Args:
-        data: as of a run; None is given back where it is not on this disk.
+        text: as of a run; None is given back where it is not on this disk.
         model: whose tokenizer encodes.
         stream: the run gives back what is freed, as runs that stream do.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
     """
-    corpora = _corpora(data)
-    if corpora is None:
+    if not is_local(text):
         return None
     tokenizer = load_tokenizer(model, locate(model, weights=False), False)
+    corpora = read_corpora(text, tokenizer)
     documents = [document for corpus in corpora for document in corpus.documents]
     encode([documents[0][:1000]], tokenizer)  # what only the first call takes
     whole = sum(map(len, documents))
@@ -86,15 +85,8 @@ def read(data: str, model: str, *, stream: bool) -> Reading | None:
     )
 
 
-def _corpora(data: str) -> tuple[Corpus, Corpus] | None:
-    """What calibrates and what judges, where it is on this disk."""
-    if data == EMBEDDED:
-        return read_corpus(data), read_corpus(data, split="validation")
-    return hold_out(read_corpus(data)) if Path(data).expanduser().exists() else None
-
-
-def _piece(documents: list[str], characters: int) -> list[str]:
-    piece: list[str] = []
+def _piece(documents: list[Document], characters: int) -> list[Document]:
+    piece: list[Document] = []
     for document in documents:
         piece.append(document[:characters])
         characters -= len(piece[-1])

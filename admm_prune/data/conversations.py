@@ -1,0 +1,89 @@
+"""Conversations in rows of chat data sets, and the text that a model's chat template makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from admm_prune.data.hub import first_line
+from admm_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_KEYS = (("role", "content"), ("from", "value"))  # of the OpenAI form, and of ShareGPT's
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # of ShareGPT
+
+Message = dict[str, Any]
+
+
+class ChatText(str):
+    """A document that a chat template wrote: the special tokens that it spells are encoded as such."""
+
+    __slots__ = ()
+
+
+def conversation_of(value: object) -> list[Message] | None:
+    """The messages of a conversation, as {"role": ..., "content": ...}; None where `value` is none.
+
+    Args:
+        value: a list of {"role", "content"} or of {"from", "value"}; or a mapping of such keys to lists, as `datasets`
+            gives for a sequence of structures.
+    """
+    if isinstance(value, Mapping):
+        for keys in _KEYS:
+            if all(isinstance(value.get(key), list) for key in keys):
+                names = [name for name, items in value.items() if isinstance(items, list)]
+                if len({len(value[name]) for name in names}) != 1:
+                    return None
+                rows = zip(*(value[name] for name in names), strict=True)
+                return conversation_of([dict(zip(names, row, strict=True)) for row in rows])
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return None
+    for role, content in _KEYS:
+        if all(isinstance(message.get(role), str) and content in message for message in value):
+            others = [{key: item for key, item in m.items() if key not in (role, content)} for m in value]
+            return [
+                {"role": _ROLES.get(message[role], message[role]), "content": message[content], **other}
+                for message, other in zip(value, others, strict=True)
+            ]
+    return None
+
+
+def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None, where: str) -> ChatText:
+    """What the tokenizer's chat template makes of a conversation, without the BOS that packing adds.
+
+    Raises:
+        UserError: there is no template, it refuses the conversation, or a message holds what is no text.
+    """
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        raise UserError(
+            f"{where} is a conversation, and the model's tokenizer has no chat template: "
+            "name a column of plain text with --column, or add the template to the tokenizer"
+        )
+    messages = [{**message, "content": _plain(message["content"], where)} for message in conversation]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program: it can end in any error
+        raise UserError(f"{where}: the model's chat template refuses the conversation ({first_line(error)})") from error
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the model's chat template gives {type(text).__name__}, not text")
+    bos = tokenizer.bos_token
+    return ChatText(text.removeprefix(bos) if isinstance(bos, str) else text)
+
+
+def _plain(content: object, where: str) -> str | None:
+    """The text of a message's content, which may come in parts; None stays, as beside a call of a tool."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UserError(f"{where}: a message holds {type(content).__name__}, not text")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f"{where}: a message has a part of type {kind!r}: only text can be read")
+        texts.append(text)
+    return "\n".join(texts)
