@@ -108,8 +108,8 @@ def compare(
         resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
 
     Raises:
-        UserError: the model, a method, a target, the text or `out` cannot be used.
-        RuntimeError: a saved model does not give the figures that it had in memory.
+        UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
+            figures that it had in memory.
     """
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
@@ -153,10 +153,13 @@ def compare(
                 own.begin({**its_record, "weights": weights})
                 report = pruning.run_recipe(recipe, request, model, dense, its_record)
                 with own.output() as folder:
-                    report = pruning.save_run(model, report, folder)
+                    report = pruning.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
             if repr(again) != repr(report.pruned):  # as text, where nan equals nan
-                raise RuntimeError(f"{recipe.name} {target.label}: saved and loaded, {again} is not {report.pruned}")
+                raise UserError(
+                    f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the perplexity "
+                    f"{again.perplexity}, not {report.pruned.perplexity}; report this"
+                )
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
         parameters = sum(p.numel() for p in loaded.model.parameters())

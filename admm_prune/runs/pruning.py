@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.sequences import Packing
+from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
+from admm_prune.models.reloading import check_reloaded
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.composing import DEFAULT, composed
 from admm_prune.recipes.journal import NOTHING
@@ -27,7 +29,7 @@ from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.judging import Judgement, judged, judged_dense
 from admm_prune.runs.manifest import manifest
-from admm_prune.runs.memory import return_freed_memory
+from admm_prune.runs.memory import free_bytes, return_freed_memory
 from admm_prune.runs.phases import Phase, Phases
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
@@ -40,6 +42,9 @@ from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_COMPARED = 64  # tokens on which a model and its saved folder are compared
+_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +290,7 @@ def prune(
                 dense = judged_dense(loaded, judging, request)
             report = run_recipe(recipe, request, loaded, dense, record, phases)
             if journal is not None:
-                written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
+                written = journal.output(lambda folder: save_run(loaded, report, folder, judging).manifest)
                 report = replace(report, manifest=written, out=journal.out)
             summary |= figures_of(report.as_json())
     return report
@@ -334,14 +339,31 @@ def run_recipe(
     )
 
 
-def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
+def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences) -> Report:
     """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
+
+    The folder is loaded again and compared with the model before anything is said of it: by `from_pretrained` where the
+    memory that is free holds the weights once more, else one block at a time.
+
+    Args:
+        text: its first sequence is what the two are compared on.
 
     Returns:
         The report as written.
+
+    Raises:
+        UserError: it cannot be loaded again, or is another model.
     """
     pruned = replace(loaded, model=report.model)
     save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    device = loaded.residence.device(report.model)
+    check_reloaded(
+        pruned,
+        folder,
+        text.rows[0].ids[:_COMPARED],
+        whole=not loaded.residence.hollow and _ROOM * weight_bytes(folder) <= free_bytes(device),
+        trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
+    )
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())
