@@ -48,7 +48,7 @@ def check_reloaded(
     try:
         saved = _loaded(ours, folder, whole=whole, trust_remote_code=trust_remote_code)
     except UserError as error:
-        why = str(error).replace(f"{folder}: ", "")
+        why = str(error).replace(f"{folder}: ", "").replace(f"{folder}/", "")  # a temporary place
         raise UserError(
             f"nothing was saved: what was written cannot be loaded again ({why}); use another method, or report this"
         ) from error
@@ -70,8 +70,14 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
         with explained(str(folder), folder), quiet():
             own: Any = type(model).from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
         return replace(ours, model=own.to(device))
-    opens = load if whole else open_on_disk
-    saved = opens(str(folder), device=device, trust_remote_code=trust_remote_code)
+    try:
+        opens = load if whole else open_on_disk
+        saved = opens(str(folder), device=device, trust_remote_code=trust_remote_code)
+    except UserError:
+        if whole or ours.residence.hollow:
+            raise
+        # Some classes cannot be built without weights: such a model has to be in memory twice.
+        saved = load(str(folder), device=device, trust_remote_code=trust_remote_code)
     for kernels in ("attn_implementation", "experts_implementation"):
         wanted = getattr(model.config, f"_{kernels}", None)
         if wanted is not None and wanted != getattr(saved.model.config, f"_{kernels}", None):
