@@ -19,6 +19,7 @@ def memory(
     most: Annotated[float, typer.Option(help="Leave out models of more parameters.")] = 1.1e9,
     tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens, the same for every model.")] = 1024,
     sparsity: Annotated[float, typer.Option(min=0.01, max=0.9, help="Fraction of the blocks' parameters to go.")] = 0.3,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Measure how the memory of structured pruning grows with the model, from disk to disk, a process for each model.
@@ -28,7 +29,7 @@ def memory(
     from admm_prune.runs.memory_scaling import bench_memory
 
     with common.progress_bar("measuring") as progress:
-        content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, progress=progress)
+        content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, overwrite=overwrite, progress=progress)
     if json:
         common.emit({"out": str(out), "exponents": content["exponents"], "peaks": content["peaks"]})
         return
@@ -44,6 +45,7 @@ def gpu(
     sections: Annotated[
         str, typer.Option(help="Which parts, separated by commas.")
     ] = "layers,selection,training,models,batches",
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Measure solvers, selection, training steps, whole blocks and batches on one GPU, each beside its floor on it.
@@ -60,6 +62,7 @@ def gpu(
             small=small,
             budget=budget,
             sections=[name.strip() for name in sections.split(",")],
+            overwrite=overwrite,
             progress=progress,
         )
     if json:

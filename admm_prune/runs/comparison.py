@@ -95,7 +95,12 @@ class ComparisonSettings:
 
 
 def compare(
-    settings: ComparisonSettings, out: Path, progress: OnProgress | None = None, *, resume: bool = False
+    settings: ComparisonSettings,
+    out: Path,
+    progress: OnProgress | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Comparison:
     """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
 
@@ -106,6 +111,7 @@ def compare(
     Args:
         progress: called with (runs done, runs, what is at work).
         resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Raises:
         UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
@@ -123,7 +129,7 @@ def compare(
         raise UserError("give at least one sparsity or pattern")
     device = pick_device(settings.device)
     check_dtype(settings.dtype)
-    with journal_of(out, resume=resume) as journal:
+    with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         loaded = load(settings.model, device=device, dtype=settings.dtype)
         jobs = _jobs(recipes, targets, settings.selection, loaded.model)
         texts = Texts(settings.text, loaded)
@@ -141,7 +147,8 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            with journal_of(place, resume=home_of(place).is_dir()) as own:
+            # A model there is of no finished row: the process ended before it was written down.
+            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
                 model = load(settings.model, device=device, dtype=settings.dtype)
                 request = Request(
                     target=target,

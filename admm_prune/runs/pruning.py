@@ -163,6 +163,7 @@ def prune(
     multiple: int | None = None,
     stream: Stream = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
     bounds: bool = False,
@@ -198,6 +199,8 @@ def prune(
         stream: True takes one block at a time from the model's folder, and writes it to `out` before the next; False
             loads the whole model; "auto" streams what does not fit comfortably into the memory that is free.
         resume: go on with a run that was interrupted, from the journal beside `out`, with the same arguments.
+        overwrite: replace an earlier result in `out`, which is refused otherwise; what admm-prune did not write is
+            never replaced.
         activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
@@ -233,7 +236,11 @@ def prune(
     # One process of several tells.
     tracker = tracker_named(log) if isinstance(log, str) else log
     tracker = tracker if world.rank == 0 else None
-    with nullcontext() if out is None else shared_journal(Path(out), world, resume=resume) as journal:
+    with (
+        nullcontext()
+        if out is None
+        else shared_journal(Path(out), world, resume=resume, overwrite=overwrite) as journal
+    ):
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))

@@ -73,10 +73,11 @@ def solve_layer_file(
     *,
     ridge: str | float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
 ) -> SolvedLayer:
     """Solves the layer problem in `path` to one target; as `solve_path` otherwise."""
-    return solve_path(path, method, [target], ridge=ridge, out=out, device=device)[0]
+    return solve_path(path, method, [target], ridge=ridge, out=out, overwrite=overwrite, device=device)[0]
 
 
 def solve_path(
@@ -86,6 +87,7 @@ def solve_path(
     *,
     ridge: str | float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
 ) -> list[SolvedLayer]:
     """Solves the layer problem in `path` to several targets.
@@ -100,6 +102,7 @@ def solve_path(
         ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
         out: where to write the pruned weight with all that is claimed of it, as safetensors for `verify`; where there
             are several targets, OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
+        overwrite: replace earlier files of ours there, which is refused otherwise.
 
     Raises:
         UserError: the file is no layer problem, its weight does not admit a target, there is no `gram_validation` to
@@ -115,7 +118,7 @@ def solve_path(
     outs = [_place_of(out, target, len(targets)) for target in targets]
     for file in outs:
         if file is not None:
-            check_output_file(file)
+            check_output_file(file, overwrite=overwrite)
     moved = _moved(layer, place)
     try:
         solved = _solve(moved, method, targets, asked, place)
