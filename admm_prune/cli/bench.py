@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,7 +78,7 @@ def inference(
     against: Annotated[str | None, typer.Option(help="The dense model to set beside it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts; their spread is noise.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU; its time is added up over them.")] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -108,9 +108,9 @@ def inference(
             _mib(row["packed_bytes"]),
             _mib(row["memory_bytes"]),
             f"{1000 * row['prefill_seconds']:.1f}",
-            f"{row['prefill_speedup']:.2f}",
+            _ratio(row, "prefill", content["rows"][0]),
             f"{1000 * row['decode_seconds'] / new_tokens:.2f}",
-            f"{row['decode_speedup']:.2f}",
+            _ratio(row, "decode", content["rows"][0]),
         ]
         for row in content["rows"]
     ]
@@ -129,6 +129,12 @@ def inference(
     common.show_table(f"{model} on {content['device']}", columns, rows)
     for sentence in content["sentences"]:
         print(sentence)
+
+
+def _ratio(row: dict[str, Any], what: str, first: dict[str, Any]) -> str:
+    """Times as fast as the first row; a difference within the spread of the repeats is noise."""
+    beyond = row is first or row[f"{what}_differs"]
+    return f"{row[f'{what}_speedup']:.2f}" if beyond else "noise"
 
 
 def _mib(count: int | None) -> str:

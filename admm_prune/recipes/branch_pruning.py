@@ -73,7 +73,7 @@ class Pruner:
             try:
                 return unit_selection.losses(problem, branch.width, self.selector, self.compensate)
             except LinAlgError as error:
-                raise UserError(f"{branch.output.name}: {error}: ask for a larger --ridge") from error
+                raise UserError(f"{branch.output.name}: {error}: give a larger ridge (run --ridge)") from error
 
         found = self.world.divided([_cost(branch) for branch in parts], lambda own: [of(parts[i]) for i in own])
         return {branch.name: losses for branch, losses in zip(parts, found, strict=True)}

@@ -55,6 +55,11 @@ class Method:
         """
         return (self.sets or SetFamily.of("row-wise" if self.row_wise else "unstructured")).at(target)
 
+    @property
+    def damped(self) -> bool:
+        """Whether what it finds depends on the ridge: not where it scores weights without solving for any."""
+        return self.ridge > 0 or self.damping > 0
+
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
         """Within what the kept weights are counted; "set" where only the set can tell."""
         made = self.constraint(target)

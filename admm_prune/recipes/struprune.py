@@ -94,7 +94,7 @@ class StruPrune:
         self.check(model, request.target)
         if self.form == "padded" and request.residence.hollow:
             raise UserError(
-                "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
+                "padding needs the widest block, known only at the end: use run with --no-stream, or another method"
             )
         pruner = self._pruner(request)
         blocks = decoder_blocks(model)

@@ -17,7 +17,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST
 
 MANIFEST = "admm_prune.json"
-_EARLIER = "holds an earlier result: replace it with --overwrite, or choose another --out"
+_EARLIER = "holds an earlier result: replace it with --overwrite, or choose another output"
 TIMINGS = "timings.json"  # apart from the manifest, which equal runs have in common to the byte
 
 
@@ -33,13 +33,13 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """
     place = absolute(path)
     if place.is_symlink() or (place.exists() and not place.is_dir()):
-        raise UserError(f"{path} is a file or a link, not a folder: choose another --out")
+        raise UserError(f"{path} is a file or a link, not a folder: choose another output")
     if place.is_dir():
         ours = any((place / name).is_file() for name in (MANIFEST, PACK_MANIFEST))
         if any(place.iterdir()) and not ours:
-            raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+            raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
         if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced under the caller's feet
-            raise UserError(f"{path} is the folder you are in, or holds it: choose another --out")
+            raise UserError(f"{path} is the folder you are in, or holds it: choose another output")
         if ours and not overwrite:
             raise UserError(f"{path} {_EARLIER}")
     _check_writable(path)
@@ -58,10 +58,10 @@ def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Pa
     """
     place = absolute(path)
     if place.is_dir():
-        raise UserError(f"{path} is a folder, not a file: choose another --out")
+        raise UserError(f"{path} is a folder, not a file: choose another output")
     if place.exists() or place.is_symlink():
         if not ours(place):
-            raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+            raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
         if not overwrite:
             raise UserError(f"{path} {_EARLIER}")
     if not place.parent.is_dir():

@@ -241,10 +241,10 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
     overwrite = overwrite or (resume and _wrote(home, out))
     check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
-        raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another --out")
+        raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another output")
     begun = (home / _HEADER).is_file()
     if home.is_dir() and not begun and not _only_ours(home):
-        raise UserError(f"{home} was not written by admm-prune: choose another --out")
+        raise UserError(f"{home} was not written by admm-prune: choose another output")
     made = [parent for parent in home.parents if not parent.exists()]  # the innermost first
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def solve_path(
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    reached = [_measured(moved, target, part) for target, part in zip(targets, solved, strict=True)]
+    reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
     for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):
         if file is not None:
             weight = part.result.solution["weight"].cpu().contiguous()
@@ -205,7 +205,7 @@ def _problem(
     )
 
 
-def _measured(layer: LayerFile, target: Target, solved: _Solved) -> SolvedLayer:
+def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
     problem, result = solved.problem, solved.result
     holdout = layer.gram_holdout if layer.cross_gram is None else None
     bound, notes = _bound(problem, result)
@@ -232,6 +232,7 @@ def _measured(layer: LayerFile, target: Target, solved: _Solved) -> SolvedLayer:
             dead=int(problem.dead.sum()),
             ridge_asked=solved.damping.ridge,
             ridge_used=problem.ridge,
+            ridge_matters=method.damped,
         ),
         advice=result.status.value,
     )
