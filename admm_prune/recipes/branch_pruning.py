@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -137,8 +137,11 @@ class Pruner:
 
 
 @torch.no_grad()
-def check_units(model: nn.Module, blocks: list[Block], residence: Residence) -> None:
+def check_units(model: nn.Module, blocks: list[Block], residence: Residence, losing: Set[str]) -> None:
     """Tries on a copy of every kind of block, on a few tokens, that its outputs do not change when zero units go.
+
+    Args:
+        losing: the names of the branches that may lose units.
 
     Raises:
         UserError: they change, or the block cannot be called without them; the message names the module.
@@ -163,7 +166,7 @@ def check_units(model: nn.Module, blocks: list[Block], residence: Residence) -> 
         seen.add(kind)
         with residence.block(index):
             tried = copy.deepcopy(block)
-        for branch in branches(tried):
+        for branch in (own for own in branches(tried) if own.name in losing):
             _try(branch, lambda tried=tried, index=index: flow.replay(tried, index))
 
 

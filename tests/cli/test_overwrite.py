@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import snapshot
 from outcome import Command
 
 import admm_prune
@@ -18,6 +17,11 @@ from admm_prune.errors import UserError
 from admm_prune.runs.comparison import ComparisonSettings, compare
 from admm_prune.runs.folder import MANIFEST
 from admm_prune.runs.journal import home_of, journal_of
+
+
+def snapshot(root: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
 
 QUICK = ("--samples", 4, "--eval-samples", 2, "--device", "cpu")
 

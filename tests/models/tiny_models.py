@@ -116,6 +116,10 @@ VARIANTS: dict[str, Family] = {  # of families, and families that no table names
     "starcoder2 biases": ("Starcoder2", LLAMA | {"use_bias": True}),
     "granite": ("Granite", LLAMA),
     "glm gate and up in one": ("Glm", LLAMA | {"head_dim": 4, "pad_token_id": 0}),
+    "xglm": (
+        "XGLM",
+        {"d_model": 16, "ffn_dim": 24, "attention_heads": 4, "max_position_embeddings": CONTEXT, "init_std": 0.3},
+    ),
     "bigcode one key head": ("GPTBigCode", {"n_embd": 16, "n_head": 4, "n_positions": CONTEXT}),
     "diffllama": ("DiffLlama", LLAMA),
     "bitnet": ("BitNet", LLAMA),
