@@ -10,6 +10,9 @@ from catalogue import CONSTRAINTS, layer
 
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
+from admm_prune.recipes.targets import Target
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.closed_form import Wanda
@@ -124,3 +127,29 @@ def test_facts_about_the_problem_are_told_of_methods_without_a_history_too() -> 
 def test_a_status_of_its_own_outranks_what_the_history_looks_like() -> None:
     moving = made(Status.MAX_ITERATIONS, 5, 0.1)
     assert codes(replace(moving, status=Status.STALLED)) == ["stalled"]
+
+
+@pytest.mark.parametrize("method", LOCAL_METHODS.values(), ids=LOCAL_METHODS)
+def test_no_method_is_advised_to_turn_what_it_does_not_have(method: Method) -> None:
+    """A larger ridge helps where it changes what is found; a penalty is advised where there is one."""
+    problem = layer(Unstructured(0.5), rows=8, width=24, tokens=40)
+    constraint = method.constraint(Target(0.5))
+    solutions = [
+        method.make().solve(LayerReconstruction(problem.weight, problem.gram, constraint, ridge=ridge)).solution
+        for ridge in (0.01, 10.0)
+    ]
+    assert method.damped == (not torch.equal(solutions[0]["weight"], solutions[1]["weight"]))
+    result = method.make().solve(LayerReconstruction(problem.weight, problem.gram, constraint, ridge=0.1))
+    ill = [
+        result,
+        replace(result, status=Status.NONFINITE),
+        replace(result, status=Status.STALLED),
+        replace(result, best_iteration=0, objective=1.0),
+    ]
+    for one in ill:
+        found = diagnose(one, width=24, tokens=40, ridge_asked=0.0, ridge_used=1e-6, ridge_matters=method.damped)
+        advice = [finding.advice for finding in found]
+        assert any("--ridge" in text for text in advice) == method.damped or not method.damped
+        assert method.damped or not any("ridge" in text for text in advice)
+        has_penalty = any(p.rho is not None for p in result.history)
+        assert has_penalty or not any("penalty" in text for text in advice)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ def memory(
     most: Annotated[float, typer.Option(help="Leave out models of more parameters.")] = 1.1e9,
     tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens, the same for every model.")] = 1024,
     sparsity: Annotated[float, typer.Option(min=0.01, max=0.9, help="Fraction of the blocks' parameters to go.")] = 0.3,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Measure how the memory of structured pruning grows with the model, from disk to disk, a process for each model.
@@ -28,7 +29,7 @@ def memory(
     from admm_prune.runs.memory_scaling import bench_memory
 
     with common.progress_bar("measuring") as progress:
-        content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, progress=progress)
+        content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, overwrite=overwrite, progress=progress)
     if json:
         common.emit({"out": str(out), "exponents": content["exponents"], "peaks": content["peaks"]})
         return
@@ -44,6 +45,7 @@ def gpu(
     sections: Annotated[
         str, typer.Option(help="Which parts, separated by commas.")
     ] = "layers,selection,training,models,batches",
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Measure solvers, selection, training steps, whole blocks and batches on one GPU, each beside its floor on it.
@@ -60,6 +62,7 @@ def gpu(
             small=small,
             budget=budget,
             sections=[name.strip() for name in sections.split(",")],
+            overwrite=overwrite,
             progress=progress,
         )
     if json:
@@ -75,7 +78,7 @@ def inference(
     against: Annotated[str | None, typer.Option(help="The dense model to set beside it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts; their spread is noise.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU; its time is added up over them.")] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -105,9 +108,9 @@ def inference(
             _mib(row["packed_bytes"]),
             _mib(row["memory_bytes"]),
             f"{1000 * row['prefill_seconds']:.1f}",
-            f"{row['prefill_speedup']:.2f}",
+            _ratio(row, "prefill", content["rows"][0]),
             f"{1000 * row['decode_seconds'] / new_tokens:.2f}",
-            f"{row['decode_speedup']:.2f}",
+            _ratio(row, "decode", content["rows"][0]),
         ]
         for row in content["rows"]
     ]
@@ -126,6 +129,12 @@ def inference(
     common.show_table(f"{model} on {content['device']}", columns, rows)
     for sentence in content["sentences"]:
         print(sentence)
+
+
+def _ratio(row: dict[str, Any], what: str, first: dict[str, Any]) -> str:
+    """Times as fast as the first row; a difference within the spread of the repeats is noise."""
+    beyond = row is first or row[f"{what}_differs"]
+    return f"{row[f'{what}_speedup']:.2f}" if beyond else "noise"
 
 
 def _mib(count: int | None) -> str:

@@ -29,6 +29,7 @@ def capture(
     packing: common.Packing = "auto",
     seed: common.Seed = 0,
     problem: common.Problem = "layer",
+    overwrite: common.Overwrite = False,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
     json: common.Json = False,
@@ -55,7 +56,17 @@ def capture(
         seed=seed,
     )
     with common.progress_bar("capturing") as progress:
-        layer = capture_layer(model, weight, text, out, device=device, dtype=dtype, problem=problem, progress=progress)
+        layer = capture_layer(
+            model,
+            weight,
+            text,
+            out,
+            device=device,
+            dtype=dtype,
+            problem=problem,
+            overwrite=overwrite,
+            progress=progress,
+        )
     # Metadata of safetensors are strings; counts go out as numbers.
     facts = {key: int(value) if key.startswith("tokens") else value for key, value in layer.metadata.items()}
     content = {"out": str(out), "shape": list(layer.weight.shape), **facts}

@@ -91,6 +91,9 @@ Override = Annotated[
 ]
 Log = Annotated[str | None, typer.Option(help="Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result there; refused otherwise. Never replaces others.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
 
 Report = Callable[[int, int, str], None]

@@ -34,6 +34,7 @@ def compare(
         bool, typer.Option(help="Beside elsa, also what has to stand beside it: tuned-dense, admm-finetuned, gradual.")
     ] = True,
     resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
@@ -73,7 +74,7 @@ def compare(
         selection=Selection.of(targets or (), ignore or (), common.parse_overrides(override)),
     )
     with common.resumable(out), common.progress_bar("comparing") as progress:
-        result = comparisons.compare(settings, out, progress, resume=resume)
+        result = comparisons.compare(settings, out, progress, resume=resume, overwrite=overwrite)
     if json:
         common.emit(result.as_json())
         return

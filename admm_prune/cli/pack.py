@@ -18,6 +18,7 @@ _OutFolder = Annotated[Path, typer.Argument(help="Folder to write, whole or not 
 def pack(
     folder: Annotated[Path, typer.Argument(help="A model folder, such as 'admm-prune run' writes.")],
     out: _OutFolder,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Archive a masked model: of every tensor with enough zeros a bitmask and the other values. Lossless.
@@ -27,13 +28,14 @@ def pack(
     from admm_prune.runs.packing import pack as pack_folder
 
     with common.progress_bar("packing") as progress:
-        packing = pack_folder(folder, out, progress)
+        packing = pack_folder(folder, out, progress, overwrite=overwrite)
     _tell(packing, out, json)
 
 
 def unpack(
     folder: Annotated[Path, typer.Argument(help="An archive, as 'admm-prune pack' writes it.")],
     out: _OutFolder,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Give an archived model back, every file to the byte, held to its sha256.
@@ -43,7 +45,7 @@ def unpack(
     from admm_prune.runs.packing import unpack as unpack_folder
 
     with common.progress_bar("unpacking") as progress:
-        packing = unpack_folder(folder, out, progress)
+        packing = unpack_folder(folder, out, progress, overwrite=overwrite)
     _tell(packing, out, json)
 
 

@@ -18,6 +18,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The page on a difference: difference.html here, by default.")
     ] = None,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Write the HTML page of a run or a comparison again, or one on the difference of two runs, from their files alone.
@@ -37,7 +38,7 @@ def report(
             print(f"report: {path}")
         return
     path = out or Path("difference.html")
-    found = write_difference(folder, other, path)
+    found = write_difference(folder, other, path, overwrite=overwrite)
     if json:
         common.emit({"out": str(path), **found})
         return

@@ -28,6 +28,7 @@ def reproduce(
     pattern: Annotated[str | None, typer.Option(help="N:M, in place of the paper's sparsity.")] = None,
     steps: common.Steps = None,
     resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
     log: common.Log = None,
     dry_run: common.DryRun = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the sequences.")] = None,
@@ -64,4 +65,4 @@ def reproduce(
     if dry_run:
         show_plan(recipe.as_content(), out, json)
     else:
-        carry_out(recipe.arguments(), out, json, resume=resume, log=log)
+        carry_out(recipe.arguments(), out, json, resume=resume, overwrite=overwrite, log=log)

@@ -53,6 +53,7 @@ def run(
         ),
     ] = None,
     resume: common.Resume = False,
+    overwrite: common.Overwrite = False,
     activation_memory: Annotated[
         float | None,
         typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
@@ -125,6 +126,7 @@ def run(
         json,
         stream="auto" if stream is None else stream,
         resume=resume,
+        overwrite=overwrite,
         activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
         trust_remote_code=trust_remote_code,
         log=log,

@@ -27,6 +27,7 @@ def solve(
         Path | None,
         typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
     ] = None,
+    overwrite: common.Overwrite = False,
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
@@ -43,7 +44,7 @@ def solve(
 
     check_one_set(constraint, pattern)
     method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
-    path = solve_path(file, method, targets, ridge=ridge, out=out, device=device)
+    path = solve_path(file, method, targets, ridge=ridge, out=out, overwrite=overwrite, device=device)
     if json:
         several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}
         common.emit(path[0].as_json() if len(path) == 1 else several)

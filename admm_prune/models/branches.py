@@ -94,7 +94,10 @@ def _read(block: Block) -> list[Branch | str]:
         if any(view.expert is not None for view in views):
             raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
         size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
-        read = _neurons(name, module, views) if size is None else _heads(name, module, views, size)
+        if size is None:
+            read: Branch | str | None = _neurons(name, module, views, module_is_block=module is block.module)
+        else:
+            read = _heads(name, module, views, size)
         if read is None:
             shapes = ", ".join(f"{view.name.rpartition('.')[0].rpartition('.')[2]} {view.shape}" for view in views)
             raise UserError(
@@ -113,13 +116,18 @@ def _by_module(block: Block) -> dict[str, list[WeightView]]:
     return grouped
 
 
-def _neurons(name: str, module: nn.Module, views: list[WeightView]) -> Branch | None:
+def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is_block: bool) -> Branch | None:
     *inner, output = views
     width, columns = output.shape
     if len(inner) == 1 and inner[0].shape[0] == 2 * columns:
         inner = [replace(inner[0], part=(i, i + 1, 2)) for i in range(2)]
     if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
         return None
+    if not module_is_block:
+        own = {id(p) for view in views for p in view.module.parameters(recurse=False)}
+        for other, parameter in module.named_parameters():
+            if id(parameter) not in own and columns in parameter.shape:
+                raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
     return Branch(name, "neurons", module, tuple(inner), output, 1, 1)
 
 
@@ -141,6 +149,8 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Branch
         return f"{name} gives every head a slope of its own (ALiBi)"
     matrices = {view.module for view in views}
     norms = [m for m in module.modules() if m not in matrices and next(m.parameters(recurse=False), None) is not None]
+    if any(m is module for m in norms):
+        return f"{name} has parameters of its own beside its matrices"
     if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
         return f"{name} has norms of its own for heads, or over all of them"
     return Branch(name, "heads", module, tuple(inner), output, size, columns // size // keys)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, decoder_blocks
 
+T = TypeVar("T")
 _LOGITS = 2**27  # logits held at once: 512 MiB in float32
 
 
@@ -57,8 +59,10 @@ def evaluate(
         world: processes that share the text; all of them get the figures.
     """
     pieces = world.share([piece for batch in sequences.batches for piece in _pieces(model, batch)])
-    losses = _streamed(model, pieces, residence, shelf or Shelf()) if residence.hollow else None
-    if losses is None:
+    if residence.hollow:
+        device = residence.device(model)
+        losses = streamed(model, pieces, residence, lambda piece: _loss(model, piece, device), shelf)
+    else:
         losses = (_loss(model, piece) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
     for loss in losses:
@@ -77,12 +81,23 @@ def evaluate(
     )
 
 
-def _streamed(model: nn.Module, pieces: list[Batch], residence: Residence, shelf: Shelf) -> Iterator[Tensor]:
-    """The losses of all pieces, with one block in memory at a time and then what is outside of the blocks."""
+def streamed(
+    model: nn.Module,
+    pieces: list[Batch],
+    residence: Residence,
+    call: Callable[[Batch], T],
+    shelf: Shelf | None = None,
+) -> Iterator[T]:
+    """What `call` makes of every piece, with one block in memory at a time and then what is outside of the blocks.
+
+    Args:
+        call: calls the model on a piece; its blocks put out then what they made of that piece.
+        shelf: keeps the hidden states meanwhile.
+    """
     blocks, device = decoder_blocks(model), residence.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
     wrap = form_of(model, blocks, device, residence)
-    flows = record(model, blocks, named, device, residence=residence, wrap=wrap, shelf=shelf, finite=False)
+    flows = record(model, blocks, named, device, residence=residence, wrap=wrap, shelf=shelf or Shelf(), finite=False)
     for index, block in enumerate(blocks):
         with residence.block(index):
             for flow in flows:
@@ -91,7 +106,7 @@ def _streamed(model: nn.Module, pieces: list[Batch], residence: Residence, shelf
     with residence.outside():
         for piece, flow in zip(pieces, flows, strict=True):
             with passed_by(blocks, wrap, flow.hidden):
-                yield _loss(model, piece, device)
+                yield call(piece)
 
 
 @torch.no_grad()

@@ -264,7 +264,7 @@ def explained(source: str, location: Path | str) -> Generator[None]:
         # What validates a config says where, and its cause what.
         why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         if "trust_remote_code" in str(error):
-            why = "it needs code that comes with it, which is run only with --trust-remote-code"
+            why = "it needs code that comes with it, which is run only with --trust-remote-code of run and eval"
         where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
         raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
 

@@ -128,11 +128,12 @@ class PerLayerFalconForCausalLM(FalconForCausalLM):
         for layer, own in zip(layers, config.per_layer_config, strict=True):
             fit_dense(layer.mlp, own.ffn_hidden_size)
             attention: Any = layer.self_attention
-            if attention.new_decoder_architecture:
-                attention.num_heads, attention.num_kv_heads = own.num_attention_heads, own.num_kv_heads
-                heads = own.num_attention_heads * attention.head_dim
-                resize(attention, "query_key_value", rows=heads + 2 * own.num_kv_heads * attention.head_dim)
-                resize(attention, "dense", columns=heads)
+            if attention.multi_query and not attention.new_decoder_architecture:
+                continue  # all queries read one key head, which stays
+            attention.num_heads, attention.num_kv_heads = own.num_attention_heads, own.num_kv_heads
+            heads, keys = (n * attention.head_dim for n in (own.num_attention_heads, own.num_kv_heads))
+            resize(attention, "query_key_value", rows=heads + 2 * keys)
+            resize(attention, "dense", columns=heads)
 
 
 class PerLayerGPT2LMHeadModel(GPT2LMHeadModel):

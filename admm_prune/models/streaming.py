@@ -229,7 +229,9 @@ class ModelOnDisk(Residence):
         for own in buffers:
             made = module.get_buffer(own)
             if not (made.is_floating_point() and bool(torch.isfinite(made).all())):
-                raise UserError(f"{self._folder}: {name}.{own} cannot be made without the model: use --no-stream")
+                raise UserError(
+                    f"{self._folder}: {name}.{own} cannot be made without the model: use run with --no-stream"
+                )
 
 
 _UNSET = float("nan")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
+from admm_prune.data.hub import first_line
+from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, keep_units
+from admm_prune.models.branches import Branch, branches, keep_units
+from admm_prune.models.flow import form_of, record
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.structure import WeightView
+from admm_prune.models.shelf import Shelf
+from admm_prune.models.streaming import Residence
+from admm_prune.models.structure import Block, WeightView
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.gram import LayerStatistics
@@ -22,6 +28,7 @@ from admm_prune.recipes import unit_selection
 from admm_prune.recipes.recipe import LayerReport
 from admm_prune.recipes.unit_selection import Selector
 
+_TRIED = 8  # tokens
 _CHANGE = 1e-3  # of a block's outputs by slicing, relative to the largest, in float32; more says another structure
 
 Outputs = Callable[[], Tensor]
@@ -66,7 +73,7 @@ class Pruner:
             try:
                 return unit_selection.losses(problem, branch.width, self.selector, self.compensate)
             except LinAlgError as error:
-                raise UserError(f"{branch.output.name}: {error}: ask for a larger --ridge") from error
+                raise UserError(f"{branch.output.name}: {error}: give a larger ridge (run --ridge)") from error
 
         found = self.world.divided([_cost(branch) for branch in parts], lambda own: [of(parts[i]) for i in own])
         return {branch.name: losses for branch, losses in zip(parts, found, strict=True)}
@@ -127,6 +134,61 @@ class Pruner:
             notes=result.notes,
         )
         return report, columns.view(-1, branch.width)[:, 0].nonzero()[:, 0].tolist()
+
+
+@torch.no_grad()
+def check_units(model: nn.Module, blocks: list[Block], residence: Residence, losing: Set[str]) -> None:
+    """Tries on a copy of every kind of block, on a few tokens, that its outputs do not change when zero units go.
+
+    Args:
+        losing: the names of the branches that may lose units.
+
+    Raises:
+        UserError: they change, or the block cannot be called without them; the message names the module.
+    """
+    device = residence.device(model)
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
+    batch = Batch((torch.arange(_TRIED) * 7919 % size)[None], torch.tensor([_TRIED]))
+    (flow,) = record(
+        model,
+        blocks,
+        [("units", batch)],
+        device,
+        residence=residence,
+        wrap=form_of(model, blocks, device, residence),
+        shelf=Shelf(),
+    )
+    seen = set()
+    for index, block in enumerate(blocks):
+        kind = tuple((type(b.module), b.kind, b.queries, b.size) for b in branches(block))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        with residence.block(index):
+            tried = copy.deepcopy(block)
+        for branch in (own for own in branches(tried) if own.name in losing):
+            _try(branch, lambda tried=tried, index=index: flow.replay(tried, index))
+
+
+def _try(branch: Branch, outputs: Outputs) -> None:
+    """Has a branch lose every other of its units, the first among them."""
+    kept = torch.arange(branch.count)[1::2]
+    if not len(kept):
+        return
+    columns = torch.ones(branch.count, dtype=torch.bool).scatter(0, kept, value=False).repeat_interleave(branch.width)
+    weight = branch.output.read().clone()
+    weight[:, columns.to(weight.device)] = 0
+    branch.output.write(weight)
+    masked = outputs()
+    keep_units(branch, kept)
+    try:
+        sliced = outputs()
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{branch.name}: the block cannot be called without some of its units ({first_line(error)}): "
+            "use a method that prunes weights"
+        ) from error
+    _check_unchanged(branch, masked, sliced)
 
 
 def _cost(branch: Branch) -> float:

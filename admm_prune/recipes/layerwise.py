@@ -283,6 +283,7 @@ def _write(
         dead=int(problem.dead.sum()),
         ridge_asked=asked.ridge,
         ridge_used=problem.ridge,
+        ridge_matters=method.damped,
     )
     seconds += posed.seconds + time.perf_counter() - began
     reports: list[LayerReport] = []

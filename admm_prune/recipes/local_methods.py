@@ -58,6 +58,11 @@ class Method:
         own = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
         return (self.sets or own).at(target)
 
+    @property
+    def damped(self) -> bool:
+        """Whether what it finds depends on the ridge: not where it scores weights without solving for any."""
+        return self.ridge > 0 or self.damping > 0
+
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
         """Within what the kept weights are counted; "set" where only the set can tell."""
         made = self.constraint(target)

@@ -22,7 +22,7 @@ from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, together
 from admm_prune.problems.gram import LayerStatistics
 from admm_prune.recipes.block_walk import Visit, walk
-from admm_prune.recipes.branch_pruning import Pruner, report_of
+from admm_prune.recipes.branch_pruning import Pruner, check_units, report_of
 from admm_prune.recipes.recipe import Budget, LayerReport, Outcome, Request
 from admm_prune.recipes.targets import Target
 from admm_prune.recipes.unit_selection import Selector
@@ -94,11 +94,15 @@ class StruPrune:
         self.check(model, request.target)
         if self.form == "padded" and request.residence.hollow:
             raise UserError(
-                "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
+                "padding needs the widest block, known only at the end: use run with --no-stream, or another method"
             )
         pruner = self._pruner(request)
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
+        if request.target.fraction > 0:
+            possible = {branch.name: self._curve(model, branch) for block in parts for branch in block}
+            losing = {name for name, curve in possible.items() if curve.levels()[-1] > 0}
+            check_units(model, blocks, request.residence, losing)
         removed: dict[str, int] = {}
         details: dict[str, Any] = {}
         notes: tuple[str, ...] = ()
@@ -237,6 +241,9 @@ class StruPrune:
             UserError: so much cannot go.
         """
         weight = self._weight(model, curves)
+        if weight == 0:
+            why = heads_stay(decoder_blocks(model)[0]) or "no branch has any"
+            raise UserError(f"{self.name}: nothing can be saved in the unit {self.unit}: heads stay, as {why}")
         budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
         if budget > most * (1 + 1e-9):
             why = heads_stay(decoder_blocks(model)[0])

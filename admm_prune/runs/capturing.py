@@ -25,19 +25,21 @@ def capture_layer(
     device: str = "auto",
     dtype: str | None = None,
     problem: str = LAYER,
+    overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LayerFile:
     """Writes the problem of one weight, all blocks dense, and returns it.
 
     Args:
         problem: the objective that the Grams are for, by name: it may weigh the tokens.
+        overwrite: replace an earlier layer file `out`, which is refused otherwise.
         progress: called with (blocks done, blocks to go through, name of the block at work).
 
     Raises:
         UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
             cannot be written.
     """
-    check_output_file(out)
+    check_output_file(out, overwrite=overwrite)
     place = pick_device(device)
     weigh = LayerProblem.of(problem).token_weights
     check_dtype(dtype)

@@ -95,7 +95,12 @@ class ComparisonSettings:
 
 
 def compare(
-    settings: ComparisonSettings, out: Path, progress: OnProgress | None = None, *, resume: bool = False
+    settings: ComparisonSettings,
+    out: Path,
+    progress: OnProgress | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Comparison:
     """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
 
@@ -106,10 +111,11 @@ def compare(
     Args:
         progress: called with (runs done, runs, what is at work).
         resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Raises:
-        UserError: the model, a method, a target, the text or `out` cannot be used.
-        RuntimeError: a saved model does not give the figures that it had in memory.
+        UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
+            figures that it had in memory.
     """
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
@@ -123,7 +129,7 @@ def compare(
         raise UserError("give at least one sparsity or pattern")
     device = pick_device(settings.device)
     check_dtype(settings.dtype)
-    with journal_of(out, resume=resume) as journal:
+    with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         loaded = load(settings.model, device=device, dtype=settings.dtype)
         jobs = _jobs(recipes, targets, settings.selection, loaded.model)
         texts = Texts(settings.text, loaded)
@@ -141,7 +147,8 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            with journal_of(place, resume=home_of(place).is_dir()) as own:
+            # A model there is of no finished row: the process ended before it was written down.
+            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
                 model = load(settings.model, device=device, dtype=settings.dtype)
                 request = Request(
                     target=target,
@@ -153,10 +160,13 @@ def compare(
                 own.begin({**its_record, "weights": weights})
                 report = pruning.run_recipe(recipe, request, model, dense, its_record)
                 with own.output() as folder:
-                    report = pruning.save_run(model, report, folder)
+                    report = pruning.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
             if repr(again) != repr(report.pruned):  # as text, where nan equals nan
-                raise RuntimeError(f"{recipe.name} {target.label}: saved and loaded, {again} is not {report.pruned}")
+                raise UserError(
+                    f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the perplexity "
+                    f"{again.perplexity}, not {report.pruned.perplexity}; report this"
+                )
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
         parameters = sum(p.numel() for p in loaded.model.parameters())

@@ -7,62 +7,81 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from admm_prune.data.layer_file import is_ours
 from admm_prune.errors import UserError
+from admm_prune.models.archive import PACK_MANIFEST
 
 MANIFEST = "admm_prune.json"
+_EARLIER = "holds an earlier result: replace it with --overwrite, or choose another output"
 TIMINGS = "timings.json"  # apart from the manifest, which equal runs have in common to the byte
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *, overwrite: bool = False) -> None:
     """Refuses, before any work is done, an output folder that could not be written.
 
+    Args:
+        overwrite: a folder that was written by admm-prune may be replaced; no other ever is.
+
     Raises:
-        UserError: the path is a file, the working folder, a folder that holds something and is not ours, or cannot be
-            written.
+        UserError: the path is a file, the working folder, a folder that holds something and is not ours, an earlier
+            result that is not to be replaced, or cannot be written.
     """
     place = absolute(path)
     if place.is_symlink() or (place.exists() and not place.is_dir()):
-        raise UserError(f"{path} is a file or a link, not a folder: choose another --out")
+        raise UserError(f"{path} is a file or a link, not a folder: choose another output")
     if place.is_dir():
-        if any(place.iterdir()) and not (place / MANIFEST).is_file():
-            raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+        ours = any((place / name).is_file() for name in (MANIFEST, PACK_MANIFEST))
+        if any(place.iterdir()) and not ours:
+            raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
         if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced under the caller's feet
-            raise UserError(f"{path} is the folder you are in, or holds it: choose another --out")
+            raise UserError(f"{path} is the folder you are in, or holds it: choose another output")
+        if ours and not overwrite:
+            raise UserError(f"{path} {_EARLIER}")
     _check_writable(path)
 
 
-def check_output_file(path: Path) -> None:
+def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], bool] = is_ours) -> None:
     """Refuses, before any work is done, an output file that could not be written.
 
+    Args:
+        overwrite: a file that was written by admm-prune may be replaced; no other ever is.
+        ours: whether a file was written by admm-prune.
+
     Raises:
-        UserError: the path is a folder or a file that is not ours, its folder is missing, or it cannot be written.
+        UserError: the path is a folder, a file that is not ours or is not to be replaced, its folder is missing, or it
+            cannot be written.
     """
     place = absolute(path)
     if place.is_dir():
-        raise UserError(f"{path} is a folder, not a file: choose another --out")
-    if (place.exists() or place.is_symlink()) and not is_ours(place):
-        raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
+        raise UserError(f"{path} is a folder, not a file: choose another output")
+    if place.exists() or place.is_symlink():
+        if not ours(place):
+            raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
+        if not overwrite:
+            raise UserError(f"{path} {_EARLIER}")
     if not place.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     _check_writable(path)
 
 
 @contextmanager
-def output_folder(path: Path) -> Generator[Path]:
+def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
     """Yields an empty folder that takes the place of `path` when the block ends well, and vanishes when it does not.
 
-    A folder of ours that stands there already is put aside, and deleted only when the new one is in its place.
+    A folder of ours that is to be replaced is put aside, and deleted only when the new one is in its place.
+
+    Args:
+        overwrite: as for `check_output`.
 
     Raises:
         UserError: the output cannot be written, or could not be written to the end.
     """
-    check_output(path)
+    check_output(path, overwrite=overwrite)
     place = absolute(path)
     made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
     workshop: Path | None = None
@@ -72,7 +91,7 @@ def output_folder(path: Path) -> Generator[Path]:
         new = workshop / "new"
         new.mkdir()
         yield new
-        check_output(path)  # once more: what stands there may have come meanwhile
+        check_output(path, overwrite=overwrite)  # once more: what stands there may have come meanwhile
         swap(new, place, workshop / "old")
         made = []
     except OSError as error:

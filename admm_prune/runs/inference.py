@@ -22,7 +22,6 @@ from admm_prune.problems.constraints import NofM
 from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.manifest import environment
 
-_GAIN = 1.05  # below it a ratio of times is noise
 _TWO_OF_FOUR = NofM(2, 4)
 
 
@@ -35,8 +34,11 @@ class Row:
         disk_bytes: of the safetensors; None where this form is not one that is saved.
         packed_bytes: of its tensors as 'admm-prune pack' would store them.
         memory_bytes: of parameters and buffers.
-        prefill_seconds, decode_seconds: for all tokens asked for.
-        prefill_speedup, decode_speedup: over the first row.
+        prefill_seconds, decode_seconds: for all tokens asked for, the least of the repeats.
+        prefill_range, decode_range: the least and the largest of the repeats.
+        prefill_speedup, decode_speedup: over the first row, by the least times.
+        prefill_differs, decode_differs: from the first row, beyond the spread: the slowest repeat of one takes less
+            time than the fastest of the other. Less is noise; one repeat has no spread, and shows nothing.
     """
 
     form: str
@@ -47,8 +49,12 @@ class Row:
     memory_bytes: int
     prefill_seconds: float
     decode_seconds: float
+    prefill_range: tuple[float, float]
+    decode_range: tuple[float, float]
     prefill_speedup: float = 1.0
     decode_speedup: float = 1.0
+    prefill_differs: bool = False
+    decode_differs: bool = False
 
 
 @torch.no_grad()
@@ -67,8 +73,8 @@ def decode(model: Any, tokens: int) -> None:
     )
 
 
-def least(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, float]:
-    """The least time of each model; they take turns, once more at the beginning to warm up.
+def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """The times of each model; they take turns, once more at the beginning to warm up.
 
     On the CPU it is the CPU time of the process, so that other work on the machine does not enter it; give
     it one thread. On CUDA it is the time until the device is done.
@@ -85,7 +91,12 @@ def least(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
             if cuda:
                 torch.cuda.synchronize()
             times[name].append(clock() - began)
-    return {name: min(found[1:]) for name, found in times.items()}
+    return {name: found[1:] for name, found in times.items()}
+
+
+def differs(a: list[float], b: list[float]) -> bool:
+    """Whether one of two is faster beyond the spread of their repeats."""
+    return len(a) > 1 and len(b) > 1 and (max(a) < min(b) or max(b) < min(a))
 
 
 def bench_inference(
@@ -104,7 +115,7 @@ def bench_inference(
         model, against: folders, Hub ids or "embedded".
         tokens: of the prefill, at most the context.
         new_tokens: that are decoded.
-        repeats: the least time of so many counts.
+        repeats: the least time of so many counts; two or more show a spread.
 
     Returns:
         For JSON: "rows" of `Row`, "sentences" that say what is gained and what is not, "environment".
@@ -123,13 +134,13 @@ def bench_inference(
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and max(tokens, 16 + new_tokens) > context:
             raise UserError(
-                f"{name}: its context of {context} tokens is shorter than what is asked for: fewer --tokens"
+                f"{name}: its context of {context} tokens is shorter than asked for: fewer --tokens or --new-tokens"
             )
     zeros = sparsity(decoder_blocks(given.model))
     if zeros > 0:
         forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
     models = {form: loaded.model for form, (loaded, _) in forms.items()}
-    times = {run: least(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
+    times = {run: timed(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
     first = next(iter(models))
     rows = [
         Row(
@@ -139,10 +150,14 @@ def bench_inference(
             disk_bytes=None if name is None else _disk_bytes(name),
             packed_bytes=None if name is None else _packed_bytes(loaded.model),
             memory_bytes=_memory_bytes(loaded.model),
-            prefill_seconds=times[prefill][form],
-            decode_seconds=times[decode][form],
-            prefill_speedup=times[prefill][first] / times[prefill][form],
-            decode_speedup=times[decode][first] / times[decode][form],
+            prefill_seconds=min(times[prefill][form]),
+            decode_seconds=min(times[decode][form]),
+            prefill_range=(min(times[prefill][form]), max(times[prefill][form])),
+            decode_range=(min(times[decode][form]), max(times[decode][form])),
+            prefill_speedup=min(times[prefill][first]) / min(times[prefill][form]),
+            decode_speedup=min(times[decode][first]) / min(times[decode][form]),
+            prefill_differs=differs(times[prefill][first], times[prefill][form]),
+            decode_differs=differs(times[decode][first], times[decode][form]),
         )
         for form, (loaded, name) in forms.items()
     ]
@@ -153,7 +168,7 @@ def bench_inference(
         "tokens": tokens,
         "new_tokens": new_tokens,
         "rows": [asdict(row) for row in rows],
-        "sentences": _sentences(rows, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
+        "sentences": _sentences(rows, repeats, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
         "environment": environment(),
     }
 
@@ -241,27 +256,24 @@ def _disk_bytes(name: str) -> int | None:
     return found or None
 
 
-def _sentences(rows: list[Row], *, two_of_four: bool, cuda: bool) -> list[str]:
+def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
     """What is gained, and plainly what is not."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []
     for row in rows[1:]:
-        gains = [
-            f"{what} {ratio:.2f} times as fast"
-            for what, ratio in (("prefill", row.prefill_speedup), ("decoding", row.decode_speedup))
-            if ratio >= _GAIN
+        compared = [
+            _compared("prefill", row.prefill_speedup, beyond=row.prefill_differs),
+            _compared("decoding", row.decode_speedup, beyond=row.decode_differs),
         ]
-        losses = [
-            f"{what} takes {1 / ratio:.2f} times as long"
-            for what, ratio in (("prefill", row.prefill_speedup), ("decoding", row.decode_speedup))
-            if ratio <= 1 / _GAIN
-        ]
-        told = "; ".join(gains + losses) or "nothing is gained in speed"
-        said.append(f"{row.form}, beside {first.form}: {told}.")
+        said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
+    if repeats == 1 and len(rows) > 1:
+        said.append(
+            "One repeat shows no spread, so that no difference in speed can be told from noise: more --repeats."
+        )
     if stored.zeros > 0 and stored.parameters == first.parameters:
         said.append(
             f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
-            "number: as stored, the mask makes the model neither smaller nor faster."
+            "number: as stored, the mask does not make the model smaller."
         )
         if stored.packed_bytes is not None:
             dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)
@@ -272,3 +284,9 @@ def _sentences(rows: list[Row], *, two_of_four: bool, cuda: bool) -> list[str]:
         why = "they take float16 and bfloat16" if cuda else "they need a CUDA device"
         said.append(f"The weights are 2:4; kernels for that were not measured here: {why}.")
     return said
+
+
+def _compared(what: str, ratio: float, *, beyond: bool) -> str:
+    if not beyond:
+        return f"{what} shows no difference beyond the spread"
+    return f"{what} {ratio:.2f} times as fast" if ratio > 1 else f"{what} takes {1 / ratio:.2f} times as long"

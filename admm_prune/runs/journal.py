@@ -30,7 +30,7 @@ from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
 from admm_prune.errors import UserError
 from admm_prune.models.tensor_file import write_tensors
 from admm_prune.recipes.journal import Journal
-from admm_prune.runs.folder import absolute, check_output, swap
+from admm_prune.runs.folder import MANIFEST, absolute, check_output, swap
 from admm_prune.runs.locking import FolderLock
 from admm_prune.runs.randomness import random_state, restore_random_state
 
@@ -50,8 +50,9 @@ class FolderJournal(Journal):
 
     keeps = True
 
-    def __init__(self, out: Path, *, resumed: bool) -> None:
+    def __init__(self, out: Path, *, resumed: bool, overwrite: bool) -> None:
         self.out, self.resumed = out, resumed
+        self._overwrite = overwrite
         self.home = home_of(out)
         self._header: str | None = None
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -160,7 +161,7 @@ class FolderJournal(Journal):
                 if path.is_file():
                     sync(path)
             sync(new)
-            check_output(self.out)  # once more: what stands there may have come since the run began
+            check_output(self.out, overwrite=self._overwrite)  # it may have come since the run began
             if place.exists() and old.exists():  # killed after the last rename: what stands there is the newer one
                 shutil.rmtree(old)
             swap(new, place, old)
@@ -218,7 +219,7 @@ class FolderJournal(Journal):
 
 
 @contextmanager
-def journal_of(out: Path, *, resume: bool = False) -> Generator[FolderJournal]:
+def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> Generator[FolderJournal]:
     """The journal of a run that writes to `out`, open and locked.
 
     When the block ends well the journal goes; the output must be in its place by then. When it breaks off, the journal
@@ -226,21 +227,24 @@ def journal_of(out: Path, *, resume: bool = False) -> Generator[FolderJournal]:
 
     Args:
         resume: go on with the journal that is there.
+        overwrite: an earlier result in `out` may be replaced.
 
     Raises:
         UserError: `out` cannot be used, another run is at work, there is no journal to resume, or there is one and
             `resume` is not asked for.
     """
-    check_output(out)
     home = home_of(out)
+    if resume and not home.is_dir():
+        finished = f"{out} is finished" if (absolute(out) / MANIFEST).is_file() else f"there is no {home}"
+        raise UserError(f"nothing to resume: {finished}; leave --resume out")
+    # A run that was killed after its last rename, with its journal still there, replaces what it wrote by the same.
+    overwrite = overwrite or (resume and _wrote(home, out))
+    check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
-        raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another --out")
+        raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another output")
     begun = (home / _HEADER).is_file()
     if home.is_dir() and not begun and not _only_ours(home):
-        raise UserError(f"{home} was not written by admm-prune: choose another --out")
-    if resume and not home.is_dir():
-        finished = f"{out} is finished" if absolute(out).is_dir() else f"there is no {home}"
-        raise UserError(f"nothing to resume: {finished}; leave --resume out")
+        raise UserError(f"{home} was not written by admm-prune: choose another output")
     made = [parent for parent in home.parents if not parent.exists()]  # the innermost first
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -252,7 +256,7 @@ def journal_of(out: Path, *, resume: bool = False) -> Generator[FolderJournal]:
             raise UserError(
                 f"{home} holds a run that was not finished: go on with --resume, or delete the folder to begin anew"
             )
-        journal = FolderJournal(out, resumed=begun)
+        journal = FolderJournal(out, resumed=begun, overwrite=overwrite)
         keep = begun
         try:
             yield journal
@@ -274,6 +278,16 @@ def home_of(out: Path) -> Path:
     """Where the journal of a run that writes to `out` is."""
     place = absolute(out)
     return place.with_name(place.name + SUFFIX)
+
+
+def _wrote(home: Path, out: Path) -> bool:
+    """Whether what stands at `out` came of the very run that the journal is of, by what both say it depends on."""
+    header, manifest = read_sealed(home / _HEADER) if (home / _HEADER).is_file() else None, absolute(out) / MANIFEST
+    try:
+        content = json.loads(manifest.read_bytes())
+        return header is not None and all(content[key] == header[key] for key in ("settings", "texts", "environment"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _remove(home: Path) -> None:

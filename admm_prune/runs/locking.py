@@ -28,7 +28,7 @@ class FolderLock:
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
             os.close(self._file)
             raise UserError(
-                f"another run is at work in {path.parent} (process {holder}): wait for it, or choose another --out"
+                f"another run is at work in {path.parent} (process {holder}): wait for it, or choose another output"
             ) from None
         if gone:
             os.close(self._file)

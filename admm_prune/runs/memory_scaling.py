@@ -100,9 +100,18 @@ class Peak:
 
 
 def bench_memory(
-    out: Path, *, most: float = 1.1e9, tokens: int = 1024, sparsity: float = 0.3, progress: OnProgress | None = None
+    out: Path,
+    *,
+    most: float = 1.1e9,
+    tokens: int = 1024,
+    sparsity: float = 0.3,
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measures both families up to `most` parameters and writes them, a table and a plot to `out`.
+
+    Args:
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Returns:
         What is in the json: the peaks, and the exponent p of peak = c N^p for each family.
@@ -110,7 +119,7 @@ def bench_memory(
     Raises:
         UserError: `out` cannot be used, or `most` leaves fewer than two models of a family.
     """
-    check_output(out)
+    check_output(out, overwrite=overwrite)
     shapes = [(name, shape) for name, family in FAMILIES.items() for shape in family if shape.parameters <= most]
     for name in FAMILIES:
         if sum(family == name for family, _ in shapes) < 2:
@@ -130,7 +139,7 @@ def bench_memory(
         "exponents": {name: exponent(own) for name, own in points.items()},
         "peaks": [asdict(peak) for peak in peaks],
     }
-    with output_folder(out) as folder:
+    with output_folder(out, overwrite=overwrite) as folder:
         write_json(folder / MANIFEST, content)
         (folder / "memory.txt").write_text(_table(content, peaks), encoding="utf-8")
         _plot(content, peaks, folder / "memory.png")

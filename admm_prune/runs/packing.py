@@ -30,8 +30,13 @@ class Packing:
         return self.packed_bytes / self.bytes
 
 
-def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
+def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
     """Writes a copy of a model folder in which every safetensors file is packed; one tensor is in memory at a time.
+
+    Every packed file is unpacked again and compared with what it was made from.
+
+    Args:
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Raises:
         UserError: no model folder, one with an adapter, packed already, or `out` cannot be written.
@@ -42,11 +47,11 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
     check_no_adapters(str(folder), folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no safetensors weights: there is nothing to pack")
-    check_output(out)
+    check_output(out, overwrite=overwrite)
     _keep_apart(folder, out)
     record: dict[str, dict[str, object]] = {}
     tensors = 0
-    with output_folder(out) as new:
+    with output_folder(out, overwrite=overwrite) as new:
         for done, path in enumerate(files):
             name = path.relative_to(folder)
             if progress is not None:
@@ -57,6 +62,7 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
             packed: list[str] = []
             if weights:
                 packed = pack_file(path, target)
+                _check_packed(path, target)
             else:
                 shutil.copyfile(path, target)
             tensors += len(packed)
@@ -73,8 +79,11 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
     return Packing(sum(path.stat().st_size for path in files), after, tensors)
 
 
-def unpack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
+def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
     """Gives the packed folder back and holds every file to its sha256.
+
+    Args:
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Raises:
         UserError: no archive, damaged, or `out` cannot be written.
@@ -87,9 +96,9 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
         wanted = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} cannot be read: {type(error).__name__}: {error}") from error
-    check_output(out)
+    check_output(out, overwrite=overwrite)
     _keep_apart(folder, out)
-    with output_folder(out) as new:
+    with output_folder(out, overwrite=overwrite) as new:
         for done, (name, (sha256, _)) in enumerate(wanted.items()):
             if progress is not None:
                 progress(done, len(wanted), name)
@@ -110,6 +119,16 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None) -> Packing:
     if progress is not None:
         progress(len(wanted), len(wanted), "")
     return Packing(dense, sum(path.stat().st_size for path in _files(folder)), sum(n for _, n in wanted.values()))
+
+
+def _check_packed(path: Path, packed: Path) -> None:
+    """Raises UserError unless a packed file gives its original back to the byte."""
+    again = packed.with_name(f".{packed.name}.again")
+    unpack_file(packed, again)
+    same = file_sha256(again) == file_sha256(path)
+    again.unlink()
+    if not same:
+        raise UserError(f"{path} was not packed: unpacked again, it is another file; report this")
 
 
 def _files(folder: Path) -> list[Path]:

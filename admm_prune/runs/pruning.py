@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.sequences import Packing
+from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
+from admm_prune.models.reloading import check_reloaded
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.composing import DEFAULT, composed
 from admm_prune.recipes.journal import NOTHING
@@ -28,7 +30,7 @@ from admm_prune.runs.device import check_dtype, pick_device
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.judging import Judgement, judged, judged_dense
 from admm_prune.runs.manifest import manifest
-from admm_prune.runs.memory import return_freed_memory
+from admm_prune.runs.memory import free_bytes, return_freed_memory
 from admm_prune.runs.phases import Phase, Phases
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
@@ -41,6 +43,9 @@ from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_COMPARED = 64  # tokens on which a model and its saved folder are compared
+_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +167,7 @@ def prune(
     multiple: int | None = None,
     stream: Stream = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     activation_bytes: int | None = None,
     trust_remote_code: bool = False,
     bounds: bool = False,
@@ -201,6 +207,8 @@ def prune(
         stream: True takes one block at a time from the model's folder, and writes it to `out` before the next; False
             loads the whole model; "auto" streams what does not fit comfortably into the memory that is free.
         resume: go on with a run that was interrupted, from the journal beside `out`, with the same arguments.
+        overwrite: replace an earlier result in `out`, which is refused otherwise; what admm-prune did not write is
+            never replaced.
         activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
             memory by default where weights are streamed, else all.
         trust_remote_code: run code that comes with the model; never done otherwise.
@@ -240,7 +248,11 @@ def prune(
     # One process of several tells.
     tracker = tracker_named(log) if isinstance(log, str) else log
     tracker = tracker if world.rank == 0 else None
-    with nullcontext() if out is None else shared_journal(Path(out), world, resume=resume) as journal:
+    with (
+        nullcontext()
+        if out is None
+        else shared_journal(Path(out), world, resume=resume, overwrite=overwrite) as journal
+    ):
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
@@ -297,7 +309,7 @@ def prune(
                 dense = judged_dense(loaded, judging, request)
             report = run_recipe(recipe, request, loaded, dense, record, phases)
             if journal is not None:
-                written = journal.output(lambda folder: save_run(loaded, report, folder).manifest)
+                written = journal.output(lambda folder: save_run(loaded, report, folder, judging).manifest)
                 report = replace(report, manifest=written, out=journal.out)
             summary |= figures_of(report.as_json())
     return report
@@ -346,14 +358,31 @@ def run_recipe(
     )
 
 
-def save_run(loaded: LoadedModel, report: Report, folder: Path) -> Report:
+def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences) -> Report:
     """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
+
+    The folder is loaded again and compared with the model before anything is said of it: by `from_pretrained` where the
+    memory that is free holds the weights once more, else one block at a time.
+
+    Args:
+        text: its first sequence is what the two are compared on.
 
     Returns:
         The report as written.
+
+    Raises:
+        UserError: it cannot be loaded again, or is another model.
     """
     pruned = replace(loaded, model=report.model)
     save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    device = loaded.residence.device(report.model)
+    check_reloaded(
+        pruned,
+        folder,
+        text.rows[0].ids[:_COMPARED],
+        whole=not loaded.residence.hollow and _ROOM * weight_bytes(folder) <= free_bytes(device),
+        trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
+    )
     written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
     write_json(folder / TIMINGS, written.timings())
     write_json(folder / MANIFEST, written.as_json())

@@ -85,11 +85,13 @@ class SharedJournal(Journal):
 
 
 @contextmanager
-def shared_journal(out: Path, world: World, *, resume: bool = False) -> Generator[SharedJournal]:
+def shared_journal(
+    out: Path, world: World, *, resume: bool = False, overwrite: bool = False
+) -> Generator[SharedJournal]:
     """`journal_of` in the first process, for all of them."""
     with ExitStack() as stack:
         kept: list[FolderJournal] = []
-        world.from_first(lambda: kept.append(stack.enter_context(journal_of(out, resume=resume))))
+        world.from_first(lambda: kept.append(stack.enter_context(journal_of(out, resume=resume, overwrite=overwrite))))
         yield SharedJournal(out, kept[0] if kept else None, world)
 
 

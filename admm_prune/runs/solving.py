@@ -74,10 +74,11 @@ def solve_layer_file(
     *,
     ridge: str | float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
 ) -> SolvedLayer:
     """Solves the layer problem in `path` to one target; as `solve_path` otherwise."""
-    return solve_path(path, method, [target], ridge=ridge, out=out, device=device)[0]
+    return solve_path(path, method, [target], ridge=ridge, out=out, overwrite=overwrite, device=device)[0]
 
 
 def solve_path(
@@ -87,6 +88,7 @@ def solve_path(
     *,
     ridge: str | float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     device: str = "auto",
 ) -> list[SolvedLayer]:
     """Solves the layer problem in `path` to several targets.
@@ -101,6 +103,7 @@ def solve_path(
         ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
         out: where to write the pruned weight with all that is claimed of it, as safetensors for `verify`; where there
             are several targets, OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
+        overwrite: replace earlier files of ours there, which is refused otherwise.
 
     Raises:
         UserError: the file is no layer problem, its weight does not admit a target, there is no `gram_validation` to
@@ -116,12 +119,12 @@ def solve_path(
     outs = [_place_of(out, target, len(targets)) for target in targets]
     for file in outs:
         if file is not None:
-            check_output_file(file)
+            check_output_file(file, overwrite=overwrite)
     moved = _moved(layer, place)
     try:
         _check_errors(moved, method, targets[0])
         solved = _solve(moved, method, targets, asked, place)
-        reached = [_measured(moved, target, part) for target, part in zip(targets, solved, strict=True)]
+        reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
     except ValueError as error:
@@ -223,7 +226,7 @@ def _problem(
     )
 
 
-def _measured(layer: LayerFile, target: Target, solved: _Solved) -> SolvedLayer:
+def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
     problem, result = solved.problem, solved.result
     holdout = layer.gram_holdout if layer.cross_gram is None else None
     bound, notes = _bound(problem, result)
@@ -250,6 +253,7 @@ def _measured(layer: LayerFile, target: Target, solved: _Solved) -> SolvedLayer:
             dead=int(problem.dead.sum()),
             ridge_asked=solved.damping.ridge,
             ridge_used=problem.ridge,
+            ridge_matters=method.damped,
         ),
         advice=result.status.value,
     )

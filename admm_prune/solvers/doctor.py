@@ -24,6 +24,11 @@ _LARGE_RHO = 3.0
 _FROZEN = 5e-2
 _TOKENS_PER_CHANNEL = 4
 
+# What can be done, by commands and in Python.
+_RIDGE = "give 'run' or 'solve' a larger --ridge"
+_PENALTY = "use the method admm, or in Python a penalty that rises from 0.1 to 1, such as LogSpaced(0.1, 1.0, over=30)"
+_LONGER = "use the method admm-best, or in Python a larger max_iterations"
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -52,6 +57,7 @@ def diagnose(
     dead: int = 0,
     ridge_asked: float | None = None,
     ridge_used: float | None = None,
+    ridge_matters: bool = True,
 ) -> tuple[Diagnosis, ...]:
     """Reads the history of a result, and a few facts about its problem.
 
@@ -59,12 +65,14 @@ def diagnose(
         width: d, the inputs of the layer.
         tokens: that its Gram was summed over.
         dead: inputs that are zero in every token.
+        ridge_matters: the solver takes account of the ridge; one that scores weights by |w| ||x|| alone does not.
         ridge_asked, ridge_used: where a ridge too small to factor was raised.
 
     Returns:
         The findings, those on the iteration first.
     """
-    found = _iteration(result)
+    found = _iteration(result, ridge_matters=ridge_matters)
+    larger = f", or {_RIDGE}" if ridge_matters else ""
     if width is not None and tokens is not None and tokens < _TOKENS_PER_CHANNEL * width:
         found.append(
             Diagnosis(
@@ -72,7 +80,7 @@ def diagnose(
                 "warning",
                 f"{tokens} tokens for {width} inputs, {tokens / width:.1f} each: the error on other text will exceed "
                 "the error reported on these",
-                f"calibrate on {_TOKENS_PER_CHANNEL * width} tokens or more, or raise the ridge",
+                f"calibrate on {_TOKENS_PER_CHANNEL * width} tokens or more{larger}",
             )
         )
     if dead:
@@ -91,20 +99,20 @@ def diagnose(
                 "damping-raised",
                 "info",
                 f"the Gram is singular with the ridge {ridge_asked:g} that was asked for: raised to {ridge_used:g}",
-                "give a larger ridge or more tokens",
+                f"calibrate on more tokens{larger}",
             )
         )
     return tuple(found)
 
 
-def _iteration(result: Result) -> list[Diagnosis]:
+def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
     if result.status is Status.NONFINITE:
         return [
             Diagnosis(
                 "non-finite",
                 "error",
                 f"a number overflowed in iteration {result.iterations}: the best finite point before it is returned",
-                "raise the ridge, or compute in float64",
+                _RIDGE if ridge_matters else "look for damaged weights, or calibrate on other text",
             )
         ]
     if not result.history:
@@ -120,7 +128,7 @@ def _iteration(result: Result) -> list[Diagnosis]:
                 "start-was-best",
                 "warning",
                 f"none of the {result.iterations} iterations found a better point than the start",
-                "change the penalty, or keep the cheaper method that gave the start",
+                f"{_PENALTY}, or use a cheaper method" if _rho(result.history) else "use a cheaper method",
             )
         )
     return found
@@ -141,29 +149,34 @@ def _motion(result: Result, unit: int) -> Diagnosis:
             "warning",
             f"rho starts at {_rho(history):g} times the curvature and froze the support: {100 * sum(changes):.2g} % of "
             f"it changed in {len(history)} iterations",
-            "start from a rho of 0.1 and let it rise to 1",
+            _PENALTY,
         )
     if result.status is Status.STALLED:
         return Diagnosis(
             "stalled",
             "warning",
             f"progress stopped after {result.iterations} iterations short of the stopping test; {said}",
-            "try another rho or another start",
+            _PENALTY if last.rho is not None else "use another method",
         )
-    if ending > _MOVING and len(history) >= _LONG_ENOUGH and _steady(residuals) and _late(changes) > _STEADY:
-        rho = "" if last.rho is None else f" at rho = {last.rho:g}"
+    if (
+        last.rho is not None
+        and ending > _MOVING
+        and len(history) >= _LONG_ENOUGH
+        and _steady(residuals)
+        and _late(changes) > _STEADY
+    ):
         return Diagnosis(
             "rho-too-small",
             "warning",
-            f"x and z do not come together{rho}: {said}, no less than at the beginning",
-            "raise rho, or let it rise to 1",
+            f"x and z do not come together at rho = {last.rho:g}: {said}, no less than at the beginning",
+            _PENALTY,
         )
     if ending > _MOVING:
         return Diagnosis(
             "still-moving",
             "warning" if ending > _FAR else "info",
             f"the run ended on the way: {said} (after {result.iterations} iterations)",
-            "allow more iterations or more time",
+            _LONGER,
         )
     if result.status is Status.SOLVED or last.primal_residual is None or last.primal_residual <= _SETTLED:
         return Diagnosis("converged", "good", f"the support is settled: {said}")
@@ -171,7 +184,7 @@ def _motion(result: Result, unit: int) -> Diagnosis:
         "not-settled",
         "info",
         f"the support is settled, the weights on it are not: {said}",
-        "allow more iterations, or refit on the support",
+        _LONGER,
     )
 
 

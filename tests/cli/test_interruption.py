@@ -96,7 +96,7 @@ def test_a_folder_that_comes_while_a_run_is_at_work_is_not_replaced(
         patch.setattr(pruning, "save", comes)
         outcome = command("run", *arguments)
     assert outcome.status == 2
-    reason = "deep/out exists and was not written by admm-prune: choose another --out"
+    reason = "deep/out exists and was not written by admm-prune: choose another output"
     assert outcome.err.splitlines()[-1] == f"admm-prune: {reason}"
     assert notes.read_text() == "mine"
     shutil.move(notes.parent, place / "theirs")

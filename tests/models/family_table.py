@@ -28,6 +28,7 @@ FAMILIES = {
     "bloom": "Bloom",
     "falcon": "Falcon 7B: one key head",
     "falcon-grouped": "Falcon 40B: grouped key heads",
+    "falcon-classic": "Falcon, a key for every head",
     "falcon-alibi": "Falcon RW: ALiBi",
     "mixtral": "Mixtral",
     "qwen3-moe": "Qwen3-MoE",
@@ -45,7 +46,7 @@ COLUMNS = {
 }  # fmt: skip
 
 _UNITS = ("units, blocks unlike", "units, uniform", "units, padded")
-_BY_WIDTH = ("opt", "opt-post-norm-untied", "neox", "neox-sequential", "stablelm", "falcon-grouped")
+_BY_WIDTH = ("opt", "opt-post-norm-untied", "neox", "neox-sequential", "stablelm", "falcon-grouped", "falcon-classic")
 _MIXTURES = ("mixtral", "qwen3-moe")
 
 

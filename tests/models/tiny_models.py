@@ -61,15 +61,74 @@ FAMILIES: dict[str, Family] = {
     "bloom": ("Bloom", {"hidden_size": 16, "n_head": 4, "initializer_range": 0.3}),
     "falcon": ("Falcon", FALCON | {"multi_query": True}),
     "falcon-grouped": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-classic": ("Falcon", FALCON | {"multi_query": False, "bias": True}),
     "falcon-alibi": ("Falcon", FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
     "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4, **EXPERTS}),
     "qwen3-moe": ("Qwen3Moe", LLAMA | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **EXPERTS}),
 }
 
+BIASED = {"attention_bias": True}
+VARIANTS: dict[str, Family] = {  # of families, and families that no table names, by what their attention is like
+    "llama one key head": ("Llama", LLAMA | {"num_key_value_heads": 1}),
+    "llama a key for every head, biases": ("Llama", LLAMA | BIASED | {"num_key_value_heads": 4, "mlp_bias": True}),
+    "llama heads wider than the model": ("Llama", LLAMA | {"head_dim": 8}),
+    "mistral one key head, window": ("Mistral", LLAMA | {"num_key_value_heads": 1, "sliding_window": 4, "head_dim": 8}),
+    "qwen2 window in the upper blocks": (
+        "Qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3 biases": ("Qwen3", LLAMA | BIASED | {"head_dim": 8}),
+    "gemma2 one key head": ("Gemma2", GEMMA | {"num_key_value_heads": 1}),
+    "gemma3 biases": ("Gemma3", GEMMA | BIASED),
+    "phi3 window, part of a head turned": (
+        "Phi3",
+        LLAMA | {"pad_token_id": 0, "sliding_window": 4, "partial_rotary_factor": 0.5},
+    ),
+    "stablelm parallel": ("StableLm", LLAMA | {"use_parallel_residual": True}),
+    "stablelm no biases, tied": ("StableLm", LLAMA | {"use_qkv_bias": False, "tie_word_embeddings": True}),
+    "olmo2 biases": ("Olmo2", LLAMA | BIASED),
+    "opt no biases, plain norms": ("OPT", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "neox no biases, tied": ("GPTNeoX", LLAMA | {"attention_bias": False, "tie_word_embeddings": True}),
+    "gpt2 scaled by layer": (
+        "GPT2",
+        {"n_embd": 16, "n_head": 4, "n_positions": CONTEXT, "scale_attn_by_inverse_layer_idx": True},
+    ),
+    "falcon classic, sequential": ("Falcon", FALCON | {"multi_query": False, "parallel_attn": False}),
+    "falcon classic, parallel, no biases": ("Falcon", FALCON | {"multi_query": False}),
+    "falcon one key head, sequential, biases": (
+        "Falcon",
+        FALCON | {"multi_query": True, "parallel_attn": False, "bias": True},
+    ),
+    "falcon grouped, biases, one norm": (
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon grouped, a key for every head": (
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 4, "tie_word_embeddings": False},
+    ),
+    "falcon grouped, one key head": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "cohere parallel": ("Cohere", LLAMA | BIASED | {"pad_token_id": 0}),
+    "cohere2 parallel, window": ("Cohere2", LLAMA | {"pad_token_id": 0, "sliding_window": 4}),
+    "phi parallel, biases": ("Phi", LLAMA),
+    "gptj parallel": ("GPTJ", {"n_embd": 16, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 2}),
+    "codegen parallel": ("CodeGen", {"n_embd": 16, "n_head": 4, "n_positions": CONTEXT, "rotary_dim": 2}),
+    "starcoder2 biases": ("Starcoder2", LLAMA | {"use_bias": True}),
+    "granite": ("Granite", LLAMA),
+    "glm gate and up in one": ("Glm", LLAMA | {"head_dim": 4, "pad_token_id": 0}),
+    "xglm": (
+        "XGLM",
+        {"d_model": 16, "ffn_dim": 24, "attention_heads": 4, "max_position_embeddings": CONTEXT, "init_std": 0.3},
+    ),
+    "bigcode one key head": ("GPTBigCode", {"n_embd": 16, "n_head": 4, "n_positions": CONTEXT}),
+    "diffllama": ("DiffLlama", LLAMA),
+    "bitnet": ("BitNet", LLAMA),
+}
+
 
 def family_model(family: str, layers: int) -> PreTrainedModel:
     """A random instance, as its class initializes it."""
-    name, options = FAMILIES[family]
+    name, options = FAMILIES.get(family) or VARIANTS[family]
     text = "Text" if hasattr(transformers, f"{name}TextConfig") else ""
     config = getattr(transformers, f"{name}{text}Config")(
         vocab_size=VOCABULARY, num_hidden_layers=layers, bos_token_id=0, eos_token_id=0, **options

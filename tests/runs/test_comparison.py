@@ -71,7 +71,7 @@ def test_a_model_that_reloads_to_other_figures_is_a_defect_and_never_reported(
         return replace(figures, perplexity=figures.perplexity + 1e-9 * len(calls))
 
     monkeypatch.setattr(comparison.evaluation, "evaluate", drifting)
-    with pytest.raises(RuntimeError, match="magnitude 50%: saved and loaded"):
+    with pytest.raises(UserError, match="magnitude 50%: nothing was saved: loaded again"):
         compare(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -44,7 +44,7 @@ def test_what_stood_there_comes_back_when_the_last_move_fails(tmp_path: Path, mo
         return move(source, target)
 
     monkeypatch.setattr(Path, "replace", fails_for_the_new)
-    with pytest.raises(UserError, match="Input/output error"), output_folder(out) as folder:
+    with pytest.raises(UserError, match="Input/output error"), output_folder(out, overwrite=True) as folder:
         fill(folder, "new")
     assert (out / MANIFEST).read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

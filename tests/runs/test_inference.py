@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
-from admm_prune.runs.inference import _CSRLinear, bench_inference, least
+from admm_prune.runs import inference
+from admm_prune.runs.inference import _CSRLinear, bench_inference, differs, prefill, timed
 from admm_prune.runs.pruning import prune
 
 QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "device": "cpu"}
@@ -45,7 +46,9 @@ def test_an_unstructured_mask_gains_nothing_as_stored(folders: dict[str, str], m
     assert csr["disk_bytes"] is None
     assert csr["memory_bytes"] < stored["memory_bytes"]
     assert all(row[key] > 0 for row in rows.values() for key in ("prefill_seconds", "decode_seconds"))
-    assert any("neither smaller nor faster" in sentence for sentence in content["sentences"])
+    assert any("does not make the model smaller" in sentence for sentence in content["sentences"])
+    assert any("One repeat shows no spread" in sentence for sentence in content["sentences"])
+    assert not any("times as" in sentence for sentence in content["sentences"]), "nothing is known of noise"
 
 
 def test_two_of_four_says_what_was_not_measured(folders: dict[str, str]) -> None:
@@ -75,9 +78,45 @@ def test_models_take_turns(model_folder: Path) -> None:
     model = load(str(model_folder), device="cpu").model
     turns: list[str] = []
     names = {"a": model, "b": model}
-    times = least(lambda _, tokens: turns.append(f"{tokens}"), names, 5, repeats=2)
+    times = timed(lambda _, tokens: turns.append(f"{tokens}"), names, 5, repeats=2)
     assert turns == ["5"] * 6
     assert set(times) == {"a", "b"}
+    assert all(len(found) == 2 for found in times.values()), "the first turn warms up"
+
+
+def test_what_lies_within_the_spread_is_noise() -> None:
+    assert differs([1.0, 1.1, 1.2], [1.3, 1.4, 1.25])
+    assert differs([1.3, 1.4], [1.0, 1.2])
+    assert not differs([1.0, 1.1, 1.3], [1.2, 1.4, 1.5])
+    assert not differs([1.0, 2.0], [1.5, 1.6])
+    assert not differs([1.0], [2.0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ({"dense": [2.0, 2.1], "as stored": [1.0, 1.9]}, "prefill 2.00 times as fast"),
+        ({"dense": [1.0, 1.9], "as stored": [2.0, 2.1]}, "prefill takes 2.00 times as long"),
+        ({"dense": [2.0, 2.1], "as stored": [1.0, 2.05]}, "prefill shows no difference beyond the spread"),
+    ],
+)
+def test_a_sentence_on_speed_rests_on_the_spread(
+    seconds: dict[str, list[float]],
+    said: str,
+    folders: dict[str, str],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def clock(run: object, models: dict[str, object], *_: int) -> dict[str, list[float]]:
+        return {name: seconds.get(name, [5.0, 5.0]) if run is prefill else [3.0, 3.0] for name in models}
+
+    monkeypatch.setattr(inference, "timed", clock)
+    content = bench_inference(folders["smaller"], str(model_folder), **QUICK | {"repeats": 2})
+    (sentence,) = (s for s in content["sentences"] if s.startswith("as stored, beside dense"))
+    assert sentence == f"as stored, beside dense: {said}; decoding shows no difference beyond the spread."
+    row = content["rows"][1]
+    assert row["prefill_differs"] == ("no difference" not in said)
+    assert row["prefill_range"] == (min(seconds["as stored"]), max(seconds["as stored"]))
 
 
 def test_a_context_that_is_too_short_is_refused(model_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.models.loading import load
+from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Request
 from admm_prune.recipes.targets import Target
+from admm_prune.runs import pruning
 from admm_prune.runs.evaluating import evaluate_model
 from admm_prune.runs.texts import Texts, TextSettings
 
@@ -128,3 +130,50 @@ def test_the_report_shows_what_the_models_write(model_folder: Path, text_file: P
     assert set(said) == {"prompt", "dense", "pruned"}
     assert all(isinstance(text, str) and text for text in said.values())
     assert said["dense"] != said["pruned"]
+
+
+@pytest.mark.parametrize("how", [{}, {"stream": True}], ids=["memory", "stream"])
+def test_a_model_that_was_not_saved_well_is_not_reported_as_saved(
+    how: dict[str, bool], model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = pruning.save
+
+    def badly(loaded: LoadedModel, folder: Path, metadata: dict[str, object]) -> None:
+        written(loaded, folder, metadata)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+    monkeypatch.setattr(pruning, "save", badly)
+    with pytest.raises(UserError, match=r"^nothing was saved: .* the logits are not\); report this$"):
+        admm_prune.prune(
+            model_folder, method="wanda", sparsity=0.5, data=str(text_file), samples=8, eval_samples=2,
+            out=tmp_path / "out", device="cpu", **how,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    report = admm_prune.prune(  # what was done is kept: it is written again
+        model_folder, method="wanda", sparsity=0.5, data=str(text_file), samples=8, eval_samples=2,
+        out=tmp_path / "out", device="cpu", resume=True, **how,
+    )  # fmt: skip
+    assert evaluate_model(str(tmp_path / "out"), TextSettings(data=str(text_file)), device="cpu").sparsity == 0.5
+    assert report.out == tmp_path / "out"
+
+
+def test_a_second_copy_is_made_only_where_it_fits(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[bool] = []
+    checked = pruning.check_reloaded
+
+    def check(*arguments: Any, **how: Any) -> None:
+        ways.append(how["whole"])
+        checked(*arguments, **how)
+
+    monkeypatch.setattr(pruning, "check_reloaded", check)
+    for room in (2**40, 0):
+        monkeypatch.setattr(pruning, "free_bytes", lambda _, room=room: room)
+        admm_prune.prune(
+            model_folder, method="magnitude", sparsity=0.5, data=str(text_file), samples=4, eval_samples=2,
+            out=tmp_path / f"{room}", device="cpu", stream=False,
+        )  # fmt: skip
+    assert ways == [True, False]

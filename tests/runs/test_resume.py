@@ -105,14 +105,14 @@ def test_a_kill_between_the_last_renames_loses_neither_the_old_nor_the_new(
     out = tmp_path / "out"
     prune(model_folder, out, text_file, method="magnitude")
     old = fingerprints(out)
-    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3)
+    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3, overwrite=True)
     out.rename(home_of(out) / "old")  # as if killed right then
     prune(model_folder, out, text_file, method="wanda", resume=True)
     new = fingerprints(out)
     assert new != old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # And as if killed after the very last rename, with the journal still there.
-    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3)
+    # And as if killed after the very last rename, with the journal still there: what stands there is its own.
+    broken_off(model_folder, text_file, tmp_path, monkeypatch, after=3, overwrite=True)
     (home_of(out) / "old").mkdir()
     (home_of(out) / "old/admm_prune.json").write_text("{}")
     prune(model_folder, out, text_file, method="wanda", resume=True)
@@ -232,8 +232,8 @@ def test_there_must_be_something_to_resume_and_the_place_must_be_ours(
     home_of(out).mkdir()
     (home_of(out) / "thesis.txt").write_text("not ours")
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"out\.partial was not written by admm-prune: choose another --out"):
-            prune(model_folder, out, text_file, method="magnitude", resume=resume)
+        with pytest.raises(UserError, match=r"out\.partial was not written by admm-prune: choose another output"):
+            prune(model_folder, out, text_file, method="magnitude", resume=resume, overwrite=True)
     assert (home_of(out) / "thesis.txt").read_text() == "not ours"
     (tmp_path / "file.partial").write_text("")
     with pytest.raises(UserError, match=r"file\.partial is a file or a link"):

@@ -85,6 +85,7 @@ def bench_gpu(
     small: bool = False,
     budget: float = 450.0,
     sections: Sequence[str] = SECTIONS,
+    overwrite: bool = False,
     progress: Tell | None = None,
 ) -> dict[str, Any]:
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
@@ -93,6 +94,7 @@ def bench_gpu(
         device: "cuda", or "cpu" to try the whole of it without a card.
         small: tiny shapes.
         budget: seconds for everything; rows that no time is left for say so.
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Returns:
         What is in the json.
@@ -100,7 +102,7 @@ def bench_gpu(
     Raises:
         UserError: `out` cannot be used; no such section; full size on a CPU.
     """
-    check_output(out)
+    check_output(out, overwrite=overwrite)
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise UserError(f"no section '{unknown[0]}': choose from {', '.join(SECTIONS)}")
@@ -140,7 +142,7 @@ def bench_gpu(
             methods=("sparsegpt", "admm-fast", "admm"),
         ),
     }
-    with output_folder(out) as folder:
+    with output_folder(out, overwrite=overwrite) as folder:
         write_json(folder / MANIFEST, finite(content))
         (folder / "gpu.txt").write_text(rendered(content, runner.rows, ceilings), encoding="utf-8")
     return content

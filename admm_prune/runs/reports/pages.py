@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from admm_prune.errors import UserError
-from admm_prune.runs.folder import MANIFEST, TIMINGS
+from admm_prune.runs.folder import MANIFEST, TIMINGS, check_output_file
 from admm_prune.runs.reports import content, plots
 from admm_prune.runs.reports.content import Manifest
 from admm_prune.runs.reports.masks import Weights, overlap
@@ -34,12 +35,13 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def write_difference(first: Path, second: Path, out: Path) -> dict[str, Any]:
+def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Writes one page on the difference of two runs; returns its figures, ready for JSON.
 
     Args:
         first, second: folders of runs, A and B.
-        out: the page; a file there is overwritten if it is a report.
+        out: the page.
+        overwrite: replace an earlier page there, which is refused otherwise.
 
     Raises:
         UserError: a folder is no run, or `out` is not ours to write.
@@ -48,7 +50,7 @@ def write_difference(first: Path, second: Path, out: Path) -> dict[str, Any]:
     for folder, manifest in ((first, a), (second, b)):
         if "rows" in manifest:
             raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
-    check_page(out)
+    check_output_file(out, overwrite=overwrite, ours=_is_page)
     names = dict.fromkeys(layer["name"] for run in (a, b) for layer in run["layers"])
     common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
     errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))
@@ -102,18 +104,11 @@ def _read_run(folder: Path) -> Manifest:
     return manifest
 
 
-def check_page(path: Path) -> None:
-    """Refuses a file that is not a report.
-
-    Raises:
-        UserError: there is something else, or no folder to write to.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a file: choose another --out")
-    if path.exists() and b'name="generator" content="admm-prune"' not in path.read_bytes()[:2000]:
-        raise UserError(f"{path} exists and was not written by admm-prune: choose another --out")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+def _is_page(path: Path) -> bool:
+    """True for a page that we wrote."""
+    with suppress(OSError):  # a link to nothing
+        return b'name="generator" content="admm-prune"' in path.read_bytes()[:2000]
+    return False
 
 
 def _run(folder: Path, run: Manifest) -> str:
