@@ -270,7 +270,7 @@ class SparseAdam(Optimizer):
         """
         wrong = self.timeline.wrong_length(self.steps_done + self.skipped)
         if wrong:
-            _warn(f"finalize() {wrong}")
+            _warn(f"finalize() {wrong}", 4)
         self.freeze()
         return self.masks()
 
@@ -425,7 +425,7 @@ class SparseAdam(Optimizer):
         step = self.steps_done
         self._set("steps_done", step + 1)
         if step == self.timeline.total:
-            _warn(f"step() {self.timeline.wrong_length(step + 1)}")
+            _warn(f"step() {self.timeline.wrong_length(step + 1)}", 6)
         if self.frozen:
             return
         if step + 1 == self.timeline.freeze_at:
@@ -460,6 +460,6 @@ class SparseAdam(Optimizer):
             group[name] = value
 
 
-def _warn(message: str) -> None:
-    """A warning to the caller of a method that runs without gradients, which torch wraps once."""
-    warnings.warn(message, UserWarning, stacklevel=4)
+def _warn(message: str, level: int) -> None:
+    """A warning to the caller of a method, which torch wraps: `level` frames up."""
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -95,9 +95,9 @@ def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
 
     Raises:
         UserError: no group has a target; a sparsity or a pattern is asked of parameters that are no matrices.
-        TypeError: `params` is a tensor, or a set, which has no order.
+        TypeError: `params` is a tensor.
     """
-    if isinstance(params, Tensor | set):
+    if isinstance(params, Tensor):
         raise TypeError(f"params must be a model, or a list of parameters or groups, not a {type(params).__name__}")
     items = list(params)
     if not items:
