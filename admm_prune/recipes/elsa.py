@@ -117,7 +117,7 @@ class Gradual(Trained):
         score = Score(fisher="adam" if self.power else "none", power=self.power)
         timeline: dict[str, Any] = {
             "interval": self.interval,
-            "total_steps": self.steps,
+            "total_steps": self.training_steps,
             "freeze": 1.0 - self.ramp,
             "ramp": 1.0,
         }
@@ -134,7 +134,7 @@ class Published(Trained):
     penalty: float = 1e-3
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
-        return SparseAdam.faithful(**how, total_steps=self.steps, penalty=self.penalty)
+        return SparseAdam.faithful(**how, total_steps=self.training_steps, penalty=self.penalty)
 
 
 @dataclass(frozen=True, kw_only=True)

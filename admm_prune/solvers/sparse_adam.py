@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -16,17 +16,24 @@ from torch.optim import Optimizer
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
-from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks
+from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names
 from admm_prune.solvers.elsa.duals import Splitting
 from admm_prune.solvers.elsa.fused import Later
-from admm_prune.solvers.elsa.gradients import clip, norms
-from admm_prune.solvers.elsa.groups import Target, parameter_groups
+from admm_prune.solvers.elsa.gradients import clip, refuse_sparse, total_norm
+from admm_prune.solvers.elsa.groups import Target, group_of, name_alike, names_of, parameter_groups
 from admm_prune.solvers.elsa.history import DualUpdate, WeightUpdate
 from admm_prune.solvers.elsa.moments import MomentFormat, Moments
-from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline
+from admm_prune.solvers.elsa.saved import at_once, check_saved, copy_saved
+from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
 from admm_prune.solvers.elsa.sharding import laid_out_as
+from admm_prune.solvers.elsa.supports import Support
 
 _PENALTY, _SCORE = Penalty(), Score()  # frozen, so one of each serves all
+_PROGRESS = ("steps_done", "skipped", "frozen")  # in every group
+_OWN = (
+    "timeline", "penalty", "hard", "score", "clip", "clip_penalty", "final", "seed", "moments", "history", "_scope",
+    "_anchors", "_moments", "_masks", "_splittings", "_transposed", "_stacked", "_norm",
+)  # fmt: skip
 
 
 class SparseAdam(Optimizer):
@@ -38,6 +45,7 @@ class SparseAdam(Optimizer):
     z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
     the support is frozen: pruned weights are zero, Adam trains the others, and only the bits are kept. Give
     `total_steps`, and call `finalize` at the end. A step whose gradient is not finite is left out and counted.
+    The u of a matrix that has had no gradient yet, such as an expert that no token met, stays zero.
 
     With penalty = inf, x = z all along: an update prunes for good what scores least, which with a `ramp` is gradual
     pruning. With freeze = 1 the support stays as it begins, or as `change_support` has it: masked fine-tuning.
@@ -45,7 +53,9 @@ class SparseAdam(Optimizer):
     Args:
         params: a model, whose linear weights are pruned (`admm_prune.prunable`) while all its parameters are trained;
             or parameters, or groups of them. A group may have its own `sparsity`, `pattern` or `constraint`, or
-            `constraint=None` to stay dense; the others take the ones given here.
+            `constraint=None` to stay dense; the others take the ones given here. Tensors without entries are not
+            pruned. Complex parameters and sparse gradients are refused: the first among those to prune, the second
+            everywhere.
         sparsity: the fraction of every matrix to prune.
         pattern: (n, m), n kept of every m consecutive inputs.
         constraint: any family of supports over the point of all pruned weights, under their names.
@@ -58,7 +68,8 @@ class SparseAdam(Optimizer):
         penalty: rho, or all about it.
         score: what chooses the support.
         interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
-        total_steps: the length of the run, which schedules need.
+        total_steps: the length of the run in calls of `step`, one for several batches whose gradients are accumulated;
+            schedules need it. A run that was shorter or longer is warned about.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
         ramp: the fraction of what comes before in which the sparsity grows.
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
@@ -84,7 +95,7 @@ class SparseAdam(Optimizer):
         targets: Sequence[str] = ("*",),
         ignore: Sequence[str] = HEADS,
         masks: Mapping[str, Tensor] | None = None,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -105,8 +116,7 @@ class SparseAdam(Optimizer):
         moments: MomentFormat = "full",
         seed: int = 0,
     ) -> None:
-        if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"lr, eps and weight_decay are at least 0, betas from 0 to below 1: {lr}, {eps}, {betas}")
+        check_adam(lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
         target = Target(sparsity, pattern, constraint, scope)
         chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
         self.timeline = Timeline(
@@ -119,19 +129,24 @@ class SparseAdam(Optimizer):
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
+        self._scope = scope
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
         self._masks, self.moments = dict(masks or {}), str(self._moments)  # the moments as kept in the end
         self.history: list[DualUpdate] = []
-        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach, "fused": fused}
+        adam = {
+            "lr": lr,
+            "betas": tuple(map(float, betas)),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "fused": fused,
+        }
         # What moves beside the state of the parameters lives in the groups: whatever saves a torch optimizer saves it.
         super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self._splittings = {
-            i: Splitting(support, self.penalty, score, self._anchors, self._moments, seed, processes)
-            for i, support in chosen.supports.items()
-        }
         self._transposed, self._stacked = chosen.transposed, chosen.stacked
+        self._splittings = {number: self._splitting(support) for number, support in chosen.supports.items()}
         self._norm = math.nan  # of the last gradient
+        check_names(self._weights())
         check_masks(self._masks, self._weights())
 
     @classmethod
@@ -184,14 +199,15 @@ class SparseAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        given = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        active = list(dict.fromkeys(given))  # each once
         if not active:
             return loss
+        refuse_sparse(active)
         self._begin()
         if self.frozen or self.hard:
             self._restrict_gradients()
-        each = norms(active)
-        norm = float(torch.linalg.vector_norm(each))
+        each, norm = total_norm(active)
         if not math.isfinite(norm):
             self._set("skipped", self.skipped + 1)
             return loss
@@ -219,7 +235,7 @@ class SparseAdam(Optimizer):
             if self.final == "weights" and not self.hard:
                 splitting.reselect(weights, 1.0)
             splitting.drop_anchors(weights)
-        self._restrict()
+        self._restrict(self._weights())
         self._set("frozen", True)
 
     @torch.no_grad()
@@ -237,18 +253,24 @@ class SparseAdam(Optimizer):
         for splitting, _, weights in self._pruned():
             splitting.take(weights, masks)
             splitting.drop_anchors(weights)
-        self._restrict()
+        self._restrict(self._weights())
         self._set("frozen", True)
 
-    def _restrict(self) -> None:
+    def _restrict(self, weights: Sequence[Weight]) -> None:
         """Zero weights and zero momentum off the support."""
-        for weight in self._weights():
+        for weight in weights:
             weight.restrict(weight.here)
             self._moments.restrict(weight.state, weight.mask())
 
     @torch.no_grad()
     def finalize(self) -> dict[str, Tensor]:
-        """Makes the weights sparse, exactly, if they are not yet, and returns the masks by name."""
+        """Makes the weights sparse, exactly, if they are not yet, and returns the masks by name.
+
+        Warns where the run was not of `total_steps` steps, which its schedules were made for.
+        """
+        wrong = self.timeline.wrong_length(self.steps_done + self.skipped)
+        if wrong:
+            _warn(f"finalize() {wrong}", 4)
         self.freeze()
         return self.masks()
 
@@ -271,74 +293,114 @@ class SparseAdam(Optimizer):
                 weight.here.copy_(x)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues exactly where the saved optimizer was; `history` starts anew.
+        """Continues exactly where the saved optimizer was; `history` starts anew. Tensors are copied.
 
         Raises:
-            UserError: what was saved is stored in other formats than this optimizer's.
+            UserError: it was saved by another kind of optimizer, for parameters of other shapes, or with other weights
+                to prune, other formats or another score than this one has.
+            ValueError: it has other groups.
+
+        This optimizer is then as it was before.
         """
-        super().load_state_dict(state_dict)
-        # torch casts every tensor to the dtype of its parameter; masks and codes have their own.
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
-        self.history = []
-        for weight in self._weights():
-            if weight.state and not (
-                self._anchors.stored(weight.state) and self._moments.stored(weight.parameter, weight.state)
-            ):
-                raise UserError(f"{weight.name}: the saved optimizer keeps anchors or moments in another format")
+
+        def check(saved: dict[str, Any]) -> None:
+            check_saved(saved, self.param_groups, self._weights(), self._splittings.values())
+
+        def finish(saved: dict[str, Any]) -> None:
+            copy_saved(saved, self.param_groups, self.state, self._anchors, self._moments)
+            self.history = []
+
+        with at_once(self, check, finish):
+            super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, at any time: pruned where the group has a `sparsity`, `pattern` or `constraint` of its own,
+        from the current step of the schedules on, and dense otherwise.
+
+        Raises:
+            UserError: the parameters cannot be pruned so; a pruned weight has the name of another.
+            ValueError: a parameter is in another group already.
+        """
+        if "_splittings" not in vars(self):  # torch's constructor adds the groups that were prepared for it
+            super().add_param_group(param_group)
+            return
+        group, support = group_of(param_group, Target(scope=self._scope))
+        number, others = len(self.param_groups), self.param_groups
+        name_alike(group, number, others)
+        super().add_param_group(group | {name: others[0][name] for name in _PROGRESS})
+        if support is None:
+            return
+        self._splittings[number] = self._splitting(support)
+        try:
+            check_names(self._weights())
+        except UserError:
+            del self._splittings[number], self.param_groups[number]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles consist of: as of torch's optimizers, all but the hooks."""
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in _OWN}}
+
+    def _splitting(self, support: Support) -> Splitting:
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return Splitting(support, self.penalty, self.score, self._anchors, self._moments, self.seed, processes)
 
     def _pruned(self) -> Iterator[tuple[Splitting, dict[str, Any], list[Weight]]]:
-        """Every group that is pruned: how, its settings, its weights."""
+        """Every group that is pruned: how, its settings, its weights. A tensor without entries has no support."""
         index = 0
         for number, group in enumerate(self.param_groups):
             splitting = self._splittings.get(number)
             if splitting is not None:
-                names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
-                weights = [
-                    Weight(name, index + i, p, self.state[p], id(p) in self._transposed, id(p) in self._stacked)
-                    for i, (name, p) in enumerate(zip(names, group["params"], strict=True))
-                ]
-                yield splitting, group, weights
+                weights: dict[Tensor, Weight] = {}
+                for i, (name, p) in enumerate(zip(names_of(group, number), group["params"], strict=True)):
+                    if p.numel() and p not in weights:
+                        weights[p] = Weight(
+                            name, index + i, p, self.state[p], p in self._transposed, p in self._stacked
+                        )
+                if weights:
+                    yield splitting, group, list(weights.values())
             index += len(group["params"])
 
     def _weights(self) -> list[Weight]:
         return [weight for _, _, weights in self._pruned() for weight in weights]
 
     def _begin(self, *, restrict: bool = True) -> None:
-        """Allocates all state, from the weights as they are now.
+        """Allocates the state of parameters that have none yet, from the weights as they are now.
 
         Args:
-            restrict: makes the weights zero off the first support, where x = z from the start.
+            restrict: makes these weights zero off their first support, where x = z from the start.
         """
-        if self.state[self.param_groups[0]["params"][0]]:
+        fresh = {p: group for group in self.param_groups for p in group["params"] if not self.state.get(p)}
+        if not fresh:
             return
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
-        fixed = self.timeline.freeze == 1.0
+        if any(parameter.is_meta for parameter in fresh):
+            raise UserError("a parameter is on the meta device, which holds no numbers: load the weights first")
+        for parameter, group in fresh.items():
+            self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
+        fixed = self.frozen or self.timeline.freeze == 1.0
+        fraction = 1.0 if self.frozen else self.timeline.fraction(self.timeline.updated(self.steps_done))
         for splitting, _, weights in self._pruned():
-            splitting.begin(weights, self.timeline.fraction(0), self._masks, anchored=not (fixed or self.hard))
+            new = [weight for weight in weights if weight.parameter in fresh]
+            if new:
+                splitting.begin(new, fraction, self._masks, anchored=not (fixed or self.hard))
+            if restrict and (fixed or self.hard):
+                self._restrict(new)
         self._masks = {}
-        if restrict and (fixed or self.hard):
-            self._restrict()
         self._set("frozen", fixed)
 
     def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float, later: Later | None) -> None:
         """Clips, then adds the penalty; or the other way round."""
         factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, later)
-        squares = dict(zip(map(id, active), each.double().mul_(factor).square_().tolist(), strict=True))
+        squares = dict(zip(active, each.double().mul_(factor).square_().tolist(), strict=True))
+        progress = self.timeline.progress(self.timeline.updated(self.steps_done))
         for splitting, _, weights in () if self.frozen else self._pruned():
             for weight in weights:
-                if id(weight.parameter) in squares:
-                    splitting.observe(weight, squares[id(weight.parameter)])
+                if weight.parameter in squares:
+                    splitting.observe(weight, squares[weight.parameter], progress)
                     if not (self.penalty.decoupled or self.hard):
                         splitting.add_penalty(weight, later)
         if self.clip is not None and self.clip_penalty:
-            clip(active, float(torch.linalg.vector_norm(norms(active))), self.clip)
+            clip(active, total_norm(active)[1], self.clip)
 
     def _step_adam(self, later: Later | None) -> None:
         index = 0
@@ -362,6 +424,8 @@ class SparseAdam(Optimizer):
         """Counts the step; updates the duals, or freezes, where that is due."""
         step = self.steps_done
         self._set("steps_done", step + 1)
+        if step == self.timeline.total:
+            _warn(f"step() {self.timeline.wrong_length(step + 1)}", 6)
         if self.frozen:
             return
         if step + 1 == self.timeline.freeze_at:
@@ -376,7 +440,7 @@ class SparseAdam(Optimizer):
     def _update_hard(self, fraction: float) -> None:
         for splitting, _, weights in self._pruned():
             splitting.reselect(weights, fraction)
-        self._restrict()
+        self._restrict(self._weights())
 
     def _update_duals(self, step: int, fraction: float) -> None:
         updates: dict[str, WeightUpdate] = {}
@@ -394,3 +458,8 @@ class SparseAdam(Optimizer):
     def _set(self, name: str, value: int | bool) -> None:
         for group in self.param_groups:
             group[name] = value
+
+
+def _warn(message: str, level: int) -> None:
+    """A warning to the caller of a method, which torch wraps: `level` frames up."""
+    warnings.warn(message, UserWarning, stacklevel=level)

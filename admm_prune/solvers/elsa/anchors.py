@@ -89,6 +89,15 @@ def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, compl
         raise UserError(f"no mask is given for {missing[0]}: a support is changed as a whole")
 
 
+def check_names(weights: Sequence[Weight]) -> None:
+    """Raises UserError where two weights have one name, under which their masks are given and returned."""
+    seen: set[str] = set()
+    for weight in weights:
+        if weight.name in seen:
+            raise UserError(f"two parameters to prune are named {weight.name}: give each a name of its own")
+        seen.add(weight.name)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed with: float32 for the narrow ones."""
     return torch.float32 if dtype.itemsize < 4 else dtype

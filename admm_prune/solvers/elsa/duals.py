@@ -37,6 +37,11 @@ class Splitting:
     seed: int
     processes: int  # what `penalty.divide_by_world` divides by
 
+    @property
+    def held(self) -> bool:
+        """Whether x = z at all times."""
+        return self.penalty.value == math.inf
+
     def begin(self, weights: Sequence[Weight], fraction: float, masks: Mapping[str, Tensor], *, anchored: bool) -> None:
         """u = 0 and z = the projection of x, by magnitude or to given masks (of all rows).
 
@@ -55,7 +60,7 @@ class Splitting:
         for weight, mask, _ in self.support.select(weights, score, fraction):
             state: State = {"rho": 0.0, "dual_rho": 0.0, "lag": 1.0, "balance": 1.0, "threshold": 0.0}
             weight.state.update(state, gradient_square=math.nan)
-            if self.score.weighted and self.score.fisher == "clean":
+            if self.score.clean:
                 weight.state["fisher"] = laid_out_as(
                     weight.parameter, torch.zeros_like(weight.here, dtype=torch.float32)
                 )
@@ -88,11 +93,13 @@ class Splitting:
         """Moves rho to where the schedule has it, and returns what u is to be multiplied by, so that rho u stays.
 
         rho = 0 leaves u alone: it is rescaled from the last rho that was not zero; before the first, rho u is zero.
+        A relative rho is 0 until there is a gradient to measure it by, and where all weights are zero.
         """
         state = weight.state
         rho = self.penalty.at(progress) * state["balance"]
         if self.penalty.units == "relative":
-            rho *= math.sqrt(state["gradient_square"]) / state["weight_rms"] if state["weight_rms"] else 0.0
+            measured = state["gradient_square"] > 0.0 and state["weight_rms"]  # not where it is NaN
+            rho *= math.sqrt(state["gradient_square"]) / state["weight_rms"] if measured else 0.0
         if self.penalty.divide_by_world:
             rho /= self.processes
         state["rho"] = rho
@@ -101,14 +108,25 @@ class Splitting:
         before, state["dual_rho"] = state["dual_rho"], rho
         return float(before / rho)
 
-    def observe(self, weight: Weight, square: float) -> None:
-        """Takes note of the gradient of the loss, clipped, before the penalty; `square` is its squared norm."""
+    def idle(self, weight: Weight) -> bool:
+        """Whether x has not been trained yet, as a matrix that the loss has not depended on so far: no gradient, or,
+        where rho is measured by it, none but zeros. Its u stays zero: x - z is no residual of a minimisation over x."""
+        square = weight.state["gradient_square"]
+        return math.isnan(square) or (self.penalty.units == "relative" and square == 0.0)
+
+    def observe(self, weight: Weight, square: float, progress: float) -> None:
+        """Takes note of the gradient of the loss, clipped, before the penalty.
+
+        Args:
+            square: its squared norm.
+            progress: at the last dual update, which a rho that is set by the first gradient belongs to.
+        """
         state = weight.state
         mean = square / weight.entries
-        first = math.isnan(state["gradient_square"])
+        first = not state["gradient_square"] > 0.0  # NaN before any
         state["gradient_square"] = mean if first else _SMOOTHING * state["gradient_square"] + (1 - _SMOOTHING) * mean
         if first and math.isfinite(self.penalty.value):
-            self.set_rho(weight, 0.0)
+            self.set_rho(weight, progress)
         if "fisher" in state:
             gradient, decay = weight.gradient.float(), self.score.decay
             local(state["fisher"]).mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
@@ -139,7 +157,10 @@ class Splitting:
         return scores_of(weight, self.anchors.sum(weight), self.score, self._fisher(weight))
 
     def update(self, weights: Sequence[Weight], step: int, progress: float, fraction: float) -> dict[str, WeightUpdate]:
-        """a <- x + u, M <- the support of its largest scores, rho <- the schedule's, c <- M a - tau (1 - M) a."""
+        """a <- x + u, M <- the support of its largest scores, rho <- the schedule's, c <- M a - tau (1 - M) a.
+
+        Of an idle weight u stays zero: a = x and c = M x.
+        """
         before = {weight.name: (weight.state["rho"], weight.state["threshold"]) for weight in weights}
         taus: dict[str, float] = {}
         sums, least, updated = [], [], []
@@ -206,9 +227,10 @@ class Splitting:
         z = a.masked_fill(~mask, 0)
         dual = _square(z - old.masked_fill_(~before, 0))
         primal = _square(x - z)
-        u = a.masked_fill_(mask, 0)
+        idle = self.idle(weight)
+        u = a.zero_() if idle else a.masked_fill_(mask, 0)
         immediate = self.penalty.rescale == "immediate"
-        weight.state["lag"] = 1.0 if immediate else tau
+        weight.state["lag"] = 1.0 if immediate or idle else tau
         anchor = torch.sub(z, u, alpha=tau if immediate else 1.0)
         self.anchors.write(weight, anchor, self._chance(weight, step + 1))
         weight.set_mask(mask)
@@ -219,7 +241,7 @@ class Splitting:
 
     def _balance(self, weight: Weight, record: WeightUpdate) -> None:
         threshold = self.penalty.balance
-        if threshold is None:
+        if threshold is None or self.idle(weight):
             return
         factor = 1.0
         if record.primal_residual > threshold * record.dual_residual:
@@ -239,7 +261,8 @@ class Splitting:
 
 def _square(x: Tensor) -> Tensor:
     """|x|^2, a float64 scalar."""
-    norm: Tensor = torch.linalg.vector_norm(x)
+    narrow = x.dtype == torch.float16  # its norms overflow at 65504
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32 if narrow else None)
     return norm.double().square()
 
 

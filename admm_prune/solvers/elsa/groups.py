@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from admm_prune.prunable import linear_weights
 from admm_prune.solvers.elsa.supports import Budget, Groups, Support, Within
 
 _TARGETS = ("sparsity", "pattern", "constraint")
+_UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's AdamW
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ class Target:
 
 @dataclass
 class ParameterGroups:
-    """Groups as torch takes them, the support of each that is pruned by its number, and how weights are stored."""
+    """Groups as torch takes them, the support of each that is pruned by its number, and how weights are stored.
+
+    Parameters are told apart by identity, as tensors are when they are hashed: copies and pickles keep that.
+    """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     supports: dict[int, Support] = field(default_factory=dict)
-    transposed: set[int] = field(default_factory=set)  # ids of parameters
-    stacked: set[int] = field(default_factory=set)  # of those that hold a matrix for every expert
+    transposed: set[Tensor] = field(default_factory=set)
+    stacked: set[Tensor] = field(default_factory=set)  # those that hold a matrix for every expert
 
 
 def parameter_groups(
@@ -80,8 +84,9 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
     if others:
         result.groups.append({"params": others})
     result.supports[0] = _required(target)
-    result.transposed = {id(weight.parameter) for weight in weights if weight.transposed}
-    result.stacked = {id(weight.parameter) for weight in weights if weight.stacked}
+    result.transposed = {weight.parameter for weight in weights if weight.transposed}
+    result.stacked = {weight.parameter for weight in weights if weight.stacked}
+    _check_prunable([weight.parameter for weight in weights], result.supports[0])
     return result
 
 
@@ -90,22 +95,46 @@ def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
 
     Raises:
         UserError: no group has a target; a sparsity or a pattern is asked of parameters that are no matrices.
+        TypeError: `params` is a tensor.
     """
+    if isinstance(params, Tensor):
+        raise TypeError(f"params must be a model, or a list of parameters or groups, not a {type(params).__name__}")
     items = list(params)
-    given = items if items and isinstance(items[0], dict) else [{"params": items}]
+    if not items:
+        raise UserError("SparseAdam got an empty parameter list")
+    given = items if isinstance(items[0], dict) else [{"params": items}]
     result = ParameterGroups()
     for number, original in enumerate(given):
-        group: dict[str, Any] = dict(original)
-        own: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
-        support = (Target(**own, scope=target.scope) if own else target).support()
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group, support = group_of(original, target)
         result.groups.append(group)
         if support is not None:
             result.supports[number] = support
-            _only_matrices(group["params"], support)
     if not result.supports:
         _required(target)
     return result
+
+
+def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], Support | None]:
+    """A group as torch takes it, and the support of its parameters: of its own target, or else of `target`.
+
+    Raises:
+        UserError: two targets; a sparsity or a pattern for parameters that are no matrices; an option of torch's AdamW
+            that SparseAdam lacks.
+    """
+    group = dict(given)
+    if "params" not in group:
+        raise UserError(f"a parameter group needs 'params' beside {', '.join(map(str, group)) or 'nothing'}")
+    wrong = [name for name in _UNSUPPORTED if group.get(name)]
+    if wrong:
+        raise UserError(f"SparseAdam does not support {wrong[0]}={group[wrong[0]]}")
+    own: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
+    support = (Target(**own, scope=target.scope) if own else target).support()
+    parameters = group["params"]
+    if not isinstance(parameters, set):  # which torch refuses
+        group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if support is not None:
+        _check_prunable(group["params"], support)
+    return group, support
 
 
 def _required(target: Target) -> Support:
@@ -115,13 +144,39 @@ def _required(target: Target) -> Support:
     return support
 
 
-def _only_matrices(parameters: Iterable[Any], support: Support) -> None:
-    if isinstance(support, Within):
-        return  # it knows which shapes it admits
+def _check_prunable(parameters: Iterable[Any], support: Support) -> None:
     for parameter in parameters:
         tensor = parameter[1] if isinstance(parameter, tuple) else parameter
-        if tensor.ndim < 2:
+        if not isinstance(tensor, Tensor):
+            return  # torch refuses it
+        if tensor.is_complex():
+            raise UserError(
+                f"a complex parameter of shape {tuple(tensor.shape)} is among those to prune: put it into a group with "
+                "constraint=None, where it is trained as by AdamW"
+            )
+        if tensor.ndim == 0:
+            raise UserError("a scalar is among the parameters to prune: put it into a group with constraint=None")
+        if tensor.ndim < 2 and not isinstance(support, Within):  # a constraint knows which shapes it admits
             raise UserError(
                 f"a vector of {tensor.numel()} entries is among the parameters to prune: put norms and biases into a "
                 "group with constraint=None, or give the model itself"
             )
+
+
+def names_of(group: Mapping[str, Any], number: int) -> list[str]:
+    """Of the parameters of group `number`: their own, or else numbers."""
+    return list(group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"]))))
+
+
+def name_alike(group: dict[str, Any], number: int, others: Sequence[dict[str, Any]]) -> None:
+    """Names the parameters of a group, or of the others, where only the other side has names: torch takes no mixture.
+
+    Args:
+        group: not yet torch's; named parameters are pairs.
+        number: that it will have.
+    """
+    if not all("param_names" in other for other in others) and any(isinstance(p, tuple) for p in group["params"]):
+        for i, other in enumerate(others):
+            other["param_names"] = names_of(other, i)
+    elif "param_names" in others[0] and not any(isinstance(p, tuple) for p in group["params"]):
+        group["params"] = list(zip(names_of(group, number), group["params"], strict=True))

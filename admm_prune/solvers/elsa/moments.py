@@ -32,7 +32,7 @@ class Moments:
     In "int8", which needs no library, the first moment has logarithmic levels of both signs, and the root of the
     second, which is divided by, logarithmic levels rounded at random: at 0.1 % a step it would not move between levels
     5 % apart otherwise. In "bitsandbytes" levels, rounding and the step itself are that library's, fused on a GPU.
-    Vectors and tensors below 4096 entries keep full moments.
+    Vectors, complex tensors and tensors below 4096 entries keep full moments.
     """
 
     format: MomentFormat
@@ -86,7 +86,8 @@ class Moments:
         return torch.Size((library_adam.blocks(here.numel()),))
 
     def quantizes(self, parameter: Tensor) -> bool:
-        return self.format != "full" and parameter.ndim > 1 and parameter.numel() >= _SMALLEST
+        large = parameter.ndim > 1 and parameter.numel() >= _SMALLEST
+        return self.format != "full" and large and not parameter.is_complex()
 
     def stored(self, parameter: Tensor, state: State) -> bool:
         """Whether the state is kept this way."""
@@ -162,7 +163,8 @@ class Moments:
         """Some rows at a time: read to the precision of the computation, stepped, written back."""
         x, gradient = local(parameter.detach()), _gradient(parameter)
         dtype = working_dtype(x.dtype)
-        for rows in chunks(x):
+        everything: tuple[Any, ...] = (...,)  # a scalar has no rows
+        for rows in chunks(x) if x.ndim else everything:
             here = x[rows].to(dtype)
             first, second = self._read(parameter, state, rows)
             one_by_one = {**group, "foreach": False, "fused": False}
@@ -192,13 +194,13 @@ class Moments:
 def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
     """As `Moments._narrow_step`, over runs of whole blocks."""
     x = local(parameter.detach())
-    flat = x.view(-1)
+    flat = x.reshape(-1)  # a copy where x is not contiguous
     gradient = _gradient(parameter).reshape(-1)
     moments = [
         [local(state[f"{name}{part}"]).view(-1) for part in ("", "_scale")] for name in ("exp_avg", "exp_avg_sq")
     ]
     state["step"] += 1
-    settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    settings = {name: group[name] for name in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
     for some in chunks(flat):
         scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
         here, slope = flat[some].float(), gradient[some].float()
@@ -207,6 +209,8 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
         library_adam.step(here, slope, first, second, int(state["step"]), **settings)
         here.masked_fill_(pruned, 0)
         _write_weights(flat, some, here, chance)
+    if not x.is_contiguous():
+        x.copy_(flat.view(x.shape))
 
 
 def _write_weights(x: Tensor, rows: slice, here: Tensor, chance: torch.Generator) -> None:

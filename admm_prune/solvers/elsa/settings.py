@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from admm_prune.errors import UserError
 
@@ -94,6 +97,11 @@ class Score:
             raise UserError("a score needs a power and a hysteresis of at least 0, and a decay from 0 to below 1")
 
     @property
+    def clean(self) -> bool:
+        """Whether a moving average of the squared gradient is kept."""
+        return self.weighted and self.fisher == "clean"
+
+    @property
     def weighted(self) -> bool:
         return self.fisher != "none" and self.power > 0
 
@@ -140,6 +148,10 @@ class Timeline:
         end = self.total if self.freeze_at is None else self.freeze_at
         return 0.0 if end is None else min(1.0, step / max(1, end))
 
+    def updated(self, step: int) -> int:
+        """The step after which the duals were last updated, before `step`; 0 where they were not yet."""
+        return self.first + (step - 1 - self.first) // self.interval * self.interval if step > self.first else 0
+
     def due(self, step: int) -> bool:
         """Whether the duals are updated after Adam's step `step`."""
         return step >= self.first and (step - self.first) % self.interval == 0
@@ -149,3 +161,38 @@ class Timeline:
         if not self.ramp:
             return 1.0
         return 1.0 - max(0.0, 1.0 - self.progress(step) / self.ramp) ** 3
+
+    def wrong_length(self, steps: int) -> str | None:
+        """What to say of a run that ends, or goes on, after `steps`; None where it should."""
+        if self.total is None or steps == self.total:
+            return None
+        if steps > self.total:
+            return f"after {steps} steps, more than total_steps={self.total}: the schedules ended too early"
+        late = self.freeze_at is not None and steps < self.freeze_at
+        return (
+            f"after {steps} steps of total_steps={self.total}, before "
+            f"{'the support was to be frozen' if late else 'the end of the schedules'}: total_steps counts calls of "
+            "step(), one for several batches whose gradients are accumulated"
+        )
+
+
+def check_adam(
+    lr: float | Tensor,
+    betas: Sequence[float | Tensor],
+    eps: float,
+    weight_decay: float,
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+) -> None:
+    """Raises UserError for what torch's AdamW refuses."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise UserError(f"lr is one number, not a tensor of {lr.numel()}")
+    if isinstance(lr, Tensor) and foreach:
+        raise UserError("lr as a tensor needs foreach=False or foreach=None")
+    if foreach and fused:
+        raise UserError("give foreach=True or fused=True, not both")
+    if not lr >= 0 or not eps >= 0 or not weight_decay >= 0:
+        raise UserError(f"lr, eps and weight_decay are at least 0, not {float(lr)}, {eps} and {weight_decay}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas are two numbers from 0 to below 1, not {tuple(map(float, betas))}")
