@@ -111,6 +111,7 @@ def test_eval_of_a_pruned_folder_finds_the_figures_of_its_run(
     pruned = run("--method", "wanda", "--sparsity", 0.5, "--eval-data", "judge.txt", "--out", "pruned", "--json").json()
     outcome = command("eval", "pruned", "--data", "judge.txt", "--json")
     content = outcome.json()
+    assert content.pop("text")["source"] == "judge.txt"
     assert set(content) == FIGURES | {"sparsity"}
     assert content == {**pruned["pruned"], "sparsity": pruned["sparsity"]}
     assert outcome.err == ""
