@@ -347,10 +347,9 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def _unloaded(model: nn.Module) -> nn.Module:
     """The model without adapters, and a config that says whether its embedding and head are still one."""
     unload = getattr(model, "unload", None)
-    plain: Any = model if unload is None else unload()
+    plain: nn.Module = model if unload is None else unload()
     if unload is None:  # adapters that were injected into a plain model
-        inner = [(n, m) for n, m in [*tuner_layers(model), *saved_modules(model)]]
-        for name, layer in reversed(inner):
+        for name, layer in reversed([*tuner_layers(model), *saved_modules(model)]):
             own = getattr(layer, "unload_and_optionally_merge_module", partial(_base_of, layer))
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, own(merge=False, safe_merge=False, adapter_names=None))
@@ -366,11 +365,14 @@ def _base_of(layer: Any, **_: object) -> nn.Module:
 
 
 def _record_ties(model: Any) -> None:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
+    """Says in the config of a language model whether its embedding and its head still share a weight."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(model, "get_output_embeddings"):
         return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is not embedding.weight:
+    head, embedding = (
+        getattr(one, "weight", None) for one in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head is not None and embedding is not None and head is not embedding:
         for one in (config, config.get_text_config()):
             if getattr(one, "tie_word_embeddings", False):
                 one.tie_word_embeddings = False
