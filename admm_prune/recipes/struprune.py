@@ -186,7 +186,10 @@ class StruPrune:
                 report
                 for branch in losing
                 for report in pruner.prune(
-                    [branch], _statistics(stream, index, [branch], pruner.fold_bias), removed, lambda: stream.preview(index)
+                    [branch],
+                    _statistics(stream, index, [branch], pruner.fold_bias),
+                    removed,
+                    lambda: stream.preview(index),
                 )
             ]
         reports = {report.name: report for report in solved}

@@ -296,7 +296,12 @@ def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> No
     if not isinstance(constraint, BatchedConstraint):
         return
     shape = tuple(frame.shapes["weight"])
-    several = [_random(frame, 1).abs(), 100 * _random(frame, 2).abs(), _small_integers(frame, 3, 2), 0 * _random(frame, 4)]
+    several = [
+        _random(frame, 1).abs(),
+        100 * _random(frame, 2).abs(),
+        _small_integers(frame, 3, 2),
+        0 * _random(frame, 4),
+    ]
     for dtype in _DTYPES:
         score = torch.stack(several).to(dtype).view(-1, *shape).to(frame.device)
         before = score.clone()
@@ -358,7 +363,9 @@ def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
             off = abs(int(mask.count_nonzero()) - due)
             here.promise(off <= rows * step, "share its budget in proportion to the columns", f"off by {off} of {due}")
             if mask.numel() < ALL:
-                _is_best_in_share(here.but(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)}))
+                _is_best_in_share(
+                    here.but(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)})
+                )
         joined = Point(weight=torch.cat(masks, dim=1))
         size = joined.count_nonzero()
         here.promise(size == whole, "have shares that add up to its budget", f"{size} entries, not {whole}")

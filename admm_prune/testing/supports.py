@@ -115,7 +115,8 @@ def _family(case: Case, constraint: Constraint, frame: Frame, forced: Tensor, fr
 
 
 def column_cuts(width: int, step: int) -> Iterator[list[int]]:
-    """Partitions of the columns at multiples of `step`: fine, by two, and uneven ones."""
+    """Partitions of the columns at multiples of `step`: fine, by two, in half, and uneven ones."""
     every = list(range(0, width, step))
-    for starts in (every, every[::2], every[:1] + every[2:], every[:1] + every[-1:]):
+    half = every[len(every) // 2]
+    for starts in (every, every[::2], [0, half], every[:1] + every[2:], every[:1] + every[-1:]):
         yield sorted({*starts, width})
