@@ -101,6 +101,17 @@ class BoundsByItsOwnObjective(Altered):
         return replace(result, bound=result.objective)
 
 
+class BoundsByItsOwnObjectiveWhereNoOptimumIsKnown(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, bound=result.objective) if problem.initial().numel() > 12 else result
+
+
+class ReturnsTheTensorOfTheProblem(Altered):
+    def change(self, result, problem, start) -> Result:
+        dense = problem.initial()
+        return evaluated(result, problem, dense) if problem.constraint.contains(dense) else result
+
+
 class BoundsAboveItsObjective(Altered):
     def change(self, result, problem, start) -> Result:
         return replace(result, bound=result.objective * (1 + 1e-6))
@@ -213,7 +224,9 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (ModifiesTheStart, "leave the start as it was"),
     (ModifiesTheProblem, "leave the problem as it was; it changed"),
     (IsRandom, "same bits for the same problem made again"),
-    (BoundsByItsOwnObjective, "give a lower bound that is not above the optimum"),
+    (BoundsByItsOwnObjective, "give a bound that no feasible point is below|lower bound that is not above the optimum"),
+    (BoundsByItsOwnObjectiveWhereNoOptimumIsKnown, "give a bound that no feasible point is below"),
+    (ReturnsTheTensorOfTheProblem, "return memory of its own"),
     (BoundsAboveItsObjective, "give a bound not above its objective"),
     (IgnoresTheStart, "be never worse than the projection of the start"),
     (RoundsTheDenseWeights, "return the dense weights, to the bit, where nothing has to go"),
@@ -275,8 +288,8 @@ def test_broken_constraints() -> None:
             return super().project(v, metric).map(torch.Tensor.double)
 
     class TakesNaN(Unstructured):
-        def select(self, score) -> Point:
-            return super().select(score.map(torch.nan_to_num))
+        def project(self, v, metric=None) -> Point:
+            return super().project(v.map(torch.nan_to_num), metric)
 
     class LeavesZerosOut(RowWise):
         def select(self, score) -> Point:
@@ -320,6 +333,75 @@ def test_broken_constraints() -> None:
         with pytest.raises(AssertionError, match=message) as caught:
             assert_constraint_conforms(broken)
         assert type(broken).__name__ in str(caught.value)
+
+
+class ByIndexBelowFloat64(RowWise):
+    def select(self, score) -> Point:
+        exact = all(x.dtype is torch.float64 for x in score.values())
+        return super().select(score if exact else score.map(torch.ones_like))
+
+
+class KeepsTheHigherOfEqualScores(RowWise):
+    def select(self, score) -> Point:
+        return super().select(score.map(lambda s: s.flip(1))).map(lambda kept: kept.flip(1))
+
+
+class OneBudgetForAllMatrices(Unstructured):
+    def select_each(self, score) -> torch.Tensor:
+        return super().select(Point(weight=score.flatten(0, 1)))["weight"].view(score.shape)
+
+
+class TightensByTheSquare(Unstructured):
+    def tightened(self, fraction) -> Unstructured:
+        return type(self)(self.sparsity * fraction**2)
+
+
+class TightensToAnotherKind(RowWise):
+    def tightened(self, fraction) -> RowWise | Unstructured:
+        return self if fraction == 1 else Unstructured(self.sparsity * fraction)
+
+
+class SharesGoToTheFirst(Unstructured):
+    def share(self, start, stop, shape) -> Unstructured:
+        budget = self._count(Point(w=torch.ones(shape)))
+        return Unstructured(0.0, keep=min(budget, shape[0] * stop) - min(budget, shape[0] * start))
+
+
+class OverlooksNaN(Unstructured):
+    def contains(self, z) -> bool:
+        return super().contains(z.map(torch.nan_to_num))
+
+
+class OverlooksTinyEntries(Unstructured):
+    def contains(self, z) -> bool:
+        return super().contains(z.map(lambda x: x.masked_fill(x.abs() < 1e-12, 0)))
+
+
+class ReturnsItsArgument(Unstructured):
+    def project(self, v, metric=None) -> Point:
+        z = super().project(v, metric)
+        return v if all(torch.equal(z[name], v[name]) for name in v) else z
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (ByIndexBelowFloat64(0.5), "select in each dtype as in float64|closest|full support"),
+        (KeepsTheHigherOfEqualScores(0.5), "select the lowest indices among supports of equal sums"),
+        (OneBudgetForAllMatrices(0.5), "select in select_each what select selects"),
+        (TightensByTheSquare(0.5), "prune in proportion when tightened"),
+        (TightensToAnotherKind(0.5), "be of its own class and group width"),
+        (SharesGoToTheFirst(0.5), "share its budget in proportion"),
+        (OverlooksNaN(0.5), "count every entry that is not zero in contains; nan"),
+        (OverlooksTinyEntries(0.5), "count every entry that is not zero in contains; 1e-300"),
+        (ReturnsItsArgument(0.5), "return a new point from project"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_constraints_that_used_to_pass(broken, message) -> None:
+    with pytest.raises(AssertionError, match=message) as caught:
+        assert_constraint_conforms(broken, examples=2)
+    assert type(broken).__name__ in str(caught.value)
 
 
 def test_large_sets_are_seen_through_too() -> None:

@@ -6,9 +6,10 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problems.constraints import Blocks, NofM, Product, RowWise, StackedRows, Unstructured
+from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, SparseSet, StackedRows, Unstructured
 from admm_prune.testing import assert_constraint_conforms
 
 SETS = {
@@ -72,3 +73,86 @@ def test_all_supports_of_a_pattern_are_admitted() -> None:
         z[0, list(pair)] = 1
         assert NofM(2, 4).contains(Point(weight=z))
     assert not NofM(2, 4).contains(Point(weight=torch.tensor([[1.0, 1.0, 1.0, 0.0]])))
+
+
+ONE_OF_TWO = {  # each keeps one of every two columns of a (1, 4) matrix
+    "unstructured": Unstructured(0.5),
+    "row-wise": RowWise(0.5),
+    "1:2": NofM(1, 2),
+    "tiles": Blocks(0.5, 1, 1),
+    "columns": Groups(0.5),
+    "product": Product({"weight": RowWise(0.5)}),
+    "stacked": StackedRows(((1, Groups(0.5)),)),
+}
+
+
+def kept(constraint: SparseSet, v: Tensor, metric: Tensor | None = None) -> list[int]:
+    point = None if metric is None else Point(weight=metric[None])
+    return constraint.project(Point(weight=v[None]), point)["weight"][0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("name", ONE_OF_TWO)
+def test_products_with_a_metric_beyond_the_range_of_the_dtype(name) -> None:
+    constraint = ONE_OF_TWO[name]
+    half = [300.0, 400.0, 0.3, 0.2]  # squares and products overflow float16
+    for dtype in (torch.float16, torch.bfloat16):
+        for metric_dtype in (dtype, torch.float32):
+            v, metric = torch.tensor(half, dtype=dtype), torch.tensor([6e4] * 4, dtype=metric_dtype)
+            assert kept(constraint, v, metric) == ([1, 2] if name == "1:2" else [0, 1])
+            assert kept(constraint, v / 400, torch.full_like(metric, 1e-4)) == ([1, 2] if name == "1:2" else [0, 1])
+    for dtype, large in ((torch.float32, 1e30), (torch.float64, 1e250)):
+        v = torch.tensor([1 / large, 2 / large, 2 * large, large], dtype=dtype)
+        small = 1 / large if dtype is torch.float32 else large  # in float64, 600 decades are told apart
+        metric = torch.tensor([small, small, large, large], dtype=dtype)
+        assert kept(constraint, v, metric) == ([1, 2] if name == "1:2" else [2, 3])
+        assert kept(constraint, v[[0, 1, 0, 1]], 1 / metric[[3, 3, 3, 3]]) == [1, 3]
+        assert kept(constraint, v[[2, 3, 3, 2]], metric[[3, 3, 3, 3]]) == [0, 3]
+        assert kept(constraint, v[[1, 0, 0, 1]]) == [0, 3]
+
+
+@pytest.mark.parametrize("name", ONE_OF_TWO)
+def test_an_infinite_entry_is_kept_before_finite_ones(name) -> None:
+    constraint = ONE_OF_TWO[name]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        v = torch.tensor([1.0, 2.0, torch.inf, 3.0], dtype=dtype)
+        assert kept(constraint, v) == ([1, 2] if name == "1:2" else [2, 3])
+        small = torch.full_like(v, 1e-7)  # its root times the score may not become zero times infinity
+        assert kept(constraint, v, small) == ([1, 2] if name == "1:2" else [2, 3])
+        assert kept(constraint, -v, small) == ([1, 2] if name == "1:2" else [2, 3])
+        assert kept(constraint, torch.zeros(4, dtype=dtype), small) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("constraint", [Blocks(0.5, 2, 2), Groups(0.5), Groups(0.5, 2)])
+def test_whole_groups_of_zeros_and_of_infinities(constraint, dtype) -> None:
+    zeros = torch.zeros(2, 4, dtype=dtype)
+    assert constraint.select(Point(w=zeros))["w"].tolist() == [[True, True, False, False]] * 2
+    assert constraint.select(Point(w=zeros + torch.inf))["w"].tolist() == [[True, True, False, False]] * 2
+    one = zeros.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(torch.inf, dtype=dtype))
+    assert constraint.select(Point(w=one + 1))["w"][:, 2].all()
+
+
+def test_sums_of_squares_beyond_the_range_of_float64() -> None:
+    v = torch.tensor([1e200, 1, 1e-200, 2e-200, 1e-200, 1e-200, 2e-200, 2e-200], dtype=torch.float64)
+    assert kept(Blocks(0.25, 1, 2), v) == [0, 1, 2, 3, 6, 7]
+    huge = torch.tensor([1.6e308] * 2 + [1e308] * 2 + [1.7e308] * 2 + [1.0] * 2, dtype=torch.float64)
+    assert kept(Blocks(0.5, 1, 2), huge) == [0, 1, 4, 5]
+
+
+def test_equal_sums_of_unlike_squares_are_ties() -> None:
+    """3^2 + 4^2 = 5^2 + 0: the lower tile is kept, whatever the largest score is."""
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for largest in (5.0, 7.0, 11.0):
+            v = torch.tensor([largest, largest, 3, 4, 5, 0, 0, 5], dtype=dtype)
+            assert Blocks(0.5, 1, 2).select(Point(w=v[None]))["w"][0].tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("name", ONE_OF_TWO)
+def test_nan_is_refused_in_the_point_and_in_the_metric(name) -> None:
+    bad, ones = torch.tensor([1.0, 2.0, torch.nan, 0.0]), torch.ones(4)
+    with pytest.raises(ValueError, match="the point holds NaN"):
+        kept(ONE_OF_TWO[name], bad)
+    with pytest.raises(ValueError, match="the metric holds NaN"):
+        kept(ONE_OF_TWO[name], ones, bad)
+    with pytest.raises(ValueError, match="NaN"):
+        ONE_OF_TWO[name].select(Point(weight=bad[None]))

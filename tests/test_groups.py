@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from admm_prune.kernels import groups
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, Unstructured
+from admm_prune.problems.gram import GramAccumulator, LayerStatistics, centred
 from admm_prune.problems.groups import GroupReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.group_mask import GroupMask
@@ -210,6 +211,51 @@ def test_a_constant_channel_goes_first_and_the_bias_keeps_what_it_gave() -> None
     assert solution["weight"].any(0).logical_not().nonzero().tolist() == [[5]]
     shift = problem.bias_shift(solution).double()
     assert torch.allclose(x @ solution["weight"].double().T + shift, x @ weight.T, atol=1e-3)
+
+
+def far_from_zero() -> torch.Tensor:
+    """Inputs whose squared mean is 40,000 times their variance."""
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=g, dtype=torch.float64) / 8
+    return torch.randn(5000, 64, generator=g, dtype=torch.float64) @ mixing + 200
+
+
+def least_eigenvalue(gram: torch.Tensor) -> float:
+    scale = gram.double().diagonal().sqrt()
+    return float(torch.linalg.eigvalsh(gram.double() / scale / scale[:, None])[0])
+
+
+def test_a_centred_gram_is_centred_before_it_is_rounded() -> None:
+    x = far_from_zero()
+    away = x - x.mean(0)
+    truth = away.T @ away
+    parts = GramAccumulator(64), GramAccumulator(64)
+    for accumulator, some in zip(parts, x.split([4000, 1000]), strict=True):
+        accumulator.add(some)
+    found = LayerStatistics.collected(*parts, centre=True)
+    assert found.centred is not None
+    assert found.gram.dtype == found.centred.dtype == torch.float32
+    assert torch.equal(found.centred, found.centred.T)
+    assert float((found.centred - truth).abs().max()) < 1e-7 * float(truth.diagonal().max())
+    assert least_eigenvalue(found.centred) == pytest.approx(least_eigenvalue(truth), rel=1e-2)
+
+
+def test_a_gram_that_was_rounded_before_gives_a_semidefinite_centred_one() -> None:
+    x = far_from_zero()
+    away = x - x.mean(0)
+    truth, rounded = away.T @ away, (x.T @ x).float()
+    assert least_eigenvalue(rounded.double() - len(x) * x.mean(0).outer(x.mean(0))) < -1e-4  # what rounding leaves
+    found = centred(rounded, x.mean(0), len(x))
+    assert least_eigenvalue(found) > -1e-6
+    assert float((found - truth).norm()) < 0.01 * float(truth.norm())
+
+
+def test_centring_leaves_the_gram_as_it_was() -> None:
+    x = correlated_inputs(64, 16, 0) + 0.3
+    gram = x.T @ x
+    before = gram.clone()
+    GroupReconstruction(random_weight(6, 16, 0), gram, Groups(0.5), mean=x.mean(0), tokens=64)
+    assert torch.equal(gram, before)
 
 
 def test_no_bias_no_shift_and_a_mean_needs_its_tokens() -> None:

@@ -127,6 +127,8 @@ class BlockStream:
         only: Collection[str] | None = None,
         outputs: dict[str, Tensor] | None = None,
         weigh: TokenWeights | None = None,
+        *,
+        centre: bool = False,
     ) -> list[SharedInput]:
         """The inputs of block `index`, in the order of its weights; pads are left out.
 
@@ -134,6 +136,7 @@ class BlockStream:
             only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
             outputs: receives what the block puts out, (n, hidden size) for every part of the text.
             weigh: from inputs (n, in) the tokens' weights in their Gram (n,).
+            centre: the statistics include centred Grams (`LayerStatistics.centred`).
 
         Raises:
             ValueError: it is another block's turn.
@@ -144,7 +147,7 @@ class BlockStream:
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         for some in self._apart(weights):
-            collector = Collector(some, weigh)
+            collector = Collector(some, weigh, centre=centre)
             self._observe(collector, index, None if shared else outputs)
             collector.join(tuple(self._flows), self._world)
             if collector.starving():

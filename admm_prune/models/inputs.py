@@ -33,11 +33,14 @@ class Collector:
     Weights share an input when they are called with the very same tensor, unchanged in between. An expert's inputs are
     the tokens that the router sends it. One that got fewer tokens than a matrix of its has inputs, so that nothing is
     known of the rest, starves: the block is to run again, where this matrix is given all tokens of the block, pads
-    left out, and its statistics are of those. `weigh` gives the tokens their weights in the Grams.
+    left out, and its statistics are of those. `weigh` gives the tokens their weights in the Grams. With `centre` the
+    statistics include centred Grams.
     """
 
-    def __init__(self, weights: tuple[WeightView, ...], weigh: TokenWeights | None = None) -> None:
-        self._weights, self._weigh = weights, weigh
+    def __init__(
+        self, weights: tuple[WeightView, ...], weigh: TokenWeights | None = None, *, centre: bool = False
+    ) -> None:
+        self._weights, self._weigh, self._centre = weights, weigh, centre
         self._leaders: dict[int, int] = {}  # weight -> the first weight of the block that reads the same input
         self._grams: dict[tuple[int, str], GramAccumulator] = {}  # by (leader, part of the text)
         self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
@@ -104,6 +107,7 @@ class Collector:
                 self._grams[leader, "calibration"],
                 self._grams.get((leader, "validation")),
                 self._grams.get((leader, "holdout")),
+                centre=self._centre,
             )
             check_finite(statistics.gram, f"the inputs of {members[0].name}")
             if leader in self._routed:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _CHUNK = 4096  # tokens multiplied at once: bounds the float64 copy of the inputs
 _TILE = 256  # rows taken from float64 at once
+_CONSTANT = 1e-5  # a channel is constant where its variance is at most this multiple of its mean square
 _SYMMETRY = 1e-3  # |H - H^T| allowed, relative to sqrt(H_ii H_jj): what accumulation in float32 may leave
 DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median
 
@@ -111,7 +112,8 @@ class LayerStatistics:
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
-    input of the calibration tokens. `notes` say how they were come by, where that was not as usual.
+    input of the calibration tokens. `centred` is H - n mu mu^T of the calibration tokens, subtracted in float64: the
+    rounding of `gram` may exceed it. `notes` say how they were come by, where that was not as usual.
     """
 
     gram: Tensor
@@ -121,6 +123,7 @@ class LayerStatistics:
     holdout: Tensor | None = None
     holdout_tokens: int = 0
     mean: Tensor | None = None
+    centred: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -129,10 +132,15 @@ class LayerStatistics:
         calibration: GramAccumulator,
         validation: GramAccumulator | None = None,
         holdout: GramAccumulator | None = None,
+        *,
+        centre: bool = False,
     ) -> LayerStatistics:
         """Joins accumulators of disjoint tokens, which are empty afterwards.
 
         The validation tokens count as calibration tokens too.
+
+        Args:
+            centre: compute `centred` too, which takes as much memory as `gram`.
         """
         if validation is not None and validation.tokens == 0:
             validation = None
@@ -140,7 +148,9 @@ class LayerStatistics:
         if validation is not None:
             tokens += validation.tokens
             mean = mean + (validation.mean - mean) * (validation.tokens / max(tokens, 1))
-        gram = _in_float(calibration) if validation is None else _in_float(calibration, validation)
+        joined = (calibration,) if validation is None else (calibration, validation)
+        gram = _in_float(*joined)
+        centred_gram = _in_float(*joined, mean=mean, tokens=tokens) if centre else None
         calibration.release()
         apart = [None if other is None else _in_float(other) for other in (validation, holdout)]
         for other in (validation, holdout):
@@ -154,6 +164,7 @@ class LayerStatistics:
             holdout=apart[1],
             holdout_tokens=0 if holdout is None else holdout.tokens,
             mean=mean,
+            centred=centred_gram,
         )
 
     @property
@@ -162,14 +173,59 @@ class LayerStatistics:
         return dead_channels(self.gram).nonzero()[:, 0]
 
 
-def _in_float(*accumulators: GramAccumulator) -> Tensor:
-    """The sum of some Grams in float32, without a copy of any in float64."""
+def _in_float(*accumulators: GramAccumulator, mean: Tensor | None = None, tokens: int = 0) -> Tensor:
+    """The sum of some Grams in float32, centred where a mean is given, without a copy of any in float64."""
     none = accumulators[0].rows(slice(0, 0))
     result = none.new_empty(none.shape[1], none.shape[1], dtype=torch.float32)
+    constant = torch.zeros(len(result), dtype=torch.bool, device=result.device)
+    scaled_mean = None if mean is None else mean * tokens**0.5  # so that every product is the same from either side
     for start in range(0, len(result), _TILE):
-        rows = slice(start, start + _TILE)
-        result[rows] = sum(accumulator.rows(rows) for accumulator in accumulators)
-    return result
+        tile = slice(start, start + _TILE)
+        rows = accumulators[0].rows(tile)
+        for other in accumulators[1:]:
+            rows += other.rows(tile)
+        if scaled_mean is not None:
+            squares = rows.diagonal(start).clone()
+            rows.addr_(scaled_mean[tile], scaled_mean, alpha=-1)
+            constant[tile] = rows.diagonal(start) <= _CONSTANT * squares
+        result[tile] = rows
+    return result if mean is None else _without(result, constant)
+
+
+def centred(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:
+    """C = H - n mu mu^T in the dtype of H, symmetric; a channel that is constant up to rounding becomes exactly zero.
+
+    The subtraction is in float64, but H is as accurate as its dtype. Where the rounding of a float32 H leaves C
+    indefinite, the nearest positive semidefinite matrix is returned, at unit diagonal and in the Frobenius norm: the
+    true C being semidefinite, this brings the result no farther from it (Higham, Computing a nearest symmetric
+    positive semidefinite matrix, 1988). `LayerStatistics.centred` does not suffer that rounding.
+    """
+    mu = mean.to(gram.device, torch.float64) * tokens**0.5
+    result = gram.double().addr(mu, mu, alpha=-1)
+    constant = result.diagonal() <= _CONSTANT * gram.diagonal()
+    return _without(_semidefinite(result, gram), constant).to(gram.dtype)
+
+
+def _without(gram: Tensor, channels: Tensor) -> Tensor:
+    """The Gram with some channels set to zero, in place."""
+    gram[channels] = 0
+    gram[:, channels] = 0
+    return gram
+
+
+def _semidefinite(centred_gram: Tensor, gram: Tensor) -> Tensor:
+    """The centred Gram, or the nearest positive semidefinite matrix where the rounding of the Gram left none."""
+    diagonal = centred_gram.diagonal()
+    live = diagonal > _CONSTANT * gram.diagonal()
+    scale = diagonal.masked_fill(~live, 1).sqrt()
+    unit = (centred_gram / scale / scale[:, None]) * (live & live[:, None])
+    allowed = len(unit) * torch.finfo(gram.dtype).eps  # what rounding the result to its dtype may bring, at most
+    shifted = unit + torch.diag_embed(torch.where(live, allowed, 1.0).to(unit))
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        return centred_gram
+    values, vectors = torch.linalg.eigh(unit)
+    nearest = (vectors * values.clamp_min(0)) @ vectors.T
+    return (nearest + nearest.T).div_(2).mul_(scale).mul_(scale[:, None])
 
 
 def _roots(weights: Tensor, tokens: int) -> Tensor:

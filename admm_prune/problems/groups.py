@@ -7,9 +7,8 @@ from torch import Tensor
 from admm_prune.kernels import groups
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
+from admm_prune.problems.gram import centred
 from admm_prune.problems.layer import DEFAULT_RIDGE, LayerReconstruction
-
-_CONSTANT = 1e-5  # a channel is constant where its variance is at most this multiple of its mean square
 
 
 class GroupReconstruction(LayerReconstruction):
@@ -25,10 +24,12 @@ class GroupReconstruction(LayerReconstruction):
     Args:
         weight, gram, constraint, ridge, damping: see `LayerReconstruction`; `constraint` is a `Groups`.
         mean: mu (in,), the mean input, where a bias can take the constant; None where there is no bias.
-        tokens: n, needed with `mean`.
+        tokens: n, needed with `mean`, unless `centred_gram` is given.
+        centred_gram: X^T X - n mu mu^T, in place of `gram`, where it is known more accurately than from a rounded
+            Gram (`LayerStatistics.centred`); needs `mean`.
 
     Raises:
-        ValueError: as `LayerReconstruction`; a mean without tokens.
+        ValueError: as `LayerReconstruction`; a mean without tokens; a centred Gram without a mean.
     """
 
     def __init__(
@@ -39,14 +40,21 @@ class GroupReconstruction(LayerReconstruction):
         *,
         mean: Tensor | None = None,
         tokens: int = 0,
+        centred_gram: Tensor | None = None,
         ridge: float = DEFAULT_RIDGE,
         damping: float = 0.0,
     ) -> None:
-        if mean is not None and tokens < 1:
-            raise ValueError("a mean input needs the number of tokens that it is of")
-        self.mean, self._tokens = mean, tokens
-        centred_gram = gram if mean is None else centred(gram, mean, tokens)
-        super().__init__(weight, centred_gram, constraint, ridge=ridge, damping=damping)
+        if centred_gram is not None:
+            if mean is None:
+                raise ValueError("a centred Gram needs the mean that was subtracted")
+            gram = centred_gram
+        elif mean is not None:
+            if tokens < 1:
+                raise ValueError("a mean input needs the number of tokens that it is of")
+            gram = centred(gram, mean, tokens)
+        self.mean = mean
+        self._subtracted = 0 if centred_gram is not None else tokens  # tokens whose mean a rounded Gram was rid of
+        super().__init__(weight, gram, constraint, ridge=ridge, damping=damping)
 
     def refit(self, mask: Point) -> Point:
         """The least-squares weights on a support; on whole columns, by one factorization for all rows."""
@@ -57,24 +65,12 @@ class GroupReconstruction(LayerReconstruction):
 
     def _magnitudes(self, e: Tensor, gram: Tensor) -> float:
         """With those of n mu mu^T, which a centred Gram is a difference from."""
-        taken = (
-            0.0
-            if self.mean is None
-            else self._tokens * float((e.abs() @ self.mean.abs().to(e)).double().square().sum())
-        )
-        return super()._magnitudes(e, gram) + 2 * taken
+        magnitudes = super()._magnitudes(e, gram)
+        if self.mean is None or not self._subtracted:
+            return magnitudes
+        return magnitudes + 2 * self._subtracted * float((e.abs() @ self.mean.abs().to(e)).double().square().sum())
 
     def bias_shift(self, x: Point) -> Tensor:
         """(W - V) mu (out,): what the bias takes over; zeros without a mean."""
         away = self.weight - x["weight"]
         return away.new_zeros(len(away)) if self.mean is None else away @ self.mean.to(away)
-
-
-def centred(gram: Tensor, mean: Tensor, tokens: int) -> Tensor:
-    """H - n mu mu^T, symmetric; a channel that is constant up to rounding becomes exactly zero."""
-    mu = mean.double()
-    result = gram.double().addr_(mu, mu, alpha=-tokens)
-    constant = result.diagonal() <= _CONSTANT * gram.diagonal()
-    result[constant] = 0
-    result[:, constant] = 0
-    return result.to(gram.dtype)

@@ -53,13 +53,15 @@ class Pruner:
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
         """
+        mean = statistics.mean if self.fold_bias and branch.output.bias is not None else None
         try:
             return GroupReconstruction(
                 branch.output.read().clone(),  # what is read shares memory with the parameter
                 statistics.gram,
                 Groups(1 - keep / branch.count, branch.width, keep),
-                mean=statistics.mean if self.fold_bias and branch.output.bias is not None else None,
+                mean=mean,
                 tokens=statistics.tokens,
+                centred_gram=None if mean is None else statistics.centred,
                 ridge=self.ridge,
             )
         except ValueError as error:

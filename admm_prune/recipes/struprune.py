@@ -146,7 +146,7 @@ class StruPrune:
         parts = [branches(block) for block in decoder_blocks(model)]
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            losses = pruner.losses(parts[index], _statistics(stream, index, parts[index]))
+            losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
             stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
             return Visit(tensors={name: found / scale for name, found in losses.items()})
@@ -182,7 +182,7 @@ class StruPrune:
         shapes = {view.name: view.shape for view in block.weights}
         losing = [branch for branch in parts if removed.get(branch.name, 0) > 0]
         if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
-            statistics = _statistics(stream, index, losing)
+            statistics = _statistics(stream, index, losing, pruner.fold_bias)
             stream.advance(index)
             solved = pruner.prune(losing, statistics, removed)
         else:
@@ -190,7 +190,10 @@ class StruPrune:
                 report
                 for branch in losing
                 for report in pruner.prune(
-                    [branch], _statistics(stream, index, [branch]), removed, lambda: stream.preview(index)
+                    [branch],
+                    _statistics(stream, index, [branch], pruner.fold_bias),
+                    removed,
+                    lambda: stream.preview(index),
                 )
             ]
         reports = {report.name: report for report in solved}
@@ -263,12 +266,15 @@ class StruPrune:
         return replace(found, removed={c.name: found.removed[kind] for kind, alike in kinds.items() for c in alike})
 
 
-def _statistics(stream: BlockStream, index: int, parts: Sequence[Branch]) -> dict[str, LayerStatistics]:
+def _statistics(
+    stream: BlockStream, index: int, parts: Sequence[Branch], fold_bias: bool
+) -> dict[str, LayerStatistics]:
     """What enters the output matrices of some branches of a block, by the name of the branch."""
     if not parts:
         return {}
     names = {branch.output.name: branch.name for branch in parts}
-    shared = stream.collect(index, only=names)
+    centre = fold_bias and any(branch.output.bias is not None for branch in parts)
+    shared = stream.collect(index, only=names, centre=centre)
     # No ridge is chosen here: what is known of the validation tokens alone is not needed.
     statistics = {
         view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights

@@ -56,7 +56,7 @@ class SparseGPT:
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
         if constraint.contains(dense):  # nothing has to go: nothing changes, not by a bit
-            return closed_form(problem, dense, began, start)
+            return closed_form(problem, dense.clone(), began, start)
         scaled, scale = quadratic.unit_diagonal(problem.hessian)
         factor, notes = _inverse_factor(scaled)
         columns = (problem.minimizer * scale).T.contiguous()  # (in, out): a column of W is a row here

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Constraint, SupportConstraint
+from admm_prune.problem import BatchedConstraint, Constraint, SupportConstraint
 from admm_prune.testing.drawing import for_all, st
-from admm_prune.testing.promise import Case, named, same_bits, same_form
-from admm_prune.testing.supports import Family, Frame, column_cuts, families
+from admm_prune.testing.promise import Case, named, same_bits, same_form, shares_memory
+from admm_prune.testing.supports import ALL, Family, Frame, column_cuts, families, grown
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FRACTIONS = (0.0, 0.3, 0.7, 1.0)
+_GRID = 20  # steps from tightened(0) to tightened(1)
 _HEAVY = 1e8  # a forced entry, in the metric 1e6: dropping one costs more than all free entries together
 _ROUNDING = 1 + 1e-12
 
@@ -39,11 +40,16 @@ def assert_constraint_conforms(
     with a ValueError.
 
     Of a family of supports (SupportConstraint) moreover: z is as close as the best of all supports that `contains`
-    admits, tried one by one (of all of them up to 12 entries, along four cuts beyond), and keeps the entries of v by
-    the bit; membership survives scaling by positive numbers and the loss of entries; `select` returns a support of the
-    largest sum of squared scores and of the full size, also where scores are zero; what the shares of a partition of
-    the columns select makes up a member of full size; `tightened` goes from everything at 0 to the set itself at 1,
-    each set inside the one before (or says with a ValueError that it cannot).
+    tried one by one (of all of them up to 12 entries, along four cuts beyond), and keeps the entries of v by
+    the bit; membership survives scaling by positive numbers and the loss of entries, and does not overlook an entry
+    that is tiny, infinite or NaN; `select` returns a support of the largest sum of squared scores and of the full size,
+    also where scores are zero, the same in every dtype; of supports of equal sums it returns the one of the lowest
+    indices, that is the first in lexicographic order (row-major, names in the order of the point); `select_each`, where
+    there is one, returns what `select` returns for each matrix; what the shares of a partition of the columns select
+    makes up a member of full size, in proportion to their columns up to one group of a row, and is best in each share;
+    `tightened` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
+    inside the one before, and prune in proportion up to the steps in which they can (or says with a ValueError that it
+    cannot).
 
     Args:
         shape: of a point's one tensor, named "weight", or the shapes of its tensors by name. At most 12 entries make
@@ -66,13 +72,18 @@ def assert_constraint_conforms(
             st.sampled_from(cuts), *(st.lists(x, min_size=12, max_size=12).map(_tensor) for x in (_entries, _metrics))
         )
         for_all(drawn, lambda drawn: _equals_brute_force(case, constraint, frame, *drawn), examples)
+        _misses_no_entry(case, constraint, frame)
+        _breaks_ties(case, constraint, frame, cuts)
+        _selects_in_every_dtype(case, constraint, frame)
         _tightens(case, constraint, frame)
         if list(frame.shapes) == ["weight"] and len(frame.shapes["weight"]) == 2:
+            _selects_each(case, constraint, frame)
             _shares(case, constraint, frame)
     else:
         lacks = [name for name in ("group_width", "share", "tightened") if not hasattr(constraint, name)]
         case.promise(not hasattr(constraint, "select"), "show all of a SupportConstraint", f"it lacks {lacks}")
         for_all(st.integers(0, 9999), lambda seed: _no_member_is_closer(case, constraint, frame, seed), examples)
+        _is_as_close_in_every_dtype(case, constraint, frame)
 
 
 def _tensor(values: list[float]) -> Tensor:
@@ -91,6 +102,10 @@ def _projected(case: Case, constraint: Constraint, v: Point, metric: Point | Non
         z = constraint.project(v, metric)
     untouched = same_bits(v, before) and (metric is None or metric_before is None or same_bits(metric, metric_before))
     case.promise(untouched, "leave the arguments of project as they were")
+    case.promise(
+        not shares_memory(z, v) and (metric is None or not shares_memory(z, metric)),
+        "return a new point from project, not memory of its arguments",
+    )
     case.promise(same_form(z, v), "keep names, shapes, dtypes and devices in a projection")
     case.promise(z.is_finite(), "project finite points to finite ones", f"v = {_short(v)}")
     exact = isinstance(constraint, SupportConstraint)
@@ -206,6 +221,99 @@ def _refuses_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
         case.promise(False, "refuse a point that holds NaN with a ValueError", f"entry {i} was taken")
 
 
+def _misses_no_entry(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    full = grown(case, constraint, frame, torch.arange(frame.size))
+    for i in (~full).nonzero()[:, 0].tolist()[:: max(1, frame.size // 12)]:
+        for value in (1e-300, -1e-30, math.inf, math.nan):
+            z = full.double()
+            z[i] = value
+            with case.doing("say of any point whether it contains it"):
+                inside = constraint.contains(frame.point(z))
+            case.promise(not inside, "count every entry that is not zero in contains", f"{value} at {i} was overlooked")
+
+
+def _small_integers(frame: Frame, seed: int, most: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, most + 1, (frame.size,), generator=g).double()
+
+
+def _breaks_ties(case: Case, constraint: SupportConstraint, frame: Frame, cuts: list[Family]) -> None:
+    duty = "select the lowest indices among supports of equal sums"
+    lowest = grown(case, constraint, frame, torch.arange(frame.size))
+    for dtype in _DTYPES:
+        for value in (1.0, 0.0):
+            mask = frame.flat(constraint.select(frame.point(torch.full((frame.size,), value, dtype=dtype))))
+            here = case.but(f"{dtype}, all scores {value}")
+            if int(mask.sum()) == int(lowest.sum()):
+                here.promise(torch.equal(mask, lowest), duty, f"it selects {mask.nonzero()[:, 0].tolist()[:12]}")
+    if frame.size > ALL:
+        return
+    supports = cuts[0].admissible
+    supports = supports[supports.sum(1) == supports.sum(1).max()]
+    order = torch.exp2(torch.arange(frame.size - 1, -1, -1, dtype=torch.float64))
+    for seed in range(30):
+        score = _small_integers(frame, seed, 2)
+        sums = supports @ score.square()
+        best = supports[sums == sums.max()]
+        first = best[(best @ order).argmax()] > 0
+        mask = frame.flat(constraint.select(frame.point(score)))
+        found = f"it selects {mask.nonzero()[:, 0].tolist()}, not {first.nonzero()[:, 0].tolist()}"
+        case.but(f"the scores {score.int().tolist()}").promise(torch.equal(mask, first), duty, found)
+
+
+def _selects_in_every_dtype(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    """Small integers and powers of two are exact in every dtype, and so are the sums of their squares in float32."""
+    for seed in range(6):
+        score, sign = _small_integers(frame, seed, 7), _random(frame, seed).sign()
+        metric = torch.exp2(_small_integers(frame, seed + 50, 2) * 2)
+        plain = constraint.select(frame.point(score))
+        weighted = constraint.project(frame.point(score), frame.point(metric)).map(lambda z: z != 0)
+        for dtype in _DTYPES[:3]:
+            here = case.but(f"{dtype}, the scores {score[:12].int().tolist()}")
+            mask = constraint.select(frame.point(score.to(dtype)))
+            here.promise(same_bits(mask, plain), "select in each dtype as in float64")
+            for large in (1.0, 2.0**6):  # 2^6 7 times 2^15: its square is beyond float16
+                v = frame.point((score * sign * large).to(dtype))
+                m = frame.point((metric * (1.0 if large == 1 else 2.0**11)).to(dtype))
+                z = _projected(here, constraint, v, m)
+                same = same_bits(z.map(lambda x: x != 0), weighted)
+                here.promise(same, "project in each dtype as in float64", f"v scaled by {large}")
+
+
+def _is_as_close_in_every_dtype(case: Case, constraint: Constraint, frame: Frame) -> None:
+    for dtype in _DTYPES[:3]:
+        for seed in range(6):
+            v, metric = (3 * _random(frame, seed)).to(dtype), _random(frame, seed + 10_000).exp().to(dtype)
+            here = case.but(f"{dtype}, seed {seed}")
+            z = frame.flat(_projected(here, constraint, frame.point(v), frame.point(metric))).double()
+            exact = frame.flat(constraint.project(frame.point(v.double()), frame.point(metric.double())))
+            mine, best = (_cost(metric.double(), x, v.double()) for x in (z, exact))
+            slack = 8 * torch.finfo(dtype).eps * float((metric.double() * v.double().square()).sum())
+            here.promise(mine <= best + slack, "project in each dtype as closely as in float64", f"{mine}, {best}")
+
+
+def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    if not isinstance(constraint, BatchedConstraint):
+        return
+    shape = tuple(frame.shapes["weight"])
+    several = [
+        _random(frame, 1).abs(),
+        100 * _random(frame, 2).abs(),
+        _small_integers(frame, 3, 2),
+        0 * _random(frame, 4),
+    ]
+    for dtype in _DTYPES:
+        score = torch.stack(several).to(dtype).view(-1, *shape).to(frame.device)
+        before = score.clone()
+        with case.doing("select for each of several matrices"):
+            masks = constraint.select_each(score)
+        alone = torch.stack([constraint.select(Point(weight=one))["weight"] for one in before])
+        here = case.but(f"{dtype}, {len(several)} matrices")
+        same = masks.dtype is torch.bool and masks.shape == alone.shape and torch.equal(masks, alone)
+        here.promise(same, "select in select_each what select selects for each matrix")
+        here.promise(torch.equal(score, before), "leave the scores of select_each as they were")
+
+
 def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     score = frame.point(_random(frame, 0).abs())
     try:
@@ -220,6 +328,20 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     for k in range(1, len(sets)):
         inside = sets[k - 1].contains(masks[k].map(Tensor.double))
         case.promise(inside, f"lie inside tightened({_FRACTIONS[k - 1]}) when tightened({_FRACTIONS[k]})")
+        case.promise(
+            type(sets[k]) is type(constraint) and sets[k].group_width == constraint.group_width,
+            f"be of its own class and group width when tightened({_FRACTIONS[k]})",
+            f"it is {named(sets[k])}",
+        )
+    grid = [k / _GRID for k in range(_GRID + 1)]
+    pruned = [frame.size - constraint.tightened(fraction).select(score).count_nonzero() for fraction in grid]
+    step = max(b - a for a, b in pairwise(pruned))
+    for fraction, count in zip(grid, pruned, strict=True):
+        case.promise(
+            abs(count - fraction * pruned[-1]) <= 1.5 * step,  # stacked sets round apart
+            "prune in proportion when tightened",
+            f"tightened({fraction}) prunes {count}, the set itself {pruned[-1]}",
+        )
 
 
 def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
@@ -235,8 +357,24 @@ def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         for start, stop in pairwise(edges):
             with here.doing("share its budget among columns cut at multiples of group_width"):
                 share = constraint.share(start, stop, (rows, width))
-                masks.append(share.select(score.map(lambda x, a=start, b=stop: x[:, a:b]))["weight"])
+                mask = share.select(score.map(lambda x, a=start, b=stop: x[:, a:b]))["weight"]
+            masks.append(mask)
+            due = whole * (stop - start) / width
+            off = abs(int(mask.count_nonzero()) - due)
+            here.promise(off <= rows * step, "share its budget in proportion to the columns", f"off by {off} of {due}")
+            if mask.numel() < ALL:
+                _is_best_in_share(
+                    here.but(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)})
+                )
         joined = Point(weight=torch.cat(masks, dim=1))
         size = joined.count_nonzero()
         here.promise(size == whole, "have shares that add up to its budget", f"{size} entries, not {whole}")
         here.promise(constraint.contains(joined.map(Tensor.double)), "contain what its shares select together")
+
+
+def _is_best_in_share(case: Case, share: SupportConstraint, frame: Frame) -> None:
+    (family,) = families(case, share, frame)
+    for seed in range(3):
+        score = _random(frame, seed).abs()
+        best = float(((1 - family.admissible) * score.square()).sum(1).min())
+        _selects(case, share, frame, score, family, best)

@@ -61,3 +61,9 @@ def same_form(a: Point, b: Point) -> bool:
     return a.keys() == b.keys() and all(
         a[name].shape == x.shape and a[name].dtype == x.dtype and a[name].device == x.device for name, x in b.items()
     )
+
+
+def shares_memory(a: Point, b: Point) -> bool:
+    """True where a tensor of one point and one of the other have a storage in common."""
+    theirs = {x.untyped_storage().data_ptr() for x in b.values() if x.numel()}
+    return any(x.numel() and x.untyped_storage().data_ptr() in theirs for x in a.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.problems.constraints import Blocks, Groups, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.result import Result
+from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.drawing import for_all, st
 from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, TROUBLES, VIEWS, Maker, ill_posed, layer
@@ -58,7 +60,9 @@ def assert_solver_conforms(
 
     - the solution lies in the constraint, has the form of the dense weights, is finite, and keeps the full count;
     - `objective` is `problem.value(solution)`, to the bit, and not below the optimum of a tiny problem;
-    - `bound`, if given, is above neither the objective nor the optimum;
+    - `bound`, if given, is above neither the objective nor the optimum of a tiny problem, nor the value of the feasible
+      point that `ADMM.best` finds for a larger one;
+    - the solution shares no memory with the problem or the start;
     - it is never worse than the projection of a given start: a good start, even the optimum, is never lost;
     - the same problem made again gives the same bits; problem, start and the solver's settings are left as they were;
     - nothing to prune returns dense weights that lose nothing to the bit, everything to prune returns zeros;
@@ -114,6 +118,7 @@ def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dens
         return
     check_result(case, problem, result, fills=trial.fills)
     case.promise(result.status.ok, "end well on a problem that nothing is the matter with", f"{result.status}")
+    _bounds_a_better_solver(case, problem, result)
     _keeps_the_ends(case, problem, result)
     again = trial.solve(case, make(constraint))
     case.promise(
@@ -125,6 +130,19 @@ def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dens
     _is_not_worse(trial, case.but("from a feasible start"), problem, feasible)
     if dense_start:
         _is_not_worse(trial, case.but("from the dense weights"), problem, dense)
+
+
+def _bounds_a_better_solver(case: Case, problem: Problem, result: Result) -> None:
+    if result.bound is None:
+        return
+    rivals = [problem.constraint.project(problem.initial())]
+    with suppress(TypeError):  # the problem may show less than ADMM needs
+        rivals.append(ADMM.best().solve(problem).solution)
+    least = min(problem.value(x) for x in rivals if problem.constraint.contains(x))
+    slack = 1e-9 * abs(least) + 1e-13 * abs(problem.value(problem.initial().zeros_like()))
+    case.promise(
+        result.bound <= least + slack, "give a bound that no feasible point is below", f"{result.bound}, {least}"
+    )
 
 
 def _keeps_the_ends(case: Case, problem: Problem, result: Result) -> None:

@@ -78,23 +78,23 @@ def families(case: Case, constraint: Constraint, frame: Frame) -> list[Family]:
     far_apart = torch.arange(SOME) * (size // SOME)
     cuts = [torch.arange(SOME), far_apart, torch.randperm(size, generator=g)[:SOME]]
     found = [_family(case, constraint, frame, nothing, free) for free in cuts]
-    full = _grown(case, constraint, frame, torch.randperm(size, generator=g))
+    full = grown(case, constraint, frame, torch.randperm(size, generator=g))
     inside, outside = (x[torch.randperm(len(x), generator=g)] for x in (full.nonzero()[:, 0], (~full).nonzero()[:, 0]))
     free = torch.cat([inside[: SOME // 2], outside[: SOME // 2]])
     return [*found, _family(case, constraint, frame, full.index_fill(0, free, False), free)]
 
 
-def _admits(case: Case, constraint: Constraint, frame: Frame, support: Tensor) -> bool:
+def admits(case: Case, constraint: Constraint, frame: Frame, support: Tensor) -> bool:
     with case.doing("say of any finite point whether it contains it"):
         return bool(constraint.contains(frame.point(support.double())))
 
 
-def _grown(case: Case, constraint: Constraint, frame: Frame, order: Tensor) -> Tensor:
+def grown(case: Case, constraint: Constraint, frame: Frame, order: Tensor) -> Tensor:
     """A support to which no entry can be added: each entry enters, in this order, if it may."""
     support = torch.zeros(frame.size, dtype=torch.bool)
     for i in order.tolist():
         support[i] = True
-        if not _admits(case, constraint, frame, support):
+        if not admits(case, constraint, frame, support):
             support[i] = False
     return support
 
@@ -102,7 +102,7 @@ def _grown(case: Case, constraint: Constraint, frame: Frame, order: Tensor) -> T
 def _family(case: Case, constraint: Constraint, frame: Frame, forced: Tensor, free: Tensor) -> Family:
     codes = torch.arange(2 ** len(free))
     bits = (codes[:, None] >> torch.arange(len(free))) & 1 == 1
-    admitted = torch.tensor([_admits(case, constraint, frame, forced.index_put((free,), b)) for b in bits])
+    admitted = torch.tensor([admits(case, constraint, frame, forced.index_put((free,), b)) for b in bits])
     case.promise(bool(admitted[0]), "contain the point of an admissible support from which entries were taken")
     for j in range(len(free)):
         smaller = admitted[codes[admitted & bits[:, j]] ^ (1 << j)]
@@ -115,7 +115,8 @@ def _family(case: Case, constraint: Constraint, frame: Frame, forced: Tensor, fr
 
 
 def column_cuts(width: int, step: int) -> Iterator[list[int]]:
-    """Partitions of the columns at multiples of `step`: fine, by two, and uneven ones."""
+    """Partitions of the columns at multiples of `step`: fine, by two, in half, and uneven ones."""
     every = list(range(0, width, step))
-    for starts in (every, every[::2], every[:1] + every[2:], every[:1] + every[-1:]):
+    half = every[len(every) // 2]
+    for starts in (every, every[::2], [0, half], every[:1] + every[2:], every[:1] + every[-1:]):
         yield sorted({*starts, width})

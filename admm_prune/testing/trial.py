@@ -12,7 +12,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver
-from admm_prune.testing.promise import Case, named
+from admm_prune.testing.promise import Case, named, shares_memory
 
 
 @dataclass
@@ -62,6 +62,11 @@ class Trial:
         after = _contents(problem)
         changed = [name for name, x in before.items() if not _same(x, after.get(name))]
         case.promise(not changed, "leave the problem as it was", f"it changed {', '.join(changed)}")
+        own = Point({name: x for name, x in _tensors(problem).items() if x.is_floating_point()})
+        aliased = isinstance(result, Result) and (
+            shares_memory(result.solution, own) or (start is not None and shares_memory(result.solution, start))
+        )
+        case.promise(not aliased, "return memory of its own, not a tensor of the problem or of the start")
         if start is None and case.input not in self.solved:
             self.solved.append(case.input)
         return result
@@ -76,13 +81,17 @@ def _names(solver: object) -> set[str]:
     return names
 
 
-def _contents(problem: Problem) -> dict[str, Tensor | float]:
-    """Copies of all that a problem shows, and of the tensors that it keeps to itself."""
+def _tensors(problem: Problem) -> dict[str, Tensor]:
+    """All that a problem shows, and the tensors that it keeps to itself."""
     contents: dict[str, Any] = {f"initial {name}": x for name, x in problem.initial().items()}
     if isinstance(problem, Quadratic):
         contents |= {name: getattr(problem, name) for name in ("hessian", "linear", "minimizer")}
-    contents |= {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
-    copies = {name: x.clone() for name, x in contents.items()}
+    return contents | {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
+
+
+def _contents(problem: Problem) -> dict[str, Tensor | float]:
+    """Copies of the tensors of a problem, its curvature and its value at one point."""
+    copies = {name: x.clone() for name, x in _tensors(problem).items()}
     return {**copies, "curvature": problem.curvature, "value": problem.value(problem.initial().map(lambda x: 0.5 * x))}
 
 

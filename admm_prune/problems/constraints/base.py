@@ -19,7 +19,13 @@ class SparseSet(ABC):
 
     @abstractmethod
     def select(self, score: Point) -> Point:
-        """The admissible support of the largest total squared score, as booleans; scores are not negative."""
+        """The admissible support of the largest total squared score, as booleans.
+
+        Scores are not negative; an infinite one is larger than every sum of finite ones.
+
+        Raises:
+            ValueError: a score is NaN; the shapes do not admit this set.
+        """
 
     def select_each(self, score: Tensor) -> Tensor:
         """The supports of several matrices (matrices, out, in), each of which has the whole of this set."""
@@ -45,23 +51,64 @@ class SparseSet(ABC):
     def project(self, v: Point, metric: Point | None = None) -> Point:
         """argmin_{z in C} sum_i metric_i (z_i - v_i)^2: keeps v_i on the support of the largest sum metric_i v_i^2.
 
+        Products metric_i v_i^2 are compared without overflow or underflow, whatever the dtypes: as |v_i| sqrt(metric_i)
+        in float32 or, where an input is float64 or float32 has not the range, in float64. In float64, scores smaller
+        than 2^-2000 times the largest count as zero.
+
         Args:
-            v: the point to project.
+            v: the point to project. An infinite entry has an infinite score, whatever the metric.
             metric: positive weights of the same shapes, 1 by default.
 
         Returns:
             A new point with v's dtypes and devices.
 
         Raises:
-            ValueError: v holds NaN, or its shapes do not admit this set.
+            ValueError: v or the metric holds NaN, or the shapes do not admit this set.
         """
-        score = v.map(torch.abs) if metric is None else v.map(_weighted, metric)
+        for name, point in (("the point", v), ("the metric", metric)):
+            if point is not None and any(_holds_nan(x) for x in point.values()):
+                raise ValueError(f"{name} holds NaN: there is no closest point")
+        score = v.map(torch.abs) if metric is None else _weighted(v, metric)
         return v.map(lambda x, kept: x.where(kept, 0), self.select(score))
 
 
-def _weighted(v: Tensor, metric: Tensor) -> Tensor:
-    # |v| sqrt(metric) orders entries as metric v^2 does, and does not underflow where the square would.
-    return v.abs().mul_(metric.sqrt())
+def _holds_nan(x: Tensor) -> bool:
+    return x.numel() > 0 and bool(torch.isnan(x.amax()))
+
+
+def _weighted(v: Point, metric: Point) -> Point:
+    """|v| sqrt(metric), up to a common factor: it orders entries as metric v^2 does, and has half the range."""
+    score = v.map(_product, metric)
+    return score if all(v.map(_in_range, score).values()) else _scaled_product(v, metric)
+
+
+def _product(v: Tensor, metric: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(v.dtype, metric.dtype), torch.float32)
+    return v.abs().to(dtype).mul_(metric.to(dtype).sqrt())
+
+
+def _in_range(v: Tensor, score: Tensor) -> Tensor:
+    """Whether every score is a normal number, or zero or infinite as its entry is."""
+    tiny = torch.finfo(score.dtype).tiny
+    as_the_entry = ((v == 0) & (score == 0)) | (v.isinf() & score.isinf())
+    return (((score >= tiny) & score.isfinite()) | as_the_entry).all()
+
+
+def _scaled_product(v: Point, metric: Point) -> Point:
+    """|v| sqrt(metric) 2^k in float64, with k such that the largest finite one is about 2^1000."""
+    left, right = v.map(lambda x: x.abs().double()), metric.map(lambda m: m.double().sqrt())
+    exponent = left.map(lambda x, r: (torch.frexp(x).exponent + torch.frexp(r).exponent).double(), right)
+    counted = left.map(lambda x, r, e: e[(x > 0) & (r > 0) & x.isfinite()], right, exponent)
+    top = max((float(e.amax()) for e in counted.values() if e.numel()), default=0.0)
+
+    def shifted(x: Tensor, r: Tensor, e: Tensor) -> Tensor:
+        mantissa = torch.frexp(x).mantissa * torch.frexp(r).mantissa
+        power = (e + (1000 - top)).clamp_(-2000, 1000)
+        lower = (power / 2).floor()  # 2^power alone may lie outside the range
+        product = mantissa * lower.exp2() * (power - lower).exp2()
+        return product.masked_fill(x == 0, 0).masked_fill(x.isinf(), torch.inf)
+
+    return left.map(shifted, right, exponent)
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from admm_prune.kernels import selection
 from admm_prune.point import Point
 from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, share_of
+
+_NARROW = 1e-140  # relative to the largest score: above it, squares lie in the range of float64
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,7 @@ class Blocks(SparseSet):
         return all(int(self._tiles(x != 0).any(-1).count_nonzero()) <= self._keep(x.numel()) for x in z.values())
 
     def _select_matrix(self, score: Tensor) -> Tensor:
-        # The score of an entry is |v| sqrt(metric): its square adds up over a tile. Dividing by the largest keeps the
-        # square of a tiny score from vanishing.
-        largest = score.amax().clamp_min(1e-300 if score.element_size() == 8 else 1e-37)
-        tiles = self._tiles((score / largest).double()).square().sum(-1)
-        kept = selection.largest(tiles, self._keep(score.numel()))
+        kept = selection.largest(_totals(self._tiles(score)), self._keep(score.numel()))
         return _spread(kept, self.height, self.width)
 
     def _tiles(self, x: Tensor) -> Tensor:
@@ -70,6 +69,27 @@ class Blocks(SparseSet):
 
     def _keep(self, entries: int) -> int:
         return self.keep if self.keep is not None else kept_count(self.sparsity, entries // (self.height * self.width))
+
+
+def _totals(tiles: Tensor) -> Tensor:
+    """Numbers (...,) that order tiles of scores (..., k) as their sums of squares do, in float64."""
+    if tiles.dtype is not torch.float64:
+        return tiles.double().square_().sum(-1)  # the squares of float32 numbers are exact in float64
+    finite = tiles.masked_fill(tiles.isinf(), 0)
+    peaks = finite.amax(-1, keepdim=True)
+    largest = peaks.amax()
+    if not bool(((peaks > 0) & (peaks < largest * _NARROW)).any()):
+        return (tiles / _power_below(largest)).square_().sum(-1)
+    # Squares have not the range: norms, each from its tile scaled by its own largest entry, scaled against overflow.
+    own = _power_below(peaks)
+    return (tiles / own).square_().sum(-1).sqrt_() * (own[..., 0] / tiles.shape[-1])
+
+
+def _power_below(x: Tensor) -> Tensor:
+    """The largest power of two not above x, at most 2^1022 and at least 2^-1022; so that dividing by it is exact."""
+    exponent = (torch.frexp(x).exponent - 1).clamp(-1022, 1022).to(x)
+    half = (exponent / 2).floor()
+    return half.exp2() * (exponent - half).exp2()
 
 
 def _spread(kept: Tensor, height: int, width: int) -> Tensor:

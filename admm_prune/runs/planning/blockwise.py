@@ -100,9 +100,15 @@ class Walk:
         self.position += 1
         return found
 
-    def collect(self, only: Collection[str] | None = None, outputs: dict[str, Tensor] | None = None) -> Collected:
+    def collect(
+        self,
+        only: Collection[str] | None = None,
+        outputs: dict[str, Tensor] | None = None,
+        *,
+        centre: bool = False,
+    ) -> Collected:
         with stretch(self.counting) as found:
-            shared = self.stream.collect(self.position, only, outputs)
+            shared = self.stream.collect(self.position, only, outputs, centre=centre)
         found.left -= sum(x.nbytes for x in (outputs or {}).values())
         told = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
         sums = self.parts * sum(SUM_BYTES * width * width for _, width in told)
@@ -171,13 +177,14 @@ def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stag
     for _, block, count in walk.kinds():
         parts = branches(block)
         outputs = [branch.output.name for branch in parts]
-        both = walk.collect(outputs)
+        both = walk.collect(outputs, centre=recipe.fold_bias and any(part.output.bias is not None for part in parts))
         yield both.stage("statistics").times(count)
         for branch in parts:
             curve = _cached(_group_trial(recipe, branch, None))
             yield Stage(name="curves", parts={GRAMS: both.stretch.left, SOLVER: curve.peak}, work=curve.work * count)
         for branch in parts:
-            own = walk.collect([branch.output.name])
+            centre = recipe.fold_bias and branch.output.bias is not None
+            own = walk.collect([branch.output.name], centre=centre)
             yield own.stage("statistics").times(count)
             solved = _cached(_group_trial(recipe, branch, request.target.fraction))
             left = {GRAMS: own.stretch.left, SOLVER: solved.peak}

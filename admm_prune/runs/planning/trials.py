@@ -210,7 +210,7 @@ class GroupTrial:
                     gram,
                     Groups(1 - keep / count, unit, keep),
                     mean=torch.zeros(unit * count, dtype=torch.float64) if self.centred else None,
-                    tokens=2 * unit * count,
+                    centred_gram=gram if self.centred else None,
                     ridge=self.recipe.ridge,
                 )
                 if self.removed is None:
