@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -12,13 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from admm_prune.data.durable import file_sha256
-from admm_prune.data.layer_file import LayerFile
+from admm_prune.data.layer_file import MARK, LayerFile
 from admm_prune.errors import UserError
 from admm_prune.recipes.targets import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
+_DIGEST = "claims_sha256"
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
-_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem", "constraint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +30,19 @@ class Claims:
     Attributes:
         target: "0.7", the fraction pruned, or "2:4".
         budget: "matrix", "row" or "group": within what the kept weights are counted; "set": a set that has to be asked.
+        constraint: the sparse set, by name, where it is not the method's own.
         problem: the objective, by name.
         bound_kind: the argument that gave the bound.
         ridge, damping: as used in the end.
         layer: where the layer problem lay.
-        layer_sha256, weight_sha256: of the tensors of the layer problem, and of the pruned weight.
+        layer_sha256, weight_sha256: of the layer problem, tensors and metadata, and of the pruned weight.
     """
 
     method: str
     status: str
     target: str
     budget: str
+    constraint: str | None
     problem: str | None
     sparsity: float
     relative_error: float
@@ -53,9 +57,10 @@ class Claims:
     weight_sha256: str
 
     def metadata(self) -> dict[str, str]:
-        """As strings that give every number back to the bit; what is None is left out."""
+        """As strings that give every number back to the bit, None left out, and a fingerprint of them all."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {_KIND: "1"} | {name: str(value) for name, value in values.items() if value is not None}
+        content = {_KIND: "1", MARK: "1"} | {name: str(value) for name, value in values.items() if value is not None}
+        return {**content, _DIGEST: _digest(content)}
 
     @classmethod
     def read(cls, metadata: dict[str, str], where: Path) -> Self:
@@ -79,10 +84,26 @@ class Claims:
                 raise UserError(f"{where}: the claim {name} must be a number, not '{text}'") from None
         return cls(**values)
 
+    @classmethod
+    def faults(cls, metadata: dict[str, str]) -> list[str]:
+        """What is wrong with the metadata as a whole: keys that are no claims, and a fingerprint that does not fit."""
+        known = {field.name for field in fields(cls)} | {_KIND, MARK, _DIGEST}
+        found = [f"'{name}' is no claim that this release knows" for name in sorted(metadata.keys() - known)]
+        content = {name: value for name, value in metadata.items() if name != _DIGEST}
+        if _DIGEST not in metadata:
+            return [*found, f"the claims carry no fingerprint: '{_DIGEST}' is missing"]
+        if metadata[_DIGEST] != _digest(content):
+            found.append("the claims were altered after they were written: their fingerprint is another one")
+        return found
+
     @property
     def aim(self) -> Target:
         """The target, parsed; raises UserError where it is none."""
         return target_named(self.target)
+
+
+def _digest(content: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -93,9 +114,9 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def layer_sha256(layer: LayerFile) -> str:
-    """sha256 over the tensors of a layer problem, by name, and the energy of its target."""
+    """sha256 over the metadata of a layer problem and its tensors, by name."""
     names = ("weight", "gram", "gram_validation", "gram_holdout", "cross_gram")
-    digest = hashlib.sha256(f"target_energy {layer.target_energy!r} ".encode())
+    digest = hashlib.sha256(f"{sorted(layer.metadata.items())!r} ".encode())
     for name in names:
         tensor = getattr(layer, name)
         if tensor is not None:
