@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 from admm_prune.recipes.targets import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
-_DIGEST = "claims_sha256"
+CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
 _OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem", "constraint"}
 
@@ -60,7 +60,7 @@ class Claims:
         """As strings that give every number back to the bit, None left out, and a fingerprint of them all."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         content = {_KIND: "1", MARK: "1"} | {name: str(value) for name, value in values.items() if value is not None}
-        return {**content, _DIGEST: _digest(content)}
+        return {**content, CLAIMS_DIGEST: claims_sha256(content)}
 
     @classmethod
     def read(cls, metadata: dict[str, str], where: Path) -> Self:
@@ -85,16 +85,10 @@ class Claims:
         return cls(**values)
 
     @classmethod
-    def faults(cls, metadata: dict[str, str]) -> list[str]:
-        """What is wrong with the metadata as a whole: keys that are no claims, and a fingerprint that does not fit."""
-        known = {field.name for field in fields(cls)} | {_KIND, MARK, _DIGEST}
-        found = [f"'{name}' is no claim that this release knows" for name in sorted(metadata.keys() - known)]
-        content = {name: value for name, value in metadata.items() if name != _DIGEST}
-        if _DIGEST not in metadata:
-            return [*found, f"the claims carry no fingerprint: '{_DIGEST}' is missing"]
-        if metadata[_DIGEST] != _digest(content):
-            found.append("the claims were altered after they were written: their fingerprint is another one")
-        return found
+    def unknown(cls, metadata: dict[str, str]) -> list[str]:
+        """The keys of the metadata that are no claims."""
+        known = {field.name for field in fields(cls)} | {_KIND, MARK, CLAIMS_DIGEST}
+        return sorted(metadata.keys() - known)
 
     @property
     def aim(self) -> Target:
@@ -102,7 +96,9 @@ class Claims:
         return target_named(self.target)
 
 
-def _digest(content: dict[str, str]) -> str:
+def claims_sha256(metadata: dict[str, str]) -> str:
+    """sha256 over the metadata of a solved layer, its own fingerprint left out."""
+    content = {name: value for name, value in metadata.items() if name != CLAIMS_DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

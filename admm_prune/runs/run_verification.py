@@ -24,7 +24,7 @@ from admm_prune.runs.reports.content import mean_error
 from admm_prune.runs.reports.pages import read_manifest
 from admm_prune.runs.settings_verification import check_recipe_file, check_settings, made_set, target_of
 from admm_prune.runs.text_verification import check_text, evaluation_text_is_there, same
-from admm_prune.runs.verification_report import Verification, shown
+from admm_prune.runs.verification_report import Verification, in_full
 
 Manifest = dict[str, Any]
 
@@ -74,7 +74,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
             quick = True
         check(report, folder, manifest, data, quick, place, "")
     except _MALFORMED as error:
-        what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {shown(error)})"
+        what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {in_full(error)})"
         if not report.failures:
             raise UserError(what) from error
         report.expect("manifest", False, what)
@@ -142,7 +142,7 @@ def _verify_row(
         report.expect(
             f"row {name}",
             same(row[name], value),
-            f"{where}the table says {name} {shown(row[name])}, the model's manifest {shown(value)}",
+            f"{where}the table says {name} {in_full(row[name])}, the model's manifest {in_full(value)}",
         )
     report.expect(
         "row fields",
@@ -169,7 +169,7 @@ def _check_seconds(report: Verification, timings: Path, claimed: Any, where: str
     except (UserError, AttributeError):
         return  # reported with the files
     near = is_number(claimed) and is_number(found) and abs(claimed - found) <= 1e-3
-    report.expect("row seconds", near, f"{where}the table says {shown(claimed)} seconds, {TIMINGS} {shown(found)}")
+    report.expect("row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(found)}")
 
 
 def _verify_run(
@@ -199,14 +199,18 @@ def _verify_run(
 
 
 def _verify_config(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+    """Its metadata against the manifest; False where it cannot be read."""
     claims = {key: manifest[key] for key in ("method", "target", "sparsity")}
     try:
         config = read_json(folder / "config.json").get(METADATA_KEY)
     except (UserError, AttributeError) as error:
         return report.expect("config.json", False, f"{where}config.json cannot be read: {error}")
-    return report.expect(
-        "config.json", config == claims, f"{where}config.json says {config}, {MANIFEST} {claims}: they must agree"
+    report.expect(
+        "config.json",
+        config == claims,
+        f"{where}config.json says {in_full(config)}, {MANIFEST} {in_full(claims)}: they must agree",
     )
+    return True
 
 
 def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -> None:
@@ -217,12 +221,12 @@ def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -
         report.expect(
             "status of every layer",
             status is None or status in Status.__members__,
-            f"{where}{name}: there is no status {shown(status)}",
+            f"{where}{name}: there is no status {in_full(status)}",
         )
         report.expect(
             "bound of every layer below its objective",
             bound is None or (is_number(bound) and is_number(objective) and bound <= objective * (1 + 1e-6) + 1e-12),
-            f"{where}{name}: claimed bound {shown(bound)} lies above the objective {shown(objective)}",
+            f"{where}{name}: claimed bound {in_full(bound)} lies above the objective {in_full(objective)}",
         )
 
 
@@ -284,10 +288,11 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
             else shape == claims[name]["shape"],
             f"{where}{name}: claimed shape {claims[name]['shape']}, found {shape}",
         )
+        claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
         report.expect(
             "sparsity of every matrix",
-            abs((1 - claims[name]["sparsity"]) * sizes[name] - left[name]) < 0.5,
-            f"{where}{name}: claimed sparsity {claims[name]['sparsity']}, found {1 - left[name] / sizes[name]}",
+            abs((1 - claimed) * sizes[name] - left[name]) < 0.5,
+            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
         )
     if structured:
         report.by_fingerprint(f"{MANIFEST}: layers[].shape")
@@ -302,7 +307,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     report.expect(
         "sparsity",
         abs(manifest["sparsity"] - found) * total < 0.5,
-        f"{where}claimed sparsity {manifest['sparsity']}, found {found}",
+        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
     )
     for name, how in _misses(report, manifest, target, views, left, sizes, where).items():
         report.expect("target", how is None, f"{where}{name}: {how}")

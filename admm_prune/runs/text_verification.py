@@ -14,7 +14,7 @@ from admm_prune.runs.folder_integrity import is_number
 from admm_prune.runs.judging import beginning_continued
 from admm_prune.runs.settings_verification import recipe_of
 from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
-from admm_prune.runs.verification_report import Verification, shown
+from admm_prune.runs.verification_report import Verification, in_full
 
 Manifest = dict[str, Any]
 
@@ -61,7 +61,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         report.expect(
             name,
             same(claimed, found, tolerance=1e-6),
-            f"{where}claimed {name} {shown(claimed)}, recomputed {shown(found)}",
+            f"{where}claimed {name} {in_full(claimed)}, recomputed {in_full(found)}",
         )
         if isinstance(found, float | int):
             report.numbers[f"{where}{name}"] = found

@@ -119,5 +119,10 @@ class Verification:
 
 def shown(value: Any) -> str:
     """A number with as many digits as comparing it takes; anything else in one line, cut where it is long."""
-    text = f"{value:.9g}" if isinstance(value, float) else "none" if value is None else " ".join(str(value).split())
+    return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else in_full(value)
+
+
+def in_full(value: Any) -> str:
+    """A value as Python prints it, in one line, cut where it is long."""
+    text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
