@@ -20,7 +20,7 @@ from admm_prune.recipes.targets import Target, target_named
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
 CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
-_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem", "constraint"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Claims:
     target: str
     budget: str
     constraint: str | None
-    problem: str | None
+    problem: str
     sparsity: float
     relative_error: float
     relative_error_holdout: float | None
@@ -86,9 +86,9 @@ class Claims:
 
     @classmethod
     def unknown(cls, metadata: dict[str, str]) -> list[str]:
-        """The keys of the metadata that are no claims."""
+        """The keys of the metadata that are no claims, and the marks of the file that are not as written."""
         known = {field.name for field in fields(cls)} | {_KIND, MARK, CLAIMS_DIGEST}
-        return sorted(metadata.keys() - known)
+        return sorted((metadata.keys() - known) | {mark for mark in (_KIND, MARK) if metadata.get(mark) != "1"})
 
     @property
     def aim(self) -> Target:

@@ -69,15 +69,15 @@ def _work(rows: int, width: int, budget: Budget) -> float:
 
 def _removals(width: int, count: int) -> NDArray[np.intp]:
     """All sets of `count` columns (sets, count)."""
-    return np.array(list(combinations(range(width), count)), dtype=np.intp).reshape(-1, count)
+    return np.array(list(combinations(range(width), count)), dtype=np.intp).reshape(comb(width, count), count)
 
 
 def _group_removals(width: int, kept: int, group: int) -> NDArray[np.intp]:
     """All sets of columns that leave `kept` of every `group`."""
     one = list(combinations(range(group), group - kept))
     several = product(*([tuple(start + j for j in chosen) for chosen in one] for start in range(0, width, group)))
-    count = (group - kept) * (width // group)
-    return np.array([[j for part in parts for j in part] for parts in several], dtype=np.intp).reshape(-1, count)
+    sets = [[j for part in parts for j in part] for parts in several]
+    return np.array(sets, dtype=np.intp).reshape(len(sets), (group - kept) * (width // group))
 
 
 def _cheapest(inverse: Array, target: Array, removals: NDArray[np.intp]) -> Array:

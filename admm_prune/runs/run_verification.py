@@ -20,11 +20,12 @@ from admm_prune.runs.device import pick_device
 from admm_prune.runs.fingerprints import DIGEST, read_json
 from admm_prune.runs.folder import MANIFEST, TIMINGS
 from admm_prune.runs.folder_integrity import check_files, check_manifest, is_number, remaining
+from admm_prune.runs.manifest_fields import check_fields
 from admm_prune.runs.reports.content import mean_error
 from admm_prune.runs.reports.pages import read_manifest
 from admm_prune.runs.settings_verification import check_recipe_file, check_settings, made_set, target_of
 from admm_prune.runs.text_verification import check_text, evaluation_text_is_there, same
-from admm_prune.runs.verification_report import Verification, in_full
+from admm_prune.runs.verification_report import Verification, in_full, same_fraction
 
 Manifest = dict[str, Any]
 
@@ -42,8 +43,10 @@ _RECOMPUTED = frozenset({
 })  # fmt: skip
 _WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.pruned"})
 _RECOMPUTED_OF_TABLE = frozenset({
-    "model", "parameters", "dense", "rows", "settings", "model_revision", "environment", "texts.evaluation", "files",
-    DIGEST,
+    "model", "parameters", "dense", "settings", "model_revision", "environment", "texts.evaluation", "files", DIGEST,
+    *(f"rows[].{name}" for name in (
+        "method", "target", "sparsity", "perplexity", "bits_per_char", "relative_error", "reloaded_perplexity", "folder"
+    )),
 })  # fmt: skip
 
 _MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError, RuntimeError)
@@ -95,6 +98,7 @@ def _verify_comparison(
     sealed = {f"{name}/{MANIFEST}" for name in named}
     report.expect("models", sealed == manifest["files"].keys(), f"{MANIFEST} must name the manifests of its models")
     check_files(report, folder, manifest, where, frozenset(found & set(named)))
+    check_fields(report, manifest, where)
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
     report.agree("model", manifest["model"], manifest["settings"]["model"])
     _check_methods_and_targets(report, manifest)
@@ -178,6 +182,7 @@ def _verify_run(
     """A run's folder; returns its model where that could be loaded."""
     check_manifest(report, manifest, RUN_FIELDS, where)
     sound = check_files(report, folder, manifest, where, frozenset())
+    check_fields(report, manifest, where)
     recomputed = _RECOMPUTED if quick else _RECOMPUTED | _WITH_TEXT
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, recomputed)))
     sound &= _verify_weights(report, folder, manifest, where)
@@ -291,7 +296,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
         report.expect(
             "sparsity of every matrix",
-            abs((1 - claimed) * sizes[name] - left[name]) < 0.5,
+            same_fraction(claimed, found),
             f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
         )
     if structured:
@@ -306,7 +311,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     report.numbers[f"{where}sparsity"] = found
     report.expect(
         "sparsity",
-        abs(manifest["sparsity"] - found) * total < 0.5,
+        same_fraction(manifest["sparsity"], found),
         f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
     )
     for name, how in _misses(report, manifest, target, views, left, sizes, where).items():

@@ -14,8 +14,9 @@ from admm_prune.problems import constraints
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.catalogue import RECIPES, recipe_named
 from admm_prune.recipes.composing import composed
-from admm_prune.recipes.local_methods import method_names
+from admm_prune.recipes.local_methods import REFERENCES
 from admm_prune.recipes.parts import SetFamily
+from admm_prune.recipes.plugins import declared
 from admm_prune.recipes.recipe import Recipe
 from admm_prune.recipes.selection import Selection
 from admm_prune.recipes.structured import configured
@@ -74,9 +75,8 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest, w
     """Method and budget against the recipe of the settings, and the layers' targets against the selection."""
     settings, recipe = manifest["settings"], recipe_of(manifest)
     named = [settings.get("method"), settings.get("solver")] if "method" in settings else [manifest["method"]]
-    known = {*RECIPES, *method_names()}
-    strange = [name for name in named if name is not None and re.fullmatch(r"[\w-]+", name) and name not in known]
-    if strange:
+    strange = [name for name in named if name not in {None, *RECIPES, *REFERENCES} and re.fullmatch(r"[\w-]+", name)]
+    if strange and strange[0] not in declared("solvers"):
         report.open(f"{where}method: '{shown(strange[0])}' is not among the methods installed here")
     if recipe is None:
         report.by_fingerprint(f"{MANIFEST}: method", f"{MANIFEST}: budget")

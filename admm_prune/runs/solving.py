@@ -121,7 +121,7 @@ def solve_path(
         solved = _solve(moved, method, targets, asked, place)
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a solver that does not take the set or the problem
         raise UserError(f"{path}: {error}") from error
     reached = [_measured(moved, target, part, method) for target, part in zip(targets, solved, strict=True)]
     for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):

@@ -23,7 +23,7 @@ from admm_prune.runs.certificates import certify
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, layer_sha256, tensor_sha256
 from admm_prune.runs.exhaustive import least_loss
 from admm_prune.runs.recomputation import Array, Budget, Definition, cheap_bounds, define, relative_error
-from admm_prune.runs.verification_report import TOLERANCE, Verification, shown
+from admm_prune.runs.verification_report import TOLERANCE, Verification, same_fraction, shown
 
 _DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
 
@@ -45,8 +45,8 @@ def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -
     report = Verification(path=path, kind="layer")
     report.expect("tensors", names == ["weight"], f"tensors beside the weight: {', '.join(names)}")
     for name in Claims.unknown(metadata):
-        report.expect("claims", False, f"'{shown(name)}' is no claim that this release writes")
-    report.by_fingerprint("method", "status", "layer", "bound_kind", "ridge", "damping")
+        report.expect("claims", False, f"'{shown(name)}' is no claim that this release writes, or not as it writes it")
+    report.by_fingerprint("method", "status", "layer", "bound", "bound_kind", "ridge", "damping")
     _verify_claims(report, claims, layer, weight, seed)
     whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
     report.expect(
@@ -92,7 +92,7 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
         budget = Budget(aim, claims.budget)
         excess = budget.describe_excess(v)
         feasible = report.expect("sparse set", excess is None, f"the weight is not in the sparse set: {excess}")
-    if claims.problem in (None, LAYER):
+    if claims.problem == LAYER:
         _recompute(report, claims, layer, v, budget, feasible, seed)
     else:
         _recompute_named(report, claims, layer, weight, own)
@@ -103,7 +103,7 @@ def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
     report.numbers["sparsity"] = sparsity
     report.expect(
         "sparsity",
-        abs(claims.sparsity - sparsity) * v.size < 0.5,
+        same_fraction(claims.sparsity, sparsity),
         f"claimed sparsity {shown(claims.sparsity)}, recomputed {shown(sparsity)}",
     )
     if not all(math.isfinite(x) and x >= 0 for x in (claims.ridge, claims.damping)):
@@ -195,7 +195,7 @@ def _recompute_named(
 ) -> None:
     """Errors, and the objective of a plug-in by the plug-in's own code in float64; its bound is only compared."""
     _compare_errors(report, claims, define(layer, claims.ridge, claims.damping), layer, weight.double().numpy())
-    name = str(claims.problem)
+    name = claims.problem
     if claims.bound is not None:
         report.open(f"bound: its proof is one for the problem '{name}'")
     try:

@@ -117,6 +117,11 @@ class Verification:
         }
 
 
+def same_fraction(claimed: float, found: float) -> bool:
+    """Whether two quotients of the same counts are equal: to far less than one count, and more than rounding."""
+    return bool(abs(claimed - found) <= 1e-12)
+
+
 def shown(value: Any) -> str:
     """A number with as many digits as comparing it takes; anything else in one line, cut where it is long."""
     return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else in_full(value)

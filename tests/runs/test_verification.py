@@ -278,9 +278,9 @@ def admitted(method: str, target: str, constraint: str | None) -> bool:
     sets = constraint or ("row-wise" if method in ("wanda", "brute-force", "branch-and-bound") else "unstructured")
     if method == "group-exact":
         return target == "2:4"
-    if method in ("brute-force", "branch-and-bound"):
-        return target == "2:4" or sets == "row-wise"
-    return True
+    if method == "branch-and-bound":
+        return target != "2:4" and sets != "groups"
+    return method != "brute-force" or target == "2:4" or sets == "row-wise"
 
 
 @pytest.mark.parametrize("kind", ["plain", "cross_gram", "ridge auto"])
@@ -299,9 +299,10 @@ def test_honest_files_of_every_solver_set_and_kind_are_verified(
             solve_layer_file(
                 layer, used, SMALL[target], out=out, device="cpu", ridge="auto" if kind == "ridge auto" else None
             )
-        except UserError as error:
-            assert constraint == "groups", error  # not every solver takes sets beside the three usual ones
-            continue
+        except UserError:
+            if constraint == "groups":  # not every solver takes sets beside the three usual ones
+                continue
+            raise
         report = verify_layer(out)
         assert (report.failures, report.unchecked) == ([], []), (dtype, target)
         assert report.verdict is Verdict.VERIFIED
@@ -331,7 +332,7 @@ def resealed(path: Path, **claims: str | None) -> None:
         ({"award": "first"}, "'award' is no claim"),
         ({"bound": None}, "a bound has a kind"),
         ({"bound_kind": None}, "a bound has a kind"),
-        ({"bound_kind": "solver", "bound": "32.7"}, "which a refit and single swaps reach"),
+        ({"bound_kind": "solver", "bound": "33.0"}, "lies above the value"),
     ],
     ids=str,
 )
@@ -387,22 +388,24 @@ def test_a_target_from_other_inputs_tolerates_no_more_than_any_other(
     "budget", [Budget(Target(0.5), "matrix"), Budget(Target(0.5), "row"), Budget(SMALL["2:4"], "group")]
 )
 def test_the_optimum_by_exhaustion_is_that_of_every_support(tmp_path: Path, budget: Budget) -> None:
-    layer = load_layer_file(small_layer(tmp_path / "layer.safetensors", "cross_gram", torch.float64))
-    problem = define(replace(layer, weight=layer.weight[:2]), 0.03, 0.003)
+    whole = load_layer_file(small_layer(tmp_path / "layer.safetensors", "cross_gram", torch.float64))
+    assert whole.cross_gram is not None
+    layer = replace(whole, weight=whole.weight[:3, :4], gram=whole.gram[:4, :4], cross_gram=whole.cross_gram[:4, :4])
+    problem = define(layer, 0.03, 0.003)
     values = []
-    for kept in combinations(range(16), 8):
-        mask = torch.zeros(16, dtype=torch.bool)
-        mask[list(kept)] = True
-        support = mask.reshape(2, 8).numpy()
+    for kept in combinations(range(12), 6):
+        support = np.isin(np.arange(12), kept).reshape(3, 4)
         if budget.describe_excess(support.astype(float)) is None:
-            v = support * 0.0
+            v = np.zeros((3, 4))
             for row, inside in enumerate(support):
                 linear = problem.hessian[inside] @ problem.minimizer[row]
-                v[row, inside] = np.linalg.solve(problem.hessian[inside][:, inside], linear) if inside.any() else 0
+                v[row, inside] = np.linalg.solve(problem.hessian[inside][:, inside], linear)
             values.append(problem.objective(v)[0])
     found = least_loss(problem, budget)
     assert found is not None
     assert problem.least + found[0] == pytest.approx(min(values), rel=1e-9)
-    assert least_loss(define(load_layer_file(layer_file(tmp_path / "l.safetensors")), 0.03, 0.0), budget) is None or (
-        budget.cell != "matrix"
-    )
+
+
+def test_exhaustion_is_not_tried_where_it_would_take_long(tmp_path: Path) -> None:
+    problem = define(load_layer_file(layer_file(tmp_path / "layer.safetensors")), 0.03, 0.0)
+    assert least_loss(problem, Budget(Target(0.5), "matrix")) is None
