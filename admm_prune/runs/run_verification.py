@@ -43,7 +43,7 @@ _RECOMPUTED = frozenset({
 })  # fmt: skip
 _WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.pruned"})
 _RECOMPUTED_OF_TABLE = frozenset({
-    "model", "parameters", "dense", "settings", "model_revision", "environment", "texts.evaluation", "files", DIGEST,
+    "model", "parameters", "dense", "settings", "model_revision", "environment", "texts", "files", DIGEST,
     *(f"rows[].{name}" for name in (
         "method", "target", "sparsity", "perplexity", "bits_per_char", "relative_error", "reloaded_perplexity", "folder"
     )),
@@ -102,6 +102,18 @@ def _verify_comparison(
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
     report.agree("model", manifest["model"], manifest["settings"]["model"])
     _check_methods_and_targets(report, manifest)
+    texts = {repr(text) for role, text in manifest["texts"].items() if role.startswith("calibration")}
+    calibrations = {
+        repr(read_manifest(folder / row["folder"])["texts"]["calibration"])
+        for row in manifest["rows"]
+        if row["folder"] in found
+    }
+    roles = {role for role in manifest["texts"] if role == "evaluation" or role.startswith("calibration")}
+    report.expect(
+        "calibration texts",
+        texts == calibrations and roles == manifest["texts"].keys(),
+        f"{MANIFEST}: the calibration texts are not those of the models",
+    )
     for row in manifest["rows"]:
         if row["folder"] in found:
             _verify_row(report, folder, manifest, row, data, quick, device)

@@ -95,7 +95,7 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest, w
     except UserError as error:
         report.expect("selection", False, f"{where}the selection does not fit the model: {error}")
         return
-    report.agree("selection", list(target.layers), list(layers), where)
+    report.agree("selection", settings["target"]["layers"], [list(pair) for pair in layers], where)
 
 
 def check_recipe_file(report: Verification, folder: Path, manifest: Manifest, where: str) -> None:

@@ -45,6 +45,8 @@ def of_json(content: Any) -> Iterator[Alteration]:
     """Every value, object and list of a content altered in every way, one at a time."""
     for place, value in _values(content, ()):
         for how, new in _instead_of(value):
+            if repr(new) == repr(value):
+                continue
             if not place:
                 yield Alteration(place, how, new)
                 continue
