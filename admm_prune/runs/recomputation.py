@@ -121,6 +121,12 @@ class Definition:
             size += self.cross[1] + float(((v * v + self.minimizer**2) * diagonal).sum())
         return _SLACK * self.rounding * size + energy(away, self.hessian, self.rounding)[1]
 
+    def doubt(self) -> float:
+        """The relative error that the solver's precision leaves in a bound that divides by the spectrum of A."""
+        scale = self.scale
+        least = float(np.linalg.eigvalsh(self.hessian / scale / scale[:, None])[0])
+        return 2 * _SLACK * self.rounding / least if least > 0 else 1.0
+
     def relative_error(self, v: Array) -> tuple[float, float]:
         """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""
         if self.cross is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
@@ -24,6 +25,7 @@ from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, layer_s
 from admm_prune.runs.exhaustive import least_loss
 from admm_prune.runs.recomputation import Array, Budget, Definition, cheap_bounds, define, relative_error
 from admm_prune.runs.verification_report import TOLERANCE, Verification, same_fraction, shown
+from admm_prune.solvers.reference import lower_bound
 
 _DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
 
@@ -193,15 +195,16 @@ def _compare_errors(report: Verification, claims: Claims, problem: Definition, l
 def _recompute_named(
     report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, constraint: SparseSet | None
 ) -> None:
-    """Errors, and the objective of a plug-in by the plug-in's own code in float64; its bound is only compared."""
+    """Errors, and the objective of a plug-in by the plug-in's own code in float64; a cheap bound by this package's."""
     _compare_errors(report, claims, define(layer, claims.ridge, claims.damping), layer, weight.double().numpy())
     name = claims.problem
-    if claims.bound is not None:
-        report.open(f"bound: its proof is one for the problem '{name}'")
+    report.expect("bound kind", (claims.bound is None) == (claims.bound_kind is None), "a bound has a kind")
     try:
         kind = LayerProblem.of(name)
     except UserError as error:
         report.open(f"objective: the problem cannot be had here ({error})")
+        if claims.bound is not None:
+            report.open(f"bound: it is one of the problem '{name}'")
         return
     if constraint is None:
         report.open(f"objective: '{name}' is not built without its sparse set")
@@ -222,15 +225,33 @@ def _recompute_named(
     except Exception as error:  # whatever a plug-in raises
         report.open(f"objective: the problem '{name}' cannot be evaluated ({type(error).__name__}: {error})")
         return
-    rounding = define(layer, claims.ridge, claims.damping).solver_rounding(weight.double().numpy())
+    definition = define(layer, claims.ridge, claims.damping)
+    rounding = definition.solver_rounding(weight.double().numpy())
     report.compare("objective", claims.objective, value, rounding)
     report.numbers["objective"] = value
-    if claims.bound is not None:
-        report.expect(
-            "bound below the objective",
-            claims.bound <= value + TOLERANCE * abs(value) + rounding,
-            f"claimed bound {shown(claims.bound)} lies above the value {shown(value)} of the weight itself",
-        )
+    if claims.bound is None:
+        return
+    margin = TOLERANCE * abs(value) + rounding
+    if not report.expect(
+        "bound below the objective",
+        claims.bound <= value + margin,
+        f"claimed bound {shown(claims.bound)} lies above the value {shown(value)} of the weight itself",
+    ):
+        return
+    try:
+        found = lower_bound(problem)
+    except (TypeError, ValueError, LinAlgError) as error:
+        report.open(f"bound: it cannot be recomputed ({error})")
+        return
+    if found.kind != claims.bound_kind:
+        report.open(f"bound: the argument '{claims.bound_kind}' was not repeated")
+        return
+    doubt = definition.doubt()
+    report.expect(
+        "bound reproduced",
+        claims.bound <= found.value + doubt * abs(found.value) + margin,
+        f"claimed bound {shown(claims.bound)} by '{found.kind}', recomputed {shown(found.value)}",
+    )
 
 
 def _check_bound(
