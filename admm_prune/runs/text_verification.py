@@ -36,8 +36,8 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
     """
     settings = TextSettings(**manifest["settings"]["text"])
     if data is not None:
-        given = {"eval_data": data} if settings.eval_data is not None else {"data": data}
-        settings = replace(settings, **given)
+        evaluates = settings.eval_data is not None
+        settings = replace(settings, eval_data=data) if evaluates else replace(settings, data=data)
     calibrates = _is_there(settings.data)
     texts = Texts(settings, loaded) if calibrates else None
     judging = read_judging_text(settings, loaded) if texts is None else texts.evaluation
