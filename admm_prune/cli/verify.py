@@ -10,8 +10,6 @@ import typer
 
 from admm_prune.cli import common
 
-_FALSIFIED = 1
-
 
 def verify(
     target: Annotated[Path, typer.Argument(help="What 'run' or 'compare' wrote, or what 'solve --out' wrote.")],
@@ -24,7 +22,9 @@ def verify(
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
-    """Recompute every number that a run or a solved layer claims. Status 0: all hold; 1: one does not; 2: wrong input.
+    """Check every field that a run or a solved layer holds: recomputed, by fingerprint, or named as not checked.
+
+    Exit status 0: verified; 1: rejected; 2: wrong input; 3: incomplete, nothing refuted but a claim not checked.
 
     Example: admm-prune verify pruned --json
     """
@@ -47,11 +47,15 @@ def verify(
             if value is not None
         ]
         common.show_table(f"{target}: recomputed", ["", ""], rows)
-        print(f"checked: {', '.join(report.checked)}")
+        print(f"recomputed: {', '.join(report.checked)}")
+        if report.fingerprinted:
+            print(f"checked by fingerprint alone: {', '.join(report.fingerprinted)}")
         for sentence in report.certificates:
             print(sentence)
         for note in report.unchecked:
             print(f"not checked: {note}")
-        print("verified" if report.verified else f"falsified: {len(report.failures)} claims do not hold")
-    if not report.verified:
-        raise typer.Exit(_FALSIFIED)
+        for note in report.left_out:
+            print(f"left out: {note}")
+        print(report.summary())
+    if report.verdict.exit_status:
+        raise typer.Exit(report.verdict.exit_status)

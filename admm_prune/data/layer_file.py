@@ -14,7 +14,7 @@ from admm_prune.problems.gram import check_gram, check_square, check_weight
 
 _REQUIRED = ("weight", "gram")
 _OPTIONAL = ("gram_validation", "gram_holdout", "cross_gram")
-_MARK = "admm_prune"  # a key of the metadata of every file we write: such a file may be replaced
+MARK = "admm_prune"  # a key of the metadata of every file we write: such a file may be replaced
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_name(f".{path.name}.tmp")
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(content, temporary, {_MARK: "1", **(metadata or {})})
+        save_file(content, temporary, {MARK: "1", **(metadata or {})})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -74,7 +74,7 @@ def is_ours(path: Path) -> bool:
     """True for a safetensors file that `write_tensors` wrote."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _MARK in (file.metadata() or {})
+            return MARK in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -12,13 +13,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from admm_prune.data.durable import file_sha256
-from admm_prune.data.layer_file import LayerFile
+from admm_prune.data.layer_file import MARK, LayerFile
 from admm_prune.errors import UserError
 from admm_prune.recipes.targets import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
+CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others
 _NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
-_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "problem"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +30,20 @@ class Claims:
     Attributes:
         target: "0.7", the fraction pruned, or "2:4".
         budget: "matrix", "row" or "group": within what the kept weights are counted; "set": a set that has to be asked.
+        constraint: the sparse set, by name, where it is not the method's own.
         problem: the objective, by name.
         bound_kind: the argument that gave the bound.
         ridge, damping: as used in the end.
         layer: where the layer problem lay.
-        layer_sha256, weight_sha256: of the tensors of the layer problem, and of the pruned weight.
+        layer_sha256, weight_sha256: of the layer problem, tensors and metadata, and of the pruned weight.
     """
 
     method: str
     status: str
     target: str
     budget: str
-    problem: str | None
+    constraint: str | None
+    problem: str
     sparsity: float
     relative_error: float
     relative_error_holdout: float | None
@@ -53,9 +57,10 @@ class Claims:
     weight_sha256: str
 
     def metadata(self) -> dict[str, str]:
-        """As strings that give every number back to the bit; what is None is left out."""
+        """As strings that give every number back to the bit, None left out, and a fingerprint of them all."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {_KIND: "1"} | {name: str(value) for name, value in values.items() if value is not None}
+        content = {_KIND: "1", MARK: "1"} | {name: str(value) for name, value in values.items() if value is not None}
+        return {**content, CLAIMS_DIGEST: claims_sha256(content)}
 
     @classmethod
     def read(cls, metadata: dict[str, str], where: Path) -> Self:
@@ -79,10 +84,22 @@ class Claims:
                 raise UserError(f"{where}: the claim {name} must be a number, not '{text}'") from None
         return cls(**values)
 
+    @classmethod
+    def unknown(cls, metadata: dict[str, str]) -> list[str]:
+        """The keys of the metadata that are no claims, and the marks of the file that are not as written."""
+        known = {field.name for field in fields(cls)} | {_KIND, MARK, CLAIMS_DIGEST}
+        return sorted((metadata.keys() - known) | {mark for mark in (_KIND, MARK) if metadata.get(mark) != "1"})
+
     @property
     def aim(self) -> Target:
         """The target, parsed; raises UserError where it is none."""
         return target_named(self.target)
+
+
+def claims_sha256(metadata: dict[str, str]) -> str:
+    """sha256 over the metadata of a solved layer, its own fingerprint left out."""
+    content = {name: value for name, value in metadata.items() if name != CLAIMS_DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -93,9 +110,9 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def layer_sha256(layer: LayerFile) -> str:
-    """sha256 over the tensors of a layer problem, by name, and the energy of its target."""
+    """sha256 over the metadata of a layer problem and its tensors, by name."""
     names = ("weight", "gram", "gram_validation", "gram_holdout", "cross_gram")
-    digest = hashlib.sha256(f"target_energy {layer.target_energy!r} ".encode())
+    digest = hashlib.sha256(f"{sorted(layer.metadata.items())!r} ".encode())
     for name in names:
         tensor = getattr(layer, name)
         if tensor is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
@@ -23,6 +24,7 @@ from admm_prune.recipes.trained import Trained
 from admm_prune.runs import pruning
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
+from admm_prune.runs.fingerprints import with_digest
 from admm_prune.runs.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal import home_of, journal_of
 from admm_prune.runs.judging import judged_dense
@@ -175,7 +177,8 @@ def compare(
         )
         with journal.output() as folder:
             shutil.copytree(models, folder / _MODELS, copy_function=_linked)
-            write_json(folder / MANIFEST, comparison.as_json())
+            files = {f"{row.folder}/{MANIFEST}": file_sha256(folder / row.folder / MANIFEST) for row in rows}
+            write_json(folder / MANIFEST, with_digest({**comparison.as_json(), "files": files}))
             write_report(folder)
         if progress is not None:
             progress(len(jobs), len(jobs), "")

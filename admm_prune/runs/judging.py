@@ -37,14 +37,17 @@ class Judgement:
 
 def judged(loaded: LoadedModel, text: Sequences, request: Request) -> Judgement:
     """A model as it is now, wherever its weights are."""
-    prompt = continuation = ""
-    if not loaded.residence.hollow:
-        ids = text.rows[0].ids[:_PROMPT]
-        prompt = str(loaded.tokenizer.decode(ids))
-        continuation = str(loaded.tokenizer.decode(continued(loaded.model, ids, _CONTINUED)))
+    prompt, continuation = ("", "") if loaded.residence.hollow else beginning_continued(loaded, text)
     shelf = Shelf(request.activation_bytes, request.journal.scratch())
     figures = evaluate(loaded.model, text, loaded.residence, shelf, request.world)
     return Judgement(text=text, figures=figures, prompt=prompt, continuation=continuation)
+
+
+def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]:
+    """The beginning of a text, and how a model in memory continues it greedily."""
+    ids = text.rows[0].ids[:_PROMPT]
+    continuation = continued(loaded.model, ids, _CONTINUED)
+    return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(continuation))
 
 
 def judged_dense(loaded: LoadedModel, text: Sequences, request: Request) -> Judgement:

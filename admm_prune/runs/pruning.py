@@ -27,6 +27,7 @@ from admm_prune.recipes.structured import configured
 from admm_prune.recipes.targets import Target, parse_target
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import check_dtype, pick_device
+from admm_prune.runs.fingerprints import files_sha256, with_digest
 from admm_prune.runs.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.judging import Judgement, judged, judged_dense
 from admm_prune.runs.manifest import manifest
@@ -383,12 +384,15 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
         whole=not loaded.residence.hollow and _ROOM * weight_bytes(folder) <= free_bytes(device),
         trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
     )
-    written = replace(report, manifest={**report.manifest, "weights": weights_sha256(folder)})
-    write_json(folder / TIMINGS, written.timings())
-    write_json(folder / MANIFEST, written.as_json())
-    write_report(folder)
     if "target" in report.manifest["settings"]:  # a comparison is none of many runs
         (folder / RECIPE).write_text(written_recipe(content_of(report.manifest["settings"])), encoding="utf-8")
+    weights = weights_sha256(folder)
+    written = replace(
+        report, manifest={**report.manifest, "weights": weights, "files": files_sha256(folder, leave_out=weights)}
+    )
+    write_json(folder / TIMINGS, with_digest(written.timings()))
+    write_json(folder / MANIFEST, with_digest(written.as_json()))
+    write_report(folder)
     return written
 
 

@@ -78,7 +78,8 @@ class Definition:
         hessian: A (in, in), dead channels cut out.
         minimizer: W' (out, in).
         least: f(W').
-        cross: X0^T X (in, in) and ||Y||^2, where the target came from other inputs.
+        cross: X0^T X (in, in) and ||Y||^2, where the target came from other inputs. Claims of such a layer are computed
+            in float64, because their terms cancel.
         rounding: unit roundoff of the dtype that the solver worked in.
     """
 
@@ -96,14 +97,35 @@ class Definition:
         return np.sqrt(np.diagonal(self.hessian))
 
     def objective(self, v: Array) -> tuple[float, float]:
-        """f(V), and how far rounding in the solver's precision may have put a claim off it."""
+        """f(V), and how far rounding may have put a claim off it.
+
+        With another target, f(V) = |V|_A^2 - 2 <V, W' A> + const: its terms, of which W' A carries a residual of
+        n eps |W'| |A| after any backward stable solve, are added up in float64.
+        """
         away = v - self.minimizer
+        if self.cross is not None:
+            value, doubt = energy(away, self.hessian)
+            sizes, matrix = np.abs(v) + np.abs(self.minimizer), np.abs(self.hessian)
+            terms = self.cross[1] + abs(self.least) + float(((sizes @ matrix) * sizes).sum())
+            return value + self.least, doubt + _SLACK * len(matrix) * _EPSILON * terms
         value, doubt = energy(away, self.hessian, self.rounding)
+        size = float((away * away * np.diagonal(self.hessian)).sum())
+        return value + self.least, _SLACK * self.rounding * size + doubt
+
+    def solver_rounding(self, v: Array) -> float:
+        """How far f(V) may be off where it was evaluated in the solver's precision; for claims of solvers only."""
+        away = v - self.minimizer
         diagonal = np.diagonal(self.hessian)
         size = float((away * away * diagonal).sum())
         if self.cross is not None:
             size += self.cross[1] + float(((v * v + self.minimizer**2) * diagonal).sum())
-        return value + self.least, _SLACK * self.rounding * size + doubt
+        return _SLACK * self.rounding * size + energy(away, self.hessian, self.rounding)[1]
+
+    def doubt(self) -> float:
+        """The relative error that the solver's precision leaves in a bound that divides by the spectrum of A."""
+        scale = self.scale
+        least = float(np.linalg.eigvalsh(self.hessian / scale / scale[:, None])[0])
+        return 2 * _SLACK * self.rounding / least if least > 0 else 1.0
 
     def relative_error(self, v: Array) -> tuple[float, float]:
         """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""
@@ -114,7 +136,8 @@ class Definition:
             return 0.0, 0.0
         products = v * (self.weight @ cross)
         value, doubt = energy(v, self.gram)
-        doubt += _SLACK * self.rounding * float(np.abs(products).sum())
+        sizes = float((np.abs(v) * (np.abs(self.weight) @ np.abs(cross))).sum())
+        doubt += _SLACK * len(cross) * _EPSILON * (sizes + target_energy)
         return (value - 2 * float(products.sum()) + target_energy) / target_energy, doubt / target_energy
 
 

@@ -1,33 +1,55 @@
-"""Re-checks a finished run or comparison from its folder alone: weights, sparsity, config, perplexity."""
+"""Re-checks a finished run or comparison from its folder alone: files, weights, sparsity, settings, perplexity."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from admm_prune.data.sequences import Sequences
-from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
-from admm_prune.models import evaluate as evaluation
+from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.point import Point
 from admm_prune.recipes.targets import Target
+from admm_prune.result import Status
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.device import pick_device
-from admm_prune.runs.folder import MANIFEST
+from admm_prune.runs.fingerprints import DIGEST, read_json
+from admm_prune.runs.folder import MANIFEST, TIMINGS
+from admm_prune.runs.folder_integrity import check_files, check_manifest, is_number, remaining
+from admm_prune.runs.manifest_fields import check_fields
 from admm_prune.runs.reports.content import mean_error
 from admm_prune.runs.reports.pages import read_manifest
-from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
-from admm_prune.runs.verification import Verification
+from admm_prune.runs.settings_verification import check_recipe_file, check_settings, made_set, target_of
+from admm_prune.runs.text_verification import check_text, evaluation_text_is_there, same
+from admm_prune.runs.verification_report import Verification, in_full, same_fraction
 
 Manifest = dict[str, Any]
-_COUNTED = ("Unstructured(", "RowWise(", "NofM(")  # sets whose target every matrix meets by itself
-_FIGURES = ("perplexity", "bits_per_char", "tokens", "characters")
+
+_RECORD = {"settings", "model_revision", "texts", "environment", "files", DIGEST}
+RUN_FIELDS = frozenset({
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes", "details",
+    "continuation", "weights", *_RECORD,
+})  # fmt: skip
+COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "rows", *_RECORD})
+
+# Fields of a manifest that are recomputed; of texts and figures only where the perplexity is.
+_RECOMPUTED = frozenset({
+    "method", "target", "budget", "block_weights", "sparsity", "layers[].name", "layers[].sparsity", "settings.target",
+    "weights", "files", DIGEST,
+})  # fmt: skip
+_WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.pruned"})
+_RECOMPUTED_OF_TABLE = frozenset({
+    "model", "parameters", "dense", "settings", "model_revision", "environment", "texts", "files", DIGEST,
+    *(f"rows[].{name}" for name in (
+        "method", "target", "sparsity", "perplexity", "bits_per_char", "relative_error", "reloaded_perplexity", "folder"
+    )),
+})  # fmt: skip
+
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError, RuntimeError)
 
 
 def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False, device: str = "auto") -> Verification:
@@ -35,111 +57,198 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
 
     Args:
         data: the evaluation text, where it is not any more where the run read it.
-        quick: leave the perplexity out.
+        quick: leave out what needs the text: the perplexity, the continuation and the record of the texts.
 
     Raises:
         UserError: no finished run, or `data` is not the text of the run.
     """
+    if (folder / PACK_MANIFEST).is_file():
+        raise UserError(f"{folder} is an archive: give it back with 'admm-prune unpack {folder} OUT' and verify that")
     manifest = read_manifest(folder)
     place = pick_device(device)
     comparing = "rows" in manifest
     report = Verification(path=folder, kind="comparison" if comparing else "run")
-    if not quick and data is None and _location(manifest) is None:
-        report.unchecked.append("perplexity: its text is not where the run read it; name it with --data")
-        quick = True
-    elif quick:
-        report.unchecked.append("perplexity: left out by --quick")
+    check = _verify_comparison if comparing else _verify_run
     try:
-        if comparing:
-            _verify_comparison(report, folder, manifest, data, quick, place)
-        else:
-            _verify_run(report, folder, manifest, data, quick, place, "")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {error})"
-        ) from error
-    report.unchecked.append(
-        "the figures of the dense model and the layers' errors: they need what is not in the folder"
-    )
+        if quick:
+            report.left_out.append("the perplexity (--quick)")
+        elif data is None and not evaluation_text_is_there(manifest):
+            report.open("perplexity: its text is not where the run read it; name it with --data")
+            quick = True
+        check(report, folder, manifest, data, quick, place, "")
+    except _MALFORMED as error:
+        what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {in_full(error)})"
+        if not report.failures:
+            raise UserError(what) from error
+        report.expect("manifest", False, what)
     return report
 
 
 def _verify_comparison(
-    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
 ) -> None:
-    named = {row["folder"] for row in manifest["rows"]}
+    check_manifest(report, manifest, COMPARISON_FIELDS, where)
+    named = [str(row["folder"]) for row in manifest["rows"]]
     found = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
-    for missing in sorted(named - found):
+    for missing in sorted(set(named) - found):
         report.expect("models", False, f"the table has a row for {missing}, which is not there")
-    for extra in sorted(found - named):
+    for extra in sorted(found - set(named)):
         report.expect("models", False, f"{extra} has no row in the table")
+    report.expect("models", len(set(named)) == len(named), "the table has two rows for one model")
+    sealed = {f"{name}/{MANIFEST}" for name in named}
+    report.expect("models", sealed == manifest["files"].keys(), f"{MANIFEST} must name the manifests of its models")
+    check_files(report, folder, manifest, where, frozenset(found & set(named)))
+    check_fields(report, manifest, where)
+    report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
+    report.agree("model", manifest["model"], manifest["settings"]["model"])
+    _check_methods_and_targets(report, manifest)
+    texts = {repr(text) for role, text in manifest["texts"].items() if role.startswith("calibration")}
+    calibrations = {
+        repr(read_manifest(folder / row["folder"])["texts"]["calibration"])
+        for row in manifest["rows"]
+        if row["folder"] in found
+    }
+    roles = {role for role in manifest["texts"] if role == "evaluation" or role.startswith("calibration")}
+    report.expect(
+        "calibration texts",
+        texts == calibrations and roles == manifest["texts"].keys(),
+        f"{MANIFEST}: the calibration texts are not those of the models",
+    )
     for row in manifest["rows"]:
-        where = f"{row['folder']}: "
-        if row["folder"] not in found:
-            continue
-        content = read_manifest(folder / row["folder"])
-        told = {
-            "method": content["method"],
-            "target": content["target"],
-            "sparsity": content["sparsity"],
-            "perplexity": content["pruned"]["perplexity"],
-            "reloaded_perplexity": content["pruned"]["perplexity"],
-            "bits_per_char": content["pruned"]["bits_per_char"],
-            "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
-        }
-        for name, value in told.items():
-            report.expect(
-                f"row {name}",
-                _same(row[name], value),
-                f"{where}the table says {name} {row[name]}, the model's manifest {value}",
-            )
+        if row["folder"] in found:
+            _verify_row(report, folder, manifest, row, data, quick, device)
+
+
+def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None:
+    """The rows against the methods and targets of the settings."""
+    settings = manifest["settings"]
+    asked = set(settings["methods"])
+    methods = {row["method"] for row in manifest["rows"]}
+    report.expect(
+        "methods of the table",
+        asked <= methods if settings["baselines"] else asked == methods,
+        f"the settings name the methods {sorted(asked)}, the table {sorted(methods)}",
+    )
+    pairs = [(row["method"], row["target"]) for row in manifest["rows"]]
+    report.expect("rows", len(set(pairs)) == len(pairs), "a method has two rows for one target")
+
+
+def _verify_row(
+    report: Verification,
+    folder: Path,
+    manifest: Manifest,
+    row: Manifest,
+    data: str | None,
+    quick: bool,
+    device: str,
+) -> None:
+    """A row of the table against the manifest of its model, and the model itself."""
+    where = f"{row['folder']}: "
+    content = read_manifest(folder / row["folder"])
+    claims = {
+        "method": content["method"],
+        "target": content["target"],
+        "sparsity": content["sparsity"],
+        "perplexity": content["pruned"]["perplexity"],
+        "reloaded_perplexity": content["pruned"]["perplexity"],
+        "bits_per_char": content["pruned"]["bits_per_char"],
+        "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
+    }
+    for name, value in claims.items():
         report.expect(
-            "dense figures", content["dense"] == manifest["dense"], f"{where}other figures of the dense model"
+            f"row {name}",
+            same(row[name], value),
+            f"{where}the table says {name} {in_full(row[name])}, the model's manifest {in_full(value)}",
         )
-        _verify_run(report, folder / row["folder"], content, data, quick, device, where)
+    report.expect(
+        "row fields",
+        row.keys() == {*claims, "seconds", "folder"},
+        f"{where}the fields of the row are not those that a comparison writes",
+    )
+    _check_seconds(report, folder / row["folder"] / TIMINGS, row["seconds"], where)
+    report.expect("dense figures", content["dense"] == manifest["dense"], f"{where}other figures of the dense model")
+    for name in ("settings", "model_revision", "environment"):
+        report.agree(name, content[name], manifest[name], where)
+    report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"], where)
+    loaded = _verify_run(report, folder / row["folder"], content, data, quick, device, where)
+    if loaded is not None and content["budget"] in ("matrix", "model") and not content["details"].get("units"):
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        report.agree("parameters", manifest["parameters"], parameters, where)
+    elif "parameters" not in report.checked:
+        report.by_fingerprint(f"{MANIFEST}: parameters")
+
+
+def _check_seconds(report: Verification, timings: Path, claimed: Any, where: str) -> None:
+    """The seconds of a row against the model's own file of times, which rounds them to milliseconds."""
+    try:
+        found = read_json(timings).get("seconds")
+    except (UserError, AttributeError):
+        return  # reported with the files
+    near = is_number(claimed) and is_number(found) and abs(claimed - found) <= 1e-3
+    report.expect("row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(found)}")
 
 
 def _verify_run(
     report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
-) -> None:
-    if not _verify_weights(report, folder, manifest, where):
-        return
-    told = {key: manifest[key] for key in ("method", "target", "sparsity")}
+) -> LoadedModel | None:
+    """A run's folder; returns its model where that could be loaded."""
+    check_manifest(report, manifest, RUN_FIELDS, where)
+    sound = check_files(report, folder, manifest, where, frozenset())
+    check_fields(report, manifest, where)
+    recomputed = _RECOMPUTED if quick else _RECOMPUTED | _WITH_TEXT
+    report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, recomputed)))
+    sound &= _verify_weights(report, folder, manifest, where)
+    sound &= _verify_config(report, folder, manifest, where)
+    check_recipe_file(report, folder, manifest, where)
+    _verify_layer_claims(report, manifest, where)
+    if not sound:
+        return None  # what was altered is not loaded
     try:
-        config = json.loads((folder / "config.json").read_bytes()).get(METADATA_KEY)
-    except (OSError, ValueError, AttributeError) as error:
-        report.expect("config.json", False, f"{where}config.json cannot be read: {error}")
-        return
-    report.expect(
-        "config.json", config == told, f"{where}config.json says {config}, {MANIFEST} {told}: they must agree"
-    )
-    loaded = load(str(folder), device=device)
+        loaded = load(str(folder), device=device)
+    except UserError as error:
+        report.expect("model", False, f"{where}the model cannot be loaded: {error}")
+        return None
+    check_settings(report, loaded.model, manifest, where)
     _verify_sparsity(report, loaded, manifest, where)
-    if quick:
-        return
-    judging = _judging_text(manifest, loaded, data)
-    recorded = manifest["texts"]["evaluation"]["token_hash"]
-    if judging.token_hash != recorded:
-        message = (
-            f"the evaluation text is not the recorded one: token hash {recorded[:12]} became {judging.token_hash[:12]}"
-        )
-        if data is not None:
-            raise UserError(f"--data {data}: {message}")
-        report.expect("evaluation text", False, where + message)
-        return
-    report.expect("evaluation text", True, "")
-    figures = evaluation.evaluate(loaded.model, judging)
-    for name in _FIGURES:
+    if not quick:
+        check_text(report, loaded, manifest, data, where)
+    return loaded
+
+
+def _verify_config(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+    """Its metadata against the manifest; False where it cannot be read."""
+    claims = {key: manifest[key] for key in ("method", "target", "sparsity")}
+    try:
+        config = read_json(folder / "config.json").get(METADATA_KEY)
+    except (UserError, AttributeError) as error:
+        return report.expect("config.json", False, f"{where}config.json cannot be read: {error}")
+    report.expect(
+        "config.json",
+        config == claims,
+        f"{where}config.json says {in_full(config)}, {MANIFEST} {in_full(claims)}: they must agree",
+    )
+    return True
+
+
+def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -> None:
+    """What can be said of the claims on layer problems without the layers' inputs: that they are possible."""
+    for layer in manifest["layers"]:
+        name, objective, bound = layer["name"], layer["objective"], layer["bound"]
+        status = layer["status"]
         report.expect(
-            name,
-            _same(manifest["pruned"][name], getattr(figures, name), tolerance=1e-6),
-            f"{where}claimed {name} {manifest['pruned'][name]}, recomputed {getattr(figures, name)}",
+            "status of every layer",
+            status is None or status in Status.__members__,
+            f"{where}{name}: there is no status {in_full(status)}",
         )
-        report.numbers[f"{where}{name}"] = getattr(figures, name)
+        report.expect(
+            "bound of every layer below its objective",
+            bound is None or (is_number(bound) and is_number(objective) and bound <= objective * (1 + 1e-6) + 1e-12),
+            f"{where}{name}: claimed bound {in_full(bound)} lies above the objective {in_full(objective)}",
+        )
 
 
 def _verify_weights(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
-    """Files, fingerprints and finite values; False where the model had better not be loaded."""
+    """Files, fingerprints and finite values; False where the model is not to be loaded."""
     claimed = manifest["weights"]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not report.expect(
@@ -152,17 +261,17 @@ def _verify_weights(report: Verification, folder: Path, manifest: Manifest, wher
         return report.expect("weight files", False, f"{where}the weights cannot be read: {error}")
     sound = True
     for name in names:
-        then, now = claimed[name]["tensors"], found[name]["tensors"]
-        changed = [key for key in then if key in now and then[key] != now[key]]
+        before, now = claimed[name]["tensors"], found[name]["tensors"]
+        changed = [key for key in before if key in now and before[key] != now[key]]
         for key in changed:
             report.expect("tensors", False, f"{where}the tensor {key} in {name} is not the one that was saved")
-        for key in sorted(then.keys() ^ now.keys()):
+        for key in sorted(before.keys() ^ now.keys()):
             sound = report.expect(
-                "tensors", False, f"{where}{name} {'lacks' if key in then else 'has gained'} the tensor {key}"
+                "tensors", False, f"{where}{name} {'lacks' if key in before else 'has gained'} the tensor {key}"
             )
         report.expect(
             "tensors",
-            bool(changed) or then.keys() != now.keys() or claimed[name]["sha256"] == found[name]["sha256"],
+            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == found[name]["sha256"],
             f"{where}{name} is not the file that was saved, though its tensors are",
         )
         with safe_open(folder / name, framework="pt") as file:
@@ -177,21 +286,33 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     claims = {layer["name"]: layer for layer in manifest["layers"]}
     report.expect(
         "layers",
-        claims.keys() == views.keys(),
+        claims.keys() == views.keys() and len(claims) == len(manifest["layers"]),
         f"{where}the layers claimed are not those of the model: {sorted(claims.keys() ^ views.keys())[:3]}",
     )
-    target = _target(manifest)
+    target = target_of(manifest)
     if target is None:
         report.expect("target", False, f"{where}the target {manifest['target']} is not among the settings")
         return
     left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
     sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
+    structured = bool(manifest["details"].get("units"))  # rows and columns are gone
     for name in views.keys() & claims.keys():
+        shape = list(views[name].shape)
+        report.expect(
+            "shape of every matrix",
+            all(a <= b for a, b in zip(shape, claims[name]["shape"], strict=True))
+            if structured
+            else shape == claims[name]["shape"],
+            f"{where}{name}: claimed shape {claims[name]['shape']}, found {shape}",
+        )
+        claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
         report.expect(
             "sparsity of every matrix",
-            abs((1 - claims[name]["sparsity"]) * sizes[name] - left[name]) < 0.5,
-            f"{where}{name}: claimed sparsity {claims[name]['sparsity']}, found {1 - left[name] / sizes[name]}",
+            same_fraction(claimed, found),
+            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
         )
+    if structured:
+        report.by_fingerprint(f"{MANIFEST}: layers[].shape")
     total, kept = sum(sizes.values()), sum(left.values())
     report.expect(
         "block weights",
@@ -202,26 +323,50 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
     report.numbers[f"{where}sparsity"] = found
     report.expect(
         "sparsity",
-        abs(manifest["sparsity"] - found) * total < 0.5,
-        f"{where}claimed sparsity {manifest['sparsity']}, found {found}",
+        same_fraction(manifest["sparsity"], found),
+        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
     )
+    for name, how in _misses(report, manifest, target, views, left, sizes, where).items():
+        report.expect("target", how is None, f"{where}{name}: {how}")
+
+
+def _misses(
+    report: Verification,
+    manifest: Manifest,
+    target: Target,
+    views: dict[str, WeightView],
+    left: dict[str, int],
+    sizes: dict[str, int],
+    where: str,
+) -> dict[str, str | None]:
+    """What misses the target or lies outside its sparse set, and how."""
     own = {name: found for name in views if (found := target.at(name)) is not None}
-    missed = {
+    described = manifest["settings"].get("constraint")
+    if described is not None and target.pattern is None:
+        family = made_set(described)
+        if family is None:
+            report.open(f"{where}target: the set {described} is not at hand here, and only it can tell")
+            return {}
+        try:
+            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in own.items()}
+        except Exception as error:  # whatever a plug-in raises
+            report.open(f"{where}target: the set {described} cannot be asked ({type(error).__name__}: {error})")
+            return {}
+        return {
+            name: None if inside else f"it is not in the set {described} at {own[name].label}"
+            for name, inside in held.items()
+        }
+    if manifest["budget"] == "model" and target.pattern is None:
+        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
+        total = sum(sizes.values())
+        return {"all matrices together": _too_few(total - sum(left.values()), total, asked, target)}
+    if manifest["budget"] not in ("matrix", "model"):
+        report.open(f"{where}target: it is a fraction of the {manifest['budget']}, not of the weights")
+        return {}
+    return {
         name: _missed(views[name], left[name], sizes.get(name, views[name].read().numel()), one)
         for name, one in own.items()
     }
-    constraint = manifest["settings"].get("constraint")
-    if constraint is not None and not constraint.startswith(_COUNTED):
-        missed = {}
-        report.unchecked.append(f"{where}the target: only the set {constraint} can tell")
-    elif manifest["budget"] == "model" and target.pattern is None:
-        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
-        missed = {"all matrices together": _too_few(total - kept, total, asked, target)}
-    elif manifest["budget"] not in ("matrix", "model"):
-        missed = {}
-        report.unchecked.append(f"{where}the target: it is a fraction of the {manifest['budget']}, not of the weights")
-    for name, how in missed.items():
-        report.expect("target", how is None, f"{where}{name}: {how}")
 
 
 def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
@@ -236,39 +381,3 @@ def _missed(view: WeightView, left: int, size: int, target: Target) -> str | Non
 def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
     """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
     return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
-
-
-def _target(manifest: Manifest) -> Target | None:
-    """The target in full; its label is rounded."""
-    settings = manifest["settings"]
-    for content in settings.get("targets") or [settings["target"]]:
-        pattern = content["pattern"]
-        layers = tuple((name, own) for name, own in content["layers"])
-        target = Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
-        if target.label == manifest["target"]:
-            return target
-    return None
-
-
-def _judging_text(manifest: Manifest, loaded: LoadedModel, data: str | None) -> Sequences:
-    settings = TextSettings(**manifest["settings"]["text"])
-    if settings.eval_data is not None:
-        return read_judging_text(replace(settings, eval_data=data or settings.eval_data), loaded)
-    return Texts(replace(settings, data=data or settings.data), loaded).evaluation
-
-
-def _location(manifest: Manifest) -> str | None:
-    """Where the evaluation text was read; None where that is a path at which nothing is now."""
-    text = manifest.get("settings", {}).get("text", {})
-    name = text.get("eval_data") or text.get("data") or ""
-    gone = is_file_name(name) and not Path(name).expanduser().exists()
-    return None if gone or name == PYTHON_OBJECT else name
-
-
-def _same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
-    """Equal; numbers to a relative tolerance; null for what is not finite."""
-    if not isinstance(found, float):
-        return bool(claimed == found)
-    if claimed is None:
-        return found - found != 0
-    return isinstance(claimed, float | int) and abs(claimed - found) <= tolerance * abs(found)

@@ -127,7 +127,7 @@ def solve_path(
         reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a solver that does not take the set or the problem
         raise UserError(f"{path}: {error}") from error
     for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):
         if file is not None:
@@ -226,16 +226,34 @@ def _problem(
     )
 
 
+def _in_float64(layer: LayerFile, problem: LayerReconstruction, method: Method) -> LayerReconstruction:
+    """The problem, with its ridge and damping as used, in float64."""
+    weight, gram = layer.weight.to(layer.gram.dtype).double(), layer.gram.double()
+    return method.problem.posed(
+        weight,
+        gram,
+        problem.constraint,
+        ridge=problem.ridge,
+        damping=problem.damping,
+        cross_gram=None if layer.cross_gram is None else layer.cross_gram.to(layer.gram.dtype).double(),
+        target_energy=layer.target_energy,
+    )
+
+
 def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
-    problem, result = solved.problem, solved.result
+    problem, result, solution = solved.problem, solved.result, solved.result.solution
+    objective = result.objective
+    if layer.cross_gram is not None:  # its terms cancel: float32 would leave a few digits of a small error
+        problem, solution = _in_float64(layer, problem, method), solution.map(Tensor.double)
+        objective = problem.value(solution)
     holdout = layer.gram_holdout if layer.cross_gram is None else None
-    bound, notes = _bound(problem, result)
+    bound, notes = _bound(problem, replace(result, objective=objective))
     return SolvedLayer(
         target=str(target),
-        relative_error=problem.relative_error(result.solution),
-        relative_error_holdout=None if holdout is None else problem.relative_error(result.solution, holdout),
-        sparsity=result.solution.sparsity(),
-        objective=result.objective,
+        relative_error=problem.relative_error(solution),
+        relative_error_holdout=None if holdout is None else problem.relative_error(solution, holdout),
+        sparsity=solution.sparsity(),
+        objective=objective,
         bound=None if bound is None else bound.value,
         bound_kind=None if bound is None else bound.kind,
         ridge=problem.ridge,
@@ -250,7 +268,7 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
             solved.whole,
             width=layer.weight.shape[1],
             tokens=_tokens(layer),
-            dead=int(problem.dead.sum()),
+            dead=int(solved.problem.dead.sum()),
             ridge_asked=solved.damping.ridge,
             ridge_used=problem.ridge,
             ridge_matters=method.damped,
@@ -284,6 +302,7 @@ def _claims(
         status=solved.status,
         target=solved.target,
         budget=method.cell(target),
+        constraint=None if method.sets is None else method.sets.name,
         problem=method.problem.name,
         sparsity=solved.sparsity,
         relative_error=solved.relative_error,

@@ -88,8 +88,11 @@ def test_a_genuine_run_is_verified(command: Command, pruned: Path) -> None:
     assert outcome.err == ""
     table = command("verify", pruned, "--quick")
     assert table.status == 0
-    assert table.out.splitlines()[-1] == "verified"
-    assert "not checked: perplexity: left out by --quick" in table.out
+    assert table.out.splitlines()[-1] == "verified, without the perplexity (--quick)"
+    for field in ("settings.ridge", "environment", "layers[].bound", "dense", "notes"):
+        assert f"admm_prune.json: {field}" in content["fingerprinted"]
+    assert {"tokenizer.json", "report.html", "timings.json"} <= set(content["fingerprinted"])
+    assert (content["outcome"], content["unchecked"]) == ("verified", [])
 
 
 def test_a_genuine_comparison_is_verified_model_by_model(command: Command, everything: Path) -> None:
@@ -193,15 +196,23 @@ def test_an_altered_model_of_a_comparison_is_named(command: Command, everything:
     )
 
 
-def test_a_text_that_moved_is_named_with_data(command: Command, pruned: Path, place: Path, text_file: Path) -> None:
-    shutil.copy(text_file, place / "moved.txt")
-    gone = str(place / "gone.txt")
-    edit_json(pruned / "admm_prune.json", lambda m: m["settings"]["text"].update(data=gone))
-    assert any("name it with --data" in note for note in command("verify", pruned, "--json").json()["unchecked"])
-    content = command("verify", pruned, "--data", "moved.txt", "--device", "cpu", "--json").json()
-    assert "perplexity" in content["checked"]
+def test_a_text_that_moved_is_named_with_data(
+    command: Command, place: Path, model_folder: Path, text_file: Path
+) -> None:
+    shutil.copy(text_file, place / "first.txt")
+    text = place / "first.txt"
+    run = ("run", "--model", model_folder, "--data", text, "--samples", 16, "--method", "wanda", "--sparsity", 0.5)
+    assert command(*run, "--out", "out").status == 0
+    text.rename(place / "moved.txt")
+    outcome = command("verify", "out", "--json")
+    content = json.loads(outcome.out)
+    assert (outcome.status, content["verified"], content["outcome"]) == (3, None, "incomplete")
+    assert any("name it with --data" in note for note in content["unchecked"])
+    assert command("verify", "out").out.splitlines()[-1].startswith("incomplete: nothing was refuted, but 1 claims")
+    content = command("verify", "out", "--data", "moved.txt", "--device", "cpu", "--json").json()
+    assert {"perplexity", "texts.calibration.token_hash"} <= set(content["checked"])
     (place / "other.txt").write_text(text_file.read_text()[:6000])
-    wrong = command("verify", pruned, "--data", "other.txt")
+    wrong = command("verify", "out", "--data", "other.txt")
     assert wrong.status == 2
     assert "--data other.txt: the evaluation text is not the recorded one" in wrong.err
 
@@ -217,7 +228,7 @@ def test_a_solved_layer(command: Command, place: Path, layer_file: Path) -> None
     assert table.out.splitlines()[-1] == "verified"
     edit_tensor(place / "v.safetensors", "weight", lambda weight: weight.mul_(1.01))
     falsified(command("verify", "v.safetensors", "--json"), "the weight was altered", "claimed relative_error")
-    assert command("verify", "v.safetensors").out.splitlines()[-1] == "falsified: 4 claims do not hold"
+    assert command("verify", "v.safetensors").out.splitlines()[-1] == "rejected: 4 claims do not hold"
 
 
 def test_solve_says_what_the_doctor_found(command: Command, layer_file: Path) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from admm_prune.data.layer_file import LayerFile
+from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
-from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named
+from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, with_parts
 from admm_prune.recipes.targets import Target
-from admm_prune.runs.claims import Claims, tensor_sha256
+from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
+from admm_prune.runs.exhaustive import least_loss
+from admm_prune.runs.recomputation import Budget, define
 from admm_prune.runs.solving import solve_layer_file
 from admm_prune.runs.verification import verify_layer
+from admm_prune.runs.verification_report import Verdict
 from admm_prune.testing.instances import correlated_inputs, random_weight
 
 TARGETS = {"0": Target(0.0), "0.5": Target(0.5), "0.83": Target(0.83), "1": Target(1.0), "2:4": Target(None, (2, 4))}
@@ -232,7 +237,7 @@ def test_the_layer_is_found_beside_the_solved_one_and_asked_for_where_it_is_not(
 
 def test_claims_survive_the_file_to_the_bit() -> None:
     claims = Claims(
-        method="admm", status="SOLVED", target="0.7", budget="matrix", problem="layer", sparsity=0.7,
+        method="admm", status="SOLVED", target="0.7", budget="matrix", constraint=None, problem="layer", sparsity=0.7,
         relative_error=1 / 3, relative_error_holdout=None, objective=1e-300, bound=None, bound_kind=None,
         ridge=0.1 + 0.2, damping=0.0, layer="a b.safetensors", layer_sha256="0", weight_sha256="1",
     )  # fmt: skip
@@ -245,3 +250,162 @@ def test_the_fingerprint_sees_bits_shape_and_dtype(dtype: torch.dtype) -> None:
     others = [x.T.contiguous(), x.reshape(3, 2), x.to(torch.float16), x.clone().index_fill_(0, torch.tensor([1]), 2.0)]
     assert tensor_sha256(x) == tensor_sha256(x.T.contiguous().T)
     assert len({tensor_sha256(t) for t in [x, *others]}) == 5 - int(torch.equal(others[0], others[1]))
+
+
+SMALL = {"0.5": Target(0.5), "0.75": Target(0.75), "2:4": Target(None, (2, 4))}
+EVERY = [*LOCAL_METHODS, "brute-force", "branch-and-bound", "group-exact"]
+
+
+def small_layer(path: Path, kind: str, dtype: torch.dtype) -> Path:
+    """A layer of 3 outputs and 8 inputs, small enough for every reference."""
+    x, other = correlated_inputs(48, 8, 3), correlated_inputs(48, 8, 4)
+    weight = random_weight(3, 8, 5).to(dtype)
+    dense = x + 0.1 * other
+    cross = kind == "cross_gram"
+    LayerFile(
+        weight=weight,
+        gram=(x.T @ x).to(dtype),
+        gram_validation=None if cross else (x[:16].T @ x[:16]).to(dtype),
+        gram_holdout=(other.T @ other).to(dtype),
+        cross_gram=(dense.T @ x).to(dtype) if cross else None,
+        metadata={"target_energy": repr(float((dense @ weight.double().T).square().sum()))} if cross else {},
+    ).save(path)
+    return path
+
+
+def admitted(method: str, target: str, constraint: str | None) -> bool:
+    """Whether a reference takes the set."""
+    sets = constraint or ("row-wise" if method in ("wanda", "brute-force", "branch-and-bound") else "unstructured")
+    if method == "group-exact":
+        return target == "2:4"
+    if method == "branch-and-bound":
+        return target != "2:4" and sets != "groups"
+    return method != "brute-force" or target == "2:4" or sets == "row-wise"
+
+
+@pytest.mark.parametrize("kind", ["plain", "cross_gram", "ridge auto"])
+@pytest.mark.parametrize("constraint", [None, "unstructured", "row-wise", "groups"])
+@pytest.mark.parametrize("method", EVERY)
+def test_honest_files_of_every_solver_set_and_kind_are_verified(
+    tmp_path: Path, method: str, constraint: str | None, kind: str
+) -> None:
+    for dtype, target in product((torch.float32, torch.float64), SMALL):
+        if (constraint is not None and target == "2:4") or not admitted(method, target, constraint):
+            continue
+        layer = small_layer(tmp_path / "layer.safetensors", kind, dtype)
+        out = tmp_path / "v.safetensors"
+        used = with_parts(method_named(method), None, constraint)
+        try:
+            solve_layer_file(
+                layer, used, SMALL[target], out=out, device="cpu", ridge="auto" if kind == "ridge auto" else None
+            )
+        except UserError:
+            if constraint == "groups":  # not every solver takes sets beside the three usual ones
+                continue
+            raise
+        report = verify_layer(out)
+        assert (report.failures, report.unchecked) == ([], []), (dtype, target)
+        assert report.verdict is Verdict.VERIFIED
+
+
+def resealed(path: Path, **claims: str | None) -> None:
+    """A forger's file: claims replaced or, where None, taken out, and the fingerprint renewed."""
+
+    def edit(weight: torch.Tensor, metadata: dict[str, str]) -> None:
+        for name, text in claims.items():
+            metadata.pop(name, None)
+            if text is not None:
+                metadata[name] = text
+        metadata[CLAIMS_DIGEST] = claims_sha256(metadata)
+
+    falsify(path, edit)
+
+
+@pytest.mark.parametrize(
+    ("claims", "failure"),
+    [
+        ({"status": "FINE"}, "claimed status FINE"),
+        ({"status": "CLOSED_FORM"}, "which admm never ends with"),
+        ({"method": "wanda"}, "claimed budget 'matrix', where wanda"),
+        ({"budget": "row"}, "claimed budget 'row', where admm"),
+        ({"budget": "set"}, "claimed budget 'set', where admm"),
+        ({"award": "first"}, "'award' is no claim"),
+        ({"bound": None}, "a bound has a kind"),
+        ({"bound_kind": None}, "a bound has a kind"),
+        ({"bound_kind": "solver", "bound": "33.0"}, "lies above the value"),
+    ],
+    ids=str,
+)
+def test_a_forger_who_renews_the_fingerprint_is_refuted(
+    layer: Path, claims: dict[str, str | None], failure: str
+) -> None:
+    path = solved(layer)
+    resealed(path, **claims)
+    report = verify_layer(path)
+    assert report.verdict is Verdict.REJECTED
+    assert any(failure in one for one in report.failures), report.failures
+
+
+@pytest.mark.parametrize(
+    ("claims", "note"),
+    [
+        ({"method": "of-another-package"}, "method: 'of-another-package'"),
+        ({"problem": "other", "objective": "1e-9", "bound": None, "bound_kind": None}, "objective: the problem"),
+        ({"budget": "set", "constraint": "other", "bound": None, "bound_kind": None}, "sparse set: it cannot be had"),
+        ({"bound_kind": "solver", "bound": "13.0"}, "bound: the argument 'solver' was not repeated"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_checked_is_named_and_nothing_is_called_verified(
+    layer: Path, claims: dict[str, str | None], note: str
+) -> None:
+    path = solved(layer)
+    resealed(path, **claims)
+    report = verify_layer(path)
+    assert (report.failures, report.verdict) == ([], Verdict.INCOMPLETE)
+    assert any(note in one for one in report.unchecked), report.unchecked
+    assert (report.as_json()["verified"], report.as_json()["outcome"]) == (None, "incomplete")
+    assert report.verdict.exit_status == 3
+    assert report.summary().startswith("incomplete: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["relative_error", "objective"])
+def test_a_target_from_other_inputs_tolerates_no_more_than_any_other(
+    tmp_path: Path, dtype: torch.dtype, name: str
+) -> None:
+    path = solved(layer_file(tmp_path / "layer.safetensors", dtype=dtype, cross=True))
+    with safe_open(path, framework="pt") as file:
+        claimed = float(file.metadata()[name])
+    for factor in (1 + 3e-6, 1 - 3e-6, 1.001):
+        resealed(path, **{name: repr(claimed * factor)})
+        assert any(f"claimed {name}" in failure for failure in verify_layer(path).failures)
+    resealed(path, **{name: repr(claimed)})
+    assert verify_layer(path).failures == []
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(Target(0.5), "matrix"), Budget(Target(0.5), "row"), Budget(SMALL["2:4"], "group")]
+)
+def test_the_optimum_by_exhaustion_is_that_of_every_support(tmp_path: Path, budget: Budget) -> None:
+    whole = load_layer_file(small_layer(tmp_path / "layer.safetensors", "cross_gram", torch.float64))
+    assert whole.cross_gram is not None
+    layer = replace(whole, weight=whole.weight[:3, :4], gram=whole.gram[:4, :4], cross_gram=whole.cross_gram[:4, :4])
+    problem = define(layer, 0.03, 0.003)
+    values = []
+    for kept in combinations(range(12), 6):
+        support = np.isin(np.arange(12), kept).reshape(3, 4)
+        if budget.describe_excess(support.astype(float)) is None:
+            v = np.zeros((3, 4))
+            for row, inside in enumerate(support):
+                linear = problem.hessian[inside] @ problem.minimizer[row]
+                v[row, inside] = np.linalg.solve(problem.hessian[inside][:, inside], linear)
+            values.append(problem.objective(v)[0])
+    found = least_loss(problem, budget)
+    assert found is not None
+    assert problem.least + found[0] == pytest.approx(min(values), rel=1e-9)
+
+
+def test_exhaustion_is_not_tried_where_it_would_take_long(tmp_path: Path) -> None:
+    problem = define(load_layer_file(layer_file(tmp_path / "layer.safetensors")), 0.03, 0.0)
+    assert least_loss(problem, Budget(Target(0.5), "matrix")) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.errors import UserError
+from admm_prune.runs.fingerprints import read_json, record_pages
 from admm_prune.runs.folder import MANIFEST, TIMINGS, check_output_file
 from admm_prune.runs.reports import content, plots
 from admm_prune.runs.reports.content import Manifest
@@ -17,7 +18,16 @@ from admm_prune.runs.reports.masks import Weights, overlap
 
 REPORT = "report.html"
 PLOT = "perplexity.png"
-_LONG = ("layers", "rows", "weights", "details", "dense", "pruned", "timings")  # shown otherwise, or too long to read
+_LONG = (
+    "layers",
+    "rows",
+    "weights",
+    "files",
+    "details",
+    "dense",
+    "pruned",
+    "timings",
+)  # shown otherwise, or too long to read
 
 
 def write_report(folder: Path) -> Path:
@@ -32,6 +42,7 @@ def write_report(folder: Path) -> Path:
     page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, _read_run(folder))
     path = folder / REPORT
     path.write_text(page, encoding="utf-8")
+    record_pages(folder / TIMINGS, [path, *(plot for plot in [folder / PLOT] if "rows" in manifest)])
     return path
 
 
@@ -83,10 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} is no manifest")
     return found
@@ -95,12 +103,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _read_run(folder: Path) -> Manifest:
     """The manifest of a run, and its times under "timings", as far as they were kept."""
     manifest, path = read_manifest(folder), folder / TIMINGS
-    try:
-        manifest["timings"] = {"seconds": None, "layers": {}, "phases": []} | json.loads(path.read_bytes())
-    except FileNotFoundError:
-        manifest["timings"] = {"seconds": None, "layers": {}, "phases": []}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    times = read_json(path) if path.exists() else {}
+    if not isinstance(times, dict):
+        raise UserError(f"{path} is not a JSON object")
+    manifest["timings"] = {"seconds": None, "layers": {}, "phases": []} | times
     return manifest
 
 

@@ -1,0 +1,133 @@
+"""What came out of a re-check: which claims were recomputed, which are bound by a fingerprint alone, which are open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 1e-6  # relative, between a claimed number and the recomputed one
+
+
+class Verdict(Enum):
+    """The outcome of a re-check. The value is the word for it in JSON.
+
+    VERIFIED: every claim was recomputed or agrees with its fingerprint.
+    INCOMPLETE: no claim was refuted, but one that matters could not be checked; the report names it.
+    REJECTED: a claim does not hold, or a file is not what was written.
+    """
+
+    VERIFIED = "verified"
+    INCOMPLETE = "incomplete"
+    REJECTED = "rejected"
+
+    @property
+    def exit_status(self) -> int:
+        return {Verdict.VERIFIED: 0, Verdict.REJECTED: 1, Verdict.INCOMPLETE: 3}[self]
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What came out of a re-check.
+
+    Attributes:
+        kind: "layer", "run" or "comparison".
+        checked: what was recomputed and compared with its claim.
+        fingerprinted: fields and files that nothing here can recompute; unless a failure says otherwise they agree with
+            the fingerprint that was written with them.
+        failures: a sentence for every claim that does not hold.
+        unchecked: claims that could not be checked, and why. The verdict is then at best INCOMPLETE.
+        left_out: what the caller asked to leave out.
+        certificates: what is known of the weight beyond its claims, in words.
+        numbers: recomputed, by name.
+    """
+
+    path: Path
+    kind: str
+    checked: list[str] = field(default_factory=list)
+    fingerprinted: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    certificates: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.failures:
+            return Verdict.REJECTED
+        return Verdict.INCOMPLETE if self.unchecked else Verdict.VERIFIED
+
+    @property
+    def verified(self) -> bool:
+        return self.verdict is Verdict.VERIFIED
+
+    def expect(self, what: str, holds: bool, otherwise: str) -> bool:
+        """Records a check, and the failure where it does not hold."""
+        if what not in self.checked:
+            self.checked.append(what)
+        if not holds:
+            self.failures.append(otherwise)
+        return holds
+
+    def compare(self, what: str, claimed: Any, found: Any, slack: float = 0.0, where: str = "") -> bool:
+        """Compares a claim: numbers to 1e-6 relative and `slack` absolute, all else exactly."""
+        same = claimed == found
+        if isinstance(claimed, float | int) and isinstance(found, float | int):
+            same = same or abs(claimed - found) <= TOLERANCE * abs(found) + slack
+        return self.expect(what, bool(same), f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+
+    def agree(self, what: str, claimed: Any, found: Any, where: str = "") -> bool:
+        """Compares a claim exactly, types included: True is not 1, and 1 is not 1.0."""
+        same = repr(claimed) == repr(found)
+        return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+
+    def by_fingerprint(self, *names: str) -> None:
+        """Records what only a fingerprint binds."""
+        self.fingerprinted += [name for name in dict.fromkeys(names) if name not in self.fingerprinted]
+
+    def open(self, note: str) -> None:
+        """Records a claim that could not be checked."""
+        if note not in self.unchecked:
+            self.unchecked.append(note)
+
+    def summary(self) -> str:
+        """The verdict in a line."""
+        if self.verdict is Verdict.REJECTED:
+            return f"rejected: {len(self.failures)} claims do not hold"
+        if self.verdict is Verdict.INCOMPLETE:
+            return f"incomplete: nothing was refuted, but {len(self.unchecked)} claims could not be checked"
+        return f"verified, without {' and '.join(self.left_out)}" if self.left_out else "verified"
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for JSON. "verified" is null where the verdict is INCOMPLETE."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "outcome": self.verdict.value,
+            "verified": None if self.verdict is Verdict.INCOMPLETE else self.verified,
+            "failures": self.failures,
+            "checked": self.checked,
+            "fingerprinted": self.fingerprinted,
+            "unchecked": self.unchecked,
+            "left_out": self.left_out,
+            "certificates": self.certificates,
+            **self.numbers,
+        }
+
+
+def same_fraction(claimed: float, found: float) -> bool:
+    """Whether two quotients of the same counts are equal: to far less than one count, and more than rounding."""
+    return bool(abs(claimed - found) <= 1e-12)
+
+
+def shown(value: Any) -> str:
+    """A number with as many digits as comparing it takes; anything else in one line, cut where it is long."""
+    return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else in_full(value)
+
+
+def in_full(value: Any) -> str:
+    """A value as Python prints it, in one line, cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
