@@ -91,14 +91,14 @@ def record(
         return [_record(model, blocks, name, batch, device, shelf, finite) for name, batch in batches]
 
 
-@torch.no_grad()
 def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap | None:
-    """How blocks return their hidden states, alone or as the first of several, by a call of the first block.
+    """As `returned_form`; None where all weights are in memory, so that no block is ever passed by."""
+    return returned_form(model, blocks, device, residence) if residence.hollow else None
 
-    None where all weights are in memory, so that no block is ever passed by.
-    """
-    if not residence.hollow:
-        return None
+
+@torch.no_grad()
+def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
+    """How blocks return their hidden states, alone or as the first of several, by a call of the first block."""
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -122,13 +122,17 @@ def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residen
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
     """Blocks hand on the hidden states as they come; the first puts out `last` instead, where it is given."""
+    own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
     for number, block in enumerate(blocks):
         block.module.forward = _passing(wrap, last if number == 0 else None)
     try:
         yield
     finally:
         for block in blocks:
-            del block.module.forward
+            if own[block.name] is None:
+                del block.module.forward
+            else:
+                block.module.forward = own[block.name]
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -10,6 +10,7 @@ from admm_prune.data.sequences import Packing, Sequences, default_length, pack
 from admm_prune.data.sources import EMBEDDED, Corpus, read_corpus
 from admm_prune.data.splits import hold_out
 from admm_prune.errors import UserError
+from admm_prune.models.vocabulary import check_ids
 from admm_prune.runs.manifest import TextRecord
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Texts:
     """
 
     def __init__(self, settings: TextSettings, loaded: LoadedModel) -> None:
-        self._settings, self._tokenizer = settings, loaded.tokenizer
+        self._settings, self._loaded = settings, loaded
         self._length = _length(settings, loaded.model.config)
         self._calibrating, self._judging = _corpora(settings)
         self._packed: dict[int, Sequences] = {}
@@ -97,14 +98,7 @@ class Texts:
         """
         samples = self._settings.samples or samples
         if samples not in self._packed:
-            self._packed[samples] = pack(
-                self._calibrating,
-                self._tokenizer,
-                length=self._length,
-                packing=self._settings.packing,
-                samples=samples,
-                seed=self._settings.seed,
-            )
+            self._packed[samples] = _pack(self._calibrating, self._settings, self._length, self._loaded, samples)
         return self._packed[samples]
 
     def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
@@ -127,14 +121,13 @@ def read_judging_text(settings: TextSettings, loaded: LoadedModel) -> Sequences:
 
 
 def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel) -> Sequences:
-    return pack(
-        corpus,
-        loaded.tokenizer,
-        length=length,
-        packing=settings.packing,
-        samples=settings.eval_samples,
-        seed=settings.seed,
-    )
+    return _pack(corpus, settings, length, loaded, settings.eval_samples)
+
+
+def _pack(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel, samples: int | None) -> Sequences:
+    text = pack(corpus, loaded.tokenizer, length=length, packing=settings.packing, samples=samples, seed=settings.seed)
+    check_ids(loaded.source, (row.ids for row in text.rows), loaded.model)
+    return text
 
 
 def _corpora(settings: TextSettings) -> tuple[Corpus, Corpus]:

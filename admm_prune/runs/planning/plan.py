@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
+from admm_prune.models.structure import notes_on
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Recipe, Request
 from admm_prune.recipes.ridge import Ridge
@@ -23,7 +24,7 @@ from admm_prune.runs.planning import whole_model
 from admm_prune.runs.planning.anatomy import Anatomy
 from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
 from admm_prune.runs.planning.machine import Machine, gpu_named, measured_here
-from admm_prune.runs.planning.reading import Reading, read
+from admm_prune.runs.planning.reading import Reading, check_tokenizer, read
 from admm_prune.runs.planning.stages import LIBRARIES, Stage
 from admm_prune.runs.planning.work import Work
 
@@ -182,8 +183,9 @@ def make_plan(
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
-    notes: list[str] = []
-    reading = None if data is None else read(data, model, stream=stream)
+    notes = list(notes_on(anatomy.model))
+    check_tokenizer(model, anatomy.model, required=data is not None)
+    reading = None if data is None else read(data, model, anatomy.model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, text.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
