@@ -30,9 +30,7 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UserError(
-            f"{kind} is not a model of transformers: give a causal language model, its folder or its Hub id"
-        )
+        raise UserError(f"{kind} is no model of transformers: give a causal language model, its folder or its Hub id")
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
     _check_weights(kind, model)
@@ -70,7 +68,7 @@ def _check_weights(kind: str, model: nn.Module) -> None:
             raise UserError(f"{kind}: the weight {name} is sharded over processes: {_FOLDER}")
         if parameter.is_meta:
             raise UserError(
-                f"{kind}: the weight {name} is not in memory but offloaded, or on the meta device: {_FOLDER}"
+                f"{kind}: the weight {name} is not in memory but offloaded or on the meta device: {_FOLDER}"
             )
         devices.add(parameter.device)
     if len(devices) > 1:

@@ -92,11 +92,9 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     for stored, name in checkpoint.surplus.items() if path else ():
         number = name.removeprefix(f"{path}.").partition(".")[0]
-        if name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks):
-            if not any(re.search(pattern, name) for pattern in ignored):
-                raise UserError(
-                    f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only"
-                )
+        beyond = name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks)
+        if beyond and not any(re.search(pattern, name) for pattern in ignored):
+            raise UserError(f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only")
     wanted = model.state_dict()
     headers = _headers({name for own in wanted for name in checkpoint.sources(own)}, checkpoint.files)
     for name, tensor in sorted(wanted.items()):

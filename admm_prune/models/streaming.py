@@ -106,7 +106,9 @@ class ModelOnDisk(Residence):
         for name, module in self.model.named_modules():
             self._settle_buffers(name, module)
         inside = tuple(f"{block.name}." for block in self.blocks)
-        names = [name for name, _ in self.model.named_parameters()]
+        # Of tied parameters the one that the others are tied to, whichever comes first in the model.
+        ties = getattr(self.model, "all_tied_weights_keys", {})
+        names = list(dict.fromkeys(ties.get(name, name) for name, _ in self.model.named_parameters()))
         self._finished: dict[int, Path] = {}
         self._outside = [name for name in names if not name.startswith(inside)]
         held = self.model.state_dict()

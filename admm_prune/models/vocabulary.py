@@ -41,8 +41,8 @@ def check_ids(source: str, ids: Iterable[Tensor], model: Any) -> None:
 
 def _beyond(source: str, ids: int, rows: int) -> str:
     return (
-        f"{source}: its tokenizer has {ids} token ids, but the model has embeddings for {rows}: take the tokenizer that "
-        "the model was trained with"
+        f"{source}: its tokenizer has {ids} token ids, but the model has embeddings for {rows}: take the tokenizer "
+        "that the model was trained with"
     )
 
 

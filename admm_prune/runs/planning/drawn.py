@@ -1,4 +1,4 @@
-"""A model of a config with random weights, of which one block is in memory at a time: to try out what its class does."""
+"""A model of a config with random weights, one block of it in memory at a time: to try out what its class does."""
 
 from __future__ import annotations
 
