@@ -55,7 +55,7 @@ class Flow:
         """
         args, kwargs = self.calls[index]
         output = block.module(self.hidden, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         if finite:
             check_finite(hidden, f"the outputs of {block.name}")
         return hidden
@@ -113,9 +113,9 @@ def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, r
         model(input_ids=ids, use_cache=False)
     if not returned:
         raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
-    if isinstance(returned[0], tuple):
-        others = returned[0][1:]
-        return lambda hidden: (hidden, *others)
+    if isinstance(returned[0], tuple | list):
+        form, others = type(returned[0]), returned[0][1:]
+        return lambda hidden: form([hidden, *others])
     return lambda hidden: hidden
 
 

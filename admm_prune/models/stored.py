@@ -35,38 +35,50 @@ def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_re
 
 
 def _keep_precision(model: Any) -> None:
-    """Parameters that their class keeps in float32 beside half-precision ones, as `from_pretrained` does."""
+    """Makes float32 what a class keeps in it beside parameters of half precision, as `from_pretrained` does."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(model.config.dtype or model.dtype)
     if not plan:
         return
     pattern, _, _ = build_glob_alternation(list(plan))
-    for name, parameter in model.named_parameters():
-        if pattern.search(name) and parameter.is_floating_point():
+    parameters = dict(model.named_parameters())
+    for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
+        if pattern.search(name) and tensor.is_floating_point():
             owner, _, own = name.rpartition(".")
-            kept = torch.empty_like(parameter, dtype=torch.float32)
-            setattr(model.get_submodule(owner), own, nn.Parameter(kept, requires_grad=False))
+            kept = torch.empty_like(tensor, dtype=torch.float32)
+            kept = nn.Parameter(kept, requires_grad=False) if name in parameters else kept
+            setattr(model.get_submodule(owner), own, kept)
 
 
-def compute_buffers(model: Any, module: nn.Module, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
-    """Gives buffers that no file holds the values that their class computes.
+def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Gives buffers that no file holds the values that the model's class computes, as `from_pretrained` does.
 
     Args:
-        model: of transformers, which knows how to initialize the module.
-        unset: the module's buffers without values, by name.
+        model: of transformers; its parameters are left as they are.
+        unset: its buffers without values, by name.
 
     Returns:
         The names of those that the class leaves as they were.
     """
-    for parameter in module.parameters(recurse=False):
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # of transformers: not to be drawn
+    from transformers import PreTrainedModel
+
+    if not unset:
+        return []
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # of transformers: not to be drawn
     made: list[dict[str, Tensor]] = []
     for value in (0, 1):  # what is computed does not depend on what was there
         for name, buffer in unset.items():
-            setattr(module, name, torch.full_like(buffer, value, device=device))
-        model._init_weights(module)
-        made.append({name: module.get_buffer(name) for name in unset})
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, torch.full_like(buffer, value, device=device))
+        owners: dict[str, Any] = {}  # the innermost model that a module is part of, which initializes it
+        for name, module in model.named_modules():
+            outer = owners.get(name.rpartition(".")[0], model)
+            owners[name] = module if isinstance(module, PreTrainedModel) else outer
+        for name, module in reversed(list(model.named_modules())):  # a model sets some buffers of its parts
+            owners[name]._init_weights(module)
+        made.append({name: model.get_buffer(name) for name in unset})
     return [name for name in unset if not torch.equal(made[0][name], made[1][name])]
 
 

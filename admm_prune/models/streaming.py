@@ -103,8 +103,7 @@ class ModelOnDisk(Residence):
         self._checkpoint.adapt(self.model, quantizer)
         check_stored(self._source, self.model, self._checkpoint, dequantized=quantizer is not None)
         self.blocks: list[Block] = decoder_blocks(self.model)
-        for name, module in self.model.named_modules():
-            self._settle_buffers(name, module)
+        self._settle_buffers()
         inside = tuple(f"{block.name}." for block in self.blocks)
         # Of tied parameters the one that the others are tied to, whichever comes first in the model.
         ties = getattr(self.model, "all_tied_weights_keys", {})
@@ -229,20 +228,18 @@ class ModelOnDisk(Residence):
             raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
         return tensor.to(wanted.dtype)
 
-    def _settle_buffers(self, name: str, module: nn.Module) -> None:
+    def _settle_buffers(self) -> None:
         """Buffers are read, or made anew by the model's class where no file holds them."""
         unset: dict[str, Tensor] = {}
-        for own, buffer in module.named_buffers(recurse=False):
-            stored = f"{name}.{own}" if name else own
-            if stored in self._checkpoint:
-                setattr(module, own, self._checkpoint.read(stored).to(buffer.dtype))
+        for name, buffer in list(self.model.named_buffers()):
+            if name in self._checkpoint:
+                owner, _, own = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), own, self._checkpoint.read(name).to(buffer.dtype))
             elif buffer.is_meta:
-                unset[own] = buffer
-        if not unset:
-            return
-        uncomputed = compute_buffers(self.model, module, unset, self._device)
+                unset[name] = buffer
+        uncomputed = compute_buffers(self.model, unset, self._device)
         if uncomputed:
-            raise UserError(f"{self._source}: {name}.{uncomputed[0]} cannot be made without the model: use --no-stream")
+            raise UserError(f"{self._source}: {uncomputed[0]} cannot be made without the model: use --no-stream")
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -121,7 +121,8 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
         everything = _views(module, name)
         known = {id(view.parameter) for view in everything}
         for inner, parameter in module.named_parameters():
-            if parameter.ndim > 2 and id(parameter) not in known and not _is_depthwise(module, inner):
+            is_vector = sum(size > 1 for size in parameter.shape) <= 1
+            if parameter.ndim > 2 and not is_vector and id(parameter) not in known and not _is_depthwise(module, inner):
                 form = f"{name}.{inner} {tuple(parameter.shape)}"
                 raise UserError(
                     f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D, nor of experts"

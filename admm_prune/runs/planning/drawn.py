@@ -44,10 +44,8 @@ class Drawn(Residence):
             if (own := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
         }
         if self.fits:
-            for module in self.model.modules():
-                unset = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-                if unset:
-                    compute_buffers(self.model, module, unset, torch.device("cpu"))
+            unset = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_meta}
+            compute_buffers(self.model, unset, torch.device("cpu"))
             for module, names in self._outside.items():
                 self._draw(module, names)
 

@@ -178,13 +178,13 @@ def make_plan(
             f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
         )
     anatomy = Anatomy.of(model, dtype)
+    check_tokenizer(model, anatomy.model, required=data is not None)
     recipe.check(anatomy.model, target)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     text = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=text, ridge=ridge)
     notes = list(notes_on(anatomy.model))
-    check_tokenizer(model, anatomy.model, required=data is not None)
     reading = None if data is None else read(data, model, anatomy.model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, text.length, notes)
     device = "cpu" if gpu is None else "cuda"
