@@ -55,7 +55,7 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
     """Gives buffers that no file holds the values that the model's class computes, as `from_pretrained` does.
 
     Args:
-        model: of transformers; its parameters are left as they are.
+        model: of transformers; its parameters and other buffers are left as they are.
         unset: its buffers without values, by name.
 
     Returns:
@@ -65,8 +65,9 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
 
     if not unset:
         return []
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # of transformers: not to be drawn
+    held = {name: buffer for name, buffer in model.named_buffers() if name not in unset}
+    for tensor in (*model.parameters(), *held.values()):
+        tensor._is_hf_initialized = True  # of transformers: to be left as it is
     made: list[dict[str, Tensor]] = []
     for value in (0, 1):  # what is computed does not depend on what was there
         for name, buffer in unset.items():

@@ -14,13 +14,14 @@ from admm_prune.models.stored import compute_buffers
 from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import decoder_blocks
 
-_ROWS = 64  # of embeddings that are drawn: no id or position beyond is tried out
+_ROWS = 64  # of large embeddings that are drawn: no id beyond is tried out
+_LARGE = 1 << 24  # entries of an embedding: 64 MiB
 _MOST = 1 << 27  # entries of a block: 512 MiB
 _SCALE = 0.02
 
 
 class Drawn(Residence):
-    """Random weights for a model on the meta device; embeddings have their first rows alone.
+    """Random weights for a model on the meta device; large embeddings have their first rows alone.
 
     Args:
         model: of shapes alone; it is copied.
@@ -69,7 +70,7 @@ class Drawn(Residence):
         for name in names:
             meta = module.get_parameter(name)
             shape = list(meta.shape)
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding) and meta.numel() > _LARGE:
                 shape[0] = min(shape[0], _ROWS)
                 module.padding_idx = None
             elif meta.numel() > _MOST:  # a head, which is never run
