@@ -29,7 +29,8 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
     kind = type(model).__name__
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    is_module: bool = isinstance(model, nn.Module)  # not narrowed: the module is one of transformers'
+    if not is_module or not hasattr(model, "config"):
         raise UserError(f"{kind} is no model of transformers: give a causal language model, its folder or its Hub id")
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
@@ -51,7 +52,7 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def _check_weights(kind: str, model: nn.Module) -> None:
+def _check_weights(kind: str, model: Any) -> None:
     from torch.distributed.tensor import DTensor
 
     if any("FullyShardedDataParallel" in type(module).__name__ for module in model.modules()):
