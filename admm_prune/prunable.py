@@ -42,17 +42,21 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
 
     Experts are a module with `num_experts` and parameters (num_experts, ., .), as transformers keeps them. The routers
-    of a mixture are no matrices to prune: linear layers beside its experts with an output for each expert, or one.
+    of a mixture are no matrices to prune: linear layers beside its experts with an output for each expert, or one. Nor
+    is the time step's projection of a state space model (`dt_proj` beside `A_log`), which its mixer applies without a
+    call.
     """
-    routers: set[nn.Module] = set()
+    apart: set[nn.Module] = set()
     for module in root.modules():
+        if "A_log" in module._parameters and isinstance(module._modules.get("dt_proj"), nn.Linear):
+            apart.add(module.get_submodule("dt_proj"))
         counts = {count for child in module.children() if (count := _experts(child)) is not None}
         if counts:
-            routers |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
+            apart |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
     for name, module in root.named_modules():
         prefix = f"{name}." if name else ""
         if _is_linear(module):
-            if module not in routers:
+            if module not in apart:
                 yield LinearWeight(f"{prefix}weight", module, "weight", _stores_inputs_first(module))
         elif (count := _experts(module)) is not None:
             for own, parameter in module.named_parameters(recurse=False):

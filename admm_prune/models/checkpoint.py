@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PIECE = 1 << 24  # entries of two tensors that are compared at once
 
 
 class Checkpoint:
@@ -38,29 +46,52 @@ class Checkpoint:
         self.folder, self._device = folder, device
         self._files = tensor_files(folder)
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
+        self._converted_as: dict[str, str] = {}  # a parameter -> the first of those that one conversion makes
+        self._tied: dict[str, str] = {}  # a parameter that no file holds -> the one it is tied to
+        self._surplus: dict[str, str] = {}  # stored names that are no parameter's -> what the model would call them
         self._converters: dict[str, Any] = {}
+        self._renames = False
         self._model: Any = None
 
-    def adapt(self, model: Any) -> None:
-        """Learns by which names, and in which parts, the files hold the parameters of a model."""
+    def adapt(self, model: Any, quantizer: Any = None) -> None:
+        """Learns by which names, and in which parts, the files hold the parameters of a model; settles what is tied.
+
+        Two parameters that the config ties, but of which the files hold different values, are untied, as
+        `from_pretrained` does; one that no file holds is read as that which it is tied to.
+
+        Args:
+            model: without weights, as `stored.shapes` makes it.
+            quantizer: transformers', where the files are to be dequantized.
+        """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        transforms = get_model_conversion_mapping(model)
+        transforms = get_model_conversion_mapping(model, None, quantizer)
         renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in transforms if isinstance(one, WeightConverter)]
         self._model = model
         self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
-        known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        known = model.state_dict()
         parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         for stored in self._files:
             name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
-            if (name, pattern) != (stored, None):
+            if name not in known and stored in known:
+                name, pattern = stored, None
+            if name not in known:
+                self._surplus[stored] = name
+            elif (name, pattern) != (stored, None):
                 parts[name].append((stored, pattern))
-        self._parts = dict(parts)
+                targets = [] if pattern is None else self._converters[pattern].target_patterns
+                others = {name.replace(targets[0], target) for target in targets[1:]}
+                self._converted_as |= dict.fromkeys(others, name)
+        self._parts, self._renames = dict(parts), bool(parts)
+        # What is reverted when the model is saved, as from_pretrained leaves it; nothing is quantized again.
+        model._weight_conversions = None if quantizer else [one for one in transforms if one.was_used()]
+        self._settle_ties(model)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files or name in self._parts
+        name = self._tied.get(name, name)
+        return name in self._files or self._converted_as.get(name, name) in self._parts
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -68,9 +99,26 @@ class Checkpoint:
         return self._files
 
     @property
+    def surplus(self) -> Mapping[str, str]:
+        """Stored names that belong to no parameter, and what the model would call them."""
+        return self._surplus
+
+    @property
     def renames(self) -> bool:
         """Whether any parameter has another name in the files, or is kept in parts."""
-        return bool(self._parts)
+        return self._renames
+
+    def sources(self, name: str) -> list[str]:
+        """The stored names of what a parameter is read from."""
+        name = self._tied.get(name, name)
+        if name in self._parts or name in self._converted_as:
+            return [stored for stored, _ in self._parts[self._converted_as.get(name, name)]]
+        return [name] if name in self._files else []
+
+    def is_converted(self, name: str) -> bool:
+        """Whether a parameter is put together, so that its shape is not that of one stored tensor."""
+        parts = self._parts.get(self._converted_as.get(name, name), [])
+        return any(pattern is not None for _, pattern in parts)
 
     def read(self, name: str) -> Tensor:
         """A parameter.
@@ -78,17 +126,19 @@ class Checkpoint:
         Raises:
             UserError: its file is damaged.
         """
-        if name in self._files:
+        name = self._tied.get(name, name)
+        first = self._converted_as.get(name, name)
+        if first not in self._parts:
             return self._stored(name)
-        parts = self._parts[name]
+        parts = self._parts[first]
         if len(parts) == 1 and parts[0][1] is None:
             return self._stored(parts[0][0])
         from transformers.core_model_loading import dot_natural_key
 
         converter = copy.deepcopy(self._converters[parts[0][1] or ""])
         for stored, pattern in sorted(parts, key=lambda part: dot_natural_key(part[0])):
-            converter.add_tensor(name, stored, pattern, self._stored(stored))
-        made = converter.convert(name, model=self._model, config=self._model.config)[name]
+            converter.add_tensor(first, stored, pattern, self._stored(stored))
+        made = converter.convert(first, model=self._model, config=self._model.config)[name]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
 
@@ -100,17 +150,58 @@ class Checkpoint:
         return reverted
 
     def replace(self, name: str, file: Path) -> None:
-        """A parameter is read from another file from now on."""
+        """A parameter is read from another file from now on, where it stands under its own name."""
         self._files[name] = file
+        self._parts.pop(name, None)
+        self._converted_as.pop(name, None)
+        self._tied.pop(name, None)
 
-    def first(self) -> Tensor:
-        """Any of the tensors."""
-        return self._stored(next(iter(self._files)))
+    def dtype(self) -> torch.dtype | None:
+        """Of the first stored tensor of floats."""
+        for name, path in sorted(self._files.items()):
+            with safe_open(path, framework="pt") as file:
+                stored = str(file.get_slice(name).get_dtype())
+            if stored in FLOATS:
+                return FLOATS[stored]
+        return None
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
         """All that the files hold, one after the other, by name."""
         for name in sorted(self._files):
             yield name, self._stored(name)
+
+    def _settle_ties(self, model: Any) -> None:
+        """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: by what the files hold."""
+        ties = list(getattr(model, "all_tied_weights_keys", {}).items())
+        for target, source in ties:
+            if target in self and source in self:
+                if not self._equal(target, source, model.get_parameter(source).dtype):
+                    model.all_tied_weights_keys.pop(target)
+                    _untie(model, target)
+                continue
+            present = [name for name in (target, source) if name in self]
+            present += [other for other, same in ties if same == source and other in self]
+            if present:
+                self._tied |= {name: present[0] for name in (target, source) if name not in self}
+
+    def _equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        """Whether two parameters are the same numbers in a dtype; compared in pieces, since embeddings are large."""
+        names = [self.sources(name) for name in (one, other)]
+        if any(map(self.is_converted, (one, other))) or any(len(stored) != 1 for stored in names):
+            return torch.equal(self.read(one).to(dtype), self.read(other).to(dtype))
+        (first,), (second,) = names
+        with (
+            safe_open(self._files[first], framework="pt") as file_one,
+            safe_open(self._files[second], framework="pt") as file_two,
+        ):
+            a, b = file_one.get_slice(first), file_two.get_slice(second)
+            shape = a.get_shape()
+            if shape != b.get_shape():
+                return False
+            rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
+            return all(
+                torch.equal(a[at : at + rows].to(dtype), b[at : at + rows].to(dtype)) for at in range(0, shape[0], rows)
+            )
 
     def _stored(self, name: str) -> Tensor:
         try:
@@ -119,6 +210,12 @@ class Checkpoint:
                 return tensor.to(self._device)
         except SafetensorError as error:
             raise UserError(_damaged(self._files[name], error)) from error
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """A parameter of its own, still without values, in place of the one it shared."""
+    owner, _, own = name.rpartition(".")
+    setattr(model.get_submodule(owner), own, nn.Parameter(torch.empty_like(model.get_parameter(name)), False))
 
 
 def weight_bytes(folder: Path) -> int:

@@ -55,7 +55,7 @@ class Flow:
         """
         args, kwargs = self.calls[index]
         output = block.module(self.hidden, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
         if finite:
             check_finite(hidden, f"the outputs of {block.name}")
         return hidden
@@ -91,14 +91,14 @@ def record(
         return [_record(model, blocks, name, batch, device, shelf, finite) for name, batch in batches]
 
 
-@torch.no_grad()
 def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap | None:
-    """How blocks return their hidden states, alone or as the first of several, by a call of the first block.
+    """As `returned_form`; None where all weights are in memory, so that no block is ever passed by."""
+    return returned_form(model, blocks, device, residence) if residence.hollow else None
 
-    None where all weights are in memory, so that no block is ever passed by.
-    """
-    if not residence.hollow:
-        return None
+
+@torch.no_grad()
+def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
+    """How blocks return their hidden states, alone or as the first of several, by a call of the first block."""
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -113,22 +113,26 @@ def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residen
         model(input_ids=ids, use_cache=False)
     if not returned:
         raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
-    if isinstance(returned[0], tuple):
-        others = returned[0][1:]
-        return lambda hidden: (hidden, *others)
+    if isinstance(returned[0], tuple | list):
+        form, others = type(returned[0]), returned[0][1:]
+        return lambda hidden: form([hidden, *others])
     return lambda hidden: hidden
 
 
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
     """Blocks hand on the hidden states as they come; the first puts out `last` instead, where it is given."""
+    own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
     for number, block in enumerate(blocks):
         block.module.forward = _passing(wrap, last if number == 0 else None)
     try:
         yield
     finally:
         for block in blocks:
-            del block.module.forward
+            if own[block.name] is None:
+                del block.module.forward
+            else:
+                block.module.forward = own[block.name]
 
 
 def check_finite(values: Tensor, what: str) -> None:

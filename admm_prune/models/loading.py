@@ -17,10 +17,13 @@ from admm_prune.data.hub import check_hub, fetch, first_line, is_repository, qui
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
-from admm_prune.models.checkpoint import INDEX, SINGLE, indexed, tensor_files
+from admm_prune.models.causality import check_causal
+from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
 from admm_prune.models.export import per_layer_class
+from admm_prune.models.quantized import dequantizer
 from admm_prune.models.stored import check_stored, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
+from admm_prune.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,15 +65,18 @@ def load(
     Raises:
         UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
     """
-    location = locate(source)
-    model = _load_model(source, location, dtype, trust_remote_code)
-    for name, tensor in model.state_dict().items():
+    folder, revision = _folder_of(source, trust_remote_code)
+    model = _load_model(source, folder, dtype, trust_remote_code)
+    tokenizer = load_tokenizer(source, folder, trust_remote_code)
+    check_vocabulary(source, tokenizer, model)
+    # A buffer may hold minus infinity, as masks do.
+    for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
-    tokenizer = load_tokenizer(source, location, trust_remote_code)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
-    return LoadedModel(model, tokenizer, source, getattr(model.config, "_commit_hash", None))
+    check_causal(source, model)
+    return LoadedModel(model, tokenizer, source, revision)
 
 
 def open_on_disk(
@@ -88,15 +94,16 @@ def open_on_disk(
     Raises:
         UserError: as `load`.
     """
-    location = locate(source)
-    folder = location if isinstance(location, Path) else _fetched(source, trust_remote_code)
+    folder, revision = _folder_of(source, trust_remote_code)
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with explained(source, folder):
-        on_disk = ModelOnDisk(folder, kind, config, device, named, trust_remote_code=trust_remote_code)
+        on_disk = ModelOnDisk(folder, kind, config, device, named, source=source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
-    return LoadedModel(on_disk.model, tokenizer, source, None if folder == location else folder.name, on_disk)
+    check_vocabulary(source, tokenizer, on_disk.model)
+    check_causal(source, on_disk.model, on_disk)
+    return LoadedModel(on_disk.model, tokenizer, source, revision, on_disk)
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -169,6 +176,15 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
     return folder
 
 
+def _folder_of(source: str, trust_remote_code: bool) -> tuple[Path, str | None]:
+    """The folder that a model is read from, and the commit of its Hub repository, None of a local folder."""
+    location = locate(source)
+    if isinstance(location, Path):
+        return location, None
+    folder = _fetched(source, trust_remote_code)
+    return folder, folder.name
+
+
 def _fetched(source: str, trust_remote_code: bool) -> Path:
     """The folder of a Hub id in the local cache, with all that is read of it, and nothing that can run code.
 
@@ -214,20 +230,24 @@ def _check_repository(source: str) -> None:
         check_no_adapters(source, Path(found).parent)
 
 
-def _load_model(
-    source: str, location: Path | str, dtype: torch.dtype | str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    stored = tensor_files(location) if isinstance(location, Path) else {}
-    with explained(source, location), quiet():
-        config, kind = kind_of(location, trust_remote_code)
-        if stored:
-            check_stored(source, shapes(kind, config, trust_remote_code=trust_remote_code), stored)
+def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> PreTrainedModel:
+    with explained(source, folder), quiet():
+        config, kind = kind_of(folder, trust_remote_code)
+        quantizer = dequantizer(source, config)
+        checkpoint, outline = (
+            Checkpoint(folder, torch.device("cpu")),
+            shapes(kind, config, trust_remote_code=trust_remote_code),
+        )
+        checkpoint.adapt(outline, quantizer)
+        check_stored(source, outline, checkpoint, dequantized=quantizer is not None)
         own = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
         # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
         result: Any = kind.from_pretrained(
-            location, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **own
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **own
         )
     model: PreTrainedModel = result[0]
+    if quantizer is not None:
+        model._weight_conversions = None  # it is saved as it is now, not quantized again
     absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
     if absent:
         raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import FLOATS, Checkpoint
 from admm_prune.models.structure import Block, decoder_blocks
 
 _WHOLE = ("I", "U", "BOOL")  # how the names of dtypes begin that are no float's
@@ -26,39 +29,113 @@ def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_re
     build = kind.from_config if auto else kind._from_config
     code = {"trust_remote_code": trust_remote_code} if auto else {}
     with torch.device("meta"):
-        return build(config, dtype=dtype, **code).eval().requires_grad_(False)
+        model = build(config, dtype=dtype, **code).eval().requires_grad_(False)
+    _keep_precision(model)
+    return model
 
 
-def check_stored(source: str, model: Any, files: Mapping[str, Path]) -> None:
-    """Refuses files that hold other weights than the model has: of another shape, in whole numbers, of more blocks.
+def _keep_precision(model: Any) -> None:
+    """Makes float32 what a class keeps in it beside parameters of half precision, as `from_pretrained` does."""
+    from transformers.core_model_loading import build_glob_alternation
 
-    Weights that files name otherwise than the model does are left to who loads them.
+    plan = model._get_dtype_plan(model.config.dtype or model.dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    parameters = dict(model.named_parameters())
+    for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
+        if pattern.search(name) and tensor.is_floating_point():
+            owner, _, own = name.rpartition(".")
+            kept = torch.empty_like(tensor, dtype=torch.float32)
+            kept = nn.Parameter(kept, requires_grad=False) if name in parameters else kept
+            setattr(model.get_submodule(owner), own, kept)
+
+
+def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Gives buffers that no file holds the values that the model's class computes, as `from_pretrained` does.
+
+    Args:
+        model: of transformers; its parameters and other buffers are left as they are.
+        unset: its buffers without values, by name.
+
+    Returns:
+        The names of those that the class leaves as they were.
+    """
+    from transformers import PreTrainedModel
+
+    if not unset:
+        return []
+    held = {name: buffer for name, buffer in model.named_buffers() if name not in unset}
+    for tensor in (*model.parameters(), *held.values()):
+        tensor._is_hf_initialized = True  # of transformers: to be left as it is
+    made: list[dict[str, Tensor]] = []
+    for value in (0, 1):  # what is computed does not depend on what was there
+        for name, buffer in unset.items():
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, torch.full_like(buffer, value, device=device))
+        owners: dict[str, Any] = {}  # the innermost model that a module is part of, which initializes it
+        for name, module in model.named_modules():
+            outer = owners.get(name.rpartition(".")[0], model)
+            owners[name] = module if isinstance(module, PreTrainedModel) else outer
+        for name, module in reversed(list(model.named_modules())):  # a model sets some buffers of its parts
+            owners[name]._init_weights(module)
+        made.append({name: model.get_buffer(name) for name in unset})
+    return [name for name in unset if not torch.equal(made[0][name], made[1][name])]
+
+
+def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> None:
+    """Refuses files that hold other weights than the model has: too few or too many, other shapes, no floats.
+
+    Tensors of blocks beyond the model's are refused unless its class says that it does not load them, such as the
+    extra prediction layer of DeepSeek-V3 (`_keys_to_ignore_on_load_unexpected`).
 
     Args:
         source: as the user named the model.
         model: its shapes; no weights are needed.
-        files: of every stored tensor, by its name.
+        checkpoint: adapted to the model.
+        dequantized: the files hold quantized weights, which the checkpoint converts to floats.
 
     Raises:
         UserError: the message names the weight.
     """
     blocks: list[Block] = []
-    with suppress(UserError):  # a model that cannot be pruned may be evaluated
+    with suppress(UserError):  # the command that prunes it says why it cannot
         blocks = decoder_blocks(model)
     path = blocks[0].name.rpartition(".")[0] if blocks else None
-    for name in files if path else ():
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for stored, name in checkpoint.surplus.items() if path else ():
         number = name.removeprefix(f"{path}.").partition(".")[0]
-        if name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks):
-            raise UserError(f"{source}: the weights hold {name}, but config.json asks for {len(blocks)} blocks only")
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for path_ in dict.fromkeys(files.values()):
-        with safe_open(path_, framework="pt") as file:
-            for name in (name for name, own in files.items() if own == path_ and name in wanted):
+        beyond = name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks)
+        if beyond and not any(re.search(pattern, name) for pattern in ignored):
+            raise UserError(f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only")
+    wanted = model.state_dict()
+    headers = _headers({name for own in wanted for name in checkpoint.sources(own)}, checkpoint.files)
+    for name, tensor in sorted(wanted.items()):
+        for stored in checkpoint.sources(name):
+            shape, dtype = headers[stored]
+            if tensor.is_floating_point() and dtype not in FLOATS and not dequantized:
+                form = "in whole numbers" if dtype.startswith(_WHOLE) else "quantized"
+                raise UserError(
+                    f"{source}: the weight {stored} is stored {form} ({dtype}), not as floats of 16 bits or more"
+                )
+            if shape != tuple(tensor.shape) and not checkpoint.is_converted(name):
+                raise UserError(
+                    f"{source}: the weight {stored} is of shape {shape}, config.json asks for {tuple(tensor.shape)}"
+                )
+    # Buffers that the class computes may be missing; a parameter would be drawn at random.
+    optional = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ()) or "(?!)"
+    computed = {name for name, _ in model.named_buffers() if re.search(optional, name)}
+    absent = sorted(name for name in wanted if name not in checkpoint and name not in computed)
+    if absent:
+        raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
+
+
+def _headers(names: Collection[str], files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of stored tensors."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in dict.fromkeys(files.values()):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name in names if files[name] == path):
                 stored = file.get_slice(name)
-                shape, dtype = tuple(stored.get_shape()), str(stored.get_dtype())
-                if dtype.startswith(_WHOLE):
-                    raise UserError(f"{source}: the weight {name} is stored in whole numbers ({dtype}), not as floats")
-                if shape != wanted[name]:
-                    raise UserError(
-                        f"{source}: the weight {name} is of shape {shape}, config.json asks for {wanted[name]}"
-                    )
+                found[name] = tuple(stored.get_shape()), str(stored.get_dtype())
+    return found

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import INDEX, Checkpoint
-from admm_prune.models.stored import check_stored, shapes
+from admm_prune.models.quantized import dequantizer
+from admm_prune.models.stored import check_stored, compute_buffers, shapes
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.models.tensor_file import Lazy, write_tensors
 
@@ -63,6 +64,7 @@ class ModelOnDisk(Residence):
         config: the folder's.
         device: where weights go.
         dtype: of the weights; None keeps that of the config, else of the files.
+        source: as the user named the model; the folder by default.
         trust_remote_code: run code that comes with the model.
 
     Attributes:
@@ -82,30 +84,34 @@ class ModelOnDisk(Residence):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
+        source: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         from transformers import GenerationConfig
 
-        self._folder, self._device = folder, torch.device(device)
+        self._source, self._device = source or str(folder), torch.device(device)
         self._checkpoint = Checkpoint(folder, self._device)
-        dtype = dtype or getattr(config, "dtype", None) or self._checkpoint.first().dtype
+        quantizer = dequantizer(self._source, config)
+        if quantizer is not None:
+            del config.quantization_config  # what is saved holds floats
+        dtype = dtype or getattr(config, "dtype", None) or self._checkpoint.dtype()
+        dtype = dtype if quantizer is None else quantizer.update_dtype(dtype)
         with quiet():
             self.model: Any = shapes(kind, config, dtype, trust_remote_code=trust_remote_code)
             if (folder / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
-        self.model.tie_weights()
-        check_stored(str(folder), self.model, self._checkpoint.files)
-        self._checkpoint.adapt(self.model)
+        self._checkpoint.adapt(self.model, quantizer)
+        check_stored(self._source, self.model, self._checkpoint, dequantized=quantizer is not None)
         self.blocks: list[Block] = decoder_blocks(self.model)
-        for name, module in self.model.named_modules():
-            self._settle_buffers(name, module)
+        self._settle_buffers()
         inside = tuple(f"{block.name}." for block in self.blocks)
-        names = [name for name, _ in self.model.named_parameters()]
-        absent = [name for name in names if name not in self._checkpoint]
-        if absent:
-            raise UserError(f"{folder}: the weights lack {absent[0]} ({len(absent)} missing in all)")
+        # Of tied parameters the one that the others are tied to, whichever comes first in the model.
+        ties = getattr(self.model, "all_tied_weights_keys", {})
+        names = list(dict.fromkeys(ties.get(name, name) for name, _ in self.model.named_parameters()))
         self._finished: dict[int, Path] = {}
         self._outside = [name for name in names if not name.startswith(inside)]
+        held = self.model.state_dict()
+        self._buffers = [name for name, _ in self.model.named_buffers() if name in held]  # those that are saved
         self._entered = 0
 
     def device(self, model: nn.Module) -> torch.device:
@@ -115,7 +121,7 @@ class ModelOnDisk(Residence):
     def outside(self) -> Generator[None]:
         if self._entered == 0:
             self._fill("", self._outside)
-            self.model.tie_weights()
+            self._tie()
         self._entered += 1
         try:
             yield
@@ -123,7 +129,7 @@ class ModelOnDisk(Residence):
             self._entered -= 1
             if self._entered == 0:
                 self._empty("", self._outside)
-                self.model.tie_weights()
+                self._tie()
 
     @contextmanager
     def block(self, index: int) -> Generator[None]:
@@ -181,16 +187,21 @@ class ModelOnDisk(Residence):
         return list(stored)
 
     def _write_outside(self, path: Path) -> list[str]:
-        """What is outside of the blocks, one tensor in memory at a time; returns the names in the file."""
+        """What is outside of the blocks, and all buffers, one tensor in memory at a time; returns their names there."""
+        saved = [*self._outside, *self._buffers]
         if not self._checkpoint.renames:
-            write_tensors(path, Lazy(self._outside, self._tensor))
-            return self._outside
+            write_tensors(path, Lazy(saved, self._tensor))
+            return saved
         names = {
-            next(iter(self._checkpoint.as_stored({name: self.model.get_parameter(name)}))): name
-            for name in self._outside
+            next(iter(self._checkpoint.as_stored({name: self.model.get_parameter_or_buffer(name)}))): name
+            for name in saved
         }
         write_tensors(path, Lazy(list(names), lambda stored: self._tensor(names[stored])))
         return list(names)
+
+    def _tie(self) -> None:
+        # The mapping as the checkpoint settled it: the config may tie what the files hold apart.
+        self.model.tie_weights(recompute_mapping=False)
 
     def _fill(self, prefix: str, names: list[str]) -> None:
         for name in names:
@@ -202,39 +213,35 @@ class ModelOnDisk(Residence):
             _put(self.model, f"{prefix}{name}", torch.empty_like(parameter, device="meta"))
 
     def _tensor(self, name: str) -> Tensor:
-        """A parameter as the model is to have it."""
+        """A parameter, or a buffer, as the model is to have it."""
+        if name in self._buffers:  # they are in memory
+            buffer: Tensor = self.model.get_buffer(name)
+            return buffer
         wanted = self.model.get_parameter(name)
         tensor = self._checkpoint.read(name)
         if tensor.shape != wanted.shape:  # of one that the files keep in parts, or under another name
             raise UserError(
-                f"{self._folder}: the weight {name} is of shape {tuple(tensor.shape)}, "
+                f"{self._source}: the weight {name} is of shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(wanted.shape)}"
             )
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made
-            raise UserError(f"{self._folder}: the weight {name} has NaN or Inf entries: the file is damaged")
+            raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
         return tensor.to(wanted.dtype)
 
-    def _settle_buffers(self, name: str, module: nn.Module) -> None:
+    def _settle_buffers(self) -> None:
         """Buffers are read, or made anew by the model's class where no file holds them."""
-        buffers = {own: b for own, b in module.named_buffers(recurse=False) if b.is_meta}
-        for own, buffer in buffers.items():
-            stored = f"{name}.{own}" if name else own
-            made = torch.empty_like(buffer, device=self._device)
-            setattr(module, own, self._checkpoint.read(stored) if stored in self._checkpoint else made.fill_(_UNSET))
-        if not buffers:
-            return
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # of transformers: not to be drawn
-        self.model._init_weights(module)
-        for own in buffers:
-            made = module.get_buffer(own)
-            if not (made.is_floating_point() and bool(torch.isfinite(made).all())):
-                raise UserError(
-                    f"{self._folder}: {name}.{own} cannot be made without the model: use run with --no-stream"
-                )
-
-
-_UNSET = float("nan")
+        unset: dict[str, Tensor] = {}
+        for name, buffer in list(self.model.named_buffers()):
+            if name in self._checkpoint:
+                owner, _, own = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), own, self._checkpoint.read(name).to(buffer.dtype))
+            elif buffer.is_meta:
+                unset[name] = buffer
+        uncomputed = compute_buffers(self.model, unset, self._device)
+        if uncomputed:
+            raise UserError(
+                f"{self._source}: {uncomputed[0]} cannot be made without the model: use run with --no-stream"
+            )
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -96,11 +96,12 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     """The blocks of the outermost `ModuleList` that holds the most parameters.
 
     The weights are all `prunable.matrices` in it which no module outside of the blocks shares; of experts, one each.
+    Depthwise convolutions stay as they are: see `notes_on`.
 
     Raises:
         UserError: there is no such list, or a block has no such matrix, or keeps weights in another form (a
-            convolution), which would stay dense unnoticed; the model has an encoder, or reads more than text. The
-            message names the model's class, and the first block that cannot be read.
+            convolution over several channels), which would stay dense unnoticed; the model has an encoder, or reads
+            more than text. The message names the model's class, and the first block that cannot be read.
     """
     kind = type(model).__name__
     _check_decoder(model)
@@ -120,7 +121,8 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
         everything = _views(module, name)
         known = {id(view.parameter) for view in everything}
         for inner, parameter in module.named_parameters():
-            if parameter.ndim > 2 and id(parameter) not in known:
+            is_vector = sum(size > 1 for size in parameter.shape) <= 1
+            if parameter.ndim > 2 and not is_vector and id(parameter) not in known and not _is_depthwise(module, inner):
                 form = f"{name}.{inner} {tuple(parameter.shape)}"
                 raise UserError(
                     f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D, nor of experts"
@@ -131,6 +133,26 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
         taken |= {id(view.parameter) for view in views}
         blocks.append(Block(name, module, tuple(views)))
     return blocks
+
+
+def notes_on(model: nn.Module) -> tuple[str, ...]:
+    """What a report says of weights in the blocks of hybrid models that no method prunes."""
+    convolutions, steps = [], []
+    for block in decoder_blocks(model):
+        pruned = {id(view.parameter) for view in block.weights}
+        for name, parameter in block.module.named_parameters():
+            if parameter.ndim > 2 and _is_depthwise(block.module, name):
+                convolutions.append(f"{block.name}.{name}")
+            elif name.endswith("dt_proj.weight") and id(parameter) not in pruned:
+                steps.append(f"{block.name}.{name}")
+    kinds = {"depthwise convolutions": convolutions, "projections of time steps": steps}
+    return tuple(f"{len(names)} {kind} stay dense, such as {names[0]}" for kind, names in kinds.items() if names)
+
+
+def _is_depthwise(block: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a convolution that keeps channels apart."""
+    owner = block.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.Conv1d | nn.Conv2d) and owner.groups == owner.in_channels
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

@@ -13,9 +13,11 @@ from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.in_memory import given
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
+from admm_prune.models.structure import notes_on
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.composing import DEFAULT, composed
 from admm_prune.recipes.journal import NOTHING
@@ -350,7 +352,7 @@ def run_recipe(
         pruned=judgement.figures,
         layers=outcome.layers,
         seconds=pruning.seconds,
-        notes=outcome.notes,
+        notes=outcome.notes + notes_on(model),
         details=outcome.details,
         continuation=dense.beside(judgement),
         manifest=record,
@@ -409,8 +411,4 @@ def _opened(
         opens = open_on_disk if streams else load
         return opens(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     check_no_adapters(type(model).__name__, model)
-    if tokenizer is None:
-        raise UserError("a model given as a module needs its tokenizer beside it")
-    if model.training:
-        raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
-    return LoadedModel(model, tokenizer, type(model).__name__, None)
+    return given(model, tokenizer)

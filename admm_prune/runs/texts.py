@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from admm_prune.data.formats import NoSplitError, has_splits
-from admm_prune.data.objects import check_ids, check_object, corpus_of
+from admm_prune.data.objects import check_ids as check_passed_ids
+from admm_prune.data.objects import check_object, corpus_of
 from admm_prune.data.rows import NoColumnError
 from admm_prune.data.sequences import Packing, Sequences, default_length, pack
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, is_file_name, read_corpus
 from admm_prune.data.splits import hold_out
 from admm_prune.errors import UserError
+from admm_prune.models.vocabulary import check_ids
 from admm_prune.runs.manifest import TextRecord
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ class Texts:
     """
 
     def __init__(self, settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any] | None = None) -> None:
-        self._settings, self._tokenizer = settings, loaded.tokenizer
+        self._settings, self._loaded = settings, loaded
         self._length = _length(settings, loaded.model.config)
         self._calibrating, self._judging = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
@@ -156,14 +158,7 @@ class Texts:
         """
         samples = self._settings.samples or samples
         if samples not in self._packed:
-            self._packed[samples] = pack(
-                self._calibrating,
-                self._tokenizer,
-                length=self._length,
-                packing=self._settings.packing,
-                samples=samples,
-                seed=self._settings.seed,
-            )
+            self._packed[samples] = _pack(self._calibrating, self._settings, self._length, self._loaded, samples)
         return self._packed[samples]
 
     def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
@@ -198,14 +193,13 @@ def judging_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences
 
 
 def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel) -> Sequences:
-    return pack(
-        corpus,
-        loaded.tokenizer,
-        length=length,
-        packing=settings.packing,
-        samples=settings.eval_samples,
-        seed=settings.seed,
-    )
+    return _pack(corpus, settings, length, loaded, settings.eval_samples)
+
+
+def _pack(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel, samples: int | None) -> Sequences:
+    text = pack(corpus, loaded.tokenizer, length=length, packing=settings.packing, samples=samples, seed=settings.seed)
+    check_ids(loaded.source, (row.ids for row in text.rows), loaded.model)
+    return text
 
 
 def is_local(settings: TextSettings) -> bool:
@@ -285,7 +279,7 @@ class _Sources:
                 self.passed[role], split=split, column=settings.column, limit=limit, tokenizer=self.tokenizer
             )
             if self.vocabulary is not None:
-                check_ids(corpus, self.vocabulary)
+                check_passed_ids(corpus, self.vocabulary)
             return corpus
         source = settings.data if role == "data" else settings.eval_data
         assert source is not None

@@ -149,9 +149,11 @@ def render() -> str:
 
 _CLOSING = """Blocks and weights are found by structure: the longest list of alike modules by parameters, every
 `nn.Linear` and `Conv1D` in it, and every matrix of experts, a slice of one parameter. Routers and
-embeddings are not pruned. An expert to which the router sent fewer calibration tokens than a matrix
-of its has inputs is pruned on all tokens of its block, and its report says so. Any other decoder
-that keeps its weights so is pruned too; one that keeps them otherwise, an encoder with a decoder,
+embeddings are not pruned, nor are the depthwise convolutions and the projections of time steps of hybrid
+models (Mamba, Qwen3-Next, Falcon-H1, Jamba, Granite 4): a note names them. An expert
+to which the router sent fewer calibration tokens than a matrix of its has inputs is
+pruned on all tokens of its block, and its report says so. Any other decoder
+that keeps its weights so is pruned too; one that keeps them otherwise, an encoder (with a decoder or alone),
 and a model that reads more than text are refused in a line that names the class and the first block
 that could not be read.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,15 @@ from test_capture import near
 from test_family_table import prune
 from tiny_models import LLAMA, build, one_by_one
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.evaluate import evaluate
+from admm_prune.models.loading import load, open_on_disk
+from admm_prune.models.structure import decoder_blocks, notes_on
+from admm_prune.runs.planning.anatomy import Anatomy
 
 MIXTURE = LLAMA | {"num_experts_per_tok": 2}
 UNLISTED: dict[str, tiny_models.Family] = {
@@ -26,13 +31,39 @@ UNLISTED: dict[str, tiny_models.Family] = {
     ),
     "olmoe": ("Olmoe", MIXTURE | {"num_experts": 4}),
     "mpt": ("Mpt", {"d_model": 16, "n_heads": 4}),
-    "mamba": ("Mamba", {"hidden_size": 16}),
+}
+HYBRIDS: dict[str, tiny_models.Family] = {
+    "mamba": ("Mamba", {"hidden_size": 16, "state_size": 4, "time_step_rank": 4}),
+    "qwen3-next": (
+        "Qwen3Next",
+        MIXTURE
+        | {
+            "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "falcon-h1": (
+        "FalconH1",
+        LLAMA | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+    ),
+    "jamba": (
+        "Jamba",
+        LLAMA
+        | {
+            "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2,
+            "attn_layer_offset": 1, "use_mamba_kernels": False,
+        },
+    ),
+}  # fmt: skip
+RECURRENT: dict[str, tiny_models.Family] = {
+    "recurrent-gemma": ("RecurrentGemma", LLAMA | {"lru_width": 16, "attention_window_size": 8}),
 }
 
 
 @pytest.fixture(autouse=True)
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_models, "FAMILIES", tiny_models.FAMILIES | UNLISTED)
+    monkeypatch.setattr(tiny_models, "FAMILIES", tiny_models.FAMILIES | UNLISTED | HYBRIDS | RECURRENT)
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen2-moe", "olmoe", "mpt"])
@@ -69,5 +100,32 @@ def test_experts_stored_transposed_are_seen(stories: Sequences) -> None:
 
 
 def test_what_cannot_be_read_is_named() -> None:
-    with pytest.raises(UserError, match=r"^MambaForCausalLM: cannot read block backbone\.layers\.0: .*conv1d\.weight"):
-        decoder_blocks(build("mamba", layers=2))
+    with pytest.raises(
+        UserError, match=r"^RecurrentGemmaForCausalLM: cannot read block model\.layers\.0: .*gate_weight"
+    ):
+        decoder_blocks(build("recurrent-gemma", layers=2))
+
+
+@pytest.mark.parametrize("name", list(HYBRIDS))
+def test_hybrids_are_pruned_but_for_their_convolutions(
+    name: str, stories: Sequences, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Linear layers of state space, linear attention and attention blocks; in memory and streamed the same."""
+    build(name, layers=2).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    figures = []
+    for opens in (load, open_on_disk):
+        loaded = opens(str(tmp_path / "dense"))
+        dense = dict(loaded.model.named_parameters()) if opens is load else {}
+        convolutions = {own: p.clone() for own, p in dense.items() if own.endswith("conv1d.weight")}
+        figures.append(evaluate(loaded.model, stories, loaded.residence).perplexity)
+        if opens is load:
+            assert convolutions
+            prune(loaded.model, "wanda", stories)
+            assert all(torch.equal(loaded.model.get_parameter(own), p) for own, p in convolutions.items())
+            views = [view for block in decoder_blocks(loaded.model) for view in block.weights]
+            assert all(2 * int(view.read().count_nonzero()) <= view.read().numel() for view in views)
+            notes = notes_on(loaded.model)
+            assert notes[0].startswith(f"{len(convolutions)} depthwise convolutions stay dense, such as ")
+    assert figures[0] == figures[1]
+    assert Anatomy.of(str(tmp_path / "dense")).blocks

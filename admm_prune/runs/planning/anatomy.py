@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import Row, Sequences, default_length
 from admm_prune.errors import UserError
+from admm_prune.models.causality import check_causal
+from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.loading import explained, kind_of, locate
-from admm_prune.models.stored import shapes
+from admm_prune.models.quantized import dequantizer
+from admm_prune.models.stored import check_stored, shapes
 from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.runs.planning.drawn import Drawn
 
 BATCH = 8  # as `data.sequences.pack` makes them
 
@@ -48,8 +53,20 @@ class Anatomy:
         with explained(source, location), quiet():
             config, kind = kind_of(location, trust_remote_code=False)
             wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+            quantizer = dequantizer(source, config)
+            if quantizer is not None:
+                del config.quantization_config
+                wanted = quantizer.update_dtype(wanted)
             model = shapes(kind, config, wanted)
-        return cls(source, model, decoder_blocks(model))
+            if isinstance(location, Path) and any(location.glob("*.safetensors")):
+                checkpoint = Checkpoint(location, torch.device("cpu"))
+                checkpoint.adapt(model, quantizer)
+                check_stored(source, model, checkpoint, dequantized=quantizer is not None)
+        blocks = decoder_blocks(model)
+        drawn = Drawn(model)
+        if drawn.fits:
+            check_causal(source, drawn.model, drawn)
+        return cls(source, model, blocks)
 
     @property
     def parameters(self) -> int:

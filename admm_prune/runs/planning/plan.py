@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
+from admm_prune.models.structure import notes_on
 from admm_prune.recipes.catalogue import recipe_named
 from admm_prune.recipes.recipe import Recipe, Request
 from admm_prune.recipes.ridge import Ridge
@@ -23,7 +24,7 @@ from admm_prune.runs.planning import whole_model
 from admm_prune.runs.planning.anatomy import Anatomy
 from admm_prune.runs.planning.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
 from admm_prune.runs.planning.machine import Machine, gpu_named, measured_here
-from admm_prune.runs.planning.reading import Reading, read
+from admm_prune.runs.planning.reading import Reading, check_tokenizer, read
 from admm_prune.runs.planning.stages import LIBRARIES, Stage
 from admm_prune.runs.planning.work import Work
 from admm_prune.runs.texts import TextSettings
@@ -178,13 +179,14 @@ def make_plan(
             f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
         )
     anatomy = Anatomy.of(model, dtype)
+    check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     sequences = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=sequences, ridge=ridge)
-    notes: list[str] = []
-    reading = None if text is None else read(text, model, stream=stream)
+    notes = list(notes_on(anatomy.model))
+    reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from admm_prune.data.sources import Document
 from admm_prune.data.tokens import GROUP, encode
 from admm_prune.models.loading import load_tokenizer, locate
+from admm_prune.models.vocabulary import check_ids, check_vocabulary
 from admm_prune.runs.memory import PeakMemory, resident_bytes, return_freed_memory
 from admm_prune.runs.texts import TextSettings, is_local, read_corpora
 
@@ -47,12 +50,28 @@ class Reading:
         return self.lists + _IDS * self.tokens
 
 
-def read(text: TextSettings, model: str, *, stream: bool) -> Reading | None:
+def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
+    """Refuses a tokenizer with ids for which the model has no embedding, as a run does.
+
+    Args:
+        source: as the user named the model: of a folder, the tokenizer in it.
+        model: its shapes.
+        required: whether the plan needs a tokenizer, so that a folder without one is refused.
+
+    Raises:
+        UserError: it does not fit the model, or cannot be read.
+    """
+    location = locate(source, weights=False)
+    if required or (isinstance(location, Path) and any(location.glob("*token*"))):
+        check_vocabulary(source, load_tokenizer(source, location, False), model)
+
+
+def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Reading | None:
     """Reads the text that a run would, and encodes a piece as large as is encoded at once.
 
     Args:
         text: as of a run; None is given back where it is not on this disk.
-        model: whose tokenizer encodes.
+        source, model: as `check_tokenizer`.
         stream: the run gives back what is freed, as runs that stream do.
 
     Raises:
@@ -60,7 +79,7 @@ def read(text: TextSettings, model: str, *, stream: bool) -> Reading | None:
     """
     if not is_local(text):
         return None
-    tokenizer = load_tokenizer(model, locate(model, weights=False), False)
+    tokenizer = load_tokenizer(source, locate(source, weights=False), False)
     corpora = read_corpora(text, tokenizer)
     documents = [document for corpus in corpora for document in corpus.documents]
     encode([documents[0][:1000]], tokenizer)  # what only the first call takes
@@ -70,8 +89,11 @@ def read(text: TextSettings, model: str, *, stream: bool) -> Reading | None:
     size = sum(map(len, piece))
     before, began = resident_bytes(), time.perf_counter()
     with PeakMemory() as memory:
-        tokens = sum(len(document.ids) for document in encode(piece, tokenizer))
+        encoded = [document.ids for document in encode(piece, tokenizer)]
+        tokens = sum(map(len, encoded))
     seconds = time.perf_counter() - began
+    check_ids(source, encoded, model)
+    del encoded
     if stream:
         return_freed_memory()
     return Reading(
