@@ -129,10 +129,11 @@ def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Ge
         yield
     finally:
         for block in blocks:
-            if own[block.name] is None:
+            forward = own[block.name]
+            if forward is None:
                 del block.module.forward
             else:
-                block.module.forward = own[block.name]
+                block.module.forward = forward
 
 
 def check_finite(values: Tensor, what: str) -> None:

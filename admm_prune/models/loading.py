@@ -234,10 +234,8 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
         quantizer = dequantizer(source, config)
-        checkpoint, outline = (
-            Checkpoint(folder, torch.device("cpu")),
-            shapes(kind, config, trust_remote_code=trust_remote_code),
-        )
+        checkpoint = Checkpoint(folder, torch.device("cpu"))
+        outline = shapes(kind, config, trust_remote_code=trust_remote_code)
         checkpoint.adapt(outline, quantizer)
         check_stored(source, outline, checkpoint, dequantized=quantizer is not None)
         own = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
@@ -245,13 +243,14 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
         result: Any = kind.from_pretrained(
             folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **own
         )
-    model: PreTrainedModel = result[0]
+    model: Any = result[0]
     if quantizer is not None:
         model._weight_conversions = None  # it is saved as it is now, not quantized again
     absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
     if absent:
         raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:

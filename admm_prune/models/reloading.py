@@ -141,7 +141,8 @@ def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
         loaded.residence,
         lambda piece: model(input_ids=piece.input_ids.to(device), use_cache=False).logits,
     )
-    return found
+    logits_of_pieces: Tensor = found
+    return logits_of_pieces
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def _semidefinite(centred_gram: Tensor, gram: Tensor) -> Tensor:
     if int(torch.linalg.cholesky_ex(shifted).info) == 0:
         return centred_gram
     values, vectors = torch.linalg.eigh(unit)
-    nearest = (vectors * values.clamp_min(0)) @ vectors.T
+    nearest: Tensor = (vectors * values.clamp_min(0)) @ vectors.T
     return (nearest + nearest.T).div_(2).mul_(scale).mul_(scale[:, None])
 
 

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ def check_units(model: nn.Module, blocks: list[Block], residence: Residence, los
         with residence.block(index):
             tried = copy.deepcopy(block)
         for branch in (own for own in branches(tried) if own.name in losing):
-            _try(branch, lambda tried=tried, index=index: flow.replay(tried, index))
+            _try(branch, partial(flow.replay, tried, index))
 
 
 def _try(branch: Branch, outputs: Outputs) -> None:

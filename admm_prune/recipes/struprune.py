@@ -249,10 +249,10 @@ class StruPrune:
             raise UserError(f"{self.name}: nothing can be saved in the unit {self.unit}: heads stay, as {why}")
         budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
         if budget > most * (1 + 1e-9):
-            why = heads_stay(decoder_blocks(model)[0])
+            stay = heads_stay(decoder_blocks(model)[0])
             raise UserError(
                 f"{self.name}: {target.label} of the blocks is to go, and {100 * most / weight:.4g}% can go at most"
-                + (f": heads stay, as {why}" if why else ": every branch keeps what it must")
+                + (f": heads stay, as {stay}" if stay else ": every branch keeps what it must")
             )
         kinds: dict[str, list[Curve]] = {}
         for branch in (branch for block in parts for branch in block):

@@ -243,6 +243,9 @@ def _recompute_named(
     except (TypeError, ValueError, LinAlgError) as error:
         report.open(f"bound: it cannot be recomputed ({error})")
         return
+    if found is None:
+        report.open("bound: the Hessian is not proved positive definite in float64")
+        return
     if found.kind != claims.bound_kind:
         report.open(f"bound: the argument '{claims.bound_kind}' was not repeated")
         return

@@ -63,8 +63,9 @@ class Trial:
         changed = [name for name, x in before.items() if not _same(x, after.get(name))]
         case.promise(not changed, "leave the problem as it was", f"it changed {', '.join(changed)}")
         own = Point({name: x for name, x in _tensors(problem).items() if x.is_floating_point()})
-        aliased = isinstance(result, Result) and (
-            shares_memory(result.solution, own) or (start is not None and shares_memory(result.solution, start))
+        returned: object = result  # whatever a third party's solver returns
+        aliased = isinstance(returned, Result) and (
+            shares_memory(returned.solution, own) or (start is not None and shares_memory(returned.solution, start))
         )
         case.promise(not aliased, "return memory of its own, not a tensor of the problem or of the start")
         if start is None and case.input not in self.solved:
