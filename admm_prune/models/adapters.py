@@ -39,6 +39,19 @@ def check_no_adapters(source: str, what: nn.Module | Path) -> None:
         )
 
 
+def check_repository(source: str) -> None:
+    """Refuses a Hub repository that has an adapter, of which nothing but the config is to be read.
+
+    Raises:
+        UserError: as `check_no_adapters`.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(source)
+    if found is not None:
+        check_no_adapters(source, Path(found).parent)
+
+
 def adapter_parameters(model: nn.Module) -> set[int]:
     """The `id` of every parameter that belongs to an adapter alone, of any of PEFT's methods."""
     inside: set[int] = set()

@@ -158,7 +158,6 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
         if source == EMBEDDED or not is_repository(source):
             raise UserError(f"{source}: there is no such model folder")
         _check_reachable(source)
-        _check_repository(source)
         return source
     check_no_adapters(source, folder)
     config = folder / "config.json"
@@ -194,6 +193,7 @@ def _fetched(source: str, trust_remote_code: bool) -> Path:
     code = ["*.py"] if trust_remote_code else []
     with explained(source, source), quiet():
         folder = fetch(source, [*_DESCRIBING, *code])
+        check_no_adapters(source, folder)
         names = indexed(folder) if (folder / INDEX).is_file() else [SINGLE]
         names = [name for name in names if Path(name).suffix == ".safetensors"]
         folder = fetch(source, names, folder.name)
@@ -218,16 +218,6 @@ def _check_reachable(source: str) -> None:
         raise UserError(
             f"{source}: no such folder here, and as a Hub id it cannot be loaded: no connection to the Hub ({error})"
         ) from error
-
-
-def _check_repository(source: str) -> None:
-    """Raises UserError where a Hub repository has an adapter: `from_pretrained` would load it beside the model."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    with explained(source, source), quiet():
-        found = find_adapter_config_file(source)
-    if found is not None:
-        check_no_adapters(source, Path(found).parent)
 
 
 def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> PreTrainedModel:

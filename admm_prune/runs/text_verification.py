@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _check_records(report: Verification, texts: Texts, manifest: Manifest, *, mo
     """Every field of the record of the texts; of a text that moved all but its name."""
     recipe, claimed = recipe_of(manifest), manifest["texts"]
     records = texts.records() if recipe is None else texts.records(recipe.samples)
-    found = {role: asdict(record) for role, record in records.items()}
+    found = {role: json.loads(json.dumps(asdict(record))) for role, record in records.items()}  # as a manifest has it
     report.expect("texts", found.keys() == claimed.keys(), f"{where}the texts recorded are {sorted(claimed)}")
     if recipe is None:  # how many sequences calibrated is not known
         del found["calibration"]

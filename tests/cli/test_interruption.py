@@ -72,10 +72,10 @@ def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_wh
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(pruning, "write_json", breaks(error))
-        assert command("run", *arguments, "--method", "wanda").status == status
+        assert command("run", *arguments, "--method", "wanda", "--overwrite").status == status
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path.name for path in out.parent.iterdir()} == {"out", "out.partial"}
-    assert command("run", *arguments, "--method", "wanda", "--resume").status == 0
+    assert command("run", *arguments, "--method", "wanda", "--resume", "--overwrite").status == 0
     assert '"method": "wanda"' in (out / "admm_prune.json").read_text()
     assert not (out / "leftover.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -243,7 +243,9 @@ def test_a_run_on_python_objects(
     )
     assert read_recipe(place / "out").with_options({"data": str(text_file)}).arguments()["data"] == str(text_file)
     refused("its run was given the text as a Python object: name a text with --data", "eval", "out")
-    assert command("verify", "out", "--json").status == 0
+    verified = command("verify", "out", "--json")
+    assert verified.status == 3, verified.out  # no file has the text that the perplexity is of
+    assert json.loads(verified.out)["verified"] is None
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from admm_prune import prune
 from admm_prune.errors import UserError
-from admm_prune.models.loading import locate
+from admm_prune.models.adapters import check_repository
+from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
 
+TEXT = ("--data", "embedded")
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "run": ("run", "--model", "model", "--sparsity", "0.5", "--out", "out"),
-    "streamed": ("run", "--stream", "--model", "model", "--sparsity", "0.5", "--out", "out"),
-    "compare": ("compare", "--model", "model", "--sparsity", "0.5", "--methods", "wanda", "--out", "out"),
-    "eval": ("eval", "model"),
-    "capture": ("capture", "--model", "model", "--weight", "w", "--out", "layer.safetensors"),
+    "run": ("run", "--model", "model", "--sparsity", "0.5", "--out", "out", *TEXT),
+    "streamed": ("run", "--stream", "--model", "model", "--sparsity", "0.5", "--out", "out", *TEXT),
+    "compare": ("compare", "--model", "model", "--sparsity", "0.5", "--methods", "wanda", "--out", "out", *TEXT),
+    "eval": ("eval", "model", *TEXT),
+    "capture": ("capture", "--model", "model", "--weight", "w", "--out", "layer.safetensors", *TEXT),
     "plan": ("plan", "--model", "model", "--sparsity", "0.5"),
     "bench inference": ("bench", "inference", "model"),
     "pack": ("pack", "model", "out"),
@@ -60,8 +62,9 @@ def test_a_repository_with_an_adapter(adapter: Path, tmp_path: Path, monkeypatch
     (repository / "refs/main").write_text(commit)
     shutil.copytree(adapter, repository / "snapshots" / commit)
     (repository / "snapshots" / commit / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="someone/tiny: there is a PEFT adapter in it"):
-        locate("someone/tiny")
+    for read in (load, open_on_disk, check_repository):
+        with pytest.raises(UserError, match="someone/tiny: there is a PEFT adapter in it"):
+            read("someone/tiny")
 
 
 def models(folder: Path) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -82,7 +85,7 @@ def test_a_module_with_adapters(place: Path, model_folder: Path, with_out: bool)
     for name, model in models(model_folder):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         with pytest.raises(UserError, match="the model has PEFT adapters") as error:
-            prune(model.eval(), tokenizer=tokenizer, sparsity=0.5, out="out" if with_out else None)
+            prune(model.eval(), tokenizer=tokenizer, data="embedded", sparsity=0.5, out="out" if with_out else None)
         assert "\n" not in str(error.value), name
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert not list(place.iterdir())

@@ -70,6 +70,8 @@ def test_an_unknown_name_does_not_wait_for_a_hub_out_of_reach(
 def test_what_is_in_the_cache_needs_no_hub(answer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = answer(OSError("no route"))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(loading, "fetch", lambda *_: tmp_path)
     monkeypatch.setattr(loading, "_load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         load("owner/name")

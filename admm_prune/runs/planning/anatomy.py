@@ -13,6 +13,7 @@ from torch import Tensor
 from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import Row, Sequences, default_length
 from admm_prune.errors import UserError
+from admm_prune.models.adapters import check_repository
 from admm_prune.models.causality import check_causal
 from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.loading import explained, kind_of, locate
@@ -51,6 +52,8 @@ class Anatomy:
         """
         location = locate(source, weights=False)
         with explained(source, location), quiet():
+            if isinstance(location, str):
+                check_repository(location)
             config, kind = kind_of(location, trust_remote_code=False)
             wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
             quantizer = dequantizer(source, config)
