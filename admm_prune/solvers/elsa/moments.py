@@ -200,7 +200,8 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
         [local(state[f"{name}{part}"]).view(-1) for part in ("", "_scale")] for name in ("exp_avg", "exp_avg_sq")
     ]
     state["step"] += 1
-    settings = {name: group[name] for name in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
+    settings: dict[str, Any] = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    settings["lr"] = float(group["lr"])
     for some in chunks(flat):
         scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
         here, slope = flat[some].float(), gradient[some].float()
