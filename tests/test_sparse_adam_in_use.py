@@ -123,12 +123,12 @@ def test_repr_is_that_of_a_torch_optimizer_before_and_after_steps() -> None:
 
 def stepped(optimizer: SparseAdam, p: Tensor, start: int, stop: int) -> None:
     for step in range(start, stop):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p.dtype)
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        p.grad = (2.0 * p.detach() + noise).to(p.dtype)
         optimizer.step()
 
 
-@pytest.mark.parametrize("moments", ["full", "int8"])
-@pytest.mark.parametrize("anchor", ["full", "bfloat16", "int8"])
+@pytest.mark.parametrize(("anchor", "moments"), [("full", "full"), ("bfloat16", "full"), ("int8", "int8")])
 @pytest.mark.parametrize("end", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("start", [torch.float32, torch.bfloat16], ids=str)
 def test_a_state_passes_to_weights_of_another_dtype(
@@ -140,7 +140,7 @@ def test_a_state_passes_to_weights_of_another_dtype(
     p = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(start))
     saving = SparseAdam([p], **how)
     stepped(saving, p, 0, 5)
-    q = nn.Parameter(p.detach().to(end))
+    q = nn.Parameter(p.detach().to(end, copy=True))
     going_on = SparseAdam([q], **how)
     going_on.load_state_dict(copy.deepcopy(saving.state_dict()))
     fresh = SparseAdam([r := nn.Parameter(q.detach().clone())], **how)
@@ -155,11 +155,12 @@ def test_a_state_passes_to_weights_of_another_dtype(
     assert going_on.steps_done == 5
     stepped(saving, p, 5, 16)
     stepped(going_on, q, 5, 16)
+    assert going_on.frozen
     assert torch.isfinite(q).all()
     assert int(q.count_nonzero()) == 2048
-    assert float((p.double() - q.double()).norm() / p.double().norm()) < 0.1
-    agree = (saving.masks()["0.0"] == going_on.masks()["0.0"]).double().mean()
-    assert agree > 0.95
+    with torch.no_grad():
+        assert float((p.double() - q.double()).norm() / p.double().norm()) < 0.2
+    assert (saving.masks()["0.0"] == going_on.masks()["0.0"]).double().mean() > 0.95
 
 
 def test_hooks_of_states_see_and_exchange_them_as_with_torch() -> None:
@@ -206,9 +207,7 @@ def test_the_penalty_does_not_overflow_the_dtype_of_a_finite_gradient(how: dict[
     assert (optimizer.steps_done, optimizer.skipped) == (4, 0)
 
 
-@pytest.mark.parametrize(
-    ("total", "freeze"), [(20, 1.0), (2, 0.9), (1, 0.75), (20, 0.99)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("total", "freeze"), [(20, 1.0), (2, 0.9), (1, 0.75), (20, 0.99)], ids=str)
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("penalty", [0.1, math.inf])
 def test_a_run_that_is_frozen_throughout_is_sparse_throughout(

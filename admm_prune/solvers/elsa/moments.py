@@ -166,11 +166,11 @@ class Moments:
         everything: tuple[Any, ...] = (...,)  # a scalar has no rows
         for rows in chunks(x) if x.ndim else everything:
             here = x[rows].to(dtype)
-            first, second = self._read(parameter, state, rows)
+            first, second = (moment.to(dtype) for moment in self._read(parameter, state, rows))
             one_by_one = {**group, "foreach": False, "fused": False}
             _adam([here], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
             if self.quantizes(parameter):
-                self._write(state, rows, first, second, chance)
+                self._write(state, rows, first.float(), second.float(), chance)
             _write_weights(x, rows, here, chance)
         state["step"] += 1
 
