@@ -18,7 +18,7 @@ class LinearWeight:
     """A matrix W (out, in) of y = W x, or those of all experts of a mixture (experts, out, in) in one parameter.
 
     Attributes:
-        name: of the parameter, dotted from the root.
+        name: of the parameter, dotted from the root; the same where `torch.compile` wraps modules on the way.
         module, own: that holds it, under this name.
         transposed: whether W^T is stored, as transformers' `Conv1D` does.
     """
@@ -48,13 +48,14 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """
     apart: set[nn.Module] = set()
     for module in root.modules():
-        if "A_log" in module._parameters and isinstance(module._modules.get("dt_proj"), nn.Linear):
-            apart.add(module.get_submodule("dt_proj"))
+        projection = dict(module.named_children()).get("dt_proj")
+        if isinstance(projection, nn.Linear) and "A_log" in dict(module.named_parameters(recurse=False)):
+            apart.add(projection)
         counts = {count for child in module.children() if (count := _experts(child)) is not None}
         if counts:
             apart |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
     for name, module in root.named_modules():
-        prefix = f"{name}." if name else ""
+        prefix = uncompiled(f"{name}." if name else "")
         if _is_linear(module):
             if module not in apart:
                 yield LinearWeight(f"{prefix}weight", module, "weight", _stores_inputs_first(module))
@@ -62,6 +63,11 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and parameter.shape[0] == count:
                     yield LinearWeight(f"{prefix}{own}", module, own, bool(getattr(module, "is_transposed", False)))
+
+
+def uncompiled(name: str) -> str:
+    """A name below modules that `torch.compile` wraps, as it is without the wrappers."""
+    return name.replace("_orig_mod.", "")
 
 
 def linear_weights(

@@ -62,6 +62,7 @@ def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBas
             f"{where} is a conversation, and the model's tokenizer has no chat template: "
             "name a column of plain text with --column, or add the template to the tokenizer"
         )
+    messages: list[dict[str, Any]]
     messages = [{**message, "content": _plain(message["content"], where)} for message in conversation]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -308,7 +308,7 @@ def saved_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]:
             found: Any = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
-                raise NoSplitError(str(path), split, list(found))
+                raise NoSplitError(str(path), split, [str(name) for name in found])
             found = found[split]
         yield from dataset_documents(found, str(path), reader)
     except UserError:

@@ -14,12 +14,12 @@ def hold_out(corpus: Corpus, fraction: float = 0.1) -> tuple[Corpus, Corpus]:
     A text of one document is cut at the last line break before its last `fraction`; one of tokens anywhere.
     """
     name, documents = corpus.name, corpus.documents
-    if len(documents) > 1:
-        cut = len(documents) - max(1, round(len(documents) * fraction))
-        first, last = documents[:cut], documents[cut:]
+    if len(documents) == 1:
+        at, cut = _cut(documents[0], fraction), 1
+        documents = (_part(documents[0], 0, at), _part(documents[0], at, None))
     else:
-        cut = _cut(documents[0], fraction)
-        first, last = (_part(documents[0], 0, cut),), (_part(documents[0], cut, None),)
+        cut = len(documents) - max(1, round(len(documents) * fraction))
+    first, last = documents[:cut], documents[cut:]
     return (
         replace(corpus, name=f"{name} (all but the last {fraction:.0%})", documents=first),
         replace(corpus, name=f"{name} (last {fraction:.0%})", documents=last),

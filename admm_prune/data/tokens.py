@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -15,6 +15,7 @@ from admm_prune.data.sources import Document
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
@@ -87,7 +88,7 @@ def _located(document: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> E
     others gives every token an equal share."""
     ids = list(document[1:] if document[0] == tokenizer.bos_token_id else document)
     stream = DecodeStream(skip_special_tokens=False)
-    backend = tokenizer.backend_tokenizer
+    backend = cast("Tokenizer", tokenizer.backend_tokenizer)
     bounds = [0]
     try:
         for token in ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from admm_prune.errors import UserError
 from admm_prune.models.causality import check_causal
 from admm_prune.models.loading import LoadedModel
 from admm_prune.models.vocabulary import check_vocabulary, embedding_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FOLDER = "give the model's folder and out=, with stream=True where it does not fit in memory"
 
@@ -29,8 +32,7 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
     kind = type(model).__name__
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
-    is_module: bool = isinstance(model, nn.Module)  # not narrowed: the module is one of transformers'
-    if not is_module or not hasattr(model, "config"):
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise UserError(f"{kind} is no model of transformers: give a causal language model, its folder or its Hub id")
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
@@ -38,7 +40,7 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
     _check_head(kind, model)
     check_vocabulary(kind, tokenizer, model)
     check_causal(kind, model)
-    return LoadedModel(model, tokenizer, kind, None)
+    return LoadedModel(cast("PreTrainedModel", model), tokenizer, kind, None)
 
 
 def unwrapped(model: Any) -> Any:

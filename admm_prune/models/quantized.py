@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from admm_prune.data.hub import first_line, quiet
 from admm_prune.errors import UserError
@@ -35,7 +35,8 @@ def dequantizer(source: str, config: Any) -> Any:
     settings["dequantize"] = True
     try:
         with quiet():
-            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+            # What it has beyond its base class depends on the method, which no type of transformers says.
+            quantizer = cast("Any", AutoHfQuantizer.from_config(settings, pre_quantized=True))
             quantizer.validate_environment()
     except (ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{refusal}, which cannot be read here ({first_line(error)}): {remedy}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -142,10 +142,10 @@ class SetFamily:
         return NofM(*target.pattern) if target.pattern is not None else self._made(target.fraction)
 
     def _made(self, sparsity: float) -> SparseSet:
-        member: Any = self.member
+        member = cast("Any", self.member)
         if inspect.isabstract(member):
             raise UserError(f"the constraint '{self.name}' lacks methods of a SparseSet: {_abstract(member)}")
-        if not callable(member) and not isinstance(member, SparseSet):
+        if not callable(self.member) and not isinstance(self.member, SparseSet):
             raise UserError(f"the constraint '{self.name}' is {_kind_of(member)}, which makes no sparse set")
         try:
             made: Any = replace(member, sparsity=sparsity) if isinstance(self.member, SparseSet) else member(sparsity)

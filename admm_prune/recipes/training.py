@@ -118,6 +118,7 @@ class Trainer:
     def as_json(self) -> dict[str, Any]:
         return {
             "steps": self.done,
+            "skipped": self.optimizer.skipped,  # of the steps, for a gradient that was not finite
             "tokens": self.tokens,
             "loss": [{"step": step, "loss": loss} for step, loss in self.curve],
         }

@@ -129,7 +129,7 @@ class SparseAdam(Optimizer):
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
-        self._scope = scope
+        self._scope: Literal["matrix", "model"] = scope
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
         self._masks, self.moments = dict(masks or {}), str(self._moments)  # the moments as kept in the end
         self.history: list[DualUpdate] = []
@@ -377,7 +377,7 @@ class SparseAdam(Optimizer):
             raise UserError("a parameter is on the meta device, which holds no numbers: load the weights first")
         for parameter, group in fresh.items():
             self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
-        fixed = self.frozen or self.timeline.freeze == 1.0
+        fixed = self.frozen or self.timeline.frozen_throughout
         fraction = 1.0 if self.frozen else self.timeline.fraction(self.timeline.updated(self.steps_done))
         for splitting, _, weights in self._pruned():
             new = [weight for weight in weights if weight.parameter in fresh]

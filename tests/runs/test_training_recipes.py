@@ -245,3 +245,20 @@ def test_gradual_pruning_reaches_its_target_before_the_end(model_folder: Path, t
     assert {round(layer.sparsity, 6) for layer in outcome.layers} == {0.75}
     assert math.isfinite(outcome.details["training"]["held_out_loss"])
     assert isinstance(model, nn.Module)
+
+
+def test_steps_that_were_skipped_are_reported(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1000))
+
+    def overflowing(model: nn.Module, batch: Batch) -> Tensor:
+        return next_token_loss(model, batch) * (math.inf if next(calls) in (2, 5) else 1.0)
+
+    monkeypatch.setattr("admm_prune.recipes.trained.next_token_loss", overflowing)
+    recipe = Gradual(steps=12, batch_size=4, interval=2, lr=1e-3)
+    model, outcome = pruned(recipe, "0.5", model_folder, text_file)
+    assert (outcome.details["training"]["steps"], outcome.details["training"]["skipped"]) == (12, 2)
+    assert any("2 steps skipped" in note for note in outcome.notes)
+    assert {round(layer.sparsity, 6) for layer in outcome.layers} == {0.5}
+    assert all(torch.isfinite(p).all() for p in model.parameters())

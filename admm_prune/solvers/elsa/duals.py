@@ -132,13 +132,18 @@ class Splitting:
             local(state["fisher"]).mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
 
     def add_penalty(self, weight: Weight, later: fused.Later | None = None) -> None:
-        """g <- g + rho (x - c), in the precision of the computation; or tells it to the kernel that will do so."""
+        """g <- g + rho (x - c), in the precision of the computation; or tells it to the kernel that will do so.
+
+        What exceeds the range of the gradient's dtype saturates: g has been checked to be finite, and remains so.
+        """
         rho = weight.state["rho"]
         if rho and not weight.dense and later is not None:
             later.pulls[id(weight.parameter)] = (rho, fused.stored_anchor(weight, self.anchors))
         elif rho and not weight.dense:
+            largest = torch.finfo(weight.gradient.dtype).max
             for rows, away in self.anchors.away(weight):
-                weight.gradient[rows].add_(away, alpha=rho)
+                gradient = weight.gradient[rows]
+                gradient.copy_(torch.add(gradient, away, alpha=rho).clamp_(-largest, largest))
 
     def pull(self, weight: Weight, lr: float) -> None:
         """x <- x - lr rho (x - c)."""

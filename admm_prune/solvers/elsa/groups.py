@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
-from admm_prune.prunable import linear_weights
+from admm_prune.prunable import linear_weights, uncompiled
 from admm_prune.solvers.elsa.supports import Budget, Groups, Support, Within
 
 _TARGETS = ("sparsity", "pattern", "constraint")
@@ -79,7 +79,8 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
     if fixed:
         raise UserError(f"{fixed[0]} requires no gradient, as do {len(fixed)} in all: call model.requires_grad_(True)")
     pruned = {id(weight.parameter) for weight in weights}
-    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in pruned]
+    named = model.named_parameters()
+    others = [(uncompiled(name), p) for name, p in named if p.requires_grad and id(p) not in pruned]
     result = ParameterGroups([{"params": [(weight.name, weight.parameter) for weight in weights]}])
     if others:
         result.groups.append({"params": others})

@@ -166,11 +166,11 @@ class Moments:
         everything: tuple[Any, ...] = (...,)  # a scalar has no rows
         for rows in chunks(x) if x.ndim else everything:
             here = x[rows].to(dtype)
-            first, second = self._read(parameter, state, rows)
+            first, second = (moment.to(dtype) for moment in self._read(parameter, state, rows))
             one_by_one = {**group, "foreach": False, "fused": False}
             _adam([here], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
             if self.quantizes(parameter):
-                self._write(state, rows, first, second, chance)
+                self._write(state, rows, first.float(), second.float(), chance)
             _write_weights(x, rows, here, chance)
         state["step"] += 1
 
@@ -200,7 +200,8 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
         [local(state[f"{name}{part}"]).view(-1) for part in ("", "_scale")] for name in ("exp_avg", "exp_avg_sq")
     ]
     state["step"] += 1
-    settings = {name: group[name] for name in ("betas", "eps", "weight_decay")} | {"lr": float(group["lr"])}
+    settings: dict[str, Any] = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+    settings["lr"] = float(group["lr"])
     for some in chunks(flat):
         scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
         here, slope = flat[some].float(), gradient[some].float()

@@ -140,13 +140,20 @@ class Timeline:
 
     @property
     def freeze_at(self) -> int | None:
-        """The first step with a frozen support; None where there is none."""
+        """The first step with a frozen support; None where there is none, or no `total` to take a fraction of."""
         return None if self.total is None or not self.freeze else round(self.total * (1.0 - self.freeze))
 
+    @property
+    def frozen_throughout(self) -> bool:
+        """Whether no step comes before the freeze."""
+        return self.freeze == 1.0 or self.freeze_at == 0
+
     def progress(self, step: int) -> float:
-        """The part of the steps before the freeze that lie before `step`, 0 to 1."""
+        """The part of the steps before the freeze that lie before `step`, 0 to 1; 1 where there are none."""
+        if self.frozen_throughout:
+            return 1.0
         end = self.total if self.freeze_at is None else self.freeze_at
-        return 0.0 if end is None else min(1.0, step / max(1, end))
+        return 0.0 if end is None else min(1.0, step / end)
 
     def updated(self, step: int) -> int:
         """The step after which the duals were last updated, before `step`; 0 where they were not yet."""
