@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from networks import HIDDEN, OUTPUTS, WIDTH, damped, network, sets, split, token
 from admm_prune.kernels.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problem import Minimizable, fits
-from admm_prune.problems.constraints import NofM, Unstructured
+from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
 from admm_prune.problems.feed_forward import FeedForward, Penalties
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.layer import LayerReconstruction
