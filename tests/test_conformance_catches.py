@@ -248,8 +248,8 @@ class StopsEarly(HardThresholding):
     """Half of the iterations, and says that all were used up."""
 
     def solve(self, problem, *, start=None, state=None, watch=None) -> Result:
-        half = HardThresholding(max_iterations=(self.max_iterations + 1) // 2, objective_every=self.objective_every)
-        return half.solve(problem, start=start, state=state, watch=watch)
+        half = replace(self, max_iterations=(self.max_iterations + 1) // 2)
+        return super(StopsEarly, half).solve(problem, start=start, state=state, watch=watch)
 
 
 BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [

@@ -64,8 +64,8 @@ def assert_problem_conforms(
     Args:
         make_problem: from a seed, a small problem (up to some hundred weights, best in float64); the same for the same
             seed.
-        other_held_out: builds from a seed the same problem with other held-out data, for problems that hold out data for
-            `judge` alone.
+        other_held_out: builds from a seed the same problem with other held-out data, for problems that hold out data
+            for `judge` alone.
         examples: how many seeds.
 
     Raises:

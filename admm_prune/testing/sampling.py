@@ -63,8 +63,8 @@ def _half_mean_diagonal(problem: Problem, x: Point, name: str, seed: int) -> tup
 def check_sampled_losses(case: Case, problem: Stochastic, points: list[Point]) -> None:
     """Checks the mean over 48 draws of loss(x) - loss(y) against value(x) - value(y), for the points against the first.
 
-    Differences, because a sampled loss may be off by a constant. They may be apart by five standard errors and by 2 % of
-    the larger one.
+    Differences, because a sampled loss may be off by a constant. They may be apart by five standard errors and by 2 %
+    of the larger one.
     """
     values = [problem.value(x) for x in points]
     losses = torch.tensor(
