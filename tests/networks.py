@@ -63,7 +63,14 @@ def split(
 
 
 def whole(
-    net: Network, *, count: int = 200, noise: float = 0.1, constraint: SparseSet = HALF, **how: Any
+    net: Network,
+    *,
+    count: int = 200,
+    noise: float = 0.1,
+    constraint: SparseSet = HALF,
+    held_out: int = 100,
+    **how: Any,
 ) -> NetworkOutput:
-    held_out = tokens(net, 200, 100, noise)
-    return NetworkOutput(net, tokens(net, count, 0, noise), sets(net, constraint), judging=held_out, **how)
+    """With held-out tokens of the seed `held_out`."""
+    judging = tokens(net, 200, held_out, noise)
+    return NetworkOutput(net, tokens(net, count, 0, noise), sets(net, constraint), judging=judging, **how)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
+from typing import ClassVar
 
 import pytest
 import torch
-from catalogue import layer
+from catalogue import layer, random_weight
 from hypothesis import Phase, settings
 from third_party import Box, HardThresholding
 
@@ -19,6 +21,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.closed_form import Magnitude
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
+from admm_prune.testing.views import OnlyStochastic
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -217,6 +220,38 @@ class IsFeasibleOnlyAtTheEnd(HardThresholding):
             state[0] = problem.constraint.project(state[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithAnotherStatus(HardThresholding):
+    """Says of every run that nothing interrupted that it ended as `says`."""
+
+    says: ClassVar[Status]
+
+    def solve(self, problem, *, start=None, state=None, watch=None) -> Result:
+        result = super().solve(problem, start=start, state=state, watch=watch)
+        return replace(result, status=self.says) if result.status is Status.MAX_ITERATIONS else result
+
+
+class SaysSolvedWhenOutOfIterations(WithAnotherStatus):
+    says = Status.SOLVED
+
+
+class SaysClosedFormOfIterations(WithAnotherStatus):
+    says = Status.CLOSED_FORM
+
+
+class SaysItWasOutOfTime(WithAnotherStatus):
+    says = Status.TIME_LIMIT
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopsEarly(HardThresholding):
+    """Half of the iterations, and says that all were used up."""
+
+    def solve(self, problem, *, start=None, state=None, watch=None) -> Result:
+        half = replace(self, max_iterations=(self.max_iterations + 1) // 2)
+        return super(StopsEarly, half).solve(problem, start=start, state=state, watch=watch)
+
+
 BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (LiesAboutItsObjective, "report as objective the value of its solution"),
     (ReturnsTheDenseWeights, "on layer, half must keep no more weights than the constraint admits; 96 of 48"),
@@ -242,6 +277,10 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (RemembersInItself, "leave its own settings as they were"),
     (KeepsStateOutside, "continue from its state to the same bits"),
     (MeasuresWhatItDoesNotReturn, "return the best point that it measured"),
+    (SaysSolvedWhenOutOfIterations, "say SOLVED only where its stopping test was met"),
+    (SaysClosedFormOfIterations, "not say CLOSED_FORM of what it iterated"),
+    (SaysItWasOutOfTime, "say TIME_LIMIT only where there is a limit"),
+    (StopsEarly, "say MAX_ITERATIONS only where all were used up"),
     (IsFeasibleOnlyAtTheEnd, "objective_every = 1 must keep no more weights than the constraint admits"),
 ]
 
@@ -615,7 +654,42 @@ class JudgesByATensor(InBlocks):
         return torch.tensor(self.value(x))
 
 
+class Viewed(OnlyStochastic):
+    """A layer of which values and sampled gradients are seen alone, with a subclass's fault."""
+
+    @classmethod
+    def of(cls, seed: int) -> Viewed:
+        return cls(layer(Unstructured(0.5), rows=3, width=6, seed=seed))
+
+
+class CurvatureAHundredTimesTooLarge(Viewed):
+    @property
+    def curvature(self) -> float:
+        return 100 * super().curvature
+
+
+class CurvatureAHundredTimesTooSmall(Viewed):
+    @property
+    def curvature(self) -> float:
+        return super().curvature / 100
+
+
+class SamplesHalfTheLoss(Viewed):
+    def sample_gradient(self, x, draw) -> tuple[float, Point]:
+        loss, gradient = super().sample_gradient(x, draw)
+        return loss / 2, 0.5 * gradient
+
+
+class SamplesAnotherTarget(Viewed):
+    def sample_gradient(self, x, draw) -> tuple[float, Point]:
+        return super().sample_gradient(x - 0.3 * self.initial(), draw)
+
+
 BROKEN_PROBLEMS = [
+    (CurvatureAHundredTimesTooLarge, "have as curvature half the mean diagonal of the Hessian of its value"),
+    (CurvatureAHundredTimesTooSmall, "have as curvature half the mean diagonal of the Hessian of its value"),
+    (SamplesHalfTheLoss, "sample losses whose mean over the draws differs between two points as its value does"),
+    (SamplesAnotherTarget, "sample losses whose mean over the draws differs between two points as its value does"),
     (WrongGradient, "as a Differentiable must give a gradient that equals central differences"),
     (GradientOfAnother, "give the value that `value` gives"),
     (ProxAtTwiceRho, r"minimize value\(x\) \+ rho \* curvature"),
@@ -647,6 +721,61 @@ def test_broken_problems(problem, message) -> None:
     with pytest.raises(AssertionError, match=message) as caught:
         assert_problem_conforms(problem.of)
     assert f"{problem.__name__} on seed" in str(caught.value)
+
+
+class Judged(InBlocks):
+    """The layer, judged by the error against other weights, its held-out data."""
+
+    held_out: torch.Tensor
+
+    @classmethod
+    def of(cls, seed: int, held_out: int = 1) -> Judged:
+        problem = super().of(seed)
+        problem.held_out = random_weight(3, 6, held_out)
+        return problem
+
+    def judge(self, x) -> float:
+        return float((x["weight"] - self.held_out).square().sum())
+
+
+class FitsOnHeldOutData(Judged):
+    def refit(self, mask) -> Point:
+        return super().refit(mask) + Point(weight=1e-14 * self.held_out * mask["weight"])
+
+
+class ItsBlockFitsOnHeldOutData(Judged):
+    def block(self, name, x) -> LayerReconstruction:
+        weight = self.weight + 1e-14 * self.held_out
+        return LayerReconstruction(weight, self.gram, self.constraint, ridge=0.01)
+
+
+class CurvatureOfHeldOutData(Judged):
+    @property
+    def curvature(self) -> float:
+        return super().curvature * (1 + 1e-12 * float(self.held_out.norm()))
+
+
+class JudgesByWhatItFits(Judged):
+    def judge(self, x) -> float:
+        return self.value(x)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (FitsOnHeldOutData, "have a refit that does not depend on held-out data"),
+        (ItsBlockFitsOnHeldOutData, "of block weight that does not depend on held-out data"),
+        (CurvatureOfHeldOutData, "have a curvature that does not depend on held-out data"),
+        (JudgesByWhatItFits, "judge by its held-out data"),
+    ],
+)
+def test_problems_that_fit_on_held_out_data(problem, message) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_problem_conforms(problem.of, other_held_out=partial(problem.of, held_out=2))
+
+
+def test_a_problem_that_holds_out_data_is_sound() -> None:
+    assert_problem_conforms(Judged.of, other_held_out=partial(Judged.of, held_out=2), examples=3)
 
 
 def test_the_layer_that_they_break_is_sound() -> None:

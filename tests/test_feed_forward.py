@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from networks import HIDDEN, OUTPUTS, WIDTH, damped, network, sets, split, token
 from admm_prune.kernels.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problem import Minimizable, fits
-from admm_prune.problems.constraints import NofM, Unstructured
+from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
 from admm_prune.problems.feed_forward import FeedForward, Penalties
 from admm_prune.problems.gated import GatedFeedForward
 from admm_prune.problems.layer import LayerReconstruction
@@ -232,15 +234,17 @@ def test_a_sampled_gradient_of_all_tokens_is_that_of_the_value(name: str, gated:
 @pytest.mark.parametrize(("name", "gated"), FORMS)
 def test_they_conform(name: str, gated: bool) -> None:
     for constraint in (Unstructured(0.5), NofM(2, 4)):
-        assert_problem_conforms(
-            lambda seed, c=constraint: split(network(name, gated=gated, seed=seed), constraint=c), examples=2
-        )
-        assert_problem_conforms(
-            lambda seed, c=constraint: whole(
-                network(name, gated=gated, biases=seed % 2 == 0, seed=seed), constraint=c, sample=50
-            ),
-            examples=2,
-        )
+
+        def of_tokens(seed: int, held_out: int = 100, constraint: SparseSet = constraint) -> FeedForward:
+            net = network(name, gated=gated, seed=seed)
+            return split(net, constraint=constraint, judging=tokens(net, 50, held_out))
+
+        def of_output(seed: int, held_out: int = 100, constraint: SparseSet = constraint) -> NetworkOutput:
+            net = network(name, gated=gated, biases=seed % 2 == 0, seed=seed)
+            return whole(net, constraint=constraint, sample=50, held_out=held_out)
+
+        for make in (of_tokens, of_output):
+            assert_problem_conforms(make, other_held_out=partial(make, held_out=101), examples=2)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -33,6 +33,7 @@ def _check(case: Case, solver: Iterative[Any], problem: Problem) -> None:
     whole = _run(case, solver, problem, watch=lambda progress: seen.append(progress.iteration))
     case.promise(seen == list(range(1, whole.iterations + 1)), "show each iteration to its watcher", f"{seen}")
     case.promise(whole.iterations <= _LENGTH, f"stop after max_iterations = {_LENGTH}", f"{whole.iterations}")
+    _run(case.but("max_iterations = 1"), replace(solver, max_iterations=1), problem)
     _measures_truly(case, solver, problem)
     _heeds_the_clock(case, solver, problem)
     half = whole.iterations // 2
@@ -60,7 +61,23 @@ def _run(case: Case, solver: Iterative[Any], problem: Problem, **how: Any) -> Re
     with case.doing("stop and continue where it is asked to"):
         result = solver.solve(problem, **how)
     check_result(case, problem, result, fills=False, watched="watch" in how)
+    _has_a_true_status(case, solver, result)
     return result
+
+
+def _has_a_true_status(case: Case, solver: Iterative[Any], result: Result) -> None:
+    """SOLVED where the stopping test was met, MAX_ITERATIONS after all of them, TIME_LIMIT where there is a limit."""
+    status = result.status
+    found = f"{status} after {result.iterations} of {solver.max_iterations} iterations"
+    converged = any(solver.converged(progress) for progress in result.history)
+    case.promise(status is not Status.CLOSED_FORM, "not say CLOSED_FORM of what it iterated", found)
+    case.promise(status is not Status.SOLVED or converged, "say SOLVED only where its stopping test was met", found)
+    used_up = result.iterations == solver.max_iterations and not converged
+    case.promise(
+        status is not Status.MAX_ITERATIONS or used_up, "say MAX_ITERATIONS only where all were used up", found
+    )
+    limited = solver.time_limit is not None
+    case.promise(status is not Status.TIME_LIMIT or limited, "say TIME_LIMIT only where there is a limit", found)
 
 
 def _measures_truly(case: Case, solver: Iterative[Any], problem: Problem) -> None:

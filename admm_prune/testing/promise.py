@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
@@ -54,6 +55,15 @@ class Case:
 def same_bits(a: Point, b: Point) -> bool:
     """True where names, dtypes, shapes and all entries are equal."""
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """True where two answers of a problem are equal to the bit: points, numbers, or tuples of them."""
+    if isinstance(a, Point) and isinstance(b, Point):
+        return same_bits(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
 
 
 def same_form(a: Point, b: Point) -> bool:
