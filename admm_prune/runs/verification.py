@@ -170,7 +170,7 @@ def _recompute(
         _check_bound(report, claims, problem, None, value, value, slack)
         return
     try:
-        certificates = certify(problem, budget, v, value, seed)
+        certificates = certify(problem, budget, v, seed)
     except np.linalg.LinAlgError as failed:
         report.certificates.append(f"no certificates: the damped Gram is singular ({failed})")
         reachable = value
