@@ -105,8 +105,11 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest, w
         report.agree("method", manifest["method"], recipe.name, where)
         report.agree("budget", manifest["budget"], recipe.budget, where)
     target = target_of(manifest, model)
-    if target is None or "target" not in settings or manifest["details"].get("units"):
-        return  # reported elsewhere; or the model has lost what was selected
+    if target is None or "target" not in settings:
+        return  # reported elsewhere
+    if manifest["details"].get("units"):  # methods that remove units take no selection
+        report.agree("selection", settings["target"]["layers"], [], where)
+        return
     try:
         layers = _selection(settings).applied(model, Target(target.sparsity, target.pattern)).layers
     except UserError as error:
