@@ -100,8 +100,7 @@ class StruPrune:
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
         if request.target.fraction > 0:
-            possible = {branch.name: self._curve(model, branch) for block in parts for branch in block}
-            losing = {name for name, curve in possible.items() if curve.levels()[-1] > 0}
+            losing = {branch.name for block in parts for branch in block if self._curve(model, branch).levels()[-1] > 0}
             check_units(model, blocks, request.residence, losing)
         removed: dict[str, int] = {}
         details: dict[str, Any] = {}

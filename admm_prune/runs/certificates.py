@@ -73,8 +73,8 @@ class Certificates:
         return said
 
 
-def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: int) -> Certificates:
-    """The certificates of V (out, in) of value f(V); the rows examined for swaps are drawn by `seed`."""
+def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certificates:
+    """The certificates of V (out, in); the rows examined for swaps are drawn by `seed`."""
     scale = problem.scale
     hessian = problem.hessian / scale / scale[:, None]
     hessian = (hessian + hessian.T) / 2
@@ -103,7 +103,9 @@ def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: i
     best = _best([*(Gain(row.gain, row.loss) for row in refitted if row.loss > 0), *between], whole)
     if best is None or best[0] <= 0:
         best = 0.0, 0.0
-    saved = sum(max(0.0, loss[row] - swaps.loss + swaps.gain) for row, swaps in zip(drawn, refitted, strict=True))
+    reached = loss.copy()  # added up anew: of a loss that is large, what is saved would leave rounding alone
+    for row, swaps in zip(drawn, refitted, strict=True):
+        reached[row] = min(reached[row], max(0.0, swaps.loss - max(0.0, swaps.gain)))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
         unstable_support=_exchanged(np.abs(step), kept, budget),
@@ -115,7 +117,7 @@ def certify(problem: Definition, budget: Budget, v: Array, value: float, seed: i
         fixed_swap_pairs=sum(swaps.pairs for swaps in fixed),
         fixed_swap_gain=None if held is None else held[0],
         fixed_swap_gain_of_rows=None if held is None else held[1],
-        reachable=float(value - saved),
+        reachable=problem.least + float(reached.sum()),
     )
 
 

@@ -121,11 +121,14 @@ class Definition:
             size += self.cross[1] + float(((v * v + self.minimizer**2) * diagonal).sum())
         return _SLACK * self.rounding * size + energy(away, self.hessian, self.rounding)[1]
 
+    def floor_doubt(self) -> float:
+        """How far rounding in float64 may have put f(W') off: 0 for the layer's own target."""
+        return self.objective(self.minimizer)[1]
+
     def doubt(self) -> float:
-        """The relative error that the solver's precision leaves in a bound that divides by the spectrum of A."""
+        """The relative error that rounding in float64 leaves in a bound, which divides by the spectrum of A."""
         scale = self.scale
-        least = float(np.linalg.eigvalsh(self.hessian / scale / scale[:, None])[0])
-        return 2 * _SLACK * self.rounding / least if least > 0 else 1.0
+        return relative_doubt(np.linalg.eigvalsh(self.hessian / scale / scale[:, None]))
 
     def relative_error(self, v: Array) -> tuple[float, float]:
         """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""
@@ -182,8 +185,14 @@ def relative_error(v: Array, weight: Array, gram: Array, rounding: float) -> tup
     return (error / whole, doubt / whole) if whole > 0 else (0.0, 0.0)
 
 
+def relative_doubt(spectrum: Array) -> float:
+    """16 n eps cond of a matrix with a unit diagonal, whose eigenvalues are given in ascending order; at most 1."""
+    rounding = 2 * _SLACK * len(spectrum) * _EPSILON * float(spectrum[-1])
+    return min(1.0, rounding / float(spectrum[0])) if spectrum[0] > 0 else 1.0
+
+
 def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float], float]:
-    """Lower bounds on f over the sparse set by name, and the relative doubt that the solver's precision leaves.
+    """Lower bounds on f over the sparse set by name, and the relative doubt that rounding in float64 leaves.
 
     With K = Ã^-1 in coordinates where A has a unit diagonal, w = W' there, R what a support removes:
 
@@ -196,8 +205,9 @@ def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float],
     hessian = (hessian + hessian.T) / 2
     squares = (problem.minimizer * scale) ** 2
     spectrum, basis = np.linalg.eigh(hessian)
-    if spectrum[0] <= len(spectrum) * _EPSILON * spectrum[-1]:
-        return {"Hessian diagonal": problem.least}, 0.0
+    rounding = len(spectrum) * _EPSILON * float(spectrum[-1])
+    if spectrum[0] <= rounding:
+        return {"Hessian diagonal": problem.least + rounding * _least_sum(squares, budget)}, 0.0
     inverse = (basis / spectrum) @ basis.T
     variance = np.diagonal(inverse)
     spread = float(np.linalg.eigvalsh(inverse / np.sqrt(variance) / np.sqrt(variance)[:, None])[-1])
@@ -207,8 +217,7 @@ def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float],
         "Hessian diagonal": float(spectrum[0]) * _least_sum(squares, budget),
         "inverse diagonal": _least_sum(removals, budget) / spread,
     }
-    doubt = 2 * _SLACK * problem.rounding / float(spectrum[0])
-    return {name: problem.least + loss for name, loss in losses.items()}, doubt
+    return {name: problem.least + loss for name, loss in losses.items()}, relative_doubt(spectrum)
 
 
 def _least_sum(terms: Array, budget: Budget) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ _RECOMPUTED_OF_TABLE = frozenset({
     )),
 })  # fmt: skip
 
-_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError, RuntimeError)
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError, re.error)
 
 
 def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False, device: str = "auto") -> Verification:
@@ -76,6 +77,10 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
             report.open("perplexity: its text is not where the run read it; name it with --data")
             quick = True
         check(report, folder, manifest, data, quick, place, "")
+    except UserError as error:
+        if not report.failures:
+            raise
+        report.expect("manifest", False, str(error))
     except _MALFORMED as error:
         what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {in_full(error)})"
         if not report.failures:
@@ -289,7 +294,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         claims.keys() == views.keys() and len(claims) == len(manifest["layers"]),
         f"{where}the layers claimed are not those of the model: {sorted(claims.keys() ^ views.keys())[:3]}",
     )
-    target = target_of(manifest)
+    target = target_of(manifest, loaded.model)
     if target is None:
         report.expect("target", False, f"{where}the target {manifest['target']} is not among the settings")
         return

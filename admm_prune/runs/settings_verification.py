@@ -14,6 +14,7 @@ from admm_prune.problems import constraints
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.recipes.catalogue import RECIPES, recipe_named
 from admm_prune.recipes.composing import composed
+from admm_prune.recipes.elsa import TunedDense
 from admm_prune.recipes.local_methods import REFERENCES
 from admm_prune.recipes.parts import SetFamily
 from admm_prune.recipes.plugins import declared
@@ -59,16 +60,36 @@ def made_set(described: str) -> SetFamily | None:
         return None
 
 
-def target_of(manifest: Manifest) -> Target | None:
-    """The target in full; its label is rounded. None where the settings have none of this label."""
+def target_of(manifest: Manifest, model: nn.Module) -> Target | None:
+    """The target in full; its label is rounded. None where the settings have none of this label for the model.
+
+    A run records the target of every layer. A comparison records what was asked for, and the selection beside it.
+    """
     settings = manifest["settings"]
-    for content in settings.get("targets") or [settings["target"]]:
-        pattern = content["pattern"]
-        layers = tuple((name, own) for name, own in content["layers"])
-        target = Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
-        if target.label == manifest["target"]:
-            return target
-    return None
+    if "methods" not in settings:
+        targets = [_target(settings["target"])]
+    elif isinstance(recipe_of(manifest), TunedDense):  # one row, whatever the targets
+        targets = [Target(0.0)]
+    else:
+        selection = _selection(settings)
+        try:
+            targets = [selection.applied(model, _target(content)) for content in settings["targets"]]
+        except UserError:
+            return None
+    return next((target for target in targets if target.label == manifest["target"]), None)
+
+
+def _target(content: Any) -> Target:
+    pattern = content["pattern"]
+    layers = tuple((name, own) for name, own in content["layers"])
+    return Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
+
+
+def _selection(settings: Any) -> Selection:
+    chosen = settings["selection"]
+    return Selection(
+        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, own) for name, own in chosen["overrides"])
+    )
 
 
 def check_settings(report: Verification, model: nn.Module, manifest: Manifest, where: str) -> None:
@@ -83,15 +104,14 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest, w
     else:
         report.agree("method", manifest["method"], recipe.name, where)
         report.agree("budget", manifest["budget"], recipe.budget, where)
-    target = target_of(manifest)
-    if target is None or "target" not in settings or manifest["details"].get("units"):
-        return  # reported elsewhere; or the model has lost what was selected
-    chosen = settings["selection"]
-    selection = Selection(
-        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, own) for name, own in chosen["overrides"])
-    )
+    target = target_of(manifest, model)
+    if target is None or "target" not in settings:
+        return  # reported elsewhere
+    if manifest["details"].get("units"):  # methods that remove units take no selection
+        report.agree("selection", settings["target"]["layers"], [], where)
+        return
     try:
-        layers = selection.applied(model, Target(target.sparsity, target.pattern)).layers
+        layers = _selection(settings).applied(model, Target(target.sparsity, target.pattern)).layers
     except UserError as error:
         report.expect("selection", False, f"{where}the selection does not fit the model: {error}")
         return

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
@@ -15,7 +16,7 @@ from admm_prune.errors import UserError
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.local_methods import Method, with_parts
+from admm_prune.recipes.local_methods import REFERENCES, Method, with_parts
 from admm_prune.recipes.part_checks import Part, check_result, check_set, explained_parts
 from admm_prune.recipes.parts import LAYER
 from admm_prune.recipes.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
@@ -121,9 +122,10 @@ def solve_path(
         if file is not None:
             check_output_file(file, overwrite=overwrite)
     moved = _moved(layer, place)
+    posed = _in_float64(moved) if method.name in REFERENCES else moved  # what they prove is of the file's own numbers
     try:
         _check_errors(moved, method, targets[0])
-        solved = _solve(moved, method, targets, asked, place)
+        solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, asked, place)]
         reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
@@ -226,32 +228,40 @@ def _problem(
     )
 
 
-def _in_float64(layer: LayerFile, problem: LayerReconstruction, method: Method) -> LayerReconstruction:
-    """The problem, with its ridge and damping as used, in float64."""
-    weight, gram = layer.weight.to(layer.gram.dtype).double(), layer.gram.double()
-    return method.problem.posed(
-        weight,
-        gram,
-        problem.constraint,
-        ridge=problem.ridge,
-        damping=problem.damping,
-        cross_gram=None if layer.cross_gram is None else layer.cross_gram.to(layer.gram.dtype).double(),
-        target_energy=layer.target_energy,
-    )
+def _in_float64(layer: LayerFile) -> LayerFile:
+    """The layer with the numbers that it has in the dtype of its Gram, in float64."""
+    tensors: dict[str, Any] = {
+        name: x.to(layer.gram.dtype).double() for name, x in vars(layer).items() if isinstance(x, Tensor)
+    }
+    return replace(layer, **tensors)
+
+
+def _rounded(solved: _Solved, dtype: torch.dtype) -> _Solved:
+    """The solution in the dtype of the file."""
+    solution = solved.result.solution.map(lambda x: x.to(dtype))
+    return replace(solved, result=replace(solved.result, solution=solution))
 
 
 def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
+    """The figures of a solution. In float64, the problem is the one that the file and the claims state: D, which in
+    float32 is rounded before it is added to H, moves the objective by 1e-8, and the terms of a target from other inputs
+    cancel."""
     problem, result, solution = solved.problem, solved.result, solved.result.solution
     objective = result.objective
-    if layer.cross_gram is not None:  # its terms cancel: float32 would leave a few digits of a small error
-        problem, solution = _in_float64(layer, problem, method), solution.map(Tensor.double)
+    if layer.cross_gram is not None or layer.weight.shape[1] <= _WIDEST_BOUND:
+        damping = Damping(problem.ridge, problem.damping)
+        problem = _problem(_in_float64(layer), [problem.constraint], damping, method)
+        solution = solution.map(Tensor.double)
         objective = problem.value(solution)
     holdout = layer.gram_holdout if layer.cross_gram is None else None
-    bound, notes = _bound(problem, replace(result, objective=objective))
+    proved = result.bound if solved.problem.gram.dtype is torch.float64 else None
+    bound, notes = _bound(problem, replace(result, objective=objective, bound=proved))
     return SolvedLayer(
         target=str(target),
         relative_error=problem.relative_error(solution),
-        relative_error_holdout=None if holdout is None else problem.relative_error(solution, holdout),
+        relative_error_holdout=None
+        if holdout is None
+        else problem.relative_error(solution, holdout.to(problem.gram.dtype)),
         sparsity=solution.sparsity(),
         objective=objective,
         bound=None if bound is None else bound.value,
@@ -278,9 +288,9 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
 
 
 def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, tuple[str, ...]]:
-    """The solver's own bound, else the best cheap one, and a word where it says next to nothing."""
+    """The solver's own bound, else the best cheap one, and a note where it certifies next to nothing."""
     if result.bound is not None:
-        return Bound(result.bound, "solver"), ()
+        return Bound(min(result.bound, result.objective), "solver"), ()
     if len(problem.hessian) > _WIDEST_BOUND:
         return None, (f"no lower bound: the layer is wider than {_WIDEST_BOUND}",)
     try:

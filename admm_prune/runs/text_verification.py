@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel
-from admm_prune.runs.folder import MANIFEST
+from admm_prune.runs.folder import MANIFEST, finite
 from admm_prune.runs.folder_integrity import is_number
 from admm_prune.runs.judging import beginning_continued
+from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.settings_verification import recipe_of
-from admm_prune.runs.texts import Texts, TextSettings, read_judging_text
+from admm_prune.runs.texts import Texts, TextSettings, judging_text
 from admm_prune.runs.verification_report import Verification, in_full
 
 Manifest = dict[str, Any]
@@ -37,12 +37,20 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         UserError: `data` is not the text of the run, or a text cannot be read.
     """
     settings = TextSettings(**manifest["settings"]["text"])
+    moved = None
     if data is not None:
-        evaluates = settings.eval_data is not None
-        settings = replace(settings, eval_data=data) if evaluates else replace(settings, data=data)
-    calibrates = _is_there(settings.data)
-    texts = Texts(settings, loaded) if calibrates else None
-    judging = read_judging_text(settings, loaded) if texts is None else texts.evaluation
+        moved = _Moved(settings, data)
+        settings = replace(settings, **{moved.setting: data})
+    recipe = recipe_of(manifest)
+    if _is_there(settings.data):
+        texts = Texts(settings, loaded)
+        judging = texts.evaluation
+        records = texts.records() if recipe is None else texts.records(recipe.samples)
+        if recipe is None:  # how many sequences calibrated is not known
+            del records["calibration"]
+    else:
+        judging, record = judging_text(settings, loaded)
+        records = {"evaluation": record}
     recorded = manifest["texts"]["evaluation"]["token_hash"]
     if judging.token_hash != recorded:
         message = f"the evaluation text is not the recorded one: token hash {recorded[:12]} became "
@@ -52,10 +60,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         report.expect("evaluation text", False, where + message)
         return
     report.expect("evaluation text", True, "")
-    if texts is None:
-        report.by_fingerprint(f"{MANIFEST}: texts")
-    else:
-        _check_records(report, texts, manifest, moved=data is not None, where=where)
+    _check_records(report, records, manifest, moved, where)
     figures = asdict(evaluate(loaded.model, judging))
     report.expect("figures", figures.keys() == manifest["pruned"].keys(), f"{where}other figures than a run writes")
     for name in figures.keys() & manifest["pruned"].keys():
@@ -82,20 +87,51 @@ def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
     return is_number(claimed) and bool(abs(claimed - found) <= tolerance * abs(found))
 
 
-def _check_records(report: Verification, texts: Texts, manifest: Manifest, *, moved: bool, where: str) -> None:
-    """Every field of the record of the texts; of a text that moved all but its name."""
-    recipe, claimed = recipe_of(manifest), manifest["texts"]
-    records = texts.records() if recipe is None else texts.records(recipe.samples)
-    found = {role: json.loads(json.dumps(asdict(record))) for role, record in records.items()}  # as a manifest has it
-    report.expect("texts", found.keys() == claimed.keys(), f"{where}the texts recorded are {sorted(claimed)}")
-    if recipe is None:  # how many sequences calibrated is not known
-        del found["calibration"]
-        report.by_fingerprint(f"{MANIFEST}: texts.calibration")
-    for role in found.keys() & claimed.keys():
-        names = sorted(found[role].keys() | claimed[role].keys())
-        for name in names:
-            if not (moved and name == "source"):
-                report.agree(f"texts.{role}.{name}", claimed[role].get(name), found[role].get(name), where)
+@dataclass(frozen=True)
+class _Moved:
+    """A text of these settings that is read from another place now, `data`."""
+
+    settings: TextSettings
+    data: str
+
+    @property
+    def setting(self) -> str:
+        return "data" if self.settings.eval_data is None else "eval_data"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("calibration", "evaluation") if self.setting == "data" else ("evaluation",)
+
+    @property
+    def recorded(self) -> str:
+        return str(getattr(self.settings, self.setting))
+
+    @property
+    def incomparable(self) -> set[str]:
+        """The fields of a record that depend on the place; those of a Python object say nothing of a file."""
+        return {"source", *(("fingerprint", "documents", "notes") if self.recorded == PYTHON_OBJECT else ())}
+
+
+def _check_records(
+    report: Verification, records: dict[str, TextRecord], manifest: Manifest, moved: _Moved | None, where: str
+) -> None:
+    """Every field of the records of the texts that could be read."""
+    claimed = manifest["texts"]
+    report.expect(
+        "texts",
+        claimed.keys() == {"calibration", "evaluation"},
+        f"{where}the texts recorded are {in_full(sorted(claimed))}",
+    )
+    report.by_fingerprint(*(f"{MANIFEST}: texts.{role}" for role in sorted(claimed.keys() - records.keys())))
+    for role in sorted(records.keys() & claimed.keys()):
+        found, recorded = finite(asdict(records[role])), claimed[role]  # no tuples, as in JSON
+        left_out: set[str] = set()
+        if moved is not None and role in moved.roles:
+            left_out = moved.incomparable
+            report.by_fingerprint(*(f"{MANIFEST}: texts.{role}.{name}" for name in sorted(left_out)))
+            found["notes"] = [note.replace(moved.data, moved.recorded) for note in found["notes"]]
+        for name in sorted((found.keys() | recorded.keys()) - left_out):
+            report.agree(f"texts.{role}.{name}", recorded.get(name), found.get(name), where)
 
 
 def _is_there(name: str) -> bool:

@@ -173,11 +173,6 @@ class Texts:
         return TextRecord.of(self._judging, self.evaluation)
 
 
-def read_judging_text(settings: TextSettings, loaded: LoadedModel) -> Sequences:
-    """As `judging_text`, without its record."""
-    return judging_text(settings, loaded)[0]
-
-
 def judging_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
     """The evaluation text alone: all of a local file, the held-out part of other sources.
 

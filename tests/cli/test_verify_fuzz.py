@@ -44,30 +44,17 @@ WITH_TEXT = ("pruned", "texts", "continuation")  # recomputed only where the tex
 
 
 @pytest.fixture(scope="session")
-def originals(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def originals(tmp_path_factory: pytest.TempPathFactory, narrow_model: Path, text_file: Path) -> Path:
     """A run, and a comparison of two models, of a model of one block of width 16. Not to be written to."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     from admm_prune.runs.comparison import ComparisonSettings, compare
     from admm_prune.runs.pruning import prune
     from admm_prune.runs.texts import TextSettings
 
     place = tmp_path_factory.mktemp("originals")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<s>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, tie_word_embeddings=True, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(place / "tiny")
     text = {"data": str(text_file), "samples": 4, "eval_samples": 2}
-    prune(str(place / "tiny"), method="wanda", sparsity=0.5, out=place / "run", device="cpu", **text)
+    prune(str(narrow_model), method="wanda", sparsity=0.5, out=place / "run", device="cpu", **text)
     settings = ComparisonSettings(
-        model=str(place / "tiny"),
+        model=str(narrow_model),
         methods=("magnitude", "wanda"),
         targets=(Target(0.5),),
         text=TextSettings(**text),

@@ -19,7 +19,7 @@ from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, with_p
 from admm_prune.recipes.targets import Target
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
 from admm_prune.runs.exhaustive import least_loss
-from admm_prune.runs.recomputation import Budget, define
+from admm_prune.runs.recomputation import Budget, define, relative_error
 from admm_prune.runs.solving import solve_layer_file
 from admm_prune.runs.verification import verify_layer
 from admm_prune.runs.verification_report import Verdict
@@ -58,7 +58,7 @@ HALF = TARGETS["0.5"]
 
 def solved(layer: Path, method: str = "admm", target: Target = HALF, **options: float) -> Path:
     out = layer.with_name("v.safetensors")
-    solve_layer_file(layer, method_named(method), target, out=out, device="cpu", **options)
+    solve_layer_file(layer, method_named(method), target, out=out, overwrite=True, device="cpu", **options)
     return out
 
 
@@ -297,7 +297,13 @@ def test_honest_files_of_every_solver_set_and_kind_are_verified(
         used = with_parts(method_named(method), None, constraint)
         try:
             solve_layer_file(
-                layer, used, SMALL[target], out=out, device="cpu", ridge="auto" if kind == "ridge auto" else None
+                layer,
+                used,
+                SMALL[target],
+                out=out,
+                overwrite=True,
+                device="cpu",
+                ridge="auto" if kind == "ridge auto" else None,
             )
         except UserError:
             if constraint == "groups":  # not every solver takes sets beside the three usual ones
@@ -306,6 +312,10 @@ def test_honest_files_of_every_solver_set_and_kind_are_verified(
         report = verify_layer(out)
         assert (report.failures, report.unchecked) == ([], []), (dtype, target)
         assert report.verdict is Verdict.VERIFIED
+        bound, optimum = report.numbers["bound"], report.numbers.get("optimum", report.numbers["objective"])
+        assert (
+            bound is None or bound <= optimum * (1 + 1e-12) + 1e-12
+        )  # of the problem that the file states, whatever its dtype
 
 
 def resealed(path: Path, **claims: str | None) -> None:
@@ -409,3 +419,41 @@ def test_the_optimum_by_exhaustion_is_that_of_every_support(tmp_path: Path, budg
 def test_exhaustion_is_not_tried_where_it_would_take_long(tmp_path: Path) -> None:
     problem = define(load_layer_file(layer_file(tmp_path / "layer.safetensors")), 0.03, 0.0)
     assert least_loss(problem, Budget(Target(0.5), "matrix")) is None
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["own target", "another target"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bad_weight_does_not_widen_what_its_bound_may_claim(tmp_path: Path, dtype: torch.dtype, cross: bool) -> None:
+    layer = small_layer(tmp_path / "layer.safetensors", "cross_gram" if cross else "plain", dtype)
+    path = solved(layer, "brute-force", SMALL["2:4"])
+    optimum = verify_layer(path).numbers["optimum"]
+    problem = define(load_layer_file(layer), *(float(claims_of(path)[name]) for name in ("ridge", "damping")))
+    weight = -1e8 * load_file(path)["weight"]
+    v = weight.double().numpy()
+    error, whole = problem.relative_error(v)[0], load_layer_file(layer)
+    claims = {**claims_of(path), "weight_sha256": tensor_sha256(weight)}
+    claims |= {"objective": repr(problem.objective(v)[0]), "relative_error": repr(error)}
+    if "relative_error_holdout" in claims:
+        assert whole.gram_holdout is not None
+        holdout = relative_error(v, problem.weight, whole.gram_holdout.double().numpy(), problem.rounding)
+        claims["relative_error_holdout"] = repr(holdout[0])
+    save_file({"weight": weight}, path, {**claims, CLAIMS_DIGEST: claims_sha256(claims)})
+    assert verify_layer(path).failures == []  # far off, but in the set, and its bound is one
+    for factor in (1 + 1e-4, 2.0):
+        resealed(path, bound=repr(optimum * factor))
+        assert any("claimed bound" in failure for failure in verify_layer(path).failures)
+
+
+def test_a_bound_that_rounding_leaves_in_doubt_is_named(tmp_path: Path) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", tokens=7, dtype=torch.float64)
+    path = solved(layer, "admm-gradual", ridge=1e-13)
+    resealed(path, bound=repr(float(claims_of(path)["objective"]) / 2), bound_kind="removal")
+    report = verify_layer(path)
+    assert report.verdict is not Verdict.VERIFIED
+    if not report.failures:
+        assert any("ill-conditioned" in note for note in report.unchecked)
+
+
+def claims_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
