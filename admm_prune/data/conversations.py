@@ -1,4 +1,4 @@
-"""Conversations in rows of chat data sets, and the text that a model's chat template makes of them."""
+"""Conversations in rows of chat data sets as text: by the model's chat template, or plain where it has none."""
 
 from __future__ import annotations
 
@@ -51,19 +51,30 @@ def conversation_of(value: object) -> list[Message] | None:
     return None
 
 
-def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None, where: str) -> ChatText:
+def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """True for the tokenizer of a chat model."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def untemplated(conversation: Sequence[Message], where: str) -> str:
+    """The contents of the messages, in their order, with a blank line between them; roles are left out.
+
+    Raises:
+        UserError: a message holds what is no text.
+    """
+    contents = [_plain(message["content"], where) for message in conversation]
+    return "\n\n".join(content for content in contents if content)
+
+
+def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> ChatText:
     """What the tokenizer's chat template makes of a conversation, without the BOS that packing adds.
 
     Raises:
-        UserError: there is no template, it refuses the conversation, or a message holds what is no text.
+        UserError: the template refuses the conversation, or a message holds what is no text.
     """
-    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        raise UserError(
-            f"{where} is a conversation, and the model's tokenizer has no chat template: "
-            "name a column of plain text with --column, or add the template to the tokenizer"
-        )
-    messages: list[dict[str, Any]]
-    messages = [{**message, "content": _plain(message["content"], where)} for message in conversation]
+    messages: list[dict[str, Any]] = [
+        {**message, "content": _plain(message["content"], where)} for message in conversation
+    ]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program: it can end in any error

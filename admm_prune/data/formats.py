@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,7 +100,7 @@ def file_documents(path: Path, reader: RowReader) -> Iterator[str]:
         case ".parquet":
             return _parquet_documents(path, reader)
         case ending:
-            return reader.documents(str(path), _csv_rows(path, "\t" if ending == ".tsv" else ","))
+            return reader.documents(str(path), _csv_rows(path, "\t" if ending == ".tsv" else None))
 
 
 @contextmanager
@@ -257,8 +257,18 @@ def _any_field_size() -> Generator[None]:
         csv.field_size_limit(before)
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    lines = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+def _delimiter(header: str) -> str:
+    """Comma; or the semicolon or tab that spreadsheets write in its place, where the header has no comma."""
+    return next((delimiter for delimiter in ",;\t" if delimiter in header), ",")
+
+
+def _csv_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
+    """Rows under the names of the first line; None takes the delimiter from that line."""
+    numbered = _lines(path)
+    head = list(islice(numbered, 1))
+    if delimiter is None:
+        delimiter = _delimiter(head[0][1] if head else "")
+    lines = csv.reader((line for _, line in chain(head, numbered)), delimiter=delimiter)
     names: list[str] | None = None
     while True:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.conversations import ChatText, conversation_of, templated
+from admm_prune.data.conversations import ChatText, Message, conversation_of, has_template, templated, untemplated
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class RowReader:
 
     Args:
         column: that holds the text; None for "text", or for the only column of text there is.
-        tokenizer: whose chat template writes conversations.
-        notes: are added to where a column was chosen or a character replaced.
+        tokenizer: whose chat template writes conversations; without one their messages are read as plain text.
+        notes: are added to where a column was chosen, a character replaced, or a chat template missing.
     """
 
     def __init__(self, column: str | None, tokenizer: PreTrainedTokenizerBase | None, notes: Notes) -> None:
@@ -110,10 +110,21 @@ class RowReader:
             return self._encodable(value, where)
         conversation = conversation_of(value)
         if conversation is not None:
-            return ChatText(self._encodable(templated(conversation, self._tokenizer, place), where))
+            return self._conversation(conversation, where, place)
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object with the key {column!r}")
         raise UserError(f"{place} holds {type(value).__name__}, not text")
+
+    def _conversation(self, messages: Sequence[Message], where: str, place: str) -> str:
+        if self._tokenizer is not None and has_template(self._tokenizer):
+            return ChatText(self._encodable(templated(messages, self._tokenizer, place), where))
+        text = untemplated(messages, place)
+        self.notes.add(
+            "no chat template",
+            f"{place} is a conversation, and the model's tokenizer has no chat template: the messages are read as "
+            "plain text with a blank line between them",
+        )
+        return self._encodable(text, where)
 
     def _encodable(self, text: str, where: str) -> str:
         """The text with U+FFFD in place of halves of surrogate pairs, which no tokenizer takes."""

@@ -89,7 +89,7 @@ def read_corpus(
             "test" (held-out modules) of the embedded corpus. Other files and folders have no splits and ignore it.
         column: of rows that holds the text or the conversation; by default "text", or the only column that holds text.
         limit: read this many documents and no more; of a Hub dataset, which is streamed, 20,000 by default.
-        tokenizer: whose chat template writes conversations as text.
+        tokenizer: whose chat template writes conversations as text; without one the messages are read as plain text.
 
     Raises:
         NoSplitError: the source has splits, and not this one.

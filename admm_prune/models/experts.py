@@ -54,7 +54,8 @@ def routed(
             stack.enter_context(_one_by_one(module))
             stack.enter_context(module.register_forward_pre_hook(gate.enter, with_kwargs=True))
             stack.enter_context(module.register_forward_hook(gate.leave))
-        stack.enter_context(_Products(views, observe))
+        stored = {number: view for number, view in views.items() if not view.parameter.is_meta}
+        stack.enter_context(_Products(stored, observe))
         yield
 
 

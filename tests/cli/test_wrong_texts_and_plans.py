@@ -46,10 +46,10 @@ TEXTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "JSON with numbers": ("text.jsonl", content(b'{"text": 3}\n'), "column 'text' holds int, not text"),
     "JSON that is a list": ("text.jsonl", content(b'["a"]\n'), "line 1 is not a JSON object"),
-    "JSON of one conversation": (
+    "JSON of a conversation without text": (
         "text.jsonl",
-        content(b'{"messages": [{"role": "user", "content": "a"}]}\n'),
-        "column 'messages' is a conversation, and the model's tokenizer has no chat template",
+        content(b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n'),
+        "column 'messages': a message has a part of type 'image': only text can be read",
     ),
     "JSON with a number too long": ("text.jsonl", content(b'{"text": ' + b"1" * 5000 + b"}"), "line 1 holds a number"),
     "JSON that is nested": ("text.json", content(b"[" * 100_000), "nested too deeply"),

@@ -84,15 +84,30 @@ def test_conversations_that_cannot_be_written(
     assert reason in str(caught.value)
 
 
-def test_half_a_pair_and_no_template(
-    tmp_path: Path, chatting: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_half_a_pair_in_a_conversation(tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(r'{"messages": [{"role": "user", "content": "\ud83d"}]}')
     assert read_corpus(str(path), tokenizer=chatting).documents == ("<|user|>\ufffd<|end|>",)
+
+
+def test_without_a_template_the_messages_are_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    parts = [
+        *MESSAGES,
+        {"role": "tool", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "mat"}]},
+    ]
+    path.write_text("".join(json.dumps({"messages": rows}) + "\n" for rows in (parts, MESSAGES)))
     for without in (None, tokenizer):
-        with pytest.raises(UserError, match=r"line 1: column 'messages' is a conversation, and .* no chat template: "):
-            read_corpus(str(path), tokenizer=without)
+        corpus = read_corpus(str(path), tokenizer=without)
+        assert corpus.documents == ("the cat\n\nsat on\n\nmat", "the cat\n\nsat on")
+        assert not any(isinstance(document, ChatText) for document in corpus.documents)
+        assert [
+            note for note in corpus.notes if "line 1: column 'messages' is a conversation" in note and "1 more" in note
+        ]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}))
+    with pytest.raises(UserError, match="only text can be read"):
+        read_corpus(str(path), tokenizer=tokenizer)
 
 
 def test_a_sequence_of_structures_is_a_conversation() -> None:

@@ -79,6 +79,14 @@ def test_tables_give_the_column_of_text(tmp_path: Path, name: str, delimiter: st
     assert read_corpus(str(tmp_path / name), column="id").documents == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_file_may_have_the_delimiter_of_a_spreadsheet(tmp_path: Path, delimiter: str) -> None:
+    table(tmp_path / "a.csv", delimiter)
+    corpus = read_corpus(str(tmp_path / "a.csv"))
+    assert corpus.documents == STORIES
+    assert corpus.notes == ()
+
+
 def test_a_field_of_a_table_may_be_longer_than_the_csv_module_takes_by_itself(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     (tmp_path / "a.csv").write_text('text\n"' + "the cat " * 50_000 + '"\n')

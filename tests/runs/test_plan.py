@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.models.capture import SharedInput
+from admm_prune.models.experts import routed
 from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.problems.gram import LayerStatistics
@@ -265,3 +266,33 @@ def test_experts_that_are_solved_in_batches_are_counted_so() -> None:
         prune_several(inputs, LOCAL_METHODS["admm"], request)
     assert found.peak <= planned("admm", "cpu") == planned("admm", "cuda") <= 2 * found.peak
     assert planned("admm", "cpu") > 2 * planned("sparsegpt", "cpu")
+
+
+def test_a_plan_tells_experts_from_other_matrices_of_their_shape() -> None:
+    """On the meta device no matrix has an address: a head's output and an expert may be of one shape."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(config).eval()
+    block = decoder_blocks(model)[0]
+    experts = {number: view for number, view in enumerate(block.weights) if view.expert is not None}
+    seen: list[int] = []
+    x = torch.empty(3, 32, device="meta")
+    with routed(
+        experts, lambda number, _: seen.append(number), lambda: torch.ones(3, dtype=torch.bool), everything=False
+    ):
+        for view in block.weights:
+            if view.expert is None and view.shape[1] == 32:
+                view.module(x)
+    assert seen == []
+
+
+def test_the_sign_of_a_value_is_no_answer_about_it() -> None:
+    with counted():
+        x = torch.empty(4, 4, device="meta")
+        assert bool(torch.isfinite(torch.where(x > 0, x, 0 * x) * (x > 0)).all())
+        assert not bool((x > 0).any())

@@ -96,7 +96,12 @@ class Counting(TorchDispatchMode):
         self.live -= size
 
     def _answer(self, name: str, args: Any, tensor: Tensor) -> None:
-        """`any` of bad entries is False, and so is what is made of that; everything else holds."""
+        """`any` of bad entries is False, and so is what is made of that; everything else holds.
+
+        Values are no answers: what was computed with a comparison, such as max(x, 0) as x * (x > 0), is as good as any.
+        """
+        if tensor.is_floating_point():
+            return
         inherited = [self._answers.get(_key(x), True) for x in args if isinstance(x, Tensor)]
         says = name not in ("any", "isnan", "gt", "lt") and all(inherited)
         if not says:

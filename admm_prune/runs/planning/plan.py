@@ -181,12 +181,12 @@ def make_plan(
     anatomy = Anatomy.of(model, dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
+    sequences = anatomy.sequences(samples or recipe.samples, length)
+    reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
-    sequences = anatomy.sequences(samples or recipe.samples, length)
     request = Request(target=target, calibration=sequences, ridge=ridge)
     notes = list(notes_on(anatomy.model))
-    reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
