@@ -128,7 +128,8 @@ class Definition:
     def doubt(self) -> float:
         """The relative error that rounding in float64 leaves in a bound, which divides by the spectrum of A."""
         scale = self.scale
-        return relative_doubt(np.linalg.eigvalsh(self.hessian / scale / scale[:, None]))
+        spectrum = np.linalg.eigvalsh(self.hessian / scale / scale[:, None])
+        return relative_doubt(spectrum.astype(np.float64))
 
     def relative_error(self, v: Array) -> tuple[float, float]:
         """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""

@@ -250,7 +250,8 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
     objective = result.objective
     if layer.cross_gram is not None or layer.weight.shape[1] <= _WIDEST_BOUND:
         damping = Damping(problem.ridge, problem.damping)
-        problem = _problem(_in_float64(layer), [problem.constraint], damping, method)
+        constraint: Any = problem.constraint  # the `SparseSet` that it was posed with
+        problem = _problem(_in_float64(layer), [constraint], damping, method)
         solution = solution.map(Tensor.double)
         objective = problem.value(solution)
     holdout = layer.gram_holdout if layer.cross_gram is None else None

@@ -40,7 +40,8 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
     moved = None
     if data is not None:
         moved = _Moved(settings, data)
-        settings = replace(settings, **{moved.setting: data})
+        change: dict[str, Any] = {moved.setting: data}
+        settings = replace(settings, **change)
     recipe = recipe_of(manifest)
     if _is_there(settings.data):
         texts = Texts(settings, loaded)
