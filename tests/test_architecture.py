@@ -15,7 +15,7 @@ import admm_prune
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "admm_prune"
-MAX_LINES = 400
+MAX_LINES = 500
 
 WORDS = {"point", "problem", "result"}
 MATHEMATICS = WORDS | {"errors", "kernels"}

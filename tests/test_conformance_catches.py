@@ -281,7 +281,7 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (SaysClosedFormOfIterations, "not say CLOSED_FORM of what it iterated"),
     (SaysItWasOutOfTime, "say TIME_LIMIT only where there is a limit"),
     (StopsEarly, "say MAX_ITERATIONS only where all were used up"),
-    (IsFeasibleOnlyAtTheEnd, "objective_every = 1 must keep no more weights than the constraint admits"),
+    (IsFeasibleOnlyAtTheEnd, "= 1 must keep no more weights than the constraint admits"),
 ]
 
 

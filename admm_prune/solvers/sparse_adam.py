@@ -373,8 +373,6 @@ class SparseAdam(Optimizer):
         fresh = {p: group for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         if not fresh:
             return
-        if any(parameter.is_meta for parameter in fresh):
-            raise UserError("a parameter is on the meta device, which holds no numbers: load the weights first")
         for parameter, group in fresh.items():
             self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
         fixed = self.frozen or self.timeline.frozen_throughout

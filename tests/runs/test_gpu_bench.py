@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     names = [row["name"] for row in json.loads(told.stdout.splitlines()[-1])["rows"]]
     assert {"threshold", "mask", "torch.topk", "torch.sort"} <= set(names)
-    shown = CliRunner().invoke(app, words)  # over the folder that is ours
+    shown = CliRunner().invoke(app, [*words, "--overwrite"])
     assert "reads of memory" in shown.output
 
 

@@ -35,7 +35,9 @@ def test_stock_transformers_loads_the_model_to_the_bit(
     assert loaded.dtype == report.model.dtype == getattr(torch, dtype)
     assert torch.equal(loaded(input_ids=IDS).logits, report.model(input_ids=IDS).logits)
     assert report.out == tmp_path / "out"
-    assert json.loads((tmp_path / "out/admm_prune.json").read_text()) == json.loads(json.dumps(report.as_json()))
+    manifest = json.loads((tmp_path / "out/admm_prune.json").read_text())
+    del manifest["sha256"]  # over all the rest
+    assert manifest == json.loads(json.dumps(report.as_json()))
 
 
 def test_a_module_is_pruned_in_place_like_its_folder(model_folder: Path, text_file: Path) -> None:
