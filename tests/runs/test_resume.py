@@ -225,7 +225,7 @@ def test_there_must_be_something_to_resume_and_the_place_must_be_ours(
     with pytest.raises(UserError, match=r"nothing to resume: there is no .*out\.partial; leave --resume out"):
         prune(model_folder, out, text_file, resume=True)
     with pytest.raises(UserError, match="only a run with --out can be resumed"):
-        admm_prune.prune(model_folder, sparsity=0.5, resume=True)
+        admm_prune.prune(model_folder, sparsity=0.5, data=str(text_file), resume=True)
     prune(model_folder, out, text_file, method="magnitude")
     with pytest.raises(UserError, match=r"nothing to resume: .*out is finished"):
         prune(model_folder, out, text_file, method="magnitude", resume=True)
