@@ -272,9 +272,9 @@ def _selects_in_every_dtype(case: Case, constraint: SupportConstraint, frame: Fr
             here = case.but(f"{dtype}, the scores {score[:12].int().tolist()}")
             mask = constraint.select(frame.point(score.to(dtype)))
             here.promise(same_bits(mask, plain), "select in each dtype as in float64")
-            for large in (1.0, 2.0**6):  # 2^6 7 times 2^15: its square is beyond float16
+            for large in (1.0, 2.0**7):  # beyond float16 with the metric, whose roots are exact: 7 2^7 times 2^7
                 v = frame.point((score * sign * large).to(dtype))
-                m = frame.point((metric * (1.0 if large == 1 else 2.0**11)).to(dtype))
+                m = frame.point((metric * (1.0 if large == 1 else 2.0**10)).to(dtype))
                 z = _projected(here, constraint, v, m)
                 same = same_bits(z.map(lambda x: x != 0), weighted)
                 here.promise(same, "project in each dtype as in float64", f"v scaled by {large}")
