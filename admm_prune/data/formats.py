@@ -249,7 +249,7 @@ def _is_table(value: object) -> bool:
 
 @contextmanager
 def _any_field_size() -> Generator[None]:
-    """The csv module refuses fields of more than 128 KiB, unless told otherwise for the whole process."""
+    """The csv module refuses fields of more than 128 KiB, a limit that is set for the whole process."""
     before = csv.field_size_limit(LARGEST)
     try:
         yield

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from admm_prune.errors import UserError
 from admm_prune.kernels import bits
 from admm_prune.models.adapters import adapter_parameters, saved_modules, tuner_layers
+from admm_prune.prunable import uncompiled
 
 
 class _Masked:
@@ -169,7 +170,7 @@ def _pruned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 f"{name}: the parameter is sharded or not in memory: SparseAdam(freeze=1) trains a model under FSDP"
             )
         if _mask_of(parameter) is not None:
-            yield name.replace("_orig_mod.", ""), parameter
+            yield uncompiled(name), parameter
 
 
 def _after_accumulation(masked: _Masked) -> Any:
