@@ -199,6 +199,9 @@ def main() -> None:
     print(json.dumps(summary), file=log, flush=True)
     folder = args.work / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"  # it is loaded in, as the README of the model says
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     print(json.dumps(summary))
 

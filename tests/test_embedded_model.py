@@ -63,6 +63,7 @@ def test_the_text_is_the_same_on_every_machine() -> None:
     assert prints == {False: "7bea7854170a3a95", True: "01a62186d3b21e84"}
 
 
+@pytest.mark.slow  # over a minute: three methods on 28 matrices
 def test_methods_rank_on_it() -> None:
     reports = {
         name: prune("embedded", method=name, sparsity=0.6, samples=16, eval_samples=12)

@@ -24,12 +24,13 @@ def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_re
 
     Args:
         kind: its class, or an auto class.
+        dtype: of the weights; None takes the config's, as `from_pretrained(dtype="auto")` does.
     """
     auto = hasattr(kind, "from_config")
     build = kind.from_config if auto else kind._from_config
     code = {"trust_remote_code": trust_remote_code} if auto else {}
     with torch.device("meta"):
-        model = build(config, dtype=dtype, **code).eval().requires_grad_(False)
+        model = build(config, dtype=dtype or config.dtype, **code).eval().requires_grad_(False)
     _keep_precision(model)
     return model
 

@@ -36,6 +36,16 @@ def refusal(source: object) -> str:
     return message
 
 
+def test_the_config_names_the_dtype_as_in_transformers(folder: Path) -> None:
+    """The weights are stored in bf16; the config decides in what they are loaded, in memory and from disk."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for loaded in (load(str(folder)), open_on_disk(str(folder))):
+        assert {parameter.dtype for parameter in loaded.model.parameters()} == {stock.dtype} == {torch.float32}
+        assert loaded.model.config.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pruned_model_reloads_to_the_bit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, dtype: torch.dtype

@@ -333,6 +333,15 @@ def test_swap_gains_are_exact() -> None:
             assert math.isclose(row.loss(kept) - row.loss(swapped), gains[a, b], rel_tol=1e-8, abs_tol=1e-10)
 
 
+def test_a_dependent_column_does_not_stop_the_search() -> None:
+    """Column 1 is column 0 once more: to add it takes nothing off the loss, and the other swaps are still ranked."""
+    hessian = correlated(6, 4).double().numpy()
+    hessian[1], hessian[:, 1] = hessian[0], hessian[:, 0]
+    gains = swap_gains(hessian, np.ones(6), np.array([0, 2, 3]), np.array([1, 4, 5]))
+    assert not np.isnan(gains).any()
+    assert np.isfinite(gains[:, 1:]).all()
+
+
 def test_search_ends_where_no_swap_helps() -> None:
     (row,) = separate("test", Toy(normal(1, 24, 4), spectral(24, 4), RowWise(0.5))).rows
     kept, loss = search(row)

@@ -96,7 +96,10 @@ def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices)
     schur = hessian.diagonal()[outside] - np.einsum("ij,ij->j", cross, pull)
     weights = target[inside] + pull @ target[outside]
     residual = hessian[np.ix_(outside, outside)] @ target[outside] - cross.T @ (weights - target[inside])
-    step = residual / schur
-    dropped = (weights[:, None] - pull * step) ** 2 / (inverse_diagonal[:, None] + pull**2 / schur)
-    gains: Array = residual * step - dropped
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = residual / schur
+        dropped = (weights[:, None] - pull * step) ** 2 / (inverse_diagonal[:, None] + pull**2 / schur)
+        gains: Array = residual * step - dropped
+    # s_j is zero where column j depends on the columns kept: adding it takes nothing off the loss.
+    gains[~np.isfinite(gains)] = -np.inf
     return gains
