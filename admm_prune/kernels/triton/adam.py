@@ -43,7 +43,7 @@ def step_(
     lr = float(settings["lr"])
     anchor = None if pull is None else pull[1]
     grid, runs, width, scales = _parts(x)
-    device.adam[grid](
+    adam_kernel[grid](
         x,
         gradient,
         first.values,
@@ -93,7 +93,7 @@ def scores(
     """
     grid, runs, width, scales = _parts(x)
     result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    device.score[grid](
+    score_kernel[grid](
         x,
         x if anchor is None else anchor.values,
         x if anchor is None else _or(anchor.scales, x),

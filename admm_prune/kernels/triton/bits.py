@@ -17,18 +17,18 @@ def pack(mask: Tensor, packed: int) -> Tensor:
     rows = mask.numel() // max(1, width)
     flat = mask.contiguous()
     bits = torch.empty((*mask.shape[:-1], packed), dtype=torch.uint8, device=mask.device)
-    device.pack[(rows, -(-packed // _BYTES))](flat.view(torch.uint8), bits, rows, width, packed, BYTES=_BYTES)
+    pack_kernel[(rows, -(-packed // _BYTES))](flat.view(torch.uint8), bits, rows, width, packed, BYTES=_BYTES)
     return bits
 
 
 def unpack(bits: Tensor, width: int) -> Tensor:
     mask = torch.empty((*bits.shape[:-1], width), dtype=torch.bool, device=bits.device)
-    device.unpack[_grid(mask)](bits, mask.view(torch.uint8), width, bits.shape[-1], BLOCK=_BLOCK)
+    unpack_kernel[_grid(mask)](bits, mask.view(torch.uint8), width, bits.shape[-1], BLOCK=_BLOCK)
     return mask
 
 
 def restrict_(x: Tensor, bits: Tensor) -> None:
-    device.restrict[_grid(x)](x, bits, x.shape[-1], bits.shape[-1], BLOCK=_BLOCK)
+    restrict_kernel[_grid(x)](x, bits, x.shape[-1], bits.shape[-1], BLOCK=_BLOCK)
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def _round_half_even(x):
 
 
 @triton.jit
-def adam(
+def adam_kernel(
     x_at,
     gradient_at,
     first_at,
@@ -126,7 +126,7 @@ def adam(
 
 
 @triton.jit
-def score(
+def score_kernel(
     x_at,
     anchor_at,
     anchor_scale_at,
@@ -167,7 +167,7 @@ def score(
 
 
 @triton.jit
-def pack(mask_at, bits_at, rows, width, packed, BYTES: tl.constexpr):
+def pack_kernel(mask_at, bits_at, rows, width, packed, BYTES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
     position = tl.arange(0, 8)
@@ -178,13 +178,13 @@ def pack(mask_at, bits_at, rows, width, packed, BYTES: tl.constexpr):
 
 
 @triton.jit
-def unpack(bits_at, mask_at, width, packed, BLOCK: tl.constexpr):
+def unpack_kernel(bits_at, mask_at, width, packed, BLOCK: tl.constexpr):
     row, column, there, place = part_of_row(width, BLOCK)
     tl.store(mask_at + place, _bit(bits_at, row, column, packed, there).to(tl.uint8), mask=there)
 
 
 @triton.jit
-def restrict(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
+def restrict_kernel(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
     """x <- M x."""
     row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there, other=0.0)

@@ -25,7 +25,7 @@ def key_of(x):
 
 
 @triton.jit
-def gather(score, total, bracket, candidates, capacity, control, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def gather_kernel(score, total, bracket, candidates, capacity, control, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Counts what lies above the bracket, and gathers the keys inside it, in any order."""
     low = key_of(tl.load(bracket))
     high = key_of(tl.load(bracket + 1))
@@ -49,7 +49,7 @@ def gather(score, total, bracket, candidates, capacity, control, BLOCK: tl.const
 
 
 @triton.jit
-def judge(control, keep, capacity):
+def judge_kernel(control, keep, capacity):
     """Whether the answer is among the candidates; if not, all keys are searched."""
     gathered = tl.load(control + 2)
     need = keep - tl.load(control + 3)
@@ -59,7 +59,7 @@ def judge(control, keep, capacity):
 
 
 @triton.jit
-def count(
+def count_kernel(
     score,
     total,
     candidates,
@@ -107,7 +107,7 @@ def count(
 
 
 @triton.jit
-def descend(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
+def descend_kernel(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
     """Settles the next bits: the highest bin at which the counts from the top reach what is wanted. Clears the bins."""
     control += tl.program_id(0) * 8
     histogram += tl.program_id(0) * BINS
@@ -124,7 +124,7 @@ def descend(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
 
 
 @triton.jit
-def count_ties(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def count_ties_kernel(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Keys equal to the threshold in each program's part; nothing where all of them are kept."""
     matrix = tl.program_id(1).to(tl.int64)
     score += matrix * total
@@ -143,7 +143,7 @@ def count_ties(score, total, control, ties, BLOCK: tl.constexpr, STEPS: tl.const
 
 
 @triton.jit
-def mark(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def mark_kernel(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Keeps the keys above the threshold, and of those equal to it the first ones."""
     matrix = tl.program_id(1).to(tl.int64)
     score += matrix * total
@@ -169,7 +169,7 @@ def mark(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: t
 
 
 @triton.jit
-def level_of(control, level):
+def level_of_kernel(control, level):
     """The score that has the key found."""
     key = tl.load(control + 1).to(tl.uint32).to(tl.int32, bitcast=True)
     bits = tl.where(key < 0, key ^ -2147483648, ~key)
@@ -177,7 +177,7 @@ def level_of(control, level):
 
 
 @triton.jit
-def mark_rows(score, kept, width, keep, bad, BLOCK: tl.constexpr):
+def mark_rows_kernel(score, kept, width, keep, bad, BLOCK: tl.constexpr):
     """One row a program: its keep-th largest key bit by bit, then ties by index."""
     columns = tl.arange(0, BLOCK)
     there = columns < width
@@ -200,7 +200,7 @@ def mark_rows(score, kept, width, keep, bad, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mark_groups(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """Entry i of a group is kept when fewer than `keep` beat it: larger ones, and equal ones before it."""
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)

@@ -12,7 +12,7 @@ from admm_prune.kernels.triton.device_places import part_of_row
 
 
 @triton.jit
-def to_target(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+def to_target_kernel(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
     _row, _column, there, place = part_of_row(width, BLOCK)
     z = tl.load(z_at + place, mask=there)
     d = tl.load(d_at + place, mask=there)
@@ -25,7 +25,7 @@ def to_target(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexp
 
 
 @triton.jit
-def relax(
+def relax_kernel(
     z_at,
     x_at,
     offset_at,
@@ -52,7 +52,7 @@ def relax(
 
 
 @triton.jit
-def settle(
+def settle_kernel(
     z_at,
     mask_at,
     before_at,

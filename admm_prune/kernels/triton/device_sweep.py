@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def sweep(
+def sweep_kernel(
     columns_at,
     factor_at,
     keep_at,

@@ -26,8 +26,8 @@ def threshold(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep`-th largest of flat (n,), 0-dimensional float32; and whether there was a NaN, on the device."""
     control = _search(flat.contiguous().view(1, -1), keep, direct=_DIRECT)
     level = torch.empty((), dtype=torch.float32, device=flat.device)
-    device.level_of[(1,)](control, level)
-    return level, control[0, device.NAN]
+    level_of_kernel[(1,)](control, level)
+    return level, control[0, NAN]
 
 
 def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor, Tensor]:
@@ -56,11 +56,11 @@ def _marked(flat: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
     matrices, total = flat.shape
     (programs,), part = _parts(total)
     ties = torch.zeros(matrices, programs, dtype=torch.int64, device=flat.device)
-    device.count_ties[(programs, matrices)](flat, total, control, ties, **part)
+    count_ties_kernel[(programs, matrices)](flat, total, control, ties, **part)
     kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     before = ties.cumsum(1) - ties
-    device.mark[(programs, matrices)](flat, total, control, before, kept.view(torch.uint8), **part)
-    return kept, control[:, device.NAN].amax()
+    mark_kernel[(programs, matrices)](flat, total, control, before, kept.view(torch.uint8), **part)
+    return kept, control[:, NAN].amax()
 
 
 def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
@@ -69,11 +69,11 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
     A bracket is sampled for a single row alone.
     """
     matrices, total = flat.shape
-    control = torch.zeros(matrices, device.CONTROLS, dtype=torch.int64, device=flat.device)
+    control = torch.zeros(matrices, CONTROLS, dtype=torch.int64, device=flat.device)
     histogram = torch.zeros(matrices, _BINS, dtype=torch.int64, device=flat.device)
     if total <= direct:
-        control[:, device.NEED].fill_(keep)
-        control[:, device.FAILED].fill_(1)
+        control[:, NEED].fill_(keep)
+        control[:, FAILED].fill_(1)
         candidates = histogram  # not read
         sources: tuple[tuple[bool, int], ...] = ((True, total),)
     else:
@@ -82,7 +82,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
     for position, (shift, width) in enumerate(_DIGITS):
         for everything, entries in sources:
             (programs,), part = _parts(entries)
-            device.count[(programs, matrices)](
+            count_kernel[(programs, matrices)](
                 flat,
                 total,
                 candidates,
@@ -95,7 +95,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
                 BINS=1 << width,
                 **part,
             )
-        device.descend[(matrices,)](control, histogram, WIDTH=width, BINS=1 << width, num_warps=4)
+        descend_kernel[(matrices,)](control, histogram, WIDTH=width, BINS=1 << width, num_warps=4)
     return control
 
 
@@ -113,8 +113,8 @@ def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
     capacity = min(total, int(1.5 * share * total) + _BLOCK)
     candidates = torch.empty(capacity, dtype=torch.int32, device=flat.device)
     grid, part = _parts(total)
-    device.gather[grid](flat, total, torch.stack([low, high]), candidates, capacity, control, **part)
-    device.judge[(1,)](control, keep, capacity)
+    gather_kernel[grid](flat, total, torch.stack([low, high]), candidates, capacity, control, **part)
+    judge_kernel[(1,)](control, keep, capacity)
     return candidates
 
 
@@ -133,7 +133,7 @@ def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     bad = torch.zeros((), dtype=torch.int64, device=rows.device)
     block = _power_of_2(width)
     if rows.numel():
-        device.mark_rows[(rows.numel() // width,)](
+        mark_rows_kernel[(rows.numel() // width,)](
             rows, kept.view(torch.uint8), width, keep, bad, BLOCK=block, num_warps=min(16, max(1, block // 512))
         )
     return kept, bad
@@ -148,7 +148,7 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> tuple[Tensor, Ten
     block = max(1, 2048 // padded**2) if padded > 8 else 256
     groups = flat.numel() // group
     if groups:
-        device.mark_groups[(-(-groups // block),)](
+        mark_groups_kernel[(-(-groups // block),)](
             flat, kept.view(torch.uint8), groups, keep, bad, M=group, PADDED=padded, BLOCK=block, num_warps=4
         )
     return kept, bad

@@ -14,14 +14,14 @@ _WIDEST = 1024  # entries of a row that a program takes
 
 def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
     grid, block = _parts(z)
-    device.to_target[grid](
+    to_target_kernel[grid](
         z, d, z if offset is None else offset, z.shape[1], tau, relaxation, OFFSET=offset is not None, BLOCK=block
     )
 
 
 def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, score: Tensor, relaxation: float) -> None:
     grid, block = _parts(z)
-    device.relax[grid](
+    relax_kernel[grid](
         z,
         x,
         z if offset is None else offset,
@@ -40,7 +40,7 @@ def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor,
     """Partial sums of the programs are added up in float64, in one order: no atomics, the same bits every time."""
     grid, block = _parts(z)
     parts = torch.zeros((*grid, 4), dtype=torch.float32, device=z.device)
-    device.settle[grid](
+    settle_kernel[grid](
         z,
         mask.view(torch.uint8),
         (mask if before is None else before).view(torch.uint8),

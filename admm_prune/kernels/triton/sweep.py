@@ -27,7 +27,7 @@ def eliminate_(
     """
     count, outputs = stop - start, columns.shape[1]
     errors = torch.empty(count, outputs, dtype=columns.dtype, device=columns.device)
-    device.sweep[(-(-outputs // _OUTPUTS),)](
+    sweep_kernel[(-(-outputs // _OUTPUTS),)](
         columns,
         factor,
         columns if keep is None else keep.contiguous().view(torch.uint8),
