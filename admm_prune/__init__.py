@@ -51,19 +51,19 @@ _HOME = {
     "Alternating": "admm_prune.solvers.alternating",
     "Blocks": "admm_prune.problems.constraints",
     "FeedForward": "admm_prune.problems.feed_forward",
-    "GatedFeedForward": "admm_prune.problems.gated",
-    "GramAccumulator": "admm_prune.problems.gram",
+    "GatedFeedForward": "admm_prune.problems.feed_forward",
+    "GramAccumulator": "admm_prune.statistics",
     "GroupOBS": "admm_prune.solvers.group_obs",
-    "GroupReconstruction": "admm_prune.problems.groups",
+    "GroupReconstruction": "admm_prune.problems.structured_groups",
     "Groups": "admm_prune.problems.constraints",
     "LayerReconstruction": "admm_prune.problems.layer",
-    "LayerStatistics": "admm_prune.problems.gram",
+    "LayerStatistics": "admm_prune.statistics",
     "LocalSearch": "admm_prune.solvers.local_search",
-    "Magnitude": "admm_prune.solvers.closed_form",
+    "Magnitude": "admm_prune.solvers.support_descent",
     "NetworkOutput": "admm_prune.problems.network_output",
     "NofM": "admm_prune.problems.constraints",
     "Point": "admm_prune.point",
-    "Polish": "admm_prune.solvers.polish",
+    "Polish": "admm_prune.solvers.refit",
     "Product": "admm_prune.problems.constraints",
     "Progress": "admm_prune.result",
     "Result": "admm_prune.result",
@@ -76,35 +76,33 @@ _HOME = {
     "SurrogateFree": "admm_prune.problems.surrogate_free",
     "SupportDescent": "admm_prune.solvers.support_descent",
     "Unstructured": "admm_prune.problems.constraints",
-    "Wanda": "admm_prune.solvers.closed_form",
+    "Wanda": "admm_prune.solvers.support_descent",
     "keep_sparsity": "admm_prune.models.recovery",
     "merge_lora": "admm_prune.models.recovery",
-    "prune": "admm_prune.runs.pruning",
+    "prune": "admm_prune.runs.prune",
 }
 
 if TYPE_CHECKING:
     from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
-    from admm_prune.problems.feed_forward import FeedForward
-    from admm_prune.problems.gated import GatedFeedForward
-    from admm_prune.problems.gram import GramAccumulator, LayerStatistics
-    from admm_prune.problems.groups import GroupReconstruction
+    from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward
     from admm_prune.problems.layer import LayerReconstruction
     from admm_prune.problems.network_output import NetworkOutput
+    from admm_prune.problems.structured_groups import GroupReconstruction
     from admm_prune.problems.surrogate_free import SurrogateFree
     from admm_prune.result import Progress, Result, Status
-    from admm_prune.runs.pruning import prune
+    from admm_prune.runs.prune import prune
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.alternating import Alternating
-    from admm_prune.solvers.closed_form import Magnitude, Wanda
     from admm_prune.solvers.group_obs import GroupOBS
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
-    from admm_prune.solvers.polish import Polish
+    from admm_prune.solvers.refit import Polish
     from admm_prune.solvers.sparse_adam import SparseAdam
     from admm_prune.solvers.stochastic_admm import StochasticADMM
-    from admm_prune.solvers.support_descent import SupportDescent
+    from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda
+    from admm_prune.statistics import GramAccumulator, LayerStatistics
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from admm_prune.data.layer_file import LayerFile
+from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.target import Target
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.targets import Target
-from admm_prune.solvers.closed_form import Wanda
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.support_descent import Wanda
 
 YARDSTICK = "alps"  # whose errors the ratios are relative to
 

@@ -23,23 +23,22 @@ from typing import Any
 
 import torch
 
+from admm_prune.methods.base import Request
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.sparsellm import SparseLLM, network_of
+from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.feed_forward import feed_forwards
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.point import Point
-from admm_prune.problems.feed_forward import EVEN, FeedForward, Network, Penalties
-from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
 from admm_prune.problems.network_output import NetworkOutput
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.sparsellm import SparseLLM, network_of
-from admm_prune.recipes.targets import Target
 from admm_prune.runs.texts import Texts, TextSettings
 from admm_prune.solvers.alternating import Alternating
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
 from admm_prune.solvers.support_descent import SupportDescent
 from benchmarks.machine import headline, machine
 

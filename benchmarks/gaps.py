@@ -32,10 +32,9 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
 from admm_prune.solvers.reference import BranchAndBound
-from admm_prune.solvers.reference.row_search import search, swap_gains
-from admm_prune.solvers.reference.rows import Mask, Row, separate
+from admm_prune.solvers.reference.rows import Mask, Row, search, separate, swap_gains
+from admm_prune.solvers.refit import Polish
 from admm_prune.solvers.schedules import LogSpaced
 from benchmarks.journal import write_csv
 from benchmarks.machine import headline, machine

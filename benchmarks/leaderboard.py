@@ -26,8 +26,8 @@ import torch
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
-from admm_prune.recipes.local_methods import Method
-from admm_prune.recipes.targets import Target, parse_targets
+from admm_prune.methods.local import Method
+from admm_prune.methods.target import Target, parse_targets
 from admm_prune.solvers.base import Iterative
 from benchmarks import plots, tables
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, settings, settings_key

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.kernels import quadratic
+from admm_prune.methods.local import Method
+from admm_prune.methods.target import Target
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.local_methods import Method
-from admm_prune.recipes.targets import Target
 from admm_prune.result import Result
 from admm_prune.solvers.base import Iterative
 from benchmarks.configurations import problem_for

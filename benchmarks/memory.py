@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
-from admm_prune.recipes.targets import Target, target_named
-from admm_prune.runs.memory import PeakMemory
+from admm_prune.methods.target import Target, target_named
+from admm_prune.runs.machine import PeakMemory
 from benchmarks.configurations import CONFIGURATIONS, problem_for
 from benchmarks.measuring import warm_up
 

@@ -14,14 +14,14 @@ import time
 
 import torch
 
-from admm_prune.kernels.activations import ACTIVATIONS
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.sparsellm import SparseLLM
+from admm_prune.methods.target import Target
+from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.feed_forward import Network
 from admm_prune.problems.network_output import NetworkOutput
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.sparsellm import SparseLLM
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.memory import PeakMemory
+from admm_prune.runs.machine import PeakMemory
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.support_descent import SupportDescent
 from benchmarks.machine import machine

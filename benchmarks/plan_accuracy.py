@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.runs.memory_scaling import Shape, write_random_model
+from admm_prune.bench.memory import Shape, write_random_model
 from admm_prune.runs.texts import TextSettings
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
@@ -142,7 +142,7 @@ def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> di
 
 
 def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dict[str, Any]:
-    from admm_prune.runs.planning.plan import make_plan
+    from admm_prune.plan.plan import make_plan
 
     began = time.perf_counter()
     plan = make_plan(str(model), text=TextSettings(data=str(text)), out=out, **options)
@@ -161,8 +161,8 @@ def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dic
 def _ran(model: Path, text: Path, options: dict[str, Any], out: Path) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401  # what a run loads before its first byte of work
 
-    from admm_prune.runs.memory import peak_resident_bytes, resident_bytes, return_freed_memory
-    from admm_prune.runs.pruning import prune
+    from admm_prune.runs.machine import peak_resident_bytes, resident_bytes, return_freed_memory
+    from admm_prune.runs.prune import prune
 
     return_freed_memory()  # what is resident counts, not what the allocator keeps for later
     before = resident_bytes()

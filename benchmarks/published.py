@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 
 SOURCE = Path(__file__).parent / "references" / "alps.csv"
 

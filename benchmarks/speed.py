@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from admm_prune.models.branches import branches
+from admm_prune.bench.memory import Shape, random_tokens
+from admm_prune.inference.timing import decode, least, prefill
+from admm_prune.methods.base import Request
+from admm_prune.methods.struprune.struprune import StruPrune
+from admm_prune.methods.target import Target
 from admm_prune.models.budgets import savings
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.inference import decode, least, prefill
-from admm_prune.runs.memory_scaling import Shape, random_tokens
+from admm_prune.models.sublayers import branches
 from benchmarks.machine import headline, machine
 
 RECIPE = StruPrune(multiple=64)

@@ -23,8 +23,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from admm_prune.runs.memory import peak_resident_bytes
-from admm_prune.runs.memory_scaling import write_random_model
+from admm_prune.bench.memory import write_random_model
+from admm_prune.runs.machine import peak_resident_bytes
 from benchmarks.machine import headline, machine, write_results
 
 _ROOT = Path(__file__).resolve().parents[1]

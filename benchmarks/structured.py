@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 
+from admm_prune.methods.base import Request
+from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
+from admm_prune.methods.target import Target, parse_targets
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
 from admm_prune.problems.allocation import Binomial, CappedSoftmax, Curve, EqualSlope, Owl, Uniform
 from admm_prune.problems.knapsack import Knapsack
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.structured import STRUCTURED
-from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.targets import Target, parse_targets
 from admm_prune.runs.texts import Texts, TextSettings
 from benchmarks.machine import headline, machine
 

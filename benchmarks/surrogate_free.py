@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
+from admm_prune.methods.base import Recipe, Request
+from admm_prune.methods.elsa.elsa import Elsa
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.elsa import Elsa
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import Recipe, Request
-from admm_prune.recipes.targets import Target, parse_targets, target_named
-from admm_prune.recipes.trained import Trained
 from admm_prune.runs.texts import Texts, TextSettings
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine

@@ -9,13 +9,12 @@ from collections.abc import Callable
 
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
-from admm_prune.solvers.closed_form import Magnitude, Wanda
-from admm_prune.solvers.group_mask import GroupMask
-from admm_prune.solvers.group_obs import GroupOBS
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
 from admm_prune.solvers.schedules import Constant
+from admm_prune.solvers.support_descent import Magnitude, Wanda
 from admm_prune.testing.instances import (
     CONSTRAINTS,
     PROBLEMS,

@@ -19,18 +19,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from admm_prune.kernels.quantization import Stored
-from admm_prune.kernels.triton import (
-    adam,
-    bits,
-    device_adam,
-    device_selection,
-    device_splitting,
-    device_sweep,
-    selection,
-    sweep,
-)
-from admm_prune.kernels.triton import splitting as splitting_
+from admm_prune.ops.quantization import Stored
+from admm_prune.ops.triton import adam, selection, splitting, sweep
 
 # Called by kernels.
 HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row"}
@@ -72,9 +62,9 @@ def launch_all() -> None:
     launch_training()
     z, root = torch.randn(4, 1100), torch.ones(1100)
     for given in (None, z):
-        splitting_.to_target_(z, z, given, 0.7, 1.3)
-        splitting_.relax_(z, z, given, root if given is None else None, z, 1.3)
-        splitting_.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
+        splitting.to_target_(z, z, given, 0.7, 1.3)
+        splitting.relax_(z, z, given, root if given is None else None, z, 1.3)
+        splitting.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
     columns, factor = torch.randn(512, 100), torch.eye(512)
     for keep, stop, pattern in (
         (columns > 0, 128, (1, 1)),
@@ -91,11 +81,11 @@ def launch_training() -> None:
     codes = Stored(torch.zeros(shape, dtype=torch.int8), torch.zeros(runs))
     unsigned = Stored(torch.zeros(shape, dtype=torch.uint8), torch.zeros(runs))
     settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    packed = bits.pack(torch.zeros(shape, dtype=torch.bool), 138)
-    bits.unpack(packed, 1100)
+    packed = adam.pack(torch.zeros(shape, dtype=torch.bool), 138)
+    adam.unpack(packed, 1100)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(shape).to(dtype)
-        bits.restrict_(x, packed)
+        adam.restrict_(x, packed)
         for first, second in ((floats, floats), (codes, unsigned)):
             for anchor in (None, Stored(torch.zeros(shape, dtype=torch.bfloat16)), codes, floats):
                 pull = None if anchor is None else (0.1, anchor)
@@ -110,7 +100,7 @@ def main() -> None:
     launch_all()
     for name, shared in sorted(compiled.items()):
         print(f"{name:12} {shared:6} bytes of shared memory")
-    modules = (device_adam, device_selection, device_splitting, device_sweep)
+    modules = (adam, selection, splitting, sweep)
     kernels = {name for module in modules for name, x in vars(module).items() if isinstance(x, jit.JITFunction)}
     missing = kernels - HELPERS - compiled.keys()
     if missing:

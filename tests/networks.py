@@ -9,11 +9,10 @@ import torch
 from catalogue import correlated_inputs
 from torch import Tensor
 
-from admm_prune.kernels.activations import ACTIVATIONS
+from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, Unstructured
-from admm_prune.problems.feed_forward import FeedForward, Network
-from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward, Network
 from admm_prune.problems.network_output import NetworkOutput
 
 WIDTH, HIDDEN, OUTPUTS = 8, 20, 6

@@ -16,9 +16,8 @@ from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
-from admm_prune.solvers.closed_form import Magnitude
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.support_descent import SupportDescent
+from admm_prune.solvers.support_descent import Magnitude, SupportDescent
 from admm_prune.testing import assert_solver_conforms
 
 FITTING = {name: CONSTRAINTS[name] for name in ("half", "most", "nothing", "everything", "rows", "2:4", "tiles")}

@@ -14,11 +14,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, Status, Unstructured
 from admm_prune.errors import UserError
-from admm_prune.kernels import backend
+from admm_prune.ops import backend
+from admm_prune.plan.counting import counted
+from admm_prune.plan.stages import stretch
 from admm_prune.problems.constraints import Blocks, SparseSet, StackedRows
 from admm_prune.result import Result
-from admm_prune.runs.planning.counting import counted
-from admm_prune.runs.planning.stages import stretch
 from admm_prune.solvers import admm_state, together
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.kernels import bits, histogram, quantization
+from admm_prune.ops import bits, histogram, quantization
 
 seeds = st.integers(0, 10_000)
 

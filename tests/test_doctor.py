@@ -8,16 +8,16 @@ import pytest
 import torch
 from catalogue import CONSTRAINTS, layer
 
+from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.target import Target
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.targets import Target
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.closed_form import Wanda
-from admm_prune.solvers.doctor import diagnose
+from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.schedules import Constant, LogSpaced
+from admm_prune.solvers.support_descent import Wanda
 
 SETS: dict[str, SparseSet] = {"half": Unstructured(0.5), "four fifths": Unstructured(0.8), "2:4": NofM(2, 4)}
 SHAPES = {"64 x 96": (64, 96, 400), "128 x 256, few tokens": (128, 256, 300)}

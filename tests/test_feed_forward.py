@@ -10,18 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import HIDDEN, OUTPUTS, WIDTH, damped, network, sets, split, tokens, whole
 
-from admm_prune.kernels.activations import ACTIVATIONS
+from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problem import Minimizable, fits
 from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
-from admm_prune.problems.feed_forward import FeedForward, Penalties
-from admm_prune.problems.gated import GatedFeedForward
+from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward, Penalties
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
 from admm_prune.testing import assert_problem_conforms
 
 FORMS = [(name, gated) for name in ("relu", "silu", "gelu") for gated in (False, True)]

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, Unstructured
-from admm_prune.kernels import backend, graphs
-from admm_prune.kernels.graphs import Replayed
+from admm_prune.ops import backend
+from admm_prune.ops.backend import Replayed
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.result import Result
 from admm_prune.solvers.schedules import Constant
@@ -91,7 +91,7 @@ class Emulated:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """On the CPU, treated as a device that the host does not wait for."""
     emulated = Emulated()
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", emulated)
+    monkeypatch.setitem(backend.RECORDERS, "cpu", emulated)
     monkeypatch.setattr(backend, "on_device", lambda x: True)
     return emulated
 
@@ -120,7 +120,7 @@ SETS: dict[str, SparseSet] = {
 @pytest.fixture
 def no_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """One budget over a matrix that fits in a row, chosen as a device does: the plain search asks for counts."""
-    from admm_prune.kernels import selection
+    from admm_prune.ops import selection
 
     monkeypatch.setattr(selection, "largest", lambda s, k: selection.largest_per_row(s.reshape(1, -1), k).view(s.shape))
 

@@ -11,16 +11,15 @@ from catalogue import correlated_inputs, layer, random_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.kernels import groups
+from admm_prune.ops import group_compensation
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, Unstructured
-from admm_prune.problems.gram import GramAccumulator, LayerStatistics, centred
-from admm_prune.problems.groups import GroupReconstruction
+from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.group_mask import GroupMask
-from admm_prune.solvers.group_obs import GroupOBS
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.reference import BruteForceGroups
+from admm_prune.solvers.refit import Polish
+from admm_prune.statistics import GramAccumulator, LayerStatistics, centred
 from admm_prune.testing import assert_problem_conforms
 
 seeds = st.integers(0, 10_000)
@@ -44,11 +43,11 @@ def energy(problem, v: torch.Tensor) -> float:
 def test_the_loss_of_elimination_is_that_of_least_squares_on_the_survivors(seed, width, batch) -> None:
     problem = layer(Groups(0.5, width), seed=seed)
     count = 16 // width
-    found = groups.eliminate(problem.hessian, problem.minimizer, width, count - 1, batch or count)
+    found = group_compensation.eliminate(problem.hessian, problem.minimizer, width, count - 1, batch or count)
     assert sorted(set(found.order.tolist())) == sorted(found.order.tolist())
     for removed in range(1, count):
         kept = torch.ones(16, dtype=torch.bool)
-        kept[groups.columns_of(found.order[:removed], width)] = False
+        kept[group_compensation.columns_of(found.order[:removed], width)] = False
         assert energy(problem, survivors(problem, kept)) == pytest.approx(float(found.losses[removed - 1]), rel=1e-8)
 
 
@@ -67,13 +66,13 @@ def test_group_obs_solves_least_squares_on_what_it_keeps(seed, width) -> None:
 
 def test_greedy_elimination_removes_the_least_rise_each_time() -> None:
     problem = layer(Groups(0.5, 2), seed=3)
-    order = groups.eliminate(problem.hessian, problem.minimizer, 2, 7, 1).order.tolist()
+    order = group_compensation.eliminate(problem.hessian, problem.minimizer, 2, 7, 1).order.tolist()
     gone: list[int] = []
     for group in order:
         rises = {}
         for candidate in set(range(8)) - set(gone):
             kept = torch.ones(16, dtype=torch.bool)
-            kept[groups.columns_of(torch.tensor([*gone, candidate]), 2)] = False
+            kept[group_compensation.columns_of(torch.tensor([*gone, candidate]), 2)] = False
             rises[candidate] = energy(problem, survivors(problem, kept))
         assert group == min(rises, key=lambda g: rises[g])
         gone.append(group)
@@ -81,20 +80,22 @@ def test_greedy_elimination_removes_the_least_rise_each_time() -> None:
 
 def test_elimination_needs_more_digits_than_float32_has_and_says_so() -> None:
     gram, weight = torch.eye(12, dtype=torch.float64) + 8e6, random_weight(3, 12, 0)  # integers: exact in float32
-    single = groups.eliminate(gram.float(), weight.float(), 1, 11, 1)
+    single = group_compensation.eliminate(gram.float(), weight.float(), 1, 11, 1)
     assert single.escalated
-    assert not groups.eliminate(gram, weight, 1, 11, 1).escalated
+    assert not group_compensation.eliminate(gram, weight, 1, 11, 1).escalated
     with pytest.raises(RuntimeError):
-        groups.eliminate(torch.ones(2, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64), 1, 1, 1)
+        group_compensation.eliminate(
+            torch.ones(2, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64), 1, 1, 1
+        )
 
 
 def test_elimination_repeats_by_the_bit_and_knows_ties() -> None:
     problem = layer(Groups(0.5), seed=1, dtype=torch.float32)
-    first, second = (groups.eliminate(problem.hessian, problem.minimizer, 1, 10, 2) for _ in range(2))
+    first, second = (group_compensation.eliminate(problem.hessian, problem.minimizer, 1, 10, 2) for _ in range(2))
     assert torch.equal(first.order, second.order)
     assert torch.equal(first.losses, second.losses)
-    assert groups.eliminate(torch.eye(4), torch.ones(2, 4), 1, 3, 1).order.tolist() == [3, 2, 1]
-    assert len(groups.eliminate(torch.eye(4), torch.ones(2, 4), 1, 0, 1).order) == 0
+    assert group_compensation.eliminate(torch.eye(4), torch.ones(2, 4), 1, 3, 1).order.tolist() == [3, 2, 1]
+    assert len(group_compensation.eliminate(torch.eye(4), torch.ones(2, 4), 1, 0, 1).order) == 0
 
 
 def test_structured_obs_against_every_set_of_groups() -> None:
@@ -124,7 +125,7 @@ def test_brute_force_over_groups_is_the_least_of_all() -> None:
     losses = []
     for stay in combinations(range(4), 2):
         kept = torch.zeros(16, dtype=torch.bool)
-        kept[groups.columns_of(torch.tensor(stay), 4)] = True
+        kept[group_compensation.columns_of(torch.tensor(stay), 4)] = True
         losses.append(energy(problem, survivors(problem, kept)))
     result = BruteForceGroups().solve(problem)
     assert result.objective == pytest.approx(min(losses), rel=1e-9)
@@ -149,7 +150,7 @@ def test_the_loss_of_a_mask_is_a_quadratic_form_of_the_mask(seed, width) -> None
     problem = grouped(seed, width)
     removed = torch.rand(16 // width, generator=torch.Generator().manual_seed(seed)) < 0.5
     masked = problem.minimizer.masked_fill(removed.repeat_interleave(width), 0)
-    q = groups.interactions(problem.hessian, problem.minimizer, width)
+    q = group_compensation.interactions(problem.hessian, problem.minimizer, width)
     gone = removed.double()
     assert float(gone @ q @ gone) == pytest.approx(energy(problem, masked), rel=1e-10, abs=1e-12)
     eigenvalues = torch.linalg.eigvalsh(q)

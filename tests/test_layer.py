@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic, Refittable
 from admm_prune.problems.constraints import NofM, Unstructured
-from admm_prune.problems.gram import GramAccumulator, LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.statistics import GramAccumulator, LayerStatistics
 
 seeds = st.integers(0, 10_000)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from admm_prune import SparseAdam
 from admm_prune.errors import UserError
-from admm_prune.kernels import library_adam
+from admm_prune.ops import library_adam
 from admm_prune.solvers.elsa.moments import MomentFormat
 
 SHAPE = (48, 100)  # blocks of 256 run across the rows, and the last one is short

@@ -10,16 +10,16 @@ from catalogue import CONSTRAINTS, PROBLEMS, ROWS, WIDTH, layer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.closed_form import Magnitude, Wanda
 from admm_prune.solvers.local_search import Gains, LocalSearch, Rows, _Count, resolvent
-from admm_prune.solvers.polish import Polish
 from admm_prune.solvers.reference.brute_force import BruteForce
+from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 seeds = st.integers(0, 10_000)
 SETS = {

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from admm_prune import ADMM, LayerReconstruction, NofM, Status
-from admm_prune.kernels import backend, products, quadratic, selection
+from admm_prune.ops import backend, quadratic, selection
+from admm_prune.ops import precision as products
 from admm_prune.problems.constraints import RowWise, SparseSet, StackedRows, Unstructured
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver
-from admm_prune.solvers.closed_form import Magnitude, Wanda
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 SHAPES = {"cpu": ((32, 48), (17, 29)), "device": ((32, 48), (17, 29)), "cuda": ((512, 1024), (1000, 333), (1, 64))}
 SOLVERS: dict[str, tuple[Solver, float]] = {  # with the error that float32 may add, relative

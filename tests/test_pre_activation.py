@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from admm_prune.kernels.activations import ACTIVATIONS, RELU, Activation
-from admm_prune.kernels.pre_activation import pre_activation
+from admm_prune.ops.activations import ACTIVATIONS, RELU, Activation, pre_activation
 
 SMOOTH = [name for name in ACTIVATIONS if name != "relu"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from admm_prune import ADMM, LayerReconstruction, Unstructured
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.problems.constraints import Groups
-from admm_prune.problems.groups import GroupReconstruction
+from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.solvers import reference
 from tests.catalogue import SOLVERS, correlated_inputs, random_weight
 
@@ -162,12 +162,12 @@ def test_a_gpu_does_not_take_tf32(set_low) -> None:
 
 def test_group_problems(set_low) -> None:
     """What structured pruning reads of a group problem outside of a solver."""
-    from admm_prune.recipes import unit_selection
+    from admm_prune.methods.struprune import selectors
 
     x = correlated_inputs(96, 12, 0).float()
     problem = GroupReconstruction(random_weight(5, 12, 0).float(), x.T @ x, Groups(0.5, 2))
-    expected = unit_selection.losses(problem, 2, "obs", compensate=True)
+    expected = selectors.losses(problem, 2, "obs", compensate=True)
     set_low()
     before = settings()
-    assert torch.equal(unit_selection.losses(problem, 2, "obs", compensate=True), expected)
+    assert torch.equal(selectors.losses(problem, 2, "obs", compensate=True), expected)
     assert settings() == before

@@ -12,17 +12,17 @@ from torch import nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Request
+from admm_prune.methods.layerwise import prune_shared
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.ridge import GRID, choose_ridge, parse_ridge
+from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.constraints import Unstructured
-from admm_prune.problems.gram import LayerStatistics
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.recipes.layerwise import prune_shared
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.ridge import GRID, choose_ridge, parse_ridge
-from admm_prune.recipes.targets import Target
 from admm_prune.solvers.admm import ADMM
+from admm_prune.statistics import LayerStatistics
 
 TEXT = Sequences((), "windows", 8, None, 1)
 

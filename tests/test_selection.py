@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admm_prune.kernels import selection
+from admm_prune.ops import selection
 
 
 def by_sorting(score: torch.Tensor, keep: int) -> torch.Tensor:

@@ -10,17 +10,17 @@ from catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM, RowWise, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.solvers import x_updates
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.closed_form import Magnitude, Wanda
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
+from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 seeds = st.integers(0, 10_000)
 

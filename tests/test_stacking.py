@@ -10,13 +10,13 @@ from catalogue import correlated_inputs, random_weight
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.methods.base import LayerReport, Request
+from admm_prune.methods.layerwise import prune_shared
+from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
-from admm_prune.problems.gram import LayerStatistics
-from admm_prune.recipes.layerwise import prune_shared
-from admm_prune.recipes.local_methods import LOCAL_METHODS, Method
-from admm_prune.recipes.recipe import LayerReport, Request
-from admm_prune.recipes.targets import Target
+from admm_prune.statistics import LayerStatistics
 
 WIDTH = 48
 SIZES = {"q": (48, 1.0), "k": (16, 0.3), "v": (16, 3.0)}  # rows, scale: no weight may pay for another

@@ -17,9 +17,9 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers import textbook
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
-from admm_prune.solvers.closed_form import Wanda
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.schedules import LogSpaced
+from admm_prune.solvers.support_descent import Wanda
 
 seeds = st.integers(0, 10_000)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
-from admm_prune.kernels import backend, bits, quantization, selection, splitting
-from admm_prune.kernels.quantization import Stored
+from admm_prune.ops import backend, bits, quantization, selection, splitting
+from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
 from admm_prune.solvers.obs import SparseGPT
 
@@ -58,7 +58,7 @@ def test_the_largest_of_all(device, kind, entries, keep) -> None:
 @pytest.mark.parametrize("kind", ["spread", "ties"])
 @pytest.mark.parametrize("keep", [1, 900, 2200])
 def test_a_bracket_from_a_sample(device, kind, keep) -> None:
-    from admm_prune.kernels.triton import selection as fused
+    from admm_prune.ops.triton import selection as fused
 
     x = drawn(kind, (2300,), device)
     mask, bad = fused.largest(x, keep, direct=0)
@@ -67,7 +67,7 @@ def test_a_bracket_from_a_sample(device, kind, keep) -> None:
 
 
 def test_a_sample_that_misleads_is_found_out(device) -> None:
-    from admm_prune.kernels.triton import selection as fused
+    from admm_prune.ops.triton import selection as fused
 
     x = torch.arange(2300.0, device=device) + 1.0
     x[:: 2300 // 143 | 1] = 0.0  # all that the sample sees
@@ -86,7 +86,7 @@ def test_the_largest_of_rows(device, kind, width, keep) -> None:
 @pytest.mark.parametrize(("count", "width", "keep"), [(1, 1500, 3), (3, 1100, 700), (2, 16, 15)])
 def test_the_largest_of_each_of_several(device, kind, count, width, keep) -> None:
     """By the launches that serve one tensor: rows of any width, whose masks are those of the rows alone."""
-    from admm_prune.kernels.triton import selection as fused
+    from admm_prune.ops.triton import selection as fused
 
     x = drawn(kind, (count, width), device)
     mask, bad = fused.largest_of_each(x, keep)
@@ -214,7 +214,7 @@ def trained(device: str, **how) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def narrow_step(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step on moments in 8 bits, and the exact moments."""
-    from admm_prune.kernels.triton import adam
+    from admm_prune.ops.triton import adam
 
     rows, width = x.shape
     m, root = drawn("spread", (rows, width), x.device.type), drawn("spread", (rows, width), x.device.type).abs() * 0.1
@@ -261,7 +261,7 @@ def test_bfloat16_weights_are_rounded_at_random(device) -> None:
 
 @pytest.mark.parametrize("fisher", ["none", "adam", "int8"])
 def test_scores(device, fisher) -> None:
-    from admm_prune.kernels.triton import adam
+    from admm_prune.ops.triton import adam
 
     x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
     mask = drawn("spread", (2, 301), device)[:, :300] > 0

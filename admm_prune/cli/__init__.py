@@ -48,9 +48,9 @@ def _speaks(error: Exception | None = None) -> bool:
     """Whether this is the process to say why the run has failed."""
     if not _several():
         return True
-    from admm_prune.runs import processes
+    from admm_prune.runs import machine
 
-    return processes.speaks(error)
+    return machine.speaks(error)
 
 
 def _leave(status: int) -> None:

@@ -4,21 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import (
-    bench,
-    capture,
-    compare,
-    evaluate,
-    listing,
-    pack,
-    plan,
-    recipe,
-    report,
-    reproduce,
-    run,
-    solve,
-    verify,
-)
+from admm_prune.cli import bench, compare, evaluate, layers, listing, pack, plan, recipes, report, run, verify
 
 app = typer.Typer(
     name="admm-prune",
@@ -30,14 +16,14 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
-app.command("capture")(capture.capture)
-app.command("solve")(solve.solve)
+app.command("capture")(layers.capture)
+app.command("solve")(layers.solve)
 app.command("verify")(verify.verify)
 app.command("plan")(plan.plan)
 app.command("report")(report.report)
-app.command("reproduce")(reproduce.reproduce)
+app.command("reproduce")(recipes.reproduce)
 app.command("pack")(pack.pack)
 app.command("unpack")(pack.unpack)
 app.command("list")(listing.list_)
-app.add_typer(recipe.recipe, name="recipe")
+app.add_typer(recipes.recipe, name="recipe")
 app.add_typer(bench.bench, name="bench")

@@ -26,7 +26,7 @@ def memory(
 
     Example: admm-prune bench memory --most 1e8 --out memory
     """
-    from admm_prune.runs.memory_scaling import bench_memory
+    from admm_prune.bench.memory import bench_memory
 
     with common.progress_bar("measuring") as progress:
         content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, overwrite=overwrite, progress=progress)
@@ -52,8 +52,8 @@ def gpu(
 
     Example: admm-prune bench gpu --out gpu
     """
-    from admm_prune.runs.device import pick_device
-    from admm_prune.runs.gpu.suite import bench_gpu
+    from admm_prune.bench.suite import bench_gpu
+    from admm_prune.runs.machine import pick_device
 
     with common.progress_bar("measuring") as progress:
         content = bench_gpu(
@@ -90,7 +90,7 @@ def inference(
     """
     import torch
 
-    from admm_prune.runs.inference import bench_inference
+    from admm_prune.inference.timing import bench_inference
 
     torch.set_num_threads(threads)
     content = bench_inference(

@@ -130,7 +130,7 @@ def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
 def resumable(out: Path) -> Generator[None]:
     """Has what breaks off a run say how to go on, where something is kept of it beside `out`."""
     from admm_prune.models.parallel import LostProcessError
-    from admm_prune.runs.journal import home_of
+    from admm_prune.runs.journal.journal import home_of
 
     try:
         yield
@@ -168,7 +168,7 @@ def given(ctx: typer.Context, **renamed: str) -> set[str]:
 
 def emit(content: dict[str, Any]) -> None:
     """One JSON object on one line of stdout; numbers that are not finite become null."""
-    from admm_prune.runs.folder import finite
+    from admm_prune.runs.journal.folder import finite
 
     print(json.dumps(finite(content), allow_nan=False))
 

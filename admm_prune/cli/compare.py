@@ -44,9 +44,9 @@ def compare(
 
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
-    from admm_prune.recipes.selection import Selection
-    from admm_prune.recipes.targets import parse_targets
-    from admm_prune.runs import comparison as comparisons
+    from admm_prune.methods.struprune.selectors import Selection
+    from admm_prune.methods.target import parse_targets
+    from admm_prune.runs import compare as comparisons
     from admm_prune.runs.texts import TextSettings, check_data, parse_packing
 
     settings = comparisons.ComparisonSettings(

@@ -49,7 +49,7 @@ def evaluate(
 
     Example: admm-prune eval pruned --data stories.txt --json
     """
-    from admm_prune.runs.evaluating import evaluate_model
+    from admm_prune.runs.evaluate import evaluate_model
     from admm_prune.runs.texts import TextSettings, parse_packing
 
     if tasks is not None:

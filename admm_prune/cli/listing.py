@@ -14,7 +14,7 @@ def list_(json: common.Json = False) -> None:
 
     Example: admm-prune list
     """
-    from admm_prune.recipes.plugins import all_declared
+    from admm_prune.methods.parts import all_declared
 
     # Written down by `make catalogue`, which tries every pair: nothing heavy has to be loaded to read it.
     content: dict[str, Any] = json_.loads((files("admm_prune") / "assets/catalogue.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ import typer
 from admm_prune.cli import common
 
 if TYPE_CHECKING:
-    from admm_prune.runs.packing import Packing
+    from admm_prune.inference.packing import Packing
 
 _OutFolder = Annotated[Path, typer.Argument(help="Folder to write, whole or not at all.")]
 
@@ -25,7 +25,7 @@ def pack(
 
     Example: admm-prune pack pruned archive
     """
-    from admm_prune.runs.packing import pack as pack_folder
+    from admm_prune.inference.packing import pack as pack_folder
 
     with common.progress_bar("packing") as progress:
         packing = pack_folder(folder, out, progress, overwrite=overwrite)
@@ -42,7 +42,7 @@ def unpack(
 
     Example: admm-prune unpack archive pruned
     """
-    from admm_prune.runs.packing import unpack as unpack_folder
+    from admm_prune.inference.packing import unpack as unpack_folder
 
     with common.progress_bar("unpacking") as progress:
         packing = unpack_folder(folder, out, progress, overwrite=overwrite)

@@ -10,7 +10,7 @@ import typer
 from admm_prune.cli import common
 
 if TYPE_CHECKING:
-    from admm_prune.runs.planning.plan import Plan
+    from admm_prune.plan.plan import Plan
 
 
 def plan(
@@ -46,8 +46,8 @@ def plan(
     Example: admm-prune plan --model embedded --method admm --sparsity 0.7
     """
     from admm_prune.errors import UserError
-    from admm_prune.recipes.ridge import parse_ridge
-    from admm_prune.runs.planning.plan import make_plan
+    from admm_prune.methods.ridge import parse_ridge
+    from admm_prune.plan.plan import make_plan
     from admm_prune.runs.texts import TextSettings
 
     text = None

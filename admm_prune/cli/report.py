@@ -26,7 +26,7 @@ def report(
     Example: admm-prune report pruned compared/models/wanda-50 --out difference.html
     """
     from admm_prune.errors import UserError
-    from admm_prune.runs.reports import write_difference, write_report
+    from admm_prune.runs.report import write_difference, write_report
 
     if other is None:
         if out is not None:

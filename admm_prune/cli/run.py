@@ -73,7 +73,7 @@ def run(
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
-    from admm_prune.recipes.ridge import parse_ridge
+    from admm_prune.methods.ridge import parse_ridge
     from admm_prune.runs.recipe_file import read_recipe
     from admm_prune.runs.texts import parse_packing
 
@@ -155,8 +155,8 @@ def carry_out(asked: dict[str, Any], out: Path | None, json: bool, **machine: An
         UserError: it cannot be done, or there is no `out`.
     """
     from admm_prune.errors import UserError
-    from admm_prune.runs.processes import joined
-    from admm_prune.runs.pruning import prune
+    from admm_prune.runs.machine import joined
+    from admm_prune.runs.prune import prune
 
     if out is None:
         raise UserError("name the folder to write with --out, or see what would be run with --dry-run")

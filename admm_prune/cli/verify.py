@@ -29,11 +29,11 @@ def verify(
     Example: admm-prune verify pruned --json
     """
     if target.is_dir():
-        from admm_prune.runs.run_verification import verify_folder
+        from admm_prune.verify.run import verify_folder
 
         report = verify_folder(target, data=data, quick=quick, device=device)
     else:
-        from admm_prune.runs.verification import verify_layer
+        from admm_prune.verify.layer import verify_layer
 
         report = verify_layer(target, layer, seed=seed)
     for failure in report.failures:

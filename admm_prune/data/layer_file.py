@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.problems.gram import check_gram, check_square, check_weight
+from admm_prune.statistics import check_gram, check_square, check_weight
 
 _REQUIRED = ("weight", "gram")
 _OPTIONAL = ("gram_validation", "gram_holdout", "cross_gram")

@@ -1,16 +1,20 @@
-"""Text in: local files, folders, Hub datasets, Python objects and the embedded corpus, as documents."""
+"""Text from local files, folders, Hub datasets, Python objects and the embedded corpus, as documents.
+
+A part of a local text is kept apart for evaluation.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from admm_prune.data import standard_library
+from admm_prune.data.conversations import ChatText
 from admm_prune.data.formats import (
     NoSplitError,
     dataset_documents,
@@ -205,3 +209,33 @@ def _opened_dataset(repository: str, config: str | None) -> Any:
             pass
     check_hub(repository, "dataset")
     return datasets.load_dataset(repository, config, streaming=True)
+
+
+def hold_out(corpus: Corpus, fraction: float = 0.1) -> tuple[Corpus, Corpus]:
+    """Cuts the last documents off, about `fraction` of them and at least one: (the others, those cut off).
+
+    A text of one document is cut at the last line break before its last `fraction`; one of tokens anywhere.
+    """
+    name, documents = corpus.name, corpus.documents
+    if len(documents) == 1:
+        at, cut = _cut(documents[0], fraction), 1
+        documents = (_part(documents[0], 0, at), _part(documents[0], at, None))
+    else:
+        cut = len(documents) - max(1, round(len(documents) * fraction))
+    first, last = documents[:cut], documents[cut:]
+    return (
+        replace(corpus, name=f"{name} (all but the last {fraction:.0%})", documents=first),
+        replace(corpus, name=f"{name} (last {fraction:.0%})", documents=last),
+    )
+
+
+def _cut(document: Document, fraction: float) -> int:
+    at = max(1, round(len(document) * (1 - fraction)))
+    if isinstance(document, str):
+        return document.rfind("\n", 0, at) + 1 or at
+    return at
+
+
+def _part(document: Document, start: int, end: int | None) -> Document:
+    part = document[start:end]
+    return ChatText(part) if isinstance(document, ChatText) and isinstance(part, str) else part

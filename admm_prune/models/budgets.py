@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch
 from admm_prune.models.parallel import World
+from admm_prune.models.sublayers import Branch
 
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.flow import Flow, form_of, record
+from admm_prune.models.activation_store import Flow, Shelf, form_of, record
+from admm_prune.models.archive import Lazy
 from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.shelf import Shelf
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.models.tensor_file import Lazy
-from admm_prune.problems.gram import SUM_BYTES
+from admm_prune.statistics import SUM_BYTES
 
 _APART = 1 << 30  # bytes of such sums that are worth another pass of the block
 

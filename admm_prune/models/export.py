@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, pad_units
+from admm_prune.models.sublayers import Branch, pad_units
 
 Form = Literal["per-layer", "padded"]
 _NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # what configs call the number of neurons

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.kernels.activations import ACTIVATIONS, Activation
 from admm_prune.models.structure import Block, WeightView
+from admm_prune.ops.activations import ACTIVATIONS, Activation
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardView
     reads act(W x) or act(V x) * (W x) of others.
 
     Raises:
-        UserError: a block, named, has none with an activation of `kernels.activations`, or more than one, or is a
+        UserError: a block, named, has none with an activation of `ops.activations`, or more than one, or is a
             mixture of experts.
     """
     calls: _Calls = {}

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.causality import check_causal
+from admm_prune.models.checks import check_causal, check_vocabulary, embedding_rows
 from admm_prune.models.loading import LoadedModel
-from admm_prune.models.vocabulary import check_vocabulary, embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.activation_store import check_finite
 from admm_prune.models.experts import routed
-from admm_prune.models.flow import check_finite
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import WeightView
-from admm_prune.problems.gram import GramAccumulator, LayerStatistics
+from admm_prune.statistics import GramAccumulator, LayerStatistics
 
 TokenWeights = Callable[[Tensor], Tensor]  # inputs (n, in) -> weights (n,)
 

@@ -17,13 +17,11 @@ from admm_prune.data.hub import check_hub, fetch, first_line, is_repository, qui
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
-from admm_prune.models.causality import check_causal
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
+from admm_prune.models.checks import check_causal, check_vocabulary
 from admm_prune.models.export import per_layer_class
-from admm_prune.models.quantized import dequantizer
-from admm_prune.models.stored import check_stored, shapes
+from admm_prune.models.stored import check_stored, dequantizer, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
-from admm_prune.models.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

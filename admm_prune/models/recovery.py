@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.kernels import bits
 from admm_prune.models.adapters import adapter_parameters, saved_modules, tuner_layers
+from admm_prune.ops import bits
 from admm_prune.prunable import uncompiled
 
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
+from admm_prune.models.archive import Lazy, write_tensors
 from admm_prune.models.checkpoint import INDEX, Checkpoint
-from admm_prune.models.quantized import dequantizer
-from admm_prune.models.stored import check_stored, compute_buffers, shapes
+from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
 from admm_prune.models.structure import Block, decoder_blocks
-from admm_prune.models.tensor_file import Lazy, write_tensors
 
 _OUTSIDE = "outside.safetensors"
 

@@ -1,26 +1,22 @@
-"""Layer reconstruction: keep the outputs of one linear layer."""
+"""Layer reconstruction: keep the outputs of one linear layer.
+
+Where several processes hold a part of the tokens each, sums over tokens are sums over all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import precision, quadratic
+from admm_prune.ops import precision, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.problems.gram import (
-    DEAD,
-    check_gram,
-    check_matrix,
-    check_square,
-    check_weight,
-    dead_channels,
-    symmetric,
-)
+from admm_prune.statistics import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels, symmetric
 
 # What served best on tokens that were not calibrated on: the ridge on drawn layers and the most of the real ones, the
 # damping where a few channels outweigh all others and the rare ones are known from few tokens.
@@ -274,3 +270,47 @@ class LayerReconstruction:
             self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
         if self.ridge != asked:
             self.notes += (f"the Gram is singular with ridge {asked:g}: raised to {self.ridge:g}",)
+
+
+Total = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
+
+
+def own(values: Tensor) -> Tensor:
+    """The total of one process."""
+    return values
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of all tokens are here. All processes ask for sums in the same order.
+
+    Attributes:
+        count: tokens in all.
+        places: (n,) ascending, where those that are here stand among all; None where all are here.
+        total: sums a tensor over the processes, in place.
+    """
+
+    count: int
+    places: Tensor | None = None
+    total: Total = own
+
+    def every(self, stride: int) -> slice | Tensor:
+        """Which of the tokens that are here stand at places 0, stride, 2 stride, ..."""
+        if self.places is None:
+            return slice(None, None, stride)
+        return (self.places % stride == 0).nonzero()[:, 0]
+
+    def at(self, places: Tensor) -> Tensor:
+        """Which of the tokens that are here stand at these places, in their order; others are left out."""
+        if self.places is None:
+            return places
+        found = self._here[places]
+        return found[found >= 0]
+
+    @cached_property
+    def _here(self) -> Tensor:
+        """(count,) the number of the token that stands at a place among those that are here; -1 where it is not."""
+        assert self.places is not None
+        here = torch.full((self.count,), -1, device=self.places.device)
+        here[self.places] = torch.arange(len(self.places), device=self.places.device)
+        return here

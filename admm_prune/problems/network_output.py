@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.constraints import Product, SparseSet, StackedRows
-from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, Network, Penalties, correction
-from admm_prune.problems.gated import GatedFeedForward
-from admm_prune.problems.gram import GramAccumulator, TargetAccumulator
-from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.problems.share import Share
+from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, GatedFeedForward, Network, Penalties, correction
+from admm_prune.problems.layer import LayerReconstruction, Share
+from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once

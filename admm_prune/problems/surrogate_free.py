@@ -33,7 +33,7 @@ class SurrogateFree:
 
     Args:
         model: in the state in which its loss is to be taken (`eval()`, where it would drop activations at random).
-        loss: of the model on a batch, a scalar to be differentiated; `models.losses` has those of language models.
+        loss: of the model on a batch, a scalar to be differentiated; `models.evaluate` has those of language models.
         training, validation: batches, anything that `loss` understands.
         constraint: of the whole point (`Product` where the weights have sets of their own), or, with `each`, of every
             single weight.

@@ -1,1 +1,1 @@
-"""Runs: what stands around a recipe: folders, manifests, comparisons, plots."""
+"""Runs of whole models: folders, manifests, journals, comparisons, reports."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from admm_prune.data.durable import file_sha256
 from admm_prune.data.layer_file import MARK, LayerFile
 from admm_prune.errors import UserError
-from admm_prune.recipes.targets import Target, target_named
+from admm_prune.methods.target import Target, target_named
 
 _KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
 CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others

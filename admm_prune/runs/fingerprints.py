@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
-from admm_prune.runs.folder import finite, write_json
+from admm_prune.runs.journal.folder import finite, write_json
 
 DIGEST = "sha256"  # the key of an object's fingerprint in the object itself
 

@@ -1,8 +1,11 @@
-"""What a run was: enough to repeat it, and to know what a number stands for."""
+"""The manifest of a run: settings, versions and fingerprints to repeat it, with time and memory of each phase."""
 
 from __future__ import annotations
 
 import platform
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import Corpus
+from admm_prune.runs.machine import PeakMemory
 
 _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -67,3 +71,33 @@ def manifest(settings: Any, texts: dict[str, TextRecord], revision: str | None) 
         "texts": {name: asdict(record) for name, record in texts.items()},
         "environment": environment(),
     }
+
+
+@dataclass
+class Phase:
+    """One part of a run; its figures are there when it is over.
+
+    Attributes:
+        peak_mib: at its peak, over what was held when it began; see `PeakMemory`.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+
+
+class Phases(list[Phase]):
+    """The phases of a run in their order; calling it measures another one over a `with` block."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__()
+        self._device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Generator[Phase]:
+        phase = Phase(name)
+        began = time.perf_counter()
+        with PeakMemory(self._device) as memory:
+            yield phase
+        phase.seconds, phase.peak_mib = round(time.perf_counter() - began, 3), memory.extra_mib
+        self.append(phase)

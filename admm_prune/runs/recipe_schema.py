@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
-from admm_prune.recipes.selection import Selection
-from admm_prune.recipes.targets import parse_target
+from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.target import parse_target
 from admm_prune.runs.texts import check_data
 
 _Count = Annotated[int, Field(ge=1)]

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Recipe
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.models.checkpoint import weight_bytes
-from admm_prune.recipes.recipe import Recipe
-from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.trained import Trained
-from admm_prune.runs.memory import free_bytes
+from admm_prune.runs.machine import free_bytes
 
 Stream = Literal["auto"] | bool
 _COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top

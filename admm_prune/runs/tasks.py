@@ -9,7 +9,7 @@ from typing import Any
 
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
-from admm_prune.runs.device import check_dtype, pick_device
+from admm_prune.runs.machine import check_dtype, pick_device
 
 
 def evaluate_tasks(

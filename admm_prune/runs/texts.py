@@ -14,10 +14,9 @@ from admm_prune.data.objects import check_ids as check_passed_ids
 from admm_prune.data.objects import check_object, corpus_of
 from admm_prune.data.rows import NoColumnError
 from admm_prune.data.sequences import Packing, Sequences, default_length, pack
-from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, is_file_name, read_corpus
-from admm_prune.data.splits import hold_out
+from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, hold_out, is_file_name, read_corpus
 from admm_prune.errors import UserError
-from admm_prune.models.vocabulary import check_ids
+from admm_prune.models.checks import check_ids
 from admm_prune.runs.manifest import TextRecord
 
 if TYPE_CHECKING:

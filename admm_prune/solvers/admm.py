@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import backend, selection, splitting
-from admm_prune.kernels.graphs import Replayed
+from admm_prune.ops import backend, selection, splitting
+from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.admm_state import Batch, Measured, State
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
-from admm_prune.solvers.polish import refit_
+from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
 from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
 

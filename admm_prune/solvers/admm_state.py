@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from admm_prune.kernels.graphs import Replayed
+from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Problem
 from admm_prune.solvers.x_updates import DenseUpdate, QuadraticUpdate

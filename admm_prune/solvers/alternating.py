@@ -10,7 +10,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Coordinated, Minimizable, Problem, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.base import Iterative, Solver
-from admm_prune.solvers.polish import Polish
+from admm_prune.solvers.refit import Polish
 
 
 @dataclass

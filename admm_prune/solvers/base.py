@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
 from admm_prune.result import Progress, Result, Status

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, require
 from admm_prune.result import Result, Status

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import backend, precision, quadratic, selection
+from admm_prune.ops import backend, precision, quadratic, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, require
 from admm_prune.result import Result
@@ -87,7 +87,7 @@ class SparseGPT:
             if keep is None and group == 1:
                 keep = _choose(rows, factor, constraint, start, stop, width)
             if fused:
-                from admm_prune.kernels.triton.sweep import eliminate_
+                from admm_prune.ops.triton.sweep import eliminate_
 
                 errors = eliminate_(columns, factor, start, stop, keep, pattern or (1, 1))
                 columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

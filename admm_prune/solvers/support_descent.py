@@ -1,15 +1,17 @@
-"""Descent on a support: Adam on sampled gradients, all weights at once, zeros stay zeros."""
+"""Adam on sampled gradients restricted to a fixed support, and the one-shot projections: magnitude and Wanda."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Stochastic, SupportConstraint, require
-from admm_prune.result import Progress
-from admm_prune.solvers.base import Iterative
+from admm_prune.problem import Problem, Quadratic, Stochastic, SupportConstraint, require
+from admm_prune.result import Progress, Result
+from admm_prune.solvers.base import Iterative, closed_form, projection_in_its_metric
 
 _TINY = 1e-12  # keeps 0 / 0 off the support at 0; gradients are those of a sum over all tokens
 
@@ -93,3 +95,32 @@ class SupportDescent(Iterative[State]):
 def _rms(x: Tensor, kept: Tensor) -> float:
     """The root mean square of the entries kept."""
     return float((x.square().sum() / max(1, int(kept.sum()))).sqrt())
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Projects the dense weights: keeps the largest |w|. Fits every problem."""
+
+    @precision.full()
+    def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
+        began = time.perf_counter()
+        return closed_form(problem, problem.constraint.project(problem.initial()), began, start)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Projects the unconstrained minimum in the metric diag(A): keeps the largest |w_ij| ||x_j||.
+
+    As published the budget is per row (`RowWise`); any constraint is taken.
+
+    Raises:
+        TypeError: the problem is not Quadratic.
+
+    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023.
+    """
+
+    @precision.full()
+    def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
+        require(self, problem, Quadratic, "the norms of its inputs are its metric")
+        began = time.perf_counter()
+        return closed_form(problem, projection_in_its_metric(problem), began, start)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.kernels import backend
+from admm_prune.ops import backend
 from admm_prune.problem import Constraint, Quadratic, fits
 from admm_prune.result import Result
 from admm_prune.solvers.base import Iterative, Solver

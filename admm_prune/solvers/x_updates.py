@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import backend, products, quadratic
+from admm_prune.ops import backend, quadratic
+from admm_prune.ops import precision as products
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Constraint, SupportConstraint
 from admm_prune.testing.drawing import for_all, st
-from admm_prune.testing.promise import Case, named, same_bits, same_form, shares_memory
+from admm_prune.testing.results import Case, named, same_bits, same_form, shares_memory
 from admm_prune.testing.supports import ALL, Family, Frame, column_cuts, families, grown
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -9,8 +9,7 @@ from admm_prune.problem import Problem
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.base import Iterative
 from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, VIEWS, Maker
-from admm_prune.testing.promise import Case, same_bits
-from admm_prune.testing.results import check_result
+from admm_prune.testing.results import Case, check_result, same_bits
 from admm_prune.testing.trial import Trial
 
 _LENGTH = 20  # iterations, 10 + 10

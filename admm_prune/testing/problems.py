@@ -24,12 +24,21 @@ from admm_prune.problem import (
     Stochastic,
     SupportConstraint,
 )
-from admm_prune.testing.differences import lower_neighbour, precision, random_like, rms, slope
 from admm_prune.testing.drawing import for_all, st
-from admm_prune.testing.held_out import check_held_out
-from admm_prune.testing.promise import Case, equal, same_bits, same_form
 from admm_prune.testing.quadratics import check_quadratic
+from admm_prune.testing.results import (
+    Case,
+    equal,
+    lower_neighbour,
+    precision,
+    random_like,
+    rms,
+    same_bits,
+    same_form,
+    slope,
+)
 from admm_prune.testing.sampling import check_curvature, check_sampled_losses
+from admm_prune.testing.views import check_held_out
 
 _DIRECTIONS = 6
 

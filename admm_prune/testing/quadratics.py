@@ -7,8 +7,7 @@ from torch import Tensor
 
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic
-from admm_prune.testing.differences import precision, random_like, rms, slope
-from admm_prune.testing.promise import Case, named
+from admm_prune.testing.results import Case, named, precision, random_like, rms, slope
 
 
 def check_quadratic(case: Case, problem: Quadratic, seed: int) -> None:

@@ -1,14 +1,18 @@
-"""What holds of every result, whatever the problem."""
+"""Checks that hold for every result, the error that they raise, and slopes from values alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 
+from admm_prune.point import Point
 from admm_prune.problem import Problem, SupportConstraint
 from admm_prune.result import Result, Status
-from admm_prune.testing.promise import Case, same_form
 
 
 def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, watched: bool = False) -> None:
@@ -63,3 +67,135 @@ def _check_history(case: Case, result: Result) -> None:
             "return the best point that it measured",
             f"iteration {progress.iteration} had {progress.objective}, it returned {result.objective}",
         )
+
+
+def named(thing: object) -> str:
+    """The class of a thing, with those of its settings that are not the default ones where it is a dataclass."""
+    kind = type(thing).__name__
+    if not is_dataclass(thing):
+        return kind
+    shown = []
+    for part in fields(thing):
+        value = getattr(thing, part.name)
+        if part.default is MISSING or value != part.default:
+            inner = named(value) if is_dataclass(value) else repr(value)
+            shown.append(f"{part.name}={inner}")
+    return f"{kind}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Who is checked, and on which input: the opening of every message."""
+
+    owner: str
+    input: str
+
+    def but(self, more: str) -> Case:
+        """The same case with more said of its input."""
+        return replace(self, input=f"{self.input}, {more}")
+
+    def promise(self, kept: bool, duty: str, found: str = "") -> None:
+        """Raises AssertionError unless kept: '`owner` on `input` must `duty`; `found`'."""
+        if not kept:
+            raise AssertionError(f"{self.owner} on {self.input} must {duty}" + (f"; {found}" if found else ""))
+
+    @contextmanager
+    def doing(self, what: str) -> Generator[None, None, None]:
+        """Turns whatever the class under test raises meanwhile into an AssertionError that says so."""
+        try:
+            yield
+        except Exception as error:
+            kind = type(error).__name__
+            raise AssertionError(f"{self.owner} on {self.input} must {what}; it raised {kind}: {error}") from error
+
+
+def same_bits(a: Point, b: Point) -> bool:
+    """True where names, dtypes, shapes and all entries are equal."""
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """True where two answers of a problem are equal to the bit: points, numbers, or tuples of them."""
+    if isinstance(a, Point) and isinstance(b, Point):
+        return same_bits(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def same_form(a: Point, b: Point) -> bool:
+    """True where names, shapes, dtypes and devices are equal."""
+    return a.keys() == b.keys() and all(
+        a[name].shape == x.shape and a[name].dtype == x.dtype and a[name].device == x.device for name, x in b.items()
+    )
+
+
+def shares_memory(a: Point, b: Point) -> bool:
+    """True where a tensor of one point and one of the other have a storage in common."""
+    theirs = {x.untyped_storage().data_ptr() for x in b.values() if x.numel()}
+    return any(x.numel() and x.untyped_storage().data_ptr() in theirs for x in a.values())
+
+
+_SCALES = (1e-4, 1e-2, 1.0)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """(f(x + t d) - f(x - t d)) / 2t, and what rounding may have added to it."""
+
+    value: float
+    rounding: float
+
+
+def precision(point: Point) -> float:
+    """eps of the coarsest dtype of a point."""
+    return max(torch.finfo(x.dtype).eps for x in point.values())
+
+
+def rms(point: Point) -> float:
+    """The root mean square of the entries; 1 for the zero point."""
+    return float(point.norm() / point.numel() ** 0.5) or 1.0
+
+
+def random_like(point: Point, seed: int, scale: float = 1.0) -> Point:
+    """Normal entries, in the form of a point."""
+    g = torch.Generator().manual_seed(seed)
+    return point.map(lambda x: (scale * torch.randn(x.shape, generator=g, dtype=torch.float64)).to(x))
+
+
+def slope(value: Callable[[Point], float], x: Point, direction: Point) -> Slope:
+    """The central difference along d, with t = eps^(1/3) times the size of x over the size of d."""
+    eps = precision(x)
+    t = eps ** (1 / 3) * max(rms(x), 1e-3) / rms(direction)
+    above, below = value(x + t * direction), value(x - t * direction)
+    # Entries of x +- t d are rounded too: the true difference may be off by eps |x| against a step of t |d|.
+    return Slope((above - below) / (2 * t), 100 * eps * max(abs(above), abs(below)) / t)
+
+
+def lower_neighbour(
+    value: Callable[[Point], float], x: Point, directions: list[Point], *, smooth: bool, strength: float
+) -> str | None:
+    """Looks for a point near x, along some directions, where a function is lower than at x.
+
+    Args:
+        smooth: the function has a gradient: where its slope is not zero at x, a lower point is near.
+        strength: the size of a slope that an error of the size of x would leave; 1.5e-7 of it (in float64) is let pass.
+
+    Returns:
+        What was found, in words; None where x stands the test.
+    """
+    eps = precision(x)
+    here = value(x)
+    for d in directions:
+        for scale in _SCALES:
+            step = scale * rms(x) / rms(d)
+            for side in (x + step * d, x - step * d):
+                there = value(side)
+                if there < here - 1000 * eps * max(abs(here), abs(there)):
+                    return f"{there} is reached near by, {here} was returned"
+        if smooth:
+            found = slope(value, x, d)
+            allowed = found.rounding + 10 * eps**0.5 * strength * float(d.norm())
+            if abs(found.value) > allowed:
+                return f"the slope along a direction is {found.value}, beyond rounding ({allowed})"
+    return None

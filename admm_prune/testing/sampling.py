@@ -6,8 +6,7 @@ import torch
 
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Stochastic
-from admm_prune.testing.differences import precision, rms
-from admm_prune.testing.promise import Case
+from admm_prune.testing.results import Case, precision, rms
 
 _PROBES = 6  # sign directions for each tensor
 _FACTOR = 10.0  # by how much a curvature may be outside the range over the tensors

@@ -18,9 +18,8 @@ from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.drawing import for_all, st
 from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, TROUBLES, VIEWS, Maker, ill_posed, layer
 from admm_prune.testing.iteration import check_iterative
-from admm_prune.testing.promise import Case, named, same_bits
 from admm_prune.testing.quadratics import optimum
-from admm_prune.testing.results import check_result
+from admm_prune.testing.results import Case, check_result, named, same_bits
 from admm_prune.testing.trial import Trial
 
 _TINY: tuple[tuple[SparseSet, int, int], ...] = (

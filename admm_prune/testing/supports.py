@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
-from admm_prune.testing.promise import Case
+from admm_prune.testing.results import Case
 
 ALL = 12  # entries whose supports are all tried: 4096
 SOME = 10  # entries tried at a time where there are more

@@ -12,7 +12,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver
-from admm_prune.testing.promise import Case, named, shares_memory
+from admm_prune.testing.results import Case, named, shares_memory
 
 
 @dataclass

@@ -1,14 +1,27 @@
-"""A quadratic problem seen through one capability at a time: for solvers that ask for no more."""
+"""A quadratic problem that shows one capability at a time, and a problem with other held-out data."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 
 from admm_prune.point import Point
-from admm_prune.problem import Constraint, Problem
+from admm_prune.problem import (
+    Blockwise,
+    Constraint,
+    Coordinated,
+    Differentiable,
+    Minimizable,
+    Problem,
+    Proximable,
+    Quadratic,
+    Refittable,
+    Stochastic,
+)
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.testing.results import Case, equal, random_like, rms
 
 
 class Bare:
@@ -66,3 +79,53 @@ class OnlyBlockwise(Bare):
         if name not in self.order:
             raise KeyError(f"there is no block {name}")
         return cast(Problem, self._inside)
+
+
+def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Point], seed: int) -> None:
+    """Checks that two problems that differ in their held-out data alone differ in `judge` alone.
+
+    Initial point, curvature, values, gradients, sampled gradients, prox, refit, minimize, the tensors of a Quadratic
+    problem and all of these of each block must be equal to the bit.
+    """
+    twins = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
+    for (name, ours), (_, theirs) in twins:
+        case.promise(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
+    if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
+        judged = [(problem.judge(x), other.judge(x)) for x in points]
+        case.promise(
+            any(ours != theirs for ours, theirs in judged), "judge by its held-out data", f"both give {judged[0][0]}"
+        )
+
+
+def _answers(problem: Problem, points: list[Point], seed: int) -> Iterator[tuple[str, Any]]:
+    """All that a problem computes but `judge`, by name."""
+    yield "initial point", problem.initial()
+    yield "curvature", problem.curvature
+    last = points[-1]
+    for x in points:
+        yield "value", problem.value(x)
+        if isinstance(problem, Differentiable):
+            yield "gradient", problem.value_and_gradient(x)
+    if isinstance(problem, Stochastic):
+        for draw in (0, 1, 7):
+            yield "sampled gradient", problem.sample_gradient(last, draw)
+    if isinstance(problem, Quadratic):
+        for name in ("hessian", "linear", "minimizer"):
+            yield name, Point({name: getattr(problem, name)})
+    if isinstance(problem, Proximable):
+        for rho in (1e-2, 1.0, 30.0):
+            yield "prox", problem.prox(last, rho)
+    if isinstance(problem, Refittable):
+        mask = random_like(last, seed).map(lambda score: score > 0)
+        yield "refit", problem.refit(mask)
+        yield "refit", problem.refit(mask.map(torch.ones_like))
+    if isinstance(problem, Minimizable):
+        yield "minimum", problem.minimize()
+    if isinstance(problem, Blockwise):
+        for x in points:
+            for block in problem.order:
+                inner = problem.block(block, x)
+                start = inner.initial()
+                near = start + random_like(start, seed, 0.1 * rms(start))
+                for name, answer in _answers(inner, [start, near], seed):
+                    yield f"{name} of block {block}", answer

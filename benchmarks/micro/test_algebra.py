@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM, SparseSet, Unstructured
-from admm_prune.problems.gram import GramAccumulator
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.x_updates import QuadraticUpdate
+from admm_prune.statistics import GramAccumulator
 from benchmarks.micro.floors import Layer, Measure
 
 ITERATIONS = 10

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import selection
+from admm_prune.ops import selection
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
 from benchmarks.micro.floors import Layer, Measure

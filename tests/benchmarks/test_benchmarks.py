@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
-from admm_prune.recipes.targets import Target, parse_targets, target_named
+from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate

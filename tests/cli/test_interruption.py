@@ -16,7 +16,7 @@ import pytest
 from outcome import Command
 
 from admm_prune.cli import common, interrupts
-from admm_prune.runs import pruning
+from admm_prune.runs import prune
 
 MODES = pytest.mark.parametrize(
     ("error", "status"),
@@ -45,7 +45,7 @@ def test_what_breaks_off_is_kept_beside_its_place_and_resumed(
     name: str, moment: str, error: BaseException, status: int,
 ) -> None:  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, moment, breaks(error))
+        patch.setattr(prune, moment, breaks(error))
         outcome = command(name, *arguments)
     assert (outcome.status, outcome.out) == (status, "")
     of_a_row = str(place / "deep/out.partial/checkpoints/models/magnitude-50")  # a comparison's, with its own journal
@@ -71,7 +71,7 @@ def test_a_folder_of_ours_survives_a_run_that_breaks_off_and_is_then_replaced_wh
     (out / "leftover.txt").write_text("of an earlier release")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "write_json", breaks(error))
+        patch.setattr(prune, "write_json", breaks(error))
         assert command("run", *arguments, "--method", "wanda", "--overwrite").status == status
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path.name for path in out.parent.iterdir()} == {"out", "out.partial"}
@@ -85,7 +85,7 @@ def test_a_folder_that_comes_while_a_run_is_at_work_is_not_replaced(
     command: Command, place: Path, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a tracker's would be, that is named as the output is."""
-    save, notes = pruning.save, place / "deep/out/notes.txt"
+    save, notes = prune.save, place / "deep/out/notes.txt"
 
     def comes(*given: Any) -> None:
         notes.parent.mkdir()
@@ -93,7 +93,7 @@ def test_a_folder_that_comes_while_a_run_is_at_work_is_not_replaced(
         save(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "save", comes)
+        patch.setattr(prune, "save", comes)
         outcome = command("run", *arguments)
     assert outcome.status == 2
     reason = "deep/out exists and was not written by admm-prune: choose another output"

@@ -14,9 +14,9 @@ from outcome import Command
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.runs.comparison import ComparisonSettings, compare
-from admm_prune.runs.folder import MANIFEST
-from admm_prune.runs.journal import home_of, journal_of
+from admm_prune.runs.compare import ComparisonSettings, compare
+from admm_prune.runs.journal.folder import MANIFEST
+from admm_prune.runs.journal.journal import home_of, journal_of
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
@@ -129,7 +129,7 @@ def test_prune_from_python(model_folder: Path, text_file: Path, place: Path) -> 
 def test_a_comparison_that_is_finished_stays(model_folder: Path, text_file: Path, place: Path) -> None:
     Path("out").mkdir()
     (Path("out") / MANIFEST).write_text("{}")
-    from admm_prune.recipes.targets import Target
+    from admm_prune.methods.target import Target
     from admm_prune.runs.texts import TextSettings
 
     settings = ComparisonSettings(

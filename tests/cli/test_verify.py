@@ -21,9 +21,9 @@ NORM = "model.layers.0.input_layernorm.weight"
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
     """A run and a comparison, made once. Not to be written to."""
-    from admm_prune.recipes.targets import Target
-    from admm_prune.runs.comparison import ComparisonSettings, compare
-    from admm_prune.runs.pruning import prune
+    from admm_prune.methods.target import Target
+    from admm_prune.runs.compare import ComparisonSettings, compare
+    from admm_prune.runs.prune import prune
     from admm_prune.runs.texts import TextSettings
 
     place = tmp_path_factory.mktemp("finished")

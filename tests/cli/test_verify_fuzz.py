@@ -25,17 +25,17 @@ from safetensors.torch import load_file, save_file
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
+from admm_prune.methods.local import method_named
+from admm_prune.methods.target import Target
 from admm_prune.models import loading
 from admm_prune.models.loading import LoadedModel
-from admm_prune.recipes.local_methods import method_named
-from admm_prune.recipes.targets import Target
-from admm_prune.runs import run_verification
 from admm_prune.runs.claims import CLAIMS_DIGEST, claims_sha256
 from admm_prune.runs.fingerprints import with_digest
-from admm_prune.runs.run_verification import verify_folder
-from admm_prune.runs.solving import solve_layer_file
-from admm_prune.runs.verification import verify_layer
-from admm_prune.runs.verification_report import Verdict, Verification
+from admm_prune.runs.layer import solve_layer_file
+from admm_prune.verify import run
+from admm_prune.verify.layer import verify_layer
+from admm_prune.verify.report import Verdict, Verification
+from admm_prune.verify.run import verify_folder
 
 MANIFEST, TIMINGS = "admm_prune.json", "timings.json"
 FEW = 12  # alterations of a kind in the fast suite
@@ -46,8 +46,8 @@ WITH_TEXT = ("pruned", "texts", "continuation")  # recomputed only where the tex
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory, narrow_model: Path, text_file: Path) -> Path:
     """A run, and a comparison of two models, of a model of one block of width 16. Not to be written to."""
-    from admm_prune.runs.comparison import ComparisonSettings, compare
-    from admm_prune.runs.pruning import prune
+    from admm_prune.runs.compare import ComparisonSettings, compare
+    from admm_prune.runs.prune import prune
     from admm_prune.runs.texts import TextSettings
 
     place = tmp_path_factory.mktemp("originals")
@@ -83,7 +83,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
             kept[state] = loading.load(source, device=device)
         return kept[state]
 
-    monkeypatch.setattr(run_verification, "load", load)
+    monkeypatch.setattr(run, "load", load)
 
 
 def outcome_of(check: Callable[[], Verification], *places: str) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from admm_prune.errors import UserError
-from admm_prune.recipes.selection import Selection
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.comparison import ComparisonSettings, compare
+from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.target import Target
+from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.fingerprints import with_digest
-from admm_prune.runs.pruning import prune
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.runs.prune import prune
 from admm_prune.runs.texts import TextSettings
-from admm_prune.runs.verification_report import Verdict, Verification
+from admm_prune.verify.report import Verdict, Verification
+from admm_prune.verify.run import verify_folder
 
 FEW: dict[str, Any] = {"samples": 4, "eval_samples": 2}
 MANIFEST = "admm_prune.json"

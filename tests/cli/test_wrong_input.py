@@ -11,7 +11,7 @@ import torch
 from outcome import Command, Refused
 from safetensors.torch import load_file, save_file
 
-from admm_prune.runs import folder
+from admm_prune.runs.journal import folder
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"

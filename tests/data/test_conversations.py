@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from admm_prune.data.conversations import ChatText, conversation_of
 from admm_prune.data.sequences import pack
-from admm_prune.data.sources import Corpus, read_corpus
-from admm_prune.data.splits import hold_out
+from admm_prune.data.sources import Corpus, hold_out, read_corpus
 from admm_prune.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]

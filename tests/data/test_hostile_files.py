@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from admm_prune.data.sequences import encode
 from admm_prune.data.sources import read_corpus
-from admm_prune.data.tokens import encode
 from admm_prune.errors import UserError
 
 ROWS = [{"id": i, "text": f"story {i} ☃", "messages": [{"role": "user", "content": "hello"}]} for i in range(20)]

@@ -18,10 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from admm_prune.data import objects
 from admm_prune.data.objects import check_ids, corpus_of
-from admm_prune.data.sequences import pack
-from admm_prune.data.sources import Corpus
-from admm_prune.data.splits import hold_out
-from admm_prune.data.tokens import encode
+from admm_prune.data.sequences import encode, pack
+from admm_prune.data.sources import Corpus, hold_out
 from admm_prune.errors import UserError
 
 STORIES = ("the cat sat", "to be or not")

@@ -39,8 +39,8 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
-from admm_prune.runs.planning.anatomy import Anatomy
-from admm_prune.runs.planning.plan import make_plan
+from admm_prune.plan.anatomy import Anatomy
+from admm_prune.plan.plan import make_plan
 from admm_prune.runs.texts import TextSettings
 
 __all__ = ["text_file"]  # a fixture

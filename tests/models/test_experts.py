@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from admm_prune import ADMM, SparseAdam
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Request
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.ridge import GRID
+from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.ridge import GRID
-from admm_prune.recipes.targets import Target
 from admm_prune.solvers import together
 
 

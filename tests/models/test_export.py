@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import Branch, branches, heads_stay, keep_units, pad_units
 from admm_prune.models.export import Form, check_exportable, export, units_by_block
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.sublayers import Branch, branches, heads_stay, keep_units, pad_units
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12], [0, 8, 7, 6, 5, 4, 3, 2, 1, 100]])
 # Every way to be stored, and every class; families alike are left to the table of families and methods. Eager attention

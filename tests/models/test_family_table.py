@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.base import OnProgress, Outcome, Request
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.registry import RECIPES, recipe_named
+from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import RECIPES, recipe_named
-from admm_prune.recipes.recipe import OnProgress, Outcome, Request
-from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Trained
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12]])
 NEURONS = {"mlp", "0", "1"}  # modules that hold them; in OPT the blocks

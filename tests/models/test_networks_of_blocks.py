@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.kernels.activations import ACTIVATIONS
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.feed_forward import FeedForwardViews, feed_forwards
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.ops.activations import ACTIVATIONS
 
 EXPECTED = {
     "llama": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),

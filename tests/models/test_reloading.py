@@ -15,11 +15,11 @@ from tiny_models import build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import branches, keep_units
 from admm_prune.models.export import export
 from admm_prune.models.loading import LoadedModel, open_on_disk, save
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.sublayers import branches, keep_units
 
 IDS = torch.tensor([0, 5, 17, 42, 99, 7, 3, 250, 11, 12])
 each_way = pytest.mark.parametrize("whole", [True, False], ids=["whole", "by blocks"])

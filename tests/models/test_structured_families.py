@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Request
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.struprune.struprune import STRUCTURED, configured
+from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.reloading import check_reloaded
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.structured import STRUCTURED, configured
-from admm_prune.recipes.targets import Target
 
 NO_CLASS = "there is no class with unlike blocks for it: use struprune-uniform or struprune-padded"
 REFUSED = {  # by the part of a variant's name, and of a method's: what is said

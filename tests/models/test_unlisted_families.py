@@ -20,7 +20,7 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks, notes_on
-from admm_prune.runs.planning.anatomy import Anatomy
+from admm_prune.plan.anatomy import Anatomy
 
 MIXTURE = LLAMA | {"num_experts_per_tok": 2}
 UNLISTED: dict[str, tiny_models.Family] = {

@@ -10,7 +10,7 @@ from tiny_models import build
 from transformers import PreTrainedTokenizerFast
 
 import admm_prune
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.verify.run import verify_folder
 
 __all__ = ["text_file"]  # a fixture
 

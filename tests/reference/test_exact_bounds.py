@@ -13,17 +13,16 @@ from instances import Toy, correlated, keeping, normal
 
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, StackedRows, Unstructured
-from admm_prune.problems.groups import GroupReconstruction
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.closed_form import Magnitude, Wanda
-from admm_prune.solvers.group_mask import GroupMask
-from admm_prune.solvers.group_obs import GroupOBS
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.polish import Polish
 from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, GroupExact, lower_bound
 from admm_prune.solvers.reference.rigorous import Form, gamma, least_eigenvalue, scaled_form
+from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.support_descent import Magnitude, Wanda
 from benchmarks import exact_bounds
 
 

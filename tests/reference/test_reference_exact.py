@@ -26,8 +26,7 @@ from admm_prune.solvers.reference import (
     cvxpy_models,
 )
 from admm_prune.solvers.reference.brute_force import all_supports
-from admm_prune.solvers.reference.row_search import search, swap_gains
-from admm_prune.solvers.reference.rows import separate
+from admm_prune.solvers.reference.rows import search, separate, swap_gains
 
 TIGHT = 1e-8
 

@@ -9,10 +9,10 @@ import torch
 
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
-from admm_prune.recipes.local_methods import method_named
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.solving import solve_layer_file
-from admm_prune.runs.verification import verify_layer
+from admm_prune.methods.local import method_named
+from admm_prune.methods.target import Target
+from admm_prune.runs.layer import solve_layer_file
+from admm_prune.verify.layer import verify_layer
 
 
 def layer(path: Path, seed: int, dtype: torch.dtype, *, shift: float = 0.0, energy: float = 1.0) -> Path:

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.certificates import Certificates, certify
-from admm_prune.runs.recomputation import Array, Budget, Definition, define
-from admm_prune.runs.swaps import fixed_swaps_across, fixed_swaps_within, refitted_swaps
+from admm_prune.methods.target import Target
 from admm_prune.testing.instances import correlated_inputs, random_weight
+from admm_prune.verify.certificates import Certificates, certify, fixed_swaps_across, fixed_swaps_within, refitted_swaps
+from admm_prune.verify.recomputation import Array, Budget, Definition, define
 
 WIDTH = 12
 SEEDS = st.integers(0, 10_000)

@@ -11,12 +11,12 @@ import pytest
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
+from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.recipes.selection import Selection
-from admm_prune.recipes.targets import Target
-from admm_prune.runs import comparison
-from admm_prune.runs.comparison import Comparison, ComparisonSettings, Row, compare
-from admm_prune.runs.journal import FolderJournal
+from admm_prune.runs import compare as comparison
+from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
+from admm_prune.runs.journal.journal import FolderJournal
 from admm_prune.runs.texts import TextSettings
 
 DENSE = Evaluation(

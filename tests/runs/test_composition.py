@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import admm_prune
 from admm_prune import ADMM, Blocks, Groups, LayerReconstruction, NofM, RowWise, SparseGPT, Unstructured
 from admm_prune.errors import UserError
-from admm_prune.runs.pruning import Report
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.runs.prune import Report
+from admm_prune.verify.run import verify_folder
 
 Prune = Callable[..., Report]
 MLP = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

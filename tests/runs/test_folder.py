@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from admm_prune.errors import UserError
-from admm_prune.runs.folder import MANIFEST, check_output, output_folder, write_json
+from admm_prune.runs.journal.folder import MANIFEST, check_output, output_folder, write_json
 
 
 def fill(folder: Path, text: str) -> None:

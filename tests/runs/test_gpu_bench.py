@@ -14,14 +14,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from admm_prune.bench import baselines, blocks, layers, rows, scaling, suite, training
+from admm_prune.bench.baselines import Ceilings, Work
+from admm_prune.bench.rows import Case, Figures, Row, Runner
+from admm_prune.bench.suite import rendered
 from admm_prune.cli.app import app
 from admm_prune.errors import UserError
-from admm_prune.kernels import quadratic
+from admm_prune.ops import quadratic
 from admm_prune.problems.constraints import NofM, Unstructured
-from admm_prune.runs.gpu import baselines, blocks, layers, rows, scaling, suite, training
-from admm_prune.runs.gpu.ceilings import Ceilings, Work
-from admm_prune.runs.gpu.rows import Case, Figures, Row, Runner
-from admm_prune.runs.gpu.table import rendered
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(dict.fromkeys(("float64", "float32", "bfloat16", "bfloat16x3"), 1000000000.0), read=1e9, copied=1e9)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from admm_prune.errors import UserError
+from admm_prune.inference import timing
+from admm_prune.inference.timing import _CSRLinear, bench_inference, differs, prefill, timed
 from admm_prune.models.loading import load
-from admm_prune.runs import inference
-from admm_prune.runs.inference import _CSRLinear, bench_inference, differs, prefill, timed
-from admm_prune.runs.pruning import prune
+from admm_prune.runs.prune import prune
 
 QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "device": "cpu"}
 
@@ -110,7 +110,7 @@ def test_a_sentence_on_speed_rests_on_the_spread(
     def clock(run: object, models: dict[str, object], *_: int) -> dict[str, list[float]]:
         return {name: seconds.get(name, [5.0, 5.0]) if run is prefill else [3.0, 3.0] for name in models}
 
-    monkeypatch.setattr(inference, "timed", clock)
+    monkeypatch.setattr(timing, "timed", clock)
     content = bench_inference(folders["smaller"], str(model_folder), **QUICK | {"repeats": 2})
     (sentence,) = (s for s in content["sentences"] if s.startswith("as stored, beside dense"))
     assert sentence == f"as stored, beside dense: {said}; decoding shows no difference beyond the spread."

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from admm_prune.runs.memory import PeakMemory, peak_resident_bytes
+from admm_prune.runs.machine import PeakMemory, peak_resident_bytes
 
 
 def touch(mib: int) -> np.ndarray:

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from admm_prune.errors import UserError
+from admm_prune.inference.packing import pack, unpack
 from admm_prune.models.archive import PACK_MANIFEST, pack_file, unpack_file
 from admm_prune.models.loading import load
 from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.packing import pack, unpack
-from admm_prune.runs.pruning import prune
+from admm_prune.runs.prune import prune
 
 
 def masked(shape: tuple[int, ...], sparsity: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

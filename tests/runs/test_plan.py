@@ -14,26 +14,24 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
+from admm_prune.methods.base import Request
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.layerwise import prune_several, prune_shared
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import RECIPES, recipe_named
+from admm_prune.methods.target import Target
 from admm_prune.models.capture import SharedInput
+from admm_prune.models.evaluate import next_token_loss
 from admm_prune.models.experts import routed
-from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.problems.gram import LayerStatistics
-from admm_prune.recipes.catalogue import RECIPES, recipe_named
-from admm_prune.recipes.layerwise import prune_several, prune_shared
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Trained
-from admm_prune.runs.planning.anatomy import Anatomy
-from admm_prune.runs.planning.blockwise import SOLVER, Collected, _local, blockwise_stages
-from admm_prune.runs.planning.counting import counted
-from admm_prune.runs.planning.machine import GPUS, Machine, measured_here
-from admm_prune.runs.planning.plan import make_plan
-from admm_prune.runs.planning.stages import Stretch, stretch
-from admm_prune.runs.planning.trials import LayerTrial, random_gram, view_of
-from admm_prune.runs.planning.whole_model import training
-from admm_prune.runs.planning.work import KINDS, Work
+from admm_prune.plan.anatomy import Anatomy
+from admm_prune.plan.blockwise import SOLVER, Collected, _local, blockwise_stages, training
+from admm_prune.plan.counting import KINDS, Work, counted
+from admm_prune.plan.machine import GPUS, Machine, measured_here
+from admm_prune.plan.plan import make_plan
+from admm_prune.plan.stages import Stretch, stretch
+from admm_prune.plan.trials import LayerTrial, random_gram, view_of
+from admm_prune.statistics import LayerStatistics
 
 
 def text(rows: int, length: int) -> Sequences:
@@ -219,7 +217,7 @@ def test_a_machine_has_a_rate_for_every_kind_of_work() -> None:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.runs.planning.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
     sparsity = 0 if name == "tuned-dense" else 0.5
     steps = 16 if isinstance(RECIPES[name], Trained) else None
     plan = make_plan("embedded", method=name, sparsity=sparsity, samples=16, length=32, steps=steps)
@@ -232,7 +230,7 @@ def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.runs.planning.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
     how = {"method": "elsa-published", "sparsity": 0.5, "samples": 16, "length": 32, "steps": 16, "gpu": gpu}
     one, eight = (make_plan("embedded", **how, gpus=gpus) for gpus in (1, 8))  # type: ignore[arg-type]
     assert eight.peak("device").bytes < one.peak("device").bytes

@@ -20,19 +20,18 @@ from safetensors.torch import load_file, save, save_file
 from test_sparse_adam_sharded import in_processes
 
 from admm_prune.errors import UserError
-from admm_prune.models.branches import branches
+from admm_prune.methods.base import NOTHING, Journal, Recipe, Request
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.sparsellm import SPARSELLM
+from admm_prune.methods.struprune.struprune import STRUCTURED
+from admm_prune.methods.target import Target
 from admm_prune.models.budgets import savings
 from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.problems.share import Share
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.journal import NOTHING, Journal
-from admm_prune.recipes.recipe import Recipe, Request
-from admm_prune.recipes.sparsellm import SPARSELLM
-from admm_prune.recipes.structured import STRUCTURED
-from admm_prune.recipes.targets import Target
-from admm_prune.recipes.trained import Trained
+from admm_prune.models.sublayers import branches
+from admm_prune.problems.layer import Share
 from admm_prune.runs.texts import Texts, TextSettings
 
 LINE = "admm-prune: "

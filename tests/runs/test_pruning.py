@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Request
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.recipe import Request
-from admm_prune.recipes.targets import Target
-from admm_prune.runs import pruning
-from admm_prune.runs.evaluating import evaluate_model
+from admm_prune.runs import prune
+from admm_prune.runs.evaluate import evaluate_model
 from admm_prune.runs.texts import Texts, TextSettings
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
@@ -138,14 +138,14 @@ def test_the_report_shows_what_the_models_write(model_folder: Path, text_file: P
 def test_a_model_that_was_not_saved_well_is_not_reported_as_saved(
     how: dict[str, bool], model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = pruning.save
+    written = prune.save
 
     def badly(loaded: LoadedModel, folder: Path, metadata: dict[str, object]) -> None:
         written(loaded, folder, metadata)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
 
-    monkeypatch.setattr(pruning, "save", badly)
+    monkeypatch.setattr(prune, "save", badly)
     with pytest.raises(UserError, match=r"^nothing was saved: .* the logits are not\); report this$"):
         admm_prune.prune(
             model_folder, method="wanda", sparsity=0.5, data=str(text_file), samples=8, eval_samples=2,
@@ -165,15 +165,15 @@ def test_a_second_copy_is_made_only_where_it_fits(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways: list[bool] = []
-    checked = pruning.check_reloaded
+    checked = prune.check_reloaded
 
     def check(*arguments: Any, **how: Any) -> None:
         ways.append(how["whole"])
         checked(*arguments, **how)
 
-    monkeypatch.setattr(pruning, "check_reloaded", check)
+    monkeypatch.setattr(prune, "check_reloaded", check)
     for room in (2**40, 0):
-        monkeypatch.setattr(pruning, "free_bytes", lambda _, room=room: room)
+        monkeypatch.setattr(prune, "free_bytes", lambda _, room=room: room)
         admm_prune.prune(
             model_folder, method="magnitude", sparsity=0.5, data=str(text_file), samples=4, eval_samples=2,
             out=tmp_path / f"{room}", device="cpu", stream=False,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import admm_prune
 from admm_prune import ADMM, RowWise
 from admm_prune.errors import UserError
-from admm_prune.recipes.catalogue import recipe_named
+from admm_prune.methods.registry import recipe_named
 from admm_prune.runs.recipe_file import packaged_names, read_packaged, read_recipe, written
 from admm_prune.runs.recipe_schema import RecipeFile, schema, validated
 

@@ -16,15 +16,15 @@ from torch import nn
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.methods import registry
+from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import RECIPES, recipe_named
+from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes import catalogue
-from admm_prune.recipes.catalogue import RECIPES, recipe_named
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import LayerReport, Outcome, Request
-from admm_prune.recipes.targets import Target, parse_targets, target_named
-from admm_prune.runs.comparison import ComparisonSettings, compare
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import TextSettings
+from admm_prune.verify.run import verify_folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Global:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(catalogue, "RECIPES", {**RECIPES, "global": Global()})
+    monkeypatch.setattr(registry, "RECIPES", {**RECIPES, "global": Global()})
     return "global"
 
 
@@ -76,7 +76,7 @@ def test_every_local_method_is_a_recipe_and_so_is_a_reference() -> None:
 
 def test_the_catalogue_comes_without_the_heavy_packages() -> None:
     code = (
-        "import sys, admm_prune.recipes.catalogue\n"
+        "import sys, admm_prune.methods.registry\n"
         "print([name for name in ('transformers', 'datasets', 'cvxpy', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

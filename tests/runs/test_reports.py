@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Convergence
+from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.recipes.convergence import Convergence
-from admm_prune.recipes.targets import Target
 from admm_prune.result import Progress
-from admm_prune.runs.comparison import Comparison, ComparisonSettings, Row, compare
-from admm_prune.runs.folder import write_json
-from admm_prune.runs.phases import Phases
-from admm_prune.runs.reports import content, masks, plots, write_difference, write_report
+from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
+from admm_prune.runs.journal.folder import write_json
+from admm_prune.runs.manifest import Phases
+from admm_prune.runs.report import content, plots, write_difference, write_report
 from admm_prune.runs.texts import TextSettings
 
 CHROMIUM = shutil.which("chromium")
@@ -151,7 +151,7 @@ def test_a_solve_of_several_weights_tells_its_history_once(runs: Path) -> None:
 
 def test_tiles_are_shares_of_what_is_left(runs: Path) -> None:
     layers = manifest_of(runs / "wanda")["layers"]
-    weights = masks.Weights(runs / "wanda", layers)
+    weights = content.Weights(runs / "wanda", layers)
     tensors = load_file(runs / "wanda/model.safetensors")
     for layer in layers:
         stored, tiles = tensors[layer["name"]], weights.tiles(layer["name"])
@@ -161,7 +161,7 @@ def test_tiles_are_shares_of_what_is_left(runs: Path) -> None:
         expected = (stored != 0).double().reshape(16, rows // 16, 16, columns // 16).mean((1, 3))
         assert torch.allclose(torch.from_numpy(tiles.share).double(), expected)
     sliced = manifest_of(runs / "struprune")["layers"]
-    weights = masks.Weights(runs / "struprune", sliced)
+    weights = content.Weights(runs / "struprune", sliced)
     for layer in sliced:
         tiles = weights.tiles(layer["name"])
         assert tiles is not None
@@ -174,7 +174,7 @@ def test_stored_transposes_are_turned(tmp_path: Path) -> None:
     square[0] = 1.0
     save_file({"h.0.fc.weight": wide, "h.0.proj.weight": square}, tmp_path / "model.safetensors")
     layers = [{"name": "h.0.fc.weight", "shape": [6, 4]}, {"name": "h.0.proj.weight", "shape": [4, 4]}]
-    weights = masks.Weights(tmp_path, layers)
+    weights = content.Weights(tmp_path, layers)
     found = weights.read("h.0.proj.weight")
     assert found is not None
     assert torch.equal(found, square.T)

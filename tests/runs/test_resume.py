@@ -21,14 +21,13 @@ import torch
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.recipes.convergence import Convergence
-from admm_prune.recipes.recipe import LayerReport
-from admm_prune.recipes.ridge import Trial
-from admm_prune.runs.folder import TIMINGS
-from admm_prune.runs.journal import FolderJournal, home_of, journal_of
-from admm_prune.runs.randomness import random_state, restore_random_state
-from admm_prune.runs.reports import REPORT
-from admm_prune.solvers.doctor import Diagnosis
+from admm_prune.methods.base import Convergence, LayerReport
+from admm_prune.methods.ridge import Trial
+from admm_prune.runs.journal.folder import TIMINGS
+from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
+from admm_prune.runs.journal.world import random_state, restore_random_state
+from admm_prune.runs.report import REPORT
+from admm_prune.solvers.diagnostics import Diagnosis
 
 RUNS = [
     ("sparsegpt", False),
@@ -346,7 +345,7 @@ def test_killed_at_random_times_it_ends_in_the_same_files(
 ) -> None:
     """Three kills each, 24 in all, wherever a process is; each is forked with all libraries loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["admm_prune.runs.pruning", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["admm_prune.runs.prune", "transformers.models.llama.modeling_llama"])
     out, whole = tmp_path / "out", tmp_path / "whole"
 
     def begin(place: Path, resume: bool = False) -> Any:

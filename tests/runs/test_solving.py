@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
-from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named
-from admm_prune.recipes.targets import Target, parse_path, target_named
-from admm_prune.runs.solving import SolvedLayer, solve_layer_file, solve_path
-from admm_prune.runs.verification import verify_layer
+from admm_prune.methods.local import LOCAL_METHODS, method_named
+from admm_prune.methods.target import Target, parse_path, target_named
+from admm_prune.runs.layer import SolvedLayer, solve_layer_file, solve_path
 from admm_prune.testing.instances import correlated_inputs, random_weight
+from admm_prune.verify.layer import verify_layer
 
 PATH = [Target(0.9), Target(0.5), Target(0.7)]
 

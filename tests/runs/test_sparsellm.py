@@ -11,15 +11,15 @@ import torch
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.sparsellm import SparseLLM
+from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import recipe_named
-from admm_prune.recipes.local_methods import LOCAL_METHODS
-from admm_prune.recipes.recipe import Outcome, Request
-from admm_prune.recipes.sparsellm import SparseLLM
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.run_verification import verify_folder
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.verify.run import verify_folder
 
 
 def pruned(

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import admm_prune
+from admm_prune.bench import memory
+from admm_prune.bench.memory import Peak, Shape, write_random_model
+from admm_prune.bench.scaling import exponent
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
@@ -21,12 +24,10 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.runs import memory_scaling, streaming
-from admm_prune.runs.memory_scaling import Peak, Shape, write_random_model
-from admm_prune.runs.power_law import exponent
-from admm_prune.runs.pruning import Report
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.runs import streaming
+from admm_prune.runs.prune import Report
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.verify.run import verify_folder
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 METHODS = ("magnitude", "sparsegpt", "sparsellm", "struprune", "struprune-uniform", "structured-global")
@@ -121,22 +122,22 @@ def test_the_memory_bench_measures_both_families(
 ) -> None:
     """Tiny models here, in this process: the figures are the command's own business."""
     family = (Shape(128, 1), Shape(256, 2))
-    monkeypatch.setattr(memory_scaling, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
+    monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
 
     def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        memory_scaling._measure_here(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
+        memory._measure_here(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
-    monkeypatch.setattr(memory_scaling.subprocess, "run", here)
+    monkeypatch.setattr(memory.subprocess, "run", here)
     # Beside what other tests left behind, so small models may need no more memory: the peak is drawn.
-    monkeypatch.setattr(memory_scaling.PeakMemory, "extra_mib", 3.0)
-    monkeypatch.setattr(memory_scaling.PeakMemory, "__exit__", lambda *_: None)
-    content = memory_scaling.bench_memory(tmp_path / "out", tokens=256)
+    monkeypatch.setattr(memory.PeakMemory, "extra_mib", 3.0)
+    monkeypatch.setattr(memory.PeakMemory, "__exit__", lambda *_: None)
+    content = memory.bench_memory(tmp_path / "out", tokens=256)
     assert [peak["depth"] for peak in content["peaks"]] == [1, 2, 1, 2]
     assert content["exponents"] == {"growing": 0.0, "deeper": 0.0}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"admm_prune.json", "memory.txt", "memory.png"}
     with pytest.raises(UserError, match=r"--most 1000 leaves fewer than two models: give at least"):
-        memory_scaling.bench_memory(tmp_path / "other", most=1000)
+        memory.bench_memory(tmp_path / "other", most=1000)
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:

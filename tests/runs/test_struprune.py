@@ -14,22 +14,21 @@ from transformers import AutoModelForCausalLM
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
+from admm_prune.methods.struprune.sublayer import Pruner
+from admm_prune.methods.target import Target
 from admm_prune.models import budgets
-from admm_prune.models.branches import branches
 from admm_prune.models.budgets import UNITS, savings
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.sublayers import branches
 from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
-from admm_prune.recipes.branch_pruning import Pruner
-from admm_prune.recipes.recipe import Outcome, Request
-from admm_prune.recipes.structured import STRUCTURED
-from admm_prune.recipes.struprune import StruPrune
-from admm_prune.recipes.targets import Target
-from admm_prune.runs.comparison import ComparisonSettings, compare
-from admm_prune.runs.run_verification import verify_folder
+from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.verify.run import verify_folder
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 
@@ -164,7 +163,7 @@ def test_the_mean_of_the_error_goes_into_the_bias() -> None:
     x = torch.randn(200, 16)
     hidden = block.module.fc1(x).relu()
     before = block.module.fc2(hidden).mean(0)
-    from admm_prune.problems.gram import GramAccumulator, LayerStatistics
+    from admm_prune.statistics import GramAccumulator, LayerStatistics
 
     gram = GramAccumulator(24)
     gram.add(hidden)

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 import admm_prune
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.elsa.elsa import TRAINED, Elsa, Gradual, Ladder, staged
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
+from admm_prune.methods.registry import recipe_named, with_baselines
+from admm_prune.methods.target import Target, target_named
+from admm_prune.models.evaluate import Distillation, next_token_loss
 from admm_prune.models.loading import load
-from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.recipes.catalogue import recipe_named, with_baselines
-from admm_prune.recipes.elsa import TRAINED, Elsa, Gradual, Ladder, staged
-from admm_prune.recipes.rate import measured_rate
-from admm_prune.recipes.recipe import Outcome, Request
-from admm_prune.recipes.targets import Target, target_named
-from admm_prune.recipes.trained import Trained
-from admm_prune.recipes.training import endless_batches, held_out_loss
-from admm_prune.runs.comparison import ComparisonSettings, compare
+from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts, TextSettings
 
 PRUNING = [recipe.name for recipe in TRAINED if recipe.name != "tuned-dense"]
@@ -255,7 +254,7 @@ def test_steps_that_were_skipped_are_reported(
     def overflowing(model: nn.Module, batch: Batch) -> Tensor:
         return next_token_loss(model, batch) * (math.inf if next(calls) in (2, 5) else 1.0)
 
-    monkeypatch.setattr("admm_prune.recipes.trained.next_token_loss", overflowing)
+    monkeypatch.setattr("admm_prune.methods.elsa.trained.next_token_loss", overflowing)
     recipe = Gradual(steps=12, batch_size=4, interval=2, lr=1e-3)
     model, outcome = pruned(recipe, "0.5", model_folder, text_file)
     assert (outcome.details["training"]["steps"], outcome.details["training"]["skipped"]) == (12, 2)

@@ -10,7 +10,7 @@ import pytest
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.recipes import trained
+from admm_prune.methods.elsa import trained
 
 STEPS = 24
 TIMED = {"timings.json", "report.html"}  # they tell times

@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
-from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, with_parts
-from admm_prune.recipes.targets import Target
+from admm_prune.methods.local import LOCAL_METHODS, method_named, with_parts
+from admm_prune.methods.target import Target
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
-from admm_prune.runs.exhaustive import least_loss
-from admm_prune.runs.recomputation import Budget, define, relative_error
-from admm_prune.runs.solving import solve_layer_file
-from admm_prune.runs.verification import verify_layer
-from admm_prune.runs.verification_report import Verdict
+from admm_prune.runs.layer import solve_layer_file
 from admm_prune.testing.instances import correlated_inputs, random_weight
+from admm_prune.verify.layer import verify_layer
+from admm_prune.verify.recomputation import Budget, define, least_loss, relative_error
+from admm_prune.verify.report import Verdict
 
 TARGETS = {"0": Target(0.0), "0.5": Target(0.5), "0.83": Target(0.83), "1": Target(1.0), "2:4": Target(None, (2, 4))}
 Edit = Callable[[torch.Tensor, dict[str, str]], None]

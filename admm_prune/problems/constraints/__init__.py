@@ -2,10 +2,8 @@
 
 from admm_prune.problems.constraints.base import SparseSet
 from admm_prune.problems.constraints.blocks import Blocks
+from admm_prune.problems.constraints.elementwise import NofM, RowWise, Unstructured
 from admm_prune.problems.constraints.groups import Groups
-from admm_prune.problems.constraints.n_of_m import NofM
 from admm_prune.problems.constraints.product import Product, StackedRows
-from admm_prune.problems.constraints.row_wise import RowWise
-from admm_prune.problems.constraints.unstructured import Unstructured
 
 __all__ = ["Blocks", "Groups", "NofM", "Product", "RowWise", "SparseSet", "StackedRows", "Unstructured"]

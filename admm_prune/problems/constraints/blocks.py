@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from admm_prune.kernels import selection
+from admm_prune.ops import selection
 from admm_prune.point import Point
 from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, share_of
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.solvers.elsa.fused import Later
-from admm_prune.solvers.elsa.sharding import local, processes_of, totals
+from admm_prune.solvers.elsa.anchors import local, processes_of, totals
+from admm_prune.solvers.elsa.moments import Later
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

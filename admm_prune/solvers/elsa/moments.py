@@ -1,9 +1,13 @@
-"""Adam's own step: torch's, on float moments, or on moments kept in 8 bits, a library's or our own."""
+"""Adam's moments and step: in floats, in 8 bits (ours or bitsandbytes'), or as one Triton kernel.
+
+Random numbers are drawn from a seed and the step, so that a resumed run draws the same.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,13 +15,111 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from admm_prune.errors import UserError
-from admm_prune.kernels import library_adam, quantization
-from admm_prune.kernels.quantization import Stored
-from admm_prune.solvers.elsa import fused
-from admm_prune.solvers.elsa.anchors import State, chunks, working_dtype
-from admm_prune.solvers.elsa.randomness import generator
+from admm_prune.ops import backend, library_adam, quantization
+from admm_prune.ops.quantization import Stored, generator_on
+from admm_prune.solvers.elsa.anchors import (
+    Anchors,
+    State,
+    Weight,
+    chunks,
+    laid_out_as,
+    local,
+    processes_of,
+    working_dtype,
+)
 from admm_prune.solvers.elsa.settings import Score
-from admm_prune.solvers.elsa.sharding import laid_out_as, local, processes_of
+from admm_prune.solvers.elsa.supports import LEAST_FISHER
+
+
+def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
+    """A generator on the parameter's device, with `seed` of the same."""
+    return generator_on(parameter.device).manual_seed(seed(parameter, *numbers))
+
+
+def seed(parameter: Tensor, *numbers: int) -> int:
+    """56 bits, by `numbers` and by which of the parameter's rows lie in this process."""
+    processes = processes_of(parameter)
+    said = repr((*numbers, 0 if processes is None else processes.rank))
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest())
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Later:
+    """What is left for the kernel to do: g <- factor g + rho (x - c). Gradients stay as they came."""
+
+    factor: float = 1.0
+    pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)  # rho and c, by id of the parameter
+
+    @classmethod
+    def of(cls, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> Later | None:
+        """None where the gradients have to be changed themselves: someone else reads them, or Triton does not serve."""
+        if clip_penalty or score.fisher == "clean" or not all(map(_serves, active)):
+            return None
+        return cls()
+
+
+def _serves(parameter: Tensor) -> bool:
+    x = local(parameter.detach())
+    if not backend.uses_triton(x, *_DTYPES):
+        return False
+    gradient = None if parameter.grad is None else local(parameter.grad)
+    return gradient is not None and x.is_contiguous() and gradient.is_contiguous() and x.numel() > 0
+
+
+def stored_anchor(weight: Weight, anchors: Anchors) -> Stored:
+    """c as it is kept."""
+    state = weight.state
+    return Stored(local(state["anchor"]), local(state["anchor_scale"]) if anchors.format == "int8" else None)
+
+
+def step(
+    parameter: Tensor,
+    state: State,
+    first: Stored,
+    second: Stored,
+    group: dict[str, Any],
+    draws: tuple[int, ...],
+    later: Later,
+) -> None:
+    """Adam's step of one parameter, with what is left to do."""
+    from admm_prune.ops.triton import adam
+
+    if state["step"].is_cuda:  # where torch's fused kernel wants it; here the host counts
+        state["step"] = state["step"].cpu()
+    state["step"] += 1
+    adam.step_(
+        local(parameter.detach()),
+        local(parameter.grad),  # type: ignore[arg-type]  # `Later.of` saw it
+        first,
+        second,
+        steps=int(state["step"]),
+        factor=later.factor,
+        pull=later.pulls.get(id(parameter)),
+        seed=seed(parameter, *draws),
+        settings=group,
+    )
+
+
+def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: Stored | None) -> Tensor | None:
+    """Scores of x + u in one pass; None where Triton does not serve.
+
+    Args:
+        anchor: None for u = 0.
+        second: F, or in 8 bits its root; None for F = 1.
+    """
+    x = weight.here
+    if not backend.uses_triton(x, *_DTYPES) or not x.is_contiguous() or x.numel() == 0:
+        return None
+    if second is not None and score.power != 0.5:
+        return None
+    from admm_prune.ops.triton import adam
+
+    lag, bonus = float(weight.state["lag"]), 1.0 + score.hysteresis
+    return adam.scores(x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5)
+
 
 MomentFormat = Literal["full", "int8", "bitsandbytes"]
 
@@ -105,9 +207,9 @@ class Moments:
             return library_adam.second_moment(stored, scales)
         return quantization.from_unsigned_log(stored, scales).square_()
 
-    def later(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> fused.Later | None:
-        """As `fused.Later.of`; None for a library's moments, which our kernels cannot read."""
-        return None if self.format == "bitsandbytes" else fused.Later.of(active, score, clip_penalty=clip_penalty)
+    def later(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> Later | None:
+        """As `Later.of`; None for a library's moments, which our kernels cannot read."""
+        return None if self.format == "bitsandbytes" else Later.of(active, score, clip_penalty=clip_penalty)
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
         """v of the part in this process as it is kept: in 8 bits, its root."""
@@ -127,7 +229,7 @@ class Moments:
         states: Sequence[State],
         group: dict[str, Any],
         draws: Sequence[tuple[int, ...]],
-        later: fused.Later | None = None,
+        later: Later | None = None,
     ) -> None:
         """x <- x - lr (m / c1) / (sqrt(v / c2) + eps), with torch's decoupled weight decay.
 
@@ -140,7 +242,7 @@ class Moments:
         if later is not None:
             for x, state, draw in zip(parameters, states, draws, strict=True):
                 first, second = self._stored(x, state, "exp_avg"), self.stored_second(x, state)
-                fused.step(x, state, first, second, group, (*draw, _DRAW), later)
+                step(x, state, first, second, group, (*draw, _DRAW), later)
             return
         narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
         wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]

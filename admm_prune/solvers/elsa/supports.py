@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.kernels import histogram, selection
+from admm_prune.ops import histogram, selection
 from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
-from admm_prune.solvers.elsa.anchors import Weight
+from admm_prune.solvers.elsa.anchors import Processes, Weight, gathered, own_rows, processes_of, totals
 from admm_prune.solvers.elsa.settings import Score
-from admm_prune.solvers.elsa.sharding import Processes, gathered, own_rows, processes_of, totals
 
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
 LEAST_FISHER = 2.0**-152

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from admm_prune.solvers.reference.bounds import Bound, lower_bound
 from admm_prune.solvers.reference.branch_and_bound import BranchAndBound
-from admm_prune.solvers.reference.brute_force import BruteForce
+from admm_prune.solvers.reference.brute_force import BruteForce, BruteForceGroups
 from admm_prune.solvers.reference.cvxpy_models import MixedIntegerReference
-from admm_prune.solvers.reference.group_supports import BruteForceGroups
 from admm_prune.solvers.reference.n_of_m import GroupExact
 from admm_prune.solvers.reference.perspective import perspective_bound
 

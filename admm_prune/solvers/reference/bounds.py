@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, total_bound
-from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessian, to_array
-from admm_prune.solvers.reference.supports import Supports, recognise
+from admm_prune.solvers.reference.rows import Supports, floor_of, quadratic, recognise, scaled_hessian, to_array
 
 VACUOUS = 0.1  # a smaller ratio certifies nothing worth saying
 

@@ -1,25 +1,244 @@
-"""Branch and bound: the proven optimum of small rows, or an honest gap."""
+"""Branch and bound: the proven optimum of small rows, or an honest gap.
+
+The branch and bound tree of one row: many nodes at a time, as batched arrays.
+
+A node has removed the entries R, keeps some others for good, and has `left` entries still to remove from its free ones.
+With K = K^(R) and w = w^(R), K and w downdated by R and restricted to the free entries, what a further removal costs is
+
+    single_i = w_i^2 / K_ii,    pair_ij = (single_i + single_j - 2 c_ij x_i x_j) / (1 - c_ij^2),
+
+x = w / sqrt(diag K), c = K with unit diagonal, on top of loss(R). Two entries *conflict* where loss(R) + pair_ij
+reaches the incumbent: the loss being monotone, no better support removes both. The entries that a better support
+removes are free of conflicts among themselves, a clique of `left` compatible entries: whatever has fewer than left - 1
+compatible partners is kept for good. This test settles most nodes; where inputs are nearly orthogonal, a sum does.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.bounds import loss_bounds
 from admm_prune.solvers.reference.rigorous import least_losses, refit_steps
-from admm_prune.solvers.reference.row_search import search
-from admm_prune.solvers.reference.rows import Mask, Row, separate
-from admm_prune.solvers.reference.supports import Supports
-from admm_prune.solvers.reference.tree import Nodes, Pool, expand
+from admm_prune.solvers.reference.rows import Array, Mask, Row, Supports, search, separate
+
+_BUCKET = 4  # nodes are stored by their number of free entries, rounded up to a multiple of this
+_NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
+_ROUNDS = 2  # of the clique test: dropping an entry may drop others
+_MARGIN = 1e-9  # between an eigenvalue and what is to be proved to lie above it
+_LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """N nodes with m free entries each, of a row of n entries; nodes with fewer are padded."""
+
+    inverse: Array  # K^(R) (N, m, m)
+    target: Array  # w^(R) (N, m)
+    entries: NDArray[np.intp]  # (N, m), which entries of the row are free
+    removed: Mask  # (N, n), R
+    left: NDArray[np.intp]  # (N,), how many entries are still to be removed, at least 2
+    loss: Array  # (N,), loss(R)
+    bound: Array  # (N,), at least loss(R): a lower bound of every completion
+
+    @classmethod
+    def root(cls, inverse: Array, target: Array, removals: int) -> Self:
+        n = len(target)
+        nothing = np.zeros((1, n), dtype=np.bool_)
+        zero = np.zeros(1)
+        return cls(inverse[None], target[None], np.arange(n)[None], nothing, np.array([removals]), zero, zero)
+
+    def take(self, which: NDArray[np.intp] | Mask) -> Self:
+        return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+class Leaf(NamedTuple):
+    """A support of full size."""
+
+    removed: Mask  # (n,)
+    loss: float
+
+
+class Pool:
+    """The open nodes, in buckets by their number of free entries."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, list[Nodes]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._buckets)
+
+    def push(self, nodes: Nodes) -> None:
+        self._buckets.setdefault(nodes.target.shape[1], []).append(nodes)
+
+    def pop(self, count: int, ceiling: float, memory: float) -> Nodes | None:
+        """Up to `count` nodes of one bucket, least bounds first; drops those that reach the ceiling.
+
+        The fullest bucket comes first, so that a batch is worth its overhead; once the open nodes hold more than
+        `memory` bytes, the one with the fewest free entries, which is a dive and frees nodes before it adds many.
+        """
+        sizes = {width: sum(len(part.loss) for part in parts) for width, parts in self._buckets.items()}
+        if sum(8 * width**2 * size for width, size in sizes.items()) > memory:
+            width = min(sizes)
+        else:
+            width = max(sizes, key=lambda w: (min(sizes[w], count), -w))
+        nodes = Nodes.joined(self._buckets.pop(width))
+        nodes = nodes.take(nodes.bound < ceiling)
+        if len(nodes.loss) > count:
+            order = np.argpartition(nodes.bound, count)
+            self._buckets[width] = [nodes.take(order[count:])]
+            nodes = nodes.take(order[:count])
+        return nodes if len(nodes.loss) else None
+
+    def least_bound(self) -> float:
+        """A lower bound of every support below an open node; infinite where none is open."""
+        return min((float(part.bound.min()) for parts in self._buckets.values() for part in parts), default=np.inf)
+
+
+def expand(nodes: Nodes, ceiling: float) -> tuple[list[Nodes], Leaf | None]:
+    """All children of the nodes that may hold a support with a loss below `ceiling`, and the best leaf reached.
+
+    The entries of a node are put in order, the most expensive first. Child i removes entry i and keeps those before it
+    for good (Furnival and Wilson, Regressions by leaps and bounds, 1974): what is expensive to remove leaves a large
+    subtree that soon reaches the ceiling, what is cheap a small one.
+    """
+    x, correlation = _unit_diagonal(nodes)
+    promising = ~_sums_reach(nodes, x * x, correlation, ceiling)
+    if not promising.all():
+        nodes, x, correlation = nodes.take(promising), x[promising], correlation[promising]
+    single, pair = x * x, _pair_costs(x, correlation)
+    last = nodes.left == 2
+    leaf = _best_leaf(nodes, pair, last) if last.any() else None
+    if last.all():
+        return [], leaf
+    if last.any():
+        nodes, single, pair = nodes.take(~last), single[~last], pair[~last]
+    if leaf is not None:
+        ceiling = min(ceiling, leaf.loss)
+    partners = nodes.left - 1
+    compatible, alive = _cliques(pair < (ceiling - nodes.loss)[:, None, None], partners)
+    order = np.argsort(np.where(alive, -single, np.inf), axis=1)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+    compatible &= rank[:, :, None] < rank[:, None, :]
+    free = compatible.sum(2)
+    parent, entry = np.nonzero(alive & (free >= partners[:, None]))
+    return _children(nodes, single, pair, compatible, parent, entry), leaf
+
+
+def _unit_diagonal(nodes: Nodes) -> tuple[Array, Array]:
+    """(x = w / sqrt(diag K) (N, m), K with unit diagonal (N, m, m))."""
+    # (Ã_SS)^-1 has a diagonal of at least 1 / Ã_jj, which is above 1/2; less is rounding.
+    scale = 1 / np.sqrt(np.maximum(np.einsum("bii->bi", nodes.inverse), 0.5))
+    correlation = nodes.inverse * scale[:, :, None]
+    correlation *= scale[:, None, :]
+    return nodes.target * scale, correlation
+
+
+def _sums_reach(nodes: Nodes, single: Array, correlation: Array, ceiling: float) -> Mask:
+    """Marks nodes with loss(R) + sum of the `left` smallest single_j / lambda_max(c) >= ceiling (N,).
+
+    The bound of nearly orthogonal inputs, where single removals add up and pairs say little. An eigenvalue is computed
+    only where the longest column of c, which it exceeds, does not already rule the bound out.
+    """
+    sums = np.cumsum(np.sort(single, axis=1), axis=1)[np.arange(len(single)), nodes.left - 1]
+    allowed = sums / (ceiling - nodes.loss)
+    reach = allowed >= 1
+    reach[reach] = allowed[reach] >= np.sqrt(np.square(correlation[reach]).sum(2).max(1))
+    if reach.any():
+        reach[reach] = allowed[reach] >= np.linalg.eigvalsh(correlation[reach])[:, -1] * (1 + _MARGIN)
+    if reach.any():
+        # The eigenvalue is a guess; that a Cholesky factorization runs to its end is the proof.
+        rest = -correlation[reach]
+        np.einsum("bii->bi", rest)[:] += allowed[reach][:, None]
+        try:
+            np.linalg.cholesky(rest)
+        except np.linalg.LinAlgError:
+            reach[:] = False
+    return reach
+
+
+def _pair_costs(x: Array, pair: Array) -> Array:
+    """(x_i^2 + x_j^2 - 2 c_ij x_i x_j) / (1 - c_ij^2) in place of c (N, m, m), infinite on the diagonal."""
+    schur = 1 - pair * pair
+    np.maximum(schur, _LEAST_SCHUR, out=schur)
+    single = x * x
+    pair *= -2 * x[:, :, None]
+    pair *= x[:, None, :]
+    pair += single[:, :, None]
+    pair += single[:, None, :]
+    pair /= schur
+    np.einsum("bii->bi", pair)[:] = np.inf
+    return pair
+
+
+def _best_leaf(nodes: Nodes, pair: Array, last: Mask) -> Leaf:
+    losses = np.where(last[:, None], nodes.loss[:, None] + pair.reshape(len(pair), -1), np.inf)
+    node, both = np.unravel_index(int(np.argmin(losses)), losses.shape)
+    removed = nodes.removed[node].copy()
+    removed[nodes.entries[node, list(divmod(int(both), pair.shape[1]))]] = True
+    return Leaf(removed, float(losses[node, both]))
+
+
+def _cliques(compatible: Mask, partners: NDArray[np.intp]) -> tuple[Mask, Mask]:
+    """Drops entries with too few compatible partners; (compatible (N, m, m), alive (N, m))."""
+    for _ in range(_ROUNDS):
+        alive = compatible.sum(2) >= partners[:, None]
+        compatible &= alive[:, None, :]
+        compatible &= alive[:, :, None]
+    alive = compatible.sum(2) >= partners[:, None]
+    return compatible, alive
+
+
+def _children(
+    nodes: Nodes, single: Array, pair: Array, compatible: Mask, parent: NDArray[np.intp], entry: NDArray[np.intp]
+) -> list[Nodes]:
+    """Child c removes `entry[c]` of node `parent[c]`; its free entries are those marked compatible[parent, entry]."""
+    chosen = compatible[parent, entry]
+    free = chosen.sum(1)
+    first = np.argsort(~chosen, axis=1, kind="stable")  # the free entries, then the others
+    left = nodes.left[parent] - 1
+    # Whatever is removed next holds an entry at least as expensive as the left-th cheapest.
+    following = np.sort(np.where(chosen, pair[parent, entry], np.inf), axis=1)
+    bound = np.maximum(nodes.bound[parent], nodes.loss[parent] + following[np.arange(len(left)), left - 1])
+    widths = np.minimum(-(-free // _BUCKET) * _BUCKET, chosen.shape[1])
+    children = []
+    for width in np.unique(widths):
+        of = np.flatnonzero(widths == width)
+        p, i, index = parent[of], entry[of], first[of, :width]
+        row = nodes.inverse[p[:, None], i[:, None], index]
+        column = row / nodes.inverse[p, i, i][:, None]
+        inverse = nodes.inverse[p[:, None, None], index[:, :, None], index[:, None, :]]
+        inverse -= column[:, :, None] * row[:, None, :]
+        target = nodes.target[p[:, None], index] - column * nodes.target[p, i][:, None]
+        padding = np.arange(width) >= free[of][:, None]
+        inverse[padding] = 0
+        inverse.transpose(0, 2, 1)[padding] = 0
+        np.einsum("bii->bi", inverse)[padding] = 1
+        target[padding] = _NEVER
+        removed = nodes.removed[p]
+        removed[np.arange(len(of)), nodes.entries[p, i]] = True
+        loss = nodes.loss[p] + single[p, i]
+        children.append(Nodes(inverse, target, nodes.entries[p[:, None], index], removed, left[of], loss, bound[of]))
+    return children
+
 
 _BATCH = 256  # nodes expanded at a time
 _MEMORY = 256 * 2**20  # bytes of open nodes beyond which the search dives

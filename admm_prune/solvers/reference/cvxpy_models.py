@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
-from admm_prune.solvers.reference.row_search import search
-from admm_prune.solvers.reference.rows import Mask, Row, separate
+from admm_prune.solvers.reference.rows import Mask, Row, search, separate
 
 _SLACK = 1e-5  # the box is wider than the proof asks by this much, so that a tolerance of the solver cuts nothing off
 

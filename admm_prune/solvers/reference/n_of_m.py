@@ -9,13 +9,12 @@ from math import comb
 import numpy as np
 import scipy.linalg
 
-from admm_prune.kernels import precision
+from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.brute_force import all_supports
-from admm_prune.solvers.reference.row_search import search
-from admm_prune.solvers.reference.rows import Array, Mask, Row, separate
+from admm_prune.solvers.reference.rows import Array, Mask, Row, search, separate
 
 _LEAST_GAIN = 1e-12  # of a change, relative to the loss of the row: smaller ones may be rounding
 

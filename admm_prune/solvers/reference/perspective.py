@@ -11,8 +11,7 @@ import torch
 from admm_prune.solvers.reference.bounds import Bound, scaled_exactly
 from admm_prune.solvers.reference.cvxpy_models import load_cvxpy, try_solve
 from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, least_eigenvalue
-from admm_prune.solvers.reference.row_search import search
-from admm_prune.solvers.reference.rows import Array, Row, separate
+from admm_prune.solvers.reference.rows import Array, Row, search, separate
 
 _STEPS_BACK = 4  # each twice as far as the remainder fails to be semidefinite
 

@@ -6,12 +6,16 @@ Hessian A on every row splits as
     f(V) = f(minimizer) + sum_i loss_i(R_i),    loss(R) = w_R^T (K_RR)^-1 w_R,    K = Ã^-1,
 
 where R_i are the entries removed from row i. loss is monotone: R in R' implies loss(R) <= loss(R').
+
+Which supports a constraint admits, found out by asking it: a reference knows no constraint's class.
+
+A good support of one row, quickly: greedy elimination, 1-swaps, and a few kicks. The incumbent of the references.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import comb, prod
@@ -19,10 +23,11 @@ from math import comb, prod
 import numpy as np
 import scipy.linalg
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Fitted, Quadratic, fits
+from admm_prune.problem import Constraint, Fitted, Quadratic, SupportConstraint, fits
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.rigorous import (
     Array,
@@ -34,7 +39,104 @@ from admm_prune.solvers.reference.rigorous import (
     scaled_form,
     total_bound,
 )
-from admm_prune.solvers.reference.supports import recognise
+
+_RANDOM_PROBES = 4
+_MANY = 1 << 16
+_EXACT = 1 << 24  # float32 holds every integer up to here
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The supports of full size of a matrix (out, in).
+
+    Args:
+        total: how many entries are kept in all.
+        rows: (group, keep) of every row: `keep` of every `group` consecutive entries, group = in for one budget over
+            the row. None where one budget is shared by the whole matrix.
+    """
+
+    total: int
+    rows: tuple[tuple[int, int], ...] | None
+
+
+def recognise(owner: str, constraint: Constraint, shape: tuple[int, int]) -> Supports:
+    """Recognises budgets per row (N:M groups among them, each row its own) and one budget over the matrix.
+
+    The constraint is asked for the best support of a few scorings: random ones, and some that rise or fall along rows
+    or columns. Cells of entries that always keep the same number, and always the largest scores, are its structure. A
+    set of another kind (tiles, say) betrays itself on the first scoring.
+
+    Args:
+        owner: who asks, for the message.
+
+    Raises:
+        TypeError: the constraint is not a SupportConstraint.
+        ValueError: it selects supports of another kind; the message names both sides.
+    """
+    if not isinstance(constraint, SupportConstraint):
+        kind = type(constraint).__name__
+        raise TypeError(f"{owner} needs a SupportConstraint, a family of supports to search; {kind} is none")
+    count, width = shape
+    # A guess cuts each row into groups of equal width; the finest guess that survives is taken.
+    groups = {group: _Cells(count) for group in range(1, width + 1) if width % group == 0}
+    whole = _Cells(1)
+    total = 0
+    for score in _scorings(count, width):
+        kept = constraint.select(Point(weight=score))["weight"]
+        total = int(kept.sum())
+        whole.test(score.reshape(1, 1, -1), kept.reshape(1, 1, -1))
+        for group, cells in groups.items():
+            if bool(cells.alive.any()):
+                cells.test(score.unflatten(1, (-1, group)), kept.unflatten(1, (-1, group)))
+    if bool(torch.stack([cells.alive for cells in groups.values()]).any(0).all()):
+        finest = [next(group for group, cells in groups.items() if cells.alive[i]) for i in range(count)]
+        return Supports(total, tuple((group, int(groups[group].keep[i])) for i, group in enumerate(finest)))
+    if bool(whole.alive):
+        return Supports(total, None)
+    raise ValueError(
+        f"{owner} knows budgets per row, N:M groups and one budget over a matrix; "
+        f"{type(constraint).__name__} selects supports of another kind"
+    )
+
+
+class _Cells:
+    """A guess at the structure of every row: equal cells that each keep the same number of entries.
+
+    Attributes:
+        alive: (rows,) whether the guess reproduced every selection so far.
+        keep: (rows,) the number kept in each cell; -1 before the first selection.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.alive = torch.ones(rows, dtype=torch.bool)
+        self.keep = torch.full((rows,), -1, dtype=torch.int32)
+
+    def test(self, score: Tensor, kept: Tensor) -> None:
+        """Compares with a selection: score and kept are (rows, cells, entries); scores have no ties."""
+        counts = kept.sum(2, dtype=torch.int32)
+        self.keep = torch.where(self.keep < 0, counts[:, 0], self.keep)
+        self.alive &= (counts == self.keep[:, None]).all(1)
+        if bool(self.alive.any()):  # the dearer test only where the cheap one left something
+            least_kept = torch.where(kept, score, torch.inf).amin(2)
+            most_dropped = torch.where(kept, 0, score).amax(2)
+            self.alive &= (least_kept > most_dropped).all(1)
+
+
+def _scorings(count: int, width: int) -> Iterator[Tensor]:
+    """Positive scores without ties, each (out, in). A large matrix has so many cells that three of them are enough."""
+    total = count * width
+    dtype = torch.float32 if total < _EXACT else torch.float64
+    rising = torch.arange(1, total + 1, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    few = total > _MANY
+    for _ in range(1 if few else _RANDOM_PROBES):
+        yield torch.randperm(total, generator=generator, dtype=dtype).add_(1).view(count, width)
+    yield rising.view(count, width)
+    yield rising.view(width, count).T.contiguous()
+    if not few:
+        yield rising.flip(0).view(count, width)
+        yield rising.flip(0).view(width, count).T.contiguous()
+
 
 __all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
 
@@ -238,3 +340,98 @@ def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Form, Array]:
 
 def to_array(x: Tensor) -> Array:
     return np.asarray(x.detach().double().cpu().numpy(), dtype=np.float64)
+
+
+Indices = NDArray[np.intp]
+
+_LEAST_GAIN = 1e-10  # of a swap, relative to the loss: smaller ones may be rounding
+_KICKED = 3  # pairs exchanged by a kick
+
+
+def search(row: Row, starts: Iterable[Mask] = (), kicks: int = 0) -> tuple[Mask, float]:
+    """The best support found and its loss: local minima for 1-swaps from greedy elimination and from each start.
+
+    Args:
+        starts: supports; one that is not of full size is completed with the largest entries, or thinned to them.
+        kicks: exchanges of random pairs from the best support, each followed by swaps (iterated local search).
+    """
+    candidates = [_eliminated(row), *(row.completed(start) for start in starts)]
+    best, loss = min((_swapped(row, kept) for kept in candidates), key=lambda found: found[1])
+    generator = np.random.default_rng(0)
+    for _ in range(kicks if 0 < row.removals < row.width else 0):
+        kept, value = _swapped(row, _kicked(row, best, generator))
+        if value < loss:
+            best, loss = kept, value
+    return best, loss
+
+
+def _eliminated(row: Row) -> Mask:
+    """Removes the entry of the least increment w_j^2 / K_jj until the support has its size, K and w downdated."""
+    inverse, target = row.inverse.copy(), row.target.copy()
+    kept = np.ones(row.width, dtype=np.bool_)
+    for _ in range(row.removals):
+        increments = target**2 / np.maximum(inverse.diagonal(), np.finfo(np.float64).tiny)
+        full = kept.reshape(-1, row.group).sum(1) <= row.keep
+        increments[~kept | full.repeat(row.group)] = np.inf
+        j = int(np.argmin(increments))
+        column = inverse[:, j] / inverse[j, j]
+        target = target - column * target[j]
+        inverse = inverse - np.outer(column, inverse[j])
+        kept[j] = False
+    return kept
+
+
+def _kicked(row: Row, kept: Mask, generator: np.random.Generator) -> Mask:
+    kicked = kept.copy().reshape(-1, row.group)
+    for _ in range(_KICKED):
+        cell = kicked[generator.integers(len(kicked))]
+        cell[generator.choice(np.flatnonzero(cell))] = False
+        cell[generator.choice(np.flatnonzero(~cell))] = True
+    return kicked.reshape(-1)
+
+
+def _swapped(row: Row, kept: Mask) -> tuple[Mask, float]:
+    """Takes the best swap within a group until none lowers the loss; (support, loss)."""
+    kept = kept.copy()
+    loss = row.loss(kept)
+    if not 0 < row.removals < row.width:
+        return kept, loss
+    group = np.arange(row.width) // row.group
+    while True:
+        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        gains = swap_gains(row.hessian, row.target, inside, outside)
+        gains[group[inside][:, None] != group[outside]] = -np.inf
+        i, j = np.unravel_index(int(np.argmax(gains)), gains.shape)
+        swapped = kept.copy()
+        swapped[inside[i]], swapped[outside[j]] = False, True
+        value = row.loss(swapped)
+        if not value < loss * (1 - _LEAST_GAIN):
+            return kept, loss
+        kept, loss = swapped, value
+
+
+def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices) -> Array:
+    """gain_ij = r_j^2 / s_j - (v_i - T_ij r_j / s_j)^2 / (K_ii + T_ij^2 / s_j): what a swap takes off the loss.
+
+    Kept i goes, removed j comes; exact for every pair. With S = inside, K = Ã_SS^-1, v = the refitted weights,
+    r = Ã (w - v), T = K Ã_S: and s_j = Ã_jj - Ã_jS T_j.
+
+    Returns:
+        (len(inside), len(outside)).
+
+    Source: this project's methods, local.md, eq. (5).
+    """
+    block, cross = hessian[np.ix_(inside, inside)], hessian[np.ix_(inside, outside)]
+    factor = scipy.linalg.cho_factor(block)
+    inverse_diagonal = scipy.linalg.cho_solve(factor, np.eye(len(inside))).diagonal()
+    pull = scipy.linalg.cho_solve(factor, cross)  # T
+    schur = hessian.diagonal()[outside] - np.einsum("ij,ij->j", cross, pull)
+    weights = target[inside] + pull @ target[outside]
+    residual = hessian[np.ix_(outside, outside)] @ target[outside] - cross.T @ (weights - target[inside])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = residual / schur
+        dropped = (weights[:, None] - pull * step) ** 2 / (inverse_diagonal[:, None] + pull**2 / schur)
+        gains: Array = residual * step - dropped
+    # s_j is zero where column j depends on the columns kept: adding it takes nothing off the loss.
+    gains[~np.isfinite(gains)] = -np.inf
+    return gains

@@ -14,8 +14,8 @@ class Solver(BaseSolver):
     def set_objective(self, weight, gram, target):
         import torch
 
-        from admm_prune.recipes.local_methods import method_named
-        from admm_prune.recipes.targets import target_named
+        from admm_prune.methods.local import method_named
+        from admm_prune.methods.target import target_named
 
         method = method_named(self.method)
         self.solver = method.make()

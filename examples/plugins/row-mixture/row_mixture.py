@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from admm_prune import NofM, Point, StackedRows, Unstructured
-from admm_prune.kernels import selection
+from admm_prune.ops import selection
 from admm_prune.problems.constraints import SparseSet
 
 

@@ -1,0 +1,246 @@
+"""A row of the benchmark, and how it is got: under its own limits of time and memory, and never fatal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from admm_prune.bench.baselines import Ceilings, Work, synchronize
+
+Status = Literal["measured", "failed", "no memory", "no time", "too long"]
+_RESERVE = 0.06  # of a device's memory is left alone
+_FAILURES = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
+
+
+Made = TypeVar("Made")
+
+
+class Drawn(Generic[Made]):
+    """What several rows run on: made on the device when the first of them asks for it, and let go after the last.
+
+    Args:
+        draw: makes it, from its shape and the device.
+    """
+
+    def __init__(self, draw: Callable[[int, int, torch.device], Made], rows: int, width: int, device: torch.device):
+        self.rows, self.width = rows, width
+        self._draw, self._device = draw, device
+        self._held: Made | None = None
+
+    def __call__(self) -> Made:
+        if self._held is None:
+            self._held = self._draw(self.rows, self.width, self._device)
+            synchronize(self._device)
+        return self._held
+
+    def release(self) -> None:
+        self._held = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        section: which part of the benchmark.
+        name: what ran.
+        case: on what: a shape and a target.
+        seconds: None where it did not end.
+        floor_seconds: what it cannot be faster than, at the ceilings measured in this run.
+        bound: by operations or by bytes.
+        peak_bytes: of the device, beyond what was there before.
+        error: relative error of a layer, undamped, in float64.
+        baseline: whether it is something that ours is compared with.
+        more: anything else, by name.
+        note: why there is no figure, or what is to be known about it.
+    """
+
+    section: str
+    name: str
+    case: str
+    status: Status
+    seconds: float | None = None
+    floor_seconds: float | None = None
+    bound: str | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    baseline: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def reached(self) -> float | None:
+        """The floor as a fraction of the time."""
+        if not self.seconds or self.floor_seconds is None:
+            return None
+        return self.floor_seconds / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a measurement found."""
+
+    seconds: float
+    work: Work | None = None
+    error: float | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A measurement to be made.
+
+    Attributes:
+        run: makes it.
+        needs: bytes of the device's memory, at the most, about.
+        limit: seconds.
+    """
+
+    section: str
+    name: str
+    case: str
+    run: Callable[[], Figures]
+    needs: float = 0.0
+    limit: float = 30.0
+    baseline: bool = False
+
+
+class Runner:
+    """Makes measurements one after the other, until the time for all of them is over.
+
+    Args:
+        budget: seconds for all.
+        tell: called with every row.
+    """
+
+    def __init__(
+        self, device: torch.device, ceilings: Ceilings, budget: float, tell: Callable[[Row], None] | None = None
+    ) -> None:
+        self.device, self.ceilings = device, ceilings
+        self._end = time.perf_counter() + budget
+        self._tell = tell
+        self.rows: list[Row] = []
+
+    @property
+    def left(self) -> float:
+        return self._end - time.perf_counter()
+
+    def run(self, cases: Iterable[Case]) -> list[Row]:
+        """The rows of some cases, in their order."""
+        rows = []
+        for case in cases:
+            row = self._one(case)
+            rows.append(row)
+            self.rows.append(row)
+            if self._tell is not None:
+                self._tell(row)
+        return rows
+
+    def _one(self, case: Case) -> Row:
+        def row(status: Status, **found: Any) -> Row:
+            return Row(
+                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **found
+            )
+
+        limit = min(case.limit, self.left)
+        if limit <= 0:
+            return row("no time", note="the time for the whole benchmark was over")
+        peak = None
+        try:
+            free = free_memory(self.device)
+            if free is not None and case.needs > free:
+                return row("no memory", note=f"needs about {case.needs / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            with time_limit(limit), peak_of(self.device) as peaks:
+                figures = case.run()
+                synchronize(self.device)
+            peak = peaks[0] if peaks else None
+        except TimeoutError:
+            return row("too long", note=f"stopped after {limit:.0f} s")
+        except torch.OutOfMemoryError as error:
+            return row("no memory", note=_first_line(error))
+        except _FAILURES as error:
+            return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
+        finally:
+            with suppress(RuntimeError):  # after some errors the card answers nothing more: the rows so far count
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        work = figures.work
+        return row(
+            "measured",
+            seconds=figures.seconds,
+            floor_seconds=None if work is None else self.ceilings.floor(work),
+            bound=None if work is None else self.ceilings.bound(work),
+            peak_bytes=peak,
+            error=figures.error,
+            more=figures.more,
+            note=figures.note,
+        )
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that may be taken on a device; None where there is no such limit."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0.0, free + unused - _RESERVE * total)
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Generator[list[int]]:
+    """Receives, at the end, the most bytes of a CUDA device that were held at once, beyond those held before."""
+    peaks: list[int] = []
+    if device.type != "cuda":
+        yield peaks
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield peaks
+    peaks.append(torch.cuda.max_memory_allocated(device) - before)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """Raises TimeoutError in the block after so many seconds; in the main thread, and where the system has timers."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measured_row(rows: Sequence[Row], name: str, case: str | None = None) -> Row | None:
+    """The first measured row of this name."""
+    found = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
+    return next(found, None)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,135 @@
+"""admm-prune capture and solve: one layer problem as a file, and its solution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admm_prune.cli import common
+
+if TYPE_CHECKING:
+    from admm_prune.runs.layer import SolvedLayer
+
+
+def capture(
+    weight: Annotated[str, typer.Option(help="A block matrix, such as model.layers.0.mlp.up_proj.weight.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    model: common.Model = "embedded",
+    data: common.Data = None,
+    column: common.Column = None,
+    split: common.Split = "train",
+    documents: common.Documents = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text of the held-out Gram; by default held out of --data.")
+    ] = None,
+    eval_split: common.EvalSplit = None,
+    eval_documents: common.EvalDocuments = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    eval_samples: Annotated[int, typer.Option(min=1, help="Held-out sequences.")] = 128,
+    length: common.Length = None,
+    packing: common.Packing = "auto",
+    seed: common.Seed = 0,
+    problem: common.Problem = "layer",
+    overwrite: common.Overwrite = False,
+    device: common.Device = "auto",
+    dtype: common.Dtype = None,
+    json: common.Json = False,
+) -> None:
+    """Write the layer problem of one weight of a dense model: weight, Gram, validation Gram, held-out Gram.
+
+    Example: admm-prune capture --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors
+    """
+    from admm_prune.runs.layer import capture_layer
+    from admm_prune.runs.texts import TextSettings, check_data, parse_packing
+
+    text = TextSettings(
+        data=check_data(data, model),
+        column=column,
+        split=split,
+        documents=documents,
+        eval_data=eval_data,
+        eval_split=eval_split,
+        eval_documents=eval_documents,
+        samples=samples,
+        eval_samples=eval_samples,
+        length=length,
+        packing=parse_packing(packing),
+        seed=seed,
+    )
+    with common.progress_bar("capturing") as progress:
+        layer = capture_layer(
+            model,
+            weight,
+            text,
+            out,
+            device=device,
+            dtype=dtype,
+            problem=problem,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    # Metadata of safetensors are strings; counts go out as numbers.
+    facts = {key: int(value) if key.startswith("tokens") else value for key, value in layer.metadata.items()}
+    content = {"out": str(out), "shape": list(layer.weight.shape), **facts}
+    if json:
+        common.emit(content)
+    else:
+        print(f"{weight} {tuple(layer.weight.shape)}, {layer.metadata['tokens']} tokens: {out}")
+
+
+def solve(
+    file: Annotated[Path, typer.Argument(help="A layer problem file, such as 'admm-prune capture' writes.")],
+    solver: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
+    sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7, or several: 0.5,0.7,0.9.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
+    ] = None,
+    problem: common.OwnProblem = None,
+    constraint: common.Constraint = None,
+    ridge: common.Ridge = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
+    ] = None,
+    overwrite: common.Overwrite = False,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """Prune one layer and report its error on the calibration and on the held-out Gram.
+
+    Several targets are solved as a path that shares the work.
+
+    Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
+    """
+    from admm_prune.methods.local import method_named, with_parts
+    from admm_prune.methods.parts import check_one_set
+    from admm_prune.methods.target import parse_path
+    from admm_prune.runs.layer import solve_path
+
+    check_one_set(constraint, pattern)
+    method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
+    path = solve_path(file, method, targets, ridge=ridge, out=out, overwrite=overwrite, device=device)
+    if json:
+        several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}
+        common.emit(path[0].as_json() if len(path) == 1 else several)
+        return
+    for target, solved in zip(targets, path, strict=True):
+        _show(f"{file}: {solver} {target.label}", solved)
+
+
+def _show(title: str, solved: SolvedLayer) -> None:
+    rows = [
+        [key.replace("_", " "), "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)]
+        for key, value in solved.as_json().items()
+        if key not in ("notes", "diagnosis", "ridge_trials")
+    ]
+    common.show_table(title, ["", ""], rows)
+    for trial in solved.ridge_trials:
+        print(f"tried ridge {trial.ridge:g}, damping {trial.damping:g}: validation error {trial.error:.6g}")
+    print(solved.advice)
+    for finding in solved.diagnosis:
+        print(f"{finding.severity}: {finding.finding}{f' ({finding.advice})' if finding.advice else ''}")
+    for note in solved.notes:
+        print(f"note: {note}")

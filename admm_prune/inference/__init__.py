@@ -1,0 +1,1 @@
+"""Pruned models in use: timing of generation, and packed storage."""

@@ -1,0 +1,292 @@
+"""How large and how fast a pruned model is beside its dense one, with a sentence where nothing is gained."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.models.evaluate import sparsity
+from admm_prune.models.loading import LoadedModel, load
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.ops import bits
+from admm_prune.point import Point
+from admm_prune.problems.constraints import NofM
+from admm_prune.runs.machine import check_dtype, pick_device
+from admm_prune.runs.manifest import environment
+
+_TWO_OF_FOUR = NofM(2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One form of a model, measured.
+
+    Attributes:
+        form: "dense", "as stored", "CSR kernels" or "2:4 kernels".
+        disk_bytes: of the safetensors; None where this form is not one that is saved.
+        packed_bytes: of its tensors as 'admm-prune pack' would store them.
+        memory_bytes: of parameters and buffers.
+        prefill_seconds, decode_seconds: for all tokens asked for, the least of the repeats.
+        prefill_range, decode_range: the least and the largest of the repeats.
+        prefill_speedup, decode_speedup: over the first row, by the least times.
+        prefill_differs, decode_differs: from the first row, beyond the spread: the slowest repeat of one takes less
+            time than the fastest of the other. Less is noise; one repeat has no spread, and shows nothing.
+    """
+
+    form: str
+    parameters: int
+    zeros: float
+    disk_bytes: int | None
+    packed_bytes: int | None
+    memory_bytes: int
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_range: tuple[float, float]
+    decode_range: tuple[float, float]
+    prefill_speedup: float = 1.0
+    decode_speedup: float = 1.0
+    prefill_differs: bool = False
+    decode_differs: bool = False
+
+
+@torch.no_grad()
+def prefill(model: Any, tokens: int) -> None:
+    """One pass over so many tokens, the logits of the last one only."""
+    ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
+def decode(model: Any, tokens: int) -> None:
+    """So many new tokens, one by one, with a cache, after 16 given ones."""
+    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+    )
+
+
+def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """The times of each model; they take turns, once more at the beginning to warm up.
+
+    On the CPU it is the CPU time of the process, so that other work on the machine does not enter it; give
+    it one thread. On CUDA it is the time until the device is done.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            cuda = model.device.type == "cuda"
+            clock = time.perf_counter if cuda else time.process_time
+            if cuda:
+                torch.cuda.synchronize()
+            began = clock()
+            run(model, tokens)
+            if cuda:
+                torch.cuda.synchronize()
+            times[name].append(clock() - began)
+    return {name: found[1:] for name, found in times.items()}
+
+
+def differs(a: list[float], b: list[float]) -> bool:
+    """Whether one of two is faster beyond the spread of their repeats."""
+    return len(a) > 1 and len(b) > 1 and (max(a) < min(b) or max(b) < min(a))
+
+
+def bench_inference(
+    model: str,
+    against: str | None = None,
+    *,
+    tokens: int = 256,
+    new_tokens: int = 16,
+    repeats: int = 3,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Measures a model as stored, with the sparse kernels that torch has for its masks, and its dense model beside it.
+
+    Args:
+        model, against: folders, Hub ids or "embedded".
+        tokens: of the prefill, at most the context.
+        new_tokens: that are decoded.
+        repeats: the least time of so many counts; two or more show a spread.
+
+    Returns:
+        For JSON: "rows" of `Row`, "sentences" that say what is gained and what is not, "environment".
+
+    Raises:
+        UserError: a model cannot be loaded, or its context is shorter than `tokens`.
+    """
+    place = pick_device(device)
+    check_dtype(dtype)
+    given = load(model, device=place, dtype=dtype)
+    forms: dict[str, tuple[LoadedModel, str | None]] = {}
+    if against is not None:
+        forms["dense"] = (load(against, device=place, dtype=dtype), against)
+    forms["as stored"] = (given, model)
+    for _, (loaded, name) in forms.items():
+        context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and max(tokens, 16 + new_tokens) > context:
+            raise UserError(
+                f"{name}: its context of {context} tokens is shorter than asked for: fewer --tokens or --new-tokens"
+            )
+    zeros = sparsity(decoder_blocks(given.model))
+    if zeros > 0:
+        forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
+    models = {form: loaded.model for form, (loaded, _) in forms.items()}
+    times = {run: timed(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
+    first = next(iter(models))
+    rows = [
+        Row(
+            form=form,
+            parameters=_parameters(forms["as stored"][0] if name is None else loaded),
+            zeros=zeros if form != "dense" else sparsity(decoder_blocks(loaded.model)),
+            disk_bytes=None if name is None else _disk_bytes(name),
+            packed_bytes=None if name is None else _packed_bytes(loaded.model),
+            memory_bytes=_memory_bytes(loaded.model),
+            prefill_seconds=min(times[prefill][form]),
+            decode_seconds=min(times[decode][form]),
+            prefill_range=(min(times[prefill][form]), max(times[prefill][form])),
+            decode_range=(min(times[decode][form]), max(times[decode][form])),
+            prefill_speedup=min(times[prefill][first]) / min(times[prefill][form]),
+            decode_speedup=min(times[decode][first]) / min(times[decode][form]),
+            prefill_differs=differs(times[prefill][first], times[prefill][form]),
+            decode_differs=differs(times[decode][first], times[decode][form]),
+        )
+        for form, (loaded, name) in forms.items()
+    ]
+    return {
+        "model": model,
+        "against": against,
+        "device": place,
+        "tokens": tokens,
+        "new_tokens": new_tokens,
+        "rows": [asdict(row) for row in rows],
+        "sentences": _sentences(rows, repeats, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
+        "environment": environment(),
+    }
+
+
+class _CSRLinear(nn.Module):
+    """x W^T + b with W in compressed sparse rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            self.register_buffer("weight", linear.weight.detach().to_sparse_csr(), persistent=False)
+        self.bias: Any = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        out: Tensor = (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], weight.shape[0])
+        return out if self.bias is None else out + self.bias
+
+
+def _with_kernels(name: str, given: LoadedModel, place: str, dtype: str | None) -> dict[str, LoadedModel]:
+    """The model once more for every sparse kernel that takes its masks here."""
+    made = {}
+    if given.model.dtype in (torch.float32, torch.float64):
+        made["CSR kernels"] = load(name, device=place, dtype=dtype)
+        _replace(made["CSR kernels"].model, _CSRLinear)
+    halves = given.model.dtype in (torch.float16, torch.bfloat16)
+    if place == "cuda" and halves and _fits_two_of_four(given.model):
+        made["2:4 kernels"] = load(name, device=place, dtype=dtype)
+        _replace(made["2:4 kernels"].model, _semi_structured)
+    return made
+
+
+def _semi_structured(linear: nn.Linear) -> nn.Linear:
+    weight: Any = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    for block in decoder_blocks(model):
+        for path, module in list(block.module.named_modules()):
+            if type(module) is nn.Linear:
+                parent, _, name = path.rpartition(".")
+                setattr(block.module.get_submodule(parent), name, make(module))
+
+
+def _fits_two_of_four(model: nn.Module) -> bool:
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    return all(view.shape[1] % 4 == 0 and _TWO_OF_FOUR.contains(Point(weight=view.read())) for view in views)
+
+
+def _parameters(loaded: LoadedModel) -> int:
+    return sum(x.numel() for x in loaded.model.parameters())
+
+
+def _memory_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers, a sparse tensor by its parts."""
+    seen: dict[int, int] = {}
+    for x in (*model.parameters(), *model.buffers()):
+        for part in _parts(x):
+            seen[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    if x.layout is torch.sparse_csr:
+        return [x.values(), x.col_indices(), x.crow_indices()]
+    halves = [getattr(x, name, None) for name in ("packed", "meta")]  # semi-structured: kept values, their positions
+    return [part for part in halves if isinstance(part, Tensor)] or [x]
+
+
+def _packed_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters, each as 'admm-prune pack' stores it."""
+    total = 0
+    for x in model.parameters():
+        dense = x.numel() * x.element_size()
+        total += min(dense, int(x.count_nonzero()) * x.element_size() + bits.packed_width(x.numel()))
+    return total
+
+
+def _disk_bytes(name: str) -> int | None:
+    folder = Path(name).expanduser()
+    found = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return found or None
+
+
+def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
+    """What is gained, and plainly what is not."""
+    first, stored = rows[0], next(row for row in rows if row.form == "as stored")
+    said = []
+    for row in rows[1:]:
+        compared = [
+            _compared("prefill", row.prefill_speedup, beyond=row.prefill_differs),
+            _compared("decoding", row.decode_speedup, beyond=row.decode_differs),
+        ]
+        said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
+    if repeats == 1 and len(rows) > 1:
+        said.append(
+            "One repeat shows no spread, so that no difference in speed can be told from noise: more --repeats."
+        )
+    if stored.zeros > 0 and stored.parameters == first.parameters:
+        said.append(
+            f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
+            "number: as stored, the mask does not make the model smaller."
+        )
+        if stored.packed_bytes is not None:
+            dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)
+            said.append(f"'admm-prune pack' would store it in {dense:.2f} of its size.")
+    if stored.parameters < first.parameters:
+        said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters are gone for good.")
+    if two_of_four and stored.zeros > 0 and not any(row.form == "2:4 kernels" for row in rows):
+        why = "they take float16 and bfloat16" if cuda else "they need a CUDA device"
+        said.append(f"The weights are 2:4; kernels for that were not measured here: {why}.")
+    return said
+
+
+def _compared(what: str, ratio: float, *, beyond: bool) -> str:
+    if not beyond:
+        return f"{what} shows no difference beyond the spread"
+    return f"{what} {ratio:.2f} times as fast" if ratio > 1 else f"{what} takes {1 / ratio:.2f} times as long"

@@ -1,0 +1,1 @@
+"""Pruning methods end to end: they join problems, solvers and models."""

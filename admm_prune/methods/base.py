@@ -1,0 +1,282 @@
+"""The protocol of a pruning method: it is given a Request and a Journal, and returns an Outcome with layer reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.methods.ridge import Ridge, Trial
+from admm_prune.methods.target import Target
+from admm_prune.models.parallel import ALONE, World
+from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.result import Progress
+from admm_prune.solvers.diagnostics import Diagnosis
+
+_MOST = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convergence:
+    """Columns of equal length, a line for each reported iteration; None where a solver does not measure one.
+
+    Attributes:
+        iteration: counted from 0, as in `Progress`.
+        objective: of the feasible point of the iteration.
+        primal_residual: |x - z| / |z|.
+        support_changes: entries that entered the support.
+        rho: the penalty, in units of the problem's curvature.
+    """
+
+    iteration: tuple[int, ...]
+    objective: tuple[float | None, ...]
+    primal_residual: tuple[float | None, ...]
+    support_changes: tuple[int | None, ...]
+    rho: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, history: Sequence[Progress], most: int = _MOST) -> Self | None:
+        """The history, at most about `most` lines of it at even distances, the last one always; None without any."""
+        if not history:
+            return None
+        stride = -(-len(history) // most)
+        chosen = history[(len(history) - 1) % stride :: stride]
+        return cls(
+            iteration=tuple(p.iteration for p in chosen),
+            objective=tuple(p.objective for p in chosen),
+            primal_residual=tuple(p.primal_residual for p in chosen),
+            support_changes=tuple(p.support_changes for p in chosen),
+            rho=tuple(p.rho for p in chosen),
+        )
+
+
+class Journal:
+    """Records of finished work, by part of the run and number; this one keeps nothing.
+
+    `runs.journal.journal` keeps files.
+
+    A record is whole or not there. What is in it comes back to the bit: JSON values with their floats, tensors, and the
+    state of the random generators. A run that is resumed does the same steps in the same order as one that was never
+    interrupted; where a step has a record it takes the record instead.
+    """
+
+    keeps = False  # whether what is committed can be had again
+
+    def finished(self, part: str) -> list[Any]:
+        """The contents of the records 0, 1, ... of a part, as JSON gives them back."""
+        return []
+
+    def tensor_file(self, part: str, index: int) -> Path:
+        """The safetensors file with the tensors of a record."""
+        raise LookupError(f"there is no record {index} of {part}")
+
+    def resume_point(self, part: str) -> dict[str, Tensor] | None:
+        """The activations of the last record of a part, None if it went without; puts the random generators into the
+        state that they had then.
+
+        Only the latest activations of a run are kept: ask for those of a part before another part begins.
+        """
+        raise LookupError(f"there is no record of {part}")
+
+    def commit(
+        self,
+        part: str,
+        index: int,
+        content: Any,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        activations: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes the next record of a part, whole or not at all.
+
+        Args:
+            content: JSON values; floats may be inf or nan.
+            activations: with them the activations of all records before are dropped.
+
+        Raises:
+            UserError: it cannot be written. What was committed before is safe.
+        """
+
+    def once(self, part: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gave when the part was first asked for: JSON values."""
+        found = self.finished(part)
+        if found:
+            return found[0]
+        content = compute()
+        self.commit(part, 0, content)
+        return content
+
+    def checkpoints(self, name: str) -> Path | None:
+        """A folder for what a recipe keeps in files of its own, whole or not at all; None where nothing is kept.
+
+        It is there, with all that is in it, when the run is resumed, and goes when the run is finished. The recipe
+        makes its files atomic (write under another name, then rename), says in them how far it was, and keeps the
+        state of the random generators in them.
+        """
+        return None
+
+    def scratch(self) -> Path | None:
+        """A folder for temporary files beside the output, emptied when the run is resumed; None for anywhere."""
+        return None
+
+
+NOTHING = Journal()
+
+
+Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
+OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a recipe is asked for, beside the model.
+
+    Args:
+        target: how much is to go.
+        calibration: text to calibrate or train on.
+        seed: of every random choice.
+        ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
+        bounds: prove a lower bound for every layer problem too: seconds a matrix, two eigendecompositions each.
+        on_progress: told of every step.
+        on_record: told the figures of every block that is finished, and of training.
+        residence: where the model's weights are.
+        journal: keeps what is finished, and knows what an earlier run finished.
+        world: the processes that work on this together; all of them ask for the same.
+        activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
+    """
+
+    target: Target
+    calibration: Sequences
+    seed: int = 0
+    ridge: Ridge = None
+    bounds: bool = False
+    on_progress: OnProgress | None = None
+    on_record: OnRecord | None = None
+    residence: Residence = IN_MEMORY
+    journal: Journal = NOTHING
+    activation_bytes: int | None = None
+    world: World = ALONE
+
+    def tell(self, done: int, total: int, at_work: str = "") -> None:
+        """Reports progress, where anybody listens."""
+        if self.on_progress is not None:
+            self.on_progress(done, total, at_work)
+
+    def record(self, figures: dict[str, float], step: int) -> None:
+        """Reports figures, where anybody listens."""
+        if self.on_record is not None:
+            self.on_record(figures, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of one weight. Errors are relative, undamped, in float64, of the weights as written back.
+
+    Attributes:
+        shape: (out, in) of the dense weight.
+        sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
+        relative_error, relative_error_validation: None where no layer problem was solved.
+        objective, bound: of the weights and of all others in the same sparse set, with ridge and damping, relative as
+            the errors are; None where they were not asked for.
+        tokens: that the layer's inputs were taken from.
+        ridge, damping: of the layer problem, as used in the end; None where there was none.
+        ridge_trials: what "auto" tried, the best one first.
+        diagnosis: what `solvers.diagnostics` finds.
+        convergence: of the solve; of several weights that were solved as one, with the first.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    relative_error: float | None = None
+    relative_error_validation: float | None = None
+    objective: float | None = None
+    bound: float | None = None
+    status: str | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    ridge: float | None = None
+    damping: float | None = None
+    ridge_trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
+    diagnosis: tuple[Diagnosis, ...] = ()
+    convergence: Convergence | None = None
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries that are left, and not zero."""
+        return round((1.0 - self.sparsity) * self.shape[0] * self.shape[1])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """What `as_json` gave, after it was JSON."""
+        columns = content["convergence"]
+        parts: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "notes")}
+        parts["ridge_trials"] = tuple(Trial(**trial) for trial in content["ridge_trials"])
+        parts["diagnosis"] = tuple(Diagnosis(**finding) for finding in content["diagnosis"])
+        parts["convergence"] = columns and Convergence(**{name: tuple(column) for name, column in columns.items()})
+        return cls(**{**content, **parts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a recipe did.
+
+    Attributes:
+        layers: a report of every pruned weight.
+        notes: what had to be done that was not asked for.
+        details: what the recipe has to say beyond that (a training curve, an allocation), as JSON values.
+        model: the new model, where the old one was not pruned in place.
+    """
+
+    layers: list[LayerReport]
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+
+class Recipe(Protocol):
+    """A way to prune a whole model, ready to use by name. A frozen configuration."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str:
+        """A line for `admm-prune list`."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Calibration sequences, where the user names no number."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """What meets the target: every matrix of the blocks, all of them together, or something else of the model."""
+        ...
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        """Refuses what cannot be done, before anything is touched.
+
+        Raises:
+            UserError: the model has no decoder blocks that can be read, or a weight, named, does not admit the target.
+        """
+        ...
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        """Prunes the model, which is in evaluation mode and without gradients, in place where it can.
+
+        Raises:
+            UserError: as `check`; the text or the ridge asked for cannot be used.
+        """
+        ...

@@ -1,0 +1,151 @@
+"""The one loop over the blocks of a model: enter a block, work on it, write down what came of it, go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from admm_prune.methods.base import LayerReport, Request
+from admm_prune.models.activation_store import Shelf
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.structure import Block, decoder_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """What came of one block.
+
+    Attributes:
+        layers: a report of each of its weights.
+        details: JSON values.
+        tensors: what is to be known of the block later, beside its weights.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    details: Any = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Visitor(Protocol):
+    """Works on one block, which is entered: prunes it in place, or measures it.
+
+    It may move the stream on by itself, where the next block is to see what this one put out before it was changed.
+    """
+
+    def __call__(self, stream: BlockStream, index: int, block: Block) -> Visit: ...
+
+
+def walk(
+    model: nn.Module,
+    request: Request,
+    visit: Visitor,
+    *,
+    part: str = "blocks",
+    changes: bool = True,
+    reshape: Callable[[int], None] | None = None,
+    steps: tuple[int, int] | None = None,
+    note: str = "",
+) -> list[Visit]:
+    """Visits every block in order, on what the blocks before put out, and hands each to the request's journal.
+
+    Blocks that the journal has already are not visited again.
+
+    Args:
+        part: under which the journal keeps it.
+        changes: the visitor changes the blocks: their weights are kept. A block's weights in the journal are the only
+            copy where the model is not in memory.
+        reshape: brings a block that was finished earlier, by its index, into the shapes that it was given then.
+        steps: (done before, in all) of the whole recipe, for its progress.
+        note: what is said of a block at work beside its name.
+
+    Raises:
+        UserError: the text or a block cannot be used, or the journal not be written.
+    """
+    blocks = decoder_blocks(model)
+    residence, journal = request.residence, request.journal
+    if changes and residence.hollow and not journal.keeps:
+        raise ValueError("a model that is not in memory needs a journal, or what is done to its blocks is lost")
+    visits = [
+        Visit(
+            layers=[LayerReport.from_json(layer) for layer in content["layers"]],
+            details=content["details"],
+            tensors={} if changes else load_file(journal.tensor_file(part, index)),
+        )
+        for index, content in enumerate(journal.finished(part))
+    ]
+    if changes:
+        for index in range(len(visits)):
+            if reshape is not None:
+                reshape(index)
+            residence.restore(index, blocks[index], journal.tensor_file(part, index))
+    before, total = steps or (0, len(blocks))
+    if len(visits) < len(blocks):
+        shelf = Shelf(request.activation_bytes, journal.scratch())
+        device = residence.device(model)
+        stream = BlockStream(
+            model,
+            blocks,
+            request.calibration,
+            device,
+            residence=residence,
+            shelf=shelf,
+            world=request.world,
+            sparing=residence.hollow,
+        )
+        if visits:
+            _catch_up(stream, request, journal.resume_point(part), len(visits))
+        for index in range(len(visits), len(blocks)):
+            block = blocks[index]
+            request.tell(before + index, total, f"{block.name}{note}")
+            with residence.block(index):
+                found = visit(stream, index, block)
+                found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
+                if stream.position == index:
+                    stream.advance(index)
+                journal.commit(
+                    part,
+                    index,
+                    {"layers": [layer.as_json() for layer in found.layers], "details": found.details},
+                    tensors=_weights(block) if changes else found.tensors,
+                    activations=stream.activations if request.world.size == 1 else None,
+                )
+            if changes and residence.hollow:
+                residence.restore(index, block, journal.tensor_file(part, index))
+            visits.append(found)
+            if found.layers:
+                request.record(_figures(found.layers), index)
+    return visits
+
+
+def _catch_up(stream: BlockStream, request: Request, activations: dict[str, Tensor] | None, index: int) -> None:
+    """Brings a stream to block `index`: by what was kept, or through the finished blocks.
+
+    Activations are kept by a run in one process, and of use to one: others share the sequences otherwise.
+    """
+    if activations is not None and request.world.size == 1:
+        stream.resume(index, activations)
+        return
+    for finished in range(index):
+        with request.residence.block(finished):
+            stream.advance(finished)
+
+
+def _figures(layers: list[LayerReport]) -> dict[str, float]:
+    """What is told of a finished block."""
+    size = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
+    figures = {
+        "block/sparsity": 1.0 - sum(layer.nonzeros for layer in layers) / size,
+        "block/seconds": sum(layer.seconds for layer in layers),
+        "block/iterations": float(max(layer.iterations for layer in layers)),
+    }
+    return figures | ({"block/relative_error": sum(errors) / len(errors)} if errors else {})
+
+
+def _weights(block: Block) -> dict[str, Tensor]:
+    return {f"{block.name}.{name}": parameter.detach() for name, parameter in block.module.named_parameters()}

@@ -1,0 +1,192 @@
+"""ELSA, surrogate-free pruning of a whole model, and what it has to be compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.elsa.session import Session
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.layerwise import Layerwise, check_target
+from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.target import Target
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.sparse_adam import SparseAdam
+
+CALIBRATION = 128  # sequences that layer problems are made of
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """By which densities a model comes down to a sparse target: to `first` at once, then in equal ratios.
+
+    A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
+    than training brings back, and one of a model that was trained at a density of not quite twice as much does not.
+
+    Args:
+        ratio: of a density to the one before, at the least.
+        until: the part of the run after which the target is reached; the stages before are of equal length.
+    """
+
+    first: float = 0.25
+    ratio: float = 0.58
+    until: float = 0.4
+
+    def densities(self, target: float) -> list[float]:
+        """From the first to the target's."""
+        if not 0.0 < target < self.first:
+            return [target]
+        stages = math.ceil(math.log(self.first / target) / -math.log(self.ratio))
+        return [self.first * (target / self.first) ** (i / stages) for i in range(stages)] + [target]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsa(Trained):
+    """min f(x), x in C, f the model's own loss: projections that come closer to C, and Adam on the support in between.
+
+        at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
+        in between:      x <- Adam's step with the gradient of f, restricted to the support.
+
+    This is ELSA's splitting with three of its parts exchanged, by measurement (`benchmarks/results/surrogate-free-*`).
+    The projection is taken in the metric of the layers' second moments, as far as `projection` solves it, and
+    compensates what it removes, in place of the diagonal of the Fisher information. x = z is held between the
+    projections: the penalty is infinite, so that no dual variable and no anchor is kept, and the state beyond Adam's is
+    a bit a weight. And C is approached through a few larger sets. `Published` is the iteration of the paper.
+
+    Attributes:
+        ladder: None projects to the target at once.
+        projection: a solver of layer problems.
+    """
+
+    name: str = "elsa"
+    summary: str = "surrogate-free: layer-wise projections in stages, the true loss trained on the support in between"
+    distillation: float = 0.5
+    ladder: Ladder | None = Ladder()
+    projection: Method = LOCAL_METHODS["admm"]
+
+    def check(self, model: Any, target: Target) -> None:
+        super().check(model, target)
+        check_target(decoder_blocks(model), self.projection, target)
+
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        return SparseAdam(**how, freeze=1.0)
+
+    def projections(self, target: Target) -> list[tuple[float, Target]]:
+        return staged(target, self.ladder)
+
+    def project(self, session: Session, target: Target) -> None:
+        rows = len(session.training.rows)
+        calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
+        asked = session.request
+        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
+        session.gather()
+        session.model.requires_grad_(False)
+        outcome = Layerwise(self.projection).prune(session.model, request)
+        session.model.requires_grad_(True)
+        session.scatter()
+        masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
+        session.trainer.optimizer.change_support(masks)
+        stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
+        if str(target) == str(session.request.target):
+            stage["held_out_loss"] = session.offer()
+        session.stages.append(stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradual(Trained):
+    """Gradual pruning: every `interval` steps the smallest |w| F^power of the weights that are left go for good.
+
+    The sparsity rises by 1 - (1 - s)^3 of the target over the first `ramp` of the run.
+
+    Source: Zhu and Gupta, To prune, or not to prune, 2017.
+    """
+
+    name: str = "gradual"
+    summary: str = "gradual pruning while training: the smallest weights go every few steps, and stay away"
+    interval: int = 16
+    ramp: float = 0.75
+    power: float = 0.0
+
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        score = Score(fisher="adam" if self.power else "none", power=self.power)
+        timeline: dict[str, Any] = {
+            "interval": self.interval,
+            "total_steps": self.training_steps,
+            "freeze": 1.0 - self.ramp,
+            "ramp": 1.0,
+        }
+        return SparseAdam(**how, **timeline, penalty=math.inf, score=score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published(Trained):
+    """ELSA as published: see `SparseAdam.faithful`. Its rate and penalty are absolute."""
+
+    name: str = "elsa-published"
+    summary: str = "ELSA as published: penalty from 0 by a cosine, Fisher-weighted projections, no frozen end"
+    lr: float | None = 2e-4
+    penalty: float = 1e-3
+
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        return SparseAdam.faithful(**how, total_steps=self.training_steps, penalty=self.penalty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedDense(Trained):
+    """The dense model trained on the same text for as long: what of a gain is mere tuning."""
+
+    name: str = "tuned-dense"
+    summary: str = "prunes nothing: the dense model trained as long as the others, to compare them with"
+
+    def check(self, model: Any, target: Target) -> None:
+        if target.fraction or target.layers:
+            raise UserError("tuned-dense prunes nothing: give --sparsity 0, and no targets or overrides")
+
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        return SparseAdam(**how, freeze=1.0)
+
+
+def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
+    """(the part of the run that is done, what the model is then projected to); of a pattern, whole numbers kept of
+    every M, rounded up."""
+    densities = [] if ladder is None else ladder.densities(1.0 - target.fraction)[:-1]
+    before = [_of_density(target, density) for density in densities]
+    stages = list(dict.fromkeys([*before, target]))
+    until = 0.0 if ladder is None or len(stages) == 1 else ladder.until
+    return [(until * i / max(1, len(stages) - 1), stage) for i, stage in enumerate(stages)]
+
+
+def _of_density(target: Target, density: float) -> Target:
+    if target.pattern is None:
+        return replace(target, sparsity=1.0 - density)
+    return replace(target, pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
+
+
+def _mean_error(outcome: Outcome) -> float:
+    errors = [layer.relative_error for layer in outcome.layers if layer.relative_error is not None]
+    return float(torch.tensor(errors, dtype=torch.float64).mean()) if errors else math.nan
+
+
+TRAINED: tuple[Trained, ...] = (
+    Elsa(),
+    Elsa(
+        name="elsa-l",
+        summary="elsa with Adam's moments in 8 bits",
+        moments="int8",
+    ),
+    Published(),
+    Elsa(
+        name="admm-finetuned",
+        summary="admm at once, then trained on its support: the baseline that counts",
+        distillation=0.0,
+        ladder=None,
+    ),
+    Gradual(),
+    TunedDense(),
+)

@@ -1,0 +1,142 @@
+"""One run of a recipe that trains: what it works on, what is remembered of the way, and how it goes on from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.methods.base import Request
+from admm_prune.methods.elsa.checkpoints import Checkpoints
+from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer, held_out_loss
+from admm_prune.models.structure import WeightView
+from admm_prune.solvers.elsa.anchors import gathered, local, own_rows
+from admm_prune.solvers.elsa.duals import DualUpdate
+
+
+@dataclass
+class Session:
+    """What a run works on, and what is remembered of the way.
+
+    Attributes:
+        model: whole, in every process.
+        trained: the model that is trained: `model` itself, or a copy that is divided over the processes.
+        views: the weights of `model` that are pruned.
+        prepared: the step that all has been done for that comes before it.
+        best: the parameters of `trained` where it was best.
+    """
+
+    model: nn.Module
+    trained: nn.Module
+    views: list[WeightView]
+    request: Request
+    training: Sequences
+    held_out: Sequences
+    trainer: Trainer
+    measured: MeasuredRate | None = None
+    rates: list[float] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    prepared: int = -1
+    best: dict[str, Tensor] | None = None
+    best_loss: float = math.inf
+
+    def offer(self) -> float:
+        """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
+
+        Call it only where the model is as sparse as it is to become.
+        """
+        loss = held_out_loss(self.trained, self.held_out)
+        if self.best is None or loss < self.best_loss:
+            self.best_loss = loss
+            self.best = {name: x.detach().clone() for name, x in self.trained.named_parameters()}
+        return loss
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        assert self.best is not None
+        for name, parameter in self.trained.named_parameters():
+            local(parameter).copy_(local(self.best[name]))
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings what was trained into the whole model."""
+        for whole, part in self._pairs():
+            whole.copy_(gathered(part, local(part)))
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Brings the whole model into what is trained."""
+        for whole, part in self._pairs():
+            local(part).copy_(own_rows(part, whole))
+
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Writes down all that moves."""
+        if checkpoints.kept:
+            checkpoints.save(self._tensors(), self._values())
+
+    def go_on(self, checkpoints: Checkpoints) -> None:
+        """Goes on from the latest checkpoint, if there is one."""
+        values = checkpoints.latest()
+        if values is None:
+            return
+        self.trainer.optimizer.masks()  # brings the optimizer's state into being
+        if values["best_loss"] is not None:
+            self.best = {name: torch.empty_like(x.detach()) for name, x in self.trained.named_parameters()}
+            self.best_loss = values["best_loss"]
+        tensors = self._tensors()
+        checkpoints.load(tensors)
+        torch.set_rng_state(tensors["random"])
+        optimizer = self.trainer.optimizer
+        for name, parameter in self.trained.named_parameters():
+            for key, number in values["states"][name].items():
+                here = optimizer.state[parameter].get(key)
+                optimizer.state[parameter][key] = torch.full_like(here, number) if isinstance(here, Tensor) else number
+        for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
+            group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+        optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
+        self.trainer.go_to(values["trainer"])
+        self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
+        self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that moves and is no single number, by names that do not depend on the number of processes."""
+        found = {"random": torch.get_rng_state()}
+        for name, parameter in self.trained.named_parameters():
+            found[f"model/{name}"] = parameter.detach()
+            for key, value in self.trainer.optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.ndim:
+                    found[f"{key}/{name}"] = value
+        return found | {f"best/{name}": x for name, x in (self.best or {}).items()}
+
+    def _values(self) -> dict[str, Any]:
+        """The single numbers: JSON values."""
+        optimizer = self.trainer.optimizer
+        states = {
+            name: {
+                key: float(value) if isinstance(value, Tensor) else value
+                for key, value in optimizer.state[parameter].items()
+                if not (isinstance(value, Tensor) and value.ndim)
+            }
+            for name, parameter in self.trained.named_parameters()
+        }
+        kept_apart = ("params", "param_names")
+        return {
+            "trainer": self.trainer.position(),
+            "states": states,
+            "groups": [{k: v for k, v in g.items() if k not in kept_apart} for g in optimizer.param_groups],
+            "measured": None if self.measured is None else asdict(self.measured),
+            "rates": self.rates,
+            "stages": self.stages,
+            "prepared": self.prepared,
+            "history": [asdict(update) for update in optimizer.history],
+            "best_loss": None if self.best is None else self.best_loss,
+        }
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        if self.trained is self.model:
+            return []
+        return list(zip(self.model.parameters(), self.trained.parameters(), strict=True))

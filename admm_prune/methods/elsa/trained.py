@@ -1,0 +1,241 @@
+"""Recipes that train the model while they prune it: what they share."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from admm_prune.errors import UserError
+from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.elsa.checkpoints import Checkpoints
+from admm_prune.methods.elsa.session import Session
+from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
+from admm_prune.methods.layerwise import untouched
+from admm_prune.methods.target import Target
+from admm_prune.models.evaluate import Distillation, next_token_loss
+from admm_prune.models.parallel import World, sharded_copy
+from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.solvers.elsa.moments import MomentFormat
+from admm_prune.solvers.sparse_adam import SparseAdam
+
+_HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
+_JUDGES = 8  # of them, that measure the rate
+_LEAST = 2  # sequences to train on
+_STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(ABC):
+    """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
+
+    The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
+    before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
+    is kept beside the optimizer's state. What moves is written to the request's journal every few steps and after each
+    projection, so that a run which was killed goes on from there, to the same end.
+
+    Several processes divide the parameters that are trained, their gradients, Adam's moments and the teacher among them
+    (FSDP2), and share every batch. Beside that each holds the model once, to project it and to keep the answer.
+
+    Attributes:
+        steps: forward and backward passes over a batch, those that measure the rate included.
+        batch_size: sequences a step, in epochs without replacement.
+        lr: the height of the rate, in place of a measured one.
+        boldness: what the measured rate is multiplied by.
+        distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
+        moments: of Adam: see `SparseAdam`.
+    """
+
+    name: str
+    summary: str
+    steps: int = 512
+    batch_size: int = 8
+    lr: float | None = None
+    boldness: float = 1.0
+    distillation: float = 0.0
+    moments: MomentFormat = "full"
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch_size
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        return "matrix"
+
+    @abstractmethod
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        """The optimizer of a run.
+
+        Args:
+            how: the model, dense and trainable, as `params`; what is to be pruned of it; the first rate.
+        """
+
+    def projections(self, target: Target) -> list[tuple[float, Target]]:
+        """(the part of the run that is done, what the model is then projected to); none by default."""
+        return []
+
+    def project(self, session: Session, target: Target) -> None:
+        """Projects the model, and restricts the optimizer to the support found."""
+        raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        if target.varied:
+            raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
+        for view in chosen_views(model, target):
+            if target.pattern is not None and view.shape[1] % target.pattern[1]:
+                raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        """Trains and prunes; where that ends worse on held-out sequences than a model that was as sparse on the way,
+        that one is returned."""
+        self.check(model, request.target)
+        if request.ridge is not None:
+            raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
+        session = self.run(model, request)
+        last = session.offer()
+        notes = session.trainer.optimizer.notes
+        if session.best_loss < last:
+            session.restore_best()
+            notes += ("training ended worse on held-out sequences than the best sparse model on the way",)
+        session.gather()
+        trainer = session.trainer
+        details = {
+            **trainer.as_json(),
+            "lr": session.rates or trainer.lr,
+            "batch_size": self.batch_size,
+            "distillation": self.distillation,
+            "moments": trainer.optimizer.moments,
+            "held_out_loss": session.best_loss,
+            "held_out_sequences": len(session.held_out.rows),
+            "dual_updates": [
+                {
+                    "step": update.step,
+                    "primal_residual": update.primal_residual,
+                    "dual_residual": update.dual_residual,
+                    "churn": update.churn,
+                    "rho": update.rho,
+                    "sparsity": update.sparsity,
+                }
+                for update in trainer.optimizer.history
+            ],
+        }
+        pruned = {view.name for view in session.views}
+        layers = [_report(view, trainer.tokens) for view in session.views]
+        return Outcome(
+            layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
+            notes=notes,
+            details={"training": details, "stages": session.stages},
+        )
+
+    def run(self, model: nn.Module, request: Request) -> Session:
+        """Trains and prunes to the end, in place; what is remembered of the way."""
+        with trainable(model):
+            session = self._session(model, request)
+            self._train(session)
+            session.trainer.optimizer.finalize()
+        return session
+
+    def _session(self, model: nn.Module, request: Request) -> Session:
+        sequences = request.calibration
+        if len(sequences.rows) < _LEAST:
+            raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
+        training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
+        target, world = request.target, request.world
+        views = chosen_views(model, target)
+        trained = sharded_copy(model, world)
+        how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
+        how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
+        how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
+        trainer = Trainer(
+            trained,
+            self.optimizer(how),
+            Distillation(_teacher(model, world), self.distillation) if self.distillation else next_token_loss,
+            training,
+            steps=self.training_steps,
+            batch_size=self.batch_size,
+            seed=request.seed,
+            world=world,
+        )
+        return Session(model, trained, views, request, training, held_out, trainer)
+
+    @property
+    def training_steps(self) -> int:
+        """Of the optimizer: what measuring the rate leaves."""
+        return max(1, self.steps - self._passes)
+
+    @property
+    def _passes(self) -> int:
+        """That measuring the rate takes."""
+        return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
+
+    def _train(self, session: Session) -> None:
+        trainer, request = session.trainer, session.request
+        last = trainer.steps - 1
+        plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
+        every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
+        kept = max(1, min(_STEPS, trainer.steps // _PART))
+        checkpoints = Checkpoints(request.journal.checkpoints("training"), request.world)
+        session.go_on(checkpoints)
+        while trainer.done < trainer.steps:
+            if trainer.done % every == 0:
+                request.tell(trainer.done, trainer.steps, self.name)
+            if session.prepared != trainer.done:
+                self._prepare(session, plan)
+                session.prepared = trainer.done
+                if trainer.done in plan:
+                    session.keep(checkpoints)
+            told = len(trainer.curve)
+            trainer.step()
+            if len(trainer.curve) > told:
+                step, loss = trainer.curve[-1]
+                request.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
+            if trainer.done % kept == 0 or trainer.done == trainer.steps:
+                session.keep(checkpoints)
+        request.tell(trainer.steps, trainer.steps)
+
+    def _prepare(self, session: Session, plan: dict[int, Target]) -> None:
+        """What comes before a step: a projection and a rate, where they are due."""
+        done = session.trainer.done
+        if done in plan:
+            self.project(session, plan[done])
+        if self.lr is None and (done in plan or done == 0):
+            self._set_rate(session, plan.get(done, session.request.target))
+
+    def _set_rate(self, session: Session, target: Target) -> None:
+        model, trainer = session.trained, session.trainer
+        if session.measured is None:
+            judges = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
+            session.measured = measured_rate(
+                model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, judges)
+            )
+        trainer.lr = self.boldness * session.measured.rate(1.0 - target.fraction)
+        session.rates.append(trainer.lr)
+
+
+def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
+    """The weights that are pruned.
+
+    Raises:
+        UserError: only some of the matrices that are one parameter.
+    """
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    chosen = [view for view in views if target.at(view.name) is not None]
+    left = {view.parameter_name for view in views} - {view.parameter_name for view in chosen}
+    torn = {view.parameter_name for view in views if target.at(view.name) is None} - left
+    if torn:
+        raise UserError(f"{min(torn)} is one parameter for all experts: a method that trains prunes all of it or none")
+    return chosen
+
+
+def _teacher(model: nn.Module, world: World) -> nn.Module:
+    teacher = copy.deepcopy(model) if world.size == 1 else sharded_copy(model, world)
+    return teacher.requires_grad_(False)
+
+
+def _report(view: WeightView, tokens: int) -> LayerReport:
+    zeros = 1.0 - int(view.read().count_nonzero()) / view.read().numel()
+    return LayerReport(name=view.name, shape=view.shape, sparsity=zeros, tokens=tokens)

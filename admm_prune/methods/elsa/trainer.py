@@ -1,0 +1,255 @@
+"""The training loop that the trained methods share, and a learning rate range test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from admm_prune.data.sequences import Batch, Row, Sequences
+from admm_prune.models.evaluate import cross_entropy
+from admm_prune.models.parallel import ALONE, World
+from admm_prune.ops import quantization
+from admm_prune.solvers.elsa.anchors import local, totals
+from admm_prune.solvers.schedules import warm_up_then_linear
+from admm_prune.solvers.sparse_adam import SparseAdam
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+_WINDOW = 32  # steps that a point of the curve is the mean over
+
+
+class Trainer:
+    """Steps of one optimizer on batches of a text, at a rate that rises shortly, then falls linearly to zero.
+
+    Every sequence is seen once before any is seen again, in an order drawn anew for every epoch. Several processes
+    share every batch: the model is divided over them, and its gradients are means over the processes.
+
+    Attributes:
+        objective: the loss of a whole batch in one process.
+        steps, done: of the run; done so far.
+        tokens: trained on so far.
+        curve: (steps done, mean loss of the steps since the last point).
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
+        batch_size: int, seed: int, world: World = ALONE,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.done, self.tokens = 0, 0
+        self.curve: list[tuple[int, float]] = []
+        self.objective, self._world = loss, world
+        self._batches = endless_batches(sequences, batch_size, seed)
+        self._taken = 0
+        self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
+        self._recent: list[Tensor] = []
+
+    @property
+    def lr(self) -> float:
+        """The highest rate, before the schedule."""
+        return float(self._rates.base_lrs[0])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        factor = self._rates.lr_lambdas[0](self.done)
+        self._rates.base_lrs = [value] * len(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            group["lr"] = value * factor
+
+    def take(self, count: int) -> list[Batch]:
+        """The next batches of the text, to be used otherwise."""
+        self._taken += count
+        return [next(self._batches) for _ in range(count)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of this process's share of a batch, scaled so that the mean over the processes is the loss of the batch."""
+        count, size = len(batch.lengths), self._world.size
+        if size == 1:
+            return self.objective(model, batch)
+        # All have to take part: one without a share looks at the first sequence, which counts nothing.
+        rows = self._world.share(range(count)) or [0]
+        share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
+        part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
+        return part * self.objective(model, share)
+
+    def step(self) -> None:
+        batch = self.take(1)[0]
+        value = self.loss(self.model, batch)
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._rates.step()
+        self.done, self.tokens = self.done + 1, self.tokens + int(batch.lengths.sum())
+        self._recent.append(value.detach().float())
+        if len(self._recent) == _WINDOW or self.done == self.steps:
+            self.curve.append((self.done, float(self._all_recent().mean())))
+            self._recent = []
+
+    def position(self) -> dict[str, Any]:
+        """Where the run is, beside the model and the optimizer: JSON values, of all processes alike."""
+        return {
+            "done": self.done,
+            "tokens": self.tokens,
+            "curve": self.curve,
+            "taken": self._taken,
+            "base_lrs": list(self._rates.base_lrs),
+            "recent": self._all_recent().tolist(),
+        }
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Goes on from where `position` was taken; the first batches are passed over."""
+        self.done, self.tokens = position["done"], position["tokens"]
+        self.curve = [(step, loss) for step, loss in position["curve"]]
+        self.take(position["taken"] - self._taken)
+        self._rates.base_lrs = list(position["base_lrs"])
+        self._rates.last_epoch = self.done
+        device = next(self.model.parameters()).device
+        self._recent = list(torch.tensor(position["recent"], device=device))
+
+    def _all_recent(self) -> Tensor:
+        """The losses since the last point of the curve, (n,), the means over the processes."""
+        return self._world.total(torch.stack(self._recent)).div_(self._world.size) if self._recent else torch.zeros(0)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "steps": self.done,
+            "skipped": self.optimizer.skipped,  # of the steps, for a gradient that was not finite
+            "tokens": self.tokens,
+            "loss": [{"step": step, "loss": loss} for step, loss in self.curve],
+        }
+
+
+def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches of whole epochs, one after the other, each in an order of its own."""
+
+    def collate(rows: list[Row]) -> Batch:
+        return sequences.batch([row.ids for row in rows])
+
+    loader: DataLoader[Any] = DataLoader(
+        list(sequences.rows),  # type: ignore[arg-type]  # a list is a map-style dataset
+        batch_size=batch_size,
+        shuffle=True,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),
+        drop_last=len(sequences.rows) >= batch_size,
+    )
+    while True:
+        yield from loader
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Generator[None]:
+    """Within it every parameter takes a gradient; afterwards those that did before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, asked in before:
+            parameter.requires_grad_(asked)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
+    """The mean cross-entropy over the scored tokens, in float64; inf where it is not a number."""
+    total = sum(float(cross_entropy(model, batch)) for batch in sequences.batches)
+    mean = total / sequences.scored_tokens
+    return mean if math.isfinite(mean) else math.inf
+
+
+_SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
+_TRIALS, _EXACT = 7, 0.4  # at most so many steps are tried; the power of two is settled to within this
+GRADIENTS = 3  # batches that the direction is taken from
+_AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
+
+
+def passes(judges: float) -> int:
+    """What a measurement costs in forward and backward passes over a batch; a forward pass alone is a third of one.
+
+    Args:
+        judges: batches that a judgement takes.
+    """
+    return GRADIENTS + math.ceil((_TRIALS + 1) * judges / 3)
+
+
+@dataclass(frozen=True)
+class MeasuredRate:
+    """The step that lowers the loss the most along sign(g).
+
+    Attributes:
+        decrease: of the loss by it; not above zero where no step lowers the loss.
+    """
+
+    step: float
+    decrease: float
+
+    def rate(self, density: float) -> float:
+        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step.
+
+        The fewer weights are left, the farther each has to go, while single steps allow hardly more.
+        """
+        return float(_AT_HALF * self.step * (2.0 * max(density, 1e-3)) ** -_POWER)
+
+
+def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judge: Callable[[], float]) -> MeasuredRate:
+    """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
+    the loss is scaled.
+
+    What is zero, as pruned weights are, stays zero. The model is left as it was.
+
+    Args:
+        model: its parameters that take a gradient move.
+        gradients: batches that g is the mean over.
+        judge: f of the model as it is when it is called.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for batch in gradients:
+        loss(model, batch).backward()
+    parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
+    moved = [(x, x.clone()) for x in parts]
+    directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
+    for parameter in parameters:
+        parameter.grad = None
+    counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
+    square, entries = totals(parameters, torch.stack(counts)).sum(0).tolist()
+    scale = math.sqrt(square / entries)
+
+    def value(step: float) -> float:
+        chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
+        for (part, x), direction in zip(moved, directions, strict=True):
+            part.copy_(_moved(x, direction, step, chance))
+        return judge()
+
+    with torch.no_grad():
+        start = value(0.0)
+        found: Any = minimize_scalar(  # its declared type does not know its own fields
+            lambda power: value(scale * 2.0**power),
+            bounds=(_SMALLEST, _LARGEST),
+            method="bounded",
+            options={"maxiter": _TRIALS, "xatol": _EXACT},
+        )
+        for part, x in moved:
+            part.copy_(x)
+    return MeasuredRate(step=scale * 2.0 ** float(found.x), decrease=start - float(found.fun))
+
+
+def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """Of the part in this process."""
+    slope = torch.zeros_like(x) if gradient is None else local(gradient)
+    return (slope.sign() * (x != 0)).to(torch.int8)
+
+
+def _moved(x: Tensor, direction: Tensor, step: float, chance: torch.Generator) -> Tensor:
+    """x - step * direction; in bfloat16 rounded at random, or small steps would all be lost."""
+    if x.dtype != torch.bfloat16:
+        return x - step * direction.to(x.dtype)
+    return quantization.to_bfloat16(x.float() - step * direction, chance)

@@ -1,0 +1,207 @@
+"""The solvers of layer problems by name, each with the damping and the budget it is published with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from admm_prune.errors import UserError
+from admm_prune.methods.part_checks import explained_parts
+from admm_prune.methods.parts import (
+    RECONSTRUCTION,
+    LayerProblem,
+    Objective,
+    SetFamily,
+    check_no_clash,
+    declared,
+    load_declared,
+)
+from admm_prune.methods.target import Target
+from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
+from admm_prune.solvers import reference
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.base import Solver
+from admm_prune.solvers.local_search import LocalSearch
+from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.support_descent import Magnitude, Wanda
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver of layer problems, ready to use by name.
+
+    Args:
+        make: builds the solver.
+        ridge, damping: of the layer problem it is given.
+        row_wise: an unstructured budget is spread evenly over the output rows, not over the whole layer.
+        stacks: weights that share their inputs are solved as one, each within its own budget, because the solver
+            factors their Gram and knows `StackedRows`.
+        stacks_targets: so are copies of one weight with different targets, because nothing that the solver does depends
+            on how dense the stack is as a whole.
+        problem: what the solver is given.
+        sets: in place of the method's own sparse set.
+    """
+
+    name: str
+    summary: str
+    make: Callable[[], Solver]
+    ridge: float = DEFAULT_RIDGE
+    damping: float = DEFAULT_DAMPING
+    row_wise: bool = False
+    stacks: bool = False
+    stacks_targets: bool = False
+    problem: LayerProblem = RECONSTRUCTION
+    sets: SetFamily | None = None
+
+    def constraint(self, target: Target) -> SparseSet:
+        """The sparse set that this method aims at for a target.
+
+        Raises:
+            UserError: the sets given have no such member.
+        """
+        own = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
+        return (self.sets or own).at(target)
+
+    @property
+    def damped(self) -> bool:
+        """Whether what it finds depends on the ridge: not where it scores weights without solving for any."""
+        return self.ridge > 0 or self.damping > 0
+
+    def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
+        """Within what the kept weights are counted; "set" where only the set can tell."""
+        made = self.constraint(target)
+        kinds: dict[type[SparseSet], Literal["matrix", "row", "group"]] = {
+            Unstructured: "matrix",
+            RowWise: "row",
+            NofM: "group",
+        }
+        return kinds.get(type(made), "set")
+
+
+LOCAL_METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("magnitude", "largest |w|", Magnitude, ridge=0.0, damping=0.0),
+        Method("wanda", "largest |w| ||x|| in each row", Wanda, ridge=0.0, damping=0.0, row_wise=True),
+        Method(
+            "sparsegpt",
+            "column by column, errors spread over the columns to come",
+            SparseGPT,
+            ridge=0.0,
+            damping=0.01,
+            stacks=True,
+            stacks_targets=True,
+        ),
+        Method(
+            "admm",
+            "ADMM with a rising penalty, then least squares",
+            ADMM,
+            stacks=True,
+            stacks_targets=True,
+        ),
+        Method(
+            "admm-fast",
+            "half of admm's work, a little more error",
+            ADMM.fast,
+            stacks=True,
+            stacks_targets=True,
+        ),
+        Method(
+            "admm-best",
+            "a longer ADMM, then swaps of single weights: several times admm's work, a little less error",
+            lambda: LocalSearch(ADMM.best()),
+            stacks=True,
+        ),
+        Method("alps", "ADMM with ALPS's controller and damping", ADMM.alps, ridge=0.0, damping=0.01, stacks=True),
+        Method(
+            "admm-gradual",
+            "ADMM with a fixed penalty and a cubic sparsity ramp",
+            ADMM.gradual,
+            ridge=0.1,
+            damping=0.0,
+            stacks=True,
+            stacks_targets=True,
+        ),
+    )
+}
+
+# For small layers: they refuse what they cannot prove.
+REFERENCES: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("brute-force", "every support tried", reference.BruteForce, row_wise=True),
+        Method(
+            "branch-and-bound",
+            "proved optimum of each row, or the open bound after a minute",
+            lambda: reference.BranchAndBound(time_limit=60.0),
+            row_wise=True,
+        ),
+        Method(
+            "mixed-integer",
+            "mixed-integer program by CVXPY and SCIP",
+            lambda: reference.MixedIntegerReference(time_limit=60.0),
+            row_wise=True,
+        ),
+        Method("group-exact", "every N:M group optimal given the rest", reference.GroupExact),
+    )
+}
+
+
+def method_names() -> list[str]:
+    """All names that `method_named` knows: ours, then those of installed packages."""
+    return [*LOCAL_METHODS, *REFERENCES, *sorted(declared("solvers"))]
+
+
+def method_named(name: str) -> Method:
+    """The method of this name, ours or one that an installed package declares under `admm_prune.solvers`.
+
+    Raises:
+        UserError: no such method (the message lists those there are), or a plug-in that cannot be used.
+    """
+    ours = {**LOCAL_METHODS, **REFERENCES}
+    check_no_clash("solvers", name, ours)
+    if name in ours:
+        return ours[name]
+    if name not in declared("solvers"):
+        raise UserError(f"unknown method '{name}': choose one of {', '.join(method_names())}")
+    loaded: Any = load_declared("solvers", name)
+    if isinstance(loaded, Method):
+        return replace(loaded, name=name)
+    made_by: Any = loaded
+    if not (inspect.isclass(loaded) and callable(getattr(loaded, "solve", None))):
+        kind = f"an instance of {type(loaded).__name__}" if hasattr(loaded, "solve") else f"a {type(loaded).__name__}"
+        raise UserError(
+            f"the plug-in '{name}' is neither a Method nor a class with a method solve, but "
+            f"{f'the class {loaded.__name__}' if inspect.isclass(loaded) else kind}"
+        )
+    if inspect.isabstract(loaded):
+        raise UserError(f"the solver '{name}' lacks methods: {', '.join(sorted(made_by.__abstractmethods__))}")
+
+    def make() -> Solver:
+        with explained_parts(solver=loaded):
+            solver: Solver = made_by()
+            return solver
+
+    try:
+        make()
+    except ValueError as error:
+        raise UserError(f"the solver '{name}' cannot be made without arguments: {error}") from error
+    return Method(name, (loaded.__doc__ or "").strip().partition("\n")[0], make)
+
+
+def with_parts(
+    method: Method,
+    problem: str | Objective | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
+) -> Method:
+    """The method with another objective or another sparse set, by name or as it is; None leaves its own.
+
+    Raises:
+        UserError: there is no part of that name, or it cannot be used.
+    """
+    if problem is not None:
+        method = replace(method, problem=LayerProblem.of(problem))
+    return method if constraint is None else replace(method, sets=SetFamily.of(constraint))

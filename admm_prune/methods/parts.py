@@ -1,0 +1,280 @@
+"""Objectives and sparse sets of a layer: ours and those that other packages declare, by name; and any, as it is.
+
+Names that other installed packages give to parts of their own, as entry points; loads nothing heavy.
+
+    [project.entry-points."admm_prune.solvers"]
+    projected-gradient = "their_package:ProjectedGradient"
+
+The groups are `admm_prune.solvers` (called without arguments; see `methods.local`), `admm_prune.problems`
+(a subclass of `LayerReconstruction`, called as that is) and `admm_prune.constraints` (a `SparseSet`, called with the
+fraction of the weights to go). Declaring is all: nothing is imported before its name is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor
+
+from admm_prune.errors import UserError
+from admm_prune.methods.part_checks import explained_parts
+from admm_prune.methods.target import Target
+from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Unstructured
+from admm_prune.problems.layer import LayerReconstruction
+
+Kind = Literal["solvers", "problems", "constraints"]
+
+
+def declared(kind: Kind) -> dict[str, EntryPoint]:
+    """What installed packages declare, by name."""
+    return {point.name: point for point in entry_points(group=f"admm_prune.{kind}")}
+
+
+def all_declared() -> list[dict[str, str]]:
+    """Every plug-in of every kind: its name, what it is, where it lives, and the package it comes from."""
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "object": point.value,
+            "package": "" if point.dist is None else f"{point.dist.name} {point.dist.version}",
+        }
+        for kind in get_args(Kind)
+        for name, point in sorted(declared(kind).items())
+    ]
+
+
+def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
+    """Refuses a name that stands for two parts.
+
+    Raises:
+        UserError: a package declares what is a name of this package, or two packages declare it.
+    """
+    found = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
+    who = " and ".join(f"{_package(point)} ({point.value})" for point in found.values())
+    if found and name in ours:
+        raise UserError(f"the name '{name}' is built in, and declared by {who}: that package has to choose another")
+    if len(found) > 1:
+        raise UserError(f"the name '{name}' is declared by {who}: one of them has to choose another")
+
+
+def _package(point: EntryPoint) -> str:
+    return "a package" if point.dist is None else point.dist.name
+
+
+def load_declared(kind: Kind, name: str) -> Any:
+    """The object behind a declared name.
+
+    Raises:
+        UserError: its package cannot be imported, or lacks it.
+    """
+    point = declared(kind)[name]
+    try:
+        return point.load()
+    except Exception as error:  # whatever another package's import may raise
+        whose = "" if point.dist is None else f" of {point.dist.name}"
+        raise UserError(
+            f"the plug-in '{name}'{whose} ({point.value}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
+
+# What a fraction alone describes; N:M is asked for by a pattern.
+SETS: Mapping[str, Callable[[float], SparseSet]] = {
+    "unstructured": Unstructured,
+    "row-wise": RowWise,
+    "groups": Groups,
+}
+LAYER = "layer"
+LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """What builds the problem of a layer, and what that is called."""
+
+    name: str
+    build: Objective
+
+    @property
+    def token_weights(self) -> Callable[[Tensor], Tensor] | None:
+        """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
+        weigh: Callable[[Tensor], Tensor] | None = getattr(self.build, "token_weights", None)
+        if weigh is None:
+            return None
+
+        def explained(inputs: Tensor) -> Tensor:
+            with explained_parts(problem=self.build):
+                return weigh(inputs)
+
+        return explained
+
+    def posed(self, *arguments: Any, **settings: Any) -> LayerReconstruction:
+        """The problem, as `LayerReconstruction` takes its arguments.
+
+        Raises:
+            UserError: what builds it fails, or builds something else.
+            ValueError: the arguments cannot be used.
+        """
+        with explained_parts(problem=self.build):
+            problem: Any = self.build(*arguments, **settings)
+        if not isinstance(problem, LayerReconstruction):
+            raise UserError(
+                f"the problem '{self.name}' builds {_kind_of(problem)}: it has to be an admm_prune.LayerReconstruction"
+            )
+        return problem
+
+    def __post_init__(self) -> None:
+        """Raises UserError where what builds the problem, or weighs its tokens, does not take the arguments."""
+        if not callable(self.build):
+            raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
+        _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
+        if inspect.isabstract(self.build):
+            raise UserError(f"the problem '{self.name}' lacks methods: {_abstract(self.build)}")
+        weigh = getattr(self.build, "token_weights", None)
+        if weigh is not None:
+            _check_call(f"token_weights of the problem '{self.name}', a staticmethod,", weigh, 1)
+
+    @classmethod
+    def of(cls, part: str | Objective) -> LayerProblem:
+        """By the name of one of ours or of a plug-in, or as it is.
+
+        Raises:
+            UserError: there is none of this name, or the plug-in is no subclass of `LayerReconstruction`.
+        """
+        if not isinstance(part, str):
+            return cls(described(part), part)
+        check_no_clash("problems", part, LAYER_PROBLEMS)
+        if part in LAYER_PROBLEMS:
+            return cls(part, LAYER_PROBLEMS[part])
+        if part not in declared("problems"):
+            raise _unknown("problem", part, [*LAYER_PROBLEMS, *declared("problems")])
+        kind = load_declared("problems", part)
+        if not (inspect.isclass(kind) and issubclass(kind, LayerReconstruction)):
+            raise UserError(
+                f"the plug-in '{part}' is {_kind_of(kind)}: a problem with a name on the command line derives from "
+                "admm_prune.LayerReconstruction; any other is solved from Python"
+            )
+        return cls(part, kind)
+
+
+@dataclass(frozen=True)
+class SetFamily:
+    """Sparse sets that are alike but for how much they prune.
+
+    Attributes:
+        member: one of them, whose other settings all have; or what makes one of a fraction.
+    """
+
+    name: str
+    member: SparseSet | Callable[[float], SparseSet]
+
+    @classmethod
+    def of(cls, part: str | SparseSet | Callable[[float], SparseSet]) -> SetFamily:
+        """By the name of one of ours or of a plug-in, by its class, or by a member.
+
+        Raises:
+            UserError: there is none of this name, or it makes no `SparseSet` of a fraction.
+        """
+        if isinstance(part, SparseSet):
+            return cls(described(part), part)
+        if isinstance(part, str):
+            check_no_clash("constraints", part, SETS)
+        if not isinstance(part, str):
+            family = cls(described(part), part)
+        elif part in SETS:
+            family = cls(part, SETS[part])
+        elif part in declared("constraints"):
+            family = cls(part, load_declared("constraints", part))
+        else:
+            raise _unknown("constraint", part, [*SETS, *declared("constraints")])
+        if not isinstance(family.member, SparseSet):
+            family._made(0.5)
+        return family
+
+    def at(self, target: Target) -> SparseSet:
+        """The member that prunes so much; for a pattern N of M itself.
+
+        Raises:
+            UserError: there is none.
+        """
+        if isinstance(self.member, SparseSet) and target == target_of(self.member):
+            return self.member
+        return NofM(*target.pattern) if target.pattern is not None else self._made(target.fraction)
+
+    def _made(self, sparsity: float) -> SparseSet:
+        member = cast("Any", self.member)
+        if inspect.isabstract(member):
+            raise UserError(f"the constraint '{self.name}' lacks methods of a SparseSet: {_abstract(member)}")
+        if not callable(self.member) and not isinstance(self.member, SparseSet):
+            raise UserError(f"the constraint '{self.name}' is {_kind_of(member)}, which makes no sparse set")
+        try:
+            made: Any = replace(member, sparsity=sparsity) if isinstance(self.member, SparseSet) else member(sparsity)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the code of another package raises
+            if not isinstance(error, TypeError | ValueError):
+                raise UserError(f"the constraint '{self.name}' failed: {type(error).__name__}: {error}") from error
+            kind = type(member).__name__ if isinstance(member, SparseSet) else getattr(member, "__name__", self.name)
+            raise UserError(f"{kind} is not made from a sparsity alone ({error}): give the set itself") from error
+        if not isinstance(made, SparseSet):
+            raise UserError(
+                f"the constraint '{self.name}' gives {_kind_of(made)}: a constraint derives from "
+                "admm_prune.problems.constraints.SparseSet"
+            )
+        return made
+
+
+def target_of(constraint: SparseSet) -> Target | None:
+    """What a set asks for, where it says so; None for one that has neither a sparsity nor N of M."""
+    if isinstance(constraint, NofM):
+        return Target(pattern=(constraint.n, constraint.m))
+    sparsity = getattr(constraint, "sparsity", None)
+    return None if sparsity is None else Target(sparsity=float(sparsity))
+
+
+def check_one_set(constraint: object, pattern: str | None) -> None:
+    """Raises UserError where both are given: a pattern is a sparse set of its own."""
+    if constraint is not None and pattern is not None:
+        raise UserError(f"the pattern {pattern} is a sparse set of its own: give the constraint a sparsity instead")
+
+
+def described(part: object) -> str:
+    """What a manifest says of a part: its name, or the settings that it was built with."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, type) or callable(part):
+        return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
+    return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _unknown(what: str, name: str, known: list[str]) -> UserError:
+    return UserError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
+
+
+def _check_call(what: str, function: Any, positional: int, **named: object) -> None:
+    """Raises UserError where a function does not take so many arguments by position and these by name."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of C code, which has none to read
+        return
+    try:
+        signature.bind(*range(positional), **named)
+    except TypeError as error:
+        raise UserError(f"{what} does not take the arguments it is given: {error}") from error
+
+
+def _abstract(kind: Any) -> str:
+    return ", ".join(sorted(kind.__abstractmethods__))
+
+
+def _kind_of(thing: object) -> str:
+    return f"the class {thing.__name__}" if inspect.isclass(thing) else f"a {type(thing).__name__}"
+
+
+RECONSTRUCTION = LayerProblem(LAYER, LayerReconstruction)

@@ -1,0 +1,122 @@
+"""The pruning methods by name, and methods composed of objects: another solver, objective or sparse set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Recipe
+from admm_prune.methods.elsa.elsa import TRAINED, Elsa
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.layerwise import Layerwise
+from admm_prune.methods.local import LOCAL_METHODS, Method, method_named, method_names, with_parts
+from admm_prune.methods.parts import Objective, check_no_clash
+from admm_prune.methods.sparsellm import SPARSELLM, SparseLLM
+from admm_prune.methods.struprune.struprune import STRUCTURED
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.solvers.base import Solver
+
+DEFAULT = "admm"
+
+
+def composed(
+    method: str | None,
+    *,
+    steps: int | None = None,
+    solver: str | Solver | None = None,
+    problem: str | Objective | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
+) -> Recipe:
+    """The recipe of a method, with another solver, objective or sparse set inside.
+
+    Args:
+        method: a name; None for going layer by layer with the solver, or with `admm` where there is none either.
+        solver: an object, or the name of a local method, whose ridge, damping and budget come with it.
+        problem: a class derived from `LayerReconstruction`, or what builds one from the same arguments; or a name.
+        constraint: a set, or its class where a sparsity alone makes one; or a name.
+
+    Raises:
+        UserError: there is no such method, or it has no part of this kind.
+    """
+    if solver is None and problem is None and constraint is None:
+        return recipe_named(method or DEFAULT, steps)
+    if getattr(constraint, "keep", None) is not None:
+        raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
+    if method is None and solver is not None:
+        return Layerwise(with_parts(_method_of(solver), problem, constraint))
+    recipe = recipe_named(method or DEFAULT, steps)
+    given = " and ".join(
+        name
+        for name, part in (("solver", solver), ("problem", problem), ("constraint", constraint))
+        if part is not None
+    )
+    if isinstance(recipe, Layerwise):
+        if solver is not None:
+            raise UserError(f"{recipe.name} is a solver itself: give either a method or a solver")
+        return replace(recipe, method=with_parts(recipe.method, problem, constraint))
+    if isinstance(recipe, SparseLLM) and problem is None:
+        inner = recipe.method if solver is None else _method_of(solver)
+        return replace(recipe, method=with_parts(inner, None, constraint))
+    if isinstance(recipe, Elsa) and constraint is None:
+        inner = recipe.projection if solver is None else _method_of(solver)
+        return replace(recipe, projection=with_parts(inner, problem))
+    raise UserError(f"{recipe.name} takes no {given}: it is for methods that go layer by layer")
+
+
+def _method_of(solver: str | Solver) -> Method:
+    """The method of a solver: the ridge, damping and budget of ours of the same class, defaults for others."""
+    if isinstance(solver, str):
+        return method_named(solver)
+    if isinstance(solver, type) or not callable(getattr(solver, "solve", None)):
+        raise UserError(f"solver must be a name or an object with a method solve, such as ADMM(), not {solver!r}")
+    kind = type(solver)
+    like = next((known for known in LOCAL_METHODS.values() if type(known.make()) is kind), None)
+    if like is not None:
+        return replace(like, name=like.name, summary=f"{like.name} with other settings", make=lambda: solver)
+    return Method(kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0], lambda: solver)
+
+
+_RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSELLM, *STRUCTURED, *TRAINED)
+
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+
+# What a method that trains is compared with, so that no gain of mere tuning is credited to pruning.
+_BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
+_COMPARED = ("elsa", "elsa-l", "elsa-published")
+
+
+def recipe_named(name: str, steps: int | None = None) -> Recipe:
+    """The recipe of this name; any solver of layer problems, a reference or another package's too, goes layer by layer.
+
+    Args:
+        steps: of a recipe that trains, in place of its own number.
+
+    Raises:
+        UserError: no such recipe; the message lists those there are. Steps are asked of one that does not train.
+    """
+    recipe = _named(name)
+    if steps is None:
+        return recipe
+    if not isinstance(recipe, Trained):
+        raise UserError(f"{name} does not train: --steps is for {', '.join(trained.name for trained in TRAINED)}")
+    if steps < 1:
+        raise UserError(f"a run has at least 1 step, not {steps}")
+    return replace(recipe, steps=steps)
+
+
+def with_baselines(names: Iterable[str]) -> list[str]:
+    """The names, once each, and those of what such methods have to be compared with."""
+    asked = list(dict.fromkeys(names))
+    return list(dict.fromkeys([*asked, *(_BASELINES if set(asked) & set(_COMPARED) else ())]))
+
+
+def _named(name: str) -> Recipe:
+    check_no_clash("solvers", name, RECIPES)
+    if name in RECIPES:
+        return RECIPES[name]
+    local = method_names()
+    if name in local:
+        return Layerwise(method_named(name))
+    known = ", ".join(dict.fromkeys([*RECIPES, *local]))
+    raise UserError(f"unknown method '{name}': choose one of {known}")

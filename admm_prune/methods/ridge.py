@@ -1,0 +1,122 @@
+"""The ridge of a layer problem, as a user names it, or chosen on tokens that did not take part in solving it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from admm_prune.errors import UserError
+from admm_prune.methods.local import Method
+from admm_prune.problem import Constraint
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.schedules import Constant
+from admm_prune.solvers.together import solve_all
+
+Ridge = float | Literal["auto"] | None  # None: the method's own
+
+# (ridge, damping): relative to each H_jj, which is best where all channels matter alike, or to their mean, which spares
+# a few massive channels and holds the many small ones.
+GRID = (
+    *((ridge, 0.0) for ridge in (0.003, 0.03, 0.3)),
+    *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)),
+)
+_ROWS = 128
+# One factorization for each trial: a rough solution ranks them as a good one does.
+_PROBE = ADMM(penalty=Constant(1.2), max_iterations=10)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A ridge and a damping (both of `LayerReconstruction`), and the error on validation tokens that they led to."""
+
+    ridge: float
+    damping: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What damps a layer problem, and the trials that it was chosen by, the best one first; none where it was given.
+
+    `seconds` is the time that choosing took.
+    """
+
+    ridge: float
+    damping: float
+    trials: tuple[Trial, ...] = ()
+    seconds: float = 0.0
+
+
+def parse_ridge(ridge: str | float | None) -> Ridge:
+    """A ridge from the words of a user: a number, "auto", or None.
+
+    Raises:
+        UserError: neither "auto" nor a finite number that is not negative.
+    """
+    if ridge is None or ridge == "auto":
+        return "auto" if ridge else None
+    try:
+        value = float(ridge)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"ridge must be 'auto' or a finite number that is not negative, not {ridge}")
+    return value
+
+
+def settle_ridge(
+    asked: Ridge, method: Method, weight: Tensor, gram: Tensor, validation: Tensor | None, constraint: Constraint
+) -> Damping:
+    """The ridge that was asked for beside the method's own damping; with "auto" the best of both by `choose_ridge`.
+
+    Raises:
+        UserError: "auto" without validation tokens.
+    """
+    if asked == "auto":
+        if validation is None:
+            raise UserError("--ridge auto needs validation tokens, which are not there: give a number instead")
+        began = time.perf_counter()
+        trials = choose_ridge(weight, gram, validation, constraint, objective=method.problem.build)
+        return Damping(trials[0].ridge, trials[0].damping, trials, time.perf_counter() - began)
+    return Damping(method.ridge if asked is None else asked, method.damping)
+
+
+def choose_ridge(
+    weight: Tensor,
+    gram: Tensor,
+    validation: Tensor,
+    constraint: Constraint,
+    grid: Sequence[tuple[float, float]] = GRID,
+    objective: Callable[..., LayerReconstruction] = LayerReconstruction,
+) -> tuple[Trial, ...]:
+    """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
+
+    A sample of at most 128 rows at even distances stands for the layer; the problem is then to be solved on all tokens
+    with what was found best.
+
+    Args:
+        weight: W (out, in).
+        gram: H (in, in) of all calibration tokens.
+        validation: the part of H that comes from the validation tokens.
+        constraint: a set that fits a matrix of fewer rows too, such as `Unstructured`, `RowWise`, `NofM`.
+        grid: (ridge, damping) of the problem.
+        objective: what builds it.
+
+    Returns:
+        All trials, the best one first.
+    """
+    rows = weight[:: -(-len(weight) // _ROWS)]
+    training = gram - validation
+    training.diagonal().clamp_(min=0)  # a channel that only the validation tokens use leaves rounding behind
+    problems = [objective(rows, training, constraint, ridge=ridge, damping=damping) for ridge, damping in grid]
+    trials = [
+        Trial(ridge, damping, problem.relative_error(result.solution, validation))
+        for (ridge, damping), problem, result in zip(grid, problems, solve_all(_PROBE, problems), strict=True)
+    ]
+    return tuple(sorted(trials, key=lambda trial: trial.error))

@@ -1,0 +1,308 @@
+"""SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.errors import UserError
+from admm_prune.methods.agreement import Agreed
+from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.block_loop import Visit, walk
+from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
+from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.part_checks import Checked
+from admm_prune.methods.ridge import settle_ridge
+from admm_prune.methods.struprune.sublayer import report_of
+from admm_prune.methods.target import Target
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.feed_forward import FeedForwardViews, feed_forward, feed_forwards
+from admm_prune.models.parallel import ALONE, World
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.ops.activations import ACTIVATIONS
+from admm_prune.point import Point
+from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
+from admm_prune.problems.layer import Share, Total
+from admm_prune.problems.network_output import NetworkOutput
+from admm_prune.result import Result
+from admm_prune.solvers.alternating import Alternating
+from admm_prune.solvers.support_descent import SupportDescent
+from admm_prune.statistics import GramAccumulator
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseLLM:
+    """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
+
+    For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
+    what it did before, attention's error included; then alternate: fit and prune the up projection (and gate), refit
+    and prune the down projection on what the pruned up projection makes the hidden units do, descend with all weights
+    together on their supports, ask the split network what the hidden units should do instead, and begin anew. The best
+    round on validation tokens is kept.
+
+    Args:
+        method: prunes attention, and is the inner solver of every block of weights.
+        rounds: at most so many; 1 is "sequential + closing".
+        closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
+            to those that the pruned up projection gives.
+        descent: steps with all weights together in every round; 0 for none.
+        target: of the network: "block" makes up for attention too, "network" is its own dense output, "before" is that
+            too, with inputs from before attention was pruned, as released.
+        penalties: of the split network.
+        first_half: prune only the first half of the blocks, as the published tables did.
+
+    Sources: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, and its released code
+    (`sparsellm-release`). Closing, descent and the target "block" are ours.
+    """
+
+    name: str
+    summary: str
+    method: Method
+    rounds: int = 2
+    closing: bool = True
+    descent: int = 100
+    target: Literal["block", "network", "before"] = "block"
+    penalties: Penalties = Penalties(alpha=0.1, beta=10.0)
+    first_half: bool = False
+    samples: int = 128
+
+    @property
+    def budget(self) -> Literal["matrix", "model"]:
+        return "model" if self.first_half else "matrix"
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        blocks = decoder_blocks(model)
+        check_target(blocks, self.method, target)
+        if not blocks[0].weights[0].parameter.is_meta:  # else a block is read when its weights are there
+            for views in feed_forwards(model, blocks):
+                _targets(views, target)
+
+    def prune(self, model: nn.Module, request: Request) -> Outcome:
+        self.check(model, request.target)
+        if (
+            request.target.fraction == 0 and not request.target.layers
+        ):  # to the bit: no target makes up for what is not lost
+            return Layerwise(self.method).prune(model, request)
+        count = len(decoder_blocks(model))
+        chosen = (count + 1) // 2 if self.first_half else count
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            if index >= chosen:
+                return Visit(layers=[report_of(view, view.shape) for view in block.weights])
+            return self._prune_block(stream, index, block, request)
+
+        visits = walk(model, request, visit)
+        request.tell(count, count)
+        figures = [found.details for found in visits[:chosen]]
+        notes = []
+        if self.target == "block" and not all(figure["repairs"] for figure in figures):
+            notes.append(
+                "the blocks do not add their networks' outputs to what they put out: attention is not made up for"
+            )
+        if chosen < count:
+            notes.append(f"only the first {chosen} of {count} blocks were pruned")
+        layers = [report for found in visits for report in found.layers]
+        return Outcome(
+            layers=layers,
+            notes=tuple(notes),
+            details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
+        )
+
+    def _prune_block(self, stream: BlockStream, index: int, block: Block, request: Request) -> Visit:
+        began = time.perf_counter()
+        world = request.world
+        views = feed_forward(block, lambda: stream.preview(index))
+        activation = world.from_first(lambda: views.activation.name)  # two may be alike to rounding
+        views = replace(views, activation=ACTIVATIONS[activation])
+        repairs = self.target == "block" and stream.adds(index, views.down)
+        own = views.weights
+        wanted: dict[str, Tensor] | None = {} if repairs else None
+        pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
+        reports = []
+        pruned = {view.name for view in block.weights if request.target.at(view.name) is not None}
+        targets = _targets(views, request.target)
+        attention = pruned - {view.name for view in own}
+        reports += prune_all(stream.collect(index, attention, wanted), self.method, request)
+        if not targets:  # the whole network is to stay as it is
+            return Visit(layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs})
+        if pairs is None:
+            pairs = stream.pairs(index, views.up, views.down, wanted)
+        del wanted
+        try:
+            network = network_of(views)
+            damped = self.damped(network, pairs, request, targets)
+            places, count = stream.places("calibration")
+            share = Share(count, places, world.total)
+            result, error, judged = self.solve(network, damped, pairs, targets, share, world)
+            for name, view in views.views.items():
+                view.write(result.solution[name])
+            bias = views.down.bias
+            if bias is not None and "bias" in result.solution:
+                bias.data.copy_(result.solution["bias"])
+        except (ValueError, LinAlgError) as problem:
+            raise UserError(f"{', '.join(view.name for view in own)}: {problem}") from problem
+        seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
+        entries = sum(view.read().numel() for view in own)
+        for view in own:
+            written = Point(weight=view.read())
+            reports.append(
+                LayerReport(
+                    name=view.name,
+                    shape=view.shape,
+                    sparsity=written.sparsity(),
+                    status=result.status.name,
+                    iterations=result.iterations,
+                    seconds=seconds * view.read().numel() / entries,
+                    tokens=count,
+                    notes=result.notes,
+                )
+            )
+        figure = {
+            "block": block.name,
+            "activation": views.activation.name,
+            "repairs": repairs,
+            "relative_error": error,
+            "relative_error_validation": judged,
+            "damped": damped,
+            "rounds": [progress.end_to_end for progress in result.history],
+            "best_round": result.best_iteration,
+        }
+        return Visit(layers=reports + untouched(block, pruned), details=figure)
+
+    def solve(
+        self,
+        network: Network,
+        damped: dict[str, tuple[float, float]],
+        pairs: Pairs,
+        targets: Mapping[str, Target],
+        share: Share | None = None,
+        world: World = ALONE,
+    ) -> tuple[Result, float, float]:
+        """The solved network, and the relative errors of its output on calibration and on validation tokens.
+
+        Args:
+            share, world: of the calibration tokens, where every process has its own.
+        """
+        judging = pairs.get("validation", pairs["calibration"])
+        constraints = {name: self.method.constraint(targets[name]) for name in network.weights}
+        whole = NetworkOutput(
+            network,
+            pairs["calibration"],
+            constraints,
+            judging=judging,
+            penalties=self.penalties,
+            damped=damped,
+            share=share,
+        )
+        total = whole.share.total
+        problem: NetworkOutput | FeedForward = whole
+        if not self.closing:
+            kind = GatedFeedForward if network.gated else FeedForward
+            inputs, outputs, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *judging))
+            problem = kind(
+                network,
+                inputs,
+                outputs,
+                constraints,
+                judging=(others[0], others[1]),
+                penalties=self.penalties,
+                damped=damped,
+                total=total,
+            )
+        solver = Alternating(
+            inner=Agreed(Checked.of(self.method.make()), world),
+            max_iterations=self.rounds,
+            refit=Agreed(Alternating.refit, world),
+            together=Agreed(SupportDescent.of(self.descent), world) if self.descent and self.closing else None,
+        )
+        result = solver.solve(problem)
+        x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
+        energy = float(total(pairs["calibration"][1].double().square().sum())) or 1.0
+        return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
+
+    def damped(
+        self, network: Network, pairs: Pairs, request: Request, targets: Mapping[str, Target]
+    ) -> dict[str, tuple[float, float]]:
+        """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
+        damped = {}
+        for name, weight in network.weights.items():
+            gram, validation = torch.empty(0), None
+            if request.ridge == "auto":
+                total = request.world.total
+                grams = {part: _gram(network, name, inputs, total) for part, (inputs, _) in pairs.items()}
+                validation = grams.get("validation")
+                gram = torch.stack(list(grams.values())).sum(0)
+            constraint = self.method.constraint(targets[name])
+            settle = partial(settle_ridge, request.ridge, self.method, weight, gram, validation, constraint)
+            asked = request.world.from_first(settle)
+            damped[name] = (asked.ridge, asked.damping)
+        return damped
+
+
+def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
+    """The target of every matrix of a network; empty where it is to stay as it is.
+
+    Raises:
+        UserError: some of its matrices are to stay, others to be pruned.
+    """
+    own = {name: target.at(view.name) for name, view in views.views.items()}
+    found = {name: one for name, one in own.items() if one is not None}
+    if found and len(found) < len(own):
+        left = next(views.views[name].name for name, one in own.items() if one is None)
+        raise UserError(f"a feed-forward network is pruned as one: {left} cannot stay as it is by itself")
+    return found
+
+
+def network_of(views: FeedForwardViews) -> Network:
+    """The network's weights and biases as they are now, copied, in float32 at least."""
+    weights = {name: _wide(view.read()) for name, view in views.views.items()}
+    biases = {name: _wide(view.bias.detach()) for name, view in views.views.items() if view.bias is not None}
+    return Network(views.activation, Point(weights), biases)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _gram(network: Network, name: str, inputs: Tensor, total: Total) -> Tensor:
+    """H of what enters a weight of the dense network."""
+    gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
+    for chunk in inputs.split(1024):
+        x = chunk.to(network.weights[name])
+        gram.add(network.hidden(network.weights, x) if name == "down" else x)
+    gram.join(total)
+    return gram.gram.to(network.weights[name])
+
+
+SPARSELLM = (
+    SparseLLM(
+        name="sparsellm",
+        summary="each feed-forward network as one, by admm; attention's error made up for",
+        method=LOCAL_METHODS["admm"],
+    ),
+    SparseLLM(
+        name="sequential",
+        summary="sparsellm's ablation: up by admm, then down on what the pruned up gives (closing), and no more",
+        method=LOCAL_METHODS["admm"],
+        rounds=1,
+        descent=0,
+    ),
+    SparseLLM(
+        name="sparsellm-release",
+        summary="sparsellm with the inner solver, ratios, rounds and targets of its released code",
+        method=LOCAL_METHODS["sparsegpt"],
+        rounds=4,
+        closing=False,
+        target="before",
+        penalties=EVEN,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Structured pruning of sublayers under one budget, as STRUPRUNE does it."""

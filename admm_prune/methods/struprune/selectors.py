@@ -1,0 +1,174 @@
+"""Which modules are pruned, by class, name or pattern; and which structured groups of a sublayer are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.methods.target import DENSE, Target, target_named
+from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.ops import group_compensation, precision
+from admm_prune.point import Point
+from admm_prune.problem import Quadratic, SupportConstraint
+from admm_prune.problems.structured_groups import GroupReconstruction
+from admm_prune.result import Result
+from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.base import Solver
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
+
+_REGULAR = "re:"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Patterns for weights. A pattern is one of
+
+        "Linear", "LlamaMLP"           a class: of the weight's module, or of one around it, up to the decoder block,
+        "model.layers.0.mlp.up_proj"   the name of a module or of its parameter,
+        "re:.*down_proj"               a regular expression that the name of the module begins with, as `re.match` does.
+
+    Attributes:
+        targets: a weight is pruned if it fits one of them; all where there are none.
+        ignore: what fits one of them is left as it is.
+        overrides: (pattern, "0.5" or "2:4" or "dense"): targets in place of the run's; of several that fit, the last.
+    """
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, str], ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls, targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (), overrides: Mapping[str, object] = {}
+    ) -> Selection:
+        """From what a user writes: a pattern or several; {pattern: 0.5} or {pattern: "2:4"}.
+
+        Raises:
+            UserError: a pattern is no regular expression, or an override no target.
+        """
+        given = tuple((pattern, str(wanted).strip()) for pattern, wanted in overrides.items())
+        made = cls(_several(targets), _several(ignore), given)
+        for pattern in (*made.targets, *made.ignore, *overrides):
+            _check(pattern)
+        for _, wanted in given:
+            if wanted != DENSE:
+                target_named(wanted)
+        return made
+
+    def __bool__(self) -> bool:
+        return bool(self.targets or self.ignore or self.overrides)
+
+    def applied(self, model: nn.Module, target: Target) -> Target:
+        """The target with that of every weight of the model's blocks that has another one than the rest.
+
+        Raises:
+            UserError: a pattern fits no weight, or nothing is left to prune.
+        """
+        if not self:
+            return target
+        blocks = decoder_blocks(model)
+        views = {view.name: (view, block.name) for block in blocks for view in block.weights}
+        fits = {
+            pattern: {name for name, (view, block) in views.items() if _fits(pattern, view, block, model)}
+            for pattern in (*self.targets, *self.ignore, *(pattern for pattern, _ in self.overrides))
+        }
+        for pattern, found in fits.items():
+            if not found:
+                raise UserError(f"nothing in {type(model).__name__}'s blocks fits '{pattern}': see the names of layers")
+        chosen = set().union(*(fits[pattern] for pattern in self.targets)) if self.targets else set(views)
+        chosen -= set().union(*(fits[pattern] for pattern in self.ignore))
+        own = {name: wanted for pattern, wanted in self.overrides for name in fits[pattern]}
+        chosen -= {name for name, wanted in own.items() if wanted == DENSE}
+        if not chosen:
+            raise UserError("nothing is left to prune: targets, ignore and overrides leave out every weight")
+        layers = {name: own[name] if name in chosen else DENSE for name in views if name in own or name not in chosen}
+        return replace(target, layers=tuple(layers.items()))
+
+
+def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _check(pattern: str) -> None:
+    if not pattern.removeprefix(_REGULAR).strip():
+        raise UserError("an empty pattern: give the class of a module, a name, or re: and a regular expression")
+    try:
+        re.compile(pattern.removeprefix(_REGULAR) if pattern.startswith(_REGULAR) else "")
+    except re.error as error:
+        raise UserError(f"'{pattern}' is no regular expression: {error}") from error
+
+
+def _fits(pattern: str, view: WeightView, block: str, model: nn.Module) -> bool:
+    module = view.name.removesuffix(f".{view.own}")
+    if pattern.startswith(_REGULAR):
+        return re.match(pattern.removeprefix(_REGULAR), module) is not None
+    if pattern in (view.name, view.parameter_name, module):
+        return True
+    place = view.parameter_name
+    while len(place := place.rpartition(".")[0]) >= len(block):
+        if pattern == type(model.get_submodule(place)).__name__:
+            return True
+    return False
+
+
+Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
+
+
+class SeededADMM:
+    """ADMM that starts from the groups of structured OBS; never worse than they."""
+
+    @precision.full()
+    def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
+        seed = _OBS.solve(problem, start=start)
+        return ADMM().solve(problem, start=seed.solution)
+
+
+_OBS = GroupOBS(batch=None)
+SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
+    "obs": lambda: _OBS,
+    "obs-one-shot": lambda: GroupOBS(batch=0),
+    "admm": SeededADMM,
+    "mask": GroupMask,
+    "mask-interactions": lambda: GroupMask(interactions=True),
+}
+
+
+@precision.full()
+def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
+    """What the problem loses when k = 0..n groups go in the selector's order: (n + 1,), float64, on the CPU.
+
+    The last group, without which there is nothing left to answer, is counted too: the whole energy of the output.
+    """
+    count = problem.minimizer.shape[1] // width
+    if compensate:
+        batch = count if selector == "obs-one-shot" else _OBS.size(count)
+        rises = group_compensation.eliminate(problem.hessian, problem.minimizer, width, count, batch).losses
+    else:
+        rises = (
+            group_compensation.interactions(problem.hessian, problem.minimizer, width)
+            .diagonal()
+            .sort()
+            .values.cumsum(0)
+        )
+    return torch.cat([rises.new_zeros(1), rises]).cpu()
+
+
+@precision.full()
+def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) -> tuple[Result, Tensor]:
+    """The groups that the selector keeps: with the least-squares weights on them, or with the weights they had.
+
+    Returns:
+        The result, and the columns (in,) that stay, as booleans.
+    """
+    result = SELECTORS[selector]().solve(problem)
+    assert isinstance(problem.constraint, SupportConstraint)
+    mask = problem.constraint.select(result.solution.map(torch.abs))  # of full size, also where weights kept are zero
+    dense = problem.initial()
+    kept = problem.refit(mask) if compensate else dense.map(lambda w, m: w.where(m, 0), mask)
+    return replace(result, solution=kept, objective=problem.value(kept), state=None), mask["weight"][0]

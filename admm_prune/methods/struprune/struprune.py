@@ -1,0 +1,331 @@
+"""Structured pruning of a whole model in two passes that hold the statistics of one block at a time.
+
+STRUPRUNE (arXiv 2510.03246) splits global structured pruning into problems of single modules, with an allocation from
+energies and an entropy. Its equations are not public: what is here is a reconstruction from what it states.
+
+The structured methods by name: one recipe in several configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Budget, LayerReport, Outcome, Recipe, Request
+from admm_prune.methods.block_loop import Visit, walk
+from admm_prune.methods.struprune.selectors import Selector
+from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
+from admm_prune.methods.target import Target
+from admm_prune.models.budgets import UNITS, Unit, savings
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.sublayers import Branch, branches, heads_stay, keep_units
+from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, together
+from admm_prune.statistics import LayerStatistics
+
+RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StruPrune:
+    """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
+
+    Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
+    stream behind its block. Allocation: from the curves alone, how many units each branch loses. Pass 2: block by
+    block, attention first, on what the pruned blocks before put out: choose the units, solve least squares on the
+    columns that stay, let the bias take the mean of the error, slice, go on.
+
+    Args:
+        selector: which units go, see `unit_selection`.
+        compensate: least squares on the columns that stay; or they stay as they are.
+        fold_bias: where the output has a bias, it takes the mean of the error.
+        allocator: from curves to units.
+        relative: losses are relative to the energy of the residual stream; or as they are.
+        unit: of the budget: the target's fraction is of this.
+        inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
+        uniform: every block loses the same number of units of a kind, which makes a stock model.
+        form: how a model of unlike blocks is saved.
+        multiple: the number of neurons that stay is a multiple of it.
+        ridge: of the group problems, relative to diag(H).
+    """
+
+    name: str = "struprune"
+    summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
+    samples: int = 128
+    selector: Selector = "obs-one-shot"
+    compensate: bool = True
+    fold_bias: bool = True
+    allocator: Allocator = EqualSlope(temperature=1.0)
+    relative: bool = True
+    unit: Unit = "parameters"
+    inputs: Literal["pruned", "dense"] = "pruned"
+    uniform: bool = False
+    form: Form = "per-layer"
+    multiple: int = 1
+    ridge: float = 0.01
+
+    @property
+    def budget(self) -> Budget:
+        return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
+
+    def check(self, model: nn.Module, target: Target) -> None:
+        if target.layers:
+            raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
+        if target.pattern is not None:
+            raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
+        parts = [branches(block) for block in decoder_blocks(model)]
+        if not self.uniform:
+            check_exportable(model, self.form)
+        elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
+            raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
+        curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
+        self._allocate(model, parts, curves, target)
+
+    def prune(self, model: nn.Module, request: Request, curves: Mapping[str, Curve] | None = None) -> Outcome:
+        """As `Recipe.prune`.
+
+        Args:
+            curves: what `measure` found on the same model and text, whatever the target; None to measure now.
+        """
+        self.check(model, request.target)
+        if self.form == "padded" and request.residence.hollow:
+            raise UserError(
+                "padding needs the widest block, known only at the end: use run with --no-stream, or another method"
+            )
+        pruner = self._pruner(request)
+        blocks = decoder_blocks(model)
+        parts = [branches(block) for block in blocks]
+        if request.target.fraction > 0:
+            losing = {branch.name for block in parts for branch in block if self._curve(model, branch).levels()[-1] > 0}
+            check_units(model, blocks, request.residence, losing)
+        removed: dict[str, int] = {}
+        details: dict[str, Any] = {}
+        notes: tuple[str, ...] = ()
+        if request.target.fraction > 0:
+            measured = self.measure(model, request) if curves is None else curves
+            # Written down, because a budget in seconds is measured anew by every run.
+            told = request.journal.once(
+                "allocation",
+                lambda: request.world.from_first(lambda: self._told(model, parts, measured, request.target)),
+            )
+            removed, notes = told["removed"], tuple(told["notes"])
+            details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            return Visit(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
+
+        def reshape(index: int) -> None:
+            for branch in parts[index]:
+                if removed.get(branch.name, 0) > 0:
+                    keep_units(branch, torch.arange(branch.count - removed[branch.name]))
+
+        count = len(blocks)
+        visits = walk(model, request, visit, reshape=reshape, steps=(count, 2 * count))
+        layers = [report for found in visits for report in found.layers]
+        request.tell(2 * count, 2 * count)
+        if request.target.fraction == 0:
+            return Outcome(layers=layers)
+        units = {branch.name: branch.count for block in parts for branch in block}
+        form = export(model, parts, self.form)
+        details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
+        stay = heads_stay(blocks[0])
+        return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
+
+    def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
+        """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
+
+        Raises:
+            UserError: as `Recipe.check` and `Recipe.prune`.
+        """
+        pruner = self._pruner(request)
+        parts = [branches(block) for block in decoder_blocks(model)]
+
+        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+            losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
+            stream.advance(index)
+            scale = stream.energy() if self.relative else 1.0
+            return Visit(tensors={name: found / scale for name, found in losses.items()})
+
+        visits = walk(model, request, visit, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves")
+        losses = {name: found for one in visits for name, found in one.tensors.items()}
+        return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
+
+    def _told(
+        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+    ) -> dict[str, Any]:
+        """What the allocation comes to, as JSON values."""
+        allocation = self._allocate(model, parts, curves, target)
+        return {
+            "removed": allocation.removed,
+            "saved": allocation.saved / self._weight(model, curves),
+            "loss": allocation.loss,
+            "bound": allocation.bound,
+            "price": allocation.price,
+            "notes": allocation.notes,
+        }
+
+    def _prune_block(
+        self,
+        stream: BlockStream,
+        index: int,
+        block: Block,
+        parts: Sequence[Branch],
+        removed: Mapping[str, int],
+        pruner: Pruner,
+    ) -> list[LayerReport]:
+        """Pass 2, one block."""
+        shapes = {view.name: view.shape for view in block.weights}
+        losing = [branch for branch in parts if removed.get(branch.name, 0) > 0]
+        if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
+            statistics = _statistics(stream, index, losing, pruner.fold_bias)
+            stream.advance(index)
+            solved = pruner.prune(losing, statistics, removed)
+        else:
+            solved = [
+                report
+                for branch in losing
+                for report in pruner.prune(
+                    [branch],
+                    _statistics(stream, index, [branch], pruner.fold_bias),
+                    removed,
+                    lambda: stream.preview(index),
+                )
+            ]
+        reports = {report.name: report for report in solved}
+        return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
+
+    def _pruner(self, request: Request) -> Pruner:
+        if request.ridge == "auto":
+            raise UserError(f"{self.name} does not choose a ridge: give a number")
+        return Pruner(
+            selector=self.selector,
+            compensate=self.compensate,
+            fold_bias=self.fold_bias,
+            ridge=self.ridge if request.ridge is None else request.ridge,
+            world=request.world,
+        )
+
+    def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
+        """Without losses, a curve that knows what can be saved."""
+        saved = savings(branch, self.unit)
+        stays: frozenset[int] | None = None
+        if self.uniform:  # the stock class must admit their number
+            counts = range(1, branch.count + 1)
+            admitted = frozenset(n for n in counts if admits(model.config, branch, n))
+            stays = None if len(admitted) == len(counts) else admitted
+        multiple = self.multiple if branch.kind == "neurons" else 1
+        return Curve(
+            branch.name,
+            torch.zeros_like(saved) if losses is None else losses,
+            saved,
+            least=min(multiple, branch.count),
+            multiple=multiple,
+            stays=stays,
+        )
+
+    def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:
+        """What a target is a fraction of: all matrices of the blocks, heads that stay included; or all units."""
+        if self.unit in ("parameters", "bytes"):
+            matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
+            return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
+        return sum(float(curve.savings[-1]) for curve in curves.values())
+
+    def _allocate(
+        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+    ) -> Allocation:
+        """Units that every branch loses, by the target's fraction.
+
+        Raises:
+            UserError: so much cannot go.
+        """
+        weight = self._weight(model, curves)
+        if weight == 0:
+            why = heads_stay(decoder_blocks(model)[0]) or "no branch has any"
+            raise UserError(f"{self.name}: nothing can be saved in the unit {self.unit}: heads stay, as {why}")
+        budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
+        if budget > most * (1 + 1e-9):
+            stay = heads_stay(decoder_blocks(model)[0])
+            raise UserError(
+                f"{self.name}: {target.label} of the blocks is to go, and {100 * most / weight:.4g}% can go at most"
+                + (f": heads stay, as {stay}" if stay else ": every branch keeps what it must")
+            )
+        kinds: dict[str, list[Curve]] = {}
+        for branch in (branch for block in parts for branch in block):
+            kinds.setdefault(branch.kind, []).append(curves[branch.name])
+        try:
+            if not self.uniform:
+                return self.allocator.allocate(list(curves.values()), budget)
+            found = self.allocator.allocate([together(kind, alike) for kind, alike in kinds.items()], budget)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return replace(found, removed={c.name: found.removed[kind] for kind, alike in kinds.items() for c in alike})
+
+
+def _statistics(
+    stream: BlockStream, index: int, parts: Sequence[Branch], fold_bias: bool
+) -> dict[str, LayerStatistics]:
+    """What enters the output matrices of some branches of a block, by the name of the branch."""
+    if not parts:
+        return {}
+    names = {branch.output.name: branch.name for branch in parts}
+    centre = fold_bias and any(branch.output.bias is not None for branch in parts)
+    shared = stream.collect(index, only=names, centre=centre)
+    # No ridge is chosen here: what is known of the validation tokens alone is not needed.
+    statistics = {
+        view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
+    }
+    return {names[name]: found for name, found in statistics.items()}
+
+
+STRUCTURED: tuple[StruPrune, ...] = (
+    StruPrune(),
+    StruPrune(
+        name="struprune-uniform",
+        summary="struprune with all blocks alike: a stock model",
+        uniform=True,
+    ),
+    StruPrune(
+        name="struprune-padded",
+        summary="struprune, filled up to the widest block by zeros: a stock model",
+        form="padded",
+    ),
+    StruPrune(
+        name="structured-global",
+        summary="baseline: all statistics of the dense model at once, one greedy choice over all of it",
+        allocator=EqualSlope(),
+        inputs="dense",
+    ),
+    StruPrune(
+        name="structured-wanda",
+        summary="baseline: the same fraction of every branch by Wanda's score of its units, nothing answers",
+        selector="mask",
+        compensate=False,
+        fold_bias=False,
+        allocator=Uniform(),
+        ridge=0.0,
+    ),
+)
+
+
+def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = None) -> Recipe:
+    """The recipe with its budget in another unit, and its neurons in multiples, where either is asked for.
+
+    Raises:
+        UserError: the recipe is not structured; no such unit; a multiple below 1.
+    """
+    if unit is None and multiple is None:
+        return recipe
+    if not isinstance(recipe, StruPrune):
+        names = ", ".join(known.name for known in STRUCTURED)
+        raise UserError(f"{recipe.name} removes no units: --unit and --multiple are for {names}")
+    if unit is not None and unit not in UNITS:
+        raise UserError(f"unit must be {', '.join(UNITS[:-1])} or {UNITS[-1]}, not '{unit}'")
+    if multiple is not None and multiple < 1:
+        raise UserError(f"multiple must be at least 1, not {multiple}")
+    return replace(recipe, unit=unit or recipe.unit, multiple=multiple or recipe.multiple)

@@ -1,0 +1,251 @@
+"""Activations between blocks, and the calls that take them from one block to the next.
+
+Each block is called exactly as the model calls it. Activations are held on the host, and past a limit in files that are
+mapped into memory when they are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Batch
+from admm_prune.errors import UserError
+from admm_prune.models.streaming import Residence
+from admm_prune.models.structure import Block
+
+
+class Shelf:
+    """Keeps tensors by name outside of the device.
+
+    A tensor that would take what is held in memory past the limit goes into a file. Reading it maps the file, so that
+    pages come in as they are used and go when the tensor is dropped; what is written to it then stays in memory.
+
+    Args:
+        limit: bytes held in memory; None for no limit.
+        folder: where the files go, in a folder of their own that ends with the shelf; None for the system's place for
+            temporary files.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit, self._folder = limit, folder
+        self._held: dict[str, Tensor] = {}
+        self._filed: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keeps a tensor in place of what had its name.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._held.pop(name, None)
+        kept = tensor.detach().cpu()
+        if self._limit is None or self.held_bytes + kept.nbytes <= self._limit:
+            self._held[name] = kept
+            return
+        # Written, not mapped: a full disk is then an error, where a mapped page would end the process.
+        with self._path(name).open("wb") as file:
+            kept.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        self._filed[name] = (kept.shape, kept.dtype)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the host."""
+        if name in self._held:
+            return self._held[name]
+        shape, dtype = self._filed[name]
+        stored = torch.from_file(str(self._path(name)), shared=False, size=shape.numel(), dtype=dtype)
+        return stored.view(shape)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in self._held.values())
+
+    def _path(self, name: str) -> Path:
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="activations-", dir=self._folder)
+        return Path(self._files.name) / name.replace("/", "-")
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block returns them
+
+
+class Flow:
+    """One batch under way.
+
+    Attributes:
+        name: of its hidden states on the shelf.
+        mask: (b, L) bool, its real tokens, on the device.
+        calls: every block's arguments beside the hidden states.
+    """
+
+    def __init__(self, name: str, shelf: Shelf, hidden: Tensor, mask: Tensor, calls: list[Call]) -> None:
+        self.name, self.mask, self.calls = name, mask, calls
+        self._shelf, self._device = shelf, hidden.device
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        """The present hidden states (b, L, d), on the device."""
+        return self.stored.to(self._device)
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self._shelf.put(self.name, hidden)
+
+    @property
+    def stored(self) -> Tensor:
+        """The present hidden states, on the host."""
+        return self._shelf.get(self.name)
+
+    def replay(self, block: Block, index: int, *, finite: bool = True) -> Tensor:
+        """The hidden states that `block` makes of the present ones.
+
+        Raises:
+            UserError: they are not finite, and were to be.
+        """
+        args, kwargs = self.calls[index]
+        output = block.module(self.hidden, *args, **kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+        if finite:
+            check_finite(hidden, f"the outputs of {block.name}")
+        return hidden
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module,
+    blocks: list[Block],
+    batches: Iterable[tuple[str, Batch]],
+    device: torch.device,
+    *,
+    residence: Residence,
+    wrap: Wrap | None,
+    shelf: Shelf,
+    finite: bool = True,
+) -> list[Flow]:
+    """Runs the model on every batch, up to its last block, to learn how it calls its blocks.
+
+    Blocks that have no weights are passed by: what else they are called with does not depend on what they do.
+
+    Args:
+        batches: with the names of their hidden states.
+        device: on which the model computes.
+        wrap: as `form_of` gives it.
+        finite: what enters the first block must be.
+
+    Raises:
+        UserError: blocks are called out of order or never, or what enters the first is not finite.
+    """
+    passing = nullcontext() if wrap is None else passed_by(blocks, wrap)
+    with residence.outside(), passing:
+        return [_record(model, blocks, name, batch, device, shelf, finite) for name, batch in batches]
+
+
+def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap | None:
+    """As `returned_form`; None where all weights are in memory, so that no block is ever passed by."""
+    return returned_form(model, blocks, device, residence) if residence.hollow else None
+
+
+@torch.no_grad()
+def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
+    """How blocks return their hidden states, alone or as the first of several, by a call of the first block."""
+    returned: list[Any] = []
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        returned.append(output)
+        raise _StopRecordingError
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with ExitStack() as stack:
+        for entered in (residence.outside(), residence.block(0), blocks[0].module.register_forward_hook(hook)):
+            stack.enter_context(entered)
+        stack.enter_context(suppress(_StopRecordingError))
+        model(input_ids=ids, use_cache=False)
+    if not returned:
+        raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
+    if isinstance(returned[0], tuple | list):
+        form, others = type(returned[0]), returned[0][1:]
+        return lambda hidden: form([hidden, *others])
+    return lambda hidden: hidden
+
+
+@contextmanager
+def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
+    """Blocks hand on the hidden states as they come; the first puts out `last` instead, where it is given."""
+    own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
+    for number, block in enumerate(blocks):
+        block.module.forward = _passing(wrap, last if number == 0 else None)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            forward = own[block.name]
+            if forward is None:
+                del block.module.forward
+            else:
+                block.module.forward = forward
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises UserError where an entry is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{what} are not finite: load the model in another dtype, or look for damaged weights")
+
+
+def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """Parts a block's arguments into the hidden states, which come first or by that name, and the others."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    others = dict(kwargs)
+    return others.pop("hidden_states"), ((), others)
+
+
+class _StopRecordingError(Exception):
+    """Ends the recording run at a block: what comes after it is not needed."""
+
+
+def _record(
+    model: nn.Module,
+    blocks: list[Block],
+    name: str,
+    batch: Batch,
+    device: torch.device,
+    shelf: Shelf,
+    finite: bool,
+) -> Flow:
+    entering: list[Tensor] = []
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not blocks[len(calls)].module:
+            raise UserError(f"the model calls its blocks out of order: {blocks[len(calls)].name} was expected")
+        hidden, call = without_hidden(args, kwargs)
+        if not calls:
+            entering.append(hidden)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise _StopRecordingError
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
+        stack.enter_context(suppress(_StopRecordingError))
+        model(input_ids=batch.input_ids.to(device), use_cache=False)
+    if len(calls) < len(blocks):
+        raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")
+    if finite:
+        check_finite(entering[0], f"the hidden states that enter {blocks[0].name}")
+    return Flow(name, shelf, entering[0], batch.mask.to(device), calls)
+
+
+def _passing(wrap: Wrap, last: Tensor | None) -> Callable[..., Any]:
+    return lambda *args, **kwargs: wrap(without_hidden(args, kwargs)[0] if last is None else last)

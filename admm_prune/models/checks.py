@@ -1,0 +1,163 @@
+"""Checks of a loaded model: it is causal, and has an embedding for every token id of its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.hub import first_line
+from admm_prune.errors import UserError
+from admm_prune.models.activation_store import passed_by, returned_form
+from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.structure import Block, WeightView, decoder_blocks
+
+_IDS = (2, 3, 4, 5, 6)
+_LEAST = 1e-5  # a smaller relative difference is no dependence
+
+
+def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> None:
+    """Refuses a model in which a token's representation depends on later tokens, such as an encoder.
+
+    The last of a few tokens is exchanged for another. What one block of every kind (class, and kind of attention) makes
+    of the tokens before it must not move, beyond rounding: a mixture may add up the tokens of an expert in another
+    order. The other blocks are passed by.
+
+    Args:
+        source: as the user named the model.
+        residence: of the blocks: one of each kind is entered.
+
+    Raises:
+        UserError: tokens see later ones, the model cannot run on token ids alone, or it has matrices in its blocks that
+            it does not use then, such as the cross-attention of a decoder without its encoder.
+    """
+    kind = type(model).__name__
+    try:
+        blocks = decoder_blocks(model)
+    except UserError:  # the command that needs the blocks says why there are none
+        return
+    try:
+        with residence.outside():
+            wrap = returned_form(model, blocks, residence.device(model), residence)
+            for block in _of_each_kind(model, blocks):
+                with residence.block(blocks.index(block)), passed_by(blocks[: blocks.index(block)], wrap):
+                    why = _try(model, block, residence.device(model))
+                if why is not None:
+                    raise UserError(f"{source}: {why}")
+    except UserError:
+        raise
+    except Exception as error:  # any that the code of a model may end in
+        raise UserError(f"{source}: {kind} does not run on a sequence of token ids ({first_line(error)})") from error
+
+
+def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:
+    """The first block of every class, kind of attention and set of modules."""
+    layers = getattr(model.config, "layer_types", None) or ()
+    kinds = list(layers) if len(layers) == len(blocks) else [None] * len(blocks)
+    first: dict[tuple[type, Any, tuple[str, ...]], Block] = {}
+    for block, kind in zip(blocks, kinds, strict=True):
+        names = tuple(name for name, _ in block.module.named_children())
+        first.setdefault((type(block.module), kind, names), block)
+    return iter(first.values())
+
+
+@torch.no_grad()
+def _try(model: Any, block: Block, device: torch.device) -> str | None:
+    """Runs the model up to a block on two sequences that differ in the last token; what is wrong, None if nothing."""
+    rows = embedding_rows(model)
+    leaving: list[Tensor] = []
+    for last in (_IDS[-1], _IDS[-1] + 1):
+        ids = torch.tensor([[*_IDS[:-1], last]], device=device)
+        hidden, used = _output(model, block, ids if rows is None else ids % rows)
+        leaving.append(hidden[..., :-1, :].double())
+        unused = [view.name for view in block.weights if view.module not in used and not _is_chosen(block, view)]
+        if unused:
+            return f"{unused[0]} is never used by {type(model).__name__} on text alone: it cannot be pruned"
+    first, second = leaving
+    routed = any(_is_chosen(block, view) for view in block.weights)
+    rounding = torch.finfo(next(block.module.parameters()).dtype).eps if routed else 0.0
+    bound = max(_LEAST, 2 * rounding)
+    if bool((first - second).norm() > bound * first.norm()):
+        return (
+            f"{type(model).__name__} is no causal language model: in {block.name} tokens see later ones, so that a "
+            "perplexity of it would mean nothing"
+        )
+    return None
+
+
+def _is_chosen(block: Block, view: WeightView) -> bool:
+    """Whether a router decides on a matrix: it is an expert's, in a stack or in a list of modules."""
+    path = view.name.removeprefix(f"{block.name}.").split(".")
+    return view.expert is not None or any(name.isdecimal() for name in path)
+
+
+class _StopError(Exception):
+    """Ends a run at the block that was to be seen."""
+
+
+def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
+    """The hidden states (1, n, d) that a block puts out, and the modules in it that were called."""
+    found: list[Tensor] = []
+    used: set[nn.Module] = set()
+
+    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple | list) else output)
+        raise _StopError
+
+    with ExitStack() as stack:
+        for module in {view.module for view in block.weights}:
+            stack.enter_context(module.register_forward_pre_hook(lambda own, _: used.add(own)))
+        stack.enter_context(block.module.register_forward_hook(leave))
+        stack.enter_context(suppress(_StopError))
+        model(input_ids=ids, use_cache=False)
+    if not found:
+        raise UserError(f"the model never calls {block.name}: it cannot be pruned")
+    return found[0], used
+
+
+def check_vocabulary(source: str, tokenizer: Any, model: Any) -> None:
+    """Refuses a tokenizer whose vocabulary has ids for which the model has no embedding.
+
+    Tokens added to it later, such as a padding token, may lie beyond: `check_ids` looks whether a text has any.
+
+    Raises:
+        UserError: the message has both numbers.
+    """
+    rows = embedding_rows(model)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    begin = getattr(tokenizer, "bos_token_id", None) or 0  # which sequences begin with
+    highest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=0)
+    highest = max(highest, begin)
+    if rows is not None and highest >= rows:
+        raise UserError(_beyond(source, highest + 1, rows))
+
+
+def check_ids(source: str, ids: Iterable[Tensor], model: Any) -> None:
+    """Refuses a tokenized text with ids for which the model has no embedding.
+
+    Raises:
+        UserError: the message has both numbers.
+    """
+    rows = embedding_rows(model)
+    highest = max((int(tokens.max()) for tokens in ids if tokens.numel()), default=0)
+    if rows is not None and highest >= rows:
+        raise UserError(_beyond(source, highest + 1, rows))
+
+
+def _beyond(source: str, ids: int, rows: int) -> str:
+    return (
+        f"{source}: its tokenizer has {ids} token ids, but the model has embeddings for {rows}: take the tokenizer "
+        "that the model was trained with"
+    )
+
+
+def embedding_rows(model: Any) -> int | None:
+    """For how many token ids a model has an embedding; None where it does not say which module that is."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if weight is None else int(weight.shape[0])

@@ -1,0 +1,211 @@
+"""The branches of a decoder block and their units, which can go: neurons, and heads that share a key and a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.models.structure import Block, WeightView
+from admm_prune.ops.group_compensation import columns_of
+
+Kind = Literal["neurons", "heads"]
+# Attributes that modules of transformers read in their forward, and that count units of the branch.
+_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "intermediate_size",
+    "ffn_dim",
+)
+# What they call the size of a head; a module that has one is an attention.
+_SIZES = ("head_dim", "head_size")
+# Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
+# shapes alone cannot tell this from all queries before all keys.
+_BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """The feed-forward part or the attention of a block, as units that reach its outputs by their own columns alone.
+
+    A unit is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
+    matrix, and the columns of the output matrix, belong to the units in equal consecutive parts.
+
+    Attributes:
+        name: of the module, dotted from the model's root.
+        module: the attention, the feed-forward part, or the block itself where this holds the matrices (OPT).
+        inner: the matrices (rows, d) that read the residual stream; gate and up may be the halves of one weight.
+        output: the matrix (d, columns) that writes to it.
+        size: of a head; 1 for a neuron.
+        queries: query heads of a unit; 1 for a neuron.
+    """
+
+    name: str
+    kind: Kind
+    module: nn.Module
+    inner: tuple[WeightView, ...]
+    output: WeightView
+    size: int
+    queries: int
+
+    @property
+    def count(self) -> int:
+        """Units that are there now."""
+        return self.output.shape[1] // self.width
+
+    @property
+    def width(self) -> int:
+        """Columns of the output matrix that belong to a unit."""
+        return self.queries * self.size
+
+    @property
+    def unit_weights(self) -> int:
+        """Entries of all matrices that belong to a unit."""
+        return sum(view.read().numel() for view in (*self.inner, self.output)) // self.count
+
+
+def branches(block: Block) -> tuple[Branch, ...]:
+    """The branches of a block that can lose units, found by the shapes of the matrices that one module holds.
+
+    One or two matrices that read the residual stream and a last one that writes to it are a feed-forward part; a first
+    one of twice as many rows is gate and up in one. Queries, keys, values and the output, in a module that says how
+    large a head is, are an attention. Heads that cannot go without a change to the others stay: see `heads_stay`.
+
+    Raises:
+        UserError: matrices of another form, or experts; the message names the module.
+    """
+    return tuple(found for found in _read(block) if isinstance(found, Branch))
+
+
+def heads_stay(block: Block) -> str | None:
+    """Why the heads of a block cannot go, in words; None where they can."""
+    return next((found for found in _read(block) if isinstance(found, str)), None)
+
+
+def _read(block: Block) -> list[Branch | str]:
+    found: list[Branch | str] = []
+    for name, views in _by_module(block).items():
+        module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
+        if any(view.expert is not None for view in views):
+            raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
+        size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
+        if size is None:
+            read: Branch | str | None = _neurons(name, module, views, module_is_block=module is block.module)
+        else:
+            read = _heads(name, module, views, size)
+        if read is None:
+            shapes = ", ".join(f"{view.name.rpartition('.')[0].rpartition('.')[2]} {view.shape}" for view in views)
+            raise UserError(
+                f"cannot read the units of {name}: {shapes} are neither attention nor feed-forward matrices"
+            )
+        found.append(read)
+    return found
+
+
+def _by_module(block: Block) -> dict[str, list[WeightView]]:
+    """The matrices by the name of the module that holds them, in the order of the block."""
+    grouped: dict[str, list[WeightView]] = {}
+    for view in block.weights:
+        owner = view.parameter_name.removesuffix(f".{view.own}")
+        grouped.setdefault(owner if view.expert is not None else owner.rpartition(".")[0], []).append(view)
+    return grouped
+
+
+def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is_block: bool) -> Branch | None:
+    *inner, output = views
+    width, columns = output.shape
+    if len(inner) == 1 and inner[0].shape[0] == 2 * columns:
+        inner = [replace(inner[0], part=(i, i + 1, 2)) for i in range(2)]
+    if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
+        return None
+    if not module_is_block:
+        own = {id(p) for view in views for p in view.module.parameters(recurse=False)}
+        for other, parameter in module.named_parameters():
+            if id(parameter) not in own and columns in parameter.shape:
+                raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
+    return Branch(name, "neurons", module, tuple(inner), output, 1, 1)
+
+
+def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Branch | str | None:
+    *inner, output = views
+    columns = output.shape[1]
+    if len(inner) not in (1, 3):
+        return None
+    if len(inner) == 1:
+        if type(module).__name__ not in _BY_HEAD:
+            return f"{name} keeps queries, keys and values in one matrix"
+        keys = (inner[0].shape[0] - columns) // 2 // size
+    else:
+        keys = min(view.shape[0] for view in inner) // size
+    rows = [view.shape[0] for view in inner]
+    if keys < 1 or any(r % (keys * size) for r in (*rows, columns)) or sum(rows) != columns + 2 * keys * size:
+        return None
+    if getattr(getattr(module, "config", None), "alibi", False):
+        return f"{name} gives every head a slope of its own (ALiBi)"
+    matrices = {view.module for view in views}
+    norms = [m for m in module.modules() if m not in matrices and next(m.parameters(recurse=False), None) is not None]
+    if any(m is module for m in norms):
+        return f"{name} has parameters of its own beside its matrices"
+    if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
+        return f"{name} has norms of its own for heads, or over all of them"
+    return Branch(name, "heads", module, tuple(inner), output, size, columns // size // keys)
+
+
+def keep_units(branch: Branch, kept: Tensor) -> None:
+    """Slices all matrices of a branch to some of its units, in place: rows of the inner ones, columns of the output.
+
+    Args:
+        kept: (k,), ascending indices of the units that stay; at least one.
+    """
+    count, width = branch.count, branch.width
+    for whole, parts in _stored(branch):
+        rows = torch.cat([view.rows.start + columns_of(kept, view.shape[0] // count) for view in parts])
+        _replace(whole, whole.read()[rows], None if whole.bias is None else whole.bias[rows])
+    _replace(branch.output, branch.output.read()[:, columns_of(kept, width)], branch.output.bias)
+    _rescale(branch, len(kept) / count)
+
+
+def pad_units(branch: Branch, count: int) -> None:
+    """Adds units of zeros at the end of a branch until it has `count`, in place: its outputs stay what they are."""
+    now, width = branch.count, branch.width
+    pad = nn.functional.pad
+    for whole, parts in _stored(branch):
+        missing = [(count - now) * (view.shape[0] // now) for view in parts]
+        weight = torch.cat([pad(view.read(), (0, 0, 0, n)) for view, n in zip(parts, missing, strict=True)])
+        biases = [pad(view.bias, (0, n)) for view, n in zip(parts, missing, strict=True) if view.bias is not None]
+        _replace(whole, weight, torch.cat(biases) if biases else None)
+    _replace(branch.output, pad(branch.output.read(), (0, (count - now) * width)), branch.output.bias)
+    _rescale(branch, count / now)
+
+
+def _stored(branch: Branch) -> list[tuple[WeightView, list[WeightView]]]:
+    """The inner matrices as they are stored, each with those that it is made of, in the order of their rows."""
+    parts: dict[nn.Module, list[WeightView]] = {}
+    for view in branch.inner:
+        parts.setdefault(view.module, []).append(view)
+    return [(replace(views[0], part=None), sorted(views, key=lambda v: v.rows.start)) for views in parts.values()]
+
+
+def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
+    """Puts matrices of another shape into a linear layer."""
+    module: Any = view.module
+    stored = weight.T if view.transposed else weight
+    module.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+    if view.transposed:
+        module.nx, module.nf = weight.shape[1], weight.shape[0]
+    else:
+        module.out_features, module.in_features = weight.shape
+
+
+def _rescale(branch: Branch, share: float) -> None:
+    for name in _COUNTS:
+        count = getattr(branch.module, name, None)
+        if isinstance(count, int):
+            setattr(branch.module, name, round(count * share))

@@ -1,0 +1,181 @@
+"""Which implementation of a kernel runs: Triton's on CUDA tensors, its plain-torch twin everywhere else.
+
+The environment variable ADMM_PRUNE_KERNELS, or `forced`, decides otherwise: "torch" takes the twins on every device;
+"triton" takes Triton's kernels or fails, on the CPU too, which needs Triton's interpreter (TRITON_INTERPRET=1, set
+before the first use). A twin runs on the device of its arguments: nothing ever moves to the host unasked.
+
+CUDA graphs (`Replayed`) record work that is the same every time, and replay it without the host.
+
+What is recorded are kernels and the addresses they read and write. A function can be played back if all that changes
+between two calls lies in tensors that stay where they are, and if it asks nothing of the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "torch", "triton")
+
+_choice = [os.environ.get("ADMM_PRUNE_KERNELS", "auto")]  # the last one counts
+
+
+@contextmanager
+def forced(choice: str) -> Generator[None]:
+    """Within it "auto", "torch" or "triton" decides, whatever the environment says."""
+    _choice.append(_checked(choice))
+    try:
+        yield
+    finally:
+        _choice.pop()
+
+
+def choice() -> str:
+    """auto, torch or triton, as it is in force."""
+    return _checked(_choice[-1])
+
+
+def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether Triton's kernels serve x.
+
+    Args:
+        dtypes: those that the kernel at hand takes; any where none is given. Others go to the twin.
+
+    Raises:
+        RuntimeError: Triton is asked for where it cannot run.
+    """
+    if not x.is_cuda and _choice[-1] == "auto":
+        return False
+    if dtypes and x.dtype not in dtypes:
+        return False
+    wanted = choice()
+    if wanted == "torch":
+        return False
+    if wanted == "triton":
+        _require(x)
+        return True
+    return x.is_cuda and installed()
+
+
+def on_device(x: Tensor | torch.device) -> bool:
+    """Whether the host should leave x's device alone: to read a number is to wait. Where Triton is forced on the CPU,
+    it is treated as such a device, so that what runs on a GPU can be tested without one."""
+    return (x.type == "cuda" if isinstance(x, torch.device) else x.is_cuda) or _choice[-1] == "triton"
+
+
+@cache
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def note(device: torch.device) -> tuple[str, ...]:
+    """A note for results where a CUDA device had to do without Triton's kernels."""
+    if device.type != "cuda" or choice() == "torch" or installed():
+        return ()
+    return ("triton is not installed: plain torch on the GPU in place of fused kernels",)
+
+
+def described(device: torch.device | str) -> str:
+    """What runs on a device: for the records of a benchmark."""
+    wanted = choice()
+    on_triton = wanted == "triton" or (wanted == "auto" and torch.device(device).type == "cuda" and installed())
+    if not on_triton:
+        return f"torch {torch.__version__}"
+    try:
+        return f"triton {version('triton')}" + (", interpreted" if interpreted() else "")
+    except PackageNotFoundError:
+        return "triton, not installed"
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _require(x: Tensor) -> None:
+    if not installed():
+        raise RuntimeError("ADMM_PRUNE_KERNELS=triton, but triton is not installed: pip install triton, or use 'torch'")
+    if not x.is_cuda and not interpreted():
+        raise RuntimeError(
+            f"ADMM_PRUNE_KERNELS=triton, but a tensor lies on the {x.device.type}: Triton needs CUDA, or its "
+            "interpreter (TRITON_INTERPRET=1)"
+        )
+
+
+def _checked(name: str) -> str:
+    if name not in CHOICES:
+        raise RuntimeError(f"ADMM_PRUNE_KERNELS must be one of {', '.join(CHOICES)}, not '{name}'")
+    return name
+
+
+Returned = TypeVar("Returned")
+
+
+class Recorder(Protocol):
+    """What can write down the work of a device."""
+
+    def record(self, function: Callable[[], Returned]) -> tuple[Callable[[], Any], Returned]:
+        """Has the function's work written down, but not done.
+
+        Returns:
+            What does the work, and what the function returned: tensors that each playing fills anew.
+
+        Raises:
+            RuntimeError: the function does what cannot be recorded.
+        """
+        ...
+
+
+class CudaGraphs:
+    """`torch.cuda.graph`, whose memory is the graph's own as long as it lives."""
+
+    def record(self, function: Callable[[], Returned]) -> tuple[Callable[[], Any], Returned]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which may read weights meanwhile, are none of this recording's.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            returned = function()
+        return graph.replay, returned
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": CudaGraphs()}  # by the type of the device
+
+
+class Replayed(Generic[Returned]):
+    """A function that is called the first time, recorded the second time, and played back from then on.
+
+    The first call loads what the function needs, so that the recording finds it there. Where nothing can be recorded
+    the function is called every time, and `note` says why.
+
+    Args:
+        function: works on tensors that stay where they are, and may be called any number of times.
+        device: of the tensors.
+    """
+
+    def __init__(self, function: Callable[[], Returned], device: torch.device) -> None:
+        self._function = function
+        self._recorder = RECORDERS.get(device.type)
+        self._play: Callable[[], Any] | None = None
+        self._returned: Returned | None = None
+        self._called = False
+        self.note = "" if self._recorder else f"steps were not played back: there are no graphs on the {device.type}"
+
+    def __call__(self) -> Returned:
+        """What the function returns; once it is played back, tensors that the next call overwrites."""
+        if self._play is None and self._called and self._recorder is not None:
+            try:
+                self._play, self._returned = self._recorder.record(self._function)
+            except RuntimeError as error:  # nothing was done: recorded work is not executed
+                self._recorder = None
+                self.note = f"steps were not played back: {str(error).strip().splitlines()[0]}"
+        self._called = True
+        if self._play is None or self._returned is None:
+            return self._function()
+        self._play()
+        return self._returned

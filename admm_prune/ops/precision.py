@@ -1,0 +1,119 @@
+"""Matrix products of a solve at the precision that it needs, whatever the process is set to.
+
+`torch.set_float32_matmul_precision("high")`, TF32 asked for on CUDA, bfloat16 asked for of oneDNN, and autocast all
+make products of float32 matrices keep 8 to 11 bits. They are settings of a training script, and a solve in the same
+process has to end where it ends without them: what it multiplies in fewer bits, it rounds itself (`products`).
+
+A float32 number is a bfloat16 number, plus another one that holds the next 8 bits, up to a relative 2^-17. With
+A = A1 + A2 and B = B1 + B2, A B = A1 B1 + A1 B2 + A2 B1 up to 2^-16 |A| |B|, summed in float32: one product of three
+times the inner length, which tensor cores do in a fraction of the time of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+_MKLDNN: Any = torch.backends.mkldnn  # its types lack `matmul`
+_PLACES = (torch.backends.cuda.matmul, _MKLDNN.matmul)
+_FULL = ("ieee", "none")
+
+
+@contextmanager
+def full() -> Generator[None]:
+    """Within it float32 products are of float32 numbers on every device; afterwards all settings are as they were.
+
+    As a decorator it holds for a whole call. The settings are the process's: threads that multiply meanwhile have them
+    too.
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if not all(place.fp32_precision in _FULL for place in _PLACES):
+            stack.enter_context(_set())
+        yield
+
+
+@contextmanager
+def _set() -> Generator[None]:
+    before = [place.fp32_precision for place in _PLACES]
+    old_name = _by_old_name()
+    torch.set_float32_matmul_precision("highest")  # the old name sets both, and torch refuses what they disagree on
+    try:
+        yield
+    finally:
+        if old_name is not None:
+            torch.set_float32_matmul_precision(old_name)
+        for place, value in zip(_PLACES, before, strict=True):
+            place.fp32_precision = "none"  # as torch.backends.fp32_precision says
+            if place.fp32_precision != value:
+                place.fp32_precision = value
+
+
+def _by_old_name() -> str | None:
+    """What `torch.set_float32_matmul_precision` was given; None where only the new names were used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+Precision = Literal["exact", "bfloat16x3", "bfloat16"]
+
+_PANEL = 512  # rows that the CPU converts to bfloat16 at once
+
+
+def prepared(b: Tensor, precision: Precision) -> Tensor:
+    """B (..., k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (..., 3 k, n)."""
+    if precision == "exact":
+        return b
+    high = b.to(torch.bfloat16)
+    if precision == "bfloat16":
+        return high
+    return torch.cat([high, (b - high).to(torch.bfloat16), high], dim=-2)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell. For several B
+    (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n).
+
+    On the CPU several products have the bits that each has alone.
+    """
+    if b.ndim == 3:
+        return _multiply_each(a, b, out)
+    if b.dtype is a.dtype:
+        return torch.mm(a, b, out=out)
+    thrice = _thrice(a, b)
+    if a.is_cuda:
+        return torch.mm(_halves(a) if thrice else a.to(b), b, out_dtype=out.dtype, out=out)
+    for rows, panel in zip(out.split(_PANEL), a.split(_PANEL), strict=True):
+        if thrice:  # no CPU product adds bfloat16 up in float32: the same numbers, taken apart and multiplied there
+            torch.mm(_halves(panel).to(out.dtype), b.to(out.dtype), out=rows)
+        else:
+            rows.copy_(panel.to(b) @ b)
+    return out
+
+
+def _multiply_each(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if not a.is_cuda:
+        for one, by, into in zip(a, b, out, strict=True):
+            multiply(one, by, out=into)
+        return out
+    if b.dtype is a.dtype:
+        return torch.bmm(a, b, out=out)
+    return torch.bmm(_halves(a) if _thrice(a, b) else a.to(b), b, out_dtype=out.dtype, out=out)
+
+
+def _thrice(a: Tensor, b: Tensor) -> bool:
+    return b.shape[-2] == 3 * a.shape[-1]
+
+
+def _halves(a: Tensor) -> Tensor:
+    """[A1, A1, A2] (..., m, 3 k)."""
+    high = a.to(torch.bfloat16)
+    return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)

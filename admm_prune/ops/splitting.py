@@ -1,0 +1,110 @@
+"""What ADMM does between two products, entry by entry: the target of the dense step, the relaxed sum, the split.
+
+State of one tensor: z and d = M z, with M the support; u = tau (z - d) is the scaled dual. On CUDA tensors Triton takes
+each function in one pass over memory.
+
+Several problems of one shape may lie stacked, z (problems * out, in): their metrics then have a row each, (problems,
+in), and what is measured has a row for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from admm_prune.ops import backend
+
+_TRITON = (torch.float32,)
+
+
+def to_target_(z: Tensor, d: Tensor, scratch: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
+    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, what the relaxed step adds a x to.
+
+    Args:
+        scratch: of the same shape, overwritten.
+        offset: taken off the target; None for nothing.
+        relaxation: a.
+    """
+    if _fused(z, d, scratch, offset):
+        from admm_prune.ops.triton import splitting as fused
+
+        return fused.to_target_(z, d, offset, tau, relaxation)
+    torch.mul(z, tau, out=scratch)
+    torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
+    d.mul_(1.0 + tau).sub_(scratch)
+    if offset is not None:
+        d.sub_(offset)
+    return None
+
+
+def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, score: Tensor, relaxation: float) -> None:
+    """x <- x + offset,    z <- z + a x,    score <- |z root|.
+
+    Args:
+        root: (in,) or (problems, in), of the metric; None for ones.
+        score: overwritten.
+    """
+    if _fused(z, x, offset, root, score):
+        from admm_prune.ops.triton import splitting as fused
+
+        return fused.relax_(z, x, offset, root, score, relaxation)
+    if offset is not None:
+        x.add_(offset)
+    z.add_(x, alpha=relaxation)
+    if root is None:
+        score.copy_(z)
+    else:
+        torch.mul(_apart(z, root), _across(root), out=_apart(score, root))
+    score.abs_()
+    return None
+
+
+def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor, root: Tensor | None) -> Tensor:
+    """d <- M z; x is used up.
+
+    Args:
+        mask, before: M, and what it was; None where it was the same.
+
+    Returns:
+        (4,) or (problems, 4) float64, on the device: entries that entered the support, its size, |(x - d) root|,
+        |d root|; norms in the tensors' own precision. The size is 0 where `before` is None.
+    """
+    if _fused(z, mask, before, d, x, root):
+        from admm_prune.ops.triton import splitting as fused
+
+        return fused.settle(z, mask, before, d, x, root)
+    over = None if root is None or root.ndim == 1 else (-2, -1)  # the entries of each problem
+    entered: Tensor | int = 0
+    kept: Tensor | int = 0
+    if before is not None:
+        entered = torch.count_nonzero(_apart(mask > before, root), dim=over)
+        kept = torch.count_nonzero(_apart(mask, root), dim=over)
+    torch.mul(z, mask.view(torch.uint8), out=d)  # a product with bytes is half the time of one with booleans
+    x.add_(d, alpha=-1.0)
+    norms = []
+    for part in (x, d):
+        if root is not None:
+            part = torch.mul(_apart(part, root), _across(root), out=_apart(x, root))
+        norms.append(torch.linalg.vector_norm(part, dim=over))
+    measured: tuple[Tensor | int, ...] = (entered, kept, *norms)
+    if over is None and not backend.on_device(z):
+        return torch.tensor([float(one) for one in measured], dtype=torch.float64)
+    # Filled where it lies: the host neither waits nor sends anything.
+    return torch.stack([torch.zeros_like(norms[0]).add_(one).double() for one in measured], dim=-1)
+
+
+def _apart(x: Tensor, root: Tensor | None) -> Tensor:
+    """x (problems * out, in) as (problems, out, in), where the metric says that there are several."""
+    return x if root is None or root.ndim == 1 else x.view(len(root), -1, x.shape[1])
+
+
+def _across(root: Tensor) -> Tensor:
+    """The metric as it meets the rows of each problem."""
+    return root if root.ndim == 1 else root[:, None]
+
+
+def _fused(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether Triton serves: matrices as they lie in memory."""
+    if first.ndim != 2 or not backend.uses_triton(first, *_TRITON):
+        return False
+    return all(x is None or x.is_contiguous() for x in (first, *others))

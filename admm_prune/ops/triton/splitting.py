@@ -1,0 +1,153 @@
+"""The elementwise steps of ADMM between two matrix products; the reference is `ops.splitting`.
+
+A program takes a part of one row; `rows` share a row of the metric.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from admm_prune.ops.triton.places import part_of_row
+
+
+@triton.jit
+def to_target_kernel(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    _row, _column, there, place = part_of_row(width, BLOCK)
+    z = tl.load(z_at + place, mask=there)
+    d = tl.load(d_at + place, mask=there)
+    dual = z * tau
+    tl.store(z_at + place, dual + d * (1.0 - relaxation - tau), mask=there)
+    target = d * (1.0 + tau) - dual
+    if OFFSET:
+        target -= tl.load(offset_at + place, mask=there)
+    tl.store(d_at + place, target, mask=there)
+
+
+@triton.jit
+def relax_kernel(
+    z_at,
+    x_at,
+    offset_at,
+    root_at,
+    score_at,
+    rows,
+    width,
+    relaxation,
+    OFFSET: tl.constexpr,
+    ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column, there, place = part_of_row(width, BLOCK)
+    x = tl.load(x_at + place, mask=there)
+    if OFFSET:
+        x += tl.load(offset_at + place, mask=there)
+        tl.store(x_at + place, x, mask=there)
+    z = tl.load(z_at + place, mask=there) + relaxation * x
+    tl.store(z_at + place, z, mask=there)
+    score = z
+    if ROOT:
+        score = z * tl.load(root_at + (row // rows) * width + column, mask=there)
+    tl.store(score_at + place, tl.abs(score), mask=there)
+
+
+@triton.jit
+def settle_kernel(
+    z_at,
+    mask_at,
+    before_at,
+    d_at,
+    x_at,
+    root_at,
+    parts_at,
+    rows,
+    width,
+    CHANGES: tl.constexpr,
+    ROOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, column, there, place = part_of_row(width, BLOCK)
+    mask = tl.load(mask_at + place, mask=there, other=0)
+    z = tl.load(z_at + place, mask=there, other=0.0)
+    d = tl.where(mask != 0, z, z * 0.0)  # NaN and Inf off the support are seen
+    tl.store(d_at + place, d, mask=there)
+    away = tl.load(x_at + place, mask=there, other=0.0) - d
+    if ROOT:
+        root = tl.load(root_at + (row // rows) * width + column, mask=there, other=0.0)
+        away *= root
+        d *= root
+    part = parts_at + (row * tl.num_programs(1) + tl.program_id(1)) * 4
+    if CHANGES:
+        before = tl.load(before_at + place, mask=there, other=0)
+        tl.store(part, tl.sum(((mask != 0) & (before == 0)).to(tl.int32)).to(tl.float32))
+        tl.store(part + 1, tl.sum((mask != 0).to(tl.int32)).to(tl.float32))
+    tl.store(part + 2, tl.sum(away * away))
+    tl.store(part + 3, tl.sum(d * d))
+
+
+# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+
+_WIDEST = 1024  # entries of a row that a program takes
+
+
+def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
+    grid, block = _parts(z)
+    to_target_kernel[grid](
+        z, d, z if offset is None else offset, z.shape[1], tau, relaxation, OFFSET=offset is not None, BLOCK=block
+    )
+
+
+def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, score: Tensor, relaxation: float) -> None:
+    grid, block = _parts(z)
+    relax_kernel[grid](
+        z,
+        x,
+        z if offset is None else offset,
+        z if root is None else root,
+        score,
+        z.shape[0] // _problems(root),
+        z.shape[1],
+        relaxation,
+        OFFSET=offset is not None,
+        ROOT=root is not None,
+        BLOCK=block,
+    )
+
+
+def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor, root: Tensor | None) -> Tensor:
+    """Partial sums of the programs are added up in float64, in one order: no atomics, the same bits every time."""
+    grid, block = _parts(z)
+    parts = torch.zeros((*grid, 4), dtype=torch.float32, device=z.device)
+    settle_kernel[grid](
+        z,
+        mask.view(torch.uint8),
+        (mask if before is None else before).view(torch.uint8),
+        d,
+        x,
+        z if root is None else root,
+        parts,
+        z.shape[0] // _problems(root),
+        z.shape[1],
+        CHANGES=before is not None,
+        ROOT=root is not None,
+        BLOCK=block,
+    )
+    several = root is not None and root.ndim == 2
+    sums = parts.view(_problems(root), -1, 4).sum(1, dtype=torch.float64)
+    measured = torch.cat([sums[:, :2], sums[:, 2:].sqrt()], dim=1)
+    return measured if several else measured[0]
+
+
+def _problems(root: Tensor | None) -> int:
+    """How many problems lie stacked: each has a row of the metric."""
+    return len(root) if root is not None and root.ndim == 2 else 1
+
+
+def _parts(x: Tensor) -> tuple[tuple[int, int], int]:
+    rows, width = x.shape
+    block = min(_WIDEST, max(16, 1 << (width - 1).bit_length()))
+    return (rows, -(-width // block)), block

@@ -1,0 +1,293 @@
+"""A model from its config alone, on the meta device: its parts, and what reading and tokenizing the text takes.
+
+To try out what its class does, one block at a time is given random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.hub import quiet
+from admm_prune.data.sequences import GROUP, Row, Sequences, default_length, encode
+from admm_prune.data.sources import Document
+from admm_prune.errors import UserError
+from admm_prune.models.adapters import check_repository
+from admm_prune.models.checkpoint import Checkpoint
+from admm_prune.models.checks import check_causal, check_ids, check_vocabulary
+from admm_prune.models.loading import explained, kind_of, load_tokenizer, locate
+from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
+from admm_prune.models.streaming import Residence
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.runs.machine import PeakMemory, resident_bytes, return_freed_memory
+from admm_prune.runs.texts import TextSettings, is_local, read_corpora
+
+BATCH = 8  # as `data.sequences.pack` makes them
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """A model without weights.
+
+    Attributes:
+        source: as the user named it.
+        model: in evaluation mode, on the meta device.
+        blocks: of it.
+    """
+
+    source: str
+    model: Any
+    blocks: list[Block]
+
+    @classmethod
+    def of(cls, source: str, dtype: str | None = None) -> Anatomy:
+        """Builds the model that a config describes.
+
+        Args:
+            source: "embedded", a folder with a config.json, or a Hub id.
+            dtype: in place of the config's.
+
+        Raises:
+            UserError: there is no such model, or it has no decoder blocks that can be read.
+        """
+        location = locate(source, weights=False)
+        with explained(source, location), quiet():
+            if isinstance(location, str):
+                check_repository(location)
+            config, kind = kind_of(location, trust_remote_code=False)
+            wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+            quantizer = dequantizer(source, config)
+            if quantizer is not None:
+                del config.quantization_config
+                wanted = quantizer.update_dtype(wanted)
+            model = shapes(kind, config, wanted)
+            if isinstance(location, Path) and any(location.glob("*.safetensors")):
+                checkpoint = Checkpoint(location, torch.device("cpu"))
+                checkpoint.adapt(model, quantizer)
+                check_stored(source, model, checkpoint, dequantized=quantizer is not None)
+        blocks = decoder_blocks(model)
+        drawn = Drawn(model)
+        if drawn.fits:
+            check_causal(source, drawn.model, drawn)
+        return cls(source, model, blocks)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of the weights that are in no block: embeddings, the last norm, the head."""
+        return self.weight_bytes - sum(map(block_bytes, self.blocks))
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest single weight."""
+        weight: Tensor = max(self.model.parameters(), key=lambda p: p.numel())
+        return weight
+
+    def kinds(self) -> Iterator[tuple[int, int]]:
+        """(the first block, how many) of every kind of block: those with weights of the same shapes."""
+        kinds: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, block in enumerate(self.blocks):
+            kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)
+        return ((members[0], len(members)) for members in kinds.values())
+
+    def sequences(self, count: int, length: int | None) -> Sequences:
+        """So many full sequences of a length, by default that of a run.
+
+        Raises:
+            UserError: the length is beyond the model's context.
+        """
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if length is not None and context is not None and length > context:
+            raise UserError(f"length {length} is beyond the model's context of {context} tokens")
+        length = length or default_length(self.model.config)
+        row = Row(torch.zeros(length, dtype=torch.long), length)
+        return Sequences((row,) * count, "windows", length, None, BATCH)
+
+
+def block_bytes(block: Block) -> int:
+    """Of all of its weights."""
+    return sum(p.nbytes for p in block.module.parameters())
+
+
+_MIB = 2**20
+_IDS = 16  # bytes of a token and of where it ends, both int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The text of a run.
+
+    Attributes:
+        characters, judging: of all of it; of the part that judges.
+        held: bytes of the text.
+        lists: bytes of a tokenizer's lists for as much as it encodes at once.
+        left: bytes that the process keeps of them.
+        tokens: of all of the text.
+        rate: characters tokenized a second.
+    """
+
+    characters: int
+    judging: int
+    held: int
+    lists: int
+    left: int
+    tokens: int
+    rate: float
+
+    @property
+    def judging_tokens(self) -> int:
+        return round(self.tokens * self.judging / self.characters)
+
+    @property
+    def peak(self) -> int:
+        """Bytes while the last piece is encoded, beside the text."""
+        return self.lists + _IDS * self.tokens
+
+
+def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
+    """Refuses a tokenizer with ids for which the model has no embedding, as a run does.
+
+    Args:
+        source: as the user named the model: of a folder, the tokenizer in it.
+        model: its shapes.
+        required: whether the plan needs a tokenizer, so that a folder without one is refused.
+
+    Raises:
+        UserError: it does not fit the model, or cannot be read.
+    """
+    location = locate(source, weights=False)
+    if required or (isinstance(location, Path) and any(location.glob("*token*"))):
+        check_vocabulary(source, load_tokenizer(source, location, False), model)
+
+
+def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Reading | None:
+    """Reads the text that a run would, and encodes a piece as large as is encoded at once.
+
+    Args:
+        text: as of a run; None is given back where it is not on this disk.
+        source, model: as `check_tokenizer`.
+        stream: the run gives back what is freed, as runs that stream do.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be used.
+    """
+    if not is_local(text):
+        return None
+    tokenizer = load_tokenizer(source, locate(source, weights=False), False)
+    corpora = read_corpora(text, tokenizer)
+    documents = [document for corpus in corpora for document in corpus.documents]
+    encode([documents[0][:1000]], tokenizer)  # what only the first call takes
+    whole = sum(map(len, documents))
+    at_once = min(whole, max(GROUP, *map(len, documents)))
+    piece = _piece(documents, min(at_once, 2 * GROUP))
+    size = sum(map(len, piece))
+    before, began = resident_bytes(), time.perf_counter()
+    with PeakMemory() as memory:
+        encoded = [document.ids for document in encode(piece, tokenizer)]
+        tokens = sum(map(len, encoded))
+    seconds = time.perf_counter() - began
+    check_ids(source, encoded, model)
+    del encoded
+    if stream:
+        return_freed_memory()
+    return Reading(
+        characters=whole,
+        judging=corpora[1].characters,
+        held=sum(map(sys.getsizeof, documents)),
+        lists=round(memory.extra_mib * _MIB * at_once / size),
+        left=max(0, resident_bytes() - before),
+        tokens=round(tokens * whole / size),
+        rate=size / seconds,
+    )
+
+
+def _piece(documents: list[Document], characters: int) -> list[Document]:
+    piece: list[Document] = []
+    for document in documents:
+        piece.append(document[:characters])
+        characters -= len(piece[-1])
+        if characters <= 0:
+            break
+    return piece
+
+
+_ROWS = 64  # of large embeddings that are drawn: no id beyond is tried out
+_LARGE = 1 << 24  # entries of an embedding: 64 MiB
+_MOST = 1 << 27  # entries of a block: 512 MiB
+_SCALE = 0.02
+
+
+class Drawn(Residence):
+    """Random weights for a model on the meta device; large embeddings have their first rows alone.
+
+    Args:
+        model: of shapes alone; it is copied.
+
+    Attributes:
+        model: the copy.
+        fits: whether its largest block is small enough to be drawn.
+    """
+
+    hollow = True
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = copy.deepcopy(model)
+        self.blocks = decoder_blocks(self.model)
+        self.fits = max(sum(p.numel() for p in block.module.parameters()) for block in self.blocks) <= _MOST
+        self._generator = torch.Generator().manual_seed(0)
+        inside = {id(p) for block in self.blocks for p in block.module.parameters()}
+        self._outside = {
+            module: own
+            for module in self.model.modules()
+            if (own := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
+        }
+        if self.fits:
+            unset = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_meta}
+            compute_buffers(self.model, unset, torch.device("cpu"))
+            for module, names in self._outside.items():
+                self._draw(module, names)
+
+    def device(self, model: nn.Module) -> torch.device:
+        return torch.device("cpu")
+
+    @contextmanager
+    def block(self, index: int) -> Generator[None]:
+        modules = list(self.blocks[index].module.modules())
+        before = [dict(module.named_parameters(recurse=False)) for module in modules]
+        for module, own in zip(modules, before, strict=True):
+            self._draw(module, list(own))
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                for name, parameter in own.items():
+                    setattr(module, name, parameter)
+
+    def _draw(self, module: nn.Module, names: list[str]) -> None:
+        for name in names:
+            meta = module.get_parameter(name)
+            shape = list(meta.shape)
+            if isinstance(module, nn.Embedding) and meta.numel() > _LARGE:
+                shape[0] = min(shape[0], _ROWS)
+                module.padding_idx = None
+            elif meta.numel() > _MOST:  # a head, which is never run
+                continue
+            values = torch.randn(shape, generator=self._generator) * _SCALE
+            values = values + 1.0 if meta.ndim == 1 and name == "weight" else values  # of a norm
+            setattr(module, name, nn.Parameter(values.to(torch.float32), requires_grad=False))

@@ -1,0 +1,392 @@
+"""The stages of methods that go block by block.
+
+The calibration text goes through the very code that captures statistics, on the meta device, where bytes and operations
+are counted and nothing is computed; solvers are counted on small instances (`trials`).
+
+The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Recipe, Request
+from admm_prune.methods.elsa.elsa import CALIBRATION, Elsa
+from admm_prune.methods.elsa.session import Session
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.layerwise import Layerwise
+from admm_prune.methods.local import Method
+from admm_prune.methods.sparsellm import SparseLLM
+from admm_prune.methods.struprune.struprune import StruPrune
+from admm_prune.methods.target import Target
+from admm_prune.models import evaluate as evaluation
+from admm_prune.models.activation_store import Shelf
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.sublayers import Branch, branches
+from admm_prune.ops.activations import ACTIVATIONS, Activation
+from admm_prune.plan.anatomy import Anatomy, block_bytes
+from admm_prune.plan.counting import Counting, Work, counted
+from admm_prune.plan.stages import Stage, Stretch, stretch
+from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial
+from admm_prune.solvers.together import Shape, batches
+from admm_prune.statistics import SUM_BYTES
+
+ACTIVATIONS_PART = "activations between blocks"
+GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
+_NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of a block: who shares inputs, what collecting them took, what they are.
+
+    Attributes:
+        shared: the weights that read one input, and their width.
+        sums: bytes of the sums of Grams, all there when the last token was seen, unless memory is spared.
+    """
+
+    shared: list[tuple[tuple[WeightView, ...], int]]
+    stretch: Stretch
+    sums: int
+
+    def stage(self, name: str) -> Stage:
+        forward = max(0, self.stretch.peak - self.sums)
+        return Stage(name=name, parts={GRAMS: self.sums, FORWARD: forward}, work=self.stretch.work)
+
+
+class _Shelf(Shelf):
+    """Keeps activations where they are: on the meta device there is no host to bring them to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Tensor] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self._kept[name] = tensor.detach()
+
+    def get(self, name: str) -> Tensor:
+        return self._kept[name]
+
+
+class Walk:
+    """A text on its way through a model on the meta device, as `BlockStream` takes it."""
+
+    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request, device: str, *, stream: bool) -> None:
+        self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
+        counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
+        with stretch(counting) as self.recording:
+            self.stream = BlockStream(
+                anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf(), sparing=stream
+            )
+        self.parts = 2 if len(request.calibration.rows) > 1 else 1  # calibration and validation
+        self.position = 0
+
+    @property
+    def held(self) -> dict[str, int]:
+        return {ACTIVATIONS_PART: self.recording.left}
+
+    def kinds(self) -> Iterator[tuple[int, Block, int]]:
+        """(index, block, how many) of each kind of block, the stream at that block."""
+        for index, count in self.anatomy.kinds():
+            while self.position < index:
+                self.advance()
+            yield index, self.anatomy.blocks[index], count
+
+    def advance(self) -> Stretch:
+        with stretch(self.counting) as found:
+            self.stream.advance(self.position)
+        self.position += 1
+        return found
+
+    def collect(
+        self,
+        only: Collection[str] | None = None,
+        outputs: dict[str, Tensor] | None = None,
+        *,
+        centre: bool = False,
+    ) -> Collected:
+        with stretch(self.counting) as found:
+            shared = self.stream.collect(self.position, only, outputs, centre=centre)
+        found.left -= sum(x.nbytes for x in (outputs or {}).values())
+        told = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
+        sums = self.parts * sum(SUM_BYTES * width * width for _, width in told)
+        return Collected(told, found, min(sums, found.peak))
+
+
+def blockwise_stages(
+    anatomy: Anatomy, recipe: Recipe, request: Request, *, stream: bool, device: str = "cpu"
+) -> list[Stage]:
+    """Every stage of a method, but for what it has in common with all others, from the text to the last block.
+
+    Args:
+        stream: one block in memory at a time.
+        device: on which it is to run.
+
+    Raises:
+        UserError: the recipe is of no kind that goes block by block.
+    """
+    plans: dict[type, Callable[[Walk, Any, Request], Iterator[Stage]]] = {
+        Layerwise: _layerwise,
+        SparseLLM: _sparsellm,
+        StruPrune: _struprune,
+    }
+    plan = plans.get(type(recipe))
+    if plan is None:
+        raise UserError(f"{recipe.name}: what it takes cannot be told beforehand")
+    block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
+    weights = block if stream else {"weights": anatomy.weight_bytes}
+    with counted() as counting:
+        walk = Walk(anatomy, counting, request, device, stream=stream)
+        recording = Stage(
+            name="embeddings", parts={FORWARD: walk.recording.peak - walk.recording.left}, work=walk.recording.work
+        )
+        outside = {"weights outside of the blocks": anatomy.outside_bytes} if stream else weights
+        stages = [recording.beside({**outside, **walk.held})]
+        stages += [stage.beside({**weights, **walk.held}) for stage in plan(walk, recipe, request)]
+    return stages
+
+
+def _layerwise(walk: Walk, recipe: Layerwise, request: Request) -> Iterator[Stage]:
+    for _, _, count in walk.kinds():
+        yield from _local(walk.collect(), recipe.method, request, count, walk)
+        yield _forward("next inputs", walk.advance(), count)
+
+
+def _local(collected: Collected, method: Method, request: Request, count: int, walk: Walk) -> Iterator[Stage]:
+    """Statistics of a block, and a local method on them."""
+    yield collected.stage("statistics").times(count)
+    jobs: list[tuple[tuple[int, ...], int, torch.dtype]] = []
+    for views, width in collected.shared:
+        rows = tuple(view.shape[0] for view in views)
+        groups = [rows] if method.stacks else [(row,) for row in rows]
+        jobs += [(group, width, views[0].parameter.dtype) for group in groups]
+    solver, several = method.make(), Counter(jobs)
+    for group, width, dtype in jobs:
+        trial = _cached(LayerTrial(method, request.target, request.ridge, group, width, dtype, walk.parts > 1))
+        shape = Shape(sum(group), width, torch.float32, walk.device, method.constraint(request.target))
+        batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
+        posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
+        peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
+        parts = {GRAMS: collected.stretch.left, SOLVER: peak}
+        yield Stage(name="solver", parts=parts, work=trial.work * count)
+
+
+def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stage]:
+    for _, block, count in walk.kinds():
+        parts = branches(block)
+        outputs = [branch.output.name for branch in parts]
+        both = walk.collect(outputs, centre=recipe.fold_bias and any(part.output.bias is not None for part in parts))
+        yield both.stage("statistics").times(count)
+        for branch in parts:
+            curve = _cached(_group_trial(recipe, branch, None))
+            yield Stage(name="curves", parts={GRAMS: both.stretch.left, SOLVER: curve.peak}, work=curve.work * count)
+        for branch in parts:
+            centre = recipe.fold_bias and branch.output.bias is not None
+            own = walk.collect([branch.output.name], centre=centre)
+            yield own.stage("statistics").times(count)
+            solved = _cached(_group_trial(recipe, branch, request.target.fraction))
+            left = {GRAMS: own.stretch.left, SOLVER: solved.peak}
+            yield Stage(name="solver", parts=left, work=solved.work * count)
+            with stretch(walk.counting) as preview:
+                for _ in range(2):
+                    walk.stream.preview(walk.position)
+            yield _forward("check of the slices", preview, count)
+        yield _forward("next inputs", walk.advance(), 2 * count)
+
+
+def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stage]:
+    for index, block, count in walk.kinds():
+        network = _network(block)
+        with stretch(walk.counting) as looking:  # for the network, and whether its block adds what it puts out
+            for _ in range(3):
+                walk.stream.preview(index)
+        yield _forward("form of the network", looking, count)
+        own = {view.name for view in network}
+        wanted: dict[str, Tensor] = {}
+        attention = walk.collect([view.name for view in block.weights if view.name not in own], wanted)
+        target = {"targets": sum(x.nbytes for x in wanted.values())}
+        for stage in _local(attention, recipe.method, request, count, walk):
+            yield stage.beside(target)
+        up, down = network[0], network[-1]
+        with stretch(walk.counting) as pairing:
+            pairs = walk.stream.pairs(index, up, down, wanted)
+        tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
+        held = {"tokens of the network": pairing.left}
+        yield _forward("tokens of the network", pairing, count).beside(target)
+        del pairs
+        wanted.clear()
+        trial = _cached(
+            NetworkTrial(
+                recipe,
+                request.target,
+                request.ridge,
+                _activation(walk.anatomy),
+                len(network) == 3,
+                up.shape[1],
+                up.shape[0],
+                down.shape[0],
+                (tokens[0], tokens[1]),
+                up.parameter.dtype,
+            )
+        )
+        yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
+        yield _forward("next inputs", walk.advance(), count)
+
+
+@lru_cache(maxsize=256)  # blocks are alike
+def _cached(trial: LayerTrial | NetworkTrial | GroupTrial) -> Stretch:
+    return trial.estimated()
+
+
+def _forward(name: str, found: Stretch, count: float) -> Stage:
+    return Stage(name=name, parts={FORWARD: found.peak}, work=found.work * count)
+
+
+def _group_trial(recipe: StruPrune, branch: Branch, removed: float | None) -> GroupTrial:
+    output = branch.output
+    centred = recipe.fold_bias and output.bias is not None
+    return GroupTrial(recipe, *output.shape, branch.width, removed, output.parameter.dtype, centred)
+
+
+def _network(block: Block) -> tuple[WeightView, ...]:
+    """The weights of the feed-forward network: those into it, up first, and the one out of it."""
+    for branch in branches(block):
+        if branch.kind == "neurons":
+            return (*reversed(branch.inner), branch.output)
+    raise UserError(f"cannot read the feed-forward network of {block.name}: use a method that goes layer by layer")
+
+
+def _activation(anatomy: Anatomy) -> Activation:
+    config = anatomy.model.config
+    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "silu")
+    return ACTIVATIONS[_NAMES.get(str(name), "gelu-tanh")]
+
+
+WEIGHTS, CHECKED = "weights", "check of the largest weight"
+_MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
+_STEPS = (1, 2)  # on which the work of a step is counted
+
+
+def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
+    """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
+    with counted() as counting:
+        weight = torch.empty_like(anatomy.largest)
+        with stretch(counting) as check:
+            bool(torch.isfinite(weight).all())
+    held = {"largest weight": weight.nbytes} if stream else {WEIGHTS: anatomy.weight_bytes}
+    size = anatomy.weight_bytes
+    checks = check.work.counts["traffic"] * anatomy.parameters / weight.numel()
+    work = Work.of(disk_read=2 * size if stream else size, traffic=checks, hash=size)
+    return Stage(name="loading", parts={**held, CHECKED: check.peak}, work=work)
+
+
+def evaluating(anatomy: Anatomy, judging: Sequences, *, stream: bool) -> Iterator[Stage]:
+    """One evaluation.
+
+    Args:
+        judging: its text, as whole sequences.
+        stream: block by block, with the hidden states of all of the text between them.
+    """
+    batch = judging.batches[0]
+    tokens = sum(len(row.ids) for row in judging.rows)
+    share = tokens / batch.input_ids.numel()
+    with counted() as counting, torch.no_grad():
+        counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
+        with stretch(counting) as found:
+            evaluation.cross_entropy(anatomy.model, batch)
+    weights, work = {WEIGHTS: anatomy.weight_bytes}, found.work * share
+    if stream:
+        work += Work.of(disk_read=anatomy.weight_bytes)
+        width = anatomy.model.get_input_embeddings().weight.shape[-1]
+        element = anatomy.model.get_input_embeddings().weight.element_size()
+        weights = {"weights outside of the blocks": anatomy.outside_bytes, ACTIVATIONS_PART: tokens * width * element}
+    yield Stage(name="evaluation", parts={**weights, "logits": found.peak}, work=work)
+
+
+def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
+    """Writing the model and reading its files again for their fingerprints: no second copy is made of any of it."""
+    size = round(anatomy.weight_bytes * factor)
+    held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
+    return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
+
+
+def training(anatomy: Anatomy, recipe: Trained, request: Request) -> list[Stage]:
+    """All of a recipe that trains: the recipe itself, run on the meta device for a few steps, without its projections.
+
+    A step takes the same bytes and operations at all times, so that the work of all is that of the first and as many of
+    the second's as there are more.
+    """
+    stages = [_trained(anatomy, recipe, request)]
+    projections = recipe.projections(request.target) if isinstance(recipe, Elsa) else []
+    state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
+    if isinstance(recipe, Elsa) and projections:  # they differ in how much goes, not in what they take
+        calibration = replace(request.calibration, rows=request.calibration.rows[:CALIBRATION])
+        own = replace(request, calibration=calibration)
+        for stage in blockwise_stages(anatomy, Layerwise(recipe.projection), own, stream=False):
+            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(len(projections)))
+    return stages
+
+
+_TEACHER, _BEST = "teacher", "best weights so far"
+_STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
+
+
+def _trained(anatomy: Anatomy, recipe: Trained, request: Request) -> Stage:
+    model = anatomy.model
+    least = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
+    works, peak, parts = [], 0, {}
+    for steps in _STEPS:
+        short = _unprojected(replace(recipe, steps=least + steps))
+        with counted() as counting:
+            counting.know(*model.parameters(), *model.buffers())
+            with stretch(counting) as found:
+                session = short.run(model, replace(request, on_progress=None))
+            works.append(found.work)
+            peak = max(peak, found.peak)
+            parts = _parts(session)
+            for parameter in model.parameters():
+                parameter.grad = None
+            del session
+    step = works[1] + works[0] * -1.0
+    work = works[0] + step * (recipe.steps - least - _STEPS[0])
+    known = {WEIGHTS: anatomy.weight_bytes, **parts, "gradients": anatomy.weight_bytes}
+    rest = peak - sum(size for name, size in known.items() if name != WEIGHTS)
+    return Stage(name="training", parts={**known, "activations and logits of a step": max(0, rest)}, work=work)
+
+
+def _parts(session: Session) -> dict[str, int]:
+    state: dict[str, int] = {_MOMENTS: 0, _MASKS: 0, _ANCHORS: 0}
+    for entries in session.trainer.optimizer.state.values():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                kind = _MASKS if name == "mask" else _MOMENTS if name.startswith("exp_avg") else _ANCHORS
+                state[kind] += value.nbytes
+    teacher = getattr(session.trainer.objective, "teacher", None)
+    if teacher is not None:
+        state[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
+    state[_BEST] = sum(x.nbytes for x in (session.best or {}).values())
+    return {name: size for name, size in state.items() if size}
+
+
+def _unprojected(recipe: Trained) -> Trained:
+    """The recipe, with every weight kept where it would project."""
+    kind = type(recipe)
+    values: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    unprojected: Trained = type(kind.__name__, (kind,), {"project": _keep_all})(**values)
+    return unprojected
+
+
+def _keep_all(_: Trained, session: Session, target: Target) -> None:
+    masks = {view.name: torch.ones_like(view.parameter, dtype=torch.bool) for view in session.views}
+    session.trainer.optimizer.change_support(masks)
+    session.offer()

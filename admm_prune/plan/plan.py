@@ -1,0 +1,279 @@
+"""What a run will take: bytes by part, disk, operations and time by stage; and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Recipe, Request
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.ridge import Ridge
+from admm_prune.methods.struprune.struprune import StruPrune, configured
+from admm_prune.methods.target import Target, parse_target
+from admm_prune.models.structure import notes_on
+from admm_prune.plan import blockwise
+from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
+from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
+from admm_prune.plan.counting import Work
+from admm_prune.plan.machine import Machine, gpu_named, measured_here
+from admm_prune.plan.stages import LIBRARIES, Stage
+from admm_prune.runs.machine import check_dtype, free_bytes, resident_bytes
+from admm_prune.runs.texts import TextSettings
+
+_GB = 1e9
+TEXT, TOKENS = "text", "tokenizer's lists"
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, TEXT, TOKENS)  # wherever the model computes
+_SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        stages: in their order.
+        machine: whose rates the time is from.
+        limits: bytes there are, by "host" and, with a GPU, "device".
+        disk: bytes by what they are for, at most.
+        notes: what was assumed, and what is not counted.
+    """
+
+    model: str
+    method: str
+    target: str
+    parameters: int
+    weight_bytes: int
+    samples: int
+    length: int
+    stream: bool
+    stages: tuple[Stage, ...]
+    machine: Machine
+    limits: Mapping[str, int]
+    disk: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def peak(self, place: str) -> Stage:
+        """The stage that holds the most on "host" or "device", with what it holds there."""
+        return max((self._at(stage, place) for stage in self.stages), key=lambda stage: stage.bytes)
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(self.machine.seconds, (stage.work for stage in self.stages)))
+
+    def refusal(self) -> str | None:
+        """Why it cannot be run, and what would help; None where it fits."""
+        for place, limit in self.limits.items():
+            stage = self.peak(place)
+            if stage.bytes > limit:
+                part = max((name for name in stage.parts if name != LIBRARIES), key=lambda name: stage.parts[name])
+                return (
+                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB "
+                    f"there are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
+                    f"{self._advice(part, place)}"
+                )
+        return None
+
+    def as_json(self) -> dict[str, Any]:
+        work: dict[str, Work] = {}
+        for stage in self.stages:
+            work[stage.name] = work.get(stage.name, Work()) + stage.work
+        return {
+            "model": self.model,
+            "method": self.method,
+            "target": self.target,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "samples": self.samples,
+            "length": self.length,
+            "stream": self.stream,
+            "memory": {
+                place: {
+                    "bytes": (stage := self.peak(place)).bytes,
+                    "stage": stage.name,
+                    "parts": dict(stage.parts),
+                    "limit": limit,
+                }
+                for place, limit in self.limits.items()
+            },
+            "disk": dict(self.disk),
+            "stages": {
+                name: {"operations": done.operations, "seconds": self.machine.seconds(done)}
+                for name, done in work.items()
+            },
+            "seconds": self.seconds,
+            "rates": {"of": self.machine.name, "source": self.machine.source, **self.machine.rates},
+            "notes": self.notes,
+        }
+
+    def _at(self, stage: Stage, place: str) -> Stage:
+        if "device" not in self.limits:
+            return stage
+        host = place == "host"
+        return replace(stage, parts={name: n for name, n in stage.parts.items() if (name in _ON_HOST) == host})
+
+    def _advice(self, part: str, place: str) -> str:
+        if part == "weights" and not self.stream and "Adam's moments" not in self.peak(place).parts:
+            return "use --stream, which holds one block at a time"
+        if part == "Adam's moments" and self.method == "elsa":
+            return "use elsa-l, whose moments take a quarter, or more --gpus"
+        if part in (ACTIVATIONS_PART, "tokens of the network", "targets"):
+            return "use fewer --samples or a shorter --length"
+        if part in (FORWARD, "logits", "activations and logits of a step"):
+            return "use a shorter --length"
+        if part in (GRAMS, SOLVER):
+            return "use a method that holds less, such as wanda or magnitude"
+        return "use more --gpus, or a method that goes block by block with --stream"
+
+
+def make_plan(
+    model: str,
+    *,
+    method: str = "admm",
+    sparsity: str | float | None = None,
+    pattern: str | None = None,
+    text: TextSettings | None = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    length: int | None = None,
+    ridge: Ridge = None,
+    steps: int | None = None,
+    unit: str | None = None,
+    multiple: int | None = None,
+    dtype: str | None = None,
+    stream: bool = False,
+    gpu: str | None = None,
+    gpus: int = 1,
+    device_memory: float | None = None,
+    memory: float | None = None,
+    out: Path | None = None,
+) -> Plan:
+    """Plans a run from the model's config alone.
+
+    Args:
+        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
+        text: of a run, whose length tells how much there is to evaluate; None leaves evaluation out.
+        stream: one block in memory at a time.
+        gpu: a GPU that is not here, by its name; gpus: so many of them.
+        device_memory, memory: GB of a device and of the host, in place of what there is.
+        out: on whose disk the rates of reading and writing are measured.
+
+    Raises:
+        UserError: something in the arguments cannot be used.
+    """
+    target = parse_target(sparsity, pattern)  # as typed: parsed, and refused, in one place
+    recipe = configured(recipe_named(method, steps), unit, multiple)
+    check_dtype(dtype)
+    if gpus > 1 and gpu is None:
+        raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
+    if stream and isinstance(recipe, Trained):
+        raise UserError(
+            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
+        )
+    anatomy = Anatomy.of(model, dtype)
+    check_tokenizer(model, anatomy.model, required=text is not None)
+    recipe.check(anatomy.model, target)
+    sequences = anatomy.sequences(samples or recipe.samples, length)
+    reading = None if text is None else read(text, model, anatomy.model, stream=stream)
+    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
+    request = Request(target=target, calibration=sequences, ridge=ridge)
+    notes = list(notes_on(anatomy.model))
+    judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
+    device = "cpu" if gpu is None else "cuda"
+    stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
+    if reading is None:
+        notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
+    else:
+        first = {} if stream else {blockwise.WEIGHTS: anatomy.weight_bytes}
+        work = Work.of(tokenize=reading.characters)
+        tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
+        kept = {TEXT: reading.held, TOKENS: reading.left}
+        stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
+        stages[1] = stages[1].beside({TEXT: reading.held})
+    if reading is not None:
+        host = replace(host, rates={**host.rates, "tokenize": reading.rate})
+    machine = host if gpu is None else gpu_named(gpu, host)
+    if gpus > 1:
+        stages = [_shared_out(stage, gpus, anatomy) for stage in stages]
+        notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
+    if gpu is not None:
+        notes.append(f"time of {gpu}: {machine.source}")
+    limits = {"host": int(memory * _GB) if memory else free_bytes("cpu") + resident_bytes()}
+    if machine.memory is not None:
+        limits["device"] = int(device_memory * _GB) if device_memory else machine.memory
+    return Plan(
+        model=model,
+        method=method,
+        target=target.label,
+        parameters=anatomy.parameters,
+        weight_bytes=anatomy.weight_bytes,
+        samples=len(sequences.rows),
+        length=sequences.length,
+        stream=stream,
+        stages=tuple(stage.beside(libraries) for stage in stages),
+        machine=machine,
+        limits=limits,
+        disk=_disk(anatomy, recipe, request, stages, stream=stream),
+        notes=tuple(notes),
+    )
+
+
+def _stages(
+    anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *, stream: bool, device: str
+) -> list[Stage]:
+    stages = [blockwise.loading(anatomy, stream=stream)]
+    rows = -(-judging // request.calibration.length)
+    evaluated: list[Stage] = []
+    if rows:
+        text = anatomy.sequences(rows, request.calibration.length)
+        evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
+    stages += evaluated
+    if isinstance(recipe, Trained):
+        stages += blockwise.training(anatomy, recipe, request)
+    else:
+        stages += blockwise_stages(anatomy, recipe, request, stream=stream, device=device)
+    return [
+        *stages,
+        *evaluated,
+        blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target)),
+    ]
+
+
+def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
+    """The part of the bytes that a saved model keeps: masks are stored dense."""
+    if not isinstance(recipe, StruPrune):
+        return 1.0
+    return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
+
+
+def _disk(anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool) -> dict[str, int]:
+    size = round(anatomy.weight_bytes * _kept(anatomy, recipe, request.target))
+    held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
+    return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
+
+
+def _judging_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
+    if eval_samples is not None:
+        return eval_samples * length
+    if text is None:
+        notes.append("evaluation is not counted: give --eval-samples, or --data that is on this disk")
+        return 0
+    return text.judging_tokens
+
+
+def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:
+    """On one of several GPUs: tokens and sharded state are divided, one block is whole at a time."""
+    divided = (*_SHARDED, ACTIVATIONS_PART) if "Adam's moments" in stage.parts else (ACTIVATIONS_PART,)
+    parts = {name: -(-size // gpus) if name in divided else size for name, size in stage.parts.items()}
+    return replace(stage, parts=parts, work=stage.work * (1 / gpus))
+
+
+def _narrow(anatomy: Anatomy) -> torch.dtype:
+    dtype: torch.dtype = next(anatomy.model.parameters()).dtype
+    return dtype if dtype.itemsize == 2 else torch.bfloat16

@@ -1,0 +1,259 @@
+"""What a solver takes, from a small instance that is really solved, and counted.
+
+All that a block-wise method holds is of the size of a weight (out x in), of a Gram (in x in) or of the activations of
+some tokens (tokens x width), or works through these in pieces of a fixed number of rows. Shrink out, in and the tokens
+by the same factor s: bytes of the first kind shrink by s^2, of the second by s; products (out x in x in) and
+factorizations (in^3) by s^3, what touches every entry by s^2, and the number of calls not at all. So
+
+    bytes(1) = a + b,   with   bytes(s) = a s^2 + b s   at two values of s,
+
+and no solver has to be described here. What iterates needs the same memory in its first iterations as in all, so that
+bytes are counted on a few, operations on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.methods.base import Request
+from admm_prune.methods.layerwise import prune_shared
+from admm_prune.methods.local import Method
+from admm_prune.methods.ridge import Ridge
+from admm_prune.methods.sparsellm import SparseLLM
+from admm_prune.methods.struprune import selectors
+from admm_prune.methods.struprune.struprune import StruPrune
+from admm_prune.methods.target import Target
+from admm_prune.models.inputs import SharedInput
+from admm_prune.models.structure import WeightView
+from admm_prune.ops.activations import Activation
+from admm_prune.plan.counting import counted
+from admm_prune.plan.stages import Stretch, stretch
+from admm_prune.point import Point
+from admm_prune.problems.constraints import Groups
+from admm_prune.problems.feed_forward import Network
+from admm_prune.problems.structured_groups import GroupReconstruction
+from admm_prune.statistics import LayerStatistics
+
+_BYTES_AT = (1 << 20, 1 << 21)  # entries on which bytes are counted: larger than the tiles that code works in
+_WORK_AT = 1 << 16  # and operations
+_FEW = 4  # iterations that reach the peak: every schedule of a penalty has set its first by then
+_ITERATIONS = ("max_iterations", "rounds")
+
+Trial = Callable[[float, bool], Stretch]  # (scale, whether all iterations are wanted)
+
+
+def estimated(trial: Trial, entries: int) -> Stretch:
+    """What a problem takes whose largest weight has so many entries, from trials of smaller ones where it is large."""
+    if entries <= 2 * _WORK_AT:
+        return trial(1.0, True)
+    scale = (_WORK_AT / entries) ** 0.5
+    work = trial(scale, True).work.scaled(1 / scale)
+    if entries <= _BYTES_AT[1]:
+        whole = trial(1.0, False)
+        return Stretch(peak=whole.peak, left=whole.left, work=work)
+    small, large = ((at / entries) ** 0.5 for at in _BYTES_AT)
+    at_small, at_large = trial(small, False), trial(large, False)
+    peak = _at_full_size(small, at_small.peak, large, at_large.peak)
+    left = _at_full_size(small, at_small.left, large, at_large.left)
+    return Stretch(peak=peak, left=left, work=work)
+
+
+def _at_full_size(small: float, at_small: int, large: float, at_large: int) -> int:
+    """a + b of bytes(s) = a s^2 + b s."""
+    a = (at_large / large - at_small / small) / (large - small)
+    b = at_large / large - a * large
+    return round(a + max(b, 0.0)) if b > 0 else round(at_large / large**2)
+
+
+@dataclass(frozen=True)
+class LayerTrial:
+    """The layer problems of weights that share an input, by a local method.
+
+    Args:
+        rows: of every weight.
+        width: of the input.
+        dtype: of the weights.
+        validation: statistics of validation tokens are there too.
+    """
+
+    method: Method
+    target: Target
+    ridge: Ridge
+    rows: tuple[int, ...]
+    width: int
+    dtype: torch.dtype
+    validation: bool
+
+    def __call__(self, scale: float, whole: bool) -> Stretch:
+        multiple = 1 if self.target.pattern is None else self.target.pattern[1]
+        width = _shrunk(self.width, scale, multiple)
+        views = tuple(view_of(torch.randn(_shrunk(r, scale), width, dtype=self.dtype)) for r in self.rows)
+        gram = random_gram(width)
+        statistics = LayerStatistics(
+            gram, 2 * width, gram / 2 if self.validation else None, width if self.validation else 0
+        )
+        method = self.method if whole else replace(self.method, make=lambda: shortened(self.method.make()))
+        with counted() as counting, torch.no_grad():
+            counting.know(gram, *(view.parameter for view in views))
+            if statistics.validation is not None:
+                counting.know(statistics.validation)
+            with stretch(counting) as found:
+                prune_shared(SharedInput(views, statistics), method, request_for(self.target, self.ridge))
+        return found
+
+    @property
+    def entries(self) -> int:
+        """Of all weights together, or of their Gram, whichever are more."""
+        return max(sum(self.rows), self.width) * self.width
+
+    def estimated(self) -> Stretch:
+        return estimated(self, self.entries)
+
+
+@dataclass(frozen=True)
+class NetworkTrial:
+    """A feed-forward network as one, by `SparseLLM`, with the tokens that it is fitted to.
+
+    Args:
+        inputs, hidden, outputs: widths.
+        tokens: of calibration, and of validation (0 without).
+        dtype: of the weights and the activations.
+    """
+
+    recipe: SparseLLM
+    target: Target
+    ridge: Ridge
+    activation: Activation
+    gated: bool
+    inputs: int
+    hidden: int
+    outputs: int
+    tokens: tuple[int, int]
+    dtype: torch.dtype
+
+    def __call__(self, scale: float, whole: bool) -> Stretch:
+        pattern = self.target.pattern
+        multiple = 1 if pattern is None else pattern[1]
+        d, width, out = (_shrunk(size, scale, multiple) for size in (self.inputs, self.hidden, self.outputs))
+        up = [torch.randn(width, d, dtype=self.dtype) for _ in range(2 if self.gated else 1)]
+        weights = Point(dict(zip(("up", "gate"), up, strict=False)))
+        weights["down"] = torch.randn(out, width, dtype=self.dtype)
+        pairs = {
+            part: (
+                torch.randn(_shrunk(n, scale), d, dtype=self.dtype),
+                torch.randn(_shrunk(n, scale), out, dtype=self.dtype),
+            )
+            for part, n in zip(("calibration", "validation"), self.tokens, strict=True)
+            if n
+        }
+        method = (
+            self.recipe.method
+            if whole
+            else replace(self.recipe.method, make=lambda: shortened(self.recipe.method.make()))
+        )
+        recipe = replace(
+            self.recipe, method=method, descent=self.recipe.descent if whole else min(2, self.recipe.descent)
+        )
+        with counted() as counting, torch.no_grad():
+            counting.know(*weights.values(), *(x for pair in pairs.values() for x in pair))
+            with stretch(counting) as found:
+                wide = Point(
+                    {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
+                )
+                network = Network(self.activation, wide)
+                targets = dict.fromkeys(network.weights, self.target)
+                damped = recipe.damped(network, pairs, request_for(self.target, self.ridge), targets)
+                recipe.solve(network, damped, pairs, targets)
+        return found
+
+    def estimated(self) -> Stretch:
+        return estimated(self, (2 if self.gated else 1) * self.hidden * max(self.inputs, self.outputs))
+
+
+@dataclass(frozen=True)
+class GroupTrial:
+    """The group problem of a branch, by the settings of `StruPrune`: its curve, or its least squares.
+
+    Args:
+        outputs, columns: of its output matrix.
+        unit: columns of a unit.
+        removed: fraction of the units that go; None for the curve.
+        dtype: of the weight.
+        centred: the output has a bias, which takes the mean.
+    """
+
+    recipe: StruPrune
+    outputs: int
+    columns: int
+    unit: int
+    removed: float | None
+    dtype: torch.dtype
+    centred: bool
+
+    def __call__(self, scale: float, whole: bool) -> Stretch:
+        unit = _shrunk(self.unit, scale) if self.unit > 1 else 1
+        count = max(2, round(self.columns * scale / unit))
+        gram = random_gram(unit * count)
+        weight = torch.randn(_shrunk(self.outputs, scale), unit * count, dtype=self.dtype)
+        keep = count if self.removed is None else max(1, round(count * (1 - self.removed)))
+        with counted() as counting, torch.no_grad():
+            counting.know(gram, weight)
+            with stretch(counting) as found:
+                problem = GroupReconstruction(
+                    weight.clone(),
+                    gram,
+                    Groups(1 - keep / count, unit, keep),
+                    mean=torch.zeros(unit * count, dtype=torch.float64) if self.centred else None,
+                    centred_gram=gram if self.centred else None,
+                    ridge=self.recipe.ridge,
+                )
+                if self.removed is None:
+                    selectors.losses(problem, unit, self.recipe.selector, self.recipe.compensate)
+                else:
+                    result, _ = selectors.solve(problem, self.recipe.selector, self.recipe.compensate)
+                    problem.relative_error(result.solution)
+        return found
+
+    def estimated(self) -> Stretch:
+        return estimated(self, self.columns * max(self.outputs, self.columns))
+
+
+def shortened(solver: Any) -> Any:
+    """The solver, with a few iterations; solvers inside of it too."""
+    if not is_dataclass(solver) or isinstance(solver, type):
+        return solver
+    changes: dict[str, Any] = {}
+    for field in fields(solver):
+        value = getattr(solver, field.name)
+        if field.name in _ITERATIONS and isinstance(value, int):
+            changes[field.name] = min(value, _FEW)
+        elif hasattr(value, "solve"):
+            changes[field.name] = shortened(value)
+    return replace(solver, **changes)
+
+
+def request_for(target: Target, ridge: Ridge) -> Request:
+    """A request without a text."""
+    return Request(target=target, calibration=Sequences((), "windows", 2, None, 1), ridge=ridge)
+
+
+def view_of(weight: Tensor) -> WeightView:
+    """A weight as that of a model."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return WeightView("trial.weight", module)
+
+
+def random_gram(width: int, tokens: int | None = None) -> Tensor:
+    inputs = torch.randn(tokens or 2 * width, width)
+    return inputs.T @ inputs
+
+
+def _shrunk(size: int, scale: float, multiple: int = 1) -> int:
+    return multiple * max(1, round(size * scale / multiple))

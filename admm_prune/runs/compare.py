@@ -1,0 +1,245 @@
+"""Several methods on one model and one text, side by side."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from admm_prune.data.durable import file_sha256
+from admm_prune.errors import UserError
+from admm_prune.methods.base import OnProgress, Recipe, Request
+from admm_prune.methods.elsa.elsa import TunedDense
+from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.registry import recipe_named, with_baselines
+from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.target import Target
+from admm_prune.models import evaluate as evaluation
+from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.loading import fingerprint, load
+from admm_prune.runs import prune
+from admm_prune.runs.claims import weights_sha256
+from admm_prune.runs.fingerprints import with_digest
+from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
+from admm_prune.runs.journal.journal import home_of, journal_of
+from admm_prune.runs.machine import check_dtype, pick_device
+from admm_prune.runs.manifest import TextRecord, manifest
+from admm_prune.runs.report import write_report
+from admm_prune.runs.report.content import lowest_of_target, mean_error
+from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.validation import judged_dense
+
+_MODELS = "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pruned model: its figures, and the perplexity of the copy that was saved and loaded again."""
+
+    method: str
+    target: str
+    sparsity: float
+    perplexity: float
+    bits_per_char: float
+    relative_error: float | None  # mean over the pruned matrices; None where no layer problem was solved
+    seconds: float
+    reloaded_perplexity: float
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    model: str
+    parameters: int
+    dense: Evaluation
+    rows: list[Row]
+    manifest: dict[str, Any]
+
+    def is_best(self, row: Row) -> bool:
+        """True where no other method reached a lower perplexity at the row's target."""
+        pairs = [(other.target, finite(other.perplexity)) for other in self.rows]
+        return lowest_of_target(pairs)[self.rows.index(row)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "dense": asdict(self.dense),
+            "rows": [asdict(row) for row in self.rows],
+            **self.manifest,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """All that a comparison depends on.
+
+    Args:
+        steps: of the methods that train, in place of their own number.
+        baselines: beside ELSA, compare what has to stand beside it: the dense model tuned as long, masked fine-tuning,
+            gradual pruning.
+        selection: which weights are pruned, and to what in place of a target.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    targets: tuple[Target, ...]
+    text: TextSettings
+    device: str = "auto"
+    dtype: str | None = None
+    steps: int | None = None
+    baselines: bool = True
+    selection: Selection = Selection()
+
+
+def compare(
+    settings: ComparisonSettings,
+    out: Path,
+    progress: OnProgress | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Comparison:
+    """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
+
+    Where the settings name no number of calibration sequences, every method is given its own.
+
+    Every pruned model is saved, loaded again from its folder and evaluated again: the two perplexities must be equal.
+
+    Args:
+        progress: called with (runs done, runs, what is at work).
+        resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
+        overwrite: replace an earlier result in `out`, which is refused otherwise.
+
+    Raises:
+        UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
+            figures that it had in memory.
+    """
+    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
+    recipes = [recipe_named(name) for name in names]
+    if settings.steps is not None:
+        recipes = [recipe_named(r.name, settings.steps) if isinstance(r, Trained) else r for r in recipes]
+    if not recipes:
+        raise UserError("give at least one method, such as --methods wanda,admm")
+    # Targets are told apart by what the report and the folders call them.
+    targets = list({target.label: target for target in settings.targets}.values())
+    if not targets:
+        raise UserError("give at least one sparsity or pattern")
+    device = pick_device(settings.device)
+    check_dtype(settings.dtype)
+    with journal_of(out, resume=resume, overwrite=overwrite) as journal:
+        loaded = load(settings.model, device=device, dtype=settings.dtype)
+        jobs = _jobs(recipes, targets, settings.selection, loaded.model)
+        texts = Texts(settings.text, loaded)
+        record = manifest(settings, _records(texts, recipes), loaded.revision)
+        weights = fingerprint(loaded)
+        journal.begin({**record, "weights": weights})
+        first = Request(target=targets[0], calibration=texts.calibration(recipes[0].samples), journal=journal)
+        dense = judged_dense(loaded, texts.evaluation, first)
+        models = journal.checkpoints(_MODELS)
+        assert models is not None
+        rows = [_known(found, models) for found in journal.finished("rows")]
+        for done, (recipe, target) in enumerate(jobs):
+            if done < len(rows):
+                continue
+            if progress is not None:
+                progress(done, len(jobs), f"{recipe.name} {target.label}")
+            place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
+            # A model there is of no finished row: the process ended before it was written down.
+            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
+                model = load(settings.model, device=device, dtype=settings.dtype)
+                request = Request(
+                    target=target,
+                    calibration=texts.calibration(recipe.samples),
+                    seed=settings.text.seed,
+                    journal=own,
+                )
+                its_record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+                own.begin({**its_record, "weights": weights})
+                report = prune.run_recipe(recipe, request, model, dense, its_record)
+                with own.output() as folder:
+                    report = prune.save_run(model, report, folder, texts.evaluation)
+            again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
+            if repr(again) != repr(report.pruned):  # as text, where nan equals nan
+                raise UserError(
+                    f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the perplexity "
+                    f"{again.perplexity}, not {report.pruned.perplexity}; report this"
+                )
+            rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
+            journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        comparison = Comparison(
+            model=settings.model, parameters=parameters, dense=dense.figures, rows=rows, manifest=record
+        )
+        with journal.output() as folder:
+            shutil.copytree(models, folder / _MODELS, copy_function=_linked)
+            files = {f"{row.folder}/{MANIFEST}": file_sha256(folder / row.folder / MANIFEST) for row in rows}
+            write_json(folder / MANIFEST, with_digest({**comparison.as_json(), "files": files}))
+            write_report(folder)
+        if progress is not None:
+            progress(len(jobs), len(jobs), "")
+    return comparison
+
+
+def _jobs(
+    recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
+) -> list[tuple[Recipe, Target]]:
+    """Every recipe to every target, checked; what prunes nothing has one row, whatever the targets."""
+    wanted = [selection.applied(model, target) for target in targets]
+    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
+    jobs += [(recipe, target) for target in wanted for recipe in recipes if not isinstance(recipe, TunedDense)]
+    for recipe, target in jobs:
+        recipe.check(model, target)
+    return jobs
+
+
+def _known(found: dict[str, Any], models: Path) -> Row:
+    """A row that an earlier process finished.
+
+    Raises:
+        UserError: its model is not what was written then.
+    """
+    row = Row(**found["row"])
+    place = models / Path(row.folder).name
+    if not place.is_dir() or weights_sha256(place) != found["weights"]:
+        raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to begin anew")
+    return row
+
+
+def _linked(source: str, destination: str) -> None:
+    """A second name for a file, so that neither the journal nor the output is without it at any moment."""
+    try:
+        Path(destination).hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, destination)
+
+
+def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
+    """The texts of all recipes, by their role: which calibrates whom is said where they are not given the same."""
+    records = {recipe.name: texts.records(recipe.samples) for recipe in recipes}
+    users: dict[TextRecord, list[str]] = {}
+    for name, record in records.items():
+        users.setdefault(record["calibration"], []).append(name)
+    first = records[recipes[0].name]
+    if len(users) == 1:
+        return first
+    calibrations = {f"calibration of {', '.join(names)}": record for record, names in users.items()}
+    return {**calibrations, "evaluation": first["evaluation"]}
+
+
+def _row(report: prune.Report, again: Evaluation, folder: str) -> Row:
+    return Row(
+        method=report.method,
+        target=report.target,
+        sparsity=report.sparsity,
+        perplexity=report.pruned.perplexity,
+        bits_per_char=report.pruned.bits_per_char,
+        relative_error=mean_error([layer.relative_error for layer in report.layers]),
+        seconds=report.seconds,
+        reloaded_perplexity=again.perplexity,
+        folder=folder,
+    )

@@ -1,0 +1,92 @@
+"""A saved model judged on a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
+from admm_prune.errors import UserError
+from admm_prune.models import evaluate as evaluation
+from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.loading import load
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.runs.journal.folder import MANIFEST
+from admm_prune.runs.machine import check_dtype, pick_device
+from admm_prune.runs.manifest import TextRecord
+from admm_prune.runs.texts import Texts, TextSettings, check_data, judging_text
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How well a model predicts the text, and the share of zeros in its block matrices."""
+
+    figures: Evaluation
+    sparsity: float
+    text: TextRecord
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self.figures), "sparsity": self.sparsity, "text": asdict(self.text)}
+
+
+def evaluate_model(
+    model: str,
+    text: TextSettings | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> Judgement:
+    """Loads a model and evaluates it on a text.
+
+    Args:
+        text: whose evaluation text it is; None for the one that the run evaluated on which wrote the model, by its
+            manifest. The embedded model has the embedded text.
+        trust_remote_code: run code that comes with the model; never done otherwise.
+        changes: settings of `TextSettings` in place of the run's, where `text` is None.
+
+    Raises:
+        UserError: the model, the text, the device or the dtype cannot be used, or no run wrote the model and there is
+            no text.
+    """
+    place = pick_device(device)
+    check_dtype(dtype)
+    run = None if text is not None else text_of_run(model)
+    if text is None and run is None:
+        text = TextSettings(data=check_data(None, model), **changes)
+    loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
+    if run is not None:
+        texts = Texts(replace(run, **changes), loaded)
+        sequences, record = texts.evaluation, texts.evaluation_record
+    else:
+        assert text is not None
+        sequences, record = judging_text(text, loaded)
+    return Judgement(evaluation.evaluate(loaded.model, sequences), sparsity, record)
+
+
+def text_of_run(model: str) -> TextSettings | None:
+    """The text of the run that wrote a model folder; None where no manifest is in it.
+
+    Raises:
+        UserError: the manifest is damaged, or its text is not where the run read it.
+    """
+    path = Path(model).expanduser() / MANIFEST
+    if not path.is_file():
+        return None
+    known = {field.name for field in fields(TextSettings)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["settings"]["text"]
+        settings = TextSettings(**{name: value for name, value in content.items() if name in known})
+        places = [Path(place) for place in (settings.data, settings.eval_data) if place is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} does not say on which text the run evaluated: name one with --data") from error
+    if Path(PYTHON_OBJECT) in places:
+        raise UserError(f"{model}: its run was given the text as a Python object: name a text with --data")
+    for place in places:
+        if is_file_name(str(place)) and not place.expanduser().exists():
+            raise UserError(f"{model}: the text of its run, {place}, is not there any more: name a text with --data")
+    return settings

@@ -1,0 +1,347 @@
+"""The journal of a run in a folder beside its place: atomic records of finished work, one lock, one rename at the end.
+
+    OUT.partial/
+      lock            held while a run is at work
+      header          what the run depends on: arguments, weights, texts, versions
+      records/        a file for each record: fingerprint, content, state of the random generators, files it goes with
+      tensors/        safetensors, one file a record
+      activations/    those of the latest record that has any
+      checkpoints/    what a recipe keeps by itself
+      scratch/        temporary
+      model/          the finished folder while it is written; it becomes OUT
+      old/            what stood at OUT until then
+
+A record's other files are on the disk before the record itself appears under its name, so what has a record is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Journal
+from admm_prune.models.archive import write_tensors
+from admm_prune.runs.journal.folder import MANIFEST, absolute, check_output, swap
+from admm_prune.runs.journal.world import FolderLock, random_state, restore_random_state
+
+SUFFIX = ".partial"
+_FORMAT = 1
+_FOLDERS = ("records", "tensors", "activations", "checkpoints")
+_HEADER, _LOCK = "header", "lock"
+
+
+class FolderJournal(Journal):
+    """A journal that keeps files. `journal_of` opens and closes it.
+
+    Attributes:
+        home: its folder.
+        resumed: an earlier run began it.
+    """
+
+    keeps = True
+
+    def __init__(self, out: Path, *, resumed: bool, overwrite: bool) -> None:
+        self.out, self.resumed = out, resumed
+        self._overwrite = overwrite
+        self.home = home_of(out)
+        self._header: str | None = None
+        self._records: dict[str, list[dict[str, Any]]] = {}
+        self._count = 0
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Writes down what the run depends on, or makes sure that it is what the run was begun with.
+
+        Args:
+            facts: JSON values: a manifest, and whatever else must not change.
+
+        Raises:
+            UserError: something is not what it was, or the journal is damaged; the message says what.
+        """
+        content = json.loads(json.dumps({"format": _FORMAT, **facts}))
+        path = self.home / _HEADER
+        if self.resumed:
+            _check_same(self.home, _unseal(path), content)
+        else:
+            with self._writing():
+                for name in _FOLDERS:  # a kill may have left some before there was a header, or after it was gone
+                    shutil.rmtree(self.home / name, ignore_errors=True)
+                    (self.home / name).mkdir()
+                write_sealed(path, content)
+        self._header = file_sha256(path)
+        if self.resumed:
+            self._read()
+
+    def begun_with(self, setting: str) -> Any:
+        """A setting of the run that is resumed."""
+        return _unseal(self.home / _HEADER)["settings"].get(setting)
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether anything but first measurements would be lost with it."""
+        blocks = any(record["tensors"] is not None for records in self._records.values() for record in records)
+        return blocks or any((self.home / "checkpoints").rglob("*.*"))
+
+    def finished(self, part: str) -> list[Any]:
+        return [record["content"] for record in self._records.get(part, [])]
+
+    def tensor_file(self, part: str, index: int) -> Path:
+        file: dict[str, str] = self._records[part][index]["tensors"]
+        return self.home / file["name"]
+
+    def resume_point(self, part: str) -> dict[str, Tensor] | None:
+        last = self._records[part][-1]
+        restore_random_state(last["random"])
+        return None if last["activations"] is None else load_file(self.home / last["activations"]["name"])
+
+    def commit(
+        self,
+        part: str,
+        index: int,
+        content: Any,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        activations: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        assert self._header is not None, "begin comes first"
+        records = self._records.setdefault(part, [])
+        if index != len(records):
+            raise ValueError(f"the next record of {part} is {len(records)}, not {index}")
+        name = f"{self._count:05d}-{part}-{index:05d}"
+        with self._writing():
+            record = {
+                "header": self._header,
+                "number": self._count,
+                "part": part,
+                "index": index,
+                "content": content,
+                "tensors": self._file(f"tensors/{name}.safetensors", tensors),
+                "activations": self._file(f"activations/{name}.safetensors", activations),
+                "random": random_state(),
+            }
+            records.append(write_sealed(self.home / "records" / name, record))
+            self._count += 1
+            if activations is not None:
+                self._keep_only(self.home / "activations", {f"{name}.safetensors"})
+
+    def checkpoints(self, name: str) -> Path | None:
+        with self._writing():
+            folder = self.home / "checkpoints" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+
+    def scratch(self) -> Path | None:
+        with self._writing():
+            folder = self.home / "scratch"
+            folder.mkdir(exist_ok=True)
+            return folder
+
+    @contextmanager
+    def output(self) -> Generator[Path]:
+        """Yields an empty folder that takes the place of the output when the block ends well.
+
+        Raises:
+            UserError: it could not be written. What is finished stays in the journal.
+        """
+        new, old, place = self.home / "model", self.home / "old", absolute(self.out)
+        with self._writing():
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+            for path in new.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            sync(new)
+            check_output(self.out, overwrite=self._overwrite)  # it may have come since the run began
+            if place.exists() and old.exists():  # killed after the last rename: what stands there is the newer one
+                shutil.rmtree(old)
+            swap(new, place, old)
+            sync(place.parent)
+
+    def _file(self, name: str, tensors: Mapping[str, Tensor] | None) -> dict[str, Any] | None:
+        if tensors is None:
+            return None
+        path = self.home / name
+        unfinished = path.with_suffix(".unfinished")
+        digest = write_tensors(unfinished, tensors)
+        unfinished.replace(path)
+        sync(path.parent)
+        return {"name": name, "sha256": digest}
+
+    def _read(self) -> None:
+        """All records of an earlier run, each checked against its fingerprint."""
+        shutil.rmtree(self.home / "scratch", ignore_errors=True)
+        paths = sorted(path for path in (self.home / "records").iterdir() if not path.name.endswith(".unfinished"))
+        for number, path in enumerate(paths):
+            record = _unseal(path)
+            if record["header"] != self._header:
+                raise UserError(f"{path} is a record of another run: {_advice(self.home)}")
+            records = self._records.setdefault(record["part"], [])
+            if record["number"] != number or record["index"] != len(records):
+                raise UserError(f"{self.home}: a record before {path.name} is missing: {_advice(self.home)}")
+            records.append(record)
+        self._count = len(paths)
+        everything = sorted((r for records in self._records.values() for r in records), key=lambda r: r["number"])
+        latest = next((r for r in reversed(everything) if r["activations"] is not None), None)
+        files = [record["tensors"] for record in everything if record["tensors"] is not None]
+        files += [latest["activations"]] if latest is not None else []
+        for file in files:
+            path = self.home / file["name"]
+            if not path.is_file() or file_sha256(path) != file["sha256"]:
+                raise UserError(f"{path} is damaged or gone: {_advice(self.home)}")
+        names = {Path(file["name"]).name for file in files}
+        for folder in ("tensors", "activations"):
+            self._keep_only(self.home / folder, names)
+
+    @staticmethod
+    def _keep_only(folder: Path, names: set[str]) -> None:
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or str(error)
+            kept = f": what is finished is kept in {self.out}{SUFFIX}; go on with --resume" if self.holds_work else ""
+            raise UserError(f"cannot write to {self.out}: {why}{kept}") from error
+
+
+@contextmanager
+def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> Generator[FolderJournal]:
+    """The journal of a run that writes to `out`, open and locked.
+
+    When the block ends well the journal goes; the output must be in its place by then. When it breaks off, the journal
+    stays if it holds finished work, and goes otherwise, together with parent folders that were made for it.
+
+    Args:
+        resume: go on with the journal that is there.
+        overwrite: an earlier result in `out` may be replaced.
+
+    Raises:
+        UserError: `out` cannot be used, another run is at work, there is no journal to resume, or there is one and
+            `resume` is not asked for.
+    """
+    home = home_of(out)
+    if resume and not home.is_dir():
+        finished = f"{out} is finished" if (absolute(out) / MANIFEST).is_file() else f"there is no {home}"
+        raise UserError(f"nothing to resume: {finished}; leave --resume out")
+    # A run that was killed after its last rename, with its journal still there, replaces what it wrote by the same.
+    overwrite = overwrite or (resume and _wrote(home, out))
+    check_output(out, overwrite=overwrite)
+    if home.is_symlink() or (home.exists() and not home.is_dir()):
+        raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another output")
+    begun = (home / _HEADER).is_file()
+    if home.is_dir() and not begun and not _only_ours(home):
+        raise UserError(f"{home} was not written by admm-prune: choose another output")
+    made = [parent for parent in home.parents if not parent.exists()]  # the innermost first
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(home / _LOCK)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+    with lock:
+        if begun and not resume:
+            raise UserError(
+                f"{home} holds a run that was not finished: go on with --resume, or delete the folder to begin anew"
+            )
+        journal = FolderJournal(out, resumed=begun, overwrite=overwrite)
+        keep = begun
+        try:
+            yield journal
+            keep = False
+            made = []
+        except BaseException as error:
+            interrupted = not isinstance(error, Exception)
+            keep = keep or journal.holds_work or (interrupted and bool(journal.finished("dense")))
+            raise
+        finally:
+            if not keep:
+                _remove(home)
+                for parent in made:
+                    with suppress(OSError):  # in use by someone else by now
+                        parent.rmdir()
+
+
+def home_of(out: Path) -> Path:
+    """Where the journal of a run that writes to `out` is."""
+    place = absolute(out)
+    return place.with_name(place.name + SUFFIX)
+
+
+def _wrote(home: Path, out: Path) -> bool:
+    """Whether what stands at `out` came of the very run that the journal is of, by what both say it depends on."""
+    header, manifest = read_sealed(home / _HEADER) if (home / _HEADER).is_file() else None, absolute(out) / MANIFEST
+    try:
+        content = json.loads(manifest.read_bytes())
+        return header is not None and all(content[key] == header[key] for key in ("settings", "texts", "environment"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _remove(home: Path) -> None:
+    """The header goes last but for the lock: whatever is left by a kill is a journal, or nothing."""
+    for path in home.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    for name in (_HEADER, _LOCK):
+        (home / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        home.rmdir()
+
+
+def _only_ours(home: Path) -> bool:
+    """Of a journal that was killed before it had a header."""
+    known = {*_FOLDERS, _LOCK, f"{_HEADER}.unfinished", "scratch", "model", "old"}
+    return all(path.name in known for path in home.iterdir())
+
+
+def _check_same(home: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then.get("format") != now["format"]:
+        raise UserError(f"{home} was written by another release of admm-prune: finish it with that one")
+    for part, same in (("settings", "arguments"), ("environment", "machine and versions, or results would differ")):
+        old, new = _flat(then.get(part, {})), _flat(now.get(part, {}))
+        for key in dict.fromkeys([*old, *new]):
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"{home} was begun with {key} {_said(old.get(key))}, not {_said(new.get(key))}: "
+                    f"--resume needs the same {same}"
+                )
+    for role, text in then.get("texts", {}).items():
+        if text != now.get("texts", {}).get(role):
+            raise UserError(f"the {role} text is not the one that {home} was begun with: --resume needs the same")
+    if then != now:
+        raise UserError(f"the model is not the one that {home} was begun with: --resume needs the same weights")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings within settings, such as those of the text, one by one."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value) if isinstance(value, dict) else {key: value}
+    return found
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _advice(home: Path) -> str:
+    return f"the journal cannot be trusted; delete {home} to begin anew"
+
+
+def _unseal(path: Path) -> dict[str, Any]:
+    content = read_sealed(path)
+    if content is None:
+        raise UserError(f"{path} is damaged: {_advice(path.parent if path.name == _HEADER else path.parents[1])}")
+    return content

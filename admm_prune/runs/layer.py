@@ -1,0 +1,414 @@
+"""One layer of a dense model captured as a layer problem file, and such a file solved, measured and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.data.layer_file import LayerFile, load_layer_file, write_tensors
+from admm_prune.errors import UserError
+from admm_prune.methods.local import REFERENCES, Method, with_parts
+from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts
+from admm_prune.methods.parts import LAYER, LayerProblem
+from admm_prune.methods.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
+from admm_prune.methods.target import Target
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.loading import load
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.point import Point
+from admm_prune.problems.constraints import SparseSet, StackedRows
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.result import Result
+from admm_prune.runs.claims import Claims, layer_sha256, tensor_sha256
+from admm_prune.runs.journal.folder import check_output_file
+from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
+from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.solvers.diagnostics import Diagnosis, diagnose
+from admm_prune.solvers.reference import Bound, lower_bound
+
+
+def capture_layer(
+    model: str,
+    weight: str,
+    text: TextSettings,
+    out: Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    problem: str = LAYER,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> LayerFile:
+    """Writes the problem of one weight, all blocks dense, and returns it.
+
+    Args:
+        problem: the objective that the Grams are for, by name: it may weigh the tokens.
+        overwrite: replace an earlier layer file `out`, which is refused otherwise.
+        progress: called with (blocks done, blocks to go through, name of the block at work).
+
+    Raises:
+        UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
+            cannot be written.
+    """
+    check_output_file(out, overwrite=overwrite)
+    place = pick_device(device)
+    weigh = LayerProblem.of(problem).token_weights
+    check_dtype(dtype)
+    loaded = load(model, device=place, dtype=dtype)
+    blocks = decoder_blocks(loaded.model)
+    home = next((i for i, block in enumerate(blocks) if weight in [view.name for view in block.weights]), None)
+    if home is None:
+        examples = ", ".join(view.name for view in blocks[0].weights)
+        raise UserError(f"the model has no block matrix '{weight}'; in its first block there are {examples}")
+    texts = Texts(text, loaded)
+    records = texts.records()
+    stream = BlockStream(loaded.model, blocks, texts.calibration(), loaded.model.device, holdout=texts.evaluation)
+    for index in range(home + 1):
+        if progress is not None:
+            progress(index, home + 1, blocks[index].name)
+        if index < home:
+            stream.advance(index)
+    shared = next(s for s in stream.collect(home, weigh=weigh) if weight in [view.name for view in s.weights])
+    view = next(view for view in shared.weights if view.name == weight)
+    statistics = shared.statistics
+    layer = LayerFile(
+        weight=view.read().float().cpu(),
+        gram=statistics.gram.cpu(),
+        gram_validation=None if statistics.validation is None else statistics.validation.cpu(),
+        gram_holdout=None if statistics.holdout is None else statistics.holdout.cpu(),
+        metadata={
+            "model": loaded.source,
+            "weight": weight,
+            "problem": problem,
+            "tokens": str(statistics.tokens),
+            "tokens_validation": str(statistics.validation_tokens),
+            "tokens_holdout": str(statistics.holdout_tokens),
+            "calibration": records["calibration"].token_hash,
+            "holdout": records["evaluation"].token_hash,
+        },
+    )
+    layer.save(out)
+    return layer
+
+
+_WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedLayer:
+    """What a solver reached on a layer file. Errors are relative, undamped, in float64.
+
+    Attributes:
+        target: "0.7" or "2:4".
+        seconds, peak_mib: of the solve; the seconds with those of choosing the ridge. Targets that were solved as one
+            share its seconds evenly, and have its peak.
+        ridge_trials: what "auto" tried, the best one first.
+    """
+
+    target: str
+    relative_error: float
+    relative_error_holdout: float | None
+    sparsity: float
+    objective: float
+    bound: float | None
+    bound_kind: str | None
+    ridge: float
+    damping: float
+    ridge_trials: tuple[Trial, ...]
+    status: str
+    iterations: int
+    seconds: float
+    peak_mib: float
+    notes: tuple[str, ...]
+    diagnosis: tuple[Diagnosis, ...]
+    advice: str
+
+    def as_json(self) -> dict[str, Any]:
+        content = {key: value for key, value in asdict(self).items() if key not in ("target", "advice")}
+        if not self.ridge_trials:
+            del content["ridge_trials"]
+        return content
+
+
+def solve_layer_file(
+    path: Path,
+    method: Method,
+    target: Target,
+    *,
+    ridge: str | float | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> SolvedLayer:
+    """Solves the layer problem in `path` to one target; as `solve_path` otherwise."""
+    return solve_path(path, method, [target], ridge=ridge, out=out, overwrite=overwrite, device=device)[0]
+
+
+def solve_path(
+    path: Path,
+    method: Method,
+    targets: Sequence[Target],
+    *,
+    ridge: str | float | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> list[SolvedLayer]:
+    """Solves the layer problem in `path` to several targets.
+
+    Where the method admits it (`Method.stacks_targets`) they are one solve of the weight stacked upon itself, each copy
+    within its own budget, so that every factorization serves them all; the answers are those of separate solves. No
+    target starts from the solution of another: ADMM's schedule begins too soft to remember its start, and a shorter
+    one of 12 iterations or more came out alike from either (0.2 % on layers of the embedded model and of stories260K).
+
+    Args:
+        targets: how much is to go, once each.
+        ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
+        out: where to write the pruned weight with all that is claimed of it, as safetensors for `verify`; where there
+            are several targets, OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
+        overwrite: replace earlier files of ours there, which is refused otherwise.
+
+    Raises:
+        UserError: the file is no layer problem, its weight does not admit a target, there is no `gram_validation` to
+            choose a ridge on, or `out` cannot be written.
+    """
+    asked = parse_ridge(ridge)
+    place = pick_device(device)
+    layer = load_layer_file(path)
+    method = _fitted(method, path, layer)
+    if asked == "auto" and (layer.gram_validation is None or layer.cross_gram is not None):
+        what = "no gram_validation" if layer.gram_validation is None else "a target from other inputs"
+        raise UserError(f"{path}: it has {what}, which --ridge auto cannot choose on: give a number")
+    outs = [_place_of(out, target, len(targets)) for target in targets]
+    for file in outs:
+        if file is not None:
+            check_output_file(file, overwrite=overwrite)
+    moved = _moved(layer, place)
+    posed = _in_float64(moved) if method.name in REFERENCES else moved  # what they prove is of the file's own numbers
+    try:
+        _check_errors(moved, method, targets[0])
+        solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, asked, place)]
+        reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
+    except LinAlgError as error:
+        raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
+    except (TypeError, ValueError) as error:  # a solver that does not take the set or the problem
+        raise UserError(f"{path}: {error}") from error
+    for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):
+        if file is not None:
+            weight = part.result.solution["weight"].cpu().contiguous()
+            write_tensors(file, {"weight": weight}, _claims(figures, path, layer, weight, method, target).metadata())
+    return reached
+
+
+def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
+    """Raises ValueError, before any work, where the weights as they are would have a negative error."""
+    if layer.cross_gram is not None:
+        problem = _problem(layer, [method.constraint(target)], Damping(1.0, 0.0), method)
+        problem.relative_error(problem.initial())
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """One target's problem and result, and the solve that gave it."""
+
+    problem: LayerReconstruction
+    result: Result
+    whole: Result
+    damping: Damping
+    peak_mib: float
+
+
+def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: Ridge, place: str) -> list[_Solved]:
+    """All targets, those that may be solved together by one solve."""
+    dampings: list[Damping] = []
+    for target in targets:
+        constraint = method.constraint(target)
+        check_set(constraint, (layer.weight.shape[0], layer.weight.shape[1]), target.fraction)
+        with explained_parts(problem=method.problem.build, constraint=type(constraint)):
+            damping = settle_ridge(asked, method, layer.weight, layer.gram, layer.gram_validation, constraint)
+        dampings.append(damping)
+    groups: dict[object, list[int]] = {}
+    for i, damping in enumerate(dampings):
+        groups.setdefault((damping.ridge, damping.damping) if method.stacks_targets else i, []).append(i)
+    solved: dict[int, _Solved] = {}
+    for members in groups.values():
+        damping, constraints = dampings[members[0]], [method.constraint(targets[i]) for i in members]
+        parts = [
+            Part(len(layer.weight), constraint, targets[i].fraction)
+            for i, constraint in zip(members, constraints, strict=True)
+        ]
+        whole = _problem(layer, constraints, damping, method)
+        solver = method.make()
+        with (
+            PeakMemory(place) as memory,
+            explained_parts(solver=type(solver), constraint=type(constraints[0]), problem=type(whole)),
+        ):
+            result = solver.solve(whole)
+        check_result(result, whole, solver, parts)
+        for i, constraint, weight in zip(
+            members, constraints, result.solution["weight"].split(len(layer.weight)), strict=True
+        ):
+            own = whole if len(members) == 1 else _problem(layer, [constraint], damping, method)
+            solution = Point(weight=weight)
+            part = replace(
+                result,
+                solution=solution,
+                objective=result.objective if own is whole else own.value(solution),
+                seconds=result.seconds / len(members),
+            )
+            solved[i] = _Solved(own, part, result, dampings[i], memory.extra_mib)
+    return [solved[i] for i in range(len(targets))]
+
+
+def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
+    """The method with the objective that the file was captured for, where it names none of its own."""
+    captured = layer.metadata.get("problem", LAYER)
+    if method.problem.name == LAYER:
+        return with_parts(method, captured)
+    if method.problem.token_weights is not None and method.problem.name != captured:
+        raise UserError(
+            f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem.name}' weighs tokens "
+            f"otherwise: capture the layer with --problem {method.problem.name}"
+        )
+    return method
+
+
+def _problem(
+    layer: LayerFile, constraints: Sequence[SparseSet], damping: Damping, method: Method
+) -> LayerReconstruction:
+    """The layer's problem; with several constraints the weight is stacked upon itself, a copy for each."""
+    rows, copies = len(layer.weight), len(constraints)
+    energy = layer.target_energy
+    return method.problem.posed(
+        layer.weight.repeat(copies, 1) if copies > 1 else layer.weight,
+        layer.gram,
+        constraints[0] if copies == 1 else StackedRows(tuple((rows, constraint) for constraint in constraints)),
+        ridge=damping.ridge,
+        damping=damping.damping,
+        cross_gram=layer.cross_gram,
+        target_energy=None if energy is None else energy * copies,
+    )
+
+
+def _in_float64(layer: LayerFile) -> LayerFile:
+    """The layer with the numbers that it has in the dtype of its Gram, in float64."""
+    tensors: dict[str, Any] = {
+        name: x.to(layer.gram.dtype).double() for name, x in vars(layer).items() if isinstance(x, Tensor)
+    }
+    return replace(layer, **tensors)
+
+
+def _rounded(solved: _Solved, dtype: torch.dtype) -> _Solved:
+    """The solution in the dtype of the file."""
+    solution = solved.result.solution.map(lambda x: x.to(dtype))
+    return replace(solved, result=replace(solved.result, solution=solution))
+
+
+def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
+    """The figures of a solution. In float64, the problem is the one that the file and the claims state: D, which in
+    float32 is rounded before it is added to H, moves the objective by 1e-8, and the terms of a target from other inputs
+    cancel."""
+    problem, result, solution = solved.problem, solved.result, solved.result.solution
+    objective = result.objective
+    if layer.cross_gram is not None or layer.weight.shape[1] <= _WIDEST_BOUND:
+        damping = Damping(problem.ridge, problem.damping)
+        constraint: Any = problem.constraint  # the `SparseSet` that it was posed with
+        problem = _problem(_in_float64(layer), [constraint], damping, method)
+        solution = solution.map(Tensor.double)
+        objective = problem.value(solution)
+    holdout = layer.gram_holdout if layer.cross_gram is None else None
+    proved = result.bound if solved.problem.gram.dtype is torch.float64 else None
+    bound, notes = _bound(problem, replace(result, objective=objective, bound=proved))
+    return SolvedLayer(
+        target=str(target),
+        relative_error=problem.relative_error(solution),
+        relative_error_holdout=None
+        if holdout is None
+        else problem.relative_error(solution, holdout.to(problem.gram.dtype)),
+        sparsity=solution.sparsity(),
+        objective=objective,
+        bound=None if bound is None else bound.value,
+        bound_kind=None if bound is None else bound.kind,
+        ridge=problem.ridge,
+        damping=problem.damping,
+        ridge_trials=solved.damping.trials,
+        status=result.status.name,
+        iterations=result.iterations,
+        seconds=result.seconds + solved.damping.seconds,
+        peak_mib=solved.peak_mib,
+        notes=(*result.notes, *notes),
+        diagnosis=diagnose(
+            solved.whole,
+            width=layer.weight.shape[1],
+            tokens=_tokens(layer),
+            dead=int(solved.problem.dead.sum()),
+            ridge_asked=solved.damping.ridge,
+            ridge_used=problem.ridge,
+            ridge_matters=method.damped,
+        ),
+        advice=result.status.value,
+    )
+
+
+def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, tuple[str, ...]]:
+    """The solver's own bound, else the best cheap one, and a note where it certifies next to nothing."""
+    if result.bound is not None:
+        return Bound(min(result.bound, result.objective), "solver"), ()
+    if len(problem.hessian) > _WIDEST_BOUND:
+        return None, (f"no lower bound: the layer is wider than {_WIDEST_BOUND}",)
+    try:
+        bound = lower_bound(problem, result.objective)
+    except (TypeError, ValueError, LinAlgError) as error:
+        return None, (f"no lower bound: {error}",)
+    if bound is None:
+        return None, ("no lower bound: float64 does not prove the damped Gram definite: raise the ridge",)
+    if bound.vacuous:
+        return bound, (f"the lower bound is {bound.ratio:.1g} of the loss reached: it certifies nothing",)
+    return bound, ()
+
+
+def _claims(
+    solved: SolvedLayer, path: Path, layer: LayerFile, weight: Tensor, method: Method, target: Target
+) -> Claims:
+    return Claims(
+        method=method.name,
+        status=solved.status,
+        target=solved.target,
+        budget=method.cell(target),
+        constraint=None if method.sets is None else method.sets.name,
+        problem=method.problem.name,
+        sparsity=solved.sparsity,
+        relative_error=solved.relative_error,
+        relative_error_holdout=solved.relative_error_holdout,
+        objective=solved.objective,
+        bound=solved.bound,
+        bound_kind=solved.bound_kind,
+        ridge=solved.ridge,
+        damping=solved.damping,
+        layer=str(path),
+        layer_sha256=layer_sha256(layer),
+        weight_sha256=tensor_sha256(weight),
+    )
+
+
+def _tokens(layer: LayerFile) -> int | None:
+    text = layer.metadata.get("tokens", "")
+    return int(text) if text.isdecimal() else None
+
+
+def _moved(layer: LayerFile, place: str) -> LayerFile:
+    tensors: dict[str, Any] = {name: x.to(place) for name, x in vars(layer).items() if isinstance(x, Tensor)}
+    return replace(layer, **tensors)
+
+
+def _place_of(out: Path | None, target: Target, targets: int) -> Path | None:
+    """The file of one target: `out` itself where there is no other."""
+    if out is None or targets == 1:
+        return out
+    return out.with_name(f"{out.stem}-{str(target).replace(':', 'of')}{out.suffix}")

@@ -1,0 +1,205 @@
+"""The device and its numbers, the peak of memory, and the processes that torchrun started."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from admm_prune.errors import UserError
+from admm_prune.models.parallel import LOST, LostProcessError, World
+
+_DEVICES = ("auto", "cpu", "cuda")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def pick_device(name: str) -> str:
+    """Resolves "auto".
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name not in _DEVICES:
+        raise UserError(f"device must be auto, cpu or cuda, not '{name}'")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: use --device cpu")
+    return name
+
+
+def check_dtype(name: str | None) -> None:
+    """Raises UserError unless `name` is a dtype that models are stored in, or None."""
+    if name is not None and name not in _DTYPES:
+        raise UserError(f"dtype must be float32, bfloat16 or float16, not '{name}'")
+
+
+_MIB = 2**20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
+class PeakMemory:
+    """Measures the extra memory at the peak of a `with` block, over what was resident when it began.
+
+    On CUDA it is what torch allocated on the device. Elsewhere it is resident memory: exact on Linux, where the
+    kernel's high-water mark can be reset; a lower bound elsewhere, where the mark only ever rises.
+    """
+
+    extra_mib: float = 0.0
+    highest: ClassVar[int] = 0  # the kernel's high-water mark of this process, of times before it was reset
+    _measuring: ClassVar[list[PeakMemory]] = []
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._seen = 0  # the mark at its highest, of times before someone else reset it
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            _reset_high_water()
+            self._before = _high_water()
+            self._measuring.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._measuring.remove(self)
+            peak = max(self._seen, _high_water())
+        self.extra_mib = round((peak - self._before) / _MIB, 1)
+
+    @classmethod
+    def keep(cls, mark: int) -> None:
+        """Remembers a mark that is about to be reset, and lets all that are measuring know of it."""
+        cls.highest = max(cls.highest, mark)
+        for one in cls._measuring:
+            one._seen = max(one._seen, mark)
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes that can still be had: of a CUDA device, else of the host within the limit that its control group sets."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = [_meminfo("MemAvailable:")]
+    with suppress(OSError, ValueError):  # no such limit, or none that can be read
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        available.append(int((group / "memory.max").read_text()) - used)
+    return max(0, min(available))
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory."""
+    return _told(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
+
+
+def return_freed_memory() -> None:
+    """Has the C library give back what is freed from now on, and what it holds already.
+
+    glibc raises its own threshold to 32 MiB as it goes, and keeps what was freed below it: a process that takes one
+    block after the other would come to hold more and more of blocks that are gone. Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 2**16)
+        library.malloc_trim(0)
+
+
+def _meminfo(field: str) -> int:
+    return _told(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _told(path: Path, field: str) -> int | None:
+    """A line of kB of a file of the system's, in bytes."""
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_high_water() -> None:
+    PeakMemory.keep(_high_water())
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _high_water() -> int:
+    told = _told(Path("/proc/self/status"), "VmHWM:")
+    if told is not None:
+        return told
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes() -> int:
+    """Bytes of this process that were resident at its peak, libraries and mapped files included, since it began."""
+    return max(PeakMemory.highest, _high_water())
+
+
+_PATIENCE = timedelta(hours=12)  # one may solve a large layer while the others wait; a death is noticed at once
+
+_store: Any = None  # of torchrun, which outlives any of its processes
+
+
+def started() -> tuple[int, int]:
+    """(the rank of this process, how many there are), as torchrun says it; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: str) -> Generator[World]:
+    """All processes of torchrun, as one world: over gloo on the CPU, over NCCL on CUDA devices, one a process.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: there is no such device; within it, `LostProcessError` where another process ended.
+    """
+    global _store  # noqa: PLW0603  # there is one group in a process, and its failures are reported after it is gone
+    if started()[1] == 1:
+        yield World()
+        return
+    backend = "gloo"
+    if pick_device(device) == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    _store = store
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    try:
+        yield World.here()
+        dist.barrier()  # none leaves while another may still need it
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
+            raise LostProcessError(LOST) from error
+        raise
+    dist.destroy_process_group()
+
+
+def speaks(error: Exception | None) -> bool:
+    """Whether this process is the one to say why the run has failed: the first that knows."""
+    rank, size = started()
+    if size == 1 or _store is None:
+        return rank == 0
+    try:
+        return int(_store.add("said", 1)) == 1
+    except RuntimeError:  # whoever kept the store is gone too
+        return isinstance(error, LostProcessError)

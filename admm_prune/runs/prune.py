@@ -1,0 +1,411 @@
+"""One run: a model, a method and a target in; a pruned model, its figures and its folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from admm_prune.data.sequences import Packing, Sequences
+from admm_prune.errors import UserError
+from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Request
+from admm_prune.methods.parts import Objective, check_one_set, described, target_of
+from admm_prune.methods.registry import DEFAULT, composed
+from admm_prune.methods.ridge import Ridge, parse_ridge
+from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.struprune.struprune import configured
+from admm_prune.methods.target import Target, parse_target
+from admm_prune.models.adapters import check_no_adapters
+from admm_prune.models.checkpoint import weight_bytes
+from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.in_memory import given
+from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
+from admm_prune.models.parallel import World
+from admm_prune.models.reloading import check_reloaded
+from admm_prune.models.structure import notes_on
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.runs.claims import weights_sha256
+from admm_prune.runs.fingerprints import files_sha256, with_digest
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
+from admm_prune.runs.journal.shared import shared_journal
+from admm_prune.runs.machine import check_dtype, free_bytes, pick_device, return_freed_memory
+from admm_prune.runs.manifest import Phase, Phases, manifest
+from admm_prune.runs.recipe_file import RECIPE, content_of
+from admm_prune.runs.recipe_file import written as written_recipe
+from admm_prune.runs.report import write_report
+from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
+from admm_prune.runs.texts import Texts, TextSettings, check_data, passed_from_python
+from admm_prune.runs.trackers import Tracker, figures_of, followed, tracker_named
+from admm_prune.runs.validation import Judgement, judged, judged_dense
+from admm_prune.solvers.base import Solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_COMPARED = 64  # tokens on which a model and its saved folder are compared
+_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run did. `model` is the pruned model itself; everything else is written to the manifest, times beside it.
+
+    Attributes:
+        budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
+        block_weights: entries of the dense model's block matrices.
+        sparsity: the fraction of them that are zero, or gone with their row or column.
+        seconds: of the pruning alone, in this process.
+        notes, details: what the recipe had to say.
+        phases: time and memory of the parts of the run, up to the evaluation of what came of it.
+        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
+            "prompt", "dense", "pruned"; empty where the weights were streamed.
+        model: without weights where it was streamed: they are in `out`.
+    """
+
+    method: str
+    target: str
+    budget: str
+    block_weights: int
+    sparsity: float
+    dense: Evaluation
+    pruned: Evaluation
+    layers: list[LayerReport]
+    seconds: float
+    notes: tuple[str, ...]
+    details: dict[str, Any]
+    continuation: dict[str, str]
+    manifest: dict[str, Any]
+    model: PreTrainedModel = field(repr=False)
+    phases: tuple[Phase, ...] = ()
+    out: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest: equal runs have equal ones, also where one of them was interrupted."""
+        layers = [layer.as_json() for layer in self.layers]
+        for layer in layers:
+            del layer["seconds"]
+        return {
+            "method": self.method,
+            "target": self.target,
+            "budget": self.budget,
+            "block_weights": self.block_weights,
+            "sparsity": self.sparsity,
+            "dense": asdict(self.dense),
+            "pruned": asdict(self.pruned),
+            "layers": layers,
+            "notes": self.notes,
+            "details": self.details,
+            "continuation": self.continuation,
+            **self.manifest,
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
+            "phases": [asdict(phase) for phase in self.phases],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """All that a run depends on, as the manifest records it."""
+
+    model: str
+    method: str | None  # None: the solver, layer by layer
+    target: Target
+    text: TextSettings
+    ridge: Ridge = None
+    device: str = "cpu"
+    dtype: str | None = None
+    steps: int | None = None
+    unit: str | None = None
+    multiple: int | None = None
+    stream: bool = False
+    trust_remote_code: bool = False
+    bounds: bool = False
+    solver: str | None = None
+    problem: str | None = None
+    constraint: str | None = None
+    selection: Selection = Selection()
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    *,
+    method: str | None = None,
+    problem: str | Objective | None = None,
+    solver: str | Solver | None = None,
+    constraint: str | SparseSet | type[SparseSet] | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    targets: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    overrides: Mapping[str, float | str] | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    column: str | None = None,
+    documents: int | None = None,
+    eval_documents: int | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    samples: int | None = None,
+    eval_samples: int | None = None,
+    length: int | None = None,
+    packing: Packing = "auto",
+    seed: int = 0,
+    ridge: Ridge = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    steps: int | None = None,
+    unit: str | None = None,
+    multiple: int | None = None,
+    stream: Stream = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    activation_bytes: int | None = None,
+    trust_remote_code: bool = False,
+    bounds: bool = False,
+    log: str | Tracker | None = None,
+    progress: OnProgress | None = None,
+) -> Report:
+    """Prunes a language model and says what that cost.
+
+    In a process group of torch's all processes call this alike: they share the work, and the first one writes.
+
+    Args:
+        model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
+        method: a name that `admm-prune list` prints; `admm` by default.
+        solver: what solves the layer problems, in place of the method's own or of a method: an object such as
+            `ADMM.best()`, or a name.
+        problem: what builds the layer problems, as `LayerReconstruction` does; or the name of an objective.
+        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; its class, or
+            a name.
+        sparsity: the fraction of every matrix to go, 0 to 1; or
+        pattern: "N:M", N kept of every M consecutive inputs.
+        targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
+            those with a target of their own: see `Selection`.
+        data, eval_data: a path, a Hub id or "embedded" (see `TextSettings`); or text itself: a `datasets.Dataset`, a
+            list of strings, of rows or of token ids, or an iterable of batches with input_ids. Only the embedded model
+            has a default.
+        split, eval_split, column, documents, eval_documents, samples, eval_samples, length, packing, seed: see
+            `TextSettings`.
+        out: a folder for the pruned model and its manifest, written whole or not at all.
+        ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
+            shared input on a part of the calibration tokens, together with the damping.
+        device: "auto", "cpu" or "cuda"; a module stays where it is.
+        dtype: "float32", "bfloat16" or "float16"; as stored by default. A module keeps its own.
+        steps: optimizer steps of a method that trains, in place of its own number.
+        unit: of a structured method: what the sparsity is a fraction of, "parameters" by default, "bytes", "kv-cache",
+            "flops" or "latency", measured here.
+        multiple: of a structured method: the numbers of neurons that stay are multiples of it.
+        stream: True takes one block at a time from the model's folder, and writes it to `out` before the next; False
+            loads the whole model; "auto" streams what does not fit comfortably into the memory that is free.
+        resume: go on with a run that was interrupted, from the journal beside `out`, with the same arguments.
+        overwrite: replace an earlier result in `out`, which is refused otherwise; what admm-prune did not write is
+            never replaced.
+        activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
+            memory by default where weights are streamed, else all.
+        trust_remote_code: run code that comes with the model; never done otherwise.
+        bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
+        log: who is told the figures of every finished block, and of training: "tensorboard:FOLDER", "wandb:PROJECT",
+            "trackio:PROJECT", or an object with the methods of `Tracker`.
+        progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
+
+    Raises:
+        UserError: something in the arguments cannot be used; the message is one line.
+    """
+    check_one_set(constraint, pattern)
+    selection = Selection.of(targets, ignore, overrides or {})
+    inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
+    recipe = configured(inner, unit, multiple)
+    told = None if constraint is None or isinstance(constraint, str | type) else target_of(constraint)
+    target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
+    ridge = parse_ridge(ridge)
+    passed, (source, eval_source) = passed_from_python(data, eval_data)
+    text = TextSettings(
+        data=check_data(source, model),
+        eval_data=eval_source,
+        split=split,
+        eval_split=eval_split,
+        column=column,
+        documents=documents,
+        eval_documents=eval_documents,
+        samples=samples,
+        eval_samples=eval_samples,
+        length=length,
+        packing=packing,
+        seed=seed,
+    )
+    if resume and out is None:
+        raise UserError("only a run with --out can be resumed: its journal is beside that folder")
+    place, world = pick_device(device), World.here()
+    # One process of several tells.
+    tracker = tracker_named(log) if isinstance(log, str) else log
+    tracker = tracker if world.rank == 0 else None
+    with (
+        nullcontext()
+        if out is None
+        else shared_journal(Path(out), world, resume=resume, overwrite=overwrite) as journal
+    ):
+        if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
+            stream = bool(journal.begun_with("stream"))
+        streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
+        phases = Phases(place)
+        with phases("opening the model"):
+            loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+        target = selection.applied(loaded.model, target)
+        recipe.check(loaded.model, target)
+        with phases("reading the text"):
+            texts = Texts(text, loaded, passed)
+        settings = RunSettings(
+            model=loaded.source,
+            method=method or (DEFAULT if solver is None else None),
+            target=target,
+            text=text,
+            ridge=ridge,
+            device=device,
+            dtype=dtype,
+            steps=steps,
+            unit=unit,
+            multiple=multiple,
+            stream=streams,
+            trust_remote_code=trust_remote_code,
+            bounds=bounds,
+            solver=None if solver is None else described(solver),
+            problem=None if problem is None else described(problem),
+            constraint=None if constraint is None else described(constraint),
+            selection=selection,
+        )
+        record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+        if journal is not None:
+            journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
+        if streams and activation_bytes is None:
+            activation_bytes = default_activation_bytes(place)
+        request = Request(
+            target=target,
+            calibration=texts.calibration(recipe.samples),
+            seed=seed,
+            ridge=ridge,
+            bounds=bounds,
+            on_progress=progress,
+            on_record=None if tracker is None else tracker.log,
+            residence=loaded.residence,
+            journal=journal or NOTHING,
+            world=world,
+            activation_bytes=activation_bytes,
+        )
+        judging = texts.evaluation
+        del texts
+        if streams:
+            return_freed_memory()
+        with followed(tracker, record["settings"]) as summary:
+            with phases("judging the dense model"):
+                dense = judged_dense(loaded, judging, request)
+            report = run_recipe(recipe, request, loaded, dense, record, phases)
+            if journal is not None:
+                written = journal.output(lambda folder: save_run(loaded, report, folder, judging).manifest)
+                report = replace(report, manifest=written, out=journal.out)
+            summary |= figures_of(report.as_json())
+    return report
+
+
+def run_recipe(
+    recipe: Recipe,
+    request: Request,
+    loaded: LoadedModel,
+    dense: Judgement,
+    record: dict[str, Any],
+    phases: Phases | None = None,
+) -> Report:
+    """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
+
+    Args:
+        dense: the model as it is.
+        record: the manifest of the run.
+        phases: that were before.
+    """
+    phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    with phases("pruning") as pruning:
+        outcome = recipe.prune(loaded.model, request)
+    model: Any = loaded.model if outcome.model is None else outcome.model
+    pruned = replace(loaded, model=model)
+    dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
+    left = sum(layer.nonzeros for layer in outcome.layers)
+    with phases("judging the pruned model"):
+        judgement = judged(pruned, dense.text, request)
+    return Report(
+        method=recipe.name,
+        target=request.target.label,
+        budget=recipe.budget,
+        block_weights=dense_weights,
+        sparsity=1.0 - left / dense_weights,
+        dense=dense.figures,
+        pruned=judgement.figures,
+        layers=outcome.layers,
+        seconds=pruning.seconds,
+        notes=outcome.notes + notes_on(model),
+        details=outcome.details,
+        continuation=dense.beside(judgement),
+        manifest=record,
+        model=model,
+        phases=tuple(phases),
+    )
+
+
+def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences) -> Report:
+    """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
+
+    The folder is loaded again and compared with the model before anything is said of it: by `from_pretrained` where the
+    memory that is free holds the weights once more, else one block at a time.
+
+    Args:
+        text: its first sequence is what the two are compared on.
+
+    Returns:
+        The report as written.
+
+    Raises:
+        UserError: it cannot be loaded again, or is another model.
+    """
+    pruned = replace(loaded, model=report.model)
+    save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    device = loaded.residence.device(report.model)
+    check_reloaded(
+        pruned,
+        folder,
+        text.rows[0].ids[:_COMPARED],
+        whole=not loaded.residence.hollow and _ROOM * weight_bytes(folder) <= free_bytes(device),
+        trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
+    )
+    if "target" in report.manifest["settings"]:  # a comparison is none of many runs
+        (folder / RECIPE).write_text(written_recipe(content_of(report.manifest["settings"])), encoding="utf-8")
+    weights = weights_sha256(folder)
+    written = replace(
+        report, manifest={**report.manifest, "weights": weights, "files": files_sha256(folder, leave_out=weights)}
+    )
+    write_json(folder / TIMINGS, with_digest(written.timings()))
+    write_json(folder / MANIFEST, with_digest(written.as_json()))
+    write_report(folder)
+    return written
+
+
+def _opened(
+    model: str | Path | PreTrainedModel,
+    tokenizer: Any,
+    device: str,
+    dtype: str | None,
+    streams: bool,
+    trust_remote_code: bool,
+) -> LoadedModel:
+    check_dtype(dtype)
+    if isinstance(model, str | Path):
+        opens = open_on_disk if streams else load
+        return opens(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_no_adapters(type(model).__name__, model)
+    return given(model, tokenizer)

@@ -1,0 +1,228 @@
+"""Content of a report, computed from manifests and from the weights in safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from admm_prune.errors import UserError
+
+Manifest = dict[str, Any]
+_SEVERITIES = ("error", "warning", "info", "good")
+_ABSENT = object()
+
+
+@dataclass
+class Advice:
+    """One kind of finding of the doctor, wherever it was found.
+
+    Attributes:
+        said: the finding, in the words of the first layer.
+        layers: where it was found.
+    """
+
+    code: str
+    severity: str
+    said: str
+    advice: str
+    layers: list[str] = field(default_factory=list)
+
+
+def advice_of(layers: Iterable[Mapping[str, Any]]) -> list[Advice]:
+    """The findings on all layers by kind, the gravest first, then the most frequent."""
+    found: dict[str, Advice] = {}
+    for layer in layers:
+        for finding in layer["diagnosis"]:
+            kind = found.setdefault(
+                finding["code"],
+                Advice(finding["code"], finding["severity"], finding["finding"], finding["advice"]),
+            )
+            kind.layers.append(layer["name"])
+            if _SEVERITIES.index(finding["severity"]) < _SEVERITIES.index(kind.severity):
+                kind.severity, kind.said, kind.advice = finding["severity"], finding["finding"], finding["advice"]
+    return sorted(found.values(), key=lambda kind: (_SEVERITIES.index(kind.severity), -len(kind.layers)))
+
+
+def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
+    """What had to be done that was not asked for, of the run and of its layers: (note, layers), 0 of the run."""
+    found = dict.fromkeys(manifest["notes"], 0)
+    for layer in manifest["layers"]:
+        for note in layer["notes"]:
+            found[note] = found.get(note, 0) + 1
+    return list(found.items())
+
+
+def lowest_of_target(rows: Sequence[tuple[str, float | None]]) -> list[bool]:
+    """Of each (target, perplexity), whether none at its target is lower; None is no number."""
+    return [
+        mine is not None and not any(other < mine for target, other in rows if target == own and other is not None)
+        for own, mine in rows
+    ]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number in two runs; None where one of them has none."""
+
+    name: str
+    a: float | None
+    b: float | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.a is None or self.b is None else self.b - self.a
+
+    @property
+    def ratio(self) -> float | None:
+        return self.b / self.a if self.a and self.b is not None else None
+
+
+def figures_of(a: Manifest, b: Manifest) -> list[Change]:
+    """The figures of two runs as wholes."""
+    places = {
+        "perplexity, dense": ("dense", "perplexity"),
+        "perplexity, pruned": ("pruned", "perplexity"),
+        "bits per character, pruned": ("pruned", "bits_per_char"),
+        "sparsity": ("sparsity",),
+        "seconds of pruning": ("timings", "seconds"),
+    }
+    layer_errors = [[layer["relative_error"] for layer in run["layers"]] for run in (a, b)]
+    changes = [Change(name, _at(a, place), _at(b, place)) for name, place in places.items()]
+    return [*changes, Change("mean relative error of the layers", *(mean_error(errors) for errors in layer_errors))]
+
+
+def layers_of(a: Manifest, b: Manifest, field: str) -> list[Change]:
+    """A field of every layer of either run, in the order of the first."""
+    first, second = ({layer["name"]: layer.get(field) for layer in run["layers"]} for run in (a, b))
+    return [Change(name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])]
+
+
+def unlike(a: Manifest, b: Manifest) -> list[tuple[str, Any, Any]]:
+    """(name, in a, in b) of every setting, text, version and note that is not the same in both runs."""
+    kept = ("budget", "settings", "model_revision", "texts", "environment", "notes")
+    flat = [dict(_flat({key: run.get(key) for key in kept})) for run in (a, b)]
+    names = dict.fromkeys([*flat[0], *flat[1]])
+    pairs = [(name, flat[0].get(name, _ABSENT), flat[1].get(name, _ABSENT)) for name in names]
+    return [(name, _said(first), _said(second)) for name, first, second in pairs if first != second]
+
+
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """The mean over the layers of a model; None unless every one has an error."""
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known and len(known) == len(errors) else None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a branch of a block lost of its units."""
+
+    name: str
+    removed: int
+    left: int
+
+    @property
+    def part(self) -> float:
+        return self.removed / ((self.removed + self.left) or 1)
+
+
+def allocation_of(details: Manifest) -> list[Branch]:
+    """How many units every branch lost, of a structured method; empty for others."""
+    removed = details.get("removed", {})
+    return [Branch(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
+
+
+def _at(content: Any, place: Sequence[str]) -> float | None:
+    for key in place:
+        content = content[key]
+    return None if content is None else float(content)
+
+
+def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(content, dict):
+        return [pair for key, value in content.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
+    return [(prefix, content)]
+
+
+def _said(value: Any) -> Any:
+    return "not there" if value is _ABSENT else value
+
+
+Layer = Mapping[str, Any]  # of a manifest
+TILES = 16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The share of weights that are left in tiles of one matrix.
+
+    Attributes:
+        share: (tiles down, tiles across), 0 to 1, at most 16 either way.
+        height, width: of the stored matrix, as parts of the dense one: below 1 where rows or columns are gone.
+    """
+
+    share: np.ndarray[Any, Any]
+    height: float
+    width: float
+
+
+class Weights:
+    """The matrices of a saved model by the names of its layers, as (out, in)."""
+
+    def __init__(self, folder: Path, layers: Iterable[Layer]) -> None:
+        self._layers = {layer["name"]: layer for layer in layers}
+        self._file: dict[str, Path] = {}
+        self._transposed = False
+        for path in sorted(folder.glob("*.safetensors")):
+            with _opened(path) as file:
+                for name in set(file.keys()) & set(self._layers):
+                    self._file[name] = path
+                    rows, columns = file.get_slice(name).get_shape()
+                    dense = self._layers[name]["shape"]
+                    # All of a model's matrices are stored alike; a square one does not tell how.
+                    self._transposed |= [columns, rows] == dense != [rows, columns]
+
+    def read(self, name: str) -> Tensor | None:
+        """None where the files hold no such matrix, which may be under another name."""
+        path = self._file.get(name)
+        if path is None:
+            return None
+        with _opened(path) as file:
+            stored: Tensor = file.get_tensor(name)
+        return stored.T if self._transposed else stored
+
+    def tiles(self, name: str) -> Tiles | None:
+        weight = self.read(name)
+        if weight is None:
+            return None
+        rows, columns = weight.shape
+        left = [(band != 0).float().mean(0) for band in weight.tensor_split(min(TILES, rows))]
+        share = torch.stack([torch.stack([c.mean() for c in band.tensor_split(min(TILES, columns))]) for band in left])
+        dense = self._layers[name]["shape"]
+        return Tiles(share.numpy(), rows / dense[0], columns / dense[1])
+
+
+def overlap(a: Weights, b: Weights, names: Iterable[str]) -> dict[str, float]:
+    """|A and B| / |A or B| of the supports, for every matrix that both hold in one shape; 1 where both are empty."""
+    found = {}
+    for name in names:
+        first, second = a.read(name), b.read(name)
+        if first is None or second is None or first.shape != second.shape:
+            continue
+        kept, other = first != 0, second != 0
+        union = int((kept | other).sum())
+        found[name] = int((kept & other).sum()) / union if union else 1.0
+    return found
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,200 @@
+"""The pages: manifests and drawings put into the templates of `assets/reports`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from admm_prune.errors import UserError
+from admm_prune.runs.fingerprints import read_json, record_pages
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_output_file
+from admm_prune.runs.report import content, plots
+from admm_prune.runs.report.content import Manifest, Weights, overlap
+
+REPORT = "report.html"
+PLOT = "perplexity.png"
+_LONG = (
+    "layers",
+    "rows",
+    "weights",
+    "files",
+    "details",
+    "dense",
+    "pruned",
+    "timings",
+)  # shown otherwise, or too long to read
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` of what 'run' or 'compare' left in a folder, from its files alone; returns its path.
+
+    Of a comparison also `perplexity.png`, and no page of its models, which have their own.
+
+    Raises:
+        UserError: the folder is no finished run, or a file of it cannot be read.
+    """
+    manifest = read_manifest(folder)
+    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, _read_run(folder))
+    path = folder / REPORT
+    path.write_text(page, encoding="utf-8")
+    record_pages(folder / TIMINGS, [path, *(plot for plot in [folder / PLOT] if "rows" in manifest)])
+    return path
+
+
+def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes one page on the difference of two runs; returns its figures, ready for JSON.
+
+    Args:
+        first, second: folders of runs, A and B.
+        out: the page.
+        overwrite: replace an earlier page there, which is refused otherwise.
+
+    Raises:
+        UserError: a folder is no run, or `out` is not ours to write.
+    """
+    a, b = (_read_run(folder) for folder in (first, second))
+    for folder, manifest in ((first, a), (second, b)):
+        if "rows" in manifest:
+            raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
+    check_output_file(out, overwrite=overwrite, ours=_is_page)
+    names = dict.fromkeys(layer["name"] for run in (a, b) for layer in run["layers"])
+    common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
+    errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))
+    figures = content.figures_of(a, b)
+    page = _rendered(
+        "difference.html.j2",
+        a=a,
+        b=b,
+        same_text=a["texts"]["evaluation"]["token_hash"] == b["texts"]["evaluation"]["token_hash"],
+        figures=figures,
+        ratios=plots.error_ratios(a["layers"], b["layers"]),
+        layers=[(e, s, common.get(e.name)) for e, s in zip(errors, sparsities, strict=True)],
+        unlike=content.unlike(a, b),
+        advised=[(name, run, content.advice_of(run["layers"])) for name, run in (("A", a), ("B", b))],
+    )
+    out.write_text(page, encoding="utf-8")
+    return {
+        "figures": {change.name: {"a": change.a, "b": change.b} for change in figures},
+        "supports_in_common": common,
+        "unlike": [name for name, _, _ in content.unlike(a, b)],
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished run or comparison.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no manifest")
+    return found
+
+
+def _read_run(folder: Path) -> Manifest:
+    """The manifest of a run, and its times under "timings", as far as they were kept."""
+    manifest, path = read_manifest(folder), folder / TIMINGS
+    times = read_json(path) if path.exists() else {}
+    if not isinstance(times, dict):
+        raise UserError(f"{path} is not a JSON object")
+    manifest["timings"] = {"seconds": None, "layers": {}, "phases": []} | times
+    return manifest
+
+
+def _is_page(path: Path) -> bool:
+    """True for a page that we wrote."""
+    with suppress(OSError):  # a link to nothing
+        return b'name="generator" content="admm-prune"' in path.read_bytes()[:2000]
+    return False
+
+
+def _run(folder: Path, run: Manifest) -> str:
+    layers, details = run["layers"], run["details"]
+    for layer in layers:
+        layer["place"] = plots.place_of(layer["name"])
+        layer["seconds"] = run["timings"]["layers"].get(layer["name"])
+    return _rendered(
+        "run.html.j2",
+        run=run,
+        device="CPU" if run["settings"]["device"] == "cpu" else run["environment"]["cuda"] or "CPU",
+        mean_error=content.mean_error([layer["relative_error"] for layer in layers]),
+        findings=content.advice_of(layers),
+        notes=content.notes_of(run),
+        map=plots.sparsity_map(layers, Weights(folder, layers)),
+        errors=plots.layer_errors(layers),
+        bounded=any(layer["bound"] is not None for layer in layers),
+        own_targets=_own_targets(run),
+        allocation=content.allocation_of(details),
+        convergence=plots.convergence(layers),
+        training=plots.training(details),
+        rounds=plots.rounds(details.get("feed_forward", ())),
+        total_seconds=sum(phase["seconds"] for phase in run["timings"]["phases"]) or 1.0,
+        manifest=_short(run),
+    )
+
+
+def _own_targets(run: Manifest) -> dict[str, str | None]:
+    """The target of every layer that has one of its own, None of the others; empty where none has."""
+    contents = run["settings"].get("targets") or [run["settings"]["target"]]
+    own = {name: target for content in contents for name, target in content["layers"]}
+    return {layer["name"]: own.get(layer["name"]) for layer in run["layers"]} if own else {}
+
+
+def _comparison(folder: Path, comparison: Manifest) -> str:
+    runs = [_read_run(folder / row["folder"]) for row in comparison["rows"]]
+    for run in runs:
+        run["findings"] = content.advice_of(run["layers"])
+    pairs = [(row["target"], row["perplexity"]) for row in comparison["rows"]]
+    tuned = [row for row in comparison["rows"] if row["method"] == "tuned-dense" and row["perplexity"]]
+    return _rendered(
+        "comparison.html.j2",
+        comparison=comparison,
+        runs=runs,
+        tuned=tuned[0] if tuned else None,
+        best=[
+            lowest and row["target"] != "0%"  # what prunes nothing has no rival
+            for lowest, row in zip(content.lowest_of_target(pairs), comparison["rows"], strict=True)
+        ],
+        memory=[
+            next((p["peak_mib"] for p in run["timings"]["phases"] if p["name"] == "pruning"), None) for run in runs
+        ],
+        plot=plots.perplexities(comparison, folder / PLOT),
+        errors=plots.errors_by_method(runs),
+        manifest=_short(comparison),
+    )
+
+
+def _short(manifest: Manifest) -> str:
+    return json.dumps({key: value for key, value in manifest.items() if key not in _LONG}, indent=2)
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+
+    templates = files("admm_prune").joinpath("assets/reports")
+
+    def load(name: str) -> str:
+        return templates.joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["exact"] = repr
+    return environment
+
+
+def _rendered(template: str, **values: Any) -> str:
+    return str(_environment().get_template(template).render(**values))

@@ -1,7 +1,0 @@
-"""Reports: a run, a comparison and the difference of two runs, each one self-contained HTML page, from files alone."""
-
-from __future__ import annotations
-
-from admm_prune.runs.reports.pages import REPORT, write_difference, write_report
-
-__all__ = ["REPORT", "write_difference", "write_report"]

@@ -1,0 +1,1 @@
+"""`admm-prune verify`: recomputes what a layer file or a run folder reports."""

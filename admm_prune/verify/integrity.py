@@ -1,0 +1,129 @@
+"""Whether a folder holds the files that a run wrote, all of them and no other, each with its fingerprint."""
+
+from __future__ import annotations
+
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+from admm_prune.data.durable import file_sha256
+from admm_prune.errors import UserError
+from admm_prune.runs.fingerprints import entries, has_own_digest, read_json
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
+from admm_prune.runs.report.pages import PLOT, REPORT
+from admm_prune.verify.report import Verification
+
+Manifest = dict[str, Any]
+_CODE = (".py", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".so")  # what can run code when it is loaded
+
+
+def check_manifest(report: Verification, manifest: Manifest, known: frozenset[str], where: str) -> None:
+    """The manifest's own fingerprint, and keys that no run writes."""
+    report.expect(
+        f"fingerprint of {MANIFEST}",
+        has_own_digest(manifest),
+        f"{where}{MANIFEST} was altered after it was written: its fingerprint is another one",
+    )
+    for name in sorted(manifest.keys() - known):
+        report.expect("fields", False, f"{where}{MANIFEST} has the field '{name}', which no run writes")
+    for name in sorted(known - manifest.keys()):
+        report.expect("fields", False, f"{where}{MANIFEST} lacks the field '{name}'")
+
+
+def check_files(report: Verification, folder: Path, manifest: Manifest, where: str, models: frozenset[str]) -> bool:
+    """Every entry of a folder against the manifest; False where a file of the model is not what was written.
+
+    Args:
+        models: subfolders that are checked as runs of their own.
+    """
+    files: dict[str, str] = manifest["files"]
+    pages = _check_times(report, folder, manifest, where)
+    expected = {*files, *manifest.get("weights", {}), *pages, MANIFEST, TIMINGS}
+    parents = {parent.as_posix() for name in (*expected, *models) for parent in Path(name).parents}
+    sound, found = True, set()
+    for name, mode in entries(folder):
+        if stat.S_ISDIR(mode):
+            if not (name in parents or any(name == own or name.startswith(f"{own}/") for own in models)):
+                sound = report.expect("files", False, f"{where}the folder {name} is none that the run wrote")
+            continue
+        if any(name.startswith(f"{own}/") for own in models) and name not in files:
+            continue
+        if not stat.S_ISREG(mode):
+            sound = report.expect(
+                "files", False, f"{where}{name} is a link or a special file, not one that was written"
+            )
+        elif name not in expected:
+            danger = ", and loading it can run code" if Path(name).suffix in _CODE else ""
+            sound = report.expect("files", False, f"{where}{name} is no file that the run wrote{danger}")
+        found.add(name)
+    for name in sorted({*files, *pages, TIMINGS} - found):
+        sound = report.expect("files", False, f"{where}{name} is missing")
+    for name in sorted(files.keys() & found):
+        same = (folder / name).is_file() and file_sha256(folder / name) == files[name]
+        sound &= report.expect("files", same, f"{where}{name} is not the file that was written")
+    for name in sorted(pages.keys() & found):
+        same = (folder / name).is_file() and file_sha256(folder / name) == pages[name]
+        report.expect("pages", same, f"{where}{name} is not the page that was written; 'admm-prune report' rewrites it")
+    report.by_fingerprint(*sorted(files), *sorted(pages), TIMINGS)
+    return sound
+
+
+def _check_times(report: Verification, folder: Path, manifest: Manifest, where: str) -> dict[str, str]:
+    """The file of times, which carries its own fingerprint and that of the pages that show times; returns these."""
+    if not stat.S_ISREG((folder / TIMINGS).lstat().st_mode if (folder / TIMINGS).exists() else 0):
+        return {}
+    try:
+        content = read_json(folder / TIMINGS)
+    except UserError as error:
+        report.expect("times", False, f"{where}{error}")
+        return {}
+    pages = content.get("pages") if isinstance(content, dict) else None
+    wanted = {REPORT, PLOT} if "rows" in manifest else {REPORT}
+    if not isinstance(pages, dict) or pages.keys() != wanted:
+        report.expect("times", False, f"{where}{TIMINGS} is not what a run writes: it must name {sorted(wanted)}")
+        return {}
+    report.expect(
+        "times",
+        has_own_digest(content),
+        f"{where}{TIMINGS} was altered after it was written: its fingerprint is another one",
+    )
+    if "rows" not in manifest:
+        layers, names = content.get("layers"), [layer["name"] for layer in manifest["layers"]]
+        report.expect(
+            "times",
+            isinstance(layers, dict) and layers.keys() == set(names) and all(map(is_number, layers.values())),
+            f"{where}{TIMINGS} has not one time for each of the layers of {MANIFEST}",
+        )
+        report.expect("times", is_number(content.get("seconds")), f"{where}{TIMINGS} has no seconds")
+    return {str(name): str(digest) for name, digest in pages.items()}
+
+
+def leaves(content: Any, place: str = "") -> list[str]:
+    """The places of all values of a JSON content, as in "layers[].name"; of a list's items once."""
+    if isinstance(content, dict) and content:
+        found = [leaf for key, item in content.items() for leaf in leaves(item, f"{place}.{key}" if place else key)]
+    elif isinstance(content, list) and content:
+        found = [leaf for item in content for leaf in leaves(item, f"{place}[]")]
+    else:
+        found = [place]
+    return list(dict.fromkeys(found))
+
+
+def remaining(content: Manifest, recomputed: frozenset[str]) -> list[str]:
+    """The fields of a manifest that are not recomputed, a whole branch by its name where none of it is."""
+
+    def covered(place: str) -> bool:
+        return any(place == name or place.startswith((f"{name}.", f"{name}[")) for name in recomputed)
+
+    found = []
+    for key, item in content.items():
+        below = leaves({key: item})
+        rest = [place for place in below if not covered(place)]
+        found += [key] if len(rest) == len(below) else rest
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """A finite number of JSON, which True is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,373 @@
+"""Re-checks a solved layer from its files alone: every claim recomputed in float64, and certificates beside it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.data.layer_file import LayerFile, load_layer_file
+from admm_prune.errors import UserError
+from admm_prune.methods.local import LOCAL_METHODS, REFERENCES, method_named, with_parts
+from admm_prune.methods.parts import LAYER, SETS, LayerProblem, declared
+from admm_prune.point import Point
+from admm_prune.problems.constraints import SparseSet
+from admm_prune.result import Status
+from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, layer_sha256, tensor_sha256
+from admm_prune.solvers.reference import lower_bound
+from admm_prune.verify.certificates import certify
+from admm_prune.verify.recomputation import Array, Budget, Definition, cheap_bounds, define, least_loss, relative_error
+from admm_prune.verify.report import TOLERANCE, Verification, same_fraction, shown
+
+_DOUBTFUL = 1e-3  # relative: a recomputed bound that rounding may have put further off decides nothing
+_DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
+
+
+def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -> Verification:
+    """Re-checks what 'admm-prune solve --out' wrote against the layer problem.
+
+    Args:
+        path: the solved layer.
+        layer_path: the layer problem; by default where it lay when it was solved, or beside `path`.
+        seed: draws the rows that are examined for swaps.
+
+    Raises:
+        UserError: a file is missing, cannot be read, or is of another kind.
+    """
+    weight, metadata, names = _read_solved(path)
+    claims = Claims.read(metadata, path)
+    layer = load_layer_file(layer_path or _recorded_layer(path, claims))
+    report = Verification(path=path, kind="layer")
+    report.expect("tensors", names == ["weight"], f"tensors beside the weight: {', '.join(names)}")
+    for name in Claims.unknown(metadata):
+        report.expect("claims", False, f"'{shown(name)}' is no claim that this release writes, or not as it writes it")
+    report.by_fingerprint("method", "status", "layer", "bound", "bound_kind", "ridge", "damping")
+    _verify_claims(report, claims, layer, weight, seed)
+    whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
+    report.expect(
+        "claims fingerprint",
+        whole or bool(report.failures),  # a claim that was altered is named by itself where it can be
+        "the claims were altered after they were written: their fingerprint is another one",
+    )
+    return report
+
+
+def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, seed: int) -> None:
+    """Everything but the claims' own fingerprint."""
+    aim = claims.aim
+    ours, theirs = layer_sha256(layer), claims.layer_sha256
+    if not report.expect(
+        "layer fingerprint",
+        ours == theirs,
+        f"the layer file is not the one that was solved: claimed fingerprint {theirs[:12]}, found {ours[:12]}",
+    ):
+        return
+    shape, whole = tuple(weight.shape), tuple(layer.weight.shape)
+    if not report.expect("shape", shape == whole, f"the weight is of shape {shape}, its layer of shape {whole}"):
+        return
+    ours, theirs = tensor_sha256(weight), claims.weight_sha256
+    report.expect(
+        "weight fingerprint",
+        ours == theirs,
+        f"the weight was altered after it was solved: claimed fingerprint {theirs[:12]}, found {ours[:12]}",
+    )
+    v: Array = weight.double().numpy()
+    bad = int((~np.isfinite(v)).sum())
+    if not report.expect("finite values", bad == 0, f"the weight holds NaN or Inf: {bad} of {v.size} entries"):
+        return
+    _check_sparsity(report, claims, v)
+    own = _check_method(report, claims)
+    if claims.budget == "set":
+        feasible, budget = _in_named_set(report, own, weight), None
+    else:
+        if claims.budget not in ("matrix", "row", "group") or (aim.pattern is not None and v.shape[1] % aim.pattern[1]):
+            raise UserError(
+                f"{report.path}: no budget '{claims.budget}' of {claims.target} fits a weight of shape {shape}"
+            )
+        budget = Budget(aim, claims.budget)
+        excess = budget.describe_excess(v)
+        feasible = report.expect("sparse set", excess is None, f"the weight is not in the sparse set: {excess}")
+    if claims.problem == LAYER:
+        _recompute(report, claims, layer, v, budget, feasible, seed)
+    else:
+        _recompute_named(report, claims, layer, weight, own)
+
+
+def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
+    sparsity = float((v == 0).sum() / v.size)
+    report.numbers["sparsity"] = sparsity
+    report.expect(
+        "sparsity",
+        same_fraction(claims.sparsity, sparsity),
+        f"claimed sparsity {shown(claims.sparsity)}, recomputed {shown(sparsity)}",
+    )
+    if not all(math.isfinite(x) and x >= 0 for x in (claims.ridge, claims.damping)):
+        raise UserError(f"{report.path}: ridge and damping must be finite and not negative")
+
+
+def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
+    """Method, budget, set and status against each other; returns the set of the claims, None where it is not here."""
+    statuses = set(Status.__members__)
+    if claims.method in {*LOCAL_METHODS, *REFERENCES}:
+        direct = claims.method in _DIRECT
+        statuses = {name for name in statuses if (name == Status.CLOSED_FORM.name) == direct}
+    elif claims.method not in declared("solvers"):
+        report.open(f"method: '{shown(claims.method)}' is not among the methods installed here")
+    report.expect(
+        "status", claims.status in statuses, f"claimed status {claims.status}, which {claims.method} never ends with"
+    )
+    try:
+        method = with_parts(method_named(claims.method), None, claims.constraint)
+        made, cell = method.constraint(claims.aim), method.cell(claims.aim)
+    except UserError as error:
+        if claims.budget != "set" and (claims.constraint is None or claims.constraint in SETS):
+            return None  # the budget says all; the method was reported already
+        report.open(f"sparse set: it cannot be had here ({error})")
+        return None
+    report.expect(
+        "budget",
+        cell == claims.budget,
+        f"claimed budget '{claims.budget}', where {claims.method} with the set {claims.constraint or 'of its own'} "
+        f"has '{cell}'",
+    )
+    return made
+
+
+def _in_named_set(report: Verification, constraint: SparseSet | None, weight: Tensor) -> bool:
+    """Membership in a set that only its own code knows; where that is not here, the report says so."""
+    if constraint is None:
+        report.open("sparse set: only its own code can tell what lies in it")
+        return False
+    try:
+        holds = constraint.contains(Point(weight=weight))
+    except Exception as error:  # whatever a plug-in raises
+        report.open(f"sparse set: {type(constraint).__name__} cannot be asked ({type(error).__name__}: {error})")
+        return False
+    return report.expect(
+        "sparse set", bool(holds), f"the weight is not in the sparse set, says {type(constraint).__name__}"
+    )
+
+
+def _recompute(
+    report: Verification, claims: Claims, layer: LayerFile, v: Array, budget: Budget | None, feasible: bool, seed: int
+) -> None:
+    """Errors, objective, bound and certificates of the problem of this package."""
+    problem = define(layer, claims.ridge, claims.damping)
+    _compare_errors(report, claims, problem, layer, v)
+    value, slack = problem.objective(v)
+    report.compare("objective", claims.objective, value, slack)
+    report.numbers["objective"] = value
+    if budget is None:
+        report.certificates.append("no certificates: the sparse set is known to its own code only")
+        _check_bound(report, claims, problem, None, value, value, slack)
+        return
+    try:
+        certificates = certify(problem, budget, v, seed)
+    except np.linalg.LinAlgError as failed:
+        report.certificates.append(f"no certificates: the damped Gram is singular ({failed})")
+        reachable = value
+    else:
+        report.numbers |= asdict(certificates)
+        report.certificates += certificates.in_words()
+        reachable = certificates.reachable if feasible else value
+    _check_bound(report, claims, problem, budget, value, reachable, slack)
+
+
+def _compare_errors(report: Verification, claims: Claims, problem: Definition, layer: LayerFile, v: Array) -> None:
+    """The relative errors, which are those of the undamped reconstruction whatever the objective."""
+    error, slack = problem.relative_error(v)
+    report.compare("relative_error", claims.relative_error, error, slack)
+    report.numbers["relative_error"] = error
+    holdout, slack = None, 0.0
+    if layer.gram_holdout is not None and problem.cross is None:
+        holdout, slack = relative_error(v, problem.weight, layer.gram_holdout.double().numpy(), problem.rounding)
+    report.compare("relative_error_holdout", claims.relative_error_holdout, holdout, slack)
+    report.numbers["relative_error_holdout"] = holdout
+
+
+def _recompute_named(
+    report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, constraint: SparseSet | None
+) -> None:
+    """Errors, and the objective of a plug-in by the plug-in's own code in float64; a cheap bound by this package's."""
+    _compare_errors(report, claims, define(layer, claims.ridge, claims.damping), layer, weight.double().numpy())
+    name = claims.problem
+    report.expect("bound kind", (claims.bound is None) == (claims.bound_kind is None), "a bound has a kind")
+    try:
+        kind = LayerProblem.of(name)
+    except UserError as error:
+        report.open(f"objective: the problem cannot be had here ({error})")
+        if claims.bound is not None:
+            report.open(f"bound: it is one of the problem '{name}'")
+        return
+    if constraint is None:
+        report.open(f"objective: '{name}' is not built without its sparse set")
+        return
+    gram = layer.gram.double()
+    cross = layer.cross_gram
+    try:
+        problem = kind.build(
+            layer.weight.to(layer.gram.dtype).double(),
+            gram,
+            constraint,
+            ridge=claims.ridge,
+            damping=claims.damping,
+            cross_gram=None if cross is None else cross.to(layer.gram.dtype).double(),
+            target_energy=layer.target_energy,
+        )
+        value = float(problem.value(Point(weight=weight.double())))
+    except Exception as error:  # whatever a plug-in raises
+        report.open(f"objective: the problem '{name}' cannot be evaluated ({type(error).__name__}: {error})")
+        return
+    definition = define(layer, claims.ridge, claims.damping)
+    rounding = definition.solver_rounding(weight.double().numpy())
+    report.compare("objective", claims.objective, value, rounding)
+    report.numbers["objective"] = value
+    if claims.bound is None:
+        return
+    if not report.expect(
+        "bound below the objective",
+        claims.bound <= value + TOLERANCE * abs(value) + rounding,
+        f"claimed bound {shown(claims.bound)} lies above the value {shown(value)} of the weight itself",
+    ):
+        return
+    try:
+        found = lower_bound(problem)
+    except (TypeError, ValueError, LinAlgError) as error:
+        report.open(f"bound: it cannot be recomputed ({error})")
+        return
+    if found is None:
+        report.open("bound: the Hessian is not proved positive definite in float64")
+        return
+    if found.kind != claims.bound_kind:
+        report.open(f"bound: the argument '{claims.bound_kind}' was not repeated")
+        return
+    doubt = definition.doubt()
+    if doubt > _DOUBTFUL:
+        report.open(
+            f"bound: rounding leaves a relative doubt of {doubt:.1g}, because the damped Gram is ill-conditioned"
+        )
+        return
+    report.expect(
+        "bound reproduced",
+        claims.bound <= found.value + (TOLERANCE + doubt) * abs(found.value) + definition.floor_doubt(),
+        f"claimed bound {shown(claims.bound)} by '{found.kind}', recomputed {shown(found.value)}",
+    )
+
+
+def _check_bound(
+    report: Verification,
+    claims: Claims,
+    problem: Definition,
+    budget: Budget | None,
+    value: float,
+    reachable: float,
+    slack: float,
+) -> None:
+    """A claimed bound lies below what is known to be reached, and below one that is recomputed.
+
+    An argument that is cheap is repeated. Any other bound is compared with the exact optimum where every support can be
+    tried, or with a cheap bound above it; else its proof stays unchecked.
+    """
+    claimed, kind = claims.bound, claims.bound_kind
+    report.numbers |= {"bound": claimed, "bound_kind": kind}
+    bounds: dict[str, float] = {}
+    doubt = 0.0
+    if budget is not None:
+        with suppress(np.linalg.LinAlgError):
+            bounds, doubt = cheap_bounds(problem, budget)
+    best = max(bounds, key=lambda name: bounds[name], default=None)
+    report.numbers |= {"bound_recomputed": bounds.get(best or ""), "bound_recomputed_kind": best}
+    if not report.expect(
+        "bound kind",
+        (claimed is None) == (kind is None),
+        f"claimed bound {shown(claimed)} of kind {shown(kind)}: a bound has a kind, and a kind a bound",
+    ):
+        return
+    if claimed is None:
+        return
+    if not report.expect(
+        "bound below the objective",
+        claimed <= value + TOLERANCE * abs(value) + slack,
+        f"claimed bound {shown(claimed)} lies above the value {shown(value)} of the weight itself: it is no bound",
+    ):
+        return
+    floor, margin = (
+        problem.least,
+        problem.floor_doubt(),
+    )  # not of the weight's own value, which may be as bad as it likes
+
+    def below(loss: float, relative: float) -> bool:
+        return claimed - floor <= loss * (1 + TOLERANCE + relative) + margin
+
+    if not report.expect(
+        "bound below a better point",
+        below(reachable - floor, doubt),
+        f"claimed bound {shown(claimed)} lies above {shown(reachable)}, which a refit and single swaps reach",
+    ):
+        return
+    if kind in bounds and not report.expect(
+        "bound reproduced",
+        below(bounds[kind] - floor, doubt),
+        f"claimed bound {shown(claimed)} by '{kind}', recomputed {shown(bounds[kind])}",
+    ):
+        return
+    if doubt > _DOUBTFUL:
+        report.open(
+            f"bound: rounding leaves a relative doubt of {doubt:.1g}, because the damped Gram is ill-conditioned"
+        )
+        return
+    if any(below(bound - floor, doubt) for bound in bounds.values()):
+        report.expect("bound proved", True, "")  # by its own argument, or by another that gives no less
+        return
+    exact = None if budget is None else _least_loss(problem, budget)
+    if exact is None:
+        report.open(f"bound: the argument '{kind}' was not repeated; no point found lies below {shown(claimed)}")
+        return
+    report.numbers["optimum"] = floor + exact[0]
+    report.expect(
+        "bound below the optimum",
+        below(exact[0], exact[1]),
+        f"claimed bound {shown(claimed)} by '{kind}' lies above the optimum {shown(floor + exact[0])}",
+    )
+
+
+def _least_loss(problem: Definition, budget: Budget) -> tuple[float, float] | None:
+    try:
+        return least_loss(problem, budget)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _read_solved(path: Path) -> tuple[Tensor, dict[str, str], list[str]]:
+    """The weight, the metadata, and the names of all tensors."""
+    if not path.is_file():
+        raise UserError(f"no such file or folder: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = sorted(file.keys())
+            if "weight" not in names:
+                raise UserError(f"{path} holds no 'weight': it is no solved layer")
+            weight: Tensor = file.get_tensor("weight")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return weight, metadata, names
+
+
+def _recorded_layer(path: Path, claims: Claims) -> Path:
+    recorded = Path(claims.layer)
+    for place in (recorded, path.parent / recorded.name):
+        try:
+            if place.is_file():
+                return place
+        except (OSError, ValueError):  # no name of a file
+            continue
+    raise UserError(f"the layer problem {shown(claims.layer)} is not there: name it with --layer")

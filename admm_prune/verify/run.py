@@ -1,0 +1,388 @@
+"""Re-checks a finished run or comparison from its folder alone: files, weights, sparsity, settings, perplexity."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from admm_prune.errors import UserError
+from admm_prune.methods.target import Target
+from admm_prune.models.archive import PACK_MANIFEST
+from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
+from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.point import Point
+from admm_prune.result import Status
+from admm_prune.runs.claims import weights_sha256
+from admm_prune.runs.fingerprints import DIGEST, read_json
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
+from admm_prune.runs.machine import pick_device
+from admm_prune.runs.report.content import mean_error
+from admm_prune.runs.report.pages import read_manifest
+from admm_prune.verify.integrity import check_files, check_manifest, is_number, remaining
+from admm_prune.verify.manifest import check_fields
+from admm_prune.verify.report import Verification, in_full, same_fraction
+from admm_prune.verify.settings import check_recipe_file, check_settings, made_set, target_of
+from admm_prune.verify.texts import check_text, evaluation_text_is_there, same
+
+Manifest = dict[str, Any]
+
+_RECORD = {"settings", "model_revision", "texts", "environment", "files", DIGEST}
+RUN_FIELDS = frozenset({
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes", "details",
+    "continuation", "weights", *_RECORD,
+})  # fmt: skip
+COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "rows", *_RECORD})
+
+# Fields of a manifest that are recomputed; of texts and figures only where the perplexity is.
+_RECOMPUTED = frozenset({
+    "method", "target", "budget", "block_weights", "sparsity", "layers[].name", "layers[].sparsity", "settings.target",
+    "weights", "files", DIGEST,
+})  # fmt: skip
+_WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.pruned"})
+_RECOMPUTED_OF_TABLE = frozenset({
+    "model", "parameters", "dense", "settings", "model_revision", "environment", "texts", "files", DIGEST,
+    *(f"rows[].{name}" for name in (
+        "method", "target", "sparsity", "perplexity", "bits_per_char", "relative_error", "reloaded_perplexity", "folder"
+    )),
+})  # fmt: skip
+
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError, re.error)
+
+
+def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False, device: str = "auto") -> Verification:
+    """Re-checks what 'admm-prune run' or 'admm-prune compare' wrote.
+
+    Args:
+        data: the evaluation text, where it is not any more where the run read it.
+        quick: leave out what needs the text: the perplexity, the continuation and the record of the texts.
+
+    Raises:
+        UserError: no finished run, or `data` is not the text of the run.
+    """
+    if (folder / PACK_MANIFEST).is_file():
+        raise UserError(f"{folder} is an archive: give it back with 'admm-prune unpack {folder} OUT' and verify that")
+    manifest = read_manifest(folder)
+    place = pick_device(device)
+    comparing = "rows" in manifest
+    report = Verification(path=folder, kind="comparison" if comparing else "run")
+    check = _verify_comparison if comparing else _verify_run
+    try:
+        if quick:
+            report.left_out.append("the perplexity (--quick)")
+        elif data is None and not evaluation_text_is_there(manifest):
+            report.open("perplexity: its text is not where the run read it; name it with --data")
+            quick = True
+        check(report, folder, manifest, data, quick, place, "")
+    except UserError as error:
+        if not report.failures:
+            raise
+        report.expect("manifest", False, str(error))
+    except _MALFORMED as error:
+        what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {in_full(error)})"
+        if not report.failures:
+            raise UserError(what) from error
+        report.expect("manifest", False, what)
+    return report
+
+
+def _verify_comparison(
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
+) -> None:
+    check_manifest(report, manifest, COMPARISON_FIELDS, where)
+    named = [str(row["folder"]) for row in manifest["rows"]]
+    found = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
+    for missing in sorted(set(named) - found):
+        report.expect("models", False, f"the table has a row for {missing}, which is not there")
+    for extra in sorted(found - set(named)):
+        report.expect("models", False, f"{extra} has no row in the table")
+    report.expect("models", len(set(named)) == len(named), "the table has two rows for one model")
+    sealed = {f"{name}/{MANIFEST}" for name in named}
+    report.expect("models", sealed == manifest["files"].keys(), f"{MANIFEST} must name the manifests of its models")
+    check_files(report, folder, manifest, where, frozenset(found & set(named)))
+    check_fields(report, manifest, where)
+    report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
+    report.agree("model", manifest["model"], manifest["settings"]["model"])
+    _check_methods_and_targets(report, manifest)
+    texts = {repr(text) for role, text in manifest["texts"].items() if role.startswith("calibration")}
+    calibrations = {
+        repr(read_manifest(folder / row["folder"])["texts"]["calibration"])
+        for row in manifest["rows"]
+        if row["folder"] in found
+    }
+    roles = {role for role in manifest["texts"] if role == "evaluation" or role.startswith("calibration")}
+    report.expect(
+        "calibration texts",
+        texts == calibrations and roles == manifest["texts"].keys(),
+        f"{MANIFEST}: the calibration texts are not those of the models",
+    )
+    for row in manifest["rows"]:
+        if row["folder"] in found:
+            _verify_row(report, folder, manifest, row, data, quick, device)
+
+
+def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None:
+    """The rows against the methods and targets of the settings."""
+    settings = manifest["settings"]
+    asked = set(settings["methods"])
+    methods = {row["method"] for row in manifest["rows"]}
+    report.expect(
+        "methods of the table",
+        asked <= methods if settings["baselines"] else asked == methods,
+        f"the settings name the methods {sorted(asked)}, the table {sorted(methods)}",
+    )
+    pairs = [(row["method"], row["target"]) for row in manifest["rows"]]
+    report.expect("rows", len(set(pairs)) == len(pairs), "a method has two rows for one target")
+
+
+def _verify_row(
+    report: Verification,
+    folder: Path,
+    manifest: Manifest,
+    row: Manifest,
+    data: str | None,
+    quick: bool,
+    device: str,
+) -> None:
+    """A row of the table against the manifest of its model, and the model itself."""
+    where = f"{row['folder']}: "
+    content = read_manifest(folder / row["folder"])
+    claims = {
+        "method": content["method"],
+        "target": content["target"],
+        "sparsity": content["sparsity"],
+        "perplexity": content["pruned"]["perplexity"],
+        "reloaded_perplexity": content["pruned"]["perplexity"],
+        "bits_per_char": content["pruned"]["bits_per_char"],
+        "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
+    }
+    for name, value in claims.items():
+        report.expect(
+            f"row {name}",
+            same(row[name], value),
+            f"{where}the table says {name} {in_full(row[name])}, the model's manifest {in_full(value)}",
+        )
+    report.expect(
+        "row fields",
+        row.keys() == {*claims, "seconds", "folder"},
+        f"{where}the fields of the row are not those that a comparison writes",
+    )
+    _check_seconds(report, folder / row["folder"] / TIMINGS, row["seconds"], where)
+    report.expect("dense figures", content["dense"] == manifest["dense"], f"{where}other figures of the dense model")
+    for name in ("settings", "model_revision", "environment"):
+        report.agree(name, content[name], manifest[name], where)
+    report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"], where)
+    loaded = _verify_run(report, folder / row["folder"], content, data, quick, device, where)
+    if loaded is not None and content["budget"] in ("matrix", "model") and not content["details"].get("units"):
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        report.agree("parameters", manifest["parameters"], parameters, where)
+    elif "parameters" not in report.checked:
+        report.by_fingerprint(f"{MANIFEST}: parameters")
+
+
+def _check_seconds(report: Verification, timings: Path, claimed: Any, where: str) -> None:
+    """The seconds of a row against the model's own file of times, which rounds them to milliseconds."""
+    try:
+        found = read_json(timings).get("seconds")
+    except (UserError, AttributeError):
+        return  # reported with the files
+    near = is_number(claimed) and is_number(found) and abs(claimed - found) <= 1e-3
+    report.expect("row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(found)}")
+
+
+def _verify_run(
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
+) -> LoadedModel | None:
+    """A run's folder; returns its model where that could be loaded."""
+    check_manifest(report, manifest, RUN_FIELDS, where)
+    sound = check_files(report, folder, manifest, where, frozenset())
+    check_fields(report, manifest, where)
+    recomputed = _RECOMPUTED if quick else _RECOMPUTED | _WITH_TEXT
+    report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, recomputed)))
+    sound &= _verify_weights(report, folder, manifest, where)
+    sound &= _verify_config(report, folder, manifest, where)
+    check_recipe_file(report, folder, manifest, where)
+    _verify_layer_claims(report, manifest, where)
+    if not sound:
+        return None  # what was altered is not loaded
+    try:
+        loaded = load(str(folder), device=device)
+    except UserError as error:
+        report.expect("model", False, f"{where}the model cannot be loaded: {error}")
+        return None
+    check_settings(report, loaded.model, manifest, where)
+    _verify_sparsity(report, loaded, manifest, where)
+    if not quick:
+        check_text(report, loaded, manifest, data, where)
+    return loaded
+
+
+def _verify_config(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+    """Its metadata against the manifest; False where it cannot be read."""
+    claims = {key: manifest[key] for key in ("method", "target", "sparsity")}
+    try:
+        config = read_json(folder / "config.json").get(METADATA_KEY)
+    except (UserError, AttributeError) as error:
+        return report.expect("config.json", False, f"{where}config.json cannot be read: {error}")
+    report.expect(
+        "config.json",
+        config == claims,
+        f"{where}config.json says {in_full(config)}, {MANIFEST} {in_full(claims)}: they must agree",
+    )
+    return True
+
+
+def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -> None:
+    """What can be said of the claims on layer problems without the layers' inputs: that they are possible."""
+    for layer in manifest["layers"]:
+        name, objective, bound = layer["name"], layer["objective"], layer["bound"]
+        status = layer["status"]
+        report.expect(
+            "status of every layer",
+            status is None or status in Status.__members__,
+            f"{where}{name}: there is no status {in_full(status)}",
+        )
+        report.expect(
+            "bound of every layer below its objective",
+            bound is None or (is_number(bound) and is_number(objective) and bound <= objective * (1 + 1e-6) + 1e-12),
+            f"{where}{name}: claimed bound {in_full(bound)} lies above the objective {in_full(objective)}",
+        )
+
+
+def _verify_weights(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+    """Files, fingerprints and finite values; False where the model is not to be loaded."""
+    claimed = manifest["weights"]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not report.expect(
+        "weight files", names == sorted(claimed), f"{where}weights claimed in {sorted(claimed)}, found in {names}"
+    ):
+        return False
+    try:
+        found = weights_sha256(folder)
+    except (SafetensorError, OSError) as error:
+        return report.expect("weight files", False, f"{where}the weights cannot be read: {error}")
+    sound = True
+    for name in names:
+        before, now = claimed[name]["tensors"], found[name]["tensors"]
+        changed = [key for key in before if key in now and before[key] != now[key]]
+        for key in changed:
+            report.expect("tensors", False, f"{where}the tensor {key} in {name} is not the one that was saved")
+        for key in sorted(before.keys() ^ now.keys()):
+            sound = report.expect(
+                "tensors", False, f"{where}{name} {'lacks' if key in before else 'has gained'} the tensor {key}"
+            )
+        report.expect(
+            "tensors",
+            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == found[name]["sha256"],
+            f"{where}{name} is not the file that was saved, though its tensors are",
+        )
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                finite = bool(torch.isfinite(file.get_tensor(key)).all())
+                sound &= report.expect("finite values", finite, f"{where}the tensor {key} holds NaN or Inf")
+    return sound
+
+
+def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manifest, where: str) -> None:
+    views = {view.name: view for block in decoder_blocks(loaded.model) for view in block.weights}
+    claims = {layer["name"]: layer for layer in manifest["layers"]}
+    report.expect(
+        "layers",
+        claims.keys() == views.keys() and len(claims) == len(manifest["layers"]),
+        f"{where}the layers claimed are not those of the model: {sorted(claims.keys() ^ views.keys())[:3]}",
+    )
+    target = target_of(manifest, loaded.model)
+    if target is None:
+        report.expect("target", False, f"{where}the target {manifest['target']} is not among the settings")
+        return
+    left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
+    sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
+    structured = bool(manifest["details"].get("units"))  # rows and columns are gone
+    for name in views.keys() & claims.keys():
+        shape = list(views[name].shape)
+        report.expect(
+            "shape of every matrix",
+            all(a <= b for a, b in zip(shape, claims[name]["shape"], strict=True))
+            if structured
+            else shape == claims[name]["shape"],
+            f"{where}{name}: claimed shape {claims[name]['shape']}, found {shape}",
+        )
+        claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
+        report.expect(
+            "sparsity of every matrix",
+            same_fraction(claimed, found),
+            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
+        )
+    if structured:
+        report.by_fingerprint(f"{MANIFEST}: layers[].shape")
+    total, kept = sum(sizes.values()), sum(left.values())
+    report.expect(
+        "block weights",
+        manifest["block_weights"] == total,
+        f"{where}claimed {manifest['block_weights']} weights in the dense blocks, the layers' shapes hold {total}",
+    )
+    found = 1 - kept / total
+    report.numbers[f"{where}sparsity"] = found
+    report.expect(
+        "sparsity",
+        same_fraction(manifest["sparsity"], found),
+        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
+    )
+    for name, how in _misses(report, manifest, target, views, left, sizes, where).items():
+        report.expect("target", how is None, f"{where}{name}: {how}")
+
+
+def _misses(
+    report: Verification,
+    manifest: Manifest,
+    target: Target,
+    views: dict[str, WeightView],
+    left: dict[str, int],
+    sizes: dict[str, int],
+    where: str,
+) -> dict[str, str | None]:
+    """What misses the target or lies outside its sparse set, and how."""
+    own = {name: found for name in views if (found := target.at(name)) is not None}
+    described = manifest["settings"].get("constraint")
+    if described is not None and target.pattern is None:
+        family = made_set(described)
+        if family is None:
+            report.open(f"{where}target: the set {described} is not at hand here, and only it can tell")
+            return {}
+        try:
+            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in own.items()}
+        except Exception as error:  # whatever a plug-in raises
+            report.open(f"{where}target: the set {described} cannot be asked ({type(error).__name__}: {error})")
+            return {}
+        return {
+            name: None if inside else f"it is not in the set {described} at {own[name].label}"
+            for name, inside in held.items()
+        }
+    if manifest["budget"] == "model" and target.pattern is None:
+        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
+        total = sum(sizes.values())
+        return {"all matrices together": _too_few(total - sum(left.values()), total, asked, target)}
+    if manifest["budget"] not in ("matrix", "model"):
+        report.open(f"{where}target: it is a fraction of the {manifest['budget']}, not of the weights")
+        return {}
+    return {
+        name: _missed(views[name], left[name], sizes.get(name, views[name].read().numel()), one)
+        for name, one in own.items()
+    }
+
+
+def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
+    """How a matrix of so many dense weights misses its target."""
+    if target.pattern is None:
+        return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
+    kept, group = target.pattern
+    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
+    return f"{over} groups keep more than {kept} of {group}" if over else None
+
+
+def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
+    """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
+    return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
