@@ -25,9 +25,8 @@ from admm_prune.inference.timing import decode, least, prefill
 from admm_prune.methods.base import Request
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
-from admm_prune.models.budgets import savings
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import branches
+from admm_prune.models.sublayers import branches, savings
 from benchmarks.machine import headline, machine
 
 RECIPE = StruPrune(multiple=64)

@@ -3,7 +3,7 @@
     python scripts/train_embedded_model.py WORK_DIR [--steps 2100] [--family llama|opt]
 
 WORK_DIR receives the tokenizer, a checkpoint every 250 steps (the same command continues from it), a log, and at the
-end `model/`, a `save_pretrained` folder in bf16. Held-out modules (`admm_prune.data.standard_library.is_held_out`), and
+end `model/`, a `save_pretrained` folder in bf16. Held-out modules (`admm_prune.data.sources.is_held_out`), and
 the tests of such modules, are never read for training. Hidden matrices are trained by Muon, the rest by AdamW.
 """
 
@@ -22,17 +22,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from admm_prune.data import standard_library
+from admm_prune.data import sources
 
 VOCABULARY, CONTEXT, END = 4096, 512, "<|endoftext|>"
 
 
 def training_documents() -> list[str]:
     """Library modules that are not held out, and tests that name no held-out module."""
-    held_out = {name.split(".")[-1] for name, _ in standard_library.modules() if standard_library.is_held_out(name)}
+    held_out = {name.split(".")[-1] for name, _ in sources.standard_library_modules() if sources.is_held_out(name)}
     subjects = lambda name: {part.removeprefix("test_").removesuffix("_test") for part in name.split(".")}  # noqa: E731
     tests = [text for name, text in installed_modules(tests=True) if held_out.isdisjoint(subjects(name))]
-    return standard_library.documents(held_out=False) + tests
+    return sources.standard_library_documents(held_out=False) + tests
 
 
 def train_tokenizer(documents: list[str], path: Path) -> PreTrainedTokenizerFast:
@@ -128,9 +128,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    tokenizer = train_tokenizer(standard_library.documents(held_out=False), args.work / "tokenizer.json")
+    tokenizer = train_tokenizer(sources.standard_library_documents(held_out=False), args.work / "tokenizer.json")
     stream = encode(tokenizer, training_documents())
-    held_out_text = standard_library.documents(held_out=True)
+    held_out_text = sources.standard_library_documents(held_out=True)
     held_out = encode(tokenizer, held_out_text)
     characters = sum(map(len, held_out_text))
     print(f"{stream.numel()} training tokens, {held_out.numel()} held out, {characters} characters", flush=True)

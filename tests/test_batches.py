@@ -15,8 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, Status, Unstructured
 from admm_prune.errors import UserError
 from admm_prune.ops import backend
-from admm_prune.plan.counting import counted
-from admm_prune.plan.stages import stretch
+from admm_prune.plan.counting import counted, stretch
 from admm_prune.problems.constraints import Blocks, SparseSet, StackedRows
 from admm_prune.result import Result
 from admm_prune.solvers import admm_state, together
@@ -24,7 +23,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.schedules import Constant
 from admm_prune.testing.instances import correlated_inputs, random_weight
-from admm_prune.testing.views import OnlyProximable
+from admm_prune.testing.supports import OnlyProximable
 
 ROWS, WIDTH = 6, 16
 CONSTRAINTS: dict[str, SparseSet] = {

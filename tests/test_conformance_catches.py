@@ -21,7 +21,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.support_descent import Magnitude
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
-from admm_prune.testing.views import OnlyStochastic
+from admm_prune.testing.supports import OnlyStochastic
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from admm_prune import prune
-from admm_prune.data import standard_library
+from admm_prune.data import sources
 from admm_prune.data.sequences import pack
 from admm_prune.data.sources import Corpus
 from admm_prune.models.evaluate import evaluate
@@ -26,7 +26,7 @@ def test_it_is_small_enough_to_ship() -> None:
 
 
 def test_it_beats_lzma_on_held_out_modules(embedded) -> None:
-    documents = standard_library.documents(held_out=True)[::6]
+    documents = sources.standard_library_documents(held_out=True)[::6]
     text = "".join(documents)
     packed = pack(Corpus("held out", tuple(documents)), embedded.tokenizer, length=512, packing="windows")
     bits = evaluate(embedded.model, packed).bits_per_char
@@ -47,17 +47,17 @@ def test_it_writes_python(embedded) -> None:
 def test_the_split_is_fixed_by_names() -> None:
     # The model was trained on this split: a change of the rule would show it held-out text.
     for name in ("asyncio.events", "collections", "configparser", "glob", "gzip", "http.server", "inspect"):
-        assert standard_library.is_held_out(name)
+        assert sources.is_held_out(name)
     for name in ("argparse", "heapq", "json.decoder", "typing", "csv", "socket"):
-        assert not standard_library.is_held_out(name)
-    held_out = sum(standard_library.is_held_out(name) for name, _ in standard_library.modules())
-    assert 0.05 < held_out / sum(1 for _ in standard_library.modules()) < 0.15
+        assert not sources.is_held_out(name)
+    held_out = sum(sources.is_held_out(name) for name, _ in sources.standard_library_modules())
+    assert 0.05 < held_out / sum(1 for _ in sources.standard_library_modules()) < 0.15
 
 
 def test_the_text_is_the_same_on_every_machine() -> None:
     # The figures of README and docs are those of this text: an interpreter's own library differs between releases,
     # distributors, and the paths that it was installed to.
-    documents = {held_out: standard_library.documents(held_out) for held_out in (False, True)}
+    documents = {held_out: sources.standard_library_documents(held_out) for held_out in (False, True)}
     assert {held_out: len(texts) for held_out, texts in documents.items()} == {False: 531, True: 76}
     prints = {held_out: Corpus("embedded", tuple(texts)).fingerprint[:16] for held_out, texts in documents.items()}
     assert prints == {False: "7bea7854170a3a95", True: "01a62186d3b21e84"}

@@ -23,7 +23,7 @@ from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.result import Result
 from admm_prune.solvers.schedules import Constant
 from admm_prune.testing.instances import correlated_inputs, random_weight
-from admm_prune.testing.views import OnlyProximable
+from admm_prune.testing.supports import OnlyProximable
 
 _ASKING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"}
 

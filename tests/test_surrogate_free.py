@@ -19,7 +19,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.stochastic_admm import StochasticADMM
 from admm_prune.testing import assert_problem_conforms, assert_solver_conforms
-from admm_prune.testing.views import OnlyStochastic
+from admm_prune.testing.supports import OnlyStochastic
 
 Batch = tuple[Tensor, Tensor]
 

@@ -1,19 +1,21 @@
 """Text from local files, folders, Hub datasets, Python objects and the embedded corpus, as documents.
 
-A part of a local text is kept apart for evaluation.
+A part of a local text is kept apart for evaluation. The embedded corpus is the Python standard library's.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from admm_prune.data import standard_library
 from admm_prune.data.conversations import ChatText
 from admm_prune.data.formats import (
     NoSplitError,
@@ -30,6 +32,28 @@ from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_ONE_IN = 10
+
+
+def is_held_out(module: str) -> bool:
+    """sha256(module name) mod 10 == 0: a tenth of the modules."""
+    return hashlib.sha256(module.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
+
+
+def standard_library_modules() -> Iterator[tuple[str, str]]:
+    """Yields (dotted module name, source text) in the order of the names."""
+    packed = files("admm_prune").joinpath("assets/standard_library/modules.jsonl.gz").read_bytes()
+    for line in gzip.decompress(packed).decode().split("\n"):  # not splitlines(): modules hold form feeds and U+2028
+        if line:
+            row = json.loads(line)
+            yield row["module"], row["text"]
+
+
+def standard_library_documents(held_out: bool) -> list[str]:
+    """The text of the held-out modules, or of all the others, one document a module."""
+    return [text for name, text in standard_library_modules() if is_held_out(name) == held_out]
+
 
 EMBEDDED = "embedded"
 PYTHON_OBJECT = "<python object>"  # the name of a text that was passed from Python
@@ -160,7 +184,7 @@ def _exists(path: Path) -> bool:
 def _embedded_documents(split: str) -> Iterator[str]:
     if split not in ("train", "validation", "test"):
         raise UserError(f"the embedded corpus has no split {split!r}: choose train, validation or test")
-    yield from standard_library.documents(held_out=split != "train")
+    yield from standard_library_documents(held_out=split != "train")
 
 
 def _local_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]:

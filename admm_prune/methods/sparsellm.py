@@ -1,4 +1,7 @@
-"""SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output."""
+"""SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output.
+
+Processes that work on one problem with a share of its tokens each, and go on from one and the same point.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.agreement import Agreed
 from admm_prune.methods.base import LayerReport, Outcome, Request
 from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
@@ -33,8 +35,26 @@ from admm_prune.problems.layer import Share, Total
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result
 from admm_prune.solvers.alternating import Alternating
+from admm_prune.solvers.base import Solver
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.statistics import GramAccumulator
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A solver that ends everywhere with the solution of the first process.
+
+    All of them solve, by statistics that are those of all tokens: where machines round alike nothing changes. What is
+    chosen, a support above all, is the choice of one.
+    """
+
+    inner: Solver
+    world: World
+
+    def solve(self, problem: Any, *, start: Point | None = None) -> Result:
+        result = self.inner.solve(problem, start=start)
+        return replace(result, solution=result.solution.map(lambda x: self.world.handed(x.contiguous(), 0)))
+
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
 

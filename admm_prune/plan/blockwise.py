@@ -35,8 +35,7 @@ from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.sublayers import Branch, branches
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
-from admm_prune.plan.counting import Counting, Work, counted
-from admm_prune.plan.stages import Stage, Stretch, stretch
+from admm_prune.plan.counting import Counting, Stage, Stretch, Work, counted, stretch
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES

@@ -1,18 +1,16 @@
-"""What code does, counted while it runs: on real tensors, or on the meta device, where it runs without data.
+"""Operations and bytes of code, counted while it runs on real tensors or on the meta device, and the stages of a run.
 
 On the meta device nothing has a value. Where code asks for one, it is given what well-formed input would give: a check
 of all entries holds, a search for any bad one finds none, a mask selects everything.
-
-Operations, of the kinds that a machine has a rate for.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -244,3 +242,59 @@ def _key(tensor: Tensor) -> int:
     """Of its storage: torch has no public name for it, and on the meta device no address."""
     key: int = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return key
+
+
+LIBRARIES = "interpreter and libraries"  # always on the host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of a run.
+
+    Attributes:
+        parts: bytes in memory at its peak, by what they are for.
+        work: of all the times that it happens.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    work: Work = field(default_factory=Work)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def beside(self, parts: Mapping[str, int]) -> Stage:
+        """With more in memory at the same time."""
+        return replace(self, parts={**parts, **self.parts})
+
+    def times(self, count: float) -> Stage:
+        """Happening so many times, one after the other."""
+        return replace(self, work=self.work * count)
+
+
+@dataclass
+class Stretch:
+    """What a piece of code was counted to take: bytes made at most, bytes left behind, operations."""
+
+    peak: int = 0
+    left: int = 0
+    work: Work = field(default_factory=Work)
+
+
+@contextmanager
+def stretch(counting: Counting) -> Generator[Stretch]:
+    """Counts what is done within, over what was there before."""
+    before, found = counting.live, Stretch()
+    counting.rest()
+    yield found
+    found.peak, found.left, found.work = counting.peak - before, counting.live - before, counting.work
+
+
+def by_name(stages: list[Stage], merge: Callable[[str], str] = str) -> dict[str, Work]:
+    """The work of all stages of one name together."""
+    found: dict[str, Work] = {}
+    for stage in stages:
+        name = merge(stage.name)
+        found[name] = found.get(name, Work()) + stage.work
+    return found

@@ -20,9 +20,8 @@ from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
-from admm_prune.plan.counting import Work
+from admm_prune.plan.counting import LIBRARIES, Stage, Work
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
-from admm_prune.plan.stages import LIBRARIES, Stage
 from admm_prune.runs.machine import check_dtype, free_bytes, resident_bytes
 from admm_prune.runs.texts import TextSettings
 

@@ -32,8 +32,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.ops.activations import Activation
-from admm_prune.plan.counting import counted
-from admm_prune.plan.stages import Stretch, stretch
+from admm_prune.plan.counting import Stretch, counted, stretch
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.feed_forward import Network

@@ -22,8 +22,8 @@ from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import fingerprint, load
 from admm_prune.runs import prune
-from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.fingerprints import with_digest
+from admm_prune.runs.claims import weights_sha256, with_digest
+from admm_prune.runs.evaluate import judged_dense
 from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import check_dtype, pick_device
@@ -31,7 +31,6 @@ from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.report import write_report
 from admm_prune.runs.report.content import lowest_of_target, mean_error
 from admm_prune.runs.texts import Texts, TextSettings
-from admm_prune.runs.validation import judged_dense
 
 _MODELS = "models"
 

@@ -1,4 +1,4 @@
-"""A saved model judged on a text."""
+"""A model evaluated on a text: perplexity, sparsity, and a continuation of the text's beginning."""
 
 from __future__ import annotations
 
@@ -7,20 +7,78 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Request
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.loading import load
+from admm_prune.models.activation_store import Shelf
+from admm_prune.models.evaluate import Evaluation, continued, evaluate
+from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.texts import Texts, TextSettings, check_data, judging_text
 
+_PROMPT, _CONTINUED = 24, 24  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a model is held against, or held up to.
+
+    Attributes:
+        text: that it was judged on.
+        prompt: the beginning of the text.
+        continuation: what the model writes after it, greedily. Both are empty where the model is not in memory, because
+            every token that is written takes all weights.
+    """
+
+    text: Sequences
+    figures: Evaluation
+    prompt: str
+    continuation: str
+
+    def beside(self, pruned: Validation) -> dict[str, str]:
+        """The prompt, and both continuations; empty where there are none."""
+        written = {"prompt": self.prompt, "dense": self.continuation, "pruned": pruned.continuation}
+        return written if self.prompt else {}
+
+
+def judged(loaded: LoadedModel, text: Sequences, request: Request) -> Validation:
+    """A model as it is now, wherever its weights are."""
+    prompt, continuation = ("", "") if loaded.residence.hollow else beginning_continued(loaded, text)
+    shelf = Shelf(request.activation_bytes, request.journal.scratch())
+    figures = evaluate(loaded.model, text, loaded.residence, shelf, request.world)
+    return Validation(text=text, figures=figures, prompt=prompt, continuation=continuation)
+
+
+def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]:
+    """The beginning of a text, and how a model in memory continues it greedily."""
+    ids = text.rows[0].ids[:_PROMPT]
+    continuation = continued(loaded.model, ids, _CONTINUED)
+    return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(continuation))
+
+
+def judged_dense(loaded: LoadedModel, text: Sequences, request: Request) -> Validation:
+    """A model before it is pruned, from the request's journal where that has it."""
+
+    def judge() -> dict[str, object]:
+        found = judged(loaded, text, request)
+        return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
+
+    found = request.journal.once("dense", judge)
+    return Validation(
+        text=text,
+        figures=Evaluation(**found["figures"]),
+        prompt=found["prompt"],
+        continuation=found["continuation"],
+    )
+
 
 @dataclass(frozen=True)
-class Judgement:
+class ModelEvaluation:
     """How well a model predicts the text, and the share of zeros in its block matrices."""
 
     figures: Evaluation
@@ -39,7 +97,7 @@ def evaluate_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     **changes: Any,
-) -> Judgement:
+) -> ModelEvaluation:
     """Loads a model and evaluates it on a text.
 
     Args:
@@ -65,7 +123,7 @@ def evaluate_model(
     else:
         assert text is not None
         sequences, record = judging_text(text, loaded)
-    return Judgement(evaluation.evaluate(loaded.model, sequences), sparsity, record)
+    return ModelEvaluation(evaluation.evaluate(loaded.model, sequences), sparsity, record)
 
 
 def text_of_run(model: str) -> TextSettings | None:

@@ -1,4 +1,7 @@
-"""One run: a model, a method and a target in; a pruned model, its figures and its folder out."""
+"""One run: a model, a method and a target in; a pruned model, its figures and its folder out.
+
+Whether a model is taken from disk block by block, or loaded as a whole.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Request
+from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.parts import Objective, check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import Ridge, parse_ridge
 from admm_prune.methods.struprune.selectors import Selection
-from admm_prune.methods.struprune.struprune import configured
+from admm_prune.methods.struprune.struprune import StruPrune, configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
@@ -26,8 +30,8 @@ from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
 from admm_prune.problems.constraints import SparseSet
-from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.fingerprints import files_sha256, with_digest
+from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
+from admm_prune.runs.evaluate import Validation, judged, judged_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.shared import shared_journal
 from admm_prune.runs.machine import check_dtype, free_bytes, pick_device, return_freed_memory
@@ -35,14 +39,55 @@ from admm_prune.runs.manifest import Phase, Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
-from admm_prune.runs.streaming import Stream, decide, default_activation_bytes
 from admm_prune.runs.texts import Texts, TextSettings, check_data, passed_from_python
 from admm_prune.runs.trackers import Tracker, figures_of, followed, tracker_named
-from admm_prune.runs.validation import Judgement, judged, judged_dense
 from admm_prune.solvers.base import Solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Stream = Literal["auto"] | bool
+_COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top
+
+
+def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device: str) -> bool:
+    """Whether to stream.
+
+    Args:
+        stream: what the user says; "auto" streams a folder whose weights would not fit comfortably.
+        model: a name, a folder, or a module.
+        written: the result goes to a folder.
+        device: where the weights would go.
+
+    Raises:
+        UserError: it is asked for and cannot be done.
+    """
+    if stream not in ("auto", True, False):
+        raise UserError(f"stream must be auto, True or False, not {stream!r}")
+    why = _why_not(model, recipe, written)
+    if stream is True and why is not None:
+        raise UserError(f"cannot stream: {why}")
+    if stream != "auto":
+        return stream
+    return why is None and weight_bytes(Path(str(model)).expanduser()) > _COMFORT * free_bytes(device)
+
+
+def default_activation_bytes(device: str) -> int:
+    """A quarter of what is free on the host, where activations live whatever the device."""
+    return free_bytes("cpu") // 4
+
+
+def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
+    if not isinstance(model, str | Path):
+        return "the model is in memory already: give its folder"
+    if not written:
+        return "the pruned model has to go to a folder: give --out"
+    if isinstance(recipe, Trained):
+        return f"{recipe.name} trains all weights at once: choose a method that goes block by block"
+    if isinstance(recipe, StruPrune) and recipe.form == "padded":
+        return f"{recipe.name} pads to the widest block, which is known only at the end: choose struprune"
+    return None
+
 
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
 _ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
@@ -319,7 +364,7 @@ def run_recipe(
     recipe: Recipe,
     request: Request,
     loaded: LoadedModel,
-    dense: Judgement,
+    dense: Validation,
     record: dict[str, Any],
     phases: Phases | None = None,
 ) -> Report:

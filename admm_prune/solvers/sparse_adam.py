@@ -18,8 +18,7 @@ from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, laid_out_as
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
-from admm_prune.solvers.elsa.gradients import clip, refuse_sparse, total_norm
-from admm_prune.solvers.elsa.moments import Later, MomentFormat, Moments
+from admm_prune.solvers.elsa.moments import Later, MomentFormat, Moments, clip, refuse_sparse, total_norm
 from admm_prune.solvers.elsa.parameter_groups import Target, group_of, name_alike, names_of, parameter_groups
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
 from admm_prune.solvers.elsa.state import at_once, check_saved, copy_saved

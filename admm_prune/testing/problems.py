@@ -25,7 +25,7 @@ from admm_prune.problem import (
     SupportConstraint,
 )
 from admm_prune.testing.drawing import for_all, st
-from admm_prune.testing.quadratics import check_quadratic
+from admm_prune.testing.instances import check_quadratic
 from admm_prune.testing.results import (
     Case,
     equal,
@@ -38,7 +38,7 @@ from admm_prune.testing.results import (
     slope,
 )
 from admm_prune.testing.sampling import check_curvature, check_sampled_losses
-from admm_prune.testing.views import check_held_out
+from admm_prune.testing.supports import check_held_out
 
 _DIRECTIONS = 6
 

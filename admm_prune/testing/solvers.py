@@ -16,11 +16,9 @@ from admm_prune.result import Result
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.drawing import for_all, st
-from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, TROUBLES, VIEWS, Maker, ill_posed, layer
-from admm_prune.testing.iteration import check_iterative
-from admm_prune.testing.quadratics import optimum
+from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, TROUBLES, VIEWS, Maker, ill_posed, layer, optimum
+from admm_prune.testing.iteration import Trial, check_iterative
 from admm_prune.testing.results import Case, check_result, named, same_bits
-from admm_prune.testing.trial import Trial
 
 _TINY: tuple[tuple[SparseSet, int, int], ...] = (
     (RowWise(0.5), 1, 12),

@@ -9,7 +9,7 @@ from typing import Any
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
-from admm_prune.runs.fingerprints import entries, has_own_digest, read_json
+from admm_prune.runs.claims import entries, has_own_digest, read_json
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.report.pages import PLOT, REPORT
 from admm_prune.verify.report import Verification

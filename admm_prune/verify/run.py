@@ -16,17 +16,22 @@ from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.point import Point
 from admm_prune.result import Status
-from admm_prune.runs.claims import weights_sha256
-from admm_prune.runs.fingerprints import DIGEST, read_json
+from admm_prune.runs.claims import DIGEST, read_json, weights_sha256
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.report.content import mean_error
 from admm_prune.runs.report.pages import read_manifest
 from admm_prune.verify.integrity import check_files, check_manifest, is_number, remaining
-from admm_prune.verify.manifest import check_fields
-from admm_prune.verify.report import Verification, in_full, same_fraction
-from admm_prune.verify.settings import check_recipe_file, check_settings, made_set, target_of
-from admm_prune.verify.texts import check_text, evaluation_text_is_there, same
+from admm_prune.verify.report import Verification, check_fields, in_full, same_fraction
+from admm_prune.verify.settings import (
+    check_recipe_file,
+    check_settings,
+    check_text,
+    evaluation_text_is_there,
+    made_set,
+    same,
+    target_of,
+)
 
 Manifest = dict[str, Any]
 

@@ -29,8 +29,7 @@ from admm_prune.methods.local import method_named
 from admm_prune.methods.target import Target
 from admm_prune.models import loading
 from admm_prune.models.loading import LoadedModel
-from admm_prune.runs.claims import CLAIMS_DIGEST, claims_sha256
-from admm_prune.runs.fingerprints import with_digest
+from admm_prune.runs.claims import CLAIMS_DIGEST, claims_sha256, with_digest
 from admm_prune.runs.layer import solve_layer_file
 from admm_prune.verify import run
 from admm_prune.verify.layer import verify_layer

@@ -11,8 +11,8 @@ import pytest
 from admm_prune.errors import UserError
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
+from admm_prune.runs.claims import with_digest
 from admm_prune.runs.compare import ComparisonSettings, compare
-from admm_prune.runs.fingerprints import with_digest
 from admm_prune.runs.prune import prune
 from admm_prune.runs.texts import TextSettings
 from admm_prune.verify.report import Verdict, Verification

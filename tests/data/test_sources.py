@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from admm_prune.data import sources, standard_library
+from admm_prune.data import sources
 from admm_prune.data.sources import Corpus, read_corpus
 from admm_prune.errors import UserError
 
@@ -79,7 +79,7 @@ def test_limit_counts_documents_that_are_not_blank(tmp_path: Path) -> None:
 def test_the_embedded_corpus_parts_held_out_modules() -> None:
     train = set(read_corpus("embedded", limit=50).documents)
     validation = read_corpus("embedded", split="validation")
-    assert validation.documents == tuple(standard_library.documents(held_out=True))
+    assert validation.documents == tuple(sources.standard_library_documents(held_out=True))
     assert validation == Corpus("embedded", read_corpus("embedded", split="test").documents)
     assert train.isdisjoint(validation.documents)
 

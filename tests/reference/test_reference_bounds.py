@@ -17,8 +17,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Constraint, SupportConstraint
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, Unstructured
 from admm_prune.solvers.reference import Bound, BranchAndBound, BruteForce, lower_bound, perspective_bound
-from admm_prune.solvers.reference.bounds import loss_bounds
-from admm_prune.solvers.reference.perspective import dual_value
+from admm_prune.solvers.reference.bounds import dual_value, loss_bounds
 from admm_prune.solvers.reference.rows import Supports, recognise, separate
 
 SLACK = 1 + 1e-9

@@ -26,10 +26,9 @@ from admm_prune.models.experts import routed
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, blockwise_stages, training
-from admm_prune.plan.counting import KINDS, Work, counted
+from admm_prune.plan.counting import KINDS, Stretch, Work, counted, stretch
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
-from admm_prune.plan.stages import Stretch, stretch
 from admm_prune.plan.trials import LayerTrial, random_gram, view_of
 from admm_prune.statistics import LayerStatistics
 

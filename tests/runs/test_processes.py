@@ -26,11 +26,10 @@ from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.sparsellm import SPARSELLM
 from admm_prune.methods.struprune.struprune import STRUCTURED
 from admm_prune.methods.target import Target
-from admm_prune.models.budgets import savings
 from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import branches
+from admm_prune.models.sublayers import branches, savings
 from admm_prune.problems.layer import Share
 from admm_prune.runs.texts import Texts, TextSettings
 

@@ -24,7 +24,7 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.runs import streaming
+from admm_prune.runs import prune as prune_module
 from admm_prune.runs.prune import Report
 from admm_prune.runs.texts import Texts, TextSettings
 from admm_prune.verify.run import verify_folder
@@ -203,7 +203,7 @@ def test_a_model_that_would_fill_the_memory_is_streamed(
 ) -> None:
     size = sum(path.stat().st_size for path in model_folder.glob("*.safetensors"))
     for free, streams in ((size, True), (10 * size, False)):
-        monkeypatch.setattr(streaming, "free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr(prune_module, "free_bytes", lambda _, free=free: free)
         report = prune(model_folder, tmp_path / str(free), text_file, method="magnitude")
         assert report.manifest["settings"]["stream"] is streams
 

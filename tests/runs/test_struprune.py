@@ -18,12 +18,11 @@ from admm_prune.methods.base import Outcome, Request
 from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
 from admm_prune.methods.struprune.sublayer import Pruner
 from admm_prune.methods.target import Target
-from admm_prune.models import budgets
-from admm_prune.models.budgets import UNITS, savings
+from admm_prune.models import sublayers
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import branches
+from admm_prune.models.sublayers import UNITS, branches, savings
 from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
 from admm_prune.runs.compare import ComparisonSettings, compare
@@ -116,14 +115,14 @@ def test_savings_are_those_of_the_matrices(model_folder: Path) -> None:
 
 def test_weights_on_disk_are_timed_where_they_will_compute(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device, where they have no bytes, multiplies in no time whatever their shape."""
-    seconds, places = budgets._seconds, []
+    seconds, places = sublayers._seconds, []
 
     def watched(*arguments: Any) -> float:
         places.append(arguments[-1])
         return seconds(*arguments)
 
-    monkeypatch.setattr(budgets, "_seconds", watched)
-    budgets._seconds_saved.cache_clear()
+    monkeypatch.setattr(sublayers, "_seconds", watched)
+    sublayers._seconds_saved.cache_clear()
     for branch in branches(decoder_blocks(open_on_disk(str(model_folder)).model)[0]):
         saved = savings(branch, "latency", tokens=64)
         assert float(saved[-1]) > 0

@@ -21,11 +21,10 @@ from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
 from admm_prune.methods.target import Target
-from admm_prune.models.budgets import UNITS, Unit, savings
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
 from admm_prune.models.structure import Block, decoder_blocks
-from admm_prune.models.sublayers import Branch, branches, heads_stay, keep_units
+from admm_prune.models.sublayers import UNITS, Branch, Unit, branches, heads_stay, keep_units, savings
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, together
 from admm_prune.statistics import LayerStatistics
 

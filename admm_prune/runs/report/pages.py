@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.errors import UserError
-from admm_prune.runs.fingerprints import read_json, record_pages
+from admm_prune.runs.claims import read_json, record_pages
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_output_file
 from admm_prune.runs.report import content, plots
 from admm_prune.runs.report.content import Manifest, Weights, overlap

@@ -1,18 +1,113 @@
-"""The drawings of the reports, each from what a manifest holds; None where it holds nothing to draw."""
+"""Plots of a report as SVG, in one style."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from admm_prune.runs.report import drawing
 from admm_prune.runs.report.content import TILES, Layer, Weights
-from admm_prune.runs.report.drawing import INK
+
+# Okabe and Ito's palette, told apart also by the colour-blind, its yellow darkened for paper. In a page the n-th is the
+# page's own --series-n, which is lighter on a dark ground.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8000")
+MARKERS = "osD^vP*X"
+INK = "#121314"  # stands for the page's own text colour: no drawing has it otherwise
+_MOST_LABELS = 16
+WIDTH = 4.8  # inches: at this width a letter is as large on a phone as it is drawn
+
+
+def style(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th series; no two of the first 56 are alike."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def panels(count: int = 1, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure with so many panels one below the other, each of this height in inches: (figure, axes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height * count), layout="constrained", facecolor="none")
+    axes = list(figure.subplots(count, 1, squeeze=False).flat)
+    for panel in axes:
+        panel.set_facecolor("none")
+        panel.tick_params(colors=INK)
+        panel.grid(visible=True, color="#888888", alpha=0.25, linewidth=0.6)
+        for name, spine in panel.spines.items():
+            spine.set_color(INK)
+            spine.set_visible(name in ("left", "bottom"))
+        for label in (panel.xaxis.label, panel.yaxis.label, panel.title):
+            label.set_color(INK)
+    return figure, axes
+
+
+def legend(figure: Any, *axes: Any, columns: int = 3) -> None:
+    """One legend below the panels, every label once, in columns that fit; none of more than can be told apart."""
+    found: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not 0 < len(found) <= _MOST_LABELS:
+        return
+    longest = max(map(len, found))
+    columns = max(1, min(columns, len(found), 60 // (longest + 6)))
+    figure.legend(
+        found.values(),
+        found.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+    )
+
+
+def logarithmic(panel: Any) -> None:
+    """A logarithmic y axis whose marks are plain numbers, also where it spans less than a power of ten."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    subs = (1, 2, 5) if high < 1e3 * low else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(7))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def whole_numbers(panel: Any) -> None:
+    """Marks of the x axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def svg(figure: Any, name: str) -> str:
+    """The drawing as an SVG element, the same text for the same drawing.
+
+    Letters stay letters, which can be searched and scaled. What is drawn in `INK` or one of `COLOURS` takes the
+    colour that the page gives it, light or dark.
+
+    Args:
+        name: unique in the page; ids begin with it.
+    """
+    from matplotlib import rc_context
+
+    text = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    drawn = text.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'\bid="', f'id="{name}-', drawn)
+    drawn = re.sub(r'(url\(|href=")#', rf"\1#{name}-", drawn)
+    for i, colour in enumerate(COLOURS):
+        drawn = drawn.replace(colour, f"var(--series-{i})")
+    return drawn.replace(INK, "currentColor")
+
 
 _GAP = 2  # pixels between the matrices of a map
 _MOST_ROWS = 8.0  # inches of a map
@@ -57,7 +152,7 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
         ]
     if np.isnan(picture).all():
         return None
-    figure, (axes,) = drawing.panels(height=min(_MOST_ROWS, 1.3 + 0.42 * len(blocks)))
+    figure, (axes,) = panels(height=min(_MOST_ROWS, 1.3 + 0.42 * len(blocks)))
     axes.grid(visible=False)
     colours = colormaps["cividis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.2))
     most = max(0.1, math.ceil(10 * float(np.nanmax(picture))) / 10)
@@ -75,7 +170,7 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
     bar.set_label("share left", color=INK)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
-    return drawing.svg(figure, "map")
+    return svg(figure, "map")
 
 
 def layer_errors(layers: Sequence[Layer]) -> str | None:
@@ -83,9 +178,9 @@ def layer_errors(layers: Sequence[Layer]) -> str | None:
     errors, bounds = by_matrix(layers, "relative_error"), by_matrix(layers, "bound")
     if not any(value > 0 for points in errors.values() for _, value in points):
         return None
-    figure, (axes,) = drawing.panels()
+    figure, (axes,) = panels()
     for i, (matrix, points) in enumerate(errors.items()):
-        look = drawing.style(i)
+        look = style(i)
         if points:
             axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, **look)
         if bounds[matrix]:
@@ -105,9 +200,9 @@ def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
     ]
     if not ratios:
         return None
-    figure, (axes,) = drawing.panels()
+    figure, (axes,) = panels()
     for i, (matrix, points) in enumerate(by_matrix(ratios, "ratio").items()):
-        axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, **drawing.style(i))
+        axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, **style(i))
     axes.axhline(1.0, color=INK, linewidth=0.8)
     return _over_blocks(figure, axes, "error of B / of A (log)", "ratios")
 
@@ -122,20 +217,20 @@ def errors_by_method(runs: Sequence[Mapping[str, Any]]) -> str | None:
     if not means:
         return None
     methods = list(dict.fromkeys(run["method"] for run in runs if run["target"] != "0%"))  # as in `perplexities`
-    figure, axes = drawing.panels(len(means), height=2.6)
+    figure, axes = panels(len(means), height=2.6)
     for panel, (target, lines) in zip(axes, means.items(), strict=True):
         for method, blocks in lines.items():
             x = sorted(blocks)
             y = [sum(blocks[block]) / len(blocks[block]) for block in x]
-            panel.plot(x, y, label=method, linewidth=1.2, markersize=5, **drawing.style(methods.index(method)))
+            panel.plot(x, y, label=method, linewidth=1.2, markersize=5, **style(methods.index(method)))
         panel.set_title(f"pruned: {target}", fontsize=10)
         panel.set_ylabel("mean error")
-        drawing.whole_numbers(panel)
+        whole_numbers(panel)
         if any(value > 0 for lines in panel.get_lines() for value in lines.get_ydata()):
-            drawing.logarithmic(panel)
+            logarithmic(panel)
     axes[-1].set_xlabel("block")
-    drawing.legend(figure, *axes)
-    return drawing.svg(figure, "methods")
+    legend(figure, *axes)
+    return svg(figure, "methods")
 
 
 def convergence(layers: Sequence[Layer]) -> str | None:
@@ -161,17 +256,17 @@ def convergence(layers: Sequence[Layer]) -> str | None:
     ]
     if not drawn:
         return None
-    figure, axes = drawing.panels(len(drawn), height=2.8)
+    figure, axes = panels(len(drawn), height=2.8)
     for panel, (what, curves, log) in zip(axes, drawn, strict=True):
         for i, (name, several) in enumerate(curves.items()):
-            _band(panel, several, name, drawing.COLOURS[i % len(drawing.COLOURS)], positive=log)
+            _band(panel, several, name, COLOURS[i % len(COLOURS)], positive=log)
         panel.set_ylabel(what)
-        drawing.whole_numbers(panel)
+        whole_numbers(panel)
         if log:
-            drawing.logarithmic(panel)
+            logarithmic(panel)
     axes[-1].set_xlabel("iteration")
-    drawing.legend(figure, *axes)
-    return drawing.svg(figure, "convergence")
+    legend(figure, *axes)
+    return svg(figure, "convergence")
 
 
 def training(details: Mapping[str, Any]) -> str | None:
@@ -180,9 +275,9 @@ def training(details: Mapping[str, Any]) -> str | None:
     duals = details.get("training", {}).get("dual_updates", [])
     if not curve:
         return None
-    figure, axes = drawing.panels(2 if duals else 1, height=2.8)
+    figure, axes = panels(2 if duals else 1, height=2.8)
     axes[0].plot(
-        [p["step"] for p in curve], [p["loss"] for p in curve], label="training loss", linewidth=1.2, **drawing.style(0)
+        [p["step"] for p in curve], [p["loss"] for p in curve], label="training loss", linewidth=1.2, **style(0)
     )
     stages = details.get("stages", [])
     for i, stage in enumerate(stages):
@@ -190,21 +285,21 @@ def training(details: Mapping[str, Any]) -> str | None:
     judged = [stage for stage in stages if stage.get("held_out_loss") is not None]
     if judged:
         x, y = [stage["step"] for stage in judged], [stage["held_out_loss"] for stage in judged]
-        axes[0].plot(x, y, linestyle="none", label="held-out loss, just projected", **drawing.style(1))
+        axes[0].plot(x, y, linestyle="none", label="held-out loss, just projected", **style(1))
     axes[0].set_ylabel("loss")
     if duals:
         for i, (field, label) in enumerate((("primal_residual", "|x − z| / |x|"), ("churn", "new in the support"))):
             points = [(dual["step"], dual[field]) for dual in duals if dual[field]]
             if points:
-                axes[1].plot(*zip(*points, strict=True), label=label, linewidth=1.2, color=drawing.COLOURS[i + 2])
+                axes[1].plot(*zip(*points, strict=True), label=label, linewidth=1.2, color=COLOURS[i + 2])
         axes[1].set_ylabel("log scale")
         if axes[1].get_lines():
-            drawing.logarithmic(axes[1])
+            logarithmic(axes[1])
     for panel in axes:
         panel.set_xlim(0, curve[-1]["step"] * 1.02)
     axes[-1].set_xlabel("step")
-    drawing.legend(figure, *axes, columns=2)
-    return drawing.svg(figure, "training")
+    legend(figure, *axes, columns=2)
+    return svg(figure, "training")
 
 
 def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
@@ -213,13 +308,13 @@ def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
     curves = [[(x, y / curve[0][1]) for x, y in curve] for curve in curves if all(y for _, y in curve)]
     if not curves:
         return None
-    figure, (axes,) = drawing.panels(height=2.8)
-    _band(axes, [dict(curve) for curve in curves], "feed-forward networks", drawing.COLOURS[0], marker="o")
+    figure, (axes,) = panels(height=2.8)
+    _band(axes, [dict(curve) for curve in curves], "feed-forward networks", COLOURS[0], marker="o")
     axes.axhline(1.0, color=INK, linewidth=0.8)
     axes.set_xlabel("round")
     axes.set_ylabel("loss / first round's")
-    drawing.whole_numbers(axes)
-    return drawing.svg(figure, "rounds")
+    whole_numbers(axes)
+    return svg(figure, "rounds")
 
 
 def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str | None:
@@ -227,36 +322,36 @@ def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str 
     rows = [row for row in comparison["rows"] if row["perplexity"] is not None]
     flat = [row for row in rows if row["target"] == "0%"]  # what prunes nothing: a level, as the dense model is
     targets = [t for t in dict.fromkeys(row["target"] for row in comparison["rows"]) if t != "0%"]
-    figure, (axes,) = drawing.panels(height=4.2)
+    figure, (axes,) = panels(height=4.2)
     for i, method in enumerate(dict.fromkeys(row["method"] for row in comparison["rows"] if row not in flat)):
         figures = {row["target"]: row["perplexity"] for row in rows if row["method"] == method}
         # A pattern is no point on the axis of sparsities: lines join the sparsities only.
         joined = [j for j, target in enumerate(targets) if ":" not in target and target in figures]
-        axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **drawing.style(i))
+        axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **style(i))
         alone = [j for j, target in enumerate(targets) if ":" in target and target in figures]
-        axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **drawing.style(i))
+        axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **style(i))
     if comparison["dense"]["perplexity"] is not None:
         axes.axhline(comparison["dense"]["perplexity"], color=INK, linestyle="--", label="dense")
     for row, line in zip(flat, (":", "-."), strict=False):
         axes.axhline(row["perplexity"], color=INK, linestyle=line, label=row["method"])
-    drawing.logarithmic(axes)
+    logarithmic(axes)
     axes.set_xticks(range(len(targets)), targets)
     axes.set_xlim(-0.3, max(len(targets), 1) - 0.7)
     axes.set_xlabel("pruned")
     axes.set_ylabel("perplexity (log scale)")
-    drawing.legend(figure, axes)
+    legend(figure, axes)
     if png is not None:
         figure.savefig(png, dpi=144, facecolor="white")
-    return drawing.svg(figure, "perplexities")
+    return svg(figure, "perplexities")
 
 
 def _over_blocks(figure: Any, axes: Any, what: str, name: str) -> str:
     axes.set_xlabel("block")
     axes.set_ylabel(what)
-    drawing.whole_numbers(axes)
-    drawing.logarithmic(axes)
-    drawing.legend(figure, axes)
-    return drawing.svg(figure, name)
+    whole_numbers(axes)
+    logarithmic(axes)
+    legend(figure, axes)
+    return svg(figure, name)
 
 
 def _curve(columns: Mapping[str, Any], field: str, scale: float = 1.0) -> dict[int, float]:

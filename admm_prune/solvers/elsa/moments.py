@@ -1,11 +1,14 @@
 """Adam's moments and step: in floats, in 8 bits (ours or bitsandbytes'), or as one Triton kernel.
 
 Random numbers are drawn from a seed and the step, so that a resumed run draws the same.
+
+Gradients before Adam sees them: their norms over all processes, and clipping.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -25,6 +28,7 @@ from admm_prune.solvers.elsa.anchors import (
     laid_out_as,
     local,
     processes_of,
+    totals,
     working_dtype,
 )
 from admm_prune.solvers.elsa.settings import Score
@@ -356,3 +360,65 @@ def _adam(
         eps=group["eps"],
         maximize=False,
     )
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts in this process."""
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+
+def refuse_sparse(parameters: Sequence[Tensor]) -> None:
+    """Raises UserError where a gradient is not a dense tensor, as that of `nn.Embedding(sparse=True)` is not."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+            raise UserError(
+                f"a parameter of shape {tuple(parameter.shape)} has a sparse gradient, which SparseAdam does not "
+                "support: construct the embedding with sparse=False"
+            )
+
+
+def total_norm(parameters: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """`norms`, and the norm of all gradients together.
+
+    Where that overflows in the gradients' own dtype (65504 in float16), it is computed again in float64, so that it is
+    finite whenever all gradients are.
+    """
+    each = norms(parameters)
+    norm = float(torch.linalg.vector_norm(each))
+    if math.isfinite(norm):
+        return each, norm
+    each = norms(parameters, wide=True)
+    return each, float(torch.linalg.vector_norm(each))
+
+
+def norms(parameters: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+    """The Euclidean norm of each parameter's gradient (n,), over all processes, in float64.
+
+    Args:
+        wide: squares and sums in float64, in place of the dtype of the gradient.
+    """
+    here = torch.stack([_norm(gradient, wide=wide) for gradient in gradients(parameters)])
+    if all(processes_of(parameter) is None for parameter in parameters):
+        return here
+    return totals(parameters, here.square_()).sqrt_()
+
+
+def _norm(x: Tensor, *, wide: bool) -> Tensor:
+    double = torch.complex128 if x.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=double if wide else None)
+    return norm.double()
+
+
+def clip(parameters: Sequence[Tensor], norm: float, limit: float, later: Later | None = None) -> float:
+    """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor.
+
+    Args:
+        later: told the factor, where a kernel scales them.
+    """
+    factor = min(1.0, limit / (norm + 1e-6))
+    if later is not None:
+        later.factor = factor
+    elif factor < 1.0:
+        for gradient in gradients(parameters):
+            gradient.mul_(factor)
+    return factor

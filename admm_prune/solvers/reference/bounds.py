@@ -1,16 +1,33 @@
-"""Lower bounds that need no search: valid for every support, at the price of one factorization."""
+"""Lower bounds that need no search: valid for every support, at the price of one factorization.
+
+The perspective relaxation: the strongest lower bound here that needs no search.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, total_bound
-from admm_prune.solvers.reference.rows import Supports, floor_of, quadratic, recognise, scaled_hessian, to_array
+from admm_prune.solvers.reference.cvxpy_models import load_cvxpy, try_solve
+from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, least_eigenvalue, total_bound
+from admm_prune.solvers.reference.rows import (
+    Array,
+    Row,
+    Supports,
+    floor_of,
+    quadratic,
+    recognise,
+    scaled_hessian,
+    search,
+    separate,
+    to_array,
+)
 
 VACUOUS = 0.1  # a smaller ratio certifies nothing worth saying
 
@@ -133,3 +150,124 @@ def _over_budgets(terms: Tensor, supports: Supports, reduce: Callable[[Tensor], 
         cells = terms[rows].unflatten(1, (-1, group)).sort(-1).values
         total += float(reduce(cells[..., : group - keep]).sum())
     return total
+
+
+_STEPS_BACK = 4  # each twice as far as the remainder fails to be semidefinite
+
+
+def perspective_bound(problem: object, objective: float | None = None, *, max_width: int = 64) -> Bound | None:
+    """The sum over rows of the least value of
+
+        (v-w)^T N (v-w) + sum_j delta_j (t_j - 2 w_j v_j + w_j^2)
+        over v_j^2 <= t_j z_j,  0 <= z_j <= 1,  sum_{j in group} z_j <= keep,
+
+    with Ã = N + diag(delta), N positive semidefinite and sum delta as large as can be, by CLARABEL. From the solver
+    only p = v - w is taken: `dual_value` at any p is a lower bound, and is evaluated in float64, so that no tolerance
+    of the solver touches its validity.
+
+    Args:
+        problem: Quadratic.
+        objective: the value of a feasible point, to compare with.
+        max_width: the widest row taken on.
+
+    Raises:
+        ImportError: CVXPY or CLARABEL is not installed.
+        TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
+        ValueError: rows too wide, supports of an unknown kind, or a Hessian that is not positive definite.
+
+    Source: Frangioni and Gentile, SDP diagonalizations and perspective cuts for a class of nonseparable MIQP, 2007.
+    """
+    cvxpy = load_cvxpy("perspective_bound", "CLARABEL")
+    separated = separate("perspective_bound", problem)
+    widest = max(row.width for row in separated.rows)
+    if widest > max_width:
+        raise ValueError(f"perspective_bound takes rows of at most {max_width} entries, not {widest}")
+    diagonals: dict[int, Array] = {}  # of each Hessian: most often all rows share one
+    losses = []
+    for row in separated.rows:
+        if row.removals == 0:
+            continue
+        if id(row.form) not in diagonals:
+            diagonals[id(row.form)] = _largest_diagonal(cvxpy, row.form)
+        diagonal = diagonals[id(row.form)]
+        if (diagonal > 0).all():
+            losses.append(max(0.0, dual_value(row, diagonal, _relaxed(cvxpy, row, diagonal))))
+    value = separated.bound(losses)
+    return None if value is None else Bound.above(separated.floor, value, "perspective", objective)
+
+
+def dual_value(row: Row, diagonal: Array, shift: Array) -> float:
+    """-p^T N p - sum_j q_j^2 / delta_j + min_R sum_{j in R} (sqrt(delta_j) w_j - q_j / sqrt(delta_j))^2,  q = N p.
+
+    At most loss(R) for every support and every p: replace (v-w)^T N (v-w) by its tangent at p, then minimize over v
+    entry by entry, free where kept and zero where removed. q is known within d = gamma_(n+4) (|Ã| + diag(delta)) |p|:
+    what is kept counts (|q_j| + d_j)^2 / delta_j, what is removed 2 d_j |w_j| less, and gamma_(2n+16) of all
+    magnitudes is taken off for the sums.
+
+    Args:
+        diagonal: delta > 0 (n,), with N = Ã - diag(delta) positive semidefinite.
+        shift: p (n,).
+    """
+    if row.form.doubt:
+        return 0.0
+    n = row.width
+    unit = scaled_exactly(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
+    w, p = row.target * unit, shift * unit
+    pull = row.hessian @ p - diagonal * p
+    doubt = gamma(n + 4) * (np.abs(row.hessian) @ np.abs(p) + diagonal * np.abs(p))
+    kept = (np.abs(pull) + doubt) ** 2 / diagonal
+    removed = diagonal * w * w - 2 * pull * w - 2 * doubt * np.abs(w)
+    cheapest = np.sort((removed + kept).reshape(-1, row.group), axis=1)[:, : row.group - row.keep].sum()
+    curvature = float(np.abs(p) @ doubt + p @ pull)
+    sizes = diagonal * w * w + 2 * np.abs(w) * (np.abs(pull) + doubt) + 2 * kept + np.abs(p) * (np.abs(pull) + doubt)
+    value = float(cheapest) - curvature - float(kept.sum()) - gamma(2 * n + 16) * float(sizes.sum())
+    return value / unit / unit if math.isfinite(value) else 0.0
+
+
+def _relaxed(cvxpy: Any, row: Row, diagonal: Array) -> Array:
+    """p = v - w at the solver's solution, zeros where it found none."""
+    upper = search(row)[1]
+    if upper == 0.0:
+        return np.zeros(row.width)
+    target = row.target / math.sqrt(upper)
+    values, vectors = np.linalg.eigh(row.hessian - np.diag(diagonal))
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    v, z, t = (cvxpy.Variable(row.width) for _ in range(3))
+    groups = range(0, row.width, row.group)
+    constraints = [
+        z >= 0,
+        z <= 1,
+        *(cvxpy.sum(z[begin : begin + row.group]) <= row.keep for begin in groups),
+        cvxpy.SOC(t + z, cvxpy.vstack([2 * v, t - z])),
+    ]
+    loss = cvxpy.sum_squares(root @ (v - target)) + diagonal @ t - 2 * (diagonal * target) @ v
+    program = cvxpy.Problem(cvxpy.Minimize(loss), constraints)
+    if not try_solve(cvxpy, program, "CLARABEL") or v.value is None:
+        return np.zeros(row.width)
+    return np.asarray((v.value - target) * math.sqrt(upper), dtype=np.float64)
+
+
+def _largest_diagonal(cvxpy: Any, form: Form) -> Array:
+    """delta with Ã - diag(delta) proved positive semidefinite, of the largest sum of delta_j / Ã_jj.
+
+    Not positive where Ã is not proved definite.
+    """
+    own = form.diagonal
+    plain = form.least * own * (1 - 8 * UNIT)
+    root = np.sqrt(own)
+    correlation = form.hessian / root / root[:, None]
+    delta = cvxpy.Variable(form.width)
+    program = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(delta)), [delta >= 0, correlation - cvxpy.diag(delta) >> 0])
+    if form.least == 0 or not try_solve(cvxpy, program, "CLARABEL") or delta.value is None:
+        return plain
+    found = np.asarray(delta.value, dtype=np.float64) * own
+    # The solver may overshoot by its tolerance: step back by as much as the remainder fails to be semidefinite.
+    for _ in range(_STEPS_BACK):
+        rest = form.hessian - np.diag(found)
+        short = least_eigenvalue(rest, own) - 4 * UNIT * float((1 + np.abs(found / own)).max())
+        if short >= 0:
+            return found if (found > 0).all() else plain
+        if not math.isfinite(short):
+            return plain
+        found = found + 2 * short * own
+    return plain
