@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -16,7 +17,23 @@ settings.register_profile("shared", deadline=None, derandomize=True, suppress_he
 settings.load_profile("shared")
 
 
+def _mark_unsampled(items: list[pytest.Item]) -> None:
+    """Marks all but k cases of a function marked `sampled(k)` slow: those at even distances run by default."""
+    functions: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for cases in functions.values():
+        (count,) = cases[0].get_closest_marker("sampled").args
+        chosen = {round((i + 0.5) * len(cases) / count - 0.5) for i in range(min(count, len(cases)))}
+        for index, item in enumerate(cases):
+            if index not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _mark_unsampled(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -32,6 +32,7 @@ def test_solvers(name) -> None:
         assert f"layer, {constraint}" in tried.refused
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("solver", "does"),
     [

@@ -25,6 +25,7 @@ def test_it_is_small_enough_to_ship() -> None:
     assert files("admm_prune").joinpath("assets/embedded/model.safetensors").stat().st_size <= 8_000_000
 
 
+@pytest.mark.slow
 def test_it_beats_lzma_on_held_out_modules(embedded) -> None:
     documents = sources.standard_library_documents(held_out=True)[::6]
     text = "".join(documents)

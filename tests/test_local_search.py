@@ -95,6 +95,7 @@ def test_a_refit_keeps_the_residual_and_converges_to_least_squares(seed) -> None
     assert torch.allclose(rows.v, quadratic.minimize_on_support(a, w, support), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", ["layer", "layer, float32", "layer, other target", "layer, few tokens"])
 @pytest.mark.parametrize("name", SETS)
 @given(seed=seeds)
@@ -111,6 +112,7 @@ def test_feasible_and_never_worse_than_the_inner_solver_or_the_start(name, kind,
     assert again.solution["weight"].dtype == problem.minimizer.dtype
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_more_rounds_are_never_worse(seed) -> None:
     problem = layer(RowWise(0.6), seed=seed, width=32)

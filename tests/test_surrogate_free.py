@@ -208,6 +208,7 @@ def test_on_small_quadratics_it_is_compared_with_the_exact_optimum(seed: int) ->
     assert reached <= 1.5 * exact or reached <= exact + 0.2 * (start - exact)
 
 
+@pytest.mark.slow
 def test_its_median_gap_to_the_local_solver_is_small() -> None:
     ratios = []
     for seed in range(2):

@@ -247,6 +247,7 @@ def test_a_curve_ends_at_the_error_of_the_solve_and_its_clock_only_rises() -> No
         measuring.curve(layer, CONFIGURATIONS["wanda"], HALF, product)
 
 
+@pytest.mark.slow
 def test_the_extra_memory_is_measured_in_a_process_of_its_own(folder: Path) -> None:
     assert 0 <= peak_in_a_process(folder / "small.safetensors", "magnitude", HALF) < 50
     with pytest.raises(RuntimeError, match="no such layer file"):

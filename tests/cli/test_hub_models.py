@@ -73,6 +73,7 @@ def test_a_hub_id_is_streamed_as_its_folder_is(
     assert (manifest["settings"]["model"], manifest["model_revision"]) == (ID, COMMIT)
 
 
+@pytest.mark.slow
 def test_a_plan_needs_the_config_alone(cached: Path, command: Command, model_folder: Path) -> None:
     for path in cached.glob("model*"):
         path.unlink()

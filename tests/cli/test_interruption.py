@@ -37,6 +37,7 @@ def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
     return ("--model", model_folder, "--data", text_file, "--samples", 8, "--out", "deep/out", "--sparsity", "0.5")
 
 
+@pytest.mark.sampled(2)
 @MODES
 @pytest.mark.parametrize("moment", ["save", "write_json"])
 @pytest.mark.parametrize("name", ["run", "compare"])
@@ -104,6 +105,7 @@ def test_a_folder_that_comes_while_a_run_is_at_work_is_not_replaced(
     assert (place / "deep/out/admm_prune.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
     tmp_path: Path, model_folder: Path, text_file: Path
 ) -> None:

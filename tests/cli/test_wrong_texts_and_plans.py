@@ -101,6 +101,7 @@ PLANS: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("options", "reason"), PLANS.values(), ids=PLANS)
 def test_a_plan_that_cannot_be(refused: Refused, model_folder: Path, options: list[str], reason: str) -> None:
     refused(reason, "plan", "--model", model_folder, "--samples", "8", *options)

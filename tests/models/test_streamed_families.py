@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from saved_model import text_file
@@ -27,6 +28,7 @@ def tensor_names(folder: Path) -> set[str]:
     return found
 
 
+@pytest.mark.sampled(8)
 def test_every_family_streams(family: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
     """Several shards, blocks that return tuples, biases, untied heads, projections around the blocks."""
     build(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")

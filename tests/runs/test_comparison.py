@@ -89,6 +89,7 @@ def untimed(place: Path) -> dict[str, Any]:
     return {"manifest": content, "weights": {str(p.relative_to(place)): file_sha256(p) for p in weights}}
 
 
+@pytest.mark.slow
 def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_would_have(
     tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovid
 """
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_without_what_a_gpu_machine_lacks(tmp_path: Path) -> None:
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WITHOUT + COMMAND, str(tmp_path / "out")]

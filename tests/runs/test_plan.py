@@ -142,6 +142,7 @@ def mixture(family: str, device: str) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_key_value_heads=2, **experts)).eval()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
 def test_the_plan_of_a_mixture_of_experts_is_what_its_run_holds(family: str, name: str) -> None:
@@ -226,6 +227,7 @@ def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(stage.bytes > weights for stage in plan.stages)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(KINDS, 1e9)

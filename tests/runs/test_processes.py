@@ -137,6 +137,7 @@ def pruned_in(rank: int, processes: int, folder: str, model: Path, text: Path, r
             place.with_suffix(".json").write_text(json.dumps(outcome.details))
 
 
+@pytest.mark.slow
 def test_blocks_in_two_processes(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     """In a process group of one's own, without files between the processes."""
     recipes = (STRUCTURED[0], SPARSELLM[0])

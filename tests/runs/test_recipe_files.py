@@ -26,6 +26,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "how",
     [
@@ -146,6 +147,7 @@ def test_the_schema_names_every_field_of_a_run() -> None:
     assert "length" in found["$defs"]["Text"]["properties"]
 
 
+@pytest.mark.slow
 def test_pydantic_is_not_needed_to_run(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     """A run that is saved, reported and described in YAML, on a machine that has no pydantic."""
     code = (

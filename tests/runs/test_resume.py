@@ -53,6 +53,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "stream"), RUNS)
 def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
     method: str, stream: bool, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +268,7 @@ def test_a_run_that_fails_before_any_work_leaves_nothing(model_folder: Path, tex
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_where_there_is_room(
     model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

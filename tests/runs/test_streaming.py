@@ -117,6 +117,7 @@ def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibrati
     assert "forward" not in vars(on_disk.blocks[0].module)
 
 
+@pytest.mark.slow
 def test_the_memory_bench_measures_both_families(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

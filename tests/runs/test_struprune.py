@@ -44,6 +44,7 @@ def pruned(folder: Path, recipe: StruPrune, calibration: Sequences, sparsity: fl
         return outcome, model(input_ids=IDS).logits
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", STRUCTURED, ids=lambda recipe: recipe.name)
 def test_what_is_saved_is_smaller_loads_again_and_is_verified(
     recipe: StruPrune, tmp_path: Path, model_folder: Path, text_file: Path

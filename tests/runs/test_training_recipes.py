@@ -66,6 +66,7 @@ def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
     json.dumps(outcome.details, allow_nan=False)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model_folder: Path, text_file: Path) -> None:
     recipe = Elsa(steps=20, batch_size=2)
@@ -183,6 +184,7 @@ def _kl(teacher: nn.Module, model: nn.Module, batch: Batch) -> float:
     return float((p * (p / q).log()).sum(-1)[batch.scored[:, 1:]].mean())
 
 
+@pytest.mark.slow
 def test_a_comparison_sets_elsa_beside_its_baselines(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     settings = ComparisonSettings(
         model=str(model_folder), methods=("admm", "elsa"), targets=(Target(sparsity=0.6),), steps=10,

@@ -282,6 +282,7 @@ def admitted(method: str, target: str, constraint: str | None) -> bool:
     return method != "brute-force" or target == "2:4" or sets == "row-wise"
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("kind", ["plain", "cross_gram", "ridge auto"])
 @pytest.mark.parametrize("constraint", [None, "unstructured", "row-wise", "groups"])
 @pytest.mark.parametrize("method", EVERY)
