@@ -13,10 +13,15 @@ import pytest
 from outcome import Command
 
 import admm_prune
+from admm_prune.bench.memory import bench_memory
+from admm_prune.bench.suite import bench_gpu
 from admm_prune.errors import UserError
+from admm_prune.inference.packing import pack, unpack
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.journal.journal import home_of, journal_of
+from admm_prune.runs.layer import capture_layer, solve_layer_file, solve_path
+from admm_prune.runs.report.pages import write_difference
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:
@@ -95,17 +100,17 @@ def test_solve_asks_for_each_of_several_files(command: Command, place: Path, lay
     [
         admm_prune.prune,
         compare,
-        *(
-            getattr(__import__(f"admm_prune.runs.{module}", fromlist=[name]), name)
-            for module, name in (
-                ("capturing", "capture_layer"), ("solving", "solve_path"), ("solving", "solve_layer_file"),
-                ("packing", "pack"), ("packing", "unpack"), ("memory_scaling", "bench_memory"),
-                ("gpu.suite", "bench_gpu"), ("reports.pages", "write_difference"),
-            )
-        ),
+        capture_layer,
+        solve_path,
+        solve_layer_file,
+        pack,
+        unpack,
+        bench_memory,
+        bench_gpu,
+        write_difference,
     ],
-)  # fmt: skip
-def test_every_function_that_writes_can_be_told_to(function: Callable[..., Any]) -> None:
+)
+def test_every_function_that_writes_has_the_option(function: Callable[..., Any]) -> None:
     assert inspect.signature(function).parameters["overwrite"].default is False
 
 
