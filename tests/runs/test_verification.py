@@ -446,12 +446,22 @@ def test_a_bad_weight_does_not_widen_what_its_bound_may_claim(tmp_path: Path, dt
 
 def test_a_bound_that_rounding_leaves_in_doubt_is_named(tmp_path: Path) -> None:
     layer = layer_file(tmp_path / "layer.safetensors", tokens=7, dtype=torch.float64)
-    path = solved(layer, "admm-gradual", ridge=1e-13)
+    path = solved(layer, "admm-gradual", ridge=1e-12)
+    assert "bound" in claims_of(path)
+    report = verify_layer(path)
+    assert report.failures == []
+    assert any("bound" in note and "ill-conditioned" in note for note in report.unchecked)
+    assert report.verdict is Verdict.INCOMPLETE
+
+
+def test_a_false_bound_is_rejected_though_rounding_leaves_its_argument_in_doubt(tmp_path: Path) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", tokens=7, dtype=torch.float64)
+    path = solved(layer, "admm-gradual", ridge=1e-12)
     resealed(path, bound=repr(float(claims_of(path)["objective"]) / 2), bound_kind="removal")
     report = verify_layer(path)
-    assert report.verdict is not Verdict.VERIFIED
-    if not report.failures:
-        assert any("ill-conditioned" in note for note in report.unchecked)
+    assert report.verdict is Verdict.REJECTED
+    (failure,) = report.failures
+    assert "which a refit and single swaps reach" in failure
 
 
 def claims_of(path: Path) -> dict[str, str]:
