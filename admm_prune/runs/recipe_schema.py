@@ -117,7 +117,7 @@ class RecipeFile(_Strict):
         """The recipe with arguments of `prune` in place of its own.
 
         A sparsity takes the place of a pattern, and the other way round; another calibration text that of the
-        evaluation text too, unless that is given. Splits and numbers of documents of a text that is replaced go with it.
+        evaluation text too, unless that is given. Splits and numbers of documents go with a text that is replaced.
 
         Raises:
             UserError: what came of it is no recipe.
