@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
 from admm_prune.recipes.local_methods import LOCAL_METHODS, method_named, with_parts
-from admm_prune.recipes.targets import Target
+from admm_prune.recipes.targets import Target, target_named
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
 from admm_prune.runs.exhaustive import least_loss
 from admm_prune.runs.recomputation import Budget, define, relative_error
@@ -462,6 +462,19 @@ def test_a_false_bound_is_rejected_though_rounding_leaves_its_argument_in_doubt(
     assert report.verdict is Verdict.REJECTED
     (failure,) = report.failures
     assert "which a refit and single swaps reach" in failure
+
+
+@pytest.mark.parametrize(("target", "forged"), [("0.5", "0.4995"), ("0.5", "0.4"), ("0.0", "0.001"), ("2:4", "3:4")])
+def test_a_target_that_the_weight_meets_too_is_held_by_the_fingerprint_alone(
+    layer: Path, target: str, forged: str
+) -> None:
+    path = solved(layer, "wanda", target_named(target))
+    resealed(path, target=forged, bound=None, bound_kind=None)
+    report = verify_layer(path)
+    assert report.failures == []
+    assert "target" in report.fingerprinted
+    falsify(path, say("target", target))  # the fingerprint is that of the other target
+    assert verify_layer(path).verdict is Verdict.REJECTED
 
 
 def claims_of(path: Path) -> dict[str, str]:
