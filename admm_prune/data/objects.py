@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.data.formats import NoSplitError, dataset_documents
-from admm_prune.data.rows import Notes, RowReader, without_surrogates
+from admm_prune.data.rows import NoColumnError, Notes, RowReader, without_surrogates
 from admm_prune.data.sources import HUB_DOCUMENTS, PYTHON_OBJECT, Corpus, Document, collected
 from admm_prune.errors import UserError
 
@@ -116,6 +116,8 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
         rows = ((f"item {n}", dict(item) if isinstance(item, Mapping) else item) for n, item in enumerate(items, 1))
         yield from reader.documents(PYTHON_OBJECT, rows)
         return
+    if reader.asked is not None and first is not None and not _has_column(first, reader.asked):
+        raise NoColumnError(PYTHON_OBJECT, reader.asked, list(first) if isinstance(first, Mapping) else None)
     for number, item in enumerate(items, start=1):
         rows_of_item = None if isinstance(item, str) else _token_rows(item)
         if isinstance(item, str):
@@ -126,6 +128,11 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
             raise UserError(
                 f"{PYTHON_OBJECT}: item {number} is {type(item).__name__}, neither text nor tokens: {_TAKEN}"
             )
+
+
+def _has_column(item: Any, column: str) -> bool:
+    """Whether an item that is no row of a table has tokens under this name."""
+    return isinstance(item, Mapping) and column == "input_ids"
 
 
 def _is_row(item: Any) -> bool:

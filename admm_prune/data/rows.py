@@ -102,6 +102,8 @@ class RowReader:
             if column not in row:
                 raise NoColumnError(where, column, list(row))
             value, place = row[column], f"{where}: column {_short(column)!r}"
+        elif self.asked is not None and isinstance(row, str | list):
+            raise NoColumnError(where, column, None)
         else:
             value, place = row, where
         if value is None or (isinstance(row, dict) and value == []):
@@ -144,9 +146,17 @@ def without_surrogates(text: str) -> str:
 
 
 class NoColumnError(UserError):
-    """Rows do not have the column that is wanted."""
+    """Rows do not have the column that is wanted.
 
-    def __init__(self, where: str, column: str, found: Sequence[object]) -> None:
+    Args:
+        found: the columns there are; None for text that has no columns at all.
+    """
+
+    def __init__(self, where: str, column: str, found: Sequence[object] | None) -> None:
+        self.plain = found is None
+        if found is None:
+            super().__init__(f"{where}: plain text, without a column {_short(column)!r}: leave --column out")
+            return
         names = sorted(_short(name) for name in found)
         listed = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") if names else "none"
         super().__init__(f"{where}: no column {_short(column)!r}; found {listed}: choose one with --column")

@@ -23,11 +23,12 @@ from admm_prune.data.formats import (
     file_documents,
     files_in,
     is_readable,
+    kind_of,
     saved_dataset,
     saved_documents,
 )
 from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
-from admm_prune.data.rows import Notes, RowReader
+from admm_prune.data.rows import NoColumnError, Notes, RowReader
 from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def read_corpus(
 
     Raises:
         NoSplitError: the source has splits, and not this one.
+        NoColumnError: there is no such column, or the source is plain text.
         UserError: there is no such source, it cannot be read as text, or it holds no text.
     """
     if not source.strip():
@@ -128,6 +130,8 @@ def read_corpus(
     path = Path(source).expanduser()
     notes = Notes()
     reader = RowReader(column, tokenizer, notes)
+    if column is not None and not _has_columns(source):
+        raise NoColumnError(source, column, None)
     if source == EMBEDDED:
         documents = _embedded_documents(split)
     elif _exists(path):
@@ -179,6 +183,16 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name too long for the file system, or one that holds a NUL
         return False
+
+
+def _has_columns(source: str) -> bool:
+    """False where `source` is plain text: the embedded corpus, a .txt file, or a folder of such files alone."""
+    path = Path(source).expanduser()
+    if source == EMBEDDED:
+        return False
+    if not _exists(path) or (path.is_dir() and saved_dataset(path)):
+        return True
+    return any(kind_of(file)[0] != ".txt" for file in (files_in(path) if path.is_dir() else [path]))
 
 
 def _embedded_documents(split: str) -> Iterator[str]:

@@ -117,7 +117,7 @@ class RecipeFile(_Strict):
         """The recipe with arguments of `prune` in place of its own.
 
         A sparsity takes the place of a pattern, and the other way round; another calibration text that of the
-        evaluation text too, unless that is given.
+        evaluation text too, unless that is given. Splits and numbers of documents go with a text that is replaced.
 
         Raises:
             UserError: what came of it is no recipe.
@@ -127,9 +127,10 @@ class RecipeFile(_Strict):
         for one, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
             if one in given:
                 content.pop(other, None)
-        if "data" in given:
-            for name in ("eval_data", "split", "eval_split", "column", "documents", "eval_documents"):
-                text.pop(name, None)
+        of_data, of_evaluation = ("eval_data", "split", "column", "documents"), ("eval_split", "eval_documents")
+        dropped = of_data + of_evaluation if "data" in given else of_evaluation if "eval_data" in given else ()
+        for name in dropped:
+            text.pop(name, None)
         replaced = {"data", "eval_data"} if "data" in given else {"eval_data"} & given.keys()
         content["objects"] = {name: part for name, part in content.get("objects", {}).items() if name not in replaced}
         for name, value in given.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -17,6 +17,7 @@ from admm_prune.data.sequences import Packing, Sequences, default_length, pack
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, hold_out, is_file_name, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.checks import check_ids
+from admm_prune.models.loading import locate
 from admm_prune.runs.manifest import TextRecord
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class TextSettings:
         split: of a Hub id or a saved `DatasetDict` to calibrate on.
         eval_split: of these to evaluate on; by default "validation", else "test".
         column: of rows that holds the text or a conversation; by default "text", or the only column that holds text.
-            The text to evaluate on may lack it, and is then read by that default.
+            The text to evaluate on may lack it, and is then read by that default; one of the texts must have columns.
         documents, eval_documents: of the calibration and of the evaluation text that are read; None for all, of a Hub
             id for 20,000.
         samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
@@ -88,12 +89,14 @@ def check_data(data: str | None, model: object) -> str:
         model: as of a run.
 
     Raises:
-        UserError: another model has no default.
+        UserError: there is no such model, or another model than the embedded one has no default.
     """
     if data is not None:
         return data
     if isinstance(model, str | Path) and str(model) == EMBEDDED:
         return EMBEDDED
+    if isinstance(model, str | Path):
+        locate(str(model))  # a wrong name of the model is what has to be mended first
     named = f"{model}: " if isinstance(model, str | Path) else ""
     raise UserError(
         f"{named}name the text with --data: a file, a folder or a Hub dataset, such as --data wikitext2 "
@@ -218,24 +221,33 @@ def _sources(settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, A
 
 @dataclass(frozen=True)
 class _Sources:
-    """Where both texts come from; `vocabulary` is the number of tokens that the model has."""
+    """Where both texts come from.
+
+    Attributes:
+        vocabulary: the number of tokens that the model has.
+        plain: the roles of the texts read so far without columns, where `settings.column` names one.
+    """
 
     settings: TextSettings
     tokenizer: PreTrainedTokenizerBase
     passed: Mapping[str, Any]
     vocabulary: int | None
+    plain: list[str] = field(default_factory=list)
 
     def both(self) -> tuple[Corpus, Corpus]:
         """(what calibrates, what judges)."""
         settings = self.settings
+        if settings.split != "train" and not self._has_splits("data"):
+            raise UserError(f"{settings.data}: there are no splits in it: leave --split out")
         calibrating = self._read("data", settings.split, settings.documents)
-        if settings.eval_data is None and not self._has_splits():
-            return hold_out(calibrating)
-        judging = self.judging()
-        if judging is not None:
-            return calibrating, judging
-        note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
-        return hold_out(replace(calibrating, notes=(*calibrating.notes, note)))
+        if settings.eval_data is not None or settings.eval_split is not None or self._has_splits("data"):
+            judging = self.judging()
+            if judging is not None:
+                return calibrating, judging
+            note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
+            calibrating = replace(calibrating, notes=(*calibrating.notes, note))
+        calibrating, judging = hold_out(calibrating)
+        return calibrating, replace(judging, documents=judging.documents[: settings.eval_documents])
 
     def judging(self, *, whole: bool = False) -> Corpus | None:
         """The text to evaluate on; None where nothing names it and the calibration text has no split for it.
@@ -245,6 +257,8 @@ class _Sources:
         """
         settings = self.settings
         role = "data" if settings.eval_data is None else "eval_data"
+        if settings.eval_split is not None and not self._has_splits(role):
+            raise UserError(f"{self._source(role)}: there are no splits in it: leave --eval-split out")
         try:
             return self._read(role, settings.eval_split or "validation", settings.eval_documents)
         except NoSplitError as error:
@@ -258,34 +272,42 @@ class _Sources:
                 raise
             return self._read(role, error.available[0], settings.eval_documents)
 
-    def _has_splits(self) -> bool:
-        data = self.settings.data
-        if "data" in self.passed:
-            return isinstance(self.passed["data"], Mapping)
-        path = Path(data).expanduser()
+    def _source(self, role: str) -> str | None:
+        return self.settings.data if role == "data" else self.settings.eval_data
+
+    def _has_splits(self, role: str) -> bool:
+        if role in self.passed:
+            return isinstance(self.passed[role], Mapping)
+        source = self._source(role)
+        assert source is not None
+        path = Path(source).expanduser()
         # A folder that happens to be called "embedded" is not meant by the name.
-        return data == EMBEDDED or not path.exists() or has_splits(path)
+        return source == EMBEDDED or not path.exists() or has_splits(path)
 
     def _read(self, role: str, split: str, limit: int | None) -> Corpus:
         settings = self.settings
+        how: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": self.tokenizer}
+        try:
+            return self._corpus(role, column=settings.column, **how)
+        except NoColumnError as error:
+            other = role == "eval_data" or (error.plain and settings.eval_data is not None)
+            if settings.column is None or not other or (error.plain and self.plain):
+                raise
+            if error.plain:
+                self.plain.append(role)
+            return self._corpus(role, **how)  # the column is that of the other text
+
+    def _corpus(self, role: str, **how: Any) -> Corpus:
         if role in self.passed:
-            corpus = corpus_of(
-                self.passed[role], split=split, column=settings.column, limit=limit, tokenizer=self.tokenizer
-            )
+            corpus = corpus_of(self.passed[role], **how)
             if self.vocabulary is not None:
                 check_passed_ids(corpus, self.vocabulary)
             return corpus
-        source = settings.data if role == "data" else settings.eval_data
+        source = self._source(role)
         assert source is not None
         if source == PYTHON_OBJECT:
             raise UserError("the text was passed from Python: name one with --data")
-        how: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": self.tokenizer}
-        try:
-            return read_corpus(source, column=settings.column, **how)
-        except NoColumnError:
-            if role == "data" or settings.column is None:
-                raise
-            return read_corpus(source, **how)  # another data set, with columns of its own
+        return read_corpus(source, **how)
 
 
 def _tell(*corpora: Corpus) -> None:

@@ -16,10 +16,10 @@ from outcome import Command, Refused
 
 import admm_prune
 from admm_prune.cli.app import app
-from admm_prune.data.sources import read_corpus
+from admm_prune.data.sources import PYTHON_OBJECT, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
-from admm_prune.runs.recipe_file import read_recipe
+from admm_prune.runs.recipe_file import read_packaged, read_recipe
 from admm_prune.runs.texts import Texts, TextSettings
 
 ROOT = Path(admm_prune.__file__).parent
@@ -92,6 +92,22 @@ def test_a_model_without_a_text_is_refused(
     (place / "recipe.yaml").write_text(f"model: {model_folder}\nsparsity: 0.5\n")
     given = [str(model_folder) if word == "MODEL" else word for word in arguments]
     refused(f"{model_folder}: name the text with --data: a file, a folder or a Hub dataset", *given)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("eval", "nope"),
+        ("run", "--model", "nope", "--sparsity", "0.5", "--out", "out"),
+        ("compare", "--model", "./nope", "--sparsity", "0.5", "--out", "out"),
+        ("capture", "--model", "nope", "--weight", "model.layers.0.mlp.up_proj.weight", "--out", "layer.safetensors"),
+    ],
+    ids=" ".join,
+)
+def test_a_model_that_does_not_exist_is_refused_before_its_missing_text(
+    refused: Refused, place: Path, arguments: tuple[str, ...]
+) -> None:
+    refused("nope: no such folder here" if "nope" in arguments else "nope: there is no such model folder", *arguments)
 
 
 def test_prune_has_no_default_text(model_folder: Path) -> None:
@@ -201,6 +217,56 @@ def test_the_text_to_evaluate_on_may_have_other_columns(loaded: Any, rows: Path,
     other.write_text(json.dumps({"text": "the cat sat on the mat"}))
     settings = TextSettings(data=str(rows), column="story", eval_data=str(other), samples=4)
     assert len(Texts(settings, loaded).evaluation.rows) == 1
+
+
+def test_an_option_that_the_text_has_no_use_for_is_refused(
+    refused: Refused, command: Command, place: Path, model_folder: Path, text_file: Path
+) -> None:
+    (place / "words.jsonl").write_text("".join(f"{json.dumps(story)}\n" for story in stories(text_file)))
+    (place / "folder").mkdir()
+    (place / "folder/a.txt").write_text("a story")
+    run = ("run", "--model", model_folder, *QUICK, "--out", "out")
+    for text in (text_file, "embedded", "folder", "words.jsonl"):
+        for start in (run, ("eval", model_folder), ("plan", "--model", model_folder, "--sparsity", "0.5")):
+            refused("leave --column out", *start, "--data", text, "--column", "story")
+    refused("leave --column out", *run, "--data", "words.jsonl", "--eval-data", text_file, "--column", "story")
+    refused("leave --column out", *run, "--data", "words.jsonl", "--eval-data", "words.jsonl", "--column", "story")
+    for start in (run, ("eval", model_folder)):
+        refused("there are no splits in it: leave --eval-split out", *start, "--data", text_file, "--eval-split", "dev")
+    refused("there are no splits in it: leave --split out", *run, "--data", text_file, "--split", "test")
+    assert not (place / "out").exists()
+    assert command(*run, "--data", text_file, "--eval-documents", "2").status == 0
+    manifest = json.loads((place / "out/admm_prune.json").read_text())
+    assert manifest["texts"]["evaluation"]["documents"] == 2, "of those that are held out"
+
+
+def test_the_split_of_a_text_that_is_replaced_goes_with_it() -> None:
+    recipe = read_packaged("sparsegpt")
+    assert recipe.text.eval_split == "test"
+    for given in ({"eval_data": "mine.txt"}, {"data": "mine.txt"}):
+        assert recipe.with_options(given).text.eval_split is None
+    assert recipe.with_options({"eval_data": "mine.txt"}).text.documents == 20000
+    assert recipe.with_options({"eval_data": "mine", "eval_split": "dev"}).text.eval_split == "dev"
+
+
+def test_a_column_is_that_of_either_text(loaded: Any, rows: Path, text_file: Path) -> None:
+    texts = stories(text_file)
+    table = datasets.load_dataset("json", data_files=str(rows), split="train")
+    assert len(Texts(TextSettings(data=str(text_file), eval_data=str(rows), column="story"), loaded).evaluation.rows)
+
+    def found(data: Any, eval_data: Any, column: str) -> tuple[int, int]:
+        names = TextSettings(data=PYTHON_OBJECT, eval_data=PYTHON_OBJECT, column=column, samples=4)
+        records = Texts(names, loaded, {"data": data, "eval_data": eval_data}).records()
+        return records["calibration"].documents, records["evaluation"].documents
+
+    assert found(texts, table, "story") == (len(texts), len(texts))
+    assert found(table, texts[:3], "story") == (len(texts), 3)
+    assert found(table, [{"text": "the cat sat on the mat"}], "story") == (len(texts), 1)
+    for plain in (texts, [[1, 2, 3]] * 9, [{"input_ids": [1, 2, 3]}] * 9):
+        with pytest.raises(UserError, match="column 'story'"):
+            found(plain, texts, "story")
+        with pytest.raises(UserError, match="column 'story'"):
+            admm_prune.prune(loaded.model, tokenizer=loaded.tokenizer, data=plain, column="story", **HOW)
 
 
 HOW: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "samples": 8, "device": "cpu"}

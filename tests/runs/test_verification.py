@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
 from admm_prune.methods.local import LOCAL_METHODS, method_named, with_parts
-from admm_prune.methods.target import Target
+from admm_prune.methods.target import Target, target_named
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
 from admm_prune.runs.layer import solve_layer_file
 from admm_prune.testing.instances import correlated_inputs, random_weight
@@ -446,12 +446,35 @@ def test_a_bad_weight_does_not_widen_what_its_bound_may_claim(tmp_path: Path, dt
 
 def test_a_bound_that_rounding_leaves_in_doubt_is_named(tmp_path: Path) -> None:
     layer = layer_file(tmp_path / "layer.safetensors", tokens=7, dtype=torch.float64)
-    path = solved(layer, "admm-gradual", ridge=1e-13)
+    path = solved(layer, "admm-gradual", ridge=1e-12)
+    assert "bound" in claims_of(path)
+    report = verify_layer(path)
+    assert report.failures == []
+    assert any("bound" in note and "ill-conditioned" in note for note in report.unchecked)
+    assert report.verdict is Verdict.INCOMPLETE
+
+
+def test_a_false_bound_is_rejected_though_rounding_leaves_its_argument_in_doubt(tmp_path: Path) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", tokens=7, dtype=torch.float64)
+    path = solved(layer, "admm-gradual", ridge=1e-12)
     resealed(path, bound=repr(float(claims_of(path)["objective"]) / 2), bound_kind="removal")
     report = verify_layer(path)
-    assert report.verdict is not Verdict.VERIFIED
-    if not report.failures:
-        assert any("ill-conditioned" in note for note in report.unchecked)
+    assert report.verdict is Verdict.REJECTED
+    (failure,) = report.failures
+    assert "which a refit and single swaps reach" in failure
+
+
+@pytest.mark.parametrize(("target", "forged"), [("0.5", "0.4995"), ("0.5", "0.4"), ("0.0", "0.001"), ("2:4", "3:4")])
+def test_a_target_that_the_weight_meets_too_is_held_by_the_fingerprint_alone(
+    layer: Path, target: str, forged: str
+) -> None:
+    path = solved(layer, "wanda", target_named(target))
+    resealed(path, target=forged, bound=None, bound_kind=None)
+    report = verify_layer(path)
+    assert report.failures == []
+    assert "target" in report.fingerprinted
+    falsify(path, say("target", target))  # the fingerprint is that of the other target
+    assert verify_layer(path).verdict is Verdict.REJECTED
 
 
 def claims_of(path: Path) -> dict[str, str]:
