@@ -6,6 +6,8 @@ Reads the source with `ast`; imports nothing of the package but its table of pub
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,3 +193,13 @@ def test_the_root_shows_the_two_halves(name: str) -> None:
 def test_the_reader_of_imports_sees(importer: str, statement: str, fits: bool) -> None:
     targets = [target for _, name in imported(ast.parse(statement)) if (target := ours(name)) is not None]
     assert all(allowed(importer, target) for target in targets) == fits
+
+
+def test_the_protocol_of_a_method_loads_no_solver() -> None:
+    listing = (
+        "import sys, admm_prune.methods.base; print(*(name for name in sys.modules if name.startswith('admm_prune')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout.split()
+    assert "admm_prune.methods.base" in loaded
+    wrong = [name for name in loaded if name.split(".")[1:2] in (["solvers"], ["problems"])]
+    assert not wrong, wrong

@@ -13,10 +13,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file, write_tensors
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Ridge, RidgeTrial
 from admm_prune.methods.local import REFERENCES, Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts
 from admm_prune.methods.parts import LAYER, LayerProblem
-from admm_prune.methods.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
+from admm_prune.methods.ridge import Damping, parse_ridge, settle_ridge
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
@@ -24,12 +25,12 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.result import Result
+from admm_prune.result import Diagnosis, Result
 from admm_prune.runs.claims import Claims, layer_sha256, tensor_sha256
 from admm_prune.runs.journal.folder import check_output_file
 from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
 from admm_prune.runs.texts import Texts, TextSettings
-from admm_prune.solvers.diagnostics import Diagnosis, diagnose
+from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import Bound, lower_bound
 
 
@@ -120,7 +121,7 @@ class SolvedLayer:
     bound_kind: str | None
     ridge: float
     damping: float
-    ridge_trials: tuple[Trial, ...]
+    ridge_trials: tuple[RidgeTrial, ...]
     status: str
     iterations: int
     seconds: float

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.base import Outcome, Runtime, Task
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise, check_target
@@ -83,17 +83,16 @@ class Elsa(Trained):
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
         calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
-        asked = session.request
-        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
+        task = Task(target=target, calibration=calibration, seed=session.task.seed)
         session.gather()
         session.model.requires_grad_(False)
-        outcome = Layerwise(self.projection).prune(session.model, request)
+        outcome = Layerwise(self.projection).prune(session.model, task, Runtime(world=session.runtime.world))
         session.model.requires_grad_(True)
         session.scatter()
         masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
-        if str(target) == str(session.request.target):
+        if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
         session.stages.append(stage)
 
