@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal, Self
 
@@ -95,13 +95,7 @@ class Convergence:
             return None
         stride = -(-len(history) // most)
         chosen = history[(len(history) - 1) % stride :: stride]
-        return cls(
-            iteration=tuple(p.iteration for p in chosen),
-            objective=tuple(p.objective for p in chosen),
-            primal_residual=tuple(p.primal_residual for p in chosen),
-            support_changes=tuple(p.support_changes for p in chosen),
-            rho=tuple(p.rho for p in chosen),
-        )
+        return cls(**{column.name: tuple(getattr(p, column.name) for p in chosen) for column in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -118,6 +112,3 @@ class Diagnosis:
     severity: Literal["good", "info", "warning", "error"]
     finding: str
     advice: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)

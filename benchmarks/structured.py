@@ -72,7 +72,7 @@ def measure(model: str, settings: TextSettings, targets: list[Target], names: li
             key = (recipe.selector == "obs-one-shot", recipe.compensate, recipe.relative, recipe.uniform)
             if key not in curves:
                 curves[key] = recipe.measure(fresh, task)
-            outcome = recipe.prune(fresh, task, curves[key])
+            outcome = recipe.prune(fresh, task, curves=curves[key])
             pruned = fresh if outcome.model is None else outcome.model
             found = evaluate(pruned, texts.evaluation)
             rows.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -14,6 +14,10 @@ from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.result import Convergence, Diagnosis
+
+if TYPE_CHECKING:
+    from admm_prune.methods.local import Method
+    from admm_prune.methods.parts import ProblemLike, SetLike
 
 
 class Journal:
@@ -228,7 +232,44 @@ class Outcome:
     model: nn.Module | None = None
 
 
-class Recipe(Protocol):
+class Capabilities(Protocol):
+    """What the rest of the package asks about a method, in place of its class; a method overrides what differs."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Settings of a run that are for some methods only, and that this one takes: "steps", "unit", "multiple"."""
+        return ()
+
+    @property
+    def stages(self) -> Literal["layers", "networks", "groups", "training"] | None:
+        """What its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups, or
+        training of the whole model; None where it cannot be counted beforehand."""
+        return None
+
+    @property
+    def prunes(self) -> bool:
+        """False for a baseline that leaves the model dense."""
+        return True
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether what it removes is left out of the saved files, rather than stored as zeros."""
+        return False
+
+    def streaming_obstacle(self) -> str | None:
+        """Why a model cannot be pruned one block at a time, from disk; None where it can."""
+        return None
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        """The method with other parts inside, None leaves its own; None where it has no such parts.
+
+        Raises:
+            UserError: a part cannot be used.
+        """
+        return None
+
+
+class Recipe(Capabilities, Protocol):
     """A way to prune a whole model, ready to use by name. A frozen configuration."""
 
     @property

@@ -6,17 +6,18 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, LayerReport, Outcome, Ridge, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
-from admm_prune.methods.local import Method
+from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import Damping, settle_ridge
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
@@ -38,12 +39,14 @@ from admm_prune.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Capabilities):
     """A recipe that solves the layer problem of every matrix in the decoder blocks by one method.
 
     For each block: replay it on what the pruned blocks before it put out, take one Gram for each shared input, solve
     the layer problems, write back, replay the pruned block to get the next block's inputs.
     """
+
+    stages = "layers"
 
     method: Method
     samples: int = 128
@@ -59,6 +62,11 @@ class Layerwise:
     @property
     def budget(self) -> Literal["matrix", "model"]:
         return "matrix"
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self:
+        if solver is not None:
+            raise UserError(f"{self.name} is a solver itself: give either a method or a solver")
+        return replace(self, method=with_parts(self.method, problem, constraint))
 
     def check(self, model: nn.Module, target: Target) -> None:
         check_target(decoder_blocks(model), self.method, target)

@@ -9,18 +9,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, LayerReport, Outcome, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
-from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import settle_ridge
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
@@ -61,7 +62,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of t
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseLLM:
+class SparseLLM(Capabilities):
     """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
 
     For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
@@ -85,6 +86,8 @@ class SparseLLM:
     (`sparsellm-release`). Closing, descent and the target "block" are ours.
     """
 
+    stages = "networks"
+
     name: str
     summary: str
     method: Method
@@ -99,6 +102,11 @@ class SparseLLM:
     @property
     def budget(self) -> Literal["matrix", "model"]:
         return "model" if self.first_half else "matrix"
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        if problem is not None:
+            return None
+        return replace(self, method=with_parts(solver or self.method, None, constraint))
 
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
@@ -248,12 +256,7 @@ class SparseLLM:
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
     def damped(
-        self,
-        network: Network,
-        pairs: Pairs,
-        task: Task,
-        constraints: Mapping[str, SparseSet],
-        world: World = ALONE,
+        self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
         damped = {}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Task
-from admm_prune.methods.elsa.elsa import CALIBRATION, Elsa
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
@@ -122,22 +121,24 @@ class Walk:
         return Collected(told, found, min(sums, found.peak))
 
 
-def blockwise_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
-    """Every stage of a method, but for what it has in common with all others, from the text to the last block.
+def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
+    """Every stage of a method but for those that all methods have in common.
 
     Args:
         stream: one block in memory at a time.
         device: on which it is to run.
 
     Raises:
-        UserError: the recipe is of no kind that goes block by block.
+        UserError: the work of the method cannot be counted beforehand.
     """
-    plans: dict[type, Callable[[Walk, Any, Task], Iterator[Stage]]] = {
-        Layerwise: _layerwise,
-        SparseLLM: _sparsellm,
-        StruPrune: _struprune,
+    if recipe.stages == "training":
+        return training(anatomy, cast("Trained", recipe), task)
+    plans: dict[str | None, Callable[[Walk, Any, Task], Iterator[Stage]]] = {
+        "layers": _layerwise,
+        "networks": _sparsellm,
+        "groups": _struprune,
     }
-    plan = plans.get(type(recipe))
+    plan = plans.get(recipe.stages)
     if plan is None:
         raise UserError(f"{recipe.name}: what it takes cannot be told beforehand")
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
@@ -324,13 +325,12 @@ def training(anatomy: Anatomy, recipe: Trained, task: Task) -> list[Stage]:
     the second's as there are more.
     """
     stages = [_trained(anatomy, recipe, task)]
-    projections = recipe.projections(task.target) if isinstance(recipe, Elsa) else []
+    projecting = recipe.projecting(task)
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
-    if isinstance(recipe, Elsa) and projections:  # they differ in how much goes, not in what they take
-        calibration = replace(task.calibration, rows=task.calibration.rows[:CALIBRATION])
-        own = replace(task, calibration=calibration)
-        for stage in blockwise_stages(anatomy, Layerwise(recipe.projection), own, stream=False):
-            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(len(projections)))
+    if projecting is not None:
+        count = len(recipe.projections(task.target))  # they differ in how much goes, not in what they take
+        for stage in pruning_stages(anatomy, *projecting, stream=False):
+            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
     return stages
 
 
@@ -343,11 +343,11 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     least = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
     works, peak, parts = [], 0, {}
     for steps in _STEPS:
-        short = _unprojected(replace(recipe, steps=least + steps))
+        short = replace(recipe, steps=least + steps)
         with counted() as counting:
             counting.know(*model.parameters(), *model.buffers())
             with stretch(counting) as found:
-                session = short.run(model, task)
+                session = short.run(model, task, project=_keep_all)
             works.append(found.work)
             peak = max(peak, found.peak)
             parts = _parts(session)
@@ -375,15 +375,8 @@ def _parts(session: Session) -> dict[str, int]:
     return {name: size for name, size in state.items() if size}
 
 
-def _unprojected(recipe: Trained) -> Trained:
-    """The recipe, with every weight kept where it would project."""
-    kind = type(recipe)
-    values: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    unprojected: Trained = type(kind.__name__, (kind,), {"project": _keep_all})(**values)
-    return unprojected
-
-
-def _keep_all(_: Trained, session: Session, target: Target) -> None:
+def _keep_all(session: Session, target: Target) -> None:
+    """In place of a projection: keeps every weight."""
     masks = {view.name: torch.ones_like(view.parameter, dtype=torch.bool) for view in session.views}
     session.trainer.optimizer.change_support(masks)
     session.offer()

@@ -11,14 +11,13 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Ridge, Task
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import recipe_named
-from admm_prune.methods.struprune.struprune import StruPrune, configured
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
-from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
+from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
 from admm_prune.plan.counting import LIBRARIES, Stage, Work
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import check_dtype, free_bytes, resident_bytes
@@ -169,10 +168,8 @@ def make_plan(
     check_dtype(dtype)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
-    if stream and isinstance(recipe, Trained):
-        raise UserError(
-            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
-        )
+    if stream and (obstacle := recipe.streaming_obstacle()) is not None:
+        raise UserError(f"cannot stream: {obstacle}")
     anatomy = Anatomy.of(model, dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
@@ -230,12 +227,9 @@ def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, judging: int, *, strea
         text = anatomy.sequences(rows, task.calibration.length)
         evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
     stages += evaluated
-    if isinstance(recipe, Trained):
-        stages += blockwise.training(anatomy, recipe, task)
-    else:
-        stages += blockwise_stages(anatomy, recipe, task, stream=stream, device=device)
     return [
         *stages,
+        *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
         blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, task.target)),
     ]
@@ -243,7 +237,7 @@ def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, judging: int, *, strea
 
 def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     """The part of the bytes that a saved model keeps: masks are stored dense."""
-    if not isinstance(recipe, StruPrune):
+    if not recipe.shrinks:
         return 1.0
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 

@@ -13,8 +13,6 @@ from torch import nn
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
-from admm_prune.methods.elsa.elsa import TunedDense
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
@@ -121,7 +119,7 @@ def compare(
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     if settings.steps is not None:
-        recipes = [recipe_named(r.name, settings.steps) if isinstance(r, Trained) else r for r in recipes]
+        recipes = [recipe_named(r.name, settings.steps) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are told apart by what the report and the folders call them.
@@ -184,8 +182,8 @@ def _jobs(
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe to every target, checked; what prunes nothing has one row, whatever the targets."""
     wanted = [selection.applied(model, target) for target in targets]
-    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
-    jobs += [(recipe, target) for target in wanted for recipe in recipes if not isinstance(recipe, TunedDense)]
+    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
+    jobs += [(recipe, target) for target in wanted for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
     return jobs

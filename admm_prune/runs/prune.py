@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Ridge, Runtime, Task
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.parts import Objective, check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.selectors import Selection
-from admm_prune.methods.struprune.struprune import StruPrune, configured
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
@@ -82,11 +81,7 @@ def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
         return "the model is in memory already: give its folder"
     if not written:
         return "the pruned model has to go to a folder: give --out"
-    if isinstance(recipe, Trained):
-        return f"{recipe.name} trains all weights at once: choose a method that goes block by block"
-    if isinstance(recipe, StruPrune) and recipe.form == "padded":
-        return f"{recipe.name} pads to the widest block, which is known only at the end: choose struprune"
-    return None
+    return recipe.streaming_obstacle()
 
 
 _COMPARED = 64  # tokens on which a model and its saved folder are compared

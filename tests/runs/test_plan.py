@@ -25,7 +25,7 @@ from admm_prune.models.evaluate import next_token_loss
 from admm_prune.models.experts import routed
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
-from admm_prune.plan.blockwise import SOLVER, Collected, _local, blockwise_stages, training
+from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
 from admm_prune.plan.counting import KINDS, Stretch, Work, counted, stretch
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
@@ -116,7 +116,7 @@ def test_without_data_the_same_is_counted_as_with_it(family: str) -> None:
 def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> None:
     recipe, calibration = recipe_named(name), text(8, 256)
     task = Task(target=Target(0.5), calibration=calibration)
-    stages = blockwise_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
+    stages = pruning_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
     planned = max(stage.bytes for stage in stages)
     model = embedded()
     weights = sum(p.nbytes for p in model.parameters())
@@ -148,7 +148,7 @@ def test_the_plan_of_a_mixture_of_experts_is_what_its_run_holds(family: str, nam
     """As if the router sent every expert as many tokens as any other: here it is drawn at random."""
     recipe, task = recipe_named(name), Task(target=Target(0.5), calibration=text(16, 256))
     plan = mixture(family, "meta")
-    stages = blockwise_stages(Anatomy(family, plan, decoder_blocks(plan)), recipe, task, stream=False)
+    stages = pruning_stages(Anatomy(family, plan, decoder_blocks(plan)), recipe, task, stream=False)
     model = mixture(family, "cpu")
     weights = sum(p.nbytes for p in model.parameters())
     with counted() as counting, torch.no_grad():

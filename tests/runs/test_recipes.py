@@ -17,7 +17,7 @@ from torch import nn
 import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.methods import registry
-from admm_prune.methods.base import IN_PROCESS, LayerReport, Outcome, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
@@ -28,7 +28,7 @@ from admm_prune.verify.run import verify_folder
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Capabilities):
     """One magnitude threshold over all blocks, in a copy of the model; no layer problem is ever solved."""
 
     name: str = "global"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, LayerReport, Outcome, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
@@ -27,9 +28,11 @@ _JUDGES = 8  # of them, that measure the rate
 _LEAST = 2  # sequences to train on
 _STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
 
+Projection = Callable[[Session, Target], None]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(ABC):
+class Trained(Capabilities, ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
@@ -48,6 +51,9 @@ class Trained(ABC):
         distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
+
+    options = ("steps",)
+    stages = "training"
 
     name: str
     summary: str
@@ -81,6 +87,13 @@ class Trained(ABC):
     def project(self, session: Session, target: Target) -> None:
         """Projects the model, and restricts the optimizer to the support found."""
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
+
+    def projecting(self, task: Task) -> tuple[Recipe, Task] | None:
+        """The method that projects the model, and its task but for the target; None where nothing is projected."""
+        return None
+
+    def streaming_obstacle(self) -> str | None:
+        return f"{self.name} trains all weights at once: choose a method that goes block by block"
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.varied:
@@ -131,11 +144,13 @@ class Trained(ABC):
             details={"training": details, "stages": session.stages},
         )
 
-    def run(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Session:
-        """Trains and prunes to the end, in place; what is remembered of the way."""
+    def run(
+        self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
+    ) -> Session:
+        """Trains and prunes to the end, in place; `project` is called in place of the method's own."""
         with trainable(model):
             session = self._session(model, task, runtime)
-            self._train(session)
+            self._train(session, project or self.project)
             session.trainer.optimizer.finalize()
         return session
 
@@ -172,7 +187,7 @@ class Trained(ABC):
         """That measuring the rate takes."""
         return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
 
-    def _train(self, session: Session) -> None:
+    def _train(self, session: Session, project: Projection) -> None:
         trainer, task, runtime = session.trainer, session.task, session.runtime
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(task.target)}
@@ -184,7 +199,7 @@ class Trained(ABC):
             if trainer.done % every == 0:
                 runtime.report_progress(trainer.done, trainer.steps, self.name)
             if session.prepared != trainer.done:
-                self._prepare(session, plan)
+                self._prepare(session, plan, project)
                 session.prepared = trainer.done
                 if trainer.done in plan:
                     session.keep(checkpoints)
@@ -197,11 +212,11 @@ class Trained(ABC):
                 session.keep(checkpoints)
         runtime.report_progress(trainer.steps, trainer.steps)
 
-    def _prepare(self, session: Session, plan: dict[int, Target]) -> None:
+    def _prepare(self, session: Session, plan: dict[int, Target], project: Projection) -> None:
         """What comes before a step: a projection and a rate, where they are due."""
         done = session.trainer.done
         if done in plan:
-            self.project(session, plan[done])
+            project(session, plan[done])
         if self.lr is None and (done in plan or done == 0):
             self._set_rate(session, plan.get(done, session.task.target))
 

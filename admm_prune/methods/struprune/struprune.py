@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Budget, LayerReport, Outcome, Recipe, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
@@ -32,7 +32,7 @@ RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equati
 
 
 @dataclass(frozen=True, kw_only=True)
-class StruPrune:
+class StruPrune(Capabilities):
     """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
 
     Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
@@ -54,6 +54,10 @@ class StruPrune:
         ridge: of the group problems, relative to diag(H).
     """
 
+    options = ("unit", "multiple")
+    stages = "groups"
+    shrinks = True
+
     name: str = "struprune"
     summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
     samples: int = 128
@@ -73,6 +77,11 @@ class StruPrune:
     def budget(self) -> Budget:
         return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
 
+    def streaming_obstacle(self) -> str | None:
+        if self.form != "padded":
+            return None
+        return f"{self.name} pads to the widest block, which is known only at the end: choose struprune"
+
     def check(self, model: nn.Module, target: Target) -> None:
         if target.layers:
             raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
@@ -87,11 +96,7 @@ class StruPrune:
         self._allocate(model, parts, curves, target)
 
     def prune(
-        self,
-        model: nn.Module,
-        task: Task,
-        runtime: Runtime = IN_PROCESS,
-        curves: Mapping[str, Curve] | None = None,
+        self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, curves: Mapping[str, Curve] | None = None
     ) -> Outcome:
         """As `Recipe.prune`.
 
