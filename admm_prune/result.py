@@ -1,10 +1,11 @@
-"""What a solver returns: Status, Progress, Result."""
+"""What a solver returns: Status, Progress, Result; and what a report keeps of it: Convergence, Diagnosis."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, Self
 
 from admm_prune.point import Point
 
@@ -67,3 +68,47 @@ class Result:
         if self.bound is None:
             return None
         return 0.0 if self.objective == 0.0 else (self.objective - self.bound) / abs(self.objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convergence:
+    """Columns of equal length, a line for each reported iteration; None where a solver does not measure one.
+
+    Attributes:
+        iteration: counted from 0, as in `Progress`.
+        objective: of the feasible point of the iteration.
+        primal_residual: |x - z| / |z|.
+        support_changes: entries that entered the support.
+        rho: the penalty, in units of the problem's curvature.
+    """
+
+    iteration: tuple[int, ...]
+    objective: tuple[float | None, ...]
+    primal_residual: tuple[float | None, ...]
+    support_changes: tuple[int | None, ...]
+    rho: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, history: Sequence[Progress], most: int = 64) -> Self | None:
+        """The history, at most about `most` lines of it at even distances, the last one always; None without any."""
+        if not history:
+            return None
+        stride = -(-len(history) // most)
+        chosen = history[(len(history) - 1) % stride :: stride]
+        return cls(**{column.name: tuple(getattr(p, column.name) for p in chosen) for column in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A finding.
+
+    Args:
+        code: short and stable.
+        finding: a sentence with the numbers it rests on.
+        advice: what to do; empty where nothing needs to be done.
+    """
+
+    code: str
+    severity: Literal["good", "info", "warning", "error"]
+    finding: str
+    advice: str = ""

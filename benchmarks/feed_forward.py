@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.sparsellm import SparseLLM, network_of
@@ -183,9 +183,9 @@ def measure_perplexity(rows: Rows, chosen: argparse.Namespace) -> None:
                 loaded = load(chosen.model)
                 texts = Texts(settings, loaded)
                 recipe = recipe_named(name)
-                request = Request(target=Target(sparsity), calibration=texts.calibration(chosen.samples), seed=seed)
+                task = Task(target=Target(sparsity), calibration=texts.calibration(chosen.samples), seed=seed)
                 began = time.process_time()
-                recipe.prune(loaded.model, request)
+                recipe.prune(loaded.model, task)
                 seconds = time.process_time() - began
                 rows.add(
                     **key, perplexity=evaluate(loaded.model, texts.evaluation).perplexity, cpu_seconds=round(seconds, 2)

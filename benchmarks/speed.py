@@ -22,7 +22,7 @@ import torch
 
 from admm_prune.bench.memory import Shape, random_tokens
 from admm_prune.inference.timing import decode, least, prefill
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models.structure import decoder_blocks
@@ -58,9 +58,9 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_config(shape.config()).eval().requires_grad_(False)
     models: dict[str, Any] = {"dense": dense}
     for sparsity in given.sparsity.split(","):
-        request = Request(target=Target(float(sparsity)), calibration=random_tokens(256))
+        task = Task(target=Target(float(sparsity)), calibration=random_tokens(256))
         copied = copy.deepcopy(dense)
-        models[sparsity] = RECIPE.prune(copied, request).model or copied
+        models[sparsity] = RECIPE.prune(copied, task).model or copied
     for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
         times = least(run, models, tokens, given.repeats)
         for sparsity in given.sparsity.split(","):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
 from admm_prune.methods.target import Target, parse_targets
 from admm_prune.models.evaluate import evaluate
@@ -66,13 +66,13 @@ def measure(model: str, settings: TextSettings, targets: list[Target], names: li
     rows = []
     for name, recipe in ((name, ROWS[name]) for name in names):
         for target in targets:
-            request = Request(target=target, calibration=calibration)
+            task = Task(target=target, calibration=calibration)
             began = time.process_time()
             fresh = load(model).model
             key = (recipe.selector == "obs-one-shot", recipe.compensate, recipe.relative, recipe.uniform)
             if key not in curves:
-                curves[key] = recipe.measure(fresh, request)
-            outcome = recipe.prune(fresh, request, curves[key])
+                curves[key] = recipe.measure(fresh, task)
+            outcome = recipe.prune(fresh, task, curves=curves[key])
             pruned = fresh if outcome.model is None else outcome.model
             found = evaluate(pruned, texts.evaluation)
             rows.append(

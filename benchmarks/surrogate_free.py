@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.methods.base import Recipe, Request
+from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.elsa import Elsa
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.local import LOCAL_METHODS
@@ -103,16 +103,16 @@ class Bench:
         # The evaluation text is the same for all seeds.
         judging = Texts(replace(settings, seed=0), loaded).evaluation
         dense = evaluate(loaded.model, judging).perplexity
-        request = Request(target=job.target, calibration=texts.calibration(job.recipe.samples), seed=job.seed)
+        task = Task(target=job.target, calibration=texts.calibration(job.recipe.samples), seed=job.seed)
         began = time.perf_counter()
-        outcome = job.recipe.prune(loaded.model, request)
+        outcome = job.recipe.prune(loaded.model, task)
         seconds = time.perf_counter() - began
         training = outcome.details.get("training", {})
         row = {
             "perplexity": evaluate(loaded.model, judging).perplexity,
             "dense": dense,
             "sparsity": mean(layer.sparsity for layer in outcome.layers),
-            "tokens": training.get("tokens", request.calibration.tokens),
+            "tokens": training.get("tokens", task.calibration.tokens),
             "used_lr": training.get("lr"),
             "seconds": seconds,
             "notes": "; ".join(outcome.notes),

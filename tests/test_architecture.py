@@ -6,7 +6,10 @@ Reads the source with `ast`; imports nothing of the package but its table of pub
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -191,3 +194,88 @@ def test_the_root_shows_the_two_halves(name: str) -> None:
 def test_the_reader_of_imports_sees(importer: str, statement: str, fits: bool) -> None:
     targets = [target for _, name in imported(ast.parse(statement)) if (target := ours(name)) is not None]
     assert all(allowed(importer, target) for target in targets) == fits
+
+
+@cache
+def classes_of_methods() -> set[str]:
+    """Names of all classes that are defined in methods/."""
+    trees = (parsed(path) for path in MODULES if dotted(path).startswith("methods"))
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def class_checks(tree: ast.AST, classes: set[str]) -> Iterator[tuple[int, str]]:
+    """Yields (line, class) wherever an object is told apart by one of the classes that a module imports from methods/:
+    isinstance and issubclass, a comparison of types, a `case` of that class, a table with classes as keys."""
+    names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("admm_prune.methods")
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        found: list[ast.expr | None] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "issubclass"}:
+            found = [*node.args[1:]]
+        elif isinstance(node, ast.Compare):
+            found = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchClass):
+            found = [node.cls]
+        elif isinstance(node, ast.Dict):
+            found = [*node.keys]
+        for part in (inner for outer in found if outer is not None for inner in _types(outer)):
+            if isinstance(part, ast.Name) and names.get(part.id) in classes:
+                yield node.lineno, names[part.id]
+            elif isinstance(part, ast.Attribute) and ast.unparse(part.value) in names and part.attr in classes:
+                yield node.lineno, part.attr
+
+
+def _types(node: ast.expr) -> Iterator[ast.expr]:
+    """The expression itself, or those of a tuple or a union."""
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        for inner in node.elts:
+            yield from _types(inner)
+    elif isinstance(node, ast.BinOp):
+        yield from _types(node.left)
+        yield from _types(node.right)
+    else:
+        yield node
+
+
+@each_module
+def test_outside_of_methods_none_is_told_apart_by_its_class(path: Path) -> None:
+    if not dotted(path).startswith("methods"):
+        wrong = sorted(class_checks(parsed(path), classes_of_methods()))
+        assert not wrong, f"{wrong}: ask for a capability of methods/base.py instead"
+
+
+@pytest.mark.parametrize(
+    ("statement", "fits"),
+    [
+        ("isinstance(x, Trained)", False),
+        ("isinstance(x, int | Trained)", False),
+        ("isinstance(x, (int, Trained))", False),
+        ("isinstance(x, trained.Trained)", False),
+        ("issubclass(type(x), Trained)", False),
+        ("type(x) is Trained", False),
+        ("type(x) in (int, Trained)", False),
+        ("plan = {Trained: 1}[type(x)]", False),
+        ("match x:\n    case Trained():\n        pass", False),
+        ("isinstance(x, Elsewhere)", True),
+        ("isinstance(x, int)", True),
+        ("x: Trained = Trained()", True),
+    ],
+)
+def test_the_reader_of_class_checks_sees(statement: str, fits: bool) -> None:
+    imports = "from admm_prune.methods.elsa import trained\nfrom admm_prune.methods.elsa.trained import Trained\n"
+    tree = ast.parse(f"{imports}from somewhere import Elsewhere\n{statement}")
+    assert (not list(class_checks(tree, {"Trained", "Elsewhere"}))) == fits
+
+
+def test_the_protocol_of_a_method_loads_no_solver() -> None:
+    listing = (
+        "import sys, admm_prune.methods.base; print(*(name for name in sys.modules if name.startswith('admm_prune')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True).stdout.split()
+    assert "admm_prune.methods.base" in loaded
+    wrong = [name for name in loaded if name.split(".")[1:2] in (["solvers"], ["problems"])]
+    assert not wrong, wrong

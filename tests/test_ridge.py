@@ -12,7 +12,7 @@ from torch import nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.layerwise import prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.ridge import GRID, choose_ridge, parse_ridge
@@ -78,32 +78,32 @@ def test_a_channel_that_only_the_validation_tokens_use_is_no_obstacle() -> None:
     assert all(0 < trial.error < 1 for trial in trials)
 
 
-def pruned(request: Request, statistics: LayerStatistics) -> list[Any]:
+def pruned(task: Task, statistics: LayerStatistics) -> list[Any]:
     views = []
     for seed, name in enumerate("qk"):
         linear = nn.Linear(48, 16, bias=False)
         linear.weight.data = random_weight(16, 48, seed, torch.float32)
         views.append(WeightView(name, linear))
-    reports = prune_shared(SharedInput(tuple(views), statistics), LOCAL_METHODS["admm"], request)
+    reports = prune_shared(SharedInput(tuple(views), statistics), LOCAL_METHODS["admm"], task)
     return [(report, view.read()) for report, view in zip(reports, views, strict=True)]
 
 
 def test_a_layer_pruned_with_auto_is_the_one_pruned_with_what_auto_chose() -> None:
     gram, validation, _ = split_grams(60)
     statistics = LayerStatistics(gram, 60, validation, 9)
-    request = Request(target=Target(0.5), calibration=TEXT, ridge="auto")
-    by_choice = pruned(request, statistics)
+    task = Task(target=Target(0.5), calibration=TEXT, ridge="auto")
+    by_choice = pruned(task, statistics)
     report = by_choice[0][0]
     assert len(report.ridge_trials) == len(GRID)
     assert (report.ridge, report.damping) == (report.ridge_trials[0].ridge, report.ridge_trials[0].damping)
     assert by_choice[1][0].ridge_trials == report.ridge_trials, "chosen once for the input that both share"
-    own = pruned(replace(request, ridge=None), statistics)[0][0]
+    own = pruned(replace(task, ridge=None), statistics)[0][0]
     assert (own.ridge, own.damping) == (LOCAL_METHODS["admm"].ridge, LOCAL_METHODS["admm"].damping)
     assert own.ridge_trials == ()
-    by_number = pruned(replace(request, ridge=0.125), statistics)[0][0]
+    by_number = pruned(replace(task, ridge=0.125), statistics)[0][0]
     assert by_number.ridge == 0.125
     with pytest.raises(UserError, match="auto needs validation tokens"):
-        pruned(request, LayerStatistics(gram, 60))
+        pruned(task, LayerStatistics(gram, 60))
 
 
 @pytest.mark.parametrize("wrong", ["much", "", "-1", "nan", float("inf"), -0.5])

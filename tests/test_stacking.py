@@ -10,7 +10,7 @@ from catalogue import correlated_inputs, random_weight
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.base import LayerReport, Request
+from admm_prune.methods.base import LayerReport, Task
 from admm_prune.methods.layerwise import prune_shared
 from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
@@ -31,7 +31,7 @@ def pruned(method: Method, target: Target) -> tuple[dict[str, Tensor], dict[str,
         linears[name].weight.data = scale * random_weight(rows, WIDTH, seed, torch.float32)
     views = tuple(WeightView(name, linear) for name, linear in linears.items())
     statistics = LayerStatistics(tokens.T @ tokens, len(tokens), tokens[:60].T @ tokens[:60], 60)
-    reports = prune_shared(SharedInput(views, statistics), method, Request(target=target, calibration=TEXT))
+    reports = prune_shared(SharedInput(views, statistics), method, Task(target=target, calibration=TEXT))
     return {view.name: view.read() for view in views}, {report.name: report for report in reports}
 
 

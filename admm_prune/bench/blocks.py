@@ -14,7 +14,7 @@ from admm_prune.bench.layers import solver_work
 from admm_prune.bench.rows import Case, Figures, peak_of
 from admm_prune.bench.training import ModelShape, llama
 from admm_prune.data.sequences import Row, Sequences
-from admm_prune.methods.base import Recipe, Request
+from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.struprune.struprune import StruPrune
@@ -132,10 +132,10 @@ def _pruned(
     """Seconds that a recipe took."""
     generator = torch.Generator().manual_seed(0)
     rows = tuple(Row(torch.randint(shape.vocabulary, (length,), generator=generator), length) for _ in range(samples))
-    request = Request(target=target, calibration=Sequences(rows, "windows", length, None, 1))
+    task = Task(target=target, calibration=Sequences(rows, "windows", length, None, 1))
     synchronize(device)
     began = time.perf_counter()
-    recipe.prune(model, request)
+    recipe.prune(model, task)
     synchronize(device)
     return time.perf_counter() - began
 

@@ -24,7 +24,7 @@ from admm_prune.bench.scaling import exponent
 from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import OnProgress, Request
+from admm_prune.methods.base import OnProgress, Runtime, Task
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models.streaming import ModelOnDisk
@@ -212,8 +212,8 @@ def _prune(model: Path, out: Path, calibration: Sequences, sparsity: float) -> N
     on_disk = ModelOnDisk(model, LlamaForCausalLM, LlamaConfig.from_pretrained(model))
     with journal_of(out) as journal:
         journal.begin({"settings": {}, "environment": {}})
-        request = Request(target=Target(sparsity), calibration=calibration, residence=on_disk, journal=journal)
-        _RECIPE.prune(on_disk.model, request)
+        task = Task(target=Target(sparsity), calibration=calibration)
+        _RECIPE.prune(on_disk.model, task, Runtime(residence=on_disk, journal=journal))
         with journal.output() as folder:
             on_disk.save(folder)
 

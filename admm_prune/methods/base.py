@@ -1,57 +1,23 @@
-"""The protocol of a pruning method: it is given a Request and a Journal, and returns an Outcome with layer reports."""
+"""The protocol of a pruning method: it is given a Task and a Runtime, and returns an Outcome with layer reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.ridge import Ridge, Trial
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Residence
-from admm_prune.result import Progress
-from admm_prune.solvers.diagnostics import Diagnosis
+from admm_prune.result import Convergence, Diagnosis
 
-_MOST = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Convergence:
-    """Columns of equal length, a line for each reported iteration; None where a solver does not measure one.
-
-    Attributes:
-        iteration: counted from 0, as in `Progress`.
-        objective: of the feasible point of the iteration.
-        primal_residual: |x - z| / |z|.
-        support_changes: entries that entered the support.
-        rho: the penalty, in units of the problem's curvature.
-    """
-
-    iteration: tuple[int, ...]
-    objective: tuple[float | None, ...]
-    primal_residual: tuple[float | None, ...]
-    support_changes: tuple[int | None, ...]
-    rho: tuple[float | None, ...]
-
-    @classmethod
-    def of(cls, history: Sequence[Progress], most: int = _MOST) -> Self | None:
-        """The history, at most about `most` lines of it at even distances, the last one always; None without any."""
-        if not history:
-            return None
-        stride = -(-len(history) // most)
-        chosen = history[(len(history) - 1) % stride :: stride]
-        return cls(
-            iteration=tuple(p.iteration for p in chosen),
-            objective=tuple(p.objective for p in chosen),
-            primal_residual=tuple(p.primal_residual for p in chosen),
-            support_changes=tuple(p.support_changes for p in chosen),
-            rho=tuple(p.rho for p in chosen),
-        )
+if TYPE_CHECKING:
+    from admm_prune.methods.local import Method
+    from admm_prune.methods.parts import ProblemLike, SetLike
 
 
 class Journal:
@@ -127,27 +93,31 @@ class Journal:
 NOTHING = Journal()
 
 
+Ridge = float | Literal["auto"] | None  # None: the method's own
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
 
 
+@dataclass(frozen=True)
+class RidgeTrial:
+    """A ridge and a damping (both of `LayerReconstruction`), and the error on validation tokens that they led to."""
+
+    ridge: float
+    damping: float
+    error: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a recipe is asked for, beside the model.
+class Task:
+    """What a method is to do to a model: all that its result depends on.
 
     Args:
-        target: how much is to go.
+        target: the sparsity to reach.
         calibration: text to calibrate or train on.
         seed: of every random choice.
-        ridge: in place of the recipe's own; "auto" chooses one for every shared input on a part of the tokens.
+        ridge: in place of the method's own; "auto" chooses one for every shared input on a part of the tokens.
         bounds: prove a lower bound for every layer problem too: seconds a matrix, two eigendecompositions each.
-        on_progress: told of every step.
-        on_record: told the figures of every block that is finished, and of training.
-        residence: where the model's weights are.
-        journal: keeps what is finished, and knows what an earlier run finished.
-        world: the processes that work on this together; all of them ask for the same.
-        activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
     """
 
     target: Target
@@ -155,22 +125,40 @@ class Request:
     seed: int = 0
     ridge: Ridge = None
     bounds: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and how a task is carried out. By default in this process and in memory, without a record.
+
+    Args:
+        residence: where the model's weights are.
+        world: the processes that work on this together; all of them have the same task.
+        journal: keeps what is finished, and what an earlier run finished.
+        on_progress: called at every step.
+        on_record: called with the figures of every block that is finished, and of training.
+        activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
+    """
+
+    residence: Residence = IN_MEMORY
+    world: World = ALONE
+    journal: Journal = NOTHING
     on_progress: OnProgress | None = None
     on_record: OnRecord | None = None
-    residence: Residence = IN_MEMORY
-    journal: Journal = NOTHING
     activation_bytes: int | None = None
-    world: World = ALONE
 
-    def tell(self, done: int, total: int, at_work: str = "") -> None:
-        """Reports progress, where anybody listens."""
+    def report_progress(self, done: int, total: int, at_work: str = "") -> None:
+        """Calls `on_progress`, if there is one."""
         if self.on_progress is not None:
             self.on_progress(done, total, at_work)
 
     def record(self, figures: dict[str, float], step: int) -> None:
-        """Reports figures, where anybody listens."""
+        """Calls `on_record`, if there is one."""
         if self.on_record is not None:
             self.on_record(figures, step)
+
+
+IN_PROCESS = Runtime()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +191,7 @@ class LayerReport:
     tokens: int = 0
     ridge: float | None = None
     damping: float | None = None
-    ridge_trials: tuple[Trial, ...] = ()
+    ridge_trials: tuple[RidgeTrial, ...] = ()
     notes: tuple[str, ...] = ()
     diagnosis: tuple[Diagnosis, ...] = ()
     convergence: Convergence | None = None
@@ -221,7 +209,7 @@ class LayerReport:
         """What `as_json` gave, after it was JSON."""
         columns = content["convergence"]
         parts: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "notes")}
-        parts["ridge_trials"] = tuple(Trial(**trial) for trial in content["ridge_trials"])
+        parts["ridge_trials"] = tuple(RidgeTrial(**trial) for trial in content["ridge_trials"])
         parts["diagnosis"] = tuple(Diagnosis(**finding) for finding in content["diagnosis"])
         parts["convergence"] = columns and Convergence(**{name: tuple(column) for name, column in columns.items()})
         return cls(**{**content, **parts})
@@ -244,7 +232,44 @@ class Outcome:
     model: nn.Module | None = None
 
 
-class Recipe(Protocol):
+class Capabilities(Protocol):
+    """What the rest of the package asks about a method, in place of its class; a method overrides what differs."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Settings of a run that are for some methods only, and that this one takes: "steps", "unit", "multiple"."""
+        return ()
+
+    @property
+    def stages(self) -> Literal["layers", "networks", "groups", "training"] | None:
+        """What its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups, or
+        training of the whole model; None where it cannot be counted beforehand."""
+        return None
+
+    @property
+    def prunes(self) -> bool:
+        """False for a baseline that leaves the model dense."""
+        return True
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether what it removes is left out of the saved files, rather than stored as zeros."""
+        return False
+
+    def streaming_obstacle(self) -> str | None:
+        """Why a model cannot be pruned one block at a time, from disk; None where it can."""
+        return None
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        """The method with other parts inside, None leaves its own; None where it has no such parts.
+
+        Raises:
+            UserError: a part cannot be used.
+        """
+        return None
+
+
+class Recipe(Capabilities, Protocol):
     """A way to prune a whole model, ready to use by name. A frozen configuration."""
 
     @property
@@ -273,7 +298,7 @@ class Recipe(Protocol):
         """
         ...
 
-    def prune(self, model: nn.Module, request: Request) -> Outcome:
+    def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         """Prunes the model, which is in evaluation mode and without gradients, in place where it can.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from admm_prune.methods.base import LayerReport, Request
+from admm_prune.methods.base import LayerReport, Runtime, Task
 from admm_prune.models.activation_store import Shelf
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, decoder_blocks
@@ -42,7 +42,8 @@ class Visitor(Protocol):
 
 def walk(
     model: nn.Module,
-    request: Request,
+    task: Task,
+    runtime: Runtime,
     visit: Visitor,
     *,
     part: str = "blocks",
@@ -51,7 +52,7 @@ def walk(
     steps: tuple[int, int] | None = None,
     note: str = "",
 ) -> list[Visit]:
-    """Visits every block in order, on what the blocks before put out, and hands each to the request's journal.
+    """Visits every block in order, on what the blocks before put out, and hands each to the runtime's journal.
 
     Blocks that the journal has already are not visited again.
 
@@ -67,7 +68,7 @@ def walk(
         UserError: the text or a block cannot be used, or the journal not be written.
     """
     blocks = decoder_blocks(model)
-    residence, journal = request.residence, request.journal
+    residence, journal = runtime.residence, runtime.journal
     if changes and residence.hollow and not journal.keeps:
         raise ValueError("a model that is not in memory needs a journal, or what is done to its blocks is lost")
     visits = [
@@ -85,23 +86,23 @@ def walk(
             residence.restore(index, blocks[index], journal.tensor_file(part, index))
     before, total = steps or (0, len(blocks))
     if len(visits) < len(blocks):
-        shelf = Shelf(request.activation_bytes, journal.scratch())
+        shelf = Shelf(runtime.activation_bytes, journal.scratch())
         device = residence.device(model)
         stream = BlockStream(
             model,
             blocks,
-            request.calibration,
+            task.calibration,
             device,
             residence=residence,
             shelf=shelf,
-            world=request.world,
+            world=runtime.world,
             sparing=residence.hollow,
         )
         if visits:
-            _catch_up(stream, request, journal.resume_point(part), len(visits))
+            _catch_up(stream, runtime, journal.resume_point(part), len(visits))
         for index in range(len(visits), len(blocks)):
             block = blocks[index]
-            request.tell(before + index, total, f"{block.name}{note}")
+            runtime.report_progress(before + index, total, f"{block.name}{note}")
             with residence.block(index):
                 found = visit(stream, index, block)
                 found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
@@ -112,26 +113,26 @@ def walk(
                     index,
                     {"layers": [layer.as_json() for layer in found.layers], "details": found.details},
                     tensors=_weights(block) if changes else found.tensors,
-                    activations=stream.activations if request.world.size == 1 else None,
+                    activations=stream.activations if runtime.world.size == 1 else None,
                 )
             if changes and residence.hollow:
                 residence.restore(index, block, journal.tensor_file(part, index))
             visits.append(found)
             if found.layers:
-                request.record(_figures(found.layers), index)
+                runtime.record(_figures(found.layers), index)
     return visits
 
 
-def _catch_up(stream: BlockStream, request: Request, activations: dict[str, Tensor] | None, index: int) -> None:
+def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tensor] | None, index: int) -> None:
     """Brings a stream to block `index`: by what was kept, or through the finished blocks.
 
     Activations are kept by a run in one process, and of use to one: others share the sequences otherwise.
     """
-    if activations is not None and request.world.size == 1:
+    if activations is not None and runtime.world.size == 1:
         stream.resume(index, activations)
         return
     for finished in range(index):
-        with request.residence.block(finished):
+        with runtime.residence.block(finished):
             stream.advance(finished)
 
 

@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Convergence, LayerReport, Outcome, Request
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
-from admm_prune.methods.local import Method
+from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import Damping, settle_ridge
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.result import Result
+from admm_prune.result import Convergence, Result
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import lower_bound
 from admm_prune.solvers.together import Shape, batches, solve_batch
+from admm_prune.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Capabilities):
     """A recipe that solves the layer problem of every matrix in the decoder blocks by one method.
 
     For each block: replay it on what the pruned blocks before it put out, take one Gram for each shared input, solve
     the layer problems, write back, replay the pruned block to get the next block's inputs.
     """
+
+    stages = "layers"
 
     method: Method
     samples: int = 128
@@ -58,28 +63,33 @@ class Layerwise:
     def budget(self) -> Literal["matrix", "model"]:
         return "matrix"
 
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self:
+        if solver is not None:
+            raise UserError(f"{self.name} is a solver itself: give either a method or a solver")
+        return replace(self, method=with_parts(self.method, problem, constraint))
+
     def check(self, model: nn.Module, target: Target) -> None:
         check_target(decoder_blocks(model), self.method, target)
 
-    def prune(self, model: nn.Module, request: Request) -> Outcome:
-        self.check(model, request.target)
+    def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
+        self.check(model, task.target)
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            chosen = {view.name for view in block.weights if request.target.at(view.name) is not None}
+            chosen = {view.name for view in block.weights if task.target.at(view.name) is not None}
             inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
-            return Visit(layers=[*prune_all(inputs, self.method, request), *untouched(block, chosen)])
+            return Visit(layers=[*prune_all(inputs, self.method, task, runtime.world), *untouched(block, chosen)])
 
-        visits = walk(model, request, visit)
-        request.tell(len(visits), len(visits))
+        visits = walk(model, task, runtime, visit)
+        runtime.report_progress(len(visits), len(visits))
         return Outcome(layers=[report for found in visits for report in found.layers])
 
 
-def prune_all(inputs: list[SharedInput], method: Method, request: Request) -> list[LayerReport]:
+def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:
     """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
-    reports = request.world.divided(
+    reports = world.divided(
         [_cost(piece) for piece in pieces],
-        lambda own: prune_several([pieces[i] for i in own], method, request),
+        lambda own: prune_several([pieces[i] for i in own], method, task),
         lambda i: [view.read() for view in pieces[i].weights],
     )
     return [report for found in reports for report in found]
@@ -151,12 +161,12 @@ def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
     return [replace(report_of(view, view.shape), notes=("not to be pruned: left as it was",)) for view in left]
 
 
-def prune_shared(shared: SharedInput, method: Method, request: Request) -> list[LayerReport]:
+def prune_shared(shared: SharedInput, method: Method, task: Task) -> list[LayerReport]:
     """Prunes the weights that read one input, in place: see `prune_several`."""
-    return prune_several([shared], method, request)[0]
+    return prune_several([shared], method, task)[0]
 
 
-def prune_several(inputs: Sequence[SharedInput], method: Method, request: Request) -> list[list[LayerReport]]:
+def prune_several(inputs: Sequence[SharedInput], method: Method, task: Task) -> list[list[LayerReport]]:
     """Prunes the weights that read each of some inputs, in place.
 
     A method that gains by it solves those that share an input stacked, each within its own budget: one Gram is factored
@@ -167,39 +177,52 @@ def prune_several(inputs: Sequence[SharedInput], method: Method, request: Reques
     Raises:
         UserError: a weight cannot be pruned; the message names it.
     """
-    owned = [(i, job) for i, shared in enumerate(inputs) for job in _jobs(shared, method, request)]
+    owned = [(i, job) for i, shared in enumerate(inputs) for job in _jobs(shared, method, task.target)]
     jobs = [job for _, job in owned]
     solver = method.make()
     done: dict[int, list[LayerReport]] = {}
-    for batch in batches(solver, [_shape(job, method, request) for job in jobs]):
-        done |= zip(batch, _prune([jobs[i] for i in batch], method, solver, request), strict=True)
+    for batch in batches(solver, [job.shape for job in jobs]):
+        done |= zip(batch, _prune([jobs[i] for i in batch], method, solver, task), strict=True)
     reports: list[list[LayerReport]] = [[] for _ in inputs]
     for number, (i, _) in enumerate(owned):
         reports[i] += done[number]
     return reports
 
 
-def _jobs(shared: SharedInput, method: Method, request: Request) -> list[SharedInput]:
-    """The weights that are solved as one."""
-    groups: dict[object, tuple[WeightView, ...]] = {}
+@dataclass(frozen=True)
+class _Job:
+    """Weights that are solved as one, the statistics of their inputs, and the sparse set of each.
+
+    Attributes:
+        parts: rows, set and fraction of each weight, in the order of the weights.
+        constraint: of all rows, stacked.
+    """
+
+    weights: tuple[WeightView, ...]
+    statistics: LayerStatistics
+    parts: tuple[Part, ...]
+    constraint: SparseSet
+
+    @property
+    def shape(self) -> Shape:
+        gram = self.statistics.gram
+        return Shape(sum(part.rows for part in self.parts), len(gram), gram.dtype, gram.device, self.constraint)
+
+
+def _jobs(shared: SharedInput, method: Method, target: Target) -> Iterator[_Job]:
+    """The weights that read one input, by what is solved as one."""
+    groups: dict[object, list[tuple[WeightView, Target]]] = {}
     for view in shared.weights:
-        alike = None if method.stacks_targets else request.target.at(view.name)
-        key: object = alike if method.stacks else view.name
-        groups[key] = (*groups.get(key, ()), view)
-    return [SharedInput(views, shared.statistics) for views in groups.values()]
-
-
-def _constraint(job: SharedInput, method: Method, request: Request) -> SparseSet:
-    constraints = [method.constraint(target_of(request, view)) for view in job.weights]
-    if len(constraints) == 1:
-        return constraints[0]
-    return StackedRows(tuple(zip((view.shape[0] for view in job.weights), constraints, strict=True)))
-
-
-def _shape(job: SharedInput, method: Method, request: Request) -> Shape:
-    gram = job.statistics.gram
-    rows = sum(view.shape[0] for view in job.weights)
-    return Shape(rows, len(gram), gram.dtype, gram.device, _constraint(job, method, request))
+        own = target.at(view.name)
+        assert own is not None, f"{view.name} is not among the weights to prune"
+        alike = None if method.stacks_targets else own
+        groups.setdefault(alike if method.stacks else view.name, []).append((view, own))
+    for group in groups.values():
+        parts = tuple(Part(view.shape[0], method.constraint(own), own.fraction) for view, own in group)
+        constraint = parts[0].constraint
+        if len(parts) > 1:
+            constraint = StackedRows(tuple((part.rows, part.constraint) for part in parts))
+        yield _Job(tuple(view for view, _ in group), shared.statistics, parts, constraint)
 
 
 @dataclass(frozen=True)
@@ -212,34 +235,25 @@ class _Posed:
     seconds: float
 
 
-def _prune(jobs: Sequence[SharedInput], method: Method, solver: Solver, request: Request) -> list[list[LayerReport]]:
+def _prune(jobs: Sequence[_Job], method: Method, solver: Solver, task: Task) -> list[list[LayerReport]]:
     """Prunes the weights of some jobs, each by one solve, or all by one batch of solves."""
-    posed = [_pose(job, method, request) for job in jobs]
+    posed = [_pose(job, method, task.ridge) for job in jobs]
     began = time.perf_counter()
-    with explained_parts(
-        solver=type(solver), constraint=_kind_of_set(jobs[0], method, request), problem=type(posed[0].problem)
-    ):
+    parts = {"solver": type(solver), "constraint": type(jobs[0].parts[0].constraint), "problem": type(posed[0].problem)}
+    with explained_parts(**parts):
         results = solve_batch(solver, [one.problem for one in posed], [_naming(job) for job in jobs])
     share = (time.perf_counter() - began) / len(jobs)
     for job, one, result in zip(jobs, posed, results, strict=True):
         with _naming(job):
-            check_result(result, one.problem, solver, [_part(view, method, request) for view in job.weights])
+            check_result(result, one.problem, solver, job.parts)
     return [
-        _write(job, one, result, share, method, request) for job, one, result in zip(jobs, posed, results, strict=True)
+        _write(job, one, result, share, method, bounds=task.bounds)
+        for job, one, result in zip(jobs, posed, results, strict=True)
     ]
 
 
-def _part(view: WeightView, method: Method, request: Request) -> Part:
-    target = target_of(request, view)
-    return Part(view.shape[0], method.constraint(target), target.fraction)
-
-
-def _kind_of_set(job: SharedInput, method: Method, request: Request) -> type:
-    return type(method.constraint(target_of(request, job.weights[0])))
-
-
 @contextmanager
-def _naming(job: SharedInput) -> Generator[None]:
+def _naming(job: _Job) -> Generator[None]:
     """What goes wrong with a problem is said of its weights."""
     try:
         yield
@@ -247,31 +261,31 @@ def _naming(job: SharedInput) -> Generator[None]:
         raise UserError(f"{', '.join(view.name for view in job.weights)}: {error}") from error
 
 
-def _pose(job: SharedInput, method: Method, request: Request) -> _Posed:
+def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
     began = time.perf_counter()
-    statistics = job.statistics
+    statistics, first = job.statistics, job.parts[0].constraint
     # A copy: what is read shares memory with the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in job.weights])
-    kind = _kind_of_set(job, method, request)
-    with _naming(job), explained_parts(problem=method.problem.build, constraint=kind):
-        alone = method.constraint(target_of(request, job.weights[0]))
-        asked = settle_ridge(request.ridge, method, stacked, statistics.gram, statistics.validation, alone)
-        constraint = _constraint(job, method, request)
-        problem = method.problem.posed(stacked, statistics.gram, constraint, ridge=asked.ridge, damping=asked.damping)
+    with _naming(job), explained_parts(problem=method.problem.build, constraint=type(first)):
+        asked = settle_ridge(ridge, method, stacked, statistics.gram, statistics.validation, first)
+        problem = method.problem.posed(
+            stacked, statistics.gram, job.constraint, ridge=asked.ridge, damping=asked.damping
+        )
     return _Posed(problem, asked, stacked, time.perf_counter() - began)
 
 
 def _write(
-    job: SharedInput, posed: _Posed, result: Result, seconds: float, method: Method, request: Request
+    job: _Job, posed: _Posed, result: Result, seconds: float, method: Method, *, bounds: bool
 ) -> list[LayerReport]:
     """Gives the weights of a job what was found for them, and tells of each.
 
     Args:
         seconds: that the solve took.
+        bounds: prove a lower bound of each.
     """
     began = time.perf_counter()
     problem, asked, stacked, statistics = posed.problem, posed.asked, posed.stacked, job.statistics
-    sizes = [view.shape[0] for view in job.weights]
+    sizes = [part.rows for part in job.parts]
     with _naming(job):
         for view, weight in zip(job.weights, result.solution["weight"].split(sizes), strict=True):
             view.write(weight)
@@ -286,9 +300,10 @@ def _write(
     )
     seconds += posed.seconds + time.perf_counter() - began
     reports: list[LayerReport] = []
-    for view, weight in zip(job.weights, stacked.split(sizes), strict=True):
-        constraint = method.constraint(target_of(request, view))
-        own = method.problem.posed(weight, statistics.gram, constraint, ridge=problem.ridge, damping=problem.damping)
+    for view, weight, part in zip(job.weights, stacked.split(sizes), job.parts, strict=True):
+        own = method.problem.posed(
+            weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
+        )
         written = Point(weight=view.read().to(own.weight.dtype))
         validation = statistics.validation
         reports.append(
@@ -308,17 +323,10 @@ def _write(
                 notes=(*statistics.notes, *result.notes),
                 diagnosis=diagnosis,
                 convergence=None if reports else Convergence.of(result.history),
-                **(_bound(own, written) if request.bounds else {}),
+                **(_bound(own, written) if bounds else {}),
             )
         )
     return reports
-
-
-def target_of(request: Request, view: WeightView) -> Target:
-    """The target of a weight that is to be pruned."""
-    target = request.target.at(view.name)
-    assert target is not None, f"{view.name} is to stay as it is"
-    return target
 
 
 def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:

@@ -12,8 +12,9 @@ from admm_prune.methods.part_checks import explained_parts
 from admm_prune.methods.parts import (
     RECONSTRUCTION,
     LayerProblem,
-    Objective,
+    ProblemLike,
     SetFamily,
+    SetLike,
     check_no_clash,
     declared,
     load_declared,
@@ -192,11 +193,7 @@ def method_named(name: str) -> Method:
     return Method(name, (loaded.__doc__ or "").strip().partition("\n")[0], make)
 
 
-def with_parts(
-    method: Method,
-    problem: str | Objective | None = None,
-    constraint: str | SparseSet | type[SparseSet] | None = None,
-) -> Method:
+def with_parts(method: Method, problem: ProblemLike = None, constraint: SetLike = None) -> Method:
     """The method with another objective or another sparse set, by name or as it is; None leaves its own.
 
     Raises:

@@ -83,6 +83,8 @@ def load_declared(kind: Kind, name: str) -> Any:
 
 
 Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
+ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
+SetLike = str | SparseSet | type[SparseSet] | None
 
 # What a fraction alone describes; N:M is asked for by a pattern.
 SETS: Mapping[str, Callable[[float], SparseSet]] = {

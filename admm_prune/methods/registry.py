@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe
-from admm_prune.methods.elsa.elsa import TRAINED, Elsa
+from admm_prune.methods.elsa.elsa import TRAINED
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS, Method, method_named, method_names, with_parts
-from admm_prune.methods.parts import Objective, check_no_clash
-from admm_prune.methods.sparsellm import SPARSELLM, SparseLLM
+from admm_prune.methods.parts import ProblemLike, SetLike, check_no_clash
+from admm_prune.methods.sparsellm import SPARSELLM
 from admm_prune.methods.struprune.struprune import STRUCTURED
-from admm_prune.problems.constraints import SparseSet
 from admm_prune.solvers.base import Solver
 
 DEFAULT = "admm"
@@ -25,8 +24,8 @@ def composed(
     *,
     steps: int | None = None,
     solver: str | Solver | None = None,
-    problem: str | Objective | None = None,
-    constraint: str | SparseSet | type[SparseSet] | None = None,
+    problem: ProblemLike = None,
+    constraint: SetLike = None,
 ) -> Recipe:
     """The recipe of a method, with another solver, objective or sparse set inside.
 
@@ -51,17 +50,10 @@ def composed(
         for name, part in (("solver", solver), ("problem", problem), ("constraint", constraint))
         if part is not None
     )
-    if isinstance(recipe, Layerwise):
-        if solver is not None:
-            raise UserError(f"{recipe.name} is a solver itself: give either a method or a solver")
-        return replace(recipe, method=with_parts(recipe.method, problem, constraint))
-    if isinstance(recipe, SparseLLM) and problem is None:
-        inner = recipe.method if solver is None else _method_of(solver)
-        return replace(recipe, method=with_parts(inner, None, constraint))
-    if isinstance(recipe, Elsa) and constraint is None:
-        inner = recipe.projection if solver is None else _method_of(solver)
-        return replace(recipe, projection=with_parts(inner, problem))
-    raise UserError(f"{recipe.name} takes no {given}: it is for methods that go layer by layer")
+    made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
+    if made is None:
+        raise UserError(f"{recipe.name} takes no {given}: it is for methods that go layer by layer")
+    return made
 
 
 def _method_of(solver: str | Solver) -> Method:

@@ -6,19 +6,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Ridge, RidgeTrial
 from admm_prune.methods.local import Method
 from admm_prune.problem import Constraint
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.together import solve_all
-
-Ridge = float | Literal["auto"] | None  # None: the method's own
 
 # (ridge, damping): relative to each H_jj, which is best where all channels matter alike, or to their mean, which spares
 # a few massive channels and holds the many small ones.
@@ -32,15 +30,6 @@ _PROBE = ADMM(penalty=Constant(1.2), max_iterations=10)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A ridge and a damping (both of `LayerReconstruction`), and the error on validation tokens that they led to."""
-
-    ridge: float
-    damping: float
-    error: float
-
-
-@dataclass(frozen=True)
 class Damping:
     """What damps a layer problem, and the trials that it was chosen by, the best one first; none where it was given.
 
@@ -49,7 +38,7 @@ class Damping:
 
     ridge: float
     damping: float
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[RidgeTrial, ...] = ()
     seconds: float = 0.0
 
 
@@ -94,7 +83,7 @@ def choose_ridge(
     constraint: Constraint,
     grid: Sequence[tuple[float, float]] = GRID,
     objective: Callable[..., LayerReconstruction] = LayerReconstruction,
-) -> tuple[Trial, ...]:
+) -> tuple[RidgeTrial, ...]:
     """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
 
     A sample of at most 128 rows at even distances stands for the layer; the problem is then to be solved on all tokens
@@ -116,7 +105,7 @@ def choose_ridge(
     training.diagonal().clamp_(min=0)  # a channel that only the validation tokens use leaves rounding behind
     problems = [objective(rows, training, constraint, ridge=ridge, damping=damping) for ridge, damping in grid]
     trials = [
-        Trial(ridge, damping, problem.relative_error(result.solution, validation))
+        RidgeTrial(ridge, damping, problem.relative_error(result.solution, validation))
         for (ridge, damping), problem, result in zip(grid, problems, solve_all(_PROBE, problems), strict=True)
     ]
     return tuple(sorted(trials, key=lambda trial: trial.error))

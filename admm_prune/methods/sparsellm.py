@@ -9,18 +9,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
-from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import settle_ridge
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
@@ -30,6 +31,7 @@ from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
+from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
 from admm_prune.problems.layer import Share, Total
 from admm_prune.problems.network_output import NetworkOutput
@@ -60,7 +62,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of t
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseLLM:
+class SparseLLM(Capabilities):
     """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
 
     For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
@@ -84,6 +86,8 @@ class SparseLLM:
     (`sparsellm-release`). Closing, descent and the target "block" are ours.
     """
 
+    stages = "networks"
+
     name: str
     summary: str
     method: Method
@@ -99,6 +103,11 @@ class SparseLLM:
     def budget(self) -> Literal["matrix", "model"]:
         return "model" if self.first_half else "matrix"
 
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        if problem is not None:
+            return None
+        return replace(self, method=with_parts(solver or self.method, None, constraint))
+
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
         check_target(blocks, self.method, target)
@@ -106,22 +115,20 @@ class SparseLLM:
             for views in feed_forwards(model, blocks):
                 _targets(views, target)
 
-    def prune(self, model: nn.Module, request: Request) -> Outcome:
-        self.check(model, request.target)
-        if (
-            request.target.fraction == 0 and not request.target.layers
-        ):  # to the bit: no target makes up for what is not lost
-            return Layerwise(self.method).prune(model, request)
+    def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
+        self.check(model, task.target)
+        if task.target.fraction == 0 and not task.target.layers:  # to the bit: no target makes up for what is not lost
+            return Layerwise(self.method).prune(model, task, runtime)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
             if index >= chosen:
                 return Visit(layers=[report_of(view, view.shape) for view in block.weights])
-            return self._prune_block(stream, index, block, request)
+            return self._prune_block(stream, index, block, task, runtime.world)
 
-        visits = walk(model, request, visit)
-        request.tell(count, count)
+        visits = walk(model, task, runtime, visit)
+        runtime.report_progress(count, count)
         figures = [found.details for found in visits[:chosen]]
         notes = []
         if self.target == "block" and not all(figure["repairs"] for figure in figures):
@@ -137,9 +144,8 @@ class SparseLLM:
             details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
         )
 
-    def _prune_block(self, stream: BlockStream, index: int, block: Block, request: Request) -> Visit:
+    def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> Visit:
         began = time.perf_counter()
-        world = request.world
         views = feed_forward(block, lambda: stream.preview(index))
         activation = world.from_first(lambda: views.activation.name)  # two may be alike to rounding
         views = replace(views, activation=ACTIVATIONS[activation])
@@ -148,21 +154,22 @@ class SparseLLM:
         wanted: dict[str, Tensor] | None = {} if repairs else None
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
         reports = []
-        pruned = {view.name for view in block.weights if request.target.at(view.name) is not None}
-        targets = _targets(views, request.target)
+        pruned = {view.name for view in block.weights if task.target.at(view.name) is not None}
+        targets = _targets(views, task.target)
         attention = pruned - {view.name for view in own}
-        reports += prune_all(stream.collect(index, attention, wanted), self.method, request)
+        reports += prune_all(stream.collect(index, attention, wanted), self.method, task, world)
         if not targets:  # the whole network is to stay as it is
             return Visit(layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs})
         if pairs is None:
             pairs = stream.pairs(index, views.up, views.down, wanted)
         del wanted
+        constraints = {name: self.method.constraint(target) for name, target in targets.items()}
         try:
             network = network_of(views)
-            damped = self.damped(network, pairs, request, targets)
+            damped = self.damped(network, pairs, task, constraints, world)
             places, count = stream.places("calibration")
             share = Share(count, places, world.total)
-            result, error, judged = self.solve(network, damped, pairs, targets, share, world)
+            result, error, judged = self.solve(network, damped, pairs, constraints, share, world)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -203,7 +210,7 @@ class SparseLLM:
         network: Network,
         damped: dict[str, tuple[float, float]],
         pairs: Pairs,
-        targets: Mapping[str, Target],
+        constraints: Mapping[str, SparseSet],
         share: Share | None = None,
         world: World = ALONE,
     ) -> tuple[Result, float, float]:
@@ -213,7 +220,6 @@ class SparseLLM:
             share, world: of the calibration tokens, where every process has its own.
         """
         judging = pairs.get("validation", pairs["calibration"])
-        constraints = {name: self.method.constraint(targets[name]) for name in network.weights}
         whole = NetworkOutput(
             network,
             pairs["calibration"],
@@ -250,20 +256,18 @@ class SparseLLM:
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
 
     def damped(
-        self, network: Network, pairs: Pairs, request: Request, targets: Mapping[str, Target]
+        self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
         """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
-            if request.ridge == "auto":
-                total = request.world.total
-                grams = {part: _gram(network, name, inputs, total) for part, (inputs, _) in pairs.items()}
+            if task.ridge == "auto":
+                grams = {part: _gram(network, name, inputs, world.total) for part, (inputs, _) in pairs.items()}
                 validation = grams.get("validation")
                 gram = torch.stack(list(grams.values())).sum(0)
-            constraint = self.method.constraint(targets[name])
-            settle = partial(settle_ridge, request.ridge, self.method, weight, gram, validation, constraint)
-            asked = request.world.from_first(settle)
+            settle = partial(settle_ridge, task.ridge, self.method, weight, gram, validation, constraints[name])
+            asked = world.from_first(settle)
             damped[name] = (asked.ridge, asked.damping)
         return damped
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Recipe, Request
-from admm_prune.methods.elsa.elsa import CALIBRATION, Elsa
+from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
@@ -80,14 +79,14 @@ class _Shelf(Shelf):
 class Walk:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
-    def __init__(self, anatomy: Anatomy, counting: Counting, request: Request, device: str, *, stream: bool) -> None:
+    def __init__(self, anatomy: Anatomy, counting: Counting, task: Task, device: str, *, stream: bool) -> None:
         self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as self.recording:
             self.stream = BlockStream(
-                anatomy.model, anatomy.blocks, request.calibration, "meta", shelf=_Shelf(), sparing=stream
+                anatomy.model, anatomy.blocks, task.calibration, "meta", shelf=_Shelf(), sparing=stream
             )
-        self.parts = 2 if len(request.calibration.rows) > 1 else 1  # calibration and validation
+        self.parts = 2 if len(task.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
 
     @property
@@ -122,46 +121,46 @@ class Walk:
         return Collected(told, found, min(sums, found.peak))
 
 
-def blockwise_stages(
-    anatomy: Anatomy, recipe: Recipe, request: Request, *, stream: bool, device: str = "cpu"
-) -> list[Stage]:
-    """Every stage of a method, but for what it has in common with all others, from the text to the last block.
+def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
+    """Every stage of a method but for those that all methods have in common.
 
     Args:
         stream: one block in memory at a time.
         device: on which it is to run.
 
     Raises:
-        UserError: the recipe is of no kind that goes block by block.
+        UserError: the work of the method cannot be counted beforehand.
     """
-    plans: dict[type, Callable[[Walk, Any, Request], Iterator[Stage]]] = {
-        Layerwise: _layerwise,
-        SparseLLM: _sparsellm,
-        StruPrune: _struprune,
+    if recipe.stages == "training":
+        return training(anatomy, cast("Trained", recipe), task)
+    plans: dict[str | None, Callable[[Walk, Any, Task], Iterator[Stage]]] = {
+        "layers": _layerwise,
+        "networks": _sparsellm,
+        "groups": _struprune,
     }
-    plan = plans.get(type(recipe))
+    plan = plans.get(recipe.stages)
     if plan is None:
         raise UserError(f"{recipe.name}: what it takes cannot be told beforehand")
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
-        walk = Walk(anatomy, counting, request, device, stream=stream)
+        walk = Walk(anatomy, counting, task, device, stream=stream)
         recording = Stage(
             name="embeddings", parts={FORWARD: walk.recording.peak - walk.recording.left}, work=walk.recording.work
         )
         outside = {"weights outside of the blocks": anatomy.outside_bytes} if stream else weights
         stages = [recording.beside({**outside, **walk.held})]
-        stages += [stage.beside({**weights, **walk.held}) for stage in plan(walk, recipe, request)]
+        stages += [stage.beside({**weights, **walk.held}) for stage in plan(walk, recipe, task)]
     return stages
 
 
-def _layerwise(walk: Walk, recipe: Layerwise, request: Request) -> Iterator[Stage]:
+def _layerwise(walk: Walk, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for _, _, count in walk.kinds():
-        yield from _local(walk.collect(), recipe.method, request, count, walk)
+        yield from _local(walk.collect(), recipe.method, task, count, walk)
         yield _forward("next inputs", walk.advance(), count)
 
 
-def _local(collected: Collected, method: Method, request: Request, count: int, walk: Walk) -> Iterator[Stage]:
+def _local(collected: Collected, method: Method, task: Task, count: int, walk: Walk) -> Iterator[Stage]:
     """Statistics of a block, and a local method on them."""
     yield collected.stage("statistics").times(count)
     jobs: list[tuple[tuple[int, ...], int, torch.dtype]] = []
@@ -171,8 +170,8 @@ def _local(collected: Collected, method: Method, request: Request, count: int, w
         jobs += [(group, width, views[0].parameter.dtype) for group in groups]
     solver, several = method.make(), Counter(jobs)
     for group, width, dtype in jobs:
-        trial = _cached(LayerTrial(method, request.target, request.ridge, group, width, dtype, walk.parts > 1))
-        shape = Shape(sum(group), width, torch.float32, walk.device, method.constraint(request.target))
+        trial = _cached(LayerTrial(method, task.target, task.ridge, group, width, dtype, walk.parts > 1))
+        shape = Shape(sum(group), width, torch.float32, walk.device, method.constraint(task.target))
         batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
         posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
         peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
@@ -180,7 +179,7 @@ def _local(collected: Collected, method: Method, request: Request, count: int, w
         yield Stage(name="solver", parts=parts, work=trial.work * count)
 
 
-def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stage]:
+def _struprune(walk: Walk, recipe: StruPrune, task: Task) -> Iterator[Stage]:
     for _, block, count in walk.kinds():
         parts = branches(block)
         outputs = [branch.output.name for branch in parts]
@@ -193,7 +192,7 @@ def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stag
             centre = recipe.fold_bias and branch.output.bias is not None
             own = walk.collect([branch.output.name], centre=centre)
             yield own.stage("statistics").times(count)
-            solved = _cached(_group_trial(recipe, branch, request.target.fraction))
+            solved = _cached(_group_trial(recipe, branch, task.target.fraction))
             left = {GRAMS: own.stretch.left, SOLVER: solved.peak}
             yield Stage(name="solver", parts=left, work=solved.work * count)
             with stretch(walk.counting) as preview:
@@ -203,7 +202,7 @@ def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stag
         yield _forward("next inputs", walk.advance(), 2 * count)
 
 
-def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stage]:
+def _sparsellm(walk: Walk, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
     for index, block, count in walk.kinds():
         network = _network(block)
         with stretch(walk.counting) as looking:  # for the network, and whether its block adds what it puts out
@@ -214,7 +213,7 @@ def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stag
         wanted: dict[str, Tensor] = {}
         attention = walk.collect([view.name for view in block.weights if view.name not in own], wanted)
         target = {"targets": sum(x.nbytes for x in wanted.values())}
-        for stage in _local(attention, recipe.method, request, count, walk):
+        for stage in _local(attention, recipe.method, task, count, walk):
             yield stage.beside(target)
         up, down = network[0], network[-1]
         with stretch(walk.counting) as pairing:
@@ -227,8 +226,8 @@ def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stag
         trial = _cached(
             NetworkTrial(
                 recipe,
-                request.target,
-                request.ridge,
+                task.target,
+                task.ridge,
                 _activation(walk.anatomy),
                 len(network) == 3,
                 up.shape[1],
@@ -319,20 +318,19 @@ def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
     return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
 
 
-def training(anatomy: Anatomy, recipe: Trained, request: Request) -> list[Stage]:
+def training(anatomy: Anatomy, recipe: Trained, task: Task) -> list[Stage]:
     """All of a recipe that trains: the recipe itself, run on the meta device for a few steps, without its projections.
 
     A step takes the same bytes and operations at all times, so that the work of all is that of the first and as many of
     the second's as there are more.
     """
-    stages = [_trained(anatomy, recipe, request)]
-    projections = recipe.projections(request.target) if isinstance(recipe, Elsa) else []
+    stages = [_trained(anatomy, recipe, task)]
+    projecting = recipe.projecting(task)
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
-    if isinstance(recipe, Elsa) and projections:  # they differ in how much goes, not in what they take
-        calibration = replace(request.calibration, rows=request.calibration.rows[:CALIBRATION])
-        own = replace(request, calibration=calibration)
-        for stage in blockwise_stages(anatomy, Layerwise(recipe.projection), own, stream=False):
-            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(len(projections)))
+    if projecting is not None:
+        count = len(recipe.projections(task.target))  # they differ in how much goes, not in what they take
+        for stage in pruning_stages(anatomy, *projecting, stream=False):
+            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
     return stages
 
 
@@ -340,16 +338,16 @@ _TEACHER, _BEST = "teacher", "best weights so far"
 _STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
 
 
-def _trained(anatomy: Anatomy, recipe: Trained, request: Request) -> Stage:
+def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     model = anatomy.model
     least = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
     works, peak, parts = [], 0, {}
     for steps in _STEPS:
-        short = _unprojected(replace(recipe, steps=least + steps))
+        short = replace(recipe, steps=least + steps)
         with counted() as counting:
             counting.know(*model.parameters(), *model.buffers())
             with stretch(counting) as found:
-                session = short.run(model, replace(request, on_progress=None))
+                session = short.run(model, task, project=_keep_all)
             works.append(found.work)
             peak = max(peak, found.peak)
             parts = _parts(session)
@@ -377,15 +375,8 @@ def _parts(session: Session) -> dict[str, int]:
     return {name: size for name, size in state.items() if size}
 
 
-def _unprojected(recipe: Trained) -> Trained:
-    """The recipe, with every weight kept where it would project."""
-    kind = type(recipe)
-    values: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    unprojected: Trained = type(kind.__name__, (kind,), {"project": _keep_all})(**values)
-    return unprojected
-
-
-def _keep_all(_: Trained, session: Session, target: Target) -> None:
+def _keep_all(session: Session, target: Target) -> None:
+    """In place of a projection: keeps every weight."""
     masks = {view.name: torch.ones_like(view.parameter, dtype=torch.bool) for view in session.views}
     session.trainer.optimizer.change_support(masks)
     session.offer()

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Recipe, Request
-from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.base import Recipe, Ridge, Task
 from admm_prune.methods.registry import recipe_named
-from admm_prune.methods.ridge import Ridge
-from admm_prune.methods.struprune.struprune import StruPrune, configured
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
-from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, blockwise_stages
+from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
 from admm_prune.plan.counting import LIBRARIES, Stage, Work
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import check_dtype, free_bytes, resident_bytes
@@ -170,10 +168,8 @@ def make_plan(
     check_dtype(dtype)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
-    if stream and isinstance(recipe, Trained):
-        raise UserError(
-            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
-        )
+    if stream and (obstacle := recipe.streaming_obstacle()) is not None:
+        raise UserError(f"cannot stream: {obstacle}")
     anatomy = Anatomy.of(model, dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
@@ -181,11 +177,11 @@ def make_plan(
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
-    request = Request(target=target, calibration=sequences, ridge=ridge)
+    task = Task(target=target, calibration=sequences, ridge=ridge)
     notes = list(notes_on(anatomy.model))
     judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
-    stages = _stages(anatomy, recipe, request, judging, stream=stream, device=device)
+    stages = _stages(anatomy, recipe, task, judging, stream=stream, device=device)
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
@@ -218,41 +214,36 @@ def make_plan(
         stages=tuple(stage.beside(libraries) for stage in stages),
         machine=machine,
         limits=limits,
-        disk=_disk(anatomy, recipe, request, stages, stream=stream),
+        disk=_disk(anatomy, recipe, task, stages, stream=stream),
         notes=tuple(notes),
     )
 
 
-def _stages(
-    anatomy: Anatomy, recipe: Recipe, request: Request, judging: int, *, stream: bool, device: str
-) -> list[Stage]:
+def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, judging: int, *, stream: bool, device: str) -> list[Stage]:
     stages = [blockwise.loading(anatomy, stream=stream)]
-    rows = -(-judging // request.calibration.length)
+    rows = -(-judging // task.calibration.length)
     evaluated: list[Stage] = []
     if rows:
-        text = anatomy.sequences(rows, request.calibration.length)
+        text = anatomy.sequences(rows, task.calibration.length)
         evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
     stages += evaluated
-    if isinstance(recipe, Trained):
-        stages += blockwise.training(anatomy, recipe, request)
-    else:
-        stages += blockwise_stages(anatomy, recipe, request, stream=stream, device=device)
     return [
         *stages,
+        *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
-        blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, request.target)),
+        blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, task.target)),
     ]
 
 
 def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     """The part of the bytes that a saved model keeps: masks are stored dense."""
-    if not isinstance(recipe, StruPrune):
+    if not recipe.shrinks:
         return 1.0
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
-def _disk(anatomy: Anatomy, recipe: Recipe, request: Request, stages: list[Stage], *, stream: bool) -> dict[str, int]:
-    size = round(anatomy.weight_bytes * _kept(anatomy, recipe, request.target))
+def _disk(anatomy: Anatomy, recipe: Recipe, task: Task, stages: list[Stage], *, stream: bool) -> dict[str, int]:
+    size = round(anatomy.weight_bytes * _kept(anatomy, recipe, task.target))
     held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 

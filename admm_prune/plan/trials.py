@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Ridge, Task
 from admm_prune.methods.layerwise import prune_shared
 from admm_prune.methods.local import Method
-from admm_prune.methods.ridge import Ridge
 from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.struprune import selectors
 from admm_prune.methods.struprune.struprune import StruPrune
@@ -103,7 +102,7 @@ class LayerTrial:
             if statistics.validation is not None:
                 counting.know(statistics.validation)
             with stretch(counting) as found:
-                prune_shared(SharedInput(views, statistics), method, request_for(self.target, self.ridge))
+                prune_shared(SharedInput(views, statistics), method, task_for(self.target, self.ridge))
         return found
 
     @property
@@ -166,9 +165,9 @@ class NetworkTrial:
                     {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
                 )
                 network = Network(self.activation, wide)
-                targets = dict.fromkeys(network.weights, self.target)
-                damped = recipe.damped(network, pairs, request_for(self.target, self.ridge), targets)
-                recipe.solve(network, damped, pairs, targets)
+                constraints = dict.fromkeys(network.weights, recipe.method.constraint(self.target))
+                damped = recipe.damped(network, pairs, task_for(self.target, self.ridge), constraints)
+                recipe.solve(network, damped, pairs, constraints)
         return found
 
     def estimated(self) -> Stretch:
@@ -237,9 +236,9 @@ def shortened(solver: Any) -> Any:
     return replace(solver, **changes)
 
 
-def request_for(target: Target, ridge: Ridge) -> Request:
-    """A request without a text."""
-    return Request(target=target, calibration=Sequences((), "windows", 2, None, 1), ridge=ridge)
+def task_for(target: Target, ridge: Ridge) -> Task:
+    """A task without a text."""
+    return Task(target=target, calibration=Sequences((), "windows", 2, None, 1), ridge=ridge)
 
 
 def view_of(weight: Tensor) -> WeightView:

@@ -12,9 +12,7 @@ from torch import nn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
-from admm_prune.methods.base import OnProgress, Recipe, Request
-from admm_prune.methods.elsa.elsa import TunedDense
-from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
@@ -121,7 +119,7 @@ def compare(
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     if settings.steps is not None:
-        recipes = [recipe_named(r.name, settings.steps) if isinstance(r, Trained) else r for r in recipes]
+        recipes = [recipe_named(r.name, settings.steps) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are told apart by what the report and the folders call them.
@@ -137,8 +135,7 @@ def compare(
         record = manifest(settings, _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
-        first = Request(target=targets[0], calibration=texts.calibration(recipes[0].samples), journal=journal)
-        dense = judged_dense(loaded, texts.evaluation, first)
+        dense = judged_dense(loaded, texts.evaluation, Runtime(journal=journal))
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(found, models) for found in journal.finished("rows")]
@@ -151,15 +148,11 @@ def compare(
             # A model there is of no finished row: the process ended before it was written down.
             with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
                 model = load(settings.model, device=device, dtype=settings.dtype)
-                request = Request(
-                    target=target,
-                    calibration=texts.calibration(recipe.samples),
-                    seed=settings.text.seed,
-                    journal=own,
-                )
+                calibration = texts.calibration(recipe.samples)
+                task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings, texts.records(recipe.samples), loaded.revision)
                 own.begin({**its_record, "weights": weights})
-                report = prune.run_recipe(recipe, request, model, dense, its_record)
+                report = prune.run_recipe(recipe, task, Runtime(journal=own), model, dense, its_record)
                 with own.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
@@ -189,8 +182,8 @@ def _jobs(
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe to every target, checked; what prunes nothing has one row, whatever the targets."""
     wanted = [selection.applied(model, target) for target in targets]
-    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if isinstance(r, TunedDense)]
-    jobs += [(recipe, target) for target in wanted for recipe in recipes if not isinstance(recipe, TunedDense)]
+    jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
+    jobs += [(recipe, target) for target in wanted for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
     return jobs

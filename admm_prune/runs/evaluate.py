@@ -10,7 +10,7 @@ from typing import Any
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Runtime
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.activation_store import Shelf
 from admm_prune.models.evaluate import Evaluation, continued, evaluate
@@ -46,11 +46,11 @@ class Validation:
         return written if self.prompt else {}
 
 
-def judged(loaded: LoadedModel, text: Sequences, request: Request) -> Validation:
+def judged(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
     """A model as it is now, wherever its weights are."""
     prompt, continuation = ("", "") if loaded.residence.hollow else beginning_continued(loaded, text)
-    shelf = Shelf(request.activation_bytes, request.journal.scratch())
-    figures = evaluate(loaded.model, text, loaded.residence, shelf, request.world)
+    shelf = Shelf(runtime.activation_bytes, runtime.journal.scratch())
+    figures = evaluate(loaded.model, text, loaded.residence, shelf, runtime.world)
     return Validation(text=text, figures=figures, prompt=prompt, continuation=continuation)
 
 
@@ -61,14 +61,14 @@ def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]
     return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(continuation))
 
 
-def judged_dense(loaded: LoadedModel, text: Sequences, request: Request) -> Validation:
-    """A model before it is pruned, from the request's journal where that has it."""
+def judged_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
+    """A model before it is pruned, from the runtime's journal where that has it."""
 
     def judge() -> dict[str, object]:
-        found = judged(loaded, text, request)
+        found = judged(loaded, text, runtime)
         return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
 
-    found = request.journal.once("dense", judge)
+    found = runtime.journal.once("dense", judge)
     return Validation(
         text=text,
         figures=Evaluation(**found["figures"]),

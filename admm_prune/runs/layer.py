@@ -13,10 +13,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file, write_tensors
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Ridge, RidgeTrial
 from admm_prune.methods.local import REFERENCES, Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts
 from admm_prune.methods.parts import LAYER, LayerProblem
-from admm_prune.methods.ridge import Damping, Ridge, Trial, parse_ridge, settle_ridge
+from admm_prune.methods.ridge import Damping, parse_ridge, settle_ridge
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
@@ -24,12 +25,12 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.result import Result
+from admm_prune.result import Diagnosis, Result
 from admm_prune.runs.claims import Claims, layer_sha256, tensor_sha256
 from admm_prune.runs.journal.folder import check_output_file
 from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
 from admm_prune.runs.texts import Texts, TextSettings
-from admm_prune.solvers.diagnostics import Diagnosis, diagnose
+from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import Bound, lower_bound
 
 
@@ -120,7 +121,7 @@ class SolvedLayer:
     bound_kind: str | None
     ridge: float
     damping: float
-    ridge_trials: tuple[Trial, ...]
+    ridge_trials: tuple[RidgeTrial, ...]
     status: str
     iterations: int
     seconds: float
@@ -226,10 +227,12 @@ class _Solved:
 
 def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: Ridge, place: str) -> list[_Solved]:
     """All targets, those that may be solved together by one solve."""
+    rows, width = layer.weight.shape
+    parts = [Part(rows, method.constraint(target), target.fraction) for target in targets]
     dampings: list[Damping] = []
-    for target in targets:
-        constraint = method.constraint(target)
-        check_set(constraint, (layer.weight.shape[0], layer.weight.shape[1]), target.fraction)
+    for part in parts:
+        constraint = part.constraint
+        check_set(constraint, (rows, width), part.fraction)
         with explained_parts(problem=method.problem.build, constraint=type(constraint)):
             damping = settle_ridge(asked, method, layer.weight, layer.gram, layer.gram_validation, constraint)
         dampings.append(damping)
@@ -238,11 +241,7 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
         groups.setdefault((damping.ridge, damping.damping) if method.stacks_targets else i, []).append(i)
     solved: dict[int, _Solved] = {}
     for members in groups.values():
-        damping, constraints = dampings[members[0]], [method.constraint(targets[i]) for i in members]
-        parts = [
-            Part(len(layer.weight), constraint, targets[i].fraction)
-            for i, constraint in zip(members, constraints, strict=True)
-        ]
+        damping, constraints = dampings[members[0]], [parts[i].constraint for i in members]
         whole = _problem(layer, constraints, damping, method)
         solver = method.make()
         with (
@@ -250,19 +249,17 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
             explained_parts(solver=type(solver), constraint=type(constraints[0]), problem=type(whole)),
         ):
             result = solver.solve(whole)
-        check_result(result, whole, solver, parts)
-        for i, constraint, weight in zip(
-            members, constraints, result.solution["weight"].split(len(layer.weight)), strict=True
-        ):
+        check_result(result, whole, solver, [parts[i] for i in members])
+        for i, constraint, weight in zip(members, constraints, result.solution["weight"].split(rows), strict=True):
             own = whole if len(members) == 1 else _problem(layer, [constraint], damping, method)
             solution = Point(weight=weight)
-            part = replace(
+            share = replace(
                 result,
                 solution=solution,
                 objective=result.objective if own is whole else own.value(solution),
                 seconds=result.seconds / len(members),
             )
-            solved[i] = _Solved(own, part, result, dampings[i], memory.extra_mib)
+            solved[i] = _Solved(own, share, result, dampings[i], memory.extra_mib)
     return [solved[i] for i in range(len(targets))]
 
 

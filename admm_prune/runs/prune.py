@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from admm_prune.data.sequences import Packing, Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Request
-from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Ridge, Runtime, Task
 from admm_prune.methods.parts import Objective, check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
-from admm_prune.methods.ridge import Ridge, parse_ridge
+from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.selectors import Selection
-from admm_prune.methods.struprune.struprune import StruPrune, configured
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
@@ -82,11 +81,7 @@ def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
         return "the model is in memory already: give its folder"
     if not written:
         return "the pruned model has to go to a folder: give --out"
-    if isinstance(recipe, Trained):
-        return f"{recipe.name} trains all weights at once: choose a method that goes block by block"
-    if isinstance(recipe, StruPrune) and recipe.form == "padded":
-        return f"{recipe.name} pads to the widest block, which is known only at the end: choose struprune"
-    return None
+    return recipe.streaming_obstacle()
 
 
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
@@ -332,17 +327,13 @@ def prune(
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         if streams and activation_bytes is None:
             activation_bytes = default_activation_bytes(place)
-        request = Request(
-            target=target,
-            calibration=texts.calibration(recipe.samples),
-            seed=seed,
-            ridge=ridge,
-            bounds=bounds,
+        task = Task(target=target, calibration=texts.calibration(recipe.samples), seed=seed, ridge=ridge, bounds=bounds)
+        runtime = Runtime(
+            residence=loaded.residence,
+            world=world,
+            journal=journal or NOTHING,
             on_progress=progress,
             on_record=None if tracker is None else tracker.log,
-            residence=loaded.residence,
-            journal=journal or NOTHING,
-            world=world,
             activation_bytes=activation_bytes,
         )
         judging = texts.evaluation
@@ -351,8 +342,8 @@ def prune(
             return_freed_memory()
         with followed(tracker, record["settings"]) as summary:
             with phases("judging the dense model"):
-                dense = judged_dense(loaded, judging, request)
-            report = run_recipe(recipe, request, loaded, dense, record, phases)
+                dense = judged_dense(loaded, judging, runtime)
+            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
             if journal is not None:
                 written = journal.output(lambda folder: save_run(loaded, report, folder, judging).manifest)
                 report = replace(report, manifest=written, out=journal.out)
@@ -362,7 +353,8 @@ def prune(
 
 def run_recipe(
     recipe: Recipe,
-    request: Request,
+    task: Task,
+    runtime: Runtime,
     loaded: LoadedModel,
     dense: Validation,
     record: dict[str, Any],
@@ -377,16 +369,16 @@ def run_recipe(
     """
     phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
     with phases("pruning") as pruning:
-        outcome = recipe.prune(loaded.model, request)
+        outcome = recipe.prune(loaded.model, task, runtime)
     model: Any = loaded.model if outcome.model is None else outcome.model
     pruned = replace(loaded, model=model)
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
     with phases("judging the pruned model"):
-        judgement = judged(pruned, dense.text, request)
+        judgement = judged(pruned, dense.text, runtime)
     return Report(
         method=recipe.name,
-        target=request.target.label,
+        target=task.target.label,
         budget=recipe.budget,
         block_weights=dense_weights,
         sparsity=1.0 - left / dense_weights,

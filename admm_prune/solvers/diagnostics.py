@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
-from admm_prune.result import Progress, Result, Status
-
-Severity = Literal["good", "info", "warning", "error"]
+from admm_prune.result import Diagnosis, Progress, Result, Status
 
 # From histories of ADMM at constant penalties from 1e-4 to 100 and under its own schedules, on layers of 16 to 256
 # inputs, half and four fifths pruned and 2:4. A healthy run ends with no change of the support and |x - z| / |z| below
@@ -28,25 +24,6 @@ _TOKENS_PER_CHANNEL = 4
 _RIDGE = "give 'run' or 'solve' a larger --ridge"
 _PENALTY = "use the method admm, or in Python a penalty that rises from 0.1 to 1, such as LogSpaced(0.1, 1.0, over=30)"
 _LONGER = "use the method admm-best, or in Python a larger max_iterations"
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A finding.
-
-    Args:
-        code: short and stable.
-        finding: a sentence with the numbers it rests on.
-        advice: what to do; empty where nothing needs to be done.
-    """
-
-    code: str
-    severity: Severity
-    finding: str
-    advice: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def diagnose(

@@ -13,8 +13,6 @@ from torch import nn
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe
-from admm_prune.methods.elsa.elsa import TunedDense
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.local import REFERENCES
 from admm_prune.methods.parts import SetFamily, declared
 from admm_prune.methods.registry import RECIPES, composed, recipe_named
@@ -44,7 +42,7 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
     try:
         if "methods" in settings:
             recipe = recipe_named(manifest["method"])
-            steps = settings["steps"] if isinstance(recipe, Trained) else None
+            steps = settings["steps"] if "steps" in recipe.options else None
             return recipe_named(manifest["method"], steps)
         parts = {name: settings[name] for name in _PARTS}
         if any(part is not None and not re.fullmatch(r"[\w-]+", part) for part in parts.values()):
@@ -74,7 +72,7 @@ def target_of(manifest: Manifest, model: nn.Module) -> Target | None:
     settings = manifest["settings"]
     if "methods" not in settings:
         targets = [_target(settings["target"])]
-    elif isinstance(recipe_of(manifest), TunedDense):  # one row, whatever the targets
+    elif (recipe := recipe_of(manifest)) is not None and not recipe.prunes:  # one row, whatever the targets
         targets = [Target(0.0)]
     else:
         selection = _selection(settings)

@@ -88,6 +88,10 @@ PLANS: dict[str, tuple[list[str], str]] = {
     "no memory": (["--sparsity", "0.5", "--memory", "0"], "Invalid value for '--memory'"),
     "memory that is a word": (["--sparsity", "0.5", "--memory", "much"], "Invalid value for '--memory'"),
     "training from disk": (["--sparsity", "0.5", "--method", "elsa", "--stream"], "elsa trains all weights at once"),
+    "padding from disk": (
+        ["--sparsity", "0.5", "--method", "struprune-padded", "--stream"],
+        "pads to the widest block",
+    ),
     "a length beyond the context": (["--sparsity", "0.5", "--length", "65"], "beyond the model's context of 64 tokens"),
     "a pattern that does not divide": (["--pattern", "2:7"], "pattern 2:7 needs a width that 7 divides"),
     "units of a local method": (["--sparsity", "0.5", "--unit", "bytes"], "admm removes no units"),

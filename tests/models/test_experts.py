@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from admm_prune import ADMM, SparseAdam
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.ridge import GRID
 from admm_prune.methods.target import Target
@@ -70,7 +70,7 @@ def test_an_expert_without_tokens_is_pruned_on_all_of_its_block_and_says_so(stor
     x = expert_inputs(model, view, one_by_one(stories), everything=True).double()
     near(collected(model, stories)[name].statistics.gram, x.T @ x)
     near(collected(model, stories, {name})[name].statistics.gram, x.T @ x)
-    outcome = recipe_named("wanda").prune(model, Request(target=Target(0.5), calibration=stories))
+    outcome = recipe_named("wanda").prune(model, Task(target=Target(0.5), calibration=stories))
     reports = {report.name: report for report in outcome.layers}
     assert reports[name].tokens == stories.tokens
     assert any(
@@ -147,7 +147,7 @@ def test_experts_are_solved_in_batches_and_end_as_alone(
     for largest in (together._LARGEST_ON_CPU, 0):
         monkeypatch.setattr(together, "_LARGEST_ON_CPU", largest)
         model = mixture()
-        outcome = recipe_named("admm").prune(model, Request(target=target, calibration=stories, ridge=ridge))
+        outcome = recipe_named("admm").prune(model, Task(target=target, calibration=stories, ridge=ridge))
         models.append(model.state_dict())
         reports.append([replace(layer, seconds=0.0) for layer in outcome.layers])
         assert (4 in sizes) is bool(largest)

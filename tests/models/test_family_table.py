@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import OnProgress, Outcome, Request
+from admm_prune.methods.base import OnProgress, Outcome, Runtime, Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target
@@ -89,7 +89,7 @@ def prune(model: nn.Module, method: str, stories: Sequences, on_progress: OnProg
     if isinstance(recipe, Trained):
         recipe = replace(recipe, steps=2, batch_size=2, lr=1e-3)
     recipe.check(model, target_of(method))
-    return recipe.prune(model, Request(target=target_of(method), calibration=stories, on_progress=on_progress))
+    return recipe.prune(model, Task(target=target_of(method), calibration=stories), Runtime(on_progress=on_progress))
 
 
 def assert_pruned(model: nn.Module, method: str, dense: int) -> None:

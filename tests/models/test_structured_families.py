@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.struprune.struprune import STRUCTURED, configured
 from admm_prune.methods.target import Target
@@ -55,17 +55,17 @@ def test_it_loads_again_or_is_refused_before_anything_is_cut(
     variant: str, method: str, stories: Sequences, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = build(variant, layers=2)
-    recipe, request = recipe_named(method), Request(target=Target(0.25), calibration=stories)
+    recipe, task = recipe_named(method), Task(target=Target(0.25), calibration=stories)
     said = refusal(variant, method)
     if said is not None:
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         with pytest.raises(UserError) as caught:
-            recipe.prune(model, request)
+            recipe.prune(model, task)
         assert said in str(caught.value)
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
         return
     dense = sum(parameter.numel() for parameter in model.parameters())
-    outcome = recipe.prune(model, request)
+    outcome = recipe.prune(model, task)
     if outcome.details["form"] != "padded":
         assert sum(parameter.numel() for parameter in model.parameters()) < dense
     saved = LoadedModel(model, tokenizer, variant)
@@ -81,7 +81,7 @@ def test_the_heads_of_a_classic_falcon_go(stories: Sequences) -> None:
     """And are not merely left alone: the budget is larger than all neurons together allow."""
     model = build("falcon-classic", layers=2)
     recipe = configured(recipe_named("struprune"), "kv-cache")
-    outcome = recipe.prune(model, Request(target=Target(0.5), calibration=stories))
+    outcome = recipe.prune(model, Task(target=Target(0.5), calibration=stories))
     removed = {name: count for name, count in outcome.details["removed"].items() if count}
     assert sum(removed.values()) == 4
     assert all(name.endswith("self_attention") for name in removed)
@@ -107,5 +107,5 @@ def test_a_block_that_needs_all_of_its_units_is_found_on_a_copy(stories: Sequenc
             layer.mlp.__class__ = other
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         with pytest.raises(UserError, match=said):
-            recipe_named("struprune").prune(model, Request(target=Target(0.25), calibration=stories))
+            recipe_named("struprune").prune(model, Task(target=Target(0.25), calibration=stories))
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import prune_several, prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
@@ -25,7 +25,7 @@ from admm_prune.models.evaluate import next_token_loss
 from admm_prune.models.experts import routed
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
-from admm_prune.plan.blockwise import SOLVER, Collected, _local, blockwise_stages, training
+from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
 from admm_prune.plan.counting import KINDS, Stretch, Work, counted, stretch
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
@@ -82,15 +82,15 @@ def test_counted_bytes_are_those_of_the_allocator(name: str) -> None:
     def layer() -> SharedInput:
         return SharedInput((view_of(torch.randn(192, 128)),), LayerStatistics(random_gram(128), 256))
 
-    request = Request(target=Target(0.5), calibration=text(1, 2))
+    task = Task(target=Target(0.5), calibration=text(1, 2))
     method = LOCAL_METHODS[name]
-    prune_shared(layer(), method, request)  # what only the first call allocates
+    prune_shared(layer(), method, task)  # what only the first call allocates
     shared = layer()
-    seen = allocated(lambda: prune_shared(shared, method, request))
+    seen = allocated(lambda: prune_shared(shared, method, task))
     shared = layer()
     with counted() as counting:
         counting.know(shared.statistics.gram, shared.weights[0].parameter)
-        prune_shared(shared, method, request)
+        prune_shared(shared, method, task)
     assert counting.peak == pytest.approx(seen, rel=0.05)
 
 
@@ -115,14 +115,14 @@ def test_without_data_the_same_is_counted_as_with_it(family: str) -> None:
 )
 def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> None:
     recipe, calibration = recipe_named(name), text(8, 256)
-    request = Request(target=Target(0.5), calibration=calibration)
-    stages = blockwise_stages(Anatomy.of("embedded", "float32"), recipe, request, stream=False)
+    task = Task(target=Target(0.5), calibration=calibration)
+    stages = pruning_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
     planned = max(stage.bytes for stage in stages)
     model = embedded()
     weights = sum(p.nbytes for p in model.parameters())
     with counted() as counting:
         counting.know(*model.parameters(), *model.buffers())
-        recipe.prune(model, request)
+        recipe.prune(model, task)
     assert planned == pytest.approx(weights + counting.peak, rel=0.1)
     done = sum((stage.work for stage in stages), Work()).operations
     assert done == pytest.approx(counting.work.operations, rel=0.3)
@@ -147,14 +147,14 @@ def mixture(family: str, device: str) -> PreTrainedModel:
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
 def test_the_plan_of_a_mixture_of_experts_is_what_its_run_holds(family: str, name: str) -> None:
     """As if the router sent every expert as many tokens as any other: here it is drawn at random."""
-    recipe, request = recipe_named(name), Request(target=Target(0.5), calibration=text(16, 256))
+    recipe, task = recipe_named(name), Task(target=Target(0.5), calibration=text(16, 256))
     plan = mixture(family, "meta")
-    stages = blockwise_stages(Anatomy(family, plan, decoder_blocks(plan)), recipe, request, stream=False)
+    stages = pruning_stages(Anatomy(family, plan, decoder_blocks(plan)), recipe, task, stream=False)
     model = mixture(family, "cpu")
     weights = sum(p.nbytes for p in model.parameters())
     with counted() as counting, torch.no_grad():
         counting.know(*model.parameters(), *model.buffers())
-        recipe.prune(model, request)
+        recipe.prune(model, task)
     assert max(stage.bytes for stage in stages) == pytest.approx(weights + counting.peak, rel=0.1)
     done = sum((stage.work for stage in stages), Work()).operations
     assert done == pytest.approx(counting.work.operations, rel=0.3)
@@ -179,14 +179,14 @@ def test_a_mixture_of_experts_does_the_work_that_is_counted_without_data(family:
 def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> None:
     recipe = recipe_named(name, steps=16)
     assert isinstance(recipe, Trained)
-    request = Request(target=Target(0.5), calibration=text(24, 64))
-    stages = training(Anatomy.of("embedded", "float32"), recipe, request)
+    task = Task(target=Target(0.5), calibration=text(24, 64))
+    stages = training(Anatomy.of("embedded", "float32"), recipe, task)
     planned = max(stage.bytes for stage in stages)
     model = embedded()
     weights = sum(p.nbytes for p in model.parameters())
     with counted() as counting:
         counting.know(*model.parameters(), *model.buffers())
-        recipe.prune(model, request)
+        recipe.prune(model, task)
     assert planned == pytest.approx(weights + counting.peak, rel=0.1)
 
 
@@ -250,19 +250,19 @@ def test_what_does_not_fit_is_told_with_its_part_and_what_helps() -> None:
 
 def test_experts_that_are_solved_in_batches_are_counted_so() -> None:
     """A solver that takes six matrices of a shape at once is given what its batch is bound to, on any device."""
-    request = Request(target=Target(0.7), calibration=text(4, 32))
+    task = Task(target=Target(0.7), calibration=text(4, 32))
     views = [view_of(torch.randn(96, 32)) for _ in range(6)]
 
     def planned(method: str, device: str) -> int:
         walk: Any = SimpleNamespace(parts=1, device=torch.device(device))
         collected = Collected([((view,), 32) for view in views], Stretch(), 0)
-        stages = _local(collected, LOCAL_METHODS[method], request, 1, walk)
+        stages = _local(collected, LOCAL_METHODS[method], task, 1, walk)
         return max(stage.parts[SOLVER] for stage in stages if stage.name == "solver")
 
     inputs = [SharedInput((view,), LayerStatistics(random_gram(32), 64)) for view in views]
     with counted() as counting, stretch(counting) as found, torch.no_grad():
         counting.know(*(one.statistics.gram for one in inputs), *(view.parameter for view in views))
-        prune_several(inputs, LOCAL_METHODS["admm"], request)
+        prune_several(inputs, LOCAL_METHODS["admm"], task)
     assert found.peak <= planned("admm", "cpu") == planned("admm", "cuda") <= 2 * found.peak
     assert planned("admm", "cpu") > 2 * planned("sparsegpt", "cpu")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save, save_file
 from test_sparse_adam_sharded import in_processes
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import NOTHING, Journal, Recipe, Request
+from admm_prune.methods.base import NOTHING, Journal, Recipe, Runtime, Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.sparsellm import SPARSELLM
@@ -125,7 +125,7 @@ def pruned_in(rank: int, processes: int, folder: str, model: Path, text: Path, r
     for recipe in recipes:
         loaded = load(str(model))
         calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(23)
-        outcome = recipe.prune(loaded.model, Request(target=Target(0.5), calibration=calibration, world=world))
+        outcome = recipe.prune(loaded.model, Task(target=Target(0.5), calibration=calibration), Runtime(world=world))
         found = {name: x.clone() for name, x in loaded.model.state_dict().items()}
         assert len(set(world.gathered(hashlib.sha256(save(found)).hexdigest()))) == 1, "all end with the same bits"
         assert len(set(world.gathered(json.dumps(outcome.details)))) == 1
@@ -202,16 +202,11 @@ def trained_in(
     recipe = recipe_named(how.method, how.steps)
     assert isinstance(recipe, Trained)
     kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
-    request = Request(
-        target=Target(how.sparsity),
-        calibration=calibration,
-        seed=how.seed,
-        world=World.here(),
-        journal=Checkpoints(kept) if kept else NOTHING,
-        on_progress=progress,
-    )
+    task = Task(target=Target(how.sparsity), calibration=calibration, seed=how.seed)
+    journal = Checkpoints(kept) if kept else NOTHING
+    runtime = Runtime(world=World.here(), journal=journal, on_progress=progress)
     with nullcontext() if stop is None else suppress(KeyboardInterrupt):
-        replace(recipe, lr=how.lr).prune(loaded.model, request)
+        replace(recipe, lr=how.lr).prune(loaded.model, task, runtime)
     if rank == 0 and stop is None:
         save_file({n: p.detach().clone() for n, p in loaded.model.named_parameters()}, f"{folder}/{processes}")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Task
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, load
@@ -65,7 +65,7 @@ def test_a_target_that_one_weight_does_not_admit_leaves_all_of_them_alone(model_
     text = Texts(TextSettings(data=str(text_file)), loaded).calibration()
     # 32 divides the width of every weight but the last of a block, which is 48.
     with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.down_proj\.weight: pattern 16:32 needs a width"):
-        recipe_named("magnitude").prune(loaded.model, Request(target=Target(pattern=(16, 32)), calibration=text))
+        recipe_named("magnitude").prune(loaded.model, Task(target=Target(pattern=(16, 32)), calibration=text))
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
 
 

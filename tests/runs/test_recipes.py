@@ -17,7 +17,7 @@ from torch import nn
 import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.methods import registry
-from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
@@ -28,7 +28,7 @@ from admm_prune.verify.run import verify_folder
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Capabilities):
     """One magnitude threshold over all blocks, in a copy of the model; no layer problem is ever solved."""
 
     name: str = "global"
@@ -40,20 +40,20 @@ class Global:
         if target.pattern is not None:
             raise UserError("global: there is no pattern over a whole model")
 
-    def prune(self, model: nn.Module, request: Request) -> Outcome:
-        self.check(model, request.target)
+    def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
+        self.check(model, task.target)
         new = copy.deepcopy(model)
         views = [view for block in decoder_blocks(new) for view in block.weights]
         sizes = torch.cat([view.read().abs().flatten() for view in views])
-        threshold = sizes.kthvalue(round(request.target.fraction * len(sizes))).values
+        threshold = sizes.kthvalue(round(task.target.fraction * len(sizes))).values
         reports = []
         for done, view in enumerate(views):
-            request.tell(done, len(views), view.name)
+            runtime.report_progress(done, len(views), view.name)
             kept = view.read().abs() > threshold
             view.write(view.read() * kept)
             reports.append(LayerReport(name=view.name, shape=view.shape, sparsity=1 - kept.double().mean().item()))
-        request.tell(len(views), len(views))
-        details = {"threshold": threshold.item(), "sequences": len(request.calibration.rows)}
+        runtime.report_progress(len(views), len(views))
+        details = {"threshold": threshold.item(), "sequences": len(task.calibration.rows)}
         return Outcome(layers=reports, notes=("a copy was pruned",), details=details, model=new)
 
 

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Convergence
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.result import Progress
+from admm_prune.result import Convergence, Progress
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases

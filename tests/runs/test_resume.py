@@ -21,13 +21,12 @@ import torch
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Convergence, LayerReport
-from admm_prune.methods.ridge import Trial
+from admm_prune.methods.base import LayerReport, RidgeTrial
+from admm_prune.result import Convergence, Diagnosis
 from admm_prune.runs.journal.folder import TIMINGS
 from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
 from admm_prune.runs.journal.world import random_state, restore_random_state
 from admm_prune.runs.report import REPORT
-from admm_prune.solvers.diagnostics import Diagnosis
 
 RUNS = [
     ("sparsegpt", False),
@@ -304,7 +303,7 @@ def test_all_generators_come_back() -> None:
 
 
 def test_a_report_comes_back_from_json_as_it_was() -> None:
-    trial = Trial(**dict.fromkeys(Trial.__dataclass_fields__, 0.5))
+    trial = RidgeTrial(**dict.fromkeys(RidgeTrial.__dataclass_fields__, 0.5))
     finding = Diagnosis("a", "info", "b", "c")
     told = Convergence(**dict.fromkeys(Convergence.__dataclass_fields__, (1, 2)))
     report = LayerReport(

@@ -11,7 +11,7 @@ import torch
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.base import Outcome, Task
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.sparsellm import SparseLLM
@@ -27,7 +27,7 @@ def pruned(
 ) -> tuple[LoadedModel, Outcome]:
     loaded = load(str(model_folder))
     text = Texts(TextSettings(data=str(text_file)), loaded).calibration(30)
-    return loaded, recipe.prune(loaded.model, Request(target=target, calibration=text, **how))
+    return loaded, recipe.prune(loaded.model, Task(target=target, calibration=text, **how))
 
 
 def weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_it_keeps_the_budget_of_every_matrix_and_repeats_itself(model_folder: Pa
 def test_attention_of_the_first_block_is_that_of_the_local_method(model_folder: Path, text_file: Path) -> None:
     local = load(str(model_folder))
     text = Texts(TextSettings(data=str(text_file)), local).calibration(30)
-    recipe_named("admm").prune(local.model, Request(target=Target(0.6), calibration=text))
+    recipe_named("admm").prune(local.model, Task(target=Target(0.6), calibration=text))
     mine, _ = pruned(recipe_named("sequential"), model_folder, text_file, Target(0.6))
     own, other = weights(mine), weights(local)
     assert all(torch.equal(own[name], other[name]) for name in own if "layers.0.self_attn" in name)
@@ -121,7 +121,7 @@ def test_a_network_that_cannot_be_read_is_refused_before_anything_is_touched(
     text = Texts(TextSettings(data=str(text_file)), loaded).calibration(5)
     for act in (
         lambda recipe: recipe.check(loaded.model, Target(0.5)),
-        lambda recipe: recipe.prune(loaded.model, Request(target=Target(0.5), calibration=text)),
+        lambda recipe: recipe.prune(loaded.model, Task(target=Target(0.5), calibration=text)),
     ):
         with pytest.raises(UserError, match=r"feed-forward network of model\.layers\.1"):
             act(recipe_named("sparsellm"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.base import Outcome, Task
 from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
 from admm_prune.methods.struprune.sublayer import Pruner
 from admm_prune.methods.target import Target
@@ -39,7 +39,7 @@ def calibration(model_folder: Path, text_file: Path) -> Sequences:
 
 def pruned(folder: Path, recipe: StruPrune, calibration: Sequences, sparsity: float = 0.4) -> tuple[Outcome, Tensor]:
     model = load(str(folder)).model
-    outcome = recipe.prune(model, Request(target=Target(sparsity), calibration=calibration))
+    outcome = recipe.prune(model, Task(target=Target(sparsity), calibration=calibration))
     with torch.no_grad():
         return outcome, model(input_ids=IDS).logits
 
@@ -245,9 +245,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Pat
     model = load(str(model_folder)).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def refuses(recipe: StruPrune, message: str, target: Target, **request: str) -> None:
+    def refuses(recipe: StruPrune, message: str, target: Target, **options: str) -> None:
         with pytest.raises(UserError, match=message):
-            recipe.prune(model, Request(target=target, calibration=calibration, **request))  # type: ignore[arg-type]
+            recipe.prune(model, Task(target=target, calibration=calibration, **options))  # type: ignore[arg-type]
 
     refuses(StruPrune(), "struprune removes whole units: give a sparsity such as 0.3", Target(pattern=(2, 4)))
     refuses(StruPrune(), r"99% of the blocks is to go, and \d+.\d+% can go at most", Target(0.99))
@@ -260,11 +260,11 @@ def test_a_block_that_only_looks_made_of_units_is_refused(model_folder: Path, ca
     model = load(str(model_folder)).model
     model.model.layers[1].mlp.act_fn = torch.nn.Softmax(-1)  # every neuron sees all others
     with pytest.raises(UserError, match=r"model.layers.1.mlp: without its zero units the block gives other outputs"):
-        StruPrune().prune(model, Request(target=Target(0.4), calibration=calibration))
+        StruPrune().prune(model, Task(target=Target(0.4), calibration=calibration))
 
 
 def test_blocks_that_differ_already_cannot_be_uniform(model_folder: Path, calibration: Sequences) -> None:
     model = load(str(model_folder)).model
-    StruPrune(form="per-layer").prune(model, Request(target=Target(0.3), calibration=calibration))
+    StruPrune(form="per-layer").prune(model, Task(target=Target(0.3), calibration=calibration))
     with pytest.raises(UserError, match="the blocks differ already"):
-        StruPrune(uniform=True).prune(model, Request(target=Target(0.3), calibration=calibration))
+        StruPrune(uniform=True).prune(model, Task(target=Target(0.3), calibration=calibration))

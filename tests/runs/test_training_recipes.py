@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import admm_prune
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.base import Outcome, Task
 from admm_prune.methods.elsa.elsa import TRAINED, Elsa, Gradual, Ladder, staged
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
@@ -39,7 +39,7 @@ def pruned(
 ) -> tuple[nn.Module, Outcome]:
     model = load(str(model_folder), dtype=dtype).model
     calibration = texts(model_folder, text_file).calibration(40)
-    outcome = recipe.prune(model, Request(target=target_named(target), calibration=calibration, seed=seed))
+    outcome = recipe.prune(model, Task(target=target_named(target), calibration=calibration, seed=seed))
     return model, outcome
 
 

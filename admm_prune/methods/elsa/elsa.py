@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Request
+from admm_prune.methods.base import Outcome, Recipe, Runtime, Task
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise, check_target
-from admm_prune.methods.local import LOCAL_METHODS, Method
+from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.target import Target
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-CALIBRATION = 128  # sequences that layer problems are made of
+_CALIBRATION = 128  # sequences that layer problems are made of
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,28 @@ class Elsa(Trained):
     def projections(self, target: Target) -> list[tuple[float, Target]]:
         return staged(target, self.ladder)
 
+    def projecting(self, task: Task) -> tuple[Recipe, Task]:
+        rows = task.calibration.rows[:_CALIBRATION]
+        return Layerwise(self.projection), replace(task, calibration=replace(task.calibration, rows=rows))
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        if constraint is not None:
+            return None
+        return replace(self, projection=with_parts(solver or self.projection, problem))
+
     def project(self, session: Session, target: Target) -> None:
         rows = len(session.training.rows)
-        calibration = session.training.split(CALIBRATION / rows)[1] if rows > CALIBRATION else session.training
-        asked = session.request
-        request = Request(target=target, calibration=calibration, seed=asked.seed, world=asked.world)
+        calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
+        task = Task(target=target, calibration=calibration, seed=session.task.seed)
         session.gather()
         session.model.requires_grad_(False)
-        outcome = Layerwise(self.projection).prune(session.model, request)
+        outcome = Layerwise(self.projection).prune(session.model, task, Runtime(world=session.runtime.world))
         session.model.requires_grad_(True)
         session.scatter()
         masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
         session.trainer.optimizer.change_support(masks)
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
-        if str(target) == str(session.request.target):
+        if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
         session.stages.append(stage)
 
@@ -140,6 +149,8 @@ class Published(Trained):
 @dataclass(frozen=True, kw_only=True)
 class TunedDense(Trained):
     """The dense model trained on the same text for as long: what of a gain is mere tuning."""
+
+    prunes = False
 
     name: str = "tuned-dense"
     summary: str = "prunes nothing: the dense model trained as long as the others, to compare them with"

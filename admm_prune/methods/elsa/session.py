@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.base import Request
+from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer, held_out_loss
 from admm_prune.models.structure import WeightView
@@ -33,7 +33,8 @@ class Session:
     model: nn.Module
     trained: nn.Module
     views: list[WeightView]
-    request: Request
+    task: Task
+    runtime: Runtime
     training: Sequences
     held_out: Sequences
     trainer: Trainer

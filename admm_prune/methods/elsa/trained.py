@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import LayerReport, Outcome, Request
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
@@ -27,14 +28,16 @@ _JUDGES = 8  # of them, that measure the rate
 _LEAST = 2  # sequences to train on
 _STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
 
+Projection = Callable[[Session, Target], None]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(ABC):
+class Trained(Capabilities, ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
     before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
-    is kept beside the optimizer's state. What moves is written to the request's journal every few steps and after each
+    is kept beside the optimizer's state. What moves is written to the runtime's journal every few steps and after each
     projection, so that a run which was killed goes on from there, to the same end.
 
     Several processes divide the parameters that are trained, their gradients, Adam's moments and the teacher among them
@@ -48,6 +51,9 @@ class Trained(ABC):
         distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
+
+    options = ("steps",)
+    stages = "training"
 
     name: str
     summary: str
@@ -82,6 +88,13 @@ class Trained(ABC):
         """Projects the model, and restricts the optimizer to the support found."""
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
 
+    def projecting(self, task: Task) -> tuple[Recipe, Task] | None:
+        """The method that projects the model, and its task but for the target; None where nothing is projected."""
+        return None
+
+    def streaming_obstacle(self) -> str | None:
+        return f"{self.name} trains all weights at once: choose a method that goes block by block"
+
     def check(self, model: nn.Module, target: Target) -> None:
         if target.varied:
             raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
@@ -89,13 +102,13 @@ class Trained(ABC):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
 
-    def prune(self, model: nn.Module, request: Request) -> Outcome:
+    def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         """Trains and prunes; where that ends worse on held-out sequences than a model that was as sparse on the way,
         that one is returned."""
-        self.check(model, request.target)
-        if request.ridge is not None:
+        self.check(model, task.target)
+        if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
-        session = self.run(model, request)
+        session = self.run(model, task, runtime)
         last = session.offer()
         notes = session.trainer.optimizer.notes
         if session.best_loss < last:
@@ -131,20 +144,22 @@ class Trained(ABC):
             details={"training": details, "stages": session.stages},
         )
 
-    def run(self, model: nn.Module, request: Request) -> Session:
-        """Trains and prunes to the end, in place; what is remembered of the way."""
+    def run(
+        self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
+    ) -> Session:
+        """Trains and prunes to the end, in place; `project` is called in place of the method's own."""
         with trainable(model):
-            session = self._session(model, request)
-            self._train(session)
+            session = self._session(model, task, runtime)
+            self._train(session, project or self.project)
             session.trainer.optimizer.finalize()
         return session
 
-    def _session(self, model: nn.Module, request: Request) -> Session:
-        sequences = request.calibration
+    def _session(self, model: nn.Module, task: Task, runtime: Runtime) -> Session:
+        sequences = task.calibration
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
-        target, world = request.target, request.world
+        target, world = task.target, runtime.world
         views = chosen_views(model, target)
         trained = sharded_copy(model, world)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
@@ -157,10 +172,10 @@ class Trained(ABC):
             training,
             steps=self.training_steps,
             batch_size=self.batch_size,
-            seed=request.seed,
+            seed=task.seed,
             world=world,
         )
-        return Session(model, trained, views, request, training, held_out, trainer)
+        return Session(model, trained, views, task, runtime, training, held_out, trainer)
 
     @property
     def training_steps(self) -> int:
@@ -172,19 +187,19 @@ class Trained(ABC):
         """That measuring the rate takes."""
         return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
 
-    def _train(self, session: Session) -> None:
-        trainer, request = session.trainer, session.request
+    def _train(self, session: Session, project: Projection) -> None:
+        trainer, task, runtime = session.trainer, session.task, session.runtime
         last = trainer.steps - 1
-        plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
+        plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(task.target)}
         every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
         kept = max(1, min(_STEPS, trainer.steps // _PART))
-        checkpoints = Checkpoints(request.journal.checkpoints("training"), request.world)
+        checkpoints = Checkpoints(runtime.journal.checkpoints("training"), runtime.world)
         session.go_on(checkpoints)
         while trainer.done < trainer.steps:
             if trainer.done % every == 0:
-                request.tell(trainer.done, trainer.steps, self.name)
+                runtime.report_progress(trainer.done, trainer.steps, self.name)
             if session.prepared != trainer.done:
-                self._prepare(session, plan)
+                self._prepare(session, plan, project)
                 session.prepared = trainer.done
                 if trainer.done in plan:
                     session.keep(checkpoints)
@@ -192,18 +207,18 @@ class Trained(ABC):
             trainer.step()
             if len(trainer.curve) > told:
                 step, loss = trainer.curve[-1]
-                request.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
+                runtime.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % kept == 0 or trainer.done == trainer.steps:
                 session.keep(checkpoints)
-        request.tell(trainer.steps, trainer.steps)
+        runtime.report_progress(trainer.steps, trainer.steps)
 
-    def _prepare(self, session: Session, plan: dict[int, Target]) -> None:
+    def _prepare(self, session: Session, plan: dict[int, Target], project: Projection) -> None:
         """What comes before a step: a projection and a rate, where they are due."""
         done = session.trainer.done
         if done in plan:
-            self.project(session, plan[done])
+            project(session, plan[done])
         if self.lr is None and (done in plan or done == 0):
-            self._set_rate(session, plan.get(done, session.request.target))
+            self._set_rate(session, plan.get(done, session.task.target))
 
     def _set_rate(self, session: Session, target: Target) -> None:
         model, trainer = session.trained, session.trainer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Budget, LayerReport, Outcome, Recipe, Request
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
 from admm_prune.methods.block_loop import Visit, walk
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
@@ -32,7 +32,7 @@ RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equati
 
 
 @dataclass(frozen=True, kw_only=True)
-class StruPrune:
+class StruPrune(Capabilities):
     """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
 
     Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
@@ -54,6 +54,10 @@ class StruPrune:
         ridge: of the group problems, relative to diag(H).
     """
 
+    options = ("unit", "multiple")
+    stages = "groups"
+    shrinks = True
+
     name: str = "struprune"
     summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
     samples: int = 128
@@ -73,6 +77,11 @@ class StruPrune:
     def budget(self) -> Budget:
         return "model" if self.unit == "parameters" or self.unit == "bytes" else self.unit  # noqa: PLR1714  # narrows
 
+    def streaming_obstacle(self) -> str | None:
+        if self.form != "padded":
+            return None
+        return f"{self.name} pads to the widest block, which is known only at the end: choose struprune"
+
     def check(self, model: nn.Module, target: Target) -> None:
         if target.layers:
             raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
@@ -86,32 +95,34 @@ class StruPrune:
         curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
         self._allocate(model, parts, curves, target)
 
-    def prune(self, model: nn.Module, request: Request, curves: Mapping[str, Curve] | None = None) -> Outcome:
+    def prune(
+        self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, curves: Mapping[str, Curve] | None = None
+    ) -> Outcome:
         """As `Recipe.prune`.
 
         Args:
             curves: what `measure` found on the same model and text, whatever the target; None to measure now.
         """
-        self.check(model, request.target)
-        if self.form == "padded" and request.residence.hollow:
+        self.check(model, task.target)
+        if self.form == "padded" and runtime.residence.hollow:
             raise UserError(
                 "padding needs the widest block, known only at the end: use run with --no-stream, or another method"
             )
-        pruner = self._pruner(request)
+        pruner = self._pruner(task, runtime)
         blocks = decoder_blocks(model)
         parts = [branches(block) for block in blocks]
-        if request.target.fraction > 0:
+        if task.target.fraction > 0:
             losing = {branch.name for block in parts for branch in block if self._curve(model, branch).levels()[-1] > 0}
-            check_units(model, blocks, request.residence, losing)
+            check_units(model, blocks, runtime.residence, losing)
         removed: dict[str, int] = {}
         details: dict[str, Any] = {}
         notes: tuple[str, ...] = ()
-        if request.target.fraction > 0:
-            measured = self.measure(model, request) if curves is None else curves
+        if task.target.fraction > 0:
+            measured = self.measure(model, task, runtime) if curves is None else curves
             # Written down, because a budget in seconds is measured anew by every run.
-            told = request.journal.once(
+            told = runtime.journal.once(
                 "allocation",
-                lambda: request.world.from_first(lambda: self._told(model, parts, measured, request.target)),
+                lambda: runtime.world.from_first(lambda: self._told(model, parts, measured, task.target)),
             )
             removed, notes = told["removed"], tuple(told["notes"])
             details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
@@ -125,10 +136,10 @@ class StruPrune:
                     keep_units(branch, torch.arange(branch.count - removed[branch.name]))
 
         count = len(blocks)
-        visits = walk(model, request, visit, reshape=reshape, steps=(count, 2 * count))
+        visits = walk(model, task, runtime, visit, reshape=reshape, steps=(count, 2 * count))
         layers = [report for found in visits for report in found.layers]
-        request.tell(2 * count, 2 * count)
-        if request.target.fraction == 0:
+        runtime.report_progress(2 * count, 2 * count)
+        if task.target.fraction == 0:
             return Outcome(layers=layers)
         units = {branch.name: branch.count for block in parts for branch in block}
         form = export(model, parts, self.form)
@@ -136,13 +147,13 @@ class StruPrune:
         stay = heads_stay(blocks[0])
         return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
 
-    def measure(self, model: nn.Module, request: Request) -> dict[str, Curve]:
+    def measure(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> dict[str, Curve]:
         """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
 
         Raises:
             UserError: as `Recipe.check` and `Recipe.prune`.
         """
-        pruner = self._pruner(request)
+        pruner = self._pruner(task, runtime)
         parts = [branches(block) for block in decoder_blocks(model)]
 
         def visit(stream: BlockStream, index: int, block: Block) -> Visit:
@@ -151,7 +162,9 @@ class StruPrune:
             scale = stream.energy() if self.relative else 1.0
             return Visit(tensors={name: found / scale for name, found in losses.items()})
 
-        visits = walk(model, request, visit, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves")
+        visits = walk(
+            model, task, runtime, visit, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves"
+        )
         losses = {name: found for one in visits for name, found in one.tensors.items()}
         return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
 
@@ -199,15 +212,15 @@ class StruPrune:
         reports = {report.name: report for report in solved}
         return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
 
-    def _pruner(self, request: Request) -> Pruner:
-        if request.ridge == "auto":
+    def _pruner(self, task: Task, runtime: Runtime) -> Pruner:
+        if task.ridge == "auto":
             raise UserError(f"{self.name} does not choose a ridge: give a number")
         return Pruner(
             selector=self.selector,
             compensate=self.compensate,
             fold_bias=self.fold_bias,
-            ridge=self.ridge if request.ridge is None else request.ridge,
-            world=request.world,
+            ridge=self.ridge if task.ridge is None else task.ridge,
+            world=runtime.world,
         )
 
     def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
