@@ -36,7 +36,8 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.point import Point
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
 from admm_prune.problems.network_output import NetworkOutput
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.refit import Polish
 from admm_prune.solvers.support_descent import SupportDescent

@@ -29,7 +29,7 @@ from admm_prune.data.sequences import default_length
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.layer import capture_layer
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings
 
 SHAPES = ("512x512", "2048x512", "2048x2048")
 TOKENS = 8192

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from admm_prune.bench.memory import Shape, write_random_model
-from admm_prune.runs.texts import TextSettings
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
 
@@ -145,7 +144,7 @@ def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dic
     from admm_prune.plan.plan import make_plan
 
     began = time.perf_counter()
-    plan = make_plan(str(model), text=TextSettings(data=str(text)), out=out, **options)
+    plan = make_plan(str(model), data=str(text), out=out, **options)
     peak = plan.peak("host")
     return {
         "bytes": peak.bytes,

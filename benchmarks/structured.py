@@ -29,7 +29,8 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
 from admm_prune.problems.allocation import Binomial, CappedSoftmax, Curve, EqualSlope, Owl, Uniform
 from admm_prune.problems.knapsack import Knapsack
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from benchmarks.machine import headline, machine
 
 NAMED = {recipe.name: recipe for recipe in STRUCTURED}

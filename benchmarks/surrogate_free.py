@@ -33,7 +33,8 @@ from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine
 

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 from admm_prune import SparseAdam
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.solvers.schedules import warm_up_then_linear
 
 

@@ -16,7 +16,8 @@ from admm_prune import SparseAdam
 from admm_prune.methods.elsa.trainer import endless_batches
 from admm_prune.models.evaluate import evaluate, next_token_loss
 from admm_prune.models.loading import load
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.solvers.schedules import warm_up_then_linear
 
 

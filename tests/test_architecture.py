@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": MATHEMATICS | {"data", "models", "prunable", "problems", "solvers", "statistics"},
 }
 MAY_IMPORT["testing"] = MATHEMATICS | {"problems", "solvers"}
-MAY_IMPORT["runs"] = {*MAY_IMPORT["methods"], "methods"}
+MAY_IMPORT["settings"] = {"errors", "data", "methods", "problems", "solvers"}  # for types alone, but errors
+MAY_IMPORT["runs"] = {*MAY_IMPORT["methods"], "methods", "settings"}
 for beside in ("bench", "inference", "plan", "verify"):
     MAY_IMPORT[beside] = {*MAY_IMPORT["runs"], "runs"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT["runs"], "runs", "bench", "inference", "plan", "verify", "__init__"}

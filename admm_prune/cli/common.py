@@ -2,99 +2,84 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from admm_prune.cli import interrupts
+from admm_prune.settings import Option, Settings, options
 
-Model = Annotated[str, typer.Option(help="'embedded', a from_pretrained folder, or a Hub id.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
-        "'embedded', which is the default of the embedded model alone."
-    ),
-]
-Column = Annotated[
-    str | None,
-    typer.Option(help="Column of rows that holds the text or a chat; 'text' by default, or the only one with text."),
-]
-Documents = Annotated[
-    int | None, typer.Option(min=1, help="Calibration documents to read; all by default, 20,000 of a Hub id.")
-]
-EvalDocuments = Annotated[
-    int | None, typer.Option(min=1, help="Evaluation documents to read; all by default, 20,000 of a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of a Hub id or saved data set to calibrate on.")]
-EvalSplit = Annotated[
-    str | None,
-    typer.Option(help="Split of a Hub id or saved data set to evaluate on; 'validation' or 'test' by default."),
-]
-EvalData = Annotated[str | None, typer.Option(help="Text to evaluate on; by default a held-out part of --data.")]
-Samples = Annotated[
-    int | None, typer.Option(min=1, help="Calibration sequences; as many as the method asks for by default.")
-]
-EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequences; all of the text by default.")]
-Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
-]
-Packing = Annotated[
-    str,
-    typer.Option(
-        help="'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'."
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the sequences.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
+_DECLARED = options(Settings)
+
+
+def _typed(name: str, declared: Option) -> Any:
+    """What typer is to know of a setting."""
+    ranged = declared.typed not in (str, str | None)
+    flags = (f"--{name.replace('_', '-')}",) if declared.typed is bool else ()
+    return typer.Option(
+        *(declared.flags or flags),
+        help=declared.help,
+        min=declared.least if ranged else None,
+        max=declared.most if ranged else None,
+        rich_help_panel=declared.group,
+    )
+
+
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
 Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
-OptionalOut = Annotated[Path | None, typer.Option(help="Folder to write, whole or not at all.")]
-Ridge = Annotated[
-    str | None,
-    typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
-]
-
-Problem = Annotated[str, typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints.")]
-OwnProblem = Annotated[
-    str | None,
-    typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints; the method's own by default."),
-]
-Constraint = Annotated[
-    str | None,
-    typer.Option(help="Sparse set of a --sparsity, a name that 'admm-prune list' prints; the method's own by default."),
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
-]
-
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Never done otherwise.")
-]
-
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable."
-    ),
-]
-Ignore = Annotated[list[str] | None, typer.Option(help="Leave what fits as it is, as for --targets; repeatable.")]
-Override = Annotated[
-    list[str] | None,
-    typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
-]
-Log = Annotated[str | None, typer.Option(help="Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result there; refused otherwise. Never replaces others.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
+Seed = Annotated[int, _typed("seed", _DECLARED["seed"])]
+Device = Annotated[str, _typed("device", _DECLARED["device"])]
+Dtype = Annotated[str | None, _typed("dtype", _DECLARED["dtype"])]
+Overwrite = Annotated[bool, _typed("overwrite", _DECLARED["overwrite"])]
+
+
+def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Gives a command, in place of its `**options`, the options of the settings that name it.
+
+    The command receives them by the names of their fields, parsed.
+
+    Args:
+        replaces: what a recipe holds is None unless it is given.
+    """
+    declared = {name: one for name, one in options(kind).items() if command in one.commands.split()}
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            asked: dict[str, Any] = {}
+            for name, one in declared.items():
+                value = given.pop(one.spelled)
+                asked[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
+            function(**given, **asked)
+
+        parameters: list[inspect.Parameter] = []
+        for one in declared.values():
+            unset = replaces and one.kept == "recipe"
+            annotation: Any = one.typed | None if unset else one.typed
+            default = None if unset else one.typed_default
+            parameters.append(_keyword(one.spelled, Annotated[annotation, _typed(one.spelled, one)], default))
+        hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters += [_keyword(p.name, hints[p.name], p.default) for p in own]
+        made: Any = call
+        made.__signature__ = inspect.Signature(parameters)
+        made.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+    return wrap
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
 
 Report = Callable[[int, int, str], None]
 _WIDE = 160
@@ -143,25 +128,9 @@ def resumable(out: Path) -> Generator[None]:
         raise
 
 
-def parse_overrides(given: list[str] | None) -> dict[str, float | str]:
-    """{pattern: target} from PATTERN=TARGET.
-
-    Raises:
-        UserError: there is no "=".
-    """
-    from admm_prune.errors import UserError
-
-    found: dict[str, float | str] = {}
-    for item in given or ():
-        pattern, equals, wanted = item.rpartition("=")
-        if not (equals and pattern and wanted):
-            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
-        found[pattern] = wanted
-    return found
-
-
 def given(ctx: typer.Context, **renamed: str) -> set[str]:
-    """The names of the options that were given, not left at their defaults; some under another name."""
+    """The fields of the options that were given, not left at their defaults; some under another name."""
+    renamed |= {one.spelled: name for name, one in _DECLARED.items() if one.spelled != name}
     names = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     return {renamed.get(name, name) for name in names}
 

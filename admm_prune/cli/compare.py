@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from admm_prune.cli import common
+from admm_prune.settings import Settings
 
 
+@common.takes("compare")
 def compare(
     out: common.Out,
-    model: common.Model = "embedded",
     methods: Annotated[str, typer.Option(help="Comma-separated names.")] = "magnitude,wanda,sparsegpt,admm",
     sparsity: Annotated[str | None, typer.Option(help="Comma-separated, such as 0.5,0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Comma-separated, such as 2:4,4:8.")] = None,
-    targets: common.Targets = None,
-    ignore: common.Ignore = None,
-    override: common.Override = None,
-    data: common.Data = None,
-    column: common.Column = None,
-    split: common.Split = "train",
-    documents: common.Documents = None,
-    eval_data: common.EvalData = None,
-    eval_split: common.EvalSplit = None,
-    eval_documents: common.EvalDocuments = None,
-    samples: common.Samples = None,
-    eval_samples: common.EvalSamples = None,
-    length: common.Length = None,
-    packing: common.Packing = "auto",
-    steps: common.Steps = None,
     baselines: Annotated[
         bool, typer.Option(help="Beside elsa, also what has to stand beside it: tuned-dense, admm-finetuned, gradual.")
     ] = True,
-    resume: common.Resume = False,
-    overwrite: common.Overwrite = False,
-    seed: common.Seed = 0,
-    device: common.Device = "auto",
-    dtype: common.Dtype = None,
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Prune one model by several methods to several targets, from the same text, into one table and one report.
 
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
-    from admm_prune.methods.struprune.selectors import Selection
     from admm_prune.methods.target import parse_targets
     from admm_prune.runs import compare as comparisons
-    from admm_prune.runs.texts import TextSettings, check_data, parse_packing
 
-    settings = comparisons.ComparisonSettings(
-        model=model,
+    settings = comparisons.ComparisonSettings.of(
+        Settings(**options),
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         targets=tuple(parse_targets(sparsity, pattern)),
-        text=TextSettings(
-            data=check_data(data, model),
-            column=column,
-            split=split,
-            documents=documents,
-            eval_data=eval_data,
-            eval_split=eval_split,
-            eval_documents=eval_documents,
-            samples=samples,
-            eval_samples=eval_samples,
-            length=length,
-            packing=parse_packing(packing),
-            seed=seed,
-        ),
-        device=device,
-        dtype=dtype,
-        steps=steps,
         baselines=baselines,
-        selection=Selection.of(targets or (), ignore or (), common.parse_overrides(override)),
     )
     with common.resumable(out), common.progress_bar("comparing") as progress:
-        result = comparisons.compare(settings, out, progress, resume=resume, overwrite=overwrite)
+        result = comparisons.compare(settings, out, progress, resume=options["resume"], overwrite=options["overwrite"])
     if json:
         common.emit(result.as_json())
         return
@@ -97,7 +59,7 @@ def compare(
             ]
         )
     columns = ["method", "pruned", "perplexity", "/ dense", "bits/char", "layer\nerror", "zeros", "seconds"]
-    title = f"{model}: {result.parameters:,} parameters, {dense.tokens:,} tokens judged"
+    title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens judged"
     common.show_table(title, columns, table, mark=marked)
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.settings import TextSettings, names_of
 
 
+@common.takes("eval")
 def evaluate(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
@@ -20,15 +22,10 @@ def evaluate(
             "embedded one of the embedded model."
         ),
     ] = None,
-    column: common.Column = None,
-    eval_split: common.EvalSplit = None,
     documents: Annotated[
         int | None, typer.Option(min=1, help="Documents to read; all by default, 20,000 of a Hub id.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Sequences; all of the text by default.")] = None,
-    length: common.Length = None,
-    packing: common.Packing = "auto",
-    seed: common.Seed = 0,
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated names of lm-evaluation-harness, in place of perplexity.")
     ] = None,
@@ -37,10 +34,8 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before a question; the task's own by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task, for a quick look.")] = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = None,
-    trust_remote_code: common.TrustRemoteCode = False,
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Evaluate a model: perplexity, bits per character, sparsity; or tasks of lm-evaluation-harness.
 
@@ -50,30 +45,22 @@ def evaluate(
     Example: admm-prune eval pruned --data stories.txt --json
     """
     from admm_prune.runs.evaluate import evaluate_model
-    from admm_prune.runs.texts import TextSettings, parse_packing
 
+    device, dtype = options["device"], options["dtype"]
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, seed, json)
+        _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, options["seed"], json)
         return
-    asked = {
-        "column": column,
-        "eval_split": eval_split,
-        "eval_documents": documents,
-        "eval_samples": samples,
-        "length": length,
-        "packing": parse_packing(packing),
-        "seed": seed,
-    }
     given = common.given(ctx, documents="eval_documents", samples="eval_samples")
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if name in given}
+    asked = {**options, "eval_documents": documents, "eval_samples": samples}
+    changes = {name: asked[name] for name in names_of(text=True) if name in asked.keys() & given}
     text = None if data is None else TextSettings(data=data, **changes)
     judgement = evaluate_model(
         model,
         text,
         device=device,
         dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=options["trust_remote_code"],
         **(changes if text is None else {}),
     )
     if json:
@@ -97,7 +84,7 @@ def _evaluate_tasks(
     seed: int,
     json: bool,
 ) -> None:
-    from admm_prune.runs.tasks import evaluate_tasks
+    from admm_prune.runs.evaluate import evaluate_tasks
 
     content = evaluate_tasks(
         model, names, folder=folder, shots=shots, limit=limit, device=device, dtype=dtype, seed=seed

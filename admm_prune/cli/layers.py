@@ -3,71 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from admm_prune.cli import common
+from admm_prune.settings import Settings
 
 if TYPE_CHECKING:
     from admm_prune.runs.layer import SolvedLayer
 
 
+@common.takes("capture")
 def capture(
     weight: Annotated[str, typer.Option(help="A block matrix, such as model.layers.0.mlp.up_proj.weight.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    model: common.Model = "embedded",
-    data: common.Data = None,
-    column: common.Column = None,
-    split: common.Split = "train",
-    documents: common.Documents = None,
-    eval_data: Annotated[
-        str | None, typer.Option(help="Text of the held-out Gram; by default held out of --data.")
-    ] = None,
-    eval_split: common.EvalSplit = None,
-    eval_documents: common.EvalDocuments = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     eval_samples: Annotated[int, typer.Option(min=1, help="Held-out sequences.")] = 128,
-    length: common.Length = None,
-    packing: common.Packing = "auto",
-    seed: common.Seed = 0,
-    problem: common.Problem = "layer",
-    overwrite: common.Overwrite = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = None,
+    problem: Annotated[str, typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints.")] = "layer",
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Write the layer problem of one weight of a dense model: weight, Gram, validation Gram, held-out Gram.
 
     Example: admm-prune capture --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors
     """
     from admm_prune.runs.layer import capture_layer
-    from admm_prune.runs.texts import TextSettings, check_data, parse_packing
+    from admm_prune.runs.texts import check_data
 
-    text = TextSettings(
-        data=check_data(data, model),
-        column=column,
-        split=split,
-        documents=documents,
-        eval_data=eval_data,
-        eval_split=eval_split,
-        eval_documents=eval_documents,
-        samples=samples,
-        eval_samples=eval_samples,
-        length=length,
-        packing=parse_packing(packing),
-        seed=seed,
-    )
+    settings = Settings(**options, samples=samples, eval_samples=eval_samples)
+    text = settings.text(data=check_data(settings.data, settings.model))
     with common.progress_bar("capturing") as progress:
         layer = capture_layer(
-            model,
+            str(settings.model),
             weight,
             text,
             out,
-            device=device,
-            dtype=dtype,
+            device=settings.device,
+            dtype=settings.dtype,
             problem=problem,
-            overwrite=overwrite,
+            overwrite=settings.overwrite,
             progress=progress,
         )
     # Metadata of safetensors are strings; counts go out as numbers.
@@ -79,6 +54,7 @@ def capture(
         print(f"{weight} {tuple(layer.weight.shape)}, {layer.metadata['tokens']} tokens: {out}")
 
 
+@common.takes("solve")
 def solve(
     file: Annotated[Path, typer.Argument(help="A layer problem file, such as 'admm-prune capture' writes.")],
     solver: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
@@ -86,16 +62,12 @@ def solve(
     pattern: Annotated[
         str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
     ] = None,
-    problem: common.OwnProblem = None,
-    constraint: common.Constraint = None,
-    ridge: common.Ridge = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
     ] = None,
-    overwrite: common.Overwrite = False,
-    device: common.Device = "auto",
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Prune one layer and report its error on the calibration and on the held-out Gram.
 
@@ -108,9 +80,10 @@ def solve(
     from admm_prune.methods.target import parse_path
     from admm_prune.runs.layer import solve_path
 
+    problem, constraint = options.pop("problem"), options.pop("constraint")
     check_one_set(constraint, pattern)
     method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
-    path = solve_path(file, method, targets, ridge=ridge, out=out, overwrite=overwrite, device=device)
+    path = solve_path(file, method, targets, out=out, **options)
     if json:
         several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}
         common.emit(path[0].as_json() if len(path) == 1 else several)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from admm_prune.cli import common
-from admm_prune.cli.run import carry_out, show_plan
+from admm_prune.cli.run import carry_out, recipe_and_machine, show_plan
 
 recipe = typer.Typer(
     help="Look at recipe files.\n\nExample: admm-prune recipe show sparsegpt",
@@ -39,7 +39,7 @@ def list_(json: common.Json = False) -> None:
     if json:
         common.emit({"recipes": {name: one.as_content() for name, one in found.items()}})
         return
-    rows = [[name, one.model, one.summary or ""] for name, one in found.items()]
+    rows = [[name, one.as_content()["model"], one.summary or ""] for name, one in found.items()]
     common.show_table("recipes (reproduce)", ["name", "model", "protocol"], rows, prose=True)
 
 
@@ -66,31 +66,12 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
     print(f"{file}: a recipe that can be run")
 
 
+@common.takes("reproduce", replaces=True)
 def reproduce(
     name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")],
-    out: common.OptionalOut = None,
-    model: Annotated[str | None, typer.Option(help="In place of the paper's: 'embedded', a folder, a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option(help="Calibration text in place of the paper's.")] = None,
-    column: common.Column = None,
-    split: Annotated[str | None, typer.Option(help="Split to calibrate on, in place of the paper's.")] = None,
-    documents: common.Documents = None,
-    eval_data: common.EvalData = None,
-    eval_split: common.EvalSplit = None,
-    eval_documents: common.EvalDocuments = None,
-    samples: common.Samples = None,
-    eval_samples: common.EvalSamples = None,
-    length: common.Length = None,
-    sparsity: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, in place of the paper's sparsity.")] = None,
-    steps: common.Steps = None,
-    resume: common.Resume = False,
-    overwrite: common.Overwrite = False,
-    log: common.Log = None,
     dry_run: common.DryRun = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draws the sequences.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    dtype: common.Dtype = None,
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Run a paper's protocol: model, text, segment length, split, number of samples; any of them may be replaced.
 
@@ -98,27 +79,9 @@ def reproduce(
     """
     from admm_prune.runs.recipe_file import read_packaged
 
-    given = {
-        "model": model,
-        "data": data,
-        "column": column,
-        "split": split,
-        "documents": documents,
-        "eval_data": eval_data,
-        "eval_split": eval_split,
-        "eval_documents": eval_documents,
-        "samples": samples,
-        "eval_samples": eval_samples,
-        "length": length,
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-    }
-    recipe = read_packaged(name).with_options({key: value for key, value in given.items() if value is not None})
+    asked, machine = recipe_and_machine(options)
+    recipe = read_packaged(name).with_options({key: value for key, value in asked.items() if value is not None})
     if dry_run:
-        show_plan(recipe.as_content(), out, json)
+        show_plan(recipe.as_content(), machine["out"], json)
     else:
-        carry_out(recipe.arguments(), out, json, resume=resume, overwrite=overwrite, log=log)
+        carry_out(recipe.arguments(), json, **machine)

@@ -8,107 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
+from admm_prune import settings
 from admm_prune.cli import common
 
 
+@common.takes("run")
 def run(
     ctx: typer.Context,
-    out: common.OptionalOut = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe.yaml, or the folder of a run that has one: options go before it.")
     ] = None,
-    model: common.Model = "embedded",
-    method: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
-    sparsity: Annotated[str | None, typer.Option(help="Fraction of every matrix to go, such as 0.7.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4.")] = None,
-    problem: common.OwnProblem = None,
-    constraint: common.Constraint = None,
-    targets: common.Targets = None,
-    ignore: common.Ignore = None,
-    override: common.Override = None,
-    data: common.Data = None,
-    column: common.Column = None,
-    split: common.Split = "train",
-    documents: common.Documents = None,
-    eval_data: common.EvalData = None,
-    eval_split: common.EvalSplit = None,
-    eval_documents: common.EvalDocuments = None,
-    samples: common.Samples = None,
-    eval_samples: common.EvalSamples = None,
-    length: common.Length = None,
-    packing: common.Packing = "auto",
-    ridge: common.Ridge = None,
-    steps: common.Steps = None,
-    unit: Annotated[
-        str | None, typer.Option(help="Of a structured budget: parameters, bytes, kv-cache, flops, latency.")
-    ] = None,
-    multiple: Annotated[
-        int | None, typer.Option(min=1, help="Neurons that a structured method keeps: a multiple, such as 64.")
-    ] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Take the model from its folder block by block; by default where it would fill the memory.",
-        ),
-    ] = None,
-    resume: common.Resume = False,
-    overwrite: common.Overwrite = False,
-    activation_memory: Annotated[
-        float | None,
-        typer.Option(min=0, help="GiB of activations between blocks to hold in memory; the others go to disk."),
-    ] = None,
-    trust_remote_code: common.TrustRemoteCode = False,
-    bounds: Annotated[
-        bool, typer.Option("--bounds", help="Prove a lower bound of every layer's error too: seconds a matrix.")
-    ] = False,
-    log: common.Log = None,
     dry_run: common.DryRun = False,
-    seed: common.Seed = 0,
-    device: common.Device = "auto",
-    dtype: common.Dtype = None,
     json: common.Json = False,
+    **options: Any,
 ) -> None:
     """Prune a model, evaluate it, and save it as a from_pretrained folder.
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
-    from admm_prune.methods.ridge import parse_ridge
     from admm_prune.runs.recipe_file import read_recipe
-    from admm_prune.runs.texts import parse_packing
 
-    asked: dict[str, Any] = {
-        "model": model,
-        "method": method,
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "problem": problem,
-        "constraint": constraint,
-        "targets": targets or (),
-        "ignore": ignore or (),
-        "overrides": common.parse_overrides(override),
-        "data": data,
-        "column": column,
-        "split": split,
-        "documents": documents,
-        "eval_data": eval_data,
-        "eval_split": eval_split,
-        "eval_documents": eval_documents,
-        "samples": samples,
-        "eval_samples": eval_samples,
-        "length": length,
-        "packing": parse_packing(packing),
-        "seed": seed,
-        "ridge": parse_ridge(ridge),
-        "steps": steps,
-        "unit": unit,
-        "multiple": multiple,
-        "bounds": bounds,
-        "device": device,
-        "dtype": dtype,
-    }
+    asked, machine = recipe_and_machine(options)
     if recipe is not None or dry_run:
-        given = common.given(ctx, override="overrides")
+        given = common.given(ctx)
         if recipe is None:
             from admm_prune.runs.recipe_schema import validated
 
@@ -118,19 +40,16 @@ def run(
         chosen = chosen.with_options({name: value for name, value in asked.items() if name in given})
         asked = chosen.arguments()
         if dry_run:
-            show_plan(chosen.as_content(), out, json)
+            show_plan(chosen.as_content(), machine["out"], json)
             return
-    carry_out(
-        asked,
-        out,
-        json,
-        stream="auto" if stream is None else stream,
-        resume=resume,
-        overwrite=overwrite,
-        activation_bytes=None if activation_memory is None else round(activation_memory * 2**30),
-        trust_remote_code=trust_remote_code,
-        log=log,
-    )
+    carry_out(asked, json, **machine)
+
+
+def recipe_and_machine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that a recipe can hold, and those that say how and where it is run."""
+    declared = settings.options(settings.Settings)
+    asked = {name: value for name, value in options.items() if declared[name].kept == "recipe"}
+    return asked, {name: value for name, value in options.items() if name not in asked}
 
 
 def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
@@ -144,7 +63,7 @@ def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
     print(f"# would be written to {out}" if out is not None else "# a run needs --out")
 
 
-def carry_out(asked: dict[str, Any], out: Path | None, json: bool, **machine: Any) -> None:
+def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine: Any) -> None:
     """Runs what is asked for, and says what came of it.
 
     Args:

@@ -93,7 +93,7 @@ def recipe_named(name: str, steps: int | None = None) -> Recipe:
     if not isinstance(recipe, Trained):
         raise UserError(f"{name} does not train: --steps is for {', '.join(trained.name for trained in TRAINED)}")
     if steps < 1:
-        raise UserError(f"a run has at least 1 step, not {steps}")
+        raise UserError(f"steps must be at least 1, not {steps}")
     return replace(recipe, steps=steps)
 
 

@@ -29,7 +29,8 @@ from admm_prune.models.stored import check_stored, compute_buffers, dequantizer,
 from admm_prune.models.streaming import Residence
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.runs.machine import PeakMemory, resident_bytes, return_freed_memory
-from admm_prune.runs.texts import TextSettings, is_local, read_corpora
+from admm_prune.runs.texts import is_local, read_corpora
+from admm_prune.settings import TextSettings
 
 BATCH = 8  # as `data.sequences.pack` makes them
 

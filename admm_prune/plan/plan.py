@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Recipe, Ridge, Task
-from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.registry import DEFAULT, recipe_named
+from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
@@ -20,8 +21,8 @@ from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
 from admm_prune.plan.counting import LIBRARIES, Stage, Work
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
-from admm_prune.runs.machine import check_dtype, free_bytes, resident_bytes
-from admm_prune.runs.texts import TextSettings
+from admm_prune.runs.machine import free_bytes, resident_bytes
+from admm_prune.settings import PlanSettings, takes
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
@@ -128,58 +129,35 @@ class Plan:
         return "use more --gpus, or a method that goes block by block with --stream"
 
 
-def make_plan(
-    model: str,
-    *,
-    method: str = "admm",
-    sparsity: str | float | None = None,
-    pattern: str | None = None,
-    text: TextSettings | None = None,
-    samples: int | None = None,
-    eval_samples: int | None = None,
-    length: int | None = None,
-    ridge: Ridge = None,
-    steps: int | None = None,
-    unit: str | None = None,
-    multiple: int | None = None,
-    dtype: str | None = None,
-    stream: bool = False,
-    gpu: str | None = None,
-    gpus: int = 1,
-    device_memory: float | None = None,
-    memory: float | None = None,
-    out: Path | None = None,
-) -> Plan:
+@takes(PlanSettings, "plan")
+def make_plan(settings: PlanSettings) -> Plan:
     """Plans a run from the model's config alone.
 
     Args:
-        model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
-        text: of a run, whose length tells how much there is to evaluate; None leaves evaluation out.
-        stream: one block in memory at a time.
-        gpu: a GPU that is not here, by its name; gpus: so many of them.
-        device_memory, memory: GB of a device and of the host, in place of what there is.
-        out: on whose disk the rates of reading and writing are measured.
+        {options}
 
     Raises:
         UserError: something in the arguments cannot be used.
     """
-    target = parse_target(sparsity, pattern)  # as typed: parsed, and refused, in one place
-    recipe = configured(recipe_named(method, steps), unit, multiple)
-    check_dtype(dtype)
+    model, method, stream = str(settings.model), settings.method or DEFAULT, settings.stream
+    gpu, gpus = settings.gpu, settings.gpus
+    text = None if settings.data is None else settings.text()
+    target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
+    recipe = configured(recipe_named(method, settings.steps), settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:
         raise UserError(f"cannot stream: {obstacle}")
-    anatomy = Anatomy.of(model, dtype)
+    anatomy = Anatomy.of(model, settings.dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
-    sequences = anatomy.sequences(samples or recipe.samples, length)
+    sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
-    host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
+    host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
-    task = Task(target=target, calibration=sequences, ridge=ridge)
+    task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     notes = list(notes_on(anatomy.model))
-    judging = _judging_tokens(reading, eval_samples, sequences.length, notes)
+    judging = _judging_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, task, judging, stream=stream, device=device)
     if reading is None:
@@ -199,9 +177,9 @@ def make_plan(
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
     if gpu is not None:
         notes.append(f"time of {gpu}: {machine.source}")
-    limits = {"host": int(memory * _GB) if memory else free_bytes("cpu") + resident_bytes()}
+    limits = {"host": int(settings.memory * _GB) if settings.memory else free_bytes("cpu") + resident_bytes()}
     if machine.memory is not None:
-        limits["device"] = int(device_memory * _GB) if device_memory else machine.memory
+        limits["device"] = int(settings.device_memory * _GB) if settings.device_memory else machine.memory
     return Plan(
         model=model,
         method=method,

@@ -28,7 +28,8 @@ from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.report import write_report
 from admm_prune.runs.report.content import lowest_of_target, mean_error
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts, check_data
+from admm_prune.settings import Settings, TextSettings
 
 _MODELS = "models"
 
@@ -92,6 +93,23 @@ class ComparisonSettings:
     baselines: bool = True
     selection: Selection = Selection()
 
+    @classmethod
+    def of(cls, settings: Settings, **own: Any) -> ComparisonSettings:
+        """From the settings of a run, and what a comparison has in place of a method and a target.
+
+        Raises:
+            UserError: the model has no text, or a pattern is no regular expression.
+        """
+        return cls(
+            model=str(settings.model),
+            text=settings.text(data=check_data(settings.data, settings.model)),
+            device=settings.device,
+            dtype=settings.dtype,
+            steps=settings.steps,
+            selection=Selection.of(settings.targets, settings.ignore, settings.overrides or {}),
+            **own,
+        )
+
 
 def compare(
     settings: ComparisonSettings,
@@ -132,7 +150,7 @@ def compare(
         loaded = load(settings.model, device=device, dtype=settings.dtype)
         jobs = _jobs(recipes, targets, settings.selection, loaded.model)
         texts = Texts(settings.text, loaded)
-        record = manifest(settings, _records(texts, recipes), loaded.revision)
+        record = manifest(asdict(settings), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
         dense = judged_dense(loaded, texts.evaluation, Runtime(journal=journal))
@@ -150,7 +168,7 @@ def compare(
                 model = load(settings.model, device=device, dtype=settings.dtype)
                 calibration = texts.calibration(recipe.samples)
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
-                its_record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+                its_record = manifest(asdict(settings), texts.records(recipe.samples), loaded.revision)
                 own.begin({**its_record, "weights": weights})
                 report = prune.run_recipe(recipe, task, Runtime(journal=own), model, dense, its_record)
                 with own.output() as folder:

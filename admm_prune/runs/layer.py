@@ -29,7 +29,8 @@ from admm_prune.result import Diagnosis, Result
 from admm_prune.runs.claims import Claims, layer_sha256, tensor_sha256
 from admm_prune.runs.journal.folder import check_output_file
 from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import Bound, lower_bound
 

@@ -63,10 +63,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def manifest(settings: Any, texts: dict[str, TextRecord], revision: str | None) -> dict[str, Any]:
+def manifest(settings: dict[str, Any], texts: dict[str, TextRecord], revision: str | None) -> dict[str, Any]:
     """The settings, the model's revision, the texts and the environment, ready for JSON."""
     return {
-        "settings": asdict(settings),
+        "settings": settings,
         "model_revision": revision,
         "texts": {name: asdict(record) for name, record in texts.items()},
         "environment": environment(),

@@ -5,16 +5,15 @@ Whether a model is taken from disk block by block, or loaded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from admm_prune.data.sequences import Packing, Sequences
+from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import NOTHING, LayerReport, OnProgress, Recipe, Ridge, Runtime, Task
-from admm_prune.methods.parts import Objective, check_one_set, described, target_of
+from admm_prune.methods.base import NOTHING, LayerReport, Recipe, Runtime, Task
+from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.selectors import Selection
@@ -28,7 +27,6 @@ from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_di
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
-from admm_prune.problems.constraints import SparseSet
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
 from admm_prune.runs.evaluate import Validation, judged, judged_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
@@ -38,14 +36,13 @@ from admm_prune.runs.manifest import Phase, Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
-from admm_prune.runs.texts import Texts, TextSettings, check_data, passed_from_python
-from admm_prune.runs.trackers import Tracker, figures_of, followed, tracker_named
-from admm_prune.solvers.base import Solver
+from admm_prune.runs.texts import Texts, check_data, passed_from_python
+from admm_prune.runs.trackers import figures_of, followed, tracker_named
+from admm_prune.settings import Settings, Stream, recorded, takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Stream = Literal["auto"] | bool
 _COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top
 
 
@@ -150,189 +147,77 @@ class Report:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """All that a run depends on, as the manifest records it."""
-
-    model: str
-    method: str | None  # None: the solver, layer by layer
-    target: Target
-    text: TextSettings
-    ridge: Ridge = None
-    device: str = "cpu"
-    dtype: str | None = None
-    steps: int | None = None
-    unit: str | None = None
-    multiple: int | None = None
-    stream: bool = False
-    trust_remote_code: bool = False
-    bounds: bool = False
-    solver: str | None = None
-    problem: str | None = None
-    constraint: str | None = None
-    selection: Selection = Selection()
-
-
-def prune(
-    model: str | Path | PreTrainedModel,
-    *,
-    method: str | None = None,
-    problem: str | Objective | None = None,
-    solver: str | Solver | None = None,
-    constraint: str | SparseSet | type[SparseSet] | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    targets: str | Sequence[str] = (),
-    ignore: str | Sequence[str] = (),
-    overrides: Mapping[str, float | str] | None = None,
-    data: Any = None,
-    eval_data: Any = None,
-    split: str = "train",
-    eval_split: str | None = None,
-    column: str | None = None,
-    documents: int | None = None,
-    eval_documents: int | None = None,
-    out: str | Path | None = None,
-    tokenizer: Any = None,
-    samples: int | None = None,
-    eval_samples: int | None = None,
-    length: int | None = None,
-    packing: Packing = "auto",
-    seed: int = 0,
-    ridge: Ridge = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    steps: int | None = None,
-    unit: str | None = None,
-    multiple: int | None = None,
-    stream: Stream = "auto",
-    resume: bool = False,
-    overwrite: bool = False,
-    activation_bytes: int | None = None,
-    trust_remote_code: bool = False,
-    bounds: bool = False,
-    log: str | Tracker | None = None,
-    progress: OnProgress | None = None,
-) -> Report:
+@takes(Settings)
+def prune(settings: Settings) -> Report:
     """Prunes a language model and says what that cost.
 
     In a process group of torch's all processes call this alike: they share the work, and the first one writes.
 
     Args:
-        model: "embedded", a folder, a Hub id, or a module with its `tokenizer`; a module is pruned in place.
-        method: a name that `admm-prune list` prints; `admm` by default.
-        solver: what solves the layer problems, in place of the method's own or of a method: an object such as
-            `ADMM.best()`, or a name.
-        problem: what builds the layer problems, as `LayerReconstruction` does; or the name of an objective.
-        constraint: the sparse set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity; its class, or
-            a name.
-        sparsity: the fraction of every matrix to go, 0 to 1; or
-        pattern: "N:M", N kept of every M consecutive inputs.
-        targets, ignore, overrides: which matrices are pruned and which are left, and {pattern: sparsity or "N:M"} of
-            those with a target of their own: see `Selection`.
-        data, eval_data: a path, a Hub id or "embedded" (see `TextSettings`); or text itself: a `datasets.Dataset`, a
-            list of strings, of rows or of token ids, or an iterable of batches with input_ids. Only the embedded model
-            has a default.
-        split, eval_split, column, documents, eval_documents, samples, eval_samples, length, packing, seed: see
-            `TextSettings`.
-        out: a folder for the pruned model and its manifest, written whole or not at all.
-        ridge: in place of the method's own: a number, finite and not negative, or "auto", which chooses it for every
-            shared input on a part of the calibration tokens, together with the damping.
-        device: "auto", "cpu" or "cuda"; a module stays where it is.
-        dtype: "float32", "bfloat16" or "float16"; as stored by default. A module keeps its own.
-        steps: optimizer steps of a method that trains, in place of its own number.
-        unit: of a structured method: what the sparsity is a fraction of, "parameters" by default, "bytes", "kv-cache",
-            "flops" or "latency", measured here.
-        multiple: of a structured method: the numbers of neurons that stay are multiples of it.
-        stream: True takes one block at a time from the model's folder, and writes it to `out` before the next; False
-            loads the whole model; "auto" streams what does not fit comfortably into the memory that is free.
-        resume: go on with a run that was interrupted, from the journal beside `out`, with the same arguments.
-        overwrite: replace an earlier result in `out`, which is refused otherwise; what admm-prune did not write is
-            never replaced.
-        activation_bytes: of activations between blocks to hold in memory, the others on disk; a quarter of the free
-            memory by default where weights are streamed, else all.
-        trust_remote_code: run code that comes with the model; never done otherwise.
-        bounds: prove a lower bound for every layer problem too, of layer-wise methods: seconds a matrix.
-        log: who is told the figures of every finished block, and of training: "tensorboard:FOLDER", "wandb:PROJECT",
-            "trackio:PROJECT", or an object with the methods of `Tracker`.
-        progress: called with (steps done, steps, what is at work); layer-wise methods go block by block.
+        {options}
 
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
-    check_one_set(constraint, pattern)
-    selection = Selection.of(targets, ignore, overrides or {})
-    inner = composed(method, steps=steps, solver=solver, problem=problem, constraint=constraint)
-    recipe = configured(inner, unit, multiple)
-    told = None if constraint is None or isinstance(constraint, str | type) else target_of(constraint)
-    target = parse_target(sparsity, pattern) if told is None or sparsity is not None or pattern is not None else told
-    ridge = parse_ridge(ridge)
-    passed, (source, eval_source) = passed_from_python(data, eval_data)
-    text = TextSettings(
-        data=check_data(source, model),
-        eval_data=eval_source,
-        split=split,
-        eval_split=eval_split,
-        column=column,
-        documents=documents,
-        eval_documents=eval_documents,
-        samples=samples,
-        eval_samples=eval_samples,
-        length=length,
-        packing=packing,
-        seed=seed,
-    )
-    if resume and out is None:
+    model, out, stream = settings.model, settings.out, settings.stream
+    method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
+    check_one_set(settings.constraint, settings.pattern)
+    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
+    recipe = configured(composed(method, steps=settings.steps, **parts), settings.unit, settings.multiple)
+    target = _target(settings)
+    ridge = parse_ridge(settings.ridge)
+    passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
+    text = settings.text(data=check_data(source, model), eval_data=eval_source)
+    if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    place, world = pick_device(device), World.here()
+    place, world = pick_device(settings.device), World.here()
     # One process of several tells.
-    tracker = tracker_named(log) if isinstance(log, str) else log
+    tracker = tracker_named(settings.log) if isinstance(settings.log, str) else settings.log
     tracker = tracker if world.rank == 0 else None
     with (
         nullcontext()
         if out is None
-        else shared_journal(Path(out), world, resume=resume, overwrite=overwrite) as journal
+        else shared_journal(Path(out), world, resume=settings.resume, overwrite=settings.overwrite) as journal
     ):
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
         phases = Phases(place)
         with phases("opening the model"):
-            loaded = _opened(model, tokenizer, place, dtype, streams, trust_remote_code)
+            loaded = _opened(settings, place, streams)
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         with phases("reading the text"):
             texts = Texts(text, loaded, passed)
-        settings = RunSettings(
+        kept = recorded(
+            settings,
             model=loaded.source,
-            method=method or (DEFAULT if solver is None else None),
+            method=method or (DEFAULT if settings.solver is None else None),
             target=target,
             text=text,
             ridge=ridge,
-            device=device,
-            dtype=dtype,
-            steps=steps,
-            unit=unit,
-            multiple=multiple,
             stream=streams,
-            trust_remote_code=trust_remote_code,
-            bounds=bounds,
-            solver=None if solver is None else described(solver),
-            problem=None if problem is None else described(problem),
-            constraint=None if constraint is None else described(constraint),
             selection=selection,
+            **{name: None if part is None else described(part) for name, part in parts.items()},
         )
-        record = manifest(settings, texts.records(recipe.samples), loaded.revision)
+        record = manifest(kept, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
+        activation_bytes = settings.activation_bytes
         if streams and activation_bytes is None:
             activation_bytes = default_activation_bytes(place)
-        task = Task(target=target, calibration=texts.calibration(recipe.samples), seed=seed, ridge=ridge, bounds=bounds)
+        task = Task(
+            target=target,
+            calibration=texts.calibration(recipe.samples),
+            seed=settings.seed,
+            ridge=ridge,
+            bounds=settings.bounds,
+        )
         runtime = Runtime(
             residence=loaded.residence,
             world=world,
             journal=journal or NOTHING,
-            on_progress=progress,
+            on_progress=settings.progress,
             on_record=None if tracker is None else tracker.log,
             activation_bytes=activation_bytes,
         )
@@ -432,17 +317,21 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
     return written
 
 
-def _opened(
-    model: str | Path | PreTrainedModel,
-    tokenizer: Any,
-    device: str,
-    dtype: str | None,
-    streams: bool,
-    trust_remote_code: bool,
-) -> LoadedModel:
-    check_dtype(dtype)
+def _target(settings: Settings) -> Target:
+    """The sparsity or pattern that is given, else that of the constraint."""
+    constraint = settings.constraint
+    if settings.sparsity is None and settings.pattern is None and not isinstance(constraint, str | type | None):
+        target = target_of(constraint)
+        if target is not None:
+            return target
+    return parse_target(settings.sparsity, settings.pattern)
+
+
+def _opened(settings: Settings, device: str, streams: bool) -> LoadedModel:
+    model = settings.model
+    check_dtype(settings.dtype)
     if isinstance(model, str | Path):
         opens = open_on_disk if streams else load
-        return opens(str(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return opens(str(model), device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     check_no_adapters(type(model).__name__, model)
-    return given(model, tokenizer)
+    return given(model, settings.tokenizer)

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.sources import PYTHON_OBJECT
 from admm_prune.errors import UserError
+from admm_prune.settings import names_of
 
 if TYPE_CHECKING:
-    from admm_prune.runs.recipe_schema import RecipeFile
+    from admm_prune.runs.recipe_schema import Recipe
 
 RECIPE = "recipe.yaml"
-_TEXT = (
-    "data", "eval_data", "split", "eval_split", "column", "documents", "eval_documents", "samples", "eval_samples",
-    "length", "packing", "seed",
-)  # fmt: skip
-_PLAIN = ("ridge", "steps", "unit", "multiple", "bounds", "dtype", "device")
 _PARTS = ("method", "solver", "problem", "constraint")
 
 
@@ -39,10 +35,13 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     content |= {name: list(selection[name]) for name in ("targets", "ignore") if selection[name]}
     if selection["overrides"]:
         content["overrides"] = {pattern: _plain(wanted) for pattern, wanted in selection["overrides"]}
-    text = {name: settings["text"][name] for name in _TEXT if settings["text"][name] is not None}
+    text = {name: settings["text"][name] for name in names_of(text=True) if settings["text"][name] is not None}
     passed = {name: value for name, value in text.items() if value == PYTHON_OBJECT}
     content["text"] = {name: value for name, value in text.items() if name not in passed}
-    content |= {name: settings[name] for name in _PLAIN if settings[name] not in (None, False)}
+    others = {
+        name: settings[name] for name in names_of(kept=("recipe",), text=False) if name in settings.keys() - content
+    }
+    content |= {name: value for name, value in others.items() if value not in (None, False) and name not in _PARTS}
     objects = {name: part for name, part in parts.items() if name not in named} | passed
     if objects:
         content["objects"] = objects
@@ -62,7 +61,7 @@ def packaged_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml"))
 
 
-def read_packaged(name: str) -> RecipeFile:
+def read_packaged(name: str) -> Recipe:
     """A recipe that comes with the package.
 
     Raises:
@@ -75,7 +74,7 @@ def read_packaged(name: str) -> RecipeFile:
     return _read(files("admm_prune").joinpath(f"assets/recipes/{name}.yaml").read_text(encoding="utf-8"), name)
 
 
-def read_recipe(path: Path) -> RecipeFile:
+def read_recipe(path: Path) -> Recipe:
     """A recipe from a file, or from the folder of a run.
 
     Raises:
@@ -118,7 +117,7 @@ def _plain(wanted: str) -> float | str:
         return wanted
 
 
-def _read(text: str, where: str) -> RecipeFile:
+def _read(text: str, where: str) -> Recipe:
     import yaml
 
     from admm_prune.runs.recipe_schema import validated

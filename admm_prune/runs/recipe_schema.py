@@ -2,88 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from admm_prune.data.sequences import Packing
 from admm_prune.errors import UserError
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import parse_target
 from admm_prune.runs.texts import check_data
-
-_Count = Annotated[int, Field(ge=1)]
-_Sparsity = Annotated[float, Field(ge=0.0, le=1.0)]
+from admm_prune.settings import Settings, names_of, options
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Text(_Strict):
-    """Which text calibrates and which judges; see `TextSettings`."""
-
-    data: str | None = Field(
-        default=None,
-        description="Calibration text: a file, a folder, a Hub id; 'embedded' is the embedded model's default alone.",
-    )
-    eval_data: str | None = Field(
-        default=None, description="Text to evaluate on; a held-out part of `data` by default."
-    )
-    split: str = Field(default="train", description="Split of a Hub id to calibrate on.")
-    eval_split: str | None = Field(
-        default=None, description="Split of a Hub id to evaluate on; validation by default, else test."
-    )
-    column: str | None = Field(
-        default=None, description="Column of rows; 'text' by default, or the only one that holds text."
-    )
-    documents: _Count | None = Field(default=None, description="Read so many documents of `data` and no more.")
-    eval_documents: _Count | None = Field(default=None, description="Read so many documents to evaluate on.")
-    samples: _Count | None = Field(
-        default=None, description="Calibration sequences; the method's own number by default."
-    )
-    eval_samples: _Count | None = Field(default=None, description="Evaluation sequences; all of the text by default.")
-    length: Annotated[int, Field(ge=2)] | None = Field(default=None, description="Tokens of a sequence.")
-    packing: Packing = Field(default="auto", description="How documents become sequences.")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of every random choice.")
-
-
-class RecipeFile(_Strict):
+class Recipe(_Strict):
     """A run of admm-prune: what is pruned, how, to what, on which text.
 
     `name`, `summary`, `source` and `deviations` are for the reader: the paper that the protocol is from, and in what
-    this differs from it.
+    this differs from it. `RecipeFile` below adds the fields that `Settings` declares.
     """
 
     name: str | None = None
     summary: str | None = None
     source: str | None = None
     deviations: tuple[str, ...] = ()
-    model: str = Field(default="embedded", description="'embedded', a from_pretrained folder, or a Hub id.")
-    method: str | None = Field(default=None, description="A name that 'admm-prune list' prints; admm by default.")
-    solver: str | None = Field(
-        default=None, description="What solves the layer problems, in place of the method's own."
-    )
-    problem: str | None = Field(default=None, description="Objective of a layer, by name; the method's own by default.")
-    constraint: str | None = Field(
-        default=None, description="Sparse set of a sparsity, by name; the method's own by default."
-    )
-    sparsity: _Sparsity | None = Field(default=None, description="Fraction of every matrix to go; or a pattern.")
-    pattern: str | None = Field(default=None, description="N:M, N kept of every M inputs.")
-    targets: tuple[str, ...] = Field(
-        default=(), description="Prune only what fits: classes, names, or re: and an expression."
-    )
-    ignore: tuple[str, ...] = Field(default=(), description="Leave what fits as it is.")
-    overrides: dict[str, float | str] = Field(default={}, description="{pattern: sparsity, 'N:M' or 'dense'}.")
-    text: Text = Text()
-    ridge: float | Literal["auto"] | None = None
-    steps: _Count | None = Field(default=None, description="Optimizer steps of a method that trains.")
-    unit: Literal["parameters", "bytes", "kv-cache", "flops", "latency"] | None = None
-    multiple: _Count | None = None
-    bounds: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str = "auto"
     objects: dict[str, str] = Field(
         default={}, description="Parts and texts that were objects in Python; such a run is not repeatable."
     )
@@ -91,8 +36,9 @@ class RecipeFile(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         try:
-            parse_target(self.sparsity, self.pattern)
-            Selection.of(self.targets, self.ignore, self.overrides)
+            told = dict(self)
+            parse_target(told["sparsity"], told["pattern"])
+            Selection.of(told["targets"], told["ignore"], told["overrides"] or {})
         except UserError as error:
             raise ValueError(str(error)) from error
         return self
@@ -110,10 +56,11 @@ class RecipeFile(_Strict):
             raise UserError(
                 f"this run was put together in Python, with {parts}: it cannot be repeated from a file{advice}"
             )
-        told = self.model_dump(exclude={"name", "summary", "source", "deviations", "objects", "text"})
-        return {**told, **self.text.model_dump(), "data": check_data(self.text.data, self.model)}
+        told = self.model_dump(exclude={*Recipe.model_fields, "text"})
+        told |= self.model_dump(include={"text"})["text"]
+        return {**told, "data": check_data(told["data"], told["model"])}
 
-    def with_options(self, given: Mapping[str, Any]) -> RecipeFile:
+    def with_options(self, given: Mapping[str, Any]) -> Recipe:
         """The recipe with arguments of `prune` in place of its own.
 
         A sparsity takes the place of a pattern, and the other way round; another calibration text that of the
@@ -123,7 +70,7 @@ class RecipeFile(_Strict):
             UserError: what came of it is no recipe.
         """
         content = self.as_content()
-        text = dict(content.get("text", {}))
+        text, texts = dict(content.get("text", {})), names_of(text=True)
         for one, other in (("sparsity", "pattern"), ("pattern", "sparsity")):
             if one in given:
                 content.pop(other, None)
@@ -134,7 +81,7 @@ class RecipeFile(_Strict):
         replaced = {"data", "eval_data"} if "data" in given else {"eval_data"} & given.keys()
         content["objects"] = {name: part for name, part in content.get("objects", {}).items() if name not in replaced}
         for name, value in given.items():
-            (text if name in Text.model_fields else content)[name] = value
+            (text if name in texts else content)[name] = value
         return validated({**content, "text": text}, self.name or "the recipe")
 
     def as_content(self) -> dict[str, Any]:
@@ -142,7 +89,31 @@ class RecipeFile(_Strict):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def validated(content: Mapping[str, Any], where: str) -> RecipeFile:
+def _fields(names: Sequence[str]) -> dict[str, Any]:
+    """What pydantic makes fields of: type, range, default and description of each setting."""
+    declared = {name: options(Settings)[name] for name in names}
+    return {
+        name: (one.in_file, Field(default=one.default, ge=one.least, le=one.most, description=one.help))
+        for name, one in declared.items()
+    }
+
+
+_Text = create_model(
+    "Text",
+    __base__=_Strict,
+    __doc__="Which text calibrates a run, and which evaluates it.",
+    **_fields(names_of(text=True)),
+)
+RecipeFile = create_model(
+    "RecipeFile",
+    __base__=Recipe,
+    __doc__=Recipe.__doc__,
+    text=(_Text, _Text()),
+    **_fields(names_of(kept=("recipe",), text=False)),
+)
+
+
+def validated(content: Mapping[str, Any], where: str) -> Recipe:
     """The recipe of a content.
 
     Raises:

@@ -7,18 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.formats import NoSplitError, has_splits
 from admm_prune.data.objects import check_ids as check_passed_ids
 from admm_prune.data.objects import check_object, corpus_of
 from admm_prune.data.rows import NoColumnError
-from admm_prune.data.sequences import Packing, Sequences, default_length, pack
+from admm_prune.data.sequences import Sequences, default_length, pack
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, hold_out, is_file_name, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.checks import check_ids
 from admm_prune.models.loading import locate
 from admm_prune.runs.manifest import TextRecord
+from admm_prune.settings import TextSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,57 +30,6 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLES = 128
 
 _LOG = logging.getLogger("admm_prune")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """Which text calibrates and which text judges.
-
-    Args:
-        data: calibration text: "embedded", a file, a folder or a Hub id (see `data.sources.read_corpus`);
-            `PYTHON_OBJECT` where it was passed from Python.
-        eval_data: text to evaluate on. By default the held-out part of the same source: its validation split, or the
-            last tenth of what has no splits, which then does not calibrate.
-        split: of a Hub id or a saved `DatasetDict` to calibrate on.
-        eval_split: of these to evaluate on; by default "validation", else "test".
-        column: of rows that holds the text or a conversation; by default "text", or the only column that holds text.
-            The text to evaluate on may lack it, and is then read by that default; one of the texts must have columns.
-        documents, eval_documents: of the calibration and of the evaluation text that are read; None for all, of a Hub
-            id for 20,000.
-        samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
-        eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
-        length: tokens of a sequence; the model's context by default, at most 2048.
-        packing: "documents" (one a sequence), "windows" (contiguous), "segments" (as
-            published code of GPTQ and Wanda), or "auto"; see `data.sequences.pack`.
-
-    Raises:
-        UserError: a number is out of range, or there is no such packing.
-    """
-
-    data: str
-    eval_data: str | None = None
-    split: str = "train"
-    eval_split: str | None = None
-    column: str | None = None
-    documents: int | None = None
-    eval_documents: int | None = None
-    samples: int | None = None
-    eval_samples: int | None = None
-    length: int | None = None
-    packing: Packing = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        parse_packing(self.packing)
-        for name, number, least in (
-            ("documents", self.documents, 1),
-            ("eval_documents", self.eval_documents, 1),
-            ("samples", self.samples, 1),
-            ("eval_samples", self.eval_samples, 1),
-            ("length", self.length, 2),
-        ):
-            if number is not None and number < least:
-                raise UserError(f"{name} must be at least {least}, not {number}")
 
 
 def check_data(data: str | None, model: object) -> str:
@@ -120,18 +70,6 @@ def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple
             passed[role] = value
             names.append(PYTHON_OBJECT)
     return passed, (names[0], names[1])
-
-
-def parse_packing(text: str) -> Packing:
-    """The packing of this name.
-
-    Raises:
-        UserError: there is no such packing.
-    """
-    for packing in get_args(Packing):
-        if text == packing:
-            return cast(Packing, packing)
-    raise UserError(f"packing must be {' or '.join(', '.join(get_args(Packing)).rsplit(', ', 1))}, not '{text}'")
 
 
 class Texts:

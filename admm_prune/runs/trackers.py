@@ -6,25 +6,10 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 from admm_prune.errors import UserError
-
-
-class Tracker(Protocol):
-    """Is told what a run does. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
-        ...
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of one block or of one step of training, counted from 0; steps never fall."""
-        ...
-
-    def finish(self, summary: Mapping[str, float]) -> None:
-        """The run is over: its figures as a whole; empty where it broke off."""
-        ...
+from admm_prune.settings import Tracker
 
 
 def _package(extra: str, module: str) -> Any:

@@ -14,8 +14,7 @@ from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs.compare import ComparisonSettings
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.manifest import TextRecord, environment
-from admm_prune.runs.prune import RunSettings
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings, recorded_names
 
 TOLERANCE = 1e-6  # relative, between a claimed number and the recomputed one
 
@@ -151,7 +150,7 @@ def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
     settings = manifest["settings"]
     compared = "methods" in settings
     wanted: list[tuple[str, Any, set[str]]] = [
-        ("settings", settings, _names(ComparisonSettings if compared else RunSettings)),
+        ("settings", settings, _names(ComparisonSettings) if compared else recorded_names()),
         ("settings.text", settings["text"], _names(TextSettings)),
         ("settings.selection", settings["selection"], _names(Selection)),
         *(("a target", target, _names(Target)) for target in settings.get("targets") or [settings["target"]]),

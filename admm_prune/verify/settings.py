@@ -27,7 +27,8 @@ from admm_prune.runs.evaluate import beginning_continued
 from admm_prune.runs.journal.folder import MANIFEST, finite
 from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.recipe_file import RECIPE, content_of, written
-from admm_prune.runs.texts import Texts, TextSettings, judging_text
+from admm_prune.runs.texts import Texts, judging_text
+from admm_prune.settings import TextSettings
 from admm_prune.verify.integrity import is_number
 from admm_prune.verify.report import Verification, in_full, shown
 

@@ -41,7 +41,6 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.plan import make_plan
-from admm_prune.runs.texts import TextSettings
 
 __all__ = ["text_file"]  # a fixture
 
@@ -320,7 +319,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings(saved: Make, text_file: Path,
             way(str(folder))
         messages.add(str(caught.value))
     with pytest.raises(UserError) as caught:
-        make_plan(str(folder), sparsity=0.5, text=TextSettings(data=str(text_file)))
+        make_plan(str(folder), sparsity=0.5, data=str(text_file))
     messages.add(str(caught.value))
     (message,) = messages
     assert "its tokenizer has 300 token ids, but the model has embeddings for 200" in message
@@ -350,7 +349,7 @@ def test_ids_beyond_the_embeddings_in_a_text(saved: Make, text_file: Path, token
                 out=folder.parent / "out", device="cpu",
             )  # fmt: skip
     with pytest.raises(UserError, match="its tokenizer has 301 token ids, but the model has embeddings for 300"):
-        make_plan(str(folder), sparsity=0.5, text=TextSettings(data=str(text_file)))
+        make_plan(str(folder), sparsity=0.5, data=str(text_file))
 
 
 def given(model: object, tokenizer: object, text: Path) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
-from admm_prune.runs.tasks import evaluate_tasks
+from admm_prune.runs.evaluate import evaluate_tasks
 
 ROWS = [
     {"question": "the cat sat on a", "choices": [" mat", " question"], "answer": 0},
@@ -87,7 +87,7 @@ def test_an_unknown_task_is_refused(model_folder: Path, tasks: Path) -> None:
 def test_without_the_harness_it_says_what_to_install(model_folder: Path) -> None:
     script = (
         "import sys; sys.modules['lm_eval'] = None\n"
-        "from admm_prune.runs.tasks import evaluate_tasks\n"
+        "from admm_prune.runs.evaluate import evaluate_tasks\n"
         f"evaluate_tasks({str(model_folder)!r}, ['piqa'], device='cpu')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -224,7 +224,7 @@ def test_prune_takes_the_steps_and_the_report_has_the_curve(
     ("how", "words"),
     [
         ({"method": "admm", "steps": 10, "sparsity": 0.5}, "admm does not train: --steps is for elsa"),
-        ({"method": "elsa", "steps": 0, "sparsity": 0.5}, "at least 1 step"),
+        ({"method": "elsa", "steps": 0, "sparsity": 0.5}, "steps must be at least 1, not 0"),
         ({"method": "tuned-dense", "sparsity": 0.5}, "tuned-dense prunes nothing"),
         ({"method": "elsa", "sparsity": 0.5, "ridge": 0.1}, "elsa takes no ridge"),
         ({"method": "gradual", "pattern": "16:32"}, r"down_proj.weight: 32 does not divide"),

@@ -1,0 +1,478 @@
+"""Every setting of a run, declared once: a field of `TextSettings` or `Settings` with an `Option`.
+
+From it come the arguments of `prune` and `make_plan` with their documentation, the options of the command line, the
+fields of recipe files and of their JSON schema, and the settings in the manifest. A new field needs no other edit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
+
+from admm_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from admm_prune.data.sequences import Packing
+    from admm_prune.methods.base import OnProgress, Ridge
+    from admm_prune.methods.parts import Objective
+    from admm_prune.problems.constraints import SparseSet
+    from admm_prune.solvers.base import Solver
+
+T = TypeVar("T")
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+Stream = Literal["auto"] | bool
+_COMMANDS = "run reproduce compare plan capture"
+SAME: Any = object()  # a default of the command line that is the field's own
+
+
+class Tracker(Protocol):
+    """Receives the figures of a run. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
+        ...
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Figures of one block or of one step of training, counted from 0; steps never fall."""
+        ...
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        """The run is over: its figures as a whole; empty where it broke off."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of a setting beside its name, type and default.
+
+    Attributes:
+        help: on the command line, in the schema of recipes, and in the documentation of `prune`.
+        python: what `prune` takes beyond that; empty where the same.
+        commands: that have it as an option, separated by spaces.
+        group: of the options in the help; those of "Text" are together in recipes and manifests too.
+        kept: "recipe": in recipe files and in the manifest; "manifest": there alone; "": in neither.
+        part_of: the field of the manifest that holds it together with others; its own name by default.
+        least, most, choices: of its values.
+        in_file, typed: its type in a recipe file, and on the command line; by default that of the field where it is a
+            number or a flag, else str.
+        default: of `prune` and of recipe files: the field's.
+        typed_default: of the command line; the field's by default, but for a field that has none.
+        spelled: its name on the command line; the field's by default.
+        flags: of the command line, in place of the one that follows from the name.
+        parse: the field's value from the one typed.
+    """
+
+    help: str
+    python: str = ""
+    commands: str = "run plan"
+    group: str = "Pruning"
+    kept: Literal["recipe", "manifest", ""] = "recipe"
+    part_of: str | None = None
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    in_file: Any = None
+    typed: Any = None
+    default: Any = None
+    typed_default: Any = SAME
+    spelled: str = ""
+    flags: tuple[str, ...] = ()
+    parse: Callable[[Any], Any] | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError for a value out of range; what is a part of another setting is checked with it."""
+        if value is None or self.part_of is not None:
+            return
+        if self.least is not None and value < self.least:
+            raise UserError(f"{name} must be at least {self.least}, not {value}")
+        if self.choices and value not in self.choices:
+            raise UserError(f"{name} must be {' or '.join(', '.join(self.choices).rsplit(', ', 1))}, not '{value}'")
+
+
+def option(default: T, help: str, **how: Any) -> T:
+    """A field of this default with an `Option`."""
+    made: T = field(default=default, metadata={"option": Option(help=help, **how)})
+    return made
+
+
+def _text(default: T, help: str, *, commands: str = _COMMANDS, **how: Any) -> T:
+    return option(default, help, group="Text", commands=commands, **how)
+
+
+def _run(default: T, help: str, *, kept: str = "", **how: Any) -> T:
+    return option(default, help, group="Run", kept=kept, **how)
+
+
+def _machine(default: T, help: str, **how: Any) -> T:
+    return option(default, help, group="Machine", commands="plan", kept="", **how)
+
+
+def _patterns(default: T, help: str, **how: Any) -> T:
+    typed = {"typed": list[str] | None, "typed_default": None, "parse": lambda typed: typed or ()}
+    return option(default, help, commands="run compare", part_of="selection", **typed | how)
+
+
+def _ridge(typed: str | None) -> Ridge:
+    from admm_prune.methods.ridge import parse_ridge
+
+    return parse_ridge(typed)
+
+
+def _overrides(typed: list[str] | None) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for item in typed or ():
+        pattern, equals, target = item.rpartition("=")
+        if not (equals and pattern and target):
+            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
+        found[pattern] = target
+    return found
+
+
+_DATA = {
+    "option": Option(
+        help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
+        "'embedded', which is the default of the embedded model alone.",
+        python="Or text itself: a `datasets.Dataset`, a list of strings, of rows or of token ids, or an iterable of "
+        "batches with input_ids.",
+        in_file=str | None,
+        typed=str | None,
+        group="Text",
+        commands=_COMMANDS,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which text calibrates a run, and which evaluates it.
+
+    `data` is the name of a text (see `data.sources.read_corpus`), or `PYTHON_OBJECT` where it was passed from Python.
+
+    Raises:
+        UserError: a number is out of range, or there is no such packing.
+    """
+
+    data: Any = field(metadata=_DATA)
+    eval_data: Any | None = _text(
+        None,
+        "Text to evaluate on; by default a held-out part of the calibration text: its validation split, or the "
+        "last tenth of what has no splits.",
+        python="As `data`.",
+    )
+    split: str = _text("train", "Split of a Hub id or saved data set to calibrate on.")
+    eval_split: str | None = _text(
+        None,
+        "Split of a Hub id or saved data set to evaluate on; 'validation' or 'test' by default.",
+        commands=f"{_COMMANDS} eval",
+    )
+    column: str | None = _text(
+        None,
+        "Column of rows that holds the text or a chat; 'text' by default, or the only one with text.",
+        commands=f"{_COMMANDS} eval",
+    )
+    documents: int | None = _text(None, "Calibration documents to read; all by default, 20,000 of a Hub id.", least=1)
+    eval_documents: int | None = _text(
+        None, "Evaluation documents to read; all by default, 20,000 of a Hub id.", least=1
+    )
+    samples: int | None = _text(
+        None,
+        "Calibration sequences; as many as the method asks for by default.",
+        least=1,
+        commands="run reproduce compare plan",
+    )
+    eval_samples: int | None = _text(
+        None,
+        "Evaluation sequences; all of the text by default.",
+        least=1,
+        commands="run reproduce compare plan",
+    )
+    length: int | None = _text(
+        None,
+        "Tokens of a sequence; the model's context by default, at most 2048.",
+        least=2,
+        commands=f"{_COMMANDS} eval",
+    )
+    packing: Packing = _text(
+        "auto",
+        "'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'.",
+        choices=("auto", "documents", "windows", "segments"),
+        commands="run compare capture eval",
+    )
+    seed: int = _text(
+        0,
+        "Draws the sequences.",
+        least=0,
+        most=2**63 - 1,
+        commands="run reproduce compare capture eval",
+    )
+
+    def __post_init__(self) -> None:
+        for name, declared in options(type(self)).items():
+            declared.check(name, getattr(self, name))
+
+    def text(self, **changes: Any) -> TextSettings:
+        """The settings of the text alone, with changes."""
+        return TextSettings(**{one.name: getattr(self, one.name) for one in fields(TextSettings)} | changes)
+
+
+@dataclass(frozen=True)
+class Settings(TextSettings):
+    """What `prune` takes, as it is given.
+
+    Raises:
+        UserError: a number is out of range, or there is no such choice.
+    """
+
+    model: str | Path | PreTrainedModel = field(
+        metadata={
+            "option": Option(
+                help="'embedded', a from_pretrained folder, or a Hub id.",
+                python="Or a module with its `tokenizer`, which is pruned in place.",
+                commands=_COMMANDS,
+                typed_default="embedded",
+            )
+        }
+    )
+    _: KW_ONLY
+    data: Any = field(default=None, metadata=_DATA)
+    method: str | None = option(None, "A name that 'admm-prune list' prints; 'admm' by default.", commands="run plan")
+    solver: str | Solver | None = option(
+        None,
+        "What solves the layer problems, in place of the method's own or of a method: a name.",
+        python="Or an object such as `ADMM.best()`.",
+        commands="",
+    )
+    problem: str | Objective | None = option(
+        None,
+        "Objective of a layer, a name that 'admm-prune list' prints; the method's own by default.",
+        python="Or what builds the layer problems, as `LayerReconstruction` does.",
+        commands="run solve",
+    )
+    constraint: str | SparseSet | type[SparseSet] | None = option(
+        None,
+        "Sparse set of a sparsity, a name that 'admm-prune list' prints; the method's own by default.",
+        python="Or the set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity, or its class.",
+        commands="run solve",
+    )
+    sparsity: float | None = option(
+        None,
+        "Fraction of every matrix to go, such as 0.7.",
+        commands="run reproduce plan",
+        part_of="target",
+        least=0.0,
+        most=1.0,
+        typed=str | None,
+    )
+    pattern: str | None = option(
+        None,
+        "N:M, N kept of every M inputs, such as 2:4.",
+        python="In place of a sparsity.",
+        commands="run reproduce plan",
+        part_of="target",
+    )
+    targets: str | Sequence[str] = _patterns(
+        (),
+        "Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable.",
+        python="See `Selection`.",
+        in_file=tuple[str, ...],
+    )
+    ignore: str | Sequence[str] = _patterns(
+        (),
+        "Leave what fits as it is, as for targets; repeatable.",
+        in_file=tuple[str, ...],
+    )
+    overrides: Mapping[str, float | str] | None = _patterns(
+        None,
+        "PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable.",
+        python='As a mapping: {pattern: 0.5, "2:4" or "dense"}.',
+        in_file=dict[str, float | str] | None,
+        spelled="override",
+        parse=_overrides,
+    )
+    ridge: Ridge = option(
+        None,
+        "Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens.",
+        python="Together with the damping, for every shared input.",
+        commands="run plan solve",
+        in_file=float | Literal["auto"] | None,
+        typed=str | None,
+        parse=_ridge,
+    )
+    steps: int | None = option(
+        None,
+        "Optimizer steps of the methods that train; their own number by default.",
+        commands="run reproduce compare plan",
+        least=1,
+    )
+    unit: str | None = option(
+        None,
+        "Of a structured budget: parameters, bytes, kv-cache, flops, latency.",
+        choices=("parameters", "bytes", "kv-cache", "flops", "latency"),
+    )
+    multiple: int | None = option(None, "Neurons that a structured method keeps: a multiple, such as 64.", least=1)
+    bounds: bool = option(False, "Prove a lower bound of every layer's error too: seconds a matrix.", commands="run")
+    dtype: str | None = _run(
+        None,
+        "float32, bfloat16 or float16; as stored by default.",
+        python="A module keeps its own.",
+        commands=f"{_COMMANDS} eval",
+        choices=("float32", "bfloat16", "float16"),
+        kept="recipe",
+    )
+    device: str = _run(
+        "auto",
+        "auto, cpu or cuda.",
+        python="A module stays where it is.",
+        commands="run reproduce compare capture solve eval",
+        kept="recipe",
+    )
+    out: str | Path | None = _run(
+        None, "Folder to write, whole or not at all.", commands="run reproduce", typed=Path | None
+    )
+    resume: bool = _run(
+        False,
+        "Go on with an interrupted run, given the same arguments.",
+        python="Its journal is beside `out`.",
+        commands="run reproduce compare",
+    )
+    overwrite: bool = _run(
+        False,
+        "Replace an earlier result there; refused otherwise. Never replaces others.",
+        commands="run reproduce compare capture solve",
+    )
+    stream: Stream = _run(
+        "auto",
+        "Take the model from its folder block by block; by default where it would fill the memory.",
+        python="Every pruned block is written to `out` before the next is read.",
+        commands="run",
+        kept="manifest",
+        typed=bool | None,
+        typed_default=None,
+        flags=("--stream/--no-stream",),
+        parse=lambda typed: "auto" if typed is None else typed,
+    )
+    activation_bytes: int | None = _run(
+        None,
+        "GiB of activations between blocks to hold in memory; the others go to disk.",
+        python="Here in bytes; by default a quarter of the free memory where weights are streamed, else all.",
+        commands="run",
+        least=0,
+        typed=float | None,
+        spelled="activation_memory",
+        parse=lambda typed: None if typed is None else round(typed * 2**30),
+    )
+    trust_remote_code: bool = _run(
+        False,
+        "Run code that comes with the model. Never done otherwise.",
+        commands="run eval",
+        kept="manifest",
+    )
+    log: str | Tracker | None = _run(
+        None,
+        "Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.",
+        python="Or an object with the methods of `Tracker`.",
+        commands="run reproduce",
+    )
+    tokenizer: Any = _run(None, "Of a model that is a module.", commands="")
+    progress: OnProgress | None = _run(
+        None, "Called with (steps done, steps, what is at work); layer-wise methods go block by block.", commands=""
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(Settings):
+    """What `make_plan` takes: the settings of the run, and the machine that it is planned for."""
+
+    stream: bool = _run(False, "One block in memory at a time.", commands="plan", kept="", flags=("--stream",))
+    out: str | Path | None = _run(
+        None,
+        "Where a run would write: its disk is measured.",
+        typed=Path | None,
+        commands="plan",
+    )
+    gpu: str | None = _machine(None, "A GPU that is not here: h100, h200, a100.")
+    gpus: int = _machine(1, "So many of them.", least=1)
+    device_memory: float | None = _machine(None, "GB of each; its own by default.", least=0.001)
+    memory: float | None = _machine(None, "GB of the host; what is free by default.", least=0.001)
+
+
+def options(kind: Any) -> dict[str, Option]:
+    """The options of a class of settings, complete, by the names of their fields; those of a group are together."""
+    found: dict[str, Option] = {}
+    for one in fields(kind):
+        declared: Option = one.metadata["option"]
+        bare = str(one.type).removesuffix(" | None")
+        plain: Any = {"bool": bool, "int": int, "float": float}.get(bare, str)
+        in_file = Literal[declared.choices] if declared.choices else plain
+        typed_default = one.default if declared.typed_default is SAME else declared.typed_default
+        found[one.name] = replace(
+            declared,
+            default=typed_default if one.default is MISSING else one.default,
+            in_file=declared.in_file or (in_file if bare == one.type else in_file | None),
+            typed=declared.typed or (plain if bare == one.type else plain | None),
+            typed_default=typed_default,
+            spelled=declared.spelled or one.name,
+        )
+    groups = ["Pruning", "Text", "Run", *dict.fromkeys(o.group for o in found.values())]
+    return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
+
+
+def names_of(*, kept: Sequence[str] = ("recipe", "manifest"), text: bool) -> list[str]:
+    """The fields of `Settings` that are kept in a file: those of the text, or all others."""
+    return [name for name, o in options(Settings).items() if o.kept in kept and (o.group == "Text") == text]
+
+
+def recorded_names() -> set[str]:
+    """The fields of a run's settings in the manifest."""
+    declared = options(Settings)
+    return {"text"} | {declared[name].part_of or name for name in names_of(text=False)}
+
+
+def recorded(settings: Settings, **resolved: Any) -> dict[str, Any]:
+    """The settings as the manifest holds them, ready for JSON.
+
+    Args:
+        resolved: what was made of the settings, by the name in the manifest, such as the target of a sparsity.
+    """
+    kept = {name: getattr(settings, name, None) for name in sorted(recorded_names())} | resolved
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}  # type: ignore[arg-type]
+
+
+def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+    """A function of settings as a function of their fields, with a line of each in its docstring for "{options}".
+
+    Args:
+        kind: the class of the settings.
+        command: describe the options of this command alone.
+    """
+    declared = options(kind)
+
+    def wrap(function: Callable[[S], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            return function(kind(*args, **given))
+
+        signature = inspect.signature(kind)
+        first, *others = sorted(signature.parameters.values(), key=lambda p: list(declared).index(p.name))
+        returns = inspect.signature(function).return_annotation
+        made: Any = call
+        made.__signature__ = signature.replace(parameters=[first, *others], return_annotation=returns)
+        made.__annotations__ = {p.name: p.annotation for p in (first, *others)} | {"return": returns}
+        lines = [
+            textwrap.fill(f"{name}: {one.help} {one.python}", 116, initial_indent="    ", subsequent_indent="        ")
+            for name, one in declared.items()
+            if command is None or command in one.commands.split()
+        ]
+        made.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("    {options}", "\n".join(lines))
+        return call
+
+    return wrap
