@@ -10,7 +10,7 @@ from torch import nn
 
 from admm_prune.errors import UserError
 
-HEADS = ("*lm_head*",)  # of models that do not say which module gives their logits
+HEADS = ("*lm_head*",)  # of models without get_output_embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:
-    # transformers' Conv1D, told by its attribute: this module must not load transformers.
+    # transformers' Conv1D, recognized by its attribute: this module must not import transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -27,7 +27,7 @@ BEYOND = "peak bytes beyond the model"
 def local_cases(
     shape: ModelShape, device: torch.device, *, samples: int, length: int, methods: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[Case]:
-    """Two blocks pruned layer by layer; the whole model is as many times as long, but for embeddings."""
+    """Two blocks pruned layer by layer; time scales with the number of blocks, except for the embeddings."""
     for name in methods:
         yield _local_case(shape, device, samples, length, name, dtype)
 

@@ -1,4 +1,4 @@
-"""What the commands share: their options, progress on stderr, results on stdout."""
+"""Shared by the commands: options, progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Data = Annotated[
     str | None,
     typer.Option(
         help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
-        "'embedded', which is the default of the embedded model alone."
+        "'embedded', the default for the embedded model only."
     ),
 ]
 Column = Annotated[
     str | None,
-    typer.Option(help="Column of rows that holds the text or a chat; 'text' by default, or the only one with text."),
+    typer.Option(help="Column with the text or conversation; default: 'text', or the only column with text."),
 ]
 Documents = Annotated[
-    int | None, typer.Option(min=1, help="Calibration documents to read; all by default, 20,000 of a Hub id.")
+    int | None, typer.Option(min=1, help="Number of calibration documents; default: all, or 20,000 for a Hub id.")
 ]
 EvalDocuments = Annotated[
-    int | None, typer.Option(min=1, help="Evaluation documents to read; all by default, 20,000 of a Hub id.")
+    int | None, typer.Option(min=1, help="Number of evaluation documents; default: all, or 20,000 for a Hub id.")
 ]
-Split = Annotated[str, typer.Option(help="Split of a Hub id or saved data set to calibrate on.")]
+Split = Annotated[str, typer.Option(help="Calibration split of a Hub or saved dataset.")]
 EvalSplit = Annotated[
     str | None,
-    typer.Option(help="Split of a Hub id or saved data set to evaluate on; 'validation' or 'test' by default."),
+    typer.Option(help="Evaluation split of a Hub or saved dataset; default: 'validation' or 'test'."),
 ]
-EvalData = Annotated[str | None, typer.Option(help="Text to evaluate on; by default a held-out part of --data.")]
+EvalData = Annotated[str | None, typer.Option(help="Evaluation text; default: a held-out part of --data.")]
 Samples = Annotated[
-    int | None, typer.Option(min=1, help="Calibration sequences; as many as the method asks for by default.")
+    int | None, typer.Option(min=1, help="Number of calibration sequences; the default depends on the method.")
 ]
-EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequences; all of the text by default.")]
+EvalSamples = Annotated[int | None, typer.Option(min=1, help="Evaluation sequences; default: the whole text.")]
 Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a sequence; the model's context by default, at most 2048.")
+    int | None, typer.Option(min=2, help="Sequence length in tokens; default: the model's context, at most 2048.")
 ]
 Packing = Annotated[
     str,
@@ -50,51 +50,47 @@ Packing = Annotated[
         help="'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the sequences.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling sequences.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
-Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
-Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
-OptionalOut = Annotated[Path | None, typer.Option(help="Folder to write, whole or not at all.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
+Out = Annotated[Path, typer.Option(help="Output folder, written atomically.")]
+OptionalOut = Annotated[Path | None, typer.Option(help="Output folder, written atomically.")]
 Ridge = Annotated[
     str | None,
-    typer.Option(help="Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens."),
+    typer.Option(help="Ridge relative to diag(H), overriding the solver's; 'auto' selects it on validation tokens."),
 ]
 
-Problem = Annotated[str, typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints.")]
+Problem = Annotated[str, typer.Option(help="Layer objective, by name (see 'admm-prune list').")]
 OwnProblem = Annotated[
     str | None,
-    typer.Option(help="Objective of a layer, a name that 'admm-prune list' prints; the method's own by default."),
+    typer.Option(help="Layer objective, by name (see 'admm-prune list'); default: the method's."),
 ]
 Constraint = Annotated[
     str | None,
-    typer.Option(help="Sparse set of a --sparsity, a name that 'admm-prune list' prints; the method's own by default."),
+    typer.Option(help="Constraint for --sparsity, by name (see 'admm-prune list'); default: the method's."),
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Optimizer steps of the methods that train; their own number by default.")
+    int | None, typer.Option(min=1, help="Optimizer steps of methods that train; the default depends on the method.")
 ]
 
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Never done otherwise.")
+    bool, typer.Option("--trust-remote-code", help="Allow running code from the model's folder or repository.")
 ]
 
 Targets = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable."
-    ),
+    typer.Option(help="Prune only matching weights: a class (LlamaMLP), a module name, or re:REGEX; repeatable."),
 ]
-Ignore = Annotated[list[str] | None, typer.Option(help="Leave what fits as it is, as for --targets; repeatable.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Do not prune matching weights (see --targets); repeatable.")]
 Override = Annotated[
     list[str] | None,
-    typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable."),
+    typer.Option(help="PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: target for matching weights; repeatable."),
 ]
-Log = Annotated[str | None, typer.Option(help="Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, given the same arguments.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result there; refused otherwise. Never replaces others.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
+Log = Annotated[str | None, typer.Option(help="Log the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run with the same arguments.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the output folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and exit.")]
 
 Report = Callable[[int, int, str], None]
 _WIDE = 160
@@ -102,7 +98,7 @@ _WIDE = 160
 
 @contextmanager
 def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
-    """A progress bar on stderr, lines where stderr is no terminal; yields the callback (done, total, at work)."""
+    """A progress bar on stderr, plain lines if stderr is not a terminal; yields the callback (done, total, label)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -128,14 +124,14 @@ def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
 
 @contextmanager
 def resumable(out: Path) -> Generator[None]:
-    """Has what breaks off a run say how to go on, where something is kept of it beside `out`."""
+    """Adds advice on resuming to errors that interrupt a run with a journal beside `out`."""
     from admm_prune.models.parallel import LostProcessError
     from admm_prune.runs.journal.journal import home_of
 
     try:
         yield
     except (KeyboardInterrupt, LostProcessError) as error:
-        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
+        advice = f"continue with the same command and --resume ({out}.partial holds the finished part)"
         if home_of(out).is_dir():
             interrupts.advise(advice)
             if isinstance(error, LostProcessError):
@@ -161,7 +157,7 @@ def parse_overrides(given: list[str] | None) -> dict[str, float | str]:
 
 
 def given(ctx: typer.Context, **renamed: str) -> set[str]:
-    """The names of the options that were given, not left at their defaults; some under another name."""
+    """The names of the options that were set explicitly; some under another name."""
     names = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     return {renamed.get(name, name) for name in names}
 
@@ -176,18 +172,18 @@ def emit(content: dict[str, Any]) -> None:
 def show_table(
     title: str, columns: list[str], rows: list[list[str]], *, mark: set[int] | None = None, prose: bool = False
 ) -> None:
-    """A table on stdout, the first column to the left, figures to the right.
+    """A table on stdout; the first column is left-aligned, figures are right-aligned.
 
     Args:
         mark: rows in bold.
-        prose: the other columns hold words: they go to the left, and the last one wraps.
+        prose: the other columns hold text: they are left-aligned, and the last one wraps.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width that the table would have to fit
+    if not console.is_terminal:  # a file or a pipe has no width limit
         console.width = _WIDE
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True

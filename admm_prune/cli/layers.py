@@ -22,7 +22,7 @@ def capture(
     split: common.Split = "train",
     documents: common.Documents = None,
     eval_data: Annotated[
-        str | None, typer.Option(help="Text of the held-out Gram; by default held out of --data.")
+        str | None, typer.Option(help="Text of the held-out Gram matrix; default: a held-out part of --data.")
     ] = None,
     eval_split: common.EvalSplit = None,
     eval_documents: common.EvalDocuments = None,
@@ -70,7 +70,7 @@ def capture(
             overwrite=overwrite,
             progress=progress,
         )
-    # Metadata of safetensors are strings; counts go out as numbers.
+    # Metadata of safetensors are strings; counts are printed as numbers.
     facts = {key: int(value) if key.startswith("tokens") else value for key, value in layer.metadata.items()}
     content = {"out": str(out), "shape": list(layer.weight.shape), **facts}
     if json:
@@ -80,18 +80,18 @@ def capture(
 
 
 def solve(
-    file: Annotated[Path, typer.Argument(help="A layer problem file, such as 'admm-prune capture' writes.")],
-    solver: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
-    sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7, or several: 0.5,0.7,0.9.")] = None,
+    file: Annotated[Path, typer.Argument(help="A layer problem file, as written by 'admm-prune capture'.")],
+    solver: Annotated[str, typer.Option(help="Name of a solver (see 'admm-prune list').")] = "admm",
+    sparsity: Annotated[str | None, typer.Option(help="Fraction to prune: 0.7, or several: 0.5,0.7,0.9.")] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
+        str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")
     ] = None,
     problem: common.OwnProblem = None,
     constraint: common.Constraint = None,
     ridge: common.Ridge = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
+        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file per target."),
     ] = None,
     overwrite: common.Overwrite = False,
     device: common.Device = "auto",
@@ -99,7 +99,7 @@ def solve(
 ) -> None:
     """Prune one layer and report its error on the calibration and on the held-out Gram.
 
-    Several targets are solved as a path that shares the work.
+    Several targets share the factorization.
 
     Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
     """

@@ -11,7 +11,7 @@ from admm_prune.cli import common
 from admm_prune.cli.run import carry_out, show_plan
 
 recipe = typer.Typer(
-    help="Look at recipe files.\n\nExample: admm-prune recipe show sparsegpt",
+    help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt",
     no_args_is_help=True,
 )
 
@@ -29,7 +29,7 @@ def schema() -> None:
 
 @recipe.command("list")
 def list_(json: common.Json = False) -> None:
-    """List the protocols of papers that come with the package.
+    """List the built-in protocols of papers.
 
     Example: admm-prune recipe list
     """
@@ -44,8 +44,8 @@ def list_(json: common.Json = False) -> None:
 
 
 @recipe.command()
-def show(name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")]) -> None:
-    """Print a recipe that comes with the package, to be changed and run by run --recipe.
+def show(name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")]) -> None:
+    """Print a built-in recipe, to be edited and run with run --recipe.
 
     Example: admm-prune recipe show wanda
     """
@@ -56,7 +56,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that 'admm-prune recip
 
 @recipe.command()
 def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folder of a run.")]) -> None:
-    """Check a recipe file. Status 0: it can be run; 2: it cannot, and why.
+    """Check a recipe file. Exit status 0: it can be run; 2: it cannot, with the reason.
 
     Example: admm-prune recipe check pruned
     """
@@ -67,12 +67,12 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")],
+    name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")],
     out: common.OptionalOut = None,
-    model: Annotated[str | None, typer.Option(help="In place of the paper's: 'embedded', a folder, a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option(help="Calibration text in place of the paper's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Override the paper's model: 'embedded', folder or Hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Override the paper's calibration text.")] = None,
     column: common.Column = None,
-    split: Annotated[str | None, typer.Option(help="Split to calibrate on, in place of the paper's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Override the paper's calibration split.")] = None,
     documents: common.Documents = None,
     eval_data: common.EvalData = None,
     eval_split: common.EvalSplit = None,
@@ -80,8 +80,8 @@ def reproduce(
     samples: common.Samples = None,
     eval_samples: common.EvalSamples = None,
     length: common.Length = None,
-    sparsity: Annotated[str | None, typer.Option(help="In place of the paper's.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M, in place of the paper's sparsity.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Override the paper's sparsity.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M pattern, instead of the paper's sparsity.")] = None,
     steps: common.Steps = None,
     resume: common.Resume = False,
     overwrite: common.Overwrite = False,
@@ -92,7 +92,7 @@ def reproduce(
     dtype: common.Dtype = None,
     json: common.Json = False,
 ) -> None:
-    """Run a paper's protocol: model, text, segment length, split, number of samples; any of them may be replaced.
+    """Run a paper's protocol: model, text, segment length, split, number of samples. Options override the protocol.
 
     Example: admm-prune reproduce sparsegpt --dry-run
     """

@@ -1,4 +1,4 @@
-"""Files that outlive a kill: through to the disk before they have their name, and told from damaged ones."""
+"""Crash-safe files: synchronized to disk before they are renamed into place, with a fingerprint against damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's entries, through to the disk."""
+    """Synchronizes a file's bytes, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Documents as tokens with their places in the text, and sequences of them in batches.
+"""Tokenized documents with character offsets, and batches of token sequences.
 
 A sequence knows which of its tokens are scored, and how many characters they stand for.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
-LONGEST_DEFAULT = 2048  # contexts of today's models (131072 tokens) would fill the memory with one batch
+LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens) one batch would fill the memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Batch:
     Attributes:
         input_ids: (b, L) int64; pads are token 0, a token like any other.
         lengths: (b,) int64, the real tokens of each row.
-        bos: the token that begins a text, which is given to the model and never asked of it; None without one.
+        bos: the token that begins a text, given to the model but never scored; None without one.
     """
 
     input_ids: Tensor

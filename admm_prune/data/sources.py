@@ -1,6 +1,6 @@
 """Text from local files, folders, Hub datasets, Python objects and the embedded corpus, as documents.
 
-A part of a local text is kept apart for evaluation. The embedded corpus is the Python standard library's.
+A part of a local text is held out for evaluation. The embedded corpus is the Python standard library's.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Corpus:
 
     Attributes:
         documents: text; or the ids of tokens, where such were passed from Python.
-        notes: what was assumed or replaced in reading.
+        notes: assumptions and replacements made in reading.
     """
 
     name: str
@@ -140,7 +140,7 @@ def read_corpus(
 
 
 def is_file_name(source: str) -> bool:
-    """True where `source` can only be meant as a path: it is absolute, or ends as a file that can be read does."""
+    """True where `source` must be a path: it is absolute, or has the extension of a readable file."""
     path = Path(source).expanduser()
     return path.is_absolute() or is_readable(path)
 

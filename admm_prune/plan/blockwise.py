@@ -1,6 +1,6 @@
-"""The stages of methods that go block by block.
+"""The stages of blockwise methods.
 
-The calibration text goes through the very code that captures statistics, on the meta device, where bytes and operations
+The calibration text is passed through the code that captures statistics, on the meta device, where bytes and operations
 are counted and nothing is computed; solvers are counted on small instances (`trials`).
 
 The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device.
@@ -47,7 +47,7 @@ _NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 
 @dataclass(frozen=True)
 class Collected:
-    """Statistics of a block: who shares inputs, what collecting them took, what they are.
+    """Statistics of a block: the shared inputs, the cost of collecting them, their sizes.
 
     Attributes:
         shared: the weights that read one input, and their width.
@@ -64,7 +64,7 @@ class Collected:
 
 
 class _Shelf(Shelf):
-    """Keeps activations where they are: on the meta device there is no host to bring them to."""
+    """Leaves activations on the meta device, where there is no host copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,14 +125,14 @@ class Walk:
 def blockwise_stages(
     anatomy: Anatomy, recipe: Recipe, request: Request, *, stream: bool, device: str = "cpu"
 ) -> list[Stage]:
-    """Every stage of a method, but for what it has in common with all others, from the text to the last block.
+    """The stages specific to a method, from the text to the last block.
 
     Args:
         stream: one block in memory at a time.
         device: on which it is to run.
 
     Raises:
-        UserError: the recipe is of no kind that goes block by block.
+        UserError: the recipe is not a blockwise method.
     """
     plans: dict[type, Callable[[Walk, Any, Request], Iterator[Stage]]] = {
         Layerwise: _layerwise,
@@ -141,7 +141,7 @@ def blockwise_stages(
     }
     plan = plans.get(type(recipe))
     if plan is None:
-        raise UserError(f"{recipe.name}: what it takes cannot be told beforehand")
+        raise UserError(f"{recipe.name}: its cost cannot be estimated")
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
@@ -262,7 +262,7 @@ def _network(block: Block) -> tuple[WeightView, ...]:
     for branch in branches(block):
         if branch.kind == "neurons":
             return (*reversed(branch.inner), branch.output)
-    raise UserError(f"cannot read the feed-forward network of {block.name}: use a method that goes layer by layer")
+    raise UserError(f"cannot read the feed-forward network of {block.name}: use a layer-wise method")
 
 
 def _activation(anatomy: Anatomy) -> Activation:

@@ -1,4 +1,4 @@
-"""What a run will take: bytes by part, disk, operations and time by stage; and whether it fits."""
+"""The plan of a run: bytes by part, disk, operations and time by stage; and whether it fits."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teach
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take.
+    """The estimated cost of a run.
 
     Attributes:
         stages: in their order.
         machine: whose rates the time is from.
-        limits: bytes there are, by "host" and, with a GPU, "device".
+        limits: available bytes on "host" and, with a GPU, "device".
         disk: bytes by what they are for, at most.
         notes: what was assumed, and what is not counted.
     """
@@ -127,7 +127,7 @@ class Plan:
             return "use a shorter --length"
         if part in (GRAMS, SOLVER):
             return "use a method that holds less, such as wanda or magnitude"
-        return "use more --gpus, or a method that goes block by block with --stream"
+        return "use more --gpus, or a blockwise method with --stream"
 
 
 def make_plan(
@@ -156,10 +156,10 @@ def make_plan(
 
     Args:
         model, method, sparsity, pattern, samples, eval_samples, length, ridge, steps, unit, multiple, dtype: of a run.
-        text: of a run, whose length tells how much there is to evaluate; None leaves evaluation out.
+        text: of a run, whose length determines the cost of evaluation; None leaves evaluation out.
         stream: one block in memory at a time.
-        gpu: a GPU that is not here, by its name; gpus: so many of them.
-        device_memory, memory: GB of a device and of the host, in place of what there is.
+        gpu: the name of a GPU to plan for; gpus: their number.
+        device_memory, memory: GB of a device and of the host, instead of the actual sizes.
         out: on whose disk the rates of reading and writing are measured.
 
     Raises:
@@ -169,18 +169,16 @@ def make_plan(
     recipe = configured(recipe_named(method, steps), unit, multiple)
     check_dtype(dtype)
     if gpus > 1 and gpu is None:
-        raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
+        raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
     if stream and isinstance(recipe, Trained):
-        raise UserError(
-            f"{method} trains all weights at once and cannot stream: choose a method that goes block by block"
-        )
+        raise UserError(f"{method} trains all weights at once and cannot stream: choose a blockwise method")
     anatomy = Anatomy.of(model, dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
     sequences = anatomy.sequences(samples or recipe.samples, length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if out is None else out.absolute().parent, _narrow(anatomy))
-    libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
+    libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     request = Request(target=target, calibration=sequences, ridge=ridge)
     notes = list(notes_on(anatomy.model))
     judging = _judging_tokens(reading, eval_samples, sequences.length, notes)

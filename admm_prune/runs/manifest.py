@@ -21,7 +21,7 @@ _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors",
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Which text, cut how; `notes` say what was assumed or replaced in reading it."""
+    """Which text, cut how; `notes` list assumptions and replacements made in reading it."""
 
     source: str
     fingerprint: str
@@ -53,7 +53,7 @@ class TextRecord:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the kind of machine; no names, paths or times, so that equal runs leave equal files."""
+    """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files."""
     return {
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),

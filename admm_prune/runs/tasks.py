@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its own Python interface: figures that others can compare with."""
+"""Tasks of lm-evaluation-harness, through its own Python interface: comparable with published figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate_tasks(
         tasks: names, of the harness or of `folder`.
         folder: with tasks of one's own, as YAML.
         shots: examples before each question; the task's own number by default.
-        limit: questions a task, for a quick look: such figures are not comparable.
+        limit: questions per task, for a quick check: such figures are not comparable.
         batch_size: of the requests.
         seed: of all random choices of the harness.
 
@@ -57,7 +57,7 @@ def evaluate_tasks(
     except ImportError as error:
         raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
     loaded = load(model, device=place, dtype=dtype)
-    # The harness's own tasks are thousands of files: they are not read where all that is asked for is in the folder.
+    # The harness has thousands of task files: they are not read if all requested tasks are in the folder.
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=None if folder is None else str(folder))

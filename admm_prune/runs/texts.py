@@ -1,4 +1,4 @@
-"""Which text calibrates a run and which text judges it."""
+"""The calibration text and the evaluation text of a run."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _LOG = logging.getLogger("admm_prune")
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """Which text calibrates and which text judges.
+    """The settings of the calibration and the evaluation text.
 
     Args:
         data: calibration text: "embedded", a file, a folder or a Hub id (see `data.sources.read_corpus`);
             `PYTHON_OBJECT` where it was passed from Python.
         eval_data: text to evaluate on. By default the held-out part of the same source: its validation split, or the
-            last tenth of what has no splits, which then does not calibrate.
+            last tenth of a text without splits, which is then excluded from calibration.
         split: of a Hub id or a saved `DatasetDict` to calibrate on.
         eval_split: of these to evaluate on; by default "validation", else "test".
         column: of rows that holds the text or a conversation; by default "text", or the only column that holds text.
             The text to evaluate on may lack it, and is then read by that default.
         documents, eval_documents: of the calibration and of the evaluation text that are read; None for all, of a Hub
             id for 20,000.
-        samples: calibration sequences, drawn by `seed`; None for as many as the work at hand asks for.
+        samples: calibration sequences, drawn by `seed`; None for the method's default.
         eval_samples: evaluation sequences, drawn by `seed`; None for all of the text.
         length: tokens of a sequence; the model's context by default, at most 2048.
         packing: "documents" (one a sequence), "windows" (contiguous), "segments" (as
@@ -97,12 +97,12 @@ def check_data(data: str | None, model: object) -> str:
     named = f"{model}: " if isinstance(model, str | Path) else ""
     raise UserError(
         f"{named}name the text with --data: a file, a folder or a Hub dataset, such as --data wikitext2 "
-        "(only the embedded model has a text of its own)"
+        "(only the embedded model has a default text)"
     )
 
 
 def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
-    """What is no name of a text, by its role; and the names for `TextSettings`.
+    """The texts passed as objects, by their role; and the names for `TextSettings`.
 
     Raises:
         UserError: it cannot be text.
@@ -135,7 +135,7 @@ class Texts:
     """Both texts of a run, read once and packed for the model's tokenizer and context.
 
     Args:
-        passed: what was passed from Python in place of a path or a Hub id, by "data" and "eval_data".
+        passed: objects passed from Python instead of a path or a Hub id, by "data" and "eval_data".
 
     Raises:
         UserError: a text cannot be used, or the length is beyond the model's context.
@@ -161,7 +161,7 @@ class Texts:
         return self._packed[samples]
 
     def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
-        """What both texts were, by their role; `samples` as for `calibration`."""
+        """The records of both texts, by their role; `samples` as for `calibration`."""
         return {
             "calibration": TextRecord.of(self._calibrating, self.calibration(samples)),
             "evaluation": self.evaluation_record,
@@ -203,7 +203,7 @@ def is_local(settings: TextSettings) -> bool:
 
 
 def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
-    """What calibrates and what judges, for a tokenizer whose chat template writes conversations.
+    """The calibration and the evaluation text, with conversations formatted by the tokenizer's chat template.
 
     Raises:
         UserError: a text cannot be used.
@@ -226,7 +226,7 @@ class _Sources:
     vocabulary: int | None
 
     def both(self) -> tuple[Corpus, Corpus]:
-        """(what calibrates, what judges)."""
+        """(calibration text, evaluation text)."""
         settings = self.settings
         calibrating = self._read("data", settings.split, settings.documents)
         if settings.eval_data is None and not self._has_splits():
@@ -238,10 +238,10 @@ class _Sources:
         return hold_out(replace(calibrating, notes=(*calibrating.notes, note)))
 
     def judging(self, *, whole: bool = False) -> Corpus | None:
-        """The text to evaluate on; None where nothing names it and the calibration text has no split for it.
+        """The evaluation text; None if it is not set and the calibration text has no split for it.
 
         Args:
-            whole: the calibration text will not be read: where it has one split alone, that judges.
+            whole: the calibration text is not read: if it has a single split, that split is used for evaluation.
         """
         settings = self.settings
         role = "data" if settings.eval_data is None else "eval_data"
@@ -285,11 +285,11 @@ class _Sources:
         except NoColumnError:
             if role == "data" or settings.column is None:
                 raise
-            return read_corpus(source, **how)  # another data set, with columns of its own
+            return read_corpus(source, **how)  # another dataset, with its own columns
 
 
 def _tell(*corpora: Corpus) -> None:
-    """Logs what was assumed or replaced in reading, once of several processes."""
+    """Logs assumptions and replacements made in reading, in one process only."""
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
             _LOG.warning("note: %s", note)

@@ -1,4 +1,4 @@
-"""The doctor: what the history of a solve says, in plain words, and what to do about it."""
+"""Diagnoses the history of a solve, with advice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOVING = 1e-3
 _FAR = 5e-2
 _SETTLED = 1e-2
 _STEADY = 0.7
-_LONG_ENOUGH = 12  # iterations, before which a start is not told from a circle
+_LONG_ENOUGH = 12  # iterations, below which slow progress and a cycle cannot be distinguished
 _LARGE_RHO = 3.0
 _FROZEN = 5e-2
 _TOKENS_PER_CHANNEL = 4
 
-# What can be done, by commands and in Python.
+# Advice, for the command line and for Python.
 _RIDGE = "give 'run' or 'solve' a larger --ridge"
 _PENALTY = "use the method admm, or in Python a penalty that rises from 0.1 to 1, such as LogSpaced(0.1, 1.0, over=30)"
 _LONGER = "use the method admm-best, or in Python a larger max_iterations"
@@ -35,8 +35,8 @@ class Diagnosis:
     """A finding.
 
     Args:
-        code: short and stable.
-        finding: a sentence with the numbers it rests on.
+        code: a short, stable identifier.
+        finding: a sentence with the relevant numbers.
         advice: what to do; empty where nothing needs to be done.
     """
 
@@ -98,7 +98,7 @@ def diagnose(
             Diagnosis(
                 "damping-raised",
                 "info",
-                f"the Gram is singular with the ridge {ridge_asked:g} that was asked for: raised to {ridge_used:g}",
+                f"the Gram is singular with the ridge {ridge_asked:g} in the settings: raised to {ridge_used:g}",
                 f"calibrate on more tokens{larger}",
             )
         )
@@ -175,7 +175,7 @@ def _motion(result: Result, unit: int) -> Diagnosis:
         return Diagnosis(
             "still-moving",
             "warning" if ending > _FAR else "info",
-            f"the run ended on the way: {said} (after {result.iterations} iterations)",
+            f"the run ended before it converged: {said} (after {result.iterations} iterations)",
             _LONGER,
         )
     if result.status is Status.SOLVED or last.primal_residual is None or last.primal_residual <= _SETTLED:

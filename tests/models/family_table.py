@@ -142,9 +142,7 @@ def render() -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     columns = [f"- **{column}**: " + ", ".join(f"`{name}`" for name in names) for column, names in COLUMNS.items()]
     notes = [f"{number}. {why}" for why, number in reasons.items()]
-    return "\n".join(
-        [_OPENING, *lines, "", "The columns:", "", *columns, "", "Exceptions:", "", *notes, "", _CLOSING]
-    )
+    return "\n".join([_OPENING, *lines, "", "The columns:", "", *columns, "", "Exceptions:", "", *notes, "", _CLOSING])
 
 
 _CLOSING = """Blocks and weights are found by structure: the list of similar modules with the most parameters, every

@@ -133,7 +133,7 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         compare(settings, tmp_path / "out", interrupts)
-    with pytest.raises(UserError, match="was not finished: go on with --resume"):
+    with pytest.raises(UserError, match="unfinished run: continue with --resume"):
         compare(settings, tmp_path / "out")
     with pytest.raises(UserError, match="was begun with methods"):
         compare(replace(settings, methods=("magnitude",)), tmp_path / "out", resume=True)

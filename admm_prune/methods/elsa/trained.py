@@ -1,4 +1,4 @@
-"""Recipes that train the model while they prune it: what they share."""
+"""The base of the methods that train the model while they prune it."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.solvers.elsa.moments import MomentFormat
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
-_JUDGES = 8  # of them, that measure the rate
-_LEAST = 2  # sequences to train on
-_STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
+_HELD_OUT = 16  # sequences not trained on: they select the best model of a run
+_JUDGES = 8  # of them, for the learning rate range test
+_LEAST = 2  # least number of sequences to train on
+_STEPS, _PART = 32, 8  # between two checkpoints: steps, or this fraction of a short run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
-    The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
-    before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
-    is kept beside the optimizer's state. What moves is written to the request's journal every few steps and after each
-    projection, so that a run which was killed goes on from there, to the same end.
+    The learning rate warms up briefly, then decays linearly to zero. Its peak is tuned on the model
+    (`methods.elsa.trainer`) before the first step, and scaled up when a projection leaves fewer weights. A copy of the
+    best sparse weights is kept in memory. The state is saved to the request's journal every few steps and after each
+    projection, so that a run that was killed resumes from there with the same result.
 
-    Several processes divide the parameters that are trained, their gradients, Adam's moments and the teacher among them
-    (FSDP2), and share every batch. Beside that each holds the model once, to project it and to keep the answer.
+    Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
+    every batch. In addition each holds the whole model, for the projections and the result.
 
     Attributes:
-        steps: forward and backward passes over a batch, those that measure the rate included.
+        steps: forward and backward passes over a batch, including those of the learning rate range test.
         batch_size: sequences a step, in epochs without replacement.
-        lr: the height of the rate, in place of a measured one.
-        boldness: what the measured rate is multiplied by.
-        distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
+        lr: the peak learning rate, instead of a tuned one.
+        boldness: a multiplier of the tuned learning rate.
+        distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
 
@@ -75,7 +75,7 @@ class Trained(ABC):
         """
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        """(the part of the run that is done, what the model is then projected to); none by default."""
+        """(fraction of the run that is done, target of the projection at that point); none by default."""
         return []
 
     def project(self, session: Session, target: Target) -> None:
@@ -84,14 +84,13 @@ class Trained(ABC):
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.varied:
-            raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
+            raise UserError(f"{self.name} trains all weights to one target: overrides are for layer-wise methods")
         for view in chosen_views(model, target):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
 
     def prune(self, model: nn.Module, request: Request) -> Outcome:
-        """Trains and prunes; where that ends worse on held-out sequences than a model that was as sparse on the way,
-        that one is returned."""
+        """Trains and prunes; returns the model with the least held-out loss among those with the final sparsity."""
         self.check(model, request.target)
         if request.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
@@ -100,7 +99,7 @@ class Trained(ABC):
         notes = session.trainer.optimizer.notes
         if session.best_loss < last:
             session.restore_best()
-            notes += ("training ended worse on held-out sequences than the best sparse model on the way",)
+            notes += ("the last model was worse on held-out sequences than the best sparse model, which is returned",)
         session.gather()
         trainer = session.trainer
         details = {
@@ -132,7 +131,7 @@ class Trained(ABC):
         )
 
     def run(self, model: nn.Module, request: Request) -> Session:
-        """Trains and prunes to the end, in place; what is remembered of the way."""
+        """Trains and prunes to the end, in place; returns the state."""
         with trainable(model):
             session = self._session(model, request)
             self._train(session)
@@ -164,19 +163,19 @@ class Trained(ABC):
 
     @property
     def training_steps(self) -> int:
-        """Of the optimizer: what measuring the rate leaves."""
+        """Optimizer steps that remain after the learning rate range test."""
         return max(1, self.steps - self._passes)
 
     @property
     def _passes(self) -> int:
-        """That measuring the rate takes."""
+        """Steps of the learning rate range test."""
         return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
 
     def _train(self, session: Session) -> None:
         trainer, request = session.trainer, session.request
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(request.target)}
-        every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
+        every = max(1, trainer.steps // 50)  # the interval of progress lines without a progress bar
         kept = max(1, min(_STEPS, trainer.steps // _PART))
         checkpoints = Checkpoints(request.journal.checkpoints("training"), request.world)
         session.go_on(checkpoints)
@@ -198,7 +197,7 @@ class Trained(ABC):
         request.tell(trainer.steps, trainer.steps)
 
     def _prepare(self, session: Session, plan: dict[int, Target]) -> None:
-        """What comes before a step: a projection and a rate, where they are due."""
+        """Before a step: a projection and a new learning rate, where they are due."""
         done = session.trainer.done
         if done in plan:
             self.project(session, plan[done])

@@ -219,7 +219,7 @@ def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: 
         tl.atomic_max(bad, wrong.to(tl.int64))
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
@@ -245,8 +245,8 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     """Marks the `keep` largest, 0 < keep < n; and whether there was a NaN, on the device.
 
     Up to `direct` entries three histogram passes find the threshold, above it one pass that gathers what lies in a
-    sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the sample misled,
-    the histograms are taken of everything.
+    sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the bracket misses,
+    the histograms cover everything.
     """
     flat = score.contiguous().view(1, -1)
     kept, bad = _marked(flat, _search(flat, keep, direct=direct))
@@ -311,7 +311,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
 
 
 def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
-    """The keys of a bracket that holds the threshold almost surely; `control` knows whether it does."""
+    """The keys of a bracket that almost surely contains the threshold; `control` records whether it does."""
     total = flat.numel()
     size = min(total // 16, _SAMPLED)
     sample = flat[:: total // size | 1].float().sort(descending=True).values

@@ -1,4 +1,4 @@
-"""Branch and bound: the proven optimum of small rows, or an honest gap.
+"""Branch and bound: the proven optimum of small rows, or the remaining gap.
 
 The branch and bound tree of one row: many nodes at a time, as batched arrays.
 
@@ -257,7 +257,7 @@ class BranchAndBound:
     Args:
         time_limit: seconds for all rows together; an unfinished row leaves its unused share to those after it.
         gap: relative to the loss of a row: what a better support must gain to be worth a proof.
-        max_width: the widest row taken on.
+        max_width: the widest row accepted.
 
     Returns (solve):
         Status SOLVED where every row is proved to `gap`; else TIME_LIMIT, with the best supports found and the least
