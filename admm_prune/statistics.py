@@ -250,7 +250,7 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """(H + H^T) / 2, of the same dtype; H itself where it is symmetric to the bit, without a copy."""
+    """(H + H^T) / 2, of the same dtype; H itself if it is exactly symmetric, without a copy."""
     tiles = [slice(start, start + _TILE) for start in range(0, len(gram), _TILE)]
     if all(torch.equal(gram[t], gram[:, t].T) for t in tiles):
         return gram

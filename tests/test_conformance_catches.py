@@ -712,7 +712,7 @@ BROKEN_PROBLEMS = [
     (MinimizesNothing, "as a Minimizable must give its minimum"),
     (JoinsNothing, "join a solution of the block"),
     (JoinsHalf, "part with what it joined"),
-    (JudgesByATensor, "judge by a finite float"),
+    (JudgesByATensor, "return a finite float from `judge`"),
 ]
 
 
@@ -766,7 +766,7 @@ class JudgesByWhatItFits(Judged):
         (FitsOnHeldOutData, "have a refit that does not depend on held-out data"),
         (ItsBlockFitsOnHeldOutData, "of block weight that does not depend on held-out data"),
         (CurvatureOfHeldOutData, "have a curvature that does not depend on held-out data"),
-        (JudgesByWhatItFits, "judge by its held-out data"),
+        (JudgesByWhatItFits, "use its held-out data in `judge`"),
     ],
 )
 def test_problems_that_fit_on_held_out_data(problem, message) -> None:

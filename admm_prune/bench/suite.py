@@ -309,9 +309,9 @@ def claims(rows: Sequence[Row], *, judged: bool = True) -> list[dict[str, Any]]:
         adam = measured_row(rows, "torch.optim.Adam(fused=True), float32", case)
         sparse = measured_row(rows, "SparseAdam, float32, bfloat16 anchor", case)
         claim(f"SparseAdam's step over fused Adam's, {case}", "at most 1.05", _ratio(sparse, adam), lambda x: x <= 1.05)
-        states = [None if row is None else row.more.get("state bytes a weight") for row in (sparse, adam)]
+        states = [None if row is None else row.more.get("state bytes per weight") for row in (sparse, adam)]
         beyond = None if states[0] is None or states[1] is None else states[0] - states[1]
-        claim(f"state bytes a weight beyond Adam, {case}", "at most 2.2", beyond, lambda x: x <= 2.2)
+        claim(f"state bytes per weight beyond Adam, {case}", "at most 2.2", beyond, lambda x: x <= 2.2)
     for case in dict.fromkeys(row.case for row in rows if row.name.startswith("training step")):
         whole = [
             measured_row(rows, f"training step, {name}", case)

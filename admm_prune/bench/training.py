@@ -154,7 +154,7 @@ def large_case(shape: ModelShape, blocks: int, device: torch.device) -> Case:
         more: dict[str, Any] = {"blocks measured": blocks, "blocks of the shape": shape.blocks}
         if device.type == "cuda":
             a_weight = peak / entries
-            more |= {"bytes a weight": a_weight, "GB for all blocks": a_weight * shape.blocks * shape.block / 1e9}
+            more |= {"bytes per weight": a_weight, "GB for all blocks": a_weight * shape.blocks * shape.block / 1e9}
         more["seconds for all blocks"] = seconds * whole
         return Figures(
             seconds=seconds, work=Work({}, 14.2 * entries), more=more, note="drawing the gradients is in the time"
@@ -183,11 +183,11 @@ def _step_case(shape: ModelShape, blocks: int, how: Configuration, device: torch
         optimizer.step()  # makes the state
         seconds = seconds_of(optimizer.step, device, repeats=5)
         more: dict[str, Any] = {
-            "state bytes a weight": _state_bytes(optimizer) / entries,
+            "state bytes per weight": _state_bytes(optimizer) / entries,
             "kernels": backend.described(device),
         }
         if device.type == "cuda":
-            more["peak bytes a weight"] = (_peak(device) - before) / entries
+            more["peak bytes per weight"] = (_peak(device) - before) / entries
         return Figures(seconds=seconds, work=Work({}, how.moved * entries), more=more)
 
     return Case(

@@ -32,7 +32,7 @@ LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: its tokens (n,), the characters its scored tokens stand for, the tokens cut off at its end."""
+    """One sequence: its tokens (n,), the characters of its scored tokens, the number of tokens cut off at its end."""
 
     ids: Tensor
     characters: int
@@ -80,7 +80,7 @@ class Sequences:
         bos: as in `Batch`.
         batch_size: sequences a batch.
         dropped_sequences: sequences that the packing left out, because they hold no token to score or are a last,
-            shorter window where full ones were asked for.
+            shorter window where only full ones are used.
     """
 
     rows: tuple[Row, ...]
@@ -179,13 +179,13 @@ def pack(
         seed: of the draw.
 
     Raises:
-        UserError: the text is shorter than one sequence (where a sample is asked for) or holds nothing to score, a
+        UserError: the text is shorter than one sequence (if a sample is requested) or has nothing to score, a
             number is out of range, or the tokenizer cannot tell where its tokens lie in the text.
     """
     if length < 2:
-        raise UserError(f"a sequence of {length} tokens has nothing to predict: ask for a length of at least 2")
+        raise UserError(f"a sequence of {length} tokens has nothing to predict: use a length of at least 2")
     if samples is not None and samples < 1:
-        raise UserError(f"{samples} samples were asked for: ask for at least 1")
+        raise UserError(f"samples must be at least 1, not {samples}")
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     documents = encode(corpus.documents, tokenizer)
     found = sum(len(document.ids) + (bos is not None) for document in documents)

@@ -1,4 +1,4 @@
-"""A model folder as an archive without the zeros of its weights, and back to the byte."""
+"""Packs a model folder into an archive without the zeros of its weights, and restores it exactly."""
 
 from __future__ import annotations
 

@@ -133,9 +133,7 @@ def bench_inference(
     for _, (loaded, name) in forms.items():
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and max(tokens, 16 + new_tokens) > context:
-            raise UserError(
-                f"{name}: its context of {context} tokens is shorter than asked for: fewer --tokens or --new-tokens"
-            )
+            raise UserError(f"{name}: its context of {context} tokens is too short: use fewer --tokens or --new-tokens")
     zeros = sparsity(decoder_blocks(given.model))
     if zeros > 0:
         forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
@@ -267,9 +265,7 @@ def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) 
         ]
         said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
     if repeats == 1 and len(rows) > 1:
-        said.append(
-            "One repeat shows no spread, so that no difference in speed can be told from noise: more --repeats."
-        )
+        said.append("A single repeat shows no spread, so that a difference in speed may be noise: use more --repeats.")
     if stored.zeros > 0 and stored.parameters == first.parameters:
         said.append(
             f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
@@ -279,7 +275,7 @@ def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) 
             dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)
             said.append(f"'admm-prune pack' would store it in {dense:.2f} of its size.")
     if stored.parameters < first.parameters:
-        said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters are gone for good.")
+        said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters were removed.")
     if two_of_four and stored.zeros > 0 and not any(row.form == "2:4 kernels" for row in rows):
         why = "they take float16 and bfloat16" if cuda else "they need a CUDA device"
         said.append(f"The weights are 2:4; kernels for that were not measured here: {why}.")

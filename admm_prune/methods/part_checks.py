@@ -140,7 +140,7 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
         if not inside:
             raise UserError(
                 f"the solution of {who} is not in its set {constraint}: {own.sparsity():.4g} of it is zero, "
-                f"{part.fraction:.4g} was asked for"
+                f"{part.fraction:.4g} was the target"
             )
         if own.sparsity() < part.fraction - slack:
             raise UserError(

@@ -252,7 +252,7 @@ class SparseLLM:
     def damped(
         self, network: Network, pairs: Pairs, request: Request, targets: Mapping[str, Target]
     ) -> dict[str, tuple[float, float]]:
-        """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
+        """Ridge and damping for every weight; selected on validation tokens for "auto"."""
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None

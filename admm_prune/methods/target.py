@@ -22,7 +22,7 @@ class Target:
     layers: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """In full, "0.7" or "2:4": what `target_named` reads back to the bit."""
+        """In full, "0.7" or "2:4", from which `target_named` restores it exactly."""
         return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else repr(self.sparsity)
 
     @property

@@ -1,7 +1,7 @@
 """Safetensors files written one tensor at a time, and packed files: a bit mask and the nonzero values of each weight.
 
 The library's own writer takes all tensors at once; this one copies none, and computes the fingerprint while writing. A
-packed file carries the header of the file that it was made of, so that unpacking gives that file back to the byte.
+packed file carries the header of the file that it was made of, so that unpacking restores that file exactly.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def pack_file(source: Path, out: Path) -> list[str]:
 
 
 def unpack_file(source: Path, out: Path) -> None:
-    """The inverse of `pack_file`, to the byte, one tensor in memory.
+    """The exact inverse of `pack_file`, with one tensor in memory.
 
     Raises:
         UserError: `source` is no packed file, or its bits and values do not belong together.

@@ -42,8 +42,8 @@ class BlockStream:
         shelf: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.
-        sparing: large Grams of the widest inputs are summed up by themselves, in another pass of the block and before
-            those of the others; the same to the bit.
+        sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
+            those of the others; bitwise the same.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences

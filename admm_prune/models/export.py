@@ -65,9 +65,7 @@ def check_exportable(model: nn.Module, form: Form) -> None:
     """
     name = type(model).__name__
     if form == "per-layer" and per_layer_class(name) is None:
-        raise UserError(
-            f"{name}: there is no class with unlike blocks for it: use struprune-uniform or struprune-padded"
-        )
+        raise UserError(f"{name}: its blocks must have equal widths: use struprune-uniform or struprune-padded")
 
 
 def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:

@@ -31,7 +31,7 @@ def check_reloaded(
 ) -> None:
     """Loads a folder that was written from a model, and raises an error unless it is the same model.
 
-    Every parameter must be the same to the bit, and the logits of a sequence as well. Logits that differ by rounding
+    Every parameter and the logits of a sequence must be bitwise the same. Logits that differ by rounding
     alone (other alignment of memory, kernels that add in no fixed order) pass where the config says the same.
 
     Args:

@@ -72,7 +72,7 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
         return []
     held = {name: buffer for name, buffer in model.named_buffers() if name not in unset}
     for tensor in (*model.parameters(), *held.values()):
-        tensor._is_hf_initialized = True  # of transformers: to be left as it is
+        tensor._is_hf_initialized = True  # of transformers: not to be initialized
     made: list[dict[str, Tensor]] = []
     for value in (0, 1):  # the computed values do not depend on the previous ones
         for name, buffer in unset.items():

@@ -1,6 +1,6 @@
 """Matrix products of a solve at a fixed precision, independent of the process's settings.
 
-`torch.set_float32_matmul_precision("high")`, TF32 asked for on CUDA, bfloat16 asked for of oneDNN, and autocast all
+`torch.set_float32_matmul_precision("high")`, TF32 on CUDA, bfloat16 in oneDNN, and autocast all
 make products of float32 matrices keep 8 to 11 bits. These are settings of a training script, and must not change
 a solve in the same process, which rounds explicitly where it multiplies in fewer bits (`products`).
 

@@ -208,7 +208,7 @@ def solve_path(
 
 
 def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
-    """Raises ValueError, before any work, where the weights as they are would have a negative error."""
+    """Raises ValueError, before any work, if the dense weights would have a negative error."""
     if layer.cross_gram is not None:
         problem = _problem(layer, [method.constraint(target)], Damping(1.0, 0.0), method)
         problem.relative_error(problem.initial())
@@ -216,7 +216,7 @@ def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
 
 @dataclass(frozen=True)
 class _Solved:
-    """One target's problem and result, and the solve that gave it."""
+    """The problem and the result of one target, and the solve they belong to."""
 
     problem: LayerReconstruction
     result: Result

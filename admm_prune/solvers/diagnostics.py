@@ -13,7 +13,7 @@ Severity = Literal["good", "info", "warning", "error"]
 # From histories of ADMM at constant penalties from 1e-4 to 100 and under its own schedules, on layers of 16 to 256
 # inputs, half and four fifths pruned and 2:4. A healthy run ends with no change of the support and |x - z| / |z| below
 # 0.01, having exchanged between 0.1 and 5 times the support (of the kept or of the pruned, whichever are fewer). With
-# rho <= 0.01 a third or more of it goes on changing in every iteration and the residual stays at 0.2 to 0.7; with
+# rho <= 0.01 a third or more of it still changes in every iteration and the residual stays at 0.2 to 0.7; with
 # rho >= 3 less than 0.05 ever changes, and the value ends 10 to 100 % above that of a healthy run.
 _MOVING = 1e-3
 _FAR = 5e-2

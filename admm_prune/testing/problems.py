@@ -260,7 +260,9 @@ def _minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -
 def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
     x, other = points[0], points[1]
     judged = _untouched(case, "judge", problem.judge, x)
-    case.promise(isinstance(judged, float) and math.isfinite(judged), "judge by a finite float", f"{judged!r}")
+    case.promise(
+        isinstance(judged, float) and math.isfinite(judged), "return a finite float from `judge`", f"{judged!r}"
+    )
     for name in problem.order:
         here = case.but(f"block {name}")
         block = problem.block(name, x)

@@ -41,7 +41,7 @@ def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, w
     value = problem.value(x)
     case.promise(
         result.objective == value,
-        "report as objective the value of its solution, to the bit",
+        "report as objective exactly the value of its solution",
         f"it reports {result.objective}, problem.value says {value}",
     )
     if result.bound is not None:
@@ -115,7 +115,7 @@ def same_bits(a: Point, b: Point) -> bool:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True where two answers of a problem are equal to the bit: points, numbers, or tuples of them."""
+    """True if two results of a problem are bitwise equal: points, numbers, or tuples of them."""
     if isinstance(a, Point) and isinstance(b, Point):
         return same_bits(a, b)
     if isinstance(a, tuple) and isinstance(b, tuple):

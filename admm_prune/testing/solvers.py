@@ -57,7 +57,7 @@ def assert_solver_conforms(
     one must be solved. For every solve:
 
     - the solution lies in the constraint, has the form of the dense weights, is finite, and keeps the full count;
-    - `objective` is `problem.value(solution)`, to the bit, and not below the optimum of a tiny problem;
+    - `objective` is exactly `problem.value(solution)`, and not below the optimum of a small problem;
     - `bound`, if given, is above neither the objective nor the optimum of a tiny problem, nor the value of the feasible
       point that `ADMM.best` finds for a larger one;
     - the solution shares no memory with the problem or the start;

@@ -196,7 +196,7 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     """Checks that two problems that differ in their held-out data alone differ in `judge` alone.
 
     Initial point, curvature, values, gradients, sampled gradients, prox, refit, minimize, the tensors of a Quadratic
-    problem and all of these of each block must be equal to the bit.
+    problem and all of these of each block must be bitwise equal.
     """
     twins = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
     for (name, ours), (_, theirs) in twins:
@@ -205,7 +205,7 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
         judged = [(problem.judge(x), other.judge(x)) for x in points]
         case.promise(
             any(ours != theirs for ours, theirs in judged),
-            "judge by its held-out data",
+            "use its held-out data in `judge`",
             f"both give {judged[0][0]}",
         )
 

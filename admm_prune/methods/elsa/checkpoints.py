@@ -68,7 +68,7 @@ class Checkpoints:
         kept = reader.read_metadata().state_dict_metadata
         saved = {name: (x.size, x.properties.dtype) for name, x in kept.items() if isinstance(x, TensorStorageMetadata)}
         if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
-            raise UserError(f"{self._latest} is a checkpoint of another run: delete it to begin anew")
+            raise UserError(f"{self._latest} is a checkpoint of another run: delete it to start over")
         with _quiet():
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
 
@@ -130,7 +130,7 @@ def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:
     place = folder / max(names)
     content = read_sealed(place / _VALUES)
     if content is None or content["sha256"] != _fingerprints(place):
-        raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to begin anew")
+        raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to start over")
     return place.name, content["values"]
 
 

@@ -42,7 +42,7 @@ class Trained(ABC):
 
     Attributes:
         steps: forward and backward passes over a batch, including those of the learning rate range test.
-        batch_size: sequences a step, in epochs without replacement.
+        batch_size: sequences per step, in epochs without replacement.
         lr: the peak learning rate, instead of a tuned one.
         boldness: a multiplier of the tuned learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.

@@ -176,7 +176,7 @@ def passes(judges: float) -> int:
     """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third.
 
     Args:
-        judges: batches of one validation.
+        judges: batches per validation.
     """
     return GRADIENTS + math.ceil((_TRIALS + 1) * judges / 3)
 
@@ -209,7 +209,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
     Args:
         model: its parameters that take a gradient move.
         gradients: batches that g is the mean over.
-        judge: f of the model as it is when it is called.
+        judge: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:

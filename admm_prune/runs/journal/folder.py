@@ -18,7 +18,7 @@ from admm_prune.models.archive import PACK_MANIFEST
 
 MANIFEST = "admm_prune.json"
 _EARLIER = "holds an earlier result: replace it with --overwrite, or choose another output"
-TIMINGS = "timings.json"  # apart from the manifest, which equal runs have in common to the byte
+TIMINGS = "timings.json"  # separate from the manifest, which is identical in equal runs
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:

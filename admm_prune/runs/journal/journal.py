@@ -337,7 +337,7 @@ def _said(value: Any) -> str:
 
 
 def _advice(home: Path) -> str:
-    return f"the journal cannot be trusted; delete {home} to begin anew"
+    return f"the journal cannot be trusted; delete {home} to start over"
 
 
 def _unseal(path: Path) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def panels(count: int = 1, height: float = 3.4) -> tuple[Any, list[Any]]:
 
 
 def legend(figure: Any, *axes: Any, columns: int = 3) -> None:
-    """One legend below the panels, every label once, in columns that fit; none of more than can be told apart."""
+    """One legend below the panels, every label once, in columns that fit; none if there are too many series to
+    distinguish."""
     found: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -319,7 +320,7 @@ def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str | None:
-    """Perplexity over the targets, a line for each method; the PNG, where asked for, is drawn on white."""
+    """Perplexity over the targets, a line for each method; the optional PNG has a white background."""
     rows = [row for row in comparison["rows"] if row["perplexity"] is not None]
     flat = [row for row in rows if row["target"] == "0%"]  # unpruned models: a horizontal line, like the dense model
     targets = [t for t in dict.fromkeys(row["target"] for row in comparison["rows"]) if t != "0%"]

@@ -95,7 +95,7 @@ def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
     """The groups given; a group's own target, or None, overrides `target`.
 
     Raises:
-        UserError: no group has a target; a sparsity or a pattern is asked of parameters that are no matrices.
+        UserError: no group has a target; a sparsity or a pattern for parameters that are not matrices.
         TypeError: `params` is a tensor.
     """
     if isinstance(params, Tensor):
