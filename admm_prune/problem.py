@@ -66,7 +66,7 @@ class GroupConstraint(SupportConstraint, Protocol):
     def width(self) -> int: ...
 
     def budget(self, columns: int) -> int:
-        """How many groups a matrix of so many columns may keep."""
+        """The number of groups that a matrix with `columns` columns may keep."""
         ...
 
 

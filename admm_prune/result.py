@@ -1,4 +1,4 @@
-"""What a solver returns: Status, Progress, Result."""
+"""The result of a solver: Status, Progress, Result."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 python scripts/check_words.py [--phrases | --names]
 
-Phrases are searched in README.md, CONTRIBUTING.md, docs/, and in the docstrings, comments, messages and help texts of
-the package; identifiers (names, attributes, arguments, functions, classes, modules) in its syntax trees.
+Phrases are searched in the READMEs, CONTRIBUTING.md, docs/, the templates of reports, and in the docstrings, comments,
+messages and help texts of the package; identifiers (names, attributes, arguments, functions, classes, modules) in its
+syntax trees.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def names(path: Path) -> Iterator[tuple[int, str]]:
 
 def main(arguments: list[str]) -> int:
     modules = sorted(PACKAGE.rglob("*.py"))
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+    pages += sorted([*(ROOT / "docs").rglob("*.md"), *(PACKAGE / "assets").rglob("*.md"), *PACKAGE.rglob("*.j2")])
     count = 0
     for option, search, files in (("--phrases", phrases, [*pages, *modules]), ("--names", names, modules)):
         if not arguments or option in arguments:

@@ -711,7 +711,7 @@ BROKEN_PROBLEMS = [
     (MinimumOfAnotherSet, "have a minimum that lies in its constraint"),
     (MinimizesNothing, "as a Minimizable must give its minimum"),
     (JoinsNothing, "join a solution of the block"),
-    (JoinsHalf, "part with what it joined"),
+    (JoinsHalf, "return as part what it joined"),
     (JudgesByATensor, "return a finite float from `judge`"),
 ]
 

@@ -1,4 +1,4 @@
-"""How the memory of structured pruning from disk grows with the model: random Llamas, a process for each.
+"""The growth of the memory of structured pruning from disk with the model: random Llamas, one process for each.
 
     python -m admm_prune.bench.memory FOLDER OUT TOKENS SPARSITY
 
@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Peak:
-    """Extra memory at the peak of pruning one model, over what was resident before, and what all its weights take."""
+    """Peak memory of pruning one model, beyond that in use before, and the size of all its weights."""
 
     family: str
     width: int

@@ -1,4 +1,4 @@
-"""Power laws of time and memory in the size of the model, fitted to what was measured in the same run."""
+"""Power laws of time and memory in the size of the model, fitted to measurements of the same run."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def model_of(
     """For every method its fitted line over layers, and predictions for whole models.
 
     A model's time is its floor (forward passes, Grams, solves) by the fraction that the measured blocks reached, or,
-    where those were not measured, that of the layers. Memory is counted, and scaled by what the measured blocks took of
-    what was counted for them; weights of the whole model in bfloat16 beside.
+    where those were not measured, that of the layers. Memory is counted, and scaled by the
+    ratio of measured to counted memory of the blocks; plus the weights of the whole model in bfloat16.
     """
     content: dict[str, Any] = {"layers": {}, "models": [], "structured_peak": power_of(rows)}
     for method in methods:

@@ -239,7 +239,7 @@ def _training_case(shape: ModelShape, blocks: int, device: torch.device, *, spar
 
 
 def llama(shape: ModelShape, blocks: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights with so many blocks, made on the device."""
+    """A model of random weights with `blocks` blocks, created on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

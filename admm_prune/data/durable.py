@@ -42,7 +42,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None where the file is missing or damaged."""
+    """The content written by `write_sealed`; None if the file is missing or damaged."""
     try:
         digest, _, body = path.read_text(encoding="utf-8").removesuffix("\n").partition("\n")
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Rows of tables as documents: which column holds the text, and what is in it."""
+"""Rows of tables as documents: selection of the text column, and conversion of its content."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
         )
         for document, ids, offsets in zip(group, output["input_ids"], output["offset_mapping"], strict=True):
             bounds = torch.tensor([*(begin for begin, _ in offsets), len(document)])
-            bounds[0] = 0  # what the tokenizer skips before its first token belongs to that token
+            bounds[0] = 0  # characters skipped before the first token belong to that token
             encoded.append(EncodedDocument(torch.tensor(ids, dtype=torch.int64), bounds))
     return encoded
 

@@ -63,7 +63,7 @@ SHORT_NAMES = {
     "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
     "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1",
 }
-HUB_DOCUMENTS = 20_000  # of a Hub dataset that are read where the user names no number
+HUB_DOCUMENTS = 20_000  # documents of a Hub dataset that are read by default
 
 Document = str | tuple[int, ...]
 
@@ -94,7 +94,7 @@ class Corpus:
 
     @property
     def characters(self) -> int:
-        """Of text; the number of tokens where documents are ids."""
+        """The number of characters; of tokens if the documents are ids."""
         return sum(map(len, self.documents))
 
 

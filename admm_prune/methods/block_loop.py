@@ -69,7 +69,7 @@ def walk(
     blocks = decoder_blocks(model)
     residence, journal = request.residence, request.journal
     if changes and residence.hollow and not journal.keeps:
-        raise ValueError("a model that is not in memory needs a journal, or what is done to its blocks is lost")
+        raise ValueError("a model that is not in memory needs a journal, or its pruned blocks are lost")
     visits = [
         Visit(
             layers=[LayerReport.from_json(layer) for layer in content["layers"]],

@@ -250,7 +250,7 @@ def _naming(job: SharedInput) -> Generator[None]:
 def _pose(job: SharedInput, method: Method, request: Request) -> _Posed:
     began = time.perf_counter()
     statistics = job.statistics
-    # A copy: what is read shares memory with the parameter, which is about to be overwritten.
+    # A copy: `read` returns a view of the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in job.weights])
     kind = _kind_of_set(job, method, request)
     with _naming(job), explained_parts(problem=method.problem.build, constraint=kind):

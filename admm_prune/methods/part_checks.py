@@ -49,7 +49,7 @@ def explained_parts(**parts: object) -> Generator[None]:
     """Turns an exception in third-party code into a UserError that names the part; our own exceptions pass.
 
     Args:
-        parts: by what they are, such as `solver`, `constraint`, `problem`.
+        parts: by kind: `solver`, `constraint`, `problem`.
 
     Raises:
         UserError: a foreign part failed. The exception is its cause.
@@ -86,7 +86,7 @@ def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) ->
         fraction: of the entries that are to be zero.
 
     Raises:
-        UserError: the set fails, or its projection is no point of it or breaks the budget.
+        UserError: the set fails, or its projection is infeasible or breaks the budget.
         ValueError: matrices of this shape do not admit the set.
     """
     if not is_foreign(type(constraint)):
@@ -205,7 +205,7 @@ def _words(error: BaseException) -> str:
 
 
 def _place_of(error: BaseException) -> str:
-    """Where in foreign code it was raised: the innermost frame outside of this package and torch."""
+    """The location of an error in third-party code: the innermost frame outside this package and torch."""
     inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "contextlib.py")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(inside[:2]) and not frame.filename.endswith(inside[2]):

@@ -35,7 +35,7 @@ def declared(kind: Kind) -> dict[str, EntryPoint]:
 
 
 def all_declared() -> list[dict[str, str]]:
-    """Every plug-in of every kind: its name, what it is, where it lives, and the package it comes from."""
+    """All plug-ins of all kinds: name, kind, object and package."""
     return [
         {
             "kind": kind,
@@ -52,7 +52,7 @@ def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
     """Refuses a name that stands for two parts.
 
     Raises:
-        UserError: a package declares what is a name of this package, or two packages declare it.
+        UserError: a package declares a built-in name, or two packages declare the same name.
     """
     found = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
     who = " and ".join(f"{_package(point)} ({point.value})" for point in found.values())
@@ -258,7 +258,7 @@ def _unknown(what: str, name: str, known: list[str]) -> UserError:
 
 
 def _check_call(what: str, function: Any, positional: int, **named: object) -> None:
-    """Raises UserError where a function does not take so many arguments by position and these by name."""
+    """Raises UserError if a function does not accept `count` positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of C code, which has none to read

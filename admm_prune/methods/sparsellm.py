@@ -71,7 +71,7 @@ class SparseLLM:
 
     Args:
         method: prunes attention, and is the inner solver of every block of weights.
-        rounds: at most so many; 1 is "sequential + closing".
+        rounds: the maximum number; 1 is "sequential + closing".
         closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
             to those that the pruned up projection gives.
         descent: steps with all weights together in every round; 0 for none.

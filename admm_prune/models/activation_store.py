@@ -156,7 +156,7 @@ def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residen
 
 @torch.no_grad()
 def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
-    """How blocks return their hidden states, alone or as the first of several, by a call of the first block."""
+    """The form in which blocks return hidden states, alone or in a tuple, found by calling the first block."""
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

@@ -188,8 +188,8 @@ class BlockStream:
         text.
 
         Args:
-            wanted: what the block is to put out, as `collect` gave it: the second of a pair is then what `last` would
-                have to put out for that, where the block adds it to its residual stream.
+            wanted: target outputs of the block, from `collect`: the second of a pair is then the output of `last` that
+                gives them, if the block adds it to its residual stream.
 
         Returns:
             (n, in) and (n, out) for every part.

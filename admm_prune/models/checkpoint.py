@@ -48,7 +48,7 @@ class Checkpoint:
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
         self._converted_as: dict[str, str] = {}  # a parameter -> the first of those that one conversion makes
         self._tied: dict[str, str] = {}  # a parameter that no file holds -> the one it is tied to
-        self._surplus: dict[str, str] = {}  # stored names that are no parameter's -> what the model would call them
+        self._surplus: dict[str, str] = {}  # stored names without a parameter -> the names the model would use
         self._converters: dict[str, Any] = {}
         self._renames = False
         self._model: Any = None
@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def surplus(self) -> Mapping[str, str]:
-        """Stored names that belong to no parameter, and what the model would call them."""
+        """Stored names that belong to no parameter, with the names the model would use."""
         return self._surplus
 
     @property
@@ -157,7 +157,7 @@ class Checkpoint:
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
-        """Of the first stored tensor of floats."""
+        """The dtype of the first stored floating-point tensor."""
         for name, path in sorted(self._files.items()):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())
@@ -171,7 +171,8 @@ class Checkpoint:
             yield name, self._stored(name)
 
     def _settle_ties(self, model: Any) -> None:
-        """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: by what the files hold."""
+        """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: depending on the content of
+        the files."""
         ties = list(getattr(model, "all_tied_weights_keys", {}).items())
         for target, source in ties:
             if target in self and source in self:

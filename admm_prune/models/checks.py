@@ -16,7 +16,7 @@ from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
 _IDS = (2, 3, 4, 5, 6)
-_LEAST = 1e-5  # a smaller relative difference is no dependence
+_LEAST = 1e-5  # smaller relative differences are rounding
 
 
 def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> None:
@@ -66,7 +66,7 @@ def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:
 
 @torch.no_grad()
 def _try(model: Any, block: Block, device: torch.device) -> str | None:
-    """Runs the model up to a block on two sequences that differ in the last token; what is wrong, None if nothing."""
+    """Runs the model up to a block on two sequences that differ in the last token; returns the fault, or None."""
     rows = embedding_rows(model)
     leaving: list[Tensor] = []
     for last in (_IDS[-1], _IDS[-1] + 1):
@@ -99,7 +99,7 @@ class _StopError(Exception):
 
 
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
-    """The hidden states (1, n, d) that a block puts out, and the modules in it that were called."""
+    """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
     found: list[Tensor] = []
     used: set[nn.Module] = set()
 

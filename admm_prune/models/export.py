@@ -69,19 +69,19 @@ def check_exportable(model: nn.Module, form: Form) -> None:
 
 
 def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
-    """How many units the branches of every block have, by kind."""
+    """The number of units of the branches of every block, by kind."""
     return [{branch.kind: branch.count for branch in block} for block in blocks]
 
 
 def admits(config: Any, branch: Branch, count: int) -> bool:
-    """Whether the stock class of a config can have so many units of a kind."""
+    """Whether the stock class of a config supports this number of units of a kind."""
     if branch.kind == "heads":
         return admits_heads(config, count * branch.queries, branch.size)
     return admits_neurons(config, count)
 
 
 def admits_heads(config: Any, heads: int, size: int) -> bool:
-    """Whether the stock class of a config can have so many query heads of this size.
+    """Whether the stock class of a config supports this number of query heads of this size.
 
     Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
     """
@@ -98,7 +98,7 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
 
 
 def admits_neurons(config: Any, count: int) -> bool:
-    """Whether the stock class of a config can have so many neurons: Bloom's are four times its width, always."""
+    """Whether the stock class of a config supports this number of neurons: Bloom's is always four times its width."""
     return any(hasattr(config, name) for name in _NEURONS) or bool(count == 4 * config.hidden_size)
 
 

@@ -61,7 +61,7 @@ def load(
         trust_remote_code: allow running code that comes with the model.
 
     Raises:
-        UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
+        UserError: there is no such model, or it is incomplete, broken, not causal, or has NaN or Inf entries.
     """
     folder, revision = _folder_of(source, trust_remote_code)
     model = _load_model(source, folder, dtype, trust_remote_code)

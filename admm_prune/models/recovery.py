@@ -319,7 +319,7 @@ def _energy_off(kept: Tensor, change: Tensor) -> float:
 
 
 def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Gives every adapted weight that other modules share a copy of its own.
+    """Copies every adapted weight that is shared with other modules.
 
     Returns:
         (module, name, the weight as the others have it) of each.

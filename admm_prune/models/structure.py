@@ -52,7 +52,7 @@ class WeightView:
 
     @property
     def rows(self) -> slice:
-        """Of the stored matrix (out, in)."""
+        """The shape of the stored matrix (out, in)."""
         total = self.parameter.shape[-1 if self.transposed else -2]
         first, last, of = self.part or (0, 1, 1)
         return slice(total * first // of, total * last // of)
@@ -70,7 +70,7 @@ class WeightView:
         return (matrix.T if self.transposed else matrix)[self.rows]
 
     def write(self, weight: Tensor) -> None:
-        """Puts W (out, in) into the parameter, in the parameter's dtype; zeros stay exact zeros.
+        """Writes W (out, in) to the parameter, in the parameter's dtype; zeros stay exact zeros.
 
         Raises:
             ValueError: another shape, or an entry that is not finite in the parameter's dtype.

@@ -92,8 +92,8 @@ def pre_activation(
     rising and the falling branch where g act(s) = p. The best of these, read from a table, is where Newton begins.
 
     Args:
-        m: what the linear map gives, (tokens, D).
-        p: what the activation is to give, (tokens, D).
+        m: output of the linear map, (tokens, D).
+        p: target of the activation, (tokens, D).
         gain: g, the value that the activation is multiplied by, (tokens, D); None for 1, where there is no gate.
         w: weight of the activation over that of the linear map, > 0.
         start: a further candidate; m alone by default.

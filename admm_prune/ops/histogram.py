@@ -1,4 +1,4 @@
-"""The largest of scores that lie in several pieces, in one process or in many: only counts are exchanged.
+"""The largest of scores in several pieces, in one process or in many: only counts are exchanged.
 
 Non-negative float32 numbers order as their bits do. Four passes over the keys, eight bits each from the top, find the
 keep-th largest exactly: a pass counts the keys that agree with the bits found so far by their next eight, the counts
@@ -83,7 +83,7 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
 
 
 def _counts(pieces: Sequence[Tensor], found: int, level: int, shift: int) -> Tensor:
-    """How many keys that begin with `found` have each value of the next bits."""
+    """The number of keys with the prefix `found` for each value of the next bits."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=pieces[0].device)
     for key in pieces:
         candidates = key if level == 0 else key[(key >> _SHIFTS[level - 1]) == found]

@@ -56,7 +56,7 @@ def _set() -> Generator[None]:
 
 
 def _by_old_name() -> str | None:
-    """What `torch.set_float32_matmul_precision` was given; None where only the new names were used."""
+    """The value set by `torch.set_float32_matmul_precision`; None if only the new settings were used."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

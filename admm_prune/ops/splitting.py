@@ -18,7 +18,7 @@ _TRITON = (torch.float32,)
 
 
 def to_target_(z: Tensor, d: Tensor, scratch: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
-    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, what the relaxed step adds a x to.
+    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, to which the relaxed step adds a x.
 
     Args:
         scratch: of the same shape, overwritten.
@@ -63,7 +63,7 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
     """d <- M z; x is used up.
 
     Args:
-        mask, before: M, and what it was; None where it was the same.
+        mask, before: M, and the previous M; None if it is unchanged.
 
     Returns:
         (4,) or (problems, 4) float64, on the device: entries that entered the support, its size, |(x - d) root|,

@@ -90,7 +90,7 @@ class Anatomy:
 
     @property
     def outside_bytes(self) -> int:
-        """Of the weights that are in no block: embeddings, the last norm, the head."""
+        """Bytes of the weights outside the blocks: embeddings, the last norm, the head."""
         return self.weight_bytes - sum(map(block_bytes, self.blocks))
 
     @property
@@ -121,7 +121,7 @@ class Anatomy:
 
 
 def block_bytes(block: Block) -> int:
-    """Of all of its weights."""
+    """Bytes of all of its weights."""
     return sum(p.nbytes for p in block.module.parameters())
 
 

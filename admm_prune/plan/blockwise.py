@@ -206,7 +206,7 @@ def _struprune(walk: Walk, recipe: StruPrune, request: Request) -> Iterator[Stag
 def _sparsellm(walk: Walk, recipe: SparseLLM, request: Request) -> Iterator[Stage]:
     for index, block, count in walk.kinds():
         network = _network(block)
-        with stretch(walk.counting) as looking:  # for the network, and whether its block adds what it puts out
+        with stretch(walk.counting) as looking:  # for the network, and whether the block adds its output to a residual
             for _ in range(3):
                 walk.stream.preview(index)
         yield _forward("form of the network", looking, count)
@@ -328,7 +328,7 @@ def training(anatomy: Anatomy, recipe: Trained, request: Request) -> list[Stage]
     stages = [_trained(anatomy, recipe, request)]
     projections = recipe.projections(request.target) if isinstance(recipe, Elsa) else []
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
-    if isinstance(recipe, Elsa) and projections:  # they differ in how much goes, not in what they take
+    if isinstance(recipe, Elsa) and projections:  # they differ in sparsity, not in cost
         calibration = replace(request.calibration, rows=request.calibration.rows[:CALIBRATION])
         own = replace(request, calibration=calibration)
         for stage in blockwise_stages(anatomy, Layerwise(recipe.projection), own, stream=False):

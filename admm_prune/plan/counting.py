@@ -150,7 +150,7 @@ class Counting(TorchDispatchMode):
         self.live -= size
 
     def _answer(self, name: str, args: Any, tensor: Tensor) -> None:
-        """`any` of bad entries is False, and so is what is made of that; everything else holds.
+        """`any` of bad entries is False, and so are values derived from it; every other check is True.
 
         Only booleans matter: values computed with a comparison, such as max(x, 0) as x * (x > 0), are arbitrary.
         """
@@ -182,7 +182,7 @@ class Counting(TorchDispatchMode):
 
 
 class _CpuKernels(TorchFunctionMode):
-    """On the meta device the operators that a CPU takes: attention that keeps no matrix of scores, and for the grouped
+    """The CPU's operators on the meta device: attention without a matrix of scores, and for the grouped
     products of experts, whose sizes only a router knows, one product of as many rows with one expert.
     """
 
@@ -239,7 +239,7 @@ def _products(base: str, args: Any) -> float:
 
 
 def _key(tensor: Tensor) -> int:
-    """Of its storage: torch has no public name for it, and on the meta device no address."""
+    """Identifies a storage: torch has no public name for it, and on the meta device no address."""
     key: int = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return key
 
@@ -252,7 +252,7 @@ class Stage:
     """A stretch of a run.
 
     Attributes:
-        parts: bytes in memory at its peak, by what they are for.
+        parts: bytes in memory at its peak, by purpose.
         work: of all the times that it happens.
     """
 

@@ -39,8 +39,8 @@ class Plan:
         stages: in their order.
         machine: whose rates the time is from.
         limits: available bytes on "host" and, with a GPU, "device".
-        disk: bytes by what they are for, at most.
-        notes: what was assumed, and what is not counted.
+        disk: upper bounds of the bytes by purpose.
+        notes: assumptions, and parts that are not counted.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def peak(self, place: str) -> Stage:
-        """The stage that holds the most on "host" or "device", with what it holds there."""
+        """The stage with the largest memory on "host" or "device", and its parts there."""
         return max((self._at(stage, place) for stage in self.stages), key=lambda stage: stage.bytes)
 
     @property

@@ -108,7 +108,7 @@ class LayerTrial:
 
     @property
     def entries(self) -> int:
-        """Of all weights together, or of their Gram, whichever are more."""
+        """Entries of all weights together, or of their Gram, whichever is larger."""
         return max(sum(self.rows), self.width) * self.width
 
     def estimated(self) -> Stretch:

@@ -5,8 +5,8 @@ step of each curve a price, which rises along the curve; steps are taken in the 
 together, until the budget is met. So a larger budget never takes less from any branch, and the budget is exceeded by
 less than the last step.
 
-These formulas are a reconstruction, derived from what is public of STRUPRUNE (arXiv 2510.03246): energies, an entropy
-by Stirling's formula, a softmax; the paper's own equations are not public.
+These formulas are a reconstruction, derived from the public description of STRUPRUNE (arXiv 2510.03246): energies, an
+entropy by Stirling's formula, a softmax; the paper's own equations are not public.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Allocation:
         removed: by the name of the branch.
         saved: by all of it together.
         loss: the sum of the curves' losses.
-        price: of the last step taken; what it means depends on the rule.
+        price: of the last step taken; its meaning depends on the rule.
         bound: a proven lower bound of the loss of every allocation that saves as much; None without a proof.
     """
 
@@ -302,7 +302,7 @@ def allocation(
     bound: float | None = None,
     notes: tuple[str, ...] = (),
 ) -> Allocation:
-    """What the removal of so many units of every curve saves and costs."""
+    """The saving and the cost of removing given numbers of units from every curve."""
     pairs = list(zip(curves, removed, strict=True))
     return Allocation(
         removed={curve.name: k for curve, k in pairs},

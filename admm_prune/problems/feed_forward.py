@@ -43,7 +43,7 @@ class Network:
         return inputs @ x[name].T if bias is None else torch.addmm(bias, inputs, x[name].T)
 
     def hidden(self, x: Point, inputs: Tensor) -> Tensor:
-        """What enters the down projection (n, D)."""
+        """The input of the down projection (n, D)."""
         up = self.linear("up", x, inputs)
         return (
             self.activation.value(self.linear("gate", x, inputs)).mul_(up) if self.gated else self.activation.value(up)
@@ -126,7 +126,7 @@ class FeedForward:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors of a point."""
+        """The dtype of the tensors of a point."""
         return ("up", "down", "pre", "post")
 
     @cached_property

@@ -20,7 +20,7 @@ from admm_prune.statistics import GramAccumulator, TargetAccumulator
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
 _ASKED = 16  # tokens used by the split network, per input channel
-_WHOLE = 64  # tokens: in less, what a kernel does to the last few entries is rounded otherwise than the others are
+_WHOLE = 64  # tokens: in smaller chunks, kernels round the last few entries differently from the others
 _SAMPLE = 64
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 

@@ -121,7 +121,7 @@ class SurrogateFree:
 
     @torch.no_grad()
     def write(self, x: Point) -> None:
-        """Puts a point into the model."""
+        """Writes a point to the model."""
         for name, weight in self._weights.items():
             _oriented(weight.parameter.detach(), weight.transposed).copy_(x[name])
 

@@ -50,7 +50,7 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 class PeakMemory:
-    """Measures the extra memory at the peak of a `with` block, over what was resident when it began.
+    """Measures the peak memory of a `with` block, beyond that at its start.
 
     On CUDA it is what torch allocated on the device. Elsewhere it is resident memory: exact on Linux, where the
     kernel's high-water mark can be reset; a lower bound elsewhere, where the mark only ever rises.
@@ -112,7 +112,7 @@ def resident_bytes() -> int:
 def return_freed_memory() -> None:
     """Makes the C library return freed memory to the system, now and from now on.
 
-    glibc raises its own threshold to 32 MiB as it goes, and keeps what was freed below it: a process that takes one
+    glibc raises its own threshold to 32 MiB as it goes, and keeps memory freed below it: a process that takes one
     block after the other would come to hold more and more of blocks that are gone. Elsewhere nothing happens.
     """
     with suppress(OSError, AttributeError):

@@ -21,7 +21,7 @@ _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors",
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Which text, cut how; `notes` list assumptions and replacements made in reading it."""
+    """A text and how it was cut; `notes` list assumptions and replacements made in reading it."""
 
     source: str
     fingerprint: str
@@ -78,7 +78,7 @@ class Phase:
     """One part of a run; its figures are there when it is over.
 
     Attributes:
-        peak_mib: at its peak, over what was held when it began; see `PeakMemory`.
+        peak_mib: peak memory beyond that at its start; see `PeakMemory`.
     """
 
     name: str

@@ -218,7 +218,7 @@ def _sources(settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, A
 
 @dataclass(frozen=True)
 class _Sources:
-    """Where both texts come from; `vocabulary` is the number of tokens that the model has."""
+    """The sources of both texts; `vocabulary` is the number of tokens of the model."""
 
     settings: TextSettings
     tokenizer: PreTrainedTokenizerBase

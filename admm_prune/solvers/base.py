@@ -70,7 +70,7 @@ class Iterative(ABC, Generic[StateT]):
 
     @abstractmethod
     def check(self, problem: Problem) -> None:
-        """Raises TypeError, naming both sides, where the problem lacks what the solver needs."""
+        """Raises TypeError, naming both sides, if the problem lacks a capability that the solver needs."""
 
     @abstractmethod
     def init(self, problem: Any, start: Point | None) -> StateT: ...

@@ -37,7 +37,7 @@ class Diagnosis:
     Args:
         code: a short, stable identifier.
         finding: a sentence with the relevant numbers.
-        advice: what to do; empty where nothing needs to be done.
+        advice: what to do; empty if nothing is needed.
     """
 
     code: str
@@ -135,7 +135,7 @@ def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
 
 
 def _motion(result: Result, unit: int) -> Diagnosis:
-    """Of the findings on how the iterates moved the one that applies first; changes are counted in `unit`."""
+    """The first applicable finding on the convergence of the iterates; changes are counted in `unit`."""
     history, last = result.history, result.history[-1]
     changes = [(p.support_changes or 0) / unit for p in history]
     residuals = [p.primal_residual for p in history if p.primal_residual is not None]

@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of a problem in a batch: z, d, x, the minimizer, scores and masks, and its Hessian as it is factored."""
+        """Bytes of a problem in a batch: z, d, x, the minimizer, scores and masks, and its factored Hessian."""
         return self.dtype.itemsize * (6 * self.rows * self.width + 5 * self.width**2)
 
     @property

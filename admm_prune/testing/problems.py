@@ -271,7 +271,7 @@ def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
         foreign = problem.joined(x, name, block, problem.part(other, name))
         here.promise(same_form(foreign, x) and not same_bits(foreign, x), "join a solution of the block")
         again = problem.part(foreign, name)
-        here.promise(same_bits(again, problem.part(other, name)), "part with what it joined")
+        here.promise(same_bits(again, problem.part(other, name)), "return as part what it joined")
 
 
 def _blocks(case: Case, problem: Blockwise, points: list[Point], seed: int) -> None:

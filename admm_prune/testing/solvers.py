@@ -35,7 +35,7 @@ _TINY: tuple[tuple[SparseSet, int, int], ...] = (
 
 @dataclass(frozen=True)
 class Conformance:
-    """What a solver was tried on: the pairs of problem and constraint that it solved, and why it refused others."""
+    """The trials of a solver: the pairs of problem and constraint that it solved, and the reasons for refusals."""
 
     solved: tuple[str, ...]
     refused: Mapping[str, str]
@@ -79,7 +79,7 @@ def assert_solver_conforms(
         refusals: what may be raised to refuse; a reference that takes small sizes only may add ValueError.
 
     Returns:
-        What was solved and what was refused.
+        The pairs solved and the pairs refused.
 
     Raises:
         AssertionError: a requirement is violated.

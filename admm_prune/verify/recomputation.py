@@ -54,7 +54,7 @@ def least_loss(problem: Definition, budget: Budget) -> tuple[float, float] | Non
 
 
 def _keeps(rows: int, width: int, budget: Budget) -> list[int]:
-    """How many weights each row may keep."""
+    """The number of weights that each row may keep."""
     total = round((1.0 - (budget.target.sparsity or 0.0)) * rows * width)
     keep, longer = divmod(total, rows)
     return [keep + (row < longer) for row in range(rows)]

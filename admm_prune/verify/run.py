@@ -380,7 +380,7 @@ def _misses(
 
 
 def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
-    """How a matrix of so many dense weights misses its target."""
+    """A description of how a matrix misses its target; None if it does not."""
     if target.pattern is None:
         return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
     kept, group = target.pattern
@@ -389,5 +389,5 @@ def _missed(view: WeightView, left: int, size: int, target: Target) -> str | Non
 
 
 def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
-    """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
+    """A description of how zeros miss a sparsity by more than one weight; the dense weights may have added zeros."""
     return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None

@@ -209,7 +209,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
 
 
 def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
-    """Equal; numbers to a relative tolerance; null for what is not finite."""
+    """Whether values are equal, numbers up to a relative tolerance; null for non-finite ones."""
     if not isinstance(found, float):
         return bool(claimed == found) and isinstance(claimed, bool) == isinstance(found, bool)
     if claimed is None:

@@ -71,7 +71,7 @@ class Trained(ABC):
         """The optimizer of a run.
 
         Args:
-            how: the model, dense and trainable, as `params`; what is to be pruned of it; the first rate.
+            how: the model, dense and trainable, as `params`; the pruning target; the initial rate.
         """
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:

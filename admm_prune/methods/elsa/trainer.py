@@ -71,7 +71,8 @@ class Trainer:
         return [next(self._batches) for _ in range(count)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of this process's share of a batch, scaled so that the mean over the processes is the loss of the batch."""
+        """The loss of this process's share of a batch, scaled so that the mean over processes is the loss of the
+        batch."""
         count, size = len(batch.lengths), self._world.size
         if size == 1:
             return self.objective(model, batch)
@@ -148,7 +149,7 @@ def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterato
 
 @contextmanager
 def trainable(model: nn.Module) -> Generator[None]:
-    """Within it every parameter takes a gradient; afterwards those that did before."""
+    """Context in which every parameter requires a gradient; restores the previous setting."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
     try:
@@ -167,7 +168,7 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
 
 
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
-_TRIALS, _EXACT = 7, 0.4  # at most so many steps are tried; the power of two is settled to within this
+_TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
 GRADIENTS = 3  # batches that the direction is taken from
 _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
@@ -243,7 +244,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """Of the part in this process."""
+    """The sum over the local shard."""
     slope = torch.zeros_like(x) if gradient is None else local(gradient)
     return (slope.sign() * (x != 0)).to(torch.int8)
 

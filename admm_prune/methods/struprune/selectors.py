@@ -1,4 +1,4 @@
-"""Which modules are pruned, by class, name or pattern; and which structured groups of a sublayer are kept."""
+"""Selection of the modules to prune, by class, name or pattern, and of the structured groups to keep."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def _statistics(
     names = {branch.output.name: branch.name for branch in parts}
     centre = fold_bias and any(branch.output.bias is not None for branch in parts)
     shared = stream.collect(index, only=names, centre=centre)
-    # No ridge is chosen here: what is known of the validation tokens alone is not needed.
+    # No ridge is selected: the statistics of the validation tokens are not needed.
     statistics = {
         view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
     }

@@ -48,7 +48,7 @@ class Pruner:
     world: World = ALONE
 
     def problem(self, branch: Branch, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
-        """The group problem of a branch that is to keep so many units.
+        """The group problem of a branch with a given number of units to keep.
 
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
@@ -56,7 +56,7 @@ class Pruner:
         mean = statistics.mean if self.fold_bias and branch.output.bias is not None else None
         try:
             return GroupReconstruction(
-                branch.output.read().clone(),  # what is read shares memory with the parameter
+                branch.output.read().clone(),  # `read` returns a view of the parameter
                 statistics.gram,
                 Groups(1 - keep / branch.count, branch.width, keep),
                 mean=mean,

@@ -143,7 +143,7 @@ def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor,
 
 
 def _problems(root: Tensor | None) -> int:
-    """How many problems lie stacked: each has a row of the metric."""
+    """The number of stacked problems: each has a row of the metric."""
     return len(root) if root is not None and root.ndim == 2 else 1
 
 

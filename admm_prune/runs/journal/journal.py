@@ -274,7 +274,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
 
 
 def home_of(out: Path) -> Path:
-    """Where the journal of a run that writes to `out` is."""
+    """The folder of the journal of a run that writes to `out`."""
     place = absolute(out)
     return place.with_name(place.name + SUFFIX)
 

@@ -60,7 +60,7 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def lowest_of_target(rows: Sequence[tuple[str, float | None]]) -> list[bool]:
-    """Of each (target, perplexity), whether none at its target is lower; None is no number."""
+    """For each (target, perplexity), whether it is the lowest at its target; None is not a number."""
     return [
         mine is not None and not any(other < mine for target, other in rows if target == own and other is not None)
         for own, mine in rows
@@ -133,7 +133,7 @@ class Branch:
 
 
 def allocation_of(details: Manifest) -> list[Branch]:
-    """How many units every branch lost, of a structured method; empty for others."""
+    """The number of units removed from every branch by a structured method; empty for others."""
     removed = details.get("removed", {})
     return [Branch(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
 

@@ -208,7 +208,7 @@ def chunks(x: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Anchors:
-    """How anchors are stored.
+    """The storage of anchors.
 
     Args:
         format: "full" in the precision of the computation; "bfloat16"; "int8" with a float32 scale per 256 entries.

@@ -78,7 +78,7 @@ class DualUpdate:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """What `dataclasses.asdict` gave, after it was JSON."""
+        """From the result of `dataclasses.asdict`, after a round trip through JSON."""
         values: dict[str, Any] = dict(content)
         values["weights"] = {name: WeightUpdate(**numbers) for name, numbers in content["weights"].items()}
         return cls(**values)
@@ -156,7 +156,7 @@ _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mas
 
 @dataclass(frozen=True)
 class Splitting:
-    """How weights under one family of supports are split into x and z."""
+    """The splitting into x and z of weights under one family of supports."""
 
     support: Support
     penalty: Penalty
@@ -239,7 +239,8 @@ class Splitting:
 
     def idle(self, weight: Weight) -> bool:
         """Whether x has not been trained yet, as a matrix that the loss has not depended on so far: no gradient, or,
-        where rho is measured by it, none but zeros. Its u stays zero: x - z is no residual of a minimisation over x."""
+        where rho is measured by it, none but zeros. Its u stays zero: x - z is not a residual of a minimization over
+        x."""
         square = weight.state["gradient_square"]
         return math.isnan(square) or (self.penalty.units == "relative" and square == 0.0)
 

@@ -133,7 +133,7 @@ _DRAW = 0  # distinguishes these random numbers from those of the anchors
 
 @dataclass(frozen=True)
 class Moments:
-    """How Adam's moments are stored: "full" in the precision of the computation, or in 8 bits, a scale per 256 entries.
+    """The storage of Adam's moments: "full" in the precision of the computation, or in 8 bits, a scale per 256 entries.
 
     In "int8", which needs no library, the first moment has logarithmic levels of both signs, and the root of the
     second, which is divided by, logarithmic levels rounded at random: with changes of 0.1 % per step it would otherwise

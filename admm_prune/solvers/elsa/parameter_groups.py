@@ -119,7 +119,7 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
     """A group as torch takes it, and the support of its parameters: of its own target, or else of `target`.
 
     Raises:
-        UserError: two targets; a sparsity or a pattern for parameters that are no matrices; an option of torch's AdamW
+        UserError: two targets; a sparsity or a pattern for parameters that are not matrices; an option of torch's AdamW
             that SparseAdam lacks.
     """
     group = dict(given)
@@ -165,7 +165,7 @@ def _check_prunable(parameters: Iterable[Any], support: Support) -> None:
 
 
 def names_of(group: Mapping[str, Any], number: int) -> list[str]:
-    """Of the parameters of group `number`: their own, or else numbers."""
+    """The names of the parameters of group `number`: their own, or generated ones."""
     return list(group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"]))))
 
 

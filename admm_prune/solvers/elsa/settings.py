@@ -75,7 +75,7 @@ class Penalty:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Which entries of a = x + u are kept: those with the largest |a| F^power, F a diagonal of the Fisher information.
+    """The score of the entries of a = x + u: |a| F^power, with F a diagonal of the Fisher information.
 
     Args:
         fisher: "adam" takes Adam's second moment, which also holds the square of a coupled penalty; "clean" keeps a

@@ -37,7 +37,7 @@ from admm_prune.solvers.reference.rows import Array, Mask, Row, Supports, search
 _BUCKET = 4  # nodes are stored by their number of free entries, rounded up to a multiple of this
 _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
 _ROUNDS = 2  # of the clique test: dropping an entry may drop others
-_MARGIN = 1e-9  # between an eigenvalue and what is to be proved to lie above it
+_MARGIN = 1e-9  # between an eigenvalue and the bound to prove below it
 _LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
 
 

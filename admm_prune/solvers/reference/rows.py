@@ -173,7 +173,7 @@ class Row:
 
     @property
     def removals(self) -> int:
-        """How many entries every support of full size removes."""
+        """The number of entries removed by every support of full size."""
         return self.width // self.group * (self.group - self.keep)
 
     @property
