@@ -258,7 +258,7 @@ def _unknown(what: str, name: str, known: list[str]) -> UserError:
 
 
 def _check_call(what: str, function: Any, positional: int, **named: object) -> None:
-    """Raises UserError if a function does not accept `count` positional arguments and these keywords."""
+    """Raises UserError if a function does not accept this number of positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of C code, which has none to read

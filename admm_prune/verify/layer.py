@@ -128,7 +128,7 @@ def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
     except UserError as error:
         if claims.budget != "set" and (claims.constraint is None or claims.constraint in SETS):
             return None  # the budget defines the set; the method was reported already
-        report.open(f"sparse set: it cannot be had here ({error})")
+        report.open(f"sparse set: it is not available ({error})")
         return None
     report.expect(
         "budget",
@@ -147,7 +147,7 @@ def _in_named_set(report: Verification, constraint: SparseSet | None, weight: Te
     try:
         holds = constraint.contains(Point(weight=weight))
     except Exception as error:  # a plug-in may raise anything
-        report.open(f"sparse set: {type(constraint).__name__} cannot be asked ({type(error).__name__}: {error})")
+        report.open(f"sparse set: {type(constraint).__name__} cannot be evaluated ({type(error).__name__}: {error})")
         return False
     return report.expect(
         "sparse set", bool(holds), f"the weight is not in the sparse set, says {type(constraint).__name__}"
@@ -201,7 +201,7 @@ def _recompute_named(
     try:
         kind = LayerProblem.of(name)
     except UserError as error:
-        report.open(f"objective: the problem cannot be had here ({error})")
+        report.open(f"objective: the problem is not available ({error})")
         if claims.bound is not None:
             report.open(f"bound: it is one of the problem '{name}'")
         return
