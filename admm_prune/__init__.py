@@ -1,7 +1,7 @@
 """admm-prune: an optimization toolbox for pruning language models.
 
-A problem says what is lost when weights go, a constraint which sparse set they must land in, a solver how to find them.
-Importing this package loads nothing heavy; each name below brings its module with it when it is first used.
+A problem defines the loss, a constraint the set of sparse weights, a solver the algorithm.
+Imports are lazy: the module of each name below is imported when the name is first used.
 """
 
 from __future__ import annotations

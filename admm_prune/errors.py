@@ -1,10 +1,10 @@
-"""The one error that is the user's to mend."""
+"""The error that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Wrong input; the message is one line which says what is wrong and what to do.
+    """Invalid input; the message is one line that states the problem and the remedy.
 
-    The command line prints it without a traceback and exits with status 2. Any other exception is a defect of ours.
+    The command line prints it without a traceback and exits with status 2. Any other exception is a bug.
     """

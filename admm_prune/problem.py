@@ -1,4 +1,4 @@
-"""The protocols through which problems and solvers meet. A solver asks for the narrowest one it can live with."""
+"""The protocols between problems and solvers. A solver requires the narrowest protocol that is sufficient."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class SupportConstraint(Constraint, Protocol):
 
     @property
     def group_width(self) -> int:
-        """How many consecutive columns are kept or dropped in view of each other: M of N:M, else 1."""
+        """The number of consecutive columns whose selection depends on each other: M of N:M, else 1."""
         ...
 
     def share(self, start: int, stop: int, shape: tuple[int, int]) -> SupportConstraint:
-        """What falls to the columns start..stop of a matrix of this shape; shares of a partition add up to the set."""
+        """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""
         ...
 
     def tightened(self, fraction: float) -> Self:
@@ -54,7 +54,7 @@ class SupportConstraint(Constraint, Protocol):
 @runtime_checkable
 class BatchedConstraint(SupportConstraint, Protocol):
     def select_each(self, score: Tensor) -> Tensor:
-        """`select` for several matrices (matrices, out, in), each of which has the whole of the set."""
+        """`select` for several matrices (matrices, out, in), each under the whole constraint."""
         ...
 
 
@@ -66,7 +66,7 @@ class GroupConstraint(SupportConstraint, Protocol):
     def width(self) -> int: ...
 
     def budget(self, columns: int) -> int:
-        """How many groups a matrix of so many columns may keep."""
+        """The number of groups that a matrix with `columns` columns may keep."""
         ...
 
 
@@ -114,7 +114,7 @@ class Quadratic(Problem, Protocol):
 
 @runtime_checkable
 class Fitted(Quadratic, Protocol):
-    """A Quadratic problem whose minimizer comes from a solve, and is off G A^-1 by its rounding."""
+    """A Quadratic problem whose minimizer comes from a solve, and differs from G A^-1 by rounding."""
 
     def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
         """In float64: (minimizer A - G (out, in), the magnitudes that it adds up (out, in), those of the value at the
@@ -147,7 +147,7 @@ class Blockwise(Problem, Protocol):
     def order(self) -> tuple[str, ...]: ...
 
     def block(self, name: str, x: Point) -> Problem:
-        """The problem in block `name` alone, all other blocks held at x."""
+        """The problem in block `name` alone, with all other blocks fixed at x."""
         ...
 
 
@@ -160,7 +160,7 @@ class Minimizable(Problem, Protocol):
 
 @runtime_checkable
 class Coordinated(Blockwise, Protocol):
-    """Blocks whose points may be named otherwise than the whole's, and a figure that they are all there for."""
+    """Blocks whose points may have other names than the whole's, and a validation loss of the whole."""
 
     def part(self, x: Point, name: str) -> Point:
         """x as a point of its block `name`."""
@@ -171,7 +171,7 @@ class Coordinated(Blockwise, Protocol):
         ...
 
     def judge(self, x: Point) -> float:
-        """What is wanted in the end, to be low, measured on data that no block is fitted to where there is such."""
+        """The validation loss of the whole, on held-out data if there are any."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model are pruned: the matrices of its linear layers and experts, narrowed down by name."""
+"""The prunable parameters of a model: the matrices of its linear layers and experts, selected by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from admm_prune.errors import UserError
 
-HEADS = ("*lm_head*",)  # of models that do not say which module gives their logits
+HEADS = ("*lm_head*",)  # of models without get_output_embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
 
     Experts are a module with `num_experts` and parameters (num_experts, ., .), as transformers keeps them. The routers
-    of a mixture are no matrices to prune: linear layers beside its experts with an output for each expert, or one. Nor
+    of a mixture are excluded: linear layers beside its experts with an output for each expert, or one. Nor
     is the time step's projection of a state space model (`dt_proj` beside `A_log`), which its mixer applies without a
     call.
     """
@@ -117,7 +117,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:
-    # transformers' Conv1D, told by its attribute: this module must not load transformers.
+    # transformers' Conv1D, recognized by its attribute: this module must not import transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -23,7 +23,7 @@ class Status(Enum):
 
     @property
     def ok(self) -> bool:
-        """False where the point returned should not be trusted without a look at the history."""
+        """False if the returned point should not be used without inspecting the history."""
         return self not in (Status.STALLED, Status.NONFINITE)
 
 
@@ -38,7 +38,7 @@ class Progress:
     rho: float | None = None
     support_changes: int | None = None
     seconds: float = 0.0
-    end_to_end: float | None = None  # what a Coordinated problem judges by, beside the objective
+    end_to_end: float | None = None  # the validation loss of a Coordinated problem
     end_to_end_gain: float | None = None  # relative to the best iteration before; infinite for the first
 
 
@@ -48,7 +48,7 @@ class Result:
 
     `solution` lies in the constraint, is the best such point seen by `problem.value`, and is never worse than the
     start. `objective` is that value. `bound`, where known, is a proven lower bound of the optimum. `state` continues
-    an iterative solver. `notes` says what a solver had to do that was not asked (damping, fallback, precision).
+    an iterative solver. `notes` lists automatic corrections of a solver (damping, fallback, precision).
     """
 
     solution: Point

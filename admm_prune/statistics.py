@@ -19,7 +19,7 @@ SUM_BYTES = 8  # of an entry of a Gram while it is summed up, in float64
 
 
 class GramAccumulator:
-    """H = sum_t x_t x_t^T over all tokens seen, in float64, whatever comes in and in whatever pieces.
+    """H = sum_t x_t x_t^T over all tokens seen, in float64, for inputs of any dtype in any batches.
 
     Args:
         width: d, the number of input channels.
@@ -35,10 +35,10 @@ class GramAccumulator:
         """Adds tokens (..., d) of any float dtype.
 
         Args:
-            weights: s_t >= 0, one a token, so that H = sum_t s_t x_t x_t^T; the mean stays that of the inputs.
+            weights: s_t >= 0, one per token, so that H = sum_t s_t x_t x_t^T; the mean stays that of the inputs.
 
         Raises:
-            ValueError: the last dimension is not d; weights are not one a token, finite and not negative.
+            ValueError: the last dimension is not d; weights are not one per token, finite and not negative.
         """
         flat = inputs.reshape(-1, inputs.shape[-1])
         if flat.shape[1] != len(self._sum):
@@ -53,7 +53,7 @@ class GramAccumulator:
         self.tokens += len(flat)
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Takes in what accumulators in other processes saw; `total` sums a tensor over all of them, in place."""
+        """Adds the sums of accumulators in other processes; `total` sums a tensor over all of them, in place."""
         total(self._sum)
         total(self._channel_sum)
         self.tokens = int(total(torch.tensor(self.tokens, device=self._sum.device)))
@@ -68,7 +68,7 @@ class GramAccumulator:
         return (self._sum[chosen] + self._sum[:, chosen].T).div_(2)
 
     def release(self) -> None:
-        """Lets the sum go, which is the largest thing there is; `mean` and `tokens` stay."""
+        """Frees the sum, the largest tensor; `mean` and `tokens` are kept."""
         self._sum = self._sum.new_empty(0, 0)
 
     @property
@@ -108,7 +108,7 @@ class TargetAccumulator:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What is known of a layer's inputs: Grams (in, in), undamped, in float32.
+    """Statistics of a layer's inputs: Grams (in, in), undamped, in float32.
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
@@ -178,7 +178,7 @@ def _in_float(*accumulators: GramAccumulator, mean: Tensor | None = None, tokens
     none = accumulators[0].rows(slice(0, 0))
     result = none.new_empty(none.shape[1], none.shape[1], dtype=torch.float32)
     constant = torch.zeros(len(result), dtype=torch.bool, device=result.device)
-    scaled_mean = None if mean is None else mean * tokens**0.5  # so that every product is the same from either side
+    scaled_mean = None if mean is None else mean * tokens**0.5  # so that every product is symmetric
     for start in range(0, len(result), _TILE):
         tile = slice(start, start + _TILE)
         rows = accumulators[0].rows(tile)
@@ -229,9 +229,9 @@ def _semidefinite(centred_gram: Tensor, gram: Tensor) -> Tensor:
 
 
 def _roots(weights: Tensor, tokens: int) -> Tensor:
-    """The square roots of token weights, which have to be one a token, finite and not negative."""
+    """The square roots of token weights, which have to be one per token, finite and not negative."""
     if weights.shape != (tokens,):
-        raise ValueError(f"token weights must be of shape ({tokens},), one a token, not {tuple(weights.shape)}")
+        raise ValueError(f"token weights must be of shape ({tokens},), one per token, not {tuple(weights.shape)}")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("token weights must be finite and not negative")
     return weights.double().sqrt()
@@ -250,7 +250,7 @@ def check_gram(name: str, gram: Tensor, width: int) -> None:
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """(H + H^T) / 2, of the same dtype; H itself where it is symmetric to the bit, without a copy."""
+    """(H + H^T) / 2, of the same dtype; H itself if it is exactly symmetric, without a copy."""
     tiles = [slice(start, start + _TILE) for start in range(0, len(gram), _TILE)]
     if all(torch.equal(gram[t], gram[:, t].T) for t in tiles):
         return gram

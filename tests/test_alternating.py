@@ -102,7 +102,7 @@ def test_a_step_together_that_the_judge_does_not_like_is_dropped() -> None:
     assert torch.equal(plain.solution["up"], wild.solution["up"])
     assert torch.equal(plain.solution["down"] != 0, wild.solution["down"] != 0)
     assert problem.judge(wild.solution) <= problem.judge(plain.solution)
-    assert any(note.startswith("round 1: all blocks together were no better") for note in wild.notes)
+    assert any(note.startswith("round 1: the joint step was no better") for note in wild.notes)
 
 
 def test_descent_keeps_the_support_and_lowers_the_value() -> None:

@@ -272,7 +272,7 @@ def test_wrong_input_is_refused() -> None:
     w, h = torch.eye(WIDTH), torch.eye(WIDTH)
     with pytest.raises(ValueError, match="correlation needs target_energy"):
         LayerReconstruction(w, h, Unstructured(0.5), correlation=w)
-    with pytest.raises(ValueError, match="both name a target"):
+    with pytest.raises(ValueError, match="both define a target"):
         LayerReconstruction(w, h, Unstructured(0.5), correlation=w, cross_gram=h, target_energy=1.0)
     with pytest.raises(ValueError, match=r"correlation must be 8 x 8 for a weight of width 8, not \(3, 8\)"):
         LayerReconstruction(w, h, Unstructured(0.5), correlation=w[:3], target_energy=1.0)

@@ -1,4 +1,4 @@
-"""Steps that are played back, with a recorder that does on the CPU what CUDA graphs do.
+"""Steps that are replayed, with a recorder that does on the CPU what CUDA graphs do.
 
 It records operations with the tensors that they read and wrote, refuses what a device would have to be asked for, and
 plays them back on the same memory.
@@ -175,14 +175,14 @@ def test_what_asks_the_device_cannot_be_recorded_and_says_so(recorder) -> None:
     same(found, ADMM().solve(task))
     assert recorder.recorded == recorder.played == 0
     (note,) = found.notes
-    assert note.startswith("steps were not played back: operation not permitted")
+    assert note.startswith("steps were not replayed: operation not permitted")
 
 
 def test_where_there_are_no_graphs_it_says_so() -> None:
     task = problem(NofM(2, 4))
     found = ADMM(graphs=True).solve(task)
     same(found, ADMM().solve(task))
-    assert found.notes == ("steps were not played back: there are no graphs on the cpu",)
+    assert found.notes == ("steps were not replayed: there are no graphs on the cpu",)
 
 
 def test_a_proximal_operator_is_not_recorded_and_says_so(recorder) -> None:
@@ -191,7 +191,7 @@ def test_a_proximal_operator_is_not_recorded_and_says_so(recorder) -> None:
     found = ADMM(graphs=True, max_iterations=8).solve(task)
     same(found, ADMM(max_iterations=8).solve(task))
     assert recorder.recorded == 0
-    assert found.notes == ("steps were not played back: a proximal operator is not recorded",)
+    assert found.notes == ("steps were not replayed: a proximal operator is not recorded",)
 
 
 def test_a_function_is_called_then_recorded_then_played(recorder) -> None:

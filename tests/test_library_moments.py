@@ -109,7 +109,7 @@ def test_where_the_library_is_missing_our_own_8_bits_take_its_place_and_say_so(m
     trained(SparseAdam([same], sparsity=0.5, lr=0.01, moments="int8"), same, 0, 10)
     assert torch.equal(x, same)
     assert optimizer.moments == "int8"
-    assert optimizer.notes == ("bitsandbytes is not installed: Adam's moments were kept in this package's own 8 bits",)
+    assert optimizer.notes == ("bitsandbytes is not installed: Adam's moments are kept in this package's 8-bit format",)
 
 
 def test_there_are_three_formats() -> None:

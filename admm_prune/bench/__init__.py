@@ -1,4 +1,4 @@
-"""The GPU benchmark: solvers, selection, training steps and whole blocks, each beside its floor on the same card.
+"""The GPU benchmark: solvers, selection, training steps and blocks, each compared with its lower bound.
 
 Imports nothing but torch, transformers, safetensors, numpy and scipy, so that it runs where little else is installed.
 """

@@ -1,6 +1,6 @@
 """Baselines written from the published descriptions, and the device's measured ceilings.
 
-They are no code of the authors: what they skip is what our own solvers add; what they do is what the papers say.
+They follow the papers, not the authors' code, and leave out the optimizations of our own solvers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def alps(weight: Tensor, gram: Tensor, constraint: SupportConstraint, *, refit: 
 
     H <- H + 0.01 mean(diag H) I, scaled to a unit diagonal; then V <- (G + rho (D - U)) (H + rho I)^-1, Z <- V + U,
     D <- P(Z), U <- Z - D, rho raised by 1.3, 1.2 or 1.1 every 3 iterations as the support changed by more than 10 %,
-    0.5 % or at all, until it rests; then conjugate gradients on the support.
+    0.5 % or at all, until it is stable; then conjugate gradients on the support.
 
     Source: Meng et al., ALPS, 2024, sections 3 and 4.
     """
@@ -158,7 +158,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device, *, repeats: int = 
 
 @dataclass(frozen=True)
 class Work:
-    """What has to be done at least: operations by the precision of their products, and bytes read or written."""
+    """The least work possible: operations by the precision of their products, and bytes read or written."""
 
     operations: dict[str, float]
     moved: float = 0.0
@@ -181,12 +181,12 @@ class Ceilings:
     copied: float
 
     def floor(self, work: Work) -> float:
-        """Seconds: operations and bytes at their ceilings, the shorter hidden behind the longer."""
+        """Seconds: the larger of operations and bytes at their ceilings; the two are assumed to overlap."""
         computing = sum(n / self.operations[name] for name, n in work.operations.items())
         return max(computing, work.moved / self.copied)
 
     def bound(self, work: Work) -> str:
-        """Which of the two it is."""
+        """Which of the two is the larger."""
         computing = sum(n / self.operations[name] for name, n in work.operations.items())
         return "operations" if computing >= work.moved / self.copied else "bytes"
 

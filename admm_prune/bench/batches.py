@@ -1,4 +1,4 @@
-"""Many small layers: one after the other or in one batch, step by step or played back as CUDA graphs."""
+"""Many small layers: one after the other or in one batch, step by step or replayed as CUDA graphs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ BEYOND = "peak bytes beyond the model"
 def local_cases(
     shape: ModelShape, device: torch.device, *, samples: int, length: int, methods: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[Case]:
-    """Two blocks pruned layer by layer; the whole model is as many times as long, but for embeddings."""
+    """Two blocks pruned layer by layer; time scales with the number of blocks, except for the embeddings."""
     for name in methods:
         yield _local_case(shape, device, samples, length, name, dtype)
 
@@ -63,8 +63,8 @@ def _local_case(
 
 
 def working_bytes(shape: ModelShape, tokens: int, dtype: torch.dtype = torch.bfloat16) -> float:
-    """What pruning a block takes beyond the weights: hidden states before and after it, all Grams of it in float64 and
-    one more in float32 with its operator, and the largest stack of weights with what a solve holds beside it."""
+    """Memory of pruning a block beyond the weights: hidden states before and after it, all its Grams in float64 and
+    one more in float32 with its operator, and the largest stack of weights with the state of its solve."""
     widths = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
     stack = max(2 * shape.inner * shape.hidden, (shape.heads + 2 * shape.key_heads) * shape.head * shape.hidden)
     return (

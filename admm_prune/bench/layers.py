@@ -1,4 +1,4 @@
-"""Layer solves: every method at the layer shapes of language models, beside its floor and beside the baselines."""
+"""Layer solves: every method at the layer shapes of language models, with its lower bound and the baselines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Layer:
 
 
 class Watched(LayerReconstruction):
-    """A layer problem that knows how long its objective took, the device idle before and after."""
+    """A layer problem that measures the time of its objective, with the device idle before and after."""
 
     evaluating = 0.0
 
@@ -81,7 +81,7 @@ def cases(
 ) -> Iterator[Case]:
     """Every method on every shape; the baselines on the first shape alone.
 
-    A layer is made when its first case is asked for, and let go before the next one.
+    A layer is created for its first case and released before the next layer.
     """
     for index, (rows, width) in enumerate(shapes):
         layer = Drawn(drawn, rows, width, device)

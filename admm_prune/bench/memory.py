@@ -1,4 +1,4 @@
-"""How the memory of structured pruning from disk grows with the model: random Llamas, a process for each.
+"""The growth of the memory of structured pruning from disk with the model: random Llamas, one process for each.
 
     python -m admm_prune.bench.memory FOLDER OUT TOKENS SPARSITY
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 VOCABULARY, HEAD, LENGTH = 4096, 64, 256
 WIDTH_PER_BLOCK = 128  # 4096 / 32 of LLaMA 7B; 128 and 102 of 13B and 70B
-_TARGETS = {"growing": 0.75, "deeper": 0.1}  # the exponents that were asked for
+_TARGETS = {"growing": 0.75, "deeper": 0.1}  # the largest exponents expected
 _RECIPE = StruPrune()
 
 
@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Peak:
-    """Extra memory at the peak of pruning one model, over what was resident before, and what all its weights take."""
+    """Peak memory of pruning one model, beyond that in use before, and the size of all its weights."""
 
     family: str
     width: int
@@ -235,7 +235,7 @@ def _table(content: dict[str, Any], peaks: Sequence[Peak]) -> str:
     ]
     lines.append("")
     for name, p in content["exponents"].items():
-        lines.append(f"{name}: peak ~ N^{p:.3f}; asked: at most {_TARGETS[name]}")
+        lines.append(f"{name}: peak ~ N^{p:.3f}; expected: at most {_TARGETS[name]}")
     lines += [
         "",
         "Why 2/3 and not 1/2: the peak is one block and the statistics of its widest branch, all of them ~ width^2.",

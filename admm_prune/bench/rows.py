@@ -1,4 +1,4 @@
-"""A row of the benchmark, and how it is got: under its own limits of time and memory, and never fatal."""
+"""A row of the benchmark, measured under its own limits of time and memory; a failed row does not end the benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from admm_prune.bench.baselines import Ceilings, Work, synchronize
 
 Status = Literal["measured", "failed", "no memory", "no time", "too long"]
-_RESERVE = 0.06  # of a device's memory is left alone
+_RESERVE = 0.06  # fraction of a device's memory that is left free
 _FAILURES = (
     ValueError,
     TypeError,
@@ -33,10 +33,10 @@ Made = TypeVar("Made")
 
 
 class Drawn(Generic[Made]):
-    """What several rows run on: made on the device when the first of them asks for it, and let go after the last.
+    """Data that several rows share: created on the device for the first of them, and released after the last.
 
     Args:
-        draw: makes it, from its shape and the device.
+        draw: creates it, from its shape and the device.
     """
 
     def __init__(self, draw: Callable[[int, int, torch.device], Made], rows: int, width: int, device: torch.device):
@@ -62,14 +62,14 @@ class Row:
         section: which part of the benchmark.
         name: what ran.
         case: on what: a shape and a target.
-        seconds: None where it did not end.
-        floor_seconds: what it cannot be faster than, at the ceilings measured in this run.
+        seconds: None if it did not finish.
+        floor_seconds: lower bound on the time, at the ceilings measured in this run.
         bound: by operations or by bytes.
-        peak_bytes: of the device, beyond what was there before.
+        peak_bytes: of the device, beyond what was allocated before.
         error: relative error of a layer, undamped, in float64.
-        baseline: whether it is something that ours is compared with.
+        baseline: whether it is a baseline.
         more: anything else, by name.
-        note: why there is no figure, or what is to be known about it.
+        note: why there is no figure, or a remark on it.
     """
 
     section: str
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a measurement found."""
+    """The result of a measurement."""
 
     seconds: float
     work: Work | None = None
@@ -110,7 +110,7 @@ class Case:
 
     Attributes:
         run: makes it.
-        needs: bytes of the device's memory, at the most, about.
+        needs: bytes of the device's memory, an approximate upper limit.
         limit: seconds.
     """
 
@@ -124,11 +124,11 @@ class Case:
 
 
 class Runner:
-    """Makes measurements one after the other, until the time for all of them is over.
+    """Runs measurements one after the other, until the time budget is used up.
 
     Args:
         budget: seconds for all.
-        tell: called with every row.
+        tell: callback for every row.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Runner:
         except _FAILURES as error:
             return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
         finally:
-            with suppress(RuntimeError):  # after some errors the card answers nothing more: the rows so far count
+            with suppress(RuntimeError):  # after some errors the device is unusable: the rows so far are kept
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         work = figures.work
@@ -206,7 +206,7 @@ def free_memory(device: torch.device) -> float | None:
 
 @contextmanager
 def peak_of(device: torch.device) -> Generator[list[int]]:
-    """Receives, at the end, the most bytes of a CUDA device that were held at once, beyond those held before."""
+    """Receives, at the end, the peak memory of a CUDA device in bytes, beyond what was allocated before."""
     peaks: list[int] = []
     if device.type != "cuda":
         yield peaks

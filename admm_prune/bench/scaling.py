@@ -1,4 +1,4 @@
-"""Power laws of time and memory in the size of the model, fitted to what was measured in the same run."""
+"""Power laws of time and memory in the size of the model, fitted to measurements of the same run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fitted(rows: Sequence[Row]) -> Line | None:
     overhead, slope = (
         torch.linalg.lstsq(matrix, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0].tolist()
     )
-    if overhead < 0.0 or slope <= 0.0:  # no overhead to be seen: the slope alone
+    if overhead < 0.0 or slope <= 0.0:  # no measurable overhead: the slope alone
         overhead, slope = 0.0, float((floors / spent).sum() / (floors / spent).square().sum())
     guessed = overhead + slope * floors
     return Line(overhead, 1.0 / slope, len(points), float((guessed / spent - 1.0).abs().max()))
@@ -67,11 +67,11 @@ def power_of(rows: Sequence[Row]) -> dict[str, Any] | None:
 def model_of(
     rows: Sequence[Row], shapes: Sequence[ModelShape], ceilings: Ceilings, *, tokens: int, methods: Sequence[str]
 ) -> dict[str, Any]:
-    """For every method its fitted line over layers, and what whole models are to take.
+    """For every method its fitted line over layers, and predictions for whole models.
 
     A model's time is its floor (forward passes, Grams, solves) by the fraction that the measured blocks reached, or,
-    where those were not measured, that of the layers. Memory is counted, and scaled by what the measured blocks took of
-    what was counted for them; weights of the whole model in bfloat16 beside.
+    where those were not measured, that of the layers. Memory is counted, and scaled by the
+    ratio of measured to counted memory of the blocks; plus the weights of the whole model in bfloat16.
     """
     content: dict[str, Any] = {"layers": {}, "models": [], "structured_peak": power_of(rows)}
     for method in methods:

@@ -1,4 +1,4 @@
-"""Selecting the largest of as many scores as a 6.5 B model has, beside one read of memory and torch's own ways."""
+"""Selecting the largest of as many scores as a 6.5 B model has, compared with one memory read and torch."""
 
 from __future__ import annotations
 

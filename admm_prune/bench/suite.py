@@ -25,7 +25,7 @@ _HIDDEN = {"kernels", "status", "sparsity"}
 
 
 def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -> str:
-    """Header, ceilings, a block for each section, what was to be shown, and the model of time and memory."""
+    """Header, ceilings, a block for each section, the targets, and the model of time and memory."""
     about = content["environment"]
     lines = [
         f"{content['date']}, {about['device']}, torch {about['versions'].get('torch')}, kernels: {about['kernels']}",
@@ -35,8 +35,8 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
         "ceilings measured in this run: "
         + ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in ceilings.operations.items())
         + f", read {ceilings.read / 1e9:.0f} GB/s, copy {ceilings.copied / 1e9:.0f} GB/s",
-        "floor: operations and bytes at these ceilings, the shorter hidden behind the longer; reached: floor / time;",
-        "* marks baselines, which are written for this benchmark or are torch's own.",
+        "floor: the larger of operations and bytes at these ceilings, which overlap; reached: floor / time;",
+        "* marks baselines, written for this benchmark or part of torch.",
     ]
     for section in dict.fromkeys(row.section for row in rows):
         own = [row for row in rows if row.section == section]
@@ -48,7 +48,7 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
             f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
         ]
         lines += [_line(row, wide, case) for row in own]
-    judged = "to be shown" + (", but not by tiny shapes" if content["gap"] else "")
+    judged = "targets" + (", which do not apply to tiny shapes" if content["gap"] else "")
     lines += ["", judged, *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
 
@@ -71,7 +71,7 @@ def _claim_line(claim: dict[str, Any]) -> str:
     value = claim["value"]
     verdict = "" if claim["met"] is None else " (met)" if claim["met"] else " (NOT met)"
     said = "not measured" if value is None else f"{_figure(value)}{verdict}"
-    return f"{claim['what']}: {said}; asked: {claim['asked']}"
+    return f"{claim['what']}: {said}; target: {claim['asked']}"
 
 
 def _model_lines(model: dict[str, Any]) -> list[str]:
@@ -111,7 +111,7 @@ Tell = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The sizes of all cases."""
 
     shapes: tuple[tuple[int, int], ...]
     targets: tuple[Target, ...]
@@ -173,13 +173,13 @@ def bench_gpu(
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
 
     Args:
-        device: "cuda", or "cpu" to try the whole of it without a card.
+        device: "cuda", or "cpu" to try everything without a GPU.
         small: tiny shapes.
-        budget: seconds for everything; rows that no time is left for say so.
+        budget: seconds for everything; rows for which no time is left are marked.
         overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Returns:
-        What is in the json.
+        The content of the JSON file.
 
     Raises:
         UserError: `out` cannot be used; no such section; full size on a CPU.
@@ -274,10 +274,10 @@ def _training(size: Size, device: torch.device) -> Any:
 
 
 def claims(rows: Sequence[Row], *, judged: bool = True) -> list[dict[str, Any]]:
-    """What the benchmark is to show, with what it found; None where a row is missing.
+    """The targets of the benchmark, with the measured values; None where a row is missing.
 
     Args:
-        judged: whether shapes are large enough to say what is met.
+        judged: whether the shapes are large enough to assess the targets.
     """
     found: list[dict[str, Any]] = []
 
@@ -309,9 +309,9 @@ def claims(rows: Sequence[Row], *, judged: bool = True) -> list[dict[str, Any]]:
         adam = measured_row(rows, "torch.optim.Adam(fused=True), float32", case)
         sparse = measured_row(rows, "SparseAdam, float32, bfloat16 anchor", case)
         claim(f"SparseAdam's step over fused Adam's, {case}", "at most 1.05", _ratio(sparse, adam), lambda x: x <= 1.05)
-        states = [None if row is None else row.more.get("state bytes a weight") for row in (sparse, adam)]
+        states = [None if row is None else row.more.get("state bytes per weight") for row in (sparse, adam)]
         beyond = None if states[0] is None or states[1] is None else states[0] - states[1]
-        claim(f"state bytes a weight beyond Adam, {case}", "at most 2.2", beyond, lambda x: x <= 2.2)
+        claim(f"state bytes per weight beyond Adam, {case}", "at most 2.2", beyond, lambda x: x <= 2.2)
     for case in dict.fromkeys(row.case for row in rows if row.name.startswith("training step")):
         whole = [
             measured_row(rows, f"training step, {name}", case)
@@ -329,7 +329,7 @@ def claims(rows: Sequence[Row], *, judged: bool = True) -> list[dict[str, Any]]:
             for name in ("admm, one after the other", "admm, one batch", "admm, one batch, graphs")
         )
         claim(f"one batch over one after the other, {case}", "faster", _ratio(one, many), lambda x: x > 1)
-        claim(f"its steps played back, {case}", "at least as fast", _ratio(many, played), lambda x: x >= 0.97)
+        claim(f"its steps replayed, {case}", "at least as fast", _ratio(many, played), lambda x: x >= 0.97)
     local = next((r for r in rows if r.name.startswith("admm 70 %") and r.seconds), None)
     whole_model = None if local is None else local.more["seconds for all blocks"]
     claim("seconds for all blocks of the 7 B shape, locally pruned", "below 600", whole_model, lambda x: x < 600)
@@ -343,7 +343,7 @@ def _ratio(over: Row | None, under: Row | None) -> float | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and the device; packages that are not there are left out."""
+    """Versions and the device; packages that are not installed are left out."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -363,7 +363,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _gap(device: str, small: bool) -> str:
     if device == "cuda" and not small:
         return ""
-    return "A try at tiny shapes: it shows that every part runs, and nothing about the speed of a GPU."
+    return "A trial run with tiny shapes: it shows that every part runs, and nothing about the speed of a GPU."
 
 
 def _command(device: str, small: bool, budget: float, sections: Sequence[str]) -> str:

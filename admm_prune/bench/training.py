@@ -1,4 +1,4 @@
-"""SparseAdam's step beside torch's fused Adam, bytes a weight, and ELSA-L at a 27 B shape."""
+"""SparseAdam's step compared with torch's fused Adam, bytes per weight, and ELSA-L at a 27 B shape."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Configuration:
-    """An optimizer, the numbers that weights are in, and the bytes that a step moves and holds for a weight.
+    """An optimizer, the dtype of the weights, and the bytes that a step moves and holds per weight.
 
     Attributes:
         moved: read and written by a step at the least: x, its gradient, m, v, the anchor.
@@ -115,9 +115,9 @@ CONFIGURATIONS = (
 
 
 def cases(shapes: list[tuple[ModelShape, int]], device: torch.device) -> Iterator[Case]:
-    """A step on random gradients, of the matrices of so many blocks of each shape; the dual update beside it.
+    """A step on random gradients, for the matrices of some blocks of each shape, and the dual update.
 
-    Peaks are of weights, gradients, state and what a step takes more, over the number of weights.
+    Peaks count weights, gradients, state and temporaries of a step, divided by the number of weights.
     """
     for shape, blocks in shapes:
         for how in CONFIGURATIONS:
@@ -129,8 +129,8 @@ def cases(shapes: list[tuple[ModelShape, int]], device: torch.device) -> Iterato
 def large_case(shape: ModelShape, blocks: int, device: torch.device) -> Case:
     """ELSA-L with all weights and state of `blocks` blocks held, gradients of one block at a time.
 
-    A backward pass that steps as gradients come holds no more: with the gradients of all, 27 B weights take 6.2 bytes
-    each, more than there is on one card.
+    A backward pass that steps as gradients come holds no more: with all gradients, 27 B weights take 6.2 bytes
+    each, more than one card has.
     """
     entries = blocks * shape.block
 
@@ -154,7 +154,7 @@ def large_case(shape: ModelShape, blocks: int, device: torch.device) -> Case:
         more: dict[str, Any] = {"blocks measured": blocks, "blocks of the shape": shape.blocks}
         if device.type == "cuda":
             a_weight = peak / entries
-            more |= {"bytes a weight": a_weight, "GB for all blocks": a_weight * shape.blocks * shape.block / 1e9}
+            more |= {"bytes per weight": a_weight, "GB for all blocks": a_weight * shape.blocks * shape.block / 1e9}
         more["seconds for all blocks"] = seconds * whole
         return Figures(
             seconds=seconds, work=Work({}, 14.2 * entries), more=more, note="drawing the gradients is in the time"
@@ -183,11 +183,11 @@ def _step_case(shape: ModelShape, blocks: int, how: Configuration, device: torch
         optimizer.step()  # makes the state
         seconds = seconds_of(optimizer.step, device, repeats=5)
         more: dict[str, Any] = {
-            "state bytes a weight": _state_bytes(optimizer) / entries,
+            "state bytes per weight": _state_bytes(optimizer) / entries,
             "kernels": backend.described(device),
         }
         if device.type == "cuda":
-            more["peak bytes a weight"] = (_peak(device) - before) / entries
+            more["peak bytes per weight"] = (_peak(device) - before) / entries
         return Figures(seconds=seconds, work=Work({}, how.moved * entries), more=more)
 
     return Case(
@@ -239,7 +239,7 @@ def _training_case(shape: ModelShape, blocks: int, device: torch.device, *, spar
 
 
 def llama(shape: ModelShape, blocks: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights with so many blocks, made on the device."""
+    """A model of random weights with `blocks` blocks, created on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -11,7 +11,7 @@ _WRONG_INPUT, _INTERRUPTED = 2, 130
 def main() -> None:
     """Runs `admm-prune` and exits: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
 
-    Without arguments it shows the help. Of several processes (torchrun) that end so, one says why.
+    Without arguments it shows the help. If several processes (torchrun) fail, one reports why.
     """
     import typer
 
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         with interrupts.remembered():
             if _several() and sys.argv[1:2] != ["run"]:
-                raise UserError("only 'run' is for several processes: leave torchrun out")
+                raise UserError("only 'run' supports several processes: call this command without torchrun")
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UserError, _usage_error()) as error:
         # A usage error's str() leaves out the name of the option that is wrong.
@@ -45,7 +45,7 @@ def _several() -> bool:
 
 
 def _speaks(error: Exception | None = None) -> bool:
-    """Whether this is the process to say why the run has failed."""
+    """Whether this is the process that reports why the run has failed."""
     if not _several():
         return True
     from admm_prune.runs import machine
@@ -54,7 +54,7 @@ def _speaks(error: Exception | None = None) -> bool:
 
 
 def _leave(status: int) -> None:
-    if _several():  # others may wait for this one in what the interpreter would wait for: they see it go
+    if _several():  # others may wait for this process while the interpreter shuts down: exit at once
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -62,7 +62,7 @@ def _leave(status: int) -> None:
 
 
 def _usage_error() -> type[Exception]:
-    """The base of all usage errors, wherever a release of typer keeps it."""
+    """The base class of all usage errors, whose location depends on the release of typer."""
     import typer
 
     return next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

@@ -16,13 +16,13 @@ bench = typer.Typer(
 @bench.command()
 def memory(
     out: common.Out,
-    most: Annotated[float, typer.Option(help="Leave out models of more parameters.")] = 1.1e9,
+    most: Annotated[float, typer.Option(help="Largest number of parameters of a model.")] = 1.1e9,
     tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens, the same for every model.")] = 1024,
-    sparsity: Annotated[float, typer.Option(min=0.01, max=0.9, help="Fraction of the blocks' parameters to go.")] = 0.3,
+    sparsity: Annotated[float, typer.Option(min=0.01, max=0.9, help="Fraction of block parameters to remove.")] = 0.3,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Measure how the memory of structured pruning grows with the model, from disk to disk, a process for each model.
+    """Measure how the memory of structured pruning grows with the model, from disk to disk, with one process per model.
 
     Example: admm-prune bench memory --most 1e8 --out memory
     """
@@ -40,15 +40,15 @@ def memory(
 def gpu(
     out: common.Out,
     device: common.Device = "auto",
-    small: Annotated[bool, typer.Option("--small", help="Tiny shapes: tries every part, on any machine.")] = False,
-    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for everything; later rows go without.")] = 450.0,
+    small: Annotated[bool, typer.Option("--small", help="Use tiny shapes: a trial run on any machine.")] = False,
+    budget: Annotated[float, typer.Option(min=1.0, help="Time budget in seconds; rows beyond it are skipped.")] = 450.0,
     sections: Annotated[
-        str, typer.Option(help="Which parts, separated by commas.")
+        str, typer.Option(help="Comma-separated sections to run.")
     ] = "layers,selection,training,models,batches",
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Measure solvers, selection, training steps, whole blocks and batches on one GPU, each beside its floor on it.
+    """Measure solvers, selection, training steps, whole blocks and batches on one GPU, with lower bounds.
 
     Example: admm-prune bench gpu --out gpu
     """
@@ -75,16 +75,16 @@ def gpu(
 @bench.command()
 def inference(
     model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
-    against: Annotated[str | None, typer.Option(help="The dense model to set beside it.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="The least time of so many counts; their spread is noise.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; its time is added up over them.")] = 1,
+    against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of prefill tokens.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Number of decoded tokens.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repeats, of which the minimum counts.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads; CPU time is summed over them.")] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
     json: common.Json = False,
 ) -> None:
-    """Measure bytes on disk and in memory, prefill and decoding; say plainly where pruning gains nothing.
+    """Measure bytes on disk and in memory, prefill and decoding, and report whether pruning gains anything.
 
     Example: admm-prune bench inference pruned --against embedded --tokens 128
     """
@@ -132,7 +132,7 @@ def inference(
 
 
 def _ratio(row: dict[str, Any], what: str, first: dict[str, Any]) -> str:
-    """Times as fast as the first row; a difference within the spread of the repeats is noise."""
+    """The speedup over the first row; a difference within the spread of the repeats is noise."""
     beyond = row is first or row[f"{what}_differs"]
     return f"{row[f'{what}_speedup']:.2f}" if beyond else "noise"
 

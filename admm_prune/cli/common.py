@@ -1,4 +1,4 @@
-"""What the commands share: their options, progress on stderr, results on stdout."""
+"""Shared by the commands: options, progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _WIDE = 160
 
 @contextmanager
 def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
-    """A progress bar on stderr, lines where stderr is no terminal; yields the callback (done, total, at work)."""
+    """A progress bar on stderr, plain lines if stderr is not a terminal; yields the callback (done, total, label)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -113,14 +113,14 @@ def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
 
 @contextmanager
 def resumable(out: Path) -> Generator[None]:
-    """Has what breaks off a run say how to go on, where something is kept of it beside `out`."""
+    """Adds advice on resuming to errors that interrupt a run with a journal beside `out`."""
     from admm_prune.models.parallel import LostProcessError
     from admm_prune.runs.journal.journal import home_of
 
     try:
         yield
     except (KeyboardInterrupt, LostProcessError) as error:
-        advice = f"go on with the same command and --resume ({out}.partial holds what is finished)"
+        advice = f"continue with the same command and --resume ({out}.partial holds the finished part)"
         if home_of(out).is_dir():
             interrupts.advise(advice)
             if isinstance(error, LostProcessError):
@@ -145,18 +145,18 @@ def emit(content: dict[str, Any]) -> None:
 def show_table(
     title: str, columns: list[str], rows: list[list[str]], *, mark: set[int] | None = None, prose: bool = False
 ) -> None:
-    """A table on stdout, the first column to the left, figures to the right.
+    """A table on stdout; the first column is left-aligned, figures are right-aligned.
 
     Args:
         mark: rows in bold.
-        prose: the other columns hold words: they go to the left, and the last one wraps.
+        prose: the other columns hold text: they are left-aligned, and the last one wraps.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width that the table would have to fit
+    if not console.is_terminal:  # a file or a pipe has no width limit
         console.width = _WIDE
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True

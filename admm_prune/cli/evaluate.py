@@ -18,29 +18,31 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text, as --data of run; by default the one that the run evaluated on which wrote the folder, and the "
-            "embedded one of the embedded model."
+            help="Text, as --data of run; default: the text of the run that wrote the folder, or the"
+            " embedded text for the embedded model."
         ),
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="Documents to read; all by default, 20,000 of a Hub id.")
+        int | None, typer.Option(min=1, help="Number of documents; default: all, or 20,000 for a Hub id.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Sequences; all of the text by default.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated names of lm-evaluation-harness, in place of perplexity.")
+        str | None, typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of perplexity.")
     ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with additional tasks, as YAML files.")] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before a question; the task's own by default.")
+        int | None, typer.Option(min=0, help="Number of few-shot examples; default: as defined by the task.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task, for a quick look.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Limit on the questions per task, for a quick check.")
+    ] = None,
     json: common.Json = False,
     **options: Any,
 ) -> None:
-    """Evaluate a model: perplexity, bits per character, sparsity; or tasks of lm-evaluation-harness.
+    """Evaluate a model: perplexity, bits per character and sparsity, or tasks of lm-evaluation-harness.
 
-    A file given with --data is evaluated on whole, a Hub id on its validation split, the embedded text on its held-out
-    part.
+    --data is evaluated in full if it is a file, on the validation split if it is a Hub id, and on the held-out part if
+    it is the embedded text.
 
     Example: admm-prune eval pruned --data stories.txt --json
     """
@@ -99,4 +101,4 @@ def _evaluate_tasks(
     ]
     common.show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
     if limit is not None:
-        print(f"At most {limit} questions a task: a quick look, not a figure to compare.")
+        print(f"At most {limit} questions per task: a quick check, not a figure to compare.")

@@ -1,4 +1,4 @@
-"""Interrupts that are not lost: what is raised inside a destructor or a callback of another language is swallowed."""
+"""Keeps interrupts from being lost: exceptions raised in a destructor or a foreign callback are swallowed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _advice: list[str] = []
 
 @contextmanager
 def remembered() -> Generator[None]:
-    """Within it SIGINT raises KeyboardInterrupt, as ever, and `check` raises it again where it got lost."""
+    """Within it SIGINT raises KeyboardInterrupt as usual, and `check` raises it again if it was lost."""
     _seen.clear()
     _advice.clear()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may say what a signal does
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGINT, _raise)
@@ -28,7 +28,7 @@ def remembered() -> Generator[None]:
 
 
 def advise(advice: str) -> None:
-    """Has the line that reports an interrupt say what to do."""
+    """Adds advice to the line that reports an interrupt."""
     _advice[:] = [advice]
 
 
@@ -38,7 +38,7 @@ def message() -> str:
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if there was an interrupt; whoever still asks did not get it."""
+    """Raises KeyboardInterrupt if there was an interrupt that did not propagate."""
     if _seen.is_set():
         raise KeyboardInterrupt
 

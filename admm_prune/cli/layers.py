@@ -45,7 +45,7 @@ def capture(
             overwrite=settings.overwrite,
             progress=progress,
         )
-    # Metadata of safetensors are strings; counts go out as numbers.
+    # Metadata of safetensors are strings; counts are printed as numbers.
     facts = {key: int(value) if key.startswith("tokens") else value for key, value in layer.metadata.items()}
     content = {"out": str(out), "shape": list(layer.weight.shape), **facts}
     if json:
@@ -56,22 +56,22 @@ def capture(
 
 @common.takes("solve")
 def solve(
-    file: Annotated[Path, typer.Argument(help="A layer problem file, such as 'admm-prune capture' writes.")],
-    solver: Annotated[str, typer.Option(help="A name that 'admm-prune list' prints.")] = "admm",
-    sparsity: Annotated[str | None, typer.Option(help="Fraction to go, such as 0.7, or several: 0.5,0.7,0.9.")] = None,
+    file: Annotated[Path, typer.Argument(help="A layer problem file, as written by 'admm-prune capture'.")],
+    solver: Annotated[str, typer.Option(help="Name of a solver (see 'admm-prune list').")] = "admm",
+    sparsity: Annotated[str | None, typer.Option(help="Fraction to prune: 0.7, or several: 0.5,0.7,0.9.")] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="N:M, N kept of every M inputs, such as 2:4, or several: 2:4,4:8.")
+        str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file a target."),
+        typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file per target."),
     ] = None,
     json: common.Json = False,
     **options: Any,
 ) -> None:
     """Prune one layer and report its error on the calibration and on the held-out Gram.
 
-    Several targets are solved as a path that shares the work.
+    Several targets share the factorization.
 
     Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
     """

@@ -1,4 +1,4 @@
-"""admm-prune list: what there is, and what fits what."""
+"""admm-prune list: the available methods, solvers, problems and constraints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from admm_prune.cli import common
 
 
 def list_(json: common.Json = False) -> None:
-    """List methods, solvers, problems, constraints and plug-ins, and which solver fits which problem, or why not.
+    """List methods, solvers, problems, constraints and plug-ins, and which solver accepts which problem.
 
     Example: admm-prune list
     """
     from admm_prune.methods.parts import all_declared
 
-    # Written down by `make catalogue`, which tries every pair: nothing heavy has to be loaded to read it.
+    # Written by `make catalogue`, which tries every pair: reading it needs no heavy imports.
     content: dict[str, Any] = json_.loads((files("admm_prune") / "assets/catalogue.json").read_text(encoding="utf-8"))
     content["plugins"] = all_declared()
     names = {
@@ -31,17 +31,15 @@ def list_(json: common.Json = False) -> None:
         common.emit(content)
         return
     methods = [[m["name"], m["summary"]] for m in content["methods"]]
-    common.show_table(
-        "methods (run, compare; those that go layer by layer: solve)", ["name", "what it does"], methods, prose=True
-    )
+    common.show_table("methods (run, compare; layer-wise methods: solve)", ["name", "description"], methods, prose=True)
     references = [[m["name"], m["summary"]] for m in content["references"]]
-    common.show_table("references for small layers (solve)", ["name", "what it does"], references, prose=True)
+    common.show_table("references for small layers (solve)", ["name", "description"], references, prose=True)
     for title, key, option in (
         ("problems", "problems", "--problem"),
-        ("constraints; N:M is asked for by --pattern", "constraints", "--constraint"),
+        ("constraints; for N:M use --pattern", "constraints", "--constraint"),
     ):
         rows = [[x["name"], x["option"], x["summary"]] for x in content[key]]
-        common.show_table(title, ["class", option, "what it is"], rows, prose=True)
+        common.show_table(title, ["class", option, "description"], rows, prose=True)
     if content["plugins"]:
         rows = [[p["name"], p["kind"], p["package"], p["object"]] for p in content["plugins"]]
         common.show_table("plug-ins of installed packages", ["name", "kind", "package", "object"], rows, prose=True)

@@ -1,4 +1,4 @@
-"""admm-prune pack and unpack: a masked model without its zeros, and back."""
+"""admm-prune pack and unpack: archives of masked models without the zeros."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _OutFolder = Annotated[Path, typer.Argument(help="Folder to write, whole or not 
 
 
 def pack(
-    folder: Annotated[Path, typer.Argument(help="A model folder, such as 'admm-prune run' writes.")],
+    folder: Annotated[Path, typer.Argument(help="A model folder, as written by 'admm-prune run'.")],
     out: _OutFolder,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Archive a masked model: of every tensor with enough zeros a bitmask and the other values. Lossless.
+    """Archive a masked model without loss: a bitmask and the non-zero values of every tensor with enough zeros.
 
     Example: admm-prune pack pruned archive
     """
@@ -33,12 +33,12 @@ def pack(
 
 
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="An archive, as 'admm-prune pack' writes it.")],
+    folder: Annotated[Path, typer.Argument(help="An archive, as written by 'admm-prune pack'.")],
     out: _OutFolder,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Give an archived model back, every file to the byte, held to its sha256.
+    """Restore an archived model; every file is restored exactly and checked by its sha256.
 
     Example: admm-prune unpack archive pruned
     """
@@ -63,4 +63,4 @@ def _tell(packing: Packing, out: Path, json: bool) -> None:
         return
     print(f"{packing.bytes:,} bytes dense, {packing.packed_bytes:,} packed: {packing.ratio:.3f}; in {out}")
     if packing.ratio >= 1:
-        print("Nothing is gained: no tensor has enough zeros to become smaller.")
+        print("No gain: no tensor has enough zeros to become smaller.")

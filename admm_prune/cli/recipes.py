@@ -11,7 +11,7 @@ from admm_prune.cli import common
 from admm_prune.cli.run import carry_out, recipe_and_machine, show_plan
 
 recipe = typer.Typer(
-    help="Look at recipe files.\n\nExample: admm-prune recipe show sparsegpt",
+    help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt",
     no_args_is_help=True,
 )
 
@@ -29,7 +29,7 @@ def schema() -> None:
 
 @recipe.command("list")
 def list_(json: common.Json = False) -> None:
-    """List the protocols of papers that come with the package.
+    """List the built-in protocols of papers.
 
     Example: admm-prune recipe list
     """
@@ -44,8 +44,8 @@ def list_(json: common.Json = False) -> None:
 
 
 @recipe.command()
-def show(name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")]) -> None:
-    """Print a recipe that comes with the package, to be changed and run by run --recipe.
+def show(name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")]) -> None:
+    """Print a built-in recipe, to be edited and run with run --recipe.
 
     Example: admm-prune recipe show wanda
     """
@@ -56,7 +56,7 @@ def show(name: Annotated[str, typer.Argument(help="A name that 'admm-prune recip
 
 @recipe.command()
 def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folder of a run.")]) -> None:
-    """Check a recipe file. Status 0: it can be run; 2: it cannot, and why.
+    """Check a recipe file. Exit status 0: it can be run; 2: it cannot, with the reason.
 
     Example: admm-prune recipe check pruned
     """
@@ -73,7 +73,7 @@ def reproduce(
     json: common.Json = False,
     **options: Any,
 ) -> None:
-    """Run a paper's protocol: model, text, segment length, split, number of samples; any of them may be replaced.
+    """Run a paper's protocol: model, text, segment length, split, number of samples. Options override the protocol.
 
     Example: admm-prune reproduce sparsegpt --dry-run
     """

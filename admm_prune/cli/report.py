@@ -1,4 +1,4 @@
-"""admm-prune report: the page of a finished run or comparison, or of the difference of two runs."""
+"""admm-prune report: the HTML page of a finished run or comparison, or of the difference between two runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from admm_prune.cli import common
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="What 'run' or 'compare' wrote.")],
-    other: Annotated[
-        Path | None, typer.Argument(help="A second run: the page is on the difference of the two.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The page on a difference: difference.html here, by default.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(help="Output folder of 'run' or 'compare'.")],
+    other: Annotated[Path | None, typer.Argument(help="A second run, for a page on the difference.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file for a difference; default: difference.html.")] = None,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Write the HTML page of a run or a comparison again, or one on the difference of two runs, from their files alone.
+    """Regenerate the HTML page of a run or a comparison, or write a page on the difference between two runs.
 
     Example: admm-prune report pruned compared/models/wanda-50 --out difference.html
     """

@@ -1,4 +1,4 @@
-"""admm-prune verify: a finished run or a solved layer, re-checked from its files alone."""
+"""admm-prune verify: a finished run or a solved layer, checked from its files alone."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from admm_prune.cli import common
 
 
 def verify(
-    target: Annotated[Path, typer.Argument(help="What 'run' or 'compare' wrote, or what 'solve --out' wrote.")],
-    layer: Annotated[Path | None, typer.Option(help="The layer problem; by default where it was solved.")] = None,
+    target: Annotated[Path, typer.Argument(help="Output of 'run', 'compare' or 'solve --out'.")],
+    layer: Annotated[Path | None, typer.Option(help="The layer problem; default: its path in the solution.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="The evaluation text of a run, by default where the run read it.")
+        str | None, typer.Option(help="The evaluation text of a run; default: the path used by the run.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave the perplexity of a run out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the perplexity of a run.")] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
-    """Check every field that a run or a solved layer holds: recomputed, by fingerprint, or named as not checked.
+    """Check every field of a run or a solved layer: recompute it, compare its fingerprint, or list it as not checked.
 
-    Exit status 0: verified; 1: rejected; 2: wrong input; 3: incomplete, nothing refuted but a claim not checked.
+    Exit status 0: verified; 1: rejected; 2: wrong input; 3: incomplete (nothing refuted, but a claim not checked).
 
     Example: admm-prune verify pruned --json
     """

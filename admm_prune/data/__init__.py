@@ -1,1 +1,1 @@
-"""Text in: sources of documents, tokens, and sequences in batches."""
+"""Text: sources of documents, tokenization, and batches of sequences."""

@@ -1,4 +1,4 @@
-"""Conversations in rows of chat data sets as text: by the model's chat template, or plain where it has none."""
+"""Conversations of chat datasets as text: by the model's chat template, or as plain text without one."""
 
 from __future__ import annotations
 
@@ -60,24 +60,24 @@ def untemplated(conversation: Sequence[Message], where: str) -> str:
     """The contents of the messages, in their order, with a blank line between them; roles are left out.
 
     Raises:
-        UserError: a message holds what is no text.
+        UserError: a message holds something other than text.
     """
     contents = [_plain(message["content"], where) for message in conversation]
     return "\n\n".join(content for content in contents if content)
 
 
 def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> ChatText:
-    """What the tokenizer's chat template makes of a conversation, without the BOS that packing adds.
+    """A conversation formatted with the tokenizer's chat template, without the BOS that packing adds.
 
     Raises:
-        UserError: the template refuses the conversation, or a message holds what is no text.
+        UserError: the template refuses the conversation, or a message holds something other than text.
     """
     messages: list[dict[str, Any]] = [
         {**message, "content": _plain(message["content"], where)} for message in conversation
     ]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is a program: it can end in any error
+    except Exception as error:  # a template is a program and can raise any error
         raise UserError(f"{where}: the model's chat template refuses the conversation ({first_line(error)})") from error
     if not isinstance(text, str):
         raise UserError(f"{where}: the model's chat template gives {type(text).__name__}, not text")

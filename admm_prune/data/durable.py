@@ -1,4 +1,4 @@
-"""Files that outlive a kill: through to the disk before they have their name, and told from damaged ones."""
+"""Crash-safe files: synchronized to disk before they are renamed into place, with a fingerprint against damage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's entries, through to the disk."""
+    """Synchronizes a file's bytes, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,7 +42,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What `write_sealed` wrote; None where the file is missing or damaged."""
+    """The content written by `write_sealed`; None if the file is missing or damaged."""
     try:
         digest, _, body = path.read_text(encoding="utf-8").removesuffix("\n").partition("\n")
     except (OSError, UnicodeDecodeError):

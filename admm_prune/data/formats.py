@@ -28,7 +28,7 @@ _DESCRIBING = frozenset({_SAVED, _SAVED_SPLITS, "dataset_info.json", "dataset_in
 
 
 class NoSplitError(UserError):
-    """A data set has splits, and not the one that is wanted."""
+    """A dataset has splits, but not the requested one."""
 
     def __init__(self, source: str, split: str, available: list[str]) -> None:
         self.available = tuple(available)
@@ -63,7 +63,7 @@ def has_splits(path: Path) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The readable files below a folder in the order of their paths; hidden ones and those that describe are left out.
+    """The readable files below a folder in the order of their paths; hidden files and metadata are left out.
 
     Raises:
         UserError: there are none.
@@ -222,7 +222,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _bounded(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Lines that are held at once: of a compressed file only so many."""
+    """Lines that are held at once: a limited number for a compressed file."""
     size = 0
     for number, line in lines:
         size += len(line)

@@ -1,4 +1,4 @@
-"""What the text side and the model side share of Hugging Face: names of repositories, silence, errors in one line."""
+"""Shared access to the Hugging Face Hub: repository names, muted logging, errors in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_repository(source: str) -> bool:
 
 
 def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:
-    """Asks the Hub once for a repository, whatever it answers: where it is out of reach, downloads retry for long.
+    """Contacts the Hub once for a repository: without a connection, downloads would retry for a long time.
 
     The client waits 23 seconds between its attempts to download a file, and has no setting for that.
 
@@ -33,7 +33,7 @@ def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:
 
     try:
         HfApi().repo_info(repository, repo_type=kind, timeout=_PATIENCE)
-    except (HfHubHTTPError, ValueError):  # an answer, or a name that is none: who downloads says what is wrong
+    except (HfHubHTTPError, ValueError):  # the Hub answered, or the name is invalid: the download reports it
         return
     except Exception as error:  # releases of the client differ in whose network errors they let through
         raise ConnectionError(first_line(error)) from error
@@ -72,7 +72,7 @@ def quiet() -> Generator[None]:
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
     levels = [logger.level for logger in loggers]
     model_bars = transformers_logging.is_progress_bar_enabled()
-    datasets = sys.modules.get("datasets")  # a second of import time, which only those who read datasets should pay
+    datasets = sys.modules.get("datasets")  # avoids a second of import time where datasets are not used
     data_bars = datasets is not None and not datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -19,10 +19,10 @@ MARK = "admm_prune"  # a key of the metadata of every file we write: such a file
 
 @dataclass(frozen=True)
 class LayerFile:
-    """weight (out, in), gram (in, in), and what else is known of one layer.
+    """weight (out, in), gram (in, in), and the other data of one layer.
 
     `gram_validation` is of a part of the same tokens; `gram_holdout` of other tokens, for reporting only;
-    `cross_gram` = X0^T X re-targets to the outputs that the weights gave on other inputs X0, and needs
+    `cross_gram` = X0^T X, for a target computed by the weights from other inputs X0, needs
     `target_energy` among the metadata.
     """
 
@@ -44,7 +44,7 @@ class LayerFile:
             raise UserError(f"target_energy among the metadata must be a number, not '{value}'") from None
 
     def save(self, path: Path) -> None:
-        """Writes the file whole or not at all.
+        """Writes the file atomically.
 
         Raises:
             UserError: it cannot be written.
@@ -54,7 +54,7 @@ class LayerFile:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all, marked as ours.
+    """Writes a safetensors file atomically, with our mark.
 
     Raises:
         UserError: it cannot be written.

@@ -53,7 +53,7 @@ def corpus_of(
             or a loader, of strings, rows with a column of text, conversations, sequences of token ids, tensors of them
             (n,) or (b, n), or batches with "input_ids" and, for padded ones, "attention_mask".
         split, column, tokenizer: as for `read_corpus`.
-        limit: take so many documents; of what has no length, 20,000 by default.
+        limit: maximum number of documents; 20,000 by default for data without a length.
 
     Raises:
         UserError: it is something else, or holds no text.
@@ -98,7 +98,7 @@ def check_ids(corpus: Corpus, vocabulary: int) -> None:
 
 
 def _is_dataset(data: object) -> bool:
-    datasets = sys.modules.get("datasets")  # what was not imported has no instances
+    datasets = sys.modules.get("datasets")  # a module that was not imported has no instances
     kinds = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
     return datasets is not None and isinstance(data, tuple(getattr(datasets, kind) for kind in kinds))
 

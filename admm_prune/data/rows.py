@@ -1,4 +1,4 @@
-"""Rows of tables as documents: which column holds the text, and what is in it."""
+"""Rows of tables as documents: selection of the text column, and conversion of its content."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEXT = "text"
-PEEK = 100  # rows that are looked at to find the column
+PEEK = 100  # rows inspected to find the column
 _CHATS = ("messages", "conversations", "conversation")
 
 Row = tuple[str, Any]  # where it is ("line 3"), and what
 
 
 class Notes:
-    """What a reader assumed or replaced: the first case of every kind, and how many more there were."""
+    """Assumptions and replacements of a reader: the first case of every kind, and the number of further ones."""
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
@@ -40,7 +40,7 @@ class Notes:
 
 
 class RowReader:
-    """Makes documents of rows.
+    """Converts rows to documents.
 
     Args:
         column: that holds the text; None for "text", or for the only column of text there is.

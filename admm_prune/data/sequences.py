@@ -1,4 +1,4 @@
-"""Documents as tokens with their places in the text, and sequences of them in batches.
+"""Tokenized documents with character offsets, and batches of token sequences.
 
 A sequence knows which of its tokens are scored, and how many characters they stand for.
 """
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
-LONGEST_DEFAULT = 2048  # contexts of today's models (131072 tokens) would fill the memory with one batch
+LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens) one batch would fill the memory
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: its tokens (n,), the characters its scored tokens stand for, the tokens cut off at its end."""
+    """One sequence: its tokens (n,), the characters of its scored tokens, the number of tokens cut off at its end."""
 
     ids: Tensor
     characters: int
@@ -49,7 +49,7 @@ class Batch:
     Attributes:
         input_ids: (b, L) int64; pads are token 0, a token like any other.
         lengths: (b,) int64, the real tokens of each row.
-        bos: the token that begins a text, which is given to the model and never asked of it; None without one.
+        bos: the token that begins a text, given to the model but never scored; None without one.
     """
 
     input_ids: Tensor
@@ -80,7 +80,7 @@ class Sequences:
         bos: as in `Batch`.
         batch_size: sequences a batch.
         dropped_sequences: sequences that the packing left out, because they hold no token to score or are a last,
-            shorter window where full ones were asked for.
+            shorter window where only full ones are used.
     """
 
     rows: tuple[Row, ...]
@@ -179,13 +179,13 @@ def pack(
         seed: of the draw.
 
     Raises:
-        UserError: the text is shorter than one sequence (where a sample is asked for) or holds nothing to score, a
+        UserError: the text is shorter than one sequence (if a sample is requested) or has nothing to score, a
             number is out of range, or the tokenizer cannot tell where its tokens lie in the text.
     """
     if length < 2:
-        raise UserError(f"a sequence of {length} tokens has nothing to predict: ask for a length of at least 2")
+        raise UserError(f"a sequence of {length} tokens has nothing to predict: use a length of at least 2")
     if samples is not None and samples < 1:
-        raise UserError(f"{samples} samples were asked for: ask for at least 1")
+        raise UserError(f"samples must be at least 1, not {samples}")
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     documents = encode(corpus.documents, tokenizer)
     found = sum(len(document.ids) + (bos is not None) for document in documents)
@@ -320,7 +320,7 @@ def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
         )
         for document, ids, offsets in zip(group, output["input_ids"], output["offset_mapping"], strict=True):
             bounds = torch.tensor([*(begin for begin, _ in offsets), len(document)])
-            bounds[0] = 0  # what the tokenizer skips before its first token belongs to that token
+            bounds[0] = 0  # characters skipped before the first token belong to that token
             encoded.append(EncodedDocument(torch.tensor(ids, dtype=torch.int64), bounds))
     return encoded
 

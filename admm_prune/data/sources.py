@@ -1,6 +1,6 @@
 """Text from local files, folders, Hub datasets, Python objects and the embedded corpus, as documents.
 
-A part of a local text is kept apart for evaluation. The embedded corpus is the Python standard library's.
+A part of a local text is held out for evaluation. The embedded corpus is the Python standard library's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SHORT_NAMES = {
     "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
     "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1",
 }
-HUB_DOCUMENTS = 20_000  # of a Hub dataset that are read where the user names no number
+HUB_DOCUMENTS = 20_000  # documents of a Hub dataset that are read by default
 
 Document = str | tuple[int, ...]
 
@@ -75,7 +75,7 @@ class Corpus:
 
     Attributes:
         documents: text; or the ids of tokens, where such were passed from Python.
-        notes: what was assumed or replaced in reading.
+        notes: assumptions and replacements made in reading.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Corpus:
 
     @property
     def characters(self) -> int:
-        """Of text; the number of tokens where documents are ids."""
+        """The number of characters; of tokens if the documents are ids."""
         return sum(map(len, self.documents))
 
 
@@ -144,7 +144,7 @@ def read_corpus(
 
 
 def is_file_name(source: str) -> bool:
-    """True where `source` can only be meant as a path: it is absolute, or ends as a file that can be read does."""
+    """True where `source` must be a path: it is absolute, or has the extension of a readable file."""
     path = Path(source).expanduser()
     return path.is_absolute() or is_readable(path)
 

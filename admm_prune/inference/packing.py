@@ -1,4 +1,4 @@
-"""A model folder as an archive without the zeros of its weights, and back to the byte."""
+"""Packs a model folder into an archive without the zeros of its weights, and restores it exactly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST, PACKED, pack_file, unpack_file
 from admm_prune.runs.journal.folder import check_output, output_folder, write_json
 
-OnFile = Callable[[int, int, str], None]  # (files done, files, name of the one at work)
+OnFile = Callable[[int, int, str], None]  # (files done, files, name of the current one)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What an archive came to: bytes of all files, dense and packed, and how many tensors were packed."""
+    """The size of an archive: bytes of all files, dense and packed, and the number of packed tensors."""
 
     bytes: int
     packed_bytes: int
@@ -33,7 +33,7 @@ class Packing:
 def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
     """Writes a copy of a model folder in which every safetensors file is packed; one tensor is in memory at a time.
 
-    Every packed file is unpacked again and compared with what it was made from.
+    Every packed file is unpacked again and compared with its source.
 
     Args:
         overwrite: replace an earlier result in `out`, which is refused otherwise.
@@ -80,7 +80,7 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: 
 
 
 def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
-    """Gives the packed folder back and holds every file to its sha256.
+    """Restores the packed folder and checks every file by its sha256.
 
     Args:
         overwrite: replace an earlier result in `out`, which is refused otherwise.
@@ -122,7 +122,7 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite
 
 
 def _check_packed(path: Path, packed: Path) -> None:
-    """Raises UserError unless a packed file gives its original back to the byte."""
+    """Raises UserError unless unpacking restores the original bytes."""
     again = packed.with_name(f".{packed.name}.again")
     unpack_file(packed, again)
     same = file_sha256(again) == file_sha256(path)

@@ -1,4 +1,4 @@
-"""How large and how fast a pruned model is beside its dense one, with a sentence where nothing is gained."""
+"""Size and speed of a pruned model compared with the dense one, with a sentence on the gain."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Row:
 
     Attributes:
         form: "dense", "as stored", "CSR kernels" or "2:4 kernels".
-        disk_bytes: of the safetensors; None where this form is not one that is saved.
+        disk_bytes: of the safetensors; None if this form is never saved.
         packed_bytes: of its tensors as 'admm-prune pack' would store them.
         memory_bytes: of parameters and buffers.
-        prefill_seconds, decode_seconds: for all tokens asked for, the least of the repeats.
-        prefill_range, decode_range: the least and the largest of the repeats.
+        prefill_seconds, decode_seconds: for all requested tokens, the minimum of the repeats.
+        prefill_range, decode_range: the minimum and the maximum of the repeats.
         prefill_speedup, decode_speedup: over the first row, by the least times.
         prefill_differs, decode_differs: from the first row, beyond the spread: the slowest repeat of one takes less
             time than the fastest of the other. Less is noise; one repeat has no spread, and shows nothing.
@@ -74,9 +74,9 @@ def decode(model: Any, tokens: int) -> None:
 
 
 def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
-    """The times of each model; they take turns, once more at the beginning to warm up.
+    """The times of each model; the models alternate, with one warm-up round.
 
-    On the CPU it is the CPU time of the process, so that other work on the machine does not enter it; give
+    On the CPU it is the CPU time of the process, so that other load on the machine does not count; use
     it one thread. On CUDA it is the time until the device is done.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -109,16 +109,16 @@ def bench_inference(
     device: str = "auto",
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Measures a model as stored, with the sparse kernels that torch has for its masks, and its dense model beside it.
+    """Measures a model as stored, with torch's sparse kernels for its masks, and its dense model.
 
     Args:
         model, against: folders, Hub ids or "embedded".
         tokens: of the prefill, at most the context.
         new_tokens: that are decoded.
-        repeats: the least time of so many counts; two or more show a spread.
+        repeats: the number of repeats, of which the minimum counts; two or more show a spread.
 
     Returns:
-        For JSON: "rows" of `Row`, "sentences" that say what is gained and what is not, "environment".
+        For JSON: "rows" of `Row`, "sentences" on the gain, "environment".
 
     Raises:
         UserError: a model cannot be loaded, or its context is shorter than `tokens`.
@@ -133,9 +133,7 @@ def bench_inference(
     for _, (loaded, name) in forms.items():
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and max(tokens, 16 + new_tokens) > context:
-            raise UserError(
-                f"{name}: its context of {context} tokens is shorter than asked for: fewer --tokens or --new-tokens"
-            )
+            raise UserError(f"{name}: its context of {context} tokens is too short: use fewer --tokens or --new-tokens")
     zeros = sparsity(decoder_blocks(given.model))
     if zeros > 0:
         forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
@@ -190,7 +188,7 @@ class _CSRLinear(nn.Module):
 
 
 def _with_kernels(name: str, given: LoadedModel, place: str, dtype: str | None) -> dict[str, LoadedModel]:
-    """The model once more for every sparse kernel that takes its masks here."""
+    """A copy of the model for every sparse kernel that supports its masks on this device."""
     made = {}
     if given.model.dtype in (torch.float32, torch.float64):
         made["CSR kernels"] = load(name, device=place, dtype=dtype)
@@ -257,7 +255,7 @@ def _disk_bytes(name: str) -> int | None:
 
 
 def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
-    """What is gained, and plainly what is not."""
+    """Sentences on what is gained and what is not."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []
     for row in rows[1:]:
@@ -267,9 +265,7 @@ def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) 
         ]
         said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
     if repeats == 1 and len(rows) > 1:
-        said.append(
-            "One repeat shows no spread, so that no difference in speed can be told from noise: more --repeats."
-        )
+        said.append("A single repeat shows no spread, so that a difference in speed may be noise: use more --repeats.")
     if stored.zeros > 0 and stored.parameters == first.parameters:
         said.append(
             f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
@@ -279,7 +275,7 @@ def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) 
             dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)
             said.append(f"'admm-prune pack' would store it in {dense:.2f} of its size.")
     if stored.parameters < first.parameters:
-        said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters are gone for good.")
+        said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters were removed.")
     if two_of_four and stored.zeros > 0 and not any(row.form == "2:4 kernels" for row in rows):
         why = "they take float16 and bfloat16" if cuda else "they need a CUDA device"
         said.append(f"The weights are 2:4; kernels for that were not measured here: {why}.")

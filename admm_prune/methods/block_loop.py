@@ -1,4 +1,4 @@
-"""The one loop over the blocks of a model: enter a block, work on it, write down what came of it, go on."""
+"""The loop over the blocks of a model: load a block, process it, commit the result, advance."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from admm_prune.models.structure import Block, decoder_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """What came of one block.
+    """The result of one block.
 
     Attributes:
         layers: a report of each of its weights.
         details: JSON values.
-        tensors: what is to be known of the block later, beside its weights.
+        tensors: data of the block that is needed later, beside its weights.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -32,9 +32,9 @@ class Visit:
 
 
 class Visitor(Protocol):
-    """Works on one block, which is entered: prunes it in place, or measures it.
+    """Processes one block, which is loaded: prunes it in place, or measures it.
 
-    It may move the stream on by itself, where the next block is to see what this one put out before it was changed.
+    It may advance the stream itself, if the next block is to see the outputs of this one before it was changed.
     """
 
     def __call__(self, stream: BlockStream, index: int, block: Block) -> Visit: ...
@@ -62,7 +62,7 @@ def walk(
             copy where the model is not in memory.
         reshape: brings a block that was finished earlier, by its index, into the shapes that it was given then.
         steps: (done before, in all) of the whole recipe, for its progress.
-        note: what is said of a block at work beside its name.
+        note: added to the name of the current block in progress messages.
 
     Raises:
         UserError: the text or a block cannot be used, or the journal not be written.
@@ -70,7 +70,7 @@ def walk(
     blocks = decoder_blocks(model)
     residence, journal = runtime.residence, runtime.journal
     if changes and residence.hollow and not journal.keeps:
-        raise ValueError("a model that is not in memory needs a journal, or what is done to its blocks is lost")
+        raise ValueError("a model that is not in memory needs a journal, or its pruned blocks are lost")
     visits = [
         Visit(
             layers=[LayerReport.from_json(layer) for layer in content["layers"]],
@@ -126,7 +126,7 @@ def walk(
 def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tensor] | None, index: int) -> None:
     """Brings a stream to block `index`: by what was kept, or through the finished blocks.
 
-    Activations are kept by a run in one process, and of use to one: others share the sequences otherwise.
+    Activations are saved and used by single-process runs only: the sequences are distributed differently otherwise.
     """
     if activations is not None and runtime.world.size == 1:
         stream.resume(index, activations)
@@ -137,7 +137,7 @@ def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tens
 
 
 def _figures(layers: list[LayerReport]) -> dict[str, float]:
-    """What is told of a finished block."""
+    """The figures reported for a finished block."""
     size = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
     figures = {

@@ -1,4 +1,4 @@
-"""Layer-wise pruning: every weight by its own local problem, block after block, on the inputs of the pruned prefix."""
+"""Layer-wise pruning: every weight by its own local problem, block after block, on the outputs of the pruned blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from admm_prune.statistics import LayerStatistics
 class Layerwise(Capabilities):
     """A recipe that solves the layer problem of every matrix in the decoder blocks by one method.
 
-    For each block: replay it on what the pruned blocks before it put out, take one Gram for each shared input, solve
+    For each block: replay it on the outputs of the pruned blocks before it, capture one Gram per shared input, solve
     the layer problems, write back, replay the pruned block to get the next block's inputs.
     """
 
@@ -96,7 +96,7 @@ def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: Worl
 
 
 def _cost(piece: SharedInput) -> float:
-    """Of a solve, to compare with others: a factorization, and products with its inverse."""
+    """The relative cost of a solve: a factorization, and products with its inverse."""
     width = float(piece.weights[0].shape[1])
     return width**3 + width**2 * sum(view.shape[0] for view in piece.weights)
 
@@ -125,10 +125,10 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
 
 
 def _check_parts(method: Method, target: Target) -> None:
-    """Tries a solver or an objective of other code on a small drawn problem, so that its mistakes show before any work.
+    """Tries a third-party solver or objective on a small random problem, so that errors show before any work.
 
     Raises:
-        UserError: a part fails, or breaks its promise.
+        UserError: a part fails, or violates its protocol.
     """
     solver, problem = method.make(), method.problem
     if not (is_foreign(type(solver)) or is_foreign(problem.build)):
@@ -148,7 +148,7 @@ def _check_parts(method: Method, target: Target) -> None:
 
 
 def _try(constraint: Constraint, shape: tuple[int, int]) -> None:
-    """Raises ValueError where matrices of this shape do not admit the set; one row tells it of all but tiles."""
+    """Raises ValueError where matrices of this shape do not admit the set; one row suffices for all but tiles."""
     try:
         constraint.contains(Point(weight=torch.zeros(1, shape[1])))
     except ValueError:
@@ -158,7 +158,7 @@ def _try(constraint: Constraint, shape: tuple[int, int]) -> None:
 def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
     """Reports of the weights of a block that were not among those to prune."""
     left = [view for view in block.weights if view.name not in pruned]
-    return [replace(report_of(view, view.shape), notes=("not to be pruned: left as it was",)) for view in left]
+    return [replace(report_of(view, view.shape), notes=("not selected: left unchanged",)) for view in left]
 
 
 def prune_shared(shared: SharedInput, method: Method, task: Task) -> list[LayerReport]:
@@ -169,10 +169,10 @@ def prune_shared(shared: SharedInput, method: Method, task: Task) -> list[LayerR
 def prune_several(inputs: Sequence[SharedInput], method: Method, task: Task) -> list[list[LayerReport]]:
     """Prunes the weights that read each of some inputs, in place.
 
-    A method that gains by it solves those that share an input stacked, each within its own budget: one Gram is factored
-    once for q, k and v. Status, iterations, notes and diagnosis are then those of the one solve, and its seconds are
-    shared out by the number of entries, so that the seconds of all weights still add up to the whole. Such problems of
-    one shape, as the experts of a mixture are, may be solved in one batch, each with a result of its own.
+    If the method supports it, weights that share an input are solved stacked, each within its own budget: the Gram of
+    q, k and v is factored once. Status, iterations, notes and diagnosis are then those of the joint solve, and its
+    seconds are divided by the number of entries, so that the seconds of all weights add up to the total. Problems of
+    equal shape, such as the experts of a mixture, may be solved in one batch, each with its own result.
 
     Raises:
         UserError: a weight cannot be pruned; the message names it.
@@ -227,7 +227,7 @@ def _jobs(shared: SharedInput, method: Method, target: Target) -> Iterator[_Job]
 
 @dataclass(frozen=True)
 class _Posed:
-    """A problem, how its damping was settled, the weights as they were, and the seconds that it took to pose."""
+    """A problem, its damping, the dense weights, and the seconds spent on building it."""
 
     problem: LayerReconstruction
     asked: Damping
@@ -277,7 +277,7 @@ def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
 def _write(
     job: _Job, posed: _Posed, result: Result, seconds: float, method: Method, *, bounds: bool
 ) -> list[LayerReport]:
-    """Gives the weights of a job what was found for them, and tells of each.
+    """Writes the solution of a job to its weights, and yields their reports.
 
     Args:
         seconds: that the solve took.
@@ -332,7 +332,7 @@ def _write(
 def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:
     """The objective reached and a lower bound of all that can be, both relative to tr(W H W^T).
 
-    Empty where nothing is proven: the layer is never used, or the sparse set is of another kind than the bound knows.
+    Empty where nothing is proven: the layer is never used, or the bound does not support the constraint.
     """
     energy = quadratic.energy(problem.weight, problem.gram)
     try:

@@ -42,8 +42,8 @@ class Method:
             factors their Gram and knows `StackedRows`.
         stacks_targets: so are copies of one weight with different targets, because nothing that the solver does depends
             on how dense the stack is as a whole.
-        problem: what the solver is given.
-        sets: in place of the method's own sparse set.
+        problem: the objective.
+        sets: a constraint instead of the method's own.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Method:
 
     @property
     def damped(self) -> bool:
-        """Whether what it finds depends on the ridge: not where it scores weights without solving for any."""
+        """Whether the result depends on the ridge: not for methods that only score weights."""
         return self.ridge > 0 or self.damping > 0
 
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
-        """Within what the kept weights are counted; "set" where only the set can tell."""
+        """The scope of the budget; "set" where only the constraint defines it."""
         made = self.constraint(target)
         kinds: dict[type[SparseSet], Literal["matrix", "row", "group"]] = {
             Unstructured: "matrix",
@@ -89,7 +89,7 @@ LOCAL_METHODS: Mapping[str, Method] = {
         Method("wanda", "largest |w| ||x|| in each row", Wanda, ridge=0.0, damping=0.0, row_wise=True),
         Method(
             "sparsegpt",
-            "column by column, errors spread over the columns to come",
+            "column by column, with errors compensated by later columns",
             SparseGPT,
             ridge=0.0,
             damping=0.01,
@@ -129,7 +129,7 @@ LOCAL_METHODS: Mapping[str, Method] = {
     )
 }
 
-# For small layers: they refuse what they cannot prove.
+# For small layers: they refuse problems for which they cannot prove optimality.
 REFERENCES: Mapping[str, Method] = {
     method.name: method
     for method in (

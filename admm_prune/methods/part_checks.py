@@ -1,4 +1,4 @@
-"""Checks of solvers, objectives and sparse sets that other code brings: ordinary mistakes end in one line."""
+"""Checks of third-party solvers, objectives and constraints: common mistakes are reported in one line."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def title_of(part: object) -> str:
 
 @contextmanager
 def explained_parts(**parts: object) -> Generator[None]:
-    """Turns an exception in the code of foreign parts into a UserError that names them; ours stay as they are.
+    """Turns an exception in third-party code into a UserError that names the part; our own exceptions pass.
 
     Args:
-        parts: by what they are, such as `solver`, `constraint`, `problem`.
+        parts: by kind: `solver`, `constraint`, `problem`.
 
     Raises:
         UserError: a foreign part failed. The exception is its cause.
@@ -69,7 +69,7 @@ def explained_parts(**parts: object) -> Generator[None]:
 
 @contextmanager
 def suppress_refusals() -> Generator[None]:
-    """Ends a trial where a part refuses the drawn problem: it may well take the real ones."""
+    """Ends a trial where a part refuses the random problem: it may accept the real ones."""
     try:
         yield
     except UserError:
@@ -79,14 +79,14 @@ def suppress_refusals() -> Generator[None]:
 
 
 def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) -> None:
-    """Tries a foreign set on a drawn matrix: its projection must lie in it, and keep what was asked for.
+    """Tries a third-party constraint on a random matrix: its projection must be feasible and have the target sparsity.
 
     Args:
         shape: (out, in) of the matrix.
         fraction: of the entries that are to be zero.
 
     Raises:
-        UserError: the set fails, or its projection is no point of it or breaks the budget.
+        UserError: the set fails, or its projection is infeasible or breaks the budget.
         ValueError: matrices of this shape do not admit the set.
     """
     if not is_foreign(type(constraint)):
@@ -110,10 +110,10 @@ def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) ->
 
 
 def check_result(result: object, problem: Any, solver: object, parts: Sequence[Part]) -> None:
-    """Holds what a solver returned to its promise: a finite point of the set, as sparse as was asked for.
+    """Checks the result of a solver: a finite point of the constraint, with the target sparsity.
 
     Args:
-        parts: the rows of the one matrix of the problem; nothing is asked of the set where there are none.
+        parts: the rows of the problem's matrix; without any, the constraint is not checked.
 
     Raises:
         UserError: the message names solver and set.
@@ -140,7 +140,7 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
         if not inside:
             raise UserError(
                 f"the solution of {who} is not in its set {constraint}: {own.sparsity():.4g} of it is zero, "
-                f"{part.fraction:.4g} was asked for"
+                f"{part.fraction:.4g} was the target"
             )
         if own.sparsity() < part.fraction - slack:
             raise UserError(
@@ -151,13 +151,13 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
 
 @dataclass(frozen=True)
 class Checked:
-    """A solver inside another, each of whose results is held to what a solver promises."""
+    """A solver inside another, each of whose results is checked."""
 
     inner: Solver
 
     @classmethod
     def of(cls, solver: Solver) -> Solver:
-        """A foreign solver with its checks; ours as it is."""
+        """A third-party solver with checks; our own unchanged."""
         return cls(solver) if is_foreign(type(solver)) else solver
 
     def solve(self, problem: Any, *, start: Point | None = None) -> Result:
@@ -205,7 +205,7 @@ def _words(error: BaseException) -> str:
 
 
 def _place_of(error: BaseException) -> str:
-    """Where in foreign code it was raised: the innermost frame outside of this package and torch."""
+    """The location of an error in third-party code: the innermost frame outside this package and torch."""
     inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "contextlib.py")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(inside[:2]) and not frame.filename.endswith(inside[2]):

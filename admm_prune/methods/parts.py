@@ -1,13 +1,13 @@
-"""Objectives and sparse sets of a layer: ours and those that other packages declare, by name; and any, as it is.
+"""Objectives and constraints of a layer: built-in, declared by other packages, or passed as objects.
 
-Names that other installed packages give to parts of their own, as entry points; loads nothing heavy.
+Other packages declare names for their parts as entry points:
 
     [project.entry-points."admm_prune.solvers"]
     projected-gradient = "their_package:ProjectedGradient"
 
 The groups are `admm_prune.solvers` (called without arguments; see `methods.local`), `admm_prune.problems`
-(a subclass of `LayerReconstruction`, called as that is) and `admm_prune.constraints` (a `SparseSet`, called with the
-fraction of the weights to go). Declaring is all: nothing is imported before its name is asked for.
+(a subclass of `LayerReconstruction`, called in the same way) and `admm_prune.constraints` (a `SparseSet`, called with
+the fraction of the weights to remove). A plug-in is imported only when its name is used.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Kind = Literal["solvers", "problems", "constraints"]
 
 
 def declared(kind: Kind) -> dict[str, EntryPoint]:
-    """What installed packages declare, by name."""
+    """The declarations of installed packages, by name."""
     return {point.name: point for point in entry_points(group=f"admm_prune.{kind}")}
 
 
 def all_declared() -> list[dict[str, str]]:
-    """Every plug-in of every kind: its name, what it is, where it lives, and the package it comes from."""
+    """All plug-ins of all kinds: name, kind, object and package."""
     return [
         {
             "kind": kind,
@@ -52,7 +52,7 @@ def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
     """Refuses a name that stands for two parts.
 
     Raises:
-        UserError: a package declares what is a name of this package, or two packages declare it.
+        UserError: a package declares a built-in name, or two packages declare the same name.
     """
     found = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
     who = " and ".join(f"{_package(point)} ({point.value})" for point in found.values())
@@ -75,7 +75,7 @@ def load_declared(kind: Kind, name: str) -> Any:
     point = declared(kind)[name]
     try:
         return point.load()
-    except Exception as error:  # whatever another package's import may raise
+    except Exception as error:  # importing another package may raise anything
         whose = "" if point.dist is None else f" of {point.dist.name}"
         raise UserError(
             f"the plug-in '{name}'{whose} ({point.value}) cannot be loaded: {type(error).__name__}: {error}"
@@ -86,7 +86,7 @@ Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstructio
 ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
 SetLike = str | SparseSet | type[SparseSet] | None
 
-# What a fraction alone describes; N:M is asked for by a pattern.
+# Constraints described by a fraction; N:M is selected by a pattern.
 SETS: Mapping[str, Callable[[float], SparseSet]] = {
     "unstructured": Unstructured,
     "row-wise": RowWise,
@@ -98,14 +98,14 @@ LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstru
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """What builds the problem of a layer, and what that is called."""
+    """The objective of a layer: its name, and the function that builds the problem."""
 
     name: str
     build: Objective
 
     @property
     def token_weights(self) -> Callable[[Tensor], Tensor] | None:
-        """Of inputs (tokens, in), what every token counts for in the Gram; None where all count alike."""
+        """The function from inputs (tokens, in) to the tokens' weights in the Gram; None for equal weights."""
         weigh: Callable[[Tensor], Tensor] | None = getattr(self.build, "token_weights", None)
         if weigh is None:
             return None
@@ -144,7 +144,7 @@ class LayerProblem:
 
     @classmethod
     def of(cls, part: str | Objective) -> LayerProblem:
-        """By the name of one of ours or of a plug-in, or as it is.
+        """From the name of a built-in or a plug-in, or from an object.
 
         Raises:
             UserError: there is none of this name, or the plug-in is no subclass of `LayerReconstruction`.
@@ -167,10 +167,10 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class SetFamily:
-    """Sparse sets that are alike but for how much they prune.
+    """A family of constraints that differ only in how much they prune.
 
     Attributes:
-        member: one of them, whose other settings all have; or what makes one of a fraction.
+        member: one of them, whose other settings apply to all; or a function of the fraction.
     """
 
     name: str
@@ -178,7 +178,7 @@ class SetFamily:
 
     @classmethod
     def of(cls, part: str | SparseSet | Callable[[float], SparseSet]) -> SetFamily:
-        """By the name of one of ours or of a plug-in, by its class, or by a member.
+        """From the name of a built-in or a plug-in, from a class, or from a member.
 
         Raises:
             UserError: there is none of this name, or it makes no `SparseSet` of a fraction.
@@ -233,7 +233,7 @@ class SetFamily:
 
 
 def target_of(constraint: SparseSet) -> Target | None:
-    """What a set asks for, where it says so; None for one that has neither a sparsity nor N of M."""
+    """The target of a constraint, if it states one; None if it has neither a sparsity nor N:M."""
     if isinstance(constraint, NofM):
         return Target(pattern=(constraint.n, constraint.m))
     sparsity = getattr(constraint, "sparsity", None)
@@ -247,7 +247,7 @@ def check_one_set(constraint: object, pattern: str | None) -> None:
 
 
 def described(part: object) -> str:
-    """What a manifest says of a part: its name, or the settings that it was built with."""
+    """The description of a part in a manifest: its name, or its settings."""
     if isinstance(part, str):
         return part
     if isinstance(part, type) or callable(part):
@@ -260,7 +260,7 @@ def _unknown(what: str, name: str, known: list[str]) -> UserError:
 
 
 def _check_call(what: str, function: Any, positional: int, **named: object) -> None:
-    """Raises UserError where a function does not take so many arguments by position and these by name."""
+    """Raises UserError if a function does not accept this number of positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of C code, which has none to read

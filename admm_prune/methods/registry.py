@@ -30,10 +30,10 @@ def composed(
     """The recipe of a method, with another solver, objective or sparse set inside.
 
     Args:
-        method: a name; None for going layer by layer with the solver, or with `admm` where there is none either.
-        solver: an object, or the name of a local method, whose ridge, damping and budget come with it.
-        problem: a class derived from `LayerReconstruction`, or what builds one from the same arguments; or a name.
-        constraint: a set, or its class where a sparsity alone makes one; or a name.
+        method: a name; None for layer-wise pruning with the solver, or with `admm` if there is none.
+        solver: an object, or the name of a layer method, whose ridge, damping and budget are used too.
+        problem: a class derived from `LayerReconstruction`, a function with the same arguments, or a name.
+        constraint: an object, a class that takes a sparsity, or a name.
 
     Raises:
         UserError: there is no such method, or it has no part of this kind.
@@ -73,13 +73,13 @@ _RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSE
 
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 
-# What a method that trains is compared with, so that no gain of mere tuning is credited to pruning.
+# Baselines of the methods that train, so that the gain of training is not attributed to pruning.
 _BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
 _COMPARED = ("elsa", "elsa-l", "elsa-published")
 
 
 def recipe_named(name: str, steps: int | None = None) -> Recipe:
-    """The recipe of this name; any solver of layer problems, a reference or another package's too, goes layer by layer.
+    """The recipe of this name; solvers of layer problems are applied layer by layer.
 
     Args:
         steps: of a recipe that trains, in place of its own number.
@@ -98,7 +98,7 @@ def recipe_named(name: str, steps: int | None = None) -> Recipe:
 
 
 def with_baselines(names: Iterable[str]) -> list[str]:
-    """The names, once each, and those of what such methods have to be compared with."""
+    """The names without duplicates, and those of the baselines of methods that train."""
     asked = list(dict.fromkeys(names))
     return list(dict.fromkeys([*asked, *(_BASELINES if set(asked) & set(_COMPARED) else ())]))
 

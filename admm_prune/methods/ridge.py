@@ -1,4 +1,4 @@
-"""The ridge of a layer problem, as a user names it, or chosen on tokens that did not take part in solving it."""
+"""The ridge of a layer problem, given by the user, or selected on validation tokens."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ GRID = (
     *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)),
 )
 _ROWS = 128
-# One factorization for each trial: a rough solution ranks them as a good one does.
+# One factorization per trial: a rough solution ranks them as well as an accurate one.
 _PROBE = ADMM(penalty=Constant(1.2), max_iterations=10)
 
 
 @dataclass(frozen=True)
 class Damping:
-    """What damps a layer problem, and the trials that it was chosen by, the best one first; none where it was given.
+    """The ridge and damping of a layer problem, and the trials by which they were selected, best first.
 
-    `seconds` is the time that choosing took.
+    `seconds` is the time of the selection.
     """
 
     ridge: float
@@ -43,7 +43,7 @@ class Damping:
 
 
 def parse_ridge(ridge: str | float | None) -> Ridge:
-    """A ridge from the words of a user: a number, "auto", or None.
+    """A ridge from the user's input: a number, "auto", or None.
 
     Raises:
         UserError: neither "auto" nor a finite number that is not negative.
@@ -62,14 +62,14 @@ def parse_ridge(ridge: str | float | None) -> Ridge:
 def settle_ridge(
     asked: Ridge, method: Method, weight: Tensor, gram: Tensor, validation: Tensor | None, constraint: Constraint
 ) -> Damping:
-    """The ridge that was asked for beside the method's own damping; with "auto" the best of both by `choose_ridge`.
+    """The given ridge with the method's own damping; with "auto" the best of both by `choose_ridge`.
 
     Raises:
         UserError: "auto" without validation tokens.
     """
     if asked == "auto":
         if validation is None:
-            raise UserError("--ridge auto needs validation tokens, which are not there: give a number instead")
+            raise UserError("--ridge auto needs validation tokens, but there are none: give a number instead")
         began = time.perf_counter()
         trials = choose_ridge(weight, gram, validation, constraint, objective=method.problem.build)
         return Damping(trials[0].ridge, trials[0].damping, trials, time.perf_counter() - began)
@@ -86,8 +86,7 @@ def choose_ridge(
 ) -> tuple[RidgeTrial, ...]:
     """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
 
-    A sample of at most 128 rows at even distances stands for the layer; the problem is then to be solved on all tokens
-    with what was found best.
+    At most 128 evenly spaced rows represent the layer; the problem is then solved on all tokens with the best setting.
 
     Args:
         weight: W (out, in).
@@ -102,7 +101,7 @@ def choose_ridge(
     """
     rows = weight[:: -(-len(weight) // _ROWS)]
     training = gram - validation
-    training.diagonal().clamp_(min=0)  # a channel that only the validation tokens use leaves rounding behind
+    training.diagonal().clamp_(min=0)  # a channel used by validation tokens only leaves rounding errors
     problems = [objective(rows, training, constraint, ridge=ridge, damping=damping) for ridge, damping in grid]
     trials = [
         RidgeTrial(ridge, damping, problem.relative_error(result.solution, validation))

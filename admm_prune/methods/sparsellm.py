@@ -1,6 +1,6 @@
 """SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output.
 
-Processes that work on one problem with a share of its tokens each, and go on from one and the same point.
+With several processes, each has a part of the tokens, and all continue from the same point.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from admm_prune.statistics import GramAccumulator
 
 @dataclass(frozen=True)
 class Agreed:
-    """A solver that ends everywhere with the solution of the first process.
+    """A solver that broadcasts the solution of the first process.
 
-    All of them solve, by statistics that are those of all tokens: where machines round alike nothing changes. What is
-    chosen, a support above all, is the choice of one.
+    All processes solve the same problem, with the statistics of all tokens; the broadcast removes differences in
+    rounding, which could lead to different supports.
     """
 
     inner: Solver
@@ -65,20 +65,20 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of t
 class SparseLLM(Capabilities):
     """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
 
-    For each block: prune attention; take the network's inputs again, and as its target what makes the block put out
-    what it did before, attention's error included; then alternate: fit and prune the up projection (and gate), refit
-    and prune the down projection on what the pruned up projection makes the hidden units do, descend with all weights
-    together on their supports, ask the split network what the hidden units should do instead, and begin anew. The best
+    For each block: prune attention; capture the network's inputs again, and as its target the output that restores
+    the block's dense output, including the error of attention; then alternate: fit and prune the up projection (and
+    gate), refit and prune the down projection on the hidden units of the pruned up projection, optimize all weights
+    jointly on their supports, update the auxiliary variables of the split network, and repeat. The best
     round on validation tokens is kept.
 
     Args:
         method: prunes attention, and is the inner solver of every block of weights.
-        rounds: at most so many; 1 is "sequential + closing".
+        rounds: the maximum number; 1 is "sequential + closing".
         closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
             to those that the pruned up projection gives.
         descent: steps with all weights together in every round; 0 for none.
-        target: of the network: "block" makes up for attention too, "network" is its own dense output, "before" is that
-            too, with inputs from before attention was pruned, as released.
+        target: of the network: "block" compensates for attention too, "network" is its own dense output, "before" is
+            that too, with inputs from before attention was pruned, as released.
         penalties: of the split network.
         first_half: prune only the first half of the blocks, as the published tables did.
 
@@ -111,7 +111,7 @@ class SparseLLM(Capabilities):
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
         check_target(blocks, self.method, target)
-        if not blocks[0].weights[0].parameter.is_meta:  # else a block is read when its weights are there
+        if not blocks[0].weights[0].parameter.is_meta:  # otherwise a block is read once its weights are loaded
             for views in feed_forwards(model, blocks):
                 _targets(views, target)
 
@@ -133,7 +133,7 @@ class SparseLLM(Capabilities):
         notes = []
         if self.target == "block" and not all(figure["repairs"] for figure in figures):
             notes.append(
-                "the blocks do not add their networks' outputs to what they put out: attention is not made up for"
+                "the blocks do not add the networks' outputs to a residual: errors of attention are not compensated"
             )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
@@ -147,7 +147,7 @@ class SparseLLM(Capabilities):
     def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> Visit:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
-        activation = world.from_first(lambda: views.activation.name)  # two may be alike to rounding
+        activation = world.from_first(lambda: views.activation.name)  # two may agree up to rounding
         views = replace(views, activation=ACTIVATIONS[activation])
         repairs = self.target == "block" and stream.adds(index, views.down)
         own = views.weights
@@ -258,7 +258,7 @@ class SparseLLM(Capabilities):
     def damped(
         self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
-        """Ridge and damping for every weight; chosen on validation tokens where that is asked for."""
+        """Ridge and damping for every weight; selected on validation tokens for "auto"."""
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
@@ -273,16 +273,16 @@ class SparseLLM(Capabilities):
 
 
 def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
-    """The target of every matrix of a network; empty where it is to stay as it is.
+    """The target of every matrix of a network; empty if it is not pruned.
 
     Raises:
-        UserError: some of its matrices are to stay, others to be pruned.
+        UserError: only some of its matrices are selected for pruning.
     """
     own = {name: target.at(view.name) for name, view in views.views.items()}
     found = {name: one for name, one in own.items() if one is not None}
     if found and len(found) < len(own):
         left = next(views.views[name].name for name, one in own.items() if one is None)
-        raise UserError(f"a feed-forward network is pruned as one: {left} cannot stay as it is by itself")
+        raise UserError(f"a feed-forward network is pruned as one: {left} cannot be left out")
     return found
 
 
@@ -298,7 +298,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _gram(network: Network, name: str, inputs: Tensor, total: Total) -> Tensor:
-    """H of what enters a weight of the dense network."""
+    """The Gram H of the inputs of a weight of the dense network."""
     gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
     for chunk in inputs.split(1024):
         x = chunk.to(network.weights[name])
@@ -310,19 +310,19 @@ def _gram(network: Network, name: str, inputs: Tensor, total: Total) -> Tensor:
 SPARSELLM = (
     SparseLLM(
         name="sparsellm",
-        summary="each feed-forward network as one, by admm; attention's error made up for",
+        summary="each feed-forward network as a whole, by admm, compensating the error of attention",
         method=LOCAL_METHODS["admm"],
     ),
     SparseLLM(
         name="sequential",
-        summary="sparsellm's ablation: up by admm, then down on what the pruned up gives (closing), and no more",
+        summary="ablation of sparsellm: up by admm, then down on the output of the pruned up (closing)",
         method=LOCAL_METHODS["admm"],
         rounds=1,
         descent=0,
     ),
     SparseLLM(
         name="sparsellm-release",
-        summary="sparsellm with the inner solver, ratios, rounds and targets of its released code",
+        summary="sparsellm with the layer solver, ratios, rounds and targets of its released code",
         method=LOCAL_METHODS["sparsegpt"],
         rounds=4,
         closing=False,

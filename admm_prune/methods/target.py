@@ -1,4 +1,4 @@
-"""How much is to go, and how a user says so."""
+"""Pruning targets: a sparsity or an N:M pattern, and their parsing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 from admm_prune.errors import UserError
 
-DENSE = "dense"  # of a weight that stays as it is
+DENSE = "dense"  # the target of a weight that is not pruned
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much is to go: a sparsity, or N kept of every M.
+    """A pruning target: a sparsity, or N kept of every M.
 
     Attributes:
         layers: (name, "0.5" or "2:4" or "dense") of every weight that has a target of its own, or none.
@@ -22,7 +22,7 @@ class Target:
     layers: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """In full, "0.7" or "2:4": what `target_named` reads back to the bit."""
+        """In full, "0.7" or "2:4", from which `target_named` restores it exactly."""
         return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else repr(self.sparsity)
 
     @property
@@ -32,11 +32,11 @@ class Target:
 
     @property
     def fraction(self) -> float:
-        """The fraction of the weights to go, 0 to 1, of a pattern too."""
+        """The fraction of the weights to remove, 0 to 1, for a pattern too."""
         return 1 - self.pattern[0] / self.pattern[1] if self.pattern else self.sparsity or 0.0
 
     def at(self, name: str) -> Target | None:
-        """The target of one weight; None where it is to stay as it is."""
+        """The target of one weight; None if it is not pruned."""
         own = dict(self.layers).get(name)
         if own is None:
             return replace(self, layers=())
@@ -58,7 +58,7 @@ def target_named(text: str) -> Target:
 
 
 def parse_target(sparsity: str | float | None, pattern: str | None) -> Target:
-    """One target from the words of a user.
+    """One target from user input.
 
     Raises:
         UserError: neither or both are given; not a number from 0 to 1; not N:M with 1 <= N <= M.

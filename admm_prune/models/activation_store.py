@@ -1,4 +1,4 @@
-"""Activations between blocks, and the calls that take them from one block to the next.
+"""Activations between blocks, and replaying the blocks on them.
 
 Each block is called exactly as the model calls it. Activations are held on the host, and past a limit in files that are
 mapped into memory when they are read.
@@ -22,15 +22,14 @@ from admm_prune.models.structure import Block
 
 
 class Shelf:
-    """Keeps tensors by name outside of the device.
+    """Stores tensors by name off the device.
 
-    A tensor that would take what is held in memory past the limit goes into a file. Reading it maps the file, so that
-    pages come in as they are used and go when the tensor is dropped; what is written to it then stays in memory.
+    A tensor that would exceed the memory limit is written to a file. Reading it maps the file, so that pages are loaded
+    on use and freed with the tensor; writes to the mapped tensor stay in memory.
 
     Args:
         limit: bytes held in memory; None for no limit.
-        folder: where the files go, in a folder of their own that ends with the shelf; None for the system's place for
-            temporary files.
+        folder: the parent of a temporary folder for the files, deleted with the shelf; None for the system's default.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
@@ -40,7 +39,7 @@ class Shelf:
         self._files: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Keeps a tensor in place of what had its name.
+        """Stores a tensor under a name, replacing an earlier one.
 
         Raises:
             OSError: the file cannot be written.
@@ -50,7 +49,7 @@ class Shelf:
         if self._limit is None or self.held_bytes + kept.nbytes <= self._limit:
             self._held[name] = kept
             return
-        # Written, not mapped: a full disk is then an error, where a mapped page would end the process.
+        # Written, not mapped: a full disk is then an error, where a mapped page would kill the process.
         with self._path(name).open("wb") as file:
             kept.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
         self._filed[name] = (kept.shape, kept.dtype)
@@ -79,12 +78,12 @@ Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block ret
 
 
 class Flow:
-    """One batch under way.
+    """One batch on its way through the model.
 
     Attributes:
         name: of its hidden states on the shelf.
         mask: (b, L) bool, its real tokens, on the device.
-        calls: every block's arguments beside the hidden states.
+        calls: every block's arguments other than the hidden states.
     """
 
     def __init__(self, name: str, shelf: Shelf, hidden: Tensor, mask: Tensor, calls: list[Call]) -> None:
@@ -107,10 +106,10 @@ class Flow:
         return self._shelf.get(self.name)
 
     def replay(self, block: Block, index: int, *, finite: bool = True) -> Tensor:
-        """The hidden states that `block` makes of the present ones.
+        """The hidden states that `block` computes from the present ones.
 
         Raises:
-            UserError: they are not finite, and were to be.
+            UserError: they are not finite although required to be.
         """
         args, kwargs = self.calls[index]
         output = block.module(self.hidden, *args, **kwargs)
@@ -132,18 +131,18 @@ def record(
     shelf: Shelf,
     finite: bool = True,
 ) -> list[Flow]:
-    """Runs the model on every batch, up to its last block, to learn how it calls its blocks.
+    """Runs the model on every batch, up to its last block, to record how it calls its blocks.
 
-    Blocks that have no weights are passed by: what else they are called with does not depend on what they do.
+    Blocks without weights are skipped: their other arguments do not depend on the outputs of the blocks.
 
     Args:
         batches: with the names of their hidden states.
         device: on which the model computes.
         wrap: as `form_of` gives it.
-        finite: what enters the first block must be.
+        finite: require finite inputs of the first block.
 
     Raises:
-        UserError: blocks are called out of order or never, or what enters the first is not finite.
+        UserError: blocks are called out of order or never, or the inputs of the first are not finite.
     """
     passing = nullcontext() if wrap is None else passed_by(blocks, wrap)
     with residence.outside(), passing:
@@ -151,13 +150,13 @@ def record(
 
 
 def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap | None:
-    """As `returned_form`; None where all weights are in memory, so that no block is ever passed by."""
+    """As `returned_form`; None if all weights are in memory, so that no block is skipped."""
     return returned_form(model, blocks, device, residence) if residence.hollow else None
 
 
 @torch.no_grad()
 def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
-    """How blocks return their hidden states, alone or as the first of several, by a call of the first block."""
+    """The form in which blocks return hidden states, alone or in a tuple, found by calling the first block."""
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -180,7 +179,7 @@ def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, r
 
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
-    """Blocks hand on the hidden states as they come; the first puts out `last` instead, where it is given."""
+    """Makes blocks return their inputs; the first returns `last` instead, if given."""
     own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
     for number, block in enumerate(blocks):
         block.module.forward = _passing(wrap, last if number == 0 else None)
@@ -202,7 +201,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 
 def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Parts a block's arguments into the hidden states, which come first or by that name, and the others."""
+    """Splits a block's arguments into the hidden states, given first or by name, and the others."""
     if args:
         return args[0], (args[1:], kwargs)
     others = dict(kwargs)
@@ -210,7 +209,7 @@ def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
 
 
 class _StopRecordingError(Exception):
-    """Ends the recording run at a block: what comes after it is not needed."""
+    """Ends the recording run at a block: later computations are not needed."""
 
 
 def _record(

@@ -12,14 +12,14 @@ from admm_prune.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"  # what `PeftModel.save_pretrained` writes
 
-# Under these names PEFT's modules hold what they adapt, or full copies of it; everything else in them is an adapter.
+# PEFT's modules hold the adapted module, or full copies of it, under these names; everything else is an adapter.
 _ADAPTED = {"base_layer", "base_model", "lora_model", "model", "modules_to_save", "original_module", "token_adapter"}
 
 
 def check_no_adapters(source: str, what: nn.Module | Path) -> None:
     """Refuses a model, or a folder, that has adapters beside its weights.
 
-    Adapters are no matrices of the model: pruned or saved as such they would be lost.
+    Adapters are not matrices of the model and would be lost.
 
     Raises:
         UserError: it has adapters; the message says how to merge them.
@@ -40,7 +40,7 @@ def check_no_adapters(source: str, what: nn.Module | Path) -> None:
 
 
 def check_repository(source: str) -> None:
-    """Refuses a Hub repository that has an adapter, of which nothing but the config is to be read.
+    """Refuses a Hub repository with an adapter, where only the config is read.
 
     Raises:
         UserError: as `check_no_adapters`.

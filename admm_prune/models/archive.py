@@ -1,7 +1,7 @@
 """Safetensors files written one tensor at a time, and packed files: a bit mask and the nonzero values of each weight.
 
-The library's own writer takes all tensors at once; here none is copied, and the fingerprint is computed on the way. A
-packed file carries the header of the file that it was made of, so that unpacking gives that file back to the byte.
+The library's own writer takes all tensors at once; this one copies none, and computes the fingerprint while writing. A
+packed file carries the header of the file that it was made of, so that unpacking restores that file exactly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES = {
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors that are brought in when they are asked for."""
+    """Tensors that are loaded on access."""
 
     def __init__(self, names: list[str], read: Callable[[str], Tensor]) -> None:
         self._names, self._read = names, read
@@ -53,10 +53,10 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file through to the disk.
+    """Writes a safetensors file and synchronizes it to disk.
 
     Args:
-        tensors: asked for twice each, first for their shapes, then to be written.
+        tensors: each is accessed twice, first for its shape, then to be written.
 
     Returns:
         The file's sha256.
@@ -89,7 +89,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 PACK_MANIFEST = "admm_prune_pack.json"
-PACKED = ".packed"  # behind the name of a packed file: no loader takes it for the weights themselves
+PACKED = ".packed"  # suffix of a packed file, so that no loader mistakes it for the weights
 _BITS, _VALUES, _HEADER = ".bits", ".values", "header"
 _LENGTH = struct.Struct("<Q")  # safetensors: the length of the header, the header as JSON, then the data
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -107,10 +107,10 @@ class Entry:
 
 
 def read_header(path: Path) -> tuple[bytes, list[Entry]]:
-    """The header of a safetensors file, to the byte, and its tensors in the order of their data.
+    """The exact header of a safetensors file, and its tensors in the order of their data.
 
     Raises:
-        UserError: it is none, or cut short.
+        UserError: it is not a safetensors file, or truncated.
     """
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:  # safe_open checks offsets and length
@@ -121,9 +121,10 @@ def read_header(path: Path) -> tuple[bytes, list[Entry]]:
 
 
 def pack_file(source: Path, out: Path) -> list[str]:
-    """Writes a safetensors file without its zeros, one tensor in memory; one that would not become smaller stays whole.
+    """Writes a safetensors file without its zeros, one tensor in memory; a tensor that would not shrink is stored
+    unchanged.
 
-    Only what is zero in every bit is left out: -0.0 is a value.
+    Only entries with all bits zero are left out: -0.0 is stored as a value.
 
     Returns:
         The names of the tensors that were packed.
@@ -165,7 +166,7 @@ def pack_file(source: Path, out: Path) -> list[str]:
 
 
 def unpack_file(source: Path, out: Path) -> None:
-    """The inverse of `pack_file`, to the byte, one tensor in memory.
+    """The exact inverse of `pack_file`, with one tensor in memory.
 
     Raises:
         UserError: `source` is no packed file, or its bits and values do not belong together.

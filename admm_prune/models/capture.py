@@ -1,4 +1,4 @@
-"""Calibration: what enters every weight of every block, given that the blocks before are pruned already."""
+"""Calibration: statistics of the inputs of every weight, after the preceding blocks were pruned."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.statistics import SUM_BYTES
 
-_APART = 1 << 30  # bytes of such sums that are worth another pass of the block
+_APART = 1 << 30  # bytes of sums from which a separate pass of the block is worth it
 
 
 class BlockStream:
     """The calibration text on its way through the model, block after block.
 
-    The model runs once per batch, up to its last block, to learn how it calls its blocks: with which arguments beside
-    the hidden states. From then on blocks are replayed one by one, by that very call, on the hidden states that the
-    blocks before, pruned meanwhile, put out. Blocks are taken in order: `collect(0)`, prune, `advance(0)`,
+    The model runs once per batch, up to its last block, to record how it calls its blocks: with which arguments beside
+    the hidden states. From then on blocks are replayed one by one, with the recorded arguments, on the outputs of the
+    preceding, already pruned blocks. Blocks are taken in order: `collect(0)`, prune, `advance(0)`,
     `collect(1)`, and so on. One block's statistics are held at a time, and the hidden states of all batches.
 
     Args:
@@ -36,14 +36,14 @@ class BlockStream:
         blocks: all of its blocks, as `decoder_blocks` finds them.
         sequences: calibration text.
         device: on which the model computes; Grams live there.
-        validation_fraction: of the sequences: their Gram is kept apart too. A single sequence is not cut.
+        validation_fraction: of the sequences, whose Gram is also kept separately. A single sequence is not split.
         holdout: other text, for reporting only.
-        residence: of the blocks: whoever works on one has it entered.
+        residence: of the blocks: a block is loaded while it is in use.
         shelf: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.
-        sparing: large Grams of the widest inputs are summed up by themselves, in another pass of the block and before
-            those of the others; the same to the bit.
+        sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
+            those of the others; bitwise the same.
 
     Raises:
         UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
@@ -94,20 +94,20 @@ class BlockStream:
 
     @property
     def position(self) -> int:
-        """The block whose turn it is."""
+        """The current block."""
         return self._position
 
     @property
     def activations(self) -> Mapping[str, Tensor]:
-        """The hidden states that enter the block whose turn it is, of every batch by its name, on the host.
+        """The hidden states that enter the current block, of every batch by its name, on the host.
 
-        They are brought in as they are asked for.
+        They are loaded on access.
         """
         flows = {flow.name: flow for flow in self._all_flows()}
         return Lazy(list(flows), lambda name: flows[name].stored)
 
     def resume(self, index: int, activations: Mapping[str, Tensor]) -> None:
-        """Goes on at block `index` with what `activations` gave when it was its turn.
+        """Continues at block `index` with earlier `activations` of it.
 
         Raises:
             ValueError: they are of other batches.
@@ -132,15 +132,15 @@ class BlockStream:
         """The inputs of block `index`, in the order of its weights; pads are left out.
 
         Args:
-            only: names of weights, where not all of them are asked for: a Gram is the largest thing there is.
-            outputs: receives what the block puts out, (n, hidden size) for every part of the text.
+            only: names of weights, if not all are needed: Grams are the largest tensors.
+            outputs: receives the outputs of the block, (n, hidden size) for every part of the text.
             weigh: from inputs (n, in) the tokens' weights in their Gram (n,).
             centre: the statistics include centred Grams (`LayerStatistics.centred`).
 
         Raises:
-            ValueError: it is another block's turn.
-            UserError: a weight is never used, reads inputs that do not come one a token, activations overflow, or what
-                `weigh` gives is not one a token, finite and not negative.
+            ValueError: another block is current.
+            UserError: a weight is never used, reads inputs other than one per token, activations overflow, or
+                `weigh` does not return one finite non-negative weight per token.
         """
         block = self._turn(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
@@ -157,7 +157,7 @@ class BlockStream:
         return sorted(shared, key=lambda one: min(places[view.name] for view in one.weights))
 
     def _apart(self, weights: tuple[WeightView, ...]) -> list[tuple[WeightView, ...]]:
-        """The weights whose Grams are summed up together: all, or the widest by themselves, where memory is spared."""
+        """The weights whose Grams are accumulated together: all, or the widest separately to save memory."""
         widths = {view.shape[1] for view in weights}
         sums = len(self._flows) * sum(SUM_BYTES * width**2 for width in widths)
         if not self._sparing or len(widths) == 1 or sums < _APART or any(v.expert is not None for v in weights):
@@ -165,7 +165,7 @@ class BlockStream:
         widest = max(widths)
         wide = tuple(view for view in weights if view.shape[1] == widest)
         narrow = tuple(view for view in weights if view.shape[1] < widest)
-        return [wide, narrow]  # while the widest are summed up nothing else is held
+        return [wide, narrow]  # while the widest are accumulated nothing else is held
 
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
         """One run of the block over all batches."""
@@ -184,11 +184,12 @@ class BlockStream:
     def pairs(
         self, index: int, first: WeightView, last: WeightView, wanted: dict[str, Tensor] | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What enters `first` and what `last` puts out in block `index`, real tokens only, for every part of the text.
+        """The inputs of `first` and the outputs of `last` in block `index`, real tokens only, for every part of the
+        text.
 
         Args:
-            wanted: what the block is to put out, as `collect` gave it: the second of a pair is then what `last` would
-                have to put out for that, where the block adds it to its residual stream.
+            wanted: target outputs of the block, from `collect`: the second of a pair is then the output of `last` that
+                gives them, if the block adds it to its residual stream.
 
         Returns:
             (n, in) and (n, out) for every part.
@@ -215,14 +216,14 @@ class BlockStream:
                 outputs.append(leaving)
             if flows:
                 found[part] = (torch.cat(inputs), torch.cat(outputs))
-            else:  # others have all of it
+            else:  # others share the text
                 entered, left = found["calibration"]
                 found[part] = (entered[:0], left[:0])
         return found
 
     def places(self, part: str) -> tuple[Tensor | None, int]:
-        """Where the tokens of a process's own share stand among all tokens of a part of the text (n,), None where they
-        are all, and how many these are."""
+        """The positions of this process's tokens among all tokens of a part of the text (n,), None if it has all; and
+        the number of all tokens."""
         text = self._texts[part]
         if self._world.size == 1:
             return None, text.tokens
@@ -234,7 +235,7 @@ class BlockStream:
 
     @torch.no_grad()
     def adds(self, index: int, last: WeightView) -> bool:
-        """True where block `index` adds what `last` puts out to its own output: tried out on one batch, of the first
+        """True if block `index` adds the output of `last` to its own output: tested on one batch of the first
         process."""
         block = self._turn(index)
         flow = next(iter(self._flows.values()))[0]
@@ -249,10 +250,10 @@ class BlockStream:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Runs block `index`, as its weights are now, and hands its outputs to the next block.
+        """Runs block `index` with its current weights and advances to the next block.
 
         Raises:
-            ValueError: it is another block's turn.
+            ValueError: another block is current.
             UserError: its outputs are not finite.
         """
         block = self._turn(index)
@@ -263,12 +264,12 @@ class BlockStream:
 
     @torch.no_grad()
     def preview(self, index: int) -> Tensor:
-        """What block `index`, as its weights are now, makes of the first batch; nothing moves on."""
+        """The outputs of block `index` on the first batch, with its current weights; does not advance."""
         return self._flows["calibration"][0].replay(self._turn(index), index)
 
     @torch.no_grad()
     def energy(self) -> float:
-        """||h||_F^2: the square norms of all calibration tokens' present hidden states, added up in float64."""
+        """||h||_F^2: the squared norms of the current hidden states of all calibration tokens, summed in float64."""
         flows = self._flows["calibration"] + self._flows.get("validation", [])
         own = sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
         return float(self._world.total(torch.tensor(own, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""The tensors of a model folder by the names of the model's parameters, whatever its files call them."""
+"""The tensors of a model folder by the names of the model's parameters, independent of the names in the files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PIECE = 1 << 24  # entries of two tensors that are compared at once
+_PIECE = 1 << 24  # entries compared at once
 
 
 class Checkpoint:
-    """What `from_pretrained` would read of a folder, one tensor at a time.
+    """The tensors that `from_pretrained` would load from a folder, one at a time.
 
-    Files may hold a parameter under another name, or in parts (the experts of a mixture one by one): transformers knows
-    of each of its models how to put them together and to take them apart again.
+    Files may hold a parameter under another name, or in parts (the experts of a mixture one by one): transformers
+    defines for each model how to merge and split them.
 
     Args:
         folder: with config.json and safetensors.
@@ -48,16 +48,16 @@ class Checkpoint:
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
         self._converted_as: dict[str, str] = {}  # a parameter -> the first of those that one conversion makes
         self._tied: dict[str, str] = {}  # a parameter that no file holds -> the one it is tied to
-        self._surplus: dict[str, str] = {}  # stored names that are no parameter's -> what the model would call them
+        self._surplus: dict[str, str] = {}  # stored names without a parameter -> the names the model would use
         self._converters: dict[str, Any] = {}
         self._renames = False
         self._model: Any = None
 
     def adapt(self, model: Any, quantizer: Any = None) -> None:
-        """Learns by which names, and in which parts, the files hold the parameters of a model; settles what is tied.
+        """Maps the parameters of a model to the names and parts in the files, and resolves ties.
 
         Two parameters that the config ties, but of which the files hold different values, are untied, as
-        `from_pretrained` does; one that no file holds is read as that which it is tied to.
+        `from_pretrained` does; one missing from the files is read from the parameter it is tied to.
 
         Args:
             model: without weights, as `stored.shapes` makes it.
@@ -85,7 +85,7 @@ class Checkpoint:
                 others = {name.replace(targets[0], target) for target in targets[1:]}
                 self._converted_as |= dict.fromkeys(others, name)
         self._parts, self._renames = dict(parts), bool(parts)
-        # What is reverted when the model is saved, as from_pretrained leaves it; nothing is quantized again.
+        # The conversions reverted when the model is saved, as set by from_pretrained; nothing is quantized again.
         model._weight_conversions = None if quantizer else [one for one in transforms if one.was_used()]
         self._settle_ties(model)
 
@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def surplus(self) -> Mapping[str, str]:
-        """Stored names that belong to no parameter, and what the model would call them."""
+        """Stored names that belong to no parameter, with the names the model would use."""
         return self._surplus
 
     @property
@@ -109,14 +109,14 @@ class Checkpoint:
         return self._renames
 
     def sources(self, name: str) -> list[str]:
-        """The stored names of what a parameter is read from."""
+        """The stored names of the tensors that a parameter is read from."""
         name = self._tied.get(name, name)
         if name in self._parts or name in self._converted_as:
             return [stored for stored, _ in self._parts[self._converted_as.get(name, name)]]
         return [name] if name in self._files else []
 
     def is_converted(self, name: str) -> bool:
-        """Whether a parameter is put together, so that its shape is not that of one stored tensor."""
+        """Whether a parameter is merged from several tensors, so that its shape is not that of a stored one."""
         parts = self._parts.get(self._converted_as.get(name, name), [])
         return any(pattern is not None for _, pattern in parts)
 
@@ -150,14 +150,14 @@ class Checkpoint:
         return reverted
 
     def replace(self, name: str, file: Path) -> None:
-        """A parameter is read from another file from now on, where it stands under its own name."""
+        """Redirects a parameter to another file, which stores it under its own name."""
         self._files[name] = file
         self._parts.pop(name, None)
         self._converted_as.pop(name, None)
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
-        """Of the first stored tensor of floats."""
+        """The dtype of the first stored floating-point tensor."""
         for name, path in sorted(self._files.items()):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())
@@ -171,7 +171,8 @@ class Checkpoint:
             yield name, self._stored(name)
 
     def _settle_ties(self, model: Any) -> None:
-        """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: by what the files hold."""
+        """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: depending on the content of
+        the files."""
         ties = list(getattr(model, "all_tied_weights_keys", {}).items())
         for target, source in ties:
             if target in self and source in self:

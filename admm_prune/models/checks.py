@@ -16,19 +16,19 @@ from admm_prune.models.streaming import IN_MEMORY, Residence
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
 _IDS = (2, 3, 4, 5, 6)
-_LEAST = 1e-5  # a smaller relative difference is no dependence
+_LEAST = 1e-5  # smaller relative differences are rounding
 
 
 def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> None:
     """Refuses a model in which a token's representation depends on later tokens, such as an encoder.
 
-    The last of a few tokens is exchanged for another. What one block of every kind (class, and kind of attention) makes
-    of the tokens before it must not move, beyond rounding: a mixture may add up the tokens of an expert in another
-    order. The other blocks are passed by.
+    The last of a few tokens is replaced. The outputs of one block of every kind (class, and kind of attention) at the
+    preceding tokens must not change, up to rounding: a mixture may sum the tokens of an expert in another order. The
+    other blocks are skipped.
 
     Args:
         source: as the user named the model.
-        residence: of the blocks: one of each kind is entered.
+        residence: of the blocks: one of each kind is loaded.
 
     Raises:
         UserError: tokens see later ones, the model cannot run on token ids alone, or it has matrices in its blocks that
@@ -37,7 +37,7 @@ def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> N
     kind = type(model).__name__
     try:
         blocks = decoder_blocks(model)
-    except UserError:  # the command that needs the blocks says why there are none
+    except UserError:  # the command that needs the blocks reports the reason
         return
     try:
         with residence.outside():
@@ -49,7 +49,7 @@ def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> N
                     raise UserError(f"{source}: {why}")
     except UserError:
         raise
-    except Exception as error:  # any that the code of a model may end in
+    except Exception as error:  # the code of a model may raise anything
         raise UserError(f"{source}: {kind} does not run on a sequence of token ids ({first_line(error)})") from error
 
 
@@ -66,7 +66,7 @@ def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:
 
 @torch.no_grad()
 def _try(model: Any, block: Block, device: torch.device) -> str | None:
-    """Runs the model up to a block on two sequences that differ in the last token; what is wrong, None if nothing."""
+    """Runs the model up to a block on two sequences that differ in the last token; returns the fault, or None."""
     rows = embedding_rows(model)
     leaving: list[Tensor] = []
     for last in (_IDS[-1], _IDS[-1] + 1):
@@ -83,7 +83,7 @@ def _try(model: Any, block: Block, device: torch.device) -> str | None:
     if bool((first - second).norm() > bound * first.norm()):
         return (
             f"{type(model).__name__} is no causal language model: in {block.name} tokens see later ones, so that a "
-            "perplexity of it would mean nothing"
+            "perplexity would be meaningless"
         )
     return None
 
@@ -95,11 +95,11 @@ def _is_chosen(block: Block, view: WeightView) -> bool:
 
 
 class _StopError(Exception):
-    """Ends a run at the block that was to be seen."""
+    """Ends a run at the observed block."""
 
 
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
-    """The hidden states (1, n, d) that a block puts out, and the modules in it that were called."""
+    """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
     found: list[Tensor] = []
     used: set[nn.Module] = set()
 

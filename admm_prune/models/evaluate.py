@@ -24,8 +24,8 @@ _LOGITS = 2**27  # logits held at once: 512 MiB in float32
 class Evaluation:
     """perplexity = exp(cross-entropy per scored token); bits_per_char = total cross-entropy in bits / characters.
 
-    Bits per character compares models of different tokenizers; perplexity does not. `protocol` says in one sentence
-    what was scored and how.
+    Bits per character is comparable between models with different tokenizers; perplexity is not. `protocol` says in one
+    sentence what was scored and how.
     """
 
     perplexity: float
@@ -48,12 +48,12 @@ def evaluate(
 ) -> Evaluation:
     """Scores every token of `sequences` but those that are given, once each.
 
-    Cross-entropies are computed from logits in float32 and added in float64. A model that overflows gets the
-    perplexity it earned, inf or nan.
+    Cross-entropies are computed from logits in float32 and added in float64. If a model overflows,
+    its perplexity is inf or nan.
 
     Args:
-        residence: of the weights. Where they are not in memory all of the text goes through one block after the other,
-            by the same calls on the same batches as the model would make, so that the figures are the same.
+        residence: of the weights. If they are not in memory, the whole text is passed through one block after the
+            other, with the same calls on the same batches, so that the figures are the same.
         shelf: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.
     """
@@ -87,10 +87,10 @@ def streamed(
     call: Callable[[Batch], T],
     shelf: Shelf | None = None,
 ) -> Iterator[T]:
-    """What `call` makes of every piece, with one block in memory at a time and then what is outside of the blocks.
+    """The result of `call` on every piece, with one block in memory at a time, then the modules outside the blocks.
 
     Args:
-        call: calls the model on a piece; its blocks put out then what they made of that piece.
+        call: calls the model on a piece; its blocks then return their saved outputs.
         shelf: keeps the hidden states meanwhile.
     """
     blocks, device = decoder_blocks(model), residence.device(model)
@@ -110,7 +110,8 @@ def streamed(
 
 @torch.no_grad()
 def continued(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
-    """The most probable tokens (count,) after a prompt (n,), one after the other; no settings of the model enter."""
+    """The most probable tokens (count,) after a prompt (n,), one after the other; independent of the model's generation
+    settings."""
     ids = prompt.to(next(model.parameters()).device)[None]
     for _ in range(count):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
@@ -190,8 +191,8 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 class Distillation:
     """(1 - weight) cross-entropy + weight T^2 KL(p_teacher || p), means over the scored tokens, at temperature T.
 
-    The teacher is the dense model: its whole distribution says more of each token than the token does. It runs without
-    gradients, which costs about a third of a training step.
+    The teacher is the dense model: its whole distribution is more informative than the token alone. It runs without
+    gradients, about a third of the cost of a training step.
 
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015.
     """

@@ -1,4 +1,4 @@
-"""Mixtures of experts at work: which rows every expert's matrices read, seen in the model's own forward."""
+"""Observes mixtures of experts: the rows that every expert's matrices read in the model's own forward."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 def routed(
     views: Mapping[int, WeightView], observe: Observe, mask: Callable[[], Tensor], *, everything: bool
 ) -> Generator[None]:
-    """While it lasts, `observe(number, rows)` is told what enters the matrices of experts: rows (n, in).
+    """Within it, `observe(number, rows)` is called with the inputs of the matrices of experts: rows (n, in).
 
-    The experts' own forward runs, one expert after the other: what it hands to a product with a matrix of an expert is
-    seen there. It is called with real tokens only, so that no pad is ever routed; pads get zeros. On the meta device
-    nothing is routed: every expert is given its share of the tokens.
+    The experts' own forward runs, one expert after the other: the inputs of products with an expert's matrix are
+    observed. It is called with real tokens only, so that no pad is ever routed; pads get zeros. On the meta device
+    nothing is routed: every expert gets an equal share of the tokens.
 
     Args:
         views: matrices of experts, by number.
@@ -36,7 +36,7 @@ def routed(
         everything: every token goes to all of these experts, wherever the router would have sent it.
 
     Raises:
-        UserError: a module, named, is not told by its router which tokens go where.
+        UserError: a module (named in the message) does not receive the router's assignment of tokens.
     """
     modules: dict[nn.Module, list[int]] = {}
     for view in views.values():
@@ -60,7 +60,7 @@ def routed(
 
 
 class _Products(TorchFunctionMode):
-    """Sees every product with a matrix of an expert, told by the memory that it lies in."""
+    """Observes every product with a matrix of an expert, identified by its memory."""
 
     def __init__(self, views: Mapping[int, WeightView], observe: Observe) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Products(TorchFunctionMode):
 def _in_shares(
     module: Any, views: Mapping[int, WeightView], observe: Observe, everything: list[int] | None
 ) -> Generator[None]:
-    """Has the experts' forward run on as many rows for each as if all were sent as many tokens; nothing is in them."""
+    """Runs the experts' forward on empty rows, as many for each as with uniform routing."""
     forward = module.forward
 
     def in_shares(x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _in_shares(
 
 
 class _Gate:
-    """Takes the pads from what enters a module of experts, and puts zeros for them into what leaves it."""
+    """Removes the pads from the inputs of a module of experts, and inserts zeros for them in its outputs."""
 
     def __init__(self, name: str, mask: Callable[[], Tensor], everything: list[int] | None) -> None:
         self._name, self._mask, self._everything = name, mask, everything
@@ -115,7 +115,7 @@ class _Gate:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         choices = [x for x in given if not x.is_floating_point() and x.ndim == 2 and len(x) == len(mask)]
         if len(choices) != 1 or any(len(x) != len(mask) for x in given):
-            raise UserError(f"{self._name}: it is not told which tokens go to which expert: it cannot be pruned")
+            raise UserError(f"{self._name}: it does not receive the tokens of each expert: it cannot be pruned")
         taken = {id(x): x[mask] for x in given}
         if self._everything is not None:
             choice, count = choices[0], len(taken[id(choices[0])])

@@ -1,4 +1,4 @@
-"""A model whose blocks have lost units, in a form that `save_pretrained` writes and `from_pretrained` loads."""
+"""Exports a model after structured pruning in a form that `save_pretrained` writes and `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from admm_prune.errors import UserError
 from admm_prune.models.sublayers import Branch, pad_units
 
 Form = Literal["per-layer", "padded"]
-_NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # what configs call the number of neurons
+_NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # names of the number of neurons in configs
 
-_KEYS = ("num_key_value_heads", "num_kv_heads")  # and that of key heads
+_KEYS = ("num_key_value_heads", "num_kv_heads")  # and of the number of key-value heads
 
 
 def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "per-layer") -> str:
-    """Makes the config say how wide the blocks are, in place.
+    """Updates the config with the widths of the blocks, in place.
 
-    Where all blocks are alike and the family's config can say so, the stock class loads the model. Otherwise:
-    "per-layer" keeps every block as it is, under a class of `modeling_per_layer`, whose file `save_pretrained` writes
-    beside the weights (`trust_remote_code=True` to load it without this package); "padded" fills every branch up to the
-    widest with units of zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
+    If all blocks have equal widths that the family's config can express, the stock class loads the model. Otherwise:
+    "per-layer" keeps the width of every block, with a class of `modeling_per_layer`, whose file `save_pretrained`
+    writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every branch to
+    the
+    widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
 
     Args:
         blocks: the branches of every block, as they are now.
@@ -57,32 +58,30 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "p
 
 
 def check_exportable(model: nn.Module, form: Form) -> None:
-    """Refuses a form in which unlike blocks could not be saved.
+    """Refuses a form in which blocks of different widths cannot be saved.
 
     Raises:
         UserError: "per-layer" of a family that has no class for it.
     """
     name = type(model).__name__
     if form == "per-layer" and per_layer_class(name) is None:
-        raise UserError(
-            f"{name}: there is no class with unlike blocks for it: use struprune-uniform or struprune-padded"
-        )
+        raise UserError(f"{name}: its blocks must have equal widths: use struprune-uniform or struprune-padded")
 
 
 def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
-    """How many units the branches of every block have, by kind."""
+    """The number of units of the branches of every block, by kind."""
     return [{branch.kind: branch.count for branch in block} for block in blocks]
 
 
 def admits(config: Any, branch: Branch, count: int) -> bool:
-    """Whether the stock class of a config can have so many units of a kind."""
+    """Whether the stock class of a config supports this number of units of a kind."""
     if branch.kind == "heads":
         return admits_heads(config, count * branch.queries, branch.size)
     return admits_neurons(config, count)
 
 
 def admits_heads(config: Any, heads: int, size: int) -> bool:
-    """Whether the stock class of a config can have so many query heads of this size.
+    """Whether the stock class of a config supports this number of query heads of this size.
 
     Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
     """
@@ -99,7 +98,7 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
 
 
 def admits_neurons(config: Any, count: int) -> bool:
-    """Whether the stock class of a config can have so many neurons: Bloom's are four times its width, always."""
+    """Whether the stock class of a config supports this number of neurons: Bloom's is always four times its width."""
     return any(hasattr(config, name) for name in _NEURONS) or bool(count == 4 * config.hidden_size)
 
 
@@ -118,12 +117,12 @@ def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
 
 
 def _says_head_size(config: Any) -> bool:
-    """Whether the size of a head is the config's to say; it follows from other numbers where it is a property."""
+    """Whether the config stores the size of a head; if it is a property, it is derived from other numbers."""
     return hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
 
 
 def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
-    """The attributes of the config that tell the widths of a block."""
+    """The attributes of the config for the widths of a block."""
     widths: dict[str, int] = {}
     for branch in block:
         if branch.kind == "neurons":
@@ -149,20 +148,20 @@ def _settle(model: Any, block: Sequence[Branch]) -> None:
 
 
 def _keep_head_size(config: Any, block: Sequence[Branch]) -> None:
-    """Where a config leaves the head size open it follows from the number of heads, which changes."""
+    """Sets the head size: if a config omits it, it is derived from the number of heads, which changes."""
     sizes = [branch.size for branch in block if branch.kind == "heads"]
     if sizes and _says_head_size(config):
         config.head_dim = sizes[0]
 
 
 def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:
-    """The config's own attributes stay, by which the stock class builds all blocks; ours cuts them to their own."""
+    """Keeps the config's attributes, by which the stock class builds all blocks; our class then slices each block."""
     config = model.config
     _keep_head_size(config, blocks[0])
     config.allow_global_per_layer_attribute_access = True
     config.per_layer_config = None
     config.per_layer_config = {i: _widths(config, block) for i, block in enumerate(blocks)}
-    # The subclass differs in how it is built, which this model is already: nothing has to be copied.
+    # The subclass differs only in its constructor, so that the model needs no copy.
     model.__class__ = per_layer_class(type(model).__name__)
     model._weight_conversions = []  # older names (GPT-NeoX's head) are not known to a class beside the weights
     model.__class__.register_for_auto_class("AutoModelForCausalLM")

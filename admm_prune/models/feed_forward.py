@@ -1,4 +1,4 @@
-"""The feed-forward network of a decoder block, found by what its weights do to a few tokens, not by names."""
+"""The feed-forward network of a decoder block, found by running it on a few tokens, not by names."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from admm_prune.ops.activations import ACTIVATIONS, Activation
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a weight: the very tensor that it read, of so many tokens, and copies of the first rows in and out.
+    """One call of a weight: its input tensor, the number of tokens, and copies of the first rows of input and output.
 
-    Copies, because some blocks go on in place.
+    Copies, because some blocks work in place.
     """
 
     source: Tensor
@@ -57,7 +57,7 @@ class FeedForwardViews:
 
 @torch.no_grad()
 def feed_forward(block: Block, run: Callable[[], object]) -> FeedForwardViews:
-    """The one feed-forward network of a block, by what its weights do to the first tokens of what `run` gives it.
+    """The one feed-forward network of a block, found from the first tokens that `run` passes through it.
 
     Raises:
         UserError: as `feed_forwards`.
@@ -72,7 +72,7 @@ def feed_forward(block: Block, run: Callable[[], object]) -> FeedForwardViews:
 
 @torch.no_grad()
 def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardViews]:
-    """The one feed-forward network of every block: the model runs on a few tokens, and the weight is looked for that
+    """The one feed-forward network of every block: the model runs on a few tokens, to find the weight that
     reads act(W x) or act(V x) * (W x) of others.
 
     Raises:
@@ -99,16 +99,14 @@ def _remembering(calls: _Calls, key: int) -> Callable[[nn.Module, tuple[Tensor, 
 
 def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
     if any(view.expert is not None for view in block.weights):
-        raise UserError(
-            f"{block.name} is a mixture of experts, not one feed-forward network: use a method that goes layer by layer"
-        )
+        raise UserError(f"{block.name} is a mixture of experts, not one feed-forward network: use a layer-wise method")
     used = [view for view in block.weights if id(view) in calls]
     found = [match for down in used if (match := _match(down, used, calls)) is not None]
     if len(found) != 1:
         known = ", ".join(ACTIVATIONS)
         raise UserError(
             f"cannot read the feed-forward network of {block.name}: {len(found)} of its weights read act(W x) or "
-            f"act(V x) * (W x), act one of {known}; one must: use a method that goes layer by layer"
+            f"act(V x) * (W x), act one of {known}; one must: use a layer-wise method"
         )
     return found[0]
 
@@ -124,7 +122,7 @@ class _Part:
 
 
 def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwardViews | None:
-    """The network that ends in `down`: what comes closest to its inputs, to rounding."""
+    """The network that ends in `down`: the best match of its inputs, up to rounding."""
     wanted = calls[id(down)].inputs
     whole, halves = _parts(down, calls[id(down)].tokens, used, calls)
     best, least = None, _ROUNDING * torch.finfo(wanted.dtype).eps

@@ -1,4 +1,4 @@
-"""Models that are given as modules: what wraps them taken off, what cannot be pruned in place refused."""
+"""Models passed as modules: unwraps them, and refuses those that cannot be pruned in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOLDER = "give the model's folder and out=, with stream=True where it does not 
 
 
 def given(model: Any, tokenizer: Any) -> LoadedModel:
-    """A causal language model of transformers that is in memory, as it is.
+    """Checks a causal language model of transformers that is in memory.
 
     A model under `torch.compile`, `DataParallel` or `DistributedDataParallel` is taken out of it: it is the same
     module, whose weights the wrapper shares.
@@ -43,7 +43,7 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
 
 
 def unwrapped(model: Any) -> Any:
-    """What `torch.compile` and wrappers for several devices hold."""
+    """The module inside `torch.compile` and wrappers for several devices."""
     while True:
         if hasattr(model, "_orig_mod"):  # of torch.compile
             model = model._orig_mod
@@ -82,7 +82,7 @@ def _check_weights(kind: str, model: Any) -> None:
 def _check_head(kind: str, model: Any) -> None:
     """Raises UserError where a model does not give a logit for every token id at every token."""
     if getattr(model.config, "is_encoder_decoder", False):
-        return  # refused with its blocks, in words of their own
+        return  # refused later, with its blocks
     device = next(model.parameters()).device
     ids = torch.tensor([[2, 3]], device=device)
     try:

@@ -1,4 +1,4 @@
-"""What enters the weights of one block while it runs: one Gram for every distinct input."""
+"""Statistics of the inputs of the weights of one block: one Gram for every distinct input."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class SharedInput:
 
 
 class Collector:
-    """Adds what enters some weights of one block to one Gram per distinct input.
+    """Accumulates the inputs of some weights of one block in one Gram per distinct input.
 
-    Weights share an input when they are called with the very same tensor, unchanged in between. An expert's inputs are
-    the tokens that the router sends it. One that got fewer tokens than a matrix of its has inputs, so that nothing is
-    known of the rest, starves: the block is to run again, where this matrix is given all tokens of the block, pads
-    left out, and its statistics are of those. `weigh` gives the tokens their weights in the Grams. With `centre` the
+    Weights share an input when they are called with the same tensor, unchanged in between. An expert's inputs are
+    the tokens that the router sends it. An expert that receives fewer tokens than one of its matrices has inputs
+    starves: the block is run again, this matrix is given all tokens of the block except pads, and its statistics
+    are taken from those. `weigh` gives the tokens their weights in the Grams. With `centre` the
     statistics include centred Grams.
     """
 
@@ -51,7 +51,7 @@ class Collector:
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """While it lasts, the block's calls are observed: all of them, or after `starving` those of starved experts."""
+        """Within it, the block's calls are observed: all of them, or after `starving` those of starved experts."""
         numbers = {n: view for n, view in enumerate(self._weights) if n in self._routed or not self._routed}
         with ExitStack() as stack:
             for number, view in numbers.items():
@@ -69,7 +69,7 @@ class Collector:
         self._part, self._mask, self._seen = part, mask.flatten(), []
 
     def join(self, parts: Collection[str], world: World) -> None:
-        """Takes in what the processes saw that share the text; one that saw nothing of an input has zeros to add."""
+        """Sums the statistics of all processes; a process without tokens for an input adds zeros."""
         if world.size == 1:
             return
         for found in world.gathered(self._leaders):  # in one order everywhere
@@ -85,7 +85,7 @@ class Collector:
             self._joined.add(leader)
 
     def starving(self) -> bool:
-        """True where the block has to run once more over all batches, for the experts that got too few tokens."""
+        """True if the block has to run again over all batches, for the experts with too few tokens."""
         for number, view in enumerate(self._weights):
             if view.expert is not None and self._tokens(number) < view.shape[1]:
                 self._routed[number] = self._tokens(number)
@@ -126,7 +126,7 @@ class Collector:
         )
 
     def _tokens(self, number: int) -> int:
-        """That the weight saw of the calibration text; none where a part of it has none."""
+        """Tokens of the calibration text that the weight received; 0 if a part of the text has none."""
         calibration = self._grams.get((number, "calibration"))
         validation = self._grams.get((number, "validation"))
         return 0 if calibration is None else calibration.tokens + (0 if validation is None else validation.tokens)
@@ -144,12 +144,12 @@ class Collector:
         rows = inputs.reshape(-1, inputs.shape[-1])
         if len(rows) != len(self._mask):
             raise UserError(
-                f"{self._name(number)} reads {len(rows)} inputs for {len(self._mask)} tokens, not one a token"
+                f"{self._name(number)} reads {len(rows)} inputs for {len(self._mask)} tokens, not one per token"
             )
         self._add(number, rows[self._mask])
 
     def _observe_routed(self, number: int, rows: Tensor) -> None:
-        """Of an expert: real tokens alone. No two experts read the same tensor."""
+        """The inputs of an expert: real tokens only. No two experts share an input."""
         self._leaders[number] = number
         self._add(number, rows)
 

@@ -1,4 +1,4 @@
-"""Causal language models in and out, in the plain `save_pretrained` form."""
+"""Loads and saves causal language models in the `save_pretrained` format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 METADATA_KEY = "admm_prune"
-_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # what a config and a tokenizer are read from
+_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config and the tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def load(
         source: "embedded" (the model that comes with this package), a folder, or a Hub id.
         device: where the model goes.
         dtype: of the weights; None keeps them as stored.
-        trust_remote_code: run code that comes with the model; never done otherwise.
+        trust_remote_code: allow running code that comes with the model.
 
     Raises:
-        UserError: there is no such model, or it is incomplete, broken, of no causal kind, or holds NaN or Inf.
+        UserError: there is no such model, or it is incomplete, broken, not causal, or has NaN or Inf entries.
     """
     folder, revision = _folder_of(source, trust_remote_code)
     model = _load_model(source, folder, dtype, trust_remote_code)
@@ -84,7 +84,7 @@ def open_on_disk(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """A model whose weights stay on disk until they are asked for, and its tokenizer.
+    """A model whose weights are read from disk on demand, and its tokenizer.
 
     Args:
         source, device, dtype, trust_remote_code: as for `load`. A Hub id is downloaded into the local cache.
@@ -133,7 +133,7 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
             else:
                 loaded.model.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
-    finally:  # the caller's model keeps the metadata of its own making
+    finally:  # the caller's model keeps its own metadata
         if before is missing:
             delattr(config, METADATA_KEY)
         else:
@@ -141,7 +141,7 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def locate(source: str, *, weights: bool = True) -> Path | str:
-    """What `from_pretrained` is to read: a folder that looks like a model, or a Hub id.
+    """The source for `from_pretrained`: a folder that looks like a model, or a Hub id.
 
     Args:
         weights: refuse a folder without any; else a config.json is enough.
@@ -167,7 +167,7 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
     except ValueError as error:
         raise UserError(f"{source}: config.json cannot be read ({first_line(error)})") from error
     if (folder / PACK_MANIFEST).is_file():
-        raise UserError(f"{source}: an archive, not a model folder: give it back with 'admm-prune unpack {source} OUT'")
+        raise UserError(f"{source}: an archive, not a model folder: restore it with 'admm-prune unpack {source} OUT'")
     if weights and not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: no safetensors weights in the folder (other formats can run code and are not read)")
     return folder
@@ -198,7 +198,7 @@ def _fetched(source: str, trust_remote_code: bool) -> Path:
     absent = [name for name in names if not (folder / name).is_file()] or ([] if names else [SINGLE])
     if absent:
         raise UserError(
-            f"{source}: {absent[0]} is neither in the local cache nor to be had (other formats can run code and are "
+            f"{source}: {absent[0]} is neither in the local cache nor on the Hub (other formats can run code and are "
             "not read)"
         )
     return folder
@@ -233,7 +233,7 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
         )
     model: Any = result[0]
     if quantizer is not None:
-        model._weight_conversions = None  # it is saved as it is now, not quantized again
+        model._weight_conversions = None  # it is saved without quantizing it again
     absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
     if absent:
         raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
@@ -246,7 +246,7 @@ def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: Any = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-    # A model with unlike blocks names a class of ours, which is here: the file beside its weights is not run.
+    # A model with different widths per block uses a class of this package: the file saved with it is not run.
     architectures = getattr(config, "architectures", None) or [""]
     kind = per_layer_class(architectures[0]) if architectures[0].startswith("PerLayer") else None
     return config, kind or AutoModelForCausalLM
@@ -254,7 +254,7 @@ def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 @contextmanager
 def explained(source: str, location: Path | str) -> Generator[None]:
-    """What a model that cannot be loaded ends in becomes a UserError."""
+    """Turns any failure to load a model into a UserError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -267,8 +267,8 @@ def explained(source: str, location: Path | str) -> Generator[None]:
     except (
         OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError
     ) as error:  # fmt: skip
-        # All that a wrong config, a foreign architecture, mismatched shapes or a missing repository ends in.
-        # What validates a config says where, and its cause what.
+        # All errors of a wrong config, an unsupported architecture, mismatched shapes or a missing repository.
+        # The error of a config's validation names the field, and its cause the reason.
         why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         if "trust_remote_code" in str(error):
             why = "it needs code that comes with it, which is run only with --trust-remote-code of run and eval"

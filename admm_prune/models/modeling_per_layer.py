@@ -1,6 +1,6 @@
-"""Decoders whose blocks differ in their numbers of neurons and heads. This file is saved beside the weights of one.
+"""Decoders whose blocks differ in their numbers of neurons and heads. This file is saved with their weights.
 
-A stock class builds every block alike; these build it, and then give each block the widths of its own config,
+A stock class builds all blocks with equal widths; these then resize each block by its own config,
 `config.per_layer_config[i]`: `intermediate_size` (`ffn_dim` in OPT, `n_inner` in GPT-2, `ffn_hidden_size` in Falcon),
 `num_attention_heads`, `num_key_value_heads` (`num_kv_heads` in Falcon), as far as their heads can go.
 Written by admm-prune; needs torch and transformers only.
@@ -129,7 +129,7 @@ class PerLayerFalconForCausalLM(FalconForCausalLM):
             fit_dense(layer.mlp, own.ffn_hidden_size)
             attention: Any = layer.self_attention
             if attention.multi_query and not attention.new_decoder_architecture:
-                continue  # all queries read one key head, which stays
+                continue  # all query heads share one key head, which is kept
             attention.num_heads, attention.num_kv_heads = own.num_attention_heads, own.num_kv_heads
             heads, keys = (n * attention.head_dim for n in (own.num_attention_heads, own.num_kv_heads))
             resize(attention, "query_key_value", rows=heads + 2 * keys)

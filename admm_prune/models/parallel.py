@@ -1,6 +1,6 @@
-"""The processes of a run, where there are several: who does what, and what they tell each other.
+"""Multi-process runs: distribution of work, and collective communication.
 
-One process is a world of size 1, in which nothing is told; so no caller asks whether there are several.
+A single process is a world of size 1 without communication, so that callers need no special case.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LOST = "another process of this run ended or cannot be reached"
 
 
 class LostProcessError(UserError):
-    """Another process is gone: this one cannot go on."""
+    """Another process has exited: this one cannot continue."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All processes of the run, the first of which writes and speaks for all."""
+    """All processes of the run; the first one writes files and reports."""
 
     rank: int = 0
     size: int = 1
@@ -45,11 +45,11 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """What of some items falls to this process; each falls to one, the numbers differ by one at most."""
+        """This process's share of some items; the shares are disjoint, and their sizes differ by at most one."""
         return list(items[self.rank :: self.size])
 
     def dealt(self, costs: Sequence[float]) -> list[int]:
-        """Which process does what, for pieces of work of these costs: the dearest first, each to the least busy."""
+        """Assigns pieces of work to processes by cost: the most expensive first, each to the least loaded process."""
         loads = [0.0] * self.size
         owners = [0] * len(costs)
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -63,7 +63,7 @@ class World:
         work: Callable[[list[int]], Iterable[T]],
         changed: Callable[[int], Iterable[Tensor]] = lambda _: (),
     ) -> list[T]:
-        """What comes of pieces of work of these costs, each of which one process does, in all processes.
+        """The results, in all processes, of pieces of work each of which is done by one process.
 
         Args:
             work: does some pieces, given by their numbers, in order.
@@ -87,14 +87,14 @@ class World:
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def handed(self, values: Tensor, owner: int) -> Tensor:
-        """What `values` are in the process `owner`, in place."""
+        """Broadcasts `values` from the process `owner`, in place."""
         if self.size > 1:
             with reaching_others():
                 dist.broadcast(values, owner)
         return values
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all processes."""
+        """Gathers the values of all processes."""
         everywhere: list[Any] = [value] * self.size
         if self.size > 1:
             with reaching_others():
@@ -102,7 +102,7 @@ class World:
         return everywhere
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, or the error of the user that it ends in: in all of them."""
+        """The result of the first process in all processes, or its UserError."""
         if self.size == 1:
             return compute()
         told: list[Any] = [None, None]
@@ -119,7 +119,7 @@ class World:
         return result
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits for all processes."""
         if self.size > 1:
             with reaching_others():
                 dist.barrier()
@@ -144,9 +144,9 @@ def reaching_others() -> Generator[None]:
 
 
 def sharded_copy(model: nn.Module, world: World) -> nn.Module:
-    """A copy whose parameters are divided over the processes by rows (FSDP2), block by block; alone, the model itself.
+    """A copy with parameters sharded by rows over the processes (FSDP2), block by block; the model itself if alone.
 
-    A block's parameters are brought together while the block is at work.
+    A block's parameters are gathered while the block runs.
     """
     if world.size == 1:
         return model
@@ -157,5 +157,7 @@ def sharded_copy(model: nn.Module, world: World) -> nn.Module:
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in decoder_blocks(divided):
         fully_shard(block.module, mesh=mesh)
-    fully_shard(divided, mesh=mesh, reshard_after_forward=True)  # not left whole after an evaluation, as roots are
+    fully_shard(
+        divided, mesh=mesh, reshard_after_forward=True
+    )  # also the root, which FSDP would leave unsharded after an evaluation
     return divided

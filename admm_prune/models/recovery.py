@@ -1,4 +1,4 @@
-"""Training after pruning that keeps the zeros: any torch optimizer under a mask, and LoRA merged under it."""
+"""Training after pruning that preserves the zeros: any torch optimizer under a mask, and merging of LoRA."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from admm_prune.prunable import uncompiled
 
 
 class _Masked:
-    """A pruned parameter and its mask, one bit a weight.
+    """A pruned parameter and its mask, one bit per weight.
 
-    Its methods are the hooks of a module's `state_dict`: a deep copy or a pickle of the module takes them along, and
-    what they refer to is then the copy's own parameter.
+    Its methods are the hooks of a module's `state_dict`: a deep copy or a pickle of the module copies them too, and
+    they then refer to the copy's own parameter.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
@@ -60,12 +60,12 @@ class _Masked:
 
 
 class KeptSparsity:
-    """Holds a model to its zeros while an optimizer trains it; made by `keep_sparsity`.
+    """Keeps the zeros of a model while an optimizer trains it; returned by `keep_sparsity`.
 
     As a gradient is accumulated its entries at pruned weights are set to zero, so that moments, clipping and reported
     norms are those of the kept weights; after every step of the optimizer the pruned weights are. Whenever the state
     of the model, or of a part of it, is taken (`state_dict`, and with it `save_pretrained` and a trainer's
-    checkpoints) the mask is asserted. One bit a weight is kept.
+    checkpoints) the mask is asserted. The mask takes one bit per weight.
 
     A deep copy of the model, or one that was pickled, asserts its own mask. Copied together with the model and the
     optimizer, as `copy.deepcopy((model, optimizer, kept))`, this object holds the copies.
@@ -77,7 +77,7 @@ class KeptSparsity:
         if not self._masked:
             raise UserError("the model has no zeros to keep: prune it first")
         owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
-        # At the module that has the parameter: what wraps the model, or takes the state of a part of it, meets it too.
+        # Registered at the module that owns the parameter, so that it also works for wrappers and submodules.
         self._checks: list[Any] = [
             owners[id(masked.parameter)].register_state_dict_pre_hook(masked.check) for masked in self._masked
         ]
@@ -141,17 +141,17 @@ class KeptSparsity:
 
 
 def keep_sparsity(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptSparsity:
-    """Keeps every zero of a pruned model at zero while `optimizer` trains it: any torch optimizer, any loop or trainer.
+    """Keeps every zero of a pruned model while `optimizer` trains it: any torch optimizer, any loop or trainer.
 
         kept = keep_sparsity(model, optimizer)
-        ...                                        # train as ever
+        ...                                        # train as usual
         model.save_pretrained(out)                 # the mask is asserted
 
     Args:
-        model: pruned. Every parameter of two dimensions or more that holds zeros is held to them. Not held are
-            matrices of zeros alone, such as a new head, and adapters of PEFT. Where other matrices begin with zeros
-            that are to be trained, give the part of the model that was pruned.
-        optimizer: whose steps train it.
+        model: pruned. The mask covers every parameter of two dimensions or more that has zeros, except
+            matrices of zeros alone, such as a new head, and PEFT adapters. If other matrices have initial zeros
+            that are to be trained, pass the pruned part of the model.
+        optimizer: trains the model.
 
     Raises:
         UserError: the model has no zeros, or its parameters are sharded or not in memory.
@@ -191,11 +191,11 @@ def _mask_of(weight: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """A weight that took in its adapters, or its trained copy.
+    """A weight merged with its adapters, or replaced by its trained copy.
 
     Attributes:
         sparsity: the fraction of its zeros, before and after.
-        dropped: |dW off the mask|^2 / |dW|^2, the share of the change that the mask did not let through.
+        dropped: |dW off the mask|^2 / |dW|^2, the fraction of the update removed by the mask.
     """
 
     name: str
@@ -205,10 +205,10 @@ class MergedWeight:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
-    """W <- W + M * (s B A) for every LoRA layer, M the non-zeros of W: what was pruned stays pruned.
+    """W <- W + M * (s B A) for every LoRA layer, M the non-zeros of W: pruned weights stay zero.
 
-    A plain merge fills the zeros: W + s B A is dense. What an adapter learned for pruned weights is lost here, and
-    `dropped` says how much that was. Weights of linear layers, embeddings, convolutions and stacked experts
+    A plain merge fills the zeros: W + s B A is dense. Updates of pruned weights are dropped, and
+    `dropped` reports their fraction. Weights of linear layers, embeddings, convolutions and stacked experts
     (`target_parameters`) are merged; trained copies (`modules_to_save`) replace their originals, under the mask too. A
     weight of zeros alone, or without any, has no mask. Adapters that are not active are left out, as by
     `merge_and_unload`. Where an embedding and a head share a weight and only one of them was adapted, they are
@@ -226,7 +226,7 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
     """
     layers = list(tuner_layers(model))
     if not layers:
-        raise UserError("the model has no LoRA layers: give the model that peft.get_peft_model made")
+        raise UserError("the model has no LoRA layers: pass the model returned by peft.get_peft_model")
     for name, layer in layers:
         _check_plain(_plain_name(name), layer)
     if not any(_active(layer) for _, layer in layers):
@@ -292,7 +292,7 @@ def _merge(name: str, layer: Any) -> MergedWeight:
 
 
 def _restrict_copy(name: str, wrapper: Any) -> Iterator[MergedWeight]:
-    """Puts the trained copy of a module under the mask of the original."""
+    """Applies the mask of the original to the trained copy of a module."""
     if not wrapper.active_adapters:
         return
     copy: nn.Module = wrapper.modules_to_save[wrapper.active_adapter]
@@ -313,13 +313,13 @@ def _sparsity(kept: Tensor | None) -> float:
 
 
 def _energy_off(kept: Tensor, change: Tensor) -> float:
-    """The share of |change|^2 that lies off the mask."""
+    """The fraction of |change|^2 off the mask."""
     whole, off = (float(x.square().sum(dtype=torch.float64)) for x in (change, change.masked_fill(kept, 0)))
     return off / whole if whole > 0 else 0.0
 
 
 def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Gives every adapted weight that other modules share a copy of its own.
+    """Copies every adapted weight that is shared with other modules.
 
     Returns:
         (module, name, the weight as the others have it) of each.
@@ -366,7 +366,7 @@ def _base_of(layer: Any, **_: object) -> nn.Module:
 
 
 def _record_ties(model: Any) -> None:
-    """Says in the config of a language model whether its embedding and its head still share a weight."""
+    """Updates in the config whether the embedding and the head still share a weight."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(model, "get_output_embeddings"):
         return

@@ -1,4 +1,4 @@
-"""A saved model folder, loaded again and compared with the model that it was written from."""
+"""Reloads a saved model folder and compares it with the model it was written from."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _CLOSE = 64  # times the unit roundoff, relative to the largest logit: products 
 def check_reloaded(
     ours: LoadedModel, folder: Path, ids: Tensor, *, whole: bool = True, trust_remote_code: bool = False
 ) -> None:
-    """Loads a folder that was written from a model, and refuses it unless it gives back the same model.
+    """Loads a folder that was written from a model, and raises an error unless it is the same model.
 
-    Every parameter must be the same to the bit, and the logits of a sequence as well. Logits that differ by rounding
+    Every parameter and the logits of a sequence must be bitwise the same. Logits that differ by rounding
     alone (other alignment of memory, kernels that add in no fixed order) pass where the config says the same.
 
     Args:
@@ -43,7 +43,7 @@ def check_reloaded(
         trust_remote_code: run code that came with the model, and is in the folder now.
 
     Raises:
-        UserError: it cannot be loaded, or it is another model; the message says in what.
+        UserError: it cannot be loaded, or it is another model; the message states the difference.
     """
     try:
         saved = _loaded(ours, folder, whole=whole, trust_remote_code=trust_remote_code)
@@ -58,7 +58,7 @@ def check_reloaded(
 
 
 def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: bool) -> LoadedModel:
-    """The folder as its user will load it, on the device and with the kernels of `ours`."""
+    """Loads the folder as a user would, on the device and with the kernels of `ours`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model: Any = ours.model
@@ -66,7 +66,7 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
     if type(model).__module__ == modeling_per_layer.__name__:
         _check_class_file(folder)
     elif not ours.residence.hollow and not trust_remote_code and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # A class of the caller's own, which no auto class knows: it loads what it saved.
+        # A custom class that no auto class knows: it loads its own folder.
         with explained(str(folder), folder), quiet():
             own: Any = type(model).from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
         return replace(ours, model=own.to(device))
@@ -76,7 +76,7 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
     except UserError:
         if whole or ours.residence.hollow:
             raise
-        # Some classes cannot be built without weights: such a model has to be in memory twice.
+        # Some classes cannot be built without weights: such a model needs a second copy in memory.
         saved = load(str(folder), device=device, trust_remote_code=trust_remote_code)
     for kernels in ("attn_implementation", "experts_implementation"):
         wanted = getattr(model.config, f"_{kernels}", None)
@@ -86,7 +86,7 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
 
 
 def _check_class_file(folder: Path) -> None:
-    """A model of unlike blocks is loaded elsewhere by the file beside its weights; here, by the class itself."""
+    """Checks the code saved with a model of different widths; users load it by that file, this package by its class."""
     source = Path(str(modeling_per_layer.__file__))
     written = folder / source.name
     if not written.is_file() or written.read_bytes() != source.read_bytes():
@@ -94,7 +94,7 @@ def _check_class_file(folder: Path) -> None:
 
 
 def _difference(ours: LoadedModel, saved: LoadedModel, ids: Tensor) -> str | None:
-    """What tells two models apart, in words; None where they are the same."""
+    """The difference between two models, in words; None if they are the same."""
     cast = False
     for (entered, names), (entered_saved, saved_names) in zip(_parts(ours), _parts(saved), strict=True):
         if names != saved_names:
@@ -117,7 +117,7 @@ def _difference(ours: LoadedModel, saved: LoadedModel, ids: Tensor) -> str | Non
 
 
 def _parts(loaded: LoadedModel) -> Iterator[tuple[AbstractContextManager[None], list[str]]]:
-    """Every block, then what is outside of the blocks: what brings it into memory, and the names of its parameters."""
+    """Every block, then the rest of the model: a context that loads it, and the names of its parameters."""
     blocks = decoder_blocks(loaded.model)
     inside = tuple(f"{block.name}." for block in blocks)
     for index, block in enumerate(blocks):

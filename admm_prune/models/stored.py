@@ -1,4 +1,4 @@
-"""What safetensors files hold beside what the config asks for, read from their headers.
+"""Compares safetensors files with the model of their config, by their headers.
 
 Quantized weights are dequantized while they are read, or refused.
 """
@@ -20,7 +20,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import FLOATS, Checkpoint
 from admm_prune.models.structure import Block, decoder_blocks
 
-_WHOLE = ("I", "U", "BOOL")  # how the names of dtypes begin that are no float's
+_WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
 
 
 def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
@@ -40,7 +40,7 @@ def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_re
 
 
 def _keep_precision(model: Any) -> None:
-    """Makes float32 what a class keeps in it beside parameters of half precision, as `from_pretrained` does."""
+    """Casts to float32 the modules that a class keeps in float32 in half precision, as `from_pretrained` does."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(model.config.dtype or model.dtype)
@@ -57,14 +57,14 @@ def _keep_precision(model: Any) -> None:
 
 
 def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
-    """Gives buffers that no file holds the values that the model's class computes, as `from_pretrained` does.
+    """Initializes buffers that are not in the files with the values of the model's class, as `from_pretrained` does.
 
     Args:
         model: of transformers; its parameters and other buffers are left as they are.
         unset: its buffers without values, by name.
 
     Returns:
-        The names of those that the class leaves as they were.
+        The names of those that the class does not initialize.
     """
     from transformers import PreTrainedModel
 
@@ -72,9 +72,9 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
         return []
     held = {name: buffer for name, buffer in model.named_buffers() if name not in unset}
     for tensor in (*model.parameters(), *held.values()):
-        tensor._is_hf_initialized = True  # of transformers: to be left as it is
+        tensor._is_hf_initialized = True  # of transformers: not to be initialized
     made: list[dict[str, Tensor]] = []
-    for value in (0, 1):  # what is computed does not depend on what was there
+    for value in (0, 1):  # the computed values do not depend on the previous ones
         for name, buffer in unset.items():
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(owner), own, torch.full_like(buffer, value, device=device))
@@ -89,7 +89,7 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
 
 
 def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> None:
-    """Refuses files that hold other weights than the model has: too few or too many, other shapes, no floats.
+    """Refuses files whose weights differ from the model's: missing or extra ones, other shapes, no floats.
 
     Tensors of blocks beyond the model's are refused unless its class says that it does not load them, such as the
     extra prediction layer of DeepSeek-V3 (`_keys_to_ignore_on_load_unexpected`).
@@ -104,7 +104,7 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
         UserError: the message names the weight.
     """
     blocks: list[Block] = []
-    with suppress(UserError):  # the command that prunes it says why it cannot
+    with suppress(UserError):  # the command that prunes it reports the reason
         blocks = decoder_blocks(model)
     path = blocks[0].name.rpartition(".")[0] if blocks else None
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -147,9 +147,9 @@ def _headers(names: Collection[str], files: Mapping[str, Path]) -> dict[str, tup
 
 
 def dequantizer(source: str, config: Any) -> Any:
-    """What turns the quantized weights of a checkpoint into floats as they are read; None where they are floats.
+    """The quantizer that dequantizes the weights of a checkpoint while they are read; None if they are floats.
 
-    The config is changed to say so: `from_pretrained` then dequantizes too, on every device.
+    The config is changed accordingly: `from_pretrained` then dequantizes too, on every device.
 
     Args:
         source: as the user named the model.
@@ -169,11 +169,11 @@ def dequantizer(source: str, config: Any) -> Any:
     settings = dict(settings if isinstance(settings, dict) else settings.to_dict())
     method = settings.get("quant_method") or "unknown method"
     refusal = f"{source}: its weights are quantized ({getattr(method, 'value', method)})"
-    remedy = "prune the model that they were made of, or dequantize them and save the result"
+    remedy = "prune the original model, or dequantize them and save the result"
     settings["dequantize"] = True
     try:
         with quiet():
-            # What it has beyond its base class depends on the method, which no type of transformers says.
+            # Its members beyond the base class depend on the method and are not typed in transformers.
             quantizer = cast("Any", AutoHfQuantizer.from_config(settings, pre_quantized=True))
             quantizer.validate_environment()
     except (ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:

@@ -26,26 +26,26 @@ _OUTSIDE = "outside.safetensors"
 
 
 class Residence:
-    """Where the weights of a model are: here, all in memory, always. A subclass brings them in and takes them out."""
+    """The location of a model's weights: in this class, always in memory. A subclass loads and unloads them."""
 
-    hollow = False  # whether what was not entered has no weights
+    hollow = False  # whether modules that are not entered have no weights
 
     def device(self, model: nn.Module) -> torch.device:
-        """On which the model computes."""
+        """The device on which the model runs."""
         return next(model.parameters()).device
 
     @contextmanager
     def outside(self) -> Generator[None]:
-        """While what is outside of the blocks is at work: embeddings, the last norm, the head."""
+        """Context in which the modules outside the blocks are loaded: embeddings, the last norm, the head."""
         yield
 
     @contextmanager
     def block(self, index: int) -> Generator[None]:
-        """While a block is at work on."""
+        """Context in which a block is loaded."""
         yield
 
     def restore(self, index: int, block: Block, file: Path) -> None:
-        """Gives a block the weights that were written to a file when it was finished, shapes included."""
+        """Loads the weights, and their shapes, from the file written when the block was finished."""
         device = self.device(block.module)
         for name, tensor in load_file(file).items():
             _put(block.module, name.removeprefix(f"{block.name}."), tensor.to(device, copy=True))
@@ -55,7 +55,7 @@ IN_MEMORY = Residence()
 
 
 class ModelOnDisk(Residence):
-    """A model folder of which weights are read when they are asked for, and dropped afterwards.
+    """A model folder whose weights are read on demand and dropped afterwards.
 
     Args:
         folder: with config.json and safetensors.
@@ -92,7 +92,7 @@ class ModelOnDisk(Residence):
         self._checkpoint = Checkpoint(folder, self._device)
         quantizer = dequantizer(self._source, config)
         if quantizer is not None:
-            del config.quantization_config  # what is saved holds floats
+            del config.quantization_config  # the saved weights are floats
         dtype = dtype or getattr(config, "dtype", None) or self._checkpoint.dtype()
         dtype = dtype if quantizer is None else quantizer.update_dtype(dtype)
         with quiet():
@@ -186,7 +186,7 @@ class ModelOnDisk(Residence):
         return list(stored)
 
     def _write_outside(self, path: Path) -> list[str]:
-        """What is outside of the blocks, and all buffers, one tensor in memory at a time; returns their names there."""
+        """Writes the modules outside the blocks, and all buffers, one tensor at a time; returns their stored names."""
         saved = [*self._outside, *self._buffers]
         if not self._checkpoint.renames:
             write_tensors(path, Lazy(saved, self._tensor))
@@ -212,7 +212,7 @@ class ModelOnDisk(Residence):
             _put(self.model, f"{prefix}{name}", torch.empty_like(parameter, device="meta"))
 
     def _tensor(self, name: str) -> Tensor:
-        """A parameter, or a buffer, as the model is to have it."""
+        """A parameter, or a buffer, in the model's dtype and shape."""
         if name in self._buffers:  # they are in memory
             buffer: Tensor = self.model.get_buffer(name)
             return buffer
@@ -228,7 +228,7 @@ class ModelOnDisk(Residence):
         return tensor.to(wanted.dtype)
 
     def _settle_buffers(self) -> None:
-        """Buffers are read, or made anew by the model's class where no file holds them."""
+        """Loads buffers, or initializes them by the model's class if they are not in the files."""
         unset: dict[str, Tensor] = {}
         for name, buffer in list(self.model.named_buffers()):
             if name in self._checkpoint:

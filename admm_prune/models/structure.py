@@ -36,7 +36,7 @@ class WeightView:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What is stored: the matrix, or that together with others."""
+        """The stored parameter: the matrix, or several in one tensor."""
         return self.module.get_parameter(self.own)
 
     @property
@@ -52,7 +52,7 @@ class WeightView:
 
     @property
     def rows(self) -> slice:
-        """Of the stored matrix (out, in)."""
+        """The shape of the stored matrix (out, in)."""
         total = self.parameter.shape[-1 if self.transposed else -2]
         first, last, of = self.part or (0, 1, 1)
         return slice(total * first // of, total * last // of)
@@ -70,7 +70,7 @@ class WeightView:
         return (matrix.T if self.transposed else matrix)[self.rows]
 
     def write(self, weight: Tensor) -> None:
-        """Puts W (out, in) into the parameter, in the parameter's dtype; zeros stay exact zeros.
+        """Writes W (out, in) to the parameter, in the parameter's dtype; zeros stay exact zeros.
 
         Raises:
             ValueError: another shape, or an entry that is not finite in the parameter's dtype.
@@ -96,7 +96,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     """The blocks of the outermost `ModuleList` that holds the most parameters.
 
     The weights are all `prunable.matrices` in it which no module outside of the blocks shares; of experts, one each.
-    Depthwise convolutions stay as they are: see `notes_on`.
+    Depthwise convolutions are not pruned: see `notes_on`.
 
     Raises:
         UserError: there is no such list, or a block has no such matrix, or keeps weights in another form (a
@@ -136,7 +136,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
 
 
 def notes_on(model: nn.Module) -> tuple[str, ...]:
-    """What a report says of weights in the blocks of hybrid models that no method prunes."""
+    """Notes on weights in the blocks of hybrid models that no method prunes."""
     convolutions, steps = [], []
     for block in decoder_blocks(model):
         pruned = {id(view.parameter) for view in block.weights}
@@ -178,7 +178,7 @@ def _views(block: nn.Module, prefix: str) -> list[WeightView]:
 
 
 def _check_decoder(model: Any) -> None:
-    """Refuses what has a decoder beside other parts."""
+    """Refuses encoder-decoder and multimodal models."""
     config, kind = getattr(model, "config", None), type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{kind} is an encoder with a decoder: only models of a decoder alone can be pruned")

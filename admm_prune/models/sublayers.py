@@ -1,6 +1,6 @@
-"""The branches of a decoder block and their units, which can go: neurons, and heads that share a key and a value.
+"""The branches of a decoder block and their prunable units: neurons, and heads that share a key and a value.
 
-What the units of a branch weigh, in the terms in which a budget may be given.
+The savings by removing units, in each unit of the budget.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COUNTS = (
     "intermediate_size",
     "ffn_dim",
 )
-# What they call the size of a head; a module that has one is an attention.
+# Names of the size of a head; a module that has one is an attention.
 _SIZES = ("head_dim", "head_size")
 # Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
 # shapes alone cannot tell this from all queries before all keys.
@@ -37,7 +37,7 @@ _BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """The feed-forward part or the attention of a block, as units that reach its outputs by their own columns alone.
+    """The feed-forward part or the attention of a block, as units that reach its outputs only by their own columns.
 
     A unit is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
     matrix, and the columns of the output matrix, belong to the units in equal consecutive parts.
@@ -61,7 +61,7 @@ class Branch:
 
     @property
     def count(self) -> int:
-        """Units that are there now."""
+        """The current number of units."""
         return self.output.shape[1] // self.width
 
     @property
@@ -76,11 +76,12 @@ class Branch:
 
 
 def branches(block: Block) -> tuple[Branch, ...]:
-    """The branches of a block that can lose units, found by the shapes of the matrices that one module holds.
+    """The prunable branches of a block, found by the shapes of the matrices in one module.
 
     One or two matrices that read the residual stream and a last one that writes to it are a feed-forward part; a first
     one of twice as many rows is gate and up in one. Queries, keys, values and the output, in a module that says how
-    large a head is, are an attention. Heads that cannot go without a change to the others stay: see `heads_stay`.
+    large a head is, are an attention. Heads that cannot be removed without changing the others are kept: see
+    `heads_stay`.
 
     Raises:
         UserError: matrices of another form, or experts; the message names the module.
@@ -89,7 +90,7 @@ def branches(block: Block) -> tuple[Branch, ...]:
 
 
 def heads_stay(block: Block) -> str | None:
-    """Why the heads of a block cannot go, in words; None where they can."""
+    """Why the heads of a block cannot be removed, in words; None if they can."""
     return next((found for found in _read(block) if isinstance(found, str)), None)
 
 
@@ -177,7 +178,7 @@ def keep_units(branch: Branch, kept: Tensor) -> None:
 
 
 def pad_units(branch: Branch, count: int) -> None:
-    """Adds units of zeros at the end of a branch until it has `count`, in place: its outputs stay what they are."""
+    """Appends units of zeros to a branch until it has `count`, in place; its outputs do not change."""
     now, width = branch.count, branch.width
     pad = nn.functional.pad
     for whole, parts in _stored(branch):
@@ -198,7 +199,7 @@ def _stored(branch: Branch) -> list[tuple[WeightView, list[WeightView]]]:
 
 
 def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
-    """Puts matrices of another shape into a linear layer."""
+    """Replaces the matrices of a linear layer by ones of another shape."""
     module: Any = view.module
     stored = weight.T if view.transposed else weight
     module.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
@@ -219,11 +220,11 @@ def _rescale(branch: Branch, share: float) -> None:
 
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-_WIDTHS, _REPEATS = 9, 5  # of which the time is measured; in between it is interpolated
+_WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
 
 
 def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
-    """What the branch saves when it loses k = 0..n units: (n + 1,), float64, never falling.
+    """The savings of removing k = 0..n units of a branch: (n + 1,), float64, nondecreasing.
 
     Args:
         unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes a token of keys and values;
@@ -259,13 +260,13 @@ def _computing() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@lru_cache(maxsize=64)  # blocks are alike
+@lru_cache(maxsize=64)  # blocks have equal shapes
 def _seconds_saved(
     count: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> Tensor:
     points = sorted({round(count * i / (_WIDTHS - 1)) for i in range(_WIDTHS)})
     times = World.here().from_first(lambda: [_seconds(units, inner, width, tokens, dtype, device) for units in points])
-    # Fewer units take no longer: what a measurement says against it is noise.
+    # Fewer units are never slower: measurements to the contrary are noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
     kept = torch.arange(count, -1, -1, dtype=torch.float64)
     at = torch.tensor(points, dtype=torch.float64)

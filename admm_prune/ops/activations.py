@@ -1,4 +1,4 @@
-"""Activation functions of feed-forward networks: values, two derivatives, and where they turn.
+"""Activation functions of feed-forward networks: values, two derivatives, and their minimum.
 
 The pre-activation of a split network, entry by entry: argmin_s (s - m)^2 + w (p - g act(s))^2.
 """
@@ -75,12 +75,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-_PIECE = 1 << 16  # entries worked on at once: they stay in the cache from one operation to the next
+_PIECE = 1 << 16  # entries processed at once, so that they stay in the cache
 _NEWTON = {torch.float64: 12}  # steps that end at rounding
 _NEWTON_SINGLE = 3
 _TABLE = 4096
-_FLAT = -16.0  # left of it every activation here is as good as zero
-_LINEAR = 12.0  # right of it every activation here is s
+_FLAT = -16.0  # left of it every activation is numerically zero
+_LINEAR = 12.0  # right of it every activation is numerically s
 
 
 def pre_activation(
@@ -88,15 +88,15 @@ def pre_activation(
 ) -> Tensor:
     """argmin_s (s - m)^2 + w (p - g act(s))^2, entry by entry, and never worse than m or the start.
 
-    For ReLU the exact global minimum. Other losses have up to three valleys: at m, and about the points of the rising
-    and the falling branch where g act(s) = p. The best of these, read from a table, is where Newton begins.
+    For ReLU the exact global minimum. Other losses have up to three local minima: at m, and about the points of the
+    rising and the falling branch where g act(s) = p. The best of these, read from a table, is where Newton begins.
 
     Args:
-        m: what the linear map gives, (tokens, D).
-        p: what the activation is to give, (tokens, D).
+        m: output of the linear map, (tokens, D).
+        p: target of the activation, (tokens, D).
         gain: g, the value that the activation is multiplied by, (tokens, D); None for 1, where there is no gate.
         w: weight of the activation over that of the linear map, > 0.
-        start: a point that competes; m alone by default.
+        start: a further candidate; m alone by default.
 
     Source: Bai et al., SparseLLM, 2024, eq. 9 (ReLU, g = 1); the rule for any g and the valleys are ours.
     """

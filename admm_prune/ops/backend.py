@@ -1,13 +1,13 @@
-"""Which implementation of a kernel runs: Triton's on CUDA tensors, its plain-torch twin everywhere else.
+"""Selects the implementation of a kernel: Triton's on CUDA tensors, the reference in plain torch otherwise.
 
-The environment variable ADMM_PRUNE_KERNELS, or `forced`, decides otherwise: "torch" takes the twins on every device;
-"triton" takes Triton's kernels or fails, on the CPU too, which needs Triton's interpreter (TRITON_INTERPRET=1, set
-before the first use). A twin runs on the device of its arguments: nothing ever moves to the host unasked.
+The environment variable ADMM_PRUNE_KERNELS, or `forced`, overrides this: "torch" selects the references on every
+device; "triton" takes Triton's kernels or fails, on the CPU too, which needs Triton's interpreter (TRITON_INTERPRET=1,
+set before the first use). A reference runs on the device of its arguments: nothing is moved to the host.
 
 CUDA graphs (`Replayed`) record work that is the same every time, and replay it without the host.
 
-What is recorded are kernels and the addresses they read and write. A function can be played back if all that changes
-between two calls lies in tensors that stay where they are, and if it asks nothing of the device.
+A graph records kernels and the addresses they read and write. A function can be replayed if everything that changes
+between two calls is in tensors with fixed addresses, and if it does not synchronize with the device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch import Tensor
 
 CHOICES = ("auto", "torch", "triton")
 
-_choice = [os.environ.get("ADMM_PRUNE_KERNELS", "auto")]  # the last one counts
+_choice = [os.environ.get("ADMM_PRUNE_KERNELS", "auto")]  # a stack: the last entry is in force
 
 
 @contextmanager
 def forced(choice: str) -> Generator[None]:
-    """Within it "auto", "torch" or "triton" decides, whatever the environment says."""
+    """Within it "auto", "torch" or "triton" overrides the environment variable."""
     _choice.append(_checked(choice))
     try:
         yield
@@ -39,18 +39,18 @@ def forced(choice: str) -> Generator[None]:
 
 
 def choice() -> str:
-    """auto, torch or triton, as it is in force."""
+    """The current setting: auto, torch or triton."""
     return _checked(_choice[-1])
 
 
 def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether Triton's kernels serve x.
+    """Whether Triton's kernels are used for x.
 
     Args:
-        dtypes: those that the kernel at hand takes; any where none is given. Others go to the twin.
+        dtypes: those that the kernel supports; any if none is given. Others use the reference.
 
     Raises:
-        RuntimeError: Triton is asked for where it cannot run.
+        RuntimeError: Triton is forced where it cannot run.
     """
     if not x.is_cuda and _choice[-1] == "auto":
         return False
@@ -66,7 +66,7 @@ def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
 
 
 def on_device(x: Tensor | torch.device) -> bool:
-    """Whether the host should leave x's device alone: to read a number is to wait. Where Triton is forced on the CPU,
+    """Whether the host should avoid synchronizing with x's device. Where Triton is forced on the CPU,
     it is treated as such a device, so that what runs on a GPU can be tested without one."""
     return (x.type == "cuda" if isinstance(x, torch.device) else x.is_cuda) or _choice[-1] == "triton"
 
@@ -77,14 +77,14 @@ def installed() -> bool:
 
 
 def note(device: torch.device) -> tuple[str, ...]:
-    """A note for results where a CUDA device had to do without Triton's kernels."""
+    """A note for results on a CUDA device without Triton's kernels."""
     if device.type != "cuda" or choice() == "torch" or installed():
         return ()
     return ("triton is not installed: plain torch on the GPU in place of fused kernels",)
 
 
 def described(device: torch.device | str) -> str:
-    """What runs on a device: for the records of a benchmark."""
+    """The implementation in use on a device, for the records of a benchmark."""
     wanted = choice()
     on_triton = wanted == "triton" or (wanted == "auto" and torch.device(device).type == "cuda" and installed())
     if not on_triton:
@@ -119,26 +119,26 @@ Returned = TypeVar("Returned")
 
 
 class Recorder(Protocol):
-    """What can write down the work of a device."""
+    """Records the work of a device."""
 
     def record(self, function: Callable[[], Returned]) -> tuple[Callable[[], Any], Returned]:
-        """Has the function's work written down, but not done.
+        """Records the function's work without executing it.
 
         Returns:
-            What does the work, and what the function returned: tensors that each playing fills anew.
+            A function that replays the work, and the function's return value: tensors that each replay overwrites.
 
         Raises:
-            RuntimeError: the function does what cannot be recorded.
+            RuntimeError: the function cannot be recorded.
         """
         ...
 
 
 class CudaGraphs:
-    """`torch.cuda.graph`, whose memory is the graph's own as long as it lives."""
+    """`torch.cuda.graph`, with memory owned by the graph."""
 
     def record(self, function: Callable[[], Returned]) -> tuple[Callable[[], Any], Returned]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which may read weights meanwhile, are none of this recording's.
+        # Other threads, which may read weights meanwhile, are not recorded.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             returned = function()
         return graph.replay, returned
@@ -148,13 +148,13 @@ RECORDERS: dict[str, Recorder] = {"cuda": CudaGraphs()}  # by the type of the de
 
 
 class Replayed(Generic[Returned]):
-    """A function that is called the first time, recorded the second time, and played back from then on.
+    """A function that is called the first time, recorded the second time, and replayed from then on.
 
-    The first call loads what the function needs, so that the recording finds it there. Where nothing can be recorded
+    The first call loads kernels and libraries before the recording. If nothing can be recorded,
     the function is called every time, and `note` says why.
 
     Args:
-        function: works on tensors that stay where they are, and may be called any number of times.
+        function: works on tensors with fixed addresses, and may be called any number of times.
         device: of the tensors.
     """
 
@@ -164,16 +164,16 @@ class Replayed(Generic[Returned]):
         self._play: Callable[[], Any] | None = None
         self._returned: Returned | None = None
         self._called = False
-        self.note = "" if self._recorder else f"steps were not played back: there are no graphs on the {device.type}"
+        self.note = "" if self._recorder else f"steps were not replayed: there are no graphs on the {device.type}"
 
     def __call__(self) -> Returned:
-        """What the function returns; once it is played back, tensors that the next call overwrites."""
+        """The function's return value; once replayed, tensors that the next call overwrites."""
         if self._play is None and self._called and self._recorder is not None:
             try:
                 self._play, self._returned = self._recorder.record(self._function)
             except RuntimeError as error:  # nothing was done: recorded work is not executed
                 self._recorder = None
-                self.note = f"steps were not played back: {str(error).strip().splitlines()[0]}"
+                self.note = f"steps were not replayed: {str(error).strip().splitlines()[0]}"
         self._called = True
         if self._play is None or self._returned is None:
             return self._function()

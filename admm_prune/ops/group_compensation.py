@@ -14,11 +14,11 @@ _DIGITS = 1e3  # (condition number) x (rounding) is to stay below its inverse
 
 @dataclass(frozen=True)
 class Elimination:
-    """Groups in the order of their removal, and what f has risen by after each, all others answering.
+    """Groups in the order of their removal, and the increase of f after each, with the others refitted.
 
     Attributes:
         order: (count,), indices of groups.
-        losses: (count,), float64, never falling.
+        losses: (count,), float64, nondecreasing.
         escalated: the Hessian's own precision was not enough; float64 was used.
     """
 
@@ -73,7 +73,7 @@ def minimize_on_columns(hessian: Tensor, minimizer: Tensor, kept: Tensor) -> Ten
 
 
 def eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch: int) -> Elimination:
-    """Removes `count` groups of columns, each time those whose removal costs least while all others answer exactly:
+    """Removes `count` groups of columns, each time those whose removal costs least, with the others refitted exactly:
 
         dE(R) = tr(V_R (K_RR)^-1 V_R^T),   V <- V - V_R (K_RR)^-1 K_R:,   K <- K - K_:R (K_RR)^-1 K_R:,   K = A^-1.
 
@@ -85,7 +85,7 @@ def eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch:
         minimizer: V (out, in).
         width: columns of a group; divides in.
         count: groups to remove.
-        batch: groups removed between two looks at the scores; all of them for a one-shot choice.
+        batch: groups removed between two updates of the scores; all of them for a one-shot choice.
 
     Raises:
         torch.linalg.LinAlgError: A is singular up to rounding, in float64 too.
@@ -111,7 +111,7 @@ def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch
     rises: list[Tensor] = []
     while len(order) < count:
         scores = _scores(inverse, v, width, gone)
-        # kthvalue and topk break ties as they like; a stable sort removes the higher index first.
+        # kthvalue and topk break ties arbitrarily; a stable sort removes the higher index first.
         ranked = len(gone) - 1 - scores.flip(0).argsort(stable=True)
         groups = ranked[: min(batch, count - len(order))]
         columns = columns_of(groups, width)
@@ -119,7 +119,7 @@ def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch
         answer = torch.linalg.solve_triangular(factor, v[:, columns].T, upper=False)  # L^-1 V_R^T
         rises.append(answer.double().square().sum(1).view(-1, width).sum(1))
         order += groups.tolist()
-        if len(order) == count:  # nobody will look at the scores again
+        if len(order) == count:  # the scores are not needed again
             break
         spread = torch.linalg.solve_triangular(factor, inverse[columns], upper=False)  # L^-1 K_R:
         v.addmm_(answer.T, spread, alpha=-1)
@@ -132,7 +132,7 @@ def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch
 
 
 def _scores(inverse: Tensor, v: Tensor, width: int, gone: Tensor) -> Tensor:
-    """tr(V_g (K_gg)^-1 V_g^T) of every group; infinite for those that are gone."""
+    """tr(V_g (K_gg)^-1 V_g^T) of every group; infinite for removed groups."""
     if width == 1:
         scores = v.square().sum(0) / inverse.diagonal()
     else:

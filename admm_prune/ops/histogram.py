@@ -1,8 +1,8 @@
-"""The largest of scores that lie in several pieces, in one process or in many: only counts are exchanged.
+"""The largest of scores in several pieces, in one process or in many: only counts are exchanged.
 
 Non-negative float32 numbers order as their bits do. Four passes over the keys, eight bits each from the top, find the
 keep-th largest exactly: a pass counts the keys that agree with the bits found so far by their next eight, the counts
-are added up over all processes, and the place where they reach `keep` settles those bits.
+are added up over all processes, and the bin where they reach `keep` determines those bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BINS = 256
 
 
 class Exchange(Protocol):
-    """What the processes tell each other. All of them call with tensors of one shape, in the same order."""
+    """Collective communication. All processes call with tensors of one shape, in the same order."""
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum of `counts` over the processes."""
@@ -44,7 +44,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Budget:
-    """`keep` of all the entries of `pieces` here and in the other processes; each piece of any shape, in float32."""
+    """`keep` of all the entries of `pieces` in this and the other processes; each piece of any shape, in float32."""
 
     pieces: Sequence[Tensor]
     keep: int
@@ -54,7 +54,8 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
     """Marks the largest entries of every budget: boolean masks of the pieces' shapes, exactly `keep` of them in all.
 
     Equal scores: those of the lower rank, then of the earlier piece, then of the lower index are kept. 8 + 8 + 8 + 7
-    bits of all budgets travel together: 1 KiB a budget and pass (2 KiB from 2^31 entries), and one count at the end.
+    bits of all budgets are communicated together: 1 KiB a budget and pass (2 KiB from 2^31 entries), and one count at
+        the end.
 
     Raises:
         ValueError: a score is negative or NaN; in every process alike.
@@ -82,7 +83,7 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
 
 
 def _counts(pieces: Sequence[Tensor], found: int, level: int, shift: int) -> Tensor:
-    """How many keys that begin with `found` have each value of the next bits."""
+    """The number of keys with the prefix `found` for each value of the next bits."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=pieces[0].device)
     for key in pieces:
         candidates = key if level == 0 else key[(key >> _SHIFTS[level - 1]) == found]

@@ -64,7 +64,7 @@ def second_moment(codes: Tensor, scales: Tensor) -> Tensor:
 
 @lru_cache
 def _library() -> Any:
-    """Imported when it is first used: it takes a second, and warns of kernels that nothing here needs."""
+    """Imported on first use: it takes a second, and warns about kernels that are not needed."""
     log = logging.getLogger("bitsandbytes")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Matrix products of a solve at the precision that it needs, whatever the process is set to.
+"""Matrix products of a solve at a fixed precision, independent of the process's settings.
 
-`torch.set_float32_matmul_precision("high")`, TF32 asked for on CUDA, bfloat16 asked for of oneDNN, and autocast all
-make products of float32 matrices keep 8 to 11 bits. They are settings of a training script, and a solve in the same
-process has to end where it ends without them: what it multiplies in fewer bits, it rounds itself (`products`).
+`torch.set_float32_matmul_precision("high")`, TF32 on CUDA, bfloat16 in oneDNN, and autocast all
+make products of float32 matrices keep 8 to 11 bits. These are settings of a training script, and must not change
+a solve in the same process, which rounds explicitly where it multiplies in fewer bits (`products`).
 
 A float32 number is a bfloat16 number, plus another one that holds the next 8 bits, up to a relative 2^-17. With
 A = A1 + A2 and B = B1 + B2, A B = A1 B1 + A1 B2 + A2 B1 up to 2^-16 |A| |B|, summed in float32: one product of three
@@ -25,7 +25,7 @@ _FULL = ("ieee", "none")
 
 @contextmanager
 def full() -> Generator[None]:
-    """Within it float32 products are of float32 numbers on every device; afterwards all settings are as they were.
+    """Within it float32 products are exact float32 products on every device; restores all settings afterwards.
 
     As a decorator it holds for a whole call. The settings are the process's: threads that multiply meanwhile have them
     too.
@@ -56,7 +56,7 @@ def _set() -> Generator[None]:
 
 
 def _by_old_name() -> str | None:
-    """What `torch.set_float32_matmul_precision` was given; None where only the new names were used."""
+    """The value set by `torch.set_float32_matmul_precision`; None if only the new settings were used."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -65,7 +65,7 @@ def _by_old_name() -> str | None:
 
 Precision = Literal["exact", "bfloat16x3", "bfloat16"]
 
-_PANEL = 512  # rows that the CPU converts to bfloat16 at once
+_PANEL = 512  # rows converted to bfloat16 at once on the CPU
 
 
 def prepared(b: Tensor, precision: Precision) -> Tensor:

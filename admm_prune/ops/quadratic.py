@@ -13,7 +13,7 @@ _TILE, _TILE_ON_DEVICE = 256, 2048  # rows and columns converted to float64 at o
 _GATHERED = 1 << 24  # entries of the gathered Hessians solved at once
 _TRIANGLE = 128  # triangles of this width are inverted directly
 _PANEL, _PANEL_ON_DEVICE = 512, 16384  # rows that go through all conjugate gradients together: bounds the work space
-_UNCHECKED = 16  # iterations of conjugate gradients that a device does without being asked whether they are needed
+_UNCHECKED = 16  # iterations of conjugate gradients between convergence checks on a device
 
 
 def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
@@ -92,7 +92,7 @@ def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision 
     """A^-1 by Cholesky, symmetric; the memory of A is used up. A (..., in, in) may be several.
 
     Args:
-        failed: on a device, where to learn of a failure means to wait, the answer is put here, for `check_factored`.
+        failed: on a device, receives the failure flag for `check_factored`, which avoids a synchronization.
         precision: of the product that ends it there.
 
     Raises:
@@ -116,7 +116,7 @@ def check_factored(failed: list[Tensor]) -> None:
 def _invert_upper(factor: Tensor) -> None:
     """R <- R^-1 for R upper triangular, in place: halves by recursion, the corner by products.
 
-    Costs a third of a triangular solve against the identity, which takes no notice of the zeros on its right side.
+    Costs a third of a triangular solve against the identity, which ignores the zeros of the right-hand side.
     """
     width = factor.shape[-1]
     if width <= _TRIANGLE:
@@ -182,7 +182,7 @@ def conjugate_gradient_on_support_(
 ) -> tuple[int, float]:
     """The problem of `minimize_on_support` by conjugate gradients, in place, one product an iteration.
 
-    Jacobi's preconditioner D = diag(A) makes scaling a channel change nothing. A row rests when its residual on the
+    Jacobi's preconditioner D = diag(A) makes it invariant to scaling a channel. A row stops when its residual on the
     support, |R|_(D^-1), is at most `tolerance` times |W|_D.
 
     Args:

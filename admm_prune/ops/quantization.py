@@ -35,7 +35,7 @@ UNSIGNED_STEP = _log_step(_UNSIGNED, _UNSIGNED_DECADES)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it is kept: floats, or 8-bit codes with a scale per 256 entries of a row."""
+    """A stored tensor: floats, or 8-bit codes with a scale per 256 entries of a row."""
 
     values: Tensor
     scales: Tensor | None = None

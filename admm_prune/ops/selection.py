@@ -1,4 +1,4 @@
-"""Selecting the largest scores by a threshold: exact counts, no full sort, one stated rule for ties.
+"""Selecting the largest scores by a threshold: exact counts, no full sort, a fixed rule for ties.
 
 Every function returns a boolean mask with exactly the count asked. Among equal scores the lower index (row-major) wins.
 On CUDA tensors Triton's kernels do the same (`ops.triton.selection`) where Triton is installed.
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from admm_prune.ops import backend
 
-_TRITON = (torch.float32, torch.bfloat16, torch.float16)  # what Triton's kernels take; float64 goes the plain way
-_WIDEST_ROW, _WIDEST_GROUP = 1 << 15, 32  # theirs
+_TRITON = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of Triton's kernels; float64 uses plain torch
+_WIDEST_ROW, _WIDEST_GROUP = 1 << 15, 32  # limits of Triton's kernels
 _LARGEST_OF_EACH = 1 << 25  # entries of one of several tensors: above it a bracket costs less than histograms of all
 
 _FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
@@ -46,7 +46,7 @@ def _threshold(flat: Tensor, keep: int) -> tuple[Tensor, int]:
     if total <= _SMALL:
         return _select(flat, keep)
     size = min(max(total // 64, _FEWEST), _MOST)
-    sample = flat[:: total // size | 1]  # an odd stride meets every column of a matrix whose width is a power of 2
+    sample = flat[:: total // size | 1]  # an odd stride visits every column of a matrix whose width is a power of 2
     expected = keep / total * len(sample)
     margin = 4.0 * (expected * (1 - keep / total)) ** 0.5 + 4.0
     high_rank, low_rank = int(expected - margin) + 1, int(expected + margin) + 1
@@ -58,7 +58,7 @@ def _threshold(flat: Tensor, keep: int) -> tuple[Tensor, int]:
         above += int(torch.count_nonzero(over))
         inside.append(part[(part >= low) > over])
     between = torch.cat(inside)
-    if not 1 <= keep - above <= between.numel():  # the sample misled: select from everything
+    if not 1 <= keep - above <= between.numel():  # the bracket missed: select from everything
         return _select(flat, keep)
     level, reaching = _select(between, keep - above)
     return level, above + reaching
@@ -102,7 +102,7 @@ def largest_of_each(score: Tensor, keep: int) -> Tensor:
         return _unless_nan(*fused.largest_of_each(flat, keep)).view(score.shape)
     if flat.shape[1] <= (_WIDEST_ROW if backend.on_device(score) else _SMALL):
         return largest_per_row(flat, keep).view(score.shape)
-    return torch.stack([largest(one, keep) for one in score])  # a sample finds a threshold that lies among many
+    return torch.stack([largest(one, keep) for one in score])  # sampling works well for large tensors
 
 
 def largest_per_row(score: Tensor, keep: int) -> Tensor:
@@ -153,9 +153,9 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> Tensor:
 
 
 class trusted:  # noqa: N801  # used as a function: a generator would cost every step of a small solve 3 microseconds
-    """Within it NaN is not refused on a device, where the answer would have to be waited for.
+    """Within it scores are not checked for NaN on a device, which avoids a synchronization.
 
-    Masks then keep the right number of entries, of no meaning: for callers who notice NaN themselves, later.
+    With NaN, masks keep the right number of entries but are meaningless: for callers that detect NaN later themselves.
     """
 
     def __enter__(self) -> None:

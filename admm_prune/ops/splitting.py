@@ -1,10 +1,10 @@
-"""What ADMM does between two products, entry by entry: the target of the dense step, the relaxed sum, the split.
+"""The elementwise steps of ADMM between two products: the target of the dense step, the relaxed sum, the split.
 
 State of one tensor: z and d = M z, with M the support; u = tau (z - d) is the scaled dual. On CUDA tensors Triton takes
 each function in one pass over memory.
 
 Several problems of one shape may lie stacked, z (problems * out, in): their metrics then have a row each, (problems,
-in), and what is measured has a row for each.
+in), and the measures have a row for each.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _TRITON = (torch.float32,)
 
 
 def to_target_(z: Tensor, d: Tensor, scratch: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
-    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, what the relaxed step adds a x to.
+    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, to which the relaxed step adds a x.
 
     Args:
         scratch: of the same shape, overwritten.
-        offset: taken off the target; None for nothing.
+        offset: subtracted from the target; None for nothing.
         relaxation: a.
     """
     if _fused(z, d, scratch, offset):
@@ -63,7 +63,7 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
     """d <- M z; x is used up.
 
     Args:
-        mask, before: M, and what it was; None where it was the same.
+        mask, before: M, and the previous M; None if it is unchanged.
 
     Returns:
         (4,) or (problems, 4) float64, on the device: entries that entered the support, its size, |(x - d) root|,
@@ -89,7 +89,7 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
     measured: tuple[Tensor | int, ...] = (entered, kept, *norms)
     if over is None and not backend.on_device(z):
         return torch.tensor([float(one) for one in measured], dtype=torch.float64)
-    # Filled where it lies: the host neither waits nor sends anything.
+    # Filled in place: no synchronization and no transfer.
     return torch.stack([torch.zeros_like(norms[0]).add_(one).double() for one in measured], dim=-1)
 
 
@@ -104,7 +104,7 @@ def _across(root: Tensor) -> Tensor:
 
 
 def _fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether Triton serves: matrices as they lie in memory."""
+    """Whether Triton is used: for contiguous matrices."""
     if first.ndim != 2 or not backend.uses_triton(first, *_TRITON):
         return False
     return all(x is None or x.is_contiguous() for x in (first, *others))

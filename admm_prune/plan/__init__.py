@@ -1,1 +1,1 @@
-"""What a run will take, before anything is loaded: bytes by part, operations and time by phase."""
+"""Estimates of a run before anything is loaded: bytes by part, operations and time by stage."""

@@ -1,6 +1,6 @@
-"""A model from its config alone, on the meta device: its parts, and what reading and tokenizing the text takes.
+"""A model from its config alone, on the meta device: its parts, and the cost of reading and tokenizing the text.
 
-To try out what its class does, one block at a time is given random weights.
+To examine its class, one block at a time is given random weights.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Anatomy:
 
     @property
     def outside_bytes(self) -> int:
-        """Of the weights that are in no block: embeddings, the last norm, the head."""
+        """Bytes of the weights outside the blocks: embeddings, the last norm, the head."""
         return self.weight_bytes - sum(map(block_bytes, self.blocks))
 
     @property
@@ -122,7 +122,7 @@ class Anatomy:
 
 
 def block_bytes(block: Block) -> int:
-    """Of all of its weights."""
+    """Bytes of all of its weights."""
     return sum(p.nbytes for p in block.module.parameters())
 
 
@@ -135,10 +135,10 @@ class Reading:
     """The text of a run.
 
     Attributes:
-        characters, judging: of all of it; of the part that judges.
+        characters, judging: of the whole text; of the evaluation part.
         held: bytes of the text.
         lists: bytes of a tokenizer's lists for as much as it encodes at once.
-        left: bytes that the process keeps of them.
+        left: bytes that remain allocated afterwards.
         tokens: of all of the text.
         rate: characters tokenized a second.
     """
@@ -178,12 +178,12 @@ def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
 
 
 def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Reading | None:
-    """Reads the text that a run would, and encodes a piece as large as is encoded at once.
+    """Reads the text of a run, and encodes a piece of the size that is encoded at once.
 
     Args:
         text: as of a run; None is given back where it is not on this disk.
         source, model: as `check_tokenizer`.
-        stream: the run gives back what is freed, as runs that stream do.
+        stream: the run returns freed memory to the system, as streaming runs do.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
@@ -193,7 +193,7 @@ def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Readin
     tokenizer = load_tokenizer(source, locate(source, weights=False), False)
     corpora = read_corpora(text, tokenizer)
     documents = [document for corpus in corpora for document in corpus.documents]
-    encode([documents[0][:1000]], tokenizer)  # what only the first call takes
+    encode([documents[0][:1000]], tokenizer)  # costs of the first call only
     whole = sum(map(len, documents))
     at_once = min(whole, max(GROUP, *map(len, documents)))
     piece = _piece(documents, min(at_once, 2 * GROUP))
@@ -242,7 +242,7 @@ class Drawn(Residence):
 
     Attributes:
         model: the copy.
-        fits: whether its largest block is small enough to be drawn.
+        fits: whether its largest block is small enough to be allocated.
     """
 
     hollow = True
@@ -287,7 +287,7 @@ class Drawn(Residence):
             if isinstance(module, nn.Embedding) and meta.numel() > _LARGE:
                 shape[0] = min(shape[0], _ROWS)
                 module.padding_idx = None
-            elif meta.numel() > _MOST:  # a head, which is never run
+            elif meta.numel() > _MOST:  # a head, which is never called
                 continue
             values = torch.randn(shape, generator=self._generator) * _SCALE
             values = values + 1.0 if meta.ndim == 1 and name == "weight" else values  # of a norm

@@ -1,6 +1,6 @@
-"""The stages of methods that go block by block.
+"""The stages of blockwise methods.
 
-The calibration text goes through the very code that captures statistics, on the meta device, where bytes and operations
+The calibration text is passed through the code that captures statistics, on the meta device, where bytes and operations
 are counted and nothing is computed; solvers are counted on small instances (`trials`).
 
 The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device.
@@ -46,7 +46,7 @@ _NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 
 @dataclass(frozen=True)
 class Collected:
-    """Statistics of a block: who shares inputs, what collecting them took, what they are.
+    """Statistics of a block: the shared inputs, the cost of collecting them, their sizes.
 
     Attributes:
         shared: the weights that read one input, and their width.
@@ -63,7 +63,7 @@ class Collected:
 
 
 class _Shelf(Shelf):
-    """Keeps activations where they are: on the meta device there is no host to bring them to."""
+    """Leaves activations on the meta device, where there is no host copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     }
     plan = plans.get(recipe.stages)
     if plan is None:
-        raise UserError(f"{recipe.name}: what it takes cannot be told beforehand")
+        raise UserError(f"{recipe.name}: its cost cannot be estimated")
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
@@ -205,7 +205,7 @@ def _struprune(walk: Walk, recipe: StruPrune, task: Task) -> Iterator[Stage]:
 def _sparsellm(walk: Walk, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
     for index, block, count in walk.kinds():
         network = _network(block)
-        with stretch(walk.counting) as looking:  # for the network, and whether its block adds what it puts out
+        with stretch(walk.counting) as looking:  # for the network, and whether the block adds its output to a residual
             for _ in range(3):
                 walk.stream.preview(index)
         yield _forward("form of the network", looking, count)
@@ -261,7 +261,7 @@ def _network(block: Block) -> tuple[WeightView, ...]:
     for branch in branches(block):
         if branch.kind == "neurons":
             return (*reversed(branch.inner), branch.output)
-    raise UserError(f"cannot read the feed-forward network of {block.name}: use a method that goes layer by layer")
+    raise UserError(f"cannot read the feed-forward network of {block.name}: use a layer-wise method")
 
 
 def _activation(anatomy: Anatomy) -> Activation:

@@ -1,6 +1,6 @@
 """Operations and bytes of code, counted while it runs on real tensors or on the meta device, and the stages of a run.
 
-On the meta device nothing has a value. Where code asks for one, it is given what well-formed input would give: a check
+The meta device has no values. Where code needs one, it gets the value for well-formed input: a check
 of all entries holds, a search for any bad one finds none, a mask selects everything.
 """
 
@@ -60,7 +60,7 @@ class Work:
         return Work(Counter({kind: factor * count for kind, count in self.counts.items()}))
 
     def scaled(self, scale: float) -> Work:
-        """That of a problem `scale` times as large in all of its dimensions, as many calls.
+        """The work of a problem `scale` times as large in all of its dimensions, with as many calls.
 
         Products and factorizations grow with the cube, what touches every entry once with the square.
         """
@@ -89,7 +89,7 @@ _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 class Counting(TorchDispatchMode):
     """Counts operations, and the bytes of tensors that were made within it and are still there.
 
-    What kernels hold inside themselves is not seen.
+    Workspace inside kernels is not counted.
 
     Attributes:
         live, peak: bytes now, and at most so far.
@@ -100,14 +100,14 @@ class Counting(TorchDispatchMode):
         self.live, self.peak = 0, 0
         self._counts: Counter[str] = Counter()
         self._storages: dict[int, weakref.ref[Any]] = {}
-        self._answers: dict[int, bool] = {}  # what a storage on the meta device would say
+        self._answers: dict[int, bool] = {}  # values of storages on the meta device
 
     @property
     def work(self) -> Work:
         return Work(Counter(self._counts))
 
     def rest(self) -> None:
-        """Begins a new stretch: the peak is what is there now, no operation was done."""
+        """Starts a new measurement: the peak is the current memory, and no operation was done."""
         self.peak = self.live
         self._counts.clear()
 
@@ -150,9 +150,9 @@ class Counting(TorchDispatchMode):
         self.live -= size
 
     def _answer(self, name: str, args: Any, tensor: Tensor) -> None:
-        """`any` of bad entries is False, and so is what is made of that; everything else holds.
+        """`any` of bad entries is False, and so are values derived from it; every other check is True.
 
-        Values are no answers: what was computed with a comparison, such as max(x, 0) as x * (x > 0), is as good as any.
+        Only booleans matter: values computed with a comparison, such as max(x, 0) as x * (x > 0), are arbitrary.
         """
         if tensor.is_floating_point():
             return
@@ -182,7 +182,7 @@ class Counting(TorchDispatchMode):
 
 
 class _CpuKernels(TorchFunctionMode):
-    """On the meta device the operators that a CPU takes: attention that keeps no matrix of scores, and for the grouped
+    """The CPU's operators on the meta device: attention without a matrix of scores, and for the grouped
     products of experts, whose sizes only a router knows, one product of as many rows with one expert.
     """
 
@@ -204,7 +204,7 @@ class _CpuKernels(TorchFunctionMode):
 
 @contextmanager
 def counted() -> Generator[Counting]:
-    """Counts what is done within."""
+    """Counts operations within the context."""
     with ExitStack() as stack:
         stack.enter_context(_CpuKernels())
         yield stack.enter_context(Counting())
@@ -239,7 +239,7 @@ def _products(base: str, args: Any) -> float:
 
 
 def _key(tensor: Tensor) -> int:
-    """Of its storage: torch has no public name for it, and on the meta device no address."""
+    """Identifies a storage: torch has no public name for it, and on the meta device no address."""
     key: int = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return key
 
@@ -252,7 +252,7 @@ class Stage:
     """A stretch of a run.
 
     Attributes:
-        parts: bytes in memory at its peak, by what they are for.
+        parts: bytes in memory at its peak, by purpose.
         work: of all the times that it happens.
     """
 
@@ -269,13 +269,13 @@ class Stage:
         return replace(self, parts={**parts, **self.parts})
 
     def times(self, count: float) -> Stage:
-        """Happening so many times, one after the other."""
+        """The stage repeated so many times in sequence."""
         return replace(self, work=self.work * count)
 
 
 @dataclass
 class Stretch:
-    """What a piece of code was counted to take: bytes made at most, bytes left behind, operations."""
+    """The counted cost of a piece of code: peak bytes, remaining bytes, operations."""
 
     peak: int = 0
     left: int = 0
@@ -284,7 +284,7 @@ class Stretch:
 
 @contextmanager
 def stretch(counting: Counting) -> Generator[Stretch]:
-    """Counts what is done within, over what was there before."""
+    """Counts operations within the context, and memory beyond that at its start."""
     before, found = counting.live, Stretch()
     counting.rest()
     yield found

@@ -1,4 +1,4 @@
-"""How fast a machine is: measured here in a few seconds, or as the data sheet of a GPU says."""
+"""The speed of a machine: measured in a few seconds, or from the data sheet of a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from admm_prune.plan.counting import Work
 
 _LEAST = 0.2  # seconds of each measurement
 _SIDE, _ENTRIES, _FILE = 768, 1 << 22, 1 << 26
-_ATTAINED = 0.5  # of the peak of a data sheet, what large products reach; no figure of ours
+_ATTAINED = 0.5  # fraction of a data sheet's peak assumed for large products; not measured
 _GB = 1e9
 
 
@@ -25,7 +25,7 @@ class Machine:
     """Rates in units a second, by the kinds of `Work`.
 
     Attributes:
-        source: how they are known.
+        source: where they come from.
         memory: bytes of the device; None where it is the host's.
     """
 
@@ -50,7 +50,7 @@ GPUS = tuple(_SHEETS)
 
 
 def gpu_named(name: str, host: Machine) -> Machine:
-    """A GPU that is not here, at half of the peak rates of its data sheet; disk and calls as measured on the host.
+    """Another GPU, at half of the peak rates of its data sheet; disk and calls as measured on the host.
 
     Raises:
         UserError: no such GPU is known.

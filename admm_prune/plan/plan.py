@@ -1,4 +1,4 @@
-"""What a run will take: bytes by part, disk, operations and time by stage; and whether it fits."""
+"""The plan of a run: bytes by part, disk, operations and time by stage; and whether it fits."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teach
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take.
+    """The estimated cost of a run.
 
     Attributes:
         stages: in their order.
         machine: whose rates the time is from.
-        limits: bytes there are, by "host" and, with a GPU, "device".
-        disk: bytes by what they are for, at most.
-        notes: what was assumed, and what is not counted.
+        limits: available bytes on "host" and, with a GPU, "device".
+        disk: upper bounds of the bytes by purpose.
+        notes: assumptions, and parts that are not counted.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def peak(self, place: str) -> Stage:
-        """The stage that holds the most on "host" or "device", with what it holds there."""
+        """The stage with the largest memory on "host" or "device", and its parts there."""
         return max((self._at(stage, place) for stage in self.stages), key=lambda stage: stage.bytes)
 
     @property
@@ -126,7 +126,7 @@ class Plan:
             return "use a shorter --length"
         if part in (GRAMS, SOLVER):
             return "use a method that holds less, such as wanda or magnitude"
-        return "use more --gpus, or a method that goes block by block with --stream"
+        return "use more --gpus, or a blockwise method with --stream"
 
 
 @takes(PlanSettings, "plan")

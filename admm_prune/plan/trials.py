@@ -1,14 +1,14 @@
-"""What a solver takes, from a small instance that is really solved, and counted.
+"""The cost of a solver, from a small instance that is solved while operations are counted.
 
-All that a block-wise method holds is of the size of a weight (out x in), of a Gram (in x in) or of the activations of
+All tensors of a blockwise method have the size of a weight (out x in), of a Gram (in x in) or of the activations of
 some tokens (tokens x width), or works through these in pieces of a fixed number of rows. Shrink out, in and the tokens
 by the same factor s: bytes of the first kind shrink by s^2, of the second by s; products (out x in x in) and
 factorizations (in^3) by s^3, what touches every entry by s^2, and the number of calls not at all. So
 
     bytes(1) = a + b,   with   bytes(s) = a s^2 + b s   at two values of s,
 
-and no solver has to be described here. What iterates needs the same memory in its first iterations as in all, so that
-bytes are counted on a few, operations on all.
+and no solver needs a cost model of its own. An iterative solver needs the same memory in its first iterations as later,
+so that bytes are counted on a few iterations, operations on all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Trial = Callable[[float, bool], Stretch]  # (scale, whether all iterations are w
 
 
 def estimated(trial: Trial, entries: int) -> Stretch:
-    """What a problem takes whose largest weight has so many entries, from trials of smaller ones where it is large."""
+    """The cost of a problem whose largest weight has so many entries, extrapolated from smaller ones if it is large."""
     if entries <= 2 * _WORK_AT:
         return trial(1.0, True)
     scale = (_WORK_AT / entries) ** 0.5
@@ -107,7 +107,7 @@ class LayerTrial:
 
     @property
     def entries(self) -> int:
-        """Of all weights together, or of their Gram, whichever are more."""
+        """Entries of all weights together, or of their Gram, whichever is larger."""
         return max(sum(self.rows), self.width) * self.width
 
     def estimated(self) -> Stretch:
@@ -181,7 +181,7 @@ class GroupTrial:
     Args:
         outputs, columns: of its output matrix.
         unit: columns of a unit.
-        removed: fraction of the units that go; None for the curve.
+        removed: fraction of the units to remove; None for the curve.
         dtype: of the weight.
         centred: the output has a bias, which takes the mean.
     """

@@ -1,1 +1,1 @@
-"""Problems: what is lost when weights go, and which sparse set they must land in."""
+"""Problems: the loss of pruning, and the sparsity constraint."""

@@ -1,12 +1,12 @@
-"""Allocation: how many units each branch of a model loses, so that together they save what is asked.
+"""Allocation: how many units to remove from each branch of a model, to meet a budget together.
 
-Branches meet through curves alone: what the removal of k units costs, and what it saves. Every rule here gives each
+Branches are coupled only through curves: the cost and the saving of removing k units. Every rule here gives each
 step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all branches
 together, until the budget is met. So a larger budget never takes less from any branch, and the budget is exceeded by
 less than the last step.
 
-These formulas are a reconstruction, derived from what is public of STRUPRUNE (arXiv 2510.03246): energies, an entropy
-by Stirling's formula, a softmax; the paper's own equations are not public.
+These formulas are a reconstruction, derived from the public description of STRUPRUNE (arXiv 2510.03246): energies, an
+entropy by Stirling's formula, a softmax; the paper's own equations are not public.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _SKEWED = 10.0  # energies whose largest is so many times their median are compa
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What it costs to take k = 0..n units from a branch, in the best order, and what it saves.
+    """The cost of removing k = 0..n units from a branch, in the best order, and the saving.
 
     Args:
         name: of the branch.
-        losses: (n + 1,), float64, losses[0] = 0, never falling.
-        savings: (n + 1,), float64, savings[0] = 0, never falling, in units of the budget.
-        least: units that must stay.
-        multiple: the number that stays must be a multiple of it, unless all stay.
-        stays: the numbers that may stay, where only some may; all may stay in any case.
+        losses: (n + 1,), float64, losses[0] = 0, nondecreasing.
+        savings: (n + 1,), float64, savings[0] = 0, nondecreasing, in units of the budget.
+        least: units that must be kept.
+        multiple: the number of units kept must be a multiple of it, unless all are kept.
+        stays: the admissible numbers of units kept, if restricted; keeping all is always admissible.
     """
 
     name: str
@@ -68,13 +68,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many units each branch loses.
+    """The number of units removed from each branch.
 
     Attributes:
         removed: by the name of the branch.
         saved: by all of it together.
-        loss: the sum of the losses that the curves tell.
-        price: of the last step taken; what it means depends on the rule.
+        loss: the sum of the curves' losses.
+        price: of the last step taken; its meaning depends on the rule.
         bound: a proven lower bound of the loss of every allocation that saves as much; None without a proof.
     """
 
@@ -100,7 +100,7 @@ class Allocator(Protocol):
         """Units to take from every branch.
 
         Args:
-            budget: what they are to save together.
+            budget: the total saving.
 
         Raises:
             ValueError: the curves cannot save so much; the message says how much they can.
@@ -142,7 +142,7 @@ class CappedSoftmax:
 class Binomial:
     """s_l = most sigma((mu - e_l) / T): min sum N_l [e_l s_l - T h(s_l)], h the binary entropy, at the price mu.
 
-    Counts the ways to choose what goes and what stays, prod C(n_l, k_l), by Stirling's formula; always within the box.
+    Counts the ways to choose the removed units, prod C(n_l, k_l), by Stirling's formula; always within the box.
     T to infinity is uniform; T to 0 empties the branches of the least energy first.
     """
 
@@ -273,7 +273,7 @@ def convex_slopes(losses: Tensor, savings: Tensor) -> Tensor:
 
 
 def together(name: str, curves: Sequence[Curve]) -> Curve:
-    """One curve for branches of the same size that are to lose the same number of units each."""
+    """A common curve for branches of the same size that lose the same number of units."""
     return Curve(
         name,
         torch.stack([curve.losses for curve in curves]).sum(0),
@@ -290,7 +290,7 @@ def check_budget(curves: Sequence[Curve], budget: float, most: float = 1.0) -> N
     if possible < enough(curves, budget):
         total = sum(float(curve.savings[-1]) for curve in curves) or 1.0
         raise ValueError(
-            f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: every branch keeps what it must"
+            f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: every branch keeps its minimum"
         )
 
 
@@ -302,7 +302,7 @@ def allocation(
     bound: float | None = None,
     notes: tuple[str, ...] = (),
 ) -> Allocation:
-    """What the removal of so many units of every curve saves and costs."""
+    """The saving and the cost of removing given numbers of units from every curve."""
     pairs = list(zip(curves, removed, strict=True))
     return Allocation(
         removed={curve.name: k for curve, k in pairs},

@@ -43,7 +43,7 @@ class Network:
         return inputs @ x[name].T if bias is None else torch.addmm(bias, inputs, x[name].T)
 
     def hidden(self, x: Point, inputs: Tensor) -> Tensor:
-        """What enters the down projection (n, D)."""
+        """The input of the down projection (n, D)."""
         up = self.linear("up", x, inputs)
         return (
             self.activation.value(self.linear("gate", x, inputs)).mul_(up) if self.gated else self.activation.value(up)
@@ -52,7 +52,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Penalties:
-    """How much the three bonds of a split network count: linear maps (alpha), output (beta), activation (gamma).
+    """The weights of the penalties of a split network: linear maps (alpha), output (beta), activation (gamma).
 
     Only their ratios matter.
 
@@ -85,19 +85,20 @@ class FeedForward:
 
     with a = alpha / gamma, b = beta / gamma. `Coordinated`: "up" and "down" are layer reconstructions; "post" (P) and
     "pre" (Z) are `Minimizable`, P by a Cholesky factor of the size of the output, Z entry by entry, exactly for ReLU,
-    else to rounding in nearly all entries. Biases stay as they are.
+    else to rounding in nearly all entries. Biases are fixed.
 
-    Points hold "up" (D, d), "down" (m, D), "pre" and "post" (n, D). At the start Z and P are what the dense network
-    computes; there the block "up" is the plain layer reconstruction, to the bit.
+    Points hold "up" (D, d), "down" (m, D), "pre" and "post" (n, D). Initially Z and P are those of the dense network,
+    for which the block "up" is exactly the plain layer reconstruction.
 
     Args:
         network: without a gate.
         inputs: X (n, d), float32 or float64; everything is computed in this dtype.
         targets: Y (n, m).
         constraints: a set for each weight.
-        judging: inputs and targets that no block is fitted to, for `judge`; by default the same.
+        judging: held-out inputs and targets for the validation loss `judge`; by default the same.
         damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
-        total: sums over all processes, where each has tokens of its own, with their Z and P; they do all in step.
+        total: sums over all processes, each of which has its own tokens, with their Z and P; all call it in the same
+            order.
 
     Source: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, eq. 5 to 9. The Woodbury
     form of P, the anchored fit of the weights and the rule for Z are ours.
@@ -125,7 +126,7 @@ class FeedForward:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors of a point."""
+        """The dtype of the tensors of a point."""
         return ("up", "down", "pre", "post")
 
     @cached_property
@@ -165,7 +166,7 @@ class FeedForward:
         return Point({**x, name: solution["weight"] if "weight" in solution else solution[name]})
 
     def judge(self, x: Point) -> float:
-        """|net(X; x) - Y|^2 / |Y|^2 of the network itself, whatever Z and P, on the judging tokens."""
+        """|net(X; x) - Y|^2 / |Y|^2 of the network itself, independent of Z and P, on the validation tokens."""
         inputs, targets = self.judging
         outputs = self.network.linear("down", x, self.network.hidden(x, inputs))
         return self._energy(outputs - targets) / (self._energy(targets) or 1.0)
@@ -175,13 +176,13 @@ class FeedForward:
         return self.network.activation.value(x["pre"])
 
     def post_activation(self, x: Point, correction: Tensor) -> Tensor:
-        """The best P for all else at x (n, D): F + (Y - b2 - F W2^T) correction, with F = act(Z)."""
+        """The best P with all else fixed at x (n, D): F + (Y - b2 - F W2^T) correction, with F = act(Z)."""
         hidden = self.activated(x)
         missing = self.targets - self.network.linear("down", x, hidden)
         return torch.addmm(hidden, missing, correction)
 
     def split_pre_activation(self, name: str, x: Point) -> Tensor:
-        """The best Z for all else at x (n, D)."""
+        """The best Z with all else fixed at x (n, D)."""
         mean = self.network.linear("up", x, self.inputs)
         return pre_activation(mean, x["post"], None, 1 / self.penalties.linear, self.network.activation, x["pre"])
 
@@ -230,7 +231,7 @@ class FeedForward:
 
 
 class AuxiliaryBlock:
-    """The problem in one auxiliary variable of a split network, all else held: its minimum is known."""
+    """The problem in one auxiliary variable of a split network, all else fixed: its minimum is known."""
 
     constraint: Constraint = FREE
 
@@ -262,7 +263,7 @@ class PostActivation(AuxiliaryBlock):
 
 
 class PreActivation(AuxiliaryBlock):
-    """min_Z of what holds Z to the linear map below it and to the activation above it."""
+    """min_Z of the terms of Z: the linear map below it and the activation above it."""
 
     def __init__(self, split: FeedForward, name: str, x: Point) -> None:
         super().__init__(split, name, x)
@@ -272,7 +273,7 @@ class PreActivation(AuxiliaryBlock):
 
 
 def correction(down: Tensor, output: float) -> Tensor:
-    """b (I + b W2 W2^T)^-1 W2 (m, D): what a residual of the output asks of the hidden units."""
+    """b (I + b W2 W2^T)^-1 W2 (m, D): maps a residual of the output to a change of the hidden units."""
     system = output * down @ down.T
     system.diagonal().add_(1)
     return torch.cholesky_solve(output * down, torch.linalg.cholesky(system))

@@ -18,8 +18,8 @@ from admm_prune.point import Point
 from admm_prune.problem import Constraint
 from admm_prune.statistics import DEAD, check_gram, check_matrix, check_square, check_weight, dead_channels, symmetric
 
-# What served best on tokens that were not calibrated on: the ridge on drawn layers and the most of the real ones, the
-# damping where a few channels outweigh all others and the rare ones are known from few tokens.
+# The best settings on held-out tokens: the ridge on synthetic and most real layers, the damping where a few channels
+# dominate and the others are estimated from few tokens.
 DEFAULT_RIDGE, DEFAULT_DAMPING = 0.03, 0.003
 _ROUNDINGS = (
     32.0  # of each entry of a Gram: when it was stored, and in a sum of thousands of tokens by blocked products
@@ -31,14 +31,15 @@ class LayerReconstruction:
     """min_{V in C} ||X V^T - Y||_F^2 + tr((V - W) D (V - W)^T), D = ridge diag(H) + damping mean(diag H) I.
 
     Rows of V (out, in) share the Hessian A = H + D, with H = X^T X. The target is the layer's own output, Y = X W^T,
-    or, with `cross_gram` = X0^T X, the output that the weights W gave on other inputs, Y = X0 W^T; then everything
-    goes on as if W were (W X0^T X + W D) A^-1, the unconstrained minimum. The ridge pulls to W, never to zero.
+    or, with `cross_gram` = X0^T X, the output that the weights W gave on other inputs, Y = X0 W^T; the problem is then
+    the same with W replaced by (W X0^T X + W D) A^-1, the unconstrained minimum. The ridge pulls towards W, not towards
+    zero.
 
-    All is computed with A as the tensor `hessian` holds it, D added in the dtype of the Gram: that is the problem which
-    `value`, every solver and every bound mean.
+    All is computed with A as the tensor `hessian` holds it, D added in the dtype of the Gram: `value`, every
+    solver and every bound refer to this problem.
 
-    A channel whose H_jj vanishes is *dead*: it is cut out of H and weighs next to nothing, so that it is pruned first
-    and keeps W where the constraint forces it to be kept.
+    A channel whose H_jj vanishes is *dead*: it is removed from H and gets a tiny weight, so that it is pruned first,
+    and keeps the value of W where the constraint forces it to be kept.
 
     Args:
         weight: W (out, in), any float dtype; computed with in the dtype of the Gram.
@@ -55,8 +56,8 @@ class LayerReconstruction:
             two targets, or one without its energy.
 
     Attributes:
-        token_weights: of a subclass that weighs tokens, sum_t s_t |x_t V^T - y_t|^2: from inputs (n, in) the
-            weights s_t >= 0 (n,), a static method. Whoever takes the Gram asks it.
+        token_weights: of a subclass that weights tokens, sum_t s_t |x_t V^T - y_t|^2: from inputs (n, in) the
+            weights s_t >= 0 (n,), a static method, called while the Gram is accumulated.
 
     Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024. The normal form is ours.
     """
@@ -82,7 +83,7 @@ class LayerReconstruction:
         if correlation is not None:
             check_matrix("correlation", correlation, (weight.shape[0], weight.shape[1]))
         if cross_gram is not None and correlation is not None:
-            raise ValueError("cross_gram and correlation both name a target: give one of them")
+            raise ValueError("cross_gram and correlation both define a target: give one of them")
         if target_energy is None and (cross_gram is not None or correlation is not None):
             given = "correlation" if cross_gram is None else "cross_gram"
             raise ValueError(f"{given} needs target_energy, the squared norm of the target, beside it")
@@ -105,7 +106,7 @@ class LayerReconstruction:
     def hessian(self) -> Tensor:
         """A = H + ridge diag(H) + damping mean(diag H) I (in, in), dead channels cut out.
 
-        A new tensor at each access: a solver that is short of memory lets it go between two uses.
+        A new tensor at each access, so that a solver can free it between two uses.
         """
         hessian = self.gram.clone()
         diagonal = hessian.diagonal()
@@ -220,7 +221,7 @@ class LayerReconstruction:
         return residual, sizes + product, energies
 
     def _magnitudes(self, e: Tensor, gram: Tensor) -> float:
-        """tr(|E| |H| |E|^T): what the roundings of a Gram are relative to."""
+        """tr(|E| |H| |E|^T): the scale of the rounding errors of a Gram."""
         return quadratic.bilinear(e, gram, e)[1]
 
     def _correlated(self, v: Tensor) -> tuple[float, float]:
@@ -282,11 +283,11 @@ def own(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of all tokens are here. All processes ask for sums in the same order.
+    """The tokens of this process. All processes compute sums in the same order.
 
     Attributes:
-        count: tokens in all.
-        places: (n,) ascending, where those that are here stand among all; None where all are here.
+        count: tokens of all processes.
+        places: (n,) ascending, positions of this process's tokens among all; None if it has all.
         total: sums a tensor over the processes, in place.
     """
 
@@ -295,13 +296,13 @@ class Share:
     total: Total = own
 
     def every(self, stride: int) -> slice | Tensor:
-        """Which of the tokens that are here stand at places 0, stride, 2 stride, ..."""
+        """The local tokens at positions 0, stride, 2 stride, ..."""
         if self.places is None:
             return slice(None, None, stride)
         return (self.places % stride == 0).nonzero()[:, 0]
 
     def at(self, places: Tensor) -> Tensor:
-        """Which of the tokens that are here stand at these places, in their order; others are left out."""
+        """The local tokens at these positions, in their order; others are left out."""
         if self.places is None:
             return places
         found = self._here[places]
@@ -309,7 +310,7 @@ class Share:
 
     @cached_property
     def _here(self) -> Tensor:
-        """(count,) the number of the token that stands at a place among those that are here; -1 where it is not."""
+        """(count,) the local index of the token at each position; -1 if it is not local."""
         assert self.places is not None
         here = torch.full((self.count,), -1, device=self.places.device)
         here[self.places] = torch.arange(len(self.places), device=self.places.device)

@@ -1,4 +1,4 @@
-"""Network output: keep what a whole feed-forward network puts out, one weight after the other."""
+"""Network output: preserve the output of a whole feed-forward network, one weight after the other."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
-_ASKED = 16  # tokens that the split network is asked about, for each input channel
-_WHOLE = 64  # tokens: in less, what a kernel does to the last few entries is rounded otherwise than the others are
+_ASKED = 16  # tokens used by the split network, per input channel
+_WHOLE = 64  # tokens: in smaller chunks, kernels round the last few entries differently from the others
 _SAMPLE = 64
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 
@@ -28,22 +28,22 @@ _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of
 class NetworkOutput:
     """min |net(X; W1, W2) - Y|^2 over weights in their sets, where net(x) = W2 act(W1 x + b1) + b2, or gated.
 
-    `Stochastic`, and `Coordinated` of two blocks. "down" is the layer reconstruction of Y from what the hidden units do
-    under the present W1: the closing step. It takes b2 with it, where there is one. "up", with the gate stacked on it,
+    `Stochastic`, and `Coordinated` of two blocks. "down" is the layer reconstruction of Y from the hidden units
+    under the present W1: the closing step. It includes b2, if there is one. "up", with the gate stacked on it,
     is the plain layer reconstruction at the dense weights. Elsewhere its target is the pre-activation of the split
-    network (`FeedForward`) that begins at the present weights: `sweeps` exact updates of P and Z say what the hidden
-    units should do for the output, and W1 is fitted to that. Nothing of size n x D outlives its chunk of tokens.
+    network (`FeedForward`) that begins at the present weights: `sweeps` exact updates of P and Z give the
+    target of the hidden units, to which W1 is fitted. Tensors of size n x D exist for one chunk of tokens at a time.
 
     Points hold "up", "down", "gate" where there is one, and "bias" (m,), b2, where there is one.
 
     Args:
         tokens: inputs and targets.
         constraints: a set for each weight.
-        judging: tokens that no block is fitted to, for `judge`; by default the same.
+        judging: held-out tokens for the validation loss `judge`; by default the same.
         penalties, sweeps: of the split network.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
-        sample: tokens of a sampled gradient; by default an 128th of them, at least 64.
-        share: which of all tokens these are, where other processes hold the rest: they do all in step.
+        sample: tokens of a sampled gradient; by default a 128th of them, at least 64.
+        share: which of all tokens these are, if other processes have the rest; all call in the same order.
 
     Everything is computed in the dtype of the network's weights, and added up over the tokens in float64.
 
@@ -80,7 +80,7 @@ class NetworkOutput:
 
     @cached_property
     def curvature(self) -> float:
-        """That of the down projection at the start."""
+        """The curvature of the down projection at the start."""
         return self._down(self.initial()).curvature
 
     def initial(self) -> Point:
@@ -91,7 +91,7 @@ class NetworkOutput:
         return self._loss(x, self.tokens)[0]
 
     def judge(self, x: Point) -> float:
-        """|net(X; x) - Y|^2 / |Y|^2 on the judging tokens."""
+        """|net(X; x) - Y|^2 / |Y|^2 on the validation tokens."""
         loss, energy = self._loss(x, self.judging)
         return loss / energy if energy > 0 else 0.0
 
@@ -191,8 +191,8 @@ class NetworkOutput:
         )
 
     def _wanted(self, x: Point) -> tuple[Tensor, float]:
-        """What the pre-activations, stacked as the weights are, should be for the output: what they are under x on all
-        tokens, and what the split network adds to that, on as many as tell it well.
+        """The targets of the pre-activations, stacked like the weights: their values under x on all tokens, plus the
+        correction of the split network, estimated on a sample of them.
 
         Returns:
             Their correlation with the inputs, and their energy, less the biases.
@@ -242,7 +242,7 @@ class NetworkOutput:
             moments.addr_(mean_input, mean_input, alpha=-count)
             correlation.addr_(mean_target, mean_input, alpha=-count)
             energy -= count * float(mean_target.square().sum())
-            constant = moments.diagonal() <= _CONSTANT * before  # the bias does all that such a unit can do
+            constant = moments.diagonal() <= _CONSTANT * before  # the bias covers the effect of such a unit
             moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
         moments = moments.to(weight)
         return _Closing(
@@ -258,7 +258,7 @@ class NetworkOutput:
 
 
 class _Closing(LayerReconstruction):
-    """A layer reconstruction with a bias: of inputs and targets less their means, which the bias makes up for."""
+    """A layer reconstruction with a bias: of inputs and targets less their means, which the bias absorbs."""
 
     def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Group reconstruction: keep the outputs of a module while whole groups of its inner units go."""
+"""Group reconstruction: preserve the outputs of a module while whole groups of its inner units are removed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class GroupReconstruction(LayerReconstruction):
     """min_{V in C} ||X V^T + 1 b^T - Y||_F^2 + damping, V the output matrix of a module, C a set of column groups.
 
     A unit of the module (a neuron of the feed-forward part, a group of heads that share a key and a value) reaches the
-    residual stream through its own columns of V alone (down projection, attention output). So every structured decision
-    is a selection of column groups, and once they are zero all other weights of the unit can go without an error.
+    residual stream through its own columns of V alone (down projection, attention output). So structured pruning is a
+    selection of column groups, and once they are zero all other weights of the unit can be removed without an error.
 
-    Where the module has an output bias, X V^T is matched up to a constant, which the bias takes: then H is the centred
-    Gram X^T X - n mu mu^T, and the bias moves by (W - V) mu.
+    Where the module has an output bias, X V^T is matched up to a constant, which the bias absorbs: then H is the
+    centred Gram X^T X - n mu mu^T, and the bias moves by (W - V) mu.
 
     Args:
         weight, gram, constraint, ridge, damping: see `LayerReconstruction`; `constraint` is a `Groups`.
@@ -71,6 +71,6 @@ class GroupReconstruction(LayerReconstruction):
         return magnitudes + 2 * self._subtracted * float((e.abs() @ self.mean.abs().to(e)).double().square().sum())
 
     def bias_shift(self, x: Point) -> Tensor:
-        """(W - V) mu (out,): what the bias takes over; zeros without a mean."""
+        """(W - V) mu (out,): the change of the bias; zeros without a mean."""
         away = self.weight - x["weight"]
         return away.new_zeros(len(away)) if self.mean is None else away @ self.mean.to(away)

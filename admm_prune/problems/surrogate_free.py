@@ -26,8 +26,8 @@ class SurrogateFree:
 
     `sample_gradient` takes one training batch a draw: the draws of an epoch pass through all of them once, in an order
     drawn anew for every epoch. `value` is the mean over the validation batches, so that the best point of a solver is
-    the best on text that no gradient came from. All else of the model stays as it is. The model is the problem's work
-    space: every call writes its point into it, and `write` leaves a solution there.
+    the best on held-out text. The rest of the model is fixed. The model is the problem's work space: every call writes
+    its point into it, and `write` stores a solution there.
 
     Points hold the pruned weights under their names, each (out, in), whatever way the model stores them.
 
@@ -121,7 +121,7 @@ class SurrogateFree:
 
     @torch.no_grad()
     def write(self, x: Point) -> None:
-        """Puts a point into the model."""
+        """Writes a point to the model."""
         for name, weight in self._weights.items():
             _oriented(weight.parameter.detach(), weight.transposed).copy_(x[name])
 
@@ -132,7 +132,7 @@ class SurrogateFree:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """In which order `count` things are passed through in this epoch: without replacement, anew for every epoch."""
+    """The order of `count` items in this epoch: a permutation, drawn anew for every epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
 

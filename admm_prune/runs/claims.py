@@ -1,4 +1,4 @@
-"""What a finished file states about itself: metadata of a solved layer, fingerprints of tensors and files.
+"""Claims of a finished file: metadata of a solved layer, fingerprints of tensors and files.
 
 A fingerprint detects an alteration; it does not authenticate: whoever alters a file on purpose can recompute it.
 """
@@ -42,10 +42,10 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_own_digest(content: Mapping[str, Any]) -> bool:
-    """Whether an object is the one that its fingerprint was taken of."""
+    """Whether an object agrees with its fingerprint."""
     try:
         return content.get(DIGEST) == digest_of(content)
-    except RecursionError:  # nested deeper than anything that is written here
+    except RecursionError:  # nested more deeply than any file of this package
         return False
 
 
@@ -88,7 +88,7 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
 def record_pages(timings: Path, pages: Iterable[Path]) -> None:
     """Writes the fingerprints of pages, which show times, into the file of times.
 
-    A file of times that was altered since it was written keeps the fingerprint that shows it.
+    A file of times that was altered keeps its old fingerprint, which reveals the alteration.
     """
     content = read_json(timings) if timings.is_file() else {}
     if not isinstance(content, dict):
@@ -123,16 +123,16 @@ _OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """All that a solved layer file says of its weight.
+    """All claims of a solved layer file.
 
     Attributes:
         target: "0.7", the fraction pruned, or "2:4".
-        budget: "matrix", "row" or "group": within what the kept weights are counted; "set": a set that has to be asked.
+        budget: "matrix", "row" or "group": the scope of the budget; "set": defined by the constraint alone.
         constraint: the sparse set, by name, where it is not the method's own.
         problem: the objective, by name.
-        bound_kind: the argument that gave the bound.
+        bound_kind: the kind of argument of the bound.
         ridge, damping: as used in the end.
-        layer: where the layer problem lay.
+        layer: path of the layer problem.
         layer_sha256, weight_sha256: of the layer problem, tensors and metadata, and of the pruned weight.
     """
 
@@ -155,7 +155,7 @@ class Claims:
     weight_sha256: str
 
     def metadata(self) -> dict[str, str]:
-        """As strings that give every number back to the bit, None left out, and a fingerprint of them all."""
+        """As strings from which every number is restored exactly, without None, and with a fingerprint of all."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         content = {_KIND: "1", MARK: "1"} | {name: str(value) for name, value in values.items() if value is not None}
         return {**content, CLAIMS_DIGEST: claims_sha256(content)}
@@ -184,7 +184,7 @@ class Claims:
 
     @classmethod
     def unknown(cls, metadata: dict[str, str]) -> list[str]:
-        """The keys of the metadata that are no claims, and the marks of the file that are not as written."""
+        """The keys of the metadata that are not claims, and the marks of the file that were altered."""
         known = {field.name for field in fields(cls)} | {_KIND, MARK, CLAIMS_DIGEST}
         return sorted((metadata.keys() - known) | {mark for mark in (_KIND, MARK) if metadata.get(mark) != "1"})
 

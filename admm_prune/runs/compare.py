@@ -74,11 +74,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonSettings:
-    """All that a comparison depends on.
+    """The settings of a comparison.
 
     Args:
         steps: of the methods that train, in place of their own number.
-        baselines: beside ELSA, compare what has to stand beside it: the dense model tuned as long, masked fine-tuning,
+        baselines: with ELSA, also compare its baselines: the dense model trained as long, masked fine-tuning,
             gradual pruning.
         selection: which weights are pruned, and to what in place of a target.
     """
@@ -126,8 +126,8 @@ def compare(
     Every pruned model is saved, loaded again from its folder and evaluated again: the two perplexities must be equal.
 
     Args:
-        progress: called with (runs done, runs, what is at work).
-        resume: go on with a comparison that was interrupted, from the journal beside `out`, with the same settings.
+        progress: called with (runs done, runs, name of the current one).
+        resume: continue an interrupted comparison from the journal beside `out`, with the same settings.
         overwrite: replace an earlier result in `out`, which is refused otherwise.
 
     Raises:
@@ -140,7 +140,7 @@ def compare(
         recipes = [recipe_named(r.name, settings.steps) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
-    # Targets are told apart by what the report and the folders call them.
+    # Targets are distinguished by their labels in the report and the folder names.
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
@@ -163,7 +163,7 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            # A model there is of no finished row: the process ended before it was written down.
+            # A model without a finished row: the process ended before the row was committed.
             with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
                 model = load(settings.model, device=device, dtype=settings.dtype)
                 calibration = texts.calibration(recipe.samples)
@@ -198,7 +198,7 @@ def compare(
 def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
-    """Every recipe to every target, checked; what prunes nothing has one row, whatever the targets."""
+    """Every recipe with every target, checked; methods that prune nothing have a single row."""
     wanted = [selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
     jobs += [(recipe, target) for target in wanted for recipe in recipes if recipe.prunes]
@@ -216,12 +216,12 @@ def _known(found: dict[str, Any], models: Path) -> Row:
     row = Row(**found["row"])
     place = models / Path(row.folder).name
     if not place.is_dir() or weights_sha256(place) != found["weights"]:
-        raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to begin anew")
+        raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to start over")
     return row
 
 
 def _linked(source: str, destination: str) -> None:
-    """A second name for a file, so that neither the journal nor the output is without it at any moment."""
+    """Links a file, so that both the journal and the output have it at any time."""
     try:
         Path(destination).hardlink_to(source)
     except OSError:  # a file system without links
@@ -229,7 +229,7 @@ def _linked(source: str, destination: str) -> None:
 
 
 def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
-    """The texts of all recipes, by their role: which calibrates whom is said where they are not given the same."""
+    """The texts of all recipes, by their role, with the recipe's name if the calibration texts differ."""
     records = {recipe.name: texts.records(recipe.samples) for recipe in recipes}
     users: dict[TextRecord, list[str]] = {}
     for name, record in records.items():

@@ -29,13 +29,13 @@ _PROMPT, _CONTINUED = 24, 24  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What a model is held against, or held up to.
+    """The figures of a model on the evaluation text, dense or pruned.
 
     Attributes:
-        text: that it was judged on.
+        text: the evaluation text.
         prompt: the beginning of the text.
-        continuation: what the model writes after it, greedily. Both are empty where the model is not in memory, because
-            every token that is written takes all weights.
+        continuation: the model's greedy continuation. Both are empty if the model is not in memory, because every
+            generated token needs all weights.
     """
 
     text: Sequences
@@ -82,7 +82,7 @@ def judged_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Vali
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """How well a model predicts the text, and the share of zeros in its block matrices."""
+    """The perplexity of a model on the text, and the fraction of zeros in its block matrices."""
 
     figures: Evaluation
     sparsity: float
@@ -104,10 +104,10 @@ def evaluate_model(
     """Loads a model and evaluates it on a text.
 
     Args:
-        text: whose evaluation text it is; None for the one that the run evaluated on which wrote the model, by its
+        text: settings of the evaluation text; None for the evaluation text of the run that wrote the model, from its
             manifest. The embedded model has the embedded text.
-        trust_remote_code: run code that comes with the model; never done otherwise.
-        changes: settings of `TextSettings` in place of the run's, where `text` is None.
+        trust_remote_code: allow running code that comes with the model.
+        changes: settings of `TextSettings` that override the run's if `text` is None.
 
     Raises:
         UserError: the model, the text, the device or the dtype cannot be used, or no run wrote the model and there is
@@ -133,7 +133,7 @@ def text_of_run(model: str) -> TextSettings | None:
     """The text of the run that wrote a model folder; None where no manifest is in it.
 
     Raises:
-        UserError: the manifest is damaged, or its text is not where the run read it.
+        UserError: the manifest is damaged, or its text is no longer available.
     """
     path = Path(model).expanduser() / MANIFEST
     if not path.is_file():

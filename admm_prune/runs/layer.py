@@ -50,9 +50,9 @@ def capture_layer(
     """Writes the problem of one weight, all blocks dense, and returns it.
 
     Args:
-        problem: the objective that the Grams are for, by name: it may weigh the tokens.
+        problem: the objective for which the Grams are captured, by name: it may weight the tokens.
         overwrite: replace an earlier layer file `out`, which is refused otherwise.
-        progress: called with (blocks done, blocks to go through, name of the block at work).
+        progress: called with (blocks done, number of blocks, name of the current block).
 
     Raises:
         UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
@@ -104,7 +104,7 @@ _WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedLayer:
-    """What a solver reached on a layer file. Errors are relative, undamped, in float64.
+    """The result of a solver on a layer file. Errors are relative, undamped, in float64.
 
     Attributes:
         target: "0.7" or "2:4".
@@ -164,16 +164,17 @@ def solve_path(
 ) -> list[SolvedLayer]:
     """Solves the layer problem in `path` to several targets.
 
-    Where the method admits it (`Method.stacks_targets`) they are one solve of the weight stacked upon itself, each copy
-    within its own budget, so that every factorization serves them all; the answers are those of separate solves. No
-    target starts from the solution of another: ADMM's schedule begins too soft to remember its start, and a shorter
-    one of 12 iterations or more came out alike from either (0.2 % on layers of the embedded model and of stories260K).
+    If the method supports it (`Method.stacks_targets`), they are solved as one problem with stacked copies of the
+    weight, each within its own budget, so that factorizations are shared; the results equal those of separate solves.
+    No
+    target starts from the solution of another: ADMM's schedule starts with so small a penalty that the start does not
+    matter, and shorter ones of 12 iterations or more gave the same (0.2 % on the embedded model and stories260K).
 
     Args:
-        targets: how much is to go, once each.
+        targets: the pruning targets, without duplicates.
         ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
-        out: where to write the pruned weight with all that is claimed of it, as safetensors for `verify`; where there
-            are several targets, OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
+        out: where to write the pruned weight with its claims, as safetensors for `verify`; with several targets,
+            OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
         overwrite: replace earlier files of ours there, which is refused otherwise.
 
     Raises:
@@ -192,7 +193,7 @@ def solve_path(
         if file is not None:
             check_output_file(file, overwrite=overwrite)
     moved = _moved(layer, place)
-    posed = _in_float64(moved) if method.name in REFERENCES else moved  # what they prove is of the file's own numbers
+    posed = _in_float64(moved) if method.name in REFERENCES else moved  # their proofs refer to the numbers in the file
     try:
         _check_errors(moved, method, targets[0])
         solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, asked, place)]
@@ -209,7 +210,7 @@ def solve_path(
 
 
 def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
-    """Raises ValueError, before any work, where the weights as they are would have a negative error."""
+    """Raises ValueError, before any work, if the dense weights would have a negative error."""
     if layer.cross_gram is not None:
         problem = _problem(layer, [method.constraint(target)], Damping(1.0, 0.0), method)
         problem.relative_error(problem.initial())
@@ -217,7 +218,7 @@ def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
 
 @dataclass(frozen=True)
 class _Solved:
-    """One target's problem and result, and the solve that gave it."""
+    """The problem and the result of one target, and the solve they belong to."""
 
     problem: LayerReconstruction
     result: Result
@@ -265,14 +266,14 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
 
 
 def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
-    """The method with the objective that the file was captured for, where it names none of its own."""
+    """The method with the objective for which the file was captured, unless it has its own."""
     captured = layer.metadata.get("problem", LAYER)
     if method.problem.name == LAYER:
         return with_parts(method, captured)
     if method.problem.token_weights is not None and method.problem.name != captured:
         raise UserError(
-            f"{path}: its Grams were taken for the problem '{captured}', and '{method.problem.name}' weighs tokens "
-            f"otherwise: capture the layer with --problem {method.problem.name}"
+            f"{path}: its Grams were captured for the problem '{captured}', but '{method.problem.name}' weights tokens "
+            f"differently: capture the layer with --problem {method.problem.name}"
         )
     return method
 
@@ -355,7 +356,7 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
 
 
 def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, tuple[str, ...]]:
-    """The solver's own bound, else the best cheap one, and a note where it certifies next to nothing."""
+    """The solver's bound, or else the best inexpensive one, with a note if it is too weak to certify anything."""
     if result.bound is not None:
         return Bound(min(result.bound, result.objective), "solver"), ()
     if len(problem.hessian) > _WIDEST_BOUND:
@@ -406,7 +407,7 @@ def _moved(layer: LayerFile, place: str) -> LayerFile:
 
 
 def _place_of(out: Path | None, target: Target, targets: int) -> Path | None:
-    """The file of one target: `out` itself where there is no other."""
+    """The file of one target: `out` itself if it is the only one."""
     if out is None or targets == 1:
         return out
     return out.with_name(f"{out.stem}-{str(target).replace(':', 'of')}{out.suffix}")

@@ -50,7 +50,7 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 class PeakMemory:
-    """Measures the extra memory at the peak of a `with` block, over what was resident when it began.
+    """Measures the peak memory of a `with` block, beyond that at its start.
 
     On CUDA it is what torch allocated on the device. Elsewhere it is resident memory: exact on Linux, where the
     kernel's high-water mark can be reset; a lower bound elsewhere, where the mark only ever rises.
@@ -86,14 +86,14 @@ class PeakMemory:
 
     @classmethod
     def keep(cls, mark: int) -> None:
-        """Remembers a mark that is about to be reset, and lets all that are measuring know of it."""
+        """Records a mark that is about to be reset, and informs all active measurements."""
         cls.highest = max(cls.highest, mark)
         for one in cls._measuring:
             one._seen = max(one._seen, mark)
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Bytes that can still be had: of a CUDA device, else of the host within the limit that its control group sets."""
+    """Available bytes: of a CUDA device, or of the host within the limit of its control group."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = [_meminfo("MemAvailable:")]
@@ -110,9 +110,9 @@ def resident_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-    """Has the C library give back what is freed from now on, and what it holds already.
+    """Makes the C library return freed memory to the system, now and from now on.
 
-    glibc raises its own threshold to 32 MiB as it goes, and keeps what was freed below it: a process that takes one
+    glibc raises its own threshold to 32 MiB as it goes, and keeps memory freed below it: a process that takes one
     block after the other would come to hold more and more of blocks that are gone. Elsewhere nothing happens.
     """
     with suppress(OSError, AttributeError):
@@ -153,7 +153,7 @@ def peak_resident_bytes() -> int:
     return max(PeakMemory.highest, _high_water())
 
 
-_PATIENCE = timedelta(hours=12)  # one may solve a large layer while the others wait; a death is noticed at once
+_PATIENCE = timedelta(hours=12)  # one process may solve a large layer while the others wait
 
 _store: Any = None  # of torchrun, which outlives any of its processes
 
@@ -173,7 +173,7 @@ def joined(device: str) -> Generator[World]:
     Raises:
         UserError: there is no such device; within it, `LostProcessError` where another process ended.
     """
-    global _store  # noqa: PLW0603  # there is one group in a process, and its failures are reported after it is gone
+    global _store  # noqa: PLW0603  # one group per process, whose failures are reported after it is destroyed
     if started()[1] == 1:
         yield World()
         return
@@ -186,7 +186,7 @@ def joined(device: str) -> Generator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield World.here()
-        dist.barrier()  # none leaves while another may still need it
+        dist.barrier()  # no process exits while another may still need it
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
             raise LostProcessError(LOST) from error
@@ -195,11 +195,11 @@ def joined(device: str) -> Generator[World]:
 
 
 def speaks(error: Exception | None) -> bool:
-    """Whether this process is the one to say why the run has failed: the first that knows."""
+    """Whether this process reports why the run has failed: the first to notice."""
     rank, size = started()
     if size == 1 or _store is None:
         return rank == 0
     try:
         return int(_store.add("said", 1)) == 1
-    except RuntimeError:  # whoever kept the store is gone too
+    except RuntimeError:  # the process of the store has exited too
         return isinstance(error, LostProcessError)

@@ -21,7 +21,7 @@ _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors",
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Which text, cut how; `notes` say what was assumed or replaced in reading it."""
+    """A text and how it was cut; `notes` list assumptions and replacements made in reading it."""
 
     source: str
     fingerprint: str
@@ -53,7 +53,7 @@ class TextRecord:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the kind of machine; no names, paths or times, so that equal runs leave equal files."""
+    """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files."""
     return {
         "versions": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -78,7 +78,7 @@ class Phase:
     """One part of a run; its figures are there when it is over.
 
     Attributes:
-        peak_mib: at its peak, over what was held when it began; see `PeakMemory`.
+        peak_mib: peak memory beyond that at its start; see `PeakMemory`.
     """
 
     name: str

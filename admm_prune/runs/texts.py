@@ -1,4 +1,4 @@
-"""Which text calibrates a run and which text judges it."""
+"""The calibration text and the evaluation text of a run."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def check_data(data: str | None, model: object) -> str:
     named = f"{model}: " if isinstance(model, str | Path) else ""
     raise UserError(
         f"{named}name the text with --data: a file, a folder or a Hub dataset, such as --data wikitext2 "
-        "(only the embedded model has a text of its own)"
+        "(only the embedded model has a default text)"
     )
 
 
 def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
-    """What is no name of a text, by its role; and the names for `TextSettings`.
+    """The texts passed as objects, by their role; and the names for `TextSettings`.
 
     Raises:
         UserError: it cannot be text.
@@ -76,7 +76,7 @@ class Texts:
     """Both texts of a run, read once and packed for the model's tokenizer and context.
 
     Args:
-        passed: what was passed from Python in place of a path or a Hub id, by "data" and "eval_data".
+        passed: objects passed from Python instead of a path or a Hub id, by "data" and "eval_data".
 
     Raises:
         UserError: a text cannot be used, or the length is beyond the model's context.
@@ -102,7 +102,7 @@ class Texts:
         return self._packed[samples]
 
     def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
-        """What both texts were, by their role; `samples` as for `calibration`."""
+        """The records of both texts, by their role; `samples` as for `calibration`."""
         return {
             "calibration": TextRecord.of(self._calibrating, self.calibration(samples)),
             "evaluation": self.evaluation_record,
@@ -144,7 +144,7 @@ def is_local(settings: TextSettings) -> bool:
 
 
 def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
-    """What calibrates and what judges, for a tokenizer whose chat template writes conversations.
+    """The calibration and the evaluation text, with conversations formatted by the tokenizer's chat template.
 
     Raises:
         UserError: a text cannot be used.
@@ -173,7 +173,7 @@ class _Sources:
     plain: list[str] = field(default_factory=list)
 
     def both(self) -> tuple[Corpus, Corpus]:
-        """(what calibrates, what judges)."""
+        """(calibration text, evaluation text)."""
         settings = self.settings
         if settings.split != "train" and not self._has_splits("data"):
             raise UserError(f"{settings.data}: there are no splits in it: leave --split out")
@@ -188,10 +188,10 @@ class _Sources:
         return calibrating, replace(judging, documents=judging.documents[: settings.eval_documents])
 
     def judging(self, *, whole: bool = False) -> Corpus | None:
-        """The text to evaluate on; None where nothing names it and the calibration text has no split for it.
+        """The evaluation text; None if it is not set and the calibration text has no split for it.
 
         Args:
-            whole: the calibration text will not be read: where it has one split alone, that judges.
+            whole: the calibration text is not read: if it has a single split, that split is used for evaluation.
         """
         settings = self.settings
         role = "data" if settings.eval_data is None else "eval_data"
@@ -249,7 +249,7 @@ class _Sources:
 
 
 def _tell(*corpora: Corpus) -> None:
-    """Logs what was assumed or replaced in reading, once of several processes."""
+    """Logs assumptions and replacements made in reading, in one process only."""
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
             _LOG.warning("note: %s", note)

@@ -1,4 +1,4 @@
-"""Runs followed from outside, while they go on: TensorBoard, Weights & Biases, trackio, or anybody's own tracker."""
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio, or a custom one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def tracker_named(text: str) -> Tracker:
 
 @contextmanager
 def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[dict[str, float]]:
-    """Within it a run goes on; yields what is to be filled with its figures, and told when it is over."""
+    """Context of a run; yields a dictionary to be filled with its overall figures, logged at the end."""
     summary: dict[str, float] = {}
     if tracker is None:
         yield summary
@@ -112,7 +112,7 @@ def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}; what is None or empty is left out."""
+    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}; entries that are None or empty are left out."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a run as a whole, from its manifest: what is not finite is left out."""
+    """The figures of a run as a whole, from its manifest: non-finite values are left out."""
     found = {"sparsity": report["sparsity"]}
     for which in ("dense", "pruned"):
         found |= {f"{which}/{name}": report[which][name] for name in ("perplexity", "bits_per_char")}

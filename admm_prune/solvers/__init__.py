@@ -1,1 +1,1 @@
-"""Solvers: how to find the weights. They meet problems only through the protocols of `admm_prune.problem`."""
+"""Solvers. They depend on problems only through the protocols of `admm_prune.problem`."""

@@ -30,22 +30,23 @@ class ADMM(Iterative[State]):
 
         x <- argmin f(x) + rho |x - (d - u)|_D^2,    z <- a x + (1 - a) d + u,    d <- P_C(z),    u <- z - d.
 
-    C is a family of supports, so d and u never overlap and z with one bit per weight is the whole state. Distances and
+    C is a union of supports, so d and u never overlap and z with one bit per weight is the whole state. Distances and
     the projection are taken in the metric D = diag(A) of a Quadratic problem; any Proximable one has D = 1 and rho in
     units of its curvature. u is rescaled whenever rho changes, so that rho u is kept.
 
     Args:
-        penalty: how rho moves.
-        relaxation: a, from 1 (the textbook) to below 2. Above 1 it saves iterations, but the support only comes to rest
-            under a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
+        penalty: the schedule of rho.
+        relaxation: a, from 1 (the textbook) to below 2. Above 1 it saves iterations, but the support only becomes
+            stable
+            with a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
         ramp: prune gradually, along this sparsity schedule; None prunes fully from the start.
         fast_until: a penalty set before this iteration has its products in bfloat16, if the problem is in float32 and
-            the machine gains by it. Only the support depends on them; later penalties settle it in full precision.
-        freeze_after: iterations after which the support stays as it is; None never.
+            the machine is faster in it. Only the support depends on them; later penalties use full precision.
+        freeze_after: iterations after which the support is fixed; None never.
         polish: least-squares refit on the final support, where the problem is Quadratic.
         tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
-        graphs: on CUDA the steps of a penalty but its first are recorded once and played back, which gains where
-            matrices are so small that launching their kernels takes longer than running them. The numbers are the same;
+        graphs: on CUDA the steps of a penalty after its first are recorded once and replayed, which is faster if
+            matrices are so small that launching kernels takes longer than running them. The numbers are the same;
             the buffers of a step and the operator stay in memory while the Hessian is factored anew.
 
     Raises:
@@ -110,7 +111,7 @@ class ADMM(Iterative[State]):
     def check(self, problem: Problem) -> None:
         if not fits(problem, Quadratic):
             require(
-                self, problem, Proximable, "its x-step minimizes value plus a square; a Quadratic problem serves too"
+                self, problem, Proximable, "its x-step minimizes value plus a square; a Quadratic problem works too"
             )
         if not isinstance(problem.constraint, SupportConstraint):
             raise TypeError(
@@ -184,7 +185,7 @@ class ADMM(Iterative[State]):
     def _pass(
         self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
     ) -> tuple[Point, list[Tensor]]:
-        """One pass over x, z and d, in place: the new mask, and what was measured.
+        """One pass over x, z and d, in place: the new mask, and the measures.
 
         s.d holds, one after the other: d, the target d - u, the score, the new d.
         """
@@ -196,7 +197,7 @@ class ADMM(Iterative[State]):
             splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
         mask, before = s.mask, (s.mask if chosen else Point())
         if chosen:
-            with selection.trusted():  # a residual that is not finite says it too
+            with selection.trusted():  # a non-finite residual reveals NaN too
                 mask = self._select(problem, s.d, iteration, s.problems)
         numbers = [
             splitting.settle_(s.z[name], mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
@@ -207,7 +208,7 @@ class ADMM(Iterative[State]):
     def _replayed(
         self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
     ) -> Replayed[list[Tensor]]:
-        """The pass as it is recorded: what it reads and writes stays where it is, the mask included."""
+        """The pass for recording: all its tensors, the mask included, have fixed addresses."""
 
         def again() -> list[Tensor]:
             mask, numbers = self._pass(problem, s, iteration, chosen)
@@ -225,7 +226,7 @@ class ADMM(Iterative[State]):
         return self.ramp is not None and iteration + 1 < self.ramp.over
 
     def measures(self, state: State, iteration: int) -> Sequence[Progress]:
-        """Reads what the steps left behind: on the CPU after each, on a device when the penalty may move, and at the
+        """Reads the measures of the steps: on the CPU after each, on a device when the penalty may change and at the
         end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
         asked = self.objective_every and iteration % self.objective_every == 0
@@ -257,7 +258,7 @@ class ADMM(Iterative[State]):
     def solution(self, problem: Quadratic | Proximable, state: State) -> Point:
         z, mask = state.support()
         d = z.map(lambda x, kept: x.where(kept, 0), mask)
-        # Along the ramp d is less sparse than asked.
+        # During the ramp d is less sparse than the target.
         return d if self.ramp is None else problem.constraint.project(d)
 
     def projected_start(self, problem: Quadratic | Proximable, start: Point | None) -> Point:
@@ -275,7 +276,7 @@ class ADMM(Iterative[State]):
 
     def notes(self, state: State) -> tuple[str, ...]:
         proximal = self.graphs and isinstance(state.update, ProximalUpdate)
-        unplayed = ("steps were not played back: a proximal operator is not recorded",) if proximal else ()
+        unplayed = ("steps were not replayed: a proximal operator is not recorded",) if proximal else ()
         return (*backend.note(state.device), *state.notes, *unplayed)
 
     def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:

@@ -1,4 +1,4 @@
-"""What moves during a solve by ADMM: of one problem, or of several that take their steps together."""
+"""The state of a solve by ADMM: of one problem, or of several that are stepped together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class State:
     """z = d + u and one bit per weight: d = mask * z is feasible, u = tau (1 - mask) * z is the scaled dual."""
 
     update: DenseUpdate
-    z: Point  # empty while a batch has it, like the mask
+    z: Point  # empty while it is part of a batch, like the mask
     mask: Point
     d: Point = field(default_factory=Point)  # mask * z during a solve; empty between solves
     x: Point = field(default_factory=Point)  # likewise
@@ -28,9 +28,9 @@ class State:
     changed: int = 0  # entries that entered the support since the penalty was last set
     kept: int = 1
     unread: list[Measured] = field(default_factory=list)
-    problems: int = 1  # that lie stacked here
-    batch: Batch | None = None  # that it takes its steps with
-    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the step as it is played back, and for what
+    problems: int = 1  # number of stacked problems
+    batch: Batch | None = None  # the batch in which it is stepped
+    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the replayed step, and the tensors it belongs to
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -42,18 +42,18 @@ class State:
         return (self.z, self.mask) if self.batch is None else self.batch.share(self)
 
     def leave(self) -> None:
-        """Takes what is its own out of the batch, if it is in one."""
+        """Copies its tensors out of the batch, if it is in one."""
         if self.batch is not None:
             self.batch.part()
 
     def release(self) -> None:
-        """Gives up all memory that a step would make again."""
+        """Frees all memory that a step would allocate again."""
         self.leave()
         self.x, self.d, self.replayed = Point(), Point(), None
         self.update.release()
 
     def read(self) -> list[Measured]:
-        """What was unread, in one copy from the device."""
+        """The unread measures, in one copy from the device."""
         if self.batch is not None:
             self.batch.read()
         unread, self.unread = self.unread, []
@@ -67,19 +67,19 @@ class State:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step left on its device to be read: for every tensor of the point, what `splitting.settle_` returns."""
+    """The measures of a step, still on the device: for every tensor of the point, the result of `splitting.settle_`."""
 
     iteration: int
     rho: float
-    chosen: bool  # whether the support was chosen anew
+    chosen: bool  # whether the support was updated
     numbers: Sequence[Tensor]
 
 
 @dataclass
 class Batch:
-    """Solves of problems of one shape that take their steps together, as long as their penalties are the same.
+    """Solves of problems of one shape that are stepped together while their penalties are equal.
 
-    The rows of all problems lie stacked in `whole`, whose steps are theirs; what is counted and read stays apart.
+    The rows of all problems are stacked in `whole`; counts and measures are kept separately.
     """
 
     whole: State
@@ -87,7 +87,7 @@ class Batch:
 
     @classmethod
     def of(cls, problems: Sequence[Problem], states: Sequence[State]) -> Batch | None:
-        """The states in a batch of their own; None where they cannot be taken together."""
+        """A batch of the states; None if they cannot be stepped together."""
         first = states[0]
         alike = {(s.rho, s.tau, *((n, x.shape, x.dtype, x.device) for n, x in s.z.items())) for s in states}
         quadratic = [p for s in states if isinstance(s.update, QuadraticUpdate) for p in s.update.problems]
@@ -121,7 +121,7 @@ class Batch:
         return len(states) == len(self.members) and all(a is b for a, b in zip(states, self.members, strict=True))
 
     def follow(self, penalty_set: bool) -> None:
-        """The members stand where the whole does, after a step of it."""
+        """Updates the members after a step of the whole."""
         for state in self.members:
             state.rho, state.tau = self.whole.rho, self.whole.tau
             if penalty_set:
@@ -135,13 +135,13 @@ class Batch:
         return z, mask
 
     def read(self) -> None:
-        """Deals out what the steps have measured."""
+        """Distributes the measures to the members."""
         for measured in self.whole.read():
             for state, numbers in zip(self.members, measured.numbers[0].unbind(), strict=True):
                 state.unread.append(replace(measured, numbers=[numbers]))
 
     def part(self) -> None:
-        """Every member goes on by itself."""
+        """Dissolves the batch: every member continues on its own."""
         self.read()
         for state in self.members:
             z, mask = self.share(state)

@@ -1,4 +1,4 @@
-"""Alternating minimization: one block of variables after the other; the best round by what is wanted in the end."""
+"""Alternating minimization over blocks of variables; returns the round with the least validation loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from admm_prune.solvers.refit import Polish
 
 @dataclass
 class State:
-    """The point of this round, and the best one by the judge."""
+    """The point of this round, and the best one by the validation loss."""
 
     x: Point
     best: Point
@@ -30,26 +30,26 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Alternating(Iterative[State]):
-    """Round after round, for every block b in the problem's order: x_b <- argmin over x_b, all other blocks held.
+    """Round after round, for every block b in the problem's order: x_b <- argmin over x_b, all other blocks fixed.
 
-    A block that is `Minimizable` gives its minimum itself, any other is solved by `inner`. What a block lowers is a
-    surrogate: after every round the problem judges the whole, the best round is returned, and a round that improves
-    nothing ends the run.
+    A block that is `Minimizable` gives its minimum itself, any other is solved by `inner`. The blocks minimize a
+    surrogate: after every round the problem computes the validation loss, the best round is returned, and a round
+    without improvement ends the run.
 
     Args:
         inner: solves blocks with a sparse set.
-        freeze_after: rounds after which supports stay as they are and `refit` takes the place of `inner`; None never.
+        freeze_after: rounds after which supports are fixed and `refit` replaces `inner`; None never.
         refit: fits a block anew on the support of its start.
-        together: ends every round, where it is given: improves all blocks at once on their supports, is kept where the
-            judge agrees, and is where the next round begins. The last block of the best round is then refitted.
-        tolerance: stop after a round that lowers the judge's figure by less, relative to the best round before.
+        together: if given, ends every round: improves all blocks jointly on their supports, is kept if the validation
+            loss decreases, and is the start of the next round. The last block of the best round is then refitted.
+        tolerance: stop after a round that lowers the validation loss by less, relative to the best round before.
 
     Raises:
         TypeError: the problem is not Coordinated.
 
     Reference implementation: `textbook.sparsellm`.
 
-    Source: Bai et al., SparseLLM, 2024, algorithm 1; the judge, the freezing and the step together are ours.
+    Source: Bai et al., SparseLLM, 2024, algorithm 1; the validation, the freezing and the joint step are ours.
     """
 
     inner: Solver
@@ -60,7 +60,7 @@ class Alternating(Iterative[State]):
     tolerance: float = 1e-3
 
     def check(self, problem: Problem) -> None:
-        require(self, problem, Coordinated, "it solves block after block and is told by a judge which round is best")
+        require(self, problem, Coordinated, "it solves block after block and validates the whole")
 
     def init(self, problem: Coordinated, start: Point | None) -> State:
         x = problem.initial() if start is None else start
@@ -107,7 +107,7 @@ class Alternating(Iterative[State]):
         if judged < state.judged:
             state.x, state.judged = improved, judged
         else:
-            state.notes.append(f"round {state.rounds}: all blocks together were no better, {judged:.4g} by the judge")
+            state.notes.append(f"round {state.rounds}: the joint step was no better, validation loss {judged:.4g}")
 
     def _solved(self, problem: Coordinated, state: State, x: Point, name: str, frozen: bool) -> Point:
         """x with one block solved."""
@@ -123,7 +123,7 @@ class Alternating(Iterative[State]):
 
 
 def _by_its_judge(problem: Coordinated) -> Coordinated:
-    """The problem with its judge's figure as its value: what only the judge is to like is measured by nothing else."""
+    """The problem with the validation loss as its value."""
     view = copy.copy(problem)
     vars(view)["value"] = problem.judge
     return view

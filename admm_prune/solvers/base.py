@@ -1,4 +1,4 @@
-"""The one loop that serves every iterative solver, and what all solvers share."""
+"""The loop of all iterative solvers, and the base of all solvers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ StateT = TypeVar("StateT")
 
 
 class Solver(Protocol):
-    """A frozen configuration; everything that moves is in the state of one solve."""
+    """A frozen configuration; everything that changes is in the state of a solve."""
 
     def solve(self, problem: Any, *, start: Point | None = None) -> Result: ...
 
 
 @dataclass
 class Run(Generic[StateT]):
-    """All that moves during a solve. Passed back as `state`, it continues exactly where it stopped."""
+    """The state of a solve. Passed back as `state`, it continues exactly where it stopped."""
 
     inner: StateT
     iteration: int = 0
@@ -43,7 +43,7 @@ class Run(Generic[StateT]):
 
 @dataclass
 class _Solve(Generic[StateT]):
-    """One call of `solve`: the problem, what moves, where it was to begin, and why it stopped."""
+    """One call of `solve`: the problem, the state, the start, and why it stopped."""
 
     problem: Any
     run: Run[StateT]
@@ -53,16 +53,16 @@ class _Solve(Generic[StateT]):
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative(ABC, Generic[StateT]):
-    """A solver that repeats a step. Subclasses say what a step is; `solve` exists once, here.
+    """A solver that repeats a step. Subclasses implement the step; `solve` is implemented here.
 
     Args:
-        max_iterations: counted over the whole run, also when it was continued.
+        max_iterations: over the whole run, including earlier calls.
         time_limit: seconds for one call of `solve`; None for no limit.
-        objective_every: evaluate the feasible point every so many iterations, and let it compete for the best; 0
+        objective_every: evaluate the feasible point every so many iterations as a candidate for the best; 0
             only at the end. An evaluation costs about as much as a step.
     """
 
-    batched: ClassVar[bool] = False  # whether `step_all` gains by taking several problems at once
+    batched: ClassVar[bool] = False  # whether `step_all` is faster for several problems at once
 
     max_iterations: int = 100
     time_limit: float | None = None
@@ -70,7 +70,7 @@ class Iterative(ABC, Generic[StateT]):
 
     @abstractmethod
     def check(self, problem: Problem) -> None:
-        """Raises TypeError, naming both sides, where the problem lacks what the solver needs."""
+        """Raises TypeError, naming both sides, if the problem lacks a capability that the solver needs."""
 
     @abstractmethod
     def init(self, problem: Any, start: Point | None) -> StateT: ...
@@ -80,17 +80,17 @@ class Iterative(ABC, Generic[StateT]):
         """One iteration, in place."""
 
     def step_all(self, problems: Sequence[Any], states: Sequence[StateT], iteration: int) -> None:
-        """The same iteration of several solves, in place; a solver may do some of its work for all of them at once."""
+        """The same iteration of several solves, in place; a solver may share work between them."""
         for problem, state in zip(problems, states, strict=True):
             self.step(problem, state, iteration)
 
     @abstractmethod
     def measure(self, state: StateT, iteration: int) -> Progress:
-        """What is cheap to say of the iteration just done."""
+        """Inexpensive measures of the last iteration."""
 
     def measures(self, state: StateT, iteration: int) -> Sequence[Progress]:
-        """What is known since the last call. One that measures on a device may read several iterations at once: until
-        then nothing is known, and nothing stops the run."""
+        """The measures since the last call. A solver that measures on a device may read several iterations at once:
+        until then there are none, and the run is not stopped."""
         return (self.measure(state, iteration),)
 
     @abstractmethod
@@ -106,11 +106,12 @@ class Iterative(ABC, Generic[StateT]):
         return point
 
     def finish(self, problem: Any, state: StateT, point: Point) -> Point:
-        """A last improvement of a feasible point that stays feasible; may overwrite it. The point itself by default."""
+        """A final improvement of a feasible point that keeps it feasible; may overwrite it. By default the point
+        itself."""
         return point
 
     def notes(self, state: StateT) -> tuple[str, ...]:
-        """What had to be done that was not asked for."""
+        """Automatic corrections, for the result's notes."""
         return ()
 
     @precision.full()
@@ -138,9 +139,9 @@ class Iterative(ABC, Generic[StateT]):
 
     @precision.full()
     def solve_all(self, problems: Sequence[Any]) -> list[Result]:
-        """Solves of several problems side by side, from their dense weights: what `solve` gives of each alone.
+        """Solves several problems concurrently, from their dense weights, with the same results as `solve`.
 
-        A solve that stops is left as it is while others go on. `seconds` is an even share of the time of all.
+        A solve that stops is not changed while others continue. `seconds` is the total time divided by their number.
 
         Raises:
             TypeError: a problem lacks a capability that the solver needs.
@@ -177,8 +178,8 @@ class Iterative(ABC, Generic[StateT]):
         finite = finished.is_finite()
         if finite:
             finished = self.finish(problem, run.inner, finished)
-        seconds = time.perf_counter() - began  # the clock stops before the objective is evaluated
-        # What is offered from here on belongs to this result, not to the run: a continued run must not meet it again.
+        seconds = time.perf_counter() - began  # the time excludes the evaluation of the objective
+        # Candidates from here on belong to this result, not to the run: a continued run must not see them.
         final = replace(run)
         if not finite:
             status = Status.NONFINITE
@@ -216,8 +217,8 @@ class Iterative(ABC, Generic[StateT]):
 def closed_form(
     problem: Problem, solution: Point, began: float, start: Point | None, notes: tuple[str, ...] = ()
 ) -> Result:
-    """The result of a direct computation, or the start's projection where that is better. The clock stops before both
-    are evaluated.
+    """The result of a direct computation, or the start's projection where that is better. The time excludes the
+    evaluation of both.
 
     Args:
         start: None where the computation is itself a projection of the dense weights.
@@ -252,12 +253,12 @@ def _why_stop(solver: Iterative[Any], progress: Progress, watch: Watch | None, b
 
 def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> Point:
     """The projection of a point, by default of the unconstrained minimum, in the metric diag(A)."""
-    metric = problem.hessian.diagonal().clone().expand_as(problem.minimizer)  # the Hessian itself may go
+    metric = problem.hessian.diagonal().clone().expand_as(problem.minimizer)  # the Hessian itself can be freed
     return problem.constraint.project(Point(weight=problem.minimizer) if point is None else point, Point(weight=metric))
 
 
 def offer_start(problem: Problem, run: Run[Any], point: Point) -> None:
-    """Lets the projected start compete, so that no result is worse than it."""
+    """Makes the projected start a candidate, so that no result is worse than it."""
     value = problem.value(point)
     if value <= run.best_value:
         run.best, run.best_value, run.best_iteration = point, value, 0

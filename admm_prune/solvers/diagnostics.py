@@ -1,4 +1,4 @@
-"""The doctor: what the history of a solve says, in plain words, and what to do about it."""
+"""Diagnoses the history of a solve, with advice."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from admm_prune.result import Diagnosis, Progress, Result, Status
 # From histories of ADMM at constant penalties from 1e-4 to 100 and under its own schedules, on layers of 16 to 256
 # inputs, half and four fifths pruned and 2:4. A healthy run ends with no change of the support and |x - z| / |z| below
 # 0.01, having exchanged between 0.1 and 5 times the support (of the kept or of the pruned, whichever are fewer). With
-# rho <= 0.01 a third or more of it goes on changing in every iteration and the residual stays at 0.2 to 0.7; with
+# rho <= 0.01 a third or more of it still changes in every iteration and the residual stays at 0.2 to 0.7; with
 # rho >= 3 less than 0.05 ever changes, and the value ends 10 to 100 % above that of a healthy run.
 _MOVING = 1e-3
 _FAR = 5e-2
 _SETTLED = 1e-2
 _STEADY = 0.7
-_LONG_ENOUGH = 12  # iterations, before which a start is not told from a circle
+_LONG_ENOUGH = 12  # iterations, below which slow progress and a cycle cannot be distinguished
 _LARGE_RHO = 3.0
 _FROZEN = 5e-2
 _TOKENS_PER_CHANNEL = 4
 
-# What can be done, by commands and in Python.
+# Advice, for the command line and for Python.
 _RIDGE = "give 'run' or 'solve' a larger --ridge"
 _PENALTY = "use the method admm, or in Python a penalty that rises from 0.1 to 1, such as LogSpaced(0.1, 1.0, over=30)"
 _LONGER = "use the method admm-best, or in Python a larger max_iterations"
@@ -75,7 +75,7 @@ def diagnose(
             Diagnosis(
                 "damping-raised",
                 "info",
-                f"the Gram is singular with the ridge {ridge_asked:g} that was asked for: raised to {ridge_used:g}",
+                f"the Gram is singular with the ridge {ridge_asked:g} in the settings: raised to {ridge_used:g}",
                 f"calibrate on more tokens{larger}",
             )
         )
@@ -112,7 +112,7 @@ def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
 
 
 def _motion(result: Result, unit: int) -> Diagnosis:
-    """Of the findings on how the iterates moved the one that applies first; changes are counted in `unit`."""
+    """The first applicable finding on the convergence of the iterates; changes are counted in `unit`."""
     history, last = result.history, result.history[-1]
     changes = [(p.support_changes or 0) / unit for p in history]
     residuals = [p.primal_residual for p in history if p.primal_residual is not None]
@@ -152,7 +152,7 @@ def _motion(result: Result, unit: int) -> Diagnosis:
         return Diagnosis(
             "still-moving",
             "warning" if ending > _FAR else "info",
-            f"the run ended on the way: {said} (after {result.iterations} iterations)",
+            f"the run ended before it converged: {said} (after {result.iterations} iterations)",
             _LONGER,
         )
     if result.status is Status.SOLVED or last.primal_residual is None or last.primal_residual <= _SETTLED:

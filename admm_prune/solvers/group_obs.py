@@ -17,11 +17,11 @@ from admm_prune.solvers.base import closed_form
 
 @dataclass(frozen=True)
 class GroupMask:
-    """min over masks m of (1 - m)^T Q (1 - m), Q = (V^T V) * A summed over groups; what is kept stays as it is.
+    """min over masks m of (1 - m)^T Q (1 - m), Q = (V^T V) * A summed over groups; kept weights are unchanged.
 
     The closed form keeps the groups of the largest Q_gg, and is exact where groups do not interact: with one price t
-    over all modules it keeps g iff Q_gg > t c_g. With `interactions` groups go one by one, each time the one that
-    raises the loss least, argmin_j Q_jj + 2 sum_{k gone} Q_jk. Q_gg is Wanda's score,
+    over all modules it keeps g iff Q_gg > t c_g. With `interactions` groups are removed one by one, each
+    time the one that raises the loss least, argmin_j Q_jj + 2 sum_{k gone} Q_jk. Q_gg is Wanda's score,
     squared and summed over a column.
 
     Raises:
@@ -47,7 +47,7 @@ class GroupMask:
 
 
 def _greedy(q: Tensor, keep: int) -> Tensor:
-    """The groups that stay when they go one by one, the least rise first; ties: the higher index goes first."""
+    """The groups kept when they are removed one by one, least increase first; ties: the higher index first."""
     rise = q.diagonal().clone()
     kept = torch.ones(len(q), dtype=torch.bool, device=q.device)
     for _ in range(len(q) - keep):
@@ -57,7 +57,7 @@ def _greedy(q: Tensor, keep: int) -> Tensor:
     return kept
 
 
-_LOOKS = 128  # at the scores of all groups, where the batch is not given
+_LOOKS = 128  # updates of the scores, where the batch is not given
 _LARGEST_BATCH = 32
 
 
@@ -65,12 +65,12 @@ _LARGEST_BATCH = 32
 class GroupOBS:
     """Removes the groups R of columns of the least loss tr(V_R (K_RR)^-1 V_R^T), K = A^-1, then solves least squares.
 
-    The loss is exact for the groups removed so far: all other columns answer. The last step solves the least squares on
-    the columns that stay afresh, so that no error of the downdates is left.
+    The loss is exact for the groups removed so far: all other columns are refitted. The last step solves the least
+    squares on the remaining columns again, so that no error of the downdates remains.
 
     Args:
-        batch: groups removed between two looks at the scores: 1 for the greedy choice, 0 for one look (one-shot). None
-            for about 128 looks, at most 32 groups at a time.
+        batch: groups removed between two updates of the scores: 1 for the greedy choice, 0 for a one-shot choice. None
+            for about 128 updates, at most 32 groups at a time.
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no GroupConstraint.
@@ -87,7 +87,7 @@ class GroupOBS:
         constraint = checked_groups(self, problem)
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
-        if constraint.contains(dense):  # nothing has to go: nothing changes, not by a bit
+        if constraint.contains(dense):  # nothing to prune: the weights are returned bitwise unchanged
             return closed_form(problem, dense, began, start)
         width, columns = constraint.width, problem.minimizer.shape[1]
         count = columns // width
@@ -101,7 +101,7 @@ class GroupOBS:
         return closed_form(problem, Point(weight=weight), began, start, notes)
 
     def size(self, count: int) -> int:
-        """Of a batch, where there are so many groups."""
+        """The size of a batch for this number of groups."""
         if self.batch is None:
             return min(_LARGEST_BATCH, max(1, count // _LOOKS))
         return self.batch or count

@@ -23,17 +23,17 @@ _Table = tuple[Tensor, Tensor, Tensor]  # of gains: the gain, what is dropped, w
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Lowers f by swaps in the support, a refit after each round of them, row by row and never upwards.
+    """Lowers f monotonically by swaps in the support of each row, with a refit after each round.
 
     In coordinates where diag(A) = 1, with S the support of a row, v its least-squares weights and r = (W - V) A its
     residual, exchanging i in S for j outside lowers f by gain_ij = (r_j + c_ij v_i)^2 / s_j - s_i v_i^2, where
     [[s_i, c_ij], [c_ij, s_j]] is the Schur complement of A on {i, j} given S without i. For a random S of k columns it
     is close to (B_{ij,ij})^-1 - g I with B = (A + g I)^-1 and tr(A B) = k: one inverse serves all rows. Each round a
-    row makes its most promising disjoint swaps, refits by a few conjugate gradients, and takes the outcome if its f
-    fell; otherwise it goes back and halves the number of swaps. A row rests when no swap promises a gain, or after
-    `patience` single swaps on end that did not hold what they promised.
+    row makes the disjoint swaps with the largest estimated gains, refits by a few conjugate gradients, and takes the
+    outcome if its f fell; otherwise it goes back and halves the number of swaps. A row stops when no swap has an
+    estimated gain, or after `patience` consecutive single swaps without the estimated gain.
 
-    The swaps stay within a row, and within a group where the set has groups, so every count that the set bounds stays.
+    The swaps stay within a row, and within a group where the set has groups, so that all budgets remain satisfied.
 
     Args:
         inner: finds the start; None to begin from `start`, or from the projection in the metric diag(A).
@@ -44,12 +44,12 @@ class LocalSearch:
         patience: how many single swaps in a row may fail.
 
     Returns (solve):
-        SOLVED where every row rests. The notes say how many swaps were made, at how many products (out, in) x (in, in),
-        besides some 5 to 10 inverses of A + g I.
+        SOLVED if every row has stopped. The notes say how many swaps were made, at how many products (out, in) x (in,
+        in), besides some 5 to 10 inverses of A + g I.
 
     Raises (solve):
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
-            group of it, are not what its constraint leaves free, as with Blocks.
+            group of it, violate its constraint, as with Blocks.
 
     Sources: the exact gain, from (A_SS)^-1 of each row, is in `solvers/reference/row_search.py`; its estimate from one
     resolvent is ours, and the tests hold it against least squares.
@@ -110,14 +110,14 @@ class LocalSearch:
         support = constraint.select(point.map(torch.abs))["weight"]
         group = constraint.group_width
         cells = support.unflatten(1, (-1, group if group > 1 else support.shape[1]))
-        gathered = cells.int().sort(dim=2, descending=True).values  # as one-sided as swaps can make it
+        gathered = cells.int().sort(dim=2, descending=True).values  # the most one-sided support reachable by swaps
         gathered[1::2] = gathered[1::2].flip(2)
         moved = Point(weight=gathered.flatten(1).to(point["weight"].dtype))
         whole = group > 1 and bool(support.any()) and bool((cells.all(2) == cells.any(2)).all() & ~support.all())
         if whole or not constraint.contains(moved):
             raise TypeError(
                 f"LocalSearch needs a set whose support may swap entries within "
-                f"{f'a group of {group} of a row' if group > 1 else 'a row'}; {sides} does not leave that free"
+                f"{f'a group of {group} of a row' if group > 1 else 'a row'}; {sides} does not allow that"
             )
         return support, group
 
@@ -186,7 +186,7 @@ class Rows:
         )
 
     def put(self, rows: Tensor | slice, trial: Rows, target: Tensor) -> Tensor:
-        """Takes over the trial's rows whose f = <W - V, (W - V) A> fell; says which did."""
+        """Accepts the trial's rows whose f = <W - V, (W - V) A> decreased; returns which did."""
         before = self.value[rows]
         value = (target[rows] - trial.v).mul_(trial.residual).sum(1)
         better = value < before * (1 - 16 * torch.finfo(value.dtype).eps)
@@ -225,7 +225,7 @@ class Rows:
 
 
 class Gains:
-    """What swaps promise where A has a unit diagonal and a row keeps `kept` entries on average."""
+    """Estimates the gains of swaps where A has a unit diagonal and a row keeps `kept` entries on average."""
 
     def __init__(self, hessian: Tensor, kept: float, group: int, candidates: int) -> None:
         self.hessian, self.group = hessian, group
@@ -235,7 +235,7 @@ class Gains:
         self.count = min(candidates, len(hessian) // group)
 
     def propose(self, rows: Rows, tabu: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The most promising swaps of each row.
+        """The swaps of each row with the largest estimated gains.
 
         Args:
             tabu: kept entries not to be dropped.

@@ -17,7 +17,7 @@ from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
-_WIDEST, _WIDEST_GROUP = 256, 32  # block and group that one kernel settles
+_WIDEST, _WIDEST_GROUP = 256, 32  # limits of a block and a group for the kernel
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class SparseGPT:
 
         e = (w_j - mask_j w_j) / U_jj,    w_k <- w_k - e U_jk  for k > j,    with A^-1 = U^T U, U upper triangular.
 
-    Each step is the exact least-squares answer of the columns to the right, all columns to the left being settled. The
-    mask of a block of columns is chosen when the block is reached, by the scores w_ij^2 / U_jj^2 and the block's share
+    Each step is the exact least-squares update of the columns to the right, with all columns to the left fixed. The
+    mask of a block of columns is chosen when the block is reached, by the scores w_ij^2 / U_jj^2 and the block's part
     of the budget; in N:M patterns, group by group. A is the problem's Hessian: give the problem `ridge=0,
     damping=0.01` for the published damping.
 
     Args:
         block: columns that share one choice of the mask, 128 as published.
-        mask_scope: "block" as published, or "layer": one mask for the whole matrix, before any column is settled, by
+        mask_scope: "block" as published, or "layer": one mask for the whole matrix, before any column is pruned, by
             w_ij^2 / (A^-1)_jj.
 
     Raises:
@@ -55,7 +55,7 @@ class SparseGPT:
             raise TypeError(f"SparseGPT needs a SupportConstraint; {type(constraint).__name__} lacks select")
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
-        if constraint.contains(dense):  # nothing has to go: nothing changes, not by a bit
+        if constraint.contains(dense):  # nothing to prune: the weights are returned bitwise unchanged
             return closed_form(problem, dense.clone(), began, start)
         scaled, scale = quadratic.unit_diagonal(problem.hessian)
         factor, notes = _inverse_factor(scaled)
@@ -65,13 +65,13 @@ class SparseGPT:
             mask = constraint.select(Point(weight=score.T.contiguous()))["weight"].T
             self._sweep(columns, factor, constraint, mask)
         else:
-            with selection.trusted():  # what is not finite is found in the end
+            with selection.trusted():  # non-finite values are detected at the end
                 self._sweep(columns, factor, constraint, None)
         solution = Point(weight=(columns.T / scale).contiguous())
         return closed_form(problem, solution, began, start, (*notes, *backend.note(columns.device)))
 
     def _sweep(self, columns: Tensor, factor: Tensor, constraint: SupportConstraint, mask: Tensor | None) -> None:
-        """Settles all columns, in place. Without a mask, chooses one as it goes."""
+        """Prunes all columns, in place. Without a mask, selects one block by block."""
         width = len(columns)
         group = constraint.group_width
         panel = group * max(1, min(_PANEL, self.block) // group)
@@ -115,19 +115,19 @@ class SparseGPT:
 def _choose(
     columns: Tensor, factor: Tensor, constraint: SupportConstraint, start: int, stop: int, width: int
 ) -> Tensor:
-    """The mask (stop - start, out) of some columns, by w^2 / U_jj^2 and their share of the budget."""
+    """The mask (stop - start, out) of some columns, by w^2 / U_jj^2 and their part of the budget."""
     score = columns.abs() / factor.diagonal()[start:stop, None]
     share = constraint.share(start, stop, (columns.shape[1], width))
     return share.select(Point(weight=score.T.contiguous()))["weight"].T.contiguous()
 
 
 def _fused(columns: Tensor, block: int, known: bool) -> bool:
-    """Whether one kernel settles a block, given that its mask, or the pattern of it, is known."""
+    """Whether one kernel can prune a block whose mask or pattern is known."""
     return known and block <= _WIDEST and backend.uses_triton(columns, torch.float32)
 
 
 def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:
-    """(n, m) where every row keeps n of every m consecutive columns; None where that cannot be told."""
+    """(n, m) where every row keeps n of every m consecutive columns; None if that is not known."""
     parts: Sequence[tuple[int, SupportConstraint]] = getattr(constraint, "parts", ((1, constraint),))
     patterns = {(getattr(part, "n", None), getattr(part, "m", None)) for _, part in parts}
     n, m = patterns.pop()
@@ -137,7 +137,7 @@ def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:
 
 
 def _inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """The factor in the Hessian's own precision, in float64 where that fails; says so."""
+    """The factor in the Hessian's own precision, in float64 if that fails, with a note."""
     try:
         return quadratic.inverse_factor(hessian), ()
     except RuntimeError:  # torch's LinAlgError, under a name that its types export

@@ -22,7 +22,7 @@ class Polish:
     """Solves with another solver, then refits on the support that it chose: min f(x), supp(x) in supp(solution).
 
     A Quadratic problem is refitted by conjugate gradients, one product with A an iteration: some 8 of them after ADMM,
-    some 45 from a support that knows nothing of A; one whose support is whole columns by one factorization. Any other
+    some 45 from a support that is independent of A; one whose support is whole columns by one factorization. Any other
     problem must be Refittable and refits itself.
 
     Args:
@@ -72,7 +72,7 @@ def refit_(problem: Quadratic, weight: Tensor, tolerance: float, max_iterations:
     """
     mask = weight != 0
     if bool((mask == mask[0]).all()) and not bool(mask[0].all()):
-        with suppress(RuntimeError):  # not positive definite in its own precision: conjugate gradients cope
+        with suppress(RuntimeError):  # not positive definite in its own precision: use conjugate gradients
             weight.copy_(minimize_on_columns(problem.hessian, problem.minimizer, mask[0]))
             return ()
     reachable = max(tolerance, 50 * torch.finfo(weight.dtype).eps)

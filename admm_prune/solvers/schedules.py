@@ -1,4 +1,4 @@
-"""How penalties, sparsities and rates move along the iterations. All are frozen; what moves is the solver's state."""
+"""Schedules of penalties, sparsities and learning rates. All are frozen; the solver holds the state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 class PenaltySchedule(Protocol):
     @property
     def every(self) -> int:
-        """The penalty may change every so many iterations; a change costs a factorization."""
+        """A schedule of the penalty, which may change at intervals; a change costs a factorization."""
         ...
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
@@ -82,7 +82,7 @@ class CubicSparsity:
 def warm_up_then_linear(steps: int, warm_up: float = 0.05) -> Callable[[int], float]:
     """The factor of a learning rate by the step, for `LambdaLR`: linear from 0 to 1 in `warm_up` of the run, then back.
 
-    Adam divides by a second moment that it has seen a few gradients of: its first steps are the least to be trusted.
+    Adam's second moment is estimated from few gradients at first, so that its first steps are the least reliable.
 
     Args:
         steps: of the run.

@@ -1,4 +1,4 @@
-"""SparseAdam: ELSA as a torch optimizer, for anyone's training loop."""
+"""SparseAdam: ELSA as a torch optimizer for any training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_ada
 from admm_prune.solvers.elsa.state import at_once, check_saved, copy_saved
 from admm_prune.solvers.elsa.supports import Support
 
-_PENALTY, _SCORE = Penalty(), Score()  # frozen, so one of each serves all
+_PENALTY, _SCORE = Penalty(), Score()  # frozen, so that they can be shared
 _PROGRESS = ("steps_done", "skipped", "frozen")  # in every group
 _OWN = (
     "timeline", "penalty", "hard", "score", "clip", "clip_penalty", "final", "seed", "moments", "history", "_scope",
@@ -40,38 +40,38 @@ class SparseAdam(Optimizer):
 
     z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
     the support is frozen: pruned weights are zero, Adam trains the others, and only the bits are kept. Give
-    `total_steps`, and call `finalize` at the end. A step whose gradient is not finite is left out and counted.
-    The u of a matrix that has had no gradient yet, such as an expert that no token met, stays zero.
+    `total_steps`, and call `finalize` at the end. A step with a non-finite gradient is skipped and counted.
+    The u of a matrix that has had no gradient yet, such as an expert that received no token, stays zero.
 
-    With penalty = inf, x = z all along: an update prunes for good what scores least, which with a `ramp` is gradual
-    pruning. With freeze = 1 the support stays as it begins, or as `change_support` has it: masked fine-tuning.
+    With penalty = inf, x = z throughout: an update permanently prunes the entries with the lowest scores, which with a
+    `ramp` is gradual pruning. With freeze = 1 the support is fixed, or set by `change_support`: masked fine-tuning.
 
     Args:
         params: a model, whose linear weights are pruned (`admm_prune.prunable`) while all its parameters are trained;
             or parameters, or groups of them. A group may have its own `sparsity`, `pattern` or `constraint`, or
             `constraint=None` to stay dense; the others take the ones given here. Tensors without entries are not
-            pruned. Complex parameters and sparse gradients are refused: the first among those to prune, the second
+            pruned. Complex parameters and sparse gradients are refused: the former among those to prune, the latter
             everywhere.
         sparsity: the fraction of every matrix to prune.
         pattern: (n, m), n kept of every m consecutive inputs.
         constraint: any family of supports over the point of all pruned weights, under their names.
-        scope: "model" spends one `sparsity` over all matrices, comparing scores divided by their mean.
+        scope: "model" applies one `sparsity` to all matrices together, comparing scores divided by their mean.
         targets, ignore: shell patterns of the names of a model's weights to prune, and to leave dense.
-        masks: supports to begin with, by name, such as those of a layer-wise solution; by magnitude where not given.
+        masks: initial supports, by name, such as those of a layer-wise solution; by magnitude where not given.
         lr, betas, eps, weight_decay, foreach, fused: as in `torch.optim.AdamW`, but no weight decay by default.
         clip: the norm that the loss's gradient, over all parameters, is clipped to before the penalty; None for none.
         clip_penalty: clip after the penalty instead.
-        penalty: rho, or all about it.
-        score: what chooses the support.
+        penalty: rho, or a `Penalty`.
+        score: selects the support.
         interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
         total_steps: the length of the run in calls of `step`, one for several batches whose gradients are accumulated;
-            schedules need it. A run that was shorter or longer is warned about.
+            schedules need it. A shorter or longer run causes a warning.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
-        ramp: the fraction of what comes before in which the sparsity grows.
+        ramp: the fraction of the steps before the freeze in which the sparsity grows.
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
-        anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes a weight.
-        moments: how Adam's moments are stored: see `Moments`. 8 bytes a weight, or 2.03 in 8 bits.
+        anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes per weight.
+        moments: how Adam's moments are stored: see `Moments`. 8 bytes per weight, or 2.03 in 8 bits.
         seed: of stochastic rounding.
 
     Raises:
@@ -127,7 +127,7 @@ class SparseAdam(Optimizer):
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
         self._scope: Literal["matrix", "model"] = scope
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
-        self._masks, self.moments = dict(masks or {}), str(self._moments)  # the moments as kept in the end
+        self._masks, self.moments = dict(masks or {}), str(self._moments)  # the format actually used for the moments
         self.history: list[DualUpdate] = []
         adam = {
             "lr": lr,
@@ -137,7 +137,7 @@ class SparseAdam(Optimizer):
             "foreach": foreach,
             "fused": fused,
         }
-        # What moves beside the state of the parameters lives in the groups: whatever saves a torch optimizer saves it.
+        # State beyond that of the parameters is stored in the groups, so that it is saved with any torch optimizer.
         super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
         self._transposed, self._stacked = chosen.transposed, chosen.stacked
         self._splittings = {number: self._splitting(support) for number, support in chosen.supports.items()}
@@ -150,7 +150,8 @@ class SparseAdam(Optimizer):
         cls, params: nn.Module | Iterable[Any], *, total_steps: int, lr: float = 2e-4, penalty: float = 1e-3, **how: Any
     ) -> Self:
         """ELSA as published: a coupled, absolute penalty, cosine from 0; the projection in the metric of Adam's second
-        moment; u rescaled late; no frozen end; the final support from the weights themselves. `how` changes any of it.
+        moment; u rescaled late; no frozen end; the final support from the weights themselves. `how` overrides any of
+        these settings.
         """
         published: dict[str, Any] = {
             "penalty": Penalty(value=penalty, shape="cosine", units="absolute", rescale="lagged"),
@@ -169,17 +170,17 @@ class SparseAdam(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Steps left out because a gradient was not finite."""
+        """Steps skipped because of a non-finite gradient."""
         return int(self.param_groups[0]["skipped"])
 
     @property
     def frozen(self) -> bool:
-        """Whether the support stays as it is from now on, and pruned weights are zero."""
+        """Whether the support is fixed from now on, and pruned weights are zero."""
         return bool(self.param_groups[0]["frozen"])
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What had to be done that was not asked for."""
+        """Automatic corrections."""
         return (*self._moments.notes, *[f"{self.skipped} steps skipped: a gradient was not finite"][: self.skipped])
 
     @overload
@@ -216,9 +217,9 @@ class SparseAdam(Optimizer):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Fixes the support from here on: pruned weights become zero and stay it, the others are trained on.
+        """Fixes the support: pruned weights become and stay zero, the others are trained further.
 
-        Happens by itself where the run's frozen part begins.
+        Called automatically at the start of the frozen part of the run.
         """
         self._begin()
         if self.frozen:
@@ -236,7 +237,7 @@ class SparseAdam(Optimizer):
 
     @torch.no_grad()
     def change_support(self, masks: Mapping[str, Tensor]) -> None:
-        """Takes masks chosen elsewhere, such as by a layer-wise solver, as the frozen support from here on.
+        """Fixes the support to given masks, such as those of a layer-wise solver.
 
         Args:
             masks: by the names of the pruned weights, all of them, boolean, of whole weights.
@@ -262,7 +263,7 @@ class SparseAdam(Optimizer):
     def finalize(self) -> dict[str, Tensor]:
         """Makes the weights sparse, exactly, if they are not yet, and returns the masks by name.
 
-        Warns where the run was not of `total_steps` steps, which its schedules were made for.
+        Warns if the run did not have `total_steps` steps, the length of its schedules.
         """
         wrong = self.timeline.wrong_length(self.steps_done + self.skipped)
         if wrong:
@@ -277,7 +278,7 @@ class SparseAdam(Optimizer):
 
     @contextmanager
     def projected(self) -> Generator[None]:
-        """Within it the pruned weights are zero off the current support, to evaluate them; afterwards as before."""
+        """Within it the pruned weights are zero off the current support, to evaluate them; restores them afterwards."""
         self._begin()
         before = [(weight, weight.here.clone()) for weight in self._weights()]
         for weight, _ in before:
@@ -296,7 +297,7 @@ class SparseAdam(Optimizer):
                 to prune, other formats or another score than this one has.
             ValueError: it has other groups.
 
-        This optimizer is then as it was before.
+        This optimizer is then unchanged.
         """
 
         def check(saved: dict[str, Any]) -> None:
@@ -334,7 +335,7 @@ class SparseAdam(Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles consist of: as of torch's optimizers, all but the hooks."""
+        """The state of copies and pickles: as for torch's optimizers, everything except the hooks."""
         return {**super().__getstate__(), **{name: vars(self)[name] for name in _OWN}}
 
     def _splitting(self, support: Support) -> Splitting:
@@ -342,7 +343,8 @@ class SparseAdam(Optimizer):
         return Splitting(support, self.penalty, self.score, self._anchors, self._moments, self.seed, processes)
 
     def _pruned(self) -> Iterator[tuple[Splitting, dict[str, Any], list[Weight]]]:
-        """Every group that is pruned: how, its settings, its weights. A tensor without entries has no support."""
+        """Every group that is pruned: its splitting, its settings, its weights. A tensor without entries has no
+        support."""
         index = 0
         for number, group in enumerate(self.param_groups):
             splitting = self._splittings.get(number)

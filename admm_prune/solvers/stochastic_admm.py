@@ -20,13 +20,13 @@ from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
 _SCORE = Score(fisher="clean", power=0.25)
-# A penalty that rises through all scales settled the support best on quadratics with a known optimum.
+# A penalty that increases over several orders of magnitude was best on quadratics with a known optimum.
 _PENALTY = Penalty(value=10.0, shape="exponential", start=1e-3, units="absolute")
 
 
 @dataclass
 class _Training:
-    """The weights under training, their optimizer, and the rate of each of its steps."""
+    """The weights, their optimizer, and the learning rate schedule."""
 
     weights: dict[str, nn.Parameter]
     optimizer: SparseAdam
@@ -43,12 +43,12 @@ class StochasticADMM(Iterative[_Training]):
         x <- Adam's step on a sample of f(x) + (rho / 2) |x - z + u|^2,
         and every `interval` steps:   z <- P(x + u),   u <- u + x - z.
 
-    The feasible point of an iteration is x on the current support. Where the problem judges by other samples than it
-    trains on (`SurrogateFree`), `objective_every` makes the answer the best such point by those.
+    The feasible point of an iteration is x on the current support. If the problem is validated on other samples than
+    it is trained on (`SurrogateFree`), `objective_every` returns the best such point by validation loss.
 
     Args:
-        total_steps: what the schedules of rate, penalty and freeze span; a run of other `max_iterations` is a part.
-        lr: Adam's, linear to zero after a short rise, in units of the root mean square of the weights that
+        total_steps: the length of the schedules of rate, penalty and freeze; a smaller `max_iterations` runs a part.
+        lr: Adam's, with a short warm-up and linear decay, in units of the root mean square of the weights that
             `initial` gives: at 0.05 a step moves each
             weight by a twentieth of that at most.
         penalty: its value in units of twice the problem's curvature, the mean diagonal of the Hessian.

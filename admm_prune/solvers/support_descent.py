@@ -13,7 +13,7 @@ from admm_prune.problem import Problem, Quadratic, Stochastic, SupportConstraint
 from admm_prune.result import Progress, Result
 from admm_prune.solvers.base import Iterative, closed_form, projection_in_its_metric
 
-_TINY = 1e-12  # keeps 0 / 0 off the support at 0; gradients are those of a sum over all tokens
+_TINY = 1e-12  # makes 0 / 0 off the support 0; gradients are those of a sum over all tokens
 
 
 @dataclass
@@ -24,12 +24,13 @@ class State:
     mask: Point
     first: Point
     second: Point
-    scale: dict[str, float]  # of each tensor: what its rate is in units of
+    scale: dict[str, float]  # the unit of each tensor's learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupportDescent(Iterative[State]):
-    """x <- x - rate * rms(x_i) * Adam(mask * sampled gradient), for every tensor x_i; the support of the start stays.
+    """x <- x - rate * rms(x_i) * Adam(mask * sampled gradient), for every tensor x_i; with the support of the start
+    fixed.
 
     Neither exact nor limited to one block: it follows the problem's own loss through all of its tensors together.
 
@@ -59,7 +60,7 @@ class SupportDescent(Iterative[State]):
         require(self, problem, Stochastic, "it follows sampled gradients")
         if not isinstance(problem.constraint, SupportConstraint):
             raise TypeError(
-                f"SupportDescent needs a SupportConstraint, which it cannot leave on a support of it; "
+                f"SupportDescent needs a SupportConstraint, whose supports it preserves; "
                 f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
             )
 
@@ -99,7 +100,7 @@ def _rms(x: Tensor, kept: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Projects the dense weights: keeps the largest |w|. Fits every problem."""
+    """Projects the dense weights: keeps the largest |w|. Accepts every problem."""
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
@@ -111,7 +112,7 @@ class Magnitude:
 class Wanda:
     """Projects the unconstrained minimum in the metric diag(A): keeps the largest |w_ij| ||x_j||.
 
-    As published the budget is per row (`RowWise`); any constraint is taken.
+    As published the budget is per row (`RowWise`); any constraint is accepted.
 
     Raises:
         TypeError: the problem is not Quadratic.

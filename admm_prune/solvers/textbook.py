@@ -38,7 +38,7 @@ def admm(weight: Tensor, hessian: Tensor, select: Select, rho: Sequence[float], 
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, select: Callable[[Tensor, int], Tensor], block: int = 128) -> Tensor:
-    """Prunes column after column; the error of each is made up for by the columns to its right:
+    """Prunes column after column; the error of each is compensated by the columns to its right:
 
         e_j = (w_j - m_j w_j) / U_jj,    W_{:, j:} <- W_{:, j:} - e_j U_{j, j:},    A^-1 = U^T U, U upper triangular.
 
@@ -56,7 +56,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, select: Callable[[Tensor, int], T
         for j, kept in enumerate(M.T, start):
             e = torch.where(kept, 0, W[:, j]) / U[j, j]
             W[:, j:] -= torch.outer(e, U[j, j:])
-            W[~kept, j] = 0  # not only to rounding
+            W[~kept, j] = 0  # exactly, not only up to rounding
     return W
 
 
@@ -82,7 +82,7 @@ def elsa(
 
     Args:
         gradient: (x, step) -> a sample of the gradient of f; clipped to norm 1 before the penalty is added.
-        rho: of the fraction of the run that is over.
+        rho: a function of the fraction of the run that is done.
         first: the step of the first update of z and u.
         lagged: as in the released code, u is rescaled to a new rho at the next update only, else at once.
 

@@ -1,8 +1,8 @@
-"""Problems of one shape solved in batches: which are worth it, and how many at once.
+"""Problems of one shape solved in batches: when a batch is faster, and its size.
 
-A step on a small matrix takes its time for calls, not for numbers, and a GPU is idle during the factorization of one
-small Hessian: the experts of a mixture are many such. On the CPU small ones gain (`benchmarks.batches`), larger ones
-only lose the cache.
+A step on a small matrix is dominated by call overhead, and a GPU is mostly idle during the factorization of one small
+Hessian; the experts of a mixture are many of these. On the CPU small problems are faster in batches
+(`benchmarks.batches`), larger ones only overflow the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _LARGEST_ON_CPU = 1 << 15  # entries of a matrix, or of its Hessian
 
 @dataclass(frozen=True)
 class Shape:
-    """What problems of a batch have in common: (out, in), the dtype they are solved in, the device, the sparse set."""
+    """The common properties of the problems of a batch: (out, in), the dtype they are solved in, the device, the sparse
+    set."""
 
     rows: int
     width: int
@@ -42,7 +43,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of a problem in a batch: z, d, x, the minimizer, scores and masks, and its Hessian as it is factored."""
+        """Bytes of a problem in a batch: z, d, x, the minimizer, scores and masks, and its factored Hessian."""
         return self.dtype.itemsize * (6 * self.rows * self.width + 5 * self.width**2)
 
     @property
@@ -55,7 +56,7 @@ class Shape:
 
 
 def batches(solver: Solver, shapes: Sequence[Shape]) -> list[list[int]]:
-    """Which problems to solve together, by their positions: batches of one shape, none larger than its `most`."""
+    """The problems to solve together, by their positions: batches of one shape, none larger than its `most`."""
     if not (isinstance(solver, Iterative) and solver.batched):
         return [[position] for position in range(len(shapes))]
     found: list[list[int]] = []
@@ -69,12 +70,12 @@ def batches(solver: Solver, shapes: Sequence[Shape]) -> list[list[int]]:
 
 
 def solve_all(solver: Solver, problems: Sequence[Any]) -> list[Result]:
-    """What `solver.solve` gives of each problem alone, in batches where that is worth it.
+    """The results of `solver.solve` on each problem, in batches where that is faster.
 
-    On the CPU to the bit; on a GPU products of several matrices may round otherwise than those of one.
+    Bitwise equal on the CPU; on a GPU products of several matrices may round differently from those of one.
 
     Raises:
-        ValueError, LinAlgError: what the first of the problems raises that cannot be solved.
+        ValueError, LinAlgError: the error of the first problem that cannot be solved.
     """
     alike = [p for p in problems if fits(p, Quadratic)]
     if len(alike) < len(problems) or len(problems) < 2:
@@ -91,10 +92,10 @@ def solve_batch(
     """As `solve_all`, of one of its batches.
 
     Args:
-        within: of every problem, where given: entered while it is solved alone.
+        within: optional contexts, one per problem, entered while it is solved alone.
     """
     if len(problems) > 1 and isinstance(solver, Iterative):
-        # What fails for one of them, it says when it is solved alone; and what the memory is too small for together may
+        # An error of a single problem is raised when it is solved alone; and problems too large for memory together may
         # fit one by one.
         with suppress(ValueError, LinAlgError, torch.OutOfMemoryError):
             return solver.solve_all(problems)

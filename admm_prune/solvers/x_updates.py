@@ -17,7 +17,7 @@ class DenseUpdate(ABC):
     """The x-step, and the diagonal metric D that ADMM measures distances in: |x|_D^2 = sum_i D_i x_i^2.
 
     Attributes:
-        offset: what is taken off the target before `minimize`, and is missing from its answer; empty for nothing.
+        offset: subtracted from the target before `minimize`, and missing from its result; empty for nothing.
         root: sqrt(D), one number for each column; empty for D = 1.
     """
 
@@ -26,12 +26,12 @@ class DenseUpdate(ABC):
 
     @abstractmethod
     def origin(self) -> Point:
-        """The unconstrained minimum, or the dense weights where that is not known."""
+        """The unconstrained minimum, or the dense weights if it is not known."""
 
     @property
     def place(self) -> object:
-        """Where that lies which `minimize` reads beside its arguments: another value says that it has moved; None that
-        it is not known, or `minimize` does not write where it is told to."""
+        """The addresses that `minimize` reads beside its arguments: a new value means that they have changed; None
+        that they are unknown, or that `minimize` does not write into `out`."""
         return None
 
     @abstractmethod
@@ -39,28 +39,28 @@ class DenseUpdate(ABC):
         """Factors for this penalty.
 
         Args:
-            fast: half the digits will do.
-            in_place: where the factors of the last penalty lie, if they are alike.
+            fast: half the digits are sufficient.
+            in_place: reuse the memory of the last penalty's factors, if the shapes agree.
         """
 
     @abstractmethod
     def release(self) -> None:
-        """Gives up memory that `minimize` would make again."""
+        """Frees memory that `minimize` would allocate again."""
 
     @abstractmethod
     def minimize(self, target: Point, out: Point) -> Point:
         """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`."""
 
-    def check(self) -> None:  # noqa: B027  # most have nothing to check
-        """Raises what went wrong on a device since the last call."""
+    def check(self) -> None:  # noqa: B027  # optional
+        """Raises errors that occurred on a device since the last call."""
 
 
 class QuadraticUpdate(DenseUpdate):
-    """V = W + (T - W) M with M = rho D (A + rho D)^-1 and D = diag(A), which makes scaling a channel change nothing.
+    """V = W + (T - W) M with M = rho D (A + rho D)^-1 and D = diag(A), which makes it invariant to scaling a channel.
 
     One Cholesky inverse (in^3 operations) for each penalty, one product (2 out in^2) for each step. With W the
-    unconstrained minimum, the linear term of f is never formed. A fast step multiplies in bfloat16, where the device
-    does so in less time: M and T - W are rounded to 8 bits, V - W with them, W itself is not. On CUDA the other steps
+    unconstrained minimum, the linear term of f is never formed. A fast step multiplies in bfloat16, if the device
+    is faster in it: M and T - W are rounded to 8 bits, V - W with them, W itself is not. On CUDA the other steps
     multiply in three bfloat16 products, which leaves 16 bits.
 
     Several problems of one shape are taken together: their rows stacked (problems * out, in), D (problems, in), M
@@ -77,7 +77,7 @@ class QuadraticUpdate(DenseUpdate):
         self.root = Point(weight=self._metric.sqrt())
         self._operator: Tensor | None = None
         self._precision: products.Precision = "exact"  # of the products
-        self._split: products.Precision = "exact"  # of what is done in float32 elsewhere
+        self._split: products.Precision = "exact"  # of products in float32 elsewhere
         self._rho = 0.0
         self._failed: list[Tensor] = []
 
@@ -110,7 +110,7 @@ class QuadraticUpdate(DenseUpdate):
         return out
 
     def continue_as(self, other: QuadraticUpdate) -> None:
-        """Stands where another one stood, of the same problem or of several that it is one of."""
+        """Takes over the state of another one, of the same problem or of a batch that contains it."""
         self._rho, self._precision, self._split = other._rho, other._precision, other._split
 
     def check(self) -> None:
@@ -121,7 +121,7 @@ class QuadraticUpdate(DenseUpdate):
         self._operator = None  # frees its memory for the factorization
         metric = self._metric * self._rho
         one, *more = self.problems
-        # LAPACK reads columns: a symmetric matrix and its transpose are one, and no copy has to turn it round.
+        # LAPACK is column-major: a symmetric matrix equals its transpose, so that no transposed copy is needed.
         matrix = (torch.stack([problem.hessian for problem in self.problems]) if more else one.hessian.clone()).mT
         matrix.diagonal(dim1=-2, dim2=-1).add_(metric)
         matrix = quadratic.inverse(matrix, self._failed, self._split)

@@ -1,11 +1,11 @@
-"""The conformance kit: everything this project promises of a constraint, a problem or a solver, checked in one line.
+"""The conformance kit: checks all requirements on a constraint, a problem or a solver in one line.
 
     assert_constraint_conforms(MySet(0.5), shape=(4, 12))
     assert_problem_conforms(lambda seed: MyProblem(...))
     assert_solver_conforms(MySolver())
 
-A broken promise raises AssertionError in words: which class, on which input, what it must do, what it did. Every draw
-is seeded: two runs check the same inputs. Needs hypothesis: `pip install admm-prune[dev]`.
+A violation raises an AssertionError that names the class, the input, the requirement and the result. Every draw is
+seeded: two runs check the same inputs. Needs hypothesis: `pip install admm-prune[dev]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every sparse set promises."""
+"""The requirements on every constraint set."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ def assert_constraint_conforms(
 ) -> None:
     """Checks C and its projection z = argmin_{z in C} sum_i m_i (z_i - v_i)^2.
 
-    Of every set: z lies in C, no point of C met is closer, projecting twice changes nothing, `metric=None` is a metric
-    of ones; v and m are left as they were; shapes, dtypes (float16 to float64) and devices are kept; NaN is refused
+    For every set: z lies in C, no sampled point of C is closer, projecting twice changes nothing, `metric=None` is a
+    metric of ones; v and m are not modified; shapes, dtypes (float16 to float64) and devices are kept; NaN is refused
     with a ValueError.
 
-    Of a family of supports (SupportConstraint) moreover: z is as close as the best of all supports that `contains`
-    tried one by one (of all of them up to 12 entries, along four cuts beyond), and keeps the entries of v by
-    the bit; membership survives scaling by positive numbers and the loss of entries, and does not overlook an entry
-    that is tiny, infinite or NaN; `select` returns a support of the largest sum of squared scores and of the full size,
-    also where scores are zero, the same in every dtype; of supports of equal sums it returns the one of the lowest
-    indices, that is the first in lexicographic order (row-major, names in the order of the point); `select_each`, where
-    there is one, returns what `select` returns for each matrix; what the shares of a partition of the columns select
-    makes up a member of full size, in proportion to their columns up to one group of a row, and is best in each share;
+    In addition, for a family of supports (SupportConstraint): z is as close as the best of all supports that `contains`
+    tried one by one (of all of them up to 12 entries, along four cuts beyond), and keeps the entries of v
+    bitwise; membership is invariant under scaling by positive numbers and under zeroing entries, and counts entries
+    that are tiny, infinite or NaN; `select` returns a support of the largest sum of squared scores and of the full
+    size, also where scores are zero, the same in every dtype; of supports of equal sums it returns the one of the
+    lowest indices, that is the first in lexicographic order (row-major, names in the order of the point);
+    `select_each`, where there is one, returns what `select` returns for each matrix; the shares of a partition of the
+    columns together select a member of full size, in proportion to their columns up to one group of a row, and
+    optimal in each share;
     `tightened` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
     inside the one before, and prune in proportion up to the steps in which they can (or says with a ValueError that it
     cannot).
@@ -54,11 +55,11 @@ def assert_constraint_conforms(
     Args:
         shape: of a point's one tensor, named "weight", or the shapes of its tensors by name. At most 12 entries make
             the check of the projection complete.
-        examples: drawn points, for each promise about the projection.
+        examples: random points for each requirement on the projection.
         device: where the points live.
 
     Raises:
-        AssertionError: a promise is broken.
+        AssertionError: a requirement is violated.
     """
     frame = Frame(shape if isinstance(shape, Mapping) else {"weight": shape}, device)
     form = next(iter(frame.shapes.values())) if len(frame.shapes) == 1 else dict(frame.shapes)
@@ -95,13 +96,13 @@ def _random(frame: Frame, seed: int) -> Tensor:
 
 
 def _projected(case: Case, constraint: Constraint, v: Point, metric: Point | None = None) -> Point:
-    """The projection, with what holds of every one: v and the metric untouched, form kept, in the set, idempotent."""
+    """The projection, with the checks for every one: arguments unchanged, form preserved, feasible, idempotent."""
     before = v.clone()
     metric_before = None if metric is None else metric.clone()
     with case.doing("project every finite point"):
         z = constraint.project(v, metric)
     untouched = same_bits(v, before) and (metric is None or metric_before is None or same_bits(metric, metric_before))
-    case.promise(untouched, "leave the arguments of project as they were")
+    case.promise(untouched, "not modify the arguments of project")
     case.promise(
         not shares_memory(z, v) and (metric is None or not shares_memory(z, metric)),
         "return a new point from project, not memory of its arguments",
@@ -110,7 +111,7 @@ def _projected(case: Case, constraint: Constraint, v: Point, metric: Point | Non
     case.promise(z.is_finite(), "project finite points to finite ones", f"v = {_short(v)}")
     exact = isinstance(constraint, SupportConstraint)
     if not exact and any(x.dtype is not torch.float64 for x in v.values()):
-        return z  # of a set that is no family of supports rounding may leave a little outside
+        return z  # rounding may put it slightly outside a set that is not a family of supports
     case.promise(constraint.contains(z), "contain its own projections", f"not that of {_short(v)}")
     again = constraint.project(z, metric)
     same = same_bits(again, z) if exact else (again - z).norm() <= 1e-9 * z.norm()
@@ -147,7 +148,7 @@ def _equals_brute_force(
             f"its projection costs {mine}, the best support {best}",
         )
         kept = flat != 0
-        here.promise(torch.equal(flat[kept], v[kept]), "keep the entries of v that it does not drop, by the bit")
+        here.promise(torch.equal(flat[kept], v[kept]), "keep the entries of v that it does not drop, bitwise")
         scale = torch.exp2((_random(frame, 1) * 4).round())
         here.promise(constraint.contains(frame.point(flat * scale)), "contain its members scaled by positive numbers")
         _selects(here, constraint, frame, (v.abs() * m.sqrt()), family, best)
@@ -311,7 +312,7 @@ def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> No
         here = case.but(f"{dtype}, {len(several)} matrices")
         same = masks.dtype is torch.bool and masks.shape == alone.shape and torch.equal(masks, alone)
         here.promise(same, "select in select_each what select selects for each matrix")
-        here.promise(torch.equal(score, before), "leave the scores of select_each as they were")
+        here.promise(torch.equal(score, before), "not modify the scores of select_each")
 
 
 def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
@@ -319,7 +320,7 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     try:
         sets = [constraint.tightened(fraction) for fraction in _FRACTIONS]
     except ValueError:
-        return  # an explicit count has no fraction; the set says so
+        return  # an explicit count has no fraction
     masks = [looser.select(score) for looser in sets]
     sizes = [mask.count_nonzero() for mask in masks]
     case.promise(sizes[0] == frame.size, "prune nothing when tightened(0)", f"it keeps {sizes[0]} of {frame.size}")

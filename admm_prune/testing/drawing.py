@@ -1,6 +1,6 @@
-"""Drawn inputs, without a clock and without a memory. The one module of the package that knows hypothesis.
+"""Random inputs, without deadline and example database. The only module of the package that uses hypothesis.
 
-What is not set here (the phases, say) follows the profile of hypothesis that the caller has loaded.
+Other settings (such as the phases) follow hypothesis's active profile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["for_all", "st"]
 
 
 def for_all(draws: st.SearchStrategy[DrawnT], check: Callable[[DrawnT], None], examples: int) -> None:
-    """Runs `check` on drawn inputs, the same in every run; one that fails is shrunk to a simple one.
+    """Runs `check` on random inputs, the same in every run; a failing one is shrunk to a simple one.
 
     Raises:
         AssertionError: of the check; also where a draw that failed passes when it is repeated.

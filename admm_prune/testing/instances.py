@@ -93,7 +93,7 @@ def retargeted(constraint: SparseSet, *, seed: int = 0) -> LayerReconstruction:
 
 
 def ill_posed(constraint: SparseSet, trouble: Trouble) -> LayerReconstruction:
-    """A layer problem in float32, without a ridge, that something is the matter with."""
+    """A layer problem in float32, without a ridge, with a defect."""
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(40, WIDTH, generator=g), torch.randn(ROWS, WIDTH, generator=g)
     if trouble == "rank one":
@@ -116,7 +116,7 @@ PROBLEMS: dict[str, Maker] = {
     "layer, few tokens": lambda c: layer(c, tokens=5),
 }
 
-# The same layer through ever narrower windows: a solver must take what it is shown, or refuse.
+# The same layer with fewer and fewer capabilities: a solver must use those available, or refuse.
 VIEWS: dict[str, Maker] = {
     "a layer that shows only its value": lambda c: Bare(layer(c)),
     "a layer that shows only its prox": lambda c: OnlyProximable(layer(c)),
@@ -195,7 +195,7 @@ def _mean_curvature(case: Case, problem: Quadratic, dense: Point) -> None:
 def optimum(problem: Quadratic) -> Point:
     """argmin of f over the constraint, by solving the least squares of every row on every subset of its entries.
 
-    Only `contains` is asked which subsets go together. At most 12 entries in all.
+    Only `contains` decides which subsets are admissible together. At most 12 entries in all.
     """
     a, w = problem.hessian.double(), problem.minimizer.double()
     rows, width = w.shape

@@ -18,7 +18,7 @@ from admm_prune.testing.results import Case, check_result, named, same_bits, sha
 
 @dataclass
 class Trial:
-    """Solves with one solver, and keeps count of what it solved and what it refused.
+    """Solves with one solver, and records what it solved and what it refused.
 
     Args:
         fills: the solver keeps the full count.
@@ -62,9 +62,9 @@ class Trial:
             ) from error
         after = _contents(problem)
         changed = [name for name, x in before.items() if not _same(x, after.get(name))]
-        case.promise(not changed, "leave the problem as it was", f"it changed {', '.join(changed)}")
+        case.promise(not changed, "not modify the problem", f"it changed {', '.join(changed)}")
         own = Point({name: x for name, x in _tensors(problem).items() if x.is_floating_point()})
-        returned: object = result  # whatever a third party's solver returns
+        returned: object = result  # a third-party solver may return anything
         aliased = isinstance(returned, Result) and (
             shares_memory(returned.solution, own) or (start is not None and shares_memory(returned.solution, start))
         )
@@ -84,7 +84,7 @@ def _names(solver: object) -> set[str]:
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:
-    """All that a problem shows, and the tensors that it keeps to itself."""
+    """All public and private tensors of a problem."""
     contents: dict[str, Any] = {f"initial {name}": x for name, x in problem.initial().items()}
     if isinstance(problem, Quadratic):
         contents |= {name: getattr(problem, name) for name in ("hessian", "linear", "minimizer")}

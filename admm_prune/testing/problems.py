@@ -1,4 +1,4 @@
-"""What every problem promises, by the capabilities that it shows."""
+"""The requirements on every problem, by its capabilities."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_problem_conforms(
     other_held_out: Callable[[int], Problem] | None = None,
     examples: int = 10,
 ) -> None:
-    """Checks a problem by values alone, through every capability of `admm_prune.problem` that it shows.
+    """Checks a problem from its values alone, for every capability of `admm_prune.problem` that it has.
 
     Problem: `value` is a finite number, the same for the same point; `initial` is finite and no call changes it; no
     call changes its arguments; `curvature` is positive, finite, and within a factor of 10 of half the mean diagonal of
@@ -58,27 +58,27 @@ def assert_problem_conforms(
     Quadratic: f(V) = tr(V A V^T) - 2 tr(V G^T) + f(0) at random V; A is symmetric positive definite; f has no slope at
     the minimizer; the curvature is the mean diagonal of A, by second differences of f: f'' / 2.
     Proximable: no point found has a smaller f(x) + rho curvature |x - v|^2 than prox(v, rho): not v, nor the dense
-    weights, nor the prox at other rho, nor points near by; where f is smooth, that sum has no slope there.
+    weights, nor the prox at other rho, nor nearby points; where f is smooth, that sum has no slope there.
     Differentiable: the value is f's, the gradient equals central differences.
-    Stochastic: a draw repeats itself by the bit; its gradient equals the central differences of its loss; the mean loss
+    Stochastic: a draw is bitwise repeatable; its gradient equals the central differences of its loss; the mean loss
     over 48 draws differs between two points as `value` does, within five standard errors and 2 % (build a problem whose
     value is taken on validation data with the training data in their place).
     Refittable: refit vanishes off the mask; no direction on the mask lowers f; a larger mask is not worse.
-    Minimizable: the minimum lies in the constraint, and nothing found is lower: not the initial point, nor its
-    projection, nor points near by.
+    Minimizable: the minimum lies in the constraint, and no point found is lower: not the initial point, nor its
+    projection, nor nearby points.
     Blockwise: each block is a problem; where its points are named as ours, its values differ as ours do.
-    Coordinated: a block's own part put back is no change; another one changes it; the judge's figure is finite.
+    Coordinated: joining a block's own part changes nothing; another one does; the validation loss is finite.
     With `other_held_out`: `judge` depends on the held-out data, and nothing else does.
 
     Args:
         make_problem: from a seed, a small problem (up to some hundred weights, best in float64); the same for the same
             seed.
-        other_held_out: builds from a seed the same problem with other held-out data, for problems that hold out data
-            for `judge` alone.
+        other_held_out: builds from a seed the same problem with other held-out data, for problems with held-out data
+            for `judge`.
         examples: how many seeds.
 
     Raises:
-        AssertionError: a promise is broken.
+        AssertionError: a requirement is violated.
     """
     for_all(st.integers(0, 9999), lambda seed: _conforms(make_problem, other_held_out, seed), examples)
 
@@ -105,8 +105,8 @@ def _conforms(
     _capabilities(case, problem, points, seed)
     if other_held_out is not None:
         check_held_out(case, problem, other_held_out(seed), points, seed)
-    case.promise(same_bits(problem.initial(), before), "keep its initial point whatever is called")
-    case.promise([problem.value(x) for x in points] == values, "keep its values whatever is called")
+    case.promise(same_bits(problem.initial(), before), "not change its initial point by any call")
+    case.promise([problem.value(x) for x in points] == values, "not change its values by any call")
 
 
 def _is_problem(case: Case, problem: object) -> None:
@@ -138,13 +138,13 @@ def _capabilities(case: Case, problem: Problem, points: list[Point], seed: int) 
 
 
 def _untouched(case: Case, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """The call's answer, the same when asked again; its arguments must come out as they went in."""
+    """The result of a call, which must be repeatable and must not modify its arguments."""
     before = [x.clone() if isinstance(x, Point) else x for x in arguments]
     with case.doing(f"answer {what}"):
         first, second = call(*arguments), call(*arguments)
-    case.promise(equal(first, second), f"answer the same when {what} is asked again")
+    case.promise(equal(first, second), f"return the same when {what} is called again")
     for old, new in zip(before, arguments, strict=True):
-        case.promise(not isinstance(new, Point) or same_bits(new, old), f"leave the arguments of {what} as they were")
+        case.promise(not isinstance(new, Point) or same_bits(new, old), f"not modify the arguments of {what}")
     return first
 
 
@@ -176,7 +176,7 @@ def _sample_loss(problem: Stochastic, draw: int, x: Point) -> float:
 
 def _is_gradient(case: Case, value: Callable[[Point], float], x: Point, gradient: Point, seed: int) -> None:
     case.promise(same_form(gradient, x), "give a gradient of the form of the point")
-    case.promise(not any(g.requires_grad for g in gradient.values()), "give a gradient that holds no graph")
+    case.promise(not any(g.requires_grad for g in gradient.values()), "return a gradient without a graph")
     for k in range(_DIRECTIONS):
         d = random_like(x, seed + 100 * k + 1)
         found, told = slope(value, x, d), gradient.dot(d)
@@ -260,7 +260,9 @@ def _minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -
 def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
     x, other = points[0], points[1]
     judged = _untouched(case, "judge", problem.judge, x)
-    case.promise(isinstance(judged, float) and math.isfinite(judged), "judge by a finite float", f"{judged!r}")
+    case.promise(
+        isinstance(judged, float) and math.isfinite(judged), "return a finite float from `judge`", f"{judged!r}"
+    )
     for name in problem.order:
         here = case.but(f"block {name}")
         block = problem.block(name, x)
@@ -269,7 +271,7 @@ def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
         foreign = problem.joined(x, name, block, problem.part(other, name))
         here.promise(same_form(foreign, x) and not same_bits(foreign, x), "join a solution of the block")
         again = problem.part(foreign, name)
-        here.promise(same_bits(again, problem.part(other, name)), "part with what it joined")
+        here.promise(same_bits(again, problem.part(other, name)), "return as part what it joined")
 
 
 def _blocks(case: Case, problem: Blockwise, points: list[Point], seed: int) -> None:

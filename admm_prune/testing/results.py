@@ -1,4 +1,4 @@
-"""Checks that hold for every result, the error that they raise, and slopes from values alone."""
+"""Checks for every result, their error messages, and slopes computed from values alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from admm_prune.result import Result, Status
 
 
 def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, watched: bool = False) -> None:
-    """Checks that a result is feasible, told truly, and recorded in order.
+    """Checks that a result is feasible, reported correctly, and recorded in order.
 
     Args:
         fills: the solution must keep the full count, where its weights are ordinary.
@@ -41,7 +41,7 @@ def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, w
     value = problem.value(x)
     case.promise(
         result.objective == value,
-        "report as objective the value of its solution, to the bit",
+        "report as objective exactly the value of its solution",
         f"it reports {result.objective}, problem.value says {value}",
     )
     if result.bound is not None:
@@ -51,7 +51,7 @@ def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, w
         )
     case.promise(isinstance(result.status, Status), "end with a Status", f"{result.status!r}")
     case.promise(watched or result.status is not Status.STOPPED, "say STOPPED only where a watcher asked")
-    case.promise(math.isfinite(result.seconds) and result.seconds >= 0, "tell its seconds", f"{result.seconds}")
+    case.promise(math.isfinite(result.seconds) and result.seconds >= 0, "report its seconds", f"{result.seconds}")
     _check_history(case, result)
 
 
@@ -85,13 +85,13 @@ def named(thing: object) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """Who is checked, and on which input: the opening of every message."""
+    """The class under test and the input: the beginning of every message."""
 
     owner: str
     input: str
 
     def but(self, more: str) -> Case:
-        """The same case with more said of its input."""
+        """The same case with more detail on its input."""
         return replace(self, input=f"{self.input}, {more}")
 
     def promise(self, kept: bool, duty: str, found: str = "") -> None:
@@ -101,7 +101,7 @@ class Case:
 
     @contextmanager
     def doing(self, what: str) -> Generator[None, None, None]:
-        """Turns whatever the class under test raises meanwhile into an AssertionError that says so."""
+        """Turns any exception of the class under test into an AssertionError."""
         try:
             yield
         except Exception as error:
@@ -115,7 +115,7 @@ def same_bits(a: Point, b: Point) -> bool:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True where two answers of a problem are equal to the bit: points, numbers, or tuples of them."""
+    """True if two results of a problem are bitwise equal: points, numbers, or tuples of them."""
     if isinstance(a, Point) and isinstance(b, Point):
         return same_bits(a, b)
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -179,10 +179,11 @@ def lower_neighbour(
 
     Args:
         smooth: the function has a gradient: where its slope is not zero at x, a lower point is near.
-        strength: the size of a slope that an error of the size of x would leave; 1.5e-7 of it (in float64) is let pass.
+        strength: the size of a slope that an error of the size of x would leave; 1.5e-7 of it (in float64) is
+            tolerated.
 
     Returns:
-        What was found, in words; None where x stands the test.
+        A description of the point found; None if there is none.
     """
     eps = precision(x)
     here = value(x)

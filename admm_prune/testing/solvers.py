@@ -1,4 +1,4 @@
-"""What every solver promises."""
+"""The requirements on every solver."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TINY: tuple[tuple[SparseSet, int, int], ...] = (
 
 @dataclass(frozen=True)
 class Conformance:
-    """What a solver was tried on: the pairs of problem and constraint that it solved, and why it refused others."""
+    """The trials of a solver: the pairs of problem and constraint that it solved, and the reasons for refusals."""
 
     solved: tuple[str, ...]
     refused: Mapping[str, str]
@@ -50,20 +50,21 @@ def assert_solver_conforms(
     fills: bool = True,
     refusals: tuple[type[Exception], ...] = (TypeError,),
 ) -> Conformance:
-    """Tries a solver on every problem under every constraint, on ill-posed layers, and on tiny ones with their optimum.
+    """Tries a solver on every problem under every constraint, on ill-posed layers, and on small ones with known
+    optimum.
 
-    A pair may be refused, with a TypeError whose message names the solver and the problem or its constraint; something
-    must be solved. Of what is solved:
+    A pair may be refused, with a TypeError whose message names the solver and the problem or its constraint; at least
+    one must be solved. For every solve:
 
     - the solution lies in the constraint, has the form of the dense weights, is finite, and keeps the full count;
-    - `objective` is `problem.value(solution)`, to the bit, and not below the optimum of a tiny problem;
+    - `objective` is exactly `problem.value(solution)`, and not below the optimum of a small problem;
     - `bound`, if given, is above neither the objective nor the optimum of a tiny problem, nor the value of the feasible
       point that `ADMM.best` finds for a larger one;
     - the solution shares no memory with the problem or the start;
-    - it is never worse than the projection of a given start: a good start, even the optimum, is never lost;
-    - the same problem made again gives the same bits; problem, start and the solver's settings are left as they were;
-    - nothing to prune returns dense weights that lose nothing to the bit, everything to prune returns zeros;
-    - the status is `ok` where nothing is the matter with the problem, and STOPPED only where a watcher asked;
+    - it is never worse than the projection of a given start: even if the start is the optimum;
+    - the same problem made again gives the same bits; problem, start and the solver's settings are not modified;
+    - a target of zero returns lossless dense weights bitwise, a target of one returns zeros;
+    - the status is `ok` if the problem is well posed, and STOPPED only where a watcher asked;
     - no iteration in the history is better than the objective, none is out of order;
     - an `Iterative` continues from its state as if it had never stopped, stops when its watcher says so, and returns
       a feasible point wherever it stops; its status is SOLVED only where its stopping test was met, MAX_ITERATIONS only
@@ -78,10 +79,10 @@ def assert_solver_conforms(
         refusals: what may be raised to refuse; a reference that takes small sizes only may add ValueError.
 
     Returns:
-        What was solved and what was refused.
+        The pairs solved and the pairs refused.
 
     Raises:
-        AssertionError: a promise is broken.
+        AssertionError: a requirement is violated.
     """
     trial = Trial(solver, fills, refusals)
     settings = repr(solver)
@@ -104,7 +105,7 @@ def assert_solver_conforms(
     whole.promise(bool(trial.solved), "solve something", f"it refused everything: {refused}")
     if isinstance(solver, Iterative):
         check_iterative(trial, solver)
-    whole.promise(repr(solver) == settings, "leave its own settings as they were", f"{settings} became {solver!r}")
+    whole.promise(repr(solver) == settings, "not modify its own settings", f"{settings} became {solver!r}")
     return Conformance(tuple(trial.solved), dict(trial.refused))
 
 
@@ -115,7 +116,7 @@ def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dens
     if result is None:
         return
     check_result(case, problem, result, fills=trial.fills)
-    case.promise(result.status.ok, "end well on a problem that nothing is the matter with", f"{result.status}")
+    case.promise(result.status.ok, "end with an ok status on a well-posed problem", f"{result.status}")
     _bounds_a_better_solver(case, problem, result)
     _keeps_the_ends(case, problem, result)
     again = trial.solve(case, make(constraint))
@@ -134,7 +135,7 @@ def _bounds_a_better_solver(case: Case, problem: Problem, result: Result) -> Non
     if result.bound is None:
         return
     rivals = [problem.constraint.project(problem.initial())]
-    with suppress(TypeError):  # the problem may show less than ADMM needs
+    with suppress(TypeError):  # the problem may lack a capability that ADMM needs
         rivals.append(ADMM.best().solve(problem).solution)
     least = min(problem.value(x) for x in rivals if problem.constraint.contains(x))
     slack = 1e-9 * abs(least) + 1e-13 * abs(problem.value(problem.initial().zeros_like()))
@@ -146,10 +147,10 @@ def _bounds_a_better_solver(case: Case, problem: Problem, result: Result) -> Non
 def _keeps_the_ends(case: Case, problem: Problem, result: Result) -> None:
     dense = problem.initial()
     if problem.constraint.contains(dense) and problem.value(dense) == 0.0:  # no loss of the kit is below zero
-        case.promise(same_bits(result.solution, dense), "return the dense weights, to the bit, where nothing has to go")
+        case.promise(same_bits(result.solution, dense), "return the dense weights, bitwise, if nothing is to be pruned")
     ones = dense.map(torch.ones_like)
     if problem.constraint.project(ones).count_nonzero() == 0:
-        case.promise(result.solution.count_nonzero() == 0, "return zeros where everything has to go")
+        case.promise(result.solution.count_nonzero() == 0, "return zeros if everything is to be pruned")
 
 
 def _is_not_worse(trial: Trial, case: Case, problem: Problem, start: Point) -> None:
@@ -164,7 +165,7 @@ def _is_not_worse(trial: Trial, case: Case, problem: Problem, start: Point) -> N
             "be never worse than the projection of the start",
             f"it returned {result.objective}, the start's projection has {limit}",
         )
-    case.promise(same_bits(start, before), "leave the start as it was")
+    case.promise(same_bits(start, before), "not modify the start")
 
 
 def _survives(trial: Trial, name: str, problem: Any) -> None:

@@ -1,4 +1,4 @@
-"""Exact optima by enumeration of supports, and problems that show one capability at a time."""
+"""Exact optima by enumeration of supports, and problems with a single capability each."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def column_cuts(width: int, step: int) -> Iterator[list[int]]:
 
 
 class Bare:
-    """The least that a problem may be: a value to lower inside a constraint."""
+    """A minimal problem: a value and a constraint."""
 
     def __init__(self, inside: LayerReconstruction) -> None:
         self._inside = inside
@@ -196,7 +196,7 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     """Checks that two problems that differ in their held-out data alone differ in `judge` alone.
 
     Initial point, curvature, values, gradients, sampled gradients, prox, refit, minimize, the tensors of a Quadratic
-    problem and all of these of each block must be equal to the bit.
+    problem and all of these of each block must be bitwise equal.
     """
     twins = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
     for (name, ours), (_, theirs) in twins:
@@ -204,12 +204,14 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
         judged = [(problem.judge(x), other.judge(x)) for x in points]
         case.promise(
-            any(ours != theirs for ours, theirs in judged), "judge by its held-out data", f"both give {judged[0][0]}"
+            any(ours != theirs for ours, theirs in judged),
+            "use its held-out data in `judge`",
+            f"both give {judged[0][0]}",
         )
 
 
 def _answers(problem: Problem, points: list[Point], seed: int) -> Iterator[tuple[str, Any]]:
-    """All that a problem computes but `judge`, by name."""
+    """Everything that a problem computes except `judge`, by name."""
     yield "initial point", problem.initial()
     yield "curvature", problem.curvature
     last = points[-1]

@@ -1,4 +1,4 @@
-"""Certificates that need no lower bound: residual of the refit, stationarity, and what single swaps would gain.
+"""Certificates that need no lower bound: residual of the refit, stationarity, and gains of single swaps.
 
 In coordinates where A has a unit diagonal, with v a row of V, S its support and r = A (w - v) its residual.
 """
@@ -21,11 +21,11 @@ _OPTIMAL = 1e-6  # a gain below this multiple of the loss of the rows it touches
 
 @dataclass(frozen=True)
 class Certificates:
-    """How far a point is from what no local change improves. Numbers, not verdicts.
+    """How far a point is from a local optimum. Numbers, not verdicts.
 
     A swap exchanges one kept for one pruned weight of the same budget: of the row, of the group of N:M, or, where one
-    budget is shared by the whole matrix, of any two rows. Its gain is what it takes off f. The best swap is the one of
-    the largest gain, told as a share of the loss of the layer and as a share of the loss of the rows that it touches:
+    budget is shared by the whole matrix, of any two rows. Its gain is the decrease of f. The best swap is the one of
+    the largest gain, relative to the loss of the layer and relative to the loss of the rows that it changes:
     the layer has many rows, and one swap moves one or two of them.
 
     Attributes:
@@ -58,11 +58,11 @@ class Certificates:
     reachable: float
 
     def in_words(self) -> list[str]:
-        """What the numbers on swaps certify, and what they do not."""
+        """The meaning of the numbers on swaps."""
         said = []
         if self.fixed_swap_gain is not None and self.fixed_swap_gain_of_rows is not None:
             gains = self.fixed_swap_gain, self.fixed_swap_gain_of_rows
-            said.append(_swap_words(*gains, self.fixed_swap_pairs, "all other weights held as they are"))
+            said.append(_swap_words(*gains, self.fixed_swap_pairs, "all other weights fixed"))
         if self.swap_pairs:
             how = f"in {self.swap_rows} rows, all others refitted"
             said.append(_swap_words(self.swap_gain, self.swap_gain_of_rows, self.swap_pairs, how))
@@ -99,7 +99,7 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
     best = _best([*(Gain(row.gain, row.loss) for row in refitted if row.loss > 0), *between], whole)
     if best is None or best[0] <= 0:
         best = 0.0, 0.0
-    reached = loss.copy()  # added up anew: of a loss that is large, what is saved would leave rounding alone
+    reached = loss.copy()  # summed again: subtracting gains from a large loss would leave rounding errors
     for row, swaps in zip(drawn, refitted, strict=True):
         reached[row] = min(reached[row], max(0.0, swaps.loss - max(0.0, swaps.gain)))
     return Certificates(
@@ -162,7 +162,7 @@ def _exchanged(size: Array, kept: Mask, budget: Budget) -> float:
 
 Mask = NDArray[np.bool_]
 
-_SINGULAR = 1e-15  # what is left of a unit diagonal where a channel is a combination of others
+_SINGULAR = 1e-15  # the Schur complement of a unit diagonal for a channel that depends on others
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,10 @@ class RefittedSwaps:
 
     Attributes:
         loss: (w - v)^T A (w - v) after the refit.
-        gain: what the best swap takes off it; 0 where none does.
+        gain: the decrease by the best swap; 0 if there is none.
         pairs: swaps that were compared.
         cheapest_drop: the least that dropping a kept weight adds to the loss; inf where none is kept.
-        best_add: the most that adding a weight takes off it; 0 where none is pruned.
+        best_add: the largest decrease by adding a weight; 0 if none is pruned.
     """
 
     loss: float
@@ -187,12 +187,12 @@ class RefittedSwaps:
 def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> RefittedSwaps:
     """All swaps of a row, the others refitted.
 
-    With K = A_SS^-1, v_S the refit, and for j pruned T_j = K A_Sj, s_j = A_jj - A_jS T_j, taking j in and i out changes
-    the loss by
+    With K = A_SS^-1, v_S the refit, and for j pruned T_j = K A_Sj, s_j = A_jj - A_jS T_j, adding j and removing i
+    changes the loss by
 
         -r_j^2 / s_j + (v_i - T_ij r_j / s_j)^2 / (K_ii + T_ij^2 / s_j).
 
-    The best one's gain is that of the point it leads to, which is made, so that it holds where A is too near to
+    The gain of the best one is evaluated at the resulting point, so that it is valid even if A is too close to
     singular for the formula.
 
     Args:
@@ -233,11 +233,11 @@ def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> Ref
 
 @dataclass(frozen=True)
 class Gain:
-    """What a swap takes off the loss; negative where it adds to it.
+    """The decrease of the loss by a swap; negative for an increase.
 
     Attributes:
         absolute: in the units of the loss.
-        touched: the loss of the rows that it touches, above 0.
+        touched: the loss of the rows that it changes, above 0.
     """
 
     absolute: float
@@ -245,13 +245,13 @@ class Gain:
 
     @property
     def share(self) -> float:
-        """Of the loss of the rows that it touches."""
+        """Relative to the loss of the rows that it changes."""
         return self.absolute / self.touched
 
 
 @dataclass(frozen=True)
 class FixedSwaps:
-    """Many swaps with all other weights held fixed.
+    """Many swaps with all other weights fixed.
 
     Attributes:
         pairs: swaps that were compared.
@@ -263,7 +263,7 @@ class FixedSwaps:
 
 
 def fixed_swaps_within(hessian: Array, residual: Array, point: Array, loss: Array, group: int) -> FixedSwaps:
-    """All swaps within rows, or groups of them: j comes in with the value that is then best, so that
+    """All swaps within rows, or groups of them: j is added with its best value, so that
 
         gain_ij = (r_j + v_i A_ij)^2 - v_i^2 - 2 v_i r_i.
 
@@ -290,7 +290,7 @@ def fixed_swaps_within(hessian: Array, residual: Array, point: Array, loss: Arra
 def fixed_swaps_across(residual: Array, point: Array, loss: Array) -> FixedSwaps:
     """All swaps of a kept weight of one row for a pruned one of another, where rows share a budget.
 
-    They do not touch each other: gain = max r_j^2 - min (v_i^2 + 2 v_i r_i) over different rows, which needs no table.
+    They are independent: gain = max r_j^2 - min (v_i^2 + 2 v_i r_i) over different rows, which needs no table.
     """
     kept = point != 0
     add = np.where(kept, -np.inf, residual**2).max(1)

@@ -1,4 +1,4 @@
-"""Whether a folder holds the files that a run wrote, all of them and no other, each with its fingerprint."""
+"""Checks that a folder holds exactly the files that a run wrote, each with its fingerprint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODE = (".py", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".so")  # wha
 
 
 def check_manifest(report: Verification, manifest: Manifest, known: frozenset[str], where: str) -> None:
-    """The manifest's own fingerprint, and keys that no run writes."""
+    """Checks the manifest's own fingerprint, and unknown or missing keys."""
     report.expect(
         f"fingerprint of {MANIFEST}",
         has_own_digest(manifest),
@@ -32,7 +32,7 @@ def check_manifest(report: Verification, manifest: Manifest, known: frozenset[st
 
 
 def check_files(report: Verification, folder: Path, manifest: Manifest, where: str, models: frozenset[str]) -> bool:
-    """Every entry of a folder against the manifest; False where a file of the model is not what was written.
+    """Checks every entry of a folder against the manifest; False if a file of the model was altered.
 
     Args:
         models: subfolders that are checked as runs of their own.
@@ -70,7 +70,7 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, where: s
 
 
 def _check_times(report: Verification, folder: Path, manifest: Manifest, where: str) -> dict[str, str]:
-    """The file of times, which carries its own fingerprint and that of the pages that show times; returns these."""
+    """Checks the file of times, with its own fingerprint and those of the pages that show times; returns the latter."""
     if not stat.S_ISREG((folder / TIMINGS).lstat().st_mode if (folder / TIMINGS).exists() else 0):
         return {}
     try:

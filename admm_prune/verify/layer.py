@@ -1,4 +1,4 @@
-"""Re-checks a solved layer from its files alone: every claim recomputed in float64, and certificates beside it."""
+"""Verifies a solved layer from its files alone: recomputes every claim in float64, and adds certificates."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from admm_prune.verify.certificates import certify
 from admm_prune.verify.recomputation import Array, Budget, Definition, cheap_bounds, define, least_loss, relative_error
 from admm_prune.verify.report import TOLERANCE, Verification, same_fraction, shown
 
-_DOUBTFUL = 1e-3  # relative: a recomputed bound that rounding may have put further off decides nothing
+_DOUBTFUL = 1e-3  # relative: a recomputed bound with a larger rounding error is inconclusive
 _DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
 
 
 def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -> Verification:
-    """Re-checks what 'admm-prune solve --out' wrote against the layer problem.
+    """Verifies the output of 'admm-prune solve --out' against the layer problem.
 
     Args:
         path: the solved layer.
-        layer_path: the layer problem; by default where it lay when it was solved, or beside `path`.
+        layer_path: the layer problem; by default its recorded path, or beside `path`.
         seed: draws the rows that are examined for swaps.
 
     Raises:
@@ -114,7 +114,7 @@ def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
 
 
 def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
-    """Method, budget, set and status against each other; returns the set of the claims, None where it is not here."""
+    """Checks method, budget, set and status against each other; returns the claimed set, None if unavailable."""
     statuses = set(Status.__members__)
     if claims.method in {*LOCAL_METHODS, *REFERENCES}:
         direct = claims.method in _DIRECT
@@ -129,8 +129,8 @@ def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
         made, cell = method.constraint(claims.aim), method.cell(claims.aim)
     except UserError as error:
         if claims.budget != "set" and (claims.constraint is None or claims.constraint in SETS):
-            return None  # the budget says all; the method was reported already
-        report.open(f"sparse set: it cannot be had here ({error})")
+            return None  # the budget defines the set; the method was reported already
+        report.open(f"sparse set: it is not available ({error})")
         return None
     report.expect(
         "budget",
@@ -142,14 +142,14 @@ def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
 
 
 def _in_named_set(report: Verification, constraint: SparseSet | None, weight: Tensor) -> bool:
-    """Membership in a set that only its own code knows; where that is not here, the report says so."""
+    """Checks membership in a set by its own code; if that is not installed, the claim is reported as unchecked."""
     if constraint is None:
         report.open("sparse set: only its own code can tell what lies in it")
         return False
     try:
         holds = constraint.contains(Point(weight=weight))
-    except Exception as error:  # whatever a plug-in raises
-        report.open(f"sparse set: {type(constraint).__name__} cannot be asked ({type(error).__name__}: {error})")
+    except Exception as error:  # a plug-in may raise anything
+        report.open(f"sparse set: {type(constraint).__name__} cannot be evaluated ({type(error).__name__}: {error})")
         return False
     return report.expect(
         "sparse set", bool(holds), f"the weight is not in the sparse set, says {type(constraint).__name__}"
@@ -203,7 +203,7 @@ def _recompute_named(
     try:
         kind = LayerProblem.of(name)
     except UserError as error:
-        report.open(f"objective: the problem cannot be had here ({error})")
+        report.open(f"objective: the problem is not available ({error})")
         if claims.bound is not None:
             report.open(f"bound: it is one of the problem '{name}'")
         return
@@ -223,7 +223,7 @@ def _recompute_named(
             target_energy=layer.target_energy,
         )
         value = float(problem.value(Point(weight=weight.double())))
-    except Exception as error:  # whatever a plug-in raises
+    except Exception as error:  # a plug-in may raise anything
         report.open(f"objective: the problem '{name}' cannot be evaluated ({type(error).__name__}: {error})")
         return
     definition = define(layer, claims.ridge, claims.damping)
@@ -271,10 +271,10 @@ def _check_bound(
     reachable: float,
     slack: float,
 ) -> None:
-    """A claimed bound lies below what is known to be reached, and below one that is recomputed.
+    """Checks that a claimed bound is below every value known to be attained, and not above a recomputed one.
 
-    An argument that is cheap is repeated. Any other bound is compared with the exact optimum where every support can be
-    tried, or with a cheap bound above it; else its proof stays unchecked.
+    An inexpensive argument is repeated. Any other bound is compared with the exact optimum if every support can be
+    tried, or with an inexpensive bound above it; otherwise its proof is unchecked.
     """
     claimed, kind = claims.bound, claims.bound_kind
     report.numbers |= {"bound": claimed, "bound_kind": kind}
@@ -302,7 +302,7 @@ def _check_bound(
     floor, margin = (
         problem.least,
         problem.floor_doubt(),
-    )  # not of the weight's own value, which may be as bad as it likes
+    )  # not for the weight's own value, which may be arbitrarily bad
 
     def below(loss: float, relative: float) -> bool:
         return claimed - floor <= loss * (1 + TOLERANCE + relative) + margin

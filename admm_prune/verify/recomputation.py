@@ -1,4 +1,4 @@
-"""Layer problems from their definition, and exact optima of small ones: float64 and numpy alone.
+"""Layer problems from their definition, and exact optima of small ones, with numpy in float64 only.
 
 Shares the formulas with `problems/layer.py` and no code with it, nor with any solver or kernel.
 """
@@ -54,7 +54,7 @@ def least_loss(problem: Definition, budget: Budget) -> tuple[float, float] | Non
 
 
 def _keeps(rows: int, width: int, budget: Budget) -> list[int]:
-    """How many weights each row may keep."""
+    """The number of weights that each row may keep."""
     total = round((1.0 - (budget.target.sparsity or 0.0)) * rows * width)
     keep, longer = divmod(total, rows)
     return [keep + (row < longer) for row in range(rows)]
@@ -100,7 +100,7 @@ def _cheapest(inverse: Array, target: Array, removals: NDArray[np.intp]) -> Arra
 
 
 def _allocated(curves: Array, removed: int) -> float:
-    """The least total of the rows' losses (out, width + 1) where so many weights go from all rows together."""
+    """The least total loss of the rows (out, width + 1) for each number of weights removed from all rows together."""
     total = np.full(removed + 1, np.inf)
     total[0] = 0.0
     for curve in curves:
@@ -119,7 +119,7 @@ _SLACK = 8.0  # roundings of the solver's precision that a claimed value may car
 
 @dataclass(frozen=True)
 class Budget:
-    """How many weights may be kept, and within what.
+    """The number of weights that may be kept, and the scope of the budget.
 
     Args:
         target: the fraction pruned, or N kept of every M.
@@ -135,13 +135,13 @@ class Budget:
             kept, group = self.target.pattern
             return [(x.reshape(-1, group), kept)]
         total = round((1.0 - (self.target.sparsity or 0.0)) * x.size)
-        if self.cell == "matrix" and total > 0:  # where all must go, rows no more share anything
+        if self.cell == "matrix" and total > 0:  # if everything is pruned, rows share no budget
             return [(x.reshape(1, -1), total)]
         keep, longer = divmod(total, len(x))
         return [(part, k) for part, k in ((x[:longer], keep + 1), (x[longer:], keep)) if len(part)]
 
     def describe_excess(self, weight: Array) -> str | None:
-        """What a matrix keeps beyond the budget; None where it stays within."""
+        """A description of how a matrix exceeds the budget; None if it does not."""
         nonzero = (weight != 0).astype(np.float64)
         row = 0
         for cells, keep in self.cells(nonzero):
@@ -194,7 +194,7 @@ class Definition:
         return np.sqrt(np.diagonal(self.hessian))
 
     def objective(self, v: Array) -> tuple[float, float]:
-        """f(V), and how far rounding may have put a claim off it.
+        """f(V), and the possible rounding error of a claim.
 
         With another target, f(V) = |V|_A^2 - 2 <V, W' A> + const: its terms, of which W' A carries a residual of
         n eps |W'| |A| after any backward stable solve, are added up in float64.
@@ -210,7 +210,7 @@ class Definition:
         return value + self.least, _SLACK * self.rounding * size + doubt
 
     def solver_rounding(self, v: Array) -> float:
-        """How far f(V) may be off where it was evaluated in the solver's precision; for claims of solvers only."""
+        """The rounding error of f(V) in the solver's precision; for claims of solvers only."""
         away = v - self.minimizer
         diagonal = np.diagonal(self.hessian)
         size = float((away * away * diagonal).sum())
@@ -219,7 +219,7 @@ class Definition:
         return _SLACK * self.rounding * size + energy(away, self.hessian, self.rounding)[1]
 
     def floor_doubt(self) -> float:
-        """How far rounding in float64 may have put f(W') off: 0 for the layer's own target."""
+        """The rounding error of f(W') in float64: 0 for the layer's own target."""
         return self.objective(self.minimizer)[1]
 
     def doubt(self) -> float:
@@ -229,7 +229,7 @@ class Definition:
         return relative_doubt(spectrum.astype(np.float64))
 
     def relative_error(self, v: Array) -> tuple[float, float]:
-        """||X V^T - Y||^2 / ||Y||^2, undamped, and how far rounding may have put a claim off it."""
+        """||X V^T - Y||^2 / ||Y||^2, undamped, and the possible rounding error of a claim."""
         if self.cross is None:
             return relative_error(v, self.weight, self.gram, self.rounding)
         cross, target_energy = self.cross
@@ -243,8 +243,8 @@ class Definition:
 
 
 def define(layer: LayerFile, ridge: float, damping: float) -> Definition:
-    """The damped problem that a layer file states."""
-    diagonal = layer.gram.diagonal().numpy()  # in the file's own precision, in which dead channels are told
+    """The damped problem of a layer file."""
+    diagonal = layer.gram.diagonal().numpy()  # in the file's own precision, which defines dead channels
     alive = np.sort(diagonal[diagonal > 0])
     dead = diagonal <= (_DEAD * alive[(len(alive) - 1) // 2] if len(alive) else 0.0)
     gram: Array = layer.gram.double().numpy()
@@ -319,12 +319,12 @@ def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float],
 
 
 def _least_sum(terms: Array, budget: Budget) -> float:
-    """The least sum of the terms that the budget makes go."""
+    """The least sum of the terms of removed weights under the budget."""
     return sum(float(np.sort(cells, 1)[:, : cells.shape[1] - keep].sum()) for cells, keep in budget.cells(terms))
 
 
 def _least_removal(terms: Array, budget: Budget) -> float:
-    """The least sum over rows of the largest term that goes; one largest term where rows share a budget."""
+    """The least sum over rows of the largest removed term; a single largest term if rows share a budget."""
     total = 0.0
     for cells, keep in budget.cells(terms):
         if keep == cells.shape[1]:

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # relative, between a claimed number and the recomputed one
 
 
 class Verdict(Enum):
-    """The outcome of a re-check. The value is the word for it in JSON.
+    """The outcome of a verification. The value is its name in JSON.
 
     VERIFIED: every claim was recomputed or agrees with its fingerprint.
     INCOMPLETE: no claim was refuted, but one that matters could not be checked; the report names it.
@@ -38,17 +38,17 @@ class Verdict(Enum):
 
 @dataclass(kw_only=True)
 class Verification:
-    """What came out of a re-check.
+    """The report of a verification.
 
     Attributes:
         kind: "layer", "run" or "comparison".
-        checked: what was recomputed and compared with its claim.
-        fingerprinted: fields and files that nothing here can recompute; unless a failure says otherwise they agree with
-            the fingerprint that was written with them.
+        checked: claims that were recomputed and compared.
+        fingerprinted: fields and files that cannot be recomputed; unless a failure is reported they agree with their
+            fingerprint.
         failures: a sentence for every claim that does not hold.
         unchecked: claims that could not be checked, and why. The verdict is then at best INCOMPLETE.
-        left_out: what the caller asked to leave out.
-        certificates: what is known of the weight beyond its claims, in words.
+        left_out: checks skipped at the caller's request.
+        certificates: sentences on the weight beyond its claims.
         numbers: recomputed, by name.
     """
 
@@ -93,7 +93,7 @@ class Verification:
         return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
 
     def by_fingerprint(self, *names: str) -> None:
-        """Records what only a fingerprint binds."""
+        """Records claims covered by a fingerprint alone."""
         self.fingerprinted += [name for name in dict.fromkeys(names) if name not in self.fingerprinted]
 
     def open(self, note: str) -> None:
@@ -127,7 +127,7 @@ class Verification:
 
 
 def same_fraction(claimed: float, found: float) -> bool:
-    """Whether two quotients of the same counts are equal: to far less than one count, and more than rounding."""
+    """Whether two quotients of the same counts are equal, with a tolerance between rounding and one count."""
     return bool(abs(claimed - found) <= 1e-12)
 
 
@@ -146,7 +146,7 @@ Manifest = dict[str, Any]
 
 
 def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
-    """Reports every object of the manifest whose fields are not those that a run writes."""
+    """Reports every object of the manifest with missing or unknown fields."""
     settings = manifest["settings"]
     compared = "methods" in settings
     wanted: list[tuple[str, Any, set[str]]] = [

@@ -1,4 +1,4 @@
-"""Re-checks a finished run or comparison from its folder alone: files, weights, sparsity, settings, perplexity."""
+"""Verifies a finished run or comparison from its folder alone: files, weights, sparsity, settings, perplexity."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticErro
 
 
 def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False, device: str = "auto") -> Verification:
-    """Re-checks what 'admm-prune run' or 'admm-prune compare' wrote.
+    """Verifies the output of 'admm-prune run' or 'admm-prune compare'.
 
     Args:
-        data: the evaluation text, where it is not any more where the run read it.
-        quick: leave out what needs the text: the perplexity, the continuation and the record of the texts.
+        data: the evaluation text, if it is no longer where the run read it.
+        quick: skip the checks that need the text: the perplexity, the continuation and the record of the texts.
 
     Raises:
         UserError: no finished run, or `data` is not the text of the run.
     """
     if (folder / PACK_MANIFEST).is_file():
-        raise UserError(f"{folder} is an archive: give it back with 'admm-prune unpack {folder} OUT' and verify that")
+        raise UserError(f"{folder} is an archive: restore it with 'admm-prune unpack {folder} OUT' and verify that")
     manifest = read_manifest(folder)
     place = pick_device(device)
     comparing = "rows" in manifest
@@ -212,7 +212,7 @@ def _verify_run(
     check_recipe_file(report, folder, manifest, where)
     _verify_layer_claims(report, manifest, where)
     if not sound:
-        return None  # what was altered is not loaded
+        return None  # altered files are not loaded
     try:
         loaded = load(str(folder), device=device)
     except UserError as error:
@@ -241,7 +241,7 @@ def _verify_config(report: Verification, folder: Path, manifest: Manifest, where
 
 
 def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -> None:
-    """What can be said of the claims on layer problems without the layers' inputs: that they are possible."""
+    """Checks the claims on layer problems for consistency; the layers' inputs are not available."""
     for layer in manifest["layers"]:
         name, objective, bound = layer["name"], layer["objective"], layer["bound"]
         status = layer["status"]
@@ -305,7 +305,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         return
     left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
     sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
-    structured = bool(manifest["details"].get("units"))  # rows and columns are gone
+    structured = bool(manifest["details"].get("units"))  # rows and columns were removed
     for name in views.keys() & claims.keys():
         shape = list(views[name].shape)
         report.expect(
@@ -349,18 +349,18 @@ def _misses(
     sizes: dict[str, int],
     where: str,
 ) -> dict[str, str | None]:
-    """What misses the target or lies outside its sparse set, and how."""
+    """The matrices that miss the target or are outside their constraint, and how."""
     own = {name: found for name in views if (found := target.at(name)) is not None}
     described = manifest["settings"].get("constraint")
     if described is not None and target.pattern is None:
         family = made_set(described)
         if family is None:
-            report.open(f"{where}target: the set {described} is not at hand here, and only it can tell")
+            report.open(f"{where}target: the set {described} is not installed")
             return {}
         try:
             held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in own.items()}
         except Exception as error:  # whatever a plug-in raises
-            report.open(f"{where}target: the set {described} cannot be asked ({type(error).__name__}: {error})")
+            report.open(f"{where}target: the set {described} cannot be evaluated ({type(error).__name__}: {error})")
             return {}
         return {
             name: None if inside else f"it is not in the set {described} at {own[name].label}"
@@ -380,7 +380,7 @@ def _misses(
 
 
 def _missed(view: WeightView, left: int, size: int, target: Target) -> str | None:
-    """How a matrix of so many dense weights misses its target."""
+    """A description of how a matrix misses its target; None if it does not."""
     if target.pattern is None:
         return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
     kept, group = target.pattern
@@ -389,5 +389,5 @@ def _missed(view: WeightView, left: int, size: int, target: Target) -> str | Non
 
 
 def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
-    """How zeros miss a sparsity by more than one weight. Zeros that the dense weights had may come on top."""
+    """A description of how zeros miss a sparsity by more than one weight; the dense weights may have added zeros."""
     return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None

@@ -38,7 +38,7 @@ _SETS = {name: getattr(constraints, name) for name in ("Unstructured", "RowWise"
 
 
 def recipe_of(manifest: Manifest) -> Recipe | None:
-    """The recipe that the settings name; None where it was put together from objects, or a part is not installed."""
+    """The recipe of the settings; None if it was built from objects, or a part is not installed."""
     settings = manifest["settings"]
     try:
         if "methods" in settings:
@@ -55,7 +55,7 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
 
 
 def made_set(described: str) -> SetFamily | None:
-    """The sparse sets that a manifest describes: a name, or one of this package's sets as it prints itself."""
+    """The constraint of a manifest: a name, or the repr of one of this package's sets."""
     try:
         if re.fullmatch(r"[\w-]+", described):
             return SetFamily.of(described)
@@ -68,7 +68,7 @@ def made_set(described: str) -> SetFamily | None:
 def target_of(manifest: Manifest, model: nn.Module) -> Target | None:
     """The target in full; its label is rounded. None where the settings have none of this label for the model.
 
-    A run records the target of every layer. A comparison records what was asked for, and the selection beside it.
+    A run records the target of every layer. A comparison records its settings, and the selection.
     """
     settings = manifest["settings"]
     if "methods" not in settings:
@@ -124,7 +124,7 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest, w
 
 
 def check_recipe_file(report: Verification, folder: Path, manifest: Manifest, where: str) -> None:
-    """The recipe is that of the settings, to the byte. Models of a comparison have none."""
+    """Checks that the recipe file is exactly that of the settings. Models of a comparison have none."""
     if "target" not in manifest["settings"]:
         return
     try:
@@ -137,7 +137,7 @@ def check_recipe_file(report: Verification, folder: Path, manifest: Manifest, wh
 
 
 def _built_in(described: str) -> SparseSet | None:
-    """A set of this package from its repr, such as "RowWise(sparsity=0.5)"; nothing is evaluated but constants."""
+    """A set of this package from its repr, such as "RowWise(sparsity=0.5)"; only constants are evaluated."""
     try:
         call = ast.parse(described, mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args):
@@ -150,7 +150,7 @@ def _built_in(described: str) -> SparseSet | None:
 
 
 def evaluation_text_is_there(manifest: Manifest) -> bool:
-    """Whether the evaluation text is where the run read it; what is no path is taken for a name."""
+    """Whether the evaluation text is still available; what is not a path is treated as a Hub id."""
     text = manifest["settings"]["text"]
     return _is_there(text.get("eval_data") or text.get("data") or "")
 
@@ -175,7 +175,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         texts = Texts(settings, loaded)
         judging = texts.evaluation
         records = texts.records() if recipe is None else texts.records(recipe.samples)
-        if recipe is None:  # how many sequences calibrated is not known
+        if recipe is None:  # the number of calibration sequences is unknown
             del records["calibration"]
     else:
         judging, record = judging_text(settings, loaded)
@@ -201,14 +201,14 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         )
         if isinstance(found, float | int):
             report.numbers[f"{where}{name}"] = found
-    if manifest["continuation"]:  # none is written of a model that was streamed
+    if manifest["continuation"]:  # a streamed run has no continuation
         prompt, continuation = beginning_continued(loaded, judging)
         report.agree("prompt", manifest["continuation"].get("prompt"), prompt, where)
         report.agree("continuation", manifest["continuation"].get("pruned"), continuation, where)
 
 
 def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
-    """Equal; numbers to a relative tolerance; null for what is not finite."""
+    """Whether values are equal, numbers up to a relative tolerance; null for non-finite ones."""
     if not isinstance(found, float):
         return bool(claimed == found) and isinstance(claimed, bool) == isinstance(found, bool)
     if claimed is None:
@@ -218,7 +218,7 @@ def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
 
 @dataclass(frozen=True)
 class _Moved:
-    """A text of these settings that is read from another place now, `data`."""
+    """The settings of a text that is now read from another place, `data`."""
 
     settings: TextSettings
     data: str

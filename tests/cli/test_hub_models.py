@@ -146,8 +146,8 @@ def pickled_by_index(cached: Path) -> None:
         (without("model-00002-of-00002.safetensors"), f"{ID}: model-00002-of-00002.safetensors is neither in the"),
         (without("config.json"), f"{ID}: no such folder here, and as a Hub id it cannot be loaded: no connection"),
         (without("tokenizer.json"), f"{ID}: no tokenizer could be read"),
-        (pickled, f"{ID}: model.safetensors is neither in the local cache nor to be had (other formats can run code"),
-        (pickled_by_index, f"{ID}: model.safetensors is neither in the local cache nor to be had"),
+        (pickled, f"{ID}: model.safetensors is neither in the local cache nor on the Hub (other formats can run code"),
+        (pickled_by_index, f"{ID}: model.safetensors is neither in the local cache nor on the Hub"),
         (lambda cached: (cached / INDEX).write_text("[]"), "model.safetensors.index.json cannot be read"),
     ],
 )

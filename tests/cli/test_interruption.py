@@ -52,9 +52,9 @@ def test_what_breaks_off_is_kept_beside_its_place_and_resumed(
     of_a_row = str(place / "deep/out.partial/checkpoints/models/magnitude-50")  # a comparison's, with its own journal
     written = of_a_row if name == "compare" else "deep/out"
     last = {
-        130: "interrupted: go on with the same command and --resume (deep/out.partial holds what is finished)",
-        2: f"cannot write to {written}: No space left on device: what is finished is kept in {written}.partial; "
-        "go on with --resume",
+        130: "interrupted: continue with the same command and --resume (deep/out.partial holds the finished part)",
+        2: f"cannot write to {written}: No space left on device: finished work is kept in {written}.partial; "
+        "continue with --resume",
     }
     assert outcome.err.splitlines()[-1] == f"admm-prune: {last[status]}"
     assert [path.name for path in (place / "deep").iterdir()] == ["out.partial"]
@@ -123,7 +123,7 @@ def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
-    advice = "go on with the same command and --resume (out.partial holds what is finished)"
+    advice = "continue with the same command and --resume (out.partial holds the finished part)"
     assert err.splitlines()[-1] == f"admm-prune: interrupted: {advice}"
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
@@ -143,7 +143,7 @@ def test_a_real_interrupt_of_a_run_says_how_to_go_on(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    advice = "go on with the same command and --resume (out.partial holds what is finished)"
+    advice = "continue with the same command and --resume (out.partial holds the finished part)"
     assert err.splitlines()[-1] == f"admm-prune: interrupted: {advice}"
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

@@ -206,7 +206,7 @@ def test_weights_that_are_none_are_refused_by_the_name_of_the_matrix(
         (("--method", "list"), "the plug-in 'list' is neither a Method nor a class with a method solve"),
         (
             ("--method", "sparsellm", "--problem", "relative"),
-            "sparsellm takes no problem: it is for methods that go layer by layer",
+            "sparsellm takes no problem: it is for layer-wise methods",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_journal_in_the_way(command: Command, run: tuple[object, ...], place: 
     header.parent.mkdir()
     header.write_text("not ours")
     for more, reason in (
-        ([], "holds a run that was not finished: go on with --resume"),
+        ([], "holds an unfinished run: continue with --resume"),
         (["--resume"], "header is damaged: the journal cannot be trusted; delete"),
     ):
         outcome = command(*run, "--sparsity", "0.5", "--out", "out", *more)

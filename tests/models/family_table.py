@@ -18,34 +18,34 @@ FAMILIES = {
     "gemma3": "Gemma 3, text",
     "phi3": "Phi-3",
     "stablelm": "StableLM",
-    "stablelm-parallel": "StableLM 2, parallel, a norm for every head",
+    "stablelm-parallel": "StableLM 2: parallel, norms per head",
     "olmo2": "OLMo 2",
     "opt": "OPT",
-    "opt-post-norm-untied": "OPT-350M: norms after, projections",
+    "opt-post-norm-untied": "OPT-350M: post-norm, projections",
     "gpt2": "GPT-2",
     "neox": "GPT-NeoX, parallel",
     "neox-sequential": "GPT-NeoX, sequential",
     "bloom": "Bloom",
-    "falcon": "Falcon 7B: one key head",
-    "falcon-grouped": "Falcon 40B: grouped key heads",
-    "falcon-classic": "Falcon, a key for every head",
+    "falcon": "Falcon 7B: multi-query attention",
+    "falcon-grouped": "Falcon 40B: grouped-query attention",
+    "falcon-classic": "Falcon: multi-head attention",
     "falcon-alibi": "Falcon RW: ALiBi",
     "mixtral": "Mixtral",
     "qwen3-moe": "Qwen3-MoE",
 }  # of tiny_models, and what they stand for
 
 COLUMNS = {
-    "layer by layer": (
+    "layer-wise": (
         "magnitude", "wanda", "sparsegpt", "admm", "admm-fast", "admm-best", "alps", "admm-gradual",
     ),
     "networks": ("sparsellm", "sequential", "sparsellm-release"),
-    "units, blocks unlike": ("struprune", "structured-global", "structured-wanda"),
-    "units, uniform": ("struprune-uniform",),
-    "units, padded": ("struprune-padded",),
+    "structured, per block": ("struprune", "structured-global", "structured-wanda"),
+    "structured, uniform": ("struprune-uniform",),
+    "structured, padded": ("struprune-padded",),
     "training": ("elsa", "elsa-l", "elsa-published", "admm-finetuned", "gradual", "tuned-dense"),
 }  # fmt: skip
 
-_UNITS = ("units, blocks unlike", "units, uniform", "units, padded")
+_UNITS = ("structured, per block", "structured, uniform", "structured, padded")
 _BY_WIDTH = ("opt", "opt-post-norm-untied", "neox", "neox-sequential", "stablelm", "falcon-grouped", "falcon-classic")
 _MIXTURES = ("mixtral", "qwen3-moe")
 
@@ -69,43 +69,43 @@ class Limit:
 _ONE_MATRIX = Limit(
     "neurons",
     "keeps queries, keys and values in one matrix",
-    "Neurons alone go: queries, keys and values are one matrix, of which shapes do not tell where a head lies.",
+    "Only neurons are removed: queries, keys and values are one matrix whose shape does not show where a head is.",
 )
 _NORMS = Limit(
     "neurons",
     "has norms of its own for heads, or over all of them",
-    "Neurons alone go: attention has a norm over all heads, or one for every head.",
+    "Only neurons are removed: attention has a norm over all heads, or one per head.",
 )
 _ALIBI = Limit(
     "neurons",
     "gives every head a slope of its own (ALiBi)",
-    "Neurons alone go: every head has a slope of its own (ALiBi), which its number tells.",
+    "Only neurons are removed: every head has its own slope (ALiBi), which depends on its index.",
 )
 _EXPERTS = Limit(
     "no",
     "is a mixture of experts, which loses no units",
-    "The units of experts are not cut: tokens reach them by a router, and no curve of one branch says what that loses.",
+    "Experts are not sliced: a router selects their tokens, which the loss curve of a single sublayer does not model.",
     refused=True,
 )
 _NETWORKS = Limit(
     "no",
     "is a mixture of experts, not one feed-forward network",
-    "A block has as many networks as experts, each with its own tokens; they are pruned layer by layer.",
+    "Every expert is a feed-forward network with its own tokens; experts are pruned by the layer-wise methods.",
     refused=True,
 )
 _FIXED = Limit(
     "no",
     "0% can go at most",
-    "The stock class has four times as many neurons as its width, always.",
+    "The stock class always has four times as many neurons as its hidden size.",
     refused=True,
 )
 
 _FOLLOWS = Limit(
     "neurons",
     "",
-    "Neurons alone go: the stock class makes heads larger where there are fewer, so that their number stays.",
+    "Only neurons are removed: the stock class derives the head size from the number of heads.",
 )
-_ONE_HEAD = Limit("neurons", "", "Neurons alone go: all queries read one key head.")
+_ONE_HEAD = Limit("neurons", "", "Only neurons are removed: all query heads share one key head.")
 
 _STAY = {"phi3": _ONE_MATRIX, "gpt2": _ONE_MATRIX, "bloom": _ONE_MATRIX, "olmo2": _NORMS, "falcon-alibi": _ALIBI}
 _STAY |= {"stablelm-parallel": _NORMS, "falcon": _ONE_HEAD}
@@ -114,16 +114,16 @@ LIMITS: dict[tuple[str, str], Limit] = {
     **{(family, column): limit for family, limit in _STAY.items() for column in _UNITS},
     **{(family, column): _EXPERTS for family in _MIXTURES for column in _UNITS},
     **{(family, "networks"): _NETWORKS for family in _MIXTURES},
-    **{(family, "units, uniform"): _FOLLOWS for family in _BY_WIDTH},
-    ("bloom", "units, uniform"): _FIXED,
+    **{(family, "structured, uniform"): _FOLLOWS for family in _BY_WIDTH},
+    ("bloom", "structured, uniform"): _FIXED,
 }
 
-_OPENING = """# Families and methods
+_OPENING = """# Model families
 
-Every cell is run by `tests/models/test_family_table.py` on a tiny model of random weights, built from the
-family's own config: pruned, saved, loaded again by stock `from_pretrained`, the same logits to the bit. Where
-a cell says that something does not apply, the test checks that it is refused, or left alone with a note.
-"blocks unlike" needs `trust_remote_code=True`; all other cells load without. `make test` runs one method of
+Every cell is tested by `tests/models/test_family_table.py` on a small model with random weights, built from the
+config class of the family: it is pruned, saved and reloaded with stock `from_pretrained`, and the logits must be
+bitwise equal. Where something does not apply, the test checks that it is refused, or skipped with a note.
+Only "structured, per block" needs `trust_remote_code=True` to load. `make test` runs one method of
 most columns for every family, `make test-all` all of them.
 """
 
@@ -142,20 +142,17 @@ def render() -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     columns = [f"- **{column}**: " + ", ".join(f"`{name}`" for name in names) for column, names in COLUMNS.items()]
     notes = [f"{number}. {why}" for why, number in reasons.items()]
-    return "\n".join(
-        [_OPENING, *lines, "", "The columns:", "", *columns, "", "What does not apply:", "", *notes, "", _CLOSING]
-    )
+    return "\n".join([_OPENING, *lines, "", "The columns:", "", *columns, "", "Exceptions:", "", *notes, "", _CLOSING])
 
 
-_CLOSING = """Blocks and weights are found by structure: the longest list of alike modules by parameters, every
-`nn.Linear` and `Conv1D` in it, and every matrix of experts, a slice of one parameter. Routers and
-embeddings are not pruned, nor are the depthwise convolutions and the projections of time steps of hybrid
-models (Mamba, Qwen3-Next, Falcon-H1, Jamba, Granite 4): a note names them. An expert
-to which the router sent fewer calibration tokens than a matrix of its has inputs is
-pruned on all tokens of its block, and its report says so. Any other decoder
-that keeps its weights so is pruned too; one that keeps them otherwise, an encoder (with a decoder or alone),
-and a model that reads more than text are refused in a line that names the class and the first block
-that could not be read.
+_CLOSING = """Blocks and weights are found by structure: the list of similar modules with the most parameters, every
+`nn.Linear` and `Conv1D` in it, and every expert matrix, a slice of a three-dimensional parameter. Routers and
+embeddings are not pruned, nor are the depthwise convolutions and the time-step projections of hybrid
+models (Mamba, Qwen3-Next, Falcon-H1, Jamba, Granite 4): a note names them. An expert that received fewer
+calibration tokens than one of its matrices has inputs is pruned on all tokens of its block, and
+the report says so. Other decoders with this structure are supported too. Decoders that store their weights
+differently, encoders, encoder-decoders and multimodal models are refused; the message names the class and
+the first block that could not be read.
 """
 
 if __name__ == "__main__":

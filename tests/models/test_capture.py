@@ -242,7 +242,7 @@ def test_a_weight_that_is_never_used_is_named(stories: Sequences) -> None:
 
 def test_a_weight_that_sees_some_tokens_only_is_refused(stories: Sequences) -> None:
     stream = toy_stream(lambda parts, x: parts["a"](x) + parts["b"](x[:, :1]), stories)
-    with pytest.raises(UserError, match=r"layers.0.parts.b.weight reads .* not one a token"):
+    with pytest.raises(UserError, match=r"layers.0.parts.b.weight reads .* not one per token"):
         stream.collect(0)
 
 

@@ -98,7 +98,7 @@ def test_experts_that_are_not_told_their_tokens_are_refused(stories: Sequences) 
         route = experts.forward
         experts.forward = lambda hidden, choice, weights, route=route: route(hidden, choice[0], weights)
         block.module.mlp.gate.register_forward_hook(lambda _, __, output: (*output[:2], output[2][None]))
-    with pytest.raises(UserError, match=r"^model.layers.0.mlp.experts: it is not told which tokens go to which expert"):
+    with pytest.raises(UserError, match=r"^model.layers.0.mlp.experts: it does not receive the tokens of each expert"):
         collected(model, stories)
 
 

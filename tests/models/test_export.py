@@ -256,6 +256,6 @@ def test_blooms_neurons_are_four_times_its_width_where_a_stock_class_is_to_load_
 
 def test_a_family_without_a_class_for_unlike_blocks_is_refused_before_anything_is_cut() -> None:
     model = build("mixtral")
-    with pytest.raises(UserError, match="MixtralForCausalLM: there is no class with unlike blocks for it"):
+    with pytest.raises(UserError, match="MixtralForCausalLM: its blocks must have equal widths"):
         check_exportable(model, "per-layer")
     check_exportable(model, "padded")

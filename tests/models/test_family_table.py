@@ -75,7 +75,7 @@ def test_cell(
     expected = logits(model)
     save(LoadedModel(model, tokenizer, family), tmp_path, {})
     own_class = outcome.details.get("form") == "per-layer"
-    assert not (own_class and column != "units, blocks unlike" and not family.startswith("opt"))
+    assert not (own_class and column != "structured, per block" and not family.startswith("opt"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=own_class)
     assert torch.equal(logits(again), expected)
 

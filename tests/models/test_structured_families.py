@@ -19,7 +19,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.reloading import check_reloaded
 
-NO_CLASS = "there is no class with unlike blocks for it: use struprune-uniform or struprune-padded"
+NO_CLASS = "its blocks must have equal widths: use struprune-uniform or struprune-padded"
 REFUSED = {  # by the part of a variant's name, and of a method's: what is said
     ("cohere", "unlike"): NO_CLASS,
     ("phi parallel", "unlike"): NO_CLASS,

@@ -199,7 +199,7 @@ def test_nothing_kept_and_nothing_pruned_have_no_swaps() -> None:
 def test_words_say_how_many_were_tried_and_how_large_the_best_is() -> None:
     some = Certificates(0.0, 0.0, 8, 1234567, 1.0, 0.0, 0.0, 99, 0.0015, 0.71, 0.0)
     fixed, refitted = some.in_words()
-    how = "a single swap lowers the error, all other weights held as they are"
+    how = "a single swap lowers the error, all other weights fixed"
     assert fixed == f"{how}: by 0.0015 of the layer's loss (0.71 of its rows' loss), the best of 99 pairs tried"
     how = "no single swap lowers the error, in 8 rows, all others refitted"
     assert refitted == f"{how}: largest gain found 0 of the layer's loss over 1,234,567 pairs tried"

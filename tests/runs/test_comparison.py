@@ -134,7 +134,7 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         compare(settings, tmp_path / "out", interrupts)
-    with pytest.raises(UserError, match="was not finished: go on with --resume"):
+    with pytest.raises(UserError, match="unfinished run: continue with --resume"):
         compare(settings, tmp_path / "out")
     with pytest.raises(UserError, match="was begun with methods"):
         compare(replace(settings, methods=("magnitude",)), tmp_path / "out", resume=True)
@@ -143,7 +143,7 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
     first = tmp_path / "out.partial/checkpoints/models/magnitude-50/model.safetensors"
     content = first.read_bytes()
     first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"magnitude-50 is damaged or gone: delete .*out\.partial to begin anew"):
+    with pytest.raises(UserError, match=r"magnitude-50 is damaged or gone: delete .*out\.partial to start over"):
         compare(settings, tmp_path / "out", resume=True)
     first.write_bytes(content)
     assert [row.method for row in compare(settings, tmp_path / "out", resume=True).rows] == [

@@ -69,7 +69,7 @@ def test_only_what_is_chosen_is_touched(
         assert all(torch.equal(saved[f"{name}.weight"], dense[f"{name}.weight"]) for name in left)
     assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
     page = (tmp_path / "out/report.html").read_text()
-    assert "not to be pruned: left as it was" in page
+    assert "not selected: left unchanged" in page
 
 
 def test_overrides_give_layers_targets_of_their_own(prune: Prune, tmp_path: Path) -> None:

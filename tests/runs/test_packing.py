@@ -79,7 +79,7 @@ def test_a_run_comes_back_with_its_fingerprints(model_folder: Path, text_file: P
     }
     claimed = json.loads((run / "admm_prune.json").read_text())["weights"]
     assert weights_sha256(tmp_path / "back") == claimed
-    with pytest.raises(UserError, match="an archive, not a model folder: give it back with 'admm-prune unpack"):
+    with pytest.raises(UserError, match="an archive, not a model folder: restore it with 'admm-prune unpack"):
         load(str(tmp_path / "archive"))
     with pytest.raises(UserError, match="packed already"):
         pack(tmp_path / "archive", tmp_path / "twice")

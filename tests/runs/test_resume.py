@@ -161,7 +161,7 @@ def test_what_is_not_the_same_is_refused_and_nothing_is_lost(
         assert fingerprints(home) == before
         assert not out.exists()
 
-    refused("holds a run that was not finished: go on with --resume, or delete the folder", resume=False)
+    refused("holds an unfinished run: continue with --resume, or delete the folder", resume=False)
     refused("was begun with method wanda, not magnitude: --resume needs the same arguments", method="magnitude")
     refused("was begun with sparsity 0.3, not 0.4", sparsity=0.4)
     refused("was begun with seed 0, not 1", seed=1)
@@ -254,7 +254,7 @@ def test_two_runs_do_not_share_a_folder(model_folder: Path, text_file: Path, tmp
     with journal_of(tmp_path / "out") as journal:
         journal.begin({"settings": {}})
         for resume in (False, True):
-            with pytest.raises(UserError, match=rf"another run is at work in .*out\.partial \(process {os.getpid()}\)"):
+            with pytest.raises(UserError, match=rf"another run is active in .*out\.partial \(process {os.getpid()}\)"):
                 prune(model_folder, tmp_path / "out", text_file, resume=resume)
         journal.commit("dense", 0, {"perplexity": float("inf")})
         assert journal.finished("dense") == [{"perplexity": float("inf")}]

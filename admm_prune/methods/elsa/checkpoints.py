@@ -22,13 +22,13 @@ _VALUES, _UNFINISHED = "values.json", ".unfinished"
 
 
 class Checkpoints:
-    """The latest checkpoint in a folder: whole or not there.
+    """The latest checkpoint in a folder, written atomically.
 
-    Every process writes the parts that lie in it into files of its own, under another name; the first one writes the
-    single values and the fingerprints of all files, and renames the folder.
+    Every process writes its shards to its own files, under a temporary name; the first one writes the single values
+    and the fingerprints of all files, and renames the folder.
 
     Args:
-        folder: of checkpoints alone, the same in all processes; None keeps nothing.
+        folder: for checkpoints only, the same in all processes; None saves nothing.
         world: the processes.
     """
 
@@ -58,7 +58,7 @@ class Checkpoints:
         return values
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Brings the tensors of the latest checkpoint into these, which may be divided otherwise than they were.
+        """Loads the tensors of the latest checkpoint into these, which may be sharded differently.
 
         Raises:
             UserError: it has not all of them, or in other shapes.
@@ -68,7 +68,7 @@ class Checkpoints:
         kept = reader.read_metadata().state_dict_metadata
         saved = {name: (x.size, x.properties.dtype) for name, x in kept.items() if isinstance(x, TensorStorageMetadata)}
         if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
-            raise UserError(f"{self._latest} is a checkpoint of another run: delete it to begin anew")
+            raise UserError(f"{self._latest} is a checkpoint of another run: delete it to start over")
         with _quiet():
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
 
@@ -95,7 +95,7 @@ class Checkpoints:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Without torch's warning that there is one process."""
+    """Suppresses torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -110,7 +110,7 @@ def _emptied(folder: Path) -> None:
 
 
 def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
-    """All files are on the disk before the folder has its name, and it has before the others go."""
+    """Synchronizes all files before the folder is renamed, and renames it before older checkpoints are deleted."""
     try:
         content = {"values": values, "sha256": _fingerprints(new)}
         write_sealed(new / _VALUES, content)
@@ -130,7 +130,7 @@ def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:
     place = folder / max(names)
     content = read_sealed(place / _VALUES)
     if content is None or content["sha256"] != _fingerprints(place):
-        raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to begin anew")
+        raise UserError(f"{place} is damaged: the journal cannot be trusted; delete it to start over")
     return place.name, content["values"]
 
 

@@ -1,4 +1,4 @@
-"""ELSA, surrogate-free pruning of a whole model, and what it has to be compared with."""
+"""ELSA, surrogate-free pruning of a whole model, and its baselines."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CALIBRATION = 128  # sequences that layer problems are made of
 
 @dataclass(frozen=True)
 class Ladder:
-    """By which densities a model comes down to a sparse target: to `first` at once, then in equal ratios.
+    """The densities on the way to a sparse target: `first` at once, then in equal ratios.
 
     A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
-    than training brings back, and one of a model that was trained at a density of not quite twice as much does not.
+    than training recovers; the projection of a model trained at slightly less than twice the density does not.
 
     Args:
         ratio: of a density to the one before, at the least.
@@ -49,16 +49,16 @@ class Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class Elsa(Trained):
-    """min f(x), x in C, f the model's own loss: projections that come closer to C, and Adam on the support in between.
+    """min f(x), x in C, f the model's own loss: projections onto sets approaching C, and Adam on the support.
 
         at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
         in between:      x <- Adam's step with the gradient of f, restricted to the support.
 
     This is ELSA's splitting with three of its parts exchanged, by measurement (`benchmarks/results/surrogate-free-*`).
     The projection is taken in the metric of the layers' second moments, as far as `projection` solves it, and
-    compensates what it removes, in place of the diagonal of the Fisher information. x = z is held between the
-    projections: the penalty is infinite, so that no dual variable and no anchor is kept, and the state beyond Adam's is
-    a bit a weight. And C is approached through a few larger sets. `Published` is the iteration of the paper.
+    compensates the removed weights, instead of the diagonal of the Fisher information. x = z between the
+    projections: the penalty is infinite, so that no dual variable and no anchor is stored, and the state beyond Adam's
+    is one bit per weight. And C is approached through a few larger sets. `Published` is the iteration of the paper.
 
     Attributes:
         ladder: None projects to the target at once.
@@ -109,7 +109,7 @@ class Elsa(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(Trained):
-    """Gradual pruning: every `interval` steps the smallest |w| F^power of the weights that are left go for good.
+    """Gradual pruning: every `interval` steps the smallest |w| F^power of the remaining weights are removed.
 
     The sparsity rises by 1 - (1 - s)^3 of the target over the first `ramp` of the run.
 
@@ -117,7 +117,7 @@ class Gradual(Trained):
     """
 
     name: str = "gradual"
-    summary: str = "gradual pruning while training: the smallest weights go every few steps, and stay away"
+    summary: str = "gradual pruning during training: the smallest weights are removed every few steps"
     interval: int = 16
     ramp: float = 0.75
     power: float = 0.0
@@ -148,12 +148,12 @@ class Published(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class TunedDense(Trained):
-    """The dense model trained on the same text for as long: what of a gain is mere tuning."""
+    """The dense model trained on the same text for as long, to separate the gain of training from that of pruning."""
 
     prunes = False
 
     name: str = "tuned-dense"
-    summary: str = "prunes nothing: the dense model trained as long as the others, to compare them with"
+    summary: str = "no pruning: the dense model trained for as long, as a baseline for methods that train"
 
     def check(self, model: Any, target: Target) -> None:
         if target.fraction or target.layers:
@@ -164,7 +164,7 @@ class TunedDense(Trained):
 
 
 def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
-    """(the part of the run that is done, what the model is then projected to); of a pattern, whole numbers kept of
+    """(fraction of the run that is done, target of the projection at that point); of a pattern, whole numbers kept of
     every M, rounded up."""
     densities = [] if ladder is None else ladder.densities(1.0 - target.fraction)[:-1]
     before = [_of_density(target, density) for density in densities]
@@ -194,7 +194,7 @@ TRAINED: tuple[Trained, ...] = (
     Published(),
     Elsa(
         name="admm-finetuned",
-        summary="admm at once, then trained on its support: the baseline that counts",
+        summary="one-shot admm, then training on its support: the strongest baseline",
         distillation=0.0,
         ladder=None,
     ),

@@ -1,4 +1,4 @@
-"""One run of a recipe that trains: what it works on, what is remembered of the way, and how it goes on from there."""
+"""One run of a method that trains: its model and data, its state, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from admm_prune.solvers.elsa.duals import DualUpdate
 
 @dataclass
 class Session:
-    """What a run works on, and what is remembered of the way.
+    """The model, the data and the state of a run.
 
     Attributes:
         model: whole, in every process.
-        trained: the model that is trained: `model` itself, or a copy that is divided over the processes.
+        trained: the model that is trained: `model` itself, or a copy that is sharded over the processes.
         views: the weights of `model` that are pruned.
-        prepared: the step that all has been done for that comes before it.
-        best: the parameters of `trained` where it was best.
+        prepared: the step before which all projections and rate changes are done.
+        best: the best parameters of `trained` so far.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Session:
     def offer(self) -> float:
         """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
 
-        Call it only where the model is as sparse as it is to become.
+        Call it only when the model has its final sparsity.
         """
         loss = held_out_loss(self.trained, self.held_out)
         if self.best is None or loss < self.best_loss:
@@ -64,27 +64,27 @@ class Session:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Brings what was trained into the whole model."""
+        """Copies the trained parameters into the whole model."""
         for whole, part in self._pairs():
             whole.copy_(gathered(part, local(part)))
 
     @torch.no_grad()
     def scatter(self) -> None:
-        """Brings the whole model into what is trained."""
+        """Copies the whole model into the trained parameters."""
         for whole, part in self._pairs():
             local(part).copy_(own_rows(part, whole))
 
     def keep(self, checkpoints: Checkpoints) -> None:
-        """Writes down all that moves."""
+        """Saves a checkpoint of the complete state."""
         if checkpoints.kept:
             checkpoints.save(self._tensors(), self._values())
 
     def go_on(self, checkpoints: Checkpoints) -> None:
-        """Goes on from the latest checkpoint, if there is one."""
+        """Resumes from the latest checkpoint, if there is one."""
         values = checkpoints.latest()
         if values is None:
             return
-        self.trainer.optimizer.masks()  # brings the optimizer's state into being
+        self.trainer.optimizer.masks()  # creates the optimizer's state
         if values["best_loss"] is not None:
             self.best = {name: torch.empty_like(x.detach()) for name, x in self.trained.named_parameters()}
             self.best_loss = values["best_loss"]
@@ -104,7 +104,7 @@ class Session:
         self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that moves and is no single number, by names that do not depend on the number of processes."""
+        """The tensors of the state, by names that do not depend on the number of processes."""
         found = {"random": torch.get_rng_state()}
         for name, parameter in self.trained.named_parameters():
             found[f"model/{name}"] = parameter.detach()
@@ -114,7 +114,7 @@ class Session:
         return found | {f"best/{name}": x for name, x in (self.best or {}).items()}
 
     def _values(self) -> dict[str, Any]:
-        """The single numbers: JSON values."""
+        """The scalars of the state: JSON values."""
         optimizer = self.trainer.optimizer
         states = {
             name: {

@@ -1,4 +1,4 @@
-"""Recipes that train the model while they prune it: what they share."""
+"""The base of the methods that train the model while they prune it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.solvers.elsa.moments import MomentFormat
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_HELD_OUT = 16  # sequences that no gradient comes from: they choose between the start and the end of a run
-_JUDGES = 8  # of them, that measure the rate
-_LEAST = 2  # sequences to train on
-_STEPS, _PART = 32, 8  # between two checkpoints: so many steps, or that part of the run where it is short
+_HELD_OUT = 16  # sequences not trained on: they select the best model of a run
+_JUDGES = 8  # of them, for the learning rate range test
+_LEAST = 2  # least number of sequences to train on
+_STEPS, _PART = 32, 8  # between two checkpoints: steps, or this fraction of a short run
 
 Projection = Callable[[Session, Target], None]
 
@@ -40,15 +40,15 @@ class Trained(Capabilities, ABC):
     is kept beside the optimizer's state. What moves is written to the runtime's journal every few steps and after each
     projection, so that a run which was killed goes on from there, to the same end.
 
-    Several processes divide the parameters that are trained, their gradients, Adam's moments and the teacher among them
-    (FSDP2), and share every batch. Beside that each holds the model once, to project it and to keep the answer.
+    Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
+    every batch. In addition each holds the whole model, for the projections and the result.
 
     Attributes:
-        steps: forward and backward passes over a batch, those that measure the rate included.
-        batch_size: sequences a step, in epochs without replacement.
-        lr: the height of the rate, in place of a measured one.
-        boldness: what the measured rate is multiplied by.
-        distillation: the share of the dense model's own predictions in the loss, 0 to 1; a copy of it stays in memory.
+        steps: forward and backward passes over a batch, including those of the learning rate range test.
+        batch_size: sequences per step, in epochs without replacement.
+        lr: the peak learning rate, instead of a tuned one.
+        boldness: a multiplier of the tuned learning rate.
+        distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
 
@@ -77,11 +77,11 @@ class Trained(Capabilities, ABC):
         """The optimizer of a run.
 
         Args:
-            how: the model, dense and trainable, as `params`; what is to be pruned of it; the first rate.
+            how: the model, dense and trainable, as `params`; the pruning target; the initial rate.
         """
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        """(the part of the run that is done, what the model is then projected to); none by default."""
+        """(fraction of the run that is done, target of the projection at that point); none by default."""
         return []
 
     def project(self, session: Session, target: Target) -> None:
@@ -97,7 +97,7 @@ class Trained(Capabilities, ABC):
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.varied:
-            raise UserError(f"{self.name} trains all weights to one target: overrides are for methods that go by layer")
+            raise UserError(f"{self.name} trains all weights to one target: overrides are for layer-wise methods")
         for view in chosen_views(model, target):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
@@ -113,7 +113,7 @@ class Trained(Capabilities, ABC):
         notes = session.trainer.optimizer.notes
         if session.best_loss < last:
             session.restore_best()
-            notes += ("training ended worse on held-out sequences than the best sparse model on the way",)
+            notes += ("the last model was worse on held-out sequences than the best sparse model, which is returned",)
         session.gather()
         trainer = session.trainer
         details = {
@@ -179,12 +179,12 @@ class Trained(Capabilities, ABC):
 
     @property
     def training_steps(self) -> int:
-        """Of the optimizer: what measuring the rate leaves."""
+        """Optimizer steps that remain after the learning rate range test."""
         return max(1, self.steps - self._passes)
 
     @property
     def _passes(self) -> int:
-        """That measuring the rate takes."""
+        """Steps of the learning rate range test."""
         return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
 
     def _train(self, session: Session, project: Projection) -> None:

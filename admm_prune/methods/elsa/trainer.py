@@ -28,10 +28,10 @@ _WINDOW = 32  # steps that a point of the curve is the mean over
 
 
 class Trainer:
-    """Steps of one optimizer on batches of a text, at a rate that rises shortly, then falls linearly to zero.
+    """Steps of one optimizer on batches of a text, at a learning rate with a short warm-up and linear decay.
 
     Every sequence is seen once before any is seen again, in an order drawn anew for every epoch. Several processes
-    share every batch: the model is divided over them, and its gradients are means over the processes.
+    share every batch: the model is sharded over them, and its gradients are means over the processes.
 
     Attributes:
         objective: the loss of a whole batch in one process.
@@ -71,11 +71,12 @@ class Trainer:
         return [next(self._batches) for _ in range(count)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of this process's share of a batch, scaled so that the mean over the processes is the loss of the batch."""
+        """The loss of this process's share of a batch, scaled so that the mean over processes is the loss of the
+        batch."""
         count, size = len(batch.lengths), self._world.size
         if size == 1:
             return self.objective(model, batch)
-        # All have to take part: one without a share looks at the first sequence, which counts nothing.
+        # All processes have to take part: one without a share runs the first sequence with weight zero.
         rows = self._world.share(range(count)) or [0]
         share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
         part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
@@ -95,7 +96,7 @@ class Trainer:
             self._recent = []
 
     def position(self) -> dict[str, Any]:
-        """Where the run is, beside the model and the optimizer: JSON values, of all processes alike."""
+        """The position of the run, without model and optimizer: JSON values, equal in all processes."""
         return {
             "done": self.done,
             "tokens": self.tokens,
@@ -106,7 +107,7 @@ class Trainer:
         }
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Goes on from where `position` was taken; the first batches are passed over."""
+        """Resumes from a `position`; the batches before it are skipped."""
         self.done, self.tokens = position["done"], position["tokens"]
         self.curve = [(step, loss) for step, loss in position["curve"]]
         self.take(position["taken"] - self._taken)
@@ -148,7 +149,7 @@ def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterato
 
 @contextmanager
 def trainable(model: nn.Module) -> Generator[None]:
-    """Within it every parameter takes a gradient; afterwards those that did before."""
+    """Context in which every parameter requires a gradient; restores the previous setting."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(True)
     try:
@@ -167,16 +168,16 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
 
 
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
-_TRIALS, _EXACT = 7, 0.4  # at most so many steps are tried; the power of two is settled to within this
+_TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
 GRADIENTS = 3  # batches that the direction is taken from
 _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
 def passes(judges: float) -> int:
-    """What a measurement costs in forward and backward passes over a batch; a forward pass alone is a third of one.
+    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third.
 
     Args:
-        judges: batches that a judgement takes.
+        judges: batches per validation.
     """
     return GRADIENTS + math.ceil((_TRIALS + 1) * judges / 3)
 
@@ -195,7 +196,7 @@ class MeasuredRate:
     def rate(self, density: float) -> float:
         """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step.
 
-        The fewer weights are left, the farther each has to go, while single steps allow hardly more.
+        The fewer weights remain, the larger are the changes they need, while the best single step hardly grows.
         """
         return float(_AT_HALF * self.step * (2.0 * max(density, 1e-3)) ** -_POWER)
 
@@ -204,12 +205,12 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
     """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
     the loss is scaled.
 
-    What is zero, as pruned weights are, stays zero. The model is left as it was.
+    What is zero, as pruned weights are, stays zero. The model is restored.
 
     Args:
         model: its parameters that take a gradient move.
         gradients: batches that g is the mean over.
-        judge: f of the model as it is when it is called.
+        judge: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
@@ -243,7 +244,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """Of the part in this process."""
+    """The sum over the local shard."""
     slope = torch.zeros_like(x) if gradient is None else local(gradient)
     return (slope.sign() * (x != 0)).to(torch.int8)
 

@@ -1,4 +1,4 @@
-"""Which modules are pruned, by class, name or pattern; and which structured groups of a sublayer are kept."""
+"""Selection of the modules to prune, by class, name or pattern, and of the structured groups to keep."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Selection:
         "re:.*down_proj"               a regular expression that the name of the module begins with, as `re.match` does.
 
     Attributes:
-        targets: a weight is pruned if it fits one of them; all where there are none.
-        ignore: what fits one of them is left as it is.
-        overrides: (pattern, "0.5" or "2:4" or "dense"): targets in place of the run's; of several that fit, the last.
+        targets: a weight is pruned if it matches one of them; all where there are none.
+        ignore: a weight that matches one of them is not pruned.
+        overrides: (pattern, "0.5" or "2:4" or "dense"): targets that replace the run's; of several matches, the last
+            counts.
     """
 
     targets: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Selection:
     def of(
         cls, targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (), overrides: Mapping[str, object] = {}
     ) -> Selection:
-        """From what a user writes: a pattern or several; {pattern: 0.5} or {pattern: "2:4"}.
+        """From user input: one pattern or several; {pattern: 0.5} or {pattern: "2:4"}.
 
         Raises:
             UserError: a pattern is no regular expression, or an override no target.
@@ -65,10 +66,10 @@ class Selection:
         return bool(self.targets or self.ignore or self.overrides)
 
     def applied(self, model: nn.Module, target: Target) -> Target:
-        """The target with that of every weight of the model's blocks that has another one than the rest.
+        """The target, including those of the weights whose target differs.
 
         Raises:
-            UserError: a pattern fits no weight, or nothing is left to prune.
+            UserError: a pattern matches no weight, or nothing is left to prune.
         """
         if not self:
             return target
@@ -121,7 +122,7 @@ Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
 
 
 class SeededADMM:
-    """ADMM that starts from the groups of structured OBS; never worse than they."""
+    """ADMM that starts from the groups of structured OBS, and is never worse than those."""
 
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
@@ -141,9 +142,9 @@ SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
 
 @precision.full()
 def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
-    """What the problem loses when k = 0..n groups go in the selector's order: (n + 1,), float64, on the CPU.
+    """The loss when k = 0..n groups are removed in the selector's order: (n + 1,), float64, on the CPU.
 
-    The last group, without which there is nothing left to answer, is counted too: the whole energy of the output.
+    The loss of removing all groups is included: the whole energy of the output.
     """
     count = problem.minimizer.shape[1] // width
     if compensate:
@@ -161,10 +162,10 @@ def losses(problem: GroupReconstruction, width: int, selector: Selector, compens
 
 @precision.full()
 def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) -> tuple[Result, Tensor]:
-    """The groups that the selector keeps: with the least-squares weights on them, or with the weights they had.
+    """The groups that the selector keeps: with the least-squares weights on them, or with the dense weights.
 
     Returns:
-        The result, and the columns (in,) that stay, as booleans.
+        The result, and a boolean mask (in,) of the columns kept.
     """
     result = SELECTORS[selector]().solve(problem)
     assert isinstance(problem.constraint, SupportConstraint)

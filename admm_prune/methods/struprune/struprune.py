@@ -1,9 +1,9 @@
 """Structured pruning of a whole model in two passes that hold the statistics of one block at a time.
 
 STRUPRUNE (arXiv 2510.03246) splits global structured pruning into problems of single modules, with an allocation from
-energies and an entropy. Its equations are not public: what is here is a reconstruction from what it states.
+energies and an entropy. Its equations are not public: this is a reconstruction from the published description.
 
-The structured methods by name: one recipe in several configurations.
+STRUCTURED has the structured methods by name: one class in several configurations.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ class StruPrune(Capabilities):
     """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
 
     Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
-    stream behind its block. Allocation: from the curves alone, how many units each branch loses. Pass 2: block by
-    block, attention first, on what the pruned blocks before put out: choose the units, solve least squares on the
-    columns that stay, let the bias take the mean of the error, slice, go on.
+    stream behind its block. Allocation: from the curves alone, how many units to remove from each branch. Pass 2: block
+    by
+    block, attention first, on the outputs of the pruned blocks before: choose the units, solve least squares on the
+    remaining columns, absorb the mean of the error in the bias, slice.
 
     Args:
-        selector: which units go, see `unit_selection`.
-        compensate: least squares on the columns that stay; or they stay as they are.
-        fold_bias: where the output has a bias, it takes the mean of the error.
+        selector: which units are removed, see `unit_selection`.
+        compensate: least squares on the remaining columns; otherwise they are unchanged.
+        fold_bias: the bias of the output, if there is one, absorbs the mean of the error.
         allocator: from curves to units.
-        relative: losses are relative to the energy of the residual stream; or as they are.
+        relative: losses are relative to the energy of the residual stream; otherwise absolute.
         unit: of the budget: the target's fraction is of this.
-        inputs: "pruned", what the pruned blocks before put out; or "dense", as if all were pruned at once.
+        inputs: "pruned", the outputs of the pruned blocks before; or "dense", as if all were pruned at once.
         uniform: every block loses the same number of units of a kind, which makes a stock model.
-        form: how a model of unlike blocks is saved.
-        multiple: the number of neurons that stay is a multiple of it.
+        form: how a model with different widths per block is saved.
+        multiple: the number of remaining neurons is a multiple of it.
         ridge: of the group problems, relative to diag(H).
     """
 
@@ -59,7 +60,7 @@ class StruPrune(Capabilities):
     shrinks = True
 
     name: str = "struprune"
-    summary: str = "whole neurons and head groups go, the rest answers: a smaller model (a reconstruction)"
+    summary: str = "removes neurons and head groups, with compensation: a smaller model (a reconstruction)"
     samples: int = 128
     selector: Selector = "obs-one-shot"
     compensate: bool = True
@@ -101,12 +102,12 @@ class StruPrune(Capabilities):
         """As `Recipe.prune`.
 
         Args:
-            curves: what `measure` found on the same model and text, whatever the target; None to measure now.
+            curves: the result of `measure` on the same model and text, for any target; None to measure now.
         """
         self.check(model, task.target)
         if self.form == "padded" and runtime.residence.hollow:
             raise UserError(
-                "padding needs the widest block, known only at the end: use run with --no-stream, or another method"
+                "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
             )
         pruner = self._pruner(task, runtime)
         blocks = decoder_blocks(model)
@@ -171,7 +172,7 @@ class StruPrune(Capabilities):
     def _told(
         self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
     ) -> dict[str, Any]:
-        """What the allocation comes to, as JSON values."""
+        """A summary of the allocation, as JSON values."""
         allocation = self._allocate(model, parts, curves, target)
         return {
             "removed": allocation.removed,
@@ -224,7 +225,7 @@ class StruPrune(Capabilities):
         )
 
     def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
-        """Without losses, a curve that knows what can be saved."""
+        """A curve of savings, without losses."""
         saved = savings(branch, self.unit)
         stays: frozenset[int] | None = None
         if self.uniform:  # the stock class must admit their number
@@ -242,7 +243,7 @@ class StruPrune(Capabilities):
         )
 
     def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:
-        """What a target is a fraction of: all matrices of the blocks, heads that stay included; or all units."""
+        """The reference of a target's fraction: all matrices of the blocks, including those of heads; or all units."""
         if self.unit in ("parameters", "bytes"):
             matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
             return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
@@ -251,10 +252,10 @@ class StruPrune(Capabilities):
     def _allocate(
         self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
     ) -> Allocation:
-        """Units that every branch loses, by the target's fraction.
+        """The number of units to remove from every branch, by the target's fraction.
 
         Raises:
-            UserError: so much cannot go.
+            UserError: this much cannot be removed.
         """
         weight = self._weight(model, curves)
         if weight == 0:
@@ -282,13 +283,13 @@ class StruPrune(Capabilities):
 def _statistics(
     stream: BlockStream, index: int, parts: Sequence[Branch], fold_bias: bool
 ) -> dict[str, LayerStatistics]:
-    """What enters the output matrices of some branches of a block, by the name of the branch."""
+    """Statistics of the inputs of some branches' output matrices, by the name of the branch."""
     if not parts:
         return {}
     names = {branch.output.name: branch.name for branch in parts}
     centre = fold_bias and any(branch.output.bias is not None for branch in parts)
     shared = stream.collect(index, only=names, centre=centre)
-    # No ridge is chosen here: what is known of the validation tokens alone is not needed.
+    # No ridge is selected: the statistics of the validation tokens are not needed.
     statistics = {
         view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
     }
@@ -299,23 +300,23 @@ STRUCTURED: tuple[StruPrune, ...] = (
     StruPrune(),
     StruPrune(
         name="struprune-uniform",
-        summary="struprune with all blocks alike: a stock model",
+        summary="struprune with equal widths in all blocks: a stock model",
         uniform=True,
     ),
     StruPrune(
         name="struprune-padded",
-        summary="struprune, filled up to the widest block by zeros: a stock model",
+        summary="struprune, padded with zeros to the widest block: a stock model",
         form="padded",
     ),
     StruPrune(
         name="structured-global",
-        summary="baseline: all statistics of the dense model at once, one greedy choice over all of it",
+        summary="baseline: a single greedy selection over the whole model, from statistics of the dense model",
         allocator=EqualSlope(),
         inputs="dense",
     ),
     StruPrune(
         name="structured-wanda",
-        summary="baseline: the same fraction of every branch by Wanda's score of its units, nothing answers",
+        summary="baseline: the same fraction of every branch by Wanda's score, without compensation",
         selector="mask",
         compensate=False,
         fold_bias=False,
@@ -326,7 +327,7 @@ STRUCTURED: tuple[StruPrune, ...] = (
 
 
 def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = None) -> Recipe:
-    """The recipe with its budget in another unit, and its neurons in multiples, where either is asked for.
+    """The recipe with another unit of the budget, or with multiples of neurons, if given.
 
     Raises:
         UserError: the recipe is not structured; no such unit; a multiple below 1.

@@ -1,4 +1,4 @@
-"""One branch of a block loses units: its problem, the units chosen, the weights that answer, the slices."""
+"""Structured pruning of one branch of a block: its problem, the selection, the compensation, the slicing."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.statistics import LayerStatistics
 
 _TRIED = 8  # tokens
-_CHANGE = 1e-3  # of a block's outputs by slicing, relative to the largest, in float32; more says another structure
+_CHANGE = 1e-3  # tolerated change of a block's outputs by slicing, relative to the largest, in float32
 
 Outputs = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """How branches lose units; see `StruPrune` for the settings.
+    """How branches are pruned; see `StruPrune` for the settings.
 
-    Several processes, which know the same statistics, solve a branch each, and take over what the others find.
+    Several processes, with the same statistics, solve one branch each and exchange the results.
     """
 
     selector: Selector
@@ -48,7 +48,7 @@ class Pruner:
     world: World = ALONE
 
     def problem(self, branch: Branch, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
-        """The group problem of a branch that is to keep so many units.
+        """The group problem of a branch with a given number of units to keep.
 
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
@@ -56,7 +56,7 @@ class Pruner:
         mean = statistics.mean if self.fold_bias and branch.output.bias is not None else None
         try:
             return GroupReconstruction(
-                branch.output.read().clone(),  # what is read shares memory with the parameter
+                branch.output.read().clone(),  # `read` returns a view of the parameter
                 statistics.gram,
                 Groups(1 - keep / branch.count, branch.width, keep),
                 mean=mean,
@@ -68,7 +68,7 @@ class Pruner:
             raise UserError(f"{branch.output.name}: {error}") from error
 
     def losses(self, parts: Sequence[Branch], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
-        """What every branch loses when k = 0..n of its units go: (n + 1,), by the branch's name."""
+        """The loss of every branch when k = 0..n of its units are removed: (n + 1,), by the branch's name."""
 
         def of(branch: Branch) -> Tensor:
             problem = self.problem(branch, statistics[branch.name], branch.count)
@@ -87,15 +87,16 @@ class Pruner:
         removed: Mapping[str, int],
         outputs: Outputs | None = None,
     ) -> list[LayerReport]:
-        """Takes units from some branches of a block, each by its own inputs as they are now, in place.
+        """Removes units from some branches of a block, in place, with statistics of their current inputs.
 
         Args:
-            statistics: of what enters the output matrix, by the name of the branch.
-            removed: units to go, by the name of the branch.
-            outputs: runs the block on some inputs: they must not change when what is zero is sliced off.
+            statistics: of the inputs of the output matrix, by the name of the branch.
+            removed: number of units to remove, by the name of the branch.
+            outputs: runs the block on some inputs: slicing off zeros must not change them.
 
         Raises:
-            UserError: the weights cannot be solved for, or the block is not made of units as it looks.
+            UserError: the least-squares problem cannot be solved, or the block has another structure than its shapes
+                suggest.
         """
         solved = self.world.divided(
             [_cost(branch) for branch in parts],
@@ -110,7 +111,7 @@ class Pruner:
         return [report for report, _ in solved]
 
     def _solve(self, branch: Branch, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
-        """Writes the weights, and the bias, that answer for the units that go; returns the units that stay too."""
+        """Writes the weights and the bias that compensate for the removed units; returns the units kept too."""
         began = time.perf_counter()
         output, dense_shape = branch.output, branch.output.shape
         problem = self.problem(branch, statistics, branch.count - count)
@@ -140,10 +141,10 @@ class Pruner:
 
 @torch.no_grad()
 def check_units(model: nn.Module, blocks: list[Block], residence: Residence, losing: Set[str]) -> None:
-    """Tries on a copy of every kind of block, on a few tokens, that its outputs do not change when zero units go.
+    """Checks on a copy of every kind of block that removing zero units does not change its outputs on a few tokens.
 
     Args:
-        losing: the names of the branches that may lose units.
+        losing: the names of the branches to be pruned.
 
     Raises:
         UserError: they change, or the block cannot be called without them; the message names the module.
@@ -173,7 +174,7 @@ def check_units(model: nn.Module, blocks: list[Block], residence: Residence, los
 
 
 def _try(branch: Branch, outputs: Outputs) -> None:
-    """Has a branch lose every other of its units, the first among them."""
+    """Removes every other unit of a branch, including the first."""
     kept = torch.arange(branch.count)[1::2]
     if not len(kept):
         return
@@ -194,19 +195,19 @@ def _try(branch: Branch, outputs: Outputs) -> None:
 
 
 def _cost(branch: Branch) -> float:
-    """Of a solve, to compare with others: a factorization of what enters the output matrix."""
+    """The relative cost of a solve: a factorization of the Gram of the output matrix."""
     return float(branch.output.shape[1]) ** 3
 
 
 def _answering(branch: Branch) -> Iterator[Tensor]:
-    """What answers for the units that go."""
+    """The solution that compensates for the removed units."""
     yield branch.output.read()
     if branch.output.bias is not None:
         yield branch.output.bias.detach()
 
 
 def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
-    """Of a matrix for which no problem was solved: it lost rows, or nothing."""
+    """The report of a matrix for which no problem was solved: it lost rows, or nothing."""
     left = int(view.read().count_nonzero())
     return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
 

@@ -1,7 +1,8 @@
 """SparseAdam's step, scores and bit masks in one pass each.
 
 The reference implementations are torch's Adam, the loops of `solvers.elsa` and `ops.bits`. Rounding draws from Philox,
-not from torch's generators: other numbers than the reference's, with the same mean. A program takes STEPS x 256 entries
+not from torch's generators: different numbers from the reference's, with the same mean. A program takes STEPS x 256
+entries
 of one row: 256 entries share a scale in 8 bits.
 """
 
@@ -200,7 +201,7 @@ def restrict_kernel(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
     tl.store(x_at + place, x * inside.to(x.dtype), mask=there)
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
@@ -219,7 +220,7 @@ def step_(
     seed: int,
     settings: dict[str, Any],
 ) -> None:
-    """g <- factor g + rho (x - c), then x, m and v as torch's AdamW has them; the gradient stays as it is.
+    """g <- factor g + rho (x - c), then x, m and v as torch's AdamW has them; the gradient is not changed.
 
     Args:
         x: float32, bfloat16 (rounded at random) or float16.
@@ -317,7 +318,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 

@@ -75,7 +75,7 @@ def count_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Adds up how many keys that begin with what is found have each value of the next bits."""
+    """Counts the keys with the prefix found so far for each value of the next bits."""
     matrix = tl.program_id(1).to(tl.int64)
     score += matrix * total
     control += matrix * 8
@@ -110,7 +110,7 @@ def count_kernel(
 
 @triton.jit
 def descend_kernel(control, histogram, WIDTH: tl.constexpr, BINS: tl.constexpr):
-    """Settles the next bits: the highest bin at which the counts from the top reach what is wanted. Clears the bins."""
+    """Determines the next bits: the highest bin at which the counts from the top reach the rank. Clears the bins."""
     control += tl.program_id(0) * 8
     histogram += tl.program_id(0) * BINS
     need = tl.load(control)
@@ -219,7 +219,7 @@ def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: 
         tl.atomic_max(bad, wrong.to(tl.int64))
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
@@ -245,8 +245,8 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     """Marks the `keep` largest, 0 < keep < n; and whether there was a NaN, on the device.
 
     Up to `direct` entries three histogram passes find the threshold, above it one pass that gathers what lies in a
-    sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the sample misled,
-    the histograms are taken of everything.
+    sampled bracket (Floyd and Rivest, 1975), and histograms of that; one more writes the mask. If the bracket misses,
+    the histograms cover everything.
     """
     flat = score.contiguous().view(1, -1)
     kept, bad = _marked(flat, _search(flat, keep, direct=direct))
@@ -263,7 +263,7 @@ def largest_of_each(rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def _marked(flat: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask, from what was found of every row; whether there was a NaN."""
+    """The mask, from the control blocks of all rows; whether there was a NaN."""
     matrices, total = flat.shape
     (programs,), part = _parts(total)
     ties = torch.zeros(matrices, programs, dtype=torch.int64, device=flat.device)
@@ -311,7 +311,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
 
 
 def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
-    """The keys of a bracket that holds the threshold almost surely; `control` knows whether it does."""
+    """The keys of a bracket that almost surely contains the threshold; `control` records whether it does."""
     total = flat.numel()
     size = min(total // 16, _SAMPLED)
     sample = flat[:: total // size | 1].float().sort(descending=True).values
@@ -330,7 +330,7 @@ def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
 
 
 def _parts(entries: int) -> tuple[tuple[int], dict[str, int]]:
-    """How many programs, and what each takes."""
+    """The number of programs, and the part of each."""
     block, steps = (_SMALL_BLOCK, 1) if entries <= _SMALL else (_BLOCK, _STEPS)
     part = {"BLOCK": block, "STEPS": steps, "num_warps": min(8, block // 128)}
     return (max(1, -(-entries // (block * steps))),), part

@@ -71,7 +71,7 @@ def settle_kernel(
     row, column, there, place = part_of_row(width, BLOCK)
     mask = tl.load(mask_at + place, mask=there, other=0)
     z = tl.load(z_at + place, mask=there, other=0.0)
-    d = tl.where(mask != 0, z, z * 0.0)  # NaN and Inf off the support are seen
+    d = tl.where(mask != 0, z, z * 0.0)  # propagates NaN and Inf off the support
     tl.store(d_at + place, d, mask=there)
     away = tl.load(x_at + place, mask=there, other=0.0) - d
     if ROOT:
@@ -87,7 +87,7 @@ def settle_kernel(
     tl.store(part + 3, tl.sum(d * d))
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
@@ -143,7 +143,7 @@ def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor,
 
 
 def _problems(root: Tensor | None) -> int:
-    """How many problems lie stacked: each has a row of the metric."""
+    """The number of stacked problems: each has a row of the metric."""
     return len(root) if root is not None and root.ndim == 2 else 1
 
 

@@ -60,7 +60,7 @@ def sweep_kernel(
     tl.store(columns_at + place, w * kept, mask=there)
 
 
-# A launched kernel takes plain numbers for its constants, and options that are none of its parameters.
+# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
@@ -70,7 +70,7 @@ _OUTPUTS = 32  # for each program
 def eliminate_(
     columns: Tensor, factor: Tensor, start: int, stop: int, keep: Tensor | None, pattern: tuple[int, int]
 ) -> Tensor:
-    """Settles the columns start..stop, rows of `columns` (in, out), in place.
+    """Prunes the columns start..stop, rows of `columns` (in, out), in place.
 
     Args:
         factor: U (in, in), upper triangular.
@@ -78,7 +78,7 @@ def eliminate_(
         pattern: (n, m).
 
     Returns:
-        The errors e_j (stop - start, out) that the columns to the right are to take up.
+        The errors e_j (stop - start, out) that the columns to the right compensate.
     """
     count, outputs = stop - start, columns.shape[1]
     errors = torch.empty(count, outputs, dtype=columns.dtype, device=columns.device)

@@ -1,4 +1,4 @@
-"""Sparse sets: each is an exact projection in any positive diagonal metric, and keeps exactly the count asked."""
+"""Constraint sets, each with an exact projection in any positive diagonal metric that keeps exactly its budget."""
 
 from admm_prune.problems.constraints.base import SparseSet
 from admm_prune.problems.constraints.elementwise import NofM, RowWise, Unstructured

@@ -1,4 +1,4 @@
-"""What every sparse set here has in common: it is a family of supports, and its projection keeps the best one."""
+"""The base of all constraint sets: a family of supports, whose projection keeps the best one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from admm_prune.point import Point
 class SparseSet(ABC):
     """C = {z : supp(z) is admissible}, closed under scaling of entries by positive numbers.
 
-    A subclass says which support of a point has the largest total score; the projection and membership follow.
+    A subclass selects the support with the largest total score; projection and membership follow.
     """
 
     @abstractmethod
@@ -28,17 +28,17 @@ class SparseSet(ABC):
         """
 
     def select_each(self, score: Tensor) -> Tensor:
-        """The supports of several matrices (matrices, out, in), each of which has the whole of this set."""
+        """The supports of several matrices (matrices, out, in), each under the whole constraint."""
         return torch.stack([self.select(Point(weight=one))["weight"] for one in score])
 
     @property
     def group_width(self) -> int:
-        """How many consecutive columns are kept or dropped in view of each other; 1 where there is no such."""
+        """The number of consecutive columns whose selection depends on each other; 1 if they are independent."""
         return 1
 
     @abstractmethod
     def share(self, start: int, stop: int, shape: tuple[int, int]) -> SparseSet:
-        """What falls to the columns start..stop of a matrix of this shape; shares of a partition add up to the set."""
+        """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""
 
     @abstractmethod
     def tightened(self, fraction: float) -> Self:
@@ -88,7 +88,7 @@ def _product(v: Tensor, metric: Tensor) -> Tensor:
 
 
 def _in_range(v: Tensor, score: Tensor) -> Tensor:
-    """Whether every score is a normal number, or zero or infinite as its entry is."""
+    """Whether no score under- or overflows: each is normal, or zero or infinite like its entry."""
     tiny = torch.finfo(score.dtype).tiny
     as_the_entry = ((v == 0) & (score == 0)) | (v.isinf() & score.isinf())
     return (((score >= tiny) & score.isfinite()) | as_the_entry).all()
@@ -123,7 +123,7 @@ def kept_count(sparsity: float, total: int) -> int:
 
 
 def share_of(keep: int, start: int, stop: int, width: int) -> int:
-    """The part of `keep` that falls to columns start..stop of `width`: rounded so that parts add up to the whole."""
+    """The part of `keep` for the columns start..stop of `width`, rounded so that the parts add up to the whole."""
     return round(keep * stop / width) - round(keep * start / width)
 
 

@@ -126,7 +126,7 @@ class Groups(SparseSet):
         return self.width
 
     def budget(self, columns: int) -> int:
-        """How many groups a matrix of so many columns may keep."""
+        """The number of groups that a matrix with `columns` columns may keep."""
         return self.keep if self.keep is not None else kept_count(self.sparsity, columns // self.width)
 
     def select(self, score: Point) -> Point:

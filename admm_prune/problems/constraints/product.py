@@ -1,4 +1,4 @@
-"""Several sparse sets side by side: one for each tensor of a point, or one for each group of rows of a matrix."""
+"""Products of constraints: one for each tensor of a point, or one for each group of rows of a matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output: written beside its place and moved there whole, never over what is not ours."""
+"""Output folders: written beside their place and moved there atomically, never over other files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from admm_prune.models.archive import PACK_MANIFEST
 
 MANIFEST = "admm_prune.json"
 _EARLIER = "holds an earlier result: replace it with --overwrite, or choose another output"
-TIMINGS = "timings.json"  # apart from the manifest, which equal runs have in common to the byte
+TIMINGS = "timings.json"  # separate from the manifest, which is identical in equal runs
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
@@ -38,7 +38,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         ours = any((place / name).is_file() for name in (MANIFEST, PACK_MANIFEST))
         if any(place.iterdir()) and not ours:
             raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
-        if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced under the caller's feet
+        if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced while the caller is in it
             raise UserError(f"{path} is the folder you are in, or holds it: choose another output")
         if ours and not overwrite:
             raise UserError(f"{path} {_EARLIER}")
@@ -71,9 +71,9 @@ def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Pa
 
 @contextmanager
 def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """Yields an empty folder that takes the place of `path` when the block ends well, and vanishes when it does not.
+    """Yields an empty folder that replaces `path` if the block succeeds, and is deleted otherwise.
 
-    A folder of ours that is to be replaced is put aside, and deleted only when the new one is in its place.
+    An earlier result is moved aside, and deleted only when the new one is in its place.
 
     Args:
         overwrite: as for `check_output`.
@@ -91,7 +91,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
         new = workshop / "new"
         new.mkdir()
         yield new
-        check_output(path, overwrite=overwrite)  # once more: what stands there may have come meanwhile
+        check_output(path, overwrite=overwrite)  # again: it may have been created meanwhile
         swap(new, place, workshop / "old")
         made = []
     except OSError as error:
@@ -100,7 +100,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
         if workshop is not None:
             shutil.rmtree(workshop, ignore_errors=True)
         for parent in made:
-            with suppress(OSError):  # not there yet, or in use by someone else by now
+            with suppress(OSError):  # missing, or in use by another process
                 parent.rmdir()
 
 
@@ -119,7 +119,7 @@ def finite(value: Any) -> Any:
 
 
 def swap(new: Path, place: Path, old: Path) -> None:
-    """Moves `new` to `place`, and what stood there to `old`; puts that back if the move fails."""
+    """Moves `new` to `place`, and an existing folder to `old`; restores it if the move fails."""
     if place.exists():
         place.replace(old)
     try:
@@ -131,7 +131,7 @@ def swap(new: Path, place: Path, old: Path) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    """Tries it out: permission bits say nothing of file systems that are read-only, full or not real."""
+    """Tests whether a folder can be written: permission bits do not show read-only, full or virtual file systems."""
     parent = absolute(path).parent
     while not parent.exists():
         parent = parent.parent
@@ -142,5 +142,5 @@ def _check_writable(path: Path) -> None:
 
 
 def absolute(path: Path) -> Path:
-    """Without "..", links kept: the place that the user named, whatever the working folder becomes."""
+    """An absolute path without "..", links kept, independent of later changes of the working folder."""
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  # Path.absolute keeps ".."

@@ -1,17 +1,17 @@
 """The journal of a run in a folder beside its place: atomic records of finished work, one lock, one rename at the end.
 
     OUT.partial/
-      lock            held while a run is at work
+      lock            held while a run is active
       header          what the run depends on: arguments, weights, texts, versions
       records/        a file for each record: fingerprint, content, state of the random generators, files it goes with
       tensors/        safetensors, one file a record
-      activations/    those of the latest record that has any
-      checkpoints/    what a recipe keeps by itself
+      activations/    of the latest record that has any
+      checkpoints/    files managed by the recipe
       scratch/        temporary
       model/          the finished folder while it is written; it becomes OUT
-      old/            what stood at OUT until then
+      old/            the earlier OUT, until then
 
-A record's other files are on the disk before the record itself appears under its name, so what has a record is whole.
+A record's other files are synchronized to disk before the record is renamed into place, so that records are complete.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _HEADER, _LOCK = "header", "lock"
 
 
 class FolderJournal(Journal):
-    """A journal that keeps files. `journal_of` opens and closes it.
+    """A journal in a folder. `journal_of` opens and closes it.
 
     Attributes:
         home: its folder.
@@ -58,13 +58,13 @@ class FolderJournal(Journal):
         self._count = 0
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Writes down what the run depends on, or makes sure that it is what the run was begun with.
+        """Records what the run depends on, or checks that it is the same as at the start of the run.
 
         Args:
-            facts: JSON values: a manifest, and whatever else must not change.
+            facts: JSON values: a manifest, and everything else that must not change.
 
         Raises:
-            UserError: something is not what it was, or the journal is damaged; the message says what.
+            UserError: something has changed, or the journal is damaged; the message names it.
         """
         content = json.loads(json.dumps({"format": _FORMAT, **facts}))
         path = self.home / _HEADER
@@ -72,7 +72,7 @@ class FolderJournal(Journal):
             _check_same(self.home, _unseal(path), content)
         else:
             with self._writing():
-                for name in _FOLDERS:  # a kill may have left some before there was a header, or after it was gone
+                for name in _FOLDERS:  # left by a kill before the header was written, or after it was deleted
                     shutil.rmtree(self.home / name, ignore_errors=True)
                     (self.home / name).mkdir()
                 write_sealed(path, content)
@@ -86,7 +86,7 @@ class FolderJournal(Journal):
 
     @property
     def holds_work(self) -> bool:
-        """Whether anything but first measurements would be lost with it."""
+        """Whether it contains work worth keeping, beyond first measurements."""
         blocks = any(record["tensors"] is not None for records in self._records.values() for record in records)
         return blocks or any((self.home / "checkpoints").rglob("*.*"))
 
@@ -146,10 +146,10 @@ class FolderJournal(Journal):
 
     @contextmanager
     def output(self) -> Generator[Path]:
-        """Yields an empty folder that takes the place of the output when the block ends well.
+        """Yields an empty folder that becomes the output if the block succeeds.
 
         Raises:
-            UserError: it could not be written. What is finished stays in the journal.
+            UserError: it could not be written. Finished work stays in the journal.
         """
         new, old, place = self.home / "model", self.home / "old", absolute(self.out)
         with self._writing():
@@ -160,8 +160,8 @@ class FolderJournal(Journal):
                 if path.is_file():
                     sync(path)
             sync(new)
-            check_output(self.out, overwrite=self._overwrite)  # it may have come since the run began
-            if place.exists() and old.exists():  # killed after the last rename: what stands there is the newer one
+            check_output(self.out, overwrite=self._overwrite)  # it may have been created since the run began
+            if place.exists() and old.exists():  # killed after the last rename: `place` is the newer one
                 shutil.rmtree(old)
             swap(new, place, old)
             sync(place.parent)
@@ -213,7 +213,7 @@ class FolderJournal(Journal):
             yield
         except OSError as error:
             why = error.strerror or str(error)
-            kept = f": what is finished is kept in {self.out}{SUFFIX}; go on with --resume" if self.holds_work else ""
+            kept = f": finished work is kept in {self.out}{SUFFIX}; continue with --resume" if self.holds_work else ""
             raise UserError(f"cannot write to {self.out}: {why}{kept}") from error
 
 
@@ -221,22 +221,22 @@ class FolderJournal(Journal):
 def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> Generator[FolderJournal]:
     """The journal of a run that writes to `out`, open and locked.
 
-    When the block ends well the journal goes; the output must be in its place by then. When it breaks off, the journal
-    stays if it holds finished work, and goes otherwise, together with parent folders that were made for it.
+    If the block succeeds, the journal is deleted; the output must be in its place by then. Otherwise the journal is
+    kept if it holds finished work, and deleted if not, together with parent folders created for it.
 
     Args:
-        resume: go on with the journal that is there.
+        resume: continue with an existing journal.
         overwrite: an earlier result in `out` may be replaced.
 
     Raises:
-        UserError: `out` cannot be used, another run is at work, there is no journal to resume, or there is one and
-            `resume` is not asked for.
+        UserError: `out` cannot be used, another run is active, there is no journal to resume, or there is one without
+            `resume`.
     """
     home = home_of(out)
     if resume and not home.is_dir():
         finished = f"{out} is finished" if (absolute(out) / MANIFEST).is_file() else f"there is no {home}"
         raise UserError(f"nothing to resume: {finished}; leave --resume out")
-    # A run that was killed after its last rename, with its journal still there, replaces what it wrote by the same.
+    # A run that was killed after its last rename, before its journal was deleted, replaces its output by the same.
     overwrite = overwrite or (resume and _wrote(home, out))
     check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
@@ -253,7 +253,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
     with lock:
         if begun and not resume:
             raise UserError(
-                f"{home} holds a run that was not finished: go on with --resume, or delete the folder to begin anew"
+                f"{home} holds an unfinished run: continue with --resume, or delete the folder to start over"
             )
         journal = FolderJournal(out, resumed=begun, overwrite=overwrite)
         keep = begun
@@ -274,13 +274,13 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
 
 
 def home_of(out: Path) -> Path:
-    """Where the journal of a run that writes to `out` is."""
+    """The folder of the journal of a run that writes to `out`."""
     place = absolute(out)
     return place.with_name(place.name + SUFFIX)
 
 
 def _wrote(home: Path, out: Path) -> bool:
-    """Whether what stands at `out` came of the very run that the journal is of, by what both say it depends on."""
+    """Whether `out` was written by the run of this journal, judging by what both depend on."""
     header, manifest = read_sealed(home / _HEADER) if (home / _HEADER).is_file() else None, absolute(out) / MANIFEST
     try:
         content = json.loads(manifest.read_bytes())
@@ -290,7 +290,7 @@ def _wrote(home: Path, out: Path) -> bool:
 
 
 def _remove(home: Path) -> None:
-    """The header goes last but for the lock: whatever is left by a kill is a journal, or nothing."""
+    """Deletes the header last, except for the lock: a kill leaves either a journal or nothing."""
     for path in home.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -301,14 +301,14 @@ def _remove(home: Path) -> None:
 
 
 def _only_ours(home: Path) -> bool:
-    """Of a journal that was killed before it had a header."""
+    """Removes the remains of a journal that was killed before it had a header."""
     known = {*_FOLDERS, _LOCK, f"{_HEADER}.unfinished", "scratch", "model", "old"}
     return all(path.name in known for path in home.iterdir())
 
 
 def _check_same(home: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     if then.get("format") != now["format"]:
-        raise UserError(f"{home} was written by another release of admm-prune: finish it with that one")
+        raise UserError(f"{home} was written by another release of admm-prune: finish it with that release")
     for part, same in (("settings", "arguments"), ("environment", "machine and versions, or results would differ")):
         old, new = _flat(then.get(part, {})), _flat(now.get(part, {}))
         for key in dict.fromkeys([*old, *new]):
@@ -337,7 +337,7 @@ def _said(value: Any) -> str:
 
 
 def _advice(home: Path) -> str:
-    return f"the journal cannot be trusted; delete {home} to begin anew"
+    return f"the journal cannot be trusted; delete {home} to start over"
 
 
 def _unseal(path: Path) -> dict[str, Any]:

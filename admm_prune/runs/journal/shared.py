@@ -1,4 +1,4 @@
-"""One journal for all processes of a run: the first one keeps it, the others know what it knows."""
+"""One journal for all processes of a run: the first one writes it, and its answers are broadcast."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class SharedJournal(Journal):
-    """Asks the first process, whose answers and errors are everyone's; all processes ask the same.
+    """Forwards calls to the first process and broadcasts its results and errors; all processes make the same calls.
 
-    The folder is one that all processes see: they read each other's files in it.
+    The folder must be visible to all processes: they read each other's files in it.
 
     Args:
         kept: the journal itself, in the first process.
@@ -33,7 +33,7 @@ class SharedJournal(Journal):
         self._kept, self._world = kept, world
 
     def begin(self, facts: Callable[[], dict[str, Any]]) -> None:
-        """As `FolderJournal.begin`; the facts are asked for where they are needed."""
+        """As `FolderJournal.begin`; the facts are computed where they are needed."""
         self._ask(lambda kept: kept.begin(facts()))
 
     @property
@@ -52,7 +52,7 @@ class SharedJournal(Journal):
     def resume_point(self, part: str) -> dict[str, Tensor] | None:
         if self._world.size == 1:
             return self._ask(lambda kept: kept.resume_point(part))
-        return None  # activations are of use to one process alone, and nothing is drawn at random by several
+        return None  # activations are used by single-process runs only, and several processes draw nothing at random
 
     def commit(
         self,
@@ -72,8 +72,8 @@ class SharedJournal(Journal):
         return self._ask(lambda kept: kept.scratch())
 
     def output(self, write: Callable[[Path], Any]) -> Any:
-        """What `write` returns, which writes the output into an empty folder: in the first process, then it is moved
-        into its place."""
+        """The result of `write`, which writes the output into an empty folder in the first process; the folder is then
+        moved into its place."""
         return self._ask(lambda kept: _written(kept, write))
 
     def _ask(self, what: Callable[[FolderJournal], T]) -> T:

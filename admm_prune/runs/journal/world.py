@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 
 
 class FolderLock:
-    """Held from its making to the end of the block; the kernel gives it back when the process dies.
+    """Held from its creation to the end of the block; the kernel releases it when the process dies.
 
     Raises:
         UserError: another process holds it.
@@ -28,13 +28,13 @@ class FolderLock:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = os.fstat(self._file).st_nlink == 0  # it was taken from under a run that just ended
+            gone = os.fstat(self._file).st_nlink == 0  # it was deleted by a run that just ended
         except BlockingIOError:
             gone = False
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
             os.close(self._file)
             raise UserError(
-                f"another run is at work in {path.parent} (process {holder}): wait for it, or choose another output"
+                f"another run is active in {path.parent} (process {holder}): wait for it, or choose another output"
             ) from None
         if gone:
             os.close(self._file)
@@ -52,7 +52,7 @@ class FolderLock:
 
 
 def random_state() -> dict[str, Any]:
-    """Of torch, on the CPU and on every CUDA device that was used, of Python and of numpy."""
+    """The state of torch's generators, on the CPU and on every CUDA device in use, of Python's and of numpy's."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -65,7 +65,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts all generators where `random_state` found them."""
+    """Restores all generators to a `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

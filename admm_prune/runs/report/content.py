@@ -21,11 +21,11 @@ _ABSENT = object()
 
 @dataclass
 class Advice:
-    """One kind of finding of the doctor, wherever it was found.
+    """One kind of diagnosis over all layers.
 
     Attributes:
-        said: the finding, in the words of the first layer.
-        layers: where it was found.
+        said: the text of the finding for the first layer.
+        layers: with this finding.
     """
 
     code: str
@@ -51,7 +51,7 @@ def advice_of(layers: Iterable[Mapping[str, Any]]) -> list[Advice]:
 
 
 def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
-    """What had to be done that was not asked for, of the run and of its layers: (note, layers), 0 of the run."""
+    """The notes of the run and of its layers: (note, number of layers), 0 for the run."""
     found = dict.fromkeys(manifest["notes"], 0)
     for layer in manifest["layers"]:
         for note in layer["notes"]:
@@ -60,7 +60,7 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def lowest_of_target(rows: Sequence[tuple[str, float | None]]) -> list[bool]:
-    """Of each (target, perplexity), whether none at its target is lower; None is no number."""
+    """For each (target, perplexity), whether it is the lowest at its target; None is not a number."""
     return [
         mine is not None and not any(other < mine for target, other in rows if target == own and other is not None)
         for own, mine in rows
@@ -121,7 +121,7 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch of a block lost of its units."""
+    """The number of units removed from a branch of a block."""
 
     name: str
     removed: int
@@ -133,7 +133,7 @@ class Branch:
 
 
 def allocation_of(details: Manifest) -> list[Branch]:
-    """How many units every branch lost, of a structured method; empty for others."""
+    """The number of units removed from every branch by a structured method; empty for others."""
     removed = details.get("removed", {})
     return [Branch(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
 
@@ -160,11 +160,11 @@ TILES = 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """The share of weights that are left in tiles of one matrix.
+    """The fraction of remaining weights in tiles of one matrix.
 
     Attributes:
         share: (tiles down, tiles across), 0 to 1, at most 16 either way.
-        height, width: of the stored matrix, as parts of the dense one: below 1 where rows or columns are gone.
+        height, width: of the stored matrix, as parts of the dense one: below 1 where rows or columns were removed.
     """
 
     share: np.ndarray[Any, Any]
@@ -185,7 +185,7 @@ class Weights:
                     self._file[name] = path
                     rows, columns = file.get_slice(name).get_shape()
                     dense = self._layers[name]["shape"]
-                    # All of a model's matrices are stored alike; a square one does not tell how.
+                    # All of a model's matrices are stored in the same orientation, which a square one does not show.
                     self._transposed |= [columns, rows] == dense != [rows, columns]
 
     def read(self, name: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The pages: manifests and drawings put into the templates of `assets/reports`."""
+"""The HTML pages: manifests and plots rendered with the templates of `assets/reports`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONG = (
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `report.html` of what 'run' or 'compare' left in a folder, from its files alone; returns its path.
+    """Writes `report.html` for a folder of 'run' or 'compare', from its files alone; returns its path.
 
     Of a comparison also `perplexity.png`, and no page of its models, which have their own.
 
@@ -160,7 +160,7 @@ def _comparison(folder: Path, comparison: Manifest) -> str:
         runs=runs,
         tuned=tuned[0] if tuned else None,
         best=[
-            lowest and row["target"] != "0%"  # what prunes nothing has no rival
+            lowest and row["target"] != "0%"  # no comparison for what prunes nothing
             for lowest, row in zip(content.lowest_of_target(pairs), comparison["rows"], strict=True)
         ],
         memory=[

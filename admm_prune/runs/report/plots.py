@@ -13,11 +13,12 @@ import numpy as np
 
 from admm_prune.runs.report.content import TILES, Layer, Weights
 
-# Okabe and Ito's palette, told apart also by the colour-blind, its yellow darkened for paper. In a page the n-th is the
-# page's own --series-n, which is lighter on a dark ground.
+# Okabe and Ito's palette, which is safe for colour-blind readers, with a darker yellow. In a page the n-th colour is
+# the
+# page's --series-n, which is lighter in dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8000")
 MARKERS = "osD^vP*X"
-INK = "#121314"  # stands for the page's own text colour: no drawing has it otherwise
+INK = "#121314"  # replaced by the page's text colour: plots use it for nothing else
 _MOST_LABELS = 16
 WIDTH = 4.8  # inches: at this width a letter is as large on a phone as it is drawn
 
@@ -46,7 +47,8 @@ def panels(count: int = 1, height: float = 3.4) -> tuple[Any, list[Any]]:
 
 
 def legend(figure: Any, *axes: Any, columns: int = 3) -> None:
-    """One legend below the panels, every label once, in columns that fit; none of more than can be told apart."""
+    """One legend below the panels, every label once, in columns that fit; none if there are too many series to
+    distinguish."""
     found: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -88,8 +90,8 @@ def whole_numbers(panel: Any) -> None:
 def svg(figure: Any, name: str) -> str:
     """The drawing as an SVG element, the same text for the same drawing.
 
-    Letters stay letters, which can be searched and scaled. What is drawn in `INK` or one of `COLOURS` takes the
-    colour that the page gives it, light or dark.
+    Text stays text, which can be searched and scaled. `INK` and `COLOURS` are replaced by the colours of the page,
+    light or dark.
 
     Args:
         name: unique in the page; ids begin with it.
@@ -132,7 +134,7 @@ def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, 
 
 
 def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
-    """A tile of colour for every part of every matrix: how much of it is left. Blocks go down, matrices across."""
+    """A map of the remaining weights: one row per block, one column per matrix, tiles for its parts."""
     from matplotlib import colormaps
 
     matrices = list(by_matrix(layers, "sparsity"))
@@ -303,7 +305,7 @@ def training(details: Mapping[str, Any]) -> str | None:
 
 
 def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
-    """What every network lost in each round of alternating, relative to its first."""
+    """The loss of every network in each round of alternating minimization, relative to its first."""
     curves = [list(enumerate(found["rounds"], 1)) for found in networks if found.get("rounds")]
     curves = [[(x, y / curve[0][1]) for x, y in curve] for curve in curves if all(y for _, y in curve)]
     if not curves:
@@ -318,14 +320,14 @@ def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str | None:
-    """Perplexity over the targets, a line for each method; the PNG, where asked for, is drawn on white."""
+    """Perplexity over the targets, a line for each method; the optional PNG has a white background."""
     rows = [row for row in comparison["rows"] if row["perplexity"] is not None]
-    flat = [row for row in rows if row["target"] == "0%"]  # what prunes nothing: a level, as the dense model is
+    flat = [row for row in rows if row["target"] == "0%"]  # unpruned models: a horizontal line, like the dense model
     targets = [t for t in dict.fromkeys(row["target"] for row in comparison["rows"]) if t != "0%"]
     figure, (axes,) = panels(height=4.2)
     for i, method in enumerate(dict.fromkeys(row["method"] for row in comparison["rows"] if row not in flat)):
         figures = {row["target"]: row["perplexity"] for row in rows if row["method"] == method}
-        # A pattern is no point on the axis of sparsities: lines join the sparsities only.
+        # Patterns are not on the axis of sparsities: lines connect the sparsities only.
         joined = [j for j, target in enumerate(targets) if ":" not in target and target in figures]
         axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **style(i))
         alone = [j for j, target in enumerate(targets) if ":" in target and target in figures]

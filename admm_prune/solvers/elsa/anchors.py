@@ -1,10 +1,10 @@
-"""The compact state: one tensor and one bit per weight in place of z and u.
+"""The compact state: one tensor and one bit per weight instead of z and u.
 
-At a dual update a = x + u splits into z = M a and u = (1 - M) a, whose supports are disjoint. What the steps in
-between need is the anchor c = z - tau u = M a - tau (1 - M) a, to which x is pulled; tau rescales u when rho changes.
-From c and the bits of M both come back exactly: z = M c, tau u = -(1 - M) c. So c and M are all that is kept.
+At a dual update a = x + u splits into z = M a and u = (1 - M) a, whose supports are disjoint. The steps in between
+need the anchor c = z - tau u = M a - tau (1 - M) a, to which x is pulled; tau rescales u when rho changes.
+Both are recovered exactly from c and the bits of M: z = M c, tau u = -(1 - M) c. Only c and M are stored.
 
-Tensors that are sharded over processes: what lies here, and what the processes tell each other.
+Sharded tensors: local shards, and collective communication.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from admm_prune.ops import bits, quantization
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes among which the rows of a tensor are divided, in the order of their ranks."""
+    """The processes over which the rows of a tensor are sharded, in the order of their ranks."""
 
     group: dist.ProcessGroup
 
@@ -52,15 +52,15 @@ class Processes:
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of x that lies in this process, sharing its memory; x itself where it is not sharded."""
+    """The local shard of x, sharing its memory; x itself if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def processes_of(x: Tensor) -> Processes | None:
-    """The processes that divide x; None where each has all of it.
+    """The processes over which x is sharded; None if each has all of it.
 
     Raises:
-        UserError: x is divided otherwise than by rows over one dimension of its mesh.
+        UserError: x is not sharded by rows over one dimension of its mesh.
     """
     if not isinstance(x, DTensor):
         return None
@@ -74,7 +74,7 @@ def processes_of(x: Tensor) -> Processes | None:
 
 
 def laid_out_as(parameter: Tensor, here: Tensor) -> Tensor:
-    """A tensor with the rows of `parameter`, sharded as it is, from the part that lies in this process."""
+    """A tensor with the rows and the sharding of `parameter`, from its local shard."""
     if not isinstance(parameter, DTensor):
         return here
     shape = torch.Size((*parameter.shape[:1], *here.shape[1:]))
@@ -85,13 +85,13 @@ def laid_out_as(parameter: Tensor, here: Tensor) -> Tensor:
 
 
 def gathered(parameter: Tensor, here: Tensor) -> Tensor:
-    """All rows of what `here` holds a part of."""
+    """Gathers all rows of the tensor of which `here` is the local shard."""
     whole = laid_out_as(parameter, here)
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
-    """The rows of `whole` that lie in this process."""
+    """The rows of `whole` in the local shard."""
     processes = processes_of(parameter)
     if processes is None:
         return whole
@@ -101,7 +101,8 @@ def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
 
 
 def totals(parameters: Sequence[Tensor], values: Tensor, *, least: bool = False) -> Tensor:
-    """Row i of `values` summed, or its minimum taken, over the processes that divide parameter i; a message a group."""
+    """The sum, or the minimum, of row i of `values` over the processes that shard parameter i; one message per
+    group."""
     divided: dict[Processes, list[int]] = {}
     for i, parameter in enumerate(parameters):
         processes = processes_of(parameter)
@@ -115,13 +116,13 @@ def totals(parameters: Sequence[Tensor], values: Tensor, *, least: bool = False)
 AnchorFormat = Literal["full", "bfloat16", "int8"]
 State = dict[str, Any]
 
-_ENTRIES = {"cpu": 1 << 18}  # worked on at once: what stays in the cache
+_ENTRIES = {"cpu": 1 << 18}  # processed at once, to stay in the cache
 _ENTRIES_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A parameter under a constraint, and what the optimizer remembers of it.
+    """A parameter under a constraint, and its optimizer state.
 
     Attributes:
         index: among all pruned parameters.
@@ -138,7 +139,7 @@ class Weight:
 
     @property
     def here(self) -> Tensor:
-        """The part in this process."""
+        """The local shard."""
         return local(self.parameter.detach())
 
     @property
@@ -148,29 +149,29 @@ class Weight:
 
     @property
     def entries(self) -> int:
-        """In all processes."""
+        """The number of entries in all processes."""
         return self.parameter.numel()
 
     @property
     def dense(self) -> bool:
-        """Whether the support is everything: there is no pull then, where ADMM would pull x to its own past."""
+        """Whether the support is everything: then there is no pull, because ADMM would pull x to its earlier values."""
         return bool(self.state["kept"] == self.entries)
 
     def mask(self, rows: slice = slice(None)) -> Tensor:
         return bits.unpack(local(self.state["mask"])[rows], self.parameter.shape[-1])
 
     def set_mask(self, mask: Tensor) -> None:
-        """Takes the mask of the part in this process; `kept` is the caller's to set."""
+        """Sets the mask of the local shard; the caller sets `kept`."""
         self.state["mask"] = laid_out_as(self.parameter, bits.pack(mask))
 
     def restrict(self, x: Tensor) -> None:
-        """x <- M x, in place, for a tensor of this process's part."""
+        """x <- M x, in place, for a tensor of the local shard."""
         for rows in chunks(x):
             bits.restrict_(x[rows], local(self.state["mask"])[rows])
 
 
 def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, complete: bool = False) -> None:
-    """Raises UserError for a mask that fits no weight, and, with `complete`, for a weight without one."""
+    """Raises UserError for a mask that matches no weight, and, with `complete`, for a weight without one."""
     by_name = {weight.name: weight for weight in weights}
     for name, mask in masks.items():
         if name not in by_name:
@@ -193,7 +194,7 @@ def check_names(weights: Sequence[Weight]) -> None:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed with: float32 for the narrow ones."""
+    """The dtype of computations: float32 for narrow ones."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
@@ -207,18 +208,18 @@ def chunks(x: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Anchors:
-    """How anchors are stored.
+    """The storage of anchors.
 
     Args:
         format: "full" in the precision of the computation; "bfloat16"; "int8" with a float32 scale per 256 entries.
-        rounding: "stochastic" keeps the mean of what is rounded.
+        rounding: "stochastic" is unbiased.
     """
 
     format: AnchorFormat
     rounding: Literal["nearest", "stochastic"]
 
     def write(self, weight: Weight, anchor: Tensor, generator: torch.Generator) -> None:
-        """Stores c (the part in this process)."""
+        """Stores c (the local shard)."""
         chance = generator if self.rounding == "stochastic" else None
         state = weight.state
         if self.format == "int8":
@@ -231,7 +232,7 @@ class Anchors:
             state["anchor"] = laid_out_as(weight.parameter, anchor)
 
     def stored(self, state: State) -> bool:
-        """Whether the state holds an anchor of this format, or none, as after a freeze."""
+        """Whether the state has an anchor of this format, or none, as after a freeze."""
         if "anchor" not in state:
             return True
         dtype = local(state["anchor"]).dtype
@@ -248,7 +249,7 @@ class Anchors:
     def sum(self, weight: Weight) -> Tensor:
         """a = x + u."""
         x = weight.here.to(working_dtype(weight.parameter.dtype))
-        dual = self.read(weight).to(x.dtype).masked_fill(weight.mask(), 0)  # -u, but for a rescaling that is due
+        dual = self.read(weight).to(x.dtype).masked_fill(weight.mask(), 0)  # -u, except for a pending rescaling
         return torch.sub(x, dual, alpha=weight.state["lag"])
 
     def away(self, weight: Weight) -> Iterator[tuple[slice, Tensor]]:

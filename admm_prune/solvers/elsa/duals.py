@@ -23,13 +23,13 @@ class WeightUpdate:
     Attributes:
         x, z, u, a: |x|, |z|, |u|, |x + u before|.
         primal, dual: |x - z|, |z - z_before|.
-        pull: |x - c|, of the anchor c in force before the update.
-        quantization: |c - what was stored of it|, and `anchor`, |c|.
+        pull: |x - c|, with the anchor c before the update.
+        quantization: |c - its stored value|, and `anchor`, |c|.
         entered: entries that entered the support.
         kept, entries: in the support, in all.
         threshold, threshold_before: the smallest score kept, at this update and at the last one.
-        rho, rho_next: in force before the update, and after it.
-        tau: what u is multiplied by for rho_next.
+        rho, rho_next: before and after the update.
+        tau: the factor of u for rho_next.
     """
 
     x: float
@@ -67,7 +67,7 @@ class DualUpdate:
     Attributes:
         step: optimizer steps done.
         gradient_norm: of the loss, over all parameters, before clipping, at that step.
-        skipped: steps left out so far, because a gradient was not finite.
+        skipped: steps skipped so far because of a non-finite gradient.
         weights: by name.
     """
 
@@ -78,7 +78,7 @@ class DualUpdate:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """What `dataclasses.asdict` gave, after it was JSON."""
+        """From the result of `dataclasses.asdict`, after a round trip through JSON."""
         values: dict[str, Any] = dict(content)
         values["weights"] = {name: WeightUpdate(**numbers) for name, numbers in content["weights"].items()}
         return cls(**values)
@@ -113,7 +113,7 @@ class DualUpdate:
 
     @property
     def rho(self) -> float:
-        """The mean over the pruned entries, of the penalty in force before the update."""
+        """The mean over the pruned entries of the penalty before the update."""
         return self._mean("rho")
 
     @property
@@ -128,7 +128,7 @@ class DualUpdate:
 
     @property
     def quantization_error(self) -> float:
-        """|c - what was stored of it| / |c|."""
+        """|c - its stored value| / |c|."""
         return _ratio(self._norm("quantization"), self._norm("anchor"))
 
     @property
@@ -147,16 +147,16 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-_BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # a rho in balance stays within a factor 1000 of the schedule
+_BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 1000 of the schedule
 
-_SMOOTHING = 0.9  # of the mean squared gradient that a relative penalty is measured by
-_DRAW = 1  # tells these random numbers from those of the moments
+_SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
+_DRAW = 1  # distinguishes these random numbers from those of the moments
 _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """How weights under one family of supports are split into x and z."""
+    """The splitting into x and z of weights under one family of supports."""
 
     support: Support
     penalty: Penalty
@@ -175,7 +175,7 @@ class Splitting:
         """u = 0 and z = the projection of x, by magnitude or to given masks (of all rows).
 
         Args:
-            anchored: whether x will move away from z; otherwise the mask is all there is to keep.
+            anchored: whether x will differ from z; otherwise only the mask is stored.
         """
 
         def score(weight: Weight) -> Tensor:
@@ -213,15 +213,15 @@ class Splitting:
             weight.set_mask(mask)
 
     def drop_anchors(self, weights: Sequence[Weight]) -> None:
-        """x = z from here on: what z and u were kept in is released, and what scores were made of."""
+        """Sets x = z from now on: releases the anchor and the averages for the scores."""
         for weight in weights:
             for name in ("anchor", "anchor_scale", "fisher"):
                 weight.state.pop(name, None)
 
     def set_rho(self, weight: Weight, progress: float) -> float:
-        """Moves rho to where the schedule has it, and returns what u is to be multiplied by, so that rho u stays.
+        """Sets rho to the schedule's value, and returns the factor of u that keeps rho u constant.
 
-        rho = 0 leaves u alone: it is rescaled from the last rho that was not zero; before the first, rho u is zero.
+        rho = 0 does not change u: it is rescaled from the last non-zero rho; before the first, rho u is zero.
         A relative rho is 0 until there is a gradient to measure it by, and where all weights are zero.
         """
         state = weight.state
@@ -239,16 +239,17 @@ class Splitting:
 
     def idle(self, weight: Weight) -> bool:
         """Whether x has not been trained yet, as a matrix that the loss has not depended on so far: no gradient, or,
-        where rho is measured by it, none but zeros. Its u stays zero: x - z is no residual of a minimisation over x."""
+        where rho is measured by it, none but zeros. Its u stays zero: x - z is not a residual of a minimization over
+        x."""
         square = weight.state["gradient_square"]
         return math.isnan(square) or (self.penalty.units == "relative" and square == 0.0)
 
     def observe(self, weight: Weight, square: float, progress: float) -> None:
-        """Takes note of the gradient of the loss, clipped, before the penalty.
+        """Records the gradient of the loss, clipped, before the penalty.
 
         Args:
             square: its squared norm.
-            progress: at the last dual update, which a rho that is set by the first gradient belongs to.
+            progress: at the last dual update, for a rho that is set by the first gradient.
         """
         state = weight.state
         mean = square / weight.entries
@@ -261,7 +262,7 @@ class Splitting:
             local(state["fisher"]).mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
 
     def add_penalty(self, weight: Weight, later: Later | None = None) -> None:
-        """g <- g + rho (x - c), in the precision of the computation; or tells it to the kernel that will do so.
+        """g <- g + rho (x - c), in the precision of the computation; or passes it to the kernel that does so.
 
         What exceeds the range of the gradient's dtype saturates: g has been checked to be finite, and remains so.
         """
@@ -282,7 +283,7 @@ class Splitting:
                 weight.here[rows].sub_(away, alpha=rate)
 
     def scores(self, weight: Weight) -> Tensor:
-        """Of a = x + u, in the part in this process."""
+        """The scores of a = x + u, for the local shard."""
         if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
             second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
             at_once = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
@@ -338,7 +339,7 @@ class Splitting:
         """M <- the support of the largest scores of x itself.
 
         Args:
-            fraction: of what is pruned in the end.
+            fraction: of the final sparsity.
         """
 
         def score(weight: Weight) -> Tensor:
@@ -352,7 +353,7 @@ class Splitting:
         return generator(weight.parameter, self.seed, step, weight.index, _DRAW)
 
     def _update(self, weight: Weight, mask: Tensor, tau: float, step: int) -> Tensor:
-        """Renews the state of one weight; returns the sums of squares that its record is made of, and two counts."""
+        """Updates the state of one weight; returns the sums of squares for its record, and two counts."""
         before = weight.mask()
         x = weight.here
         a = self.anchors.sum(weight)

@@ -41,7 +41,7 @@ def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
 
 
 def seed(parameter: Tensor, *numbers: int) -> int:
-    """56 bits, by `numbers` and by which of the parameter's rows lie in this process."""
+    """56 bits, by `numbers` and by the parameter's rows in the local shard."""
     processes = processes_of(parameter)
     said = repr((*numbers, 0 if processes is None else processes.rank))
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest())
@@ -52,14 +52,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Later:
-    """What is left for the kernel to do: g <- factor g + rho (x - c). Gradients stay as they came."""
+    """Changes of the gradients deferred to the kernel: g <- factor g + rho (x - c). The gradients are not changed."""
 
     factor: float = 1.0
     pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)  # rho and c, by id of the parameter
 
     @classmethod
     def of(cls, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> Later | None:
-        """None where the gradients have to be changed themselves: someone else reads them, or Triton does not serve."""
+        """None if the gradients themselves have to be changed: they are read elsewhere, or Triton is not used."""
         if clip_penalty or score.fisher == "clean" or not all(map(_serves, active)):
             return None
         return cls()
@@ -74,7 +74,7 @@ def _serves(parameter: Tensor) -> bool:
 
 
 def stored_anchor(weight: Weight, anchors: Anchors) -> Stored:
-    """c as it is kept."""
+    """c as stored."""
     state = weight.state
     return Stored(local(state["anchor"]), local(state["anchor_scale"]) if anchors.format == "int8" else None)
 
@@ -88,10 +88,10 @@ def step(
     draws: tuple[int, ...],
     later: Later,
 ) -> None:
-    """Adam's step of one parameter, with what is left to do."""
+    """Adam's step of one parameter, with the deferred changes."""
     from admm_prune.ops.triton import adam
 
-    if state["step"].is_cuda:  # where torch's fused kernel wants it; here the host counts
+    if state["step"].is_cuda:  # torch's fused kernel needs it there; this kernel counts on the host
         state["step"] = state["step"].cpu()
     state["step"] += 1
     adam.step_(
@@ -108,7 +108,7 @@ def step(
 
 
 def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: Stored | None) -> Tensor | None:
-    """Scores of x + u in one pass; None where Triton does not serve.
+    """Scores of x + u in one pass; None if Triton is not used.
 
     Args:
         anchor: None for u = 0.
@@ -127,18 +127,18 @@ def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: St
 
 MomentFormat = Literal["full", "int8", "bitsandbytes"]
 
-_SMALLEST = 4096  # entries of a tensor whose moments are kept in 8 bits
-_DRAW = 0  # tells these random numbers from those of the anchors
+_SMALLEST = 4096  # least number of entries for moments in 8 bits
+_DRAW = 0  # distinguishes these random numbers from those of the anchors
 
 
 @dataclass(frozen=True)
 class Moments:
-    """How Adam's moments are kept: "full" in the precision of the computation, or in 8 bits, a scale per 256 entries.
+    """The storage of Adam's moments: "full" in the precision of the computation, or in 8 bits, a scale per 256 entries.
 
     In "int8", which needs no library, the first moment has logarithmic levels of both signs, and the root of the
-    second, which is divided by, logarithmic levels rounded at random: at 0.1 % a step it would not move between levels
-    5 % apart otherwise. In "bitsandbytes" levels, rounding and the step itself are that library's, fused on a GPU.
-    Vectors, complex tensors and tensors below 4096 entries keep full moments.
+    second, which is divided by, logarithmic levels rounded at random: with changes of 0.1 % per step it would otherwise
+    not move between levels 5 % apart. In "bitsandbytes" levels, rounding and the step itself are that library's, fused
+    on a GPU. Vectors, complex tensors and tensors below 4096 entries keep full moments.
     """
 
     format: MomentFormat
@@ -146,7 +146,7 @@ class Moments:
 
     @classmethod
     def at_hand(cls, asked: MomentFormat) -> Moments:
-        """Those asked for; "int8" in place of the library's where it is not installed.
+        """The moments of a format; "int8" instead of bitsandbytes' where that is not installed.
 
         Raises:
             UserError: there is no such format.
@@ -155,7 +155,7 @@ class Moments:
             raise UserError(f"moments are one of {', '.join(get_args(MomentFormat))}, not '{asked}'")
         if asked == "bitsandbytes" and library_adam.installed() is None:
             return cls(
-                "int8", ("bitsandbytes is not installed: Adam's moments were kept in this package's own 8 bits",)
+                "int8", ("bitsandbytes is not installed: Adam's moments are kept in this package's 8-bit format",)
             )
         return cls(asked)
 
@@ -196,13 +196,13 @@ class Moments:
         return self.format != "full" and large and not parameter.is_complex()
 
     def stored(self, parameter: Tensor, state: State) -> bool:
-        """Whether the state is kept this way."""
+        """Whether the state has this format."""
         if not self.quantizes(parameter):
             return "exp_avg_scale" not in state
         return "exp_avg_scale" in state and local(state["exp_avg"]).dtype == self._first_dtype
 
     def second(self, parameter: Tensor, state: State) -> Tensor:
-        """v of the part in this process."""
+        """v of the local shard."""
         stored = local(state["exp_avg_sq"])
         if not self.quantizes(parameter):
             return stored
@@ -216,14 +216,14 @@ class Moments:
         return None if self.format == "bitsandbytes" else Later.of(active, score, clip_penalty=clip_penalty)
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
-        """v of the part in this process as it is kept: in 8 bits, its root."""
+        """v of the local shard as stored: in 8 bits, its root."""
         return self._stored(parameter, state, "exp_avg_sq")
 
     def _stored(self, parameter: Tensor, state: State, name: str) -> Stored:
         return Stored(local(state[name]), local(state[f"{name}_scale"]) if self.quantizes(parameter) else None)
 
     def restrict(self, state: State, mask: Tensor) -> None:
-        """m <- M m, so that Adam leaves the other entries where they are."""
+        """m <- M m, so that Adam does not move the other entries."""
         first = local(state["exp_avg"])
         first.masked_fill_(~mask, library_adam.ZERO_FIRST if first.dtype == torch.uint8 else 0)
 
@@ -240,8 +240,8 @@ class Moments:
         Args:
             parameters: each with a gradient.
             group: the settings lr, betas, eps, weight_decay, foreach and fused.
-            draws: for each parameter, numbers that seed the rounding of what is kept in fewer bits than computed in.
-            later: where all of it is one kernel a parameter, what the gradients still have to be put through.
+            draws: for each parameter, numbers that seed the rounding of narrow states.
+            later: if the step is one kernel per parameter, the deferred changes of the gradients.
         """
         if later is not None:
             for x, state, draw in zip(parameters, states, draws, strict=True):
@@ -266,7 +266,7 @@ class Moments:
                 self._narrow_step(x, state, group, generator(x, *draws[i], _DRAW))
 
     def _narrow_step(self, parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
-        """Some rows at a time: read to the precision of the computation, stepped, written back."""
+        """Steps some rows at a time: converted to the precision of the computation and written back."""
         x, gradient = local(parameter.detach()), _gradient(parameter)
         dtype = working_dtype(x.dtype)
         everything: tuple[Any, ...] = (...,)  # a scalar has no rows
@@ -311,7 +311,7 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
     for some in chunks(flat):
         scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
         here, slope = flat[some].float(), gradient[some].float()
-        pruned = (here == 0) & (slope == 0)  # the library's kernels do not give an exact zero back as one
+        pruned = (here == 0) & (slope == 0)  # the library's kernels do not preserve exact zeros
         first, second = ((codes[some], scale[scales]) for codes, scale in moments)
         library_adam.step(here, slope, first, second, int(state["step"]), **settings)
         here.masked_fill_(pruned, 0)
@@ -321,7 +321,7 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
 
 
 def _write_weights(x: Tensor, rows: slice, here: Tensor, chance: torch.Generator) -> None:
-    """Some rows of x from the precision of the computation; where that is x's own, `here` is x already."""
+    """Writes some rows of x from the precision of the computation; if that is x's dtype, `here` is x itself."""
     if x.dtype == torch.bfloat16:
         x[rows] = quantization.to_bfloat16(here, chance)
     elif x.dtype != here.dtype:
@@ -363,7 +363,7 @@ def _adam(
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parts in this process."""
+    """The local shards."""
     return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
@@ -413,7 +413,7 @@ def clip(parameters: Sequence[Tensor], norm: float, limit: float, later: Later |
     """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor.
 
     Args:
-        later: told the factor, where a kernel scales them.
+        later: receives the factor, if a kernel scales them.
     """
     factor = min(1.0, limit / (norm + 1e-6))
     if later is not None:

@@ -1,4 +1,4 @@
-"""From what a user hands to the optimizer to its parameter groups, and the supports that those may have."""
+"""The optimizer's parameter groups, from the user's arguments, and their supports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of tor
 
 @dataclass(frozen=True)
 class Target:
-    """How much is to go: one of the three, or none for parameters that stay dense."""
+    """The pruning target: one of the three, or none for parameters that stay dense."""
 
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
@@ -46,7 +46,7 @@ class Target:
 class ParameterGroups:
     """Groups as torch takes them, the support of each that is pruned by its number, and how weights are stored.
 
-    Parameters are told apart by identity, as tensors are when they are hashed: copies and pickles keep that.
+    Parameters are compared by identity, as in the hash of a tensor, which copies and pickles preserve.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class ParameterGroups:
 def parameter_groups(
     params: nn.Module | Iterable[Any], target: Target, *, targets: Sequence[str], ignore: Sequence[str]
 ) -> ParameterGroups:
-    """The groups of a model, or of what is given in place of one.
+    """The groups of a model, or of given parameters.
 
     Args:
         targets, ignore: of the names of a model's weights.
@@ -92,10 +92,10 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
 
 
 def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
-    """The groups given; one that names a target of its own, or None, takes that in place of `target`.
+    """The groups given; a group's own target, or None, overrides `target`.
 
     Raises:
-        UserError: no group has a target; a sparsity or a pattern is asked of parameters that are no matrices.
+        UserError: no group has a target; a sparsity or a pattern for parameters that are not matrices.
         TypeError: `params` is a tensor.
     """
     if isinstance(params, Tensor):
@@ -119,7 +119,7 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
     """A group as torch takes it, and the support of its parameters: of its own target, or else of `target`.
 
     Raises:
-        UserError: two targets; a sparsity or a pattern for parameters that are no matrices; an option of torch's AdamW
+        UserError: two targets; a sparsity or a pattern for parameters that are not matrices; an option of torch's AdamW
             that SparseAdam lacks.
     """
     group = dict(given)
@@ -165,7 +165,7 @@ def _check_prunable(parameters: Iterable[Any], support: Support) -> None:
 
 
 def names_of(group: Mapping[str, Any], number: int) -> list[str]:
-    """Of the parameters of group `number`: their own, or else numbers."""
+    """The names of the parameters of group `number`: their own, or generated ones."""
     return list(group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"]))))
 
 

@@ -1,4 +1,4 @@
-"""The settings of ELSA: the penalty, the score that chooses the support, and when what happens."""
+"""The settings of ELSA: the penalty, the score that selects the support, and the schedule."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Fisher = Literal["none", "adam", "clean"]
 
 @dataclass(frozen=True, kw_only=True)
 class Penalty:
-    """The weight rho of (rho / 2) |x - z + u|^2 beside the loss, and how it moves.
+    """The weight rho of (rho / 2) |x - z + u|^2, and its schedule.
 
     With s the progress of the run before its support is frozen, from 0 to 1, and start = `start` * `value`:
     linear start + (value - start) s, cosine start + (value - start) (1 - cos(pi s)) / 2,
     exponential start (value / start)^s. rho changes only when the duals do.
 
     Args:
-        value: where rho ends; inf holds x = z all along.
-        shape: how it gets there.
-        start: where it begins, as a fraction of `value`.
+        value: the final rho; inf keeps x = z throughout.
+        shape: of the schedule.
+        start: the initial rho, as a fraction of `value`.
         units: "absolute" takes `value` as published. "relative" takes it, for each weight matrix, in units of
             rms(gradient of the loss) / rms(weight): at 1 the pull on a weight as far from its target as weights are
             large equals a typical gradient.
-        rescale: "immediate" rescales u at once where rho changes, so that the multiplier rho u stays; "lagged" only at
-            the next dual update, as the published code does.
-        decoupled: the pull is no gradient but a step of its own after Adam's, x <- x - lr rho (x - z + u), which
-            leaves Adam's second moment free of it; `value` then has another scale.
+        rescale: "immediate" rescales u as soon as rho changes, so that the multiplier rho u is constant; "lagged" only
+            at the next dual update, as the published code does.
+        decoupled: the pull is not a gradient but a separate step after Adam's, x <- x - lr rho (x - z + u), which
+            keeps it out of Adam's second moment; `value` then has another scale.
         balance: where given, the rho of a matrix doubles after each dual update whose relative primal residual exceeds
-            `balance` times its dual residual, and halves where it is the other way round.
+            `balance` times its dual residual, and halves in the opposite case.
         divide_by_world: divides rho by the number of processes, as the published code does.
 
     Sources: Boyd et al., Distributed Optimization and Statistical Learning via ADMM, 2011, section 3.4.1 (balance),
@@ -75,7 +75,7 @@ class Penalty:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Which entries of a = x + u are kept: those with the largest |a| F^power, F a diagonal of the Fisher information.
+    """The score of the entries of a = x + u: |a| F^power, with F a diagonal of the Fisher information.
 
     Args:
         fisher: "adam" takes Adam's second moment, which also holds the square of a coupled penalty; "clean" keeps a
@@ -84,7 +84,7 @@ class Score:
         decay: of the clean average.
         hysteresis: scores of entries in the support count 1 + hysteresis times, so that it changes less.
 
-    F that is zero, which says only that it underflowed, counts as just under the smallest number there is.
+    A zero in F, which has underflowed, counts as just below the smallest positive number.
     """
 
     fisher: Fisher = "adam"
@@ -108,14 +108,14 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """What happens at which step; steps count from 0.
+    """The schedule of a run; steps count from 0.
 
     Args:
         interval: steps between dual updates.
-        first: the step after which the first one comes.
-        total: the steps of the run; None where it has no known end, and then nothing depends on progress.
+        first: the step after which the first update comes.
+        total: the steps of the run; None if its length is unknown, and then nothing depends on progress.
         freeze: the fraction of the run at its end in which the support stays and pruned weights are zero.
-        ramp: the fraction of what comes before in which the sparsity grows, by 1 - (1 - s)^3 of the target.
+        ramp: the fraction of the steps before the freeze in which the sparsity grows, by 1 - (1 - s)^3 of the target.
 
     Source of the ramp: Zhu and Gupta, To prune, or not to prune, 2017.
     """
@@ -170,7 +170,7 @@ class Timeline:
         return 1.0 - max(0.0, 1.0 - self.progress(step) / self.ramp) ** 3
 
     def wrong_length(self, steps: int) -> str | None:
-        """What to say of a run that ends, or goes on, after `steps`; None where it should."""
+        """A warning for a run that ends, or continues, after `steps`; None if that is as planned."""
         if self.total is None or steps == self.total:
             return None
         if steps > self.total:

@@ -1,4 +1,4 @@
-"""The state of an optimizer as `state_dict` gives it: whether another one can continue with it, and copies of it."""
+"""The state of an optimizer as `state_dict` gives it: compatibility checks and copies."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 def at_once(
     optimizer: Optimizer, check: Callable[[dict[str, Any]], None], finish: Callable[[dict[str, Any]], None]
 ) -> Generator[None]:
-    """Within it the optimizer loads a state, wholly or not at all.
+    """Context in which the optimizer loads a state atomically.
 
     Args:
-        check: called with what is loaded, after the hooks that may exchange it; raises where it cannot be.
-        finish: called likewise when torch has loaded it, before the hooks that may read it.
+        check: called with the state to load, after the hooks that may replace it; raises if it does not fit.
+        finish: called after torch has loaded it, before the hooks that may read it.
     """
     before = dict(vars(optimizer))
     given: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def copy_saved(
     anchors: Anchors,
     moments: Moments,
 ) -> None:
-    """Replaces what torch has loaded by copies in the dtypes that are worked with.
+    """Replaces the tensors that torch has loaded by copies in the working dtypes.
 
     torch casts every tensor to the dtype of its parameter, where masks and codes have their own, and shares the ones
     that need no cast with the saved optimizer.
@@ -122,7 +122,7 @@ def _check_adam(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
 
 
 def _check_pruned(weight: Weight, state: Mapping[str, Any], splitting: Splitting, *, frozen: bool) -> None:
-    """Whether it has a support, and what a dual update needs of the weight, stored as it is here."""
+    """Checks that the state has a support and everything a dual update needs, in this optimizer's format."""
     name, shape = weight.name, weight.parameter.shape
     if "mask" not in state:
         raise UserError(f"{name} is to be pruned, and was dense in the saved optimizer")

@@ -28,11 +28,11 @@ class Support(Protocol):
     """A family of supports of several weights."""
 
     def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
-        """Yields each weight once with its mask and its scores, both of this process's part.
+        """Yields each weight once with its mask and its scores, both for the local shard.
 
         Args:
-            score: gives the scores of a weight's part in this process, in the shape it is stored in.
-            fraction: of what is pruned in the end.
+            score: computes the scores of a weight's local shard, in its stored shape.
+            fraction: of the final sparsity.
         """
         ...
 
@@ -42,7 +42,7 @@ class Budget:
     """round((1 - sparsity) n) entries of every matrix of n, those of each expert too, or of all together.
 
     "model" compares scores between matrices after a division by their mean. Matrices sharded by rows are compared by a
-    histogram: counts travel, never scores.
+    histogram: only counts are communicated, never scores.
     """
 
     sparsity: float
@@ -108,7 +108,7 @@ class Groups:
             raise UserError(f"pattern {self.n}:{self.m} must keep from 1 to {self.m} of every {self.m}")
 
     def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
-        # Rounded up: on the way to a pattern the last weights of a group go at its end.
+        # Rounded up: the last weights of a group are removed at the end of the ramp.
         n = self.m - int((self.m - self.n) * fraction)
         for weight in weights:
             scores = score(weight)
@@ -125,7 +125,7 @@ class Groups:
 class Within:
     """The supports of any SupportConstraint over the point of all the weights.
 
-    It is asked with all rows: sharded scores are gathered, all of them, in every process.
+    It needs all rows: sharded scores are gathered in every process.
     """
 
     constraint: SupportConstraint
@@ -144,8 +144,8 @@ def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) ->
     """|a| F^power, times 1 + hysteresis in the support.
 
     Args:
-        a: x + u of the part in this process; overwritten.
-        fisher: F >= 0 of that part, float32; None for F = 1.
+        a: x + u of the local shard; overwritten.
+        fisher: F >= 0 of the shard, float32; None for F = 1.
     """
     result = a.abs_()
     if score.hysteresis:

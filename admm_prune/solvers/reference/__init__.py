@@ -1,4 +1,4 @@
-"""Exact references and lower bounds for small problems: what every other solver is checked against."""
+"""Exact references and lower bounds for small problems, against which all other solvers are checked."""
 
 from __future__ import annotations
 

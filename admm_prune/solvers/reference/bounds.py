@@ -1,4 +1,4 @@
-"""Lower bounds that need no search: valid for every support, at the price of one factorization.
+"""Lower bounds that need no search: valid for every support, at the cost of one factorization.
 
 The perspective relaxation: the strongest lower bound here that needs no search.
 """
@@ -29,7 +29,7 @@ from admm_prune.solvers.reference.rows import (
     to_array,
 )
 
-VACUOUS = 0.1  # a smaller ratio certifies nothing worth saying
+VACUOUS = 0.1  # a smaller ratio certifies nothing useful
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Bound:
     Args:
         value: the bound.
         kind: which argument gave it.
-        ratio: (value - f(minimizer)) / (objective - f(minimizer)) for the objective asked about, None without one: 1 is
+        ratio: (value - f(minimizer)) / (objective - f(minimizer)) for a given objective, None without one: 1 is
             a proof of optimality, and no V can be better than the objective by more than the factor ratio.
     """
 
@@ -168,7 +168,7 @@ def perspective_bound(problem: object, objective: float | None = None, *, max_wi
     Args:
         problem: Quadratic.
         objective: the value of a feasible point, to compare with.
-        max_width: the widest row taken on.
+        max_width: the widest row accepted.
 
     Raises:
         ImportError: CVXPY or CLARABEL is not installed.

@@ -1,16 +1,17 @@
-"""Branch and bound: the proven optimum of small rows, or an honest gap.
+"""Branch and bound: the proven optimum of small rows, or the remaining gap.
 
 The branch and bound tree of one row: many nodes at a time, as batched arrays.
 
-A node has removed the entries R, keeps some others for good, and has `left` entries still to remove from its free ones.
-With K = K^(R) and w = w^(R), K and w downdated by R and restricted to the free entries, what a further removal costs is
+A node has removed the entries R, permanently keeps some others, and has `left` entries still to remove from its free
+ones. With K = K^(R) and w = w^(R), K and w downdated by R and restricted to the free entries, what a further removal
+costs is
 
     single_i = w_i^2 / K_ii,    pair_ij = (single_i + single_j - 2 c_ij x_i x_j) / (1 - c_ij^2),
 
 x = w / sqrt(diag K), c = K with unit diagonal, on top of loss(R). Two entries *conflict* where loss(R) + pair_ij
 reaches the incumbent: the loss being monotone, no better support removes both. The entries that a better support
 removes are free of conflicts among themselves, a clique of `left` compatible entries: whatever has fewer than left - 1
-compatible partners is kept for good. This test settles most nodes; where inputs are nearly orthogonal, a sum does.
+compatible partners is kept permanently. This test settles most nodes; where inputs are nearly orthogonal, a sum does.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from admm_prune.solvers.reference.rows import Array, Mask, Row, Supports, search
 _BUCKET = 4  # nodes are stored by their number of free entries, rounded up to a multiple of this
 _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
 _ROUNDS = 2  # of the clique test: dropping an entry may drop others
-_MARGIN = 1e-9  # between an eigenvalue and what is to be proved to lie above it
+_MARGIN = 1e-9  # between an eigenvalue and the bound to prove below it
 _LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
 
 
@@ -116,7 +117,7 @@ def expand(nodes: Nodes, ceiling: float) -> tuple[list[Nodes], Leaf | None]:
     """All children of the nodes that may hold a support with a loss below `ceiling`, and the best leaf reached.
 
     The entries of a node are put in order, the most expensive first. Child i removes entry i and keeps those before it
-    for good (Furnival and Wilson, Regressions by leaps and bounds, 1974): what is expensive to remove leaves a large
+    permanently (Furnival and Wilson, Regressions by leaps and bounds, 1974): what is expensive to remove leaves a large
     subtree that soon reaches the ceiling, what is cheap a small one.
     """
     x, correlation = _unit_diagonal(nodes)
@@ -257,7 +258,7 @@ class BranchAndBound:
     Args:
         time_limit: seconds for all rows together; an unfinished row leaves its unused share to those after it.
         gap: relative to the loss of a row: what a better support must gain to be worth a proof.
-        max_width: the widest row taken on.
+        max_width: the widest row accepted.
 
     Returns (solve):
         Status SOLVED where every row is proved to `gap`; else TIME_LIMIT, with the best supports found and the least

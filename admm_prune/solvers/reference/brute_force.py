@@ -30,20 +30,20 @@ from admm_prune.solvers.reference.rigorous import (
 )
 from admm_prune.solvers.reference.rows import Row, floor_of, scaled_hessian, search, separate, to_array
 
-_LEAST_GAIN = 1e-12  # of a change, relative to the loss of the row: smaller ones may be rounding
+_LEAST_GAIN = 1e-12  # of a change, relative to the loss of the row: smaller ones may be due to rounding
 
 
 @dataclass(frozen=True)
 class GroupExact:
     """Sweeps over the groups of every row, S_g <- argmin over the C(M, N) supports of group g, until none changes.
 
-    The supports of the other groups are held, all weights are refitted. With U = what the other groups keep and all of
+    The supports of the other groups are fixed, all weights are refitted. With U = what the other groups keep and all of
     group g, v the refit on U and B = (Ã_UU^-1)_gg, removing Q from g costs v_Q^T (B_QQ)^-1 v_Q more. The result is
     optimal in each group given the others, and never worse than the start; it is the optimum where there is one group.
 
     Args:
         max_sweeps: over all groups of a row.
-        max_width: the widest row taken on: a sweep costs width / M factorizations.
+        max_width: the widest row accepted: a sweep costs width / M factorizations.
         max_choices: the most supports of one group, 924 for 6:12.
 
     Returns (solve):
@@ -89,7 +89,7 @@ class GroupExact:
             )
 
     def _solve_row(self, row: Row, kept: Mask) -> tuple[Mask, int]:
-        """(support, sweeps used); one more than allowed where the last sweep still changed something."""
+        """(support, sweeps used); one more than allowed if the last sweep still changed the support."""
         if row.removals in (0, row.width):
             return kept, 0
         choices = all_supports(row.group, row.group, row.keep)
@@ -129,7 +129,8 @@ def _released(row: Row, kept: Mask, group: slice) -> tuple[Array, Array]:
 class BruteForceGroups:
     """min over all sets R of groups of f at the least squares on the other columns: a dense solve for each.
 
-    In float64, in coordinates where A has a diagonal next to 1. Where no group has to go, nothing changes, to the bit.
+    In float64, in coordinates where A has a diagonal next to 1. If no group has to be removed, the weights are bitwise
+    unchanged.
 
     Args:
         max_supports: the most sets that are tried.

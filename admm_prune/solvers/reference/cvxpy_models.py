@@ -1,4 +1,4 @@
-"""The mixed-integer program of a row, through CVXPY: a second opinion that shares no code with branch and bound."""
+"""The mixed-integer program of a row, through CVXPY: a check that shares no code with branch and bound."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MixedIntegerReference:
     Args:
         solver: a mixed-integer second-order cone solver known to CVXPY.
         time_limit: seconds for each row; passed on to SCIP only.
-        max_width: the widest row taken on.
+        max_width: the widest row accepted.
 
     Returns (solve):
         Status SOLVED; TIME_LIMIT where the solver ran out of time on some row; STALLED where it gave up on one, as
@@ -79,7 +79,7 @@ class MixedIntegerReference:
         )
 
     def _solve_row(self, cvxpy: Any, row: Row, incumbent: Mask, upper: float) -> tuple[Mask, Status]:
-        """(support, what the solver says of it)."""
+        """(support, the solver's status)."""
         if row.removals in (0, row.width) or upper == 0.0:
             return incumbent, Status.SOLVED
         target = row.target / math.sqrt(upper)

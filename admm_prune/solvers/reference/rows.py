@@ -7,9 +7,9 @@ Hessian A on every row splits as
 
 where R_i are the entries removed from row i. loss is monotone: R in R' implies loss(R) <= loss(R').
 
-Which supports a constraint admits, found out by asking it: a reference knows no constraint's class.
+The supports of a constraint are inferred from its selections: a reference does not know the class of a constraint.
 
-A good support of one row, quickly: greedy elimination, 1-swaps, and a few kicks. The incumbent of the references.
+A heuristic for one row, the incumbent of the references: greedy elimination, 1-swaps, and a few kicks.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Supports:
 def recognise(owner: str, constraint: Constraint, shape: tuple[int, int]) -> Supports:
     """Recognises budgets per row (N:M groups among them, each row its own) and one budget over the matrix.
 
-    The constraint is asked for the best support of a few scorings: random ones, and some that rise or fall along rows
+    The constraint selects the best support for a few scorings: random ones, and some that rise or fall along rows
     or columns. Cells of entries that always keep the same number, and always the largest scores, are its structure. A
-    set of another kind (tiles, say) betrays itself on the first scoring.
+    constraint of another kind (such as tiles) is detected on the first scoring.
 
     Args:
-        owner: who asks, for the message.
+        owner: the caller, for the message.
 
     Raises:
         TypeError: the constraint is not a SupportConstraint.
@@ -116,7 +116,7 @@ class _Cells:
         counts = kept.sum(2, dtype=torch.int32)
         self.keep = torch.where(self.keep < 0, counts[:, 0], self.keep)
         self.alive &= (counts == self.keep[:, None]).all(1)
-        if bool(self.alive.any()):  # the dearer test only where the cheap one left something
+        if bool(self.alive.any()):  # the expensive test only after the inexpensive one
             least_kept = torch.where(kept, score, torch.inf).amin(2)
             most_dropped = torch.where(kept, 0, score).amax(2)
             self.alive &= (least_kept > most_dropped).all(1)
@@ -173,7 +173,7 @@ class Row:
 
     @property
     def removals(self) -> int:
-        """How many entries every support of full size removes."""
+        """The number of entries removed by every support of full size."""
         return self.width // self.group * (self.group - self.keep)
 
     @property
@@ -226,7 +226,7 @@ class Separated:
 
     @cached_property
     def floor(self) -> float:
-        """f at the unconstrained minimum: what no support can beat."""
+        """f at the unconstrained minimum: a lower bound for every support."""
         return self.problem.value(Point(weight=self.problem.minimizer))
 
     def point(self, supports: Sequence[Mask]) -> Point:
@@ -234,7 +234,7 @@ class Separated:
         minimizer = self.problem.minimizer
         fitted = np.stack([row.refit(kept) for row, kept in zip(self.rows, supports, strict=True)])
         weight = torch.from_numpy(fitted.reshape(minimizer.shape) / self.scale).to(minimizer)
-        # A matrix row that loses nothing keeps its own bits.
+        # A matrix row that loses nothing is returned bitwise unchanged.
         untouched = torch.from_numpy(np.stack(supports).reshape(minimizer.shape).all(1)).to(minimizer.device)
         return Point(weight=torch.where(untouched[:, None], minimizer, weight))
 
@@ -282,7 +282,7 @@ def separate(owner: str, candidate: object) -> Separated:
     """The normal form of a problem.
 
     Args:
-        owner: who asks, for the messages.
+        owner: the caller, for the messages.
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
@@ -411,9 +411,9 @@ def _swapped(row: Row, kept: Mask) -> tuple[Mask, float]:
 
 
 def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices) -> Array:
-    """gain_ij = r_j^2 / s_j - (v_i - T_ij r_j / s_j)^2 / (K_ii + T_ij^2 / s_j): what a swap takes off the loss.
+    """gain_ij = r_j^2 / s_j - (v_i - T_ij r_j / s_j)^2 / (K_ii + T_ij^2 / s_j): the decrease of the loss by a swap.
 
-    Kept i goes, removed j comes; exact for every pair. With S = inside, K = Ã_SS^-1, v = the refitted weights,
+    Kept i is removed, removed j is added; exact for every pair. With S = inside, K = Ã_SS^-1, v = the refitted weights,
     r = Ã (w - v), T = K Ã_S: and s_j = Ã_jj - Ã_jS T_j.
 
     Returns:
@@ -432,6 +432,6 @@ def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices)
         step = residual / schur
         dropped = (weights[:, None] - pull * step) ** 2 / (inverse_diagonal[:, None] + pull**2 / schur)
         gains: Array = residual * step - dropped
-    # s_j is zero where column j depends on the columns kept: adding it takes nothing off the loss.
+    # s_j is zero where column j depends on the columns kept: adding it does not lower the loss.
     gains[~np.isfinite(gains)] = -np.inf
     return gains
