@@ -27,9 +27,9 @@ __all__ = [
     "NetworkOutput",
     "NofM",
     "Point",
-    "Polish",
     "Product",
     "Progress",
+    "Refit",
     "Result",
     "RowWise",
     "SparseAdam",
@@ -63,7 +63,7 @@ _HOME = {
     "NetworkOutput": "admm_prune.problems.network_output",
     "NofM": "admm_prune.problems.constraints",
     "Point": "admm_prune.point",
-    "Polish": "admm_prune.solvers.refit",
+    "Refit": "admm_prune.solvers.refit",
     "Product": "admm_prune.problems.constraints",
     "Progress": "admm_prune.result",
     "Result": "admm_prune.result",
@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.group_obs import GroupOBS
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
-    from admm_prune.solvers.refit import Polish
+    from admm_prune.solvers.refit import Refit
     from admm_prune.solvers.sparse_adam import SparseAdam
     from admm_prune.solvers.stochastic_admm import StochasticADMM
     from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda

@@ -42,11 +42,11 @@ class SupportConstraint(Constraint, Protocol):
         """The number of consecutive columns whose selection depends on each other: M of N:M, else 1."""
         ...
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> SupportConstraint:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> SupportConstraint:
         """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""
         ...
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         """The set of the same kind that prunes only `fraction` of what this one prunes."""
         ...
 
@@ -170,7 +170,7 @@ class Coordinated(Blockwise, Protocol):
         """x with the solution of its block `name` in place."""
         ...
 
-    def judge(self, x: Point) -> float:
+    def validation_loss(self, x: Point) -> float:
         """The validation loss of the whole, on held-out data if there are any."""
         ...
 

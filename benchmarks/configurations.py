@@ -11,7 +11,7 @@ from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Wanda
 
 YARDSTICK = "alps"  # whose errors the ratios are relative to
@@ -24,9 +24,9 @@ CONFIGURATIONS: Mapping[str, Method] = {
         method.name: method
         for method in (
             replace(_SPARSEGPT, name="sparsegpt-layer", make=lambda: SparseGPT(mask_scope="layer")),
-            replace(_SPARSEGPT, name="sparsegpt-polished", make=lambda: Polish(SparseGPT())),
-            replace(_SPARSEGPT, name="sparsegpt-layer-polished", make=lambda: Polish(SparseGPT(mask_scope="layer"))),
-            replace(_WANDA, name="wanda-polished", make=lambda: Polish(Wanda())),
+            replace(_SPARSEGPT, name="sparsegpt-polished", make=lambda: Refit(SparseGPT())),
+            replace(_SPARSEGPT, name="sparsegpt-layer-polished", make=lambda: Refit(SparseGPT(mask_scope="layer"))),
+            replace(_WANDA, name="wanda-polished", make=lambda: Refit(Wanda())),
         )
     },
 }

@@ -39,7 +39,7 @@ from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.alternating import Alternating
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import SupportDescent
 from benchmarks.machine import headline, machine
 
@@ -132,7 +132,7 @@ def error_of(setting: Setting, network: Network, pairs: Pairs, target: Target) -
     method = LOCAL_METHODS[setting.inner]
     sets = dict.fromkeys(network.weights, method.constraint(target))
     how: dict[str, Any] = {
-        "judging": pairs["validation"],
+        "validation": pairs["validation"],
         "penalties": setting.penalties,
         "damped": dict.fromkeys(network.weights, (method.ridge, method.damping)),
     }
@@ -153,14 +153,14 @@ def error_of(setting: Setting, network: Network, pairs: Pairs, target: Target) -
     x = Point({name: found.get(name, part) for name, part in whole.initial().items()})
     if setting.closed:
         block = whole.block("down", x)
-        x = whole.joined(x, "down", block, Polish(method.make(), max_iterations=20).solve(block).solution)
+        x = whole.joined(x, "down", block, Refit(method.make(), max_iterations=20).solve(block).solution)
     seconds = time.process_time() - began
-    return judged_on(whole, pairs["holdout"]).judge(x), seconds
+    return judged_on(whole, pairs["holdout"]).validation_loss(x), seconds
 
 
 def judged_on(problem: NetworkOutput, tokens: tuple[torch.Tensor, torch.Tensor]) -> NetworkOutput:
     """The same network judged on other tokens."""
-    return NetworkOutput(problem.network, problem.tokens, problem.constraints, judging=tokens)
+    return NetworkOutput(problem.network, problem.tokens, problem.constraints, validation=tokens)
 
 
 def measure_errors(rows: Rows, loaded: Any, texts: Texts, chosen: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.reference import BranchAndBound
 from admm_prune.solvers.reference.rows import Mask, Row, search, separate, swap_gains
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import LogSpaced
 from benchmarks.journal import write_csv
 from benchmarks.machine import headline, machine
@@ -42,7 +42,7 @@ from benchmarks.machine import headline, machine
 FAMILIES = ("spectral", "wishart")
 CONDITION, RIDGE = 1e6, 0.01
 SOLVERS: Mapping[str, Callable[[], Solver]] = {
-    "sparsegpt, polished": lambda: Polish(SparseGPT()),
+    "sparsegpt, polished": lambda: Refit(SparseGPT()),
     "alps": ADMM.alps,
     "admm fast": ADMM.fast,
     "admm": ADMM,

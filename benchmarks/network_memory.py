@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             network,
             (inputs, targets),
             dict.fromkeys(weights, method.constraint(Target(0.7))),
-            judging=(inputs[:2048], targets[:2048]),
+            validation=(inputs[:2048], targets[:2048]),
             damped=dict.fromkeys(weights, (method.ridge, method.damping)),
         )
         solver = Alternating(
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_iterations=chosen.rounds,
             together=SupportDescent.of(chosen.descent) if chosen.descent else None,
         )
-        judged = problem.judge(solver.solve(problem).solution)
+        validation_loss = problem.validation_loss(solver.solve(problem).solution)
     held = 2 * inputs.numel() * inputs.element_size() / 2**20
     figures = {
         "width": width,
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         "peak_mib": round(held + memory.extra_mib, 1),
         "released_mib": round(62 * width * chosen.tokens / 2**20, 1),
         "cpu_seconds": round(time.process_time() - began, 1),
-        "relative_error": judged,
+        "relative_error": validation_loss,
         "machine": machine(chosen.date),
     }
     print(json.dumps(figures, indent=1))

@@ -26,7 +26,7 @@ from admm_prune.methods.base import Task
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import branches, savings
+from admm_prune.models.sublayers import savings, sublayers
 from benchmarks.machine import headline, machine
 
 RECIPE = StruPrune(multiple=64)
@@ -34,9 +34,9 @@ RECIPE = StruPrune(multiple=64)
 
 def operations(model: Any, tokens: int) -> float:
     """A token, at a context of so many tokens, half of it seen on average."""
-    parts = [branch for block in decoder_blocks(model) for branch in branches(block)]
+    parts = [sublayer for block in decoder_blocks(model) for sublayer in sublayers(block)]
     head = 2 * model.get_output_embeddings().weight.numel()
-    return head + sum(float(savings(branch, "flops", tokens=tokens)[-1]) for branch in parts)
+    return head + sum(float(savings(sublayer, "flops", tokens=tokens)[-1]) for sublayer in parts)
 
 
 def main() -> None:

@@ -54,8 +54,8 @@ ABLATIONS: dict[str, Trained] = {
     "elsa projected by sparsegpt": Elsa(name="elsa projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
     "elsa by distillation": Elsa(name="elsa by distillation", distillation=1.0),
     "elsa-l by bitsandbytes": Elsa(name="elsa-l by bitsandbytes", moments="bitsandbytes"),
-    "elsa at half the rate": Elsa(name="elsa at half the rate", boldness=0.5),
-    "elsa at twice the rate": Elsa(name="elsa at twice the rate", boldness=2.0),
+    "elsa at half the rate": Elsa(name="elsa at half the rate", lr_multiplier=0.5),
+    "elsa at twice the rate": Elsa(name="elsa at twice the rate", lr_multiplier=2.0),
 }
 
 
@@ -102,15 +102,15 @@ class Bench:
         )  # fmt: skip
         texts = Texts(settings, loaded)
         # The evaluation text is the same for all seeds.
-        judging = Texts(replace(settings, seed=0), loaded).evaluation
-        dense = evaluate(loaded.model, judging).perplexity
+        validation = Texts(replace(settings, seed=0), loaded).evaluation
+        dense = evaluate(loaded.model, validation).perplexity
         task = Task(target=job.target, calibration=texts.calibration(job.recipe.samples), seed=job.seed)
         began = time.perf_counter()
         outcome = job.recipe.prune(loaded.model, task)
         seconds = time.perf_counter() - began
         training = outcome.details.get("training", {})
         row = {
-            "perplexity": evaluate(loaded.model, judging).perplexity,
+            "perplexity": evaluate(loaded.model, validation).perplexity,
             "dense": dense,
             "sparsity": mean(layer.sparsity for layer in outcome.layers),
             "tokens": training.get("tokens", task.calibration.tokens),

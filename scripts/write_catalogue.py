@@ -30,7 +30,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.stochastic_admm import StochasticADMM
 from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda
 
@@ -60,7 +60,7 @@ _SOLVERS: Mapping[str, Callable[[], Solver]] = {
     "SparseGPT": SparseGPT,
     "ADMM": ADMM,
     "LocalSearch": lambda: LocalSearch(ADMM()),
-    "Polish": lambda: Polish(Magnitude()),
+    "Refit": lambda: Refit(Magnitude()),
     "GroupOBS": GroupOBS,
     "GroupMask": GroupMask,
     "Alternating": lambda: Alternating(inner=ADMM.fast(), max_iterations=1),

@@ -12,7 +12,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 from admm_prune.testing.instances import (
@@ -50,8 +50,8 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "admm alps": ADMM.alps,
     "admm gradual": ADMM.gradual,
     "admm watched": lambda: ADMM(objective_every=1, penalty=Constant(0.5)),
-    "magnitude, polished": lambda: Polish(Magnitude()),
-    "wanda, polished": lambda: Polish(Wanda()),
+    "magnitude, polished": lambda: Refit(Magnitude()),
+    "wanda, polished": lambda: Refit(Wanda()),
     "group mask": GroupMask,
     "group mask, interactions": lambda: GroupMask(interactions=True),
     "group obs": GroupOBS,

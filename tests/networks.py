@@ -71,5 +71,5 @@ def whole(
     **how: Any,
 ) -> NetworkOutput:
     """With held-out tokens of the seed `held_out`."""
-    judging = tokens(net, 200, held_out, noise)
-    return NetworkOutput(net, tokens(net, count, 0, noise), sets(net, constraint), judging=judging, **how)
+    validation = tokens(net, 200, held_out, noise)
+    return NetworkOutput(net, tokens(net, count, 0, noise), sets(net, constraint), validation=validation, **how)

@@ -47,20 +47,20 @@ def test_descent_on_a_support_conforms() -> None:
 @pytest.mark.parametrize(("name", "gated"), [("relu", False), ("silu", True)])
 def test_each_step_lowers_the_error_on_other_tokens(name: str, gated: bool) -> None:
     """Local, as published (where its order holds: ReLU), with the closing step, all weights together at the end."""
-    judged = []
+    validation_loss = []
     for seed in range(3):
         net = network(name, gated=gated, seed=seed)
         setting = {"constraint": Unstructured(0.6), "noise": 0.02, "count": 1000, "damped": damped(net, 0.01)}
         problem = whole(net, **setting)
-        explicit = split(net, judging=problem.judging, **setting)
+        explicit = split(net, validation=problem.validation, **setting)
         runs = [
             Alternating(inner=SparseGPT(), max_iterations=1).solve(explicit),
             Alternating(inner=SparseGPT(), max_iterations=4, tolerance=-1.0).solve(explicit),
             Alternating(inner=SparseGPT(), max_iterations=1).solve(problem),
             Alternating(inner=SparseGPT(), max_iterations=2, together=SupportDescent()).solve(problem),
         ]
-        judged.append([problem.judge(weights_of(problem, run.solution)) for run in runs])
-    local, published, closed, finished = torch.tensor(judged).mean(0).tolist()
+        validation_loss.append([problem.validation_loss(weights_of(problem, run.solution)) for run in runs])
+    local, published, closed, finished = torch.tensor(validation_loss).mean(0).tolist()
     assert local > closed > finished
     assert gated or local > published
 
@@ -73,7 +73,7 @@ def test_the_best_round_by_the_judge_is_returned() -> None:
     problem = whole(network("silu", gated=True), constraint=Unstructured(0.7))
     result = Alternating(inner=SparseGPT(), max_iterations=6, tolerance=-1.0).solve(problem)
     told = [step.end_to_end for step in result.history]
-    assert problem.judge(result.solution) == min(told)
+    assert problem.validation_loss(result.solution) == min(told)
     assert result.iterations == 6
     assert result.status is Status.MAX_ITERATIONS
 
@@ -92,7 +92,7 @@ def test_a_frozen_support_stays() -> None:
     frozen = Alternating(inner=ADMM(), max_iterations=3, freeze_after=1, tolerance=-1.0).solve(problem)
     assert [step.support_changes for step in frozen.history][1:] == [0, 0]
     assert all(torch.equal(first.solution[name] != 0, frozen.solution[name] != 0) for name in ("up", "down"))
-    assert problem.judge(frozen.solution) <= problem.judge(first.solution)
+    assert problem.validation_loss(frozen.solution) <= problem.validation_loss(first.solution)
 
 
 def test_a_step_together_that_the_judge_does_not_like_is_dropped() -> None:
@@ -101,7 +101,7 @@ def test_a_step_together_that_the_judge_does_not_like_is_dropped() -> None:
     wild = Alternating(inner=ADMM(), max_iterations=1, together=Ruin()).solve(problem)
     assert torch.equal(plain.solution["up"], wild.solution["up"])
     assert torch.equal(plain.solution["down"] != 0, wild.solution["down"] != 0)
-    assert problem.judge(wild.solution) <= problem.judge(plain.solution)
+    assert problem.validation_loss(wild.solution) <= problem.validation_loss(plain.solution)
     assert any(note.startswith("round 1: the joint step was no better") for note in wild.notes)
 
 
@@ -155,5 +155,5 @@ class Fading:
     def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
         return Point(weight=x["weight"] + 1)
 
-    def judge(self, x: Point) -> float:
+    def validation_loss(self, x: Point) -> float:
         return {1.0: 1.0, 2.0: 0.5, 3.0: 0.75}[float(x["weight"])]

@@ -347,11 +347,11 @@ def test_broken_constraints() -> None:
             return Unstructured(0.0, keep=int(self._count(Point(w=torch.ones(shape))) * (stop - start) / shape[1]))
 
     class TightensTooMuch(Unstructured):
-        def tightened(self, fraction) -> Unstructured:
+        def scaled_to(self, fraction) -> Unstructured:
             return type(self)(self.sparsity * fraction**0.5 + 0.1 * (1 - fraction))
 
     class TightensBackAndForth(Unstructured):
-        def tightened(self, fraction) -> Unstructured:
+        def scaled_to(self, fraction) -> Unstructured:
             return type(self)(self.sparsity * {0.3: 0.9, 0.7: 0.4}.get(fraction, fraction))
 
     for broken, message in [
@@ -391,12 +391,12 @@ class OneBudgetForAllMatrices(Unstructured):
 
 
 class TightensByTheSquare(Unstructured):
-    def tightened(self, fraction) -> Unstructured:
+    def scaled_to(self, fraction) -> Unstructured:
         return type(self)(self.sparsity * fraction**2)
 
 
 class TightensToAnotherKind(RowWise):
-    def tightened(self, fraction) -> RowWise | Unstructured:
+    def scaled_to(self, fraction) -> RowWise | Unstructured:
         return self if fraction == 1 else Unstructured(self.sparsity * fraction)
 
 
@@ -635,7 +635,7 @@ class InBlocks(Changed):
     def joined(self, x, name, block, solution) -> Point:
         return solution
 
-    def judge(self, x) -> float:
+    def validation_loss(self, x) -> float:
         return self.value(x)
 
 
@@ -650,7 +650,7 @@ class JoinsHalf(InBlocks):
 
 
 class JudgesByATensor(InBlocks):
-    def judge(self, x) -> float:
+    def validation_loss(self, x) -> float:
         return torch.tensor(self.value(x))
 
 
@@ -712,7 +712,7 @@ BROKEN_PROBLEMS = [
     (MinimizesNothing, "as a Minimizable must give its minimum"),
     (JoinsNothing, "join a solution of the block"),
     (JoinsHalf, "return as part what it joined"),
-    (JudgesByATensor, "return a finite float from `judge`"),
+    (JudgesByATensor, "return a finite float from `validation_loss`"),
 ]
 
 
@@ -734,7 +734,7 @@ class Judged(InBlocks):
         problem.held_out = random_weight(3, 6, held_out)
         return problem
 
-    def judge(self, x) -> float:
+    def validation_loss(self, x) -> float:
         return float((x["weight"] - self.held_out).square().sum())
 
 
@@ -756,7 +756,7 @@ class CurvatureOfHeldOutData(Judged):
 
 
 class JudgesByWhatItFits(Judged):
-    def judge(self, x) -> float:
+    def validation_loss(self, x) -> float:
         return self.value(x)
 
 
@@ -766,7 +766,7 @@ class JudgesByWhatItFits(Judged):
         (FitsOnHeldOutData, "have a refit that does not depend on held-out data"),
         (ItsBlockFitsOnHeldOutData, "of block weight that does not depend on held-out data"),
         (CurvatureOfHeldOutData, "have a curvature that does not depend on held-out data"),
-        (JudgesByWhatItFits, "use its held-out data in `judge`"),
+        (JudgesByWhatItFits, "use its held-out data in `validation_loss`"),
     ],
 )
 def test_problems_that_fit_on_held_out_data(problem, message) -> None:

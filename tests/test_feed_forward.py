@@ -20,7 +20,7 @@ from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.testing import assert_problem_conforms
 
 FORMS = [(name, gated) for name in ("relu", "silu", "gelu") for gated in (False, True)]
@@ -53,7 +53,7 @@ def test_the_value_is_that_of_the_formula(name: str, gated: bool) -> None:
     assert 2.0 * problem.value(x) == pytest.approx(objective(problem, x), rel=1e-12)
     consistent = problem.initial()
     assert problem.value(consistent) == pytest.approx(
-        1.5 * problem.judge(consistent) * float(problem.targets.square().sum()), rel=1e-10
+        1.5 * problem.validation_loss(consistent) * float(problem.targets.square().sum()), rel=1e-10
     )
 
 
@@ -169,7 +169,7 @@ def test_the_closing_step_is_least_squares_on_what_the_pruned_network_does(biase
             assert closed["bias"][row].item() == pytest.approx(direct[-1].item(), rel=1e-7, abs=1e-8)
     missing = hidden @ closed["down"].T + closed.get("bias", torch.zeros(1)) - targets
     assert ((missing.T @ hidden)[mask["weight"]].abs() / (targets.norm() * hidden.norm())).max() <= 1e-8
-    again = Polish(max_iterations=200, tolerance=1e-12).solve(
+    again = Refit(max_iterations=200, tolerance=1e-12).solve(
         block, start=Point(weight=net.weights["down"] * mask["weight"])
     )
     assert torch.allclose(again.solution["weight"], solution["weight"], rtol=1e-6, atol=1e-8)
@@ -188,7 +188,9 @@ def test_chunks_do_not_matter(name: str, gated: bool, monkeypatch: pytest.Monkey
         blocks = [problem.block(block, x) for block in problem.order]
         parts = [problem.part(x, block) for block in problem.order]
         values = [block.value(part) for block, part in zip(blocks, parts, strict=True)]
-        figures.append([problem.value(x), problem.judge(x), *values, *(float(b.minimizer.norm()) for b in blocks)])
+        figures.append(
+            [problem.value(x), problem.validation_loss(x), *values, *(float(b.minimizer.norm()) for b in blocks)]
+        )
     # Newton stops at rounding, which a processor does otherwise at the end of a row.
     assert figures[0] == pytest.approx(figures[1], rel=1e-10 if name == "relu" else 1e-8)
 
@@ -236,7 +238,7 @@ def test_they_conform(name: str, gated: bool) -> None:
 
         def of_tokens(seed: int, held_out: int = 100, constraint: SparseSet = constraint) -> FeedForward:
             net = network(name, gated=gated, seed=seed)
-            return split(net, constraint=constraint, judging=tokens(net, 50, held_out))
+            return split(net, constraint=constraint, validation=tokens(net, 50, held_out))
 
         def of_output(seed: int, held_out: int = 100, constraint: SparseSet = constraint) -> NetworkOutput:
             net = network(name, gated=gated, biases=seed % 2 == 0, seed=seed)

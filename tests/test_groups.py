@@ -18,7 +18,7 @@ from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.reference import BruteForceGroups
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.statistics import GramAccumulator, LayerStatistics, centred
 from admm_prune.testing import assert_problem_conforms
 
@@ -106,7 +106,7 @@ def test_structured_obs_against_every_set_of_groups() -> None:
         start = GroupOBS().solve(problem)
         greedy.append(start.objective / optimum)
         once.append(GroupOBS(batch=0).solve(problem).objective / optimum)
-        admm.append(Polish(ADMM()).solve(problem, start=start.solution).objective / optimum)
+        admm.append(Refit(ADMM()).solve(problem, start=start.solution).objective / optimum)
         assert min(greedy[-1], once[-1], admm[-1]) >= 1 - 1e-9
         assert admm[-1] <= greedy[-1], "ADMM is never worse than where it starts"
     assert sum(once) >= sum(greedy)
@@ -284,4 +284,4 @@ def test_groups_refuse_shapes_that_they_do_not_divide() -> None:
     with pytest.raises(ValueError, match="groups of 0 columns are empty"):
         Groups(0.5, 0)
     with pytest.raises(ValueError, match="a set with an explicit count cannot be tightened"):
-        Groups(0.5, keep=2).tightened(0.5)
+        Groups(0.5, keep=2).scaled_to(0.5)

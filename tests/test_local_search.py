@@ -18,7 +18,7 @@ from admm_prune.result import Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.local_search import Gains, LocalSearch, Rows, _Count, resolvent
 from admm_prune.solvers.reference.brute_force import BruteForce
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 seeds = st.integers(0, 10_000)
@@ -125,7 +125,7 @@ def test_on_small_rows_the_optimum_is_found_more_often() -> None:
     for seed in range(200):
         problem = layer(RowWise(0.5), rows=1, width=12, seed=seed)
         optimum = BruteForce().solve(problem).objective * (1 + 1e-6)
-        start = Polish(Wanda()).solve(problem)
+        start = Refit(Wanda()).solve(problem)
         found = LocalSearch(refits=12, patience=12).solve(problem, start=start.solution)
         assert found.objective >= optimum * (1 - 2e-6)
         before += start.objective <= optimum
@@ -138,7 +138,7 @@ def test_a_row_that_keeps_fewer_than_the_candidates_still_swaps() -> None:
     improved = 0
     for seed in range(40):
         problem = layer(RowWise(0.75), rows=1, width=12, seed=seed)
-        start = Polish(Magnitude()).solve(problem)
+        start = Refit(Magnitude()).solve(problem)
         found = LocalSearch(refits=12, swaps=1).solve(problem, start=start.solution)
         improved += found.objective < start.objective * (1 - 1e-6)
     assert improved >= 20

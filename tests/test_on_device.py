@@ -19,7 +19,7 @@ from admm_prune.result import Result
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 SHAPES = {"cpu": ((32, 48), (17, 29)), "device": ((32, 48), (17, 29)), "cuda": ((512, 1024), (1000, 333), (1, 64))}
@@ -27,7 +27,7 @@ SOLVERS: dict[str, tuple[Solver, float]] = {  # with the error that float32 may 
     "magnitude": (Magnitude(), 1e-5),
     "wanda": (Wanda(), 1e-5),
     "sparsegpt": (SparseGPT(), 5e-3),
-    "sparsegpt-polished": (Polish(SparseGPT()), 5e-3),
+    "sparsegpt-polished": (Refit(SparseGPT()), 5e-3),
     "admm-fast": (ADMM.fast(), 3e-2),  # products in bfloat16 choose a support as good, not the same one
     "admm": (ADMM(), 3e-2),
     "admm-best": (LocalSearch(ADMM.best()), 3e-2),

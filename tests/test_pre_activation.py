@@ -62,8 +62,8 @@ def test_relu_is_the_global_minimum(w: float, gated: bool) -> None:
     reached = loss(s, m, p, gain, w, RELU)
     below = m.clamp_max(0)
     above = ((m + w * gain * p) / (1 + w * gain**2)).clamp_min(0)
-    branches = torch.minimum(loss(below, m, p, gain, w, RELU), loss(above, m, p, gain, w, RELU))
-    assert (reached - branches).max() <= 1e-12
+    sublayers = torch.minimum(loss(below, m, p, gain, w, RELU), loss(above, m, p, gain, w, RELU))
+    assert (reached - sublayers).max() <= 1e-12
     assert (reached - least_on_a_grid(m, p, gain, w, RELU)).max() <= 1e-12
 
 

@@ -18,7 +18,7 @@ from admm_prune.result import Status
 from admm_prune.solvers import x_updates
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 
@@ -181,14 +181,14 @@ def test_scaling_a_channel_and_permuting_change_nothing(seed) -> None:
         RowWise(0.5),
         ridge=0.01,
     )
-    for solver in (ADMM(), Wanda(), Polish(Wanda())):
+    for solver in (ADMM(), Wanda(), Refit(Wanda())):
         here, there = solver.solve(problem), solver.solve(moved)
         assert there.objective == pytest.approx(here.objective, rel=1e-8)
         back = (there.solution["weight"])[rows.argsort()][:, columns.argsort()] * factors
         assert torch.allclose(back, here.solution["weight"], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [ADMM(), Wanda(), SparseGPT(mask_scope="layer"), Polish(Wanda())], ids=str)
+@pytest.mark.parametrize("solver", [ADMM(), Wanda(), SparseGPT(mask_scope="layer"), Refit(Wanda())], ids=str)
 def test_with_unrelated_inputs_the_wanda_mask_is_optimal(solver) -> None:
     g = torch.Generator().manual_seed(0)
     w = torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_with_unrelated_inputs_the_wanda_mask_is_optimal(solver) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 8), (8, 1), (3, 5)])
-@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), Polish(Magnitude())], ids=str)
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), Refit(Magnitude())], ids=str)
 def test_odd_shapes(solver, rows, width) -> None:
     problem = layer(Unstructured(0.5), rows=rows, width=width)
     assert problem.constraint.contains(solver.solve(problem).solution)
@@ -222,7 +222,7 @@ def test_refusals_name_both_sides() -> None:
         def value(self, x: Point) -> float:
             return x.norm()
 
-    for solver in (Wanda(), SparseGPT(), ADMM(), Polish(Magnitude())):
+    for solver in (Wanda(), SparseGPT(), ADMM(), Refit(Magnitude())):
         with pytest.raises(TypeError, match=f"{type(solver).__name__} needs.*Bare"):
             solver.solve(Bare())
     with pytest.raises(TypeError, match="Bare lacks hessian, linear, minimizer"):
@@ -235,12 +235,12 @@ def test_refusals_name_both_sides() -> None:
         def contains(self, z: Point) -> bool:
             return z.norm() <= 1
 
-    for solver in (SparseGPT(), ADMM(), Polish(Magnitude())):
+    for solver in (SparseGPT(), ADMM(), Refit(Magnitude())):
         with pytest.raises(TypeError, match=f"{type(solver).__name__} needs a SupportConstraint.*Ball"):
             solver.solve(layer(Ball()))
     assert Magnitude().solve(layer(Ball())).solution.norm() == pytest.approx(1.0)
     with pytest.raises(ValueError, match="inner solver or a start"):
-        Polish().solve(layer(Unstructured(0.5)))
+        Refit().solve(layer(Unstructured(0.5)))
 
 
 def test_schedules() -> None:

@@ -53,7 +53,7 @@ def test_sparsegpt(make, seed, block, sparsity) -> None:
     problem = make(Unstructured(sparsity), seed=seed)
 
     def select(score: Tensor, start: int) -> Tensor:
-        share = problem.constraint.share(start, start + score.shape[1], (len(score), WIDTH))
+        share = problem.constraint.column_slice(start, start + score.shape[1], (len(score), WIDTH))
         return share.select(Point(weight=score.sqrt()))["weight"]
 
     expected = textbook.sparsegpt(problem.minimizer, problem.hessian, select, block)

@@ -213,7 +213,7 @@ def _prune(model: Path, out: Path, calibration: Sequences, sparsity: float) -> N
     with journal_of(out) as journal:
         journal.begin({"settings": {}, "environment": {}})
         task = Task(target=Target(sparsity), calibration=calibration)
-        _RECIPE.prune(on_disk.model, task, Runtime(residence=on_disk, journal=journal))
+        _RECIPE.prune(on_disk.model, task, Runtime(offloading=on_disk, journal=journal))
         with journal.output() as folder:
             on_disk.save(folder)
 

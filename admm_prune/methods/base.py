@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.result import Convergence, Diagnosis
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Runtime:
         activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
     """
 
-    residence: Residence = IN_MEMORY
+    offloading: Offloading = IN_MEMORY
     world: World = ALONE
     journal: Journal = NOTHING
     on_progress: OnProgress | None = None

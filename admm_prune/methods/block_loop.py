@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from admm_prune.methods.base import LayerReport, Runtime, Task
-from admm_prune.models.activation_store import Shelf
+from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, decoder_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visit:
+class BlockResult:
     """The result of one block.
 
     Attributes:
@@ -37,21 +37,21 @@ class Visitor(Protocol):
     It may advance the stream itself, if the next block is to see the outputs of this one before it was changed.
     """
 
-    def __call__(self, stream: BlockStream, index: int, block: Block) -> Visit: ...
+    def __call__(self, stream: BlockStream, index: int, block: Block) -> BlockResult: ...
 
 
-def walk(
+def for_each_block(
     model: nn.Module,
     task: Task,
     runtime: Runtime,
-    visit: Visitor,
+    prune_block: Visitor,
     *,
     part: str = "blocks",
     changes: bool = True,
     reshape: Callable[[int], None] | None = None,
     steps: tuple[int, int] | None = None,
     note: str = "",
-) -> list[Visit]:
+) -> list[BlockResult]:
     """Visits every block in order, on what the blocks before put out, and hands each to the runtime's journal.
 
     Blocks that the journal has already are not visited again.
@@ -68,11 +68,11 @@ def walk(
         UserError: the text or a block cannot be used, or the journal not be written.
     """
     blocks = decoder_blocks(model)
-    residence, journal = runtime.residence, runtime.journal
-    if changes and residence.hollow and not journal.keeps:
+    offloading, journal = runtime.offloading, runtime.journal
+    if changes and offloading.is_offloaded and not journal.keeps:
         raise ValueError("a model that is not in memory needs a journal, or its pruned blocks are lost")
-    visits = [
-        Visit(
+    block_results = [
+        BlockResult(
             layers=[LayerReport.from_json(layer) for layer in content["layers"]],
             details=content["details"],
             tensors={} if changes else load_file(journal.tensor_file(part, index)),
@@ -80,31 +80,31 @@ def walk(
         for index, content in enumerate(journal.finished(part))
     ]
     if changes:
-        for index in range(len(visits)):
+        for index in range(len(block_results)):
             if reshape is not None:
                 reshape(index)
-            residence.restore(index, blocks[index], journal.tensor_file(part, index))
+            offloading.restore(index, blocks[index], journal.tensor_file(part, index))
     before, total = steps or (0, len(blocks))
-    if len(visits) < len(blocks):
-        shelf = Shelf(runtime.activation_bytes, journal.scratch())
-        device = residence.device(model)
+    if len(block_results) < len(blocks):
+        activation_store = ActivationStore(runtime.activation_bytes, journal.scratch())
+        device = offloading.device(model)
         stream = BlockStream(
             model,
             blocks,
             task.calibration,
             device,
-            residence=residence,
-            shelf=shelf,
+            offloading=offloading,
+            activation_store=activation_store,
             world=runtime.world,
-            sparing=residence.hollow,
+            sparing=offloading.is_offloaded,
         )
-        if visits:
-            _catch_up(stream, runtime, journal.resume_point(part), len(visits))
-        for index in range(len(visits), len(blocks)):
+        if block_results:
+            _catch_up(stream, runtime, journal.resume_point(part), len(block_results))
+        for index in range(len(block_results), len(blocks)):
             block = blocks[index]
             runtime.report_progress(before + index, total, f"{block.name}{note}")
-            with residence.block(index):
-                found = visit(stream, index, block)
+            with offloading.block(index):
+                found = prune_block(stream, index, block)
                 found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
                 if stream.position == index:
                     stream.advance(index)
@@ -115,12 +115,12 @@ def walk(
                     tensors=_weights(block) if changes else found.tensors,
                     activations=stream.activations if runtime.world.size == 1 else None,
                 )
-            if changes and residence.hollow:
-                residence.restore(index, block, journal.tensor_file(part, index))
-            visits.append(found)
+            if changes and offloading.is_offloaded:
+                offloading.restore(index, block, journal.tensor_file(part, index))
+            block_results.append(found)
             if found.layers:
                 runtime.record(_figures(found.layers), index)
-    return visits
+    return block_results
 
 
 def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tensor] | None, index: int) -> None:
@@ -132,7 +132,7 @@ def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tens
         stream.resume(index, activations)
         return
     for finished in range(index):
-        with runtime.residence.block(finished):
+        with runtime.offloading.block(finished):
             stream.advance(finished)
 
 

@@ -14,7 +14,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Task
-from admm_prune.methods.block_loop import Visit, walk
+from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
 from admm_prune.methods.parts import ProblemLike, SetLike
@@ -74,14 +74,14 @@ class Layerwise(Capabilities):
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
 
-        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+        def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             chosen = {view.name for view in block.weights if task.target.at(view.name) is not None}
             inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
-            return Visit(layers=[*prune_all(inputs, self.method, task, runtime.world), *untouched(block, chosen)])
+            return BlockResult(layers=[*prune_all(inputs, self.method, task, runtime.world), *untouched(block, chosen)])
 
-        visits = walk(model, task, runtime, visit)
-        runtime.report_progress(len(visits), len(visits))
-        return Outcome(layers=[report for found in visits for report in found.layers])
+        block_results = for_each_block(model, task, runtime, prune_block)
+        runtime.report_progress(len(block_results), len(block_results))
+        return Outcome(layers=[report for found in block_results for report in found.layers])
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:

@@ -17,7 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
-from admm_prune.methods.block_loop import Visit, walk
+from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
@@ -55,7 +55,7 @@ class Agreed:
 
     def solve(self, problem: Any, *, start: Point | None = None) -> Result:
         result = self.inner.solve(problem, start=start)
-        return replace(result, solution=result.solution.map(lambda x: self.world.handed(x.contiguous(), 0)))
+        return replace(result, solution=result.solution.map(lambda x: self.world.broadcast(x.contiguous(), 0)))
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
@@ -122,14 +122,14 @@ class SparseLLM(Capabilities):
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
 
-        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+        def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             if index >= chosen:
-                return Visit(layers=[report_of(view, view.shape) for view in block.weights])
+                return BlockResult(layers=[report_of(view, view.shape) for view in block.weights])
             return self._prune_block(stream, index, block, task, runtime.world)
 
-        visits = walk(model, task, runtime, visit)
+        block_results = for_each_block(model, task, runtime, prune_block)
         runtime.report_progress(count, count)
-        figures = [found.details for found in visits[:chosen]]
+        figures = [found.details for found in block_results[:chosen]]
         notes = []
         if self.target == "block" and not all(figure["repairs"] for figure in figures):
             notes.append(
@@ -137,17 +137,17 @@ class SparseLLM(Capabilities):
             )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
-        layers = [report for found in visits for report in found.layers]
+        layers = [report for found in block_results for report in found.layers]
         return Outcome(
             layers=layers,
             notes=tuple(notes),
             details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
         )
 
-    def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> Visit:
+    def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> BlockResult:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
-        activation = world.from_first(lambda: views.activation.name)  # two may agree up to rounding
+        activation = world.broadcast_from_rank0(lambda: views.activation.name)  # two may agree up to rounding
         views = replace(views, activation=ACTIVATIONS[activation])
         repairs = self.target == "block" and stream.adds(index, views.down)
         own = views.weights
@@ -159,7 +159,9 @@ class SparseLLM(Capabilities):
         attention = pruned - {view.name for view in own}
         reports += prune_all(stream.collect(index, attention, wanted), self.method, task, world)
         if not targets:  # the whole network is to stay as it is
-            return Visit(layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs})
+            return BlockResult(
+                layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs}
+            )
         if pairs is None:
             pairs = stream.pairs(index, views.up, views.down, wanted)
         del wanted
@@ -168,8 +170,8 @@ class SparseLLM(Capabilities):
             network = network_of(views)
             damped = self.damped(network, pairs, task, constraints, world)
             places, count = stream.places("calibration")
-            share = Share(count, places, world.total)
-            result, error, judged = self.solve(network, damped, pairs, constraints, share, world)
+            share = Share(count, places, world.all_reduce)
+            result, error, validation_loss = self.solve(network, damped, pairs, constraints, share, world)
             for name, view in views.views.items():
                 view.write(result.solution[name])
             bias = views.down.bias
@@ -198,12 +200,12 @@ class SparseLLM(Capabilities):
             "activation": views.activation.name,
             "repairs": repairs,
             "relative_error": error,
-            "relative_error_validation": judged,
+            "relative_error_validation": validation_loss,
             "damped": damped,
             "rounds": [progress.end_to_end for progress in result.history],
             "best_round": result.best_iteration,
         }
-        return Visit(layers=reports + untouched(block, pruned), details=figure)
+        return BlockResult(layers=reports + untouched(block, pruned), details=figure)
 
     def solve(
         self,
@@ -219,12 +221,12 @@ class SparseLLM(Capabilities):
         Args:
             share, world: of the calibration tokens, where every process has its own.
         """
-        judging = pairs.get("validation", pairs["calibration"])
+        validation = pairs.get("validation", pairs["calibration"])
         whole = NetworkOutput(
             network,
             pairs["calibration"],
             constraints,
-            judging=judging,
+            validation=validation,
             penalties=self.penalties,
             damped=damped,
             share=share,
@@ -233,13 +235,13 @@ class SparseLLM(Capabilities):
         problem: NetworkOutput | FeedForward = whole
         if not self.closing:
             kind = GatedFeedForward if network.gated else FeedForward
-            inputs, outputs, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *judging))
+            inputs, outputs, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *validation))
             problem = kind(
                 network,
                 inputs,
                 outputs,
                 constraints,
-                judging=(others[0], others[1]),
+                validation=(others[0], others[1]),
                 penalties=self.penalties,
                 damped=damped,
                 total=total,
@@ -253,7 +255,7 @@ class SparseLLM(Capabilities):
         result = solver.solve(problem)
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
         energy = float(total(pairs["calibration"][1].double().square().sum())) or 1.0
-        return result, (result.objective if self.closing else whole.value(x)) / energy, whole.judge(x)
+        return result, (result.objective if self.closing else whole.value(x)) / energy, whole.validation_loss(x)
 
     def damped(
         self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
@@ -263,11 +265,11 @@ class SparseLLM(Capabilities):
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
             if task.ridge == "auto":
-                grams = {part: _gram(network, name, inputs, world.total) for part, (inputs, _) in pairs.items()}
+                grams = {part: _gram(network, name, inputs, world.all_reduce) for part, (inputs, _) in pairs.items()}
                 validation = grams.get("validation")
                 gram = torch.stack(list(grams.values())).sum(0)
             settle = partial(settle_ridge, task.ridge, self.method, weight, gram, validation, constraints[name])
-            asked = world.from_first(settle)
+            asked = world.broadcast_from_rank0(settle)
             damped[name] = (asked.ridge, asked.damping)
         return damped
 

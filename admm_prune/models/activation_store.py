@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
-from admm_prune.models.streaming import Residence
+from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block
 
 
-class Shelf:
+class ActivationStore:
     """Stores tensors by name off the device.
 
     A tensor that would exceed the memory limit is written to a file. Reading it maps the file, so that pages are loaded
@@ -77,7 +77,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block returns them
 
 
-class Flow:
+class BatchState:
     """One batch on its way through the model.
 
     Attributes:
@@ -86,9 +86,11 @@ class Flow:
         calls: every block's arguments other than the hidden states.
     """
 
-    def __init__(self, name: str, shelf: Shelf, hidden: Tensor, mask: Tensor, calls: list[Call]) -> None:
+    def __init__(
+        self, name: str, activation_store: ActivationStore, hidden: Tensor, mask: Tensor, calls: list[Call]
+    ) -> None:
         self.name, self.mask, self.calls = name, mask, calls
-        self._shelf, self._device = shelf, hidden.device
+        self._activation_store, self._device = activation_store, hidden.device
         self.hidden = hidden
 
     @property
@@ -98,12 +100,12 @@ class Flow:
 
     @hidden.setter
     def hidden(self, hidden: Tensor) -> None:
-        self._shelf.put(self.name, hidden)
+        self._activation_store.put(self.name, hidden)
 
     @property
     def stored(self) -> Tensor:
         """The present hidden states, on the host."""
-        return self._shelf.get(self.name)
+        return self._activation_store.get(self.name)
 
     def replay(self, block: Block, index: int, *, finite: bool = True) -> Tensor:
         """The hidden states that `block` computes from the present ones.
@@ -126,11 +128,11 @@ def record(
     batches: Iterable[tuple[str, Batch]],
     device: torch.device,
     *,
-    residence: Residence,
+    offloading: Offloading,
     wrap: Wrap | None,
-    shelf: Shelf,
+    activation_store: ActivationStore,
     finite: bool = True,
-) -> list[Flow]:
+) -> list[BatchState]:
     """Runs the model on every batch, up to its last block, to record how it calls its blocks.
 
     Blocks without weights are skipped: their other arguments do not depend on the outputs of the blocks.
@@ -145,17 +147,17 @@ def record(
         UserError: blocks are called out of order or never, or the inputs of the first are not finite.
     """
     passing = nullcontext() if wrap is None else passed_by(blocks, wrap)
-    with residence.outside(), passing:
-        return [_record(model, blocks, name, batch, device, shelf, finite) for name, batch in batches]
+    with offloading.outside(), passing:
+        return [_record(model, blocks, name, batch, device, activation_store, finite) for name, batch in batches]
 
 
-def form_of(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap | None:
+def form_of(model: nn.Module, blocks: list[Block], device: torch.device, offloading: Offloading) -> Wrap | None:
     """As `returned_form`; None if all weights are in memory, so that no block is skipped."""
-    return returned_form(model, blocks, device, residence) if residence.hollow else None
+    return returned_form(model, blocks, device, offloading) if offloading.is_offloaded else None
 
 
 @torch.no_grad()
-def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, residence: Residence) -> Wrap:
+def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, offloading: Offloading) -> Wrap:
     """The form in which blocks return hidden states, alone or in a tuple, found by calling the first block."""
     returned: list[Any] = []
 
@@ -165,7 +167,7 @@ def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, r
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     with ExitStack() as stack:
-        for entered in (residence.outside(), residence.block(0), blocks[0].module.register_forward_hook(hook)):
+        for entered in (offloading.outside(), offloading.block(0), blocks[0].module.register_forward_hook(hook)):
             stack.enter_context(entered)
         stack.enter_context(suppress(_StopRecordingError))
         model(input_ids=ids, use_cache=False)
@@ -218,9 +220,9 @@ def _record(
     name: str,
     batch: Batch,
     device: torch.device,
-    shelf: Shelf,
+    activation_store: ActivationStore,
     finite: bool,
-) -> Flow:
+) -> BatchState:
     entering: list[Tensor] = []
     calls: list[Call] = []
 
@@ -243,7 +245,7 @@ def _record(
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")
     if finite:
         check_finite(entering[0], f"the hidden states that enter {blocks[0].name}")
-    return Flow(name, shelf, entering[0], batch.mask.to(device), calls)
+    return BatchState(name, activation_store, entering[0], batch.mask.to(device), calls)
 
 
 def _passing(wrap: Wrap, last: Tensor | None) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import Flow, Shelf, form_of, record
+from admm_prune.models.activation_store import ActivationStore, BatchState, form_of, record
 from admm_prune.models.archive import Lazy
 from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.statistics import SUM_BYTES
 
@@ -59,8 +59,8 @@ class BlockStream:
         *,
         validation_fraction: float = 0.15,
         holdout: Sequences | None = None,
-        residence: Residence = IN_MEMORY,
-        shelf: Shelf | None = None,
+        offloading: Offloading = IN_MEMORY,
+        activation_store: ActivationStore | None = None,
         world: World = ALONE,
         sparing: bool = False,
     ) -> None:
@@ -68,7 +68,7 @@ class BlockStream:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
         self._position, self._world, self._sparing = 0, world, sparing
-        shelf = shelf or Shelf()
+        activation_store = activation_store or ActivationStore()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
         self._texts = {part: text for part, text in parts.items() if text is not None}
@@ -78,16 +78,16 @@ class BlockStream:
                 f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
             )
         self._device = place = torch.device(device)
-        wrap = form_of(model, blocks, place, residence)
+        wrap = form_of(model, blocks, place, offloading)
         self._flows = {
             part: record(
                 model,
                 blocks,
                 ((f"{part}/{i}", batch) for i, batch in enumerate(_share(text, world).batches)),
                 place,
-                residence=residence,
+                offloading=offloading,
                 wrap=wrap,
-                shelf=shelf,
+                activation_store=activation_store,
             )
             for part, text in self._texts.items()
         }
@@ -229,7 +229,7 @@ class BlockStream:
             return None, text.tokens
         lengths = [len(row.ids) for row in text.rows]
         starts = accumulate(lengths, initial=0)
-        own = self._world.share(list(zip(starts, lengths, strict=False)))
+        own = self._world.partition(list(zip(starts, lengths, strict=False)))
         here = [torch.arange(start, start + length, device=self._device) for start, length in own]
         return torch.cat(here), text.tokens
 
@@ -246,7 +246,7 @@ class BlockStream:
         with last.module.register_forward_hook(_adding(more)):
             after = flow.replay(block, index)
         off = ((after.float() - before.float()) - more.float()).square().mean().sqrt()
-        return self._world.from_first(lambda: bool(off <= 0.05 * size))
+        return self._world.broadcast_from_rank0(lambda: bool(off <= 0.05 * size))
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -272,9 +272,9 @@ class BlockStream:
         """||h||_F^2: the squared norms of the current hidden states of all calibration tokens, summed in float64."""
         flows = self._flows["calibration"] + self._flows.get("validation", [])
         own = sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
-        return float(self._world.total(torch.tensor(own, dtype=torch.float64)))
+        return float(self._world.all_reduce(torch.tensor(own, dtype=torch.float64)))
 
-    def _all_flows(self) -> list[Flow]:
+    def _all_flows(self) -> list[BatchState]:
         return [flow for flows in self._flows.values() for flow in flows]
 
     def _turn(self, index: int) -> Block:
@@ -284,7 +284,7 @@ class BlockStream:
 
 
 def _share(text: Sequences, world: World) -> Sequences:
-    return replace(text, rows=tuple(world.share(text.rows)))
+    return replace(text, rows=tuple(world.partition(text.rows)))
 
 
 def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
 from admm_prune.models.activation_store import passed_by, returned_form
-from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
 _IDS = (2, 3, 4, 5, 6)
 _LEAST = 1e-5  # smaller relative differences are rounding
 
 
-def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> None:
+def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) -> None:
     """Refuses a model in which a token's representation depends on later tokens, such as an encoder.
 
     The last of a few tokens is replaced. The outputs of one block of every kind (class, and kind of attention) at the
@@ -40,11 +40,11 @@ def check_causal(source: str, model: Any, residence: Residence = IN_MEMORY) -> N
     except UserError:  # the command that needs the blocks reports the reason
         return
     try:
-        with residence.outside():
-            wrap = returned_form(model, blocks, residence.device(model), residence)
+        with offloading.outside():
+            wrap = returned_form(model, blocks, offloading.device(model), offloading)
             for block in _of_each_kind(model, blocks):
-                with residence.block(blocks.index(block)), passed_by(blocks[: blocks.index(block)], wrap):
-                    why = _try(model, block, residence.device(model))
+                with offloading.block(blocks.index(block)), passed_by(blocks[: blocks.index(block)], wrap):
+                    why = _try(model, block, offloading.device(model))
                 if why is not None:
                     raise UserError(f"{source}: {why}")
     except UserError:

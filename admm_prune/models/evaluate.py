@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
-from admm_prune.models.activation_store import Shelf, form_of, passed_by, record
+from admm_prune.models.activation_store import ActivationStore, form_of, passed_by, record
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.streaming import IN_MEMORY, Residence
+from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, decoder_blocks
 
 T = TypeVar("T")
@@ -42,8 +42,8 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     sequences: Sequences,
-    residence: Residence = IN_MEMORY,
-    shelf: Shelf | None = None,
+    offloading: Offloading = IN_MEMORY,
+    activation_store: ActivationStore | None = None,
     world: World = ALONE,
 ) -> Evaluation:
     """Scores every token of `sequences` but those that are given, once each.
@@ -57,16 +57,16 @@ def evaluate(
         shelf: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.
     """
-    pieces = world.share([piece for batch in sequences.batches for piece in _pieces(model, batch)])
-    if residence.hollow:
-        device = residence.device(model)
-        losses = streamed(model, pieces, residence, lambda piece: _loss(model, piece, device), shelf)
+    pieces = world.partition([piece for batch in sequences.batches for piece in _pieces(model, batch)])
+    if offloading.is_offloaded:
+        device = offloading.device(model)
+        losses = streamed(model, pieces, offloading, lambda piece: _loss(model, piece, device), activation_store)
     else:
         losses = (_loss(model, piece) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
     for loss in losses:
         total += loss
-    total = world.total(total)
+    total = world.all_reduce(total)
     tokens, characters = sequences.scored_tokens, sequences.characters
     return Evaluation(
         perplexity=(total / tokens).exp().item(),
@@ -83,9 +83,9 @@ def evaluate(
 def streamed(
     model: nn.Module,
     pieces: list[Batch],
-    residence: Residence,
+    offloading: Offloading,
     call: Callable[[Batch], T],
-    shelf: Shelf | None = None,
+    activation_store: ActivationStore | None = None,
 ) -> Iterator[T]:
     """The result of `call` on every piece, with one block in memory at a time, then the modules outside the blocks.
 
@@ -93,16 +93,25 @@ def streamed(
         call: calls the model on a piece; its blocks then return their saved outputs.
         shelf: keeps the hidden states meanwhile.
     """
-    blocks, device = decoder_blocks(model), residence.device(model)
+    blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
-    wrap = form_of(model, blocks, device, residence)
-    flows = record(model, blocks, named, device, residence=residence, wrap=wrap, shelf=shelf or Shelf(), finite=False)
+    wrap = form_of(model, blocks, device, offloading)
+    flows = record(
+        model,
+        blocks,
+        named,
+        device,
+        offloading=offloading,
+        wrap=wrap,
+        activation_store=activation_store or ActivationStore(),
+        finite=False,
+    )
     for index, block in enumerate(blocks):
-        with residence.block(index):
+        with offloading.block(index):
             for flow in flows:
                 flow.hidden = flow.replay(block, index, finite=False)
     assert wrap is not None
-    with residence.outside():
+    with offloading.outside():
         for piece, flow in zip(pieces, flows, strict=True):
             with passed_by(blocks, wrap, flow.hidden):
                 yield call(piece)

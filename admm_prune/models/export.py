@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.sublayers import Branch, pad_units
+from admm_prune.models.sublayers import Sublayer, pad_units
 
 Form = Literal["per-layer", "padded"]
 _NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # names of the number of neurons in configs
@@ -18,7 +18,7 @@ _NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # nam
 _KEYS = ("num_key_value_heads", "num_kv_heads")  # and of the number of key-value heads
 
 
-def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "per-layer") -> str:
+def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = "per-layer") -> str:
     """Updates the config with the widths of the blocks, in place.
 
     If all blocks have equal widths that the family's config can express, the stock class loads the model. Otherwise:
@@ -45,14 +45,14 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Branch]], form: Form = "p
         _per_layer(model, blocks)
         return form
     for kind in ("heads", "neurons"):
-        alike = [branch for block in blocks for branch in block if branch.kind == kind]
+        alike = [sublayer for block in blocks for sublayer in block if sublayer.kind == kind]
         if not alike:
             continue
-        widest = max(branch.count for branch in alike)
+        widest = max(sublayer.count for sublayer in alike)
         while not admits(config, alike[0], widest):
             widest += 1  # the dense number is admitted
-        for branch in alike:
-            pad_units(branch, widest)
+        for sublayer in alike:
+            pad_units(sublayer, widest)
     _settle(model, blocks[0])
     return form
 
@@ -68,15 +68,15 @@ def check_exportable(model: nn.Module, form: Form) -> None:
         raise UserError(f"{name}: its blocks must have equal widths: use struprune-uniform or struprune-padded")
 
 
-def units_by_block(blocks: Sequence[Sequence[Branch]]) -> list[dict[str, int]]:
+def units_by_block(blocks: Sequence[Sequence[Sublayer]]) -> list[dict[str, int]]:
     """The number of units of the branches of every block, by kind."""
-    return [{branch.kind: branch.count for branch in block} for block in blocks]
+    return [{sublayer.kind: sublayer.count for sublayer in block} for block in blocks]
 
 
-def admits(config: Any, branch: Branch, count: int) -> bool:
+def admits(config: Any, sublayer: Sublayer, count: int) -> bool:
     """Whether the stock class of a config supports this number of units of a kind."""
-    if branch.kind == "heads":
-        return admits_heads(config, count * branch.queries, branch.size)
+    if sublayer.kind == "heads":
+        return admits_heads(config, count * sublayer.queries, sublayer.size)
     return admits_neurons(config, count)
 
 
@@ -109,11 +109,11 @@ def per_layer_class(name: str) -> Any:
     return getattr(modeling_per_layer, f"PerLayer{name.removeprefix('PerLayer')}", None)
 
 
-def _is_stock(config: Any, blocks: Sequence[Sequence[Branch]]) -> bool:
+def _is_stock(config: Any, blocks: Sequence[Sequence[Sublayer]]) -> bool:
     units = units_by_block(blocks)
     if any(other != units[0] for other in units):
         return False
-    return all(admits(config, branch, branch.count) for branch in blocks[0])
+    return all(admits(config, sublayer, sublayer.count) for sublayer in blocks[0])
 
 
 def _says_head_size(config: Any) -> bool:
@@ -121,21 +121,21 @@ def _says_head_size(config: Any) -> bool:
     return hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
 
 
-def _widths(config: Any, block: Sequence[Branch]) -> dict[str, int]:
+def _widths(config: Any, block: Sequence[Sublayer]) -> dict[str, int]:
     """The attributes of the config for the widths of a block."""
     widths: dict[str, int] = {}
-    for branch in block:
-        if branch.kind == "neurons":
-            widths[next((name for name in _NEURONS if hasattr(config, name)), _NEURONS[0])] = branch.count
+    for sublayer in block:
+        if sublayer.kind == "neurons":
+            widths[next((name for name in _NEURONS if hasattr(config, name)), _NEURONS[0])] = sublayer.count
         else:
-            widths["num_attention_heads"] = branch.count * branch.queries
+            widths["num_attention_heads"] = sublayer.count * sublayer.queries
             for name in _KEYS:
                 if hasattr(config, name):
-                    widths[name] = branch.count
+                    widths[name] = sublayer.count
     return widths
 
 
-def _settle(model: Any, block: Sequence[Branch]) -> None:
+def _settle(model: Any, block: Sequence[Sublayer]) -> None:
     """The stock class, with all blocks as wide as this one."""
     config = model.config
     if per_layer_class(type(model).__name__) is type(model):  # it was pruned before
@@ -147,14 +147,14 @@ def _settle(model: Any, block: Sequence[Branch]) -> None:
         setattr(config, name, width)
 
 
-def _keep_head_size(config: Any, block: Sequence[Branch]) -> None:
+def _keep_head_size(config: Any, block: Sequence[Sublayer]) -> None:
     """Sets the head size: if a config omits it, it is derived from the number of heads, which changes."""
-    sizes = [branch.size for branch in block if branch.kind == "heads"]
+    sizes = [sublayer.size for sublayer in block if sublayer.kind == "heads"]
     if sizes and _says_head_size(config):
         config.head_dim = sizes[0]
 
 
-def _per_layer(model: Any, blocks: Sequence[Sequence[Branch]]) -> None:
+def _per_layer(model: Any, blocks: Sequence[Sequence[Sublayer]]) -> None:
     """Keeps the config's attributes, by which the stock class builds all blocks; our class then slices each block."""
     config = model.config
     _keep_head_size(config, blocks[0])

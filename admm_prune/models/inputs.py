@@ -72,16 +72,16 @@ class Collector:
         """Sums the statistics of all processes; a process without tokens for an input adds zeros."""
         if world.size == 1:
             return
-        for found in world.gathered(self._leaders):  # in one order everywhere
+        for found in world.all_gather(self._leaders):  # in one order everywhere
             for number, leader in found.items():
                 self._leaders.setdefault(number, leader)
-        first = world.gathered(list(self._leaders))[0]
+        first = world.all_gather(list(self._leaders))[0]
         self._leaders = {number: self._leaders[number] for number in first}
         for leader in dict.fromkeys(self._leaders.values()):
             for part in parts if leader not in self._joined else ():
                 if (leader, part) not in self._grams:
                     self._grams[leader, part] = GramAccumulator(self._weights[leader].shape[1], self._mask.device)
-                self._grams[leader, part].join(world.total)
+                self._grams[leader, part].join(world.all_reduce)
             self._joined.add(leader)
 
     def starving(self) -> bool:

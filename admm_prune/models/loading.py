@@ -21,7 +21,7 @@ from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
 from admm_prune.models.checks import check_causal, check_vocabulary
 from admm_prune.models.export import per_layer_class
 from admm_prune.models.stored import check_stored, dequantizer, shapes
-from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Residence
+from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Offloading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     source: str
     revision: str | None = None
-    residence: Residence = IN_MEMORY
+    offloading: Offloading = IN_MEMORY
 
 
 def load(
@@ -106,8 +106,8 @@ def open_on_disk(
 
 def fingerprint(loaded: LoadedModel) -> str:
     """sha256 over the config and all weights, as they are stored where they are not in memory."""
-    residence = loaded.residence
-    tensors = residence.tensors() if isinstance(residence, ModelOnDisk) else loaded.model.state_dict().items()
+    offloading = loaded.offloading
+    tensors = offloading.tensors() if isinstance(offloading, ModelOnDisk) else loaded.model.state_dict().items()
     digest = hashlib.sha256(loaded.model.config.to_json_string(use_diff=False).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -128,8 +128,8 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
     setattr(config, METADATA_KEY, metadata)
     try:
         with quiet():
-            if isinstance(loaded.residence, ModelOnDisk):
-                loaded.residence.save(folder)
+            if isinstance(loaded.offloading, ModelOnDisk):
+                loaded.offloading.save(folder)
             else:
                 loaded.model.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)

@@ -34,7 +34,7 @@ class World:
     size: int = 1
 
     @classmethod
-    def here(cls) -> World:
+    def current(cls) -> World:
         """The processes of torch's default group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
@@ -44,11 +44,11 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def partition(self, items: Sequence[T]) -> list[T]:
         """This process's share of some items; the shares are disjoint, and their sizes differ by at most one."""
         return list(items[self.rank :: self.size])
 
-    def dealt(self, costs: Sequence[float]) -> list[int]:
+    def assigned(self, costs: Sequence[float]) -> list[int]:
         """Assigns pieces of work to processes by cost: the most expensive first, each to the least loaded process."""
         loads = [0.0] * self.size
         owners = [0] * len(costs)
@@ -69,16 +69,16 @@ class World:
             work: does some pieces, given by their numbers, in order.
             changed: the tensors that it changes in place: they become the same everywhere.
         """
-        owners = self.dealt(costs)
+        owners = self.assigned(costs)
         own = [i for i, owner in enumerate(owners) if owner == self.rank]
         mine = dict(zip(own, work(own), strict=True))
         for i, owner in enumerate(owners if self.size > 1 else ()):
             for values in changed(i):
-                values.copy_(self.handed(values.contiguous(), owner))
-        done = {i: found for those in self.gathered(mine) for i, found in those.items()}
+                values.copy_(self.broadcast(values.contiguous(), owner))
+        done = {i: found for those in self.all_gather(mine) for i, found in those.items()}
         return [done[i] for i in range(len(costs))]
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes, in place."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
@@ -86,22 +86,22 @@ class World:
         """The maximum over the processes, in place."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
-    def handed(self, values: Tensor, owner: int) -> Tensor:
+    def broadcast(self, values: Tensor, owner: int) -> Tensor:
         """Broadcasts `values` from the process `owner`, in place."""
         if self.size > 1:
-            with reaching_others():
+            with communicating():
                 dist.broadcast(values, owner)
         return values
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Gathers the values of all processes."""
         everywhere: list[Any] = [value] * self.size
         if self.size > 1:
-            with reaching_others():
+            with communicating():
                 dist.all_gather_object(everywhere, value)
         return everywhere
 
-    def from_first(self, compute: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """The result of the first process in all processes, or its UserError."""
         if self.size == 1:
             return compute()
@@ -111,7 +111,7 @@ class World:
                 told[0] = compute()
             except UserError as error:
                 told[1] = str(error)
-        with reaching_others():
+        with communicating():
             dist.broadcast_object_list(told, 0)
         if told[1] is not None:
             raise UserError(told[1])
@@ -121,12 +121,12 @@ class World:
     def wait(self) -> None:
         """Waits for all processes."""
         if self.size > 1:
-            with reaching_others():
+            with communicating():
                 dist.barrier()
 
     def _reduced(self, values: Tensor, how: Any) -> Tensor:
         if self.size > 1:
-            with reaching_others():
+            with communicating():
                 dist.all_reduce(values, how)
         return values
 
@@ -135,7 +135,7 @@ ALONE = World()
 
 
 @contextmanager
-def reaching_others() -> Generator[None]:
+def communicating() -> Generator[None]:
     """Within it torch's errors of communication are `LostProcessError`."""
     try:
         yield

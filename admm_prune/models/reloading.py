@@ -62,10 +62,14 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model: Any = ours.model
-    device = ours.residence.device(model)
+    device = ours.offloading.device(model)
     if type(model).__module__ == modeling_per_layer.__name__:
         _check_class_file(folder)
-    elif not ours.residence.hollow and not trust_remote_code and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif (
+        not ours.offloading.is_offloaded
+        and not trust_remote_code
+        and type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
         # A custom class that no auto class knows: it loads its own folder.
         with explained(str(folder), folder), quiet():
             own: Any = type(model).from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
@@ -74,7 +78,7 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
         opens = load if whole else open_on_disk
         saved = opens(str(folder), device=device, trust_remote_code=trust_remote_code)
     except UserError:
-        if whole or ours.residence.hollow:
+        if whole or ours.offloading.is_offloaded:
             raise
         # Some classes cannot be built without weights: such a model needs a second copy in memory.
         saved = load(str(folder), device=device, trust_remote_code=trust_remote_code)
@@ -121,24 +125,24 @@ def _parts(loaded: LoadedModel) -> Iterator[tuple[AbstractContextManager[None], 
     blocks = decoder_blocks(loaded.model)
     inside = tuple(f"{block.name}." for block in blocks)
     for index, block in enumerate(blocks):
-        yield loaded.residence.block(index), [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
+        yield loaded.offloading.block(index), [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
     names = [name for name, _ in loaded.model.named_parameters() if not name.startswith(inside)]
-    yield loaded.residence.outside(), names
+    yield loaded.offloading.outside(), names
 
 
 @torch.no_grad()
 def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
     """(1, n, vocabulary)."""
     model: Any = loaded.model
-    device = loaded.residence.device(model)
+    device = loaded.offloading.device(model)
     batch = Batch(ids[None], torch.tensor([len(ids)]))
-    if not loaded.residence.hollow:
+    if not loaded.offloading.is_offloaded:
         logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
         return logits
     (found,) = streamed(
         model,
         [batch],
-        loaded.residence,
+        loaded.offloading,
         lambda piece: model(input_ids=piece.input_ids.to(device), use_cache=False).logits,
     )
     logits_of_pieces: Tensor = found

@@ -25,10 +25,10 @@ from admm_prune.models.structure import Block, decoder_blocks
 _OUTSIDE = "outside.safetensors"
 
 
-class Residence:
+class Offloading:
     """The location of a model's weights: in this class, always in memory. A subclass loads and unloads them."""
 
-    hollow = False  # whether modules that are not entered have no weights
+    is_offloaded = False  # whether modules that are not entered have no weights
 
     def device(self, model: nn.Module) -> torch.device:
         """The device on which the model runs."""
@@ -51,10 +51,10 @@ class Residence:
             _put(block.module, name.removeprefix(f"{block.name}."), tensor.to(device, copy=True))
 
 
-IN_MEMORY = Residence()
+IN_MEMORY = Offloading()
 
 
-class ModelOnDisk(Residence):
+class ModelOnDisk(Offloading):
     """A model folder whose weights are read on demand and dropped afterwards.
 
     Args:
@@ -73,7 +73,7 @@ class ModelOnDisk(Residence):
         UserError: a class that cannot be built without weights, or weights that are missing or damaged.
     """
 
-    hollow = True
+    is_offloaded = True
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ _BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class Sublayer:
     """The feed-forward part or the attention of a block, as units that reach its outputs only by their own columns.
 
     A unit is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
@@ -75,7 +75,7 @@ class Branch:
         return sum(view.read().numel() for view in (*self.inner, self.output)) // self.count
 
 
-def branches(block: Block) -> tuple[Branch, ...]:
+def sublayers(block: Block) -> tuple[Sublayer, ...]:
     """The prunable branches of a block, found by the shapes of the matrices in one module.
 
     One or two matrices that read the residual stream and a last one that writes to it are a feed-forward part; a first
@@ -86,7 +86,7 @@ def branches(block: Block) -> tuple[Branch, ...]:
     Raises:
         UserError: matrices of another form, or experts; the message names the module.
     """
-    return tuple(found for found in _read(block) if isinstance(found, Branch))
+    return tuple(found for found in _read(block) if isinstance(found, Sublayer))
 
 
 def heads_stay(block: Block) -> str | None:
@@ -94,15 +94,15 @@ def heads_stay(block: Block) -> str | None:
     return next((found for found in _read(block) if isinstance(found, str)), None)
 
 
-def _read(block: Block) -> list[Branch | str]:
-    found: list[Branch | str] = []
+def _read(block: Block) -> list[Sublayer | str]:
+    found: list[Sublayer | str] = []
     for name, views in _by_module(block).items():
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
         if any(view.expert is not None for view in views):
             raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
         size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
         if size is None:
-            read: Branch | str | None = _neurons(name, module, views, module_is_block=module is block.module)
+            read: Sublayer | str | None = _neurons(name, module, views, module_is_block=module is block.module)
         else:
             read = _heads(name, module, views, size)
         if read is None:
@@ -123,7 +123,7 @@ def _by_module(block: Block) -> dict[str, list[WeightView]]:
     return grouped
 
 
-def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is_block: bool) -> Branch | None:
+def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is_block: bool) -> Sublayer | None:
     *inner, output = views
     width, columns = output.shape
     if len(inner) == 1 and inner[0].shape[0] == 2 * columns:
@@ -135,10 +135,10 @@ def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is
         for other, parameter in module.named_parameters():
             if id(parameter) not in own and columns in parameter.shape:
                 raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
-    return Branch(name, "neurons", module, tuple(inner), output, 1, 1)
+    return Sublayer(name, "neurons", module, tuple(inner), output, 1, 1)
 
 
-def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Branch | str | None:
+def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublayer | str | None:
     *inner, output = views
     columns = output.shape[1]
     if len(inner) not in (1, 3):
@@ -160,40 +160,40 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Branch
         return f"{name} has parameters of its own beside its matrices"
     if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
         return f"{name} has norms of its own for heads, or over all of them"
-    return Branch(name, "heads", module, tuple(inner), output, size, columns // size // keys)
+    return Sublayer(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
-def keep_units(branch: Branch, kept: Tensor) -> None:
+def keep_units(sublayer: Sublayer, kept: Tensor) -> None:
     """Slices all matrices of a branch to some of its units, in place: rows of the inner ones, columns of the output.
 
     Args:
         kept: (k,), ascending indices of the units that stay; at least one.
     """
-    count, width = branch.count, branch.width
-    for whole, parts in _stored(branch):
+    count, width = sublayer.count, sublayer.width
+    for whole, parts in _stored(sublayer):
         rows = torch.cat([view.rows.start + columns_of(kept, view.shape[0] // count) for view in parts])
         _replace(whole, whole.read()[rows], None if whole.bias is None else whole.bias[rows])
-    _replace(branch.output, branch.output.read()[:, columns_of(kept, width)], branch.output.bias)
-    _rescale(branch, len(kept) / count)
+    _replace(sublayer.output, sublayer.output.read()[:, columns_of(kept, width)], sublayer.output.bias)
+    _rescale(sublayer, len(kept) / count)
 
 
-def pad_units(branch: Branch, count: int) -> None:
+def pad_units(sublayer: Sublayer, count: int) -> None:
     """Appends units of zeros to a branch until it has `count`, in place; its outputs do not change."""
-    now, width = branch.count, branch.width
+    now, width = sublayer.count, sublayer.width
     pad = nn.functional.pad
-    for whole, parts in _stored(branch):
+    for whole, parts in _stored(sublayer):
         missing = [(count - now) * (view.shape[0] // now) for view in parts]
         weight = torch.cat([pad(view.read(), (0, 0, 0, n)) for view, n in zip(parts, missing, strict=True)])
         biases = [pad(view.bias, (0, n)) for view, n in zip(parts, missing, strict=True) if view.bias is not None]
         _replace(whole, weight, torch.cat(biases) if biases else None)
-    _replace(branch.output, pad(branch.output.read(), (0, (count - now) * width)), branch.output.bias)
-    _rescale(branch, count / now)
+    _replace(sublayer.output, pad(sublayer.output.read(), (0, (count - now) * width)), sublayer.output.bias)
+    _rescale(sublayer, count / now)
 
 
-def _stored(branch: Branch) -> list[tuple[WeightView, list[WeightView]]]:
+def _stored(sublayer: Sublayer) -> list[tuple[WeightView, list[WeightView]]]:
     """The inner matrices as they are stored, each with those that it is made of, in the order of their rows."""
     parts: dict[nn.Module, list[WeightView]] = {}
-    for view in branch.inner:
+    for view in sublayer.inner:
         parts.setdefault(view.module, []).append(view)
     return [(replace(views[0], part=None), sorted(views, key=lambda v: v.rows.start)) for views in parts.values()]
 
@@ -211,11 +211,11 @@ def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
         module.out_features, module.in_features = weight.shape
 
 
-def _rescale(branch: Branch, share: float) -> None:
+def _rescale(sublayer: Sublayer, share: float) -> None:
     for name in _COUNTS:
-        count = getattr(branch.module, name, None)
+        count = getattr(sublayer.module, name, None)
         if isinstance(count, int):
-            setattr(branch.module, name, round(count * share))
+            setattr(sublayer.module, name, round(count * share))
 
 
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
@@ -223,7 +223,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
 
 
-def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
+def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
     """The savings of removing k = 0..n units of a branch: (n + 1,), float64, nondecreasing.
 
     Args:
@@ -237,22 +237,22 @@ def savings(branch: Branch, unit: Unit, *, tokens: int = 2048) -> Tensor:
     Raises:
         UserError: no such unit.
     """
-    k = torch.arange(branch.count + 1, dtype=torch.float64)
-    element = branch.output.parameter.element_size()
+    k = torch.arange(sublayer.count + 1, dtype=torch.float64)
+    element = sublayer.output.parameter.element_size()
     if unit == "parameters":
-        return k * branch.unit_weights
+        return k * sublayer.unit_weights
     if unit == "bytes":
-        return k * branch.unit_weights * element
+        return k * sublayer.unit_weights * element
     if unit == "kv-cache":
-        return k * (2 * branch.size * element if branch.kind == "heads" else 0)
+        return k * (2 * sublayer.size * element if sublayer.kind == "heads" else 0)
     if unit == "flops":
-        attention = 4 * branch.width * tokens / 2 if branch.kind == "heads" else 0
-        return k * (2 * branch.unit_weights + attention)
+        attention = 4 * sublayer.width * tokens / 2 if sublayer.kind == "heads" else 0
+        return k * (2 * sublayer.unit_weights + attention)
     if unit == "latency":
-        shapes = tuple((view.shape[0] // branch.count, view.shape[1]) for view in branch.inner)
-        weight = branch.output.parameter
+        shapes = tuple((view.shape[0] // sublayer.count, view.shape[1]) for view in sublayer.inner)
+        weight = sublayer.output.parameter
         device = _computing() if weight.is_meta else str(weight.device)
-        return _seconds_saved(branch.count, shapes, branch.width, tokens, weight.dtype, device)
+        return _seconds_saved(sublayer.count, shapes, sublayer.width, tokens, weight.dtype, device)
     raise UserError(f"a budget is in {', '.join(UNITS[:-1])} or {UNITS[-1]}, not in '{unit}'")
 
 
@@ -265,7 +265,9 @@ def _seconds_saved(
     count: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> Tensor:
     points = sorted({round(count * i / (_WIDTHS - 1)) for i in range(_WIDTHS)})
-    times = World.here().from_first(lambda: [_seconds(units, inner, width, tokens, dtype, device) for units in points])
+    times = World.current().broadcast_from_rank0(
+        lambda: [_seconds(units, inner, width, tokens, dtype, device) for units in points]
+    )
     # Fewer units are never slower: measurements to the contrary are noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
     kept = torch.arange(count, -1, -1, dtype=torch.float64)

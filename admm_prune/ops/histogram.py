@@ -22,7 +22,7 @@ _BINS = 256
 class Exchange(Protocol):
     """Collective communication. All processes call with tensors of one shape, in the same order."""
 
-    def total(self, counts: Tensor) -> Tensor:
+    def all_reduce(self, counts: Tensor) -> Tensor:
         """The sum of `counts` over the processes."""
         ...
 
@@ -35,7 +35,7 @@ class Exchange(Protocol):
 class Alone:
     """One process."""
 
-    def total(self, counts: Tensor) -> Tensor:
+    def all_reduce(self, counts: Tensor) -> Tensor:
         return counts
 
     def before(self, counts: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
     device = keys[0][0].device
     sizes = torch.tensor([sum(map(torch.numel, pieces)) for pieces in keys], dtype=torch.int64, device=device)
     wrong = sum(int(((key < 0) | (key > _INFINITY)).any()) for pieces in keys for key in pieces)
-    totals = exchange.total(torch.cat([sizes, sizes.new_tensor([wrong])])).tolist()
+    totals = exchange.all_reduce(torch.cat([sizes, sizes.new_tensor([wrong])])).tolist()
     if totals.pop():
         raise ValueError("scores contain NaN or negative numbers: there is no largest")
     counted = torch.int64 if max(totals) >= 1 << 31 else torch.int32
@@ -72,7 +72,7 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
     found = [0] * len(budgets)  # the upper bits of the threshold
     for level, shift in enumerate(_SHIFTS):
         counts = torch.stack([_counts(pieces, found[i], level, shift) for i, pieces in enumerate(keys)])
-        above = exchange.total(counts.to(counted)).to(torch.int64).flip(-1).cumsum(-1).cpu()
+        above = exchange.all_reduce(counts.to(counted)).to(torch.int64).flip(-1).cumsum(-1).cpu()
         for i, need in enumerate(needs):
             if need == 0:
                 continue

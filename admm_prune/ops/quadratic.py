@@ -170,10 +170,10 @@ def _solve_rows(solution: Tensor, correction: Tensor, hessian: Tensor, mask: Ten
     columns = kept.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     present = kept.gather(1, columns)
     both = present[:, :, None] & present[:, None, :]
-    gathered = hessian[columns[:, :, None], columns[:, None, :]].masked_fill_(~both, 0)
-    gathered.diagonal(dim1=1, dim2=2).masked_fill_(~present, 1)
+    all_gather = hessian[columns[:, :, None], columns[:, None, :]].masked_fill_(~both, 0)
+    all_gather.diagonal(dim1=1, dim2=2).masked_fill_(~present, 1)
     right = correction[rows].gather(1, columns).masked_fill_(~present, 0)
-    step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(gathered))[:, :, 0]
+    step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(all_gather))[:, :, 0]
     solution[rows] = solution[rows].scatter_add(1, columns, step.masked_fill_(~present, 0))
 
 

@@ -26,7 +26,7 @@ from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.checks import check_causal, check_ids, check_vocabulary
 from admm_prune.models.loading import explained, kind_of, load_tokenizer, locate
 from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
-from admm_prune.models.streaming import Residence
+from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.runs.machine import PeakMemory, resident_bytes, return_freed_memory
 from admm_prune.runs.texts import is_local, read_corpora
@@ -135,7 +135,7 @@ class Reading:
     """The text of a run.
 
     Attributes:
-        characters, judging: of the whole text; of the evaluation part.
+        characters, validation: of the whole text; of the evaluation part.
         held: bytes of the text.
         lists: bytes of a tokenizer's lists for as much as it encodes at once.
         left: bytes that remain allocated afterwards.
@@ -144,7 +144,7 @@ class Reading:
     """
 
     characters: int
-    judging: int
+    validation: int
     held: int
     lists: int
     left: int
@@ -153,7 +153,7 @@ class Reading:
 
     @property
     def judging_tokens(self) -> int:
-        return round(self.tokens * self.judging / self.characters)
+        return round(self.tokens * self.validation / self.characters)
 
     @property
     def peak(self) -> int:
@@ -209,7 +209,7 @@ def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Readin
         return_freed_memory()
     return Reading(
         characters=whole,
-        judging=corpora[1].characters,
+        validation=corpora[1].characters,
         held=sum(map(sys.getsizeof, documents)),
         lists=round(memory.extra_mib * _MIB * at_once / size),
         left=max(0, resident_bytes() - before),
@@ -234,7 +234,7 @@ _MOST = 1 << 27  # entries of a block: 512 MiB
 _SCALE = 0.02
 
 
-class Drawn(Residence):
+class Drawn(Offloading):
     """Random weights for a model on the meta device; large embeddings have their first rows alone.
 
     Args:
@@ -245,7 +245,7 @@ class Drawn(Residence):
         fits: whether its largest block is small enough to be allocated.
     """
 
-    hollow = True
+    is_offloaded = True
 
     def __init__(self, model: Any) -> None:
         self.model: Any = copy.deepcopy(model)

@@ -28,10 +28,10 @@ from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.activation_store import Shelf
+from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.models.sublayers import Branch, branches
+from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Counting, Stage, Stretch, Work, counted, stretch
@@ -62,7 +62,7 @@ class Collected:
         return Stage(name=name, parts={GRAMS: self.sums, FORWARD: forward}, work=self.stretch.work)
 
 
-class _Shelf(Shelf):
+class _ActivationStore(ActivationStore):
     """Leaves activations on the meta device, where there is no host copy."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class _Shelf(Shelf):
         return self._kept[name]
 
 
-class Walk:
+class BlockPass:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
     def __init__(self, anatomy: Anatomy, counting: Counting, task: Task, device: str, *, stream: bool) -> None:
@@ -84,7 +84,12 @@ class Walk:
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with stretch(counting) as self.recording:
             self.stream = BlockStream(
-                anatomy.model, anatomy.blocks, task.calibration, "meta", shelf=_Shelf(), sparing=stream
+                anatomy.model,
+                anatomy.blocks,
+                task.calibration,
+                "meta",
+                activation_store=_ActivationStore(),
+                sparing=stream,
             )
         self.parts = 2 if len(task.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
@@ -133,7 +138,7 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     """
     if recipe.stages == "training":
         return training(anatomy, cast("Trained", recipe), task)
-    plans: dict[str | None, Callable[[Walk, Any, Task], Iterator[Stage]]] = {
+    plans: dict[str | None, Callable[[BlockPass, Any, Task], Iterator[Stage]]] = {
         "layers": _layerwise,
         "networks": _sparsellm,
         "groups": _struprune,
@@ -144,23 +149,25 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
     with counted() as counting:
-        walk = Walk(anatomy, counting, task, device, stream=stream)
+        block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
         recording = Stage(
-            name="embeddings", parts={FORWARD: walk.recording.peak - walk.recording.left}, work=walk.recording.work
+            name="embeddings",
+            parts={FORWARD: block_pass.recording.peak - block_pass.recording.left},
+            work=block_pass.recording.work,
         )
         outside = {"weights outside of the blocks": anatomy.outside_bytes} if stream else weights
-        stages = [recording.beside({**outside, **walk.held})]
-        stages += [stage.beside({**weights, **walk.held}) for stage in plan(walk, recipe, task)]
+        stages = [recording.beside({**outside, **block_pass.held})]
+        stages += [stage.beside({**weights, **block_pass.held}) for stage in plan(block_pass, recipe, task)]
     return stages
 
 
-def _layerwise(walk: Walk, recipe: Layerwise, task: Task) -> Iterator[Stage]:
-    for _, _, count in walk.kinds():
-        yield from _local(walk.collect(), recipe.method, task, count, walk)
-        yield _forward("next inputs", walk.advance(), count)
+def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
+    for _, _, count in block_pass.kinds():
+        yield from _local(block_pass.collect(), recipe.method, task, count, block_pass)
+        yield _forward("next inputs", block_pass.advance(), count)
 
 
-def _local(collected: Collected, method: Method, task: Task, count: int, walk: Walk) -> Iterator[Stage]:
+def _local(collected: Collected, method: Method, task: Task, count: int, block_pass: BlockPass) -> Iterator[Stage]:
     """Statistics of a block, and a local method on them."""
     yield collected.stage("statistics").times(count)
     jobs: list[tuple[tuple[int, ...], int, torch.dtype]] = []
@@ -170,8 +177,8 @@ def _local(collected: Collected, method: Method, task: Task, count: int, walk: W
         jobs += [(group, width, views[0].parameter.dtype) for group in groups]
     solver, several = method.make(), Counter(jobs)
     for group, width, dtype in jobs:
-        trial = _cached(LayerTrial(method, task.target, task.ridge, group, width, dtype, walk.parts > 1))
-        shape = Shape(sum(group), width, torch.float32, walk.device, method.constraint(task.target))
+        trial = _cached(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
+        shape = Shape(sum(group), width, torch.float32, block_pass.device, method.constraint(task.target))
         batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
         posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
         peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
@@ -179,45 +186,49 @@ def _local(collected: Collected, method: Method, task: Task, count: int, walk: W
         yield Stage(name="solver", parts=parts, work=trial.work * count)
 
 
-def _struprune(walk: Walk, recipe: StruPrune, task: Task) -> Iterator[Stage]:
-    for _, block, count in walk.kinds():
-        parts = branches(block)
-        outputs = [branch.output.name for branch in parts]
-        both = walk.collect(outputs, centre=recipe.fold_bias and any(part.output.bias is not None for part in parts))
+def _struprune(block_pass: BlockPass, recipe: StruPrune, task: Task) -> Iterator[Stage]:
+    for _, block, count in block_pass.kinds():
+        parts = sublayers(block)
+        outputs = [sublayer.output.name for sublayer in parts]
+        both = block_pass.collect(
+            outputs, centre=recipe.fold_bias and any(part.output.bias is not None for part in parts)
+        )
         yield both.stage("statistics").times(count)
-        for branch in parts:
-            curve = _cached(_group_trial(recipe, branch, None))
+        for sublayer in parts:
+            curve = _cached(_group_trial(recipe, sublayer, None))
             yield Stage(name="curves", parts={GRAMS: both.stretch.left, SOLVER: curve.peak}, work=curve.work * count)
-        for branch in parts:
-            centre = recipe.fold_bias and branch.output.bias is not None
-            own = walk.collect([branch.output.name], centre=centre)
+        for sublayer in parts:
+            centre = recipe.fold_bias and sublayer.output.bias is not None
+            own = block_pass.collect([sublayer.output.name], centre=centre)
             yield own.stage("statistics").times(count)
-            solved = _cached(_group_trial(recipe, branch, task.target.fraction))
+            solved = _cached(_group_trial(recipe, sublayer, task.target.fraction))
             left = {GRAMS: own.stretch.left, SOLVER: solved.peak}
             yield Stage(name="solver", parts=left, work=solved.work * count)
-            with stretch(walk.counting) as preview:
+            with stretch(block_pass.counting) as preview:
                 for _ in range(2):
-                    walk.stream.preview(walk.position)
+                    block_pass.stream.preview(block_pass.position)
             yield _forward("check of the slices", preview, count)
-        yield _forward("next inputs", walk.advance(), 2 * count)
+        yield _forward("next inputs", block_pass.advance(), 2 * count)
 
 
-def _sparsellm(walk: Walk, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
-    for index, block, count in walk.kinds():
+def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
+    for index, block, count in block_pass.kinds():
         network = _network(block)
-        with stretch(walk.counting) as looking:  # for the network, and whether the block adds its output to a residual
+        with stretch(
+            block_pass.counting
+        ) as looking:  # for the network, and whether the block adds its output to a residual
             for _ in range(3):
-                walk.stream.preview(index)
+                block_pass.stream.preview(index)
         yield _forward("form of the network", looking, count)
         own = {view.name for view in network}
         wanted: dict[str, Tensor] = {}
-        attention = walk.collect([view.name for view in block.weights if view.name not in own], wanted)
+        attention = block_pass.collect([view.name for view in block.weights if view.name not in own], wanted)
         target = {"targets": sum(x.nbytes for x in wanted.values())}
-        for stage in _local(attention, recipe.method, task, count, walk):
+        for stage in _local(attention, recipe.method, task, count, block_pass):
             yield stage.beside(target)
         up, down = network[0], network[-1]
-        with stretch(walk.counting) as pairing:
-            pairs = walk.stream.pairs(index, up, down, wanted)
+        with stretch(block_pass.counting) as pairing:
+            pairs = block_pass.stream.pairs(index, up, down, wanted)
         tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
         held = {"tokens of the network": pairing.left}
         yield _forward("tokens of the network", pairing, count).beside(target)
@@ -228,7 +239,7 @@ def _sparsellm(walk: Walk, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
                 recipe,
                 task.target,
                 task.ridge,
-                _activation(walk.anatomy),
+                _activation(block_pass.anatomy),
                 len(network) == 3,
                 up.shape[1],
                 up.shape[0],
@@ -238,7 +249,7 @@ def _sparsellm(walk: Walk, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
             )
         )
         yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
-        yield _forward("next inputs", walk.advance(), count)
+        yield _forward("next inputs", block_pass.advance(), count)
 
 
 @lru_cache(maxsize=256)  # blocks are alike
@@ -250,17 +261,17 @@ def _forward(name: str, found: Stretch, count: float) -> Stage:
     return Stage(name=name, parts={FORWARD: found.peak}, work=found.work * count)
 
 
-def _group_trial(recipe: StruPrune, branch: Branch, removed: float | None) -> GroupTrial:
-    output = branch.output
+def _group_trial(recipe: StruPrune, sublayer: Sublayer, removed: float | None) -> GroupTrial:
+    output = sublayer.output
     centred = recipe.fold_bias and output.bias is not None
-    return GroupTrial(recipe, *output.shape, branch.width, removed, output.parameter.dtype, centred)
+    return GroupTrial(recipe, *output.shape, sublayer.width, removed, output.parameter.dtype, centred)
 
 
 def _network(block: Block) -> tuple[WeightView, ...]:
     """The weights of the feed-forward network: those into it, up first, and the one out of it."""
-    for branch in branches(block):
-        if branch.kind == "neurons":
-            return (*reversed(branch.inner), branch.output)
+    for sublayer in sublayers(block):
+        if sublayer.kind == "neurons":
+            return (*reversed(sublayer.inner), sublayer.output)
     raise UserError(f"cannot read the feed-forward network of {block.name}: use a layer-wise method")
 
 
@@ -288,15 +299,15 @@ def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
     return Stage(name="loading", parts={**held, CHECKED: check.peak}, work=work)
 
 
-def evaluating(anatomy: Anatomy, judging: Sequences, *, stream: bool) -> Iterator[Stage]:
+def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iterator[Stage]:
     """One evaluation.
 
     Args:
-        judging: its text, as whole sequences.
+        validation: its text, as whole sequences.
         stream: block by block, with the hidden states of all of the text between them.
     """
-    batch = judging.batches[0]
-    tokens = sum(len(row.ids) for row in judging.rows)
+    batch = validation.batches[0]
+    tokens = sum(len(row.ids) for row in validation.rows)
     share = tokens / batch.input_ids.numel()
     with counted() as counting, torch.no_grad():
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())

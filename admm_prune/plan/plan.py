@@ -157,9 +157,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     notes = list(notes_on(anatomy.model))
-    judging = _judging_tokens(reading, settings.eval_samples, sequences.length, notes)
+    validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
-    stages = _stages(anatomy, recipe, task, judging, stream=stream, device=device)
+    stages = _stages(anatomy, recipe, task, validation, stream=stream, device=device)
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
@@ -197,9 +197,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
 
 
-def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, judging: int, *, stream: bool, device: str) -> list[Stage]:
+def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, stream: bool, device: str) -> list[Stage]:
     stages = [blockwise.loading(anatomy, stream=stream)]
-    rows = -(-judging // task.calibration.length)
+    rows = -(-validation // task.calibration.length)
     evaluated: list[Stage] = []
     if rows:
         text = anatomy.sequences(rows, task.calibration.length)
@@ -226,7 +226,7 @@ def _disk(anatomy: Anatomy, recipe: Recipe, task: Task, stages: list[Stage], *, 
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 
 
-def _judging_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
+def _validation_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:
     if eval_samples is not None:
         return eval_samples * length
     if text is None:

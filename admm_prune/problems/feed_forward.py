@@ -95,7 +95,7 @@ class FeedForward:
         inputs: X (n, d), float32 or float64; everything is computed in this dtype.
         targets: Y (n, m).
         constraints: a set for each weight.
-        judging: held-out inputs and targets for the validation loss `judge`; by default the same.
+        validation: held-out inputs and targets for the validation loss `validation_loss`; by default the same.
         damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
         total: sums over all processes, each of which has its own tokens, with their Z and P; all call it in the same
             order.
@@ -113,14 +113,14 @@ class FeedForward:
         targets: Tensor,
         constraints: Mapping[str, SparseSet],
         *,
-        judging: tuple[Tensor, Tensor] | None = None,
+        validation: tuple[Tensor, Tensor] | None = None,
         penalties: Penalties = EVEN,
         damped: Mapping[str, tuple[float, float]] | None = None,
         total: Total = own,
     ) -> None:
         self.network, self.penalties, self.total = network, penalties, total
         self.inputs, self.targets = inputs, targets
-        self.judging = (inputs, targets) if judging is None else judging
+        self.validation = (inputs, targets) if validation is None else validation
         self.constraints, self.damped = constraints, damped or {}
         self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.names})
 
@@ -165,9 +165,9 @@ class FeedForward:
     def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
         return Point({**x, name: solution["weight"] if "weight" in solution else solution[name]})
 
-    def judge(self, x: Point) -> float:
+    def validation_loss(self, x: Point) -> float:
         """|net(X; x) - Y|^2 / |Y|^2 of the network itself, independent of Z and P, on the validation tokens."""
-        inputs, targets = self.judging
+        inputs, targets = self.validation
         outputs = self.network.linear("down", x, self.network.hidden(x, inputs))
         return self._energy(outputs - targets) / (self._energy(targets) or 1.0)
 

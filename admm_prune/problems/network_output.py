@@ -39,7 +39,7 @@ class NetworkOutput:
     Args:
         tokens: inputs and targets.
         constraints: a set for each weight.
-        judging: held-out tokens for the validation loss `judge`; by default the same.
+        validation: held-out tokens for the validation loss `validation_loss`; by default the same.
         penalties, sweeps: of the split network.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
         sample: tokens of a sampled gradient; by default a 128th of them, at least 64.
@@ -59,14 +59,14 @@ class NetworkOutput:
         tokens: Tokens,
         constraints: Mapping[str, SparseSet],
         *,
-        judging: Tokens | None = None,
+        validation: Tokens | None = None,
         penalties: Penalties = EVEN,
         sweeps: int = 1,
         damped: Mapping[str, tuple[float, float]] | None = None,
         sample: int | None = None,
         share: Share | None = None,
     ) -> None:
-        self.network, self.tokens, self.judging = network, tokens, tokens if judging is None else judging
+        self.network, self.tokens, self.validation = network, tokens, tokens if validation is None else validation
         self.share = Share(len(tokens[0])) if share is None else share
         count = self.share.count
         self.sample = min(count, max(_SAMPLE, count // 128) if sample is None else sample)
@@ -90,9 +90,9 @@ class NetworkOutput:
     def value(self, x: Point) -> float:
         return self._loss(x, self.tokens)[0]
 
-    def judge(self, x: Point) -> float:
+    def validation_loss(self, x: Point) -> float:
         """|net(X; x) - Y|^2 / |Y|^2 on the validation tokens."""
-        loss, energy = self._loss(x, self.judging)
+        loss, energy = self._loss(x, self.validation)
         return loss / energy if energy > 0 else 0.0
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:

@@ -21,7 +21,7 @@ from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import fingerprint, load
 from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
-from admm_prune.runs.evaluate import judged_dense
+from admm_prune.runs.evaluate import evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import check_dtype, pick_device
@@ -153,7 +153,7 @@ def compare(
         record = manifest(asdict(settings), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
-        dense = judged_dense(loaded, texts.evaluation, Runtime(journal=journal))
+        dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(found, models) for found in journal.finished("rows")]

@@ -14,14 +14,14 @@ from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Runtime
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.activation_store import Shelf
+from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.evaluate import Evaluation, continued, evaluate
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import TextRecord
-from admm_prune.runs.texts import Texts, check_data, judging_text
+from admm_prune.runs.texts import Texts, check_data, validation_text
 from admm_prune.settings import TextSettings
 
 _PROMPT, _CONTINUED = 24, 24  # tokens
@@ -49,11 +49,11 @@ class Validation:
         return written if self.prompt else {}
 
 
-def judged(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
+def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
     """A model as it is now, wherever its weights are."""
-    prompt, continuation = ("", "") if loaded.residence.hollow else beginning_continued(loaded, text)
-    shelf = Shelf(runtime.activation_bytes, runtime.journal.scratch())
-    figures = evaluate(loaded.model, text, loaded.residence, shelf, runtime.world)
+    prompt, continuation = ("", "") if loaded.offloading.is_offloaded else beginning_continued(loaded, text)
+    activation_store = ActivationStore(runtime.activation_bytes, runtime.journal.scratch())
+    figures = evaluate(loaded.model, text, loaded.offloading, activation_store, runtime.world)
     return Validation(text=text, figures=figures, prompt=prompt, continuation=continuation)
 
 
@@ -64,14 +64,14 @@ def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]
     return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(continuation))
 
 
-def judged_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
+def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
     """A model before it is pruned, from the runtime's journal where that has it."""
 
-    def judge() -> dict[str, object]:
-        found = judged(loaded, text, runtime)
+    def validation_loss() -> dict[str, object]:
+        found = evaluated(loaded, text, runtime)
         return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
 
-    found = runtime.journal.once("dense", judge)
+    found = runtime.journal.once("dense", validation_loss)
     return Validation(
         text=text,
         figures=Evaluation(**found["figures"]),
@@ -125,7 +125,7 @@ def evaluate_model(
         sequences, record = texts.evaluation, texts.evaluation_record
     else:
         assert text is not None
-        sequences, record = judging_text(text, loaded)
+        sequences, record = validation_text(text, loaded)
     return ModelEvaluation(evaluation.evaluate(loaded.model, sequences), sparsity, record)
 
 

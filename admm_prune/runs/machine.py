@@ -185,7 +185,7 @@ def joined(device: str) -> Generator[World]:
     _store = store
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
-        yield World.here()
+        yield World.current()
         dist.barrier()  # no process exits while another may still need it
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):

@@ -28,7 +28,7 @@ from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
-from admm_prune.runs.evaluate import Validation, judged, judged_dense
+from admm_prune.runs.evaluate import Validation, evaluated, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.shared import shared_journal
 from admm_prune.runs.machine import check_dtype, free_bytes, pick_device, return_freed_memory
@@ -170,7 +170,7 @@ def prune(settings: Settings) -> Report:
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
     if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    place, world = pick_device(settings.device), World.here()
+    place, world = pick_device(settings.device), World.current()
     # One process of several tells.
     tracker = tracker_named(settings.log) if isinstance(settings.log, str) else settings.log
     tracker = tracker if world.rank == 0 else None
@@ -181,7 +181,7 @@ def prune(settings: Settings) -> Report:
     ):
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = world.from_first(lambda: decide(stream, model, recipe, out is not None, place))
+        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, place))
         phases = Phases(place)
         with phases("opening the model"):
             loaded = _opened(settings, place, streams)
@@ -214,23 +214,23 @@ def prune(settings: Settings) -> Report:
             bounds=settings.bounds,
         )
         runtime = Runtime(
-            residence=loaded.residence,
+            offloading=loaded.offloading,
             world=world,
             journal=journal or NOTHING,
             on_progress=settings.progress,
             on_record=None if tracker is None else tracker.log,
             activation_bytes=activation_bytes,
         )
-        judging = texts.evaluation
+        validation = texts.evaluation
         del texts
         if streams:
             return_freed_memory()
         with followed(tracker, record["settings"]) as summary:
-            with phases("judging the dense model"):
-                dense = judged_dense(loaded, judging, runtime)
+            with phases("evaluating the dense model"):
+                dense = evaluated_dense(loaded, validation, runtime)
             report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
             if journal is not None:
-                written = journal.output(lambda folder: save_run(loaded, report, folder, judging).manifest)
+                written = journal.output(lambda folder: save_run(loaded, report, folder, validation).manifest)
                 report = replace(report, manifest=written, out=journal.out)
             summary |= figures_of(report.as_json())
     return report
@@ -252,15 +252,15 @@ def run_recipe(
         record: the manifest of the run.
         phases: that were before.
     """
-    phases = Phases(loaded.residence.device(loaded.model)) if phases is None else phases
+    phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, task, runtime)
     model: Any = loaded.model if outcome.model is None else outcome.model
     pruned = replace(loaded, model=model)
     dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     left = sum(layer.nonzeros for layer in outcome.layers)
-    with phases("judging the pruned model"):
-        judgement = judged(pruned, dense.text, runtime)
+    with phases("evaluating the pruned model"):
+        judgement = evaluated(pruned, dense.text, runtime)
     return Report(
         method=recipe.name,
         target=task.target.label,
@@ -297,12 +297,12 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
     """
     pruned = replace(loaded, model=report.model)
     save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
-    device = loaded.residence.device(report.model)
+    device = loaded.offloading.device(report.model)
     check_reloaded(
         pruned,
         folder,
         text.rows[0].ids[:_COMPARED],
-        whole=not loaded.residence.hollow and _ROOM * weight_bytes(folder) <= free_bytes(device),
+        whole=not loaded.offloading.is_offloaded and _ROOM * weight_bytes(folder) <= free_bytes(device),
         trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
     )
     if "target" in report.manifest["settings"]:  # a comparison is none of many runs

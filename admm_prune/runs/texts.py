@@ -113,14 +113,14 @@ class Texts:
         return TextRecord.of(self._judging, self.evaluation)
 
 
-def judging_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
+def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
     """The evaluation text alone: all of a local file, the held-out part of other sources.
 
     Raises:
         UserError: the text cannot be used, or the length is beyond the model's context.
     """
     length = _length(settings, loaded.model.config)
-    corpus = _sources(settings, loaded, {}).judging(whole=True)
+    corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
     _tell(corpus)
     sequences = _pack_judging(corpus, settings, length, loaded)
@@ -179,15 +179,15 @@ class _Sources:
             raise UserError(f"{settings.data}: there are no splits in it: leave --split out")
         calibrating = self._read("data", settings.split, settings.documents)
         if settings.eval_data is not None or settings.eval_split is not None or self._has_splits("data"):
-            judging = self.judging()
-            if judging is not None:
-                return calibrating, judging
+            validation = self.validation()
+            if validation is not None:
+                return calibrating, validation
             note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
             calibrating = replace(calibrating, notes=(*calibrating.notes, note))
-        calibrating, judging = hold_out(calibrating)
-        return calibrating, replace(judging, documents=judging.documents[: settings.eval_documents])
+        calibrating, validation = hold_out(calibrating)
+        return calibrating, replace(validation, documents=validation.documents[: settings.eval_documents])
 
-    def judging(self, *, whole: bool = False) -> Corpus | None:
+    def validation(self, *, whole: bool = False) -> Corpus | None:
         """The evaluation text; None if it is not set and the calibration text has no split for it.
 
         Args:

@@ -197,7 +197,7 @@ class ADMM(Iterative[State]):
             splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
         mask, before = s.mask, (s.mask if chosen else Point())
         if chosen:
-            with selection.trusted():  # a non-finite residual reveals NaN too
+            with selection.skip_nan_check():  # a non-finite residual reveals NaN too
                 mask = self._select(problem, s.d, iteration, s.problems)
         numbers = [
             splitting.settle_(s.z[name], mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
@@ -282,7 +282,7 @@ class ADMM(Iterative[State]):
     def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
         if self.ramp is not None and self._ramps(iteration):
-            constraint = constraint.tightened(self.ramp.fraction(iteration))
+            constraint = constraint.scaled_to(self.ramp.fraction(iteration))
         if problems > 1:
             return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))
         chosen: Point = constraint.select(score)

@@ -10,7 +10,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Coordinated, Minimizable, Problem, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.base import Iterative, Solver
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 
 
 @dataclass
@@ -19,8 +19,8 @@ class State:
 
     x: Point
     best: Point
-    best_judged: float = math.inf
-    judged: float = math.inf
+    best_validation_loss: float = math.inf
+    validation_loss: float = math.inf
     rounds: int = 0
     best_round: int = 0
     gain: float = math.inf  # of this round over the best one before, relative
@@ -55,7 +55,7 @@ class Alternating(Iterative[State]):
     inner: Solver
     max_iterations: int = 4
     freeze_after: int | None = None
-    refit: Solver = Polish(max_iterations=20)
+    refit: Solver = Refit(max_iterations=20)
     together: Solver | None = None
     tolerance: float = 1e-3
 
@@ -71,17 +71,20 @@ class Alternating(Iterative[State]):
         state.rounds, state.changed = iteration + 1, 0
         for name in problem.order:
             state.x = self._solved(problem, state, state.x, name, frozen)
-        state.judged = problem.judge(state.x)
+        state.validation_loss = problem.validation_loss(state.x)
         if self.together is not None:
             self._improve(self.together, problem, state)
-        best = state.best_judged
-        state.gain = (best - state.judged) / best if 0 < best < math.inf else best
-        if state.judged < state.best_judged:
-            state.best, state.best_judged, state.best_round = state.x, state.judged, state.rounds
+        best = state.best_validation_loss
+        state.gain = (best - state.validation_loss) / best if 0 < best < math.inf else best
+        if state.validation_loss < state.best_validation_loss:
+            state.best, state.best_validation_loss, state.best_round = state.x, state.validation_loss, state.rounds
 
     def measure(self, state: State, iteration: int) -> Progress:
         return Progress(
-            iteration=iteration, end_to_end=state.judged, end_to_end_gain=state.gain, support_changes=state.changed
+            iteration=iteration,
+            end_to_end=state.validation_loss,
+            end_to_end_gain=state.gain,
+            support_changes=state.changed,
         )
 
     def converged(self, progress: Progress) -> bool:
@@ -99,15 +102,17 @@ class Alternating(Iterative[State]):
         if self.together is None:
             return point
         refitted = self._solved(problem, state, point, problem.order[-1], frozen=True)
-        return refitted if problem.judge(refitted) < state.best_judged else point
+        return refitted if problem.validation_loss(refitted) < state.best_validation_loss else point
 
     def _improve(self, together: Solver, problem: Coordinated, state: State) -> None:
         improved = together.solve(_by_its_judge(problem), start=state.x).solution
-        judged = problem.judge(improved)
-        if judged < state.judged:
-            state.x, state.judged = improved, judged
+        validation_loss = problem.validation_loss(improved)
+        if validation_loss < state.validation_loss:
+            state.x, state.validation_loss = improved, validation_loss
         else:
-            state.notes.append(f"round {state.rounds}: the joint step was no better, validation loss {judged:.4g}")
+            state.notes.append(
+                f"round {state.rounds}: the joint step was no better, validation loss {validation_loss:.4g}"
+            )
 
     def _solved(self, problem: Coordinated, state: State, x: Point, name: str, frozen: bool) -> Point:
         """x with one block solved."""
@@ -125,5 +130,5 @@ class Alternating(Iterative[State]):
 def _by_its_judge(problem: Coordinated) -> Coordinated:
     """The problem with the validation loss as its value."""
     view = copy.copy(problem)
-    vars(view)["value"] = problem.judge
+    vars(view)["value"] = problem.validation_loss
     return view

@@ -110,9 +110,9 @@ class LocalSearch:
         support = constraint.select(point.map(torch.abs))["weight"]
         group = constraint.group_width
         cells = support.unflatten(1, (-1, group if group > 1 else support.shape[1]))
-        gathered = cells.int().sort(dim=2, descending=True).values  # the most one-sided support reachable by swaps
-        gathered[1::2] = gathered[1::2].flip(2)
-        moved = Point(weight=gathered.flatten(1).to(point["weight"].dtype))
+        all_gather = cells.int().sort(dim=2, descending=True).values  # the most one-sided support reachable by swaps
+        all_gather[1::2] = all_gather[1::2].flip(2)
+        moved = Point(weight=all_gather.flatten(1).to(point["weight"].dtype))
         whole = group > 1 and bool(support.any()) and bool((cells.all(2) == cells.any(2)).all() & ~support.all())
         if whole or not constraint.contains(moved):
             raise TypeError(

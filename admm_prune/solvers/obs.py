@@ -65,7 +65,7 @@ class SparseGPT:
             mask = constraint.select(Point(weight=score.T.contiguous()))["weight"].T
             self._sweep(columns, factor, constraint, mask)
         else:
-            with selection.trusted():  # non-finite values are detected at the end
+            with selection.skip_nan_check():  # non-finite values are detected at the end
                 self._sweep(columns, factor, constraint, None)
         solution = Point(weight=(columns.T / scale).contiguous())
         return closed_form(problem, solution, began, start, (*notes, *backend.note(columns.device)))
@@ -117,7 +117,7 @@ def _choose(
 ) -> Tensor:
     """The mask (stop - start, out) of some columns, by w^2 / U_jj^2 and their part of the budget."""
     score = columns.abs() / factor.diagonal()[start:stop, None]
-    share = constraint.share(start, stop, (columns.shape[1], width))
+    share = constraint.column_slice(start, stop, (columns.shape[1], width))
     return share.select(Point(weight=score.T.contiguous()))["weight"].T.contiguous()
 
 

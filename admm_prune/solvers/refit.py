@@ -18,7 +18,7 @@ from admm_prune.solvers.base import Solver, closed_form
 
 
 @dataclass(frozen=True)
-class Polish:
+class Refit:
     """Solves with another solver, then refits on the support that it chose: min f(x), supp(x) in supp(solution).
 
     A Quadratic problem is refitted by conjugate gradients, one product with A an iteration: some 8 of them after ADMM,
@@ -42,12 +42,12 @@ class Polish:
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         if not (fits(problem, Quadratic) or fits(problem, Refittable)):
             raise TypeError(
-                f"Polish needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
+                f"Refit needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
                 "hessian nor a refit"
             )
         if not isinstance(problem.constraint, SupportConstraint):
             raise TypeError(
-                f"Polish needs a SupportConstraint, which the refitted weights cannot leave; "
+                f"Refit needs a SupportConstraint, which the refitted weights cannot leave; "
                 f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
             )
         began = time.perf_counter()
@@ -56,7 +56,7 @@ class Polish:
             found = self.inner.solve(problem, start=start)
             start, notes = found.solution, found.notes
         if start is None:
-            raise ValueError("Polish needs an inner solver or a start whose support it refits")
+            raise ValueError("Refit needs an inner solver or a start whose support it refits")
         if not fits(problem, Quadratic):
             return closed_form(problem, problem.refit(start.map(lambda x: x != 0)), began, start, notes)
         weight = start["weight"].clone()

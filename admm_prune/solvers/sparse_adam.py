@@ -18,7 +18,7 @@ from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, laid_out_as
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
-from admm_prune.solvers.elsa.moments import Later, MomentFormat, Moments, clip, refuse_sparse, total_norm
+from admm_prune.solvers.elsa.moments import DeferredGradient, MomentFormat, Moments, clip, refuse_sparse, total_norm
 from admm_prune.solvers.elsa.parameter_groups import Target, group_of, name_alike, names_of, parameter_groups
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
 from admm_prune.solvers.elsa.state import at_once, check_saved, copy_saved
@@ -209,9 +209,9 @@ class SparseAdam(Optimizer):
             self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
-        later = self._moments.later(active, self.score, clip_penalty=self.clip_penalty)
-        self._prepare_gradients(active, each, norm, later)
-        self._step_adam(later)
+        deferred = self._moments.deferred(active, self.score, clip_penalty=self.clip_penalty)
+        self._prepare_gradients(active, each, norm, deferred)
+        self._step_adam(deferred)
         self._advance()
         return loss
 
@@ -384,9 +384,11 @@ class SparseAdam(Optimizer):
         self._masks = {}
         self._set("frozen", fixed)
 
-    def _prepare_gradients(self, active: Sequence[Tensor], each: Tensor, norm: float, later: Later | None) -> None:
+    def _prepare_gradients(
+        self, active: Sequence[Tensor], each: Tensor, norm: float, deferred: DeferredGradient | None
+    ) -> None:
         """Clips, then adds the penalty; or the other way round."""
-        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, later)
+        factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, deferred)
         squares = dict(zip(active, each.double().mul_(factor).square_().tolist(), strict=True))
         progress = self.timeline.progress(self.timeline.updated(self.steps_done))
         for splitting, _, weights in () if self.frozen else self._pruned():
@@ -394,11 +396,11 @@ class SparseAdam(Optimizer):
                 if weight.parameter in squares:
                     splitting.observe(weight, squares[weight.parameter], progress)
                     if not (self.penalty.decoupled or self.hard):
-                        splitting.add_penalty(weight, later)
+                        splitting.add_penalty(weight, deferred)
         if self.clip is not None and self.clip_penalty:
             clip(active, total_norm(active)[1], self.clip)
 
-    def _step_adam(self, later: Later | None) -> None:
+    def _step_adam(self, deferred: DeferredGradient | None) -> None:
         index = 0
         for group in self.param_groups:
             active = [(index + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
@@ -407,7 +409,7 @@ class SparseAdam(Optimizer):
                 [self.state[parameter] for _, parameter in active],
                 group,
                 [(self.seed, self.steps_done, number) for number, _ in active],
-                later,
+                deferred,
             )
             index += len(group["params"])
         if self.penalty.decoupled and not (self.frozen or self.hard):

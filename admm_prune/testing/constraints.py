@@ -48,7 +48,7 @@ def assert_constraint_conforms(
     `select_each`, where there is one, returns what `select` returns for each matrix; the shares of a partition of the
     columns together select a member of full size, in proportion to their columns up to one group of a row, and
     optimal in each share;
-    `tightened` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
+    `scaled_to` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
     inside the one before, and prune in proportion up to the steps in which they can (or says with a ValueError that it
     cannot).
 
@@ -81,7 +81,7 @@ def assert_constraint_conforms(
             _selects_each(case, constraint, frame)
             _shares(case, constraint, frame)
     else:
-        lacks = [name for name in ("group_width", "share", "tightened") if not hasattr(constraint, name)]
+        lacks = [name for name in ("group_width", "column_slice", "scaled_to") if not hasattr(constraint, name)]
         case.promise(not hasattr(constraint, "select"), "show all of a SupportConstraint", f"it lacks {lacks}")
         for_all(st.integers(0, 9999), lambda seed: _no_member_is_closer(case, constraint, frame, seed), examples)
         _is_as_close_in_every_dtype(case, constraint, frame)
@@ -318,7 +318,7 @@ def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> No
 def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     score = frame.point(_random(frame, 0).abs())
     try:
-        sets = [constraint.tightened(fraction) for fraction in _FRACTIONS]
+        sets = [constraint.scaled_to(fraction) for fraction in _FRACTIONS]
     except ValueError:
         return  # an explicit count has no fraction
     masks = [looser.select(score) for looser in sets]
@@ -335,7 +335,7 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
             f"it is {named(sets[k])}",
         )
     grid = [k / _GRID for k in range(_GRID + 1)]
-    pruned = [frame.size - constraint.tightened(fraction).select(score).count_nonzero() for fraction in grid]
+    pruned = [frame.size - constraint.scaled_to(fraction).select(score).count_nonzero() for fraction in grid]
     step = max(b - a for a, b in pairwise(pruned))
     for fraction, count in zip(grid, pruned, strict=True):
         case.promise(
@@ -357,14 +357,14 @@ def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         masks = []
         for start, stop in pairwise(edges):
             with here.doing("share its budget among columns cut at multiples of group_width"):
-                share = constraint.share(start, stop, (rows, width))
+                share = constraint.column_slice(start, stop, (rows, width))
                 mask = share.select(score.map(lambda x, a=start, b=stop: x[:, a:b]))["weight"]
             masks.append(mask)
             due = whole * (stop - start) / width
             off = abs(int(mask.count_nonzero()) - due)
             here.promise(off <= rows * step, "share its budget in proportion to the columns", f"off by {off} of {due}")
             if mask.numel() < ALL:
-                _is_best_in_share(
+                _is_best_in_slice(
                     here.but(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)})
                 )
         joined = Point(weight=torch.cat(masks, dim=1))
@@ -373,7 +373,7 @@ def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         here.promise(constraint.contains(joined.map(Tensor.double)), "contain what its shares select together")
 
 
-def _is_best_in_share(case: Case, share: SupportConstraint, frame: Frame) -> None:
+def _is_best_in_slice(case: Case, share: SupportConstraint, frame: Frame) -> None:
     (family,) = families(case, share, frame)
     for seed in range(3):
         score = _random(frame, seed).abs()

@@ -68,13 +68,13 @@ def assert_problem_conforms(
     projection, nor nearby points.
     Blockwise: each block is a problem; where its points are named as ours, its values differ as ours do.
     Coordinated: joining a block's own part changes nothing; another one does; the validation loss is finite.
-    With `other_held_out`: `judge` depends on the held-out data, and nothing else does.
+    With `other_held_out`: `validation_loss` depends on the held-out data, and nothing else does.
 
     Args:
         make_problem: from a seed, a small problem (up to some hundred weights, best in float64); the same for the same
             seed.
         other_held_out: builds from a seed the same problem with other held-out data, for problems with held-out data
-            for `judge`.
+            for `validation_loss`.
         examples: how many seeds.
 
     Raises:
@@ -259,9 +259,11 @@ def _minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -
 
 def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
     x, other = points[0], points[1]
-    judged = _untouched(case, "judge", problem.judge, x)
+    validation_loss = _untouched(case, "validation_loss", problem.validation_loss, x)
     case.promise(
-        isinstance(judged, float) and math.isfinite(judged), "return a finite float from `judge`", f"{judged!r}"
+        isinstance(validation_loss, float) and math.isfinite(validation_loss),
+        "return a finite float from `validation_loss`",
+        f"{validation_loss!r}",
     )
     for name in problem.order:
         here = case.but(f"block {name}")

@@ -193,7 +193,7 @@ class OnlyBlockwise(Bare):
 
 
 def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Point], seed: int) -> None:
-    """Checks that two problems that differ in their held-out data alone differ in `judge` alone.
+    """Checks that two problems that differ in their held-out data alone differ in `validation_loss` alone.
 
     Initial point, curvature, values, gradients, sampled gradients, prox, refit, minimize, the tensors of a Quadratic
     problem and all of these of each block must be bitwise equal.
@@ -202,16 +202,16 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     for (name, ours), (_, theirs) in twins:
         case.promise(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
     if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
-        judged = [(problem.judge(x), other.judge(x)) for x in points]
+        validation_loss = [(problem.validation_loss(x), other.validation_loss(x)) for x in points]
         case.promise(
-            any(ours != theirs for ours, theirs in judged),
-            "use its held-out data in `judge`",
-            f"both give {judged[0][0]}",
+            any(ours != theirs for ours, theirs in validation_loss),
+            "use its held-out data in `validation_loss`",
+            f"both give {validation_loss[0][0]}",
         )
 
 
 def _answers(problem: Problem, points: list[Point], seed: int) -> Iterator[tuple[str, Any]]:
-    """Everything that a problem computes except `judge`, by name."""
+    """Everything that a problem computes except `validation_loss`, by name."""
     yield "initial point", problem.initial()
     yield "curvature", problem.curvature
     last = points[-1]

@@ -27,7 +27,7 @@ from admm_prune.runs.evaluate import beginning_continued
 from admm_prune.runs.journal.folder import MANIFEST, finite
 from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.recipe_file import RECIPE, content_of, written
-from admm_prune.runs.texts import Texts, judging_text
+from admm_prune.runs.texts import Texts, validation_text
 from admm_prune.settings import TextSettings
 from admm_prune.verify.integrity import is_number
 from admm_prune.verify.report import Verification, in_full, shown
@@ -173,24 +173,24 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
     recipe = recipe_of(manifest)
     if _is_there(settings.data):
         texts = Texts(settings, loaded)
-        judging = texts.evaluation
+        validation = texts.evaluation
         records = texts.records() if recipe is None else texts.records(recipe.samples)
         if recipe is None:  # the number of calibration sequences is unknown
             del records["calibration"]
     else:
-        judging, record = judging_text(settings, loaded)
+        validation, record = validation_text(settings, loaded)
         records = {"evaluation": record}
     recorded = manifest["texts"]["evaluation"]["token_hash"]
-    if judging.token_hash != recorded:
+    if validation.token_hash != recorded:
         message = f"the evaluation text is not the recorded one: token hash {recorded[:12]} became "
-        message += judging.token_hash[:12]
+        message += validation.token_hash[:12]
         if data is not None:
             raise UserError(f"--data {data}: {message}")
         report.expect("evaluation text", False, where + message)
         return
     report.expect("evaluation text", True, "")
     _check_records(report, records, manifest, moved, where)
-    figures = asdict(evaluate(loaded.model, judging))
+    figures = asdict(evaluate(loaded.model, validation))
     report.expect("figures", figures.keys() == manifest["pruned"].keys(), f"{where}other figures than a run writes")
     for name in figures.keys() & manifest["pruned"].keys():
         claimed, found = manifest["pruned"][name], figures[name]
@@ -202,7 +202,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         if isinstance(found, float | int):
             report.numbers[f"{where}{name}"] = found
     if manifest["continuation"]:  # a streamed run has no continuation
-        prompt, continuation = beginning_continued(loaded, judging)
+        prompt, continuation = beginning_continued(loaded, validation)
         report.agree("prompt", manifest["continuation"].get("prompt"), prompt, where)
         report.agree("continuation", manifest["continuation"].get("pruned"), continuation, where)
 

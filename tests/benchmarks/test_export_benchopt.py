@@ -48,7 +48,7 @@ def load(path: Path) -> Any:
     return module
 
 
-def judged(exported: Path, solver: Any, file: str, target: str, iterations: int = 30) -> dict[str, float]:
+def validation_loss(exported: Path, solver: Any, file: str, target: str, iterations: int = 30) -> dict[str, float]:
     """One run as benchopt does it."""
     objective = load(exported / "objective.py").Objective(target=target)
     objective.set_data(**load(exported / "datasets/layer_files.py").Dataset(file=file).get_data())
@@ -66,11 +66,11 @@ def test_every_solver_runs_on_every_layer_and_is_ranked(exported: Path, target: 
     for file in dataset.parameters["file"]:
         errors = {}
         for name in methods.parameters["method"]:
-            figures = judged(exported, methods(method=name), file, target)
+            figures = validation_loss(exported, methods(method=name), file, target)
             assert figures["excess"] == 0
             assert figures["sparsity"] == pytest.approx(0.5, abs=0.01)
             errors[name] = figures["value"]
-        errors["projected gradient"] = judged(exported, ours(), file, target)["value"]
+        errors["projected gradient"] = validation_loss(exported, ours(), file, target)["value"]
         assert errors["admm"] < errors["sparsegpt"] < errors["magnitude"]
         assert errors["admm"] < errors["projected gradient"] < errors["magnitude"]
 

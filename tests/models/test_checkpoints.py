@@ -141,7 +141,7 @@ def test_a_tied_parameter_is_found_under_any_of_its_names(
     folder = saved(llama(tie_word_embeddings=True), only)
     whole, streamed = load(str(folder)), open_on_disk(str(folder))
     assert whole.model.lm_head.weight is whole.model.model.embed_tokens.weight
-    assert evaluate(whole.model, stories) == evaluate(streamed.model, stories, streamed.residence)
+    assert evaluate(whole.model, stories) == evaluate(streamed.model, stories, streamed.offloading)
     assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
 
 
@@ -189,7 +189,7 @@ def test_blocks_that_the_class_does_not_load_are_passed_over(saved: Make, storie
     folder = saved(model, extra_layer(61))
     whole, streamed = load(str(folder)), open_on_disk(str(folder))
     assert len(Anatomy.of(str(folder)).blocks) == 2
-    assert evaluate(whole.model, stories) == evaluate(streamed.model, stories, streamed.residence)
+    assert evaluate(whole.model, stories) == evaluate(streamed.model, stories, streamed.offloading)
 
 
 def test_other_blocks_beyond_the_config_are_refused(saved: Make) -> None:
@@ -445,7 +445,7 @@ def test_a_shard_that_no_index_names_is_not_read(sharded: Path, stories: Sequenc
     save_file({"model.layers.7.mlp.up_proj.weight": torch.randn(24, 16)}, sharded / "model-old.safetensors")
     streamed: LoadedModel = open_on_disk(str(sharded))
     assert evaluate(load(str(sharded)).model, stories) == expected
-    assert evaluate(streamed.model, stories, streamed.residence) == expected
+    assert evaluate(streamed.model, stories, streamed.offloading) == expected
 
 
 def test_weights_as_pickles_alone(saved: Make) -> None:

@@ -20,7 +20,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.export import Form, check_exportable, export, units_by_block
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import Branch, branches, heads_stay, keep_units, pad_units
+from admm_prune.models.sublayers import Sublayer, heads_stay, keep_units, pad_units, sublayers
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12], [0, 8, 7, 6, 5, 4, 3, 2, 1, 100]])
 # Every way to be stored, and every class; families alike are left to the table of families and methods. Eager attention
@@ -36,38 +36,38 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=IDS).logits
 
 
-def branches_of(model: PreTrainedModel) -> list[tuple[Branch, ...]]:
-    return [branches(block) for block in decoder_blocks(model)]
+def branches_of(model: PreTrainedModel) -> list[tuple[Sublayer, ...]]:
+    return [sublayers(block) for block in decoder_blocks(model)]
 
 
-def survivors(branch: Branch, block: int, *, uniform: bool = False) -> list[int]:
+def survivors(sublayer: Sublayer, block: int, *, uniform: bool = False) -> list[int]:
     """Some units, others in every block unless asked for uniform widths."""
-    order = torch.randperm(branch.count, generator=torch.Generator().manual_seed(block)).tolist()
-    count = max(1, branch.count // 2 - (0 if uniform or branch.kind == "heads" else block))
-    return sorted(order[: branch.count if not uniform and branch.kind == "heads" and block == 1 else count])
+    order = torch.randperm(sublayer.count, generator=torch.Generator().manual_seed(block)).tolist()
+    count = max(1, sublayer.count // 2 - (0 if uniform or sublayer.kind == "heads" else block))
+    return sorted(order[: sublayer.count if not uniform and sublayer.kind == "heads" and block == 1 else count])
 
 
-def sliced(family: str, *, uniform: bool = False) -> tuple[PreTrainedModel, list[tuple[Branch, ...]]]:
+def sliced(family: str, *, uniform: bool = False) -> tuple[PreTrainedModel, list[tuple[Sublayer, ...]]]:
     model = build(family)
     parts = branches_of(model)
     for i, block in enumerate(parts):
-        for branch in block:
-            keep_units(branch, torch.tensor(survivors(branch, i, uniform=uniform)))
+        for sublayer in block:
+            keep_units(sublayer, torch.tensor(survivors(sublayer, i, uniform=uniform)))
     return model, parts
 
 
-def zero_units(branch: Branch, gone: set[int]) -> None:
-    weight = branch.output.read().clone()
+def zero_units(sublayer: Sublayer, gone: set[int]) -> None:
+    weight = sublayer.output.read().clone()
     for unit in gone:
-        weight[:, unit * branch.width : (unit + 1) * branch.width] = 0
-    branch.output.write(weight)
+        weight[:, unit * sublayer.width : (unit + 1) * sublayer.width] = 0
+    sublayer.output.write(weight)
 
 
 def masked(family: str, *, uniform: bool = False) -> PreTrainedModel:
     model = build(family)
     for i, block in enumerate(branches_of(model)):
-        for branch in block:
-            zero_units(branch, set(range(branch.count)) - set(survivors(branch, i, uniform=uniform)))
+        for sublayer in block:
+            zero_units(sublayer, set(range(sublayer.count)) - set(survivors(sublayer, i, uniform=uniform)))
     return model
 
 
@@ -231,7 +231,7 @@ def test_padding_puts_back_what_slicing_took(family: str) -> None:
 )
 def test_heads_that_cannot_go_stay_and_say_why(family: str, why: str) -> None:
     block = decoder_blocks(build(family))[0]
-    assert [branch.kind for branch in branches(block)] == ["neurons"]
+    assert [sublayer.kind for sublayer in sublayers(block)] == ["neurons"]
     assert (heads_stay(block) or "").endswith(why)
 
 

@@ -118,7 +118,7 @@ def test_hybrids_are_pruned_but_for_their_convolutions(
         loaded = opens(str(tmp_path / "dense"))
         dense = dict(loaded.model.named_parameters()) if opens is load else {}
         convolutions = {own: p.clone() for own, p in dense.items() if own.endswith("conv1d.weight")}
-        figures.append(evaluate(loaded.model, stories, loaded.residence).perplexity)
+        figures.append(evaluate(loaded.model, stories, loaded.offloading).perplexity)
         if opens is load:
             assert convolutions
             prune(loaded.model, "wanda", stories)

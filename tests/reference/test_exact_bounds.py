@@ -21,7 +21,7 @@ from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, GroupExact, lower_bound
 from admm_prune.solvers.reference.rigorous import Form, gamma, least_eigenvalue, scaled_form
-from admm_prune.solvers.refit import Polish
+from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 from benchmarks import exact_bounds
 
@@ -175,7 +175,7 @@ DENSE = [
     (SparseGPT(), Unstructured(0.0)),
     (ADMM(), RowWise(0.0)),
     (ADMM(), Groups(0.0)),
-    (Polish(ADMM()), Unstructured(0.0)),
+    (Refit(ADMM()), Unstructured(0.0)),
     (LocalSearch(ADMM()), RowWise(0.0)),
     (ADMM(), StackedRows(((1, RowWise(0.0)), (3, RowWise(0.0))))),
 ]

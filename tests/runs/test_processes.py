@@ -29,7 +29,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.loading import load
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import branches, savings
+from admm_prune.models.sublayers import savings, sublayers
 from admm_prune.problems.layer import Share
 from admm_prune.runs.texts import Texts, TextSettings
 
@@ -121,16 +121,16 @@ def test_a_streamed_run_too(tmp_path: Path, model_folder: Path, text_file: Path,
 
 def pruned_in(rank: int, processes: int, folder: str, model: Path, text: Path, recipes: tuple[Recipe, ...]) -> None:
     """Leaves what recipes make of a model in files: its weights, and what there is to say of them."""
-    world = World.here()
+    world = World.current()
     for recipe in recipes:
         loaded = load(str(model))
         calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(23)
         outcome = recipe.prune(loaded.model, Task(target=Target(0.5), calibration=calibration), Runtime(world=world))
         found = {name: x.clone() for name, x in loaded.model.state_dict().items()}
-        assert len(set(world.gathered(hashlib.sha256(save(found)).hexdigest()))) == 1, "all end with the same bits"
-        assert len(set(world.gathered(json.dumps(outcome.details)))) == 1
-        seconds = [savings(branch, "latency").tolist() for branch in branches(decoder_blocks(loaded.model)[0])]
-        assert len(set(world.gathered(str(seconds)))) == 1, "measured by one for all"
+        assert len(set(world.all_gather(hashlib.sha256(save(found)).hexdigest()))) == 1, "all end with the same bits"
+        assert len(set(world.all_gather(json.dumps(outcome.details)))) == 1
+        seconds = [savings(sublayer, "latency").tolist() for sublayer in sublayers(decoder_blocks(loaded.model)[0])]
+        assert len(set(world.all_gather(str(seconds)))) == 1, "measured by one for all"
         if rank == 0:
             place = Path(folder, f"{recipe.name}-{processes}")
             save_file(found, place.with_suffix(".safetensors"))
@@ -204,7 +204,7 @@ def trained_in(
     kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
     task = Task(target=Target(how.sparsity), calibration=calibration, seed=how.seed)
     journal = Checkpoints(kept) if kept else NOTHING
-    runtime = Runtime(world=World.here(), journal=journal, on_progress=progress)
+    runtime = Runtime(world=World.current(), journal=journal, on_progress=progress)
     with nullcontext() if stop is None else suppress(KeyboardInterrupt):
         replace(recipe, lr=how.lr).prune(loaded.model, task, runtime)
     if rank == 0 and stop is None:
@@ -353,7 +353,7 @@ def test_wrong_input_is_one_line(
 
 def test_work_is_dealt_out_by_cost() -> None:
     world = World(1, 3)
-    owners = world.dealt([1.0, 9.0, 2.0, 3.0, 4.0])
+    owners = world.assigned([1.0, 9.0, 2.0, 3.0, 4.0])
     loads = [
         sum(cost for cost, owner in zip([1.0, 9.0, 2.0, 3.0, 4.0], owners, strict=True) if owner == i) for i in range(3)
     ]
@@ -376,10 +376,10 @@ def test_a_share_knows_which_tokens_it_has() -> None:
 
 
 def test_one_process_tells_itself() -> None:
-    world = World.here()
+    world = World.current()
     x = torch.arange(3.0)
     assert (world.rank, world.size) == (0, 1)
-    assert torch.equal(world.total(x), torch.arange(3.0))
-    assert world.gathered("a") == ["a"]
+    assert torch.equal(world.all_reduce(x), torch.arange(3.0))
+    assert world.all_gather("a") == ["a"]
     with pytest.raises(UserError, match="wrong"):
-        world.from_first(lambda: (_ for _ in ()).throw(UserError("wrong")))
+        world.broadcast_from_rank0(lambda: (_ for _ in ()).throw(UserError("wrong")))

@@ -78,15 +78,15 @@ def test_from_disk_it_is_the_same_model_and_the_same_report_to_the_bit(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_streamed_model_is_judged_as_it_would_be_in_memory(dtype: str, model_folder: Path, text_file: Path) -> None:
     whole, on_disk = (opens(str(model_folder), dtype=dtype) for opens in (load, open_on_disk))
-    judging = Texts(TextSettings(data=str(text_file)), whole).evaluation
-    assert evaluate(on_disk.model, judging, on_disk.residence) == evaluate(whole.model, judging)
+    validation = Texts(TextSettings(data=str(text_file)), whole).evaluation
+    assert evaluate(on_disk.model, validation, on_disk.offloading) == evaluate(whole.model, validation)
     assert all(parameter.is_meta for parameter in on_disk.model.parameters())
 
 
 def opened(folder: Path) -> ModelOnDisk:
-    residence = open_on_disk(str(folder)).residence
-    assert isinstance(residence, ModelOnDisk)
-    return residence
+    offloading = open_on_disk(str(folder)).offloading
+    assert isinstance(offloading, ModelOnDisk)
+    return offloading
 
 
 def test_a_block_has_weights_only_while_it_is_at_work_on(model_folder: Path) -> None:
@@ -108,8 +108,8 @@ def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibrati
     dense = load(str(model_folder)).model
     full = BlockStream(dense, decoder_blocks(dense), calibration, "cpu")
     on_disk = opened(model_folder)
-    hollow = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", residence=on_disk)
-    for mine, its in zip(full._flows["calibration"], hollow._flows["calibration"], strict=True):
+    is_offloaded = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", offloading=on_disk)
+    for mine, its in zip(full._flows["calibration"], is_offloaded._flows["calibration"], strict=True):
         assert torch.equal(mine.hidden, its.hidden)
         for (_, a), (_, b) in zip(mine.calls, its.calls, strict=True):
             assert a.keys() == b.keys()

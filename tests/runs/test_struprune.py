@@ -18,11 +18,11 @@ from admm_prune.methods.base import Outcome, Task
 from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
 from admm_prune.methods.struprune.sublayer import Pruner
 from admm_prune.methods.target import Target
-from admm_prune.models import sublayers
+from admm_prune.models import sublayers as sublayers_module
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import UNITS, branches, savings
+from admm_prune.models.sublayers import UNITS, savings, sublayers
 from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
 from admm_prune.runs.compare import ComparisonSettings, compare
@@ -53,7 +53,7 @@ def test_what_is_saved_is_smaller_loads_again_and_is_verified(
         model_folder, method=recipe.name, sparsity=0.3, data=str(text_file), samples=20, out=tmp_path / "out"
     )
     block = decoder_blocks(load(str(model_folder)).model)[0]
-    group = max(branch.unit_weights for branch in branches(block)) * (2 if recipe.uniform else 1)
+    group = max(sublayer.unit_weights for sublayer in sublayers(block)) * (2 if recipe.uniform else 1)
     assert 0.3 <= report.sparsity < 0.3 + group / report.block_weights
     stock = report.details["form"] != "per-layer"
     assert stock or recipe.form == "per-layer"
@@ -100,7 +100,7 @@ def test_a_budget_in_every_unit(unit: str, model_folder: Path, calibration: Sequ
 
 
 def test_savings_are_those_of_the_matrices(model_folder: Path) -> None:
-    heads, neurons = branches(decoder_blocks(load(str(model_folder)).model)[0])  # d = 32, 4 heads of 8, 2 of them keys
+    heads, neurons = sublayers(decoder_blocks(load(str(model_folder)).model)[0])  # d = 32, 4 heads of 8, 2 of them keys
     assert savings(heads, "parameters").tolist() == [0, 1536, 3072]
     assert savings(neurons, "bytes")[1] == 3 * 32 * 4
     assert savings(heads, "kv-cache")[1] == 2 * 8 * 4
@@ -116,16 +116,16 @@ def test_savings_are_those_of_the_matrices(model_folder: Path) -> None:
 
 def test_weights_on_disk_are_timed_where_they_will_compute(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device, where they have no bytes, multiplies in no time whatever their shape."""
-    seconds, places = sublayers._seconds, []
+    seconds, places = sublayers_module._seconds, []
 
     def watched(*arguments: Any) -> float:
         places.append(arguments[-1])
         return seconds(*arguments)
 
-    monkeypatch.setattr(sublayers, "_seconds", watched)
-    sublayers._seconds_saved.cache_clear()
-    for branch in branches(decoder_blocks(open_on_disk(str(model_folder)).model)[0]):
-        saved = savings(branch, "latency", tokens=64)
+    monkeypatch.setattr(sublayers_module, "_seconds", watched)
+    sublayers_module._seconds_saved.cache_clear()
+    for sublayer in sublayers(decoder_blocks(open_on_disk(str(model_folder)).model)[0]):
+        saved = savings(sublayer, "latency", tokens=64)
         assert float(saved[-1]) > 0
     assert set(places) == {"cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -159,7 +159,7 @@ def test_the_mean_of_the_error_goes_into_the_bias() -> None:
     )  # fmt: skip
     model = OPTForCausalLM(config).eval().requires_grad_(False)
     (block,) = decoder_blocks(model)
-    neurons = branches(block)[1]
+    neurons = sublayers(block)[1]
     x = torch.randn(200, 16)
     hidden = block.module.fc1(x).relu()
     before = block.module.fc2(hidden).mean(0)

@@ -50,7 +50,7 @@ class Checkpoints:
         folder = self._folder
         if folder is None:
             return None
-        found = self._world.from_first(lambda: _read_latest(folder))
+        found = self._world.broadcast_from_rank0(lambda: _read_latest(folder))
         if found is None:
             return None
         name, values = found
@@ -82,14 +82,14 @@ class Checkpoints:
         assert folder is not None
         place = folder / f"{self._count:06d}"
         new = place.with_name(place.name + _UNFINISHED)
-        self._world.from_first(lambda: _emptied(new))
+        self._world.broadcast_from_rank0(lambda: _emptied(new))
         try:
             writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
             with _quiet():
                 state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-        self._world.from_first(lambda: _complete(new, place, values))
+        self._world.broadcast_from_rank0(lambda: _complete(new, place, values))
         self._count += 1
 
 

@@ -14,7 +14,7 @@ from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer, held_out_loss
 from admm_prune.models.structure import WeightView
-from admm_prune.solvers.elsa.anchors import gathered, local, own_rows
+from admm_prune.solvers.elsa.anchors import all_gather, local, local_shard
 from admm_prune.solvers.elsa.duals import DualUpdate
 
 
@@ -66,13 +66,13 @@ class Session:
     def gather(self) -> None:
         """Copies the trained parameters into the whole model."""
         for whole, part in self._pairs():
-            whole.copy_(gathered(part, local(part)))
+            whole.copy_(all_gather(part, local(part)))
 
     @torch.no_grad()
     def scatter(self) -> None:
         """Copies the whole model into the trained parameters."""
         for whole, part in self._pairs():
-            local(part).copy_(own_rows(part, whole))
+            local(part).copy_(local_shard(part, whole))
 
     def keep(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint of the complete state."""

@@ -60,7 +60,7 @@ class Trained(Capabilities, ABC):
     steps: int = 512
     batch_size: int = 8
     lr: float | None = None
-    boldness: float = 1.0
+    lr_multiplier: float = 1.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
 
@@ -227,7 +227,7 @@ class Trained(Capabilities, ABC):
             session.measured = measured_rate(
                 model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, judges)
             )
-        trainer.lr = self.boldness * session.measured.rate(1.0 - target.fraction)
+        trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 
 

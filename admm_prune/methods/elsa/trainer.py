@@ -77,7 +77,7 @@ class Trainer:
         if size == 1:
             return self.objective(model, batch)
         # All processes have to take part: one without a share runs the first sequence with weight zero.
-        rows = self._world.share(range(count)) or [0]
+        rows = self._world.partition(range(count)) or [0]
         share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
         part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
         return part * self.objective(model, share)
@@ -118,7 +118,9 @@ class Trainer:
 
     def _all_recent(self) -> Tensor:
         """The losses since the last point of the curve, (n,), the means over the processes."""
-        return self._world.total(torch.stack(self._recent)).div_(self._world.size) if self._recent else torch.zeros(0)
+        return (
+            self._world.all_reduce(torch.stack(self._recent)).div_(self._world.size) if self._recent else torch.zeros(0)
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -201,7 +203,9 @@ class MeasuredRate:
         return float(_AT_HALF * self.step * (2.0 * max(density, 1e-3)) ** -_POWER)
 
 
-def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judge: Callable[[], float]) -> MeasuredRate:
+def measured_rate(
+    model: nn.Module, loss: Loss, gradients: Sequence[Batch], validation_loss: Callable[[], float]
+) -> MeasuredRate:
     """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
     the loss is scaled.
 
@@ -210,7 +214,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
     Args:
         model: its parameters that take a gradient move.
         gradients: batches that g is the mean over.
-        judge: computes f for the current model.
+        validation_loss: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
@@ -228,7 +232,7 @@ def measured_rate(model: nn.Module, loss: Loss, gradients: Sequence[Batch], judg
         chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
         for (part, x), direction in zip(moved, directions, strict=True):
             part.copy_(_moved(x, direction, step, chance))
-        return judge()
+        return validation_loss()
 
     with torch.no_grad():
         start = value(0.0)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
-from admm_prune.methods.block_loop import Visit, walk
+from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
 from admm_prune.models.structure import Block, decoder_blocks
-from admm_prune.models.sublayers import UNITS, Branch, Unit, branches, heads_stay, keep_units, savings
+from admm_prune.models.sublayers import UNITS, Sublayer, Unit, heads_stay, keep_units, savings, sublayers
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, together
 from admm_prune.statistics import LayerStatistics
 
@@ -88,12 +88,12 @@ class StruPrune(Capabilities):
             raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
         if target.pattern is not None:
             raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
-        parts = [branches(block) for block in decoder_blocks(model)]
+        parts = [sublayers(block) for block in decoder_blocks(model)]
         if not self.uniform:
             check_exportable(model, self.form)
         elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
-        curves = {branch.name: self._curve(model, branch) for block in parts for branch in block}
+        curves = {sublayer.name: self._curve(model, sublayer) for block in parts for sublayer in block}
         self._allocate(model, parts, curves, target)
 
     def prune(
@@ -105,16 +105,18 @@ class StruPrune(Capabilities):
             curves: the result of `measure` on the same model and text, for any target; None to measure now.
         """
         self.check(model, task.target)
-        if self.form == "padded" and runtime.residence.hollow:
+        if self.form == "padded" and runtime.offloading.is_offloaded:
             raise UserError(
                 "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
             )
         pruner = self._pruner(task, runtime)
         blocks = decoder_blocks(model)
-        parts = [branches(block) for block in blocks]
+        parts = [sublayers(block) for block in blocks]
         if task.target.fraction > 0:
-            losing = {branch.name for block in parts for branch in block if self._curve(model, branch).levels()[-1] > 0}
-            check_units(model, blocks, runtime.residence, losing)
+            losing = {
+                sublayer.name for block in parts for sublayer in block if self._curve(model, sublayer).levels()[-1] > 0
+            }
+            check_units(model, blocks, runtime.offloading, losing)
         removed: dict[str, int] = {}
         details: dict[str, Any] = {}
         notes: tuple[str, ...] = ()
@@ -123,26 +125,26 @@ class StruPrune(Capabilities):
             # Written down, because a budget in seconds is measured anew by every run.
             told = runtime.journal.once(
                 "allocation",
-                lambda: runtime.world.from_first(lambda: self._told(model, parts, measured, task.target)),
+                lambda: runtime.world.broadcast_from_rank0(lambda: self._told(model, parts, measured, task.target)),
             )
             removed, notes = told["removed"], tuple(told["notes"])
             details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
 
-        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
-            return Visit(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
+        def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
+            return BlockResult(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
 
         def reshape(index: int) -> None:
-            for branch in parts[index]:
-                if removed.get(branch.name, 0) > 0:
-                    keep_units(branch, torch.arange(branch.count - removed[branch.name]))
+            for sublayer in parts[index]:
+                if removed.get(sublayer.name, 0) > 0:
+                    keep_units(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
-        visits = walk(model, task, runtime, visit, reshape=reshape, steps=(count, 2 * count))
-        layers = [report for found in visits for report in found.layers]
+        block_results = for_each_block(model, task, runtime, prune_block, reshape=reshape, steps=(count, 2 * count))
+        layers = [report for found in block_results for report in found.layers]
         runtime.report_progress(2 * count, 2 * count)
         if task.target.fraction == 0:
             return Outcome(layers=layers)
-        units = {branch.name: branch.count for block in parts for branch in block}
+        units = {sublayer.name: sublayer.count for block in parts for sublayer in block}
         form = export(model, parts, self.form)
         details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
         stay = heads_stay(blocks[0])
@@ -155,22 +157,24 @@ class StruPrune(Capabilities):
             UserError: as `Recipe.check` and `Recipe.prune`.
         """
         pruner = self._pruner(task, runtime)
-        parts = [branches(block) for block in decoder_blocks(model)]
+        parts = [sublayers(block) for block in decoder_blocks(model)]
 
-        def visit(stream: BlockStream, index: int, block: Block) -> Visit:
+        def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
             stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
-            return Visit(tensors={name: found / scale for name, found in losses.items()})
+            return BlockResult(tensors={name: found / scale for name, found in losses.items()})
 
-        visits = walk(
-            model, task, runtime, visit, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves"
+        block_results = for_each_block(
+            model, task, runtime, prune_block, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves"
         )
-        losses = {name: found for one in visits for name, found in one.tensors.items()}
-        return {branch.name: self._curve(model, branch, losses[branch.name]) for block in parts for branch in block}
+        losses = {name: found for one in block_results for name, found in one.tensors.items()}
+        return {
+            sublayer.name: self._curve(model, sublayer, losses[sublayer.name]) for block in parts for sublayer in block
+        }
 
     def _told(
-        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+        self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
     ) -> dict[str, Any]:
         """A summary of the allocation, as JSON values."""
         allocation = self._allocate(model, parts, curves, target)
@@ -188,13 +192,13 @@ class StruPrune(Capabilities):
         stream: BlockStream,
         index: int,
         block: Block,
-        parts: Sequence[Branch],
+        parts: Sequence[Sublayer],
         removed: Mapping[str, int],
         pruner: Pruner,
     ) -> list[LayerReport]:
         """Pass 2, one block."""
         shapes = {view.name: view.shape for view in block.weights}
-        losing = [branch for branch in parts if removed.get(branch.name, 0) > 0]
+        losing = [sublayer for sublayer in parts if removed.get(sublayer.name, 0) > 0]
         if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
             statistics = _statistics(stream, index, losing, pruner.fold_bias)
             stream.advance(index)
@@ -202,10 +206,10 @@ class StruPrune(Capabilities):
         else:
             solved = [
                 report
-                for branch in losing
+                for sublayer in losing
                 for report in pruner.prune(
-                    [branch],
-                    _statistics(stream, index, [branch], pruner.fold_bias),
+                    [sublayer],
+                    _statistics(stream, index, [sublayer], pruner.fold_bias),
                     removed,
                     lambda: stream.preview(index),
                 )
@@ -224,20 +228,20 @@ class StruPrune(Capabilities):
             world=runtime.world,
         )
 
-    def _curve(self, model: Any, branch: Branch, losses: Tensor | None = None) -> Curve:
+    def _curve(self, model: Any, sublayer: Sublayer, losses: Tensor | None = None) -> Curve:
         """A curve of savings, without losses."""
-        saved = savings(branch, self.unit)
+        saved = savings(sublayer, self.unit)
         stays: frozenset[int] | None = None
         if self.uniform:  # the stock class must admit their number
-            counts = range(1, branch.count + 1)
-            admitted = frozenset(n for n in counts if admits(model.config, branch, n))
+            counts = range(1, sublayer.count + 1)
+            admitted = frozenset(n for n in counts if admits(model.config, sublayer, n))
             stays = None if len(admitted) == len(counts) else admitted
-        multiple = self.multiple if branch.kind == "neurons" else 1
+        multiple = self.multiple if sublayer.kind == "neurons" else 1
         return Curve(
-            branch.name,
+            sublayer.name,
             torch.zeros_like(saved) if losses is None else losses,
             saved,
-            least=min(multiple, branch.count),
+            least=min(multiple, sublayer.count),
             multiple=multiple,
             stays=stays,
         )
@@ -250,7 +254,7 @@ class StruPrune(Capabilities):
         return sum(float(curve.savings[-1]) for curve in curves.values())
 
     def _allocate(
-        self, model: nn.Module, parts: Sequence[Sequence[Branch]], curves: Mapping[str, Curve], target: Target
+        self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
     ) -> Allocation:
         """The number of units to remove from every branch, by the target's fraction.
 
@@ -269,8 +273,8 @@ class StruPrune(Capabilities):
                 + (f": heads stay, as {stay}" if stay else ": every branch keeps what it must")
             )
         kinds: dict[str, list[Curve]] = {}
-        for branch in (branch for block in parts for branch in block):
-            kinds.setdefault(branch.kind, []).append(curves[branch.name])
+        for sublayer in (sublayer for block in parts for sublayer in block):
+            kinds.setdefault(sublayer.kind, []).append(curves[sublayer.name])
         try:
             if not self.uniform:
                 return self.allocator.allocate(list(curves.values()), budget)
@@ -281,13 +285,13 @@ class StruPrune(Capabilities):
 
 
 def _statistics(
-    stream: BlockStream, index: int, parts: Sequence[Branch], fold_bias: bool
+    stream: BlockStream, index: int, parts: Sequence[Sublayer], fold_bias: bool
 ) -> dict[str, LayerStatistics]:
     """Statistics of the inputs of some branches' output matrices, by the name of the branch."""
     if not parts:
         return {}
-    names = {branch.output.name: branch.name for branch in parts}
-    centre = fold_bias and any(branch.output.bias is not None for branch in parts)
+    names = {sublayer.output.name: sublayer.name for sublayer in parts}
+    centre = fold_bias and any(sublayer.output.bias is not None for sublayer in parts)
     shared = stream.collect(index, only=names, centre=centre)
     # No ridge is selected: the statistics of the validation tokens are not needed.
     statistics = {

@@ -18,11 +18,11 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport
 from admm_prune.methods.struprune import selectors
 from admm_prune.methods.struprune.selectors import Selector
-from admm_prune.models.activation_store import Shelf, form_of, record
+from admm_prune.models.activation_store import ActivationStore, form_of, record
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.models.streaming import Residence
+from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.models.sublayers import Branch, branches, keep_units
+from admm_prune.models.sublayers import Sublayer, keep_units, sublayers
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.structured_groups import GroupReconstruction
@@ -47,42 +47,42 @@ class Pruner:
     ridge: float
     world: World = ALONE
 
-    def problem(self, branch: Branch, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
+    def problem(self, sublayer: Sublayer, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
         """The group problem of a branch with a given number of units to keep.
 
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
         """
-        mean = statistics.mean if self.fold_bias and branch.output.bias is not None else None
+        mean = statistics.mean if self.fold_bias and sublayer.output.bias is not None else None
         try:
             return GroupReconstruction(
-                branch.output.read().clone(),  # `read` returns a view of the parameter
+                sublayer.output.read().clone(),  # `read` returns a view of the parameter
                 statistics.gram,
-                Groups(1 - keep / branch.count, branch.width, keep),
+                Groups(1 - keep / sublayer.count, sublayer.width, keep),
                 mean=mean,
                 tokens=statistics.tokens,
                 centred_gram=None if mean is None else statistics.centred,
                 ridge=self.ridge,
             )
         except ValueError as error:
-            raise UserError(f"{branch.output.name}: {error}") from error
+            raise UserError(f"{sublayer.output.name}: {error}") from error
 
-    def losses(self, parts: Sequence[Branch], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def losses(self, parts: Sequence[Sublayer], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """The loss of every branch when k = 0..n of its units are removed: (n + 1,), by the branch's name."""
 
-        def of(branch: Branch) -> Tensor:
-            problem = self.problem(branch, statistics[branch.name], branch.count)
+        def of(sublayer: Sublayer) -> Tensor:
+            problem = self.problem(sublayer, statistics[sublayer.name], sublayer.count)
             try:
-                return selectors.losses(problem, branch.width, self.selector, self.compensate)
+                return selectors.losses(problem, sublayer.width, self.selector, self.compensate)
             except LinAlgError as error:
-                raise UserError(f"{branch.output.name}: {error}: give a larger ridge (run --ridge)") from error
+                raise UserError(f"{sublayer.output.name}: {error}: give a larger ridge (run --ridge)") from error
 
-        found = self.world.divided([_cost(branch) for branch in parts], lambda own: [of(parts[i]) for i in own])
-        return {branch.name: losses for branch, losses in zip(parts, found, strict=True)}
+        found = self.world.divided([_cost(sublayer) for sublayer in parts], lambda own: [of(parts[i]) for i in own])
+        return {sublayer.name: losses for sublayer, losses in zip(parts, found, strict=True)}
 
     def prune(
         self,
-        parts: Sequence[Branch],
+        parts: Sequence[Sublayer],
         statistics: Mapping[str, LayerStatistics],
         removed: Mapping[str, int],
         outputs: Outputs | None = None,
@@ -99,22 +99,22 @@ class Pruner:
                 suggest.
         """
         solved = self.world.divided(
-            [_cost(branch) for branch in parts],
+            [_cost(sublayer) for sublayer in parts],
             lambda own: [self._solve(parts[i], statistics[parts[i].name], removed[parts[i].name]) for i in own],
             lambda i: _answering(parts[i]),
         )
-        for branch, (_, kept) in zip(parts, solved, strict=True):
+        for sublayer, (_, kept) in zip(parts, solved, strict=True):
             masked = outputs() if outputs is not None else None
-            keep_units(branch, torch.tensor(kept))
+            keep_units(sublayer, torch.tensor(kept))
             if masked is not None and outputs is not None:
-                _check_unchanged(branch, masked, outputs())
+                _check_unchanged(sublayer, masked, outputs())
         return [report for report, _ in solved]
 
-    def _solve(self, branch: Branch, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
+    def _solve(self, sublayer: Sublayer, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
         """Writes the weights and the bias that compensate for the removed units; returns the units kept too."""
         began = time.perf_counter()
-        output, dense_shape = branch.output, branch.output.shape
-        problem = self.problem(branch, statistics, branch.count - count)
+        output, dense_shape = sublayer.output, sublayer.output.shape
+        problem = self.problem(sublayer, statistics, sublayer.count - count)
         try:
             result, columns = selectors.solve(problem, self.selector, self.compensate)
             output.write(result.solution["weight"])
@@ -136,11 +136,11 @@ class Pruner:
             damping=problem.damping,
             notes=result.notes,
         )
-        return report, columns.view(-1, branch.width)[:, 0].nonzero()[:, 0].tolist()
+        return report, columns.view(-1, sublayer.width)[:, 0].nonzero()[:, 0].tolist()
 
 
 @torch.no_grad()
-def check_units(model: nn.Module, blocks: list[Block], residence: Residence, losing: Set[str]) -> None:
+def check_units(model: nn.Module, blocks: list[Block], offloading: Offloading, losing: Set[str]) -> None:
     """Checks on a copy of every kind of block that removing zero units does not change its outputs on a few tokens.
 
     Args:
@@ -149,7 +149,7 @@ def check_units(model: nn.Module, blocks: list[Block], residence: Residence, los
     Raises:
         UserError: they change, or the block cannot be called without them; the message names the module.
     """
-    device = residence.device(model)
+    device = offloading.device(model)
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
     batch = Batch((torch.arange(_TRIED) * 7919 % size)[None], torch.tensor([_TRIED]))
     (flow,) = record(
@@ -157,53 +157,55 @@ def check_units(model: nn.Module, blocks: list[Block], residence: Residence, los
         blocks,
         [("units", batch)],
         device,
-        residence=residence,
-        wrap=form_of(model, blocks, device, residence),
-        shelf=Shelf(),
+        offloading=offloading,
+        wrap=form_of(model, blocks, device, offloading),
+        activation_store=ActivationStore(),
     )
     seen = set()
     for index, block in enumerate(blocks):
-        kind = tuple((type(b.module), b.kind, b.queries, b.size) for b in branches(block))
+        kind = tuple((type(b.module), b.kind, b.queries, b.size) for b in sublayers(block))
         if kind in seen:
             continue
         seen.add(kind)
-        with residence.block(index):
+        with offloading.block(index):
             tried = copy.deepcopy(block)
-        for branch in (own for own in branches(tried) if own.name in losing):
-            _try(branch, partial(flow.replay, tried, index))
+        for sublayer in (own for own in sublayers(tried) if own.name in losing):
+            _try(sublayer, partial(flow.replay, tried, index))
 
 
-def _try(branch: Branch, outputs: Outputs) -> None:
+def _try(sublayer: Sublayer, outputs: Outputs) -> None:
     """Removes every other unit of a branch, including the first."""
-    kept = torch.arange(branch.count)[1::2]
+    kept = torch.arange(sublayer.count)[1::2]
     if not len(kept):
         return
-    columns = torch.ones(branch.count, dtype=torch.bool).scatter(0, kept, value=False).repeat_interleave(branch.width)
-    weight = branch.output.read().clone()
+    columns = (
+        torch.ones(sublayer.count, dtype=torch.bool).scatter(0, kept, value=False).repeat_interleave(sublayer.width)
+    )
+    weight = sublayer.output.read().clone()
     weight[:, columns.to(weight.device)] = 0
-    branch.output.write(weight)
+    sublayer.output.write(weight)
     masked = outputs()
-    keep_units(branch, kept)
+    keep_units(sublayer, kept)
     try:
         sliced = outputs()
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise UserError(
-            f"{branch.name}: the block cannot be called without some of its units ({first_line(error)}): "
+            f"{sublayer.name}: the block cannot be called without some of its units ({first_line(error)}): "
             "use a method that prunes weights"
         ) from error
-    _check_unchanged(branch, masked, sliced)
+    _check_unchanged(sublayer, masked, sliced)
 
 
-def _cost(branch: Branch) -> float:
+def _cost(sublayer: Sublayer) -> float:
     """The relative cost of a solve: a factorization of the Gram of the output matrix."""
-    return float(branch.output.shape[1]) ** 3
+    return float(sublayer.output.shape[1]) ** 3
 
 
-def _answering(branch: Branch) -> Iterator[Tensor]:
+def _answering(sublayer: Sublayer) -> Iterator[Tensor]:
     """The solution that compensates for the removed units."""
-    yield branch.output.read()
-    if branch.output.bias is not None:
-        yield branch.output.bias.detach()
+    yield sublayer.output.read()
+    if sublayer.output.bias is not None:
+        yield sublayer.output.bias.detach()
 
 
 def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
@@ -212,12 +214,12 @@ def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
     return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
 
 
-def _check_unchanged(branch: Branch, masked: Tensor, sliced: Tensor) -> None:
+def _check_unchanged(sublayer: Sublayer, masked: Tensor, sliced: Tensor) -> None:
     scale = float(masked.abs().max())
     change = float((masked - sliced).abs().max())
     allowed = max(_CHANGE, 16 * torch.finfo(masked.dtype).eps) * scale
     if change > allowed:
         raise UserError(
-            f"{branch.name}: without its zero units the block gives other outputs (by {change / scale:.1e}): "
+            f"{sublayer.name}: without its zero units the block gives other outputs (by {change / scale:.1e}): "
             "it is not made of units as its matrices look"
         )

@@ -53,9 +53,9 @@ def gather_kernel(score, total, bracket, candidates, capacity, control, BLOCK: t
 @triton.jit
 def judge_kernel(control, keep, capacity):
     """Whether the answer is among the candidates; if not, all keys are searched."""
-    gathered = tl.load(control + 2)
+    all_gather = tl.load(control + 2)
     need = keep - tl.load(control + 3)
-    good = (need >= 1) & (need <= gathered) & (gathered <= capacity)
+    good = (need >= 1) & (need <= all_gather) & (all_gather <= capacity)
     tl.store(control, tl.where(good, need, keep))
     tl.store(control + 4, tl.where(good, 0, 1).to(tl.int64))
 

@@ -37,11 +37,11 @@ class SparseSet(ABC):
         return 1
 
     @abstractmethod
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> SparseSet:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> SparseSet:
         """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""
 
     @abstractmethod
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         """The set of the same kind that prunes only `fraction` of what this one prunes."""
 
     @abstractmethod
@@ -122,7 +122,7 @@ def kept_count(sparsity: float, total: int) -> int:
     return round((1.0 - sparsity) * total)
 
 
-def share_of(keep: int, start: int, stop: int, width: int) -> int:
+def slice_budget(keep: int, start: int, stop: int, width: int) -> int:
     """The part of `keep` for the columns start..stop of `width`, rounded so that the parts add up to the whole."""
     return round(keep * stop / width) - round(keep * start / width)
 

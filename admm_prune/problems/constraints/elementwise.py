@@ -11,7 +11,7 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, share_of
+from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, slice_budget
 from admm_prune.problems.constraints.product import StackedRows
 
 
@@ -43,14 +43,14 @@ class Unstructured(SparseSet):
     def select_each(self, score: Tensor) -> Tensor:
         return selection.largest_of_each(score, self._count(Point(weight=score[0])))
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
             raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
         return type(self)(self.sparsity * fraction)
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> Unstructured:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Unstructured:
         total = self.keep if self.keep is not None else kept_count(self.sparsity, shape[0] * shape[1])
-        return Unstructured(self.sparsity, keep=share_of(total, start, stop, shape[1]))
+        return Unstructured(self.sparsity, keep=slice_budget(total, start, stop, shape[1]))
 
     def contains(self, z: Point) -> bool:
         return z.count_nonzero() <= self._count(z)
@@ -83,17 +83,17 @@ class RowWise(SparseSet):
         keep, longer = self._budget(*score.shape[1:])
         return super().select_each(score) if longer else selection.largest_per_row(score, keep)
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
             raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
         return type(self)(self.sparsity * fraction)
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
         rows, width = shape
         keep, longer = self._budget(rows, width)
         parts = ((longer, keep + 1), (rows - longer, keep))
         return StackedRows(
-            tuple((n, RowWise(self.sparsity, share_of(k, start, stop, width))) for n, k in parts if n > 0)
+            tuple((n, RowWise(self.sparsity, slice_budget(k, start, stop, width))) for n, k in parts if n > 0)
         )
 
     def contains(self, z: Point) -> bool:
@@ -142,7 +142,7 @@ class NofM(SparseSet):
     def group_width(self) -> int:
         return self.m
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> NofM:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> NofM:
         return self
 
     def select(self, score: Point) -> Point:
@@ -151,7 +151,7 @@ class NofM(SparseSet):
     def select_each(self, score: Tensor) -> Tensor:
         return selection.largest_per_group(self._checked(score.flatten(0, 1)), self.n, self.m).view(score.shape)
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         return type(self)(self.m - math.ceil((self.m - self.n) * fraction), self.m)
 
     def contains(self, z: Point) -> bool:

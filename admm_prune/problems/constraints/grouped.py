@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, share_of
+from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, slice_budget
 
 _NARROW = 1e-140  # relative to the largest score: above it, squares lie in the range of float64
 
@@ -39,7 +39,7 @@ class Blocks(SparseSet):
     def select(self, score: Point) -> Point:
         return score.map(self._select_matrix)
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
             raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
         return type(self)(self.sparsity * fraction, self.height, self.width)
@@ -48,9 +48,9 @@ class Blocks(SparseSet):
     def group_width(self) -> int:
         return self.width
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> Blocks:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Blocks:
         total = self._keep(shape[0] * shape[1])
-        return Blocks(self.sparsity, self.height, self.width, share_of(total, start, stop, shape[1]))
+        return Blocks(self.sparsity, self.height, self.width, slice_budget(total, start, stop, shape[1]))
 
     def contains(self, z: Point) -> bool:
         return all(int(self._tiles(x != 0).any(-1).count_nonzero()) <= self._keep(x.numel()) for x in z.values())
@@ -132,13 +132,13 @@ class Groups(SparseSet):
     def select(self, score: Point) -> Point:
         return score.map(lambda s: self._tiles(s).select(Point(x=s))["x"])
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
             raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
         return type(self)(self.sparsity * fraction, self.width)
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> Groups:
-        return Groups(self.sparsity, self.width, share_of(self.budget(shape[1]), start, stop, shape[1]))
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Groups:
+        return Groups(self.sparsity, self.width, slice_budget(self.budget(shape[1]), start, stop, shape[1]))
 
     def contains(self, z: Point) -> bool:
         return all(self._tiles(x).contains(Point(x=x)) for x in z.values())

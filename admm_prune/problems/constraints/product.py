@@ -32,11 +32,11 @@ class Product(SparseSet):
     def select(self, score: Point) -> Point:
         return Point({name: factor.select(Point({name: s}))[name] for name, factor, s in self._pairs(score)})
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> Product:
-        return Product({name: factor.share(start, stop, shape) for name, factor in self.factors.items()})
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Product:
+        return Product({name: factor.column_slice(start, stop, shape) for name, factor in self.factors.items()})
 
-    def tightened(self, fraction: float) -> Self:
-        return type(self)({name: factor.tightened(fraction) for name, factor in self.factors.items()})
+    def scaled_to(self, fraction: float) -> Self:
+        return type(self)({name: factor.scaled_to(fraction) for name, factor in self.factors.items()})
 
     def contains(self, z: Point) -> bool:
         return all(factor.contains(Point({name: x})) for name, factor, x in self._pairs(z))
@@ -88,11 +88,11 @@ class StackedRows(SparseSet):
     def group_width(self) -> int:
         return lcm(*(part.group_width for _, part in self.parts))
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
-        return StackedRows(tuple((rows, part.share(start, stop, (rows, shape[1]))) for rows, part in self.parts))
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
+        return StackedRows(tuple((rows, part.column_slice(start, stop, (rows, shape[1]))) for rows, part in self.parts))
 
-    def tightened(self, fraction: float) -> Self:
-        return type(self)(tuple((rows, part.tightened(fraction)) for rows, part in self.parts))
+    def scaled_to(self, fraction: float) -> Self:
+        return type(self)(tuple((rows, part.scaled_to(fraction)) for rows, part in self.parts))
 
     def contains(self, z: Point) -> bool:
         return all(part.contains(piece) for part, piece in self._split(z))

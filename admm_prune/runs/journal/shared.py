@@ -81,7 +81,7 @@ class SharedJournal(Journal):
             assert self._kept is not None
             return what(self._kept)
 
-        return self._world.from_first(answer)
+        return self._world.broadcast_from_rank0(answer)
 
 
 @contextmanager
@@ -91,7 +91,9 @@ def shared_journal(
     """`journal_of` in the first process, for all of them."""
     with ExitStack() as stack:
         kept: list[FolderJournal] = []
-        world.from_first(lambda: kept.append(stack.enter_context(journal_of(out, resume=resume, overwrite=overwrite))))
+        world.broadcast_from_rank0(
+            lambda: kept.append(stack.enter_context(journal_of(out, resume=resume, overwrite=overwrite)))
+        )
         yield SharedJournal(out, kept[0] if kept else None, world)
 
 

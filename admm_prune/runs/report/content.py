@@ -120,7 +120,7 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Branch:
+class Sublayer:
     """The number of units removed from a branch of a block."""
 
     name: str
@@ -132,10 +132,10 @@ class Branch:
         return self.removed / ((self.removed + self.left) or 1)
 
 
-def allocation_of(details: Manifest) -> list[Branch]:
+def allocation_of(details: Manifest) -> list[Sublayer]:
     """The number of units removed from every branch by a structured method; empty for others."""
     removed = details.get("removed", {})
-    return [Branch(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
+    return [Sublayer(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
 
 
 def _at(content: Any, place: Sequence[str]) -> float | None:

@@ -28,7 +28,7 @@ class Processes:
 
     group: dist.ProcessGroup
 
-    def total(self, counts: Tensor) -> Tensor:
+    def all_reduce(self, counts: Tensor) -> Tensor:
         """The sum over the processes."""
         summed = counts.clone()
         dist.all_reduce(summed, dist.ReduceOp.SUM, group=self.group)
@@ -84,13 +84,13 @@ def laid_out_as(parameter: Tensor, here: Tensor) -> Tensor:
     )
 
 
-def gathered(parameter: Tensor, here: Tensor) -> Tensor:
+def all_gather(parameter: Tensor, here: Tensor) -> Tensor:
     """Gathers all rows of the tensor of which `here` is the local shard."""
     whole = laid_out_as(parameter, here)
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
-def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
+def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
     """The rows of `whole` in the local shard."""
     processes = processes_of(parameter)
     if processes is None:
@@ -109,7 +109,7 @@ def totals(parameters: Sequence[Tensor], values: Tensor, *, least: bool = False)
         if processes is not None:
             divided.setdefault(processes, []).append(i)
     for processes, rows in divided.items():
-        values[rows] = (processes.least if least else processes.total)(values[rows])
+        values[rows] = (processes.least if least else processes.all_reduce)(values[rows])
     return values
 
 

@@ -10,8 +10,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from admm_prune.solvers.elsa.anchors import Anchors, State, Weight, laid_out_as, local, own_rows, totals, working_dtype
-from admm_prune.solvers.elsa.moments import Later, Moments, fused_scores, generator, stored_anchor
+from admm_prune.solvers.elsa.anchors import (
+    Anchors,
+    State,
+    Weight,
+    laid_out_as,
+    local,
+    local_shard,
+    totals,
+    working_dtype,
+)
+from admm_prune.solvers.elsa.moments import DeferredGradient, Moments, fused_scores, generator, stored_anchor
 from admm_prune.solvers.elsa.settings import Penalty, Score
 from admm_prune.solvers.elsa.supports import Support, scores_of
 
@@ -182,7 +191,7 @@ class Splitting:
             magnitude = weight.here.to(working_dtype(weight.parameter.dtype)).abs()
             if weight.name not in masks:
                 return magnitude
-            chosen = local(own_rows(weight.parameter, masks[weight.name])).to(magnitude.device)
+            chosen = local(local_shard(weight.parameter, masks[weight.name])).to(magnitude.device)
             return magnitude.div_(1.0 + magnitude).add_(chosen, alpha=_CHOSEN)
 
         selected = []
@@ -208,7 +217,7 @@ class Splitting:
     def take(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
         """M <- given masks, of all rows."""
         for weight in weights:
-            mask = local(own_rows(weight.parameter, masks[weight.name])).to(weight.here.device)
+            mask = local(local_shard(weight.parameter, masks[weight.name])).to(weight.here.device)
             weight.state["kept"] = int(torch.count_nonzero(masks[weight.name]))
             weight.set_mask(mask)
 
@@ -261,14 +270,14 @@ class Splitting:
             gradient, decay = weight.gradient.float(), self.score.decay
             local(state["fisher"]).mul_(decay).addcmul_(gradient, gradient, value=1.0 - decay)
 
-    def add_penalty(self, weight: Weight, later: Later | None = None) -> None:
+    def add_penalty(self, weight: Weight, deferred: DeferredGradient | None = None) -> None:
         """g <- g + rho (x - c), in the precision of the computation; or passes it to the kernel that does so.
 
         What exceeds the range of the gradient's dtype saturates: g has been checked to be finite, and remains so.
         """
         rho = weight.state["rho"]
-        if rho and not weight.dense and later is not None:
-            later.pulls[id(weight.parameter)] = (rho, stored_anchor(weight, self.anchors))
+        if rho and not weight.dense and deferred is not None:
+            deferred.pulls[id(weight.parameter)] = (rho, stored_anchor(weight, self.anchors))
         elif rho and not weight.dense:
             largest = torch.finfo(weight.gradient.dtype).max
             for rows, away in self.anchors.away(weight):

@@ -51,14 +51,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class Later:
+class DeferredGradient:
     """Changes of the gradients deferred to the kernel: g <- factor g + rho (x - c). The gradients are not changed."""
 
     factor: float = 1.0
     pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)  # rho and c, by id of the parameter
 
     @classmethod
-    def of(cls, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> Later | None:
+    def of(cls, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> DeferredGradient | None:
         """None if the gradients themselves have to be changed: they are read elsewhere, or Triton is not used."""
         if clip_penalty or score.fisher == "clean" or not all(map(_serves, active)):
             return None
@@ -86,7 +86,7 @@ def step(
     second: Stored,
     group: dict[str, Any],
     draws: tuple[int, ...],
-    later: Later,
+    deferred: DeferredGradient,
 ) -> None:
     """Adam's step of one parameter, with the deferred changes."""
     from admm_prune.ops.triton import adam
@@ -100,8 +100,8 @@ def step(
         first,
         second,
         steps=int(state["step"]),
-        factor=later.factor,
-        pull=later.pulls.get(id(parameter)),
+        factor=deferred.factor,
+        pull=deferred.pulls.get(id(parameter)),
         seed=seed(parameter, *draws),
         settings=group,
     )
@@ -211,9 +211,9 @@ class Moments:
             return library_adam.second_moment(stored, scales)
         return quantization.from_unsigned_log(stored, scales).square_()
 
-    def later(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> Later | None:
+    def deferred(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> DeferredGradient | None:
         """As `Later.of`; None for a library's moments, which our kernels cannot read."""
-        return None if self.format == "bitsandbytes" else Later.of(active, score, clip_penalty=clip_penalty)
+        return None if self.format == "bitsandbytes" else DeferredGradient.of(active, score, clip_penalty=clip_penalty)
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
         """v of the local shard as stored: in 8 bits, its root."""
@@ -233,7 +233,7 @@ class Moments:
         states: Sequence[State],
         group: dict[str, Any],
         draws: Sequence[tuple[int, ...]],
-        later: Later | None = None,
+        deferred: DeferredGradient | None = None,
     ) -> None:
         """x <- x - lr (m / c1) / (sqrt(v / c2) + eps), with torch's decoupled weight decay.
 
@@ -243,10 +243,10 @@ class Moments:
             draws: for each parameter, numbers that seed the rounding of narrow states.
             later: if the step is one kernel per parameter, the deferred changes of the gradients.
         """
-        if later is not None:
+        if deferred is not None:
             for x, state, draw in zip(parameters, states, draws, strict=True):
                 first, second = self._stored(x, state, "exp_avg"), self.stored_second(x, state)
-                step(x, state, first, second, group, (*draw, _DRAW), later)
+                step(x, state, first, second, group, (*draw, _DRAW), deferred)
             return
         narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
         wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]
@@ -409,15 +409,15 @@ def _norm(x: Tensor, *, wide: bool) -> Tensor:
     return norm.double()
 
 
-def clip(parameters: Sequence[Tensor], norm: float, limit: float, later: Later | None = None) -> float:
+def clip(parameters: Sequence[Tensor], norm: float, limit: float, deferred: DeferredGradient | None = None) -> float:
     """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor.
 
     Args:
         later: receives the factor, if a kernel scales them.
     """
     factor = min(1.0, limit / (norm + 1e-6))
-    if later is not None:
-        later.factor = factor
+    if deferred is not None:
+        deferred.factor = factor
     elif factor < 1.0:
         for gradient in gradients(parameters):
             gradient.mul_(factor)

@@ -13,7 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.ops import histogram, selection
 from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
-from admm_prune.solvers.elsa.anchors import Processes, Weight, gathered, own_rows, processes_of, totals
+from admm_prune.solvers.elsa.anchors import Processes, Weight, all_gather, local_shard, processes_of, totals
 from admm_prune.solvers.elsa.settings import Score
 
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
@@ -131,13 +131,13 @@ class Within:
     constraint: SupportConstraint
 
     def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
-        constraint = self.constraint if fraction >= 1.0 else self.constraint.tightened(fraction)
+        constraint = self.constraint if fraction >= 1.0 else self.constraint.scaled_to(fraction)
         scores = {weight.name: score(weight) for weight in weights}
-        whole = {weight.name: gathered(weight.parameter, scores[weight.name]) for weight in weights}
+        whole = {weight.name: all_gather(weight.parameter, scores[weight.name]) for weight in weights}
         masks = constraint.select(Point({w.name: whole[w.name].mT if w.transposed else whole[w.name] for w in weights}))
         for weight in weights:
             mask = masks[weight.name].mT if weight.transposed else masks[weight.name]
-            yield weight, own_rows(weight.parameter, mask), scores[weight.name]
+            yield weight, local_shard(weight.parameter, mask), scores[weight.name]
 
 
 def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) -> Tensor:

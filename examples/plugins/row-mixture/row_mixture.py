@@ -34,7 +34,7 @@ class RowMixture(SparseSet):
         needed = (x.unflatten(1, (-1, self.m)).count_nonzero(2).amax(1).sum() for x in z.values())
         return all(int(steps) <= self._steps(len(x)) for steps, x in zip(needed, z.values(), strict=True))
 
-    def tightened(self, fraction: float) -> Self:
+    def scaled_to(self, fraction: float) -> Self:
         return type(self)(self.sparsity * fraction, self.m)
 
     def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
