@@ -340,7 +340,7 @@ class Settings(TextSettings):
     )
     resume: bool = _run(
         False,
-        "Go on with an interrupted run, given the same arguments.",
+        "Resume an interrupted run; all other arguments must be the same.",
         python="Its journal is beside `out`.",
         commands="run reproduce compare",
     )

@@ -32,9 +32,9 @@ def _typed(name: str, declared: Option) -> Any:
     )
 
 
-Json = Annotated[bool, typer.Option("--json", help="One machine-readable line on stdout.")]
-Out = Annotated[Path, typer.Option(help="Folder to write, whole or not at all.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
+Out = Annotated[Path, typer.Option(help="Output folder, written atomically.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and exit.")]
 Seed = Annotated[int, _typed("seed", _DECLARED["seed"])]
 Device = Annotated[str, _typed("device", _DECLARED["device"])]
 Dtype = Annotated[str | None, _typed("dtype", _DECLARED["dtype"])]

@@ -59,7 +59,7 @@ def compare(
             ]
         )
     columns = ["method", "pruned", "perplexity", "/ dense", "bits/char", "layer\nerror", "zeros", "seconds"]
-    title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens judged"
+    title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens evaluated"
     common.show_table(title, columns, table, mark=marked)
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")

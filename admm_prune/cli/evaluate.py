@@ -25,7 +25,7 @@ def evaluate(
     documents: Annotated[
         int | None, typer.Option(min=1, help="Number of documents; default: all, or 20,000 for a Hub id.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences; all of the text by default.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of sequences; default: the whole text.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of perplexity.")
     ] = None,

@@ -68,7 +68,7 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
 
 @common.takes("reproduce", replaces=True)
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A name that 'admm-prune recipe list' prints.")],
+    name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")],
     dry_run: common.DryRun = False,
     json: common.Json = False,
     **options: Any,

@@ -64,10 +64,10 @@ def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
 
 
 def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine: Any) -> None:
-    """Runs what is asked for, and says what came of it.
+    """Prunes as the arguments specify and prints the result.
 
     Args:
-        asked: arguments of `prune` that say what to do.
+        asked: arguments of `prune` that define the result.
         machine: those that say how.
 
     Raises:

@@ -25,7 +25,7 @@ class Journal:
 
     `runs.journal.journal` keeps files.
 
-    A record is whole or not there. What is in it comes back to the bit: JSON values with their floats, tensors, and the
+    A record is complete or absent. Its content is restored exactly: JSON values with their floats, tensors, and the
     state of the random generators. A run that is resumed does the same steps in the same order as one that was never
     interrupted; where a step has a record it takes the record instead.
     """
@@ -68,7 +68,7 @@ class Journal:
         """
 
     def once(self, part: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gave when the part was first asked for: JSON values."""
+        """The result of `compute`, which is called on the first request of the part: JSON values."""
         found = self.finished(part)
         if found:
             return found[0]
@@ -133,7 +133,7 @@ class Runtime:
 
     Args:
         residence: where the model's weights are.
-        world: the processes that work on this together; all of them have the same task.
+        world: the processes of the run; all of them have the same task.
         journal: keeps what is finished, and what an earlier run finished.
         on_progress: called at every step.
         on_record: called with the figures of every block that is finished, and of training.
@@ -170,7 +170,7 @@ class LayerReport:
         sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
         relative_error, relative_error_validation: None where no layer problem was solved.
         objective, bound: of the weights and of all others in the same sparse set, with ridge and damping, relative as
-            the errors are; None where they were not asked for.
+            the errors are; None unless `bounds` is set.
         tokens: that the layer's inputs were taken from.
         ridge, damping: of the layer problem, as used in the end; None where there was none.
         ridge_trials: what "auto" tried, the best one first.
@@ -217,12 +217,12 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a recipe did.
+    """The result of a method.
 
     Attributes:
         layers: a report of every pruned weight.
-        notes: what had to be done that was not asked for.
-        details: what the recipe has to say beyond that (a training curve, an allocation), as JSON values.
+        notes: deviations from the task.
+        details: further results (a training curve, an allocation), as JSON values.
         model: the new model, where the old one was not pruned in place.
     """
 
@@ -302,6 +302,6 @@ class Recipe(Capabilities, Protocol):
         """Prunes the model, which is in evaluation mode and without gradients, in place where it can.
 
         Raises:
-            UserError: as `check`; the text or the ridge asked for cannot be used.
+            UserError: as `check`; the text or the ridge cannot be used.
         """
         ...

@@ -124,7 +124,7 @@ def for_each_block(
 
 
 def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tensor] | None, index: int) -> None:
-    """Brings a stream to block `index`: by what was kept, or through the finished blocks.
+    """Advances a stream to block `index`: from saved activations, or through the finished blocks.
 
     Activations are saved and used by single-process runs only: the sequences are distributed differently otherwise.
     """

@@ -85,7 +85,7 @@ class Layerwise(Capabilities):
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:
-    """Prunes the weights of a block: several processes deal out what is solved as one, and hand on what comes of it."""
+    """Prunes the weights of a block: several processes distribute the solves and broadcast the results."""
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
     reports = world.divided(
         [_cost(piece) for piece in pieces],
@@ -254,7 +254,7 @@ def _prune(jobs: Sequence[_Job], method: Method, solver: Solver, task: Task) -> 
 
 @contextmanager
 def _naming(job: _Job) -> Generator[None]:
-    """What goes wrong with a problem is said of its weights."""
+    """Names the weights in errors of their problem."""
     try:
         yield
     except (ValueError, LinAlgError) as error:
@@ -264,7 +264,7 @@ def _naming(job: _Job) -> Generator[None]:
 def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
     began = time.perf_counter()
     statistics, first = job.statistics, job.parts[0].constraint
-    # A copy: what is read shares memory with the parameter, which is about to be overwritten.
+    # A copy: `read` returns a view of the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in job.weights])
     with _naming(job), explained_parts(problem=method.problem.build, constraint=type(first)):
         asked = settle_ridge(ridge, method, stacked, statistics.gram, statistics.validation, first)

@@ -52,7 +52,7 @@ def composed(
     )
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
-        raise UserError(f"{recipe.name} takes no {given}: it is for methods that go layer by layer")
+        raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
     return made
 
 

@@ -18,8 +18,8 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.together import solve_all
 
-# (ridge, damping): relative to each H_jj, which is best where all channels matter alike, or to their mean, which spares
-# a few massive channels and holds the many small ones.
+# (ridge, damping): relative to each H_jj, best where all channels matter equally, or to their mean, which regularizes a
+# few massive channels less and the many small ones more.
 GRID = (
     *((ridge, 0.0) for ridge in (0.003, 0.03, 0.3)),
     *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)),

@@ -63,7 +63,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of t
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLLM(Capabilities):
-    """A recipe that prunes attention by a local method and the feed-forward network of a block as one problem.
+    """A method that prunes attention layer by layer and the feed-forward network of a block as one problem.
 
     For each block: prune attention; capture the network's inputs again, and as its target the output that restores
     the block's dense output, including the error of attention; then alternate: fit and prune the up projection (and
@@ -117,7 +117,7 @@ class SparseLLM(Capabilities):
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
-        if task.target.fraction == 0 and not task.target.layers:  # to the bit: no target makes up for what is not lost
+        if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: bitwise equal
             return Layerwise(self.method).prune(model, task, runtime)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
@@ -158,7 +158,7 @@ class SparseLLM(Capabilities):
         targets = _targets(views, task.target)
         attention = pruned - {view.name for view in own}
         reports += prune_all(stream.collect(index, attention, wanted), self.method, task, world)
-        if not targets:  # the whole network is to stay as it is
+        if not targets:  # the whole network is left unpruned
             return BlockResult(
                 layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs}
             )

@@ -339,7 +339,7 @@ def training(anatomy: Anatomy, recipe: Trained, task: Task) -> list[Stage]:
     projecting = recipe.projecting(task)
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
     if projecting is not None:
-        count = len(recipe.projections(task.target))  # they differ in how much goes, not in what they take
+        count = len(recipe.projections(task.target))  # they differ in sparsity, not in cost
         for stage in pruning_stages(anatomy, *projecting, stream=False):
             stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
     return stages

@@ -145,7 +145,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
     recipe = configured(recipe_named(method, settings.steps), settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
-        raise UserError("--gpus is of GPUs that are not here: say which with --gpu, such as --gpu h100")
+        raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:
         raise UserError(f"cannot stream: {obstacle}")
     anatomy = Anatomy.of(model, settings.dtype)
@@ -154,7 +154,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))
-    libraries = {LIBRARIES: resident_bytes()}  # with the buffers that products have left, before anything is tried out
+    libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     notes = list(notes_on(anatomy.model))
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)

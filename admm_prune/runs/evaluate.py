@@ -50,7 +50,7 @@ class Validation:
 
 
 def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
-    """A model as it is now, wherever its weights are."""
+    """Evaluates a model, in memory or streamed."""
     prompt, continuation = ("", "") if loaded.offloading.is_offloaded else beginning_continued(loaded, text)
     activation_store = ActivationStore(runtime.activation_bytes, runtime.journal.scratch())
     figures = evaluate(loaded.model, text, loaded.offloading, activation_store, runtime.world)
@@ -170,9 +170,9 @@ def evaluate_tasks(
     Args:
         model: a folder, a Hub id or "embedded".
         tasks: names, of the harness or of `folder`.
-        folder: with tasks of one's own, as YAML.
+        folder: of additional tasks, as YAML.
         shots: examples before each question; the task's own number by default.
-        limit: questions a task, for a quick look: such figures are not comparable.
+        limit: on the questions of each task, for a quick check: such figures are not comparable.
         batch_size: of the requests.
         seed: of all random choices of the harness.
 
@@ -198,7 +198,7 @@ def evaluate_tasks(
     except ImportError as error:
         raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
     loaded = load(model, device=place, dtype=dtype)
-    # The harness's own tasks are thousands of files: they are not read where all that is asked for is in the folder.
+    # The harness's own tasks are thousands of files: they are not read if the folder has all of `tasks`.
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=None if folder is None else str(folder))

@@ -228,7 +228,7 @@ class _Solved:
 
 
 def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: Ridge, place: str) -> list[_Solved]:
-    """All targets, those that may be solved together by one solve."""
+    """Solves all targets, together where the method supports it."""
     rows, width = layer.weight.shape
     parts = [Part(rows, method.constraint(target), target.fraction) for target in targets]
     dampings: list[Damping] = []

@@ -56,7 +56,7 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
         device: where the weights would go.
 
     Raises:
-        UserError: it is asked for and cannot be done.
+        UserError: `stream` is True and the method or the model cannot be streamed.
     """
     if stream not in ("auto", True, False):
         raise UserError(f"stream must be auto, True or False, not {stream!r}")
@@ -77,7 +77,7 @@ def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
     if not isinstance(model, str | Path):
         return "the model is in memory already: give its folder"
     if not written:
-        return "the pruned model has to go to a folder: give --out"
+        return "the pruned model must be written to a folder: give --out"
     return recipe.streaming_obstacle()
 
 
@@ -87,15 +87,15 @@ _ROOM = 1.25  # times its weights, of memory that must be free for a second copy
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did. `model` is the pruned model itself; everything else is written to the manifest, times beside it.
+    """The result of a run. `model` is the pruned model itself; the rest is written to the manifest.
 
     Attributes:
         budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
-        notes, details: what the recipe had to say.
-        phases: time and memory of the parts of the run, up to the evaluation of what came of it.
+        notes, details: of the method.
+        phases: time and memory of the parts of the run, up to the evaluation of the pruned model.
         continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
             "prompt", "dense", "pruned"; empty where the weights were streamed.
         model: without weights where it was streamed: they are in `out`.
@@ -149,7 +149,7 @@ class Report:
 
 @takes(Settings)
 def prune(settings: Settings) -> Report:
-    """Prunes a language model and says what that cost.
+    """Prunes a language model and reports the loss of quality.
 
     In a process group of torch's all processes call this alike: they share the work, and the first one writes.
 
@@ -245,10 +245,10 @@ def run_recipe(
     record: dict[str, Any],
     phases: Phases | None = None,
 ) -> Report:
-    """Prunes a loaded model, in place where the recipe does so, and evaluates what came of it.
+    """Prunes a loaded model, in place where the recipe does so, and evaluates the result.
 
     Args:
-        dense: the model as it is.
+        dense: evaluation of the dense model.
         record: the manifest of the run.
         phases: that were before.
     """

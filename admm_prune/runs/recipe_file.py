@@ -1,4 +1,4 @@
-"""Recipes as files: what a run was asked for, in YAML, beside its weights, to be read, changed and run again."""
+"""Recipe files: the settings of a run in YAML, saved beside its weights, to be edited and run again."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Recipe(_Strict):
         evaluation text too, unless that is given. Splits and numbers of documents go with a text that is replaced.
 
         Raises:
-            UserError: what came of it is no recipe.
+            UserError: the result is not a valid recipe.
         """
         content = self.as_content()
         text, texts = dict(content.get("text", {})), names_of(text=True)

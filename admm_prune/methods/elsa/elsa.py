@@ -20,7 +20,7 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_CALIBRATION = 128  # sequences that layer problems are made of
+_CALIBRATION = 128  # sequences for the layer problems
 
 
 @dataclass(frozen=True)

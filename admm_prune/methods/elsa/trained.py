@@ -38,7 +38,7 @@ class Trained(Capabilities, ABC):
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
     before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
     is kept beside the optimizer's state. What moves is written to the runtime's journal every few steps and after each
-    projection, so that a run which was killed goes on from there, to the same end.
+    projection, so that an interrupted run resumes from there, with the same result.
 
     Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
     every batch. In addition each holds the whole model, for the projections and the result.
@@ -103,8 +103,7 @@ class Trained(Capabilities, ABC):
                 raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
-        """Trains and prunes; where that ends worse on held-out sequences than a model that was as sparse on the way,
-        that one is returned."""
+        """Trains and prunes; returns the model with the least held-out loss among those with the final sparsity."""
         self.check(model, task.target)
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
@@ -191,7 +190,7 @@ class Trained(Capabilities, ABC):
         trainer, task, runtime = session.trainer, session.task, session.runtime
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(task.target)}
-        every = max(1, trainer.steps // 50)  # a line of progress for each, where nobody draws a bar
+        every = max(1, trainer.steps // 50)  # the interval of progress lines without a progress bar
         kept = max(1, min(_STEPS, trainer.steps // _PART))
         checkpoints = Checkpoints(runtime.journal.checkpoints("training"), runtime.world)
         session.go_on(checkpoints)
@@ -213,7 +212,7 @@ class Trained(Capabilities, ABC):
         runtime.report_progress(trainer.steps, trainer.steps)
 
     def _prepare(self, session: Session, plan: dict[int, Target], project: Projection) -> None:
-        """What comes before a step: a projection and a rate, where they are due."""
+        """Before a step: a projection and a new learning rate, where they are due."""
         done = session.trainer.done
         if done in plan:
             project(session, plan[done])

@@ -33,7 +33,7 @@ RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equati
 
 @dataclass(frozen=True, kw_only=True)
 class StruPrune(Capabilities):
-    """Removes neurons and groups of heads, chosen over the whole model, so that what is left is a smaller model.
+    """Removes neurons and groups of heads, chosen over the whole model, which results in a smaller model.
 
     Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
     stream behind its block. Allocation: from the curves alone, how many units to remove from each branch. Pass 2: block
@@ -122,7 +122,7 @@ class StruPrune(Capabilities):
         notes: tuple[str, ...] = ()
         if task.target.fraction > 0:
             measured = self.measure(model, task, runtime) if curves is None else curves
-            # Written down, because a budget in seconds is measured anew by every run.
+            # Committed to the journal, because a latency budget is measured again by every run.
             told = runtime.journal.once(
                 "allocation",
                 lambda: runtime.world.broadcast_from_rank0(lambda: self._told(model, parts, measured, task.target)),
@@ -151,7 +151,7 @@ class StruPrune(Capabilities):
         return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
 
     def measure(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> dict[str, Curve]:
-        """Pass 1: the curve of every branch that may lose units, block after block, on dense inputs.
+        """Pass 1: the loss curve of every prunable branch, block after block, on dense inputs.
 
         Raises:
             UserError: as `Recipe.check` and `Recipe.prune`.
