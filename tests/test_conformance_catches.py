@@ -343,7 +343,7 @@ def test_broken_constraints() -> None:
             return z.count_nonzero() == self._count(z)
 
     class SharesRoundDown(Unstructured):
-        def share(self, start, stop, shape) -> Unstructured:
+        def column_slice(self, start, stop, shape) -> Unstructured:
             return Unstructured(0.0, keep=int(self._count(Point(w=torch.ones(shape))) * (stop - start) / shape[1]))
 
     class TightensTooMuch(Unstructured):
@@ -401,7 +401,7 @@ class TightensToAnotherKind(RowWise):
 
 
 class SharesGoToTheFirst(Unstructured):
-    def share(self, start, stop, shape) -> Unstructured:
+    def column_slice(self, start, stop, shape) -> Unstructured:
         budget = self._count(Point(w=torch.ones(shape)))
         return Unstructured(0.0, keep=min(budget, shape[0] * stop) - min(budget, shape[0] * start))
 

@@ -132,10 +132,10 @@ class Generous(SparseSet):
     def contains(self, z):
         return True
 
-    def share(self, start, stop, shape):
+    def column_slice(self, start, stop, shape):
         return self
 
-    def tightened(self, fraction):
+    def scaled_to(self, fraction):
         return type(self)(self.sparsity * fraction)
 
 
@@ -223,7 +223,7 @@ SETS = {
     "Outside": "the constraint Outside does not contain its own projection",
     "Failing": "the constraint Failing failed (mistaken.py:",
     "NoMask": "the constraint NoMask failed",
-    "Abstract": "the constraint 'Abstract' lacks methods of a SparseSet: contains, share, tightened",
+    "Abstract": "the constraint 'Abstract' lacks methods of a SparseSet: column_slice, contains, scaled_to",
     "row-wise": "the name 'row-wise' is built in, and declared by mistaken (mistaken:Set)",
 }
 PROBLEMS = {

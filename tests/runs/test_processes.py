@@ -358,8 +358,8 @@ def test_work_is_dealt_out_by_cost() -> None:
         sum(cost for cost, owner in zip([1.0, 9.0, 2.0, 3.0, 4.0], owners, strict=True) if owner == i) for i in range(3)
     ]
     assert sorted(loads) == [5.0, 5.0, 9.0]
-    assert [len(World(i, 3).share(range(13))) for i in range(3)] == [5, 4, 4]
-    assert sorted(x for i in range(3) for x in World(i, 3).share(range(13))) == list(range(13))
+    assert [len(World(i, 3).partition(range(13))) for i in range(3)] == [5, 4, 4]
+    assert sorted(x for i in range(3) for x in World(i, 3).partition(range(13))) == list(range(13))
 
 
 def test_a_share_knows_which_tokens_it_has() -> None:

@@ -37,7 +37,7 @@ class RowMixture(SparseSet):
     def scaled_to(self, fraction: float) -> Self:
         return type(self)(self.sparsity * fraction, self.m)
 
-    def share(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
+    def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
         """A row's n_i binds all its columns: who sees some of them only is given the same n_i everywhere."""
         n, more = divmod(self._steps(shape[0]), shape[0])
         parts = ((more, n + 1), (shape[0] - more, n))
