@@ -132,7 +132,7 @@ class Runtime:
     """Where and how a task is carried out. By default in this process and in memory, without a record.
 
     Args:
-        residence: where the model's weights are.
+        offloading: where the model's weights are.
         world: the processes of the run; all of them have the same task.
         journal: keeps what is finished, and what an earlier run finished.
         on_progress: called at every step.

@@ -38,7 +38,7 @@ class BlockStream:
         device: on which the model computes; Grams live there.
         validation_fraction: of the sequences, whose Gram is also kept separately. A single sequence is not split.
         holdout: other text, for reporting only.
-        residence: of the blocks: a block is loaded while it is in use.
+        offloading: of the blocks: a block is loaded while it is in use.
         shelf: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.

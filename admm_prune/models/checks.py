@@ -28,7 +28,7 @@ def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) ->
 
     Args:
         source: as the user named the model.
-        residence: of the blocks: one of each kind is loaded.
+        offloading: of the blocks: one of each kind is loaded.
 
     Raises:
         UserError: tokens see later ones, the model cannot run on token ids alone, or it has matrices in its blocks that

@@ -52,7 +52,7 @@ def evaluate(
     its perplexity is inf or nan.
 
     Args:
-        residence: of the weights. If they are not in memory, the whole text is passed through one block after the
+        offloading: of the weights. If they are not in memory, the whole text is passed through one block after the
             other, with the same calls on the same batches, so that the figures are the same.
         shelf: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.

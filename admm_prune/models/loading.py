@@ -35,7 +35,7 @@ _DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config a
 class LoadedModel:
     """A model in evaluation mode without gradients, its tokenizer, and where they come from.
 
-    `revision` is the commit of the Hub repository, None for a local folder. `residence` is where the weights are.
+    `revision` is the commit of the Hub repository, None for a local folder. `offloading` is where the weights are.
     """
 
     model: PreTrainedModel
