@@ -81,7 +81,7 @@ class BatchState:
     """One batch on its way through the model.
 
     Attributes:
-        name: of its hidden states on the shelf.
+        name: of its hidden states in the store.
         mask: (b, L) bool, its real tokens, on the device.
         calls: every block's arguments other than the hidden states.
     """

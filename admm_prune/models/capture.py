@@ -39,7 +39,7 @@ class BlockStream:
         validation_fraction: of the sequences, whose Gram is also kept separately. A single sequence is not split.
         holdout: other text, for reporting only.
         offloading: of the blocks: a block is loaded while it is in use.
-        shelf: keeps the hidden states.
+        activation_store: keeps the hidden states.
         world: processes that share the sequences, each with a part of every part of the text. The statistics are those
             of all sequences in all of them; everything else is of a process's own share.
         sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before

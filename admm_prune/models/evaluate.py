@@ -54,7 +54,7 @@ def evaluate(
     Args:
         offloading: of the weights. If they are not in memory, the whole text is passed through one block after the
             other, with the same calls on the same batches, so that the figures are the same.
-        shelf: keeps the hidden states meanwhile.
+        activation_store: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.
     """
     pieces = world.partition([piece for batch in sequences.batches for piece in _pieces(model, batch)])
@@ -91,7 +91,7 @@ def streamed(
 
     Args:
         call: calls the model on a piece; its blocks then return their saved outputs.
-        shelf: keeps the hidden states meanwhile.
+        activation_store: keeps the hidden states meanwhile.
     """
     blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
