@@ -93,7 +93,7 @@ def test_a_fused_gate_is_two_halves_of_one_weight() -> None:
 
 
 def test_a_mixture_of_experts_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^model\.layers\.0 is a mixture of experts, .* layer by layer"):
+    with pytest.raises(UserError, match=r"^model\.layers\.0 is a mixture of experts, .* layer-wise method"):
         found_in(build("mixtral"))
 
 
