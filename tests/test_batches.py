@@ -79,6 +79,7 @@ def same(ours: Result, alone: Result) -> None:
     assert told(ours) == told(alone)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("target", CONSTRAINTS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_problem_ends_as_alone(device, name, target) -> None:

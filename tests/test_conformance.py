@@ -23,6 +23,7 @@ REFUSES = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers(name) -> None:
     tried = assert_solver_conforms(SOLVERS[name]())
@@ -56,6 +57,7 @@ def test_a_good_start_is_never_lost(name) -> None:
     assert SOLVERS[name]().solve(problem, start=best.solution).objective <= best.objective
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_constraints(name) -> None:
     assert_constraint_conforms(CONSTRAINTS[name], shape=(6, 16))

@@ -26,6 +26,7 @@ SETS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SETS)
 def test_every_set_keeps_its_promises(name) -> None:
     """Against brute force over all supports of 12 entries; sets of the catalogue go through `test_conformance.py`."""

@@ -232,6 +232,7 @@ def test_a_sampled_gradient_of_all_tokens_is_that_of_the_value(name: str, gated:
         assert torch.allclose(gradient[key], leaf.grad, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "gated"), FORMS)
 def test_they_conform(name: str, gated: bool) -> None:
     for constraint in (Unstructured(0.5), NofM(2, 4)):

@@ -80,6 +80,7 @@ def pattern(name: str, shape: tuple[int, int]) -> SparseSet:
     return RowWise(0.5) if name == "rows" else Unstructured(0.7)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", ["70%", "2:4"])
 def test_a_solve_is_as_good_as_in_float64(device, name, target) -> None:

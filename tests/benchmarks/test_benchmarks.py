@@ -119,6 +119,7 @@ def test_only_the_published_instance_is_taken_for_it() -> None:
 # The leaderboard
 
 
+@pytest.mark.slow
 def test_the_leaderboard_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = [str(folder), str(out), "--solvers", ",".join(SOLVERS), "--sparsity", "0.5", "--pattern", "2:4"]
@@ -284,6 +285,7 @@ def test_the_geometric_mean() -> None:
 # Gaps
 
 
+@pytest.mark.slow
 def test_gaps_are_relative_to_the_true_optimum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gaps.main([str(tmp_path), "--rows", "3", "--width", "8"])
     assert capsys.readouterr().out == (tmp_path / "gaps.txt").read_text()
@@ -335,6 +337,7 @@ def test_models_to_stream_have_as_many_parameters_as_is_said(tmp_path: Path) -> 
 # Batches
 
 
+@pytest.mark.slow
 def test_batches_are_timed_beside_the_same_problems_alone(tmp_path: Path) -> None:
     out = tmp_path / "batches"
     batches.main([str(out), "--count", "3", "--repeats", "2", "--shapes", "16x32,300x128"])

@@ -39,6 +39,7 @@ def test_run_says_one_line_and_reports_progress_on_stderr(run: Any) -> None:
     assert outcome.err.splitlines() == ["pruning: 0/2 model.layers.0", "pruning: 1/2 model.layers.1"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "admm-gradual"])
 @pytest.mark.parametrize(("option", "value", "pruned"), [("--sparsity", "0.7", 0.7), ("--pattern", "2:4", 0.5)])
 def test_sparsity_is_exact_to_one_weight_in_every_matrix(

@@ -129,6 +129,7 @@ def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
+@pytest.mark.slow
 def test_a_real_interrupt_of_a_run_says_how_to_go_on(tmp_path: Path) -> None:
     """It comes when the first block is done."""
     command = [

@@ -13,6 +13,7 @@ from outcome import Command
 from admm_prune.runs.recipe_file import packaged_names
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", packaged_names())
 def test_every_protocol_runs_with_another_model_and_text(
     command: Command, place: Path, model_folder: Path, text_file: Path, name: str

@@ -157,6 +157,7 @@ def test_half_a_character_is_noted_in_the_manifest_and_logged(
     assert [record.getMessage() for record in caplog.records] == [f"note: {note}"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["plan", "capture", "compare"])
 def test_other_commands_read_the_column(
     command: Command, place: Path, model_folder: Path, rows: Path, name: str
@@ -277,6 +278,7 @@ def by_path(model_folder: Path, text_file: Path) -> Any:
     return admm_prune.prune(model_folder, data=text_file, **HOW)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["strings", "tokens", "dataset"])
 def test_a_run_on_python_objects(
     command: Command,

@@ -132,6 +132,7 @@ def sizes(counts: Counter[str]) -> None:
 SCOPE = [pytest.param(False, id="a few"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize("whole", SCOPE)
 @pytest.mark.parametrize("forged", [False, True], ids=["accident", "forged"])
@@ -157,6 +158,7 @@ def test_every_field_of_a_manifest(copy: Callable[[str], Path], name: str, forge
     sizes(counts)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("whole", SCOPE)
 @pytest.mark.parametrize("name", ["run", "comparison", "comparison/models/wanda-50"])
 def test_every_field_of_the_times_and_of_the_model_files(copy: Callable[[str], Path], name: str, whole: bool) -> None:

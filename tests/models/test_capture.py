@@ -54,6 +54,7 @@ def prune_block(shared_inputs: list[SharedInput]) -> None:
             view.write(prune_half(view.read()))
 
 
+@pytest.mark.sampled(8)
 def test_grams_are_those_of_the_full_pruned_model(
     model: PreTrainedModel, family: str, stories: Sequences, tokenizer: PreTrainedTokenizerFast
 ) -> None:

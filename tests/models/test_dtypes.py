@@ -23,6 +23,7 @@ from admm_prune.models.structure import decoder_blocks
 HALVES = [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("family", "method"),

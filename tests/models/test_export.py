@@ -94,6 +94,7 @@ def test_a_sliced_model_is_the_masked_model(family: str) -> None:
     assert fewer < sum(p.numel() for p in build(family).parameters())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("family", "form"),
     [*((family, form) for family in PRUNABLE for form in ("per-layer", "padded")), *((f, "per-layer") for f in MORE)],

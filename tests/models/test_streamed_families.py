@@ -28,7 +28,7 @@ def tensor_names(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 def test_every_family_streams(family: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
     """Several shards, blocks that return tuples, biases, untied heads, projections around the blocks."""
     build(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")

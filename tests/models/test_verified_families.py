@@ -15,6 +15,7 @@ from admm_prune.verify.run import verify_folder
 __all__ = ["text_file"]  # a fixture
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "method", "sparsity"),
     [("mixtral", "wanda", 0.5), ("phi3", "sparsellm", 0.5), ("gpt2", "struprune", 0.3), ("neox", "struprune", 0.3)],

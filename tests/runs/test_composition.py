@@ -41,6 +41,7 @@ def dense(model_folder: Path) -> dict[str, Tensor]:
     return load_file(model_folder / "model.safetensors")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("how", "chosen"),
     [

@@ -361,7 +361,10 @@ def test_a_forger_who_renews_the_fingerprint_is_refuted(
     [
         ({"method": "of-another-package"}, "method: 'of-another-package'"),
         ({"problem": "other", "objective": "1e-9", "bound": None, "bound_kind": None}, "objective: the problem"),
-        ({"budget": "set", "constraint": "other", "bound": None, "bound_kind": None}, "sparse set: it is not available"),
+        (
+            {"budget": "set", "constraint": "other", "bound": None, "bound_kind": None},
+            "sparse set: it is not available",
+        ),
         ({"bound_kind": "solver", "bound": "13.0"}, "bound: the argument 'solver' was not repeated"),
     ],
     ids=str,
