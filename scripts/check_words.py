@@ -37,13 +37,13 @@ PHRASES = (
 
 # Identifiers of the former vocabulary, each with its replacement.
 NAMES = {
-    "Offloading": "OffloadedModel", "hollow": "is_offloaded",
-    "ActivationStore": "ActivationStore", "shelf": "store", "BatchState": "BatchState", "BlockResult": "BlockResult",
+    "Residence": "Offloading", "hollow": "is_offloaded",
+    "Shelf": "ActivationStore", "shelf": "store", "Flow": "BatchState", "Visit": "BlockResult",
     "walk": "for_each_block",
     "judge": "validation_loss", "judges": "validation", "judged": "validated", "judging": "validation",
-    "Judgement": "Evaluation", "twin": "reference", "trusted": "skip_nan_check", "Refit": "Refit", "polish": "refit",
-    "doctor": "diagnostics", "DeferredGradient": "DeferredGradient", "later": "deferred", "boldness": "lr_multiplier",
-    "tightened": "scaled_to", "Sublayer": "Sublayer", "branch": "sublayer", "branches": "sublayers",
+    "Judgement": "Evaluation", "twin": "reference", "trusted": "skip_nan_check", "Polish": "Refit", "polish": "refit",
+    "doctor": "diagnostics", "Later": "DeferredGradient", "later": "deferred", "boldness": "lr_multiplier",
+    "tightened": "scaled_to", "Branch": "Sublayer", "branch": "sublayer", "branches": "sublayers",
     "handed": "broadcast", "gathered": "all_gather", "from_first": "broadcast_from_rank0",
     "here": "local", "own_rows": "local_shard",
     "told": "what the thing is", "found": "what the thing is", "kept": "what the thing is", "own": "what the thing is",
