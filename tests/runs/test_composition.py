@@ -120,7 +120,7 @@ def test_sparsellm_prunes_networks_whole_or_not_at_all(prune: Prune) -> None:
     assert [found[f"model.layers.0.{name}"] for name in MLP] == [0.0, 0.0, 0.0]
     assert [round(found[f"model.layers.1.{name}"], 2) for name in MLP] == [0.5, 0.5, 0.25]
     assert len(report.details["feed_forward"]) == 1
-    with pytest.raises(UserError, match=r"pruned as one: model.layers.0.mlp.up_proj.weight cannot stay"):
+    with pytest.raises(UserError, match=r"pruned as one: model.layers.0.mlp.up_proj.weight cannot be left out"):
         prune(method="sparsellm", sparsity=0.5, ignore="re:.*up_proj")
     attention = prune(method="sparsellm", sparsity=0.5, targets="LlamaMLP")
     assert sparsities(attention)["model.layers.0.self_attn.q_proj"] == 0.0
