@@ -47,7 +47,7 @@ def test_an_unstructured_mask_gains_nothing_as_stored(folders: dict[str, str], m
     assert csr["memory_bytes"] < stored["memory_bytes"]
     assert all(row[key] > 0 for row in rows.values() for key in ("prefill_seconds", "decode_seconds"))
     assert any("does not make the model smaller" in sentence for sentence in content["sentences"])
-    assert any("One repeat shows no spread" in sentence for sentence in content["sentences"])
+    assert any("A single repeat shows no spread" in sentence for sentence in content["sentences"])
     assert not any("times as" in sentence for sentence in content["sentences"]), "nothing is known of noise"
 
 
@@ -120,7 +120,7 @@ def test_a_sentence_on_speed_rests_on_the_spread(
 
 
 def test_a_context_that_is_too_short_is_refused(model_folder: Path) -> None:
-    with pytest.raises(UserError, match="its context of 64 tokens is shorter"):
+    with pytest.raises(UserError, match="its context of 64 tokens is too short"):
         bench_inference(str(model_folder), tokens=65, device="cpu")
 
 
