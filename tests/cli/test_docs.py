@@ -26,7 +26,7 @@ from admm_prune.cli.app import app
 __all__ = ["plugged_in"]  # a fixture
 
 OWN = {"DIR", "HUB_ID", "DIR_OR_HUB_ID", "MODEL"}
-QUICK = {"one-shot.md", "admm.md", "sparsellm.md", "elsa.md", "recovery.md"}  # some seconds each
+QUICK = {"one-shot.md", "admm.md", "sparsellm.md", "elsa.md"}  # some seconds each
 RUNNABLE = [page for page in PAGES if page.name != "CONTRIBUTING.md"]  # its blocks are templates
 
 

@@ -266,6 +266,7 @@ def test_every_added_file_is_named(originals: Path, tmp_path: Path, name: str, w
         assert outcome_of(lambda folder=folder: verify_folder(folder, quick=True, device="cpu")) == REJECTED, what
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize("whole", SCOPE)
 @pytest.mark.parametrize("name", ["run", "comparison"])

@@ -64,6 +64,7 @@ def test_branch_and_bound_equals_brute_force_wide(problem: Toy) -> None:
     agree(problem)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(toys(max_width=12, min_width=2))
 def test_scip_agrees(problem: Toy) -> None:

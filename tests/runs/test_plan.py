@@ -110,6 +110,7 @@ def test_without_data_the_same_is_counted_as_with_it(family: str) -> None:
     assert meta[2] == pytest.approx(traffic, rel=0.1)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["sparsegpt", "struprune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("admm", "sparsellm"))]
 )
@@ -173,6 +174,7 @@ def test_a_mixture_of_experts_does_the_work_that_is_counted_without_data(family:
     assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["elsa-published", *(pytest.param(name, marks=pytest.mark.slow) for name in ("elsa", "elsa-l", "gradual"))]
 )

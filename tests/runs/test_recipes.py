@@ -128,6 +128,7 @@ def test_a_budget_of_the_whole_model_that_is_not_met_is_told(
     assert any("weights in the dense blocks" in failure for failure in falsify({"block_weights": 10}))
 
 
+@pytest.mark.slow
 def test_every_recipe_of_a_comparison_is_given_its_own_number_of_sequences(
     foreign: str, tmp_path: Path, model_folder: Path, text_file: Path
 ) -> None:
