@@ -412,7 +412,7 @@ def options(kind: Any) -> dict[str, Option]:
         declared: Option = one.metadata["option"]
         bare = str(one.type).removesuffix(" | None")
         plain: Any = {"bool": bool, "int": int, "float": float}.get(bare, str)
-        in_file = Literal[declared.choices] if declared.choices else plain
+        in_file: Any = Literal[declared.choices] if declared.choices else plain
         typed_default = one.default if declared.typed_default is SAME else declared.typed_default
         found[one.name] = replace(
             declared,
