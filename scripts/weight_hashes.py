@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = ("wanda", "sparsellm", "elsa")  # one of each kind, in two processes
-PRUNES_NOTHING = {"tuned-dense"}
-TRAINING = {"elsa", "elsa-l", "elsa-published", "admm-finetuned", "gradual", "tuned-dense"}
 
 
 def hash_of(state: dict[str, Any]) -> str:
@@ -36,16 +34,20 @@ def hash_of(state: dict[str, Any]) -> str:
 
 def in_one_process(method: str) -> str:
     import admm_prune
+    from admm_prune.methods.registry import recipe_named
 
-    steps = {"steps": 8} if method in TRAINING else {}
+    recipe = recipe_named(method)
+    steps = {"steps": 8} if "steps" in recipe.options else {}
     text = {"data": "embedded", "samples": 8, "eval_samples": 2, "length": 64}
-    sparsity = 0.0 if method in PRUNES_NOTHING else 0.5
+    sparsity = 0.5 if recipe.prunes else 0.0
     report = admm_prune.prune("embedded", method=method, sparsity=sparsity, device="cpu", **text, **steps)
     return hash_of(report.model.state_dict())
 
 
 def in_two_processes(method: str) -> str:
     from safetensors.torch import load_file
+
+    from admm_prune.methods.registry import recipe_named
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -60,7 +62,7 @@ def in_two_processes(method: str) -> str:
         ]
         command += ["run", "--model", "embedded", "--data", "embedded", "--method", method, "--sparsity", "0.5"]
         command += ["--samples", "8", "--eval-samples", "2", "--length", "64", "--device", "cpu", "--out", str(out)]
-        command += ["--steps", "8"] if method in TRAINING else []
+        command += ["--steps", "8"] if "steps" in recipe_named(method).options else []
         subprocess.run(command, check=True, capture_output=True)
         return hash_of(load_file(out / "model.safetensors"))
 

@@ -366,7 +366,7 @@ def test_broken_constraints() -> None:
         (ContainsTooMuch(0.5), "closest point of all supports|full size"),
         (ContainsOnlyFullOnes(0.5), "contain"),
         (SharesRoundDown(0.3), "columns cut at .* must have shares that add up"),
-        (TightensTooMuch(0.5), r"prune nothing when tightened\(0\)"),
+        (TightensTooMuch(0.5), r"prune nothing when scaled_to\(0\)"),
         (TightensBackAndForth(0.5), "shrink as it is tightened"),
     ]:
         with pytest.raises(AssertionError, match=message) as caught:

@@ -32,16 +32,15 @@ def plan(json: common.Json = False, **options: Any) -> None:
 
 def _show(made: Plan) -> None:
     content = made.as_json()
-    for place, told in content["memory"].items():
-        rows = [[name, f"{size / 1e6:,.1f}"] for name, size in told["parts"].items()]
-        rows.append(["at most", f"{told['bytes'] / 1e6:,.1f}"])
-        title = (
-            f"{made.method} {made.target}, {made.parameters:,} parameters: memory on the {place}, at '{told['stage']}'"
-        )
+    for place, memory in content["memory"].items():
+        rows = [[name, f"{size / 1e6:,.1f}"] for name, size in memory["parts"].items()]
+        rows.append(["at most", f"{memory['bytes'] / 1e6:,.1f}"])
+        run = f"{made.method} {made.target}, {made.parameters:,} parameters"
+        title = f"{run}: memory on the {place}, at '{memory['stage']}'"
         common.show_table(title, ["part", "MB"], rows)
     rows = [
-        [name, f"{told['operations'] / 1e9:,.2f}", f"{told['seconds']:,.1f}"]
-        for name, told in content["stages"].items()
+        [name, f"{stage['operations'] / 1e9:,.2f}", f"{stage['seconds']:,.1f}"]
+        for name, stage in content["stages"].items()
     ]
     rows.append(
         ["all", f"{sum(t['operations'] for t in content['stages'].values()) / 1e9:,.2f}", f"{made.seconds:,.1f}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -94,6 +94,7 @@ NOTHING = Journal()
 
 
 Ridge = float | Literal["auto"] | None  # None: the method's own
+Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
@@ -233,28 +234,20 @@ class Outcome:
 
 
 class Capabilities(Protocol):
-    """What the rest of the package asks about a method, in place of its class; a method overrides what differs."""
+    """What the rest of the package asks about a method, in place of its class; a method overrides what differs.
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Settings of a run that are for some methods only, and that this one takes: "steps", "unit", "multiple"."""
-        return ()
+    Attributes:
+        options: settings of a run that only some methods have, and that this one takes: "steps", "unit", "multiple".
+        stages: what its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups,
+            or training of the whole model; None where it cannot be counted beforehand.
+        prunes: False for a baseline that leaves the model dense.
+        shrinks: whether what it removes is left out of the saved files, rather than stored as zeros.
+    """
 
-    @property
-    def stages(self) -> Literal["layers", "networks", "groups", "training"] | None:
-        """What its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups, or
-        training of the whole model; None where it cannot be counted beforehand."""
-        return None
-
-    @property
-    def prunes(self) -> bool:
-        """False for a baseline that leaves the model dense."""
-        return True
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether what it removes is left out of the saved files, rather than stored as zeros."""
-        return False
+    options: ClassVar[tuple[str, ...]] = ()
+    stages: ClassVar[Stages | None] = None
+    prunes: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = False
 
     def streaming_obstacle(self) -> str | None:
         """Why a model cannot be pruned one block at a time, from disk; None where it can."""

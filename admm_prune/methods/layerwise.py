@@ -6,14 +6,14 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
@@ -46,7 +46,7 @@ class Layerwise(Capabilities):
     the layer problems, write back, replay the pruned block to get the next block's inputs.
     """
 
-    stages = "layers"
+    stages: ClassVar[Stages | None] = "layers"
 
     method: Method
     samples: int = 128

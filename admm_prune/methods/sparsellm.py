@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
@@ -86,7 +86,7 @@ class SparseLLM(Capabilities):
     (`sparsellm-release`). Closing, descent and the target "block" are ours.
     """
 
-    stages = "networks"
+    stages: ClassVar[Stages | None] = "networks"
 
     name: str
     summary: str

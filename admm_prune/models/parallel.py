@@ -105,17 +105,17 @@ class World:
         """The result of the first process in all processes, or its UserError."""
         if self.size == 1:
             return compute()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.first:
             try:
-                told[0] = compute()
+                answer[0] = compute()
             except UserError as error:
-                told[1] = str(error)
+                answer[1] = str(error)
         with communicating():
-            dist.broadcast_object_list(told, 0)
-        if told[1] is not None:
-            raise UserError(told[1])
-        result: T = told[0]
+            dist.broadcast_object_list(answer, 0)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        result: T = answer[0]
         return result
 
     def wait(self) -> None:

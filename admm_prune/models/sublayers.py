@@ -19,7 +19,7 @@ from admm_prune.models.structure import Block, WeightView
 from admm_prune.ops.group_compensation import columns_of
 
 Kind = Literal["neurons", "heads"]
-# Attributes that modules of transformers read in their forward, and that count units of the branch.
+# Attributes that modules of transformers read in their forward, and that count units of the sublayer.
 _COUNTS = (
     "num_heads",
     "num_attention_heads",

@@ -121,9 +121,9 @@ class BlockPass:
         with stretch(self.counting) as found:
             shared = self.stream.collect(self.position, only, outputs, centre=centre)
         found.left -= sum(x.nbytes for x in (outputs or {}).values())
-        told = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
-        sums = self.parts * sum(SUM_BYTES * width * width for _, width in told)
-        return Collected(told, found, min(sums, found.peak))
+        layers = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
+        sums = self.parts * sum(SUM_BYTES * width * width for _, width in layers)
+        return Collected(layers, found, min(sums, found.peak))
 
 
 def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:

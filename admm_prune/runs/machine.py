@@ -19,9 +19,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from admm_prune.errors import UserError
 from admm_prune.models.parallel import LOST, LostProcessError, World
+from admm_prune.settings import Settings, options
 
 _DEVICES = ("auto", "cpu", "cuda")
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def pick_device(name: str) -> str:
@@ -41,8 +41,7 @@ def pick_device(name: str) -> str:
 
 def check_dtype(name: str | None) -> None:
     """Raises UserError unless `name` is a dtype that models are stored in, or None."""
-    if name is not None and name not in _DTYPES:
-        raise UserError(f"dtype must be float32, bfloat16 or float16, not '{name}'")
+    options(Settings)["dtype"].check("dtype", name)
 
 
 _MIB = 2**20
@@ -141,9 +140,9 @@ def _reset_high_water() -> None:
 
 
 def _high_water() -> int:
-    told = _told(Path("/proc/self/status"), "VmHWM:")
-    if told is not None:
-        return told
+    recorded = _told(Path("/proc/self/status"), "VmHWM:")
+    if recorded is not None:
+        return recorded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -31,7 +31,7 @@ from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
 from admm_prune.runs.evaluate import Validation, evaluated, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.shared import shared_journal
-from admm_prune.runs.machine import check_dtype, free_bytes, pick_device, return_freed_memory
+from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
 from admm_prune.runs.manifest import Phase, Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
@@ -68,7 +68,7 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
     return why is None and weight_bytes(Path(str(model)).expanduser()) > _COMFORT * free_bytes(device)
 
 
-def default_activation_bytes(device: str) -> int:
+def default_activation_bytes() -> int:
     """A quarter of what is free on the host, where activations live whatever the device."""
     return free_bytes("cpu") // 4
 
@@ -205,7 +205,7 @@ def prune(settings: Settings) -> Report:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         activation_bytes = settings.activation_bytes
         if streams and activation_bytes is None:
-            activation_bytes = default_activation_bytes(place)
+            activation_bytes = default_activation_bytes()
         task = Task(
             target=target,
             calibration=texts.calibration(recipe.samples),
@@ -329,7 +329,6 @@ def _target(settings: Settings) -> Target:
 
 def _opened(settings: Settings, device: str, streams: bool) -> LoadedModel:
     model = settings.model
-    check_dtype(settings.dtype)
     if isinstance(model, str | Path):
         opens = open_on_disk if streams else load
         return opens(str(model), device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)

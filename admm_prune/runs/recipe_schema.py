@@ -36,9 +36,9 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         try:
-            told = dict(self)
-            parse_target(told["sparsity"], told["pattern"])
-            Selection.of(told["targets"], told["ignore"], told["overrides"] or {})
+            values = dict(self)
+            parse_target(values["sparsity"], values["pattern"])
+            Selection.of(values["targets"], values["ignore"], values["overrides"] or {})
         except UserError as error:
             raise ValueError(str(error)) from error
         return self
@@ -56,9 +56,9 @@ class Recipe(_Strict):
             raise UserError(
                 f"this run was put together in Python, with {parts}: it cannot be repeated from a file{advice}"
             )
-        told = self.model_dump(exclude={*Recipe.model_fields, "text"})
-        told |= self.model_dump(include={"text"})["text"]
-        return {**told, "data": check_data(told["data"], told["model"])}
+        values = self.model_dump(exclude={*Recipe.model_fields})
+        values |= values.pop("text")
+        return {**values, "data": check_data(values["data"], values["model"])}
 
     def with_options(self, given: Mapping[str, Any]) -> Recipe:
         """The recipe with arguments of `prune` in place of its own.

@@ -17,7 +17,7 @@ from admm_prune.testing.supports import ALL, Family, Frame, column_cuts, familie
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FRACTIONS = (0.0, 0.3, 0.7, 1.0)
-_GRID = 20  # steps from tightened(0) to tightened(1)
+_GRID = 20  # steps from scaled_to(0) to scaled_to(1)
 _HEAVY = 1e8  # a forced entry, in the metric 1e6: dropping one costs more than all free entries together
 _ROUNDING = 1 + 1e-12
 
@@ -323,15 +323,15 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         return  # an explicit count has no fraction
     masks = [looser.select(score) for looser in sets]
     sizes = [mask.count_nonzero() for mask in masks]
-    case.promise(sizes[0] == frame.size, "prune nothing when tightened(0)", f"it keeps {sizes[0]} of {frame.size}")
-    case.promise(same_bits(masks[-1], constraint.select(score)), "be itself when tightened(1)")
+    case.promise(sizes[0] == frame.size, "prune nothing when scaled_to(0)", f"it keeps {sizes[0]} of {frame.size}")
+    case.promise(same_bits(masks[-1], constraint.select(score)), "be itself when scaled_to(1)")
     case.promise(sizes == sorted(sizes, reverse=True), "shrink as it is tightened", f"{sizes} at {_FRACTIONS}")
     for k in range(1, len(sets)):
         inside = sets[k - 1].contains(masks[k].map(Tensor.double))
-        case.promise(inside, f"lie inside tightened({_FRACTIONS[k - 1]}) when tightened({_FRACTIONS[k]})")
+        case.promise(inside, f"lie inside scaled_to({_FRACTIONS[k - 1]}) when scaled_to({_FRACTIONS[k]})")
         case.promise(
             type(sets[k]) is type(constraint) and sets[k].group_width == constraint.group_width,
-            f"be of its own class and group width when tightened({_FRACTIONS[k]})",
+            f"be of its own class and group width when scaled_to({_FRACTIONS[k]})",
             f"it is {named(sets[k])}",
         )
     grid = [k / _GRID for k in range(_GRID + 1)]
@@ -341,7 +341,7 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         case.promise(
             abs(count - fraction * pruned[-1]) <= 1.5 * step,  # stacked sets round apart
             "prune in proportion when tightened",
-            f"tightened({fraction}) prunes {count}, the set itself {pruned[-1]}",
+            f"scaled_to({fraction}) prunes {count}, the set itself {pruned[-1]}",
         )
 
 

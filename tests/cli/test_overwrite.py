@@ -135,7 +135,7 @@ def test_a_comparison_that_is_finished_stays(model_folder: Path, text_file: Path
     Path("out").mkdir()
     (Path("out") / MANIFEST).write_text("{}")
     from admm_prune.methods.target import Target
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.settings import TextSettings
 
     settings = ComparisonSettings(
         model=str(model_folder), methods=("magnitude",), targets=(Target(0.5),), text=TextSettings(data=str(text_file))

@@ -23,7 +23,8 @@ from admm_prune.errors import UserError
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import correlated_inputs, layer, random_weight
 

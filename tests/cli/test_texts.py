@@ -20,7 +20,8 @@ from admm_prune.data.sources import PYTHON_OBJECT, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.runs.recipe_file import read_packaged, read_recipe
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 
 ROOT = Path(admm_prune.__file__).parent
 READING = ["run", "compare", "eval", "capture", "plan", "reproduce"]

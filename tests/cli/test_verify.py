@@ -24,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     from admm_prune.methods.target import Target
     from admm_prune.runs.compare import ComparisonSettings, compare
     from admm_prune.runs.prune import prune
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.settings import TextSettings
 
     place = tmp_path_factory.mktemp("finished")
     text = {"data": str(text_file), "samples": 16}

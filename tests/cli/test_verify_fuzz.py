@@ -47,7 +47,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory, narrow_model: Path, text
     """A run, and a comparison of two models, of a model of one block of width 16. Not to be written to."""
     from admm_prune.runs.compare import ComparisonSettings, compare
     from admm_prune.runs.prune import prune
-    from admm_prune.runs.texts import TextSettings
+    from admm_prune.settings import TextSettings
 
     place = tmp_path_factory.mktemp("originals")
     text = {"data": str(text_file), "samples": 4, "eval_samples": 2}

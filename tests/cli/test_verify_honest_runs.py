@@ -14,7 +14,7 @@ from admm_prune.methods.target import Target
 from admm_prune.runs.claims import with_digest
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.prune import prune
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings
 from admm_prune.verify.report import Verdict, Verification
 from admm_prune.verify.run import verify_folder
 

@@ -17,7 +17,7 @@ from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs import compare as comparison
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.journal import FolderJournal
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings
 
 DENSE = Evaluation(
     perplexity=4.0, bits_per_char=1.0, tokens=1000, characters=2000, packing="windows", length=64, truncated_tokens=0,

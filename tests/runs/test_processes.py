@@ -31,7 +31,8 @@ from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.models.sublayers import savings, sublayers
 from admm_prune.problems.layer import Share
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 
 LINE = "admm-prune: "
 SCRIPT = "import sys; from admm_prune.cli import main; sys.argv[0] = 'admm-prune'; main()"

@@ -19,7 +19,8 @@ from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs import prune
 from admm_prune.runs.evaluate import evaluate_model
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 

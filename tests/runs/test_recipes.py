@@ -23,7 +23,7 @@ from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings
 from admm_prune.verify.run import verify_folder
 
 

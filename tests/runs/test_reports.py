@@ -23,7 +23,7 @@ from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
 from admm_prune.runs.report import content, plots, write_difference, write_report
-from admm_prune.runs.texts import TextSettings
+from admm_prune.settings import TextSettings
 
 CHROMIUM = shutil.which("chromium")
 

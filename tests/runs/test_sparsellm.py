@@ -18,7 +18,8 @@ from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.verify.run import verify_folder
 
 

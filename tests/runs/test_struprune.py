@@ -26,7 +26,8 @@ from admm_prune.models.sublayers import UNITS, savings, sublayers
 from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
 from admm_prune.runs.compare import ComparisonSettings, compare
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.verify.run import verify_folder
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])

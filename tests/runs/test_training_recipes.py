@@ -25,7 +25,8 @@ from admm_prune.models.evaluate import Distillation, next_token_loss
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
-from admm_prune.runs.texts import Texts, TextSettings
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 
 PRUNING = [recipe.name for recipe in TRAINED if recipe.name != "tuned-dense"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -150,7 +150,7 @@ class Published(Trained):
 class TunedDense(Trained):
     """The dense model trained on the same text for as long, to separate the gain of training from that of pruning."""
 
-    prunes = False
+    prunes: ClassVar[bool] = False
 
     name: str = "tuned-dense"
     summary: str = "no pruning: the dense model trained for as long, as a baseline for methods that train"

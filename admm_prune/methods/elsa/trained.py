@@ -6,12 +6,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
+from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Recipe, Runtime, Stages, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
@@ -47,13 +47,13 @@ class Trained(Capabilities, ABC):
         steps: forward and backward passes over a batch, including those of the learning rate range test.
         batch_size: sequences per step, in epochs without replacement.
         lr: the peak learning rate, instead of a tuned one.
-        boldness: a multiplier of the tuned learning rate.
+        lr_multiplier: a multiplier of the tuned learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
     """
 
-    options = ("steps",)
-    stages = "training"
+    options: ClassVar[tuple[str, ...]] = ("steps",)
+    stages: ClassVar[Stages | None] = "training"
 
     name: str
     summary: str
@@ -202,9 +202,9 @@ class Trained(Capabilities, ABC):
                 session.prepared = trainer.done
                 if trainer.done in plan:
                     session.keep(checkpoints)
-            told = len(trainer.curve)
+            reported = len(trainer.curve)
             trainer.step()
-            if len(trainer.curve) > told:
+            if len(trainer.curve) > reported:
                 step, loss = trainer.curve[-1]
                 runtime.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % kept == 0 or trainer.done == trainer.steps:

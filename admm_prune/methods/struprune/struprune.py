@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Recipe, Runtime, Task
+from admm_prune.methods.base import (
+    IN_PROCESS,
+    Budget,
+    Capabilities,
+    LayerReport,
+    Outcome,
+    Recipe,
+    Runtime,
+    Stages,
+    Task,
+)
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
@@ -55,9 +65,9 @@ class StruPrune(Capabilities):
         ridge: of the group problems, relative to diag(H).
     """
 
-    options = ("unit", "multiple")
-    stages = "groups"
-    shrinks = True
+    options: ClassVar[tuple[str, ...]] = ("unit", "multiple")
+    stages: ClassVar[Stages | None] = "groups"
+    shrinks: ClassVar[bool] = True
 
     name: str = "struprune"
     summary: str = "removes neurons and head groups, with compensation: a smaller model (a reconstruction)"
@@ -123,12 +133,12 @@ class StruPrune(Capabilities):
         if task.target.fraction > 0:
             measured = self.measure(model, task, runtime) if curves is None else curves
             # Committed to the journal, because a latency budget is measured again by every run.
-            told = runtime.journal.once(
+            allocation = runtime.journal.once(
                 "allocation",
-                lambda: runtime.world.broadcast_from_rank0(lambda: self._told(model, parts, measured, task.target)),
+                lambda: runtime.world.broadcast_from_rank0(lambda: self._summary(model, parts, measured, task.target)),
             )
-            removed, notes = told["removed"], tuple(told["notes"])
-            details = {"unit": self.unit, **{name: told[name] for name in ("saved", "loss", "bound", "price")}}
+            removed, notes = allocation["removed"], tuple(allocation["notes"])
+            details = {"unit": self.unit, **{name: allocation[name] for name in ("saved", "loss", "bound", "price")}}
 
         def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             return BlockResult(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
@@ -173,7 +183,7 @@ class StruPrune(Capabilities):
             sublayer.name: self._curve(model, sublayer, losses[sublayer.name]) for block in parts for sublayer in block
         }
 
-    def _told(
+    def _summary(
         self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
     ) -> dict[str, Any]:
         """A summary of the allocation, as JSON values."""

@@ -96,7 +96,7 @@ def step(
     state["step"] += 1
     adam.step_(
         local(parameter.detach()),
-        local(parameter.grad),  # type: ignore[arg-type]  # `Later.of` saw it
+        local(parameter.grad),  # type: ignore[arg-type]  # `DeferredGradient.of` saw it
         first,
         second,
         steps=int(state["step"]),
@@ -212,7 +212,7 @@ class Moments:
         return quantization.from_unsigned_log(stored, scales).square_()
 
     def deferred(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> DeferredGradient | None:
-        """As `Later.of`; None for a library's moments, which our kernels cannot read."""
+        """As `DeferredGradient.of`; None for a library's moments, which our kernels cannot read."""
         return None if self.format == "bitsandbytes" else DeferredGradient.of(active, score, clip_penalty=clip_penalty)
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
