@@ -20,6 +20,7 @@ from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
 
 _CHECK, _ITERATIONS, _LEAST = 3, 300, 30
+RATES = ("float64", "float32", "bfloat16", "bfloat16x3")
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,6 @@ def _conjugate_gradients(d: Tensor, h: Tensor, target: Tensor, support: Tensor, 
         before, squared = squared, residual.square().sum()
         direction = residual + squared / before.clamp_min(1e-300) * direction
     return d
-
-
-RATES = ("float64", "float32", "bfloat16", "bfloat16x3")
 
 
 def synchronize(device: torch.device) -> None:

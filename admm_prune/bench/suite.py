@@ -22,6 +22,9 @@ from admm_prune.ops import backend
 from admm_prune.runs.journal.folder import MANIFEST, check_output, finite, output_folder, write_json
 
 _HIDDEN = {"kernels", "status", "sparsity"}
+SECTIONS = ("layers", "selection", "training", "models", "batches")
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
+Tell = Callable[[int, int, str], None]
 
 
 def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -> str:
@@ -102,11 +105,6 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
 
 def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-SECTIONS = ("layers", "selection", "training", "models", "batches")
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
-Tell = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

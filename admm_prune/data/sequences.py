@@ -28,6 +28,7 @@ Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
 LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens) one batch would fill the memory
+GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,6 @@ def _stream(documents: list[EncodedDocument], bos: int | None) -> tuple[Tensor, 
         bounds.append(document.bounds[:-1] + characters)
         characters += int(document.bounds[-1])
     return torch.cat(ids), torch.cat([*bounds, torch.tensor([characters])])
-
-
-GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_ONE_IN = 10
+EMBEDDED = "embedded"
+PYTHON_OBJECT = "<python object>"  # the name of a text that was passed from Python
+SHORT_NAMES = {
+    "c4": "allenai/c4:en",
+    "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1",
+}
+HUB_DOCUMENTS = 20_000  # documents of a Hub dataset that are read by default
+Document = str | tuple[int, ...]
 
 
 def is_held_out(module: str) -> bool:
@@ -54,19 +64,6 @@ def standard_library_modules() -> Iterator[tuple[str, str]]:
 def standard_library_documents(held_out: bool) -> list[str]:
     """The text of the held-out modules, or of all the others, one document a module."""
     return [text for name, text in standard_library_modules() if is_held_out(name) == held_out]
-
-
-EMBEDDED = "embedded"
-PYTHON_OBJECT = "<python object>"  # the name of a text that was passed from Python
-SHORT_NAMES = {
-    "c4": "allenai/c4:en",
-    "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1",
-    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
-    "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1",
-}
-HUB_DOCUMENTS = 20_000  # documents of a Hub dataset that are read by default
-
-Document = str | tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from admm_prune.methods.local import Method
     from admm_prune.methods.parts import ProblemLike, SetLike
 
+Ridge = float | Literal["auto"] | None  # None: the method's own
+Stages = Literal["layers", "networks", "groups", "training"]
+Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
+OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
+
 
 class Journal:
     """Records of finished work, by part of the run and number; this one keeps nothing.
@@ -91,13 +97,6 @@ class Journal:
 
 
 NOTHING = Journal()
-
-
-Ridge = float | Literal["auto"] | None  # None: the method's own
-Stages = Literal["layers", "networks", "groups", "training"]
-Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
-OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
-OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,17 @@ from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Un
 from admm_prune.problems.layer import LayerReconstruction
 
 Kind = Literal["solvers", "problems", "constraints"]
+Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
+ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
+SetLike = str | SparseSet | type[SparseSet] | None
+# Constraints described by a fraction; N:M is selected by a pattern.
+SETS: Mapping[str, Callable[[float], SparseSet]] = {
+    "unstructured": Unstructured,
+    "row-wise": RowWise,
+    "groups": Groups,
+}
+LAYER = "layer"
+LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
 
 def declared(kind: Kind) -> dict[str, EntryPoint]:
@@ -80,20 +91,6 @@ def load_declared(kind: Kind, name: str) -> Any:
         raise UserError(
             f"the plug-in '{name}'{whose} ({point.value}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-
-
-Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
-ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
-SetLike = str | SparseSet | type[SparseSet] | None
-
-# Constraints described by a fraction; N:M is selected by a pattern.
-SETS: Mapping[str, Callable[[float], SparseSet]] = {
-    "unstructured": Unstructured,
-    "row-wise": RowWise,
-    "groups": Groups,
-}
-LAYER = "layer"
-LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
 
 @dataclass(frozen=True)

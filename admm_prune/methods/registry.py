@@ -17,6 +17,11 @@ from admm_prune.methods.struprune.struprune import STRUCTURED
 from admm_prune.solvers.base import Solver
 
 DEFAULT = "admm"
+_RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSELLM, *STRUCTURED, *TRAINED)
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+# Baselines of the methods that train, so that the gain of training is not attributed to pruning.
+_BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
+_COMPARED = ("elsa", "elsa-l", "elsa-published")
 
 
 def composed(
@@ -67,15 +72,6 @@ def _method_of(solver: str | Solver) -> Method:
     if like is not None:
         return replace(like, name=like.name, summary=f"{like.name} with other settings", make=lambda: solver)
     return Method(kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0], lambda: solver)
-
-
-_RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSELLM, *STRUCTURED, *TRAINED)
-
-RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
-
-# Baselines of the methods that train, so that the gain of training is not attributed to pruning.
-_BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
-_COMPARED = ("elsa", "elsa-l", "elsa-published")
 
 
 def recipe_named(name: str, steps: int | None = None) -> Recipe:

@@ -41,6 +41,8 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.statistics import GramAccumulator
 
+Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
+
 
 @dataclass(frozen=True)
 class Agreed:
@@ -56,9 +58,6 @@ class Agreed:
     def solve(self, problem: Any, *, start: Point | None = None) -> Result:
         result = self.inner.solve(problem, start=start)
         return replace(result, solution=result.solution.map(lambda x: self.world.broadcast(x.contiguous(), 0)))
-
-
-Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
 
 
 @dataclass(frozen=True, kw_only=True)

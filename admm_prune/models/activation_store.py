@@ -20,6 +20,9 @@ from admm_prune.errors import UserError
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block returns them
+
 
 class ActivationStore:
     """Stores tensors by name off the device.
@@ -71,10 +74,6 @@ class ActivationStore:
         if self._files is None:
             self._files = tempfile.TemporaryDirectory(prefix="activations-", dir=self._folder)
         return Path(self._files.name) / name.replace("/", "-")
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block returns them
 
 
 class BatchState:

@@ -34,6 +34,11 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+PACK_MANIFEST = "admm_prune_pack.json"
+PACKED = ".packed"  # suffix of a packed file, so that no loader mistakes it for the weights
+_BITS, _VALUES, _HEADER = ".bits", ".values", "header"
+_LENGTH = struct.Struct("<Q")  # safetensors: the length of the header, the header as JSON, then the data
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -86,13 +91,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-PACK_MANIFEST = "admm_prune_pack.json"
-PACKED = ".packed"  # suffix of a packed file, so that no loader mistakes it for the weights
-_BITS, _VALUES, _HEADER = ".bits", ".values", "header"
-_LENGTH = struct.Struct("<Q")  # safetensors: the length of the header, the header as JSON, then the data
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ _SIZES = ("head_dim", "head_size")
 # Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
 # shapes alone cannot tell this from all queries before all keys.
 _BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
+Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+_WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +219,6 @@ def _rescale(sublayer: Sublayer, share: float) -> None:
         count = getattr(sublayer.module, name, None)
         if isinstance(count, int):
             setattr(sublayer.module, name, round(count * share))
-
-
-Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
-_WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
 
 
 def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:

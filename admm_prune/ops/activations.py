@@ -13,6 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+_PIECE = 1 << 16  # entries processed at once, so that they stay in the cache
+_NEWTON = {torch.float64: 12}  # steps that end at rounding
+_NEWTON_SINGLE = 3
+_TABLE = 4096
+_FLAT = -16.0  # left of it every activation is numerically zero
+_LINEAR = 12.0  # right of it every activation is numerically s
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -73,14 +80,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
         ),
     )
 }
-
-
-_PIECE = 1 << 16  # entries processed at once, so that they stay in the cache
-_NEWTON = {torch.float64: 12}  # steps that end at rounding
-_NEWTON_SINGLE = 3
-_TABLE = 4096
-_FLAT = -16.0  # left of it every activation is numerically zero
-_LINEAR = 12.0  # right of it every activation is numerically s
 
 
 def pre_activation(

@@ -26,6 +26,7 @@ from torch import Tensor
 CHOICES = ("auto", "torch", "triton")
 
 _choice = [os.environ.get("ADMM_PRUNE_KERNELS", "auto")]  # a stack: the last entry is in force
+Returned = TypeVar("Returned")
 
 
 @contextmanager
@@ -113,9 +114,6 @@ def _checked(name: str) -> str:
     if name not in CHOICES:
         raise RuntimeError(f"ADMM_PRUNE_KERNELS must be one of {', '.join(CHOICES)}, not '{name}'")
     return name
-
-
-Returned = TypeVar("Returned")
 
 
 class Recorder(Protocol):

@@ -21,6 +21,8 @@ from torch import Tensor
 _MKLDNN: Any = torch.backends.mkldnn  # its types lack `matmul`
 _PLACES = (torch.backends.cuda.matmul, _MKLDNN.matmul)
 _FULL = ("ieee", "none")
+Precision = Literal["exact", "bfloat16x3", "bfloat16"]
+_PANEL = 512  # rows converted to bfloat16 at once on the CPU
 
 
 @contextmanager
@@ -61,11 +63,6 @@ def _by_old_name() -> str | None:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         return None
-
-
-Precision = Literal["exact", "bfloat16x3", "bfloat16"]
-
-_PANEL = 512  # rows converted to bfloat16 at once on the CPU
 
 
 def prepared(b: Tensor, precision: Precision) -> Tensor:

@@ -33,6 +33,12 @@ from admm_prune.runs.texts import is_local, read_corpora
 from admm_prune.settings import TextSettings
 
 BATCH = 8  # as `data.sequences.pack` makes them
+_MIB = 2**20
+_IDS = 16  # bytes of a token and of where it ends, both int64
+_ROWS = 64  # of large embeddings that are drawn: no id beyond is tried out
+_LARGE = 1 << 24  # entries of an embedding: 64 MiB
+_MOST = 1 << 27  # entries of a block: 512 MiB
+_SCALE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +130,6 @@ class Anatomy:
 def block_bytes(block: Block) -> int:
     """Bytes of all of its weights."""
     return sum(p.nbytes for p in block.module.parameters())
-
-
-_MIB = 2**20
-_IDS = 16  # bytes of a token and of where it ends, both int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +228,6 @@ def _piece(documents: list[Document], characters: int) -> list[Document]:
         if characters <= 0:
             break
     return piece
-
-
-_ROWS = 64  # of large embeddings that are drawn: no id beyond is tried out
-_LARGE = 1 << 24  # entries of an embedding: 64 MiB
-_MOST = 1 << 27  # entries of a block: 512 MiB
-_SCALE = 0.02
 
 
 class Drawn(Offloading):

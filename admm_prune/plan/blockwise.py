@@ -42,6 +42,11 @@ from admm_prune.statistics import SUM_BYTES
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
 _NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
+WEIGHTS, CHECKED = "weights", "check of the largest weight"
+_MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
+_STEPS = (1, 2)  # on which the work of a step is counted
+_TEACHER, _BEST = "teacher", "best weights so far"
+_STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
 
 
 @dataclass(frozen=True)
@@ -281,11 +286,6 @@ def _activation(anatomy: Anatomy) -> Activation:
     return ACTIVATIONS[_NAMES.get(str(name), "gelu-tanh")]
 
 
-WEIGHTS, CHECKED = "weights", "check of the largest weight"
-_MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
-_STEPS = (1, 2)  # on which the work of a step is counted
-
-
 def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
     """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
     with counted() as counting:
@@ -343,10 +343,6 @@ def training(anatomy: Anatomy, recipe: Trained, task: Task) -> list[Stage]:
         for stage in pruning_stages(anatomy, *projecting, stream=False):
             stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
     return stages
-
-
-_TEACHER, _BEST = "teacher", "best weights so far"
-_STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
 
 
 def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:

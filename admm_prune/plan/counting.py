@@ -33,6 +33,17 @@ KINDS = (
     "tokenize",
     "calls",
 )
+_aten = torch.ops.aten
+_FACTORS: dict[str, Callable[..., float]] = {
+    "linalg_cholesky_ex": lambda a, *_: a.shape[-1] ** 2 * a.numel() / a.shape[-1] / 3,
+    "cholesky_inverse": lambda a, *_: 2 * a.shape[-1] * a.numel() / 3,
+    "cholesky_solve": lambda b, a, *_: 2 * b.numel() * a.shape[-1],
+    "linalg_solve_triangular": lambda a, b, *_: b.numel() * a.shape[-1],
+}
+_SELECTIONS = {"kthvalue", "sort", "topk", "argsort"}
+_GROUPED = {"grouped_mm", "_grouped_mm"}  # torch.nn.functional's hands its arguments on to one without a public name
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+LIBRARIES = "interpreter and libraries"  # always on the host
 
 
 @dataclass(frozen=True)
@@ -72,18 +83,6 @@ class Work:
     def operations(self) -> float:
         """All of products and factorizations."""
         return sum(count for kind, count in self.counts.items() if kind.startswith(("products", "factor")))
-
-
-_aten = torch.ops.aten
-_FACTORS: dict[str, Callable[..., float]] = {
-    "linalg_cholesky_ex": lambda a, *_: a.shape[-1] ** 2 * a.numel() / a.shape[-1] / 3,
-    "cholesky_inverse": lambda a, *_: 2 * a.shape[-1] * a.numel() / 3,
-    "cholesky_solve": lambda b, a, *_: 2 * b.numel() * a.shape[-1],
-    "linalg_solve_triangular": lambda a, b, *_: b.numel() * a.shape[-1],
-}
-_SELECTIONS = {"kthvalue", "sort", "topk", "argsort"}
-_GROUPED = {"grouped_mm", "_grouped_mm"}  # torch.nn.functional's hands its arguments on to one without a public name
-_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Counting(TorchDispatchMode):
@@ -242,9 +241,6 @@ def _key(tensor: Tensor) -> int:
     """Identifies a storage: torch has no public name for it, and on the meta device no address."""
     key: int = tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return key
-
-
-LIBRARIES = "interpreter and libraries"  # always on the host
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ _ROUNDINGS = (
     32.0  # of each entry of a Gram: when it was stored, and in a sum of thousands of tokens by blocked products
 )
 _ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
+Total = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
 
 
 class LayerReconstruction:
@@ -271,9 +272,6 @@ class LayerReconstruction:
             self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
         if self.ridge != asked:
             self.notes += (f"the Gram is singular with ridge {asked:g}: raised to {self.ridge:g}",)
-
-
-Total = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
 
 
 def own(values: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ from admm_prune.methods.target import Target, target_named
 from admm_prune.runs.journal.folder import finite, write_json
 
 DIGEST = "sha256"  # the key of an object's fingerprint in the object itself
+_KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
+CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others
+_NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
+_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
@@ -113,12 +117,6 @@ def _number(text: str) -> float:
 
 def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a finite number")
-
-
-_KIND = "solved_layer"  # a key of the metadata, which tells a solved layer from a layer problem
-CLAIMS_DIGEST = "claims_sha256"  # a key of the metadata: the fingerprint of all the others
-_NUMBERS = {"relative_error", "relative_error_holdout", "objective", "bound", "sparsity", "ridge", "damping"}
-_OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 
 @dataclass(frozen=True, kw_only=True)

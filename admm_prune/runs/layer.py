@@ -34,6 +34,8 @@ from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import Bound, lower_bound
 
+_WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
+
 
 def capture_layer(
     model: str,
@@ -97,9 +99,6 @@ def capture_layer(
     )
     layer.save(out)
     return layer
-
-
-_WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,10 @@ from admm_prune.models.parallel import LOST, LostProcessError, World
 from admm_prune.settings import Settings, options
 
 _DEVICES = ("auto", "cpu", "cuda")
+_MIB = 2**20
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_PATIENCE = timedelta(hours=12)  # one process may solve a large layer while the others wait
+_store: Any = None  # of torchrun, which outlives any of its processes
 
 
 def pick_device(name: str) -> str:
@@ -42,10 +46,6 @@ def pick_device(name: str) -> str:
 def check_dtype(name: str | None) -> None:
     """Raises UserError unless `name` is a dtype that models are stored in, or None."""
     options(Settings)["dtype"].check("dtype", name)
-
-
-_MIB = 2**20
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 class PeakMemory:
@@ -150,11 +150,6 @@ def _high_water() -> int:
 def peak_resident_bytes() -> int:
     """Bytes of this process that were resident at its peak, libraries and mapped files included, since it began."""
     return max(PeakMemory.highest, _high_water())
-
-
-_PATIENCE = timedelta(hours=12)  # one process may solve a large layer while the others wait
-
-_store: Any = None  # of torchrun, which outlives any of its processes
 
 
 def started() -> tuple[int, int]:

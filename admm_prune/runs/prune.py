@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top
+_COMPARED = 64  # tokens on which a model and its saved folder are compared
+_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
 
 
 def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device: str) -> bool:
@@ -79,10 +81,6 @@ def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
     if not written:
         return "the pruned model must be written to a folder: give --out"
     return recipe.streaming_obstacle()
-
-
-_COMPARED = 64  # tokens on which a model and its saved folder are compared
-_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ from admm_prune.problem import GroupConstraint, Quadratic, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
+_LOOKS = 128  # updates of the scores, where the batch is not given
+_LARGEST_BATCH = 32
+
 
 @dataclass(frozen=True)
 class GroupMask:
@@ -55,10 +58,6 @@ def _greedy(q: Tensor, keep: int) -> Tensor:
         kept[least] = False
         rise += 2 * q[least]
     return kept
-
-
-_LOOKS = 128  # updates of the scores, where the batch is not given
-_LARGEST_BATCH = 32
 
 
 @dataclass(frozen=True)

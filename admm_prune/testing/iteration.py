@@ -15,6 +15,9 @@ from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, VIEWS, Maker
 from admm_prune.testing.results import Case, check_result, named, same_bits, shares_memory
 
+_LENGTH = 20  # iterations, 10 + 10
+_MAKERS: dict[str, Maker] = {**PROBLEMS, **VIEWS}
+
 
 @dataclass
 class Trial:
@@ -101,10 +104,6 @@ def _same(a: Tensor | float, b: Tensor | float | None) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     return a == b
-
-
-_LENGTH = 20  # iterations, 10 + 10
-_MAKERS: dict[str, Maker] = {**PROBLEMS, **VIEWS}
 
 
 def check_iterative(trial: Trial, solver: Iterative[Any]) -> None:

@@ -14,6 +14,8 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem, SupportConstraint
 from admm_prune.result import Result, Status
 
+_SCALES = (1e-4, 1e-2, 1.0)
+
 
 def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, watched: bool = False) -> None:
     """Checks that a result is feasible, reported correctly, and recorded in order.
@@ -134,9 +136,6 @@ def shares_memory(a: Point, b: Point) -> bool:
     """True where a tensor of one point and one of the other have a storage in common."""
     theirs = {x.untyped_storage().data_ptr() for x in b.values() if x.numel()}
     return any(x.numel() and x.untyped_storage().data_ptr() in theirs for x in a.values())
-
-
-_SCALES = (1e-4, 1e-2, 1.0)
 
 
 @dataclass(frozen=True)

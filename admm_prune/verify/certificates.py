@@ -17,6 +17,8 @@ _WORK = 1 << 36  # multiplications spent on swaps with a refit, about
 _PAIRS = 1 << 28  # entries of the tables of swaps without one, about
 _MOST_ROWS = 64
 _OPTIMAL = 1e-6  # a gain below this multiple of the loss of the rows it touches is none
+Mask = NDArray[np.bool_]
+_SINGULAR = 1e-15  # the Schur complement of a unit diagonal for a channel that depends on others
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,6 @@ def _exchanged(size: Array, kept: Mask, budget: Budget) -> float:
         at_last = ((cells == last) & (inside > 0)).sum(1)
         dropped += int(((cells < last) & (inside > 0)).sum() + np.maximum(0, at_last - room).sum())
     return dropped / max(1, int(kept.sum()))
-
-
-Mask = NDArray[np.bool_]
-
-_SINGULAR = 1e-15  # the Schur complement of a unit diagonal for a channel that depends on others
 
 
 @dataclass(frozen=True)

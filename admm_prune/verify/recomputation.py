@@ -18,6 +18,9 @@ from admm_prune.methods.target import Target
 _MOST_WORK = 1 << 29  # multiplications, about: seconds
 _AT_ONCE = 1 << 22  # entries of the matrices of one batch
 _EPSILON = float(np.finfo(np.float64).eps)
+Array = NDArray[np.float64]
+_DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median of the others
+_SLACK = 8.0  # roundings of the solver's precision that a claimed value may carry
 
 
 def least_loss(problem: Definition, budget: Budget) -> tuple[float, float] | None:
@@ -109,12 +112,6 @@ def _allocated(curves: Array, removed: int) -> float:
             shifted[count, count:] = total[: removed + 1 - count] + curve[count]
         total = shifted.min(0)
     return float(total[removed])
-
-
-Array = NDArray[np.float64]
-
-_DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the median of the others
-_SLACK = 8.0  # roundings of the solver's precision that a claimed value may carry
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from admm_prune.runs.manifest import TextRecord, environment
 from admm_prune.settings import TextSettings, recorded_names
 
 TOLERANCE = 1e-6  # relative, between a claimed number and the recomputed one
+Manifest = dict[str, Any]
 
 
 class Verdict(Enum):
@@ -140,9 +141,6 @@ def in_full(value: Any) -> str:
     """A value as Python prints it, in one line, cut where it is long."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-Manifest = dict[str, Any]
 
 
 def check_fields(report: Verification, manifest: Manifest, where: str) -> None:

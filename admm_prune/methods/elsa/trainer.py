@@ -25,6 +25,10 @@ from admm_prune.solvers.sparse_adam import SparseAdam
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 _WINDOW = 32  # steps that a point of the curve is the mean over
+_SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
+_TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
+GRADIENTS = 3  # batches that the direction is taken from
+_AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
 class Trainer:
@@ -167,12 +171,6 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
     total = sum(float(cross_entropy(model, batch)) for batch in sequences.batches)
     mean = total / sequences.scored_tokens
     return mean if math.isfinite(mean) else math.inf
-
-
-_SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
-_TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
-GRADIENTS = 3  # batches that the direction is taken from
-_AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
 def passes(judges: float) -> int:

@@ -23,6 +23,8 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 
 _REGULAR = "re:"
+Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
+_OBS = GroupOBS(batch=None)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,6 @@ def _fits(pattern: str, view: WeightView, block: str, model: nn.Module) -> bool:
     return False
 
 
-Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
-
-
 class SeededADMM:
     """ADMM that starts from the groups of structured OBS, and is never worse than those."""
 
@@ -130,7 +129,6 @@ class SeededADMM:
         return ADMM().solve(problem, start=seed.solution)
 
 
-_OBS = GroupOBS(batch=None)
 SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
     "obs": lambda: _OBS,
     "obs-one-shot": lambda: GroupOBS(batch=0),

@@ -19,6 +19,9 @@ from admm_prune.ops import quantization
 from admm_prune.ops.quantization import Stored
 from admm_prune.ops.triton.places import part_of_row, runs_of_row
 
+_RUNS = 4  # of 256 entries, for each program
+_BYTES, _BLOCK = 128, 1024
+
 
 @triton.jit
 def _bit(bits_at, row, column, packed, there):
@@ -205,9 +208,6 @@ def restrict_kernel(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
-_RUNS = 4  # of 256 entries, for each program
-
-
 def step_(
     x: Tensor,
     gradient: Tensor,
@@ -320,9 +320,6 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
-
-
-_BYTES, _BLOCK = 128, 1024
 
 
 def pack(mask: Tensor, packed: int) -> Tensor:

@@ -15,6 +15,13 @@ from torch import Tensor
 # the bracket; whether the candidates failed; whether a NaN was met; how many keys equal the threshold.
 NEED, FOUND, GATHERED, ABOVE, FAILED, NAN, TIES = 0, 1, 2, 3, 4, 5, 6
 CONTROLS = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK, _STEPS = 4096, 16  # entries a program takes at once, and how often
+_SMALL_BLOCK, _SMALL = 1024, 1 << 20  # up to here the parts are of this size, or there would be too few of them
+_DIRECT = 1 << 25  # up to here histograms of all scores cost less than a bracket
+_SAMPLED = 1 << 20  # scores sampled to guess where the threshold lies
+_DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and width: 32 bits in three passes
+_BINS = 1 << 11
 
 
 @triton.jit
@@ -221,16 +228,6 @@ def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: 
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_BLOCK, _STEPS = 4096, 16  # entries a program takes at once, and how often
-_SMALL_BLOCK, _SMALL = 1024, 1 << 20  # up to here the parts are of this size, or there would be too few of them
-_DIRECT = 1 << 25  # up to here histograms of all scores cost less than a bracket
-_SAMPLED = 1 << 20  # scores sampled to guess where the threshold lies
-_DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and width: 32 bits in three passes
-_BINS = 1 << 11
 
 
 def threshold(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:

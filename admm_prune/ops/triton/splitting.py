@@ -12,6 +12,8 @@ from torch import Tensor
 
 from admm_prune.ops.triton.places import part_of_row
 
+_WIDEST = 1024  # entries of a row that a program takes
+
 
 @triton.jit
 def to_target_kernel(z_at, d_at, offset_at, width, tau, relaxation, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
@@ -89,9 +91,6 @@ def settle_kernel(
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
-
-
-_WIDEST = 1024  # entries of a row that a program takes
 
 
 def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:

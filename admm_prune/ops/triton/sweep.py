@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_OUTPUTS = 32  # for each program
+
 
 @triton.jit
 def sweep_kernel(
@@ -62,9 +64,6 @@ def sweep_kernel(
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
-
-
-_OUTPUTS = 32  # for each program
 
 
 def eliminate_(

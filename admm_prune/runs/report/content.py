@@ -17,6 +17,8 @@ from admm_prune.errors import UserError
 Manifest = dict[str, Any]
 _SEVERITIES = ("error", "warning", "info", "good")
 _ABSENT = object()
+Layer = Mapping[str, Any]  # of a manifest
+TILES = 16
 
 
 @dataclass
@@ -152,10 +154,6 @@ def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _said(value: Any) -> Any:
     return "not there" if value is _ABSENT else value
-
-
-Layer = Mapping[str, Any]  # of a manifest
-TILES = 16
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ MARKERS = "osD^vP*X"
 INK = "#121314"  # replaced by the page's text colour: plots use it for nothing else
 _MOST_LABELS = 16
 WIDTH = 4.8  # inches: at this width a letter is as large on a phone as it is drawn
+_GAP = 2  # pixels between the matrices of a map
+_MOST_ROWS = 8.0  # inches of a map
 
 
 def style(i: int) -> dict[str, Any]:
@@ -109,10 +111,6 @@ def svg(figure: Any, name: str) -> str:
     for i, colour in enumerate(COLOURS):
         drawn = drawn.replace(colour, f"var(--series-{i})")
     return drawn.replace(INK, "currentColor")
-
-
-_GAP = 2  # pixels between the matrices of a map
-_MOST_ROWS = 8.0  # inches of a map
 
 
 def place_of(name: str) -> tuple[int, str]:

@@ -21,6 +21,11 @@ from torch.distributed.tensor import DTensor, Shard
 from admm_prune.errors import UserError
 from admm_prune.ops import bits, quantization
 
+AnchorFormat = Literal["full", "bfloat16", "int8"]
+State = dict[str, Any]
+_ENTRIES = {"cpu": 1 << 18}  # processed at once, to stay in the cache
+_ENTRIES_ELSEWHERE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -111,13 +116,6 @@ def totals(parameters: Sequence[Tensor], values: Tensor, *, least: bool = False)
     for processes, rows in divided.items():
         values[rows] = (processes.least if least else processes.all_reduce)(values[rows])
     return values
-
-
-AnchorFormat = Literal["full", "bfloat16", "int8"]
-State = dict[str, Any]
-
-_ENTRIES = {"cpu": 1 << 18}  # processed at once, to stay in the cache
-_ENTRIES_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)

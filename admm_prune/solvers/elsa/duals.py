@@ -24,6 +24,11 @@ from admm_prune.solvers.elsa.moments import DeferredGradient, Moments, fused_sco
 from admm_prune.solvers.elsa.settings import Penalty, Score
 from admm_prune.solvers.elsa.supports import Support, scores_of
 
+_BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 1000 of the schedule
+_SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
+_DRAW = 1  # distinguishes these random numbers from those of the moments
+_CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightUpdate:
@@ -154,13 +159,6 @@ class DualUpdate:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-_BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 1000 of the schedule
-
-_SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
-_DRAW = 1  # distinguishes these random numbers from those of the moments
-_CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ from admm_prune.solvers.elsa.anchors import (
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.elsa.supports import LEAST_FISHER
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MomentFormat = Literal["full", "int8", "bitsandbytes"]
+_SMALLEST = 4096  # least number of entries for moments in 8 bits
+_DRAW = 0  # distinguishes these random numbers from those of the anchors
+
 
 def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
     """A generator on the parameter's device, with `seed` of the same."""
@@ -45,9 +50,6 @@ def seed(parameter: Tensor, *numbers: int) -> int:
     processes = processes_of(parameter)
     said = repr((*numbers, 0 if processes is None else processes.rank))
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest())
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -123,12 +125,6 @@ def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: St
 
     lag, bonus = float(weight.state["lag"]), 1.0 + score.hysteresis
     return adam.scores(x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5)
-
-
-MomentFormat = Literal["full", "int8", "bitsandbytes"]
-
-_SMALLEST = 4096  # least number of entries for moments in 8 bits
-_DRAW = 0  # distinguishes these random numbers from those of the anchors
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from admm_prune.solvers.reference.rows import (
 )
 
 VACUOUS = 0.1  # a smaller ratio certifies nothing useful
+_STEPS_BACK = 4  # each twice as far as the remainder fails to be semidefinite
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,6 @@ def _over_budgets(terms: Tensor, supports: Supports, reduce: Callable[[Tensor], 
         cells = terms[rows].unflatten(1, (-1, group)).sort(-1).values
         total += float(reduce(cells[..., : group - keep]).sum())
     return total
-
-
-_STEPS_BACK = 4  # each twice as far as the remainder fails to be semidefinite
 
 
 def perspective_bound(problem: object, objective: float | None = None, *, max_width: int = 64) -> Bound | None:

@@ -39,6 +39,9 @@ _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
 _ROUNDS = 2  # of the clique test: dropping an entry may drop others
 _MARGIN = 1e-9  # between an eigenvalue and the bound to prove below it
 _LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
+_BATCH = 256  # nodes expanded at a time
+_MEMORY = 256 * 2**20  # bytes of open nodes beyond which the search dives
+_KICKS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +242,6 @@ def _children(
         loss = nodes.loss[p] + single[p, i]
         children.append(Nodes(inverse, target, nodes.entries[p[:, None], index], removed, left[of], loss, bound[of]))
     return children
-
-
-_BATCH = 256  # nodes expanded at a time
-_MEMORY = 256 * 2**20  # bytes of open nodes beyond which the search dives
-_KICKS = 10
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ from admm_prune.solvers.reference.rigorous import (
 _RANDOM_PROBES = 4
 _MANY = 1 << 16
 _EXACT = 1 << 24  # float32 holds every integer up to here
+__all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
+Indices = NDArray[np.intp]
+_LEAST_GAIN = 1e-10  # of a swap, relative to the loss: smaller ones may be rounding
+_KICKED = 3  # pairs exchanged by a kick
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,6 @@ def _scorings(count: int, width: int) -> Iterator[Tensor]:
     if not few:
         yield rising.flip(0).view(count, width)
         yield rising.flip(0).view(width, count).T.contiguous()
-
-
-__all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,12 +341,6 @@ def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Form, Array]:
 
 def to_array(x: Tensor) -> Array:
     return np.asarray(x.detach().double().cpu().numpy(), dtype=np.float64)
-
-
-Indices = NDArray[np.intp]
-
-_LEAST_GAIN = 1e-10  # of a swap, relative to the loss: smaller ones may be rounding
-_KICKED = 3  # pairs exchanged by a kick
 
 
 def search(row: Row, starts: Iterable[Mask] = (), kicks: int = 0) -> tuple[Mask, float]:
