@@ -51,8 +51,8 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
             f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
         ]
         lines += [_line(row, wide, case) for row in own]
-    validation_loss = "targets" + (", which do not apply to tiny shapes" if content["gap"] else "")
-    lines += ["", validation_loss, *(_claim_line(claim) for claim in content["claims"])]
+    heading = "targets" + (", which do not apply to tiny shapes" if content["gap"] else "")
+    lines += ["", heading, *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
 
 
@@ -213,7 +213,7 @@ def bench_gpu(
         "ceilings": asdict(ceilings),
         "seconds": time.perf_counter() - began,
         "rows": [{**asdict(row), "reached": row.reached} for row in runner.rows],
-        "claims": claims(runner.rows, validation_loss=not _gap(device, small)),
+        "claims": claims(runner.rows, applicable=not _gap(device, small)),
         "model": scaling.model_of(
             runner.rows,
             predicted,
@@ -271,16 +271,16 @@ def _training(size: Size, device: torch.device) -> Any:
     return several()
 
 
-def claims(rows: Sequence[Row], *, validation_loss: bool = True) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, Any]]:
     """The targets of the benchmark, with the measured values; None where a row is missing.
 
     Args:
-        judged: whether the shapes are large enough to assess the targets.
+        applicable: whether the shapes are large enough to assess the targets.
     """
     found: list[dict[str, Any]] = []
 
     def claim(what: str, asked: str, value: float | None, met: Callable[[float], bool]) -> None:
-        verdict = None if value is None or not validation_loss else met(value)
+        verdict = None if value is None or not applicable else met(value)
         found.append({"what": what, "asked": asked, "value": value, "met": verdict})
 
     first = next((row.case for row in rows if row.section == "layers"), "")

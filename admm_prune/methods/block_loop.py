@@ -44,7 +44,7 @@ def for_each_block(
     model: nn.Module,
     task: Task,
     runtime: Runtime,
-    prune_block: Visitor,
+    process_block: Visitor,
     *,
     part: str = "blocks",
     changes: bool = True,
@@ -104,7 +104,7 @@ def for_each_block(
             block = blocks[index]
             runtime.report_progress(before + index, total, f"{block.name}{note}")
             with offloading.block(index):
-                found = prune_block(stream, index, block)
+                found = process_block(stream, index, block)
                 found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
                 if stream.position == index:
                     stream.advance(index)

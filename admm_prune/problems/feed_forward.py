@@ -95,7 +95,7 @@ class FeedForward:
         inputs: X (n, d), float32 or float64; everything is computed in this dtype.
         targets: Y (n, m).
         constraints: a set for each weight.
-        validation: held-out inputs and targets for the validation loss `validation_loss`; by default the same.
+        validation: held-out inputs and targets for `validation_loss`; by default the same.
         damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
         total: sums over all processes, each of which has its own tokens, with their Z and P; all call it in the same
             order.

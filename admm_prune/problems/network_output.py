@@ -39,7 +39,7 @@ class NetworkOutput:
     Args:
         tokens: inputs and targets.
         constraints: a set for each weight.
-        validation: held-out tokens for the validation loss `validation_loss`; by default the same.
+        validation: held-out tokens for `validation_loss`; by default the same.
         penalties, sweeps: of the split network.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
         sample: tokens of a sampled gradient; by default a 128th of them, at least 64.

@@ -67,11 +67,11 @@ def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]
 def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
     """A model before it is pruned, from the runtime's journal where that has it."""
 
-    def validation_loss() -> dict[str, object]:
+    def compute() -> dict[str, object]:
         found = evaluated(loaded, text, runtime)
         return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
 
-    found = runtime.journal.once("dense", validation_loss)
+    found = runtime.journal.once("dense", compute)
     return Validation(
         text=text,
         figures=Evaluation(**found["figures"]),

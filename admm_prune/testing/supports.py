@@ -202,11 +202,11 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     for (name, ours), (_, theirs) in twins:
         case.promise(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
     if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
-        validation_loss = [(problem.validation_loss(x), other.validation_loss(x)) for x in points]
+        losses = [(problem.validation_loss(x), other.validation_loss(x)) for x in points]
         case.promise(
-            any(ours != theirs for ours, theirs in validation_loss),
+            any(ours != theirs for ours, theirs in losses),
             "use its held-out data in `validation_loss`",
-            f"both give {validation_loss[0][0]}",
+            f"both give {losses[0][0]}",
         )
 
 

@@ -169,14 +169,21 @@ class StruPrune(Capabilities):
         pruner = self._pruner(task, runtime)
         parts = [sublayers(block) for block in decoder_blocks(model)]
 
-        def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
+        def measure_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
             stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
             return BlockResult(tensors={name: found / scale for name, found in losses.items()})
 
         block_results = for_each_block(
-            model, task, runtime, prune_block, part="curves", changes=False, steps=(0, 2 * len(parts)), note=", curves"
+            model,
+            task,
+            runtime,
+            measure_block,
+            part="curves",
+            changes=False,
+            steps=(0, 2 * len(parts)),
+            note=", curves",
         )
         losses = {name: found for one in block_results for name, found in one.tensors.items()}
         return {

@@ -282,9 +282,9 @@ def training(details: Mapping[str, Any]) -> str | None:
     stages = details.get("stages", [])
     for i, stage in enumerate(stages):
         axes[0].axvline(stage["step"], color=INK, linewidth=0.7, linestyle=":", label="" if i else "projection")
-    validation_loss = [stage for stage in stages if stage.get("held_out_loss") is not None]
-    if validation_loss:
-        x, y = [stage["step"] for stage in validation_loss], [stage["held_out_loss"] for stage in validation_loss]
+    measured = [stage for stage in stages if stage.get("held_out_loss") is not None]
+    if measured:
+        x, y = [stage["step"] for stage in measured], [stage["held_out_loss"] for stage in measured]
         axes[0].plot(x, y, linestyle="none", label="held-out loss, just projected", **style(1))
     axes[0].set_ylabel("loss")
     if duals:

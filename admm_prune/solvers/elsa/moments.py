@@ -409,7 +409,7 @@ def clip(parameters: Sequence[Tensor], norm: float, limit: float, deferred: Defe
     """Scales all gradients down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does; returns the factor.
 
     Args:
-        later: receives the factor, if a kernel scales them.
+        deferred: receives the factor, if a kernel scales them.
     """
     factor = min(1.0, limit / (norm + 1e-6))
     if deferred is not None:
