@@ -237,7 +237,7 @@ class Moments:
             parameters: each with a gradient.
             group: the settings lr, betas, eps, weight_decay, foreach and fused.
             draws: for each parameter, numbers that seed the rounding of narrow states.
-            later: if the step is one kernel per parameter, the deferred changes of the gradients.
+            deferred: if the step is one kernel per parameter, the deferred changes of the gradients.
         """
         if deferred is not None:
             for x, state, draw in zip(parameters, states, draws, strict=True):
