@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.saved_model import model_folder, text_file
+
+__all__ = ["model_folder", "text_file"]  # fixtures of all tests
+
 # Without a GPU Triton's kernels are tested in its interpreter, which must be chosen before they are read.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from catalogue import correlated_inputs
 from torch import Tensor
 
 from admm_prune.ops.activations import ACTIVATIONS
@@ -14,6 +13,7 @@ from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet, Unstructured
 from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward, Network
 from admm_prune.problems.network_output import NetworkOutput
+from tests.catalogue import correlated_inputs
 
 WIDTH, HIDDEN, OUTPUTS = 8, 20, 6
 HALF = Unstructured(0.5)

@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from saved_model import model_folder, text_file
-
-__all__ = ["model_folder", "text_file"]  # fixtures
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 

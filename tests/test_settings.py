@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import typer
-from saved_model import model_folder, text_file
 
 import admm_prune
 from admm_prune.cli.app import app
@@ -21,8 +20,6 @@ from admm_prune.errors import UserError
 from admm_prune.plan.plan import make_plan
 from admm_prune.runs.recipe_schema import schema
 from admm_prune.settings import PlanSettings, Settings, TextSettings, options
-
-__all__ = ["model_folder", "text_file"]  # fixtures
 
 PACKAGE = Path(admm_prune.__file__).parent
 FIELD = '    softness: float | None = option(None, "How soft.", least=0.25)\n'

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import Command, Outcome, Refused
 from safetensors.torch import save_file
-from saved_model import model_folder, text_file
 
 from admm_prune import cli
-
-__all__ = ["model_folder", "text_file"]  # fixtures
+from tests.cli.outcome import Command, Outcome, Refused
 
 
 @pytest.fixture

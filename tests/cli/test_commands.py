@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.outcome import Command
 
 FIGURES = {
     "perplexity", "bits_per_char", "tokens", "characters", "packing", "length", "truncated_tokens", "protocol",

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import typer
-from outcome import Command
-from pages import PAGES, PYTHON, ROOT, blocks, inline_commands
-from plugged_in import plugged_in
 
 from admm_prune.cli.app import app
+from tests.cli.outcome import Command
+from tests.pages import PAGES, PYTHON, ROOT, blocks, inline_commands
+from tests.plugged_in import plugged_in
 
 __all__ = ["plugged_in"]  # a fixture
 

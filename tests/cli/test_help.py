@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from outcome import Command
 
 from admm_prune.cli.app import app
+from tests.cli.outcome import Command
 
 SCRIPT = Path(sys.executable).with_name("admm-prune")
 COMMANDS = ["run", "compare", "eval", "capture", "solve", "verify", "report", "reproduce", "recipe", "list", "bench"]

@@ -12,10 +12,10 @@ import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from outcome import Command, Refused
 from safetensors.torch import load_file, save_file
 
 from admm_prune.models.loading import open_on_disk
+from tests.cli.outcome import Command, Refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/tiny"

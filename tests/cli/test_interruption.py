@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcome import Command
 
 from admm_prune.cli import common, interrupts
 from admm_prune.runs import prune
+from tests.cli.outcome import Command
 
 MODES = pytest.mark.parametrize(
     ("error", "status"),

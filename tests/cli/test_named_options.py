@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import typer
-from pages import PAGES, ROOT
 
 from admm_prune.cli.app import app
+from tests.pages import PAGES, ROOT
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 WITH_COMMAND = re.compile(r"admm-prune ((?:[a-z]+ )*[a-z]+)\b([^`'\"|;:]*)")

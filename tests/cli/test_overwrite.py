@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcome import Command
 
 import admm_prune
 from admm_prune.bench.memory import bench_memory
@@ -22,6 +21,7 @@ from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.layer import capture_layer, solve_layer_file, solve_path
 from admm_prune.runs.report.pages import write_difference
+from tests.cli.outcome import Command
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Command
-from plugged_in import PACKAGES, plugged_in
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -27,6 +25,8 @@ from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import correlated_inputs, layer, random_weight
+from tests.cli.outcome import Command
+from tests.plugged_in import PACKAGES, plugged_in
 
 __all__ = ["plugged_in"]  # a fixture
 

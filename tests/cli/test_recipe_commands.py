@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from outcome import Command
 
 from admm_prune.runs.recipe_file import packaged_names
+from tests.cli.outcome import Command
 
 
 @pytest.mark.sampled(2)

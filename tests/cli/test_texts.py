@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import pytest
 import typer
-from outcome import Command, Refused
 
 import admm_prune
 from admm_prune.cli.app import app
@@ -22,6 +21,7 @@ from admm_prune.models.loading import load
 from admm_prune.runs.recipe_file import read_packaged, read_recipe
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
+from tests.cli.outcome import Command, Refused
 
 ROOT = Path(admm_prune.__file__).parent
 READING = ["run", "compare", "eval", "capture", "plan", "reproduce"]

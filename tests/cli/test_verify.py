@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Command, Outcome
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from tests.cli.outcome import Command, Outcome
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"

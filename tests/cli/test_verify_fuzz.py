@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import alterations
 import pytest
 import torch
 from safetensors import safe_open
@@ -35,6 +34,7 @@ from admm_prune.verify import run
 from admm_prune.verify.layer import verify_layer
 from admm_prune.verify.report import Verdict, Verification
 from admm_prune.verify.run import verify_folder
+from tests.cli import alterations
 
 MANIFEST, TIMINGS = "admm_prune.json", "timings.json"
 FEW = 12  # alterations of a kind in the fast suite

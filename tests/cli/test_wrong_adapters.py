@@ -9,7 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from outcome import Refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from admm_prune import prune
@@ -17,6 +16,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_repository
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
+from tests.cli.outcome import Refused
 
 TEXT = ("--data", "embedded")
 COMMANDS: dict[str, tuple[str, ...]] = {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from outcome import Command, Refused
 from safetensors.torch import load_file, save_file
 
 from admm_prune.runs.journal import folder
+from tests.cli.outcome import Command, Refused
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Refused
 from safetensors.torch import load_file, save_file
+
+from tests.cli.outcome import Refused
 
 UP = "model.layers.1.mlp.up_proj.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from outcome import Command, Refused
 
 import admm_prune
 from admm_prune import LayerReconstruction, Point, RowWise, Unstructured, prune
 from admm_prune.errors import UserError
 from admm_prune.result import Result, Status
+from tests.cli.outcome import Command, Refused
 
 SOURCE = """
 from dataclasses import dataclass, replace

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from outcome import Command, Refused
+
+from tests.cli.outcome import Command, Refused
 
 
 def parquet(**columns: list[object]) -> Callable[[Path], object]:

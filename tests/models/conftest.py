@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import CONTEXT, FAMILIES, STORIES, VOCABULARY, build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import Corpus
+from tests.models.tiny_models import CONTEXT, FAMILIES, STORIES, VOCABULARY, build
 
 
 @pytest.fixture(params=FAMILIES)

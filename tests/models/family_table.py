@@ -1,4 +1,4 @@
-"""The table of families and methods: what applies, what does not and why. `python tests/models/family_table.py` writes
+"""The table of families and methods: what applies, what does not and why. `python -m tests.models.family_table` writes
 docs/families.md; `test_family_table.py` runs every cell.
 """
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from test_recovery import pruned, train, zeros
-from tiny_models import build
 from transformers import AutoModelForCausalLM
 
 from admm_prune import keep_sparsity, merge_lora
 from admm_prune.errors import UserError
+from tests.models.test_recovery import pruned, train, zeros
+from tests.models.tiny_models import build
 
 KINDS = {
     "lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),

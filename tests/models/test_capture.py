@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, expert_inputs, inputs_of, one_by_one, prune_half
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -16,6 +15,7 @@ from admm_prune.models import capture
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import decoder_blocks
+from tests.models.tiny_models import build, expert_inputs, inputs_of, one_by_one, prune_half
 
 LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 FUSED = [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]]

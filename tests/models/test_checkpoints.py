@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_model import text_file
-from tiny_models import CONTEXT, LLAMA, VOCABULARY, build
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -41,8 +39,7 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.plan import make_plan
-
-__all__ = ["text_file"]  # a fixture
+from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WAYS: tuple[Callable[[str], object], ...] = (load, open_on_disk, Anatomy.of)  # run and eval, run --stream, plan

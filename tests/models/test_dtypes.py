@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_family_table import logits, prune
-from tiny_models import build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -19,6 +17,8 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.structure import decoder_blocks
+from tests.models.test_family_table import logits, prune
+from tests.models.tiny_models import build
 
 HALVES = [torch.bfloat16, torch.float16]
 

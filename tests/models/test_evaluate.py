@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import STORIES, build, one_by_one, prune_half
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -13,6 +12,7 @@ from admm_prune.data.sources import Corpus
 from admm_prune.models import evaluate as module
 from admm_prune.models.evaluate import evaluate, sparsity, sparsity_by_weight
 from admm_prune.models.structure import decoder_blocks
+from tests.models.tiny_models import STORIES, build, one_by_one, prune_half
 
 
 def test_padded_batches_score_like_one_sequence_at_a_time(model: PreTrainedModel, stories: Sequences) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_capture import near
-from tiny_models import build, expert_inputs, one_by_one
 from torch import Tensor, nn
 
 from admm_prune import ADMM, SparseAdam
@@ -22,6 +20,8 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.solvers import together
+from tests.models.test_capture import near
+from tests.models.tiny_models import build, expert_inputs, one_by_one
 
 
 def mixture(family: str = "mixtral", *, starved: int | None = None) -> nn.Module:

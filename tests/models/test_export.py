@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from admm_prune.models.export import Form, check_exportable, export, units_by_bl
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.models.sublayers import Sublayer, heads_stay, keep_units, pad_units, sublayers
+from tests.models.tiny_models import build
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12], [0, 8, 7, 6, 5, 4, 3, 2, 1, 100]])
 # Every way to be stored, and every class; families alike are left to the table of families and methods. Eager attention

@@ -6,11 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import family_table
 import pytest
 import torch
-from family_table import COLUMNS, LIMITS
-from tiny_models import build
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -22,6 +19,9 @@ from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.structure import decoder_blocks
+from tests.models import family_table
+from tests.models.family_table import COLUMNS, LIMITS
+from tests.models.tiny_models import build
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12]])
 NEURONS = {"mlp", "0", "1"}  # modules that hold them; in OPT the blocks

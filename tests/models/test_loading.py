@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, prune_half
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from admm_prune.errors import UserError
 from admm_prune.models import loading
 from admm_prune.models.loading import LoadedModel, load, open_on_disk, save
 from admm_prune.models.structure import decoder_blocks
+from tests.models.tiny_models import build, prune_half
 
 IDS = torch.tensor([[0, 5, 17, 42, 99]])
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, inputs_of, is_mixture, one_by_one, prune_half
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.feed_forward import FeedForwardViews, feed_forwards
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.ops.activations import ACTIVATIONS
+from tests.models.tiny_models import FAMILIES, build, inputs_of, is_mixture, one_by_one, prune_half
 
 EXPECTED = {
     "llama": ("silu", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"),

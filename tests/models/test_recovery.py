@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import build
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from admm_prune import keep_sparsity, merge_lora
 from admm_prune.errors import UserError
 from admm_prune.models.structure import decoder_blocks
+from tests.models.tiny_models import build
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),

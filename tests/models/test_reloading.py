@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.errors import UserError
@@ -20,6 +19,7 @@ from admm_prune.models.loading import LoadedModel, open_on_disk, save
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.models.sublayers import keep_units, sublayers
+from tests.models.tiny_models import build
 
 IDS = torch.tensor([0, 5, 17, 42, 99, 7, 3, 250, 11, 12])
 each_way = pytest.mark.parametrize("whole", [True, False], ids=["whole", "by blocks"])

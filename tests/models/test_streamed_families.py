@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from saved_model import text_file
-from tiny_models import CONTEXT, build
 from transformers import PreTrainedTokenizerFast
 
 import admm_prune
 from admm_prune.models.loading import load
-
-__all__ = ["text_file"]  # a fixture
+from tests.models.tiny_models import CONTEXT, build
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import build, is_mixture
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from admm_prune.errors import UserError
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.prunable import linear_weights
+from tests.models.tiny_models import build, is_mixture
 
 LLAMA = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_family_table import logits
-from tiny_models import VARIANTS, build
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences
@@ -18,6 +16,8 @@ from admm_prune.methods.struprune.struprune import STRUCTURED, configured
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, save
 from admm_prune.models.reloading import check_reloaded
+from tests.models.test_family_table import logits
+from tests.models.tiny_models import VARIANTS, build
 
 NO_CLASS = "its blocks must have equal widths: use struprune-uniform or struprune-padded"
 REFUSED = {  # by the part of a variant's name, and of a method's: what is said

@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from test_capture import near
-from test_family_table import prune
-from tiny_models import LLAMA, build, one_by_one
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +17,10 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks, notes_on
 from admm_prune.plan.anatomy import Anatomy
+from tests.models import tiny_models
+from tests.models.test_capture import near
+from tests.models.test_family_table import prune
+from tests.models.tiny_models import LLAMA, build, one_by_one
 
 MIXTURE = LLAMA | {"num_experts_per_tok": 2}
 UNLISTED: dict[str, tiny_models.Family] = {

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from saved_model import text_file
-from tiny_models import build
 from transformers import PreTrainedTokenizerFast
 
 import admm_prune
 from admm_prune.verify.run import verify_folder
-
-__all__ = ["text_file"]  # a fixture
+from tests.models.tiny_models import build
 
 
 @pytest.mark.sampled(2)

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from test_sparse_adam_sharded import in_processes
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, Journal, Recipe, Runtime, Task
@@ -33,6 +32,7 @@ from admm_prune.models.sublayers import savings, sublayers
 from admm_prune.problems.layer import Share
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
+from tests.solvers.test_sparse_adam_sharded import in_processes
 
 LINE = "admm-prune: "
 SCRIPT = "import sys; from admm_prune.cli import main; sys.argv[0] = 'admm-prune'; main()"

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from html_page import Element, read_page
 from safetensors.torch import load_file, save_file
 
 import admm_prune
@@ -24,6 +23,7 @@ from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
 from admm_prune.runs.report import content, plots, write_difference, write_report
 from admm_prune.settings import TextSettings
+from tests.runs.html_page import Element, read_page
 
 CHROMIUM = shutil.which("chromium")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instances import Toy, correlated, keeping, normal, spectral, toys
 
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, Unstructured
@@ -27,6 +26,7 @@ from admm_prune.solvers.reference import (
 )
 from admm_prune.solvers.reference.brute_force import all_supports
 from admm_prune.solvers.reference.rows import search, separate, swap_gains
+from tests.solvers.reference.instances import Toy, correlated, keeping, normal, spectral, toys
 
 TIGHT = 1e-8
 

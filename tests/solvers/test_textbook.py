@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, WIDTH, layer, retargeted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import network, split
 from torch import Tensor
 
 from admm_prune.point import Point
@@ -20,6 +18,8 @@ from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.schedules import LogSpaced
 from admm_prune.solvers.support_descent import Wanda
+from tests.catalogue import CONSTRAINTS, WIDTH, layer, retargeted
+from tests.networks import network, split
 
 seeds = st.integers(0, 10_000)
 

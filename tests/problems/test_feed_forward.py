@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import HIDDEN, OUTPUTS, WIDTH, damped, network, sets, split, tokens, whole
 
 from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
@@ -22,6 +21,7 @@ from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.refit import Refit
 from admm_prune.testing import assert_problem_conforms
+from tests.networks import HIDDEN, OUTPUTS, WIDTH, damped, network, sets, split, tokens, whole
 
 FORMS = [(name, gated) for name in ("relu", "silu", "gelu") for gated in (False, True)]
 

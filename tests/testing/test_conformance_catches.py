@@ -10,9 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from catalogue import layer, random_weight
 from hypothesis import Phase, settings
-from third_party import Box, HardThresholding
 
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic
@@ -22,6 +20,8 @@ from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.support_descent import Magnitude
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.supports import OnlyStochastic
+from tests.catalogue import layer, random_weight
+from tests.third_party import Box, HardThresholding
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from admm_prune.problem import Proximable, Quadratic, Refittable
 from admm_prune.problems.constraints import NofM, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.statistics import GramAccumulator, LayerStatistics
+from tests.catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
 
 seeds = st.integers(0, 10_000)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from catalogue import correlated_inputs, random_weight
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
@@ -17,6 +16,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.statistics import LayerStatistics
+from tests.catalogue import correlated_inputs, random_weight
 
 WIDTH = 48
 SIZES = {"q": (48, 1.0), "k": (16, 0.3), "v": (16, 3.0)}  # rows, scale: no weight may pay for another

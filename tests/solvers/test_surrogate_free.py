@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, layer
 from torch import Tensor, nn
 
 from admm_prune import NofM, RowWise, Unstructured
@@ -20,6 +19,7 @@ from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.stochastic_admm import StochasticADMM
 from admm_prune.testing import assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.supports import OnlyStochastic
+from tests.catalogue import CONSTRAINTS, layer
 
 Batch = tuple[Tensor, Tensor]
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there.
 
-    python tests/compile_kernels.py
+    python tests/ops/compile_kernels.py
 
 Kernels are not run: their launchers are called on CPU tensors with a driver that only knows what to compile for. Prints
 each kernel with the shared memory it takes, and fails where a kernel of the package was never launched.

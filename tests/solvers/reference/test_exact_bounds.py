@@ -9,7 +9,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from instances import Toy, correlated, keeping, normal
 
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, StackedRows, Unstructured
@@ -24,6 +23,7 @@ from admm_prune.solvers.reference.rigorous import Form, gamma, least_eigenvalue,
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 from benchmarks import exact_bounds
+from tests.solvers.reference.instances import Toy, correlated, keeping, normal
 
 
 def bounds_of(problem: LayerReconstruction) -> dict[str, float | None]:

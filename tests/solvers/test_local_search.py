@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, PROBLEMS, ROWS, WIDTH, layer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from admm_prune.solvers.local_search import Gains, LocalSearch, Rows, _Count, re
 from admm_prune.solvers.reference.brute_force import BruteForce
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
+from tests.catalogue import CONSTRAINTS, PROBLEMS, ROWS, WIDTH, layer
 
 seeds = st.integers(0, 10_000)
 SETS = {

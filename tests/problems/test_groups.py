@@ -7,7 +7,6 @@ from statistics import median
 
 import pytest
 import torch
-from catalogue import correlated_inputs, layer, random_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from admm_prune.solvers.reference import BruteForceGroups
 from admm_prune.solvers.refit import Refit
 from admm_prune.statistics import GramAccumulator, LayerStatistics, centred
 from admm_prune.testing import assert_problem_conforms
+from tests.catalogue import correlated_inputs, layer, random_weight
 
 seeds = st.integers(0, 10_000)
 widths = st.sampled_from([1, 2, 4])

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
 from admm_prune.solvers.support_descent import Magnitude, Wanda
+from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 
 seeds = st.integers(0, 10_000)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instances import Toy, correlated, keeping, normal, spectral, toys
 
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, SupportConstraint
@@ -19,6 +18,7 @@ from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, 
 from admm_prune.solvers.reference import Bound, BranchAndBound, BruteForce, lower_bound, perspective_bound
 from admm_prune.solvers.reference.bounds import dual_value, loss_bounds
 from admm_prune.solvers.reference.rows import Supports, recognise, separate
+from tests.solvers.reference.instances import Toy, correlated, keeping, normal, spectral, toys
 
 SLACK = 1 + 1e-9
 

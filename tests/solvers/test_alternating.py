@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, layer
-from networks import damped, network, split, whole
 
 from admm_prune.point import Point
 from admm_prune.problem import Problem
@@ -19,6 +17,8 @@ from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.support_descent import Magnitude, SupportDescent
 from admm_prune.testing import assert_solver_conforms
+from tests.catalogue import CONSTRAINTS, layer
+from tests.networks import damped, network, split, whole
 
 FITTING = {name: CONSTRAINTS[name] for name in ("half", "most", "nothing", "everything", "rows", "2:4", "tiles")}
 COORDINATED = {

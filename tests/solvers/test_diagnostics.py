@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, layer
 
 from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
@@ -18,6 +17,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.schedules import Constant, LogSpaced
 from admm_prune.solvers.support_descent import Wanda
+from tests.catalogue import CONSTRAINTS, layer
 
 SETS: dict[str, SparseSet] = {"half": Unstructured(0.5), "four fifths": Unstructured(0.8), "2:4": NofM(2, 4)}
 SHAPES = {"64 x 96": (64, 96, 400), "128 x 256, few tokens": (128, 256, 300)}

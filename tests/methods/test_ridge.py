@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import correlated_inputs, random_weight
 from torch import nn
 
 from admm_prune.data.sequences import Sequences
@@ -23,6 +22,7 @@ from admm_prune.problems.constraints import Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.statistics import LayerStatistics
+from tests.catalogue import correlated_inputs, random_weight
 
 TEXT = Sequences((), "windows", 8, None, 1)
 

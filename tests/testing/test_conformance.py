@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from catalogue import CONSTRAINTS, PROBLEMS, SOLVERS, layer, retargeted
-from third_party import Box, HardThresholding, Logarithmic
 
 from admm_prune.problems.constraints import Groups, NofM, Product, RowWise, StackedRows, Unstructured
 from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, GroupExact
 from admm_prune.solvers.support_descent import Wanda
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import VIEWS
+from tests.catalogue import CONSTRAINTS, PROBLEMS, SOLVERS, layer, retargeted
+from tests.third_party import Box, HardThresholding, Logarithmic
 
 NO_GROUPS = [name for name, constraint in CONSTRAINTS.items() if not isinstance(constraint, Groups)]
 REFUSES = {
