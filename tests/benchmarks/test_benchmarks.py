@@ -58,6 +58,7 @@ def test_an_instance_has_the_values_it_had_when_the_recipe_was_checked() -> None
     assert float(layer.weight.square().sum()) == pytest.approx(24, rel=1e-5)
 
 
+@pytest.mark.bitwise
 def test_an_instance_depends_on_its_seed_alone() -> None:
     a, b, other = (instances.instance(8, 16, seed, tokens=128) for seed in (0, 0, 1))
     for name in ("weight", "gram", "gram_validation", "gram_holdout"):

@@ -57,6 +57,7 @@ def run(text_file: Path, out: str, model: object = ID) -> tuple[object, ...]:
     return ("run", "--model", model, "--data", text_file, "--out", out, *how)
 
 
+@pytest.mark.bitwise
 def test_a_hub_id_is_streamed_as_its_folder_is(
     cached: Path, command: Command, place: Path, model_folder: Path, text_file: Path
 ) -> None:

@@ -43,6 +43,7 @@ def weights() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.bitwise
 def test_a_file_comes_back_to_the_byte(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file(weights, tmp_path / "w.safetensors", {"format": "pt"})
     packed = pack_file(tmp_path / "w.safetensors", tmp_path / "packed")

@@ -57,6 +57,7 @@ def test_a_run_is_honest_and_can_be_verified(method: str, tmp_path: Path, model_
         assert 1 <= figure["best_round"] <= len(figure["rounds"])
 
 
+@pytest.mark.bitwise
 def test_it_keeps_the_budget_of_every_matrix_and_repeats_itself(model_folder: Path, text_file: Path) -> None:
     recipe = recipe_named("sparsellm")
     assert isinstance(recipe, SparseLLM)
@@ -69,6 +70,7 @@ def test_it_keeps_the_budget_of_every_matrix_and_repeats_itself(model_folder: Pa
     assert sum(layer.seconds for layer in outcome.layers) > 0
 
 
+@pytest.mark.bitwise
 def test_attention_of_the_first_block_is_that_of_the_local_method(model_folder: Path, text_file: Path) -> None:
     local = load(str(model_folder))
     text = Texts(TextSettings(data=str(text_file)), local).calibration(30)
@@ -78,6 +80,7 @@ def test_attention_of_the_first_block_is_that_of_the_local_method(model_folder: 
     assert all(torch.equal(own[name], other[name]) for name in own if "layers.0.self_attn" in name)
 
 
+@pytest.mark.bitwise
 def test_nothing_to_prune_changes_nothing_and_everything_leaves_zeros(model_folder: Path, text_file: Path) -> None:
     dense = load(str(model_folder)).model.state_dict()
     for name in ("sparsellm", "sequential", "sparsellm-release"):

@@ -45,6 +45,7 @@ def pruned(folder: Path, recipe: StruPrune, calibration: Sequences, sparsity: fl
         return outcome, model(input_ids=IDS).logits
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", STRUCTURED, ids=lambda recipe: recipe.name)
 def test_what_is_saved_is_smaller_loads_again_and_is_verified(
@@ -78,6 +79,7 @@ def test_padded_or_per_layer_it_is_the_same_model(model_folder: Path, calibratio
     assert float((logits - padded).abs().max()) <= 1e-5
 
 
+@pytest.mark.bitwise
 def test_two_runs_are_alike_to_the_bit(model_folder: Path, calibration: Sequences) -> None:
     (_, first), (_, second) = (pruned(model_folder, StruPrune(selector="admm"), calibration) for _ in range(2))
     assert torch.equal(first, second)

@@ -67,6 +67,7 @@ def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
     json.dumps(outcome.details, allow_nan=False)
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model_folder: Path, text_file: Path) -> None:

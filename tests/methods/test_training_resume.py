@@ -41,6 +41,7 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["elsa", "elsa-l", "elsa-published", "gradual", "tuned-dense"])
 def test_an_interrupted_run_ends_in_the_bytes_of_one_that_was_not(

@@ -134,6 +134,7 @@ def test_a_view_of_an_expert_is_what_its_forward_multiplies_by() -> None:
     torch.testing.assert_close(experts(x, choice, weight), (nn.functional.silu(gate) * value) @ down.T)
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize(("ridge", "pattern"), [(None, None), ("auto", (2, 4))], ids=["70%", "2:4, ridge chosen"])
 def test_experts_are_solved_in_batches_and_end_as_alone(
     stories: Sequences, monkeypatch: pytest.MonkeyPatch, ridge: Any, pattern: tuple[int, int] | None

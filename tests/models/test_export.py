@@ -94,6 +94,7 @@ def test_a_sliced_model_is_the_masked_model(family: str) -> None:
     assert fewer < sum(p.numel() for p in build(family).parameters())
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("family", "form"),

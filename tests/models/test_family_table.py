@@ -43,6 +43,7 @@ def cells() -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(25)
 @pytest.mark.parametrize(("family", "column", "method"), cells())
 def test_cell(

@@ -46,6 +46,7 @@ def test_the_config_names_the_dtype_as_in_transformers(folder: Path) -> None:
         assert loaded.model.config.dtype == torch.float32
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pruned_model_reloads_to_the_bit(

@@ -73,6 +73,7 @@ def test_zeros_stay_and_the_others_learn(name: str, tmp_path: Path) -> None:
     assert all(bool((saved[key][was] == 0).all()) for key, was in before.items())
 
 
+@pytest.mark.bitwise
 def test_it_is_adam_on_the_support_to_the_bit() -> None:
     """Masked training by hand: gradients masked, then the weights."""
     model, twin = pruned(), pruned()

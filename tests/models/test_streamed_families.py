@@ -25,6 +25,7 @@ def tensor_names(folder: Path) -> set[str]:
     return found
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(4)
 def test_every_family_streams(family: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path) -> None:
     """Several shards, blocks that return tuples, biases, untied heads, projections around the blocks."""

@@ -128,6 +128,7 @@ def test_only_ratios_count(name: str, gated: bool) -> None:
         assert torch.allclose(found[0][weight], found[1][weight], rtol=1e-8)
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_first_round_is_the_local_solver(gated: bool, solver: SparseGPT | ADMM) -> None:

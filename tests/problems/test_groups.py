@@ -89,6 +89,7 @@ def test_elimination_needs_more_digits_than_float32_has_and_says_so() -> None:
         )
 
 
+@pytest.mark.bitwise
 def test_elimination_repeats_by_the_bit_and_knows_ties() -> None:
     problem = layer(Groups(0.5), seed=1, dtype=torch.float32)
     first, second = (group_compensation.eliminate(problem.hessian, problem.minimizer, 1, 10, 2) for _ in range(2))

@@ -132,6 +132,7 @@ def test_refusals(change, message) -> None:
         LayerReconstruction(**{**arguments, **change})
 
 
+@pytest.mark.bitwise
 @given(seed=seeds, cuts=st.lists(st.integers(0, 50), max_size=4))
 def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
     x = correlated_inputs(50, WIDTH, seed, torch.float32)

@@ -35,6 +35,7 @@ def pruned(method: Method, target: Target) -> tuple[dict[str, Tensor], dict[str,
     return {view.name: view.read() for view in views}, {report.name: report for report in reports}
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("name", LOCAL_METHODS)
 def test_a_stacked_solve_is_that_of_each_weight_within_its_own_budget(name: str, target: Target) -> None:

@@ -25,6 +25,7 @@ from admm_prune.settings import TextSettings
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stock_transformers_loads_the_model_to_the_bit(
     tmp_path: Path, model_folder: Path, text_file: Path, dtype: str
@@ -41,6 +42,7 @@ def test_stock_transformers_loads_the_model_to_the_bit(
     assert manifest == json.loads(json.dumps(report.as_json()))
 
 
+@pytest.mark.bitwise
 def test_a_module_is_pruned_in_place_like_its_folder(model_folder: Path, text_file: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

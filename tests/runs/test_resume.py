@@ -52,6 +52,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "stream"), RUNS)
 def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
@@ -339,6 +340,7 @@ def test_a_recipe_keeps_files_of_its_own_and_computes_once(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.bitwise
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "stream"), [*RUNS, ("admm", False), ("elsa", False)])
 def test_killed_at_random_times_it_ends_in_the_same_files(

@@ -50,6 +50,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
+@pytest.mark.bitwise
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_from_disk_it_is_the_same_model_and_the_same_report_to_the_bit(

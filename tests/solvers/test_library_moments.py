@@ -44,6 +44,7 @@ def trained(optimizer: torch.optim.Optimizer, x: nn.Parameter, first: int, last:
         optimizer.step()
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_without_a_penalty_it_is_the_librarys_own_optimizer(weight_decay: float) -> None:
     from bitsandbytes.optim import AdamW8bit
@@ -77,6 +78,7 @@ def test_8_bits_end_where_full_moments_end(dtype: torch.dtype) -> None:
         assert reached[moments] == pytest.approx(reached["full"], rel=0.01), reached
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("moments", EIGHT_BITS)
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(moments: MomentFormat) -> None:
     how: dict[str, Any] = {"sparsity": 0.6, "lr": 0.01, "total_steps": 48, "interval": 8, "moments": moments}

@@ -99,6 +99,7 @@ def test_a_solve_is_as_good_as_in_float64(device, name, target) -> None:
         assert abs(math.log(math.prod(ratios))) / DRAWS <= tolerance, f"{shape}: {ratios}"
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("target", ["rows", "stacked", "2:4"])
 @pytest.mark.parametrize("solver", [ADMM(), SparseGPT()], ids=["admm", "sparsegpt"])
 def test_two_solves_give_the_same_bits(device, solver, target) -> None:
@@ -108,6 +109,7 @@ def test_two_solves_give_the_same_bits(device, solver, target) -> None:
     assert [p.primal_residual for p in first.history] == [p.primal_residual for p in second.history]
 
 
+@pytest.mark.bitwise
 def test_a_run_continues_exactly(device) -> None:
     """10 + 22 iterations are 32, though measures are read at other times."""
     task = problem(SHAPES[device][0], Unstructured(0.7), device, torch.float32)

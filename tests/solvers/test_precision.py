@@ -105,6 +105,7 @@ def test_so_do_references(make, set_low) -> None:
     assert all(cuda in precision._FULL and cpu in precision._FULL for cuda, cpu, _ in problem.seen)
 
 
+@pytest.mark.bitwise
 def test_a_result_has_the_bits_that_it_has_without(set_low) -> None:
     """oneDNN may take bfloat16 for products of this size where the machine has them; a solve does not."""
     x = correlated_inputs(300, 128, 0).float()

@@ -112,6 +112,7 @@ def test_float64_problems_never_see_bfloat16() -> None:
     assert torch.equal(default.solution["weight"], exact.solution["weight"])
 
 
+@pytest.mark.bitwise
 def test_ten_and_ten_iterations_are_twenty() -> None:
     problem = layer(CONSTRAINTS["half"], dtype=torch.float32)
     whole = ADMM(max_iterations=20).solve(problem)

@@ -72,6 +72,7 @@ def test_the_compact_state_is_the_textbook_iteration(shape, seed, interval, firs
     assert float((parameter.detach() - x).abs().max() / x.abs().max()) <= 1e-12
 
 
+@pytest.mark.bitwise
 def test_without_a_penalty_it_is_adam_bit_for_bit() -> None:
     bowl = Bowl((16, 8), 0)
     ours, theirs = (nn.Parameter(bowl.b.float().clone()) for _ in range(2))
@@ -141,6 +142,7 @@ def test_the_end_is_exactly_sparse_and_the_rest_is_trained(target, preset) -> No
         assert name not in masks or bool((p[~masks[name]] == 0).all())
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize(
     "storage",
     [{"anchor": "full"}, {"anchor": "bfloat16", "rounding": "stochastic"}, {"anchor": "int8", "rounding": "stochastic"},

@@ -66,6 +66,7 @@ def test_the_trainer_of_transformers_takes_a_step_for_the_batches_it_accumulates
     assert int(model.first.weight.count_nonzero()) == 128
 
 
+@pytest.mark.bitwise
 def test_a_run_of_the_trainer_that_is_resumed_ends_as_one_that_was_not(tmp_path: Path) -> None:
     models = [Regression(), Regression()]
     whole, optimizer = pruned(models[0]), pruned(models[1])
