@@ -219,7 +219,7 @@ def test_wrong_names_and_broken_packages(
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[admm_prune.problems]\nbroken = nowhere:Nothing\nlist = builtins:list\n"
-        "[admm_prune.constraints]\nlist = test_plugins:no_set\n[admm_prune.solvers]\nlist = builtins:list\n"
+        "[admm_prune.constraints]\nlist = tests.cli.test_plugins:no_set\n[admm_prune.solvers]\nlist = builtins:list\n"
     )
     outcome = command("run", *options, "--sparsity", 0.5, "--out", "p")
     assert outcome.status == 2
