@@ -78,20 +78,20 @@ def processes_of(x: Tensor) -> Processes | None:
     return Processes(x.device_mesh.get_group(dim))
 
 
-def laid_out_as(parameter: Tensor, here: Tensor) -> Tensor:
+def laid_out_as(parameter: Tensor, shard: Tensor) -> Tensor:
     """A tensor with the rows and the sharding of `parameter`, from its local shard."""
     if not isinstance(parameter, DTensor):
-        return here
-    shape = torch.Size((*parameter.shape[:1], *here.shape[1:]))
+        return shard
+    shape = torch.Size((*parameter.shape[:1], *shard.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        here, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        shard, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
 
 
-def all_gather(parameter: Tensor, here: Tensor) -> Tensor:
-    """Gathers all rows of the tensor of which `here` is the local shard."""
-    whole = laid_out_as(parameter, here)
+def all_gather(parameter: Tensor, shard: Tensor) -> Tensor:
+    """Gathers all rows of the tensor of which `shard` is the local shard."""
+    whole = laid_out_as(parameter, shard)
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
@@ -136,7 +136,7 @@ class Weight:
     stacked: bool
 
     @property
-    def here(self) -> Tensor:
+    def shard(self) -> Tensor:
         """The local shard."""
         return local(self.parameter.detach())
 
@@ -246,12 +246,12 @@ class Anchors:
 
     def sum(self, weight: Weight) -> Tensor:
         """a = x + u."""
-        x = weight.here.to(working_dtype(weight.parameter.dtype))
+        x = weight.shard.to(working_dtype(weight.parameter.dtype))
         dual = self.read(weight).to(x.dtype).masked_fill(weight.mask(), 0)  # -u, except for a pending rescaling
         return torch.sub(x, dual, alpha=weight.state["lag"])
 
     def away(self, weight: Weight) -> Iterator[tuple[slice, Tensor]]:
         """(rows, x - c) in pieces."""
-        x = weight.here
+        x = weight.shard
         for rows in chunks(x):
             yield rows, x[rows].to(working_dtype(x.dtype)) - self.read(weight, rows)
