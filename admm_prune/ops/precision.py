@@ -76,7 +76,7 @@ def prepared(b: Tensor, precision: Precision) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell. For several B
+    """out <- A B, for A (m, k) and B as `prepared`, whose format follows from its dtype and shape. For several B
     (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n).
 
     On the CPU several products have the bits that each has alone.
