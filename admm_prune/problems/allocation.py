@@ -115,7 +115,7 @@ class Uniform:
     most: float = 1.0
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
-        return take(curves, budget, lambda _, middle: middle, self.most)
+        return take_steps(curves, budget, lambda _, middle: middle, self.most)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class CappedSoftmax:
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         shift = [e / self.temperature for e in standardized(energies(curves, budget))]
-        return take(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
+        return take_steps(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Binomial:
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         e = standardized(energies(curves, budget))
         t = self.temperature
-        return take(curves, budget, lambda l, middle: e[l] + t * torch.logit(middle / self.most), self.most)
+        return take_steps(curves, budget, lambda l, middle: e[l] + t * torch.logit(middle / self.most), self.most)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class EqualSlope:
             entropy = spread * torch.logit(middle / self.most) if spread > 0 else 0.0
             return slopes[l][at] + entropy
 
-        return take(curves, budget, price, self.most)
+        return take_steps(curves, budget, price, self.most)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Owl:
         mean = sum(shares) / len(shares)
         largest = max(abs(share - mean) for share in shares) or 1.0
         shift = [self.spread * (share - mean) / largest for share in shares]
-        return take(curves, budget, lambda l, middle: middle + shift[l])
+        return take_steps(curves, budget, lambda l, middle: middle + shift[l])
 
 
 class Price(Protocol):
@@ -209,7 +209,7 @@ class Price(Protocol):
         ...
 
 
-def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0) -> Allocation:
+def take_steps(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0) -> Allocation:
     """Takes steps of the curves in the order of their prices until the budget is met.
 
     Args:
@@ -229,7 +229,7 @@ def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0
             prices = price(l, (at[1:] + at[:-1]) / 2 / curve.count).cummax(0).values
             steps += [(float(p), to / curve.count, l, to) for p, to in zip(prices, levels[1:], strict=True)]
     removed = [0] * len(curves)
-    saved, needed, last = 0.0, enough(curves, budget), None
+    saved, needed, last = 0.0, required_saving(curves, budget), None
     for worth, _, l, to in sorted(steps):
         if saved >= needed:
             break
@@ -287,7 +287,7 @@ def together(name: str, curves: Sequence[Curve]) -> Curve:
 def check_budget(curves: Sequence[Curve], budget: float, most: float = 1.0) -> None:
     """Raises ValueError where the curves cannot save so much; the message says how much they can."""
     possible = sum(float(curve.savings[curve.levels(most)[-1]]) for curve in curves)
-    if possible < enough(curves, budget):
+    if possible < required_saving(curves, budget):
         total = sum(float(curve.savings[-1]) for curve in curves) or 1.0
         raise ValueError(
             f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: each sublayer keeps its minimum"
@@ -314,7 +314,7 @@ def allocation(
     )
 
 
-def enough(curves: Sequence[Curve], budget: float) -> float:
+def required_saving(curves: Sequence[Curve], budget: float) -> float:
     """The saving that meets the budget, up to rounding."""
     return budget - _ROUNDING * sum(float(curve.savings[-1]) for curve in curves)
 

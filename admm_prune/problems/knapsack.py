@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, enough
+from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, required_saving
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -52,7 +52,7 @@ class Knapsack:
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         check_budget(curves, budget, self.most)
         levels = [curve.levels(self.most) for curve in curves]
-        table = _Table.of(curves, levels, enough(curves, budget))
+        table = _Table.of(curves, levels, required_saving(curves, budget))
         start = self._programmed(table)
         best = _search(table, start, self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
         if best.loss == math.inf:

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
-from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, laid_out_as
+from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, sharded_like
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
 from admm_prune.solvers.elsa.moments import DeferredGradient, MomentFormat, Moments, clip, refuse_sparse, total_norm
-from admm_prune.solvers.elsa.parameter_groups import Target, group_of, name_alike, names_of, parameter_groups
+from admm_prune.solvers.elsa.parameter_groups import Target, group_of, names_of, parameter_groups, unify_names
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
-from admm_prune.solvers.elsa.state import at_once, check_saved, copy_saved
+from admm_prune.solvers.elsa.state import check_saved, copy_saved, load_atomically
 from admm_prune.solvers.elsa.supports import Support
 
 _PENALTY, _SCORE = Penalty(), Score()  # frozen, so that they can be shared
@@ -275,7 +275,7 @@ class SparseAdam(Optimizer):
     def masks(self) -> dict[str, Tensor]:
         """The current support of every pruned weight, by name: boolean, of its shape, sharded as it is."""
         self._begin()
-        return {weight.name: laid_out_as(weight.parameter, weight.mask()) for weight in self._weights()}
+        return {weight.name: sharded_like(weight.parameter, weight.mask()) for weight in self._weights()}
 
     @contextmanager
     def projected(self) -> Generator[None]:
@@ -308,7 +308,7 @@ class SparseAdam(Optimizer):
             copy_saved(saved, self.param_groups, self.state, self._anchors, self._moments)
             self.history = []
 
-        with at_once(self, check, finish):
+        with load_atomically(self, check, finish):
             super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -324,7 +324,7 @@ class SparseAdam(Optimizer):
             return
         group, support = group_of(param_group, Target(scope=self._scope))
         number, others = len(self.param_groups), self.param_groups
-        name_alike(group, number, others)
+        unify_names(group, number, others)
         super().add_param_group(group | {name: others[0][name] for name in _PROGRESS})
         if support is None:
             return

@@ -78,7 +78,7 @@ def processes_of(x: Tensor) -> Processes | None:
     return Processes(x.device_mesh.get_group(dim))
 
 
-def laid_out_as(parameter: Tensor, shard: Tensor) -> Tensor:
+def sharded_like(parameter: Tensor, shard: Tensor) -> Tensor:
     """A tensor with the rows and the sharding of `parameter`, from its local shard."""
     if not isinstance(parameter, DTensor):
         return shard
@@ -91,7 +91,7 @@ def laid_out_as(parameter: Tensor, shard: Tensor) -> Tensor:
 
 def all_gather(parameter: Tensor, shard: Tensor) -> Tensor:
     """Gathers all rows of the tensor of which `shard` is the local shard."""
-    whole = laid_out_as(parameter, shard)
+    whole = sharded_like(parameter, shard)
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
@@ -160,7 +160,7 @@ class Weight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Sets the mask of the local shard; the caller sets `kept`."""
-        self.state["mask"] = laid_out_as(self.parameter, bits.pack(mask))
+        self.state["mask"] = sharded_like(self.parameter, bits.pack(mask))
 
     def restrict(self, x: Tensor) -> None:
         """x <- M x, in place, for a tensor of the local shard."""
@@ -222,12 +222,12 @@ class Anchors:
         state = weight.state
         if self.format == "int8":
             codes, scales = quantization.to_int8(anchor.float(), chance)
-            state["anchor"] = laid_out_as(weight.parameter, codes)
-            state["anchor_scale"] = laid_out_as(weight.parameter, scales)
+            state["anchor"] = sharded_like(weight.parameter, codes)
+            state["anchor_scale"] = sharded_like(weight.parameter, scales)
         elif self.format == "bfloat16":
-            state["anchor"] = laid_out_as(weight.parameter, quantization.to_bfloat16(anchor.float(), chance))
+            state["anchor"] = sharded_like(weight.parameter, quantization.to_bfloat16(anchor.float(), chance))
         else:
-            state["anchor"] = laid_out_as(weight.parameter, anchor)
+            state["anchor"] = sharded_like(weight.parameter, anchor)
 
     def stored(self, state: State) -> bool:
         """Whether the state has an anchor of this format, or none, as after a freeze."""

@@ -14,9 +14,9 @@ from admm_prune.solvers.elsa.anchors import (
     Anchors,
     State,
     Weight,
-    laid_out_as,
     local,
     local_shard,
+    sharded_like,
     totals,
     working_dtype,
 )
@@ -209,7 +209,7 @@ class Splitting:
             state: State = {"rho": 0.0, "dual_rho": 0.0, "lag": 1.0, "balance": 1.0, "threshold": 0.0}
             weight.state.update(state, gradient_square=math.nan)
             if self.score.clean:
-                weight.state["fisher"] = laid_out_as(
+                weight.state["fisher"] = sharded_like(
                     weight.parameter, torch.zeros_like(weight.shard, dtype=torch.float32)
                 )
             selected.append((weight, mask))
@@ -305,9 +305,9 @@ class Splitting:
         """The scores of a = x + u, for the local shard."""
         if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
             second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
-            at_once = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
-            if at_once is not None:
-                return at_once
+            fused = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
+            if fused is not None:
+                return fused
         return scores_of(weight, self.anchors.sum(weight), self.score, self._fisher(weight))
 
     def update(self, weights: Sequence[Weight], step: int, progress: float, fraction: float) -> dict[str, WeightUpdate]:

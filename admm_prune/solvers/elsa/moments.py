@@ -25,9 +25,9 @@ from admm_prune.solvers.elsa.anchors import (
     State,
     Weight,
     chunks,
-    laid_out_as,
     local,
     processes_of,
+    sharded_like,
     totals,
     working_dtype,
 )
@@ -129,13 +129,13 @@ class Moments:
         state["step"] = torch.zeros((), dtype=torch.float32, device=x.device if fused else None)
         zero = torch.zeros_like(x, dtype=working_dtype(x.dtype))
         if not self.quantizes(parameter):
-            state["exp_avg"] = laid_out_as(parameter, zero)
-            state["exp_avg_sq"] = laid_out_as(parameter, zero.clone())
+            state["exp_avg"] = sharded_like(parameter, zero)
+            state["exp_avg_sq"] = sharded_like(parameter, zero.clone())
             return
         scales = torch.zeros(self._scales_shape(parameter, x), device=x.device)
         for name, dtype in (("exp_avg", self._first_dtype), ("exp_avg_sq", torch.uint8)):
-            state[name] = laid_out_as(parameter, torch.zeros(x.shape, dtype=dtype, device=x.device))
-            state[f"{name}_scale"] = laid_out_as(parameter, scales.clone())
+            state[name] = sharded_like(parameter, torch.zeros(x.shape, dtype=dtype, device=x.device))
+            state[f"{name}_scale"] = sharded_like(parameter, scales.clone())
 
     @property
     def _first_dtype(self) -> torch.dtype:

@@ -169,7 +169,7 @@ def names_of(group: Mapping[str, Any], number: int) -> list[str]:
     return list(group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"]))))
 
 
-def name_alike(group: dict[str, Any], number: int, others: Sequence[dict[str, Any]]) -> None:
+def unify_names(group: dict[str, Any], number: int, others: Sequence[dict[str, Any]]) -> None:
     """Names the parameters of a group, or of the others, where only the other side has names: torch takes no mixture.
 
     Args:

@@ -108,7 +108,7 @@ def loss_bounds(form: Form, target: Tensor, supports: Supports) -> dict[str, flo
     if form.least == 0:
         return {"Hessian diagonal": 0.0}
     rounding = 1 - gamma(target.numel() + 8)
-    unit = scaled_exactly(target)
+    unit = _power_of_two_scale(target)
     squares = target.mul(unit).square()
     cell = rounding / unit / unit
     diagonal = _least(squares * torch.from_numpy(form.diagonal), supports, torch.sum) * form.least
@@ -121,7 +121,7 @@ def loss_bounds(form: Form, target: Tensor, supports: Supports) -> dict[str, flo
     return {name: loss if math.isfinite(loss) else 0.0 for name, loss in bounds.items()}
 
 
-def scaled_exactly(target: Tensor) -> float:
+def _power_of_two_scale(target: Tensor) -> float:
     """A power of two that brings the largest entry next to 1; 1 where all are zero."""
     largest = float(target.abs().max())
     return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
@@ -198,7 +198,7 @@ def dual_value(row: Row, diagonal: Array, shift: Array) -> float:
     if row.form.doubt:
         return 0.0
     n = row.width
-    unit = scaled_exactly(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
+    unit = _power_of_two_scale(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
     w, p = row.target * unit, shift * unit
     pull = row.hessian @ p - diagonal * p
     doubt = gamma(n + 4) * (np.abs(row.hessian) @ np.abs(p) + diagonal * np.abs(p))

@@ -363,17 +363,17 @@ def search(row: Row, starts: Iterable[Mask] = (), kicks: int = 0) -> tuple[Mask,
         starts: supports; one that is not of full size is completed with the largest entries, or thinned to them.
         kicks: exchanges of random pairs from the best support, each followed by swaps (iterated local search).
     """
-    candidates = [_eliminated(row), *(row.completed(start) for start in starts)]
-    best, loss = min((_swapped(row, support) for support in candidates), key=lambda candidate: candidate[1])
+    candidates = [_greedy_elimination(row), *(row.completed(start) for start in starts)]
+    best, loss = min((_swap_descent(row, support) for support in candidates), key=lambda candidate: candidate[1])
     generator = np.random.default_rng(0)
     for _ in range(kicks if 0 < row.removals < row.width else 0):
-        support, value = _swapped(row, _kicked(row, best, generator))
+        support, value = _swap_descent(row, _perturbed(row, best, generator))
         if value < loss:
             best, loss = support, value
     return best, loss
 
 
-def _eliminated(row: Row) -> Mask:
+def _greedy_elimination(row: Row) -> Mask:
     """Removes the entry of the least increment w_j^2 / K_jj until the support has its size, K and w downdated."""
     inverse, target = row.inverse.copy(), row.target.copy()
     support = np.ones(row.width, dtype=np.bool_)
@@ -389,7 +389,7 @@ def _eliminated(row: Row) -> Mask:
     return support
 
 
-def _kicked(row: Row, support: Mask, generator: np.random.Generator) -> Mask:
+def _perturbed(row: Row, support: Mask, generator: np.random.Generator) -> Mask:
     kicked = support.copy().reshape(-1, row.group)
     for _ in range(_KICKED):
         cell = kicked[generator.integers(len(kicked))]
@@ -398,7 +398,7 @@ def _kicked(row: Row, support: Mask, generator: np.random.Generator) -> Mask:
     return kicked.reshape(-1)
 
 
-def _swapped(row: Row, support: Mask) -> tuple[Mask, float]:
+def _swap_descent(row: Row, support: Mask) -> tuple[Mask, float]:
     """Takes the best swap within a group until none lowers the loss; (support, loss)."""
     support = support.copy()
     loss = row.loss(support)
