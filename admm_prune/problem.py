@@ -187,7 +187,7 @@ def fits(problem: object, capability: type[CapabilityT]) -> TypeIs[CapabilityT]:
 
     They are looked up, not read: up to Python 3.11 `isinstance` reads each property, and `linear` costs a product.
     """
-    return all(_has(problem, name) for name in _members(capability))
+    return not _missing(problem, capability)
 
 
 def require(solver: object, problem: object, capability: type, why: str) -> None:
@@ -196,20 +196,32 @@ def require(solver: object, problem: object, capability: type, why: str) -> None
     Raises:
         TypeError: `problem` lacks members of `capability`; the message names both sides and each missing member.
     """
-    members = sorted(name for name in _members(capability) if not _has(problem, name))
-    if not members:
-        return
+    missing = _missing(problem, capability)
+    if missing:
+        raise TypeError(
+            f"{type(solver).__name__} needs a {capability.__name__} problem ({why}); "
+            f"{type(problem).__name__} lacks {', '.join(missing)}"
+        )
+
+
+def checked_constraint(solver: object, problem: Problem, kind: type[CapabilityT], why: str) -> CapabilityT:
+    """The constraint of a problem, which must be of the kind that a solver needs.
+
+    Raises:
+        TypeError: it is of another kind; the message names both sides and each missing member.
+    """
+    constraint = problem.constraint
+    if isinstance(constraint, kind):
+        return constraint
     raise TypeError(
-        f"{type(solver).__name__} needs a {capability.__name__} problem ({why}); "
-        f"{type(problem).__name__} lacks {', '.join(members)}"
+        f"{type(solver).__name__} needs a {kind.__name__} ({why}); {type(constraint).__name__} of "
+        f"{type(problem).__name__} lacks {', '.join(_missing(constraint, kind))}"
     )
 
 
-def _has(problem: object, name: str) -> bool:
-    missing = object()
-    return inspect.getattr_static(problem, name, missing) is not missing
-
-
-def _members(capability: type) -> set[str]:
-    promised = {name for kind in capability.__mro__ if kind not in (object, Protocol, Generic) for name in vars(kind)}
-    return {name for name in promised if not name.startswith("_")}
+def _missing(thing: object, capability: type) -> list[str]:
+    """The public members of a protocol that a thing lacks."""
+    kinds = (kind for kind in capability.__mro__ if kind not in (object, Protocol, Generic))
+    members = {name for kind in kinds for name in vars(kind) if not name.startswith("_")}
+    absent = object()
+    return sorted(name for name in members if inspect.getattr_static(thing, name, absent) is absent)

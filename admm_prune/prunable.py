@@ -19,18 +19,18 @@ class LinearWeight:
 
     Attributes:
         name: of the parameter, dotted from the root; the same where `torch.compile` wraps modules on the way.
-        module, own: that holds it, under this name.
+        module, attribute: the module that holds the parameter, and its name there.
         transposed: whether W^T is stored, as transformers' `Conv1D` does.
     """
 
     name: str
     module: nn.Module
-    own: str
+    attribute: str
     transposed: bool
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter(self.own)
+        return self.module.get_parameter(self.attribute)
 
     @property
     def stacked(self) -> bool:
@@ -41,28 +41,28 @@ class LinearWeight:
 def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
 
-    Experts are a module with `num_experts` and parameters (num_experts, ., .), as transformers keeps them. The routers
-    of a mixture are excluded: linear layers beside its experts with an output for each expert, or one. Nor
-    is the time step's projection of a state space model (`dt_proj` beside `A_log`), which its mixer applies without a
-    call.
+    Experts are a module with `num_experts` and parameters (num_experts, ., .), as in transformers. Excluded are the
+    routers of a mixture, which are linear layers beside its experts with one output or one for each expert, and the
+    projection of a state space model's time step (`dt_proj` beside `A_log`), which its mixer applies without a call.
     """
-    apart: set[nn.Module] = set()
+    excluded: set[nn.Module] = set()
     for module in root.modules():
         projection = dict(module.named_children()).get("dt_proj")
         if isinstance(projection, nn.Linear) and "A_log" in dict(module.named_parameters(recurse=False)):
-            apart.add(projection)
+            excluded.add(projection)
         counts = {count for child in module.children() if (count := _experts(child)) is not None}
         if counts:
-            apart |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
+            excluded |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
     for name, module in root.named_modules():
         prefix = uncompiled(f"{name}." if name else "")
-        if _is_linear(module):
-            if module not in apart:
+        if isinstance(module, nn.Linear) or _stores_inputs_first(module):
+            if module not in excluded:
                 yield LinearWeight(f"{prefix}weight", module, "weight", _stores_inputs_first(module))
         elif (count := _experts(module)) is not None:
-            for own, parameter in module.named_parameters(recurse=False):
+            for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and parameter.shape[0] == count:
-                    yield LinearWeight(f"{prefix}{own}", module, own, bool(getattr(module, "is_transposed", False)))
+                    transposed = bool(getattr(module, "is_transposed", False))
+                    yield LinearWeight(f"{prefix}{attribute}", module, attribute, transposed)
 
 
 def uncompiled(name: str) -> str:
@@ -85,35 +85,31 @@ def linear_weights(
     Raises:
         UserError: no weight is left; a target matches none.
     """
-    give_logits = getattr(model, "get_output_embeddings", None)
-    head = give_logits() if callable(give_logits) else None
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if callable(output_embeddings) else None
     listed = [weight for weight in matrices(model) if weight.module is not head]
-    held = {(id(weight.module), weight.own) for weight in listed}
+    linear = {(id(weight.module), weight.attribute) for weight in listed}
     taken = {
         id(parameter)
         for module in model.modules()
-        for own, parameter in module.named_parameters(recurse=False)
-        if (id(module), own) not in held
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if (id(module), attribute) not in linear
     }
-    found = []
+    selected = []
     for weight in listed:
         if id(weight.parameter) not in taken and not _matches(weight.name, ignore):
             taken.add(id(weight.parameter))
-            found.append(weight)
+            selected.append(weight)
     for target in targets:
-        if not any(fnmatchcase(weight.name, target) for weight in found):
+        if not any(fnmatchcase(weight.name, target) for weight in selected):
             raise UserError(
                 f"{type(model).__name__} has no linear weight that matches {target!r}: nothing to prune there"
             )
-    return [weight for weight in found if _matches(weight.name, targets)]
+    return [weight for weight in selected if _matches(weight.name, targets)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _stores_inputs_first(module)
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:

@@ -113,7 +113,7 @@ class LayerStatistics:
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
     input of the calibration tokens. `centred` is H - n mu mu^T of the calibration tokens, subtracted in float64: the
-    rounding of `gram` may exceed it. `notes` say how they were come by, where that was not as usual.
+    rounding of `gram` may exceed it. `notes` are remarks on how the statistics were collected.
     """
 
     gram: Tensor

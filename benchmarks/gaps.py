@@ -33,7 +33,8 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.reference import BranchAndBound
-from admm_prune.solvers.reference.rows import Mask, Row, search, separate, swap_gains
+from admm_prune.solvers.reference.rigorous import Mask
+from admm_prune.solvers.reference.rows import Row, search, separate, swap_gains
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import LogSpaced
 from benchmarks.journal import write_csv

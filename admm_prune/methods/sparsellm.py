@@ -33,7 +33,7 @@ from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
-from admm_prune.problems.layer import Share, Total
+from admm_prune.problems.layer import AllReduce, Share
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result
 from admm_prune.solvers.alternating import Alternating
@@ -230,7 +230,7 @@ class SparseLLM(Capabilities):
             damped=damped,
             share=share,
         )
-        total = whole.share.total
+        all_reduce = whole.share.all_reduce
         problem: NetworkOutput | FeedForward = whole
         if not self.closing:
             kind = GatedFeedForward if network.gated else FeedForward
@@ -243,7 +243,7 @@ class SparseLLM(Capabilities):
                 validation=(others[0], others[1]),
                 penalties=self.penalties,
                 damped=damped,
-                total=total,
+                all_reduce=all_reduce,
             )
         solver = Alternating(
             inner=Agreed(Checked.of(self.method.make()), world),
@@ -253,7 +253,7 @@ class SparseLLM(Capabilities):
         )
         result = solver.solve(problem)
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
-        energy = float(total(pairs["calibration"][1].double().square().sum())) or 1.0
+        energy = float(all_reduce(pairs["calibration"][1].double().square().sum())) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.validation_loss(x)
 
     def damped(
@@ -298,13 +298,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def _gram(network: Network, name: str, inputs: Tensor, total: Total) -> Tensor:
+def _gram(network: Network, name: str, inputs: Tensor, all_reduce: AllReduce) -> Tensor:
     """The Gram H of the inputs of a weight of the dense network."""
     gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
     for chunk in inputs.split(1024):
         x = chunk.to(network.weights[name])
         gram.add(network.hidden(network.weights, x) if name == "down" else x)
-    gram.join(total)
+    gram.join(all_reduce)
     return gram.gram.to(network.weights[name])
 
 

@@ -171,9 +171,9 @@ def _views(block: nn.Module, prefix: str) -> list[WeightView]:
         name = f"{prefix}.{weight.name}"
         if weight.stacked:
             experts = range(weight.parameter.shape[0])
-            views += [WeightView(f"{name}.{e}", weight.module, weight.transposed, weight.own, e) for e in experts]
+            views += [WeightView(f"{name}.{e}", weight.module, weight.transposed, weight.attribute, e) for e in experts]
         else:
-            views.append(WeightView(name, weight.module, weight.transposed, weight.own))
+            views.append(WeightView(name, weight.module, weight.transposed, weight.attribute))
     return views
 
 

@@ -1,1 +1,1 @@
-"""Array kernels in plain torch: exact selection by threshold."""
+"""Tensor operations in plain torch, some with a Triton kernel of the same results (`ops.backend`)."""

@@ -25,7 +25,7 @@ _LINEAR = 12.0  # right of it every activation is numerically s
 class Activation:
     """act(s), which falls up to `turn`, to the value `least`, and rises from there on; act(s) -> 0 for s -> -inf.
 
-    For s >= 0 it lies between s + least and s: so far is act^-1(y) from y.
+    For s >= 0 it lies between s + least and s, which bounds the distance of act^-1(y) from y.
 
     Attributes:
         value: act, of any float dtype, as models compute it.
@@ -124,16 +124,16 @@ def _relu_minimizer(m: Tensor, p: Tensor, g: Tensor, w: float) -> Tensor:
 def _smooth(m: Tensor, p: Tensor, g: Tensor, w: float, activation: Activation, start: Tensor) -> Tensor:
     """Newton from the best of m, the two inverses, the minimum if act(s) were s, and a step from m to either side.
 
-    By Gauss and Newton where the loss is not convex; a step that does not lower the loss is cut to a fourth.
+    Gauss-Newton steps where the loss is not convex; a step that does not lower the loss is divided by four.
     """
 
     def loss(s: Tensor, value: Tensor) -> Tensor:
         return (s - m).square_().add_((p - g * value).square_(), alpha=w)
 
     s, lowest = m, loss(m, activation.value(m))
-    wanted = torch.where(g == 0, 0, p / g)
+    target = torch.where(g == 0, 0, p / g)
     linear = (m + w * g * p) / (1 + w * g * g)
-    for trial in (start, linear, *_inverses(wanted, activation), m - 1, m + 1):
+    for trial in (start, linear, *_inverses(target, activation), m - 1, m + 1):
         there = loss(trial, activation.value(trial))
         lower = there < lowest
         s, lowest = torch.where(lower, trial, s), torch.where(lower, there, lowest)

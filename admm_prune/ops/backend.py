@@ -57,10 +57,10 @@ def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
         return False
     if dtypes and x.dtype not in dtypes:
         return False
-    wanted = choice()
-    if wanted == "torch":
+    selected = choice()
+    if selected == "torch":
         return False
-    if wanted == "triton":
+    if selected == "triton":
         _require(x)
         return True
     return x.is_cuda and installed()
@@ -86,8 +86,8 @@ def note(device: torch.device) -> tuple[str, ...]:
 
 def described(device: torch.device | str) -> str:
     """The implementation in use on a device, for the records of a benchmark."""
-    wanted = choice()
-    on_triton = wanted == "triton" or (wanted == "auto" and torch.device(device).type == "cuda" and installed())
+    selected = choice()
+    on_triton = selected == "triton" or (selected == "auto" and torch.device(device).type == "cuda" and installed())
     if not on_triton:
         return f"torch {torch.__version__}"
     try:

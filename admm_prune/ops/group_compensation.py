@@ -48,7 +48,7 @@ def interactions(hessian: Tensor, minimizer: Tensor, width: int) -> Tensor:
     return product.view(count, width, count, width).sum((1, 3))
 
 
-def minimize_on_columns(hessian: Tensor, minimizer: Tensor, kept: Tensor) -> Tensor:
+def minimize_on_columns(hessian: Tensor, minimizer: Tensor, mask: Tensor) -> Tensor:
     """argmin_V tr((V - W) A (V - W)^T) over V that vanish outside of some columns S: V_S = W_S + W_R A_RS A_SS^-1.
 
     One Cholesky factorization for all rows, Jacobi-scaled.
@@ -56,19 +56,19 @@ def minimize_on_columns(hessian: Tensor, minimizer: Tensor, kept: Tensor) -> Ten
     Args:
         hessian: A (in, in), positive definite.
         minimizer: W (out, in).
-        kept: (in,), boolean.
+        mask: (in,), boolean: the columns S.
 
     Raises:
         torch.linalg.LinAlgError: A_SS is not positive definite in its own precision.
     """
-    stay, go = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
+    inside, outside = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
     solution = torch.zeros_like(minimizer)
-    if len(stay) == 0:
+    if len(inside) == 0:
         return solution
-    block, scale = unit_diagonal_(hessian[stay][:, stay])
-    right = (minimizer[:, go] @ hessian[go][:, stay]) / scale
+    block, scale = unit_diagonal_(hessian[inside][:, inside])
+    right = (minimizer[:, outside] @ hessian[outside][:, inside]) / scale
     factor = torch.linalg.cholesky(block)
-    solution[:, stay] = minimizer[:, stay] + torch.cholesky_solve(right.T, factor).T / scale
+    solution[:, inside] = minimizer[:, inside] + torch.cholesky_solve(right.T, factor).T / scale
     return solution
 
 
@@ -77,8 +77,8 @@ def eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch:
 
         dE(R) = tr(V_R (K_RR)^-1 V_R^T),   V <- V - V_R (K_RR)^-1 K_R:,   K <- K - K_:R (K_RR)^-1 K_R:,   K = A^-1.
 
-    Scores are of single groups, and renewed after every `batch` removals. Within a batch the groups go in the order
-    of their scores; with K_RR = L L^T the losses of all prefixes are the column norms of V_R L^-T, and exact.
+    Scores are of single groups, and renewed after every `batch` removals. Within a batch the groups are removed in the
+    order of their scores; with K_RR = L L^T the losses of all prefixes are the column norms of V_R L^-T, and exact.
 
     Args:
         hessian: A (in, in), positive definite.
@@ -95,8 +95,8 @@ def eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch:
     except RuntimeError:  # torch's LinAlgError, under a name that its types export
         if hessian.dtype is torch.float64:
             raise
-        found = _eliminate(hessian.double(), minimizer.double(), width, count, batch)
-        return Elimination(found.order, found.losses, escalated=True)
+        elimination = _eliminate(hessian.double(), minimizer.double(), width, count, batch)
+        return Elimination(elimination.order, elimination.losses, escalated=True)
 
 
 def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch: int) -> Elimination:

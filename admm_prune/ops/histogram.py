@@ -53,9 +53,9 @@ class Budget:
 def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]:
     """Marks the largest entries of every budget: boolean masks of the pieces' shapes, exactly `keep` of them in all.
 
-    Equal scores: those of the lower rank, then of the earlier piece, then of the lower index are kept. 8 + 8 + 8 + 7
-    bits of all budgets are communicated together: 1 KiB a budget and pass (2 KiB from 2^31 entries), and one count at
-        the end.
+    Equal scores: those of the lower rank, then of the earlier piece, then of the lower index are kept. The passes of
+    all budgets are communicated together: 1 KiB per budget and pass (2 KiB from 2^31 entries), and one count at the
+    end.
 
     Raises:
         ValueError: a score is negative or NaN; in every process alike.
@@ -69,24 +69,24 @@ def largest(budgets: Sequence[Budget], exchange: Exchange) -> list[list[Tensor]]
         raise ValueError("scores contain NaN or negative numbers: there is no largest")
     counted = torch.int64 if max(totals) >= 1 << 31 else torch.int32
     needs = [min(max(budget.keep, 0), total) for budget, total in zip(budgets, totals, strict=True)]
-    found = [0] * len(budgets)  # the upper bits of the threshold
+    thresholds = [0] * len(budgets)  # the upper bits of the threshold
     for level, shift in enumerate(_SHIFTS):
-        counts = torch.stack([_counts(pieces, found[i], level, shift) for i, pieces in enumerate(keys)])
+        counts = torch.stack([_counts(pieces, thresholds[i], level, shift) for i, pieces in enumerate(keys)])
         above = exchange.all_reduce(counts.to(counted)).to(torch.int64).flip(-1).cumsum(-1).cpu()
         for i, need in enumerate(needs):
             if need == 0:
                 continue
             down = int(torch.searchsorted(above[i], need))  # bins from the top
             needs[i] -= int(above[i, down - 1]) if down else 0
-            found[i] = (found[i] << (8 if shift >= 0 else 7)) + _BINS - 1 - down
-    return _marked(keys, budgets, found, needs, exchange)
+            thresholds[i] = (thresholds[i] << (8 if shift >= 0 else 7)) + _BINS - 1 - down
+    return _marked(keys, budgets, thresholds, needs, exchange)
 
 
-def _counts(pieces: Sequence[Tensor], found: int, level: int, shift: int) -> Tensor:
-    """The number of keys with the prefix `found` for each value of the next bits."""
+def _counts(pieces: Sequence[Tensor], prefix: int, level: int, shift: int) -> Tensor:
+    """The number of keys with this prefix for each value of the next bits."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=pieces[0].device)
     for key in pieces:
-        candidates = key if level == 0 else key[(key >> _SHIFTS[level - 1]) == found]
+        candidates = key if level == 0 else key[(key >> _SHIFTS[level - 1]) == prefix]
         bins = (candidates >> shift) & 0xFF if shift >= 0 else candidates & 0x7F
         counts += torch.bincount(bins, minlength=_BINS)
     return counts
@@ -101,10 +101,10 @@ def _marked(
 ) -> list[list[Tensor]]:
     """Everything above the thresholds, and of what equals them the first `needs`."""
     ties = [[key == threshold for key in pieces] for pieces, threshold in zip(keys, thresholds, strict=True)]
-    here = torch.tensor(
+    local_ties = torch.tensor(
         [sum(int(torch.count_nonzero(tie)) for tie in pieces) for pieces in ties], device=keys[0][0].device
     )
-    before = exchange.before(here).tolist()
+    before = exchange.before(local_ties).tolist()
     masks = []
     for i, budget in enumerate(budgets):
         left = max(0, needs[i] - before[i])

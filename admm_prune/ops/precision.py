@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _MKLDNN: Any = torch.backends.mkldnn  # its types lack `matmul`
-_PLACES = (torch.backends.cuda.matmul, _MKLDNN.matmul)
+_BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
 _FULL = ("ieee", "none")
 Precision = Literal["exact", "bfloat16x3", "bfloat16"]
 _PANEL = 512  # rows converted to bfloat16 at once on the CPU
@@ -36,28 +36,28 @@ def full() -> Generator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if not all(place.fp32_precision in _FULL for place in _PLACES):
+        if not all(place.fp32_precision in _FULL for place in _BACKENDS):
             stack.enter_context(_set())
         yield
 
 
 @contextmanager
 def _set() -> Generator[None]:
-    before = [place.fp32_precision for place in _PLACES]
-    old_name = _by_old_name()
+    before = [place.fp32_precision for place in _BACKENDS]
+    old_name = _legacy_precision()
     torch.set_float32_matmul_precision("highest")  # the old name sets both, and torch refuses what they disagree on
     try:
         yield
     finally:
         if old_name is not None:
             torch.set_float32_matmul_precision(old_name)
-        for place, value in zip(_PLACES, before, strict=True):
+        for place, value in zip(_BACKENDS, before, strict=True):
             place.fp32_precision = "none"  # as torch.backends.fp32_precision says
             if place.fp32_precision != value:
                 place.fp32_precision = value
 
 
-def _by_old_name() -> str | None:
+def _legacy_precision() -> str | None:
     """The value set by `torch.set_float32_matmul_precision`; None if only the new settings were used."""
     try:
         return torch.get_float32_matmul_precision()
@@ -76,7 +76,7 @@ def prepared(b: Tensor, precision: Precision) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out <- A B, for A (m, k) and B as `prepared`; which of the three it is, its dtype and shape tell. For several B
+    """out <- A B, for A (m, k) and B as `prepared`, whose format follows from its dtype and shape. For several B
     (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n).
 
     On the CPU several products have the bits that each has alone.
@@ -85,12 +85,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return _multiply_each(a, b, out)
     if b.dtype is a.dtype:
         return torch.mm(a, b, out=out)
-    thrice = _thrice(a, b)
+    is_split = _is_split(a, b)
     if a.is_cuda:
-        return torch.mm(_halves(a) if thrice else a.to(b), b, out_dtype=out.dtype, out=out)
+        return torch.mm(_split(a) if is_split else a.to(b), b, out_dtype=out.dtype, out=out)
     for rows, panel in zip(out.split(_PANEL), a.split(_PANEL), strict=True):
-        if thrice:  # no CPU product adds bfloat16 up in float32: the same numbers, taken apart and multiplied there
-            torch.mm(_halves(panel).to(out.dtype), b.to(out.dtype), out=rows)
+        if is_split:  # no CPU product adds bfloat16 up in float32: the same numbers, taken apart and multiplied there
+            torch.mm(_split(panel).to(out.dtype), b.to(out.dtype), out=rows)
         else:
             rows.copy_(panel.to(b) @ b)
     return out
@@ -103,14 +103,14 @@ def _multiply_each(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return out
     if b.dtype is a.dtype:
         return torch.bmm(a, b, out=out)
-    return torch.bmm(_halves(a) if _thrice(a, b) else a.to(b), b, out_dtype=out.dtype, out=out)
+    return torch.bmm(_split(a) if _is_split(a, b) else a.to(b), b, out_dtype=out.dtype, out=out)
 
 
-def _thrice(a: Tensor, b: Tensor) -> bool:
+def _is_split(a: Tensor, b: Tensor) -> bool:
     return b.shape[-2] == 3 * a.shape[-1]
 
 
-def _halves(a: Tensor) -> Tensor:
+def _split(a: Tensor) -> Tensor:
     """[A1, A1, A2] (..., m, 3 k)."""
     high = a.to(torch.bfloat16)
     return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)

@@ -166,14 +166,14 @@ def minimize_on_support(hessian: Tensor, minimizer: Tensor, mask: Tensor) -> Ten
 
 def _solve_rows(solution: Tensor, correction: Tensor, hessian: Tensor, mask: Tensor, rows: Tensor, width: int) -> None:
     """Adds A_SS^-1 A_SR w_R to the given rows of the solution; every |S| is at most `width`."""
-    kept = mask[rows]
-    columns = kept.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    present = kept.gather(1, columns)
+    row_masks = mask[rows]
+    columns = row_masks.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    present = row_masks.gather(1, columns)
     both = present[:, :, None] & present[:, None, :]
-    all_gather = hessian[columns[:, :, None], columns[:, None, :]].masked_fill_(~both, 0)
-    all_gather.diagonal(dim1=1, dim2=2).masked_fill_(~present, 1)
+    blocks = hessian[columns[:, :, None], columns[:, None, :]].masked_fill_(~both, 0)
+    blocks.diagonal(dim1=1, dim2=2).masked_fill_(~present, 1)
     right = correction[rows].gather(1, columns).masked_fill_(~present, 0)
-    step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(all_gather))[:, :, 0]
+    step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(blocks))[:, :, 0]
     solution[rows] = solution[rows].scatter_add(1, columns, step.masked_fill_(~present, 0))
 
 

@@ -1,7 +1,7 @@
 """Selecting the largest scores by a threshold: exact counts, no full sort, a fixed rule for ties.
 
-Every function returns a boolean mask with exactly the count asked. Among equal scores the lower index (row-major) wins.
-On CUDA tensors Triton's kernels do the same (`ops.triton.selection`) where Triton is installed.
+Every function returns a boolean mask with exactly the requested count; of equal scores the lower index (row-major)
+wins. On CUDA tensors Triton's kernels do the same (`ops.triton.selection`) where Triton is installed.
 """
 
 from __future__ import annotations
@@ -159,13 +159,13 @@ class skip_nan_check:  # noqa: N801  # used as a function: a generator would cos
     """
 
     def __enter__(self) -> None:
-        _trusting.append(True)
+        _unchecked.append(True)
 
     def __exit__(self, *_: object) -> None:
-        _trusting.pop()
+        _unchecked.pop()
 
 
-_trusting: list[bool] = []
+_unchecked: list[bool] = []
 
 
 def _refuse_nan(score: Tensor) -> None:
@@ -180,7 +180,7 @@ def _unless_nan(mask: Tensor, bad: Tensor) -> Tensor:
 
 def _refuse(bad: Tensor) -> None:
     """Raises ValueError where `bad` says that a score is NaN."""
-    if _trusting and backend.on_device(bad):
+    if _unchecked and backend.on_device(bad):
         return
     if bool(bad):
         raise ValueError("scores contain NaN: there is no largest")

@@ -1,8 +1,8 @@
-"""Allocation: how many units to remove from each branch of a model, to meet a budget together.
+"""Allocation: how many units to remove from each sublayer of a model, to meet a budget together.
 
-Branches are coupled only through curves: the cost and the saving of removing k units. Every rule here gives each
-step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all branches
-together, until the budget is met. So a larger budget never takes less from any branch, and the budget is exceeded by
+Sublayers are coupled only through curves: the cost and the saving of removing k units. Every rule here gives each
+step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all sublayers
+together, until the budget is met. So a larger budget never takes less from any sublayer, and the budget is exceeded by
 less than the last step.
 
 These formulas are a reconstruction, derived from the public description of STRUPRUNE (arXiv 2510.03246): energies, an
@@ -25,10 +25,10 @@ _SKEWED = 10.0  # energies whose largest is so many times their median are compa
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The cost of removing k = 0..n units from a branch, in the best order, and the saving.
+    """The cost of removing k = 0..n units from a sublayer, in the best order, and the saving.
 
     Args:
-        name: of the branch.
+        name: of the sublayer.
         losses: (n + 1,), float64, losses[0] = 0, nondecreasing.
         savings: (n + 1,), float64, savings[0] = 0, nondecreasing, in units of the budget.
         least: units that must be kept.
@@ -52,7 +52,7 @@ class Curve:
         return len(self.losses) - 1
 
     def levels(self, most: float = 1.0) -> list[int]:
-        """The numbers of units that may go, ascending from 0, up to a fraction of all."""
+        """The numbers of units that may be removed, ascending from 0, up to a fraction of all."""
         limit = min(self.count - self.least, math.floor(most * self.count + 1e-9))
         left = {k: self.count - k for k in range(limit + 1)}
         return [
@@ -60,7 +60,7 @@ class Curve:
         ]
 
     def energy(self, fraction: float) -> float:
-        """The mean loss per unit of saving, where this fraction of the units is gone, at least one."""
+        """The mean loss per unit of saving, where this fraction of the units, at least one, is removed."""
         k = min(self.count, max(1, round(fraction * self.count)))
         saved = float(self.savings[k])
         return float(self.losses[k]) / saved if saved > 0 else math.inf
@@ -68,10 +68,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The number of units removed from each branch.
+    """The number of units removed from each sublayer.
 
     Attributes:
-        removed: by the name of the branch.
+        removed: by the name of the sublayer.
         saved: by all of it together.
         loss: the sum of the curves' losses.
         price: of the last step taken; its meaning depends on the rule.
@@ -97,7 +97,7 @@ class Allocator(Protocol):
     """A rule. A frozen configuration."""
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
-        """Units to take from every branch.
+        """Units to take from every sublayer.
 
         Args:
             budget: the total saving.
@@ -110,12 +110,12 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """s_l = s: the same fraction of every branch; the limit of all temperatures at infinity."""
+    """s_l = s: the same fraction of every sublayer; the limit of all temperatures at infinity."""
 
     most: float = 1.0
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
-        return take(curves, budget, lambda _, middle: middle, self.most)
+        return take_steps(curves, budget, lambda _, middle: middle, self.most)
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class CappedSoftmax:
     """s_l = min(most, t exp(-e_l / T)): min sum N_l [e_l s_l + T s_l (ln s_l - 1)], s_l <= most, at the price t.
 
     The multinomial count of ways to spread what is removed, by Stirling's formula, gives N_l exp(-e_l / T) / (sum of
-    these) of the budget to branch l, which can be more than the branch has; this is that problem with its box.
+    these) of the budget to sublayer l, which can be more than the sublayer has; this is that problem with its box.
 
     Args:
         temperature: T, in standard deviations of the energies e_l (see `standardized`).
-        most: the largest fraction that a branch may lose.
+        most: the largest fraction that a sublayer may lose.
     """
 
     temperature: float = 1.0
@@ -135,7 +135,7 @@ class CappedSoftmax:
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         shift = [e / self.temperature for e in standardized(energies(curves, budget))]
-        return take(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
+        return take_steps(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Binomial:
     """s_l = most sigma((mu - e_l) / T): min sum N_l [e_l s_l - T h(s_l)], h the binary entropy, at the price mu.
 
     Counts the ways to choose the removed units, prod C(n_l, k_l), by Stirling's formula; always within the box.
-    T to infinity is uniform; T to 0 empties the branches of the least energy first.
+    T to infinity is uniform; T to 0 empties the sublayers of the least energy first.
     """
 
     temperature: float = 1.0
@@ -152,7 +152,7 @@ class Binomial:
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         e = standardized(energies(curves, budget))
         t = self.temperature
-        return take(curves, budget, lambda l, middle: e[l] + t * torch.logit(middle / self.most), self.most)
+        return take_steps(curves, budget, lambda l, middle: e[l] + t * torch.logit(middle / self.most), self.most)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class EqualSlope:
     """e_l'(s_l) + T logit(s_l / most) = mu: the slopes of the convexified curves are equal, up to an entropy.
 
     At T = 0 this is the global greedy choice (water filling): of sorted scores Q_gg, one threshold Q_gg / c_g over all
-    branches; at T = inf it is uniform. T is in standard deviations of the branches' mean slopes.
+    sublayers; at T = inf it is uniform. T is in standard deviations of the sublayers' mean slopes.
     """
 
     temperature: float = 0.0
@@ -177,14 +177,14 @@ class EqualSlope:
             entropy = spread * torch.logit(middle / self.most) if spread > 0 else 0.0
             return slopes[l][at] + entropy
 
-        return take(curves, budget, price, self.most)
+        return take_steps(curves, budget, price, self.most)
 
 
 @dataclass(frozen=True)
 class Owl:
-    """s_l = s + lambda (mean D - D_l) / max |D - mean D|: branches with more outliers lose less, by at most lambda.
+    """s_l = s + lambda (mean D - D_l) / max |D - mean D|: sublayers with more outliers lose less, by at most lambda.
 
-    D_l is the share of units whose own loss is more than `factor` times the branch's mean.
+    D_l is the fraction of units whose own loss is more than `factor` times the sublayer's mean.
 
     Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), 2023, whose units are weights.
     """
@@ -200,7 +200,7 @@ class Owl:
         mean = sum(shares) / len(shares)
         largest = max(abs(share - mean) for share in shares) or 1.0
         shift = [self.spread * (share - mean) / largest for share in shares]
-        return take(curves, budget, lambda l, middle: middle + shift[l])
+        return take_steps(curves, budget, lambda l, middle: middle + shift[l])
 
 
 class Price(Protocol):
@@ -209,13 +209,13 @@ class Price(Protocol):
         ...
 
 
-def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0) -> Allocation:
+def take_steps(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0) -> Allocation:
     """Takes steps of the curves in the order of their prices until the budget is met.
 
     Args:
         price: of a step, at the fraction in its middle. Ties: the step that leads to the smaller fraction goes first,
             then the earlier curve.
-        most: the largest fraction of a branch.
+        most: the largest fraction of a sublayer.
 
     Raises:
         ValueError: the curves cannot save so much.
@@ -229,7 +229,7 @@ def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0
             prices = price(l, (at[1:] + at[:-1]) / 2 / curve.count).cummax(0).values
             steps += [(float(p), to / curve.count, l, to) for p, to in zip(prices, levels[1:], strict=True)]
     removed = [0] * len(curves)
-    saved, needed, last = 0.0, enough(curves, budget), None
+    saved, needed, last = 0.0, required_saving(curves, budget), None
     for worth, _, l, to in sorted(steps):
         if saved >= needed:
             break
@@ -239,7 +239,7 @@ def take(curves: Sequence[Curve], budget: float, price: Price, most: float = 1.0
 
 
 def energies(curves: Sequence[Curve], budget: float) -> list[float]:
-    """e_l: the mean loss per unit of saving where every branch has lost the mean fraction."""
+    """e_l: the mean loss per unit of saving where every sublayer has lost the mean fraction."""
     total = sum(float(curve.savings[-1]) for curve in curves)
     return [curve.energy(budget / total if total > 0 else 0.0) for curve in curves]
 
@@ -273,7 +273,7 @@ def convex_slopes(losses: Tensor, savings: Tensor) -> Tensor:
 
 
 def together(name: str, curves: Sequence[Curve]) -> Curve:
-    """A common curve for branches of the same size that lose the same number of units."""
+    """A common curve for sublayers of the same size that lose the same number of units."""
     return Curve(
         name,
         torch.stack([curve.losses for curve in curves]).sum(0),
@@ -287,10 +287,10 @@ def together(name: str, curves: Sequence[Curve]) -> Curve:
 def check_budget(curves: Sequence[Curve], budget: float, most: float = 1.0) -> None:
     """Raises ValueError where the curves cannot save so much; the message says how much they can."""
     possible = sum(float(curve.savings[curve.levels(most)[-1]]) for curve in curves)
-    if possible < enough(curves, budget):
+    if possible < required_saving(curves, budget):
         total = sum(float(curve.savings[-1]) for curve in curves) or 1.0
         raise ValueError(
-            f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: every branch keeps its minimum"
+            f"{budget / total:.2%} is to go, and {possible / total:.2%} can go at most: each sublayer keeps its minimum"
         )
 
 
@@ -314,7 +314,7 @@ def allocation(
     )
 
 
-def enough(curves: Sequence[Curve], budget: float) -> float:
+def required_saving(curves: Sequence[Curve], budget: float) -> float:
     """The saving that meets the budget, up to rounding."""
     return budget - _ROUNDING * sum(float(curve.savings[-1]) for curve in curves)
 

@@ -14,7 +14,7 @@ from admm_prune.ops.activations import Activation, pre_activation
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.constraints import Product, SparseSet, Unstructured
-from admm_prune.problems.layer import LayerReconstruction, Total, own
+from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
 FREE = Unstructured(0.0)  # holds every point
@@ -45,9 +45,9 @@ class Network:
     def hidden(self, x: Point, inputs: Tensor) -> Tensor:
         """The input of the down projection (n, D)."""
         up = self.linear("up", x, inputs)
-        return (
-            self.activation.value(self.linear("gate", x, inputs)).mul_(up) if self.gated else self.activation.value(up)
-        )
+        if self.gated:
+            return self.activation.value(self.linear("gate", x, inputs)).mul_(up)
+        return self.activation.value(up)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +97,15 @@ class FeedForward:
         constraints: a set for each weight.
         validation: held-out inputs and targets for `validation_loss`; by default the same.
         damped: ridge and damping of each weight's layer reconstruction; none where it is missing.
-        total: sums over all processes, each of which has its own tokens, with their Z and P; all call it in the same
-            order.
+        all_reduce: sums over all processes, each of which has its own tokens, with their Z and P; all call it in the
+            same order.
 
     Source: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, eq. 5 to 9. The Woodbury
     form of P, the anchored fit of the weights and the rule for Z are ours.
     """
 
     order: tuple[str, ...] = ("up", "down", "post", "pre")
+    names: tuple[str, ...] = ("up", "down", "pre", "post")  # of the tensors of a point
 
     def __init__(
         self,
@@ -116,18 +117,13 @@ class FeedForward:
         validation: tuple[Tensor, Tensor] | None = None,
         penalties: Penalties = EVEN,
         damped: Mapping[str, tuple[float, float]] | None = None,
-        total: Total = own,
+        all_reduce: AllReduce = single_process,
     ) -> None:
-        self.network, self.penalties, self.total = network, penalties, total
+        self.network, self.penalties, self.all_reduce = network, penalties, all_reduce
         self.inputs, self.targets = inputs, targets
         self.validation = (inputs, targets) if validation is None else validation
         self.constraints, self.damped = constraints, damped or {}
         self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.names})
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The dtype of the tensors of a point."""
-        return ("up", "down", "pre", "post")
 
     @cached_property
     def curvature(self) -> float:
@@ -148,13 +144,15 @@ class FeedForward:
         return Point(up=x["up"], down=x["down"], pre=pre, post=self.network.activation.value(pre))
 
     def value(self, x: Point) -> float:
-        return self._linear_loss("up", "pre", x) + self._activation_loss(x) + self._output_loss(x)
+        linear, activation = self._linear_loss("up", "pre", x), self._energy(x["post"] - self.activated(x))
+        output = self.network.linear("down", x, x["post"]) - self.targets
+        return linear + activation + self.penalties.output * self._energy(output)
 
     def block(self, name: str, x: Point) -> Any:  # a Problem; some type checkers take a cached_property for no member
         if name == "post":
-            return PostActivation(self, x)
+            return PostActivation(self, name, x)
         if name == "pre":
-            return PreActivation(self, "pre", x)
+            return PreActivation(self, name, x)
         if name == "down":
             return self._layer("down", x["post"], self.targets, self.penalties.output)
         return self._layer_of_inputs(name, "pre", x)
@@ -189,7 +187,7 @@ class FeedForward:
     def _layer_of_inputs(self, name: str, pre: str, x: Point) -> LayerReconstruction:
         dense = self.network.weights
         same = torch.equal(x[name], dense[name]) and torch.equal(x[pre], self.network.linear(name, dense, self.inputs))
-        if float(self.total(torch.tensor(float(not same)))) == 0:  # everywhere
+        if float(self.all_reduce(torch.tensor(float(not same)))) == 0:  # everywhere
             return self._layer(name, self.inputs, None, self.penalties.linear)
         return self._layer(name, self.inputs, x[pre], self.penalties.linear)
 
@@ -197,13 +195,13 @@ class FeedForward:
         """scale |inputs W^T + bias - targets|^2; the weight's own output where no targets are given."""
         gram = GramAccumulator(inputs.shape[1], inputs.device)
         gram.add(inputs)
-        gram.join(self.total)
+        gram.join(self.all_reduce)
         correlation, energy = None, None
         if targets is not None:
             bias = self.network.biases.get(name)
             seen = TargetAccumulator(targets.shape[1], inputs.shape[1], inputs.device)
             seen.add(inputs, targets if bias is None else targets - bias)
-            seen.join(self.total)
+            seen.join(self.all_reduce)
             correlation, energy = (scale * seen.correlation).to(inputs), scale * seen.energy
         ridge, damping = self.damped.get(name, (0.0, 0.0))
         return LayerReconstruction(
@@ -219,28 +217,19 @@ class FeedForward:
     def _linear_loss(self, name: str, pre: str, x: Point) -> float:
         return self.penalties.linear * self._energy(self.network.linear(name, x, self.inputs) - x[pre])
 
-    def _activation_loss(self, x: Point) -> float:
-        return self._energy(x["post"] - self.activated(x))
-
-    def _output_loss(self, x: Point) -> float:
-        return self.penalties.output * self._energy(self.network.linear("down", x, x["post"]) - self.targets)
-
     def _energy(self, x: Tensor) -> float:
         """The sum of squares of all tokens."""
-        return float(self.total(x.double().square().sum()))
+        return float(self.all_reduce(x.double().square().sum()))
 
 
 class AuxiliaryBlock:
     """The problem in one auxiliary variable of a split network, all else fixed: its minimum is known."""
 
     constraint: Constraint = FREE
+    curvature = 1.0
 
     def __init__(self, split: FeedForward, name: str, x: Point) -> None:
         self._split, self._name, self._x = split, name, x
-
-    @property
-    def curvature(self) -> float:
-        return 1.0
 
     def initial(self) -> Point:
         return Point({self._name: self._x[self._name]})
@@ -253,9 +242,6 @@ class AuxiliaryBlock:
 class PostActivation(AuxiliaryBlock):
     """min_P |P - act(Z)|^2 + b |P W2^T + b2 - Y|^2."""
 
-    def __init__(self, split: FeedForward, x: Point) -> None:
-        super().__init__(split, "post", x)
-
     def minimize(self) -> Point:
         """P = F + b (Y - b2 - F W2^T) (I + b W2 W2^T)^-1 W2 with F = act(Z)."""
         lift = correction(self._x["down"], self._split.penalties.output)
@@ -264,9 +250,6 @@ class PostActivation(AuxiliaryBlock):
 
 class PreActivation(AuxiliaryBlock):
     """min_Z of the terms of Z: the linear map below it and the activation above it."""
-
-    def __init__(self, split: FeedForward, name: str, x: Point) -> None:
-        super().__init__(split, name, x)
 
     def minimize(self) -> Point:
         return Point({self._name: self._split.split_pre_activation(self._name, self._x)})
@@ -289,10 +272,7 @@ class GatedFeedForward(FeedForward):
     """
 
     order = ("up", "gate", "down", "post", "pre", "gate_pre")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("up", "gate", "down", "pre", "gate_pre", "post")
+    names = ("up", "gate", "down", "pre", "gate_pre", "post")
 
     def consistent(self, x: Point) -> Point:
         pre, gate = (self.network.linear(name, x, self.inputs) for name in ("up", "gate"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, enough
+from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, required_saving
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -22,19 +22,19 @@ _ROUNDING = 2.0**-52
 
 @dataclass(frozen=True)
 class Knapsack:
-    """min sum_l E_l(k_l), sum_l saving_l(k_l) >= budget, one k_l of each branch: binary variables, by HiGHS.
+    """min sum_l E_l(k_l), sum_l saving_l(k_l) >= budget, one k_l of each sublayer: binary variables, by HiGHS.
 
     Needs neither convex curves nor linear savings, so that measured times may be the budget. The bound is not that of
-    HiGHS, which holds to its tolerances and for the levels that it is given: all levels of all branches are searched by
-    branch and bound, each node with the Lagrangian bound, for any price t >= 0,
+    HiGHS, which holds to its tolerances and for the levels that it is given: all levels of all sublayers are searched
+    by branch and bound, each node with the Lagrangian bound, for any price t >= 0,
 
         t budget + sum_l min_k (E_l(k) - t saving_l(k)),
 
     in float64 less its rounding. Allocations that the search meets are taken where they are better.
 
     Args:
-        most: the largest fraction that a branch may lose.
-        choices: levels of a branch that HiGHS is given, spread evenly where it has more.
+        most: the largest fraction that a sublayer may lose.
+        choices: levels of a sublayer that HiGHS is given, spread evenly where it has more.
         gap: relative, at which the search may stop.
         time_limit: seconds for HiGHS, and as many for the proof; then the best allocation so far, with its bound.
         max_nodes: of the proof.
@@ -52,30 +52,29 @@ class Knapsack:
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         check_budget(curves, budget, self.most)
         levels = [curve.levels(self.most) for curve in curves]
-        table = _Table.of(curves, levels, enough(curves, budget))
-        found = _search(table, self._programmed(table), self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
-        if found.loss == math.inf:
+        table = _Table.of(curves, levels, required_saving(curves, budget))
+        start = self._programmed(table)
+        best = _search(table, start, self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
+        if best.loss == math.inf:
             raise ValueError(f"no allocation that saves {budget:g} was found: some losses are not finite")
-        notes = (
-            () if found.closed else (f"the knapsack is proved to {(found.loss - found.bound) / found.loss:.2g} only",)
-        )
-        removed = [own[k] for own, k in zip(levels, found.chosen, strict=True)]
+        gap = 0.0 if best.closed else (best.loss - best.bound) / best.loss
+        notes = () if best.closed else (f"the knapsack is proved to {gap:.2g} only",)
+        removed = [column[k] for column, k in zip(levels, best.chosen, strict=True)]
         result = allocation(curves, removed, notes=notes)
-        return allocation(curves, removed, bound=min(found.bound, result.loss), notes=notes)
+        return allocation(curves, removed, bound=min(best.bound, result.loss), notes=notes)
 
     def _programmed(self, table: _Table) -> Indices | None:
-        """What HiGHS chooses among some levels of each branch; None where it gives up, or meets the budget only within
-        its tolerances."""
+        """What HiGHS chooses among some levels of each sublayer; None where it fails."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         tried = [np.unique(np.linspace(0, n - 1, min(n, self.choices)).round().astype(np.intp)) for n in table.counts]
-        owner = np.repeat(np.arange(len(tried)), [len(own) for own in tried])
+        owner = np.repeat(np.arange(len(tried)), [len(indices) for indices in tried])
         flat = np.concatenate(tried)
         losses, savings = table.losses[owner, flat], table.savings[owner, flat]
         finite = np.isfinite(losses)
         owner, flat, losses, savings = owner[finite], flat[finite], losses[finite], savings[finite]
         scale, unit = losses.max(initial=0.0) or 1.0, savings.max(initial=0.0) or 1.0
-        found = milp(
+        solution = milp(
             losses / scale,
             constraints=[
                 LinearConstraint((owner == np.arange(len(tried))[:, None]).astype(float), 1, 1),
@@ -85,17 +84,17 @@ class Knapsack:
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": self.gap, "time_limit": self.time_limit},
         )
-        if found.x is None:
+        if solution.x is None:
             return None
         chosen = np.zeros(len(tried), dtype=np.intp)
-        picked = found.x.reshape(-1) > 0.5
+        picked = solution.x.reshape(-1) > 0.5
         chosen[owner[picked]] = flat[picked]
         return chosen
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Losses and savings of all levels (branches, most levels), infinite and 0 behind the last of a branch."""
+    """Losses and savings of all levels (sublayers, most levels), infinite and 0 behind the last of a sublayer."""
 
     losses: Array
     savings: Array
@@ -104,12 +103,12 @@ class _Table:
 
     @classmethod
     def of(cls, curves: Sequence[Curve], levels: Sequence[Sequence[int]], budget: float) -> _Table:
-        counts = np.array([len(own) for own in levels])
+        counts = np.array([len(sublayer_levels) for sublayer_levels in levels])
         losses = np.full((len(levels), counts.max()), np.inf)
         savings = np.zeros_like(losses)
-        for l, (curve, own) in enumerate(zip(curves, levels, strict=True)):
-            losses[l, : len(own)] = curve.losses.double().numpy()[own]
-            savings[l, : len(own)] = curve.savings.double().numpy()[own]
+        for l, (curve, sublayer_levels) in enumerate(zip(curves, levels, strict=True)):
+            losses[l, : len(sublayer_levels)] = curve.losses.double().numpy()[sublayer_levels]
+            savings[l, : len(sublayer_levels)] = curve.savings.double().numpy()[sublayer_levels]
         losses[np.isnan(losses)] = np.inf
         total = float(savings.max(1).sum())
         if total < 2**53 and not np.any(savings % 1):  # whole numbers, whose sums are multiples of their divisor
@@ -127,15 +126,15 @@ class _Table:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _SearchResult:
     chosen: Indices
     loss: float
     bound: float
     closed: bool
 
 
-def _search(table: _Table, start: Indices | None, gap: float, most: int, deadline: float) -> _Found:
-    """Branch and bound over intervals of levels (branches, 2), best first."""
+def _search(table: _Table, start: Indices | None, gap: float, most: int, deadline: float) -> _SearchResult:
+    """Branch and bound over intervals of levels (sublayers, 2), best first."""
     whole = np.stack([np.zeros_like(table.counts), table.counts - 1], axis=1)
     chosen = whole[:, 1] if start is None else start
     loss = table.loss(chosen)
@@ -170,17 +169,17 @@ def _search(table: _Table, start: Indices | None, gap: float, most: int, deadlin
             offer(part, bound)
     proved = min(settled, heap[0][0] if heap else math.inf)
     # Nodes above the loss are left in the heap or hold no allocation: what was dropped lies at the loss or above it.
-    return _Found(chosen, loss, max(0.0, min(proved, loss)), proved >= loss * (1 - 2 * gap))
+    return _SearchResult(chosen, loss, max(0.0, min(proved, loss)), proved >= loss * (1 - 2 * gap))
 
 
 def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices | None, Indices | None]:
-    """(a lower bound, the choice just below the budget, one that meets it) for levels within ranges (branches, 2).
+    """(a lower bound, the choice just below the budget, one that meets it) for levels within ranges (sublayers, 2).
 
     The choices are the minima at the two ends of the last interval of prices, equal where no price is needed; None
     where the ranges cannot meet the budget, with an infinite bound.
 
-    E - t s is computed with an error of at most 2 u (E + t s), the sum over b branches with gamma_b: 2^-52 (b + 4)
-    times the largest E + t s of each branch and t budget is taken off.
+    E - t s is computed with an error of at most 2 u (E + t s), the sum over b sublayers with gamma_b: 2^-52 (b + 4)
+    times the largest E + t s of each sublayer and t budget is taken off.
     """
     index = np.arange(table.losses.shape[1])
     inside = (index >= ranges[:, :1]) & (index <= ranges[:, 1:]) & np.isfinite(table.losses)
@@ -190,12 +189,12 @@ def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices
     highest = savings.argmax(1)
     if table.saved(highest) < table.budget:
         return math.inf, None, None
-    finite, kept = np.where(inside, losses, 0.0), np.where(inside, savings, 0.0)
+    losses_inside, savings_inside = np.where(inside, losses, 0.0), np.where(inside, savings, 0.0)
 
     def at(price: float) -> tuple[float, Indices]:
-        reduced = np.where(inside, finite - price * kept, np.inf)
+        reduced = np.where(inside, losses_inside - price * savings_inside, np.inf)
         best = reduced.argmin(1)
-        sizes = (finite + price * kept).max(1).sum() + price * abs(table.budget)
+        sizes = (losses_inside + price * savings_inside).max(1).sum() + price * abs(table.budget)
         value = price * table.budget + reduced[np.arange(len(best)), best].sum()
         return float(value - _ROUNDING * (len(best) + 4) * sizes), best
 
@@ -203,8 +202,8 @@ def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices
     if table.saved(below) >= table.budget:
         return bound, below, below
     reaching, low, high = highest, 0.0, 1.0
-    largest = float(finite.max()) or 1.0
-    unit = largest / max(float(kept.max()), math.ulp(0.0))
+    largest = float(losses_inside.max()) or 1.0
+    unit = largest / max(float(savings_inside.max()), math.ulp(0.0))
     while math.isfinite(high * unit):  # the least power of four at which the budget is met
         value, choice = at(high * unit)
         bound = max(bound, value)

@@ -21,11 +21,9 @@ from admm_prune.statistics import DEAD, check_gram, check_matrix, check_square, 
 # The best settings on held-out tokens: the ridge on synthetic and most real layers, the damping where a few channels
 # dominate and the others are estimated from few tokens.
 DEFAULT_RIDGE, DEFAULT_DAMPING = 0.03, 0.003
-_ROUNDINGS = (
-    32.0  # of each entry of a Gram: when it was stored, and in a sum of thousands of tokens by blocked products
-)
+_ROUNDINGS = 32.0  # of an entry of a Gram: when it was stored, and in a blocked sum over thousands of tokens
 _ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
-Total = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
+AllReduce = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
 
 
 class LayerReconstruction:
@@ -185,9 +183,9 @@ class LayerReconstruction:
         if gram is not None:
             raise ValueError("an error on other tokens needs their target too")
         whole = self.target_energy
-        own = quadratic.energy(v, self.gram)
+        output_energy = quadratic.energy(v, self.gram)
         shared, sizes = self._correlated(v)
-        error = own - 2 * shared + whole
+        error = output_energy - 2 * shared + whole
         if error < 0:
             sizes = self._magnitudes(v, self.gram) + 2 * sizes + whole
             if error < -_ROUNDINGS * torch.finfo(self.gram.dtype).eps * sizes:
@@ -263,19 +261,19 @@ class LayerReconstruction:
         """Raises a ridge that is too small for the Gram's precision, and says so in `notes`."""
         if self.ridge + self.damping >= 1e-3:  # more than rounding can take from a unit diagonal
             return
-        asked = self.ridge
+        requested = self.ridge
         for _ in range(_ESCALATIONS):
             scaled, _ = quadratic.unit_diagonal_(self.hessian)
             _, failed = torch.linalg.cholesky_ex(scaled)
             if not int(failed):
                 break
             self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
-        if self.ridge != asked:
-            self.notes += (f"the Gram is singular with ridge {asked:g}: raised to {self.ridge:g}",)
+        if self.ridge != requested:
+            self.notes += (f"the Gram is singular with ridge {requested:g}: raised to {self.ridge:g}",)
 
 
-def own(values: Tensor) -> Tensor:
-    """The total of one process."""
+def single_process(values: Tensor) -> Tensor:
+    """The sum over one process: the values themselves."""
     return values
 
 
@@ -286,12 +284,12 @@ class Share:
     Attributes:
         count: tokens of all processes.
         places: (n,) ascending, positions of this process's tokens among all; None if it has all.
-        total: sums a tensor over the processes, in place.
+        all_reduce: sums a tensor over the processes, in place.
     """
 
     count: int
     places: Tensor | None = None
-    total: Total = own
+    all_reduce: AllReduce = single_process
 
     def every(self, stride: int) -> slice | Tensor:
         """The local tokens at positions 0, stride, 2 stride, ..."""
@@ -303,13 +301,13 @@ class Share:
         """The local tokens at these positions, in their order; others are left out."""
         if self.places is None:
             return places
-        found = self._here[places]
-        return found[found >= 0]
+        local_indices = self._local_index[places]
+        return local_indices[local_indices >= 0]
 
     @cached_property
-    def _here(self) -> Tensor:
+    def _local_index(self) -> Tensor:
         """(count,) the local index of the token at each position; -1 if it is not local."""
         assert self.places is not None
-        here = torch.full((self.count,), -1, device=self.places.device)
-        here[self.places] = torch.arange(len(self.places), device=self.places.device)
-        return here
+        index = torch.full((self.count,), -1, device=self.places.device)
+        index[self.places] = torch.arange(len(self.places), device=self.places.device)
+        return index

@@ -19,7 +19,7 @@ from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
-_ASKED = 16  # tokens used by the split network, per input channel
+_TOKENS_PER_CHANNEL = 16  # tokens used by the split network, per input channel
 _WHOLE = 64  # tokens: in smaller chunks, kernels round the last few entries differently from the others
 _SAMPLE = 64
 _CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
@@ -47,7 +47,7 @@ class NetworkOutput:
 
     Everything is computed in the dtype of the network's weights, and added up over the tokens in float64.
 
-    Source: the split is that of Bai et al., SparseLLM, 2024; beginning it anew at the present network, and the closing
+    Source: the split is that of Bai et al., SparseLLM, 2024; restarting it at the current network, and the closing
     step, are ours.
     """
 
@@ -99,8 +99,8 @@ class NetworkOutput:
         """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""
         count = self.share.count
         drawn = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
-        here = self.share.at(self._shuffle[drawn])
-        inputs, targets = (part[here].double() for part in self.tokens)
+        local_indices = self.share.at(self._shuffle[drawn])
+        inputs, targets = (part[local_indices].double() for part in self.tokens)
         scale = count / self.sample
         wide, net = x.map(Tensor.double), self._in_double
         pre = {name: net.linear(name, wide, inputs) for name in self._inputs}
@@ -119,8 +119,8 @@ class NetworkOutput:
             gradient["up"] = (felt * slope).T @ inputs
         if self._bias is not None:
             gradient["bias"] = back.sum(0)
-        loss = float(self.share.total(missing.square().sum()))
-        return scale * loss, x.map(lambda to, sums: self.share.total(sums).to(to), gradient)
+        loss = float(self.share.all_reduce(missing.square().sum()))
+        return scale * loss, x.map(lambda to, sums: self.share.all_reduce(sums).to(to), gradient)
 
     def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
         return self._down(x) if name == "down" else self._up(x)
@@ -148,7 +148,7 @@ class NetworkOutput:
             if self._bias is not None:
                 outputs += x["bias"]
             sums += torch.stack([part.double().square().sum() for part in (outputs - targets, targets)]).cpu()
-        loss, energy = self.share.total(sums).tolist()
+        loss, energy = self.share.all_reduce(sums).tolist()
         return loss, energy
 
     @cached_property
@@ -172,13 +172,13 @@ class NetworkOutput:
         gram = GramAccumulator(weight.shape[1], weight.device)
         for inputs, _ in self._chunks(self.tokens):
             gram.add(inputs)
-        gram.join(self.share.total)
+        gram.join(self.share.all_reduce)
         return gram.gram.to(weight)
 
     def _up(self, x: Point) -> LayerReconstruction:
         dense = self._stacked(self.network.weights)
         rows = [(self.network.weights[part].shape[0], self.constraints[part]) for part in self._inputs]
-        target = None if torch.equal(self._stacked(x), dense) else self._wanted(x)
+        target = None if torch.equal(self._stacked(x), dense) else self._pre_activation_targets(x)
         ridge, damping = self.damped.get("up", (0.0, 0.0))
         return LayerReconstruction(
             dense,
@@ -190,7 +190,7 @@ class NetworkOutput:
             target_energy=None if target is None else target[1],
         )
 
-    def _wanted(self, x: Point) -> tuple[Tensor, float]:
+    def _pre_activation_targets(self, x: Point) -> tuple[Tensor, float]:
         """The targets of the pre-activations, stacked like the weights: their values under x on all tokens, plus the
         correction of the split network, estimated on a sample of them.
 
@@ -199,13 +199,13 @@ class NetworkOutput:
         """
         lift = correction(x["down"], self.penalties.output)
         rows, width = self._stacked(x).shape
-        wanted = TargetAccumulator(rows, width, x["up"].device)
+        corrections = TargetAccumulator(rows, width, x["up"].device)
         kind = GatedFeedForward if self.network.gated else FeedForward
         pre = ("gate_pre", "pre") if self.network.gated else ("pre",)
         count = self.share.count
-        stride = max(1, count // (_ASKED * width))
-        asked = self.share.every(stride)
-        for inputs, targets in self._chunks((self.tokens[0][asked], self.tokens[1][asked])):
+        stride = max(1, count // (_TOKENS_PER_CHANNEL * width))
+        sampled = self.share.every(stride)
+        for inputs, targets in self._chunks((self.tokens[0][sampled], self.tokens[1][sampled])):
             tokens = len(inputs)
             inputs, targets = (nn.functional.pad(part, (0, 0, 0, -tokens % _WHOLE)) for part in (inputs, targets))
             if self._bias is not None:
@@ -217,11 +217,11 @@ class NetworkOutput:
                 point["post"] = split.post_activation(point, lift)
                 for name in reversed(pre):
                     point[name] = split.split_pre_activation(name, point)
-            wanted.add(inputs[:tokens], (torch.cat([point[name] for name in pre], 1) - before)[:tokens])
-        wanted.join(self.share.total)
+            corrections.add(inputs[:tokens], (torch.cat([point[name] for name in pre], 1) - before)[:tokens])
+        corrections.join(self.share.all_reduce)
         scale = count / len(range(0, count, stride))
-        present, more = self._stacked(x), scale * wanted.correlation.to(x["up"])
-        energy = quadratic.energy(present, self._gram) + 2 * quadratic.inner(present, more) + scale * wanted.energy
+        present, more = self._stacked(x), scale * corrections.correlation.to(x["up"])
+        energy = quadratic.energy(present, self._gram) + 2 * quadratic.inner(present, more) + scale * corrections.energy
         return present @ self._gram + more, energy
 
     def _down(self, x: Point) -> LayerReconstruction:
@@ -232,8 +232,8 @@ class NetworkOutput:
             hidden = self._inner.hidden(x, inputs)
             gram.add(hidden)
             target.add(hidden, targets)
-        gram.join(self.share.total)
-        target.join(self.share.total)
+        gram.join(self.share.all_reduce)
+        target.join(self.share.all_reduce)
         count, mean_input, mean_target = gram.tokens, gram.mean, target.total / max(1, gram.tokens)
         moments, correlation, energy = gram.gram, target.correlation, target.energy
         del gram  # twice the size of all that follows

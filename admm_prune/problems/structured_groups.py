@@ -53,15 +53,17 @@ class GroupReconstruction(LayerReconstruction):
                 raise ValueError("a mean input needs the number of tokens that it is of")
             gram = centred(gram, mean, tokens)
         self.mean = mean
-        self._subtracted = 0 if centred_gram is not None else tokens  # tokens whose mean a rounded Gram was rid of
+        self._subtracted = (
+            0 if centred_gram is not None else tokens
+        )  # tokens of the mean subtracted from a rounded Gram
         super().__init__(weight, gram, constraint, ridge=ridge, damping=damping)
 
     def refit(self, mask: Point) -> Point:
         """The least-squares weights on a support; on whole columns, by one factorization for all rows."""
-        kept = mask["weight"]
-        if not bool((kept == kept[0]).all()):
+        support = mask["weight"]
+        if not bool((support == support[0]).all()):
             return super().refit(mask)
-        return Point(weight=group_compensation.minimize_on_columns(self.hessian, self.minimizer, kept[0]))
+        return Point(weight=group_compensation.minimize_on_columns(self.hessian, self.minimizer, support[0]))
 
     def _magnitudes(self, e: Tensor, gram: Tensor) -> float:
         """With those of n mu mu^T, which a centred Gram is a difference from."""

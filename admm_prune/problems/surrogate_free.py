@@ -80,6 +80,8 @@ class SurrogateFree:
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
         """Loss and gradient on training batch `draw`."""
+        epoch, place = divmod(draw, len(self._training))
+        batch = self._training[epoch_order(len(self._training), self._seed, epoch)[place]]
         self.write(x)
         parameters = [weight.parameter for weight in self._weights.values()]
         before = [parameter.requires_grad for parameter in parameters]
@@ -87,11 +89,11 @@ class SurrogateFree:
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                loss = self._loss(self._model, self._batch(draw))
+                loss = self._loss(self._model, batch)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         finally:
-            for parameter, asked in zip(parameters, before, strict=True):
-                parameter.requires_grad_(asked)
+            for parameter, required in zip(parameters, before, strict=True):
+                parameter.requires_grad_(required)
         named = zip(self._weights.values(), gradients, strict=True)
         return float(loss.detach()), Point({w.name: (g.mT if w.transposed else g).contiguous() for w, g in named})
 
@@ -108,7 +110,7 @@ class SurrogateFree:
         step = (scale or 1.0) * finest ** (1 / 3)
         traces = []
         for _ in range(_PROBES):
-            signs = self._dense.map(lambda x: _signs(x, generator))
+            signs = self._dense.map(lambda x: (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x))
             slopes = [self.sample_gradient(self._dense + sign * step * signs, 0)[1].dot(signs) for sign in (1.0, -1.0)]
             traces.append((slopes[0] - slopes[1]) / (2 * step))
         mean = abs(sum(traces)) / _PROBES / self._dense.numel() / 2
@@ -125,11 +127,6 @@ class SurrogateFree:
         for name, weight in self._weights.items():
             _oriented(weight.parameter.detach(), weight.transposed).copy_(x[name])
 
-    def _batch(self, draw: int) -> Any:
-        count = len(self._training)
-        epoch, place = divmod(draw, count)
-        return self._training[epoch_order(count, self._seed, epoch)[place]]
-
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """The order of `count` items in this epoch: a permutation, drawn anew for every epoch."""
@@ -139,7 +136,3 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 def _oriented(parameter: Tensor, transposed: bool) -> Tensor:
     return parameter.mT if transposed else parameter
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)

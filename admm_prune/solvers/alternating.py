@@ -95,8 +95,8 @@ class Alternating(Iterative[State]):
 
     def notes(self, state: State) -> tuple[str, ...]:
         stalled = state.rounds - state.best_round
-        told = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
-        return (*told, *dict.fromkeys(state.notes))
+        note = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
+        return (*note, *dict.fromkeys(state.notes))
 
     def finish(self, problem: Coordinated, state: State, point: Point) -> Point:
         if self.together is None:
@@ -105,7 +105,7 @@ class Alternating(Iterative[State]):
         return refitted if problem.validation_loss(refitted) < state.best_validation_loss else point
 
     def _improve(self, together: Solver, problem: Coordinated, state: State) -> None:
-        improved = together.solve(_by_its_judge(problem), start=state.x).solution
+        improved = together.solve(_with_validation_as_value(problem), start=state.x).solution
         validation_loss = problem.validation_loss(improved)
         if validation_loss < state.validation_loss:
             state.x, state.validation_loss = improved, validation_loss
@@ -127,7 +127,7 @@ class Alternating(Iterative[State]):
         return problem.joined(x, name, block, result.solution)
 
 
-def _by_its_judge(problem: Coordinated) -> Coordinated:
+def _with_validation_as_value(problem: Coordinated) -> Coordinated:
     """The problem with the validation loss as its value."""
     view = copy.copy(problem)
     vars(view)["value"] = problem.validation_loss

@@ -167,7 +167,7 @@ class Iterative(ABC, Generic[StateT]):
                 solve.run.iteration += 1
                 news = self._observe(solve.problem, solve.run, time.perf_counter() - began)
                 solve.run.history += news
-                solve.stop = next((why for progress in news if (why := _why_stop(self, progress, watch, began))), None)
+                solve.stop = next((status for p in news if (status := _stopping_status(self, p, watch, began))), None)
             going = [solve for solve in going if solve.stop is None and solve.run.iteration < self.max_iterations]
 
     def _result(self, solve: _Solve[StateT], began: float) -> Result:
@@ -239,7 +239,7 @@ def closed_form(
     )
 
 
-def _why_stop(solver: Iterative[Any], progress: Progress, watch: Watch | None, began: float) -> Status | None:
+def _stopping_status(solver: Iterative[Any], progress: Progress, watch: Watch | None, began: float) -> Status | None:
     if progress.primal_residual is not None and not math.isfinite(progress.primal_residual):
         return Status.NONFINITE
     if solver.converged(progress):

@@ -48,10 +48,10 @@ def diagnose(
     Returns:
         The findings, those on the iteration first.
     """
-    found = _iteration(result, ridge_matters=ridge_matters)
+    findings = _iteration_findings(result, ridge_matters=ridge_matters)
     larger = f", or {_RIDGE}" if ridge_matters else ""
     if width is not None and tokens is not None and tokens < _TOKENS_PER_CHANNEL * width:
-        found.append(
+        findings.append(
             Diagnosis(
                 "few-tokens",
                 "warning",
@@ -62,7 +62,7 @@ def diagnose(
         )
     if dead:
         share = "" if width is None else f" of {width}"
-        found.append(
+        findings.append(
             Diagnosis(
                 "dead-channels",
                 "info",
@@ -71,7 +71,7 @@ def diagnose(
             )
         )
     if ridge_asked is not None and ridge_used is not None and ridge_used > ridge_asked:
-        found.append(
+        findings.append(
             Diagnosis(
                 "damping-raised",
                 "info",
@@ -79,10 +79,10 @@ def diagnose(
                 f"calibrate on more tokens{larger}",
             )
         )
-    return tuple(found)
+    return tuple(findings)
 
 
-def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
+def _iteration_findings(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
     if result.status is Status.NONFINITE:
         return [
             Diagnosis(
@@ -94,13 +94,13 @@ def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
         ]
     if not result.history:
         return []
-    kept = sum(int(x.count_nonzero()) for x in result.solution.values())
-    pruned = sum(x.numel() for x in result.solution.values()) - kept
-    if not kept or not pruned:
-        return [Diagnosis("converged", "good", f"there was nothing to choose: {kept} weights kept, {pruned} pruned")]
-    found = [_motion(result, min(kept, pruned))]
+    size = sum(int(x.count_nonzero()) for x in result.solution.values())
+    pruned = sum(x.numel() for x in result.solution.values()) - size
+    if not size or not pruned:
+        return [Diagnosis("converged", "good", f"there was nothing to choose: {size} weights kept, {pruned} pruned")]
+    findings = [_motion(result, min(size, pruned))]
     if result.best_iteration == 0 and result.objective > 0:
-        found.append(
+        findings.append(
             Diagnosis(
                 "start-was-best",
                 "warning",
@@ -108,7 +108,7 @@ def _iteration(result: Result, *, ridge_matters: bool) -> list[Diagnosis]:
                 f"{_PENALTY}, or use a cheaper method" if _rho(result.history) else "use a cheaper method",
             )
         )
-    return found
+    return findings
 
 
 def _motion(result: Result, unit: int) -> Diagnosis:
@@ -117,9 +117,9 @@ def _motion(result: Result, unit: int) -> Diagnosis:
     changes = [(p.support_changes or 0) / unit for p in history]
     residuals = [p.primal_residual for p in history if p.primal_residual is not None]
     ending = max(changes[-3:])
-    said = f"in the last iterations {100 * ending:.2g} % of the support changed"
+    evidence = f"in the last iterations {100 * ending:.2g} % of the support changed"
     if last.primal_residual is not None:
-        said += f", |x - z| / |z| = {last.primal_residual:.1e}"
+        evidence += f", |x - z| / |z| = {last.primal_residual:.1e}"
     if _rho(history) >= _LARGE_RHO and sum(changes) < _FROZEN:
         return Diagnosis(
             "rho-too-large",
@@ -132,7 +132,7 @@ def _motion(result: Result, unit: int) -> Diagnosis:
         return Diagnosis(
             "stalled",
             "warning",
-            f"progress stopped after {result.iterations} iterations short of the stopping test; {said}",
+            f"progress stopped after {result.iterations} iterations short of the stopping test; {evidence}",
             _PENALTY if last.rho is not None else "use another method",
         )
     if (
@@ -145,22 +145,22 @@ def _motion(result: Result, unit: int) -> Diagnosis:
         return Diagnosis(
             "rho-too-small",
             "warning",
-            f"x and z do not come together at rho = {last.rho:g}: {said}, no less than at the beginning",
+            f"x and z do not come together at rho = {last.rho:g}: {evidence}, no less than at the beginning",
             _PENALTY,
         )
     if ending > _MOVING:
         return Diagnosis(
             "still-moving",
             "warning" if ending > _FAR else "info",
-            f"the run ended before it converged: {said} (after {result.iterations} iterations)",
+            f"the run ended before it converged: {evidence} (after {result.iterations} iterations)",
             _LONGER,
         )
     if result.status is Status.SOLVED or last.primal_residual is None or last.primal_residual <= _SETTLED:
-        return Diagnosis("converged", "good", f"the support is settled: {said}")
+        return Diagnosis("converged", "good", f"the support is settled: {evidence}")
     return Diagnosis(
         "not-settled",
         "info",
-        f"the support is settled, the weights on it are not: {said}",
+        f"the support is settled, the weights on it are not: {evidence}",
         _LONGER,
     )
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from admm_prune.ops import group_compensation, precision, selection
 from admm_prune.point import Point
-from admm_prune.problem import GroupConstraint, Quadratic, require
+from admm_prune.problem import GroupConstraint, Quadratic, checked_constraint, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
-_LOOKS = 128  # updates of the scores, where the batch is not given
+_UPDATES = 128  # updates of the scores, where the batch is not given
 _LARGEST_BATCH = 32
 
 
@@ -36,7 +36,7 @@ class GroupMask:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its scores are entries of one Hessian")
-        constraint = checked_groups(self, problem)
+        constraint = checked_constraint(self, problem, GroupConstraint, "it removes whole columns")
         began = time.perf_counter()
         dense = problem.minimizer
         if constraint.contains(Point(weight=dense)):
@@ -44,20 +44,20 @@ class GroupMask:
         width, columns = constraint.width, dense.shape[1]
         q = group_compensation.interactions(problem.hessian, dense, width)
         keep = constraint.budget(columns)
-        kept = _greedy(q, keep) if self.interactions else selection.largest(q.diagonal(), keep)
-        weight = dense.where(kept.repeat_interleave(width), 0)
+        mask = _greedy(q, keep) if self.interactions else selection.largest(q.diagonal(), keep)
+        weight = dense.where(mask.repeat_interleave(width), 0)
         return closed_form(problem, Point(weight=weight), began, start)
 
 
 def _greedy(q: Tensor, keep: int) -> Tensor:
     """The groups kept when they are removed one by one, least increase first; ties: the higher index first."""
     rise = q.diagonal().clone()
-    kept = torch.ones(len(q), dtype=torch.bool, device=q.device)
+    mask = torch.ones(len(q), dtype=torch.bool, device=q.device)
     for _ in range(len(q) - keep):
-        least = int(len(q) - 1 - rise.where(kept, torch.inf).flip(0).argmin())
-        kept[least] = False
+        least = int(len(q) - 1 - rise.where(mask, torch.inf).flip(0).argmin())
+        mask[least] = False
         rise += 2 * q[least]
-    return kept
+    return mask
 
 
 @dataclass(frozen=True)
@@ -83,39 +83,24 @@ class GroupOBS:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it works on the inverse of one Hessian shared by all rows")
-        constraint = checked_groups(self, problem)
+        constraint = checked_constraint(self, problem, GroupConstraint, "it removes whole columns")
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
         if constraint.contains(dense):  # nothing to prune: the weights are returned bitwise unchanged
             return closed_form(problem, dense, began, start)
         width, columns = constraint.width, problem.minimizer.shape[1]
         count = columns // width
-        found = group_compensation.eliminate(
+        elimination = group_compensation.eliminate(
             problem.hessian, problem.minimizer, width, count - constraint.budget(columns), self.size(count)
         )
-        kept = torch.ones(columns, dtype=torch.bool, device=found.order.device)
-        kept[group_compensation.columns_of(found.order, width)] = False
-        weight = group_compensation.minimize_on_columns(problem.hessian, problem.minimizer, kept)
-        notes = ("groups were eliminated in float64",) if found.escalated else ()
+        mask = torch.ones(columns, dtype=torch.bool, device=elimination.order.device)
+        mask[group_compensation.columns_of(elimination.order, width)] = False
+        weight = group_compensation.minimize_on_columns(problem.hessian, problem.minimizer, mask)
+        notes = ("groups were eliminated in float64",) if elimination.escalated else ()
         return closed_form(problem, Point(weight=weight), began, start, notes)
 
     def size(self, count: int) -> int:
         """The size of a batch for this number of groups."""
         if self.batch is None:
-            return min(_LARGEST_BATCH, max(1, count // _LOOKS))
+            return min(_LARGEST_BATCH, max(1, count // _UPDATES))
         return self.batch or count
-
-
-def checked_groups(solver: object, problem: Quadratic) -> GroupConstraint:
-    """The constraint of the problem, as column groups.
-
-    Raises:
-        TypeError: it is of another kind; the message names both sides.
-    """
-    constraint = problem.constraint
-    if not isinstance(constraint, GroupConstraint):
-        raise TypeError(
-            f"{type(solver).__name__} needs a GroupConstraint (it removes whole columns); "
-            f"{type(constraint).__name__} of {type(problem).__name__} lacks budget or width"
-        )
-    return constraint

@@ -12,7 +12,7 @@ from torch.nn.functional import embedding_bag
 
 from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, SupportConstraint, require
+from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result, Status
 from admm_prune.solvers.base import Run, Solver, offer_start, projection_in_its_metric
 
@@ -30,7 +30,7 @@ class LocalSearch:
     [[s_i, c_ij], [c_ij, s_j]] is the Schur complement of A on {i, j} given S without i. For a random S of k columns it
     is close to (B_{ij,ij})^-1 - g I with B = (A + g I)^-1 and tr(A B) = k: one inverse serves all rows. Each round a
     row makes the disjoint swaps with the largest estimated gains, refits by a few conjugate gradients, and takes the
-    outcome if its f fell; otherwise it goes back and halves the number of swaps. A row stops when no swap has an
+    result if f decreased; otherwise it reverts them and halves the number of swaps. A row stops when no swap has an
     estimated gain, or after `patience` consecutive single swaps without the estimated gain.
 
     The swaps stay within a row, and within a group where the set has groups, so that all budgets remain satisfied.
@@ -51,8 +51,8 @@ class LocalSearch:
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
             group of it, violate its constraint, as with Blocks.
 
-    Sources: the exact gain, from (A_SS)^-1 of each row, is in `solvers/reference/row_search.py`; its estimate from one
-    resolvent is ours, and the tests hold it against least squares.
+    Sources: the exact gain, from (A_SS)^-1 of each row, is in `solvers.reference.rows`; its estimate from one resolvent
+    is ours, and tested against least squares.
     """
 
     inner: Solver | None = None
@@ -68,18 +68,18 @@ class LocalSearch:
         began = time.perf_counter()
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
         if self.inner is not None:
-            found = self.inner.solve(problem, start=start)
-            point, notes = found.solution, found.notes
+            initial = self.inner.solve(problem, start=start)
+            point, notes = initial.solution, initial.notes
         else:
             point = projection_in_its_metric(problem, start)
         support, group = self._support(problem, point)
         scale = problem.hessian.diagonal().sqrt()
         hessian = (problem.hessian / scale).div_(scale[:, None])
         target = problem.minimizer * scale
-        kept = int(support.sum())
+        support_size = int(support.sum())
         run, done = Run(None), _Count()
-        if 0 < kept < support.numel():
-            gains = Gains(hessian, kept / len(support), group, self.candidates)
+        if 0 < support_size < support.numel():
+            gains = Gains(hessian, support_size / len(support), group, self.candidates)
             scaled = point["weight"] * scale
             parts = zip(target.split(_ROWS), scaled.split(_ROWS), support.split(_ROWS), strict=True)
             v = torch.cat([self._search(gains, *rows, done=done) for rows in parts])
@@ -103,21 +103,19 @@ class LocalSearch:
 
     def _support(self, problem: Quadratic, point: Point) -> tuple[Tensor, int]:
         """The full admissible support that holds the point's, and the width of the groups that swaps stay in."""
-        constraint = problem.constraint
-        sides = f"{type(constraint).__name__} of {type(problem).__name__}"
-        if not isinstance(constraint, SupportConstraint):
-            raise TypeError(f"LocalSearch needs a SupportConstraint (it moves supports); {sides} lacks select")
+        constraint = checked_constraint(self, problem, SupportConstraint, "it moves supports")
         support = constraint.select(point.map(torch.abs))["weight"]
         group = constraint.group_width
         cells = support.unflatten(1, (-1, group if group > 1 else support.shape[1]))
-        all_gather = cells.int().sort(dim=2, descending=True).values  # the most one-sided support reachable by swaps
-        all_gather[1::2] = all_gather[1::2].flip(2)
-        moved = Point(weight=all_gather.flatten(1).to(point["weight"].dtype))
+        sorted_cells = cells.int().sort(dim=2, descending=True).values  # the most one-sided support reachable by swaps
+        sorted_cells[1::2] = sorted_cells[1::2].flip(2)
+        moved = Point(weight=sorted_cells.flatten(1).to(point["weight"].dtype))
         whole = group > 1 and bool(support.any()) and bool((cells.all(2) == cells.any(2)).all() & ~support.all())
         if whole or not constraint.contains(moved):
             raise TypeError(
                 f"LocalSearch needs a set whose support may swap entries within "
-                f"{f'a group of {group} of a row' if group > 1 else 'a row'}; {sides} does not allow that"
+                f"{f'a group of {group} of a row' if group > 1 else 'a row'}; {type(constraint).__name__} of "
+                f"{type(problem).__name__} does not allow that"
             )
         return support, group
 
@@ -225,11 +223,11 @@ class Rows:
 
 
 class Gains:
-    """Estimates the gains of swaps where A has a unit diagonal and a row keeps `kept` entries on average."""
+    """Estimates the gains of swaps where A has a unit diagonal and a row keeps `kept_per_row` entries on average."""
 
-    def __init__(self, hessian: Tensor, kept: float, group: int, candidates: int) -> None:
+    def __init__(self, hessian: Tensor, kept_per_row: float, group: int, candidates: int) -> None:
         self.hessian, self.group = hessian, group
-        self.inverse, shift = resolvent(hessian, kept)
+        self.inverse, shift = resolvent(hessian, kept_per_row)
         self.diagonal = self.inverse.diagonal().clone()
         self.schur = (1 / self.diagonal - shift).clamp_min(torch.finfo(hessian.dtype).eps)
         self.count = min(candidates, len(hessian) // group)
@@ -285,8 +283,8 @@ class Gains:
         return best, groups * self.group + pair // self.group, groups * self.group + pair % self.group
 
 
-def resolvent(hessian: Tensor, kept: float) -> tuple[Tensor, float]:
-    """B = (A + g I)^-1 and the g with tr(A B) = kept, by Newton's method in log g; an inverse each step."""
+def resolvent(hessian: Tensor, kept_per_row: float) -> tuple[Tensor, float]:
+    """B = (A + g I)^-1 and the g with tr(A B) = kept_per_row, by Newton's method in log g; an inverse each step."""
     width, shift, inverse = len(hessian), 1.0, hessian
     for _ in range(30):
         shifted = hessian.clone()
@@ -294,8 +292,8 @@ def resolvent(hessian: Tensor, kept: float) -> tuple[Tensor, float]:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted, out=shifted))
         trace, squared = float(inverse.diagonal().sum()), float(inverse.square().sum())
         degrees = width - shift * trace
-        if abs(degrees - kept) <= 0.01 * min(kept, width - kept):
+        if abs(degrees - kept_per_row) <= 0.01 * min(kept_per_row, width - kept_per_row):
             break
         slope = shift * (trace - shift * squared)  # -d degrees / d log g
-        shift *= math.exp(max(-2.0, min(2.0, (degrees - kept) / max(slope, 1e-12))))
+        shift *= math.exp(max(-2.0, min(2.0, (degrees - kept_per_row) / max(slope, 1e-12))))
     return inverse, shift

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from admm_prune.ops import backend, precision, quadratic, selection
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, SupportConstraint, require
+from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
@@ -50,9 +50,7 @@ class SparseGPT:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it works on the inverse of one Hessian shared by all rows")
-        constraint = problem.constraint
-        if not isinstance(constraint, SupportConstraint):
-            raise TypeError(f"SparseGPT needs a SupportConstraint; {type(constraint).__name__} lacks select")
+        constraint = checked_constraint(self, problem, SupportConstraint, "it selects a support block by block")
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
         if constraint.contains(dense):  # nothing to prune: the weights are returned bitwise unchanged
@@ -77,7 +75,8 @@ class SparseGPT:
         panel = group * max(1, min(_PANEL, self.block) // group)
         block = panel * max(1, self.block // panel)
         pattern = _pattern(constraint) if group > 1 else None
-        fused = _fused(columns, block, mask is not None or group == 1 or pattern is not None)
+        known = mask is not None or group == 1 or pattern is not None  # when the block is reached
+        fused = known and block <= _WIDEST and backend.uses_triton(columns, torch.float32)
         if fused:
             factor = factor.contiguous()
         for start in range(0, width, block):
@@ -119,11 +118,6 @@ def _choose(
     score = columns.abs() / factor.diagonal()[start:stop, None]
     share = constraint.column_slice(start, stop, (columns.shape[1], width))
     return share.select(Point(weight=score.T.contiguous()))["weight"].T.contiguous()
-
-
-def _fused(columns: Tensor, block: int, known: bool) -> bool:
-    """Whether one kernel can prune a block whose mask or pattern is known."""
-    return known and block <= _WIDEST and backend.uses_triton(columns, torch.float32)
 
 
 def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from admm_prune.ops import precision, quadratic
 from admm_prune.ops.group_compensation import minimize_on_columns
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, fits
+from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, checked_constraint, fits
 from admm_prune.result import Result
 from admm_prune.solvers.base import Solver, closed_form
 
@@ -45,16 +45,12 @@ class Refit:
                 f"Refit needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
                 "hessian nor a refit"
             )
-        if not isinstance(problem.constraint, SupportConstraint):
-            raise TypeError(
-                f"Refit needs a SupportConstraint, which the refitted weights cannot leave; "
-                f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
-            )
+        checked_constraint(self, problem, SupportConstraint, "the refitted weights cannot leave it")
         began = time.perf_counter()
         notes: tuple[str, ...] = ()
         if self.inner is not None:
-            found = self.inner.solve(problem, start=start)
-            start, notes = found.solution, found.notes
+            result = self.inner.solve(problem, start=start)
+            start, notes = result.solution, result.notes
         if start is None:
             raise ValueError("Refit needs an inner solver or a start whose support it refits")
         if not fits(problem, Quadratic):

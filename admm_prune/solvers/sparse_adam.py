@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import HEADS
-from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, laid_out_as
+from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, sharded_like
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
 from admm_prune.solvers.elsa.moments import DeferredGradient, MomentFormat, Moments, clip, refuse_sparse, total_norm
-from admm_prune.solvers.elsa.parameter_groups import Target, group_of, name_alike, names_of, parameter_groups
+from admm_prune.solvers.elsa.parameter_groups import Target, group_of, names_of, parameter_groups, unify_names
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
-from admm_prune.solvers.elsa.state import at_once, check_saved, copy_saved
+from admm_prune.solvers.elsa.state import check_saved, copy_saved, load_atomically
 from admm_prune.solvers.elsa.supports import Support
 
 _PENALTY, _SCORE = Penalty(), Score()  # frozen, so that they can be shared
@@ -126,7 +126,7 @@ class SparseAdam(Optimizer):
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
         self._scope: Literal["matrix", "model"] = scope
-        self._anchors, self._moments = Anchors(anchor, rounding), Moments.at_hand(moments)
+        self._anchors, self._moments = Anchors(anchor, rounding), Moments.resolve(moments)
         self._masks, self.moments = dict(masks or {}), str(self._moments)  # the format actually used for the moments
         self.history: list[DualUpdate] = []
         adam = {
@@ -203,7 +203,9 @@ class SparseAdam(Optimizer):
         refuse_sparse(active)
         self._begin()
         if self.frozen or self.hard:
-            self._restrict_gradients()
+            for weight in self._weights():
+                if weight.parameter.grad is not None:
+                    weight.restrict(weight.gradient)
         each, norm = total_norm(active)
         if not math.isfinite(norm):
             self._set("skipped", self.skipped + 1)
@@ -224,16 +226,11 @@ class SparseAdam(Optimizer):
         self._begin()
         if self.frozen:
             return
-        if self.hard:
-            self._update_hard(1.0)
-        elif self.final == "anchors":
+        if self.final == "anchors" and not self.hard:
             self._update_duals(self.steps_done, 1.0)
-        for splitting, _, weights in self._pruned():
-            if self.final == "weights" and not self.hard:
-                splitting.reselect(weights, 1.0)
-            splitting.drop_anchors(weights)
-        self._restrict(self._weights())
-        self._set("frozen", True)
+        else:
+            self._reselect(1.0)
+        self._fix_support()
 
     @torch.no_grad()
     def change_support(self, masks: Mapping[str, Tensor]) -> None:
@@ -248,7 +245,11 @@ class SparseAdam(Optimizer):
         check_masks(masks, self._weights(), complete=True)
         self._begin(restrict=False)
         for splitting, _, weights in self._pruned():
-            splitting.take(weights, masks)
+            splitting.set_masks(weights, masks)
+        self._fix_support()
+
+    def _fix_support(self) -> None:
+        for splitting, _, weights in self._pruned():
             splitting.drop_anchors(weights)
         self._restrict(self._weights())
         self._set("frozen", True)
@@ -256,7 +257,7 @@ class SparseAdam(Optimizer):
     def _restrict(self, weights: Sequence[Weight]) -> None:
         """Zero weights and zero momentum off the support."""
         for weight in weights:
-            weight.restrict(weight.here)
+            weight.restrict(weight.shard)
             self._moments.restrict(weight.state, weight.mask())
 
     @torch.no_grad()
@@ -274,20 +275,20 @@ class SparseAdam(Optimizer):
     def masks(self) -> dict[str, Tensor]:
         """The current support of every pruned weight, by name: boolean, of its shape, sharded as it is."""
         self._begin()
-        return {weight.name: laid_out_as(weight.parameter, weight.mask()) for weight in self._weights()}
+        return {weight.name: sharded_like(weight.parameter, weight.mask()) for weight in self._weights()}
 
     @contextmanager
     def projected(self) -> Generator[None]:
         """Within it the pruned weights are zero off the current support, to evaluate them; restores them afterwards."""
         self._begin()
-        before = [(weight, weight.here.clone()) for weight in self._weights()]
+        before = [(weight, weight.shard.clone()) for weight in self._weights()]
         for weight, _ in before:
-            weight.restrict(weight.here)
+            weight.restrict(weight.shard)
         try:
             yield
         finally:
             for weight, x in before:
-                weight.here.copy_(x)
+                weight.shard.copy_(x)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues exactly where the saved optimizer was; `history` starts anew. Tensors are copied.
@@ -307,7 +308,7 @@ class SparseAdam(Optimizer):
             copy_saved(saved, self.param_groups, self.state, self._anchors, self._moments)
             self.history = []
 
-        with at_once(self, check, finish):
+        with load_atomically(self, check, finish):
             super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -323,7 +324,7 @@ class SparseAdam(Optimizer):
             return
         group, support = group_of(param_group, Target(scope=self._scope))
         number, others = len(self.param_groups), self.param_groups
-        name_alike(group, number, others)
+        unify_names(group, number, others)
         super().add_param_group(group | {name: others[0][name] for name in _PROGRESS})
         if support is None:
             return
@@ -431,11 +432,12 @@ class SparseAdam(Optimizer):
         elif self.timeline.due(step):
             fraction = self.timeline.fraction(step)
             if self.hard:
-                self._update_hard(fraction)
+                self._reselect(fraction)
             else:
                 self._update_duals(step, fraction)
 
-    def _update_hard(self, fraction: float) -> None:
+    def _reselect(self, fraction: float) -> None:
+        """Sets the supports to the largest scores of the weights themselves."""
         for splitting, _, weights in self._pruned():
             splitting.reselect(weights, fraction)
         self._restrict(self._weights())
@@ -447,11 +449,6 @@ class SparseAdam(Optimizer):
         self.history.append(
             DualUpdate(step=self.steps_done, gradient_norm=self._norm, skipped=self.skipped, weights=updates)
         )
-
-    def _restrict_gradients(self) -> None:
-        for weight in self._weights():
-            if weight.parameter.grad is not None:
-                weight.restrict(weight.gradient)
 
     def _set(self, name: str, value: int | bool) -> None:
         for group in self.param_groups:

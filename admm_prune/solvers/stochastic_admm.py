@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Stochastic, SupportConstraint, require
+from admm_prune.problem import Problem, Stochastic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Progress
 from admm_prune.solvers.base import Iterative
 from admm_prune.solvers.elsa.anchors import AnchorFormat
@@ -48,9 +48,8 @@ class StochasticADMM(Iterative[_Training]):
 
     Args:
         total_steps: the length of the schedules of rate, penalty and freeze; a smaller `max_iterations` runs a part.
-        lr: Adam's, with a short warm-up and linear decay, in units of the root mean square of the weights that
-            `initial` gives: at 0.05 a step moves each
-            weight by a twentieth of that at most.
+        lr: Adam's, with a short warm-up and linear decay, in units of the root mean square of the initial weights: at
+            0.05 a step moves each weight by at most a twentieth of that.
         penalty: its value in units of twice the problem's curvature, the mean diagonal of the Hessian.
         score, interval, freeze, anchor, moments: see `SparseAdam`.
         tolerance: stop where, after a dual update, |x - z| / |x| and |z - z_before| / |z| are both below it; 0 never.
@@ -71,7 +70,7 @@ class StochasticADMM(Iterative[_Training]):
 
     def check(self, problem: Problem) -> None:
         require(self, problem, Stochastic, "its steps follow gradients of samples")
-        require(self, problem.constraint, SupportConstraint, "its supports are those of the largest scores")
+        checked_constraint(self, problem, SupportConstraint, "its supports are those of the largest scores")
 
     def init(self, problem: Any, start: Point | None) -> _Training:
         x = problem.initial() if start is None else start

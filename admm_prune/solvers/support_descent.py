@@ -9,7 +9,7 @@ from torch import Tensor
 
 from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, Stochastic, SupportConstraint, require
+from admm_prune.problem import Problem, Quadratic, Stochastic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Progress, Result
 from admm_prune.solvers.base import Iterative, closed_form, projection_in_its_metric
 
@@ -29,8 +29,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class SupportDescent(Iterative[State]):
-    """x <- x - rate * rms(x_i) * Adam(mask * sampled gradient), for every tensor x_i; with the support of the start
-    fixed.
+    """x_i <- x_i - rate * rms(x_i) * Adam(mask * sampled gradient) for every tensor x_i, on the support of the start.
 
     Neither exact nor limited to one block: it follows the problem's own loss through all of its tensors together.
 
@@ -58,16 +57,13 @@ class SupportDescent(Iterative[State]):
 
     def check(self, problem: Problem) -> None:
         require(self, problem, Stochastic, "it follows sampled gradients")
-        if not isinstance(problem.constraint, SupportConstraint):
-            raise TypeError(
-                f"SupportDescent needs a SupportConstraint, whose supports it preserves; "
-                f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
-            )
+        checked_constraint(self, problem, SupportConstraint, "it preserves a support")
 
     def init(self, problem: Stochastic, start: Point | None) -> State:
         x = self.projected_start(problem, start).clone()
         mask = problem.constraint.select(x.map(Tensor.abs))  # type: ignore[attr-defined]  # as checked
-        scale = {name: _rms(part, mask[name]) for name, part in x.items()}
+        sizes = {name: max(1, int(entries.sum())) for name, entries in mask.items()}
+        scale = {name: float((part.square().sum() / sizes[name]).sqrt()) for name, part in x.items()}  # rms
         return State(x, mask, x.zeros_like(), x.zeros_like(), scale)
 
     def step(self, problem: Stochastic, state: State, iteration: int) -> None:
@@ -90,12 +86,7 @@ class SupportDescent(Iterative[State]):
         return False
 
     def solution(self, problem: Stochastic, state: State) -> Point:
-        return state.x.map(lambda part, kept: part.where(kept, 0), state.mask)
-
-
-def _rms(x: Tensor, kept: Tensor) -> float:
-    """The root mean square of the entries kept."""
-    return float((x.square().sum() / max(1, int(kept.sum()))).sqrt())
+        return state.x.map(lambda part, mask: part.where(mask, 0), state.mask)
 
 
 @dataclass(frozen=True)

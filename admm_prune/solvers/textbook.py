@@ -53,10 +53,10 @@ def sparsegpt(weight: Tensor, hessian: Tensor, select: Callable[[Tensor, int], T
     for start in range(0, W.shape[1], block):
         columns = slice(start, min(start + block, W.shape[1]))
         M = select((W[:, columns] / U.diagonal()[columns]).square(), start)
-        for j, kept in enumerate(M.T, start):
-            e = torch.where(kept, 0, W[:, j]) / U[j, j]
+        for j, m in enumerate(M.T, start):
+            e = torch.where(m, 0, W[:, j]) / U[j, j]
             W[:, j:] -= torch.outer(e, U[j, j:])
-            W[~kept, j] = 0  # exactly, not only up to rounding
+            W[~m, j] = 0  # exactly, not only up to rounding
     return W
 
 

@@ -59,14 +59,14 @@ def batches(solver: Solver, shapes: Sequence[Shape]) -> list[list[int]]:
     """The problems to solve together, by their positions: batches of one shape, none larger than its `most`."""
     if not (isinstance(solver, Iterative) and solver.batched):
         return [[position] for position in range(len(shapes))]
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for position, shape in enumerate(shapes):
-        open_one = next((b for b in reversed(found) if shapes[b[0]] == shape and len(b) < shape.most), None)
-        if open_one is None:
-            found.append([position])
+        group = next((b for b in reversed(groups) if shapes[b[0]] == shape and len(b) < shape.most), None)
+        if group is None:
+            groups.append([position])
         else:
-            open_one.append(position)
-    return found
+            group.append(position)
+    return groups
 
 
 def solve_all(solver: Solver, problems: Sequence[Any]) -> list[Result]:

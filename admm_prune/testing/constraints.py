@@ -64,31 +64,26 @@ def assert_constraint_conforms(
     frame = Frame(shape if isinstance(shape, Mapping) else {"weight": shape}, device)
     form = next(iter(frame.shapes.values())) if len(frame.shapes) == 1 else dict(frame.shapes)
     case = Case(named(constraint), f"shape {form}")
-    case.promise(isinstance(constraint, Constraint), "have the members project and contains")
-    _keeps_form(case, constraint, frame)
-    _refuses_nan(case, constraint, frame)
+    case.require(isinstance(constraint, Constraint), "have the members project and contains")
+    _check_form(case, constraint, frame)
+    _check_nan(case, constraint, frame)
     if isinstance(constraint, SupportConstraint):
         cuts = families(case, constraint, frame)
-        drawn = st.tuples(
-            st.sampled_from(cuts), *(st.lists(x, min_size=12, max_size=12).map(_tensor) for x in (_entries, _metrics))
-        )
-        for_all(drawn, lambda drawn: _equals_brute_force(case, constraint, frame, *drawn), examples)
-        _misses_no_entry(case, constraint, frame)
-        _breaks_ties(case, constraint, frame, cuts)
-        _selects_in_every_dtype(case, constraint, frame)
-        _tightens(case, constraint, frame)
+        lists = (st.lists(x, min_size=12, max_size=12) for x in (_entries, _metrics))
+        drawn = st.tuples(st.sampled_from(cuts), *(values.map(torch.DoubleTensor) for values in lists))
+        for_all(drawn, lambda drawn: _check_projection(case, constraint, frame, *drawn), examples)
+        _check_contains(case, constraint, frame)
+        _check_ties(case, constraint, frame, cuts)
+        _check_dtypes(case, constraint, frame)
+        _check_scaled_to(case, constraint, frame)
         if list(frame.shapes) == ["weight"] and len(frame.shapes["weight"]) == 2:
-            _selects_each(case, constraint, frame)
-            _shares(case, constraint, frame)
+            _check_select_each(case, constraint, frame)
+            _check_column_slices(case, constraint, frame)
     else:
         lacks = [name for name in ("group_width", "column_slice", "scaled_to") if not hasattr(constraint, name)]
-        case.promise(not hasattr(constraint, "select"), "show all of a SupportConstraint", f"it lacks {lacks}")
-        for_all(st.integers(0, 9999), lambda seed: _no_member_is_closer(case, constraint, frame, seed), examples)
-        _is_as_close_in_every_dtype(case, constraint, frame)
-
-
-def _tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+        case.require(not hasattr(constraint, "select"), "show all of a SupportConstraint", f"it lacks {lacks}")
+        for_all(st.integers(0, 9999), lambda seed: _check_distance(case, constraint, frame, seed), examples)
+        _check_distance_in_dtypes(case, constraint, frame)
 
 
 def _random(frame: Frame, seed: int) -> Tensor:
@@ -99,23 +94,23 @@ def _projected(case: Case, constraint: Constraint, v: Point, metric: Point | Non
     """The projection, with the checks for every one: arguments unchanged, form preserved, feasible, idempotent."""
     before = v.clone()
     metric_before = None if metric is None else metric.clone()
-    with case.doing("project every finite point"):
+    with case.guard("project every finite point"):
         z = constraint.project(v, metric)
     untouched = same_bits(v, before) and (metric is None or metric_before is None or same_bits(metric, metric_before))
-    case.promise(untouched, "not modify the arguments of project")
-    case.promise(
+    case.require(untouched, "not modify the arguments of project")
+    case.require(
         not shares_memory(z, v) and (metric is None or not shares_memory(z, metric)),
         "return a new point from project, not memory of its arguments",
     )
-    case.promise(same_form(z, v), "keep names, shapes, dtypes and devices in a projection")
-    case.promise(z.is_finite(), "project finite points to finite ones", f"v = {_short(v)}")
+    case.require(same_form(z, v), "keep names, shapes, dtypes and devices in a projection")
+    case.require(z.is_finite(), "project finite points to finite ones", f"v = {_short(v)}")
     exact = isinstance(constraint, SupportConstraint)
     if not exact and any(x.dtype is not torch.float64 for x in v.values()):
         return z  # rounding may put it slightly outside a set that is not a family of supports
-    case.promise(constraint.contains(z), "contain its own projections", f"not that of {_short(v)}")
+    case.require(constraint.contains(z), "contain its own projections", f"not that of {_short(v)}")
     again = constraint.project(z, metric)
     same = same_bits(again, z) if exact else (again - z).norm() <= 1e-9 * z.norm()
-    case.promise(same, "change nothing by projecting twice", f"v = {_short(v)}")
+    case.require(same, "change nothing by projecting twice", f"v = {_short(v)}")
     return z
 
 
@@ -127,7 +122,7 @@ def _cost(metric: Tensor, z: Tensor, v: Tensor) -> float:
     return float((metric * (z - v).square()).sum())
 
 
-def _equals_brute_force(
+def _check_projection(
     case: Case, constraint: SupportConstraint, frame: Frame, family: Family, values: Tensor, metrics: Tensor
 ) -> None:
     free = family.free
@@ -135,78 +130,82 @@ def _equals_brute_force(
     v[family.forced], metric[family.forced] = _HEAVY, 1e6
     v[free], metric[free] = values[: len(free)], metrics[: len(free)]
     for m, words in ((metric, f"the metric {metric[free].tolist()}"), (torch.ones_like(metric), "a metric of ones")):
-        here = case.but(f"v = {v[free].tolist()} at the entries {free.tolist()}, {words}")
+        subcase = case.narrow(f"v = {v[free].tolist()} at the entries {free.tolist()}, {words}")
         point = frame.point(m)
-        z = _projected(here, constraint, frame.point(v), point)
+        z = _projected(subcase, constraint, frame.point(v), point)
         flat = frame.flat(z)
         costs = (m * v.square())[free]
         best = float(((1 - family.admissible) * costs).sum(1).min())
         mine = _cost(m, flat, v)
-        here.promise(
+        subcase.require(
             mine <= best * _ROUNDING,
             "project to the closest point of all supports that it admits",
             f"its projection costs {mine}, the best support {best}",
         )
-        kept = flat != 0
-        here.promise(torch.equal(flat[kept], v[kept]), "keep the entries of v that it does not drop, bitwise")
+        nonzero = flat != 0
+        subcase.require(torch.equal(flat[nonzero], v[nonzero]), "keep the entries of v that it does not drop, bitwise")
         scale = torch.exp2((_random(frame, 1) * 4).round())
-        here.promise(constraint.contains(frame.point(flat * scale)), "contain its members scaled by positive numbers")
-        _selects(here, constraint, frame, (v.abs() * m.sqrt()), family, best)
-    here = case.but(f"v = {v[free].tolist()} at the entries {free.tolist()}")
+        subcase.require(
+            constraint.contains(frame.point(flat * scale)), "contain its members scaled by positive numbers"
+        )
+        _check_selection(subcase, constraint, frame, (v.abs() * m.sqrt()), family, best)
+    subcase = case.narrow(f"v = {v[free].tolist()} at the entries {free.tolist()}")
     plain = constraint.project(frame.point(v))
-    here.promise(same_bits(plain, z), "project without a metric as in a metric of ones")
+    subcase.require(same_bits(plain, z), "project without a metric as in a metric of ones")
 
 
-def _selects(
+def _check_selection(
     case: Case, constraint: SupportConstraint, frame: Frame, score: Tensor, family: Family, best: float
 ) -> None:
-    with case.doing("select a support for every score that is not negative"):
+    with case.guard("select a support for every score that is not negative"):
         mask = constraint.select(frame.point(score))
-    case.promise(
+    case.require(
         mask.keys() == frame.shapes.keys()
         and all(x.dtype is torch.bool and tuple(x.shape) == tuple(frame.shapes[name]) for name, x in mask.items()),
         "return a support as booleans of the shapes of the scores",
     )
     flat = frame.flat(mask)
-    case.promise(constraint.contains(frame.point(flat.double())), "select supports that it admits")
-    case.promise(
+    case.require(constraint.contains(frame.point(flat.double())), "select supports that it admits")
+    case.require(
         int(flat.sum()) >= family.largest,
         "select a support of the full size, also where scores are zero",
         f"it selects {int(flat.sum())} entries, and admits {family.largest}",
     )
     lost = float(score[~flat].square().sum())
-    case.promise(
+    case.require(
         lost <= best * (1 + 1e-9),
         "select the support of the largest sum of squared scores",
         f"it loses {lost}, not {best}",
     )
 
 
-def _no_member_is_closer(case: Case, constraint: Constraint, frame: Frame, seed: int) -> None:
-    here = case.but(f"seed {seed}")
+def _check_distance(case: Case, constraint: Constraint, frame: Frame, seed: int) -> None:
+    subcase = case.narrow(f"seed {seed}")
     v, metric = 3 * _random(frame, seed), _random(frame, seed + 10_000).exp()
-    z = frame.flat(_projected(here, constraint, frame.point(v), frame.point(metric)))
+    z = frame.flat(_projected(subcase, constraint, frame.point(v), frame.point(metric)))
     others = [(_random(frame, seed + k) * k, metric) for k in (1, 2, 3)]
     others += [(v, torch.ones_like(metric)), (v + 0.1 * _random(frame, seed + 4), metric)]
     for other, m in others:
-        member = frame.flat(_projected(here, constraint, frame.point(other), frame.point(m)))
+        member = frame.flat(_projected(subcase, constraint, frame.point(other), frame.point(m)))
         mine, its = _cost(metric, z, v), _cost(metric, member, v)
-        here.promise(mine <= its * (1 + 1e-9), "project to the closest of its points", f"one costs {its}, not {mine}")
+        subcase.require(
+            mine <= its * (1 + 1e-9), "project to the closest of its points", f"one costs {its}, not {mine}"
+        )
 
 
-def _keeps_form(case: Case, constraint: Constraint, frame: Frame) -> None:
+def _check_form(case: Case, constraint: Constraint, frame: Frame) -> None:
     for dtype in _DTYPES:
-        here = case.but(str(dtype))
+        subcase = case.narrow(str(dtype))
         v = frame.point((torch.arange(frame.size) % 7 + 1).to(dtype))  # many ties, no zeros
-        z = _projected(here, constraint, v)
+        z = _projected(subcase, constraint, v)
         if isinstance(constraint, SupportConstraint):
             size = constraint.select(v).count_nonzero()
-            here.promise(
+            subcase.require(
                 z.count_nonzero() == size, "keep a full support of a point without zeros", f"{z.count_nonzero()}"
             )
 
 
-def _refuses_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
+def _check_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
     for i in {0, frame.size // 2, frame.size - 1}:
         v = torch.ones(frame.size)
         v[i] = math.nan
@@ -219,18 +218,18 @@ def _refuses_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
             raise AssertionError(
                 f"{case.owner} must refuse NaN with a ValueError; it raised {kind}: {error}"
             ) from error
-        case.promise(False, "refuse a point that holds NaN with a ValueError", f"entry {i} was taken")
+        case.require(False, "refuse a point that holds NaN with a ValueError", f"entry {i} was taken")
 
 
-def _misses_no_entry(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+def _check_contains(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     full = grown(case, constraint, frame, torch.arange(frame.size))
     for i in (~full).nonzero()[:, 0].tolist()[:: max(1, frame.size // 12)]:
         for value in (1e-300, -1e-30, math.inf, math.nan):
             z = full.double()
             z[i] = value
-            with case.doing("say of any point whether it contains it"):
+            with case.guard("say of any point whether it contains it"):
                 inside = constraint.contains(frame.point(z))
-            case.promise(not inside, "count every entry that is not zero in contains", f"{value} at {i} was overlooked")
+            case.require(not inside, "count every entry that is not zero in contains", f"{value} at {i} was overlooked")
 
 
 def _small_integers(frame: Frame, seed: int, most: int) -> Tensor:
@@ -238,15 +237,15 @@ def _small_integers(frame: Frame, seed: int, most: int) -> Tensor:
     return torch.randint(0, most + 1, (frame.size,), generator=g).double()
 
 
-def _breaks_ties(case: Case, constraint: SupportConstraint, frame: Frame, cuts: list[Family]) -> None:
+def _check_ties(case: Case, constraint: SupportConstraint, frame: Frame, cuts: list[Family]) -> None:
     duty = "select the lowest indices among supports of equal sums"
     lowest = grown(case, constraint, frame, torch.arange(frame.size))
     for dtype in _DTYPES:
         for value in (1.0, 0.0):
             mask = frame.flat(constraint.select(frame.point(torch.full((frame.size,), value, dtype=dtype))))
-            here = case.but(f"{dtype}, all scores {value}")
+            subcase = case.narrow(f"{dtype}, all scores {value}")
             if int(mask.sum()) == int(lowest.sum()):
-                here.promise(torch.equal(mask, lowest), duty, f"it selects {mask.nonzero()[:, 0].tolist()[:12]}")
+                subcase.require(torch.equal(mask, lowest), duty, f"it selects {mask.nonzero()[:, 0].tolist()[:12]}")
     if frame.size > ALL:
         return
     supports = cuts[0].admissible
@@ -258,11 +257,11 @@ def _breaks_ties(case: Case, constraint: SupportConstraint, frame: Frame, cuts: 
         best = supports[sums == sums.max()]
         first = best[(best @ order).argmax()] > 0
         mask = frame.flat(constraint.select(frame.point(score)))
-        found = f"it selects {mask.nonzero()[:, 0].tolist()}, not {first.nonzero()[:, 0].tolist()}"
-        case.but(f"the scores {score.int().tolist()}").promise(torch.equal(mask, first), duty, found)
+        detail = f"it selects {mask.nonzero()[:, 0].tolist()}, not {first.nonzero()[:, 0].tolist()}"
+        case.narrow(f"the scores {score.int().tolist()}").require(torch.equal(mask, first), duty, detail)
 
 
-def _selects_in_every_dtype(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+def _check_dtypes(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     """Small integers and powers of two are exact in every dtype, and so are the sums of their squares in float32."""
     for seed in range(6):
         score, sign = _small_integers(frame, seed, 7), _random(frame, seed).sign()
@@ -270,30 +269,30 @@ def _selects_in_every_dtype(case: Case, constraint: SupportConstraint, frame: Fr
         plain = constraint.select(frame.point(score))
         weighted = constraint.project(frame.point(score), frame.point(metric)).map(lambda z: z != 0)
         for dtype in _DTYPES[:3]:
-            here = case.but(f"{dtype}, the scores {score[:12].int().tolist()}")
+            subcase = case.narrow(f"{dtype}, the scores {score[:12].int().tolist()}")
             mask = constraint.select(frame.point(score.to(dtype)))
-            here.promise(same_bits(mask, plain), "select in each dtype as in float64")
+            subcase.require(same_bits(mask, plain), "select in each dtype as in float64")
             for large in (1.0, 2.0**7):  # beyond float16 with the metric, whose roots are exact: 7 2^7 times 2^7
                 v = frame.point((score * sign * large).to(dtype))
                 m = frame.point((metric * (1.0 if large == 1 else 2.0**10)).to(dtype))
-                z = _projected(here, constraint, v, m)
+                z = _projected(subcase, constraint, v, m)
                 same = same_bits(z.map(lambda x: x != 0), weighted)
-                here.promise(same, "project in each dtype as in float64", f"v scaled by {large}")
+                subcase.require(same, "project in each dtype as in float64", f"v scaled by {large}")
 
 
-def _is_as_close_in_every_dtype(case: Case, constraint: Constraint, frame: Frame) -> None:
+def _check_distance_in_dtypes(case: Case, constraint: Constraint, frame: Frame) -> None:
     for dtype in _DTYPES[:3]:
         for seed in range(6):
             v, metric = (3 * _random(frame, seed)).to(dtype), _random(frame, seed + 10_000).exp().to(dtype)
-            here = case.but(f"{dtype}, seed {seed}")
-            z = frame.flat(_projected(here, constraint, frame.point(v), frame.point(metric))).double()
+            subcase = case.narrow(f"{dtype}, seed {seed}")
+            z = frame.flat(_projected(subcase, constraint, frame.point(v), frame.point(metric))).double()
             exact = frame.flat(constraint.project(frame.point(v.double()), frame.point(metric.double())))
             mine, best = (_cost(metric.double(), x, v.double()) for x in (z, exact))
             slack = 8 * torch.finfo(dtype).eps * float((metric.double() * v.double().square()).sum())
-            here.promise(mine <= best + slack, "project in each dtype as closely as in float64", f"{mine}, {best}")
+            subcase.require(mine <= best + slack, "project in each dtype as closely as in float64", f"{mine}, {best}")
 
 
-def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+def _check_select_each(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     if not isinstance(constraint, BatchedConstraint):
         return
     shape = tuple(frame.shapes["weight"])
@@ -306,16 +305,16 @@ def _selects_each(case: Case, constraint: SupportConstraint, frame: Frame) -> No
     for dtype in _DTYPES:
         score = torch.stack(several).to(dtype).view(-1, *shape).to(frame.device)
         before = score.clone()
-        with case.doing("select for each of several matrices"):
+        with case.guard("select for each of several matrices"):
             masks = constraint.select_each(score)
         alone = torch.stack([constraint.select(Point(weight=one))["weight"] for one in before])
-        here = case.but(f"{dtype}, {len(several)} matrices")
+        subcase = case.narrow(f"{dtype}, {len(several)} matrices")
         same = masks.dtype is torch.bool and masks.shape == alone.shape and torch.equal(masks, alone)
-        here.promise(same, "select in select_each what select selects for each matrix")
-        here.promise(torch.equal(score, before), "not modify the scores of select_each")
+        subcase.require(same, "select in select_each what select selects for each matrix")
+        subcase.require(torch.equal(score, before), "not modify the scores of select_each")
 
 
-def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+def _check_scaled_to(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     score = frame.point(_random(frame, 0).abs())
     try:
         sets = [constraint.scaled_to(fraction) for fraction in _FRACTIONS]
@@ -323,13 +322,13 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
         return  # an explicit count has no fraction
     masks = [looser.select(score) for looser in sets]
     sizes = [mask.count_nonzero() for mask in masks]
-    case.promise(sizes[0] == frame.size, "prune nothing when scaled_to(0)", f"it keeps {sizes[0]} of {frame.size}")
-    case.promise(same_bits(masks[-1], constraint.select(score)), "be itself when scaled_to(1)")
-    case.promise(sizes == sorted(sizes, reverse=True), "shrink as it is tightened", f"{sizes} at {_FRACTIONS}")
+    case.require(sizes[0] == frame.size, "prune nothing when scaled_to(0)", f"it keeps {sizes[0]} of {frame.size}")
+    case.require(same_bits(masks[-1], constraint.select(score)), "be itself when scaled_to(1)")
+    case.require(sizes == sorted(sizes, reverse=True), "shrink as it is tightened", f"{sizes} at {_FRACTIONS}")
     for k in range(1, len(sets)):
         inside = sets[k - 1].contains(masks[k].map(Tensor.double))
-        case.promise(inside, f"lie inside scaled_to({_FRACTIONS[k - 1]}) when scaled_to({_FRACTIONS[k]})")
-        case.promise(
+        case.require(inside, f"lie inside scaled_to({_FRACTIONS[k - 1]}) when scaled_to({_FRACTIONS[k]})")
+        case.require(
             type(sets[k]) is type(constraint) and sets[k].group_width == constraint.group_width,
             f"be of its own class and group width when scaled_to({_FRACTIONS[k]})",
             f"it is {named(sets[k])}",
@@ -338,14 +337,14 @@ def _tightens(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     pruned = [frame.size - constraint.scaled_to(fraction).select(score).count_nonzero() for fraction in grid]
     step = max(b - a for a, b in pairwise(pruned))
     for fraction, count in zip(grid, pruned, strict=True):
-        case.promise(
+        case.require(
             abs(count - fraction * pruned[-1]) <= 1.5 * step,  # stacked sets round apart
             "prune in proportion when tightened",
             f"scaled_to({fraction}) prunes {count}, the set itself {pruned[-1]}",
         )
 
 
-def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+def _check_column_slices(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     rows, width = frame.shapes["weight"]
     step = constraint.group_width
     if width % step:
@@ -353,29 +352,31 @@ def _shares(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
     score = frame.point(_random(frame, 0).abs())
     whole = constraint.select(score).count_nonzero()
     for edges in column_cuts(width, step):
-        here = case.but(f"columns cut at {edges}")
+        subcase = case.narrow(f"columns cut at {edges}")
         masks = []
         for start, stop in pairwise(edges):
-            with here.doing("share its budget among columns cut at multiples of group_width"):
+            with subcase.guard("share its budget among columns cut at multiples of group_width"):
                 share = constraint.column_slice(start, stop, (rows, width))
                 mask = share.select(score.map(lambda x, a=start, b=stop: x[:, a:b]))["weight"]
             masks.append(mask)
             due = whole * (stop - start) / width
             off = abs(int(mask.count_nonzero()) - due)
-            here.promise(off <= rows * step, "share its budget in proportion to the columns", f"off by {off} of {due}")
+            subcase.require(
+                off <= rows * step, "share its budget in proportion to the columns", f"off by {off} of {due}"
+            )
             if mask.numel() < ALL:
-                _is_best_in_slice(
-                    here.but(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)})
+                _check_slice(
+                    subcase.narrow(f"the share of {start}..{stop}"), share, Frame({"weight": (rows, stop - start)})
                 )
         joined = Point(weight=torch.cat(masks, dim=1))
         size = joined.count_nonzero()
-        here.promise(size == whole, "have shares that add up to its budget", f"{size} entries, not {whole}")
-        here.promise(constraint.contains(joined.map(Tensor.double)), "contain what its shares select together")
+        subcase.require(size == whole, "have shares that add up to its budget", f"{size} entries, not {whole}")
+        subcase.require(constraint.contains(joined.map(Tensor.double)), "contain what its shares select together")
 
 
-def _is_best_in_slice(case: Case, share: SupportConstraint, frame: Frame) -> None:
+def _check_slice(case: Case, share: SupportConstraint, frame: Frame) -> None:
     (family,) = families(case, share, frame)
     for seed in range(3):
         score = _random(frame, seed).abs()
         best = float(((1 - family.admissible) * score.square()).sum(1).min())
-        _selects(case, share, frame, score, family, best)
+        _check_selection(case, share, frame, score, family, best)

@@ -20,6 +20,7 @@ from admm_prune.testing.supports import (
     OnlyProximable,
     OnlyRefittable,
     OnlyStochastic,
+    all_masks,
 )
 
 ROWS, WIDTH = 6, 16
@@ -130,29 +131,29 @@ VIEWS: dict[str, Maker] = {
 def check_quadratic(case: Case, problem: Quadratic, seed: int) -> None:
     """Checks A, G, the minimizer and the curvature against values."""
     dense = problem.initial()
-    case.promise(list(dense) == ["weight"] and dense["weight"].ndim == 2, "hold one matrix, named weight")
+    case.require(list(dense) == ["weight"] and dense["weight"].ndim == 2, "hold one matrix, named weight")
     rows, width = dense["weight"].shape
     a, g, w = problem.hessian, problem.linear, problem.minimizer
-    case.promise(tuple(a.shape) == (width, width), "have a hessian (in, in)", f"it is {tuple(a.shape)}")
+    case.require(tuple(a.shape) == (width, width), "have a hessian (in, in)", f"it is {tuple(a.shape)}")
     shapes = tuple(g.shape) == tuple(w.shape) == (rows, width)
-    case.promise(shapes, "have linear and minimizer (out, in)", f"they are {tuple(g.shape)} and {tuple(w.shape)}")
+    case.require(shapes, "have linear and minimizer (out, in)", f"they are {tuple(g.shape)} and {tuple(w.shape)}")
     eps = precision(dense)
     scale = a.diagonal().double().sqrt()
     skew = float(((a - a.T).double() / scale / scale[:, None]).abs().max())
-    case.promise(skew <= 100 * eps, "have a symmetric hessian", f"it is off by {skew} of sqrt(A_ii A_jj)")
+    case.require(skew <= 100 * eps, "have a symmetric hessian", f"it is off by {skew} of sqrt(A_ii A_jj)")
     scaled = a.double() / scale / scale[:, None]
     least = float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[0])
-    case.promise(least > 0, "have a positive definite hessian", f"its least eigenvalue, Jacobi-scaled, is {least}")
+    case.require(least > 0, "have a positive definite hessian", f"its least eigenvalue, Jacobi-scaled, is {least}")
     _agrees_with_values(case, problem, dense, seed)
     best = Point(weight=w.to(dense["weight"].dtype))
     at_best = problem.value(best)
     for k in range(4):
         d = random_like(dense, seed + 50 + k)
-        found = slope(problem.value, best, d)
-        allowed = found.rounding + 10 * eps**0.5 * problem.curvature * float((best.norm() or 1.0) * d.norm())
-        case.promise(abs(found.value) <= allowed, "have no slope at its minimizer", f"it is {found.value}")
+        derivative = slope(problem.value, best, d)
+        allowed = derivative.rounding + 10 * eps**0.5 * problem.curvature * float((best.norm() or 1.0) * d.norm())
+        case.require(abs(derivative.value) <= allowed, "have no slope at its minimizer", f"it is {derivative.value}")
         there = problem.value(best + d)
-        case.promise(there >= at_best - 1000 * eps * abs(there), "be least at its minimizer", f"{there} < {at_best}")
+        case.require(there >= at_best - 1000 * eps * abs(there), "be least at its minimizer", f"{there} < {at_best}")
     _mean_curvature(case, problem, dense)
 
 
@@ -165,7 +166,7 @@ def _agrees_with_values(case: Case, problem: Quadratic, dense: Point, seed: int)
         square, product = float(((v @ a) * v).sum()), float((v * g).sum())
         value = problem.value(x)
         size = abs(square) + 2 * abs(product) + abs(constant)
-        case.promise(
+        case.require(
             abs(value - (square - 2 * product + constant)) <= 1000 * precision(dense) * size,
             "have the value tr(V A V^T) - 2 tr(V G^T) + c",
             f"at a random V the value is {value}, hessian and linear say {square - 2 * product + constant}",
@@ -185,7 +186,7 @@ def _mean_curvature(case: Case, problem: Quadratic, dense: Point) -> None:
         above, below = problem.value(e), problem.value(-e)
         total += (above - 2 * at_zero + below) / (2 * h * h * width)
         rounding += 100 * precision(dense) * (abs(above) + abs(at_zero) + abs(below)) / (2 * h * h * width)
-    case.promise(
+    case.require(
         abs(problem.curvature - total) <= rounding + 1e-6 * total,
         "have as curvature the mean diagonal of A, half the second derivatives of its value",
         f"it is {problem.curvature}, second differences say {total}",
@@ -199,15 +200,15 @@ def optimum(problem: Quadratic) -> Point:
     """
     a, w = problem.hessian.double(), problem.minimizer.double()
     rows, width = w.shape
-    subsets = _bits(width)  # (2^in, in)
-    kept = subsets.double()
-    both = kept[:, :, None] * kept[:, None, :]
-    systems = a * both + torch.diag_embed(1 - kept)
-    right = kept[:, :, None] * problem.linear.double().T  # (2^in, in, out)
-    fitted = torch.linalg.solve(systems, right).mT * kept[:, None, :]  # (2^in, out, in)
+    subsets = all_masks(width)  # (2^in, in)
+    masks = subsets.double()
+    both = masks[:, :, None] * masks[:, None, :]
+    systems = a * both + torch.diag_embed(1 - masks)
+    right = masks[:, :, None] * problem.linear.double().T  # (2^in, in, out)
+    fitted = torch.linalg.solve(systems, right).mT * masks[:, None, :]  # (2^in, out, in)
     away = fitted - w
     losses = ((away @ a) * away).sum(-1)  # (2^in, out)
-    supports = _bits(rows * width).view(-1, rows, width)
+    supports = all_masks(rows * width).view(-1, rows, width)
     codes = (supports * 2 ** torch.arange(width)).sum(-1)  # (2^n, out)
     totals = losses[codes, torch.arange(rows)].sum(1)
     for i in totals.argsort().tolist():
@@ -215,8 +216,3 @@ def optimum(problem: Quadratic) -> Point:
         if problem.constraint.contains(Point(weight=weight)):
             return Point(weight=weight)
     raise AssertionError(f"{named(problem.constraint)} contains no point, not even zero")
-
-
-def _bits(count: int) -> Tensor:
-    """Every row of `count` zeros and ones, as booleans."""
-    return (torch.arange(2**count)[:, None] >> torch.arange(count)) & 1 == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -80,123 +79,123 @@ def assert_problem_conforms(
     Raises:
         AssertionError: a requirement is violated.
     """
-    for_all(st.integers(0, 9999), lambda seed: _conforms(make_problem, other_held_out, seed), examples)
+    for_all(st.integers(0, 9999), lambda seed: _check_problem(make_problem, other_held_out, seed), examples)
 
 
-def _conforms(
+def _check_problem(
     make_problem: Callable[[int], Problem], other_held_out: Callable[[int], Problem] | None, seed: int
 ) -> None:
     problem = make_problem(seed)
     case = Case(type(problem).__name__, f"seed {seed}")
-    _is_problem(case, problem)
+    _check_members(case, problem)
     dense = problem.initial()
     before = dense.clone()
-    case.promise(dense.is_finite() and dense.numel() > 0, "begin at a finite point")
+    case.require(dense.is_finite() and dense.numel() > 0, "begin at a finite point")
     curvature = problem.curvature
-    case.promise(math.isfinite(curvature) and curvature > 0, "have a positive finite curvature", f"it is {curvature}")
-    case.promise(isinstance(problem.constraint, Constraint), "have a Constraint")
-    with case.doing("have a constraint that its initial point can be projected to"):
+    case.require(math.isfinite(curvature) and curvature > 0, "have a positive finite curvature", f"it is {curvature}")
+    case.require(isinstance(problem.constraint, Constraint), "have a Constraint")
+    with case.guard("have a constraint that its initial point can be projected to"):
         start = problem.constraint.project(dense)
-        case.promise(same_form(start, dense), "have a constraint that keeps the form of its points")
+        case.require(same_form(start, dense), "have a constraint that keeps the form of its points")
     points = [dense, random_like(dense, seed + 1, rms(dense)), start]
     values = [_value(case, problem, x) for x in points]
-    twin = make_problem(seed)
-    case.promise([twin.value(x) for x in points] == values, "be the same problem when made again from the same seed")
-    _capabilities(case, problem, points, seed)
+    rebuilt = make_problem(seed)
+    case.require([rebuilt.value(x) for x in points] == values, "be the same problem when made again from the same seed")
+    _check_capabilities(case, problem, points, seed)
     if other_held_out is not None:
         check_held_out(case, problem, other_held_out(seed), points, seed)
-    case.promise(same_bits(problem.initial(), before), "not change its initial point by any call")
-    case.promise([problem.value(x) for x in points] == values, "not change its values by any call")
+    case.require(same_bits(problem.initial(), before), "not change its initial point by any call")
+    case.require([problem.value(x) for x in points] == values, "not change its values by any call")
 
 
-def _is_problem(case: Case, problem: object) -> None:
+def _check_members(case: Case, problem: object) -> None:
     lacks = [name for name in ("constraint", "curvature", "initial", "value") if not hasattr(problem, name)]
-    case.promise(not lacks, "have the members of a Problem", f"it lacks {', '.join(lacks)}")
+    case.require(not lacks, "have the members of a Problem", f"it lacks {', '.join(lacks)}")
 
 
-def _capabilities(case: Case, problem: Problem, points: list[Point], seed: int) -> None:
+def _check_capabilities(case: Case, problem: Problem, points: list[Point], seed: int) -> None:
     smooth = isinstance(problem, Quadratic | Differentiable)
     if isinstance(problem, Quadratic):
-        check_quadratic(case.but("as a Quadratic"), problem, seed)
+        check_quadratic(case.narrow("as a Quadratic"), problem, seed)
     else:
         check_curvature(case, problem, seed)
     if isinstance(problem, Differentiable):
-        _gradient(case.but("as a Differentiable"), problem, points, seed)
+        _check_gradients(case.narrow("as a Differentiable"), problem, points, seed)
     if isinstance(problem, Stochastic):
-        _samples(case.but("as a Stochastic"), problem, points, seed)
+        _check_samples(case.narrow("as a Stochastic"), problem, points, seed)
     if isinstance(problem, Proximable):
         for rho in (1e-2, 1.0, 30.0):
-            _prox(case.but(f"as a Proximable, rho = {rho}"), problem, points[1], rho, smooth=smooth, seed=seed)
+            _check_prox(case.narrow(f"as a Proximable, rho = {rho}"), problem, points[1], rho, smooth=smooth, seed=seed)
     if isinstance(problem, Refittable):
-        _refit(case.but("as a Refittable"), problem, points[1], smooth=smooth, seed=seed)
+        _check_refit(case.narrow("as a Refittable"), problem, points[1], smooth=smooth, seed=seed)
     if isinstance(problem, Minimizable):
-        _minimum(case.but("as a Minimizable"), problem, points, seed)
+        _check_minimum(case.narrow("as a Minimizable"), problem, points, seed)
     if isinstance(problem, Blockwise):
-        _blocks(case.but("as a Blockwise"), problem, points, seed)
+        _check_blocks(case.narrow("as a Blockwise"), problem, points, seed)
     if isinstance(problem, Coordinated):
-        _coordinated(case.but("as a Coordinated"), problem, points)
+        _check_coordinated(case.narrow("as a Coordinated"), problem, points)
 
 
-def _untouched(case: Case, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+def _repeated(case: Case, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a call, which must be repeatable and must not modify its arguments."""
     before = [x.clone() if isinstance(x, Point) else x for x in arguments]
-    with case.doing(f"answer {what}"):
+    with case.guard(f"answer {what}"):
         first, second = call(*arguments), call(*arguments)
-    case.promise(equal(first, second), f"return the same when {what} is called again")
+    case.require(equal(first, second), f"return the same when {what} is called again")
     for old, new in zip(before, arguments, strict=True):
-        case.promise(not isinstance(new, Point) or same_bits(new, old), f"not modify the arguments of {what}")
+        case.require(not isinstance(new, Point) or same_bits(new, old), f"not modify the arguments of {what}")
     return first
 
 
 def _value(case: Case, problem: Problem, x: Point) -> float:
-    value = _untouched(case, "value", problem.value, x)
-    case.promise(isinstance(value, float) and math.isfinite(value), "have a finite float as value", f"it is {value!r}")
+    value = _repeated(case, "value", problem.value, x)
+    case.require(isinstance(value, float) and math.isfinite(value), "have a finite float as value", f"it is {value!r}")
     return float(value)
 
 
-def _gradient(case: Case, problem: Differentiable, points: list[Point], seed: int) -> None:
+def _check_gradients(case: Case, problem: Differentiable, points: list[Point], seed: int) -> None:
     for k, x in enumerate(points):
-        value, gradient = _untouched(case, "value_and_gradient", problem.value_and_gradient, x)
+        value, gradient = _repeated(case, "value_and_gradient", problem.value_and_gradient, x)
         close = 100 * precision(x) * max(abs(value), abs(problem.value(x)))
-        case.promise(abs(value - problem.value(x)) <= close, "give the value that `value` gives", f"{value}")
-        _is_gradient(case, problem.value, x, gradient, seed + k)
+        case.require(abs(value - problem.value(x)) <= close, "give the value that `value` gives", f"{value}")
+        _check_gradient(case, problem.value, x, gradient, seed + k)
 
 
-def _samples(case: Case, problem: Stochastic, points: list[Point], seed: int) -> None:
+def _check_samples(case: Case, problem: Stochastic, points: list[Point], seed: int) -> None:
     for draw in (0, 1, 7):
-        here = case.but(f"draw {draw}")
-        _, gradient = _untouched(here, "sample_gradient", problem.sample_gradient, points[1], draw)
-        _is_gradient(here, partial(_sample_loss, problem, draw), points[1], gradient, seed + draw)
+        subcase = case.narrow(f"draw {draw}")
+        _, gradient = _repeated(subcase, "sample_gradient", problem.sample_gradient, points[1], draw)
+
+        def loss(x: Point, draw: int = draw) -> float:
+            return problem.sample_gradient(x, draw)[0]
+
+        _check_gradient(subcase, loss, points[1], gradient, seed + draw)
     check_sampled_losses(case, problem, points)
 
 
-def _sample_loss(problem: Stochastic, draw: int, x: Point) -> float:
-    return problem.sample_gradient(x, draw)[0]
-
-
-def _is_gradient(case: Case, value: Callable[[Point], float], x: Point, gradient: Point, seed: int) -> None:
-    case.promise(same_form(gradient, x), "give a gradient of the form of the point")
-    case.promise(not any(g.requires_grad for g in gradient.values()), "return a gradient without a graph")
+def _check_gradient(case: Case, value: Callable[[Point], float], x: Point, gradient: Point, seed: int) -> None:
+    case.require(same_form(gradient, x), "give a gradient of the form of the point")
+    case.require(not any(g.requires_grad for g in gradient.values()), "return a gradient without a graph")
     for k in range(_DIRECTIONS):
         d = random_like(x, seed + 100 * k + 1)
-        found, told = slope(value, x, d), gradient.dot(d)
-        allowed = found.rounding + 10 * precision(x) ** 0.5 * float(gradient.norm() * d.norm())
-        case.promise(
-            abs(found.value - told) <= allowed,
+        difference, predicted = slope(value, x, d), gradient.dot(d)
+        allowed = difference.rounding + 10 * precision(x) ** 0.5 * float(gradient.norm() * d.norm())
+        case.require(
+            abs(difference.value - predicted) <= allowed,
             "give a gradient that equals central differences of its value",
-            f"along a random direction the difference is {found.value}, the gradient says {told}",
+            f"along a random direction the difference is {difference.value}, the gradient says {predicted}",
         )
 
 
-def _prox(case: Case, problem: Proximable, v: Point, rho: float, *, smooth: bool, seed: int) -> None:
+def _check_prox(case: Case, problem: Proximable, v: Point, rho: float, *, smooth: bool, seed: int) -> None:
     weight = rho * problem.curvature
 
     def penalized(y: Point) -> float:
         return problem.value(y) + weight * float((y - v).norm()) ** 2
 
-    x = _untouched(case, "prox", problem.prox, v, rho)
-    case.promise(same_form(x, v) and x.is_finite(), "have a finite prox of the form of its argument")
-    here = penalized(x)
+    x = _repeated(case, "prox", problem.prox, v, rho)
+    case.require(same_form(x, v) and x.is_finite(), "have a finite prox of the form of its argument")
+    at_prox = penalized(x)
     rivals = {"v itself": v, "the dense weights": problem.initial()}
     for factor in (0.5, 0.8, 1.25, 2.0):
         other = problem.prox(v, factor * rho)
@@ -204,19 +203,19 @@ def _prox(case: Case, problem: Proximable, v: Point, rho: float, *, smooth: bool
         rivals[f"a tenth of the way to prox at {factor} rho"] = x + 0.1 * (other - x)
         rivals[f"a tenth of the way beyond it, from prox at {factor} rho"] = x - 0.1 * (other - x)
     for name, y in rivals.items():
-        there = penalized(y)
-        case.promise(
-            here <= there + 1000 * precision(x) * max(abs(here), abs(there)),
+        at_rival = penalized(y)
+        case.require(
+            at_prox <= at_rival + 1000 * precision(x) * max(abs(at_prox), abs(at_rival)),
             "minimize value(x) + rho * curvature * |x - v|^2 by its prox",
-            f"{name} gives {there}, prox {here}",
+            f"{name} gives {at_rival}, prox {at_prox}",
         )
     directions = [random_like(x, seed + 100 * k + 2) for k in range(_DIRECTIONS)]
     strength = problem.curvature * (1 + rho) * float(v.norm() + x.norm())
     lower = lower_neighbour(penalized, x, directions, smooth=smooth, strength=strength)
-    case.promise(lower is None, "minimize value(x) + rho * curvature * |x - v|^2 by its prox", lower or "")
+    case.require(lower is None, "minimize value(x) + rho * curvature * |x - v|^2 by its prox", lower or "")
 
 
-def _refit(case: Case, problem: Refittable, x: Point, *, smooth: bool, seed: int) -> None:
+def _check_refit(case: Case, problem: Refittable, x: Point, *, smooth: bool, seed: int) -> None:
     scores = random_like(x, seed + 3).map(torch.abs)
     masks = {f"a random mask of {p:.0%}": scores.map(lambda s, p=p: s < s.flatten().quantile(p)) for p in (0.3, 0.7)}
     masks["an empty mask"] = x.map(lambda v: torch.zeros_like(v, dtype=torch.bool))
@@ -225,76 +224,78 @@ def _refit(case: Case, problem: Refittable, x: Point, *, smooth: bool, seed: int
         masks["a support of its constraint"] = problem.constraint.select(scores)
     values = {}
     for name, mask in masks.items():
-        here = case.but(name)
-        fitted = _untouched(here, "refit", problem.refit, mask)
-        here.promise(same_form(fitted, x) and fitted.is_finite(), "refit to a finite point of the form of its points")
-        off = fitted.map(lambda v, kept: v.masked_fill(kept, 0), mask).count_nonzero()
-        here.promise(off == 0, "refit to a point that vanishes off the mask", f"{off} entries do not")
+        subcase = case.narrow(name)
+        fitted = _repeated(subcase, "refit", problem.refit, mask)
+        subcase.require(
+            same_form(fitted, x) and fitted.is_finite(), "refit to a finite point of the form of its points"
+        )
+        off = fitted.map(lambda v, inside: v.masked_fill(inside, 0), mask).count_nonzero()
+        subcase.require(off == 0, "refit to a point that vanishes off the mask", f"{off} entries do not")
         values[name] = problem.value(fitted)
         if not mask.count_nonzero():
             continue
         directions = [
-            random_like(x, seed + 100 * k + 4).map(lambda d, kept: d * kept, mask) for k in range(_DIRECTIONS)
+            random_like(x, seed + 100 * k + 4).map(lambda d, inside: d * inside, mask) for k in range(_DIRECTIONS)
         ]
         strength = problem.curvature * float(fitted.norm() + problem.initial().norm())
         lower = lower_neighbour(problem.value, fitted, directions, smooth=smooth, strength=strength)
-        here.promise(lower is None, "refit to the minimum on the mask", lower or "")
+        subcase.require(lower is None, "refit to the minimum on the mask", lower or "")
     order = ["an empty mask", "a random mask of 30%", "a random mask of 70%", "a full mask"]
     for small, large in pairwise(order):
         slack = 1000 * precision(x) * abs(values["an empty mask"])
-        case.promise(values[large] <= values[small] + slack, f"be no worse refitted on {large} than on {small}")
+        case.require(values[large] <= values[small] + slack, f"be no worse refitted on {large} than on {small}")
 
 
-def _minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -> None:
-    best = _untouched(case, "minimize", problem.minimize)
-    case.promise(same_form(best, points[0]) and best.is_finite(), "have a finite minimum of the form of its points")
-    case.promise(problem.constraint.contains(best), "have a minimum that lies in its constraint")
-    here = problem.value(best)
+def _check_minimum(case: Case, problem: Minimizable, points: list[Point], seed: int) -> None:
+    best = _repeated(case, "minimize", problem.minimize)
+    case.require(same_form(best, points[0]) and best.is_finite(), "have a finite minimum of the form of its points")
+    case.require(problem.constraint.contains(best), "have a minimum that lies in its constraint")
+    lowest = problem.value(best)
     near = [best + 10.0 ** -(k % 3 + 1) * random_like(best, seed + k, rms(best)) for k in range(_DIRECTIONS)]
     for rival in (points[0], *map(problem.constraint.project, (*points, *near))):
-        there = problem.value(rival)
-        slack = 1000 * precision(best) * max(abs(here), abs(there))
-        case.promise(here <= there + slack, "give its minimum", f"it gives {here}, {there} is reached")
+        at_rival = problem.value(rival)
+        slack = 1000 * precision(best) * max(abs(lowest), abs(at_rival))
+        case.require(lowest <= at_rival + slack, "give its minimum", f"it gives {lowest}, {at_rival} is reached")
 
 
-def _coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
+def _check_coordinated(case: Case, problem: Coordinated, points: list[Point]) -> None:
     x, other = points[0], points[1]
-    validation_loss = _untouched(case, "validation_loss", problem.validation_loss, x)
-    case.promise(
+    validation_loss = _repeated(case, "validation_loss", problem.validation_loss, x)
+    case.require(
         isinstance(validation_loss, float) and math.isfinite(validation_loss),
         "return a finite float from `validation_loss`",
         f"{validation_loss!r}",
     )
     for name in problem.order:
-        here = case.but(f"block {name}")
+        subcase = case.narrow(f"block {name}")
         block = problem.block(name, x)
-        part = _untouched(here, "part", problem.part, x, name)
-        here.promise(same_form(part, block.initial()), "have a part of the form of the block's points")
+        part = _repeated(subcase, "part", problem.part, x, name)
+        subcase.require(same_form(part, block.initial()), "have a part of the form of the block's points")
         foreign = problem.joined(x, name, block, problem.part(other, name))
-        here.promise(same_form(foreign, x) and not same_bits(foreign, x), "join a solution of the block")
+        subcase.require(same_form(foreign, x) and not same_bits(foreign, x), "join a solution of the block")
         again = problem.part(foreign, name)
-        here.promise(same_bits(again, problem.part(other, name)), "return as part what it joined")
+        subcase.require(same_bits(again, problem.part(other, name)), "return as part what it joined")
 
 
-def _blocks(case: Case, problem: Blockwise, points: list[Point], seed: int) -> None:
+def _check_blocks(case: Case, problem: Blockwise, points: list[Point], seed: int) -> None:
     order = problem.order
-    case.promise(len(order) > 0 and len(set(order)) == len(order), "name each block once", f"{order}")
+    case.require(len(order) > 0 and len(set(order)) == len(order), "name each block once", f"{order}")
     x, other = points[0], points[1]
     for name in order:
-        here = case.but(f"block {name}")
-        with here.doing("give each block as a problem"):
+        subcase = case.narrow(f"block {name}")
+        with subcase.guard("give each block as a problem"):
             block = problem.block(name, x)
-            _is_problem(here, block)
+            _check_members(subcase, block)
             mine = block.initial()
             change = block.value(mine)
-        here.promise(math.isfinite(change), "have blocks of finite value", f"{change}")
+        subcase.require(math.isfinite(change), "have blocks of finite value", f"{change}")
         if isinstance(block, Minimizable):
-            _minimum(here, block, [mine, random_like(mine, seed, rms(mine))], seed)
+            _check_minimum(subcase, block, [mine, random_like(mine, seed, rms(mine))], seed)
         if mine.keys() <= x.keys() and all(mine[key].shape == x[key].shape for key in mine):
             moved = Point({key: other[key] for key in mine})
             change = block.value(moved) - block.value(Point({key: x[key] for key in mine}))
             whole = problem.value(Point({**x, **moved})) - problem.value(x)
             close = 1000 * precision(x) * max(abs(problem.value(x)), abs(whole), abs(change))
-            here.promise(
+            subcase.require(
                 abs(change - whole) <= close, "have blocks whose values differ as its own do", f"{change}, {whole}"
             )

@@ -24,47 +24,47 @@ def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, w
         fills: the solution must keep the full count, where its weights are ordinary.
         watched: a watcher may have stopped it.
     """
-    case.promise(isinstance(result, Result), "return a Result", f"it returned a {type(result).__name__}")
+    case.require(isinstance(result, Result), "return a Result", f"it returned a {type(result).__name__}")
     x, constraint = result.solution, problem.constraint
     form = {name: (tuple(t.shape), str(t.dtype)) for name, t in x.items()}
-    case.promise(same_form(x, problem.initial()), "return a solution of the form of the dense weights", f"{form}")
-    case.promise(x.is_finite(), "return a finite solution")
+    case.require(same_form(x, problem.initial()), "return a solution of the form of the dense weights", f"{form}")
+    case.require(x.is_finite(), "return a finite solution")
     if isinstance(constraint, SupportConstraint):
         full = constraint.select(x.map(torch.ones_like)).count_nonzero()
-        kept = x.count_nonzero()
-        case.promise(kept <= full, "keep no more weights than the constraint admits", f"{kept} of {full}")
-        case.promise(
-            constraint.contains(x), "return a point of the constraint", f"{kept} of {full} weights, in the wrong places"
+        size = x.count_nonzero()
+        case.require(size <= full, "keep no more weights than the constraint admits", f"{size} of {full}")
+        case.require(
+            constraint.contains(x), "return a point of the constraint", f"{size} of {full} weights, in the wrong places"
         )
         if fills:
-            case.promise(kept == full, "keep as many weights as the constraint admits", f"{kept} of {full}")
+            case.require(size == full, "keep as many weights as the constraint admits", f"{size} of {full}")
     else:
-        case.promise(constraint.contains(x), "return a point of the constraint")
+        case.require(constraint.contains(x), "return a point of the constraint")
     value = problem.value(x)
-    case.promise(
+    case.require(
         result.objective == value,
         "report as objective exactly the value of its solution",
         f"it reports {result.objective}, problem.value says {value}",
     )
     if result.bound is not None:
         limit = result.objective + 1e-9 * abs(result.objective) + 1e-13 * abs(problem.value(x.zeros_like()))
-        case.promise(
+        case.require(
             result.bound <= limit, "give a bound not above its objective", f"{result.bound} > {result.objective}"
         )
-    case.promise(isinstance(result.status, Status), "end with a Status", f"{result.status!r}")
-    case.promise(watched or result.status is not Status.STOPPED, "say STOPPED only where a watcher asked")
-    case.promise(math.isfinite(result.seconds) and result.seconds >= 0, "report its seconds", f"{result.seconds}")
+    case.require(isinstance(result.status, Status), "end with a Status", f"{result.status!r}")
+    case.require(watched or result.status is not Status.STOPPED, "say STOPPED only where a watcher asked")
+    case.require(math.isfinite(result.seconds) and result.seconds >= 0, "report its seconds", f"{result.seconds}")
     _check_history(case, result)
 
 
 def _check_history(case: Case, result: Result) -> None:
     numbers = [progress.iteration for progress in result.history]
     in_order = all(a < b for a, b in zip([0, *numbers], [*numbers, result.iterations + 1], strict=True))
-    case.promise(in_order, "number its history from 1 to `iterations`, upwards", f"{numbers}, {result.iterations}")
+    case.require(in_order, "number its history from 1 to `iterations`, upwards", f"{numbers}, {result.iterations}")
     best = result.best_iteration
-    case.promise(0 <= best <= result.iterations, "find the best point within its iterations", f"at {best}")
+    case.require(0 <= best <= result.iterations, "find the best point within its iterations", f"at {best}")
     for progress in result.history:
-        case.promise(
+        case.require(
             progress.objective is None or progress.objective >= result.objective,
             "return the best point that it measured",
             f"iteration {progress.iteration} had {progress.objective}, it returned {result.objective}",
@@ -92,17 +92,17 @@ class Case:
     owner: str
     input: str
 
-    def but(self, more: str) -> Case:
+    def narrow(self, more: str) -> Case:
         """The same case with more detail on its input."""
         return replace(self, input=f"{self.input}, {more}")
 
-    def promise(self, kept: bool, duty: str, found: str = "") -> None:
-        """Raises AssertionError unless kept: '`owner` on `input` must `duty`; `found`'."""
-        if not kept:
-            raise AssertionError(f"{self.owner} on {self.input} must {duty}" + (f"; {found}" if found else ""))
+    def require(self, condition: bool, duty: str, detail: str = "") -> None:
+        """Raises AssertionError unless kept: '`owner` on `input` must `duty`; `detail`'."""
+        if not condition:
+            raise AssertionError(f"{self.owner} on {self.input} must {duty}" + (f"; {detail}" if detail else ""))
 
     @contextmanager
-    def doing(self, what: str) -> Generator[None, None, None]:
+    def guard(self, what: str) -> Generator[None, None, None]:
         """Turns any exception of the class under test into an AssertionError."""
         try:
             yield
@@ -117,7 +117,9 @@ def same_bits(a: Point, b: Point) -> bool:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True if two results of a problem are bitwise equal: points, numbers, or tuples of them."""
+    """True if two results of a problem are bitwise equal: points, tensors, numbers, or tuples of them."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
     if isinstance(a, Point) and isinstance(b, Point):
         return same_bits(a, b)
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -185,17 +187,17 @@ def lower_neighbour(
         A description of the point found; None if there is none.
     """
     eps = precision(x)
-    here = value(x)
+    at_x = value(x)
     for d in directions:
         for scale in _SCALES:
             step = scale * rms(x) / rms(d)
             for side in (x + step * d, x - step * d):
-                there = value(side)
-                if there < here - 1000 * eps * max(abs(here), abs(there)):
-                    return f"{there} is reached near by, {here} was returned"
+                at_side = value(side)
+                if at_side < at_x - 1000 * eps * max(abs(at_x), abs(at_side)):
+                    return f"{at_side} is reached near by, {at_x} was returned"
         if smooth:
-            found = slope(value, x, d)
-            allowed = found.rounding + 10 * eps**0.5 * strength * float(d.norm())
-            if abs(found.value) > allowed:
-                return f"the slope along a direction is {found.value}, beyond rounding ({allowed})"
+            derivative = slope(value, x, d)
+            allowed = derivative.rounding + 10 * eps**0.5 * strength * float(d.norm())
+            if abs(derivative.value) > allowed:
+                return f"the slope along a direction is {derivative.value}, beyond rounding ({allowed})"
     return None

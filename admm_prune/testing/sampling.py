@@ -35,7 +35,7 @@ def check_curvature(case: Case, problem: Problem, seed: int) -> None:
     high = max(mean + error for mean, error in zip(means, errors, strict=True))
     if max(errors) >= 0.5 * max(means):
         return
-    case.promise(
+    case.require(
         low / _FACTOR <= problem.curvature <= high * _FACTOR,
         "have as curvature half the mean diagonal of the Hessian of its value, within a factor of 10",
         f"it is {problem.curvature}, second differences say {min(means)} to {max(means)} over its tensors",
@@ -47,16 +47,16 @@ def _half_mean_diagonal(problem: Problem, x: Point, name: str, seed: int) -> tup
     generator = torch.Generator().manual_seed(seed)
     eps = precision(x)
     h = eps**0.25 * max(rms(x), 1e-3)
-    here, rounding = problem.value(x), 0.0
+    center, rounding = problem.value(x), 0.0
     curvatures = []
     for _ in range(_PROBES):
         signs = torch.randint(0, 2, x[name].shape, generator=generator).to(x[name]) * 2 - 1
         above, below = (problem.value(Point({**x, name: x[name] + side * h * signs})) for side in (1, -1))
         scale = 2 * h * h * max(1, signs.numel())
-        curvatures.append((above - 2 * here + below) / scale)
-        rounding = max(rounding, 100 * eps * (abs(above) + 2 * abs(here) + abs(below)) / scale)
-    found = torch.tensor(curvatures, dtype=torch.float64)
-    return float(found.mean()), rounding + 3 * float(found.std()) / _PROBES**0.5
+        curvatures.append((above - 2 * center + below) / scale)
+        rounding = max(rounding, 100 * eps * (abs(above) + 2 * abs(center) + abs(below)) / scale)
+    estimates = torch.tensor(curvatures, dtype=torch.float64)
+    return float(estimates.mean()), rounding + 3 * float(estimates.std()) / _PROBES**0.5
 
 
 def check_sampled_losses(case: Case, problem: Stochastic, points: list[Point]) -> None:
@@ -75,7 +75,7 @@ def check_sampled_losses(case: Case, problem: Stochastic, points: list[Point]) -
         expected = value - values[0]
         rounding = 1000 * precision(x) * max(abs(value), abs(values[0]), float(sampled.abs().max()))
         allowed = _STANDARD_ERRORS * error + _RELATIVE * max(abs(mean), abs(expected)) + rounding
-        case.promise(
+        case.require(
             abs(mean - expected) <= allowed,
             "sample losses whose mean over the draws differs between two points as its value does",
             f"the mean over {_DRAWS} draws differs by {mean} (standard error {error}), the value by {expected}",

@@ -91,47 +91,50 @@ def assert_solver_conforms(
     kinds = list(makers)
     for kind, make in makers.items():
         for name, constraint in sets.items():
-            _solves(trial, f"{kind}, {name}", make, constraint, dense_start=kind == kinds[0])
+            _check_solve(trial, f"{kind}, {name}", make, constraint, dense_start=kind == kinds[0])
     for kind, view in VIEWS.items():
         for name in ("half", "2:4"):
-            _solves(trial, f"{kind}, {name}", view, CONSTRAINTS[name], dense_start=True)
+            _check_solve(trial, f"{kind}, {name}", view, CONSTRAINTS[name], dense_start=True)
     for trouble in TROUBLES:
         for name in ("half", "2:4"):
-            _survives(trial, f"a layer with {trouble}, {name}", ill_posed(CONSTRAINTS[name], trouble))
+            case, problem = Case(trial.name, f"a layer with {trouble}, {name}"), ill_posed(CONSTRAINTS[name], trouble)
+            result = trial.solve(case, problem)
+            if result is not None:
+                check_result(case, problem, result, fills=False)
     drawn = st.tuples(st.sampled_from(_TINY), st.sampled_from((2, 12, 64)), st.integers(0, 9999))
-    for_all(drawn, lambda drawn: _is_honest_of_tiny(trial, *drawn), examples)
+    for_all(drawn, lambda drawn: _check_against_optimum(trial, *drawn), examples)
     whole = Case(trial.name, "all problems of the kit")
     refused = "; ".join(sorted(set(trial.refused.values()))[:3])
-    whole.promise(bool(trial.solved), "solve something", f"it refused everything: {refused}")
+    whole.require(bool(trial.solved), "solve something", f"it refused everything: {refused}")
     if isinstance(solver, Iterative):
         check_iterative(trial, solver)
-    whole.promise(repr(solver) == settings, "not modify its own settings", f"{settings} became {solver!r}")
+    whole.require(repr(solver) == settings, "not modify its own settings", f"{settings} became {solver!r}")
     return Conformance(tuple(trial.solved), dict(trial.refused))
 
 
-def _solves(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dense_start: bool) -> None:
+def _check_solve(trial: Trial, name: str, make: Maker, constraint: SparseSet, *, dense_start: bool) -> None:
     case = Case(trial.name, name)
     problem = make(constraint)
     result = trial.solve(case, problem)
     if result is None:
         return
     check_result(case, problem, result, fills=trial.fills)
-    case.promise(result.status.ok, "end with an ok status on a well-posed problem", f"{result.status}")
-    _bounds_a_better_solver(case, problem, result)
-    _keeps_the_ends(case, problem, result)
+    case.require(result.status.ok, "end with an ok status on a well-posed problem", f"{result.status}")
+    _check_bound(case, problem, result)
+    _check_extremes(case, problem, result)
     again = trial.solve(case, make(constraint))
-    case.promise(
+    case.require(
         again is not None and same_bits(again.solution, result.solution) and again.objective == result.objective,
         "give the same bits for the same problem made again",
     )
     dense = problem.initial().clone()
     feasible = problem.constraint.project(0.9 * dense)
-    _is_not_worse(trial, case.but("from a feasible start"), problem, feasible)
+    _check_start(trial, case.narrow("from a feasible start"), problem, feasible)
     if dense_start:
-        _is_not_worse(trial, case.but("from the dense weights"), problem, dense)
+        _check_start(trial, case.narrow("from the dense weights"), problem, dense)
 
 
-def _bounds_a_better_solver(case: Case, problem: Problem, result: Result) -> None:
+def _check_bound(case: Case, problem: Problem, result: Result) -> None:
     if result.bound is None:
         return
     rivals = [problem.constraint.project(problem.initial())]
@@ -139,43 +142,36 @@ def _bounds_a_better_solver(case: Case, problem: Problem, result: Result) -> Non
         rivals.append(ADMM.best().solve(problem).solution)
     least = min(problem.value(x) for x in rivals if problem.constraint.contains(x))
     slack = 1e-9 * abs(least) + 1e-13 * abs(problem.value(problem.initial().zeros_like()))
-    case.promise(
+    case.require(
         result.bound <= least + slack, "give a bound that no feasible point is below", f"{result.bound}, {least}"
     )
 
 
-def _keeps_the_ends(case: Case, problem: Problem, result: Result) -> None:
+def _check_extremes(case: Case, problem: Problem, result: Result) -> None:
     dense = problem.initial()
     if problem.constraint.contains(dense) and problem.value(dense) == 0.0:  # no loss of the kit is below zero
-        case.promise(same_bits(result.solution, dense), "return the dense weights, bitwise, if nothing is to be pruned")
+        case.require(same_bits(result.solution, dense), "return the dense weights, bitwise, if nothing is to be pruned")
     ones = dense.map(torch.ones_like)
     if problem.constraint.project(ones).count_nonzero() == 0:
-        case.promise(result.solution.count_nonzero() == 0, "return zeros if everything is to be pruned")
+        case.require(result.solution.count_nonzero() == 0, "return zeros if everything is to be pruned")
 
 
-def _is_not_worse(trial: Trial, case: Case, problem: Problem, start: Point) -> None:
+def _check_start(trial: Trial, case: Case, problem: Problem, start: Point) -> None:
     before = start.clone()
     result = trial.solve(case, problem, start=start)
-    case.promise(result is not None, "take a start wherever it takes the problem")
+    case.require(result is not None, "take a start wherever it takes the problem")
     if result is not None:
         check_result(case, problem, result, fills=False)
         limit = problem.value(problem.constraint.project(before))
-        case.promise(
+        case.require(
             result.objective <= limit,
             "be never worse than the projection of the start",
             f"it returned {result.objective}, the start's projection has {limit}",
         )
-    case.promise(same_bits(start, before), "not modify the start")
+    case.require(same_bits(start, before), "not modify the start")
 
 
-def _survives(trial: Trial, name: str, problem: Any) -> None:
-    case = Case(trial.name, name)
-    result = trial.solve(case, problem)
-    if result is not None:
-        check_result(case, problem, result, fills=False)
-
-
-def _is_honest_of_tiny(trial: Trial, instance: tuple[SparseSet, int, int], tokens: int, seed: int) -> None:
+def _check_against_optimum(trial: Trial, instance: tuple[SparseSet, int, int], tokens: int, seed: int) -> None:
     constraint, rows, width = instance
     case = Case(trial.name, f"a layer of {rows} x {width}, {tokens} tokens, seed {seed}, {named(constraint)}")
     problem: Any = layer(constraint, rows=rows, width=width, tokens=tokens, seed=seed)
@@ -186,15 +182,15 @@ def _is_honest_of_tiny(trial: Trial, instance: tuple[SparseSet, int, int], token
     best = optimum(problem)
     least = problem.value(best)
     slack = 1e-9 * least + 1e-13 * problem.value(best.zeros_like())
-    case.promise(
+    case.require(
         result.objective >= least - slack,
         "not claim less than the optimum over every support",
         f"it claims {result.objective}, the optimum is {least}",
     )
     if result.bound is not None:
-        case.promise(
+        case.require(
             result.bound <= least + slack,
             "give a lower bound that is not above the optimum",
             f"bound {result.bound}, optimum {least}",
         )
-    _is_not_worse(trial, case.but("from the optimum"), problem, best)
+    _check_start(trial, case.narrow("from the optimum"), problem, best)

@@ -90,15 +90,15 @@ def families(case: Case, constraint: Constraint, frame: Frame) -> list[Family]:
     g = torch.Generator().manual_seed(0)
     far_apart = torch.arange(SOME) * (size // SOME)
     cuts = [torch.arange(SOME), far_apart, torch.randperm(size, generator=g)[:SOME]]
-    found = [_family(case, constraint, frame, nothing, free) for free in cuts]
+    sparse_cuts = [_family(case, constraint, frame, nothing, free) for free in cuts]
     full = grown(case, constraint, frame, torch.randperm(size, generator=g))
     inside, outside = (x[torch.randperm(len(x), generator=g)] for x in (full.nonzero()[:, 0], (~full).nonzero()[:, 0]))
     free = torch.cat([inside[: SOME // 2], outside[: SOME // 2]])
-    return [*found, _family(case, constraint, frame, full.index_fill(0, free, False), free)]
+    return [*sparse_cuts, _family(case, constraint, frame, full.index_fill(0, free, False), free)]
 
 
 def admits(case: Case, constraint: Constraint, frame: Frame, support: Tensor) -> bool:
-    with case.doing("say of any finite point whether it contains it"):
+    with case.guard("say of any finite point whether it contains it"):
         return bool(constraint.contains(frame.point(support.double())))
 
 
@@ -113,18 +113,22 @@ def grown(case: Case, constraint: Constraint, frame: Frame, order: Tensor) -> Te
 
 
 def _family(case: Case, constraint: Constraint, frame: Frame, forced: Tensor, free: Tensor) -> Family:
-    codes = torch.arange(2 ** len(free))
-    bits = (codes[:, None] >> torch.arange(len(free))) & 1 == 1
+    codes, bits = torch.arange(2 ** len(free)), all_masks(len(free))
     admitted = torch.tensor([admits(case, constraint, frame, forced.index_put((free,), b)) for b in bits])
-    case.promise(bool(admitted[0]), "contain the point of an admissible support from which entries were taken")
+    case.require(bool(admitted[0]), "contain the point of an admissible support from which entries were taken")
     for j in range(len(free)):
         smaller = admitted[codes[admitted & bits[:, j]] ^ (1 << j)]
-        case.promise(
+        case.require(
             bool(smaller.all()),
             "contain a point of an admissible support also after one of its entries has become zero",
             f"entry {int(free[j])} can not",
         )
     return Family(forced, free, bits[admitted].double())
+
+
+def all_masks(count: int) -> Tensor:
+    """(2^count, count): every row of `count` zeros and ones, as booleans; row i holds the bits of i."""
+    return (torch.arange(2**count)[:, None] >> torch.arange(count)) & 1 == 1
 
 
 def column_cuts(width: int, step: int) -> Iterator[list[int]]:
@@ -198,12 +202,12 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     Initial point, curvature, values, gradients, sampled gradients, prox, refit, minimize, the tensors of a Quadratic
     problem and all of these of each block must be bitwise equal.
     """
-    twins = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
-    for (name, ours), (_, theirs) in twins:
-        case.promise(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
+    pairs = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
+    for (name, ours), (_, theirs) in pairs:
+        case.require(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
     if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
         losses = [(problem.validation_loss(x), other.validation_loss(x)) for x in points]
-        case.promise(
+        case.require(
             any(ours != theirs for ours, theirs in losses),
             "use its held-out data in `validation_loss`",
             f"both give {losses[0][0]}",

@@ -139,7 +139,7 @@ def test_brute_force_over_groups_is_the_least_of_all() -> None:
 @pytest.mark.parametrize("solver", [GroupOBS(), GroupMask(), BruteForceGroups()])
 def test_other_sets_are_refused_by_name(solver) -> None:
     name = type(solver).__name__
-    with pytest.raises(TypeError, match=rf"{name} needs a GroupConstraint.*Unstructured.* lacks budget or width"):
+    with pytest.raises(TypeError, match=rf"{name} needs a GroupConstraint.*Unstructured.* lacks budget, width"):
         solver.solve(layer(Unstructured(0.5)))
 
 

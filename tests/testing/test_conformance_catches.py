@@ -304,7 +304,7 @@ def test_an_optimum_that_is_lost() -> None:
 def test_broken_constraints() -> None:
     class KeepsOneTooFew(Unstructured):
         def project(self, v, metric=None) -> Point:
-            return Unstructured(self.sparsity, keep=self._count(v) - 1).project(v, metric)
+            return Unstructured(self.sparsity, keep=self._count(v.numel()) - 1).project(v, metric)
 
     class IgnoresTheMetric(Unstructured):
         def project(self, v, metric=None) -> Point:
@@ -340,11 +340,11 @@ def test_broken_constraints() -> None:
 
     class ContainsOnlyFullOnes(Unstructured):
         def contains(self, z) -> bool:
-            return z.count_nonzero() == self._count(z)
+            return z.count_nonzero() == self._count(z.numel())
 
     class SharesRoundDown(Unstructured):
         def column_slice(self, start, stop, shape) -> Unstructured:
-            return Unstructured(0.0, keep=int(self._count(Point(w=torch.ones(shape))) * (stop - start) / shape[1]))
+            return Unstructured(0.0, keep=int(self._count(shape[0] * shape[1]) * (stop - start) / shape[1]))
 
     class TightensTooMuch(Unstructured):
         def scaled_to(self, fraction) -> Unstructured:
@@ -402,7 +402,7 @@ class TightensToAnotherKind(RowWise):
 
 class SharesGoToTheFirst(Unstructured):
     def column_slice(self, start, stop, shape) -> Unstructured:
-        budget = self._count(Point(w=torch.ones(shape)))
+        budget = self._count(shape[0] * shape[1])
         return Unstructured(0.0, keep=min(budget, shape[0] * stop) - min(budget, shape[0] * start))
 
 

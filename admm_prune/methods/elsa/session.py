@@ -133,7 +133,7 @@ class Session:
             "rates": self.rates,
             "stages": self.stages,
             "prepared": self.prepared,
-            "history": [asdict(update) for update in optimizer.history],
+            "history": [update.to_json() for update in optimizer.history],
             "best_loss": None if self.best is None else self.best_loss,
         }
 

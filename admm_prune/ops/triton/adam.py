@@ -2,8 +2,7 @@
 
 The reference implementations are torch's Adam, the loops of `solvers.elsa` and `ops.bits`. Rounding draws from Philox,
 not from torch's generators: different numbers from the reference's, with the same mean. A program takes STEPS x 256
-entries
-of one row: 256 entries share a scale in 8 bits.
+entries of one row: 256 entries share a scale in 8 bits.
 """
 
 from __future__ import annotations
@@ -316,10 +315,6 @@ def _parts(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
-
-
-# A launch passes plain numbers for constants, and options that are not parameters of the kernel.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 
 def pack(mask: Tensor, packed: int) -> Tensor:

@@ -58,11 +58,11 @@ def gather_kernel(score, total, bracket, candidates, capacity, control, BLOCK: t
 
 
 @triton.jit
-def judge_kernel(control, keep, capacity):
+def check_bracket_kernel(control, keep, capacity):
     """Whether the answer is among the candidates; if not, all keys are searched."""
-    all_gather = tl.load(control + 2)
+    count = tl.load(control + 2)
     need = keep - tl.load(control + 3)
-    good = (need >= 1) & (need <= all_gather) & (all_gather <= capacity)
+    good = (need >= 1) & (need <= count) & (count <= capacity)
     tl.store(control, tl.where(good, need, keep))
     tl.store(control + 4, tl.where(good, 0, 1).to(tl.int64))
 
@@ -93,7 +93,7 @@ def count_kernel(
         limit = tl.load(control + 2)
     searched = (tl.load(control + 4) != 0) == ALL
     if searched & (first < limit):
-        found = tl.load(control + 1).to(tl.uint32)
+        prefix = tl.load(control + 1).to(tl.uint32)
         counts = tl.zeros((BINS,), tl.int32)
         bad = tl.zeros((BLOCK,), tl.int32)
         for step in range(STEPS):
@@ -106,7 +106,7 @@ def count_kernel(
             else:
                 key = tl.load(candidates + place, mask=there, other=0).to(tl.uint32, bitcast=True)
             if not FIRST:
-                there = there & ((key >> (SHIFT + WIDTH)) == found)
+                there = there & ((key >> (SHIFT + WIDTH)) == prefix)
             digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
             counts += tl.histogram(digit, BINS, mask=there)
         bins = tl.arange(0, BINS)
@@ -152,11 +152,11 @@ def count_ties_kernel(score, total, control, ties, BLOCK: tl.constexpr, STEPS: t
 
 
 @triton.jit
-def mark_kernel(score, total, control, ties_before, kept, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def mark_kernel(score, total, control, ties_before, selected, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Keeps the keys above the threshold, and of those equal to it the first ones."""
     matrix = tl.program_id(1).to(tl.int64)
     score += matrix * total
-    kept += matrix * total
+    selected += matrix * total
     control += matrix * 8
     ties_before += matrix * tl.num_programs(0)
     need = tl.load(control)
@@ -169,11 +169,11 @@ def mark_kernel(score, total, control, ties_before, kept, BLOCK: tl.constexpr, S
         there = place < total
         key = key_of(tl.load(score + place, mask=there, other=0.0))
         if all_ties:
-            tl.store(kept + place, (key >= level).to(tl.uint8), mask=there)
+            tl.store(selected + place, (key >= level).to(tl.uint8), mask=there)
         else:
             tie = (there & (key == level)).to(tl.int32)
             rank = before + tl.cumsum(tie)
-            tl.store(kept + place, ((key > level) | ((tie > 0) & (rank <= need))).to(tl.uint8), mask=there)
+            tl.store(selected + place, ((key > level) | ((tie > 0) & (rank <= need))).to(tl.uint8), mask=there)
             before += tl.sum(tie)
 
 
@@ -186,7 +186,7 @@ def level_of_kernel(control, level):
 
 
 @triton.jit
-def mark_rows_kernel(score, kept, width, keep, bad, BLOCK: tl.constexpr):
+def mark_rows_kernel(score, selected, width, keep, bad, BLOCK: tl.constexpr):
     """One row a program: its keep-th largest key bit by bit, then ties by index."""
     columns = tl.arange(0, BLOCK)
     there = columns < width
@@ -202,14 +202,14 @@ def mark_rows_kernel(score, kept, width, keep, bad, BLOCK: tl.constexpr):
     greater = there & (key > level)
     tie = (there & (key == level)).to(tl.int32)
     missing = keep - tl.sum(greater.to(tl.int32))
-    tl.store(kept + place, (greater | ((tie > 0) & (tl.cumsum(tie) <= missing))).to(tl.uint8), mask=there)
+    tl.store(selected + place, (greater | ((tie > 0) & (tl.cumsum(tie) <= missing))).to(tl.uint8), mask=there)
     wrong = tl.max((x != x).to(tl.int32))
     if wrong > 0:
         tl.atomic_max(bad, wrong.to(tl.int64))
 
 
 @triton.jit
-def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def mark_groups_kernel(score, selected, groups, keep, bad, M: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """Entry i of a group is kept when fewer than `keep` beat it: larger ones, and equal ones before it."""
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
@@ -220,7 +220,7 @@ def mark_groups_kernel(score, kept, groups, keep, bad, M: tl.constexpr, PADDED: 
     earlier = column[None, None, :] < column[None, :, None]
     beats = (other > mine) | ((other == mine) & earlier)
     beaten = tl.sum(beats.to(tl.int32), axis=2)
-    tl.store(kept + place, (beaten < keep).to(tl.uint8), mask=there)
+    tl.store(selected + place, (beaten < keep).to(tl.uint8), mask=there)
     wrong = tl.max(tl.max((x != x).to(tl.int32), axis=1), axis=0)
     if wrong > 0:
         tl.atomic_max(bad, wrong.to(tl.int64))
@@ -246,8 +246,8 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     the histograms cover everything.
     """
     flat = score.contiguous().view(1, -1)
-    kept, bad = _marked(flat, _search(flat, keep, direct=direct))
-    return kept.view(score.shape), bad
+    mask, bad = _marked(flat, _search(flat, keep, direct=direct))
+    return mask.view(score.shape), bad
 
 
 def largest_of_each(rows: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -265,10 +265,10 @@ def _marked(flat: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
     (programs,), part = _parts(total)
     ties = torch.zeros(matrices, programs, dtype=torch.int64, device=flat.device)
     count_ties_kernel[(programs, matrices)](flat, total, control, ties, **part)
-    kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     before = ties.cumsum(1) - ties
-    mark_kernel[(programs, matrices)](flat, total, control, before, kept.view(torch.uint8), **part)
-    return kept, control[:, NAN].amax()
+    mark_kernel[(programs, matrices)](flat, total, control, before, mask.view(torch.uint8), **part)
+    return mask, control[:, NAN].amax()
 
 
 def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
@@ -285,7 +285,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
         candidates = histogram  # not read
         sources: tuple[tuple[bool, int], ...] = ((True, total),)
     else:
-        candidates = _gathered(flat[0], keep, control)
+        candidates = _bracket_candidates(flat[0], keep, control)
         sources = ((False, len(candidates)), (True, total))
     for position, (shift, width) in enumerate(_DIGITS):
         for everything, entries in sources:
@@ -307,7 +307,7 @@ def _search(flat: Tensor, keep: int, *, direct: int) -> Tensor:
     return control
 
 
-def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
+def _bracket_candidates(flat: Tensor, keep: int, control: Tensor) -> Tensor:
     """The keys of a bracket that almost surely contains the threshold; `control` records whether it does."""
     total = flat.numel()
     size = min(total // 16, _SAMPLED)
@@ -317,12 +317,12 @@ def _gathered(flat: Tensor, keep: int, control: Tensor) -> Tensor:
     high_rank, low_rank = int(expected - margin) + 1, int(expected + margin) + 1
     high = sample[high_rank - 1] if high_rank >= 1 else sample.new_full((), torch.inf)
     low = sample[low_rank - 1] if low_rank <= len(sample) else sample.new_full((), -torch.inf)
-    share = (min(low_rank, len(sample)) - max(high_rank, 0)) / len(sample)
-    capacity = min(total, int(1.5 * share * total) + _BLOCK)
+    fraction = (min(low_rank, len(sample)) - max(high_rank, 0)) / len(sample)
+    capacity = min(total, int(1.5 * fraction * total) + _BLOCK)
     candidates = torch.empty(capacity, dtype=torch.int32, device=flat.device)
     grid, part = _parts(total)
     gather_kernel[grid](flat, total, torch.stack([low, high]), candidates, capacity, control, **part)
-    judge_kernel[(1,)](control, keep, capacity)
+    check_bracket_kernel[(1,)](control, keep, capacity)
     return candidates
 
 
@@ -337,29 +337,29 @@ def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Marks the `keep` largest of every row of up to 32768 entries, 0 < keep < width; whether there was a NaN."""
     rows = score.contiguous()
     width = rows.shape[-1]
-    kept = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     bad = torch.zeros((), dtype=torch.int64, device=rows.device)
     block = _power_of_2(width)
     if rows.numel():
         mark_rows_kernel[(rows.numel() // width,)](
-            rows, kept.view(torch.uint8), width, keep, bad, BLOCK=block, num_warps=min(16, max(1, block // 512))
+            rows, mask.view(torch.uint8), width, keep, bad, BLOCK=block, num_warps=min(16, max(1, block // 512))
         )
-    return kept, bad
+    return mask, bad
 
 
 def largest_per_group(score: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
     """Marks the `keep` largest of every `group` <= 32 consecutive entries; whether there was a NaN."""
     flat = score.contiguous()
-    kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     bad = torch.zeros((), dtype=torch.int64, device=flat.device)
     padded = _power_of_2(group)
     block = max(1, 2048 // padded**2) if padded > 8 else 256
     groups = flat.numel() // group
     if groups:
         mark_groups_kernel[(-(-groups // block),)](
-            flat, kept.view(torch.uint8), groups, keep, bad, M=group, PADDED=padded, BLOCK=block, num_warps=4
+            flat, mask.view(torch.uint8), groups, keep, bad, M=group, PADDED=padded, BLOCK=block, num_warps=4
         )
-    return kept, bad
+    return mask, bad
 
 
 def _power_of_2(number: int) -> int:

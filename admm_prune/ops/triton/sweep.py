@@ -38,9 +38,9 @@ def sweep_kernel(
     factor = factor_at + first * stride + first
     diagonal = tl.load(factor + row * (stride + 1), mask=row < count, other=1.0)
     if CHOOSE:
-        kept = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        selected = tl.zeros((ROWS, OUTPUTS), tl.float32)
     else:
-        kept = tl.load(keep_at + row[:, None] * outputs + out[None, :], mask=there, other=1).to(tl.float32)
+        selected = tl.load(keep_at + row[:, None] * outputs + out[None, :], mask=there, other=1).to(tl.float32)
     for j in range(ROWS):
         if j < count:
             if CHOOSE:
@@ -52,14 +52,14 @@ def sweep_kernel(
                         other = tl.sum(tl.where(row[:, None] == j + i, score, 0.0), axis=0)[None, :]
                         beaten += ((other > score) | ((other == score) & (row[:, None] > j + i))).to(tl.int32)
                     group = (row[:, None] >= j) & (row[:, None] < j + M)
-                    kept = tl.where(group, (beaten < N).to(tl.float32), kept)
+                    selected = tl.where(group, (beaten < N).to(tl.float32), selected)
             mine = row[:, None] == j
             scale = 1.0 / tl.load(factor + j * (stride + 1))
-            error = tl.sum(tl.where(mine, w * (1.0 - kept), 0.0), axis=0) * scale
+            error = tl.sum(tl.where(mine, w * (1.0 - selected), 0.0), axis=0) * scale
             right = tl.load(factor + j * stride + row, mask=(row > j) & (row < count), other=0.0)
             w -= right[:, None] * error[None, :]
             tl.store(errors_at + j * outputs + out, error, mask=out < outputs)
-    tl.store(columns_at + place, w * kept, mask=there)
+    tl.store(columns_at + place, w * selected, mask=there)
 
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.

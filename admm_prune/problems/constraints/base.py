@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -66,14 +67,10 @@ class SparseSet(ABC):
             ValueError: v or the metric holds NaN, or the shapes do not admit this set.
         """
         for name, point in (("the point", v), ("the metric", metric)):
-            if point is not None and any(_holds_nan(x) for x in point.values()):
+            if point is not None and any(x.numel() and bool(torch.isnan(x.amax())) for x in point.values()):
                 raise ValueError(f"{name} holds NaN: there is no closest point")
         score = v.map(torch.abs) if metric is None else _weighted(v, metric)
-        return v.map(lambda x, kept: x.where(kept, 0), self.select(score))
-
-
-def _holds_nan(x: Tensor) -> bool:
-    return x.numel() > 0 and bool(torch.isnan(x.amax()))
+        return v.map(lambda x, mask: x.where(mask, 0), self.select(score))
 
 
 def _weighted(v: Point, metric: Point) -> Point:
@@ -111,15 +108,29 @@ def _scaled_product(v: Point, metric: Point) -> Point:
     return left.map(shifted, right, exponent)
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raises ValueError unless 0 <= sparsity <= 1."""
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity must lie between 0 and 1, not {sparsity}")
-
-
 def kept_count(sparsity: float, total: int) -> int:
     """round((1 - sparsity) * total), halves rounded to even."""
     return round((1.0 - sparsity) * total)
+
+
+class FractionalSet(SparseSet):
+    """A set that keeps a fraction of the entries, tiles or groups: 1 - sparsity, or the number `keep` where given."""
+
+    sparsity: float
+    keep: int | None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparsity <= 1.0:
+            raise ValueError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
+
+    def scaled_to(self, fraction: float) -> Self:
+        if self.keep is not None:
+            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
+        return replace(self, sparsity=self.sparsity * fraction)  # type: ignore[type-var]  # a dataclass
+
+    def _count(self, total: int) -> int:
+        """The number kept of `total`."""
+        return self.keep if self.keep is not None else kept_count(self.sparsity, total)
 
 
 def slice_budget(keep: int, start: int, stop: int, width: int) -> int:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, slice_budget
+from admm_prune.problems.constraints.base import FractionalSet, SparseSet, kept_count, rows_and_width, slice_budget
 from admm_prune.problems.constraints.product import StackedRows
 
 
 @dataclass(frozen=True)
-class Unstructured(SparseSet):
+class Unstructured(FractionalSet):
     """{z : nnz(z) <= round((1 - sparsity) n)}: one budget over all n entries of the point.
 
     Equal scores: the lower index, row-major, names in the point's order, is kept. `keep`, where given, is the number
@@ -29,11 +29,8 @@ class Unstructured(SparseSet):
     sparsity: float
     keep: int | None = None
 
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-
     def select(self, score: Point) -> Point:
-        keep = self._count(score)
+        keep = self._count(score.numel())
         if len(score) == 1:
             return score.map(lambda s: selection.largest(s, keep))
         flat = torch.cat([s.reshape(-1) for s in score.values()])
@@ -41,26 +38,18 @@ class Unstructured(SparseSet):
         return Point({name: part.view_as(s) for (name, s), part in zip(score.items(), parts, strict=True)})
 
     def select_each(self, score: Tensor) -> Tensor:
-        return selection.largest_of_each(score, self._count(Point(weight=score[0])))
-
-    def scaled_to(self, fraction: float) -> Self:
-        if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
-        return type(self)(self.sparsity * fraction)
+        return selection.largest_of_each(score, self._count(score[0].numel()))
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Unstructured:
-        total = self.keep if self.keep is not None else kept_count(self.sparsity, shape[0] * shape[1])
-        return Unstructured(self.sparsity, keep=slice_budget(total, start, stop, shape[1]))
+        keep = self._count(shape[0] * shape[1])
+        return Unstructured(self.sparsity, keep=slice_budget(keep, start, stop, shape[1]))
 
     def contains(self, z: Point) -> bool:
-        return z.count_nonzero() <= self._count(z)
-
-    def _count(self, x: Point) -> int:
-        return self.keep if self.keep is not None else kept_count(self.sparsity, x.numel())
+        return z.count_nonzero() <= self._count(z.numel())
 
 
 @dataclass(frozen=True)
-class RowWise(SparseSet):
+class RowWise(FractionalSet):
     """{z : nnz(row i of z) <= k_i}, with sum_i k_i = round((1 - sparsity) out in) for every matrix (out, in).
 
     All k_i are equal; where the total is not a multiple of the rows, the first rows keep one more. Equal scores: the
@@ -73,20 +62,12 @@ class RowWise(SparseSet):
     sparsity: float
     keep: int | None = None
 
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-
     def select(self, score: Point) -> Point:
         return score.map(self._select_matrix)
 
     def select_each(self, score: Tensor) -> Tensor:
         keep, longer = self._budget(*score.shape[1:])
         return super().select_each(score) if longer else selection.largest_per_row(score, keep)
-
-    def scaled_to(self, fraction: float) -> Self:
-        if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
-        return type(self)(self.sparsity * fraction)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> StackedRows:
         rows, width = shape

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import SparseSet, check_sparsity, kept_count, rows_and_width, slice_budget
+from admm_prune.problems.constraints.base import FractionalSet, rows_and_width, slice_budget
 
 _NARROW = 1e-140  # relative to the largest score: above it, squares lie in the range of float64
 
 
 @dataclass(frozen=True)
-class Blocks(SparseSet):
+class Blocks(FractionalSet):
     """{z : at most round((1 - sparsity) t) of the t tiles (height, width) of each matrix hold a non-zero}.
 
     The projection keeps the tiles of the largest sum metric_i v_i^2. Equal scores: the lower tile, row-major, is kept.
@@ -32,17 +31,12 @@ class Blocks(SparseSet):
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        super().__post_init__()
         if self.height < 1 or self.width < 1:
             raise ValueError(f"tiles of {self.height} x {self.width} are empty")
 
     def select(self, score: Point) -> Point:
         return score.map(self._select_matrix)
-
-    def scaled_to(self, fraction: float) -> Self:
-        if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
-        return type(self)(self.sparsity * fraction, self.height, self.width)
 
     @property
     def group_width(self) -> int:
@@ -56,8 +50,8 @@ class Blocks(SparseSet):
         return all(int(self._tiles(x != 0).any(-1).count_nonzero()) <= self._keep(x.numel()) for x in z.values())
 
     def _select_matrix(self, score: Tensor) -> Tensor:
-        kept = selection.largest(_totals(self._tiles(score)), self._keep(score.numel()))
-        return _spread(kept, self.height, self.width)
+        mask = selection.largest(_totals(self._tiles(score)), self._keep(score.numel()))
+        return _spread(mask, self.height, self.width)
 
     def _tiles(self, x: Tensor) -> Tensor:
         """(out, in) -> (out / height, in / width, height * width)."""
@@ -68,7 +62,7 @@ class Blocks(SparseSet):
         return grid.transpose(1, 2).flatten(-2)
 
     def _keep(self, entries: int) -> int:
-        return self.keep if self.keep is not None else kept_count(self.sparsity, entries // (self.height * self.width))
+        return self._count(entries // (self.height * self.width))
 
 
 def _totals(tiles: Tensor) -> Tensor:
@@ -80,9 +74,9 @@ def _totals(tiles: Tensor) -> Tensor:
     largest = peaks.amax()
     if not bool(((peaks > 0) & (peaks < largest * _NARROW)).any()):
         return (tiles / _power_below(largest)).square_().sum(-1)
-    # Squares have not the range: norms, each from its tile scaled by its own largest entry, scaled against overflow.
-    own = _power_below(peaks)
-    return (tiles / own).square_().sum(-1).sqrt_() * (own[..., 0] / tiles.shape[-1])
+    # The squares are out of range: norms of the tiles, each divided by its own largest entry, scaled against overflow.
+    scale = _power_below(peaks)
+    return (tiles / scale).square_().sum(-1).sqrt_() * (scale[..., 0] / tiles.shape[-1])
 
 
 def _power_below(x: Tensor) -> Tensor:
@@ -92,13 +86,13 @@ def _power_below(x: Tensor) -> Tensor:
     return half.exp2() * (exponent - half).exp2()
 
 
-def _spread(kept: Tensor, height: int, width: int) -> Tensor:
+def _spread(mask: Tensor, height: int, width: int) -> Tensor:
     """(out / height, in / width) -> (out, in): each entry fills its tile."""
-    return kept[:, None, :, None].expand(-1, height, -1, width).reshape(kept.shape[0] * height, kept.shape[1] * width)
+    return mask[:, None, :, None].expand(-1, height, -1, width).reshape(mask.shape[0] * height, mask.shape[1] * width)
 
 
 @dataclass(frozen=True)
-class Groups(SparseSet):
+class Groups(FractionalSet):
     """{V : at most round((1 - sparsity) g) of the g groups of `width` consecutive columns hold a non-zero}.
 
     The projection keeps the groups of the largest sum metric_i v_i^2. Equal scores: the lower group is kept. A column
@@ -117,7 +111,7 @@ class Groups(SparseSet):
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        super().__post_init__()
         if self.width < 1:
             raise ValueError(f"groups of {self.width} columns are empty")
 
@@ -127,15 +121,10 @@ class Groups(SparseSet):
 
     def budget(self, columns: int) -> int:
         """The number of groups that a matrix with `columns` columns may keep."""
-        return self.keep if self.keep is not None else kept_count(self.sparsity, columns // self.width)
+        return self._count(columns // self.width)
 
     def select(self, score: Point) -> Point:
         return score.map(lambda s: self._tiles(s).select(Point(x=s))["x"])
-
-    def scaled_to(self, fraction: float) -> Self:
-        if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
-        return type(self)(self.sparsity * fraction, self.width)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Groups:
         return Groups(self.sparsity, self.width, slice_budget(self.budget(shape[1]), start, stop, shape[1]))

@@ -78,20 +78,20 @@ def processes_of(x: Tensor) -> Processes | None:
     return Processes(x.device_mesh.get_group(dim))
 
 
-def laid_out_as(parameter: Tensor, here: Tensor) -> Tensor:
+def sharded_like(parameter: Tensor, shard: Tensor) -> Tensor:
     """A tensor with the rows and the sharding of `parameter`, from its local shard."""
     if not isinstance(parameter, DTensor):
-        return here
-    shape = torch.Size((*parameter.shape[:1], *here.shape[1:]))
+        return shard
+    shape = torch.Size((*parameter.shape[:1], *shard.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        here, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        shard, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
 
 
-def all_gather(parameter: Tensor, here: Tensor) -> Tensor:
-    """Gathers all rows of the tensor of which `here` is the local shard."""
-    whole = laid_out_as(parameter, here)
+def all_gather(parameter: Tensor, shard: Tensor) -> Tensor:
+    """Gathers all rows of the tensor of which `shard` is the local shard."""
+    whole = sharded_like(parameter, shard)
     return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
@@ -136,7 +136,7 @@ class Weight:
     stacked: bool
 
     @property
-    def here(self) -> Tensor:
+    def shard(self) -> Tensor:
         """The local shard."""
         return local(self.parameter.detach())
 
@@ -160,7 +160,7 @@ class Weight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Sets the mask of the local shard; the caller sets `kept`."""
-        self.state["mask"] = laid_out_as(self.parameter, bits.pack(mask))
+        self.state["mask"] = sharded_like(self.parameter, bits.pack(mask))
 
     def restrict(self, x: Tensor) -> None:
         """x <- M x, in place, for a tensor of the local shard."""
@@ -222,12 +222,12 @@ class Anchors:
         state = weight.state
         if self.format == "int8":
             codes, scales = quantization.to_int8(anchor.float(), chance)
-            state["anchor"] = laid_out_as(weight.parameter, codes)
-            state["anchor_scale"] = laid_out_as(weight.parameter, scales)
+            state["anchor"] = sharded_like(weight.parameter, codes)
+            state["anchor_scale"] = sharded_like(weight.parameter, scales)
         elif self.format == "bfloat16":
-            state["anchor"] = laid_out_as(weight.parameter, quantization.to_bfloat16(anchor.float(), chance))
+            state["anchor"] = sharded_like(weight.parameter, quantization.to_bfloat16(anchor.float(), chance))
         else:
-            state["anchor"] = laid_out_as(weight.parameter, anchor)
+            state["anchor"] = sharded_like(weight.parameter, anchor)
 
     def stored(self, state: State) -> bool:
         """Whether the state has an anchor of this format, or none, as after a freeze."""
@@ -246,12 +246,12 @@ class Anchors:
 
     def sum(self, weight: Weight) -> Tensor:
         """a = x + u."""
-        x = weight.here.to(working_dtype(weight.parameter.dtype))
+        x = weight.shard.to(working_dtype(weight.parameter.dtype))
         dual = self.read(weight).to(x.dtype).masked_fill(weight.mask(), 0)  # -u, except for a pending rescaling
         return torch.sub(x, dual, alpha=weight.state["lag"])
 
     def away(self, weight: Weight) -> Iterator[tuple[slice, Tensor]]:
         """(rows, x - c) in pieces."""
-        x = weight.here
+        x = weight.shard
         for rows in chunks(x):
             yield rows, x[rows].to(working_dtype(x.dtype)) - self.read(weight, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -14,9 +14,9 @@ from admm_prune.solvers.elsa.anchors import (
     Anchors,
     State,
     Weight,
-    laid_out_as,
     local,
     local_shard,
+    sharded_like,
     totals,
     working_dtype,
 )
@@ -27,6 +27,7 @@ from admm_prune.solvers.elsa.supports import Support, scores_of
 _BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 1000 of the schedule
 _SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
 _DRAW = 1  # distinguishes these random numbers from those of the moments
+_NORMS = ("x", "z", "u", "primal", "dual", "pull", "quantization", "anchor")  # of a record, in the order of `_update`
 _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
@@ -40,7 +41,7 @@ class WeightUpdate:
         pull: |x - c|, with the anchor c before the update.
         quantization: |c - its stored value|, and `anchor`, |c|.
         entered: entries that entered the support.
-        kept, entries: in the support, in all.
+        support_size, entries: in the support, in all.
         threshold, threshold_before: the smallest score kept, at this update and at the last one.
         rho, rho_next: before and after the update.
         tau: the factor of u for rho_next.
@@ -55,7 +56,7 @@ class WeightUpdate:
     quantization: float
     anchor: float
     entered: int
-    kept: int
+    support_size: int
     entries: int
     threshold: float
     threshold_before: float | None
@@ -92,10 +93,19 @@ class DualUpdate:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """From the result of `dataclasses.asdict`, after a round trip through JSON."""
-        values: dict[str, Any] = dict(content)
-        values["weights"] = {name: WeightUpdate(**numbers) for name, numbers in content["weights"].items()}
-        return cls(**values)
+        """The inverse of `to_json`."""
+        weights = {
+            name: WeightUpdate(support_size=numbers["kept"], **{k: x for k, x in numbers.items() if k != "kept"})
+            for name, numbers in content["weights"].items()
+        }
+        return cls(**{**content, "weights": weights})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `support_size` is stored as "kept"."""
+        content = asdict(self)
+        for numbers in content["weights"].values():
+            numbers["kept"] = numbers.pop("support_size")
+        return content
 
     @property
     def primal_residual(self) -> float:
@@ -110,12 +120,12 @@ class DualUpdate:
     @property
     def churn(self) -> float:
         """|M and not M_before| / k: the part of the support that is new."""
-        return _ratio(sum(w.entered for w in self.weights.values()), sum(w.kept for w in self.weights.values()))
+        return _ratio(self.support_changes, self._sum("support_size"))
 
     @property
     def support_changes(self) -> int:
         """Entries that entered the support."""
-        return sum(w.entered for w in self.weights.values())
+        return self._sum("entered")
 
     @property
     def threshold_drift(self) -> float | None:
@@ -147,14 +157,16 @@ class DualUpdate:
 
     @property
     def sparsity(self) -> float:
-        return 1.0 - _ratio(sum(w.kept for w in self.weights.values()), sum(w.entries for w in self.weights.values()))
+        return 1.0 - _ratio(self._sum("support_size"), self._sum("entries"))
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(w, name) for w in self.weights.values())
 
     def _norm(self, name: str) -> float:
         return math.hypot(*(getattr(w, name) for w in self.weights.values()))
 
     def _mean(self, name: str) -> float:
-        values = self.weights.values()
-        return _ratio(sum(w.entries * getattr(w, name) for w in values), sum(w.entries for w in values))
+        return _ratio(sum(w.entries * getattr(w, name) for w in self.weights.values()), self._sum("entries"))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -186,7 +198,7 @@ class Splitting:
         """
 
         def score(weight: Weight) -> Tensor:
-            magnitude = weight.here.to(working_dtype(weight.parameter.dtype)).abs()
+            magnitude = weight.shard.to(working_dtype(weight.parameter.dtype)).abs()
             if weight.name not in masks:
                 return magnitude
             chosen = local(local_shard(weight.parameter, masks[weight.name])).to(magnitude.device)
@@ -197,25 +209,25 @@ class Splitting:
             state: State = {"rho": 0.0, "dual_rho": 0.0, "lag": 1.0, "balance": 1.0, "threshold": 0.0}
             weight.state.update(state, gradient_square=math.nan)
             if self.score.clean:
-                weight.state["fisher"] = laid_out_as(
-                    weight.parameter, torch.zeros_like(weight.here, dtype=torch.float32)
+                weight.state["fisher"] = sharded_like(
+                    weight.parameter, torch.zeros_like(weight.shard, dtype=torch.float32)
                 )
             selected.append((weight, mask))
         norms = totals(
             [weight.parameter for weight, _ in selected],
-            torch.stack([torch.stack([_square(w.here), torch.count_nonzero(mask).double()]) for w, mask in selected]),
+            torch.stack([torch.stack([_square(w.shard), torch.count_nonzero(mask).double()]) for w, mask in selected]),
         )
-        for (weight, mask), (square, kept) in zip(selected, norms.tolist(), strict=True):
-            weight.state.update(weight_rms=math.sqrt(square / weight.entries), kept=int(kept))
+        for (weight, mask), (square, size) in zip(selected, norms.tolist(), strict=True):
+            weight.state["kept"], weight.state["weight_rms"] = int(size), math.sqrt(square / weight.entries)
             weight.set_mask(mask)
             if anchored:
-                x = weight.here.to(working_dtype(weight.parameter.dtype))
+                x = weight.shard.to(working_dtype(weight.parameter.dtype))
                 self.anchors.write(weight, x.masked_fill(~mask, 0), self._chance(weight, 0))
 
-    def take(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
         """M <- given masks, of all rows."""
         for weight in weights:
-            mask = local(local_shard(weight.parameter, masks[weight.name])).to(weight.here.device)
+            mask = local(local_shard(weight.parameter, masks[weight.name])).to(weight.shard.device)
             weight.state["kept"] = int(torch.count_nonzero(masks[weight.name]))
             weight.set_mask(mask)
 
@@ -287,15 +299,15 @@ class Splitting:
         rate = lr * weight.state["rho"]
         if rate and not weight.dense:
             for rows, away in self.anchors.away(weight):
-                weight.here[rows].sub_(away, alpha=rate)
+                weight.shard[rows].sub_(away, alpha=rate)
 
     def scores(self, weight: Weight) -> Tensor:
         """The scores of a = x + u, for the local shard."""
         if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
             second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
-            at_once = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
-            if at_once is not None:
-                return at_once
+            fused = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
+            if fused is not None:
+                return fused
         return scores_of(weight, self.anchors.sum(weight), self.score, self._fisher(weight))
 
     def update(self, weights: Sequence[Weight], step: int, progress: float, fraction: float) -> dict[str, WeightUpdate]:
@@ -310,7 +322,8 @@ class Splitting:
             taus[weight.name] = self.set_rho(weight, progress)
             measured = self._update(weight, mask, taus[weight.name], step)
             sums.append(measured)
-            least.append(torch.where(mask, scores, torch.inf).amin().double() if mask.numel() else _infinity(scores))
+            kept_scores = torch.where(mask, scores, torch.inf)
+            least.append((kept_scores.amin() if mask.numel() else scores.new_tensor(torch.inf)).double())
             updated.append(weight)
         parameters = [weight.parameter for weight in updated]
         totalled = totals(parameters, torch.stack(sums)).tolist()
@@ -318,19 +331,13 @@ class Splitting:
         records = {}
         for weight, numbers, threshold in zip(updated, totalled, thresholds, strict=True):
             rho, threshold_before = before[weight.name]
-            x, z, u, primal, dual, pull, quantization, anchor = (math.sqrt(n) for n in numbers[:-2])
-            weight.state.update(kept=int(numbers[-1]), threshold=threshold, weight_rms=x / math.sqrt(weight.entries))
+            norms = {name: math.sqrt(number) for name, number in zip(_NORMS, numbers[:-2], strict=True)}
+            weight.state["kept"] = int(numbers[-1])
+            weight.state.update(threshold=threshold, weight_rms=norms["x"] / math.sqrt(weight.entries))
             record = WeightUpdate(
-                x=x,
-                z=z,
-                u=u,
-                primal=primal,
-                dual=dual,
-                pull=pull,
-                quantization=quantization,
-                anchor=anchor,
+                **norms,
                 entered=int(numbers[-2]),
-                kept=int(numbers[-1]),
+                support_size=int(numbers[-1]),
                 entries=weight.entries,
                 threshold=threshold,
                 threshold_before=threshold_before or None,
@@ -350,7 +357,7 @@ class Splitting:
         """
 
         def score(weight: Weight) -> Tensor:
-            x = weight.here.to(working_dtype(weight.parameter.dtype), copy=True)
+            x = weight.shard.to(working_dtype(weight.parameter.dtype), copy=True)
             return scores_of(weight, x, self.score, self._fisher(weight))
 
         for weight, mask, _ in self.support.select(weights, score, fraction):
@@ -362,7 +369,7 @@ class Splitting:
     def _update(self, weight: Weight, mask: Tensor, tau: float, step: int) -> Tensor:
         """Updates the state of one weight; returns the sums of squares for its record, and two counts."""
         before = weight.mask()
-        x = weight.here
+        x = weight.shard
         a = self.anchors.sum(weight)
         old = self.anchors.read(weight).to(a.dtype)
         pull = _square(x - old)
@@ -406,7 +413,3 @@ def _square(x: Tensor) -> Tensor:
     narrow = x.dtype == torch.float16  # its norms overflow at 65504
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32 if narrow else None)
     return norm.double().square()
-
-
-def _infinity(like: Tensor) -> Tensor:
-    return torch.full((), torch.inf, dtype=torch.float64, device=like.device)

@@ -25,9 +25,9 @@ from admm_prune.solvers.elsa.anchors import (
     State,
     Weight,
     chunks,
-    laid_out_as,
     local,
     processes_of,
+    sharded_like,
     totals,
     working_dtype,
 )
@@ -48,8 +48,8 @@ def generator(parameter: Tensor, *numbers: int) -> torch.Generator:
 def seed(parameter: Tensor, *numbers: int) -> int:
     """56 bits, by `numbers` and by the parameter's rows in the local shard."""
     processes = processes_of(parameter)
-    said = repr((*numbers, 0 if processes is None else processes.rank))
-    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=7).digest())
+    text = repr((*numbers, 0 if processes is None else processes.rank))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 @dataclass
@@ -59,15 +59,8 @@ class DeferredGradient:
     factor: float = 1.0
     pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)  # rho and c, by id of the parameter
 
-    @classmethod
-    def of(cls, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> DeferredGradient | None:
-        """None if the gradients themselves have to be changed: they are read elsewhere, or Triton is not used."""
-        if clip_penalty or score.fisher == "clean" or not all(map(_serves, active)):
-            return None
-        return cls()
 
-
-def _serves(parameter: Tensor) -> bool:
+def _fits_kernel(parameter: Tensor) -> bool:
     x = local(parameter.detach())
     if not backend.uses_triton(x, *_DTYPES):
         return False
@@ -81,34 +74,6 @@ def stored_anchor(weight: Weight, anchors: Anchors) -> Stored:
     return Stored(local(state["anchor"]), local(state["anchor_scale"]) if anchors.format == "int8" else None)
 
 
-def step(
-    parameter: Tensor,
-    state: State,
-    first: Stored,
-    second: Stored,
-    group: dict[str, Any],
-    draws: tuple[int, ...],
-    deferred: DeferredGradient,
-) -> None:
-    """Adam's step of one parameter, with the deferred changes."""
-    from admm_prune.ops.triton import adam
-
-    if state["step"].is_cuda:  # torch's fused kernel needs it there; this kernel counts on the host
-        state["step"] = state["step"].cpu()
-    state["step"] += 1
-    adam.step_(
-        local(parameter.detach()),
-        local(parameter.grad),  # type: ignore[arg-type]  # `DeferredGradient.of` saw it
-        first,
-        second,
-        steps=int(state["step"]),
-        factor=deferred.factor,
-        pull=deferred.pulls.get(id(parameter)),
-        seed=seed(parameter, *draws),
-        settings=group,
-    )
-
-
 def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: Stored | None) -> Tensor | None:
     """Scores of x + u in one pass; None if Triton is not used.
 
@@ -116,7 +81,7 @@ def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: St
         anchor: None for u = 0.
         second: F, or in 8 bits its root; None for F = 1.
     """
-    x = weight.here
+    x = weight.shard
     if not backend.uses_triton(x, *_DTYPES) or not x.is_contiguous() or x.numel() == 0:
         return None
     if second is not None and score.power != 0.5:
@@ -141,19 +106,19 @@ class Moments:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def at_hand(cls, asked: MomentFormat) -> Moments:
+    def resolve(cls, requested: MomentFormat) -> Moments:
         """The moments of a format; "int8" instead of bitsandbytes' where that is not installed.
 
         Raises:
             UserError: there is no such format.
         """
-        if asked not in get_args(MomentFormat):
-            raise UserError(f"moments are one of {', '.join(get_args(MomentFormat))}, not '{asked}'")
-        if asked == "bitsandbytes" and library_adam.installed() is None:
+        if requested not in get_args(MomentFormat):
+            raise UserError(f"moments are one of {', '.join(get_args(MomentFormat))}, not '{requested}'")
+        if requested == "bitsandbytes" and library_adam.installed() is None:
             return cls(
                 "int8", ("bitsandbytes is not installed: Adam's moments are kept in this package's 8-bit format",)
             )
-        return cls(asked)
+        return cls(requested)
 
     def __str__(self) -> str:
         return f"bitsandbytes {library_adam.installed()}" if self.format == "bitsandbytes" else self.format
@@ -164,28 +129,28 @@ class Moments:
         state["step"] = torch.zeros((), dtype=torch.float32, device=x.device if fused else None)
         zero = torch.zeros_like(x, dtype=working_dtype(x.dtype))
         if not self.quantizes(parameter):
-            state["exp_avg"] = laid_out_as(parameter, zero)
-            state["exp_avg_sq"] = laid_out_as(parameter, zero.clone())
+            state["exp_avg"] = sharded_like(parameter, zero)
+            state["exp_avg_sq"] = sharded_like(parameter, zero.clone())
             return
         scales = torch.zeros(self._scales_shape(parameter, x), device=x.device)
         for name, dtype in (("exp_avg", self._first_dtype), ("exp_avg_sq", torch.uint8)):
-            state[name] = laid_out_as(parameter, torch.zeros(x.shape, dtype=dtype, device=x.device))
-            state[f"{name}_scale"] = laid_out_as(parameter, scales.clone())
+            state[name] = sharded_like(parameter, torch.zeros(x.shape, dtype=dtype, device=x.device))
+            state[f"{name}_scale"] = sharded_like(parameter, scales.clone())
 
     @property
     def _first_dtype(self) -> torch.dtype:
         return torch.uint8 if self.format == "bitsandbytes" else torch.int8
 
-    def _scales_shape(self, parameter: Tensor, here: Tensor) -> torch.Size:
-        rows = quantization.scales_shape(here.shape)
-        if self.format != "bitsandbytes" or here.shape[-1] % library_adam.BLOCK == 0:
+    def _scales_shape(self, parameter: Tensor, shard: Tensor) -> torch.Size:
+        rows = quantization.scales_shape(shard.shape)
+        if self.format != "bitsandbytes" or shard.shape[-1] % library_adam.BLOCK == 0:
             return rows
         if processes_of(parameter) is not None:
             raise UserError(
                 f"bitsandbytes shares a scale across the rows of a weight {tuple(parameter.shape)}, which are sharded: "
                 'use moments="int8"'
             )
-        return torch.Size((library_adam.blocks(here.numel()),))
+        return torch.Size((library_adam.blocks(shard.numel()),))
 
     def quantizes(self, parameter: Tensor) -> bool:
         large = parameter.ndim > 1 and parameter.numel() >= _SMALLEST
@@ -208,8 +173,9 @@ class Moments:
         return quantization.from_unsigned_log(stored, scales).square_()
 
     def deferred(self, active: Sequence[Tensor], score: Score, *, clip_penalty: bool) -> DeferredGradient | None:
-        """As `DeferredGradient.of`; None for a library's moments, which our kernels cannot read."""
-        return None if self.format == "bitsandbytes" else DeferredGradient.of(active, score, clip_penalty=clip_penalty)
+        """None if the gradients themselves have to be changed: they are read elsewhere, or our kernels are not used."""
+        changed = clip_penalty or score.fisher == "clean" or self.format == "bitsandbytes"
+        return None if changed or not all(map(_fits_kernel, active)) else DeferredGradient()
 
     def stored_second(self, parameter: Tensor, state: State) -> Stored:
         """v of the local shard as stored: in 8 bits, its root."""
@@ -240,9 +206,23 @@ class Moments:
             deferred: if the step is one kernel per parameter, the deferred changes of the gradients.
         """
         if deferred is not None:
+            from admm_prune.ops.triton import adam as fused
+
             for x, state, draw in zip(parameters, states, draws, strict=True):
-                first, second = self._stored(x, state, "exp_avg"), self.stored_second(x, state)
-                step(x, state, first, second, group, (*draw, _DRAW), deferred)
+                if state["step"].is_cuda:  # torch's fused kernel needs it there; this kernel counts on the host
+                    state["step"] = state["step"].cpu()
+                state["step"] += 1
+                fused.step_(
+                    local(x.detach()),
+                    _gradient(x),
+                    self._stored(x, state, "exp_avg"),
+                    self.stored_second(x, state),
+                    steps=int(state["step"]),
+                    factor=deferred.factor,
+                    pull=deferred.pulls.get(id(x)),
+                    seed=seed(x, *draw, _DRAW),
+                    settings=group,
+                )
             return
         narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
         wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]
@@ -267,13 +247,13 @@ class Moments:
         dtype = working_dtype(x.dtype)
         everything: tuple[Any, ...] = (...,)  # a scalar has no rows
         for rows in chunks(x) if x.ndim else everything:
-            here = x[rows].to(dtype)
+            x_rows = x[rows].to(dtype)
             first, second = (moment.to(dtype) for moment in self._read(parameter, state, rows))
             one_by_one = {**group, "foreach": False, "fused": False}
-            _adam([here], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
+            _adam([x_rows], [gradient[rows].to(dtype)], [first], [second], [state["step"].clone()], one_by_one)
             if self.quantizes(parameter):
                 self._write(state, rows, first.float(), second.float(), chance)
-            _write_weights(x, rows, here, chance)
+            _write_weights(x, rows, x_rows, chance)
         state["step"] += 1
 
     def _read(self, parameter: Tensor, state: State, rows: slice) -> tuple[Tensor, Tensor]:
@@ -304,24 +284,24 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
     state["step"] += 1
     settings: dict[str, Any] = {name: group[name] for name in ("betas", "eps", "weight_decay")}
     settings["lr"] = float(group["lr"])
-    for some in chunks(flat):
-        scales = slice(some.start // library_adam.BLOCK, library_adam.blocks(some.stop))
-        here, slope = flat[some].float(), gradient[some].float()
-        pruned = (here == 0) & (slope == 0)  # the library's kernels do not preserve exact zeros
-        first, second = ((codes[some], scale[scales]) for codes, scale in moments)
-        library_adam.step(here, slope, first, second, int(state["step"]), **settings)
-        here.masked_fill_(pruned, 0)
-        _write_weights(flat, some, here, chance)
+    for part_slice in chunks(flat):
+        scales = slice(part_slice.start // library_adam.BLOCK, library_adam.blocks(part_slice.stop))
+        x_part, gradient_part = flat[part_slice].float(), gradient[part_slice].float()
+        pruned = (x_part == 0) & (gradient_part == 0)  # the library's kernels do not preserve exact zeros
+        first, second = ((codes[part_slice], scale[scales]) for codes, scale in moments)
+        library_adam.step(x_part, gradient_part, first, second, int(state["step"]), **settings)
+        x_part.masked_fill_(pruned, 0)
+        _write_weights(flat, part_slice, x_part, chance)
     if not x.is_contiguous():
         x.copy_(flat.view(x.shape))
 
 
-def _write_weights(x: Tensor, rows: slice, here: Tensor, chance: torch.Generator) -> None:
-    """Writes some rows of x from the precision of the computation; if that is x's dtype, `here` is x itself."""
+def _write_weights(x: Tensor, rows: slice, updated: Tensor, chance: torch.Generator) -> None:
+    """Writes some rows of x from the precision of the computation; if that is x's dtype, `updated` is x itself."""
     if x.dtype == torch.bfloat16:
-        x[rows] = quantization.to_bfloat16(here, chance)
-    elif x.dtype != here.dtype:
-        x[rows] = here.to(x.dtype)
+        x[rows] = quantization.to_bfloat16(updated, chance)
+    elif x.dtype != updated.dtype:
+        x[rows] = updated.to(x.dtype)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -393,10 +373,10 @@ def norms(parameters: Sequence[Tensor], *, wide: bool = False) -> Tensor:
     Args:
         wide: squares and sums in float64, in place of the dtype of the gradient.
     """
-    here = torch.stack([_norm(gradient, wide=wide) for gradient in gradients(parameters)])
+    local_norms = torch.stack([_norm(gradient, wide=wide) for gradient in gradients(parameters)])
     if all(processes_of(parameter) is None for parameter in parameters):
-        return here
-    return totals(parameters, here.square_()).sqrt_()
+        return local_norms
+    return totals(parameters, local_norms.square_()).sqrt_()
 
 
 def _norm(x: Tensor, *, wide: bool) -> Tensor:

@@ -128,8 +128,8 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
     wrong = [name for name in _UNSUPPORTED if group.get(name)]
     if wrong:
         raise UserError(f"SparseAdam does not support {wrong[0]}={group[wrong[0]]}")
-    own: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
-    support = (Target(**own, scope=target.scope) if own else target).support()
+    overrides: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
+    support = (Target(**overrides, scope=target.scope) if overrides else target).support()
     parameters = group["params"]
     if not isinstance(parameters, set):  # which torch refuses
         group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -169,7 +169,7 @@ def names_of(group: Mapping[str, Any], number: int) -> list[str]:
     return list(group.get("param_names") or (f"{number}.{i}" for i in range(len(group["params"]))))
 
 
-def name_alike(group: dict[str, Any], number: int, others: Sequence[dict[str, Any]]) -> None:
+def unify_names(group: dict[str, Any], number: int, others: Sequence[dict[str, Any]]) -> None:
     """Names the parameters of a group, or of the others, where only the other side has names: torch takes no mixture.
 
     Args:

@@ -21,7 +21,7 @@ _ADAM = {"step", "exp_avg", "exp_avg_sq"}
 
 
 @contextmanager
-def at_once(
+def load_atomically(
     optimizer: Optimizer, check: Callable[[dict[str, Any]], None], finish: Callable[[dict[str, Any]], None]
 ) -> Generator[None]:
     """Context in which the optimizer loads a state atomically.

@@ -62,8 +62,8 @@ class Budget:
             if processes is None:
                 scores = score(weight)
                 each = list(scores) if weight.stacked else [scores]
-                found = [selection.largest(matrix, self._keep(matrix.numel(), fraction)) for matrix in each]
-                yield weight, torch.stack(found) if weight.stacked else found[0], scores
+                expert_masks = [selection.largest(matrix, self._keep(matrix.numel(), fraction)) for matrix in each]
+                yield weight, torch.stack(expert_masks) if weight.stacked else expert_masks[0], scores
             elif weight.stacked:
                 raise UserError(f"{weight.name} holds the matrices of experts and is sharded: give a pattern instead")
             else:

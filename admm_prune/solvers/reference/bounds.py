@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from admm_prune.solvers.reference.cvxpy_models import load_cvxpy, try_solve
-from admm_prune.solvers.reference.rigorous import UNIT, Form, gamma, least_eigenvalue, total_bound
+from admm_prune.solvers.reference.rigorous import UNIT, Array, Form, gamma, least_eigenvalue, total_bound
 from admm_prune.solvers.reference.rows import (
-    Array,
     Row,
     Supports,
     floor_of,
@@ -109,47 +108,40 @@ def loss_bounds(form: Form, target: Tensor, supports: Supports) -> dict[str, flo
     if form.least == 0:
         return {"Hessian diagonal": 0.0}
     rounding = 1 - gamma(target.numel() + 8)
-    unit = scaled_exactly(target)
+    unit = _power_of_two_scale(target)
     squares = target.mul(unit).square()
     cell = rounding / unit / unit
-    diagonal = least_sum(squares * torch.from_numpy(form.diagonal), supports) * form.least
-    found = {"Hessian diagonal": diagonal * cell}
+    diagonal = _least(squares * torch.from_numpy(form.diagonal), supports, torch.sum) * form.least
+    bounds = {"Hessian diagonal": diagonal * cell}
     if form.inverse_error < 1:
         removal = squares / torch.from_numpy(form.inverse.diagonal().copy())
-        kept = (1 - form.inverse_error) * (1 - 2 * UNIT) * cell
-        found["removal"] = _least_maximum(removal, supports) * kept
-        found["inverse diagonal"] = least_sum(removal, supports) / form.inverse_spread * kept
-    return {name: loss if math.isfinite(loss) else 0.0 for name, loss in found.items()}
+        factor = (1 - form.inverse_error) * (1 - 2 * UNIT) * cell
+        bounds["removal"] = _least(removal, supports, torch.amax) * factor
+        bounds["inverse diagonal"] = _least(removal, supports, torch.sum) / form.inverse_spread * factor
+    return {name: loss if math.isfinite(loss) else 0.0 for name, loss in bounds.items()}
 
 
-def scaled_exactly(target: Tensor) -> float:
+def _power_of_two_scale(target: Tensor) -> float:
     """A power of two that brings the largest entry next to 1; 1 where all are zero."""
     largest = float(target.abs().max())
     return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
-def least_sum(terms: Tensor, supports: Supports) -> float:
-    """min_R sum_{j in R} terms_j over the entries R that a support removes; terms (out, in) are not negative."""
-    return _over_budgets(terms, supports, lambda smallest: smallest.sum((-1, -2)))
+def _least(terms: Tensor, supports: Supports, reduce: Callable[[Tensor, tuple[int, int]], Tensor]) -> float:
+    """min_R sum_i reduce_{j in R, row i} terms_ij over the entries R that a support removes, for a sum or a maximum.
 
-
-def _least_maximum(terms: Tensor, supports: Supports) -> float:
-    """min_R sum_i max_{j in R, row i} terms_ij; one maximum over all rows where they share a budget."""
-    return _over_budgets(terms, supports, lambda smallest: smallest.amax((-1, -2)))
-
-
-def _over_budgets(terms: Tensor, supports: Supports, reduce: Callable[[Tensor], Tensor]) -> float:
-    """The sum over rows of reduce(the smallest terms of each group (rows, groups, removed))."""
+    One sum or maximum over all rows where they share a budget. Terms (out, in) are not negative.
+    """
     if supports.rows is None:
         removed = terms.numel() - supports.total
-        return float(reduce(terms.reshape(1, 1, -1).sort(-1).values[..., :removed])) if removed else 0.0
+        return float(reduce(terms.reshape(1, 1, -1).sort(-1).values[..., :removed], (-1, -2))) if removed else 0.0
     total = 0.0
     for group, keep in set(supports.rows):
         if keep == group:
             continue
         rows = torch.tensor([row == (group, keep) for row in supports.rows])
         cells = terms[rows].unflatten(1, (-1, group)).sort(-1).values
-        total += float(reduce(cells[..., : group - keep]).sum())
+        total += float(reduce(cells[..., : group - keep], (-1, -2)).sum())
     return total
 
 
@@ -176,10 +168,7 @@ def perspective_bound(problem: object, objective: float | None = None, *, max_wi
     Source: Frangioni and Gentile, SDP diagonalizations and perspective cuts for a class of nonseparable MIQP, 2007.
     """
     cvxpy = load_cvxpy("perspective_bound", "CLARABEL")
-    separated = separate("perspective_bound", problem)
-    widest = max(row.width for row in separated.rows)
-    if widest > max_width:
-        raise ValueError(f"perspective_bound takes rows of at most {max_width} entries, not {widest}")
+    separated = separate("perspective_bound", problem, max_width)
     diagonals: dict[int, Array] = {}  # of each Hessian: most often all rows share one
     losses = []
     for row in separated.rows:
@@ -209,16 +198,18 @@ def dual_value(row: Row, diagonal: Array, shift: Array) -> float:
     if row.form.doubt:
         return 0.0
     n = row.width
-    unit = scaled_exactly(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
+    unit = _power_of_two_scale(torch.from_numpy(np.maximum(np.abs(row.target), np.abs(shift))))
     w, p = row.target * unit, shift * unit
     pull = row.hessian @ p - diagonal * p
     doubt = gamma(n + 4) * (np.abs(row.hessian) @ np.abs(p) + diagonal * np.abs(p))
-    kept = (np.abs(pull) + doubt) ** 2 / diagonal
-    removed = diagonal * w * w - 2 * pull * w - 2 * doubt * np.abs(w)
-    cheapest = np.sort((removed + kept).reshape(-1, row.group), axis=1)[:, : row.group - row.keep].sum()
+    kept_terms = (np.abs(pull) + doubt) ** 2 / diagonal
+    removed_terms = diagonal * w * w - 2 * pull * w - 2 * doubt * np.abs(w)
+    cheapest = np.sort((removed_terms + kept_terms).reshape(-1, row.group), axis=1)[:, : row.group - row.keep].sum()
     curvature = float(np.abs(p) @ doubt + p @ pull)
-    sizes = diagonal * w * w + 2 * np.abs(w) * (np.abs(pull) + doubt) + 2 * kept + np.abs(p) * (np.abs(pull) + doubt)
-    value = float(cheapest) - curvature - float(kept.sum()) - gamma(2 * n + 16) * float(sizes.sum())
+    sizes = (
+        diagonal * w * w + 2 * np.abs(w) * (np.abs(pull) + doubt) + 2 * kept_terms + np.abs(p) * (np.abs(pull) + doubt)
+    )
+    value = float(cheapest) - curvature - float(kept_terms.sum()) - gamma(2 * n + 16) * float(sizes.sum())
     return value / unit / unit if math.isfinite(value) else 0.0
 
 
@@ -250,22 +241,22 @@ def _largest_diagonal(cvxpy: Any, form: Form) -> Array:
 
     Not positive where Ã is not proved definite.
     """
-    own = form.diagonal
-    plain = form.least * own * (1 - 8 * UNIT)
-    root = np.sqrt(own)
+    diagonal = form.diagonal
+    plain = form.least * diagonal * (1 - 8 * UNIT)
+    root = np.sqrt(diagonal)
     correlation = form.hessian / root / root[:, None]
     delta = cvxpy.Variable(form.width)
     program = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(delta)), [delta >= 0, correlation - cvxpy.diag(delta) >> 0])
     if form.least == 0 or not try_solve(cvxpy, program, "CLARABEL") or delta.value is None:
         return plain
-    found = np.asarray(delta.value, dtype=np.float64) * own
+    proposed = np.asarray(delta.value, dtype=np.float64) * diagonal
     # The solver may overshoot by its tolerance: step back by as much as the remainder fails to be semidefinite.
     for _ in range(_STEPS_BACK):
-        rest = form.hessian - np.diag(found)
-        short = least_eigenvalue(rest, own) - 4 * UNIT * float((1 + np.abs(found / own)).max())
+        rest = form.hessian - np.diag(proposed)
+        short = least_eigenvalue(rest, diagonal) - 4 * UNIT * float((1 + np.abs(proposed / diagonal)).max())
         if short >= 0:
-            return found if (found > 0).all() else plain
+            return proposed if (proposed > 0).all() else plain
         if not math.isfinite(short):
             return plain
-        found = found + 2 * short * own
+        proposed = proposed + 2 * short * diagonal
     return plain

@@ -31,8 +31,8 @@ from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
 from admm_prune.solvers.reference.bounds import loss_bounds
-from admm_prune.solvers.reference.rigorous import least_losses, refit_steps
-from admm_prune.solvers.reference.rows import Array, Mask, Row, Supports, search, separate
+from admm_prune.solvers.reference.rigorous import Array, Mask
+from admm_prune.solvers.reference.rows import Row, Supports, search, separate
 
 _BUCKET = 4  # nodes are stored by their number of free entries, rounded up to a multiple of this
 _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
@@ -278,18 +278,20 @@ class BranchAndBound:
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
-        separated = separate(type(self).__name__, problem)
-        self._check(separated.rows, problem)
-        starts = separated.supports(start)
+        separated = separate(type(self).__name__, problem, self.max_width)
+        if any(row.group < row.width and 0 < row.removals < row.width for row in separated.rows):
+            raise ValueError(
+                f"BranchAndBound takes one budget per row or per matrix; {type(problem.constraint).__name__} has a "
+                "budget for each group of a row: use BruteForce, MixedIntegerReference or GroupExact"
+            )
         solved: list[Solved] = []
-        for i, row in enumerate(separated.rows):
+        for i, (row, known) in enumerate(separated.starts(start)):
             now = time.perf_counter()
             share = (began + self.time_limit - now) / (len(separated.rows) - i)
-            known = () if starts is None else (starts[i],)
             solved.append(solve_row(row, search(row, known, _KICKS), self.gap, now + share))
         open_rows = sum(not row.closed for row in solved)
         return separated.result(
-            [row.kept for row in solved],
+            [row.support for row in solved],
             [row.bound for row in solved],
             start=start,
             status=Status.TIME_LIMIT if open_rows else Status.SOLVED,
@@ -298,25 +300,11 @@ class BranchAndBound:
             notes=(f"{open_rows} of {len(solved)} rows were not closed in {self.time_limit} s",) if open_rows else (),
         )
 
-    def _check(self, rows: tuple[Row, ...], problem: Problem) -> None:
-        kind = type(problem.constraint).__name__
-        widest = max(row.width for row in rows)
-        if widest > self.max_width:
-            raise ValueError(
-                f"BranchAndBound takes rows of at most {self.max_width} entries that share a budget; {kind} on "
-                f"{type(problem).__name__} makes rows of {widest}"
-            )
-        if any(row.group < row.width and 0 < row.removals < row.width for row in rows):
-            raise ValueError(
-                f"BranchAndBound takes one budget per row or per matrix; {kind} has a budget for each group of a row: "
-                "use BruteForce, MixedIntegerReference or GroupExact"
-            )
-
 
 class Solved(NamedTuple):
     """The best support of a row, its loss, a lower bound of the optimum, nodes expanded, and whether it is proved."""
 
-    kept: Mask
+    support: Mask
     loss: float
     bound: float
     nodes: int
@@ -330,12 +318,12 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
         gap: relative to the loss.
         deadline: in the time of `time.perf_counter`.
     """
-    kept, loss = incumbent
+    support, loss = incumbent
     if row.removals in (0, row.width):
-        return Solved(kept, loss, _least_of(row, kept[None])[1], 0, True)
+        return Solved(support, loss, row.least(support[None])[1], 0, True)
     if row.removals == 1:
         single = ~np.eye(row.width, dtype=np.bool_)
-        best, bound = _least_of(row, single)
+        best, bound = row.least(single)
         return Solved(single[best], row.loss(single[best]), bound, 1, True)
     plain = Supports(row.keep, ((row.group, row.keep),))
     root = max(loss_bounds(row.form, torch.from_numpy(row.target[None]), plain).values())
@@ -353,7 +341,7 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
         if leaf is not None and leaf.loss < loss:
             value = row.loss(~leaf.removed)
             if value < loss:
-                kept, loss = ~leaf.removed, value
+                support, loss = ~leaf.removed, value
         for child in children:
             pool.push(child)
     # The tree compares what it computes; a leaf may have been computed below the loss that stands for it in the end.
@@ -361,10 +349,4 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
     proved = (
         max(0.0, threshold * (1 - row.form.elimination_error)) if math.isfinite(row.form.elimination_error) else 0.0
     )
-    return Solved(kept, loss, max(root, proved), count, not pool)
-
-
-def _least_of(row: Row, kept: Mask) -> tuple[int, float]:
-    """(which of some supports has the least loss, a proved bound of all their losses)."""
-    losses, bounds = least_losses(row.form, row.target, kept, refit_steps(row.form, row.target, kept))
-    return int(np.argmin(losses)), float(bounds.min())
+    return Solved(support, loss, max(root, proved), count, not pool)

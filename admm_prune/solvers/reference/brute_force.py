@@ -15,16 +15,14 @@ import torch
 
 from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, require
+from admm_prune.problem import GroupConstraint, Problem, Quadratic, checked_constraint, require
 from admm_prune.result import Result, Status
 from admm_prune.solvers.base import closed_form
-from admm_prune.solvers.group_obs import checked_groups
 from admm_prune.solvers.reference.rigorous import (
     Array,
     Form,
     Mask,
     least_losses,
-    refit_steps,
     rounded_down_sum,
     total_bound,
 )
@@ -62,67 +60,62 @@ class GroupExact:
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
-        separated = separate(type(self).__name__, problem)
-        self._check(separated.rows, problem)
-        starts = separated.supports(start)
-        kept, sweeps = [], 0
-        for i, row in enumerate(separated.rows):
-            support, used = self._solve_row(row, search(row)[0] if starts is None else row.completed(starts[i]))
-            kept.append(support)
-            sweeps = max(sweeps, used)
-        status = Status.SOLVED if sweeps <= self.max_sweeps else Status.MAX_ITERATIONS
-        seconds = time.perf_counter() - began
-        iterations = min(sweeps, self.max_sweeps)
-        return separated.result(kept, None, start=start, status=status, iterations=iterations, seconds=seconds)
-
-    def _check(self, rows: tuple[Row, ...], problem: Problem) -> None:
-        kind = f"{type(problem.constraint).__name__} on {type(problem).__name__}"
-        widest = max(row.width for row in rows)
-        most = max(comb(row.group, row.keep) for row in rows)
-        if widest > self.max_width:
-            raise ValueError(
-                f"GroupExact takes rows of at most {self.max_width} entries; {kind} makes rows of {widest}"
-            )
+        separated = separate(type(self).__name__, problem, self.max_width)
+        most = max(comb(row.group, row.keep) for row in separated.rows)
         if most > self.max_choices:
             raise ValueError(
-                f"GroupExact tries at most {self.max_choices} supports in a group; {kind} has {most:.3g} in each"
+                f"GroupExact tries at most {self.max_choices} supports in a group; {type(problem.constraint).__name__} "
+                f"on {type(problem).__name__} has {most:.3g} in each"
             )
+        solved = [
+            self._solve_row(row, row.completed(*known) if known else search(row)[0])
+            for row, known in separated.starts(start)
+        ]
+        sweeps = max(used for _, used in solved)
+        return separated.result(
+            [support for support, _ in solved],
+            None,
+            start=start,
+            status=Status.SOLVED if sweeps <= self.max_sweeps else Status.MAX_ITERATIONS,
+            iterations=min(sweeps, self.max_sweeps),
+            seconds=time.perf_counter() - began,
+        )
 
-    def _solve_row(self, row: Row, kept: Mask) -> tuple[Mask, int]:
+    def _solve_row(self, row: Row, support: Mask) -> tuple[Mask, int]:
         """(support, sweeps used); one more than allowed if the last sweep still changed the support."""
         if row.removals in (0, row.width):
-            return kept, 0
+            return support, 0
         choices = all_supports(row.group, row.group, row.keep)
         removals = [np.flatnonzero(~choice) for choice in choices]
-        floor = _LEAST_GAIN * row.loss(kept)
+        floor = _LEAST_GAIN * row.loss(support)
         for sweep in range(1, self.max_sweeps + 1):
             changed = False
             for begin in range(0, row.width, row.group):
                 group = slice(begin, begin + row.group)
-                block, fitted = _released(row, kept, group)
+                block, fitted = _released(row, support, group)
                 costs = [float(fitted[q] @ np.linalg.solve(block[np.ix_(q, q)], fitted[q])) for q in removals]
-                now = int(np.flatnonzero((choices == kept[group]).all(1))[0])
+                now = int(np.flatnonzero((choices == support[group]).all(1))[0])
                 best = int(np.argmin(costs))
                 if costs[best] < costs[now] - floor:
-                    kept[group] = choices[best]
+                    support[group] = choices[best]
                     changed = True
             if not changed:
-                return kept, sweep
-        return kept, self.max_sweeps + 1
+                return support, sweep
+        return support, self.max_sweeps + 1
 
 
-def _released(row: Row, kept: Mask, group: slice) -> tuple[Array, Array]:
+def _released(row: Row, support: Mask, group: slice) -> tuple[Array, Array]:
     """((Ã_UU^-1)_gg, v_g): U holds what the other groups keep and all of the group g, v is the refit on U."""
-    wide = kept.copy()
+    wide = support.copy()
     wide[group] = True
     inside = np.flatnonzero(wide)
-    own = np.flatnonzero((inside >= group.start) & (inside < group.stop))
+    group_entries = np.flatnonzero((inside >= group.start) & (inside < group.stop))
     factor = scipy.linalg.cho_factor(row.hessian[np.ix_(inside, inside)])
-    units = np.zeros((len(inside), len(own)))
-    units[own, np.arange(len(own))] = 1
+    units = np.zeros((len(inside), len(group_entries)))
+    units[group_entries, np.arange(len(group_entries))] = 1
     pull = row.hessian[np.ix_(inside, ~wide)] @ row.target[~wide]
     solved = scipy.linalg.cho_solve(factor, np.column_stack([units, pull]))
-    return solved[own, :-1], row.target[inside[own]] + solved[own, -1]
+    return solved[group_entries, :-1], row.target[inside[group_entries]] + solved[group_entries, -1]
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ class BruteForceGroups:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it solves the least squares of every set of columns")
-        constraint = checked_groups(self, problem)
+        constraint = checked_constraint(self, problem, GroupConstraint, "it removes whole columns")
         began = time.perf_counter()
         minimizer, width = problem.minimizer, constraint.width
         columns = minimizer.shape[1]
@@ -165,27 +158,27 @@ class BruteForceGroups:
         if not constraint.contains(best):
             bound = math.inf
             for groups in combinations(range(count), keep):
-                kept = np.isin(np.arange(count), groups).repeat(width)
-                steps = _refit_steps(form, target, kept)
-                losses, bounds = least_losses(form, target, np.broadcast_to(kept, target.shape), steps)
+                mask = np.isin(np.arange(count), groups).repeat(width)
+                steps = _refit_steps(form, target, mask)
+                losses, bounds = least_losses(form, target, np.broadcast_to(mask, target.shape), steps)
                 bound = min(bound, rounded_down_sum(bounds.tolist()))
                 if losses.sum() < least:
-                    fitted = np.where(kept, target + steps, 0.0) / scale
+                    fitted = np.where(mask, target + steps, 0.0) / scale
                     best, least = Point(weight=torch.from_numpy(fitted).to(minimizer)), float(losses.sum())
         result = closed_form(problem, best, began, start)
         proved = total_bound(form, floor_of(problem, scale), bound)
         return replace(result, bound=None if proved is None else min(proved, result.objective), iterations=sets)
 
 
-def _refit_steps(form: Form, target: Array, kept: Mask) -> Array:
+def _refit_steps(form: Form, target: Array, mask: Mask) -> Array:
     """v - w (out, in) for the least squares v on some columns, the same in every row."""
-    steps = np.where(kept, 0.0, -target)
-    if kept.any():
-        block, pull = form.hessian[np.ix_(kept, kept)], (steps @ form.hessian)[:, kept]
+    steps = np.where(mask, 0.0, -target)
+    if mask.any():
+        block, pull = form.hessian[np.ix_(mask, mask)], (steps @ form.hessian)[:, mask]
         try:
-            steps[:, kept] = -np.linalg.solve(block, pull.T).T
+            steps[:, mask] = -np.linalg.solve(block, pull.T).T
         except np.linalg.LinAlgError:
-            steps[:, kept] = -(np.linalg.pinv(block, hermitian=True) @ pull.T).T
+            steps[:, mask] = -(np.linalg.pinv(block, hermitian=True) @ pull.T).T
     return steps
 
 
@@ -218,26 +211,24 @@ class BruteForce:
                 f"BruteForce tries at most {self.max_supports} supports; {type(problem.constraint).__name__} on "
                 f"{type(problem).__name__} has {most:.3g} for one budget"
             )
-        best = [_best(row) for row in separated.rows]
+        best, bounds = [], []
+        for row in separated.rows:
+            supports = all_supports(row.width, row.group, row.keep)
+            index, bound = row.least(supports)
+            best.append(supports[index])
+            bounds.append(bound)
         return separated.result(
-            [kept for kept, _ in best],
-            [bound for _, bound in best],
+            best,
+            bounds,
             start=start,
             iterations=sum(row.supports for row in separated.rows),
             seconds=time.perf_counter() - began,
         )
 
 
-def _best(row: Row) -> tuple[Mask, float]:
-    """The support of the least loss, and a proved lower bound of the losses of all supports."""
-    kept = all_supports(row.width, row.group, row.keep)
-    losses, bounds = least_losses(row.form, row.target, kept, refit_steps(row.form, row.target, kept))
-    return np.asarray(kept[int(np.argmin(losses))]), float(bounds.min())
-
-
 @lru_cache(maxsize=8)
 def all_supports(width: int, group: int, keep: int) -> Mask:
     """Every support that keeps `keep` of each `group` consecutive entries of `width`: (count, width)."""
-    cells = np.stack([np.isin(np.arange(group), list(kept)) for kept in combinations(range(group), keep)])
+    cells = np.stack([np.isin(np.arange(group), list(entries)) for entries in combinations(range(group), keep)])
     picks = np.array(list(product(range(len(cells)), repeat=width // group)))
     return np.asarray(cells[picks].reshape(len(picks), width))

@@ -15,7 +15,8 @@ from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.result import Result, Status
-from admm_prune.solvers.reference.rows import Mask, Row, search, separate
+from admm_prune.solvers.reference.rigorous import Mask
+from admm_prune.solvers.reference.rows import Row, search, separate
 
 _SLACK = 1e-5  # the box is wider than the proof asks by this much, so that a tolerance of the solver cuts nothing off
 
@@ -56,21 +57,11 @@ class MixedIntegerReference:
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         cvxpy = load_cvxpy(type(self).__name__, self.solver)
-        separated = separate(type(self).__name__, problem)
-        widest = max(row.width for row in separated.rows)
-        if widest > self.max_width:
-            raise ValueError(
-                f"MixedIntegerReference takes at most {self.max_width} entries that share a program; "
-                f"{type(problem.constraint).__name__} on {type(problem).__name__} makes rows of {widest}"
-            )
-        starts = separated.supports(start)
-        solved: list[tuple[Mask, Status]] = []
-        for i, row in enumerate(separated.rows):
-            incumbent = search(row, () if starts is None else (starts[i],))
-            solved.append(self._solve_row(cvxpy, row, *incumbent))
+        separated = separate(type(self).__name__, problem, self.max_width)
+        solved = [self._solve_row(cvxpy, row, *search(row, known)) for row, known in separated.starts(start)]
         statuses = {status for _, status in solved}
         return separated.result(
-            [kept for kept, _ in solved],
+            [support for support, _ in solved],
             None,
             start=start,
             status=next((status for status in _WORST_FIRST if status in statuses), Status.SOLVED),
@@ -104,8 +95,8 @@ class MixedIntegerReference:
         status = Status.SOLVED if program.status == cvxpy.OPTIMAL else Status.TIME_LIMIT
         if z.value is None:
             return incumbent, status
-        found = row.completed(np.asarray(z.value) > 0.5)
-        return (found if row.loss(found) < upper else incumbent), status
+        support = row.completed(np.asarray(z.value) > 0.5)
+        return (support if row.loss(support) < upper else incumbent), status
 
 
 def load_cvxpy(owner: str, solver: str) -> Any:

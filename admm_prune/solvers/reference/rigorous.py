@@ -38,8 +38,8 @@ class Form:
 
     Args:
         hessian: A (n, n), float64, symmetric.
-        doubt: e with |x^T (A' - A) y| <= e |x|_D |y|_D for the A' that is meant: not 0 where a matrix came in that
-            differs from its own transpose.
+        doubt: e with |x^T (A' - A) y| <= e |x|_D |y|_D for the intended A'; not 0 where the given matrix differs from
+            its transpose.
     """
 
     hessian: Array
@@ -187,19 +187,19 @@ def _definite_in_integers(matrix: Array) -> bool:
     return True
 
 
-def refit_steps(form: Form, target: Array, kept: Mask) -> Array:
+def refit_steps(form: Form, target: Array, supports: Mask) -> Array:
     """v - w for the least squares v on each support (m, n), all of one size: -w_R and A_SS^-1 A_SR w_R.
 
     Args:
         target: w (m, n) or (n,).
-        kept: (m, n).
+        supports: (m, n).
     """
-    target = np.broadcast_to(target, kept.shape)
-    steps = np.where(kept, 0.0, -target)
-    size = int(kept[0].sum())
+    target = np.broadcast_to(target, supports.shape)
+    steps = np.where(supports, 0.0, -target)
+    size = int(supports[0].sum())
     if size == 0:
         return steps
-    inside = np.nonzero(kept)[1].reshape(len(kept), size)
+    inside = np.nonzero(supports)[1].reshape(len(supports), size)
     blocks = form.hessian[inside[:, :, None], inside[:, None, :]]
     pull = np.take_along_axis(steps @ form.hessian, inside, 1)
     try:
@@ -210,7 +210,7 @@ def refit_steps(form: Form, target: Array, kept: Mask) -> Array:
     return steps
 
 
-def least_losses(form: Form, target: Array, kept: Mask, steps: Array) -> tuple[Array, Array]:
+def least_losses(form: Form, target: Array, supports: Mask, steps: Array) -> tuple[Array, Array]:
     """(loss, bound): the least of L^2 = (v - w)^T A (v - w) over the v that vanish on R, and a proved lower bound (m,).
 
     For any p with p_R = -w_R, q = A p and r = q_S, convexity gives, S being where v is free,
@@ -223,22 +223,22 @@ def least_losses(form: Form, target: Array, kept: Mask, steps: Array) -> tuple[A
 
     Args:
         target: w (m, n) or (n,); the results are in units of w^2.
-        kept: S (m, n).
+        supports: S (m, n).
         steps: p (m, n), from `refit_steps`; where it is not finite the bound is 0.
     """
     n = form.width
-    target = np.broadcast_to(target, kept.shape)
+    target = np.broadcast_to(target, supports.shape)
     with np.errstate(all="ignore"):
         exponent = np.frexp(np.abs(steps).max(1))[1]  # no power of it overflows or underflows then
         p = np.ldexp(steps, -exponent[:, None])
         q, sizes = p @ form.hessian, np.abs(p) @ np.abs(form.hessian)
         long = form.doubt * (p * p * form.diagonal).sum(1) * (1 + gamma(n + 8))
-        value = np.where(kept, -q * p, q * p).sum(1)
+        value = np.where(supports, -q * p, q * p).sum(1)
         b = value - gamma(3 * n + 8) * (sizes * np.abs(p)).sum(1) - long - _UNDERFLOW
-        residual = np.where(kept, np.abs(q) + gamma(2 * n + 4) * sizes, 0.0)
+        residual = np.where(supports, np.abs(q) + gamma(2 * n + 4) * sizes, 0.0)
         t = np.sqrt((residual * residual / form.diagonal).sum(1))
         t = (t + np.sqrt(form.doubt * long) + _UNDERFLOW) * (1 + gamma(n + 16)) / math.sqrt(form.least or math.nan)
-        free = kept.any(1)
+        free = supports.any(1)
         t = np.where(free, t, 0.0)
         b = np.maximum(b, 0.0)
         root = b / (np.sqrt(b + t * t) + t)

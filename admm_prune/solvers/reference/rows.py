@@ -35,6 +35,8 @@ from admm_prune.solvers.reference.rigorous import (
     Form,
     Mask,
     gamma,
+    least_losses,
+    refit_steps,
     rounded_down_sum,
     scaled_form,
     total_bound,
@@ -43,7 +45,6 @@ from admm_prune.solvers.reference.rigorous import (
 _RANDOM_PROBES = 4
 _MANY = 1 << 16
 _EXACT = 1 << 24  # float32 holds every integer up to here
-__all__ = ["Array", "Mask", "Row", "Separated", "floor_of", "quadratic", "scaled_hessian", "separate", "to_array"]
 Indices = NDArray[np.intp]
 _LEAST_GAIN = 1e-10  # of a swap, relative to the loss: smaller ones may be rounding
 _KICKED = 3  # pairs exchanged by a kick
@@ -86,12 +87,12 @@ def recognise(owner: str, constraint: Constraint, shape: tuple[int, int]) -> Sup
     whole = _Cells(1)
     total = 0
     for score in _scorings(count, width):
-        kept = constraint.select(Point(weight=score))["weight"]
-        total = int(kept.sum())
-        whole.test(score.reshape(1, 1, -1), kept.reshape(1, 1, -1))
+        mask = constraint.select(Point(weight=score))["weight"]
+        total = int(mask.sum())
+        whole.test(score.reshape(1, 1, -1), mask.reshape(1, 1, -1))
         for group, cells in groups.items():
             if bool(cells.alive.any()):
-                cells.test(score.unflatten(1, (-1, group)), kept.unflatten(1, (-1, group)))
+                cells.test(score.unflatten(1, (-1, group)), mask.unflatten(1, (-1, group)))
     if bool(torch.stack([cells.alive for cells in groups.values()]).any(0).all()):
         finest = [next(group for group, cells in groups.items() if cells.alive[i]) for i in range(count)]
         return Supports(total, tuple((group, int(groups[group].keep[i])) for i, group in enumerate(finest)))
@@ -115,14 +116,14 @@ class _Cells:
         self.alive = torch.ones(rows, dtype=torch.bool)
         self.keep = torch.full((rows,), -1, dtype=torch.int32)
 
-    def test(self, score: Tensor, kept: Tensor) -> None:
+    def test(self, score: Tensor, mask: Tensor) -> None:
         """Compares with a selection: score and kept are (rows, cells, entries); scores have no ties."""
-        counts = kept.sum(2, dtype=torch.int32)
+        counts = mask.sum(2, dtype=torch.int32)
         self.keep = torch.where(self.keep < 0, counts[:, 0], self.keep)
         self.alive &= (counts == self.keep[:, None]).all(1)
         if bool(self.alive.any()):  # the expensive test only after the inexpensive one
-            least_kept = torch.where(kept, score, torch.inf).amin(2)
-            most_dropped = torch.where(kept, 0, score).amax(2)
+            least_kept = torch.where(mask, score, torch.inf).amin(2)
+            most_dropped = torch.where(mask, 0, score).amax(2)
             self.alive &= (least_kept > most_dropped).all(1)
 
 
@@ -182,28 +183,33 @@ class Row:
         """The number of supports of full size."""
         return int(prod([comb(self.group, self.keep)] * (self.width // self.group)))
 
-    def completed(self, kept: Mask) -> Mask:
-        """The support of full size nearest to `kept`: its entries first, larger |w| first."""
+    def completed(self, support: Mask) -> Mask:
+        """The support of full size nearest to `support`: its entries first, larger |w| first."""
         size = np.abs(self.target)
-        score = (size / (1 + size.max()) + kept).reshape(-1, self.group)
+        score = (size / (1 + size.max()) + support).reshape(-1, self.group)
         full = np.zeros_like(score, dtype=np.bool_)
         np.put_along_axis(full, np.argsort(-score, axis=1, kind="stable")[:, : self.keep], True, axis=1)
         return full.reshape(-1)
 
-    def loss(self, kept: Mask) -> float:
+    def loss(self, support: Mask) -> float:
         """loss(R) for R = the entries not kept."""
-        removed = ~kept
+        removed = ~support
         target = self.target[removed]
         return float(target @ np.linalg.solve(self.inverse[np.ix_(removed, removed)], target))
 
-    def refit(self, kept: Mask) -> Array:
-        """argmin_v (v - w)^T Ã (v - w) over the v that vanish where `kept` is False: v_S = w_S + Ã_SS^-1 Ã_SR w_R."""
+    def refit(self, support: Mask) -> Array:
+        """argmin_v (v - w)^T Ã (v - w) over the v that vanish off the support S: v_S = w_S + Ã_SS^-1 Ã_SR w_R."""
         fitted = np.zeros_like(self.target)
-        if kept.any():
-            pull = self.hessian[np.ix_(kept, ~kept)] @ self.target[~kept]
-            factor = scipy.linalg.cho_factor(self.hessian[np.ix_(kept, kept)])
-            fitted[kept] = self.target[kept] + scipy.linalg.cho_solve(factor, pull)
+        if support.any():
+            pull = self.hessian[np.ix_(support, ~support)] @ self.target[~support]
+            factor = scipy.linalg.cho_factor(self.hessian[np.ix_(support, support)])
+            fitted[support] = self.target[support] + scipy.linalg.cho_solve(factor, pull)
         return fitted
+
+    def least(self, supports: Mask) -> tuple[int, float]:
+        """(which of some supports of one size has the least loss, a proved lower bound of the losses of all)."""
+        losses, bounds = least_losses(self.form, self.target, supports, refit_steps(self.form, self.target, supports))
+        return int(np.argmin(losses)), float(bounds.min())
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,18 +239,18 @@ class Separated:
     def point(self, supports: Sequence[Mask]) -> Point:
         """The least-squares weights on the supports of all rows, unscaled, in the problem's dtype."""
         minimizer = self.problem.minimizer
-        fitted = np.stack([row.refit(kept) for row, kept in zip(self.rows, supports, strict=True)])
+        fitted = np.stack([row.refit(support) for row, support in zip(self.rows, supports, strict=True)])
         weight = torch.from_numpy(fitted.reshape(minimizer.shape) / self.scale).to(minimizer)
         # A matrix row that loses nothing is returned bitwise unchanged.
         untouched = torch.from_numpy(np.stack(supports).reshape(minimizer.shape).all(1)).to(minimizer.device)
         return Point(weight=torch.where(untouched[:, None], minimizer, weight))
 
-    def supports(self, start: Point | None) -> list[Mask] | None:
-        """The supports of a start, row by row; None where there is no start or where it is not feasible."""
+    def starts(self, start: Point | None) -> list[tuple[Row, tuple[Mask, ...]]]:
+        """Every row with the support of a feasible start, in a tuple; an empty tuple without one."""
         if start is None or not self.problem.constraint.contains(start):
-            return None
-        mask = to_array(start["weight"]) != 0
-        return list(mask.reshape(len(self.rows), -1))
+            return [(row, ()) for row in self.rows]
+        masks = (to_array(start["weight"]) != 0).reshape(len(self.rows), -1)
+        return [(row, (mask,)) for row, mask in zip(self.rows, masks, strict=True)]
 
     def result(
         self,
@@ -279,21 +285,28 @@ class Separated:
         return total_bound(self.form, floor_of(self.problem, self.scale), rounded_down_sum(list(row_bounds)))
 
 
-def separate(owner: str, candidate: object) -> Separated:
+def separate(owner: str, candidate: object, max_width: int | None = None) -> Separated:
     """The normal form of a problem.
 
     Args:
         owner: the caller, for the messages.
+        max_width: the widest row accepted.
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
-        ValueError: its supports are of an unknown kind, or its Hessian is not positive definite.
+        ValueError: its supports are of an unknown kind, its Hessian is not positive definite, or its rows are too wide.
     """
     problem = quadratic(owner, candidate)
     form, scale = scaled_hessian(owner, problem)
     target = to_array(problem.minimizer) * scale
     count, width = target.shape
     supports = recognise(owner, problem.constraint, (count, width))
+    widest = width if supports.rows is not None else count * width
+    if max_width is not None and widest > max_width:
+        raise ValueError(
+            f"{owner} takes rows of at most {max_width} entries; {type(problem.constraint).__name__} on "
+            f"{type(problem).__name__} makes rows of {widest}"
+        )
     if supports.rows is None:
         stacked = np.asarray(np.kron(np.eye(count), form.hessian), dtype=np.float64)
         whole = Row(Form(stacked, form.doubt), target.reshape(-1), count * width, supports.total)
@@ -305,11 +318,11 @@ def separate(owner: str, candidate: object) -> Separated:
 def floor_of(problem: Quadratic, scale: Array) -> Floor:
     """f at the minimizer of a problem, with the rounding of both."""
     value = problem.value(Point(weight=problem.minimizer))
-    found = problem.minimizer_residual() if fits(problem, Fitted) else None
-    if found is None:
+    residual_terms = problem.minimizer_residual() if fits(problem, Fitted) else None
+    if residual_terms is None:
         return Floor(value)
-    residual, sizes = (np.abs(to_array(x)) / scale for x in found[:2])
-    return Floor(value, residual + gamma(len(scale) + 4) * sizes, found[2])
+    residual, sizes = (np.abs(to_array(x)) / scale for x in residual_terms[:2])
+    return Floor(value, residual + gamma(len(scale) + 4) * sizes, residual_terms[2])
 
 
 def quadratic(owner: str, problem: object) -> Quadratic:
@@ -350,34 +363,34 @@ def search(row: Row, starts: Iterable[Mask] = (), kicks: int = 0) -> tuple[Mask,
         starts: supports; one that is not of full size is completed with the largest entries, or thinned to them.
         kicks: exchanges of random pairs from the best support, each followed by swaps (iterated local search).
     """
-    candidates = [_eliminated(row), *(row.completed(start) for start in starts)]
-    best, loss = min((_swapped(row, kept) for kept in candidates), key=lambda found: found[1])
+    candidates = [_greedy_elimination(row), *(row.completed(start) for start in starts)]
+    best, loss = min((_swap_descent(row, support) for support in candidates), key=lambda candidate: candidate[1])
     generator = np.random.default_rng(0)
     for _ in range(kicks if 0 < row.removals < row.width else 0):
-        kept, value = _swapped(row, _kicked(row, best, generator))
+        support, value = _swap_descent(row, _perturbed(row, best, generator))
         if value < loss:
-            best, loss = kept, value
+            best, loss = support, value
     return best, loss
 
 
-def _eliminated(row: Row) -> Mask:
+def _greedy_elimination(row: Row) -> Mask:
     """Removes the entry of the least increment w_j^2 / K_jj until the support has its size, K and w downdated."""
     inverse, target = row.inverse.copy(), row.target.copy()
-    kept = np.ones(row.width, dtype=np.bool_)
+    support = np.ones(row.width, dtype=np.bool_)
     for _ in range(row.removals):
         increments = target**2 / np.maximum(inverse.diagonal(), np.finfo(np.float64).tiny)
-        full = kept.reshape(-1, row.group).sum(1) <= row.keep
-        increments[~kept | full.repeat(row.group)] = np.inf
+        full = support.reshape(-1, row.group).sum(1) <= row.keep
+        increments[~support | full.repeat(row.group)] = np.inf
         j = int(np.argmin(increments))
         column = inverse[:, j] / inverse[j, j]
         target = target - column * target[j]
         inverse = inverse - np.outer(column, inverse[j])
-        kept[j] = False
-    return kept
+        support[j] = False
+    return support
 
 
-def _kicked(row: Row, kept: Mask, generator: np.random.Generator) -> Mask:
-    kicked = kept.copy().reshape(-1, row.group)
+def _perturbed(row: Row, support: Mask, generator: np.random.Generator) -> Mask:
+    kicked = support.copy().reshape(-1, row.group)
     for _ in range(_KICKED):
         cell = kicked[generator.integers(len(kicked))]
         cell[generator.choice(np.flatnonzero(cell))] = False
@@ -385,24 +398,24 @@ def _kicked(row: Row, kept: Mask, generator: np.random.Generator) -> Mask:
     return kicked.reshape(-1)
 
 
-def _swapped(row: Row, kept: Mask) -> tuple[Mask, float]:
+def _swap_descent(row: Row, support: Mask) -> tuple[Mask, float]:
     """Takes the best swap within a group until none lowers the loss; (support, loss)."""
-    kept = kept.copy()
-    loss = row.loss(kept)
+    support = support.copy()
+    loss = row.loss(support)
     if not 0 < row.removals < row.width:
-        return kept, loss
+        return support, loss
     group = np.arange(row.width) // row.group
     while True:
-        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        inside, outside = np.flatnonzero(support), np.flatnonzero(~support)
         gains = swap_gains(row.hessian, row.target, inside, outside)
         gains[group[inside][:, None] != group[outside]] = -np.inf
         i, j = np.unravel_index(int(np.argmax(gains)), gains.shape)
-        swapped = kept.copy()
+        swapped = support.copy()
         swapped[inside[i]], swapped[outside[j]] = False, True
         value = row.loss(swapped)
         if not value < loss * (1 - _LEAST_GAIN):
-            return kept, loss
-        kept, loss = swapped, value
+            return support, loss
+        support, loss = swapped, value
 
 
 def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices) -> Array:
