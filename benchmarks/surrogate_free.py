@@ -136,21 +136,21 @@ class Bench:
 
     def _best_rate(self, recipe: Recipe, target: Target) -> float:
         """The best of the grid with seed 0: from its middle downhill, until the neighbours on both sides are worse."""
-        found: dict[int, float] = {}
+        perplexities: dict[int, float] = {}
 
         def at(i: int) -> float:
             if not 0 <= i < len(RATES):
                 return math.inf
-            if i not in found:
-                found[i] = float(self.measure(self._job(recipe, target, RATES[i], 0))["perplexity"])
-            return found[i]
+            if i not in perplexities:
+                perplexities[i] = float(self.measure(self._job(recipe, target, RATES[i], 0))["perplexity"])
+            return perplexities[i]
 
-        here = 1
+        index = 1
         while True:
-            best = min((here, here + 1, here - 1), key=at)
-            if best == here:
-                return RATES[here]
-            here = best
+            best = min((index, index + 1, index - 1), key=at)
+            if best == index:
+                return RATES[index]
+            index = best
 
     def _recipe(self, method: str) -> Recipe:
         recipe = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
@@ -174,8 +174,8 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     of their ratios to what each seed's best baseline reached."""
     rows = []
     for model, target in dict.fromkeys((record["model"], record["target"]) for record in records):
-        here = [record for record in records if (record["model"], record["target"]) == (model, target)]
-        chosen = {method: _at_best_rate(here, method) for method in dict.fromkeys(r["method"] for r in here)}
+        group = [record for record in records if (record["model"], record["target"]) == (model, target)]
+        chosen = {method: _at_best_rate(group, method) for method in dict.fromkeys(r["method"] for r in group)}
         baselines = [chosen[name] for name in BASELINES if name in chosen]
         for method, by_seed in chosen.items():
             ratios = []

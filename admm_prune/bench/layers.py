@@ -115,7 +115,7 @@ def _case(
             result = solver.solve(problem)
             synchronize(data.weight.device)
             spent = time.perf_counter() - began - problem.evaluating
-            found = Figures(
+            figures = Figures(
                 seconds=spent,
                 work=solver_work(label, solver, layer.rows, layer.width, result.iterations),
                 error=problem.relative_error(result.solution),
@@ -128,7 +128,7 @@ def _case(
                 note="; ".join(result.notes),
             )
             if best is None or spent < best.seconds:
-                best = found
+                best = figures
             if spent > 2.0:
                 break
         assert best is not None
@@ -142,18 +142,18 @@ def _baselines(layer: Drawn[Layer], target: Target) -> Iterator[Case]:
     constraint: SparseSet = NofM(*target.pattern) if target.pattern else Unstructured(target.sparsity or 0.0)
     size = layer.rows * layer.width
 
-    def timed(solve: Callable[[Layer], baselines.Found], work: Callable[[int], Work]) -> Callable[[], Figures]:
+    def timed(solve: Callable[[Layer], baselines.Solution], work: Callable[[int], Work]) -> Callable[[], Figures]:
         def run() -> Figures:
             data = layer()
             synchronize(data.weight.device)
             began = time.perf_counter()
-            found = solve(data)
+            solution = solve(data)
             synchronize(data.weight.device)
             spent = time.perf_counter() - began
             h = data.gram
-            error = quadratic.energy(found.weight.float(), h, data.weight) / quadratic.energy(data.weight, h)
-            more = {"iterations": found.iterations}
-            return Figures(seconds=spent, work=work(found.iterations), error=error, more=more)
+            error = quadratic.energy(solution.weight.float(), h, data.weight) / quadratic.energy(data.weight, h)
+            more = {"iterations": solution.iterations}
+            return Figures(seconds=spent, work=work(solution.iterations), error=error, more=more)
 
         return run
 

@@ -136,7 +136,7 @@ def bench_memory(
         "environment": environment(),
         "date": time.strftime("%Y-%m-%d"),
         "recipe": asdict(_RECIPE),
-        "exponents": {name: exponent(own) for name, own in points.items()},
+        "exponents": {name: exponent(family_points) for name, family_points in points.items()},
         "peaks": [asdict(peak) for peak in peaks],
     }
     with output_folder(out, overwrite=overwrite) as folder:
@@ -188,12 +188,14 @@ def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
         if done.returncode != 0:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{shape.parameters / 1e6:.0f} M parameters: the process failed: {why[0]}")
-        told = json.loads(done.stdout.splitlines()[-1])
+        measurement = json.loads(done.stdout.splitlines()[-1])
     mib = 4 * shape.parameters / 2**20
-    return Peak(family, shape.width, shape.depth, shape.parameters, round(mib, 1), told["mib"], told["seconds"])
+    return Peak(
+        family, shape.width, shape.depth, shape.parameters, round(mib, 1), measurement["mib"], measurement["seconds"]
+    )
 
 
-def _measure_here(model: Path, out: Path, tokens: int, sparsity: float) -> None:
+def _measure_in_this_process(model: Path, out: Path, tokens: int, sparsity: float) -> None:
     return_freed_memory()
     with tempfile.TemporaryDirectory() as place:  # loads libraries and their buffers before the clock starts
         tiny = Path(place) / "tiny"
@@ -252,11 +254,13 @@ def _plot(content: dict[str, Any], peaks: Sequence[Peak], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, colour, marker in (("growing", "#0072B2", "o"), ("deeper", "#D55E00", "s")):
-        own = [peak for peak in peaks if peak.family == name]
-        n = [peak.parameters for peak in own]
-        axes.plot(n, [peak.peak_mib for peak in own], color=colour, marker=marker, linestyle="none")
+        members = [peak for peak in peaks if peak.family == name]
+        n = [peak.parameters for peak in members]
+        axes.plot(n, [peak.peak_mib for peak in members], color=colour, marker=marker, linestyle="none")
         p = content["exponents"][name]
-        middle = math.exp(sum(math.log(peak.peak_mib) - p * math.log(peak.parameters) for peak in own) / len(own))
+        middle = math.exp(
+            sum(math.log(peak.peak_mib) - p * math.log(peak.parameters) for peak in members) / len(members)
+        )
         axes.plot(n, [middle * x**p for x in n], color=colour, label=f"{name}: N^{p:.2f}")
     n = sorted(peak.parameters for peak in peaks)
     axes.plot(n, [4 * x / 2**20 for x in n], color="0.5", linestyle="--", label="all weights, float32")
@@ -269,4 +273,4 @@ def _plot(content: dict[str, Any], peaks: Sequence[Peak], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _measure_here(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    _measure_in_this_process(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -155,9 +155,9 @@ class Runner:
         return rows
 
     def _one(self, case: Case) -> Row:
-        def row(status: Status, **found: Any) -> Row:
+        def row(status: Status, **values: Any) -> Row:
             return Row(
-                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **found
+                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **values
             )
 
         limit = min(case.limit, self.left)
@@ -238,8 +238,8 @@ def time_limit(seconds: float) -> Generator[None]:
 
 def measured_row(rows: Sequence[Row], name: str, case: str | None = None) -> Row | None:
     """The first measured row of this name."""
-    found = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
-    return next(found, None)
+    matches = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
+    return next(matches, None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -42,15 +42,15 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
         "* marks baselines, written for this benchmark or part of torch.",
     ]
     for section in dict.fromkeys(row.section for row in rows):
-        own = [row for row in rows if row.section == section]
-        wide = max(len(row.name) for row in own) + 4
-        case = max(len(row.case) for row in own) + 2
+        section_rows = [row for row in rows if row.section == section]
+        wide = max(len(row.name) for row in section_rows) + 4
+        case = max(len(row.case) for row in section_rows) + 2
         lines += [
             "",
             f"{section}",
             f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
         ]
-        lines += [_line(row, wide, case) for row in own]
+        lines += [_line(row, wide, case) for row in section_rows]
     heading = "targets" + (", which do not apply to tiny shapes" if content["gap"] else "")
     lines += ["", heading, *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
@@ -277,11 +277,11 @@ def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, An
     Args:
         applicable: whether the shapes are large enough to assess the targets.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
 
-    def claim(what: str, asked: str, value: float | None, met: Callable[[float], bool]) -> None:
+    def claim(what: str, target: str, value: float | None, met: Callable[[float], bool]) -> None:
         verdict = None if value is None or not applicable else met(value)
-        found.append({"what": what, "asked": asked, "value": value, "met": verdict})
+        results.append({"what": what, "asked": target, "value": value, "met": verdict})
 
     first = next((row.case for row in rows if row.section == "layers"), "")
     shape = first.partition(" ")[0]
@@ -331,7 +331,7 @@ def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, An
     local = next((r for r in rows if r.name.startswith("admm 70 %") and r.seconds), None)
     whole_model = None if local is None else local.more["seconds for all blocks"]
     claim("seconds for all blocks of the 7 B shape, locally pruned", "below 600", whole_model, lambda x: x < 600)
-    return found
+    return results
 
 
 def _ratio(over: Row | None, under: Row | None) -> float | None:

@@ -54,21 +54,21 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def call(**given: Any) -> None:
-            asked: dict[str, Any] = {}
+            values: dict[str, Any] = {}
             for name, one in declared.items():
                 value = given.pop(one.spelled)
-                asked[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
-            function(**given, **asked)
+                values[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
+            function(**given, **values)
 
         parameters: list[inspect.Parameter] = []
         for one in declared.values():
-            unset = replaces and one.kept == "recipe"
+            unset = replaces and one.saved_in == "recipe"
             annotation: Any = one.typed | None if unset else one.typed
             default = None if unset else one.typed_default
             parameters.append(_keyword(one.spelled, Annotated[annotation, _typed(one.spelled, one)], default))
         hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters += [_keyword(p.name, hints[p.name], p.default) for p in own]
+        explicit = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters += [_keyword(p.name, hints[p.name], p.default) for p in explicit]
         made: Any = call
         made.__signature__ = inspect.Signature(parameters)
         made.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -54,8 +54,8 @@ def evaluate(
         _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, options["seed"], json)
         return
     given = common.given(ctx, documents="eval_documents", samples="eval_samples")
-    asked: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
-    changes: dict[str, Any] = {name: asked[name] for name in names_of(text=True) if name in asked.keys() & given}
+    values: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
+    changes: dict[str, Any] = {name: values[name] for name in names_of(text=True) if name in values.keys() & given}
     text = None if data is None else TextSettings(data=data, **changes)
     judgement = evaluate_model(
         model,

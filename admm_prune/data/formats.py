@@ -315,28 +315,28 @@ def saved_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]:
 
     try:
         with quiet():
-            found: Any = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                raise NoSplitError(str(path), split, [str(name) for name in found])
-            found = found[split]
-        yield from dataset_documents(found, str(path), reader)
+            dataset: Any = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise NoSplitError(str(path), split, [str(name) for name in dataset])
+            dataset = dataset[split]
+        yield from dataset_documents(dataset, str(path), reader)
     except UserError:
         raise
     except Exception as error:  # as for parquet
         raise UserError(f"{path}: not a readable folder of save_to_disk ({first_line(error)})") from error
 
 
-def dataset_documents(found: Any, source: str, reader: RowReader) -> Iterator[str]:
+def dataset_documents(dataset: Any, source: str, reader: RowReader) -> Iterator[str]:
     """The rows of a `datasets.Dataset` or an `IterableDataset`; images and sounds are not decoded."""
-    names: list[str] = list(found.column_names or ())
-    if found.features is not None:
-        media = [name for name, feature in found.features.items() if hasattr(feature, "decode_example")]
-        found = found.select_columns([name for name in names if name not in media]) if media else found
-    asked = reader.asked or (TEXT if TEXT in names else None)
-    if asked is not None and names:
-        if asked not in names:
-            raise NoColumnError(source, asked, names)
-        found = found.select_columns([asked])
-    rows = ((f"row {number}", dict(row)) for number, row in enumerate(found, start=1))
+    names: list[str] = list(dataset.column_names or ())
+    if dataset.features is not None:
+        media = [name for name, feature in dataset.features.items() if hasattr(feature, "decode_example")]
+        dataset = dataset.select_columns([name for name in names if name not in media]) if media else dataset
+    column = reader.requested_column or (TEXT if TEXT in names else None)
+    if column is not None and names:
+        if column not in names:
+            raise NoColumnError(source, column, names)
+        dataset = dataset.select_columns([column])
+    rows = ((f"row {number}", dict(row)) for number, row in enumerate(dataset, start=1))
     yield from reader.documents(source, rows)

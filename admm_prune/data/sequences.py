@@ -137,11 +137,11 @@ class Sequences:
         counts for the whole and stays with the first part.
         """
         count = len(self.rows)
-        wanted = min(max(1, round(count * fraction)), count - 1)
-        cut_off = {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
-        kept = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
+        held_out = min(max(1, round(count * fraction)), count - 1)
+        cut_off = {(2 * i + 1) * count // (2 * held_out) for i in range(held_out)}
+        remaining = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
         taken = tuple(row for i, row in enumerate(self.rows) if i in cut_off)
-        return replace(self, rows=kept), replace(self, rows=taken, dropped_sequences=0)
+        return replace(self, rows=remaining), replace(self, rows=taken, dropped_sequences=0)
 
 
 def default_length(config: PreTrainedConfig) -> int:
@@ -189,14 +189,14 @@ def pack(
         raise UserError(f"samples must be at least 1, not {samples}")
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     documents = encode(corpus.documents, tokenizer)
-    found = sum(len(document.ids) + (bos is not None) for document in documents)
-    if samples is not None and found < length:
+    tokens = sum(len(document.ids) + (bos is not None) for document in documents)
+    if samples is not None and tokens < length:
         raise UserError(
-            f"{corpus.name}: the text is shorter than one sequence ({found} tokens found, {length} needed): "
+            f"{corpus.name}: the text is shorter than one sequence ({tokens} tokens found, {length} needed): "
             "give more text or a smaller --length"
         )
     if packing == "auto":
-        packing = "documents" if found <= length * len(documents) else "windows"
+        packing = "documents" if tokens <= length * len(documents) else "windows"
     if packing == "segments":
         rows = _segments(joined(corpus.documents, tokenizer), _first_token(tokenizer), length)
         usable = [row for row in rows if len(row.ids) == length]
@@ -207,7 +207,7 @@ def pack(
         rows = _windows(documents, bos, length)
         usable = [row for row in rows if samples is None or len(row.ids) == length]
     if not usable:
-        raise UserError(f"{corpus.name}: no document has a token to score ({found} tokens found): give more text")
+        raise UserError(f"{corpus.name}: no document has a token to score ({tokens} tokens found): give more text")
     if samples is not None:
         draw = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))[:samples]
         chosen = [usable[i] for i in draw.tolist()]

@@ -93,15 +93,15 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite
         raise UserError(f"{folder} is no archive: it has no {PACK_MANIFEST}; 'admm-prune pack' makes one")
     try:
         record = json.loads(manifest.read_bytes())["files"]
-        wanted = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}
+        files = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} cannot be read: {type(error).__name__}: {error}") from error
     check_output(out, overwrite=overwrite)
     _keep_apart(folder, out)
     with output_folder(out, overwrite=overwrite) as new:
-        for done, (name, (sha256, _)) in enumerate(wanted.items()):
+        for done, (name, (sha256, _)) in enumerate(files.items()):
             if progress is not None:
-                progress(done, len(wanted), name)
+                progress(done, len(files), name)
             target = new / name
             if not target.resolve().is_relative_to(new.resolve()):
                 raise UserError(f"{manifest} names a file outside the folder: {name}")
@@ -117,8 +117,8 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite
                 raise UserError(f"{name} is not the file that was packed: {folder} is damaged")
         dense = sum(path.stat().st_size for path in _files(new))
     if progress is not None:
-        progress(len(wanted), len(wanted), "")
-    return Packing(dense, sum(path.stat().st_size for path in _files(folder)), sum(n for _, n in wanted.values()))
+        progress(len(files), len(files), "")
+    return Packing(dense, sum(path.stat().st_size for path in _files(folder)), sum(n for _, n in files.values()))
 
 
 def _check_packed(path: Path, packed: Path) -> None:

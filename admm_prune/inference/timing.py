@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
@@ -91,7 +92,7 @@ def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
             if cuda:
                 torch.cuda.synchronize()
             times[name].append(clock() - began)
-    return {name: found[1:] for name, found in times.items()}
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def differs(a: list[float], b: list[float]) -> bool:
@@ -249,9 +250,7 @@ def _packed_bytes(model: nn.Module) -> int:
 
 
 def _disk_bytes(name: str) -> int | None:
-    folder = Path(name).expanduser()
-    found = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return found or None
+    return weight_bytes(Path(name).expanduser()) or None
 
 
 def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:

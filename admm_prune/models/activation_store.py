@@ -32,7 +32,7 @@ class ActivationStore:
 
     Args:
         limit: bytes held in memory; None for no limit.
-        folder: the parent of a temporary folder for the files, deleted with the shelf; None for the system's default.
+        folder: the parent of a temporary folder for the files, deleted with the store; None for the system's default.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
@@ -48,14 +48,14 @@ class ActivationStore:
             OSError: the file cannot be written.
         """
         self._held.pop(name, None)
-        kept = tensor.detach().cpu()
-        if self._limit is None or self.held_bytes + kept.nbytes <= self._limit:
-            self._held[name] = kept
+        tensor = tensor.detach().cpu()
+        if self._limit is None or self.held_bytes + tensor.nbytes <= self._limit:
+            self._held[name] = tensor
             return
         # Written, not mapped: a full disk is then an error, where a mapped page would kill the process.
         with self._path(name).open("wb") as file:
-            kept.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
-        self._filed[name] = (kept.shape, kept.dtype)
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        self._filed[name] = (tensor.shape, tensor.dtype)
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the host."""
@@ -181,14 +181,14 @@ def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, o
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
     """Makes blocks return their inputs; the first returns `last` instead, if given."""
-    own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
+    forwards = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
     for number, block in enumerate(blocks):
         block.module.forward = _passing(wrap, last if number == 0 else None)
     try:
         yield
     finally:
         for block in blocks:
-            forward = own[block.name]
+            forward = forwards[block.name]
             if forward is None:
                 del block.module.forward
             else:

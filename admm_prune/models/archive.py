@@ -135,13 +135,15 @@ def pack_file(source: Path, out: Path) -> list[str]:
         raise UserError(f"{source} is packed already")
     names = {entry.name for entry in entries}
     with safe_open(source, framework="pt") as file:
-        kept = {entry.name: int(_integers(file.get_tensor(entry.name)).count_nonzero()) for entry in entries}
-        packed = [entry for entry in entries if _gains(entry, kept[entry.name]) and not _taken(entry, names)]
+        nonzeros = {entry.name: int(_integers(file.get_tensor(entry.name)).count_nonzero()) for entry in entries}
+        packed = [entry for entry in entries if _gains(entry, nonzeros[entry.name]) and not _taken(entry, names)]
         parts: list[tuple[str, str, list[int], int, Entry]] = []
         for entry in entries:
             if entry in packed:
                 width, size = bits.packed_width(_count(entry)), _itemsize(entry)
-                parts.append((entry.name + _VALUES, entry.dtype, [kept[entry.name]], kept[entry.name] * size, entry))
+                parts.append(
+                    (entry.name + _VALUES, entry.dtype, [nonzeros[entry.name]], nonzeros[entry.name] * size, entry)
+                )
                 parts.append((entry.name + _BITS, "U8", [width], width, entry))
             else:
                 parts.append((entry.name, entry.dtype, entry.shape, entry.stop - entry.start, entry))
@@ -192,17 +194,17 @@ def unpack_file(source: Path, out: Path) -> None:
 
 def _entries(header: bytes) -> list[Entry]:
     content = json.loads(header)
-    found = [
+    entries = [
         Entry(name, tensor["dtype"], tensor["shape"], *tensor["data_offsets"])
         for name, tensor in content.items()
         if name != "__metadata__"
     ]
-    return sorted(found, key=lambda entry: (entry.start, entry.stop))
+    return sorted(entries, key=lambda entry: (entry.start, entry.stop))
 
 
-def _gains(entry: Entry, kept: int) -> bool:
+def _gains(entry: Entry, nonzeros: int) -> bool:
     """Whether bits and values take less than the tensor."""
-    return kept * _itemsize(entry) + bits.packed_width(_count(entry)) < entry.stop - entry.start
+    return nonzeros * _itemsize(entry) + bits.packed_width(_count(entry)) < entry.stop - entry.start
 
 
 def _taken(entry: Entry, names: set[str]) -> bool:

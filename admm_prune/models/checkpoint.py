@@ -215,8 +215,8 @@ class Checkpoint:
 
 def _untie(model: nn.Module, name: str) -> None:
     """A parameter of its own, still without values, in place of the one it shared."""
-    owner, _, own = name.rpartition(".")
-    setattr(model.get_submodule(owner), own, nn.Parameter(torch.empty_like(model.get_parameter(name)), False))
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(model.get_parameter(name)), False))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -237,14 +237,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         names = [SINGLE]
     elif (folder / INDEX).is_file():
         names = indexed(folder)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), folder / name)
+                files |= dict.fromkeys(file.keys(), folder / name)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(folder / name, error)) from error
-    return found
+    return files
 
 
 def indexed(folder: Path) -> list[str]:

@@ -100,22 +100,22 @@ class _StopError(Exception):
 
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
     """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     used: set[nn.Module] = set()
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple | list) else output)
+        outputs.append(output[0] if isinstance(output, tuple | list) else output)
         raise _StopError
 
     with ExitStack() as stack:
         for module in {view.module for view in block.weights}:
-            stack.enter_context(module.register_forward_pre_hook(lambda own, _: used.add(own)))
+            stack.enter_context(module.register_forward_pre_hook(lambda called, _: used.add(called)))
         stack.enter_context(block.module.register_forward_hook(leave))
         stack.enter_context(suppress(_StopError))
         model(input_ids=ids, use_cache=False)
-    if not found:
+    if not outputs:
         raise UserError(f"the model never calls {block.name}: it cannot be pruned")
-    return found[0], used
+    return outputs[0], used
 
 
 def check_vocabulary(source: str, tokenizer: Any, model: Any) -> None:

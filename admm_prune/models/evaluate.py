@@ -96,7 +96,7 @@ def streamed(
     blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
     wrap = form_of(model, blocks, device, offloading)
-    flows = record(
+    states = record(
         model,
         blocks,
         named,
@@ -108,12 +108,12 @@ def streamed(
     )
     for index, block in enumerate(blocks):
         with offloading.block(index):
-            for flow in flows:
-                flow.hidden = flow.replay(block, index, finite=False)
+            for state in states:
+                state.hidden = state.replay(block, index, finite=False)
     assert wrap is not None
     with offloading.outside():
-        for piece, flow in zip(pieces, flows, strict=True):
-            with passed_by(blocks, wrap, flow.hidden):
+        for piece, state in zip(pieces, states, strict=True):
+            with passed_by(blocks, wrap, state.hidden):
                 yield call(piece)
 
 
@@ -213,10 +213,10 @@ class Distillation:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, targets = _scored_logits(model, batch)
         with torch.no_grad():
-            wanted, _ = _scored_logits(self.teacher, batch)
+            teacher_logits, _ = _scored_logits(self.teacher, batch)
         divergence = nn.functional.kl_div(
             (logits / self.temperature).log_softmax(-1),
-            (wanted / self.temperature).log_softmax(-1),
+            (teacher_logits / self.temperature).log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         )

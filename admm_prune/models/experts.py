@@ -47,8 +47,8 @@ def routed(
     with ExitStack() as stack:
         for module, experts in modules.items():
             if next(module.parameters()).is_meta:
-                own = {number: view for number, view in views.items() if view.module is module}
-                stack.enter_context(_in_shares(module, own, observe, experts if everything else None))
+                module_views = {number: view for number, view in views.items() if view.module is module}
+                stack.enter_context(_in_shares(module, module_views, observe, experts if everything else None))
                 continue
             gate = _Gate(names[module], mask, experts if everything else None)
             stack.enter_context(_one_by_one(module))

@@ -101,14 +101,14 @@ def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
     if any(view.expert is not None for view in block.weights):
         raise UserError(f"{block.name} is a mixture of experts, not one feed-forward network: use a layer-wise method")
     used = [view for view in block.weights if id(view) in calls]
-    found = [match for down in used if (match := _match(down, used, calls)) is not None]
-    if len(found) != 1:
+    networks = [match for down in used if (match := _match(down, used, calls)) is not None]
+    if len(networks) != 1:
         known = ", ".join(ACTIVATIONS)
         raise UserError(
-            f"cannot read the feed-forward network of {block.name}: {len(found)} of its weights read act(W x) or "
+            f"cannot read the feed-forward network of {block.name}: {len(networks)} of its weights read act(W x) or "
             f"act(V x) * (W x), act one of {known}; one must: use a layer-wise method"
         )
-    return found[0]
+    return networks[0]
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class _Part:
 
 def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwardViews | None:
     """The network that ends in `down`: the best match of its inputs, up to rounding."""
-    wanted = calls[id(down)].inputs
+    inputs = calls[id(down)].inputs
     whole, halves = _parts(down, calls[id(down)].tokens, used, calls)
-    best, least = None, _ROUNDING * torch.finfo(wanted.dtype).eps
+    best, least = None, _ROUNDING * torch.finfo(inputs.dtype).eps
     for activation in ACTIVATIONS.values():
-        tried = [
+        candidates = [
             (
-                _off(activation.value(up.outputs), wanted),
+                _relative_difference(activation.value(up.outputs), inputs),
                 FeedForwardViews(activation, up.view, down, None, (up.weight, down)),
             )
             for up in whole
@@ -141,10 +141,10 @@ def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwa
             if gate.source is up.source:
                 weights = tuple(dict.fromkeys((gate.weight, up.weight, down)))
                 views = FeedForwardViews(activation, up.view, down, gate.view, weights)
-                tried.append((_off(activation.value(gate.outputs) * up.outputs, wanted), views))
-        for off, views in tried:
-            if off < least:
-                best, least = views, off
+                candidates.append((_relative_difference(activation.value(gate.outputs) * up.outputs, inputs), views))
+        for difference, views in candidates:
+            if difference < least:
+                best, least = views, difference
     return best
 
 
@@ -170,7 +170,7 @@ def _parts(
     return whole, halves
 
 
-def _off(value: Tensor, wanted: Tensor) -> float:
+def _relative_difference(value: Tensor, reference: Tensor) -> float:
     """|value - wanted| / |wanted|, 0 where both vanish."""
-    away = float((value.double() - wanted.double()).norm())
-    return away / (float(wanted.double().norm()) or 1.0)
+    distance = float((value.double() - reference.double()).norm())
+    return distance / (float(reference.double().norm()) or 1.0)

@@ -226,10 +226,10 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
         outline = shapes(kind, config, trust_remote_code=trust_remote_code)
         checkpoint.adapt(outline, quantizer)
         check_stored(source, outline, checkpoint, dequantized=quantizer is not None)
-        own = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
+        remote_code = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
         # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
         result: Any = kind.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **own
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **remote_code
         )
     model: Any = result[0]
     if quantizer is not None:

@@ -70,12 +70,12 @@ class World:
             changed: the tensors that it changes in place: they become the same everywhere.
         """
         owners = self.assigned(costs)
-        own = [i for i, owner in enumerate(owners) if owner == self.rank]
-        mine = dict(zip(own, work(own), strict=True))
+        numbers = [i for i, owner in enumerate(owners) if owner == self.rank]
+        mine = dict(zip(numbers, work(numbers), strict=True))
         for i, owner in enumerate(owners if self.size > 1 else ()):
             for values in changed(i):
                 values.copy_(self.broadcast(values.contiguous(), owner))
-        done = {i: found for those in self.all_gather(mine) for i, found in those.items()}
+        done = {i: result for those in self.all_gather(mine) for i, result in those.items()}
         return [done[i] for i in range(len(costs))]
 
     def all_reduce(self, values: Tensor) -> Tensor:

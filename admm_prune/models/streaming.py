@@ -180,7 +180,7 @@ class ModelOnDisk(Offloading):
         """A finished block; returns the names in the file."""
         if not self._checkpoint.renames:
             _link(self._finished[index], path)
-            return [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
+            return [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
         stored = self._checkpoint.as_stored(load_file(self._finished[index]))
         write_tensors(path, stored)
         return list(stored)
@@ -216,24 +216,24 @@ class ModelOnDisk(Offloading):
         if name in self._buffers:  # they are in memory
             buffer: Tensor = self.model.get_buffer(name)
             return buffer
-        wanted = self.model.get_parameter(name)
+        parameter = self.model.get_parameter(name)
         tensor = self._checkpoint.read(name)
-        if tensor.shape != wanted.shape:  # of one that the files keep in parts, or under another name
+        if tensor.shape != parameter.shape:  # of one that the files keep in parts, or under another name
             raise UserError(
                 f"{self._source}: the weight {name} is of shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(wanted.shape)}"
+                f"config.json asks for {tuple(parameter.shape)}"
             )
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made
             raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
-        return tensor.to(wanted.dtype)
+        return tensor.to(parameter.dtype)
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""
         unset: dict[str, Tensor] = {}
         for name, buffer in list(self.model.named_buffers()):
             if name in self._checkpoint:
-                owner, _, own = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), own, self._checkpoint.read(name).to(buffer.dtype))
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), attribute, self._checkpoint.read(name).to(buffer.dtype))
             elif buffer.is_meta:
                 unset[name] = buffer
         uncomputed = compute_buffers(self.model, unset, self._device)
@@ -244,8 +244,8 @@ class ModelOnDisk(Offloading):
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, own = name.rpartition(".")
-    setattr(module.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
 
 
 def _link(file: Path, name: Path) -> None:

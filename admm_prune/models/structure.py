@@ -22,7 +22,7 @@ class WeightView:
         module: its `nn.Linear`, the `Conv1D` of transformers, which stores the transpose, or the experts of a mixture,
             which keep their matrices in one parameter of three dimensions.
         transposed: whether the module stores W^T.
-        own: the parameter's name in its module.
+        attribute: the parameter's name in its module.
         expert: whose matrix it is, in a parameter of three dimensions.
         part: (first, last, of): W is those of its rows in equal parts, where several matrices are stored as one.
     """
@@ -30,14 +30,14 @@ class WeightView:
     name: str
     module: nn.Module
     transposed: bool = False
-    own: str = "weight"
+    attribute: str = "weight"
     expert: int | None = None
     part: tuple[int, int, int] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
         """The stored parameter: the matrix, or several in one tensor."""
-        return self.module.get_parameter(self.own)
+        return self.module.get_parameter(self.attribute)
 
     @property
     def parameter_name(self) -> str:
@@ -52,7 +52,7 @@ class WeightView:
 
     @property
     def rows(self) -> slice:
-        """The shape of the stored matrix (out, in)."""
+        """The rows of the stored matrix (out, in) that W consists of."""
         total = self.parameter.shape[-1 if self.transposed else -2]
         first, last, of = self.part or (0, 1, 1)
         return slice(total * first // of, total * last // of)

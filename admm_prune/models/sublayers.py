@@ -89,21 +89,21 @@ def sublayers(block: Block) -> tuple[Sublayer, ...]:
     Raises:
         UserError: matrices of another form, or experts; the message names the module.
     """
-    return tuple(found for found in _read(block) if isinstance(found, Sublayer))
+    return tuple(part for part in _read(block) if isinstance(part, Sublayer))
 
 
 def heads_stay(block: Block) -> str | None:
     """Why the heads of a block cannot be removed, in words; None if they can."""
-    return next((found for found in _read(block) if isinstance(found, str)), None)
+    return next((part for part in _read(block) if isinstance(part, str)), None)
 
 
 def _read(block: Block) -> list[Sublayer | str]:
-    found: list[Sublayer | str] = []
+    parts: list[Sublayer | str] = []
     for name, views in _by_module(block).items():
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
         if any(view.expert is not None for view in views):
             raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
-        size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
+        size = next((size for attribute in _SIZES if isinstance(size := getattr(module, attribute, None), int)), None)
         if size is None:
             read: Sublayer | str | None = _neurons(name, module, views, module_is_block=module is block.module)
         else:
@@ -113,15 +113,15 @@ def _read(block: Block) -> list[Sublayer | str]:
             raise UserError(
                 f"cannot read the units of {name}: {shapes} are neither attention nor feed-forward matrices"
             )
-        found.append(read)
-    return found
+        parts.append(read)
+    return parts
 
 
 def _by_module(block: Block) -> dict[str, list[WeightView]]:
     """The matrices by the name of the module that holds them, in the order of the block."""
     grouped: dict[str, list[WeightView]] = {}
     for view in block.weights:
-        owner = view.parameter_name.removesuffix(f".{view.own}")
+        owner = view.parameter_name.removesuffix(f".{view.attribute}")
         grouped.setdefault(owner if view.expert is not None else owner.rpartition(".")[0], []).append(view)
     return grouped
 
@@ -134,9 +134,9 @@ def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is
     if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
         return None
     if not module_is_block:
-        own = {id(p) for view in views for p in view.module.parameters(recurse=False)}
+        known = {id(p) for view in views for p in view.module.parameters(recurse=False)}
         for other, parameter in module.named_parameters():
-            if id(parameter) not in own and columns in parameter.shape:
+            if id(parameter) not in known and columns in parameter.shape:
                 raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
     return Sublayer(name, "neurons", module, tuple(inner), output, 1, 1)
 
@@ -166,18 +166,18 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     return Sublayer(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
-def keep_units(sublayer: Sublayer, kept: Tensor) -> None:
+def keep_units(sublayer: Sublayer, indices: Tensor) -> None:
     """Slices all matrices of a branch to some of its units, in place: rows of the inner ones, columns of the output.
 
     Args:
-        kept: (k,), ascending indices of the units that stay; at least one.
+        indices: (k,), ascending, of the units to keep; at least one.
     """
     count, width = sublayer.count, sublayer.width
     for whole, parts in _stored(sublayer):
-        rows = torch.cat([view.rows.start + columns_of(kept, view.shape[0] // count) for view in parts])
+        rows = torch.cat([view.rows.start + columns_of(indices, view.shape[0] // count) for view in parts])
         _replace(whole, whole.read()[rows], None if whole.bias is None else whole.bias[rows])
-    _replace(sublayer.output, sublayer.output.read()[:, columns_of(kept, width)], sublayer.output.bias)
-    _rescale(sublayer, len(kept) / count)
+    _replace(sublayer.output, sublayer.output.read()[:, columns_of(indices, width)], sublayer.output.bias)
+    _rescale(sublayer, len(indices) / count)
 
 
 def pad_units(sublayer: Sublayer, count: int) -> None:
@@ -268,10 +268,10 @@ def _seconds_saved(
     )
     # Fewer units are never slower: measurements to the contrary are noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
-    kept = torch.arange(count, -1, -1, dtype=torch.float64)
+    remaining = torch.arange(count, -1, -1, dtype=torch.float64)
     at = torch.tensor(points, dtype=torch.float64)
-    right = torch.searchsorted(at, kept).clamp(1, len(points) - 1)
-    share = (kept - at[right - 1]) / (at[right] - at[right - 1])
+    right = torch.searchsorted(at, remaining).clamp(1, len(points) - 1)
+    share = (remaining - at[right - 1]) / (at[right] - at[right - 1])
     t = torch.tensor(times, dtype=torch.float64)
     taken = t[right - 1] + share * (t[right] - t[right - 1])
     return (taken[0] - taken).clamp_min(0).cummax(0).values

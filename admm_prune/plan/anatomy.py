@@ -71,12 +71,12 @@ class Anatomy:
             if isinstance(location, str):
                 check_repository(location)
             config, kind = kind_of(location, trust_remote_code=False)
-            wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+            weight_dtype = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
             quantizer = dequantizer(source, config)
             if quantizer is not None:
                 del config.quantization_config
-                wanted = quantizer.update_dtype(wanted)
-            model = shapes(kind, config, wanted)
+                weight_dtype = quantizer.update_dtype(weight_dtype)
+            model = shapes(kind, config, weight_dtype)
             if isinstance(location, Path) and any(location.glob("*.safetensors")):
                 checkpoint = Checkpoint(location, torch.device("cpu"))
                 checkpoint.adapt(model, quantizer)
@@ -154,7 +154,7 @@ class Reading:
     rate: float
 
     @property
-    def judging_tokens(self) -> int:
+    def validation_tokens(self) -> int:
         return round(self.tokens * self.validation / self.characters)
 
     @property
@@ -250,9 +250,9 @@ class Drawn(Offloading):
         self._generator = torch.Generator().manual_seed(0)
         inside = {id(p) for block in self.blocks for p in block.module.parameters()}
         self._outside = {
-            module: own
+            module: names
             for module in self.model.modules()
-            if (own := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
+            if (names := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
         }
         if self.fits:
             unset = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_meta}
@@ -267,13 +267,13 @@ class Drawn(Offloading):
     def block(self, index: int) -> Generator[None]:
         modules = list(self.blocks[index].module.modules())
         before = [dict(module.named_parameters(recurse=False)) for module in modules]
-        for module, own in zip(modules, before, strict=True):
-            self._draw(module, list(own))
+        for module, parameters in zip(modules, before, strict=True):
+            self._draw(module, list(parameters))
         try:
             yield
         finally:
-            for module, own in zip(modules, before, strict=True):
-                for name, parameter in own.items():
+            for module, parameters in zip(modules, before, strict=True):
+                for name, parameter in parameters.items():
                     setattr(module, name, parameter)
 
     def _draw(self, module: nn.Module, names: list[str]) -> None:

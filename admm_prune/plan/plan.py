@@ -166,8 +166,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         first = {} if stream else {blockwise.WEIGHTS: anatomy.weight_bytes}
         work = Work.of(tokenize=reading.characters)
         tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
-        kept = {TEXT: reading.held, TOKENS: reading.left}
-        stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
+        resident = {TEXT: reading.held, TOKENS: reading.left}
+        stages = [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
         stages[1] = stages[1].beside({TEXT: reading.held})
     if reading is not None:
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
@@ -209,11 +209,11 @@ def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, st
         *stages,
         *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
-        blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, task.target)),
+        blockwise.saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),
     ]
 
 
-def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
+def _saved_fraction(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     """The part of the bytes that a saved model keeps: masks are stored dense."""
     if not recipe.shrinks:
         return 1.0
@@ -221,7 +221,7 @@ def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
 
 
 def _disk(anatomy: Anatomy, recipe: Recipe, task: Task, stages: list[Stage], *, stream: bool) -> dict[str, int]:
-    size = round(anatomy.weight_bytes * _kept(anatomy, recipe, task.target))
+    size = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
     held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 
@@ -232,7 +232,7 @@ def _validation_tokens(text: Reading | None, eval_samples: int | None, length: i
     if text is None:
         notes.append("evaluation is not counted: give --eval-samples, or --data that is on this disk")
         return 0
-    return text.judging_tokens
+    return text.validation_tokens
 
 
 def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:

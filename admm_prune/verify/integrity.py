@@ -41,13 +41,13 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, where: s
     pages = _check_times(report, folder, manifest, where)
     expected = {*files, *manifest.get("weights", {}), *pages, MANIFEST, TIMINGS}
     parents = {parent.as_posix() for name in (*expected, *models) for parent in Path(name).parents}
-    sound, found = True, set()
+    sound, present = True, set()
     for name, mode in entries(folder):
         if stat.S_ISDIR(mode):
-            if not (name in parents or any(name == own or name.startswith(f"{own}/") for own in models)):
+            if not (name in parents or any(name == model or name.startswith(f"{model}/") for model in models)):
                 sound = report.expect("files", False, f"{where}the folder {name} is none that the run wrote")
             continue
-        if any(name.startswith(f"{own}/") for own in models) and name not in files:
+        if any(name.startswith(f"{model}/") for model in models) and name not in files:
             continue
         if not stat.S_ISREG(mode):
             sound = report.expect(
@@ -56,13 +56,13 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, where: s
         elif name not in expected:
             danger = ", and loading it can run code" if Path(name).suffix in _CODE else ""
             sound = report.expect("files", False, f"{where}{name} is no file that the run wrote{danger}")
-        found.add(name)
-    for name in sorted({*files, *pages, TIMINGS} - found):
+        present.add(name)
+    for name in sorted({*files, *pages, TIMINGS} - present):
         sound = report.expect("files", False, f"{where}{name} is missing")
-    for name in sorted(files.keys() & found):
+    for name in sorted(files.keys() & present):
         same = (folder / name).is_file() and file_sha256(folder / name) == files[name]
         sound &= report.expect("files", same, f"{where}{name} is not the file that was written")
-    for name in sorted(pages.keys() & found):
+    for name in sorted(pages.keys() & present):
         same = (folder / name).is_file() and file_sha256(folder / name) == pages[name]
         report.expect("pages", same, f"{where}{name} is not the page that was written; 'admm-prune report' rewrites it")
     report.by_fingerprint(*sorted(files), *sorted(pages), TIMINGS)
@@ -79,9 +79,9 @@ def _check_times(report: Verification, folder: Path, manifest: Manifest, where: 
         report.expect("times", False, f"{where}{error}")
         return {}
     pages = content.get("pages") if isinstance(content, dict) else None
-    wanted = {REPORT, PLOT} if "rows" in manifest else {REPORT}
-    if not isinstance(pages, dict) or pages.keys() != wanted:
-        report.expect("times", False, f"{where}{TIMINGS} is not what a run writes: it must name {sorted(wanted)}")
+    expected = {REPORT, PLOT} if "rows" in manifest else {REPORT}
+    if not isinstance(pages, dict) or pages.keys() != expected:
+        report.expect("times", False, f"{where}{TIMINGS} is not what a run writes: it must name {sorted(expected)}")
         return {}
     report.expect(
         "times",
@@ -102,12 +102,12 @@ def _check_times(report: Verification, folder: Path, manifest: Manifest, where: 
 def leaves(content: Any, place: str = "") -> list[str]:
     """The places of all values of a JSON content, as in "layers[].name"; of a list's items once."""
     if isinstance(content, dict) and content:
-        found = [leaf for key, item in content.items() for leaf in leaves(item, f"{place}.{key}" if place else key)]
+        places = [leaf for key, item in content.items() for leaf in leaves(item, f"{place}.{key}" if place else key)]
     elif isinstance(content, list) and content:
-        found = [leaf for item in content for leaf in leaves(item, f"{place}[]")]
+        places = [leaf for item in content for leaf in leaves(item, f"{place}[]")]
     else:
-        found = [place]
-    return list(dict.fromkeys(found))
+        places = [place]
+    return list(dict.fromkeys(places))
 
 
 def remaining(content: Manifest, recomputed: frozenset[str]) -> list[str]:
@@ -116,12 +116,12 @@ def remaining(content: Manifest, recomputed: frozenset[str]) -> list[str]:
     def covered(place: str) -> bool:
         return any(place == name or place.startswith((f"{name}.", f"{name}[")) for name in recomputed)
 
-    found = []
+    names = []
     for key, item in content.items():
         below = leaves({key: item})
         rest = [place for place in below if not covered(place)]
-        found += [key] if len(rest) == len(below) else rest
-    return found
+        names += [key] if len(rest) == len(below) else rest
+    return names
 
 
 def is_number(value: Any) -> bool:

@@ -84,9 +84,9 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     if not report.expect("finite values", bad == 0, f"the weight holds NaN or Inf: {bad} of {v.size} entries"):
         return
     _check_sparsity(report, claims, v)
-    own = _check_method(report, claims)
+    constraint = _check_method(report, claims)
     if claims.budget == "set":
-        feasible, budget = _in_named_set(report, own, weight), None
+        feasible, budget = _in_named_set(report, constraint, weight), None
     else:
         if claims.budget not in ("matrix", "row", "group") or (aim.pattern is not None and v.shape[1] % aim.pattern[1]):
             raise UserError(
@@ -98,7 +98,7 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     if claims.problem == LAYER:
         _recompute(report, claims, layer, v, budget, feasible, seed)
     else:
-        _recompute_named(report, claims, layer, weight, own)
+        _recompute_named(report, claims, layer, weight, constraint)
 
 
 def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
@@ -239,14 +239,14 @@ def _recompute_named(
     ):
         return
     try:
-        found = lower_bound(problem)
+        bound = lower_bound(problem)
     except (TypeError, ValueError, LinAlgError) as error:
         report.open(f"bound: it cannot be recomputed ({error})")
         return
-    if found is None:
+    if bound is None:
         report.open("bound: the Hessian is not proved positive definite in float64")
         return
-    if found.kind != claims.bound_kind:
+    if bound.kind != claims.bound_kind:
         report.open(f"bound: the argument '{claims.bound_kind}' was not repeated")
         return
     doubt = definition.doubt()
@@ -257,8 +257,8 @@ def _recompute_named(
         return
     report.expect(
         "bound reproduced",
-        claims.bound <= found.value + (TOLERANCE + doubt) * abs(found.value) + definition.floor_doubt(),
-        f"claimed bound {shown(claims.bound)} by '{found.kind}', recomputed {shown(found.value)}",
+        claims.bound <= bound.value + (TOLERANCE + doubt) * abs(bound.value) + definition.floor_doubt(),
+        f"claimed bound {shown(claims.bound)} by '{bound.kind}', recomputed {shown(bound.value)}",
     )
 
 

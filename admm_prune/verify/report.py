@@ -81,17 +81,17 @@ class Verification:
             self.failures.append(otherwise)
         return holds
 
-    def compare(self, what: str, claimed: Any, found: Any, slack: float = 0.0, where: str = "") -> bool:
+    def compare(self, what: str, claimed: Any, recomputed: Any, slack: float = 0.0, where: str = "") -> bool:
         """Compares a claim: numbers to 1e-6 relative and `slack` absolute, all else exactly."""
-        same = claimed == found
-        if isinstance(claimed, float | int) and isinstance(found, float | int):
-            same = same or abs(claimed - found) <= TOLERANCE * abs(found) + slack
-        return self.expect(what, bool(same), f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+        same = claimed == recomputed
+        if isinstance(claimed, float | int) and isinstance(recomputed, float | int):
+            same = same or abs(claimed - recomputed) <= TOLERANCE * abs(recomputed) + slack
+        return self.expect(what, bool(same), f"{where}claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
-    def agree(self, what: str, claimed: Any, found: Any, where: str = "") -> bool:
+    def agree(self, what: str, claimed: Any, recomputed: Any, where: str = "") -> bool:
         """Compares a claim exactly, types included: True is not 1, and 1 is not 1.0."""
-        same = repr(claimed) == repr(found)
-        return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+        same = repr(claimed) == repr(recomputed)
+        return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
     def by_fingerprint(self, *names: str) -> None:
         """Records claims covered by a fingerprint alone."""
@@ -127,9 +127,9 @@ class Verification:
         }
 
 
-def same_fraction(claimed: float, found: float) -> bool:
+def same_fraction(claimed: float, recomputed: float) -> bool:
     """Whether two quotients of the same counts are equal, with a tolerance between rounding and one count."""
-    return bool(abs(claimed - found) <= 1e-12)
+    return bool(abs(claimed - recomputed) <= 1e-12)
 
 
 def shown(value: Any) -> str:
@@ -147,7 +147,7 @@ def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
     """Reports every object of the manifest with missing or unknown fields."""
     settings = manifest["settings"]
     compared = "methods" in settings
-    wanted: list[tuple[str, Any, set[str]]] = [
+    expected: list[tuple[str, Any, set[str]]] = [
         ("settings", settings, _names(ComparisonSettings) if compared else recorded_names()),
         ("settings.text", settings["text"], _names(TextSettings)),
         ("settings.selection", settings["selection"], _names(Selection)),
@@ -158,19 +158,19 @@ def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
     ]
     if "rows" not in manifest:
         layers = _names(LayerReport) - {"seconds"}  # these are in the file of times
-        wanted += [
+        expected += [
             ("pruned", manifest["pruned"], _names(Evaluation)),
             *((f"layers: {layer['name']}", layer, layers) for layer in manifest["layers"]),
             *((f"weights: {name}", file, {"sha256", "tensors"}) for name, file in manifest["weights"].items()),
         ]
         if manifest["continuation"]:
-            wanted.append(("continuation", manifest["continuation"], {"prompt", "dense", "pruned"}))
-    for name, content, keys in wanted:
-        found = set(content) if isinstance(content, dict) else set()
+            expected.append(("continuation", manifest["continuation"], {"prompt", "dense", "pruned"}))
+    for name, content, keys in expected:
+        present = set(content) if isinstance(content, dict) else set()
         report.expect(
             "fields",
-            found == keys,
-            f"{where}{MANIFEST}: {name} has not the fields that a run writes: {sorted(found ^ keys)[:3]}",
+            present == keys,
+            f"{where}{MANIFEST}: {name} has not the fields that a run writes: {sorted(present ^ keys)[:3]}",
         )
 
 

@@ -99,15 +99,15 @@ def _verify_comparison(
 ) -> None:
     check_manifest(report, manifest, COMPARISON_FIELDS, where)
     named = [str(row["folder"]) for row in manifest["rows"]]
-    found = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
-    for missing in sorted(set(named) - found):
+    present = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
+    for missing in sorted(set(named) - present):
         report.expect("models", False, f"the table has a row for {missing}, which is not there")
-    for extra in sorted(found - set(named)):
+    for extra in sorted(present - set(named)):
         report.expect("models", False, f"{extra} has no row in the table")
     report.expect("models", len(set(named)) == len(named), "the table has two rows for one model")
     sealed = {f"{name}/{MANIFEST}" for name in named}
     report.expect("models", sealed == manifest["files"].keys(), f"{MANIFEST} must name the manifests of its models")
-    check_files(report, folder, manifest, where, frozenset(found & set(named)))
+    check_files(report, folder, manifest, where, frozenset(present & set(named)))
     check_fields(report, manifest, where)
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
     report.agree("model", manifest["model"], manifest["settings"]["model"])
@@ -116,7 +116,7 @@ def _verify_comparison(
     calibrations = {
         repr(read_manifest(folder / row["folder"])["texts"]["calibration"])
         for row in manifest["rows"]
-        if row["folder"] in found
+        if row["folder"] in present
     }
     roles = {role for role in manifest["texts"] if role == "evaluation" or role.startswith("calibration")}
     report.expect(
@@ -125,19 +125,19 @@ def _verify_comparison(
         f"{MANIFEST}: the calibration texts are not those of the models",
     )
     for row in manifest["rows"]:
-        if row["folder"] in found:
+        if row["folder"] in present:
             _verify_row(report, folder, manifest, row, data, quick, device)
 
 
 def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None:
     """The rows against the methods and targets of the settings."""
     settings = manifest["settings"]
-    asked = set(settings["methods"])
+    requested = set(settings["methods"])
     methods = {row["method"] for row in manifest["rows"]}
     report.expect(
         "methods of the table",
-        asked <= methods if settings["baselines"] else asked == methods,
-        f"the settings name the methods {sorted(asked)}, the table {sorted(methods)}",
+        requested <= methods if settings["baselines"] else requested == methods,
+        f"the settings name the methods {sorted(requested)}, the table {sorted(methods)}",
     )
     pairs = [(row["method"], row["target"]) for row in manifest["rows"]]
     report.expect("rows", len(set(pairs)) == len(pairs), "a method has two rows for one target")
@@ -191,11 +191,13 @@ def _verify_row(
 def _check_seconds(report: Verification, timings: Path, claimed: Any, where: str) -> None:
     """The seconds of a row against the model's own file of times, which rounds them to milliseconds."""
     try:
-        found = read_json(timings).get("seconds")
+        seconds = read_json(timings).get("seconds")
     except (UserError, AttributeError):
         return  # reported with the files
-    near = is_number(claimed) and is_number(found) and abs(claimed - found) <= 1e-3
-    report.expect("row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(found)}")
+    near = is_number(claimed) and is_number(seconds) and abs(claimed - seconds) <= 1e-3
+    report.expect(
+        "row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(seconds)}"
+    )
 
 
 def _verify_run(
@@ -266,12 +268,12 @@ def _verify_weights(report: Verification, folder: Path, manifest: Manifest, wher
     ):
         return False
     try:
-        found = weights_sha256(folder)
+        actual = weights_sha256(folder)
     except (SafetensorError, OSError) as error:
         return report.expect("weight files", False, f"{where}the weights cannot be read: {error}")
     sound = True
     for name in names:
-        before, now = claimed[name]["tensors"], found[name]["tensors"]
+        before, now = claimed[name]["tensors"], actual[name]["tensors"]
         changed = [key for key in before if key in now and before[key] != now[key]]
         for key in changed:
             report.expect("tensors", False, f"{where}the tensor {key} in {name} is not the one that was saved")
@@ -281,7 +283,7 @@ def _verify_weights(report: Verification, folder: Path, manifest: Manifest, wher
             )
         report.expect(
             "tensors",
-            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == found[name]["sha256"],
+            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == actual[name]["sha256"],
             f"{where}{name} is not the file that was saved, though its tensors are",
         )
         with safe_open(folder / name, framework="pt") as file:
@@ -315,26 +317,26 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
             else shape == claims[name]["shape"],
             f"{where}{name}: claimed shape {claims[name]['shape']}, found {shape}",
         )
-        claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
+        claimed, sparsity = claims[name]["sparsity"], 1 - left[name] / sizes[name]
         report.expect(
             "sparsity of every matrix",
-            same_fraction(claimed, found),
-            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
+            same_fraction(claimed, sparsity),
+            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {sparsity}",
         )
     if structured:
         report.by_fingerprint(f"{MANIFEST}: layers[].shape")
-    total, kept = sum(sizes.values()), sum(left.values())
+    total, nonzeros = sum(sizes.values()), sum(left.values())
     report.expect(
         "block weights",
         manifest["block_weights"] == total,
         f"{where}claimed {manifest['block_weights']} weights in the dense blocks, the layers' shapes hold {total}",
     )
-    found = 1 - kept / total
-    report.numbers[f"{where}sparsity"] = found
+    sparsity = 1 - nonzeros / total
+    report.numbers[f"{where}sparsity"] = sparsity
     report.expect(
         "sparsity",
-        same_fraction(manifest["sparsity"], found),
-        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
+        same_fraction(manifest["sparsity"], sparsity),
+        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {sparsity}",
     )
     for name, how in _misses(report, manifest, target, views, left, sizes, where).items():
         report.expect("target", how is None, f"{where}{name}: {how}")
@@ -350,7 +352,7 @@ def _misses(
     where: str,
 ) -> dict[str, str | None]:
     """The matrices that miss the target or are outside their constraint, and how."""
-    own = {name: found for name in views if (found := target.at(name)) is not None}
+    targets = {name: layer_target for name in views if (layer_target := target.at(name)) is not None}
     described = manifest["settings"].get("constraint")
     if described is not None and target.pattern is None:
         family = made_set(described)
@@ -358,24 +360,24 @@ def _misses(
             report.open(f"{where}target: the set {described} is not installed")
             return {}
         try:
-            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in own.items()}
+            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in targets.items()}
         except Exception as error:  # whatever a plug-in raises
             report.open(f"{where}target: the set {described} cannot be evaluated ({type(error).__name__}: {error})")
             return {}
         return {
-            name: None if inside else f"it is not in the set {described} at {own[name].label}"
+            name: None if inside else f"it is not in the set {described} at {targets[name].label}"
             for name, inside in held.items()
         }
     if manifest["budget"] == "model" and target.pattern is None:
-        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
+        requested = sum((one.sparsity or 0.0) * sizes[name] for name, one in targets.items() if name in sizes)
         total = sum(sizes.values())
-        return {"all matrices together": _too_few(total - sum(left.values()), total, asked, target)}
+        return {"all matrices together": _too_few(total - sum(left.values()), total, requested, target)}
     if manifest["budget"] not in ("matrix", "model"):
         report.open(f"{where}target: it is a fraction of the {manifest['budget']}, not of the weights")
         return {}
     return {
         name: _missed(views[name], left[name], sizes.get(name, views[name].read().numel()), one)
-        for name, one in own.items()
+        for name, one in targets.items()
     }
 
 
@@ -383,11 +385,11 @@ def _missed(view: WeightView, left: int, size: int, target: Target) -> str | Non
     """A description of how a matrix misses its target; None if it does not."""
     if target.pattern is None:
         return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
-    kept, group = target.pattern
-    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
-    return f"{over} groups keep more than {kept} of {group}" if over else None
+    keep, group = target.pattern
+    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > keep).sum())
+    return f"{over} groups keep more than {keep} of {group}" if over else None
 
 
-def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
+def _too_few(zeros: int, size: int, requested: float, target: Target) -> str | None:
     """A description of how zeros miss a sparsity by more than one weight; the dense weights may have added zeros."""
-    return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
+    return f"{zeros} zeros of {size}, {target.label} asks for {requested:.0f}" if zeros < requested - 1 else None

@@ -86,14 +86,14 @@ def target_of(manifest: Manifest, model: nn.Module) -> Target | None:
 
 def _target(content: Any) -> Target:
     pattern = content["pattern"]
-    layers = tuple((name, own) for name, own in content["layers"])
+    layers = tuple((name, target) for name, target in content["layers"])
     return Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
 
 
 def _selection(settings: Any) -> Selection:
     chosen = settings["selection"]
     return Selection(
-        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, own) for name, own in chosen["overrides"])
+        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, target) for name, target in chosen["overrides"])
     )
 
 
@@ -128,12 +128,12 @@ def check_recipe_file(report: Verification, folder: Path, manifest: Manifest, wh
     if "target" not in manifest["settings"]:
         return
     try:
-        found = (folder / RECIPE).read_bytes()
+        content = (folder / RECIPE).read_bytes()
     except OSError as error:
         report.expect(RECIPE, False, f"{where}{RECIPE} cannot be read: {error.strerror or error}")
         return
-    wanted = written(content_of(manifest["settings"])).encode()
-    report.expect(RECIPE, found == wanted, f"{where}{RECIPE} is not the recipe of the settings in {MANIFEST}")
+    expected = written(content_of(manifest["settings"])).encode()
+    report.expect(RECIPE, content == expected, f"{where}{RECIPE} is not the recipe of the settings in {MANIFEST}")
 
 
 def _built_in(described: str) -> SparseSet | None:
@@ -193,27 +193,27 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
     figures = asdict(evaluate(loaded.model, validation))
     report.expect("figures", figures.keys() == manifest["pruned"].keys(), f"{where}other figures than a run writes")
     for name in figures.keys() & manifest["pruned"].keys():
-        claimed, found = manifest["pruned"][name], figures[name]
+        claimed, recomputed = manifest["pruned"][name], figures[name]
         report.expect(
             name,
-            same(claimed, found, tolerance=1e-6),
-            f"{where}claimed {name} {in_full(claimed)}, recomputed {in_full(found)}",
+            same(claimed, recomputed, tolerance=1e-6),
+            f"{where}claimed {name} {in_full(claimed)}, recomputed {in_full(recomputed)}",
         )
-        if isinstance(found, float | int):
-            report.numbers[f"{where}{name}"] = found
+        if isinstance(recomputed, float | int):
+            report.numbers[f"{where}{name}"] = recomputed
     if manifest["continuation"]:  # a streamed run has no continuation
         prompt, continuation = beginning_continued(loaded, validation)
         report.agree("prompt", manifest["continuation"].get("prompt"), prompt, where)
         report.agree("continuation", manifest["continuation"].get("pruned"), continuation, where)
 
 
-def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
+def same(claimed: Any, recomputed: Any, tolerance: float = 1e-12) -> bool:
     """Whether values are equal, numbers up to a relative tolerance; null for non-finite ones."""
-    if not isinstance(found, float):
-        return bool(claimed == found) and isinstance(claimed, bool) == isinstance(found, bool)
+    if not isinstance(recomputed, float):
+        return bool(claimed == recomputed) and isinstance(claimed, bool) == isinstance(recomputed, bool)
     if claimed is None:
-        return found - found != 0
-    return is_number(claimed) and bool(abs(claimed - found) <= tolerance * abs(found))
+        return recomputed - recomputed != 0
+    return is_number(claimed) and bool(abs(claimed - recomputed) <= tolerance * abs(recomputed))
 
 
 @dataclass(frozen=True)
@@ -253,14 +253,14 @@ def _check_records(
     )
     report.by_fingerprint(*(f"{MANIFEST}: texts.{role}" for role in sorted(claimed.keys() - records.keys())))
     for role in sorted(records.keys() & claimed.keys()):
-        found, recorded = finite(asdict(records[role])), claimed[role]  # no tuples, as in JSON
+        recomputed, recorded = finite(asdict(records[role])), claimed[role]  # no tuples, as in JSON
         left_out: set[str] = set()
         if moved is not None and role in moved.roles:
             left_out = moved.incomparable
             report.by_fingerprint(*(f"{MANIFEST}: texts.{role}.{name}" for name in sorted(left_out)))
-            found["notes"] = [note.replace(moved.data, moved.recorded) for note in found["notes"]]
-        for name in sorted((found.keys() | recorded.keys()) - left_out):
-            report.agree(f"texts.{role}.{name}", recorded.get(name), found.get(name), where)
+            recomputed["notes"] = [note.replace(moved.data, moved.recorded) for note in recomputed["notes"]]
+        for name in sorted((recomputed.keys() | recorded.keys()) - left_out):
+            report.agree(f"texts.{role}.{name}", recorded.get(name), recomputed.get(name), where)
 
 
 def _is_there(name: str) -> bool:

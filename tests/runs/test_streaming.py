@@ -111,7 +111,7 @@ def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibrati
     full = BlockStream(dense, decoder_blocks(dense), calibration, "cpu")
     on_disk = opened(model_folder)
     is_offloaded = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", offloading=on_disk)
-    for mine, its in zip(full._flows["calibration"], is_offloaded._flows["calibration"], strict=True):
+    for mine, its in zip(full._states["calibration"], is_offloaded._states["calibration"], strict=True):
         assert torch.equal(mine.hidden, its.hidden)
         for (_, a), (_, b) in zip(mine.calls, its.calls, strict=True):
             assert a.keys() == b.keys()
@@ -128,7 +128,7 @@ def test_the_memory_bench_measures_both_families(
     monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
 
     def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        memory._measure_here(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
+        memory._measure_in_this_process(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
     monkeypatch.setattr(memory.subprocess, "run", here)
