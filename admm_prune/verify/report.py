@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Verification:
         left_out: checks skipped at the caller's request.
         certificates: sentences on the weight beyond its claims.
         numbers: recomputed, by name.
+        where: put before every failure and note, such as the model of a comparison.
     """
 
     path: Path
@@ -62,6 +63,11 @@ class Verification:
     left_out: list[str] = field(default_factory=list)
     certificates: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    def at(self, where: str) -> Verification:
+        """This report, with another text before failures and notes."""
+        return replace(self, where=where)
 
     @property
     def verdict(self) -> Verdict:
@@ -78,20 +84,20 @@ class Verification:
         if what not in self.checked:
             self.checked.append(what)
         if not holds:
-            self.failures.append(otherwise)
+            self.failures.append(f"{self.where}{otherwise}")
         return holds
 
-    def compare(self, what: str, claimed: Any, recomputed: Any, slack: float = 0.0, where: str = "") -> bool:
+    def compare(self, what: str, claimed: Any, recomputed: Any, slack: float = 0.0) -> bool:
         """Compares a claim: numbers to 1e-6 relative and `slack` absolute, all else exactly."""
         same = claimed == recomputed
         if isinstance(claimed, float | int) and isinstance(recomputed, float | int):
             same = same or abs(claimed - recomputed) <= TOLERANCE * abs(recomputed) + slack
-        return self.expect(what, bool(same), f"{where}claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
+        return self.expect(what, bool(same), f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
-    def agree(self, what: str, claimed: Any, recomputed: Any, where: str = "") -> bool:
+    def agree(self, what: str, claimed: Any, recomputed: Any) -> bool:
         """Compares a claim exactly, types included: True is not 1, and 1 is not 1.0."""
         same = repr(claimed) == repr(recomputed)
-        return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
+        return self.expect(what, same, f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
     def by_fingerprint(self, *names: str) -> None:
         """Records claims covered by a fingerprint alone."""
@@ -99,6 +105,7 @@ class Verification:
 
     def open(self, note: str) -> None:
         """Records a claim that could not be checked."""
+        note = f"{self.where}{note}"
         if note not in self.unchecked:
             self.unchecked.append(note)
 
@@ -143,7 +150,7 @@ def in_full(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
+def check_fields(report: Verification, manifest: Manifest) -> None:
     """Reports every object of the manifest with missing or unknown fields."""
     settings = manifest["settings"]
     compared = "methods" in settings
@@ -170,7 +177,7 @@ def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
         report.expect(
             "fields",
             present == keys,
-            f"{where}{MANIFEST}: {name} has not the fields that a run writes: {sorted(present ^ keys)[:3]}",
+            f"{MANIFEST}: {name} has not the fields that a run writes: {sorted(present ^ keys)[:3]}",
         )
 
 
