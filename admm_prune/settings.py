@@ -190,10 +190,7 @@ class TextSettings:
         commands="run reproduce compare plan",
     )
     eval_samples: int | None = _text(
-        None,
-        "Evaluation sequences; all of the text by default.",
-        least=1,
-        commands="run reproduce compare plan",
+        None, "Evaluation sequences; all of the text by default.", least=1, commands="run reproduce compare plan"
     )
     length: int | None = _text(
         None,
@@ -207,13 +204,7 @@ class TextSettings:
         choices=("auto", "documents", "windows", "segments"),
         commands="run compare capture eval",
     )
-    seed: int = _text(
-        0,
-        "Draws the sequences.",
-        least=0,
-        most=2**63 - 1,
-        commands="run reproduce compare capture eval",
-    )
+    seed: int = _text(0, "Draws the sequences.", least=0, most=2**63 - 1, commands="run reproduce compare capture eval")
 
     def __post_init__(self) -> None:
         for name, declared in options(type(self)).items():
@@ -286,9 +277,7 @@ class Settings(TextSettings):
         in_file=tuple[str, ...],
     )
     ignore: str | Sequence[str] = _patterns(
-        (),
-        "Leave what fits as it is, as for targets; repeatable.",
-        in_file=tuple[str, ...],
+        (), "Leave what fits as it is, as for targets; repeatable.", in_file=tuple[str, ...]
     )
     overrides: Mapping[str, float | str] | None = _patterns(
         None,
@@ -371,10 +360,7 @@ class Settings(TextSettings):
         parse=lambda typed: None if typed is None else round(typed * 2**30),
     )
     trust_remote_code: bool = _run(
-        False,
-        "Run code that comes with the model. Never done otherwise.",
-        commands="run eval",
-        saved_in="manifest",
+        False, "Run code that comes with the model. Never done otherwise.", commands="run eval", saved_in="manifest"
     )
     log: str | Tracker | None = _run(
         None,
@@ -394,10 +380,7 @@ class PlanSettings(Settings):
 
     stream: bool = _run(False, "One block in memory at a time.", commands="plan", saved_in="", flags=("--stream",))
     out: str | Path | None = _run(
-        None,
-        "Where a run would write: its disk is measured.",
-        typed=Path | None,
-        commands="plan",
+        None, "Where a run would write: its disk is measured.", typed=Path | None, commands="plan"
     )
     gpu: str | None = _machine(None, "A GPU that is not here: h100, h200, a100.")
     gpus: int = _machine(1, "So many of them.", least=1)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.bench.memory import Shape, write_random_model
+from admm_prune.bench.memory import LlamaShape, write_random_model
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
 
@@ -184,7 +184,7 @@ def _written(case: Case, place: Path) -> Path:
     if case.width >= _LARGE:
         write_model("1.1B", "float32", case.depth, model)
         return model
-    config = Shape(case.width, case.depth).config()
+    config = LlamaShape(case.width, case.depth).config()
     config.max_position_embeddings = _CONTEXT
     if case.experts:
         _write_mixture(config, case.experts, model)

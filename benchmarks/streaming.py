@@ -160,7 +160,7 @@ def _run_in_this_process(arguments: list[str], *, cold: bool) -> None:
 
     def timed(self: ModelOnDisk, prefix: str, names: list[str]) -> None:
         if cold:
-            _forget(self._folder)
+            _forget(self._checkpoint.folder)
         began = time.perf_counter()
         fill(self, prefix, names)
         reading[0] += time.perf_counter() - began

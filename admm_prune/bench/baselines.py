@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from admm_prune.ops import precision
-from admm_prune.ops import precision as products
 from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
 
@@ -200,8 +199,8 @@ def measured(device: torch.device, *, width: int, entries: int) -> Ceilings:
             half, other = a.bfloat16(), b.bfloat16()
             spent = seconds_of(lambda x=half, y=other: x @ y, device)  # type: ignore[misc]
         else:
-            ready = products.prepared(b, "bfloat16x3" if name == "bfloat16x3" else "exact")
-            spent = seconds_of(lambda x=a, y=ready, z=out: products.multiply(x, y, out=z), device)  # type: ignore[misc]
+            ready = precision.prepared(b, "bfloat16x3" if name == "bfloat16x3" else "exact")
+            spent = seconds_of(lambda x=a, y=ready, z=out: precision.multiply(x, y, out=z), device)  # type: ignore[misc]
         operations[name] = 2 * width**3 / spent
     source = torch.rand(entries, device=device)
     target = torch.empty_like(source)

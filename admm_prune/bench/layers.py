@@ -12,7 +12,7 @@ from torch import Tensor
 
 from admm_prune.bench import baselines
 from admm_prune.bench.baselines import Work, synchronize
-from admm_prune.bench.rows import Case, Drawn, Figures
+from admm_prune.bench.rows import Case, Figures, SharedData
 from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
 from admm_prune.ops import backend, quadratic
@@ -84,7 +84,7 @@ def cases(
     A layer is created for its first case and released before the next layer.
     """
     for index, (rows, width) in enumerate(shapes):
-        layer = Drawn(drawn, rows, width, device)
+        layer = SharedData(drawn, rows, width, device)
         needs = 4.0 * (6 * rows * width + 4 * width**2)
         for target in targets:
             for name in ("magnitude", "wanda", "sparsegpt", "admm-fast", "admm", "admm-best"):
@@ -101,7 +101,13 @@ def cases(
 
 
 def _case(
-    layer: Drawn[Layer], label: str, method: Method, solver: Solver, target: Target, needs: float, limit: float = 30.0
+    layer: SharedData[Layer],
+    label: str,
+    method: Method,
+    solver: Solver,
+    target: Target,
+    needs: float,
+    limit: float = 30.0,
 ) -> Case:
     def run() -> Figures:
         data = layer()
@@ -138,7 +144,7 @@ def _case(
     return Case(section=SECTION, name=label, case=name, run=run, needs=needs, limit=limit)
 
 
-def _baselines(layer: Drawn[Layer], target: Target) -> Iterator[Case]:
+def _baselines(layer: SharedData[Layer], target: Target) -> Iterator[Case]:
     constraint: SparseSet = NofM(*target.pattern) if target.pattern else Unstructured(target.sparsity or 0.0)
     size = layer.rows * layer.width
 

@@ -43,7 +43,7 @@ _RECIPE = StruPrune()
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """A Llama with gated feed-forward parts of 8/3 of its width, heads of 64, two queries a key."""
 
     width: int
@@ -80,9 +80,9 @@ class Shape:
         )
 
 
-FAMILIES: dict[str, tuple[Shape, ...]] = {
-    "growing": tuple(Shape(width, width // WIDTH_PER_BLOCK) for width in (640, 1024, 1536, 2304)),
-    "deeper": tuple(Shape(512, depth) for depth in (4, 8, 16, 32)),
+FAMILIES: dict[str, tuple[LlamaShape, ...]] = {
+    "growing": tuple(LlamaShape(width, width // WIDTH_PER_BLOCK) for width in (640, 1024, 1536, 2304)),
+    "deeper": tuple(LlamaShape(512, depth) for depth in (4, 8, 16, 32)),
 }
 
 
@@ -178,7 +178,7 @@ def random_tokens(tokens: int) -> Sequences:
     return Sequences(rows, "windows", LENGTH, None, 1)
 
 
-def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
+def _measured(family: str, shape: LlamaShape, tokens: int, sparsity: float) -> Peak:
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         model.mkdir()
@@ -200,7 +200,7 @@ def _measure_in_this_process(model: Path, out: Path, tokens: int, sparsity: floa
     with tempfile.TemporaryDirectory() as place:  # loads libraries and their buffers before the clock starts
         tiny = Path(place) / "tiny"
         tiny.mkdir()
-        write_random_model(Shape(256, 2).config(), tiny)
+        write_random_model(LlamaShape(256, 2).config(), tiny)
         _prune(tiny, Path(place) / "out", random_tokens(LENGTH), sparsity)
     began = time.perf_counter()
     with PeakMemory() as peak:

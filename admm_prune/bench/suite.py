@@ -15,7 +15,7 @@ import torch
 
 from admm_prune.bench import batches, blocks, layers, scaling, selecting, training
 from admm_prune.bench.baselines import Ceilings, measured
-from admm_prune.bench.rows import Row, Runner, free_memory, measured_row
+from admm_prune.bench.rows import Measurement, Runner, free_memory, measured_row
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.ops import backend
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
 Tell = Callable[[int, int, str], None]
 
 
-def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -> str:
+def rendered(content: dict[str, Any], rows: Sequence[Measurement], ceilings: Ceilings) -> str:
     """Header, ceilings, a block for each section, the targets, and the model of time and memory."""
     about = content["environment"]
     lines = [
@@ -56,7 +56,7 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
 
 
-def _line(row: Row, wide: int, case: int) -> str:
+def _line(row: Measurement, wide: int, case: int) -> str:
     name = f"{row.name}{' *' if row.baseline else ''}"
     start = f"{name:{wide}}{row.case:{case}}"
     if row.status != "measured" or row.seconds is None:
@@ -194,9 +194,9 @@ def bench_gpu(
     if progress is not None:
         progress(0, 0, "measuring what the device can do")
     ceilings = measured(where, width=size.ceiling_width, entries=size.ceiling_entries)
-    heard: list[Row] = []
+    heard: list[Measurement] = []
 
-    def tell(row: Row) -> None:
+    def tell(row: Measurement) -> None:
         heard.append(row)
         if progress is not None:
             progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
@@ -271,7 +271,7 @@ def _training(size: Size, device: torch.device) -> Any:
     return several()
 
 
-def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Measurement], *, applicable: bool = True) -> list[dict[str, Any]]:
     """The targets of the benchmark, with the measured values; None where a row is missing.
 
     Args:
@@ -334,7 +334,7 @@ def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, An
     return results
 
 
-def _ratio(over: Row | None, under: Row | None) -> float | None:
+def _ratio(over: Measurement | None, under: Measurement | None) -> float | None:
     if over is None or under is None or not over.seconds or not under.seconds:
         return None
     return over.seconds / under.seconds

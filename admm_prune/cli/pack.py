@@ -29,7 +29,7 @@ def pack(
 
     with common.progress_bar("packing") as progress:
         packing = pack_folder(folder, out, progress, overwrite=overwrite)
-    _tell(packing, out, json)
+    _show(packing, out, json)
 
 
 def unpack(
@@ -46,10 +46,10 @@ def unpack(
 
     with common.progress_bar("unpacking") as progress:
         packing = unpack_folder(folder, out, progress, overwrite=overwrite)
-    _tell(packing, out, json)
+    _show(packing, out, json)
 
 
-def _tell(packing: Packing, out: Path, json: bool) -> None:
+def _show(packing: Packing, out: Path, json: bool) -> None:
     if json:
         common.emit(
             {

@@ -10,10 +10,7 @@ import typer
 from admm_prune.cli import common
 from admm_prune.cli.run import carry_out, recipe_and_machine, show_plan
 
-recipe = typer.Typer(
-    help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt",
-    no_args_is_help=True,
-)
+recipe = typer.Typer(help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt", no_args_is_help=True)
 
 
 @recipe.command()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from admm_prune.data.hub import first_line, quiet
-from admm_prune.data.rows import TEXT, NoColumnError, Row, RowReader
+from admm_prune.data.rows import TEXT, LocatedRow, NoColumnError, RowReader
 from admm_prune.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
@@ -188,13 +188,13 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where} is nested too deeply") from error
 
 
-def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[LocatedRow]:
     for number, line in lines:
         if line.strip():
             yield f"line {number}", _parsed(line, f"{path}: line {number}")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[LocatedRow]:
     """Rows of an array, of the one array in an object ({"data": [...]}), or of lines, as many .json files hold them."""
     lines = _lines(path)
     head: list[tuple[int, str]] = []
@@ -262,7 +262,7 @@ def _delimiter(header: str) -> str:
     return next((delimiter for delimiter in ",;\t" if delimiter in header), ",")
 
 
-def _csv_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiter: str | None) -> Iterator[LocatedRow]:
     """Rows under the names of the first line; None takes the delimiter from that line."""
     numbered = _lines(path)
     head = list(islice(numbered, 1))

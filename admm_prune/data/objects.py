@@ -116,8 +116,9 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
         rows = ((f"item {n}", dict(item) if isinstance(item, Mapping) else item) for n, item in enumerate(items, 1))
         yield from reader.documents(PYTHON_OBJECT, rows)
         return
-    if reader.requested_column is not None and first is not None and not _has_column(first, reader.requested_column):
-        raise NoColumnError(PYTHON_OBJECT, reader.requested_column, list(first) if isinstance(first, Mapping) else None)
+    column, columns = reader.requested_column, list(first) if isinstance(first, Mapping) else None
+    if first is not None and column is not None and (columns is None or column != "input_ids"):
+        raise NoColumnError(PYTHON_OBJECT, column, columns)
     for number, item in enumerate(items, start=1):
         rows_of_item = None if isinstance(item, str) else _token_rows(item)
         if isinstance(item, str):
@@ -128,11 +129,6 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
             raise UserError(
                 f"{PYTHON_OBJECT}: item {number} is {type(item).__name__}, neither text nor tokens: {_TAKEN}"
             )
-
-
-def _has_column(item: Any, column: str) -> bool:
-    """Whether an item that is no row of a table has tokens under this name."""
-    return isinstance(item, Mapping) and column == "input_ids"
 
 
 def _is_row(item: Any) -> bool:

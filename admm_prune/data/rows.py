@@ -16,7 +16,7 @@ TEXT = "text"
 PEEK = 100  # rows inspected to find the column
 _CHATS = ("messages", "conversations", "conversation")
 
-Row = tuple[str, Any]  # where it is ("line 3"), and what
+LocatedRow = tuple[str, Any]  # where it is ("line 3"), and what
 
 
 class Notes:
@@ -55,7 +55,7 @@ class RowReader:
         """A reader of this column, which adds to the same notes."""
         return RowReader(column, self._tokenizer, self.notes)
 
-    def documents(self, source: str, rows: Iterable[Row]) -> Iterator[str]:
+    def documents(self, source: str, rows: Iterable[LocatedRow]) -> Iterator[str]:
         """The text of every row; a null counts as an empty document.
 
         Raises:

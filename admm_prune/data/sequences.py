@@ -22,12 +22,11 @@ from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
-LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens) one batch would fill the memory
 GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
 
 
@@ -142,14 +141,6 @@ class Sequences:
         remaining = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
         taken = tuple(row for i, row in enumerate(self.rows) if i in cut_off)
         return replace(self, rows=remaining), replace(self, rows=taken, dropped_sequences=0)
-
-
-def default_length(config: PreTrainedConfig) -> int:
-    """The tokens of a sequence where the user names none: the model's context, at most 2048."""
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    contexts: list[int] = [getattr(text, name) for name in names if getattr(text, name, None)]
-    return min([LONGEST_DEFAULT, *contexts])
 
 
 def pack(

@@ -16,7 +16,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
 from admm_prune.models.loading import LoadedModel, load
-from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.structure import assign, decoder_blocks
 from admm_prune.ops import bits
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM
@@ -27,7 +27,7 @@ _TWO_OF_FOUR = NofM(2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Timing:
     """One form of a model, measured.
 
     Attributes:
@@ -142,7 +142,7 @@ def bench_inference(
     times = {run: timed(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
     first = next(iter(models))
     rows = [
-        Row(
+        Timing(
             form=form,
             parameters=_parameters(forms["as stored"][0] if name is None else loaded),
             zeros=zeros if form != "dense" else sparsity(decoder_blocks(loaded.model)),
@@ -211,8 +211,7 @@ def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     for block in decoder_blocks(model):
         for path, module in list(block.module.named_modules()):
             if type(module) is nn.Linear:
-                parent, _, name = path.rpartition(".")
-                setattr(block.module.get_submodule(parent), name, make(module))
+                assign(block.module, path, make(module))
 
 
 def _fits_two_of_four(model: nn.Module) -> bool:
@@ -253,7 +252,7 @@ def _disk_bytes(name: str) -> int | None:
     return weight_bytes(Path(name).expanduser()) or None
 
 
-def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
+def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
     """Sentences on what is gained and what is not."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []

@@ -162,13 +162,13 @@ def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, o
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         returned.append(output)
-        raise _StopRecordingError
+        raise StopForwardError
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     with ExitStack() as stack:
         for entered in (offloading.outside(), offloading.block(0), blocks[0].module.register_forward_hook(hook)):
             stack.enter_context(entered)
-        stack.enter_context(suppress(_StopRecordingError))
+        stack.enter_context(suppress(StopForwardError))
         model(input_ids=ids, use_cache=False)
     if not returned:
         raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
@@ -209,8 +209,8 @@ def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
     return others.pop("hidden_states"), ((), others)
 
 
-class _StopRecordingError(Exception):
-    """Ends the recording run at a block: later computations are not needed."""
+class StopForwardError(Exception):
+    """Ends a forward pass in a hook: later computations are not needed."""
 
 
 def _record(
@@ -233,12 +233,12 @@ def _record(
             entering.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise _StopRecordingError
+            raise StopForwardError
 
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
-        stack.enter_context(suppress(_StopRecordingError))
+        stack.enter_context(suppress(StopForwardError))
         model(input_ids=batch.input_ids.to(device), use_cache=False)
     if len(calls) < len(blocks):
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -62,12 +63,7 @@ def feed_forward(block: Block, run: Callable[[], object]) -> FeedForwardViews:
     Raises:
         UserError: as `feed_forwards`.
     """
-    calls: _Calls = {}
-    with ExitStack() as stack:
-        for view in block.weights:
-            stack.enter_context(view.module.register_forward_hook(_remembering(calls, id(view))))
-        run()
-    return _feed_forward(block, calls)
+    return _feed_forward(block, _recorded_calls(block.weights, run))
 
 
 @torch.no_grad()
@@ -79,22 +75,25 @@ def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardView
         UserError: a block, named, has none with an activation of `ops.activations`, or more than one, or is a
             mixture of experts.
     """
-    calls: _Calls = {}
-    with ExitStack() as stack:
-        for view in (view for block in blocks for view in block.weights):
-            stack.enter_context(view.module.register_forward_hook(_remembering(calls, id(view))))
-        size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
-        device = next(model.parameters()).device
-        model(input_ids=(torch.arange(_TOKENS, device=device) * 7919 % size)[None], use_cache=False)
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
+    ids = torch.arange(_TOKENS, device=next(model.parameters()).device) * 7919 % size
+    views = [view for block in blocks for view in block.weights]
+    calls = _recorded_calls(views, lambda: model(input_ids=ids[None], use_cache=False))
     return [_feed_forward(block, calls) for block in blocks]
 
 
-def _remembering(calls: _Calls, key: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+def _recorded_calls(views: Iterable[WeightView], run: Callable[[], object]) -> _Calls:
+    calls: _Calls = {}
+
+    def record(key: int, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         entering, leaving = (x.reshape(-1, x.shape[-1]) for x in (args[0], output))
         calls[key] = _Call(args[0], len(entering), entering[:_TOKENS].clone(), leaving[:_TOKENS].clone())
 
-    return hook
+    with ExitStack() as stack:
+        for view in views:
+            stack.enter_context(view.module.register_forward_hook(partial(record, id(view))))
+        run()
+    return calls
 
 
 def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:

@@ -157,7 +157,6 @@ def sharded_copy(model: nn.Module, world: World) -> nn.Module:
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in decoder_blocks(divided):
         fully_shard(block.module, mesh=mesh)
-    fully_shard(
-        divided, mesh=mesh, reshard_after_forward=True
-    )  # also the root, which FSDP would leave unsharded after an evaluation
+    # Also the root, which FSDP would leave unsharded after an evaluation.
+    fully_shard(divided, mesh=mesh, reshard_after_forward=True)
     return divided

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import adapter_parameters, saved_modules, tuner_layers
+from admm_prune.models.structure import assign
 from admm_prune.ops import bits
 from admm_prune.prunable import uncompiled
 
@@ -352,8 +353,7 @@ def _unloaded(model: nn.Module) -> nn.Module:
     if unload is None:  # adapters that were injected into a plain model
         for name, layer in reversed([*tuner_layers(model), *saved_modules(model)]):
             unload_layer = getattr(layer, "unload_and_optionally_merge_module", partial(_base_of, layer))
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, unload_layer(merge=False, safe_merge=False, adapter_names=None))
+            assign(model, name, unload_layer(merge=False, safe_merge=False, adapter_names=None))
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(attribute, None)
     _record_ties(plain)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from admm_prune.data.hub import first_line, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import FLOATS, Checkpoint
-from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
 
@@ -50,10 +50,8 @@ def _keep_precision(model: Any) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
         if pattern.search(name) and tensor.is_floating_point():
-            owner, _, attribute = name.rpartition(".")
             replacement = torch.empty_like(tensor, dtype=torch.float32)
-            replacement = nn.Parameter(replacement, requires_grad=False) if name in parameters else replacement
-            setattr(model.get_submodule(owner), attribute, replacement)
+            assign(model, name, nn.Parameter(replacement, False) if name in parameters else replacement)
 
 
 def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
@@ -76,8 +74,7 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
     made: list[dict[str, Tensor]] = []
     for value in (0, 1):  # the computed values do not depend on the previous ones
         for name, buffer in unset.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, torch.full_like(buffer, value, device=device))
+            assign(model, name, torch.full_like(buffer, value, device=device))
         owners: dict[str, Any] = {}  # the innermost model that a module is part of, which initializes it
         for name, module in model.named_modules():
             outer = owners.get(name.rpartition(".")[0], model)

@@ -20,7 +20,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.archive import Lazy, write_tensors
 from admm_prune.models.checkpoint import INDEX, Checkpoint
 from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
-from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _OUTSIDE = "outside.safetensors"
 
@@ -232,8 +232,7 @@ class ModelOnDisk(Offloading):
         unset: dict[str, Tensor] = {}
         for name, buffer in list(self.model.named_buffers()):
             if name in self._checkpoint:
-                owner, _, attribute = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), attribute, self._checkpoint.read(name).to(buffer.dtype))
+                assign(self.model, name, self._checkpoint.read(name).to(buffer.dtype))
             elif buffer.is_meta:
                 unset[name] = buffer
         uncomputed = compute_buffers(self.model, unset, self._device)
@@ -244,8 +243,7 @@ class ModelOnDisk(Offloading):
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    assign(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _link(file: Path, name: Path) -> None:

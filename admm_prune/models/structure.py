@@ -135,6 +135,12 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def assign(root: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of a module below `root`, by its dotted name."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(root.get_submodule(owner), attribute, value)
+
+
 def notes_on(model: nn.Module) -> tuple[str, ...]:
     """Notes on weights in the blocks of hybrid models that no method prunes."""
     convolutions, steps = [], []

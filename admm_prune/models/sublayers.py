@@ -14,25 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.families import GROUPED_BY_KEY_HEAD, HEAD_SIZE, UNIT_COUNTS
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.ops.group_compensation import columns_of
 
 Kind = Literal["neurons", "heads"]
-# Attributes that modules of transformers read in their forward, and that count units of the sublayer.
-_COUNTS = (
-    "num_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "ffn_dim",
-)
-# Names of the size of a head; a module that has one is an attention.
-_SIZES = ("head_dim", "head_size")
-# Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
-# shapes alone cannot tell this from all queries before all keys.
-_BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
@@ -103,7 +90,8 @@ def _read(block: Block) -> list[Sublayer | str]:
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
         if any(view.expert is not None for view in views):
             raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
-        size = next((size for attribute in _SIZES if isinstance(size := getattr(module, attribute, None), int)), None)
+        sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
+        size = next((size for size in sizes if isinstance(size, int)), None)
         if size is None:
             read: Sublayer | str | None = _neurons(name, module, views, module_is_block=module is block.module)
         else:
@@ -147,7 +135,7 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     if len(inner) not in (1, 3):
         return None
     if len(inner) == 1:
-        if type(module).__name__ not in _BY_HEAD:
+        if type(module).__name__ not in GROUPED_BY_KEY_HEAD:
             return f"{name} keeps queries, keys and values in one matrix"
         keys = (inner[0].shape[0] - columns) // 2 // size
     else:
@@ -215,7 +203,7 @@ def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _rescale(sublayer: Sublayer, share: float) -> None:
-    for name in _COUNTS:
+    for name in UNIT_COUNTS:
         count = getattr(sublayer.module, name, None)
         if isinstance(count, int):
             setattr(sublayer.module, name, round(count * share))
@@ -249,13 +237,10 @@ def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
     if unit == "latency":
         shapes = tuple((view.shape[0] // sublayer.count, view.shape[1]) for view in sublayer.inner)
         weight = sublayer.output.parameter
-        device = _computing() if weight.is_meta else str(weight.device)
+        on_disk = "cuda" if torch.cuda.is_available() else "cpu"
+        device = on_disk if weight.is_meta else str(weight.device)
         return _seconds_saved(sublayer.count, shapes, sublayer.width, tokens, weight.dtype, device)
     raise UserError(f"a budget is in {', '.join(UNITS[:-1])} or {UNITS[-1]}, not in '{unit}'")
-
-
-def _computing() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=64)  # blocks have equal shapes

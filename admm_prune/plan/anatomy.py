@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.hub import quiet
-from admm_prune.data.sequences import GROUP, Row, Sequences, default_length, encode
+from admm_prune.data.sequences import GROUP, Row, Sequences, encode
 from admm_prune.data.sources import Document
-from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_repository
 from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.checks import check_causal, check_ids, check_vocabulary
+from admm_prune.models.families import sequence_length
 from admm_prune.models.loading import explained, kind_of, load_tokenizer, locate
 from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
 from admm_prune.models.streaming import Offloading
@@ -82,9 +82,9 @@ class Anatomy:
                 checkpoint.adapt(model, quantizer)
                 check_stored(source, model, checkpoint, dequantized=quantizer is not None)
         blocks = decoder_blocks(model)
-        drawn = Drawn(model)
-        if drawn.fits:
-            check_causal(source, drawn.model, drawn)
+        random_weights = RandomWeights(model)
+        if random_weights.fits:
+            check_causal(source, random_weights.model, random_weights)
         return cls(source, model, blocks)
 
     @property
@@ -119,10 +119,7 @@ class Anatomy:
         Raises:
             UserError: the length is beyond the model's context.
         """
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if length is not None and context is not None and length > context:
-            raise UserError(f"length {length} is beyond the model's context of {context} tokens")
-        length = length or default_length(self.model.config)
+        length = sequence_length(self.model.config, length)
         row = Row(torch.zeros(length, dtype=torch.long), length)
         return Sequences((row,) * count, "windows", length, None, BATCH)
 
@@ -230,7 +227,7 @@ def _piece(documents: list[Document], characters: int) -> list[Document]:
     return piece
 
 
-class Drawn(Offloading):
+class RandomWeights(Offloading):
     """Random weights for a model on the meta device; large embeddings have their first rows alone.
 
     Args:

@@ -28,6 +28,7 @@ from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
+from admm_prune.models import families
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView
@@ -41,7 +42,6 @@ from admm_prune.statistics import SUM_BYTES
 
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
-_NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 WEIGHTS, CHECKED = "weights", "check of the largest weight"
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
@@ -117,11 +117,7 @@ class BlockPass:
         return cost
 
     def collect(
-        self,
-        only: Collection[str] | None = None,
-        outputs: dict[str, Tensor] | None = None,
-        *,
-        centre: bool = False,
+        self, only: Collection[str] | None = None, outputs: dict[str, Tensor] | None = None, *, centre: bool = False
     ) -> Collected:
         with measured_cost(self.counting) as cost:
             shared = self.stream.collect(self.position, only, outputs, centre=centre)
@@ -280,8 +276,8 @@ def _network(block: Block) -> tuple[WeightView, ...]:
 
 def _activation(anatomy: Anatomy) -> Activation:
     config = anatomy.model.config
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "silu")
-    return ACTIVATIONS[_NAMES.get(str(name), "gelu-tanh")]
+    name = next((name for key in families.ACTIVATION if (name := getattr(config, key, None))), "silu")
+    return ACTIVATIONS[families.ACTIVATION_NAMES.get(str(name), "gelu-tanh")]
 
 
 def loading(anatomy: Anatomy, *, stream: bool) -> Stage:

@@ -19,7 +19,7 @@ from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
-from admm_prune.plan.counting import LIBRARIES, Stage, Work
+from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
 from admm_prune.settings import PlanSettings, takes
@@ -78,18 +78,9 @@ class Plan:
         return None
 
     def as_json(self) -> dict[str, Any]:
-        work: dict[str, Work] = {}
-        for stage in self.stages:
-            work[stage.name] = work.get(stage.name, Work()) + stage.work
+        names = ("model", "method", "target", "parameters", "weight_bytes", "samples", "length", "stream")
         return {
-            "model": self.model,
-            "method": self.method,
-            "target": self.target,
-            "parameters": self.parameters,
-            "weight_bytes": self.weight_bytes,
-            "samples": self.samples,
-            "length": self.length,
-            "stream": self.stream,
+            **{name: getattr(self, name) for name in names},
             "memory": {
                 place: {
                     "bytes": (stage := self.peak(place)).bytes,
@@ -102,7 +93,7 @@ class Plan:
             "disk": dict(self.disk),
             "stages": {
                 name: {"operations": done.operations, "seconds": self.machine.seconds(done)}
-                for name, done in work.items()
+                for name, done in by_name(list(self.stages)).items()
             },
             "seconds": self.seconds,
             "rates": {"of": self.machine.name, "source": self.machine.source, **self.machine.rates},
@@ -198,15 +189,14 @@ def make_plan(settings: PlanSettings) -> Plan:
 
 
 def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, stream: bool, device: str) -> list[Stage]:
-    stages = [blockwise.loading(anatomy, stream=stream)]
-    rows = -(-validation // task.calibration.length)
+    length = task.calibration.length
     evaluated: list[Stage] = []
-    if rows:
-        text = anatomy.sequences(rows, task.calibration.length)
+    if validation:
+        text = anatomy.sequences(-(-validation // length), length)
         evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
-    stages += evaluated
     return [
-        *stages,
+        blockwise.loading(anatomy, stream=stream),
+        *evaluated,
         *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
         blockwise.saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),

@@ -96,7 +96,7 @@ class LayerTrial:
         statistics = LayerStatistics(
             gram, 2 * width, gram / 2 if self.validation else None, width if self.validation else 0
         )
-        method = self.method if whole else replace(self.method, make=lambda: shortened(self.method.make()))
+        method = self.method if whole else _shortened_method(self.method)
         with counted() as counting, torch.no_grad():
             counting.know(gram, *(view.parameter for view in views))
             if statistics.validation is not None:
@@ -150,14 +150,9 @@ class NetworkTrial:
             for part, n in zip(("calibration", "validation"), self.tokens, strict=True)
             if n
         }
-        method = (
-            self.recipe.method
-            if whole
-            else replace(self.recipe.method, make=lambda: shortened(self.recipe.method.make()))
-        )
-        recipe = replace(
-            self.recipe, method=method, descent=self.recipe.descent if whole else min(2, self.recipe.descent)
-        )
+        recipe = self.recipe
+        if not whole:
+            recipe = replace(recipe, method=_shortened_method(recipe.method), descent=min(2, recipe.descent))
         with counted() as counting, torch.no_grad():
             counting.know(*weights.values(), *(x for pair in pairs.values() for x in pair))
             with measured_cost(counting) as cost:
@@ -220,6 +215,10 @@ class GroupTrial:
 
     def estimated(self) -> Cost:
         return estimated(self, self.columns * max(self.outputs, self.columns))
+
+
+def _shortened_method(method: Method) -> Method:
+    return replace(method, make=lambda: shortened(method.make()))
 
 
 def shortened(solver: Any) -> Any:

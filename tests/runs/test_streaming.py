@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import admm_prune
 from admm_prune.bench import memory
-from admm_prune.bench.memory import Peak, Shape, write_random_model
+from admm_prune.bench.memory import LlamaShape, Peak, write_random_model
 from admm_prune.bench.scaling import exponent
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
@@ -124,8 +124,8 @@ def test_the_memory_bench_measures_both_families(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tiny models here, in this process: the figures are the command's own business."""
-    family = (Shape(128, 1), Shape(256, 2))
-    monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
+    family = (LlamaShape(128, 1), LlamaShape(256, 2))
+    monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (LlamaShape(128, 1), LlamaShape(128, 2))})
 
     def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         memory._measure_in_this_process(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
@@ -146,7 +146,7 @@ def test_the_memory_bench_measures_both_families(
 def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:
     peaks = [Peak("growing", 1, 1, n, 1.0, 3 * n**0.6, 1.0) for n in (10**6, 10**7, 10**9)]
     assert exponent((peak.parameters, peak.peak_mib) for peak in peaks) == pytest.approx(0.6)
-    shape = Shape(256, 3)
+    shape = LlamaShape(256, 3)
     write_random_model(shape.config(), tmp_path)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == shape.parameters
