@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of a setting beside its name, type and default.
+    """The declaration of a setting beside its name, type and default.
 
     Attributes:
         help: on the command line, in the schema of recipes, and in the documentation of `prune`.

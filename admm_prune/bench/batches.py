@@ -28,7 +28,7 @@ WAYS = {
 
 
 def cases(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> Iterator[Case]:
-    """All four ways, for (out, in, how many) of each shape, every layer with a Gram of its own."""
+    """All four ways, for (out, in, count) of each shape; every layer has its own Gram."""
     for rows, width, count in shapes:
 
         def draw(height: int, columns: int, where: torch.device, number: int = count) -> list[Layer]:

@@ -106,7 +106,7 @@ def bench_memory(
     tokens: int = 1024,
     sparsity: float = 0.3,
     overwrite: bool = False,
-    progress: OnProgress | None = None,
+    progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Measures both families up to `most` parameters and writes them, a table and a plot to `out`.
 
@@ -127,8 +127,7 @@ def bench_memory(
             raise UserError(f"--most {most:g} leaves fewer than two models: give at least {least:g} parameters")
     peaks = []
     for done, (name, shape) in enumerate(shapes):
-        if progress is not None:
-            progress(done, len(shapes), f"{shape.parameters / 1e6:.0f} M parameters, {shape.depth} blocks")
+        progress(done, len(shapes), f"{shape.parameters / 1e6:.0f} M parameters, {shape.depth} blocks")
         peaks.append(_measured(name, shape, tokens, sparsity))
     points = {name: [(peak.parameters, peak.peak_mib) for peak in peaks if peak.family == name] for name in FAMILIES}
     content = {
@@ -143,8 +142,7 @@ def bench_memory(
         write_json(folder / MANIFEST, content)
         (folder / "memory.txt").write_text(_table(content, peaks), encoding="utf-8")
         _plot(content, peaks, folder / "memory.png")
-    if progress is not None:
-        progress(len(shapes), len(shapes), "")
+    progress(len(shapes), len(shapes), "")
     return content
 
 
@@ -171,7 +169,7 @@ def write_random_model(config: LlamaConfig, folder: Path) -> None:
 
 
 def random_tokens(tokens: int) -> Sequences:
-    """So many random tokens, as sequences of 256."""
+    """Random tokens in sequences of 256."""
     generator = torch.Generator().manual_seed(0)
     count = max(1, tokens // LENGTH)
     rows = tuple(Row(torch.randint(VOCABULARY, (LENGTH,), generator=generator), LENGTH) for _ in range(count))

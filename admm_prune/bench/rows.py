@@ -220,7 +220,7 @@ def peak_of(device: torch.device) -> Generator[list[int]]:
 
 @contextmanager
 def time_limit(seconds: float) -> Generator[None]:
-    """Raises TimeoutError in the block after so many seconds; in the main thread, and where the system has timers."""
+    """Raises TimeoutError in the block after some seconds; only in the main thread, if the system has timers."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -166,7 +167,7 @@ def bench_gpu(
     budget: float = 450.0,
     sections: Sequence[str] = SECTIONS,
     overwrite: bool = False,
-    progress: Tell | None = None,
+    progress: Tell = lambda *_: None,
 ) -> dict[str, Any]:
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
 
@@ -191,15 +192,13 @@ def bench_gpu(
     size, where = (SMALL if small else FULL), torch.device(device)
     about = environment(where)
     began = time.perf_counter()
-    if progress is not None:
-        progress(0, 0, "measuring what the device can do")
+    progress(0, 0, "measuring the ceilings of the device")
     ceilings = measured(where, width=size.ceiling_width, entries=size.ceiling_entries)
     heard: list[Measurement] = []
 
     def tell(row: Measurement) -> None:
         heard.append(row)
-        if progress is not None:
-            progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
+        progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
 
     runner = Runner(where, ceilings, budget - (time.perf_counter() - began), tell)
     for name in sections:
@@ -344,10 +343,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and the device; packages that are not installed are left out."""
     versions = {}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     cuda = device.type == "cuda"
     return {
         "versions": versions,

@@ -20,7 +20,7 @@ _DECLARED = options(Settings)
 
 
 def _typed(name: str, declared: Option) -> Any:
-    """What typer is to know of a setting."""
+    """The typer option of a setting."""
     ranged = declared.typed not in (str, str | None)
     flags = (f"--{name.replace('_', '-')}",) if declared.typed is bool else ()
     return typer.Option(
@@ -48,7 +48,7 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
     The command receives them by the names of their fields, parsed.
 
     Args:
-        replaces: what a recipe holds is None unless it is given.
+        replaces: options that a recipe holds default to None.
     """
     declared = {name: one for name, one in options(kind).items() if command in one.commands.split()}
 

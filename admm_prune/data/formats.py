@@ -105,7 +105,7 @@ def file_documents(path: Path, reader: RowReader) -> Iterator[str]:
 
 @contextmanager
 def _opened(path: Path) -> Generator[BinaryIO]:
-    """A file's bytes, decompressed; whatever reading them ends in is a UserError."""
+    """A file's bytes, decompressed; any error while reading is a UserError."""
     import pyarrow
 
     try:
@@ -222,7 +222,7 @@ def _json_rows(path: Path) -> Iterator[LocatedRow]:
 
 
 def _bounded(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Lines that are held at once: a limited number for a compressed file."""
+    """Lines that are kept in memory together: up to a limit for a compressed file."""
     size = 0
     for number, line in lines:
         size += len(line)
@@ -300,7 +300,7 @@ def _parquet_documents(path: Path, reader: RowReader) -> Iterator[str]:
             yield from reader.of(column).documents(str(path), rows)
     except UserError:
         raise
-    except Exception as error:  # a damaged file ends in many kinds of errors
+    except Exception as error:  # a damaged file can raise many kinds of errors
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 

@@ -129,7 +129,7 @@ class RowReader:
         return self._encodable(text, where)
 
     def _encodable(self, text: str, where: str) -> str:
-        """The text with U+FFFD in place of halves of surrogate pairs, which no tokenizer takes."""
+        """The text with U+FFFD in place of halves of surrogate pairs, which no tokenizer accepts."""
         clean = without_surrogates(text)
         if clean != text:
             self.notes.add("surrogate", f"{where}: half a surrogate pair is replaced with U+FFFD")

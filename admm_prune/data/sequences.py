@@ -223,7 +223,7 @@ def _document(document: EncodedDocument, bos: int | None, length: int) -> Row:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """BOS where the tokenizer puts it before a text by itself."""
+    """BOS if the tokenizer adds it to a text."""
     ids = tokenizer("a")["input_ids"]
     return int(ids[0]) if len(ids) > 0 and ids[0] == tokenizer.bos_token_id else None
 
@@ -342,7 +342,7 @@ def _located(document: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> E
             bounds.append(bounds[-1] + len(stream.step(backend, token) or ""))
         whole = len(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         bounds[-1] = max(whole, bounds[-1])  # a character that the last token leaves incomplete
-    except Exception:  # of the decoder, which is not Python and has no classes of its own
+    except Exception:  # the decoder is not Python and raises plain exceptions
         whole = len(tokenizer.decode(ids))
         bounds = [whole * i // max(1, len(ids)) for i in range(len(ids) + 1)]
     return EncodedDocument(torch.tensor(ids, dtype=torch.int64), torch.tensor(bounds))

@@ -232,7 +232,7 @@ def _hub_documents(source: str, split: str, reader: RowReader) -> Iterator[str]:
 
 
 def _opened_dataset(repository: str, config: str | None) -> Any:
-    """The splits of a Hub dataset: from the local cache where it is there whole, else streamed."""
+    """The splits of a Hub dataset: from the local cache if it is complete there, else streamed."""
     import datasets
     from datasets.config import HF_DATASETS_CACHE
 

@@ -60,14 +60,14 @@ class Timing:
 
 @torch.no_grad()
 def prefill(model: Any, tokens: int) -> None:
-    """One pass over so many tokens, the logits of the last one only."""
+    """A forward pass over `tokens` tokens with the logits of the last one."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 @torch.no_grad()
 def decode(model: Any, tokens: int) -> None:
-    """So many new tokens, one by one, with a cache, after 16 given ones."""
+    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16."""
     ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
@@ -78,7 +78,7 @@ def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
     """The times of each model; the models alternate, with one warm-up round.
 
     On the CPU it is the CPU time of the process, so that other load on the machine does not count; use
-    it one thread. On CUDA it is the time until the device is done.
+    it with one thread. On CUDA it is the time until the device is done.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
@@ -253,7 +253,7 @@ def _disk_bytes(name: str) -> int | None:
 
 
 def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
-    """Sentences on what is gained and what is not."""
+    """Sentences on the gains, and on what brings none."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []
     for row in rows[1:]:

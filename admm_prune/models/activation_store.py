@@ -139,7 +139,7 @@ def record(
     Args:
         batches: with the names of their hidden states.
         device: on which the model computes.
-        wrap: as `form_of` gives it.
+        wrap: from `form_of`.
         finite: require finite inputs of the first block.
 
     Raises:

@@ -37,7 +37,7 @@ def check_no_adapters(source: str, what: nn.Module | Path) -> None:
         raise UserError(
             f"{source}: there is a PEFT adapter in it ({ADAPTER_CONFIG}), which would be lost: load model and adapter "
             "with peft.PeftModel.from_pretrained, merge them with admm_prune.merge_lora(model) or "
-            "model.merge_and_unload(), and save the merged model to a folder of its own"
+            "model.merge_and_unload(), and save the merged model to a new folder"
         )
 
 

@@ -45,8 +45,11 @@ class BlockStream:
         sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
             those of the others; bitwise the same.
 
+    Attributes:
+        position: the index of the current block.
+
     Raises:
-        UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
+        UserError: the hidden states that enter the first block are not finite, or there are fewer calibration sequences
             than processes.
     """
 
@@ -67,7 +70,7 @@ class BlockStream:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
-        self._position, self._world, self._sparing = 0, world, sparing
+        self.position, self._world, self._sparing = 0, world, sparing
         activation_store = activation_store or ActivationStore()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
@@ -93,11 +96,6 @@ class BlockStream:
         }
 
     @property
-    def position(self) -> int:
-        """The current block."""
-        return self._position
-
-    @property
     def activations(self) -> Mapping[str, Tensor]:
         """The hidden states that enter the current block, of every batch by its name, on the host.
 
@@ -117,7 +115,7 @@ class BlockStream:
             raise ValueError("the activations are of other batches than those of the text")
         for state in states:
             state.hidden = activations[state.name]
-        self._position = index
+        self.position = index
 
     @torch.no_grad()
     def collect(
@@ -257,10 +255,9 @@ class BlockStream:
             UserError: its outputs are not finite.
         """
         block = self._current_block(index)
-        for states in self._states.values():
-            for state in states:
-                state.hidden = state.replay(block, index)
-        self._position += 1
+        for state in self._all_states():
+            state.hidden = state.replay(block, index)
+        self.position += 1
 
     @torch.no_grad()
     def preview(self, index: int) -> Tensor:
@@ -278,8 +275,8 @@ class BlockStream:
         return [state for states in self._states.values() for state in states]
 
     def _current_block(self, index: int) -> Block:
-        if index != self._position:
-            raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
+        if index != self.position:
+            raise ValueError(f"blocks are taken in order: it is the turn of block {self.position}, not {index}")
         return self._blocks[index]
 
 

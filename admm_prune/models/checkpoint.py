@@ -153,7 +153,7 @@ class Checkpoint:
         return None
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """All that the files hold, one after the other, by name."""
+        """Every stored tensor with its name, one at a time."""
         for name in sorted(self.files):
             yield name, self._stored(name)
 

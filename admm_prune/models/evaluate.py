@@ -119,8 +119,8 @@ def streamed(
 
 @torch.no_grad()
 def continued(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
-    """The most probable tokens (count,) after a prompt (n,), one after the other; independent of the model's generation
-    settings."""
+    """The most probable tokens (count,) after a prompt (n,), generated one by one; independent of the model's
+    generation settings."""
     ids = prompt.to(next(model.parameters()).device)[None]
     for _ in range(count):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
@@ -170,12 +170,6 @@ def sparsity(blocks: Iterable[Block]) -> float:
     """The fraction of the prunable weights that are exactly zero."""
     weights = [view.read() for block in blocks for view in block.weights]
     return 1.0 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def sparsity_by_weight(blocks: Iterable[Block]) -> dict[str, float]:
-    """The fraction of exact zeros of every prunable matrix, by its name."""
-    weights = {view.name: view.read() for block in blocks for view in block.weights}
-    return {name: 1.0 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:

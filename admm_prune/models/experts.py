@@ -32,7 +32,7 @@ def routed(
 
     Args:
         views: matrices of experts, by number.
-        mask: the real tokens (b * L,) of the batch at work.
+        mask: the real tokens (b * L,) of the current batch.
         everything: every token goes to all of these experts, wherever the router would have sent it.
 
     Raises:

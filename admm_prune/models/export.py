@@ -21,9 +21,8 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = 
 
     If all blocks have equal widths that the family's config can express, the stock class loads the model. Otherwise:
     "per-layer" keeps the width of every block, with a class of `modeling_per_layer`, whose file `save_pretrained`
-    writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every branch to
-    the
-    widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
+    writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every sublayer
+    to the widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
 
     Args:
         blocks: the branches of every block, as they are now.

@@ -80,11 +80,10 @@ class World:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes, in place."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The maximum over the processes, in place."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        if self.size > 1:
+            with communicating():
+                dist.all_reduce(values)
+        return values
 
     def broadcast(self, values: Tensor, owner: int) -> Tensor:
         """Broadcasts `values` from the process `owner`, in place."""
@@ -117,18 +116,6 @@ class World:
             raise UserError(answer[1])
         result: T = answer[0]
         return result
-
-    def wait(self) -> None:
-        """Waits for all processes."""
-        if self.size > 1:
-            with communicating():
-                dist.barrier()
-
-    def _reduced(self, values: Tensor, how: Any) -> Tensor:
-        if self.size > 1:
-            with communicating():
-                dist.all_reduce(values, how)
-        return values
 
 
 ALONE = World()

@@ -161,7 +161,7 @@ def keep_sparsity(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptSpa
 
 
 def _pruned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the model that hold zeros, and not only zeros; adapters apart."""
+    """The parameters of the model with zeros among their entries, except adapters and matrices of zeros alone."""
     adapters = adapter_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in adapters:
@@ -185,7 +185,7 @@ def _after_accumulation(masked: _Masked) -> Any:
 
 
 def _mask_of(weight: Tensor) -> Tensor | None:
-    """True where a weight is not zero; None where nothing was pruned: there are no zeros, or nothing else."""
+    """True where a weight is not zero; None where nothing was pruned: no entry is zero, or all are."""
     mask = weight.detach() != 0
     return mask if 0 < int(mask.count_nonzero()) < mask.numel() else None
 
@@ -262,7 +262,7 @@ def _check_plain(name: str, layer: Any) -> None:
         kind = f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__}"
         raise UserError(f"{name}: an adapter of the kind {kind} cannot be merged here, only LoRA can")
     if getattr(layer, "merged", False):
-        raise UserError(f"{name}: its adapters are merged already: merge_lora needs them apart")
+        raise UserError(f"{name}: its adapters are merged already: merge_lora needs them unmerged")
     if layer.disable_adapters:
         raise UserError(f"{name}: its adapters are disabled: call enable_adapter_layers() of the model first")
     for adapter in _active(layer):

@@ -94,7 +94,7 @@ def _check_class_file(folder: Path) -> None:
     source = Path(str(modeling_per_layer.__file__))
     written = folder / source.name
     if not written.is_file() or written.read_bytes() != source.read_bytes():
-        raise UserError(f"{folder}: {source.name} is missing or another one")
+        raise UserError(f"{folder}: {source.name} is missing or differs")
 
 
 def _difference(ours: LoadedModel, saved: LoadedModel, ids: Tensor) -> str | None:

@@ -116,13 +116,13 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
         for stored in checkpoint.sources(name):
             shape, dtype = headers[stored]
             if tensor.is_floating_point() and dtype not in FLOATS and not dequantized:
-                form = "in whole numbers" if dtype.startswith(_WHOLE) else "quantized"
+                form = "as integers" if dtype.startswith(_WHOLE) else "quantized"
                 raise UserError(
                     f"{source}: the weight {stored} is stored {form} ({dtype}), not as floats of 16 bits or more"
                 )
             if shape != tuple(tensor.shape) and not checkpoint.is_converted(name):
                 raise UserError(
-                    f"{source}: the weight {stored} is of shape {shape}, config.json asks for {tuple(tensor.shape)}"
+                    f"{source}: the weight {stored} has shape {shape}, config.json asks for {tuple(tensor.shape)}"
                 )
     # Buffers that the class computes may be missing; a parameter would be drawn at random.
     optional = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ()) or "(?!)"

@@ -150,7 +150,7 @@ class ModelOnDisk(Offloading):
                 _put(self.model, name, meta)
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """All that the files hold, one after the other, by name."""
+        """Every stored tensor with its name, one at a time."""
         return self._checkpoint.tensors()
 
     def save(self, folder: Path) -> None:
@@ -199,7 +199,7 @@ class ModelOnDisk(Offloading):
         return list(names)
 
     def _tie(self) -> None:
-        # The mapping as the checkpoint settled it: the config may tie what the files hold apart.
+        # The mapping resolved by the checkpoint: the config may tie parameters that the files store separately.
         self.model.tie_weights(recompute_mapping=False)
 
     def _fill(self, prefix: str, names: list[str]) -> None:
@@ -220,7 +220,7 @@ class ModelOnDisk(Offloading):
         tensor = self._checkpoint.read(name)
         if tensor.shape != parameter.shape:  # of one that the files keep in parts, or under another name
             raise UserError(
-                f"{self._source}: the weight {name} is of shape {tuple(tensor.shape)}, "
+                f"{self._source}: the weight {name} has shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(parameter.shape)}"
             )
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made

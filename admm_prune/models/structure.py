@@ -76,7 +76,7 @@ class WeightView:
             ValueError: another shape, or an entry that is not finite in the parameter's dtype.
         """
         if weight.shape != self.shape:
-            raise ValueError(f"{self.name} is of shape {self.shape}, not {tuple(weight.shape)}")
+            raise ValueError(f"{self.name} has shape {self.shape}, not {tuple(weight.shape)}")
         cast = weight.detach().to(self.parameter)
         if not bool(torch.isfinite(cast).all()):
             raise ValueError(f"{self.name}: the new weight has entries that are not finite in {cast.dtype}")
@@ -156,7 +156,7 @@ def notes_on(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_depthwise(block: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a convolution that keeps channels apart."""
+    """Whether a parameter is the weight of a depthwise convolution."""
     owner = block.get_submodule(name.rpartition(".")[0])
     return isinstance(owner, nn.Conv1d | nn.Conv2d) and owner.groups == owner.in_channels
 

@@ -144,13 +144,13 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     if keys < 1 or any(r % (keys * size) for r in (*rows, columns)) or sum(rows) != columns + 2 * keys * size:
         return None
     if getattr(getattr(module, "config", None), "alibi", False):
-        return f"{name} gives every head a slope of its own (ALiBi)"
+        return f"{name} gives every head its own slope (ALiBi)"
     matrices = {view.module for view in views}
     norms = [m for m in module.modules() if m not in matrices and next(m.parameters(recurse=False), None) is not None]
     if any(m is module for m in norms):
-        return f"{name} has parameters of its own beside its matrices"
+        return f"{name} has parameters beside its matrices"
     if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
-        return f"{name} has norms of its own for heads, or over all of them"
+        return f"{name} has norms for single heads, or over all of them"
     return Sublayer(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
@@ -182,7 +182,7 @@ def pad_units(sublayer: Sublayer, count: int) -> None:
 
 
 def _stored(sublayer: Sublayer) -> list[tuple[WeightView, list[WeightView]]]:
-    """The inner matrices as they are stored, each with those that it is made of, in the order of their rows."""
+    """The inner matrices as they are stored, each with the views that are parts of it, in the order of their rows."""
     parts: dict[nn.Module, list[WeightView]] = {}
     for view in sublayer.inner:
         parts.setdefault(view.module, []).append(view)
@@ -265,7 +265,7 @@ def _seconds_saved(
 def _seconds(
     units: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> float:
-    """The least time of the products of a branch with so many units."""
+    """The least time of the products of a sublayer with this many units."""
     if units == 0:
         return 0.0
     residual = inner[0][1]

@@ -61,7 +61,7 @@ class Anatomy:
 
         Args:
             source: "embedded", a folder with a config.json, or a Hub id.
-            dtype: in place of the config's.
+            dtype: instead of the config's.
 
         Raises:
             UserError: there is no such model, or it has no decoder blocks that can be read.
@@ -107,14 +107,14 @@ class Anatomy:
         return weight
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """(the first block, how many) of every kind of block: those with weights of the same shapes."""
+        """(first block, count) of every kind of block: those with weights of the same shapes."""
         kinds: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
             kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)
         return ((members[0], len(members)) for members in kinds.values())
 
     def sequences(self, count: int, length: int | None) -> Sequences:
-        """So many full sequences of a length, by default that of a run.
+        """`count` full sequences of a length, by default that of a run.
 
         Raises:
             UserError: the length is beyond the model's context.
@@ -180,7 +180,7 @@ def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Readin
     """Reads the text of a run, and encodes a piece of the size that is encoded at once.
 
     Args:
-        text: as of a run; None is given back where it is not on this disk.
+        text: as of a run; None is returned if it is not on this disk.
         source, model: as `check_tokenizer`.
         stream: the run returns freed memory to the system, as streaming runs do.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -36,7 +35,7 @@ from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, Work, counted, measured_cost
-from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial
+from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES
 
@@ -104,7 +103,7 @@ class BlockPass:
         return {ACTIVATIONS_PART: self.recording.left}
 
     def kinds(self) -> Iterator[tuple[int, Block, int]]:
-        """(index, block, how many) of each kind of block, the stream at that block."""
+        """(index, block, count) of each kind of block, with the stream at that block."""
         for index, count in self.anatomy.kinds():
             while self.position < index:
                 self.advance()
@@ -178,7 +177,7 @@ def _local(collected: Collected, method: Method, task: Task, count: int, block_p
         jobs += [(group, width, views[0].parameter.dtype) for group in groups]
     solver, several = method.make(), Counter(jobs)
     for group, width, dtype in jobs:
-        trial = _cached(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
+        trial = estimated(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
         shape = Shape(sum(group), width, torch.float32, block_pass.device, method.constraint(task.target))
         batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
         posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
@@ -196,13 +195,13 @@ def _struprune(block_pass: BlockPass, recipe: StruPrune, task: Task) -> Iterator
         )
         yield both.stage("statistics").times(count)
         for sublayer in parts:
-            curve = _cached(_group_trial(recipe, sublayer, None))
+            curve = estimated(_group_trial(recipe, sublayer, None))
             yield Stage(name="curves", parts={GRAMS: both.cost.left, SOLVER: curve.peak}, work=curve.work * count)
         for sublayer in parts:
             centre = recipe.fold_bias and sublayer.output.bias is not None
             collected = block_pass.collect([sublayer.output.name], centre=centre)
             yield collected.stage("statistics").times(count)
-            solved = _cached(_group_trial(recipe, sublayer, task.target.fraction))
+            solved = estimated(_group_trial(recipe, sublayer, task.target.fraction))
             left = {GRAMS: collected.cost.left, SOLVER: solved.peak}
             yield Stage(name="solver", parts=left, work=solved.work * count)
             with measured_cost(block_pass.counting) as preview:
@@ -233,7 +232,7 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         yield _forward("tokens of the network", pairing, count).beside(target)
         del pairs
         targets.clear()
-        trial = _cached(
+        trial = estimated(
             NetworkTrial(
                 recipe,
                 task.target,
@@ -249,11 +248,6 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         )
         yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
         yield _forward("next inputs", block_pass.advance(), count)
-
-
-@lru_cache(maxsize=256)  # blocks are alike
-def _cached(trial: LayerTrial | NetworkTrial | GroupTrial) -> Cost:
-    return trial.estimated()
 
 
 def _forward(name: str, cost: Cost, count: float) -> Stage:
@@ -317,7 +311,7 @@ def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iter
 
 
 def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
-    """Writing the model and reading its files again for their fingerprints: no second copy is made of any of it."""
+    """Writing the model and reading its files again for their fingerprints; nothing is copied."""
     size = round(anatomy.weight_bytes * factor)
     held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
     return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))

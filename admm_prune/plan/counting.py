@@ -33,7 +33,6 @@ KINDS = (
     "tokenize",
     "calls",
 )
-_aten = torch.ops.aten
 _FACTORS: dict[str, Callable[..., float]] = {
     "linalg_cholesky_ex": lambda a, *_: a.shape[-1] ** 2 * a.numel() / a.shape[-1] / 3,
     "cholesky_inverse": lambda a, *_: 2 * a.shape[-1] * a.numel() / 3,
@@ -265,7 +264,7 @@ class Stage:
         return replace(self, parts={**parts, **self.parts})
 
     def times(self, count: float) -> Stage:
-        """The stage repeated so many times in sequence."""
+        """The stage repeated `count` times."""
         return replace(self, work=self.work * count)
 
 

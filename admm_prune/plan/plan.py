@@ -164,7 +164,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
     if gpus > 1:
-        stages = [_shared_out(stage, gpus, anatomy) for stage in stages]
+        stages = [_shared_out(stage, gpus) for stage in stages]
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
     if gpu is not None:
         notes.append(f"time of {gpu}: {machine.source}")
@@ -225,7 +225,7 @@ def _validation_tokens(text: Reading | None, eval_samples: int | None, length: i
     return text.validation_tokens
 
 
-def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:
+def _shared_out(stage: Stage, gpus: int) -> Stage:
     """On one of several GPUs: tokens and sharded state are divided, one block is whole at a time."""
     divided = (*_SHARDED, ACTIVATIONS_PART) if "Adam's moments" in stage.parts else (ACTIVATIONS_PART,)
     parts = {name: -(-size // gpus) if name in divided else size for name, size in stage.parts.items()}

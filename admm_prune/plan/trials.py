@@ -13,9 +13,9 @@ so that bytes are counted on a few iterations, operations on all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,24 @@ _WORK_AT = 1 << 16  # and operations
 _FEW = 4  # iterations that reach the peak: every schedule of a penalty has set its first by then
 _ITERATIONS = ("max_iterations", "rounds")
 
-Trial = Callable[[float, bool], Cost]  # (scale, whether all iterations are wanted)
+
+class Trial(Protocol):
+    """A problem whose cost can be counted at a smaller scale."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of its largest tensor."""
+        ...
+
+    def __call__(self, scale: float, whole: bool) -> Cost:
+        """Counts the cost with all sizes multiplied by `scale`, of all iterations or, if not `whole`, of a few."""
+        ...
 
 
-def estimated(trial: Trial, entries: int) -> Cost:
-    """The cost of a problem whose largest weight has so many entries, extrapolated from smaller ones if it is large."""
+@lru_cache(maxsize=256)  # blocks have equal shapes
+def estimated(trial: Trial) -> Cost:
+    """The cost of a problem, extrapolated from smaller ones if it is large."""
+    entries = trial.entries
     if entries <= 2 * _WORK_AT:
         return trial(1.0, True)
     scale = (_WORK_AT / entries) ** 0.5
@@ -77,7 +90,7 @@ class LayerTrial:
         rows: of every weight.
         width: of the input.
         dtype: of the weights.
-        validation: statistics of validation tokens are there too.
+        validation: whether there are statistics of validation tokens too.
     """
 
     method: Method
@@ -109,9 +122,6 @@ class LayerTrial:
     def entries(self) -> int:
         """Entries of all weights together, or of their Gram, whichever is larger."""
         return max(sum(self.rows), self.width) * self.width
-
-    def estimated(self) -> Cost:
-        return estimated(self, self.entries)
 
 
 @dataclass(frozen=True)
@@ -165,8 +175,9 @@ class NetworkTrial:
                 recipe.solve(network, damped, pairs, constraints)
         return cost
 
-    def estimated(self) -> Cost:
-        return estimated(self, (2 if self.gated else 1) * self.hidden * max(self.inputs, self.outputs))
+    @property
+    def entries(self) -> int:
+        return (2 if self.gated else 1) * self.hidden * max(self.inputs, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -213,8 +224,9 @@ class GroupTrial:
                     problem.relative_error(result.solution)
         return cost
 
-    def estimated(self) -> Cost:
-        return estimated(self, self.columns * max(self.outputs, self.columns))
+    @property
+    def entries(self) -> int:
+        return self.columns * max(self.outputs, self.columns)
 
 
 def _shortened_method(method: Method) -> Method:

@@ -128,7 +128,7 @@ def _best(gains: list[Gain], whole: float) -> tuple[float, float] | None:
 
 
 def _between(rows: list[RefittedSwaps], supports: Mask) -> tuple[int, list[Gain]]:
-    """Swaps between different ones of some refitted rows: how many, and the best gain of each two."""
+    """Swaps between two of the refitted rows: their number, and the best gain of each pair of rows."""
     inside = supports.sum(1)
     outside = supports.shape[1] - inside
     pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)

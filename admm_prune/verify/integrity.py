@@ -23,7 +23,7 @@ def check_manifest(report: Verification, manifest: Manifest, known: frozenset[st
     report.expect(
         f"fingerprint of {MANIFEST}",
         has_own_digest(manifest),
-        f"{MANIFEST} was altered after it was written: its fingerprint is another one",
+        f"{MANIFEST} was altered after it was written: its fingerprint does not match",
     )
     for name in sorted(manifest.keys() - known):
         report.expect("fields", False, f"{MANIFEST} has the field '{name}', which no run writes")
@@ -45,15 +45,15 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, models: 
     for name, mode in entries(folder):
         if stat.S_ISDIR(mode):
             if not (name in parents or any(name == model or name.startswith(f"{model}/") for model in models)):
-                sound = report.expect("files", False, f"the folder {name} is none that the run wrote")
+                sound = report.expect("files", False, f"the folder {name} was not written by the run")
             continue
         if any(name.startswith(f"{model}/") for model in models) and name not in files:
             continue
         if not stat.S_ISREG(mode):
-            sound = report.expect("files", False, f"{name} is a link or a special file, not one that was written")
+            sound = report.expect("files", False, f"{name} is a link or a special file, not a file written by the run")
         elif name not in expected:
             danger = ", and loading it can run code" if Path(name).suffix in _CODE else ""
-            sound = report.expect("files", False, f"{name} is no file that the run wrote{danger}")
+            sound = report.expect("files", False, f"{name} was not written by the run{danger}")
         present.add(name)
     for name in sorted({*files, *pages, TIMINGS} - present):
         sound = report.expect("files", False, f"{name} is missing")
@@ -82,14 +82,14 @@ def _check_times(report: Verification, folder: Path, manifest: Manifest) -> dict
         report.expect("times", False, f"{TIMINGS} is not what a run writes: it must name {sorted(expected)}")
         return {}
     report.expect(
-        "times", has_own_digest(content), f"{TIMINGS} was altered after it was written: its fingerprint is another one"
+        "times", has_own_digest(content), f"{TIMINGS} was altered after it was written: its fingerprint does not match"
     )
     if "rows" not in manifest:
         layers, names = content.get("layers"), [layer["name"] for layer in manifest["layers"]]
         report.expect(
             "times",
             isinstance(layers, dict) and layers.keys() == set(names) and all(map(is_number, layers.values())),
-            f"{TIMINGS} has not one time for each of the layers of {MANIFEST}",
+            f"{TIMINGS} does not have one time for each layer of {MANIFEST}",
         )
         report.expect("times", is_number(content.get("seconds")), f"{TIMINGS} has no seconds")
     return {str(name): str(digest) for name, digest in pages.items()}

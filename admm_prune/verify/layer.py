@@ -54,8 +54,8 @@ def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -
     whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
     report.expect(
         "claims fingerprint",
-        whole or bool(report.failures),  # a claim that was altered is named by itself where it can be
-        "the claims were altered after they were written: their fingerprint is another one",
+        whole or bool(report.failures),  # an altered claim is reported individually where possible
+        "the claims were altered after they were written: their fingerprint does not match",
     )
     return report
 
@@ -71,7 +71,7 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     ):
         return
     shape, whole = tuple(weight.shape), tuple(layer.weight.shape)
-    if not report.expect("shape", shape == whole, f"the weight is of shape {shape}, its layer of shape {whole}"):
+    if not report.expect("shape", shape == whole, f"the weight has shape {shape}, its layer {whole}"):
         return
     ours, theirs = tensor_sha256(weight), claims.weight_sha256
     report.expect(
@@ -259,7 +259,7 @@ def _is_below_value(report: Verification, bound: float, value: float, slack: flo
     return report.expect(
         "bound below the objective",
         bound <= value + TOLERANCE * abs(value) + slack,
-        f"claimed bound {shown(bound)} lies above the value {shown(value)} of the weight itself: it is no bound",
+        f"claimed bound {shown(bound)} lies above the value {shown(value)} of the weight itself: it is not a bound",
     )
 
 

@@ -100,7 +100,7 @@ class Verification:
         return self.expect(what, same, f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
     def by_fingerprint(self, *names: str) -> None:
-        """Records claims covered by a fingerprint alone."""
+        """Records claims that are covered by a fingerprint alone."""
         self.fingerprinted += [name for name in dict.fromkeys(names) if name not in self.fingerprinted]
 
     def open(self, note: str) -> None:
@@ -119,17 +119,13 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """Ready for JSON. "verified" is null where the verdict is INCOMPLETE."""
+        lists = ("failures", "checked", "fingerprinted", "unchecked", "left_out", "certificates")
         return {
             "path": str(self.path),
             "kind": self.kind,
             "outcome": self.verdict.value,
             "verified": None if self.verdict is Verdict.INCOMPLETE else self.verified,
-            "failures": self.failures,
-            "checked": self.checked,
-            "fingerprinted": self.fingerprinted,
-            "unchecked": self.unchecked,
-            "left_out": self.left_out,
-            "certificates": self.certificates,
+            **{name: getattr(self, name) for name in lists},
             **self.numbers,
         }
 
@@ -140,12 +136,12 @@ def same_fraction(claimed: float, recomputed: float) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A number with as many digits as comparing it takes; anything else in one line, cut where it is long."""
+    """A number with the digits that a comparison needs; anything else in one line, truncated."""
     return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else in_full(value)
 
 
 def in_full(value: Any) -> str:
-    """A value as Python prints it, in one line, cut where it is long."""
+    """A value as Python prints it, in one line, truncated."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -177,7 +173,7 @@ def check_fields(report: Verification, manifest: Manifest) -> None:
         report.expect(
             "fields",
             present == keys,
-            f"{MANIFEST}: {name} has not the fields that a run writes: {sorted(present ^ keys)[:3]}",
+            f"{MANIFEST}: {name} does not have the fields that a run writes: {sorted(present ^ keys)[:3]}",
         )
 
 

@@ -170,7 +170,7 @@ def _verify_row(
         "the fields of the row are not those that a comparison writes",
     )
     _check_seconds(report, folder / row["folder"] / TIMINGS, row["seconds"])
-    report.expect("dense figures", content["dense"] == manifest["dense"], "other figures of the dense model")
+    report.expect("dense figures", content["dense"] == manifest["dense"], "the figures of the dense model differ")
     for name in ("settings", "model_revision", "environment"):
         report.agree(name, content[name], manifest[name])
     report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"])
@@ -271,7 +271,7 @@ def _verify_weights(report: Verification, folder: Path, manifest: Manifest) -> b
             report.expect("tensors", False, f"the tensor {key} in {name} is not the one that was saved")
         for key in sorted(before.keys() ^ now.keys()):
             sound = report.expect(
-                "tensors", False, f"{name} {'lacks' if key in before else 'has gained'} the tensor {key}"
+                "tensors", False, f"{name} {'lacks' if key in before else 'has in addition'} the tensor {key}"
             )
         report.expect(
             "tensors",

@@ -191,7 +191,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
     report.expect("evaluation text", True, "")
     _check_records(report, records, manifest, moved)
     figures = asdict(evaluate(loaded.model, validation))
-    report.expect("figures", figures.keys() == manifest["pruned"].keys(), "other figures than a run writes")
+    report.expect("figures", figures.keys() == manifest["pruned"].keys(), "the figures are not those that a run writes")
     for name in figures.keys() & manifest["pruned"].keys():
         claimed, recomputed = manifest["pruned"][name], figures[name]
         report.expect(

@@ -29,7 +29,7 @@ from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages,
 from admm_prune.plan.counting import KINDS, Cost, Work, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
-from admm_prune.plan.trials import LayerTrial, random_gram, view_of
+from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
 from admm_prune.statistics import LayerStatistics
 
 
@@ -195,7 +195,7 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
 @pytest.mark.slow
 def test_a_large_problem_takes_what_small_ones_foretell() -> None:
     trial = LayerTrial(LOCAL_METHODS["admm"], Target(0.5), None, (1024,), 1024, torch.float32, validation=True)
-    foretold, counted_ = trial.estimated(), trial(1.0, False)
+    foretold, counted_ = estimated(trial), trial(1.0, False)
     assert foretold.peak == pytest.approx(counted_.peak, rel=0.1)
 
 

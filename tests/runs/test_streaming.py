@@ -177,7 +177,7 @@ def test_what_cannot_be_streamed_is_refused(model_folder: Path, text_file: Path,
     for changed, reason in (
         ({up: None}, f"the weights lack {up}"),
         ({norm: None}, f"the weights lack {norm}"),
-        ({up: weights[up].T.contiguous()}, rf"{up} is of shape \(32, 48\), config.json asks for \(48, 32\)"),
+        ({up: weights[up].T.contiguous()}, rf"{up} has shape \(32, 48\), config.json asks for \(48, 32\)"),
         ({up: weights[up] * torch.inf}, f"{up} has NaN or Inf entries"),
     ):
         kept = {name: tensor for name, tensor in {**weights, **changed}.items() if tensor is not None}
