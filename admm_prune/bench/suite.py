@@ -262,12 +262,8 @@ def _training(size: Size, device: torch.device) -> Any:
         shapes.append((shape, max(1, min(shape.blocks, fit))))
     large = training.SHAPES[size.large]
     fit = large.blocks if free is None else int((0.9 * free - 16.0 * large.block) / (4.4 * large.block))
-
-    def several() -> Any:
-        yield from training.cases(shapes, device)
-        yield training.large_case(large, max(1, min(large.blocks, fit)), device)
-
-    return several()
+    yield from training.cases(shapes, device)
+    yield training.large_case(large, max(1, min(large.blocks, fit)), device)
 
 
 def claims(rows: Sequence[Measurement], *, applicable: bool = True) -> list[dict[str, Any]]:

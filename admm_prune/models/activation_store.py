@@ -158,24 +158,32 @@ def form_of(model: nn.Module, blocks: list[Block], device: torch.device, offload
 @torch.no_grad()
 def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, offloading: Offloading) -> Wrap:
     """The form in which blocks return hidden states, alone or in a tuple, found by calling the first block."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with offloading.outside(), offloading.block(0):
+        returned = block_output(model, blocks[0], ids)
+    if isinstance(returned, tuple | list):
+        form, others = type(returned), returned[1:]
+        return lambda hidden: form([hidden, *others])
+    return lambda hidden: hidden
+
+
+def block_output(model: nn.Module, block: Block, ids: Tensor) -> Any:
+    """What a block returns in a forward pass, which ends there.
+
+    Raises:
+        UserError: the model never calls the block.
+    """
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         returned.append(output)
-        raise StopForwardError
+        raise _StopForwardError
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with ExitStack() as stack:
-        for entered in (offloading.outside(), offloading.block(0), blocks[0].module.register_forward_hook(hook)):
-            stack.enter_context(entered)
-        stack.enter_context(suppress(StopForwardError))
+    with block.module.register_forward_hook(hook), suppress(_StopForwardError):
         model(input_ids=ids, use_cache=False)
     if not returned:
-        raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
-    if isinstance(returned[0], tuple | list):
-        form, others = type(returned[0]), returned[0][1:]
-        return lambda hidden: form([hidden, *others])
-    return lambda hidden: hidden
+        raise UserError(f"the model never calls {block.name}: it cannot be pruned")
+    return returned[0]
 
 
 @contextmanager
@@ -209,7 +217,7 @@ def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
     return others.pop("hidden_states"), ((), others)
 
 
-class StopForwardError(Exception):
+class _StopForwardError(Exception):
     """Ends a forward pass in a hook: later computations are not needed."""
 
 
@@ -233,12 +241,12 @@ def _record(
             entering.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise StopForwardError
+            raise _StopForwardError
 
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
-        stack.enter_context(suppress(StopForwardError))
+        stack.enter_context(suppress(_StopForwardError))
         model(input_ids=batch.input_ids.to(device), use_cache=False)
     if len(calls) < len(blocks):
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")

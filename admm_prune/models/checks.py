@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import StopForwardError, passed_by, returned_form
+from admm_prune.models.activation_store import block_output, passed_by, returned_form
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
@@ -96,22 +96,12 @@ def _is_chosen(block: Block, view: WeightView) -> bool:
 
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
     """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
-    outputs: list[Tensor] = []
     used: set[nn.Module] = set()
-
-    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple | list) else output)
-        raise StopForwardError
-
     with ExitStack() as stack:
         for module in {view.module for view in block.weights}:
             stack.enter_context(module.register_forward_pre_hook(lambda called, _: used.add(called)))
-        stack.enter_context(block.module.register_forward_hook(leave))
-        stack.enter_context(suppress(StopForwardError))
-        model(input_ids=ids, use_cache=False)
-    if not outputs:
-        raise UserError(f"the model never calls {block.name}: it cannot be pruned")
-    return outputs[0], used
+        output = block_output(model, block, ids)
+    return output[0] if isinstance(output, tuple | list) else output, used
 
 
 def check_vocabulary(source: str, tokenizer: Any, model: Any) -> None:

@@ -156,11 +156,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     else:
         first = {} if stream else {blockwise.WEIGHTS: anatomy.weight_bytes}
         work = Work.of(tokenize=reading.characters)
-        tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
+        tokenizing = Stage(name="tokenizer", parts={TEXT: reading.held, **first, TOKENS: reading.peak}, work=work)
         resident = {TEXT: reading.held, TOKENS: reading.left}
         stages = [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
-        stages[1] = stages[1].beside({TEXT: reading.held})
-    if reading is not None:
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
     if gpus > 1:
