@@ -52,14 +52,14 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of a setting beside its name, type and default.
+    """The declaration of a setting beside its name, type and default.
 
     Attributes:
         help: on the command line, in the schema of recipes, and in the documentation of `prune`.
         python: what `prune` takes beyond that; empty where the same.
         commands: that have it as an option, separated by spaces.
         group: of the options in the help; those of "Text" are together in recipes and manifests too.
-        kept: "recipe": in recipe files and in the manifest; "manifest": there alone; "": in neither.
+        saved_in: "recipe": in recipe files and in the manifest; "manifest": there alone; "": in neither.
         part_of: the field of the manifest that holds it together with others; its own name by default.
         least, most, choices: of its values.
         in_file, typed: its type in a recipe file, and on the command line; by default that of the field where it is a
@@ -75,7 +75,7 @@ class Option:
     python: str = ""
     commands: str = "run plan"
     group: str = "Pruning"
-    kept: Literal["recipe", "manifest", ""] = "recipe"
+    saved_in: Literal["recipe", "manifest", ""] = "recipe"
     part_of: str | None = None
     least: float | None = None
     most: float | None = None
@@ -108,12 +108,12 @@ def _text(default: T, help: str, *, commands: str = _COMMANDS, **how: Any) -> T:
     return option(default, help, group="Text", commands=commands, **how)
 
 
-def _run(default: T, help: str, *, kept: str = "", **how: Any) -> T:
-    return option(default, help, group="Run", kept=kept, **how)
+def _run(default: T, help: str, *, saved_in: str = "", **how: Any) -> T:
+    return option(default, help, group="Run", saved_in=saved_in, **how)
 
 
 def _machine(default: T, help: str, **how: Any) -> T:
-    return option(default, help, group="Machine", commands="plan", kept="", **how)
+    return option(default, help, group="Machine", commands="plan", saved_in="", **how)
 
 
 def _patterns(default: T, help: str, **how: Any) -> T:
@@ -128,13 +128,13 @@ def _ridge(typed: str | None) -> Ridge:
 
 
 def _overrides(typed: list[str] | None) -> dict[str, float | str]:
-    found: dict[str, float | str] = {}
+    overrides: dict[str, float | str] = {}
     for item in typed or ():
         pattern, equals, target = item.rpartition("=")
         if not (equals and pattern and target):
             raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
-        found[pattern] = target
-    return found
+        overrides[pattern] = target
+    return overrides
 
 
 _DATA = {
@@ -190,10 +190,7 @@ class TextSettings:
         commands="run reproduce compare plan",
     )
     eval_samples: int | None = _text(
-        None,
-        "Evaluation sequences; all of the text by default.",
-        least=1,
-        commands="run reproduce compare plan",
+        None, "Evaluation sequences; all of the text by default.", least=1, commands="run reproduce compare plan"
     )
     length: int | None = _text(
         None,
@@ -207,13 +204,7 @@ class TextSettings:
         choices=("auto", "documents", "windows", "segments"),
         commands="run compare capture eval",
     )
-    seed: int = _text(
-        0,
-        "Draws the sequences.",
-        least=0,
-        most=2**63 - 1,
-        commands="run reproduce compare capture eval",
-    )
+    seed: int = _text(0, "Draws the sequences.", least=0, most=2**63 - 1, commands="run reproduce compare capture eval")
 
     def __post_init__(self) -> None:
         for name, declared in options(type(self)).items():
@@ -286,9 +277,7 @@ class Settings(TextSettings):
         in_file=tuple[str, ...],
     )
     ignore: str | Sequence[str] = _patterns(
-        (),
-        "Leave what fits as it is, as for targets; repeatable.",
-        in_file=tuple[str, ...],
+        (), "Leave what fits as it is, as for targets; repeatable.", in_file=tuple[str, ...]
     )
     overrides: Mapping[str, float | str] | None = _patterns(
         None,
@@ -326,14 +315,14 @@ class Settings(TextSettings):
         python="A module keeps its own.",
         commands=f"{_COMMANDS} eval",
         choices=("float32", "bfloat16", "float16"),
-        kept="recipe",
+        saved_in="recipe",
     )
     device: str = _run(
         "auto",
         "auto, cpu or cuda.",
         python="A module stays where it is.",
         commands="run reproduce compare capture solve eval",
-        kept="recipe",
+        saved_in="recipe",
     )
     out: str | Path | None = _run(
         None, "Folder to write, whole or not at all.", commands="run reproduce", typed=Path | None
@@ -354,7 +343,7 @@ class Settings(TextSettings):
         "Take the model from its folder block by block; by default where it would fill the memory.",
         python="Every pruned block is written to `out` before the next is read.",
         commands="run",
-        kept="manifest",
+        saved_in="manifest",
         typed=bool | None,
         typed_default=None,
         flags=("--stream/--no-stream",),
@@ -371,10 +360,7 @@ class Settings(TextSettings):
         parse=lambda typed: None if typed is None else round(typed * 2**30),
     )
     trust_remote_code: bool = _run(
-        False,
-        "Run code that comes with the model. Never done otherwise.",
-        commands="run eval",
-        kept="manifest",
+        False, "Run code that comes with the model. Never done otherwise.", commands="run eval", saved_in="manifest"
     )
     log: str | Tracker | None = _run(
         None,
@@ -392,12 +378,9 @@ class Settings(TextSettings):
 class PlanSettings(Settings):
     """What `make_plan` takes: the settings of the run, and the machine that it is planned for."""
 
-    stream: bool = _run(False, "One block in memory at a time.", commands="plan", kept="", flags=("--stream",))
+    stream: bool = _run(False, "One block in memory at a time.", commands="plan", saved_in="", flags=("--stream",))
     out: str | Path | None = _run(
-        None,
-        "Where a run would write: its disk is measured.",
-        typed=Path | None,
-        commands="plan",
+        None, "Where a run would write: its disk is measured.", typed=Path | None, commands="plan"
     )
     gpu: str | None = _machine(None, "A GPU that is not here: h100, h200, a100.")
     gpus: int = _machine(1, "So many of them.", least=1)
@@ -407,14 +390,14 @@ class PlanSettings(Settings):
 
 def options(kind: Any) -> dict[str, Option]:
     """The options of a class of settings, complete, by the names of their fields; those of a group are together."""
-    found: dict[str, Option] = {}
+    completed: dict[str, Option] = {}
     for one in fields(kind):
         declared: Option = one.metadata["option"]
         bare = str(one.type).removesuffix(" | None")
         plain: Any = {"bool": bool, "int": int, "float": float}.get(bare, str)
         in_file: Any = Literal[declared.choices] if declared.choices else plain
         typed_default = one.default if declared.typed_default is SAME else declared.typed_default
-        found[one.name] = replace(
+        completed[one.name] = replace(
             declared,
             default=typed_default if one.default is MISSING else one.default,
             in_file=declared.in_file or (in_file if bare == one.type else in_file | None),
@@ -422,13 +405,13 @@ def options(kind: Any) -> dict[str, Option]:
             typed_default=typed_default,
             spelled=declared.spelled or one.name,
         )
-    groups = ["Pruning", "Text", "Run", *dict.fromkeys(o.group for o in found.values())]
-    return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
+    groups = ["Pruning", "Text", "Run", *dict.fromkeys(o.group for o in completed.values())]
+    return dict(sorted(completed.items(), key=lambda item: groups.index(item[1].group)))
 
 
-def names_of(*, kept: Sequence[str] = ("recipe", "manifest"), text: bool) -> list[str]:
-    """The fields of `Settings` that are kept in a file: those of the text, or all others."""
-    return [name for name, o in options(Settings).items() if o.kept in kept and (o.group == "Text") == text]
+def names_of(*, saved_in: Sequence[str] = ("recipe", "manifest"), text: bool) -> list[str]:
+    """The fields of `Settings` that are saved in a file: those of the text, or all others."""
+    return [name for name, o in options(Settings).items() if o.saved_in in saved_in and (o.group == "Text") == text]
 
 
 def recorded_names() -> set[str]:
@@ -443,8 +426,8 @@ def recorded(settings: Settings, **resolved: Any) -> dict[str, Any]:
     Args:
         resolved: what was made of the settings, by the name in the manifest, such as the target of a sparsity.
     """
-    kept = {name: getattr(settings, name, None) for name in sorted(recorded_names())} | resolved
-    return {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}  # type: ignore[arg-type]
+    values = {name: getattr(settings, name, None) for name in sorted(recorded_names())} | resolved
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
 
 
 def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:

@@ -151,10 +151,10 @@ def optimum(problem: LayerReconstruction) -> Number | None:
     mpmath.mp.dps = DIGITS
     a = exact(problem.hessian)
     if problem.target_energy is None:
-        constant, rows, own = mpmath.mpf(0), exact(problem.weight), True
+        constant, rows, dense_target = mpmath.mpf(0), exact(problem.weight), True
     else:
-        (rows, constant), own = exact_linear(problem, a), False
-    least = [Losses(a, row, own) for row in rows]
+        (rows, constant), dense_target = exact_linear(problem, a), False
+    least = [Losses(a, row, dense_target) for row in rows]
     try:
         return constant + best(problem.constraint, least, len(rows), len(a))
     except ArithmeticError:
@@ -164,8 +164,8 @@ def optimum(problem: LayerReconstruction) -> Number | None:
 class Losses:
     """The least value of a row on each support, computed when it is asked for."""
 
-    def __init__(self, hessian: Matrix, row: list[Any], own: bool) -> None:
-        self._hessian, self._row, self._own = hessian, row, own
+    def __init__(self, hessian: Matrix, row: list[Any], dense_target: bool) -> None:
+        self._hessian, self._row, self._dense_target = hessian, row, dense_target
         self._known: dict[tuple[int, ...], Any] = {}
 
     def __getitem__(self, support: tuple[int, ...]) -> Number:
@@ -177,7 +177,7 @@ class Losses:
         return min(self[s] for s in combinations(range(len(self._row)), size))
 
     def _least(self, support: tuple[int, ...]) -> Number:
-        if not self._own:
+        if not self._dense_target:
             return corner(self._hessian, [self._row[i] for i in support], support)
         gone = [j for j in range(len(self._row)) if j not in support and self._row[j] != 0]
         pull = [mpmath.fsum(self._row[j] * row[j] for j in gone) for row in self._hessian]
@@ -239,7 +239,7 @@ def best(constraint: SparseSet, least: list[Losses], rows: int, width: int) -> N
         columns = [tuple(g * constraint.width + i for g in chosen for i in range(constraint.width)) for chosen in sets]
         return min(mpmath.fsum(row[s] for row in least) for s in columns)
     score = Point(weight=torch.arange(1.0, rows * width + 1).view(rows, width))
-    kept = constraint.select(score)["weight"]
+    support = constraint.select(score)["weight"]
     if isinstance(constraint, Unstructured):
         totals: dict[int, Any] = {0: mpmath.mpf(0)}
         for row in least:
@@ -248,10 +248,10 @@ def best(constraint: SparseSet, least: list[Losses], rows: int, width: int) -> N
             for (used, so_far), (size, value) in ((t, b) for t in totals.items() for b in enumerate(by_size)):
                 after[used + size] = min(after.get(used + size, mpmath.inf), so_far + value)
             totals = after
-        return totals[int(kept.sum())]
+        return totals[int(support.sum())]
     group = constraint.m if isinstance(constraint, NofM) else width
     total = mpmath.mpf(0)
-    for row, counts in zip(least, kept.view(rows, -1, group).sum(2).tolist(), strict=True):
+    for row, counts in zip(least, support.view(rows, -1, group).sum(2).tolist(), strict=True):
         cells = [list(combinations(range(c * group, (c + 1) * group), n)) for c, n in enumerate(counts)]
         total += min(row[tuple(j for part in parts for j in part)] for parts in product(*cells))
     return total
@@ -260,9 +260,9 @@ def best(constraint: SparseSet, least: list[Losses], rows: int, width: int) -> N
 SOURCES: dict[str, Callable[[LayerReconstruction], float | None]] = {
     "BruteForce": lambda problem: BruteForce().solve(problem).bound,
     "BranchAndBound": lambda problem: BranchAndBound().solve(problem).bound,
-    "lower_bound": lambda problem: None if (found := lower_bound(problem)) is None else found.value,
+    "lower_bound": lambda problem: None if (bound := lower_bound(problem)) is None else bound.value,
     "BruteForceGroups": lambda problem: BruteForceGroups().solve(problem).bound,
-    "perspective_bound": lambda problem: None if (found := perspective_bound(problem)) is None else found.value,
+    "perspective_bound": lambda problem: None if (bound := perspective_bound(problem)) is None else bound.value,
 }
 
 

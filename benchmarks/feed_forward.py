@@ -149,25 +149,25 @@ def error_of(setting: Setting, network: Network, pairs: Pairs, target: Target) -
         together=SupportDescent.of(setting.descent) if setting.descent else None,
         tolerance=-1.0,
     )
-    found = solver.solve(problem).solution
-    x = Point({name: found.get(name, part) for name, part in whole.initial().items()})
+    solution = solver.solve(problem).solution
+    x = Point({name: solution.get(name, part) for name, part in whole.initial().items()})
     if setting.closed:
         block = whole.block("down", x)
         x = whole.joined(x, "down", block, Refit(method.make(), max_iterations=20).solve(block).solution)
     seconds = time.process_time() - began
-    return judged_on(whole, pairs["holdout"]).validation_loss(x), seconds
+    return with_validation_tokens(whole, pairs["holdout"]).validation_loss(x), seconds
 
 
-def judged_on(problem: NetworkOutput, tokens: tuple[torch.Tensor, torch.Tensor]) -> NetworkOutput:
+def with_validation_tokens(problem: NetworkOutput, tokens: tuple[torch.Tensor, torch.Tensor]) -> NetworkOutput:
     """The same network judged on other tokens."""
     return NetworkOutput(problem.network, problem.tokens, problem.constraints, validation=tokens)
 
 
 def measure_errors(rows: Rows, loaded: Any, texts: Texts, chosen: argparse.Namespace) -> None:
     target = Target(chosen.error_sparsity)
-    wanted = {name: SETTINGS[name] for name in chosen.settings.split(";")} if chosen.settings else SETTINGS
+    settings = {name: SETTINGS[name] for name in chosen.settings.split(";")} if chosen.settings else SETTINGS
     for block, network, pairs in dense_pairs(loaded, texts, chosen.samples):
-        for name, setting in wanted.items():
+        for name, setting in settings.items():
             if not rows.has(model=chosen.label, block=block, setting=name):
                 error, seconds = error_of(setting, network, pairs, target)
                 rows.add(model=chosen.label, block=block, setting=name, error=error, cpu_seconds=round(seconds, 2))
@@ -209,7 +209,7 @@ def error_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         blocks = list(dict.fromkeys(row["block"] for row in mine))
-        found = {(row["setting"], row["block"]): row for row in mine}
+        measured = {(row["setting"], row["block"]): row for row in mine}
         lines += [f"{model}: relative output error of each block's network on other text", ""]
         lines.append(
             f"{'':28}"
@@ -217,13 +217,13 @@ def error_table(rows: Sequence[dict[str, Any]]) -> list[str]:
             + f"{'x release':>11}{'cpu s':>9}"
         )
         for setting in dict.fromkeys(row["setting"] for row in mine):
-            own = [found.get((setting, block)) for block in blocks]
-            errors = [row["error"] for row in own if row is not None]
+            results = [measured.get((setting, block)) for block in blocks]
+            errors = [row["error"] for row in results if row is not None]
             if len(errors) < len(blocks):
                 continue
-            base = [found["release-like", block]["error"] for block in blocks if ("release-like", block) in found]
+            base = [measured["release-like", block]["error"] for block in blocks if ("release-like", block) in measured]
             ratio = geometric_mean(errors) / geometric_mean(base) if len(base) == len(errors) else float("nan")
-            seconds = sum(row["cpu_seconds"] for row in own if row is not None)
+            seconds = sum(row["cpu_seconds"] for row in results if row is not None)
             lines.append(
                 f"{setting:28}" + "".join(f"{error:>9.4f}" for error in errors) + f"{ratio:>11.3f}{seconds:>9.1f}"
             )
@@ -234,7 +234,7 @@ def error_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def perplexity_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Perplexity of every method, and its ratio to `admm` alone on the same draw; CPU seconds likewise."""
     lines = []
-    found = {(row["model"], row["sparsity"], row["seed"], row["method"]): row for row in rows}
+    measured = {(row["model"], row["sparsity"], row["seed"], row["method"]): row for row in rows}
     for model, sparsity in dict.fromkeys((row["model"], row["sparsity"]) for row in rows):
         lines.append(
             f"{model}, {sparsity:.0%}: perplexity, over admm's, time over admm's, for each draw of calibration text"
@@ -244,10 +244,13 @@ def perplexity_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         for method in dict.fromkeys(row["method"] for row in mine):
             cells = []
             for seed in seeds:
-                own, base = found.get((model, sparsity, seed, method)), found.get((model, sparsity, seed, "admm"))
-                if own is not None and base is not None:
-                    ratio, pace = own["perplexity"] / base["perplexity"], own["cpu_seconds"] / base["cpu_seconds"]
-                    cells.append(f"{own['perplexity']:>10.3f} {ratio:>6.3f} {pace:>5.2f}x")
+                result, base = (
+                    measured.get((model, sparsity, seed, method)),
+                    measured.get((model, sparsity, seed, "admm")),
+                )
+                if result is not None and base is not None:
+                    ratio, pace = result["perplexity"] / base["perplexity"], result["cpu_seconds"] / base["cpu_seconds"]
+                    cells.append(f"{result['perplexity']:>10.3f} {ratio:>6.3f} {pace:>5.2f}x")
             lines.append(f"  {method:20}" + "   ".join(cells))
         lines.append("")
     return lines

@@ -112,22 +112,22 @@ def gaps_of_row(family: str, width: int, seed: int, time_limit: float) -> Iterat
         yield gap(name, result.objective, result.seconds)
         if not name.startswith("admm"):
             continue
-        kept = row.completed(_mask(result.solution["weight"]))
+        support = row.completed(_mask(result.solution["weight"]))
         for improvement, improve in IMPROVEMENTS.items():
             began = time.perf_counter()
-            loss = improve(row, kept)
+            loss = improve(row, support)
             yield gap(f"{name}, {improvement}", floor + loss, result.seconds + time.perf_counter() - began)
 
 
-def swapped(row: Row, kept: Mask) -> float:
+def swapped(row: Row, support: Mask) -> float:
     """The loss of the local minimum for 1-swaps that steepest descent reaches from a support."""
-    kept, loss = kept.copy(), row.loss(kept)
+    support, loss = support.copy(), row.loss(support)
     while True:
-        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        inside, outside = np.flatnonzero(support), np.flatnonzero(~support)
         gains = swap_gains(row.hessian, row.target, inside, outside)
         i, j = np.unravel_index(int(np.argmax(gains)), gains.shape)
-        kept[inside[i]], kept[outside[j]] = False, True
-        value = row.loss(kept)
+        support[inside[i]], support[outside[j]] = False, True
+        value = row.loss(support)
         if not value < loss * (1 - _LEAST_GAIN):
             return loss
         loss = value
@@ -135,9 +135,9 @@ def swapped(row: Row, kept: Mask) -> float:
 
 # From a support to the loss of a better one, each with its exact refit; kicks start from greedy elimination too.
 IMPROVEMENTS: Mapping[str, Callable[[Row, Mask], float]] = {
-    "refit": lambda row, kept: row.loss(kept),
+    "refit": lambda row, support: row.loss(support),
     "swaps": swapped,
-    "swaps, kicks": lambda row, kept: search(row, (kept,), KICKS)[1],
+    "swaps, kicks": lambda row, support: search(row, (support,), KICKS)[1],
 }
 
 
@@ -157,13 +157,13 @@ def summary(gaps: Sequence[Gap]) -> str:
         titles = [*(f"q{100 * q:g}" if q < 1 else "max" for q in QUANTILES), "optimal", "in 1 %", "in 5 %", "ms"]
         lines.append(f"{'gap to the optimum':{wide}}" + "".join(f"{title:>10}" for title in titles))
         for method in dict.fromkeys(gap.method for gap in mine if gap.method != "proof"):
-            found = [gap for gap in mine if gap.method == method and gap.proved]
-            if not found:
+            solved = [gap for gap in mine if gap.method == method and gap.proved]
+            if not solved:
                 continue
-            values = np.array([gap.gap for gap in found])
+            values = np.array([gap.gap for gap in solved])
             quantiles = "".join(f"{100 * max(0.0, q):>9.2f}%" for q in np.quantile(values, QUANTILES))
             shares = "".join(f"{100 * float((values <= share + 1e-9).mean()):>9.1f}%" for share in SHARES)
-            spent = 1e3 * statistics.median(gap.seconds for gap in found)
+            spent = 1e3 * statistics.median(gap.seconds for gap in solved)
             lines.append(f"{method:{wide}}{quantiles}{shares}{spent:>10.2f}")
         lines.append("")
     return "\n".join(lines)

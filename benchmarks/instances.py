@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.data.sequences import default_length
+from admm_prune.models.families import sequence_length
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.layer import capture_layer
@@ -108,7 +108,7 @@ def capture(out: Path, model: str, data: str, eval_data: str | None, seed: int) 
     """
     loaded = load(model)
     blocks = decoder_blocks(loaded.model)
-    length = default_length(loaded.model.config)
+    length = sequence_length(loaded.model.config)
     samples = max(1, TOKENS // length)
     text = TextSettings(
         data=data,

@@ -134,11 +134,11 @@ class Leaderboard:
     def rows(self) -> list[tables.Row]:
         """One row a job that has been measured: the latest of its settings."""
         jobs = [job for path in self.fingerprints for job in self.jobs(path)]
-        records = [found[-1] for job in jobs if (found := self.solves.find(job.key))]
+        records = [matches[-1] for job in jobs if (matches := self.solves.find(job.key))]
         peaks = {
-            (job.path.stem, job.target.label, job.method.name): number(found[-1]["peak_mib"]) or 0.0
+            (job.path.stem, job.target.label, job.method.name): number(matches[-1]["peak_mib"]) or 0.0
             for job in jobs
-            if (found := self.peaks.find(job.key))
+            if (matches := self.peaks.find(job.key))
         }
         instances = {path.stem: instance_name(load_layer_file(path)) for path in self.fingerprints}
         return tables.leaderboard_rows(records, peaks, instances)
@@ -181,8 +181,8 @@ class Leaderboard:
             yield layer, Product(layer), jobs
 
 
-def _done(found: list[Record]) -> bool:
-    return bool(found) and found[-1].get("status") != FAILED
+def _done(records: list[Record]) -> bool:
+    return bool(records) and records[-1].get("status") != FAILED
 
 
 def _say(line: str) -> None:

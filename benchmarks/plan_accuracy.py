@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from admm_prune.bench.memory import Shape, write_random_model
+from admm_prune.bench.memory import LlamaShape, write_random_model
 from benchmarks.machine import headline, machine
 from benchmarks.streaming import write_model
 
@@ -108,9 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / "plan-accuracy.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    wanted = [case for name in chosen.cases.split(",") for case in CASES[name]]
+    cases = [case for name in chosen.cases.split(",") for case in CASES[name]]
     only = set(filter(None, chosen.only.split(",")))
-    for case in wanted:
+    for case in cases:
         if (only and case.method not in only) or any(row["case"] == asdict(case) for row in rows):
             continue
         rows.append(_compared(case))
@@ -126,8 +126,8 @@ def _compared(case: Case) -> dict[str, Any]:
         model = _written(case, place)
         text = place / "text.txt"
         text.write_text(_text())
-        told = {child: _process(child, model, text, case, place) for child in ("plan", "run")}
-    return {"case": asdict(case), **told}
+        results = {child: _process(child, model, text, case, place) for child in ("plan", "run")}
+    return {"case": asdict(case), **results}
 
 
 def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def _process(child: str, model: Path, text: Path, case: Case, place: Path) -> di
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{child} of {case} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _planned(model: Path, text: Path, options: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _written(case: Case, place: Path) -> Path:
     if case.width >= _LARGE:
         write_model("1.1B", "float32", case.depth, model)
         return model
-    config = Shape(case.width, case.depth).config()
+    config = LlamaShape(case.width, case.depth).config()
     config.max_position_embeddings = _CONTEXT
     if case.experts:
         _write_mixture(config, case.experts, model)
@@ -202,8 +202,8 @@ def _write_mixture(like: Any, experts: int, folder: Path) -> None:
     torch.manual_seed(0)
     shape = {name: value for name, value in like.to_dict().items() if name in MixtralConfig().to_dict()}
     shape |= {"intermediate_size": like.intermediate_size // 2, "num_local_experts": experts}
-    kept = {name: value for name, value in shape.items() if name not in ("model_type", "architectures")}
-    MixtralForCausalLM(MixtralConfig(**kept)).save_pretrained(folder)
+    arguments = {name: value for name, value in shape.items() if name not in ("model_type", "architectures")}
+    MixtralForCausalLM(MixtralConfig(**arguments)).save_pretrained(folder)
 
 
 def _text() -> str:
@@ -223,11 +223,11 @@ def _documents(documents: tuple[str, ...]) -> Iterator[str]:
 
 def _line(row: dict[str, Any]) -> str:
     case, plan, run = Case(**row["case"]), row["plan"], row["run"]
-    own, took = (told["bytes"] - run["libraries"] for told in (plan, run))
+    planned, used = (result["bytes"] - run["libraries"] for result in (plan, run))
     return (
         f"{plan['parameters'] / 1e6:>8.1f} {case.method:>15} {'disk' if case.stream else 'memory':>8}"
         f"{plan['bytes'] / _MIB:>9.0f}{run['bytes'] / _MIB:>9.0f}{plan['bytes'] / run['bytes']:>7.2f}"
-        f"{own / _MIB:>9.0f}{took / _MIB:>9.0f}{own / took:>7.2f}"
+        f"{planned / _MIB:>9.0f}{used / _MIB:>9.0f}{planned / used:>7.2f}"
         f"{plan['seconds']:>9.1f}{run['seconds']:>9.1f}{plan['seconds'] / run['seconds']:>7.2f}{run['processor']:>9.1f}"
     )
 

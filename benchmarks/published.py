@@ -35,8 +35,8 @@ def instance_name(layer: LayerFile) -> str | None:
     if name not in CHECK_VALUES:
         return None
     energy = quadratic.energy(layer.weight, layer.gram)
-    found = (float(layer.gram.diagonal().double().sum()), energy, float(layer.weight[0, 0]))
-    same = all(abs(a - b) <= _TOLERANCE * abs(b) for a, b in zip(found, CHECK_VALUES[name], strict=True))
+    values = (float(layer.gram.diagonal().double().sum()), energy, float(layer.weight[0, 0]))
+    same = all(abs(a - b) <= _TOLERANCE * abs(b) for a, b in zip(values, CHECK_VALUES[name], strict=True))
     return name if same else None
 
 

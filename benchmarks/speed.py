@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from admm_prune.bench.memory import Shape, random_tokens
-from admm_prune.inference.timing import decode, least, prefill
+from admm_prune.bench.memory import LlamaShape, random_tokens
+from admm_prune.inference.timing import decode, prefill, timed
 from admm_prune.methods.base import Task
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    shape = Shape(given.width, given.blocks)
+    shape = LlamaShape(given.width, given.blocks)
     rows = []
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(shape.config()).eval().requires_grad_(False)
@@ -62,7 +62,7 @@ def main() -> None:
         copied = copy.deepcopy(dense)
         models[sparsity] = RECIPE.prune(copied, task).model or copied
     for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
-        times = least(run, models, tokens, given.repeats)
+        times = {name: min(seconds) for name, seconds in timed(run, models, tokens, given.repeats).items()}
         for sparsity in given.sparsity.split(","):
             ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
             faster = times["dense"] / times[sparsity]

@@ -28,7 +28,7 @@ from admm_prune.runs.machine import peak_resident_bytes
 from benchmarks.machine import headline, machine, write_results
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HERE, _HERE_COLD = "--here", "--here-cold"
+_IN_THIS_PROCESS, _IN_THIS_PROCESS_COLD = "--here", "--here-cold"
 # Width, neurons, blocks, query heads, key heads; vocabulary of 32000, embedding and head apart.
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "tiny": (256, 512, 4, 4, 2),
@@ -73,7 +73,13 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.streaming", _HERE_COLD if chosen.cold else _HERE, *arguments],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.streaming",
+            _IN_THIS_PROCESS_COLD if chosen.cold else _IN_THIS_PROCESS,
+            *arguments,
+        ],
         cwd=_ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -81,16 +87,16 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     )
     if done.returncode != 0:
         raise RuntimeError(f"{method} failed with status {done.returncode}")
-    told, spent = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    report, spent = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     shutil.rmtree(place / method)
     return {
         "method": method,
         "peak_gb": round(spent["bytes"] / 1e9, 3),
         "reading_percent": round(100 * spent["reading"] / spent["seconds"], 2),
         "minutes": round((time.perf_counter() - began) / 60, 1),
-        "dense_perplexity": told["dense"]["perplexity"],
-        "pruned_perplexity": told["pruned"]["perplexity"],
-        "sparsity": told["sparsity"],
+        "dense_perplexity": report["dense"]["perplexity"],
+        "pruned_perplexity": report["pruned"]["perplexity"],
+        "sparsity": report["sparsity"],
     }
 
 
@@ -145,7 +151,7 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _here(arguments: list[str], *, cold: bool) -> None:
+def _run_in_this_process(arguments: list[str], *, cold: bool) -> None:
     """The command in this process, then what was resident at its peak, and the seconds of the run and of reading."""
     from admm_prune import cli
     from admm_prune.models.streaming import ModelOnDisk
@@ -154,7 +160,7 @@ def _here(arguments: list[str], *, cold: bool) -> None:
 
     def timed(self: ModelOnDisk, prefix: str, names: list[str]) -> None:
         if cold:
-            _forget(self._folder)
+            _forget(self._checkpoint.folder)
         began = time.perf_counter()
         fill(self, prefix, names)
         reading[0] += time.perf_counter() - began
@@ -179,7 +185,7 @@ def _forget(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in ([_HERE], [_HERE_COLD]):
-        _here(sys.argv[2:], cold=sys.argv[1] == _HERE_COLD)
+    if sys.argv[1:2] in ([_IN_THIS_PROCESS], [_IN_THIS_PROCESS_COLD]):
+        _run_in_this_process(sys.argv[2:], cold=sys.argv[1] == _IN_THIS_PROCESS_COLD)
     else:
         main()

@@ -75,20 +75,20 @@ def measure(model: str, settings: TextSettings, targets: list[Target], names: li
                 curves[key] = recipe.measure(fresh, task)
             outcome = recipe.prune(fresh, task, curves=curves[key])
             pruned = fresh if outcome.model is None else outcome.model
-            found = evaluate(pruned, texts.evaluation)
+            figures = evaluate(pruned, texts.evaluation)
             rows.append(
                 {
                     "row": name,
                     "target": target.label,
                     "asked": target.fraction,
-                    "perplexity": found.perplexity,
+                    "perplexity": figures.perplexity,
                     "saved": outcome.details["saved"],
                     "temperature": outcome.details.get("temperature"),
                     "units": outcome.details["units"],
                     "cpu_seconds": round(time.process_time() - began, 2),
                 }
             )
-            print(f"{name:40} {target.label:>5} {found.perplexity:10.3f} {outcome.details['saved']:.4f}", flush=True)
+            print(f"{name:40} {target.label:>5} {figures.perplexity:10.3f} {outcome.details['saved']:.4f}", flush=True)
     return {
         "dense": dense.perplexity,
         "calibration_tokens": calibration.tokens,
@@ -103,16 +103,16 @@ def table(content: dict[str, Any]) -> str:
         headline(content["machine"]),
         "Perplexity (relative to 'global structured'); [%] that went, where not as asked",
     ]
-    for model, found in content["models"].items():
-        cells = {(row["row"], row["target"]): row for row in found["rows"]}
-        targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
-        lines += ["", found["command"]]
+    for model, results in content["models"].items():
+        cells = {(row["row"], row["target"]): row for row in results["rows"]}
+        targets = list(dict.fromkeys(row["target"] for row in results["rows"]))
+        lines += ["", results["command"]]
         lines.append(
-            f"{model}: dense {found['dense']:.3f}; {found['calibration_tokens']} tokens to calibrate, "
-            f"{found['evaluation_tokens']} to judge"
+            f"{model}: dense {results['dense']:.3f}; {results['calibration_tokens']} tokens to calibrate, "
+            f"{results['evaluation_tokens']} to judge"
         )
         lines.append(f"{'':40}" + "".join(f"{target:>18}{'':8}" for target in targets))
-        for name in dict.fromkeys(row["row"] for row in found["rows"]):
+        for name in dict.fromkeys(row["row"] for row in results["rows"]):
             parts = []
             for target in targets:
                 cell, base = cells[name, target], cells["global structured", target]
@@ -150,13 +150,13 @@ def main() -> None:
     content = json.loads(path.read_text()) if path.is_file() else {"models": {}}
     names = given.rows.split(",") if given.rows else list(ROWS)
     shown = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    found = measure(given.model, settings, parse_targets(given.sparsity, None), names)
+    results = measure(given.model, settings, parse_targets(given.sparsity, None), names)
     before = content["models"].get(Path(given.model).name, {"rows": []})
-    rows = [row for row in before["rows"] if row["row"] not in names] + found["rows"]
+    rows = [row for row in before["rows"] if row["row"] not in names] + results["rows"]
     rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["asked"]))
     command = f"python -m benchmarks.structured {shlex.join(shown)}"
     content["machine"] = machine()
-    content["models"][Path(given.model).name] = {**found, "command": command, "rows": rows}
+    content["models"][Path(given.model).name] = {**results, "command": command, "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
     (given.out / "structured.txt").write_text(table(content))
 

@@ -27,7 +27,6 @@ import torch
 
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.elsa import Elsa
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
@@ -44,7 +43,7 @@ RATES = (1e-3, 3e-3, 1e-2, 2e-2)
 BASELINES = ("admm-finetuned", "gradual")
 
 # elsa with one of its parts taken away or exchanged.
-ABLATIONS: dict[str, Trained] = {
+ABLATIONS: dict[str, Recipe] = {
     "elsa without distillation": Elsa(name="elsa without distillation", distillation=0.0),
     "elsa without ladder": Elsa(name="elsa without ladder", ladder=None),
     "elsa without ladder or distillation": Elsa(
@@ -71,11 +70,12 @@ class Job:
 
     @property
     def key(self) -> Record:
+        recipe: Any = self.recipe
         return {
             "model": Path(self.model).name,
             "target": self.target.label,
-            "method": self.recipe.name,
-            "steps": str(self.recipe.steps) if isinstance(self.recipe, Trained) else "",
+            "method": recipe.name,
+            "steps": str(recipe.steps) if "steps" in recipe.options else "",
             "lr": "" if self.lr is None else f"{self.lr:g}",
             "seed": str(self.seed),
         }
@@ -136,32 +136,30 @@ class Bench:
 
     def _best_rate(self, recipe: Recipe, target: Target) -> float:
         """The best of the grid with seed 0: from its middle downhill, until the neighbours on both sides are worse."""
-        found: dict[int, float] = {}
+        perplexities: dict[int, float] = {}
 
         def at(i: int) -> float:
             if not 0 <= i < len(RATES):
                 return math.inf
-            if i not in found:
-                found[i] = float(self.measure(self._job(recipe, target, RATES[i], 0))["perplexity"])
-            return found[i]
+            if i not in perplexities:
+                perplexities[i] = float(self.measure(self._job(recipe, target, RATES[i], 0))["perplexity"])
+            return perplexities[i]
 
-        here = 1
+        index = 1
         while True:
-            best = min((here, here + 1, here - 1), key=at)
-            if best == here:
-                return RATES[here]
-            here = best
+            best = min((index, index + 1, index - 1), key=at)
+            if best == index:
+                return RATES[index]
+            index = best
 
     def _recipe(self, method: str) -> Recipe:
-        recipe = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
-        return (
-            replace(recipe, steps=self.arguments.steps, batch_size=self.arguments.batch_size)
-            if isinstance(recipe, Trained)
-            else recipe
-        )
+        recipe: Any = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
+        if "steps" in recipe.options:
+            recipe = replace(recipe, steps=self.arguments.steps, batch_size=self.arguments.batch_size)
+        return recipe
 
-    def _job(self, recipe: Recipe, target: Target, lr: float | None, seed: int) -> Job:
-        if lr is not None and isinstance(recipe, Trained):
+    def _job(self, recipe: Any, target: Target, lr: float | None, seed: int) -> Job:
+        if lr is not None and "steps" in recipe.options:
             recipe = replace(recipe, lr=lr)
         return Job(self.arguments.model, recipe, target, lr, seed)
 
@@ -174,8 +172,8 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
     of their ratios to what each seed's best baseline reached."""
     rows = []
     for model, target in dict.fromkeys((record["model"], record["target"]) for record in records):
-        here = [record for record in records if (record["model"], record["target"]) == (model, target)]
-        chosen = {method: _at_best_rate(here, method) for method in dict.fromkeys(r["method"] for r in here)}
+        group = [record for record in records if (record["model"], record["target"]) == (model, target)]
+        chosen = {method: _at_best_rate(group, method) for method in dict.fromkeys(r["method"] for r in group)}
         baselines = [chosen[name] for name in BASELINES if name in chosen]
         for method, by_seed in chosen.items():
             ratios = []

@@ -57,10 +57,10 @@ def text_table(rows: Sequence[Row], headline: str) -> str:
         "!: failed or not feasible; ~: the machine was busy, the CPU time of this solve is below 0.8 of its seconds.",
     ]
     for layer in dict.fromkeys(row["layer"] for row in rows):
-        here = {(row["solver"], row["pattern"]): row for row in rows if row["layer"] == layer}
-        shape = next(iter(here.values()))
+        cells = {(row["solver"], row["pattern"]): row for row in rows if row["layer"] == layer}
+        shape = next(iter(cells.values()))
         lines += ["", f"{layer} ({shape['rows']} x {shape['width']})", _head(wide, patterns)]
-        lines += [_line(solver, wide, [here.get((solver, pattern)) for pattern in patterns]) for solver in solvers]
+        lines += [_line(solver, wide, [cells.get((solver, pattern)) for pattern in patterns]) for solver in solvers]
     lines += ["", *_summary(rows, solvers, wide), *_published_block(rows, solvers, wide)]
     return "\n".join(lines) + "\n"
 

@@ -57,8 +57,8 @@ def main() -> None:
         trainer.train()
     masks = optimizer.finalize()
 
-    kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-    print(f"{1 - kept:.1%} pruned: perplexity {evaluate(model.eval(), texts.evaluation).perplexity:.2f}")
+    density = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    print(f"{1 - density:.1%} pruned: perplexity {evaluate(model.eval(), texts.evaluation).perplexity:.2f}")
     if arguments.out:
         model.save_pretrained(arguments.out)
         loaded.tokenizer.save_pretrained(arguments.out)

@@ -48,8 +48,8 @@ def main() -> None:
         rates.step()
     masks = optimizer.finalize()
 
-    kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-    print(f"{1 - kept:.1%} pruned: perplexity {evaluate(model, texts.evaluation).perplexity:.2f}")
+    density = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    print(f"{1 - density:.1%} pruned: perplexity {evaluate(model, texts.evaluation).perplexity:.2f}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def modules(root: Path | None = None, *, tests: bool = False) -> Iterator[tuple[
         tests: yield the test suites instead of the library proper; they may be absent.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    found = []
+    paths = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[-1] == "__init__":
@@ -41,8 +41,8 @@ def modules(root: Path | None = None, *, tests: bool = False) -> Iterator[tuple[
         if not _SKIPPED_FOLDERS.isdisjoint(parts) or any(part.startswith(_GENERATED) for part in parts):
             continue
         if _TEST_FOLDERS.isdisjoint(parts) != tests:
-            found.append((".".join(parts), path))
-    for name, path in sorted(found):
+            paths.append((".".join(parts), path))
+    for name, path in sorted(paths):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few test modules are written in other encodings on purpose

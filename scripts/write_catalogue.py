@@ -176,11 +176,11 @@ def _table(tried: list[dict[str, Any]], column: str) -> list[str]:
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     lines += [f"| `{s}` | {' | '.join('yes' if fits[s, c]['fits'] else 'no' for c in columns)} |" for s in solvers]
     reasons: dict[tuple[str, str], list[str]] = {}
-    for (solver, other), found in fits.items():
-        if not found["fits"]:
-            reasons.setdefault((solver, found["why"].replace(other, "it")), []).append(other)
-    told = (f"- `{solver}`, {', '.join(others)}: {_cell(why)}" for (solver, why), others in reasons.items())
-    return [*lines, "", *told]
+    for (solver, other), fit in fits.items():
+        if not fit["fits"]:
+            reasons.setdefault((solver, fit["why"].replace(other, "it")), []).append(other)
+    notes = (f"- `{solver}`, {', '.join(others)}: {_cell(why)}" for (solver, why), others in reasons.items())
+    return [*lines, "", *notes]
 
 
 def _cell(text: str) -> str:

@@ -124,7 +124,7 @@ def test_a_command_has_the_options_that_name_it(name: str) -> None:
 
 def test_the_schema_has_what_recipes_keep() -> None:
     content = schema()
-    kept = {name: one for name, one in options(Settings).items() if one.kept == "recipe"}
+    kept = {name: one for name, one in options(Settings).items() if one.saved_in == "recipe"}
     text = {name for name, one in kept.items() if one.group == "Text"}
     assert set(content["$defs"]["Text"]["properties"]) == text
     own = {"name", "summary", "source", "deviations", "objects", "text"}

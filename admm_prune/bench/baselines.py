@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from admm_prune.ops import precision
-from admm_prune.ops import precision as products
 from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
 
@@ -24,14 +23,14 @@ RATES = ("float64", "float32", "bfloat16", "bfloat16x3")
 
 
 @dataclass(frozen=True)
-class Found:
+class Solution:
     """Pruned weights (out, in), and the iterations taken."""
 
     weight: Tensor
     iterations: int
 
 
-def alps(weight: Tensor, gram: Tensor, constraint: SupportConstraint, *, refit: int = 10) -> Found:
+def alps(weight: Tensor, gram: Tensor, constraint: SupportConstraint, *, refit: int = 10) -> Solution:
     """ALPS, in float64 throughout: one eigendecomposition, two products and a sort an iteration.
 
     H <- H + 0.01 mean(diag H) I, scaled to a unit diagonal; then V <- (G + rho (D - U)) (H + rho I)^-1, Z <- V + U,
@@ -69,12 +68,12 @@ def alps(weight: Tensor, gram: Tensor, constraint: SupportConstraint, *, refit: 
             rho, dual = rho * factor, dual / factor
             inverse = (vectors / (values + rho)) @ vectors.T
     d = _conjugate_gradients(d, h, target, support, refit)
-    return Found(d / scale, iteration)
+    return Solution(d / scale, iteration)
 
 
 def sparsegpt(
     weight: Tensor, gram: Tensor, *, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, block: int = 128
-) -> Found:
+) -> Solution:
     """SparseGPT column by column, in float32: three factorizations, a mask for every block, a product after it.
 
     Source: Frantar and Alistarh, SparseGPT, 2023, algorithm 1; damping 0.01 mean(diag H).
@@ -86,8 +85,8 @@ def sparsegpt(
     for start in range(0, width, block):
         stop = min(start + block, width)
         part, errors = w[:, start:stop].clone(), torch.zeros(rows, stop - start, device=w.device)
-        own = u[start:stop, start:stop]
-        diagonal = own.diagonal()
+        factor = u[start:stop, start:stop]
+        diagonal = factor.diagonal()
         drop = torch.zeros_like(part, dtype=torch.bool)
         if pattern is None:
             score = (part / diagonal).square()
@@ -100,14 +99,14 @@ def sparsegpt(
                 drop[:, j : j + m] = torch.zeros_like(score, dtype=torch.bool).scatter_(
                     1, score.topk(m - n, dim=1, largest=False).indices, True
                 )
-            kept = part[:, j].masked_fill(drop[:, j], 0.0)
-            error = (part[:, j] - kept) / diagonal[j]
-            part[:, j:] -= error[:, None] @ own[j : j + 1, j:]
-            part[:, j] = kept
+            pruned = part[:, j].masked_fill(drop[:, j], 0.0)
+            error = (part[:, j] - pruned) / diagonal[j]
+            part[:, j:] -= error[:, None] @ factor[j : j + 1, j:]
+            part[:, j] = pruned
             errors[:, j] = error
         w[:, start:stop] = part
         w[:, stop:] -= errors @ u[start:stop, stop:]
-    return Found(w, width)
+    return Solution(w, width)
 
 
 def _select(constraint: SupportConstraint, z: Tensor) -> Tensor:
@@ -116,9 +115,9 @@ def _select(constraint: SupportConstraint, z: Tensor) -> Tensor:
     if constraint.group_width > 1 or sparsity is None:
         return constraint.select(Point(weight=z.abs()))["weight"]
     keep = round((1.0 - sparsity) * z.numel())
-    kept = torch.zeros(z.numel(), dtype=torch.bool, device=z.device)
-    kept[z.abs().flatten().sort(descending=True).indices[:keep]] = True
-    return kept.view_as(z)
+    mask = torch.zeros(z.numel(), dtype=torch.bool, device=z.device)
+    mask[z.abs().flatten().sort(descending=True).indices[:keep]] = True
+    return mask.view_as(z)
 
 
 def _conjugate_gradients(d: Tensor, h: Tensor, target: Tensor, support: Tensor, iterations: int) -> Tensor:
@@ -200,8 +199,8 @@ def measured(device: torch.device, *, width: int, entries: int) -> Ceilings:
             half, other = a.bfloat16(), b.bfloat16()
             spent = seconds_of(lambda x=half, y=other: x @ y, device)  # type: ignore[misc]
         else:
-            ready = products.prepared(b, "bfloat16x3" if name == "bfloat16x3" else "exact")
-            spent = seconds_of(lambda x=a, y=ready, z=out: products.multiply(x, y, out=z), device)  # type: ignore[misc]
+            ready = precision.prepared(b, "bfloat16x3" if name == "bfloat16x3" else "exact")
+            spent = seconds_of(lambda x=a, y=ready, z=out: precision.multiply(x, y, out=z), device)  # type: ignore[misc]
         operations[name] = 2 * width**3 / spent
     source = torch.rand(entries, device=device)
     target = torch.empty_like(source)

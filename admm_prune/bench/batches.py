@@ -10,7 +10,7 @@ import torch
 
 from admm_prune.bench.baselines import synchronize
 from admm_prune.bench.layers import Layer, drawn, solver_work
-from admm_prune.bench.rows import Case, Drawn, Figures
+from admm_prune.bench.rows import Case, Figures, SharedData
 from admm_prune.ops import backend
 from admm_prune.problems.constraints import Unstructured
 from admm_prune.problems.layer import LayerReconstruction
@@ -28,19 +28,19 @@ WAYS = {
 
 
 def cases(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> Iterator[Case]:
-    """All four ways, for (out, in, how many) of each shape, every layer with a Gram of its own."""
+    """All four ways, for (out, in, count) of each shape; every layer has its own Gram."""
     for rows, width, count in shapes:
 
         def draw(height: int, columns: int, where: torch.device, number: int = count) -> list[Layer]:
             return [drawn(height, columns, where, seed) for seed in range(number)]
 
-        layers = Drawn(draw, rows, width, device)
+        layers = SharedData(draw, rows, width, device)
         for name in WAYS:
             yield _case(name, layers, count, device)
         layers.release()
 
 
-def _case(name: str, layers: Drawn[list[Layer]], count: int, device: torch.device) -> Case:
+def _case(name: str, layers: SharedData[list[Layer]], count: int, device: torch.device) -> Case:
     together, graphs = WAYS[name]
     solver = replace(ADMM(), graphs=graphs)
     rows, width = layers.rows, layers.width
@@ -70,7 +70,7 @@ def _case(name: str, layers: Drawn[list[Layer]], count: int, device: torch.devic
     return Case(
         section=SECTION,
         name=name,
-        case=f"{count} of {rows}x{width} {Unstructured(_SPARSITY).sparsity:.0%}",
+        case=f"{count} of {rows}x{width} {_SPARSITY:.0%}",
         run=run,
         needs=size * (10 * rows * width + 8 * width**2),
         limit=25.0,

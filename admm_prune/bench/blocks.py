@@ -121,13 +121,7 @@ def structured_work(shape: ModelShape, tokens: int) -> Work:
 
 
 def _pruned(
-    model: nn.Module,
-    recipe: Recipe,
-    target: Target,
-    shape: ModelShape,
-    samples: int,
-    length: int,
-    device: torch.device,
+    model: nn.Module, recipe: Recipe, target: Target, shape: ModelShape, samples: int, length: int, device: torch.device
 ) -> float:
     """Seconds that a recipe took."""
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from admm_prune.bench import baselines
 from admm_prune.bench.baselines import Work, synchronize
-from admm_prune.bench.rows import Case, Drawn, Figures
+from admm_prune.bench.rows import Case, Figures, SharedData
 from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
 from admm_prune.ops import backend, quadratic
@@ -84,7 +84,7 @@ def cases(
     A layer is created for its first case and released before the next layer.
     """
     for index, (rows, width) in enumerate(shapes):
-        layer = Drawn(drawn, rows, width, device)
+        layer = SharedData(drawn, rows, width, device)
         needs = 4.0 * (6 * rows * width + 4 * width**2)
         for target in targets:
             for name in ("magnitude", "wanda", "sparsegpt", "admm-fast", "admm", "admm-best"):
@@ -101,7 +101,13 @@ def cases(
 
 
 def _case(
-    layer: Drawn[Layer], label: str, method: Method, solver: Solver, target: Target, needs: float, limit: float = 30.0
+    layer: SharedData[Layer],
+    label: str,
+    method: Method,
+    solver: Solver,
+    target: Target,
+    needs: float,
+    limit: float = 30.0,
 ) -> Case:
     def run() -> Figures:
         data = layer()
@@ -115,7 +121,7 @@ def _case(
             result = solver.solve(problem)
             synchronize(data.weight.device)
             spent = time.perf_counter() - began - problem.evaluating
-            found = Figures(
+            figures = Figures(
                 seconds=spent,
                 work=solver_work(label, solver, layer.rows, layer.width, result.iterations),
                 error=problem.relative_error(result.solution),
@@ -128,7 +134,7 @@ def _case(
                 note="; ".join(result.notes),
             )
             if best is None or spent < best.seconds:
-                best = found
+                best = figures
             if spent > 2.0:
                 break
         assert best is not None
@@ -138,22 +144,22 @@ def _case(
     return Case(section=SECTION, name=label, case=name, run=run, needs=needs, limit=limit)
 
 
-def _baselines(layer: Drawn[Layer], target: Target) -> Iterator[Case]:
+def _baselines(layer: SharedData[Layer], target: Target) -> Iterator[Case]:
     constraint: SparseSet = NofM(*target.pattern) if target.pattern else Unstructured(target.sparsity or 0.0)
     size = layer.rows * layer.width
 
-    def timed(solve: Callable[[Layer], baselines.Found], work: Callable[[int], Work]) -> Callable[[], Figures]:
+    def timed(solve: Callable[[Layer], baselines.Solution], work: Callable[[int], Work]) -> Callable[[], Figures]:
         def run() -> Figures:
             data = layer()
             synchronize(data.weight.device)
             began = time.perf_counter()
-            found = solve(data)
+            solution = solve(data)
             synchronize(data.weight.device)
             spent = time.perf_counter() - began
             h = data.gram
-            error = quadratic.energy(found.weight.float(), h, data.weight) / quadratic.energy(data.weight, h)
-            more = {"iterations": found.iterations}
-            return Figures(seconds=spent, work=work(found.iterations), error=error, more=more)
+            error = quadratic.energy(solution.weight.float(), h, data.weight) / quadratic.energy(data.weight, h)
+            more = {"iterations": solution.iterations}
+            return Figures(seconds=spent, work=work(solution.iterations), error=error, more=more)
 
         return run
 

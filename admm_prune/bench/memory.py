@@ -43,7 +43,7 @@ _RECIPE = StruPrune()
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """A Llama with gated feed-forward parts of 8/3 of its width, heads of 64, two queries a key."""
 
     width: int
@@ -80,9 +80,9 @@ class Shape:
         )
 
 
-FAMILIES: dict[str, tuple[Shape, ...]] = {
-    "growing": tuple(Shape(width, width // WIDTH_PER_BLOCK) for width in (640, 1024, 1536, 2304)),
-    "deeper": tuple(Shape(512, depth) for depth in (4, 8, 16, 32)),
+FAMILIES: dict[str, tuple[LlamaShape, ...]] = {
+    "growing": tuple(LlamaShape(width, width // WIDTH_PER_BLOCK) for width in (640, 1024, 1536, 2304)),
+    "deeper": tuple(LlamaShape(512, depth) for depth in (4, 8, 16, 32)),
 }
 
 
@@ -106,7 +106,7 @@ def bench_memory(
     tokens: int = 1024,
     sparsity: float = 0.3,
     overwrite: bool = False,
-    progress: OnProgress | None = None,
+    progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Measures both families up to `most` parameters and writes them, a table and a plot to `out`.
 
@@ -127,8 +127,7 @@ def bench_memory(
             raise UserError(f"--most {most:g} leaves fewer than two models: give at least {least:g} parameters")
     peaks = []
     for done, (name, shape) in enumerate(shapes):
-        if progress is not None:
-            progress(done, len(shapes), f"{shape.parameters / 1e6:.0f} M parameters, {shape.depth} blocks")
+        progress(done, len(shapes), f"{shape.parameters / 1e6:.0f} M parameters, {shape.depth} blocks")
         peaks.append(_measured(name, shape, tokens, sparsity))
     points = {name: [(peak.parameters, peak.peak_mib) for peak in peaks if peak.family == name] for name in FAMILIES}
     content = {
@@ -136,15 +135,14 @@ def bench_memory(
         "environment": environment(),
         "date": time.strftime("%Y-%m-%d"),
         "recipe": asdict(_RECIPE),
-        "exponents": {name: exponent(own) for name, own in points.items()},
+        "exponents": {name: exponent(family_points) for name, family_points in points.items()},
         "peaks": [asdict(peak) for peak in peaks],
     }
     with output_folder(out, overwrite=overwrite) as folder:
         write_json(folder / MANIFEST, content)
         (folder / "memory.txt").write_text(_table(content, peaks), encoding="utf-8")
         _plot(content, peaks, folder / "memory.png")
-    if progress is not None:
-        progress(len(shapes), len(shapes), "")
+    progress(len(shapes), len(shapes), "")
     return content
 
 
@@ -171,14 +169,14 @@ def write_random_model(config: LlamaConfig, folder: Path) -> None:
 
 
 def random_tokens(tokens: int) -> Sequences:
-    """So many random tokens, as sequences of 256."""
+    """Random tokens in sequences of 256."""
     generator = torch.Generator().manual_seed(0)
     count = max(1, tokens // LENGTH)
     rows = tuple(Row(torch.randint(VOCABULARY, (LENGTH,), generator=generator), LENGTH) for _ in range(count))
     return Sequences(rows, "windows", LENGTH, None, 1)
 
 
-def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
+def _measured(family: str, shape: LlamaShape, tokens: int, sparsity: float) -> Peak:
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         model.mkdir()
@@ -188,17 +186,19 @@ def _measured(family: str, shape: Shape, tokens: int, sparsity: float) -> Peak:
         if done.returncode != 0:
             why = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{shape.parameters / 1e6:.0f} M parameters: the process failed: {why[0]}")
-        told = json.loads(done.stdout.splitlines()[-1])
+        measurement = json.loads(done.stdout.splitlines()[-1])
     mib = 4 * shape.parameters / 2**20
-    return Peak(family, shape.width, shape.depth, shape.parameters, round(mib, 1), told["mib"], told["seconds"])
+    return Peak(
+        family, shape.width, shape.depth, shape.parameters, round(mib, 1), measurement["mib"], measurement["seconds"]
+    )
 
 
-def _measure_here(model: Path, out: Path, tokens: int, sparsity: float) -> None:
+def _measure_in_this_process(model: Path, out: Path, tokens: int, sparsity: float) -> None:
     return_freed_memory()
     with tempfile.TemporaryDirectory() as place:  # loads libraries and their buffers before the clock starts
         tiny = Path(place) / "tiny"
         tiny.mkdir()
-        write_random_model(Shape(256, 2).config(), tiny)
+        write_random_model(LlamaShape(256, 2).config(), tiny)
         _prune(tiny, Path(place) / "out", random_tokens(LENGTH), sparsity)
     began = time.perf_counter()
     with PeakMemory() as peak:
@@ -252,11 +252,13 @@ def _plot(content: dict[str, Any], peaks: Sequence[Peak], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, colour, marker in (("growing", "#0072B2", "o"), ("deeper", "#D55E00", "s")):
-        own = [peak for peak in peaks if peak.family == name]
-        n = [peak.parameters for peak in own]
-        axes.plot(n, [peak.peak_mib for peak in own], color=colour, marker=marker, linestyle="none")
+        members = [peak for peak in peaks if peak.family == name]
+        n = [peak.parameters for peak in members]
+        axes.plot(n, [peak.peak_mib for peak in members], color=colour, marker=marker, linestyle="none")
         p = content["exponents"][name]
-        middle = math.exp(sum(math.log(peak.peak_mib) - p * math.log(peak.parameters) for peak in own) / len(own))
+        middle = math.exp(
+            sum(math.log(peak.peak_mib) - p * math.log(peak.parameters) for peak in members) / len(members)
+        )
         axes.plot(n, [middle * x**p for x in n], color=colour, label=f"{name}: N^{p:.2f}")
     n = sorted(peak.parameters for peak in peaks)
     axes.plot(n, [4 * x / 2**20 for x in n], color="0.5", linestyle="--", label="all weights, float32")
@@ -269,4 +271,4 @@ def _plot(content: dict[str, Any], peaks: Sequence[Peak], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _measure_here(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    _measure_in_this_process(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from admm_prune.bench.baselines import Ceilings, Work, synchronize
+from admm_prune.data.hub import first_line
 
 Status = Literal["measured", "failed", "no memory", "no time", "too long"]
 _RESERVE = 0.06  # fraction of a device's memory that is left free
@@ -32,7 +33,7 @@ _FAILURES = (
 Made = TypeVar("Made")
 
 
-class Drawn(Generic[Made]):
+class SharedData(Generic[Made]):
     """Data that several rows share: created on the device for the first of them, and released after the last.
 
     Args:
@@ -55,7 +56,7 @@ class Drawn(Generic[Made]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One figure.
 
     Attributes:
@@ -132,18 +133,18 @@ class Runner:
     """
 
     def __init__(
-        self, device: torch.device, ceilings: Ceilings, budget: float, tell: Callable[[Row], None] | None = None
+        self, device: torch.device, ceilings: Ceilings, budget: float, tell: Callable[[Measurement], None] | None = None
     ) -> None:
         self.device, self.ceilings = device, ceilings
         self._end = time.perf_counter() + budget
         self._tell = tell
-        self.rows: list[Row] = []
+        self.rows: list[Measurement] = []
 
     @property
     def left(self) -> float:
         return self._end - time.perf_counter()
 
-    def run(self, cases: Iterable[Case]) -> list[Row]:
+    def run(self, cases: Iterable[Case]) -> list[Measurement]:
         """The rows of some cases, in their order."""
         rows = []
         for case in cases:
@@ -154,10 +155,10 @@ class Runner:
                 self._tell(row)
         return rows
 
-    def _one(self, case: Case) -> Row:
-        def row(status: Status, **found: Any) -> Row:
-            return Row(
-                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **found
+    def _one(self, case: Case) -> Measurement:
+        def row(status: Status, **values: Any) -> Measurement:
+            return Measurement(
+                section=case.section, name=case.name, case=case.case, baseline=case.baseline, status=status, **values
             )
 
         limit = min(case.limit, self.left)
@@ -175,9 +176,9 @@ class Runner:
         except TimeoutError:
             return row("too long", note=f"stopped after {limit:.0f} s")
         except torch.OutOfMemoryError as error:
-            return row("no memory", note=_first_line(error))
+            return row("no memory", note=first_line(error)[:200])
         except _FAILURES as error:
-            return row("failed", note=f"{type(error).__name__.lstrip('_')}: {_first_line(error)}")
+            return row("failed", note=f"{type(error).__name__.lstrip('_')}: {first_line(error)[:200]}")
         finally:
             with suppress(RuntimeError):  # after some errors the device is unusable: the rows so far are kept
                 if self.device.type == "cuda":
@@ -219,7 +220,7 @@ def peak_of(device: torch.device) -> Generator[list[int]]:
 
 @contextmanager
 def time_limit(seconds: float) -> Generator[None]:
-    """Raises TimeoutError in the block after so many seconds; in the main thread, and where the system has timers."""
+    """Raises TimeoutError in the block after some seconds; only in the main thread, if the system has timers."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -236,11 +237,7 @@ def time_limit(seconds: float) -> Generator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def measured_row(rows: Sequence[Row], name: str, case: str | None = None) -> Row | None:
+def measured_row(rows: Sequence[Measurement], name: str, case: str | None = None) -> Measurement | None:
     """The first measured row of this name."""
-    found = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
-    return next(found, None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    matches = (r for r in rows if r.name == name and r.status == "measured" and case in (None, r.case))
+    return next(matches, None)

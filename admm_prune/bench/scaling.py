@@ -12,7 +12,7 @@ import torch
 
 from admm_prune.bench.baselines import Ceilings
 from admm_prune.bench.blocks import BEYOND, STRUCTURED, block_work, working_bytes
-from admm_prune.bench.rows import Row
+from admm_prune.bench.rows import Measurement
 from admm_prune.bench.training import SHAPES, ModelShape
 
 
@@ -35,7 +35,7 @@ class Line:
         return self.overhead + floor / self.reached
 
 
-def fitted(rows: Sequence[Row]) -> Line | None:
+def fitted(rows: Sequence[Measurement]) -> Line | None:
     """The line through measured rows with a floor; None where there are fewer than two."""
     points = [(row.floor_seconds, row.seconds) for row in rows if row.seconds and row.floor_seconds]
     if len(points) < 2:
@@ -53,7 +53,7 @@ def fitted(rows: Sequence[Row]) -> Line | None:
     return Line(overhead, 1.0 / slope, len(points), float((guessed / spent - 1.0).abs().max()))
 
 
-def power_of(rows: Sequence[Row]) -> dict[str, Any] | None:
+def power_of(rows: Sequence[Measurement]) -> dict[str, Any] | None:
     """The exponent e of peak = c parameters^e over structured pruning's sizes, by least squares over logarithms; None
     where fewer than two peaks were measured."""
     points = [
@@ -65,7 +65,12 @@ def power_of(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def model_of(
-    rows: Sequence[Row], shapes: Sequence[ModelShape], ceilings: Ceilings, *, tokens: int, methods: Sequence[str]
+    rows: Sequence[Measurement],
+    shapes: Sequence[ModelShape],
+    ceilings: Ceilings,
+    *,
+    tokens: int,
+    methods: Sequence[str],
 ) -> dict[str, Any]:
     """For every method its fitted line over layers, and predictions for whole models.
 

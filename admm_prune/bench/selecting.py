@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.bench.baselines import Work, seconds_of
-from admm_prune.bench.rows import Case, Drawn, Figures
+from admm_prune.bench.rows import Case, Figures, SharedData
 from admm_prune.ops import backend, bits, selection
 
 SECTION = "selection"
@@ -18,7 +18,7 @@ KEPT = 0.3
 def cases(entries: int, device: torch.device) -> Iterator[Case]:
     """Ours at `entries`; topk and sort at what fits: an index beside each score takes three times as much."""
     rows, width = max(1, entries // 4096), min(4096, entries)
-    scores = Drawn(_scores, rows, width, device)
+    scores = SharedData(_scores, rows, width, device)
     whole = 4.0 * rows * width
     yield _case("threshold", scores, selection.threshold, 4.0, whole)
     yield _case("mask", scores, selection.largest, 5.0, 1.6 * whole)
@@ -26,7 +26,7 @@ def cases(entries: int, device: torch.device) -> Iterator[Case]:
     yield _case("row by row", scores, lambda s, k: selection.largest_per_row(s, round(KEPT * width)), 5.0, 1.6 * whole)
     yield _case("mask, packed", scores, lambda s, k: bits.pack(selection.largest(s, k)), 4.125, 1.7 * whole)
     scores.release()
-    fewer = Drawn(_scores, max(1, rows // 13), width, device)
+    fewer = SharedData(_scores, max(1, rows // 13), width, device)
     part = whole / 13
     yield _case("mask", fewer, selection.largest, 5.0, 1.6 * part)
     yield _case("torch.topk", fewer, _by_topk, 5.0, 9 * part, baseline=True)
@@ -41,7 +41,7 @@ def _scores(rows: int, width: int, device: torch.device) -> Tensor:
 
 def _case(
     name: str,
-    scores: Drawn[Tensor],
+    scores: SharedData[Tensor],
     select: Callable[[Tensor, int], Tensor],
     moved: float,
     needs: float,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -15,7 +16,7 @@ import torch
 
 from admm_prune.bench import batches, blocks, layers, scaling, selecting, training
 from admm_prune.bench.baselines import Ceilings, measured
-from admm_prune.bench.rows import Row, Runner, free_memory, measured_row
+from admm_prune.bench.rows import Measurement, Runner, free_memory, measured_row
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.ops import backend
@@ -27,7 +28,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy", "scipy", "safetensors")
 Tell = Callable[[int, int, str], None]
 
 
-def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -> str:
+def rendered(content: dict[str, Any], rows: Sequence[Measurement], ceilings: Ceilings) -> str:
     """Header, ceilings, a block for each section, the targets, and the model of time and memory."""
     about = content["environment"]
     lines = [
@@ -42,21 +43,21 @@ def rendered(content: dict[str, Any], rows: Sequence[Row], ceilings: Ceilings) -
         "* marks baselines, written for this benchmark or part of torch.",
     ]
     for section in dict.fromkeys(row.section for row in rows):
-        own = [row for row in rows if row.section == section]
-        wide = max(len(row.name) for row in own) + 4
-        case = max(len(row.case) for row in own) + 2
+        section_rows = [row for row in rows if row.section == section]
+        wide = max(len(row.name) for row in section_rows) + 4
+        case = max(len(row.case) for row in section_rows) + 2
         lines += [
             "",
             f"{section}",
             f"{'':{wide}}{'':{case}}{'ms':>11}{'floor':>10}{'reached':>9}{'GB':>8}{'error':>11}",
         ]
-        lines += [_line(row, wide, case) for row in own]
+        lines += [_line(row, wide, case) for row in section_rows]
     heading = "targets" + (", which do not apply to tiny shapes" if content["gap"] else "")
     lines += ["", heading, *(_claim_line(claim) for claim in content["claims"])]
     return "\n".join([*lines, *_model_lines(content["model"])]) + "\n"
 
 
-def _line(row: Row, wide: int, case: int) -> str:
+def _line(row: Measurement, wide: int, case: int) -> str:
     name = f"{row.name}{' *' if row.baseline else ''}"
     start = f"{name:{wide}}{row.case:{case}}"
     if row.status != "measured" or row.seconds is None:
@@ -166,7 +167,7 @@ def bench_gpu(
     budget: float = 450.0,
     sections: Sequence[str] = SECTIONS,
     overwrite: bool = False,
-    progress: Tell | None = None,
+    progress: Tell = lambda *_: None,
 ) -> dict[str, Any]:
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
 
@@ -191,15 +192,13 @@ def bench_gpu(
     size, where = (SMALL if small else FULL), torch.device(device)
     about = environment(where)
     began = time.perf_counter()
-    if progress is not None:
-        progress(0, 0, "measuring what the device can do")
+    progress(0, 0, "measuring the ceilings of the device")
     ceilings = measured(where, width=size.ceiling_width, entries=size.ceiling_entries)
-    heard: list[Row] = []
+    heard: list[Measurement] = []
 
-    def tell(row: Row) -> None:
+    def tell(row: Measurement) -> None:
         heard.append(row)
-        if progress is not None:
-            progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
+        progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
 
     runner = Runner(where, ceilings, budget - (time.perf_counter() - began), tell)
     for name in sections:
@@ -263,25 +262,21 @@ def _training(size: Size, device: torch.device) -> Any:
         shapes.append((shape, max(1, min(shape.blocks, fit))))
     large = training.SHAPES[size.large]
     fit = large.blocks if free is None else int((0.9 * free - 16.0 * large.block) / (4.4 * large.block))
-
-    def several() -> Any:
-        yield from training.cases(shapes, device)
-        yield training.large_case(large, max(1, min(large.blocks, fit)), device)
-
-    return several()
+    yield from training.cases(shapes, device)
+    yield training.large_case(large, max(1, min(large.blocks, fit)), device)
 
 
-def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, Any]]:
+def claims(rows: Sequence[Measurement], *, applicable: bool = True) -> list[dict[str, Any]]:
     """The targets of the benchmark, with the measured values; None where a row is missing.
 
     Args:
         applicable: whether the shapes are large enough to assess the targets.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
 
-    def claim(what: str, asked: str, value: float | None, met: Callable[[float], bool]) -> None:
+    def claim(what: str, target: str, value: float | None, met: Callable[[float], bool]) -> None:
         verdict = None if value is None or not applicable else met(value)
-        found.append({"what": what, "asked": asked, "value": value, "met": verdict})
+        results.append({"what": what, "asked": target, "value": value, "met": verdict})
 
     first = next((row.case for row in rows if row.section == "layers"), "")
     shape = first.partition(" ")[0]
@@ -331,10 +326,10 @@ def claims(rows: Sequence[Row], *, applicable: bool = True) -> list[dict[str, An
     local = next((r for r in rows if r.name.startswith("admm 70 %") and r.seconds), None)
     whole_model = None if local is None else local.more["seconds for all blocks"]
     claim("seconds for all blocks of the 7 B shape, locally pruned", "below 600", whole_model, lambda x: x < 600)
-    return found
+    return results
 
 
-def _ratio(over: Row | None, under: Row | None) -> float | None:
+def _ratio(over: Measurement | None, under: Measurement | None) -> float | None:
     if over is None or under is None or not over.seconds or not under.seconds:
         return None
     return over.seconds / under.seconds
@@ -344,10 +339,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and the device; packages that are not installed are left out."""
     versions = {}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     cuda = device.type == "cuda"
     return {
         "versions": versions,

@@ -98,11 +98,7 @@ CONFIGURATIONS = (
     Configuration("SparseAdam, int8 anchor", _sparse(anchor="int8"), torch.float32, 33.0, 17.2),
     Configuration("SparseAdam, 8-bit moments", _sparse(anchor="int8", moments="int8"), torch.float32, 21.0, 11.3),
     Configuration(
-        "SparseAdam, bfloat16 weights, 8-bit moments",
-        _sparse(anchor="int8", moments="int8"),
-        torch.bfloat16,
-        13.0,
-        7.3,
+        "SparseAdam, bfloat16 weights, 8-bit moments", _sparse(anchor="int8", moments="int8"), torch.bfloat16, 13.0, 7.3
     ),
     Configuration(
         "ELSA-L (x = z), bfloat16 weights",

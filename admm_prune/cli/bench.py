@@ -74,7 +74,7 @@ def gpu(
 
 @bench.command()
 def inference(
-    model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
+    model: common.Model,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of prefill tokens.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Number of decoded tokens.")] = 16,

@@ -20,7 +20,7 @@ _DECLARED = options(Settings)
 
 
 def _typed(name: str, declared: Option) -> Any:
-    """What typer is to know of a setting."""
+    """The typer option of a setting."""
     ranged = declared.typed not in (str, str | None)
     flags = (f"--{name.replace('_', '-')}",) if declared.typed is bool else ()
     return typer.Option(
@@ -33,6 +33,7 @@ def _typed(name: str, declared: Option) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
+Model = Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")]
 Out = Annotated[Path, typer.Option(help="Output folder, written atomically.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and exit.")]
 Seed = Annotated[int, _typed("seed", _DECLARED["seed"])]
@@ -47,28 +48,28 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
     The command receives them by the names of their fields, parsed.
 
     Args:
-        replaces: what a recipe holds is None unless it is given.
+        replaces: options that a recipe holds default to None.
     """
     declared = {name: one for name, one in options(kind).items() if command in one.commands.split()}
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def call(**given: Any) -> None:
-            asked: dict[str, Any] = {}
+            values: dict[str, Any] = {}
             for name, one in declared.items():
                 value = given.pop(one.spelled)
-                asked[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
-            function(**given, **asked)
+                values[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
+            function(**given, **values)
 
         parameters: list[inspect.Parameter] = []
         for one in declared.values():
-            unset = replaces and one.kept == "recipe"
+            unset = replaces and one.saved_in == "recipe"
             annotation: Any = one.typed | None if unset else one.typed
             default = None if unset else one.typed_default
             parameters.append(_keyword(one.spelled, Annotated[annotation, _typed(one.spelled, one)], default))
         hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters += [_keyword(p.name, hints[p.name], p.default) for p in own]
+        explicit = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters += [_keyword(p.name, hints[p.name], p.default) for p in explicit]
         made: Any = call
         made.__signature__ = inspect.Signature(parameters)
         made.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -14,7 +14,7 @@ from admm_prune.settings import TextSettings, names_of
 @common.takes("eval")
 def evaluate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")],
+    model: common.Model,
     data: Annotated[
         str | None,
         typer.Option(
@@ -51,13 +51,14 @@ def evaluate(
     device, dtype = options["device"], options["dtype"]
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        _evaluate_tasks(model, names, task_folder, shots, limit, device, dtype, options["seed"], json)
+        how = {"folder": task_folder, "shots": shots, "device": device, "dtype": dtype, "seed": options["seed"]}
+        _evaluate_tasks(model, names, limit, json, **how)
         return
     given = common.given(ctx, documents="eval_documents", samples="eval_samples")
-    asked: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
-    changes: dict[str, Any] = {name: asked[name] for name in names_of(text=True) if name in asked.keys() & given}
+    values: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
+    changes: dict[str, Any] = {name: values[name] for name in names_of(text=True) if name in values.keys() & given}
     text = None if data is None else TextSettings(data=data, **changes)
-    judgement = evaluate_model(
+    evaluation = evaluate_model(
         model,
         text,
         device=device,
@@ -66,31 +67,19 @@ def evaluate(
         **(changes if text is None else {}),
     )
     if json:
-        common.emit(judgement.as_json())
+        common.emit(evaluation.as_json())
         return
-    figures = judgement.figures
-    zeros = f"{100 * judgement.sparsity:.2f}%"
+    figures = evaluation.figures
+    zeros = f"{100 * evaluation.sparsity:.2f}%"
     rows = [[model, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}", zeros]]
     common.show_table(f"{figures.tokens:,} tokens", ["model", "perplexity", "bits/char", "zeros"], rows)
-    print(f"{figures.protocol}; text: {judgement.text.source}")
+    print(f"{figures.protocol}; text: {evaluation.text.source}")
 
 
-def _evaluate_tasks(
-    model: str,
-    names: list[str],
-    folder: Path | None,
-    shots: int | None,
-    limit: int | None,
-    device: str,
-    dtype: str | None,
-    seed: int,
-    json: bool,
-) -> None:
+def _evaluate_tasks(model: str, names: list[str], limit: int | None, json: bool, **how: Any) -> None:
     from admm_prune.runs.evaluate import evaluate_tasks
 
-    content = evaluate_tasks(
-        model, names, folder=folder, shots=shots, limit=limit, device=device, dtype=dtype, seed=seed
-    )
+    content = evaluate_tasks(model, names, limit=limit, **how)
     if json:
         common.emit(content)
         return

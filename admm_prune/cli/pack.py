@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,9 +28,7 @@ def pack(
     """
     from admm_prune.inference.packing import pack as pack_folder
 
-    with common.progress_bar("packing") as progress:
-        packing = pack_folder(folder, out, progress, overwrite=overwrite)
-    _tell(packing, out, json)
+    _write(pack_folder, "packing", folder, out, overwrite, json)
 
 
 def unpack(
@@ -44,12 +43,12 @@ def unpack(
     """
     from admm_prune.inference.packing import unpack as unpack_folder
 
-    with common.progress_bar("unpacking") as progress:
-        packing = unpack_folder(folder, out, progress, overwrite=overwrite)
-    _tell(packing, out, json)
+    _write(unpack_folder, "unpacking", folder, out, overwrite, json)
 
 
-def _tell(packing: Packing, out: Path, json: bool) -> None:
+def _write(action: Callable[..., Packing], what: str, folder: Path, out: Path, overwrite: bool, json: bool) -> None:
+    with common.progress_bar(what) as progress:
+        packing = action(folder, out, progress, overwrite=overwrite)
     if json:
         common.emit(
             {

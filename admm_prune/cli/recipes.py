@@ -10,10 +10,7 @@ import typer
 from admm_prune.cli import common
 from admm_prune.cli.run import carry_out, recipe_and_machine, show_plan
 
-recipe = typer.Typer(
-    help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt",
-    no_args_is_help=True,
-)
+recipe = typer.Typer(help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt", no_args_is_help=True)
 
 
 @recipe.command()
@@ -35,11 +32,11 @@ def list_(json: common.Json = False) -> None:
     """
     from admm_prune.runs.recipe_file import packaged_names, read_packaged
 
-    found = {name: read_packaged(name) for name in packaged_names()}
+    recipes = {name: read_packaged(name) for name in packaged_names()}
     if json:
-        common.emit({"recipes": {name: one.as_content() for name, one in found.items()}})
+        common.emit({"recipes": {name: one.as_content() for name, one in recipes.items()}})
         return
-    rows = [[name, one.as_content()["model"], one.summary or ""] for name, one in found.items()]
+    rows = [[name, one.as_content()["model"], one.summary or ""] for name, one in recipes.items()]
     common.show_table("recipes (reproduce)", ["name", "model", "protocol"], rows, prose=True)
 
 
@@ -79,8 +76,8 @@ def reproduce(
     """
     from admm_prune.runs.recipe_file import read_packaged
 
-    asked, machine = recipe_and_machine(options)
-    recipe = read_packaged(name).with_options({key: value for key, value in asked.items() if value is not None})
+    arguments, machine = recipe_and_machine(options)
+    recipe = read_packaged(name).with_options({key: value for key, value in arguments.items() if value is not None})
     if dry_run:
         show_plan(recipe.as_content(), machine["out"], json)
     else:

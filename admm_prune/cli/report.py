@@ -34,13 +34,13 @@ def report(
             print(f"report: {path}")
         return
     path = out or Path("difference.html")
-    found = write_difference(folder, other, path, overwrite=overwrite)
+    difference = write_difference(folder, other, path, overwrite=overwrite)
     if json:
-        common.emit({"out": str(path), **found})
+        common.emit({"out": str(path), **difference})
         return
     rows = [
-        [name, *("" if found is None else f"{found:.6g}" for found in (pair["a"], pair["b"]))]
-        for name, pair in found["figures"].items()
+        [name, *("" if value is None else f"{value:.6g}" for value in (pair["a"], pair["b"]))]
+        for name, pair in difference["figures"].items()
     ]
     common.show_table(f"A: {folder}   B: {other}", ["figure", "A", "B"], rows)
     print(f"report: {path}")

@@ -28,28 +28,30 @@ def run(
     """
     from admm_prune.runs.recipe_file import read_recipe
 
-    asked, machine = recipe_and_machine(options)
+    arguments, machine = recipe_and_machine(options)
     if recipe is not None or dry_run:
         given = common.given(ctx)
         if recipe is None:
             from admm_prune.runs.recipe_schema import validated
 
-            chosen = validated({key: asked[key] for key in ("sparsity", "pattern") if asked[key] is not None}, "run")
+            chosen = validated(
+                {key: arguments[key] for key in ("sparsity", "pattern") if arguments[key] is not None}, "run"
+            )
         else:
             chosen = read_recipe(recipe)
-        chosen = chosen.with_options({name: value for name, value in asked.items() if name in given})
-        asked = chosen.arguments()
+        chosen = chosen.with_options({name: value for name, value in arguments.items() if name in given})
+        arguments = chosen.arguments()
         if dry_run:
             show_plan(chosen.as_content(), machine["out"], json)
             return
-    carry_out(asked, json, **machine)
+    carry_out(arguments, json, **machine)
 
 
 def recipe_and_machine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options that a recipe can hold, and those that say how and where it is run."""
     declared = settings.options(settings.Settings)
-    asked = {name: value for name, value in options.items() if declared[name].kept == "recipe"}
-    return asked, {name: value for name, value in options.items() if name not in asked}
+    recipe = {name: value for name, value in options.items() if declared[name].saved_in == "recipe"}
+    return recipe, {name: value for name, value in options.items() if name not in recipe}
 
 
 def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
@@ -63,11 +65,11 @@ def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
     print(f"# would be written to {out}" if out is not None else "# a run needs --out")
 
 
-def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine: Any) -> None:
+def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **machine: Any) -> None:
     """Prunes as the arguments specify and prints the result.
 
     Args:
-        asked: arguments of `prune` that define the result.
+        arguments: of `prune`, those that define the result.
         machine: those that say how.
 
     Raises:
@@ -81,10 +83,10 @@ def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine:
         raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
     with (
         common.resumable(out),
-        joined(asked.get("device", "auto")) as world,
+        joined(arguments.get("device", "auto")) as world,
         common.progress_bar("pruning", shown=world.first) as progress,
     ):
-        report = prune(**asked, **machine, out=out, progress=progress)
+        report = prune(**arguments, **machine, out=out, progress=progress)
     if not world.first:
         return
     if json:
@@ -104,6 +106,8 @@ def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine:
         [name, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}"]
         for name, figures in (("dense", report.dense), (f"{report.method} {report.target}", report.pruned))
     ]
-    common.show_table(f"{asked['model']}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows)
+    common.show_table(
+        f"{arguments['model']}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows
+    )
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
     print(f"report: {out / 'report.html'}")

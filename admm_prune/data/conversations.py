@@ -24,7 +24,7 @@ class ChatText(str):
 
 
 def conversation_of(value: object) -> list[Message] | None:
-    """The messages of a conversation, as {"role": ..., "content": ...}; None where `value` is none.
+    """The messages of a conversation, as {"role": ..., "content": ...}; None if `value` is not one.
 
     Args:
         value: a list of {"role", "content"} or of {"from", "value"}; or a mapping of such keys to lists, as `datasets`
@@ -86,7 +86,7 @@ def templated(conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBas
 
 
 def _plain(content: object, where: str) -> str | None:
-    """The text of a message's content, which may come in parts; None stays, as beside a call of a tool."""
+    """The text of a message's content, which may consist of parts; None is kept, as in a message with a tool call."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -24,7 +24,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Writes JSON after its fingerprint, atomically; returns it as it will be read.
+    """Writes JSON preceded by its fingerprint, atomically; returns the content as it will be read.
 
     Raises:
         OSError: it cannot be written.

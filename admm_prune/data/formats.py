@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from admm_prune.data.hub import first_line, quiet
-from admm_prune.data.rows import TEXT, NoColumnError, Row, RowReader
+from admm_prune.data.rows import TEXT, LocatedRow, NoColumnError, RowReader
 from admm_prune.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
@@ -105,7 +105,7 @@ def file_documents(path: Path, reader: RowReader) -> Iterator[str]:
 
 @contextmanager
 def _opened(path: Path) -> Generator[BinaryIO]:
-    """A file's bytes, decompressed; whatever reading them ends in is a UserError."""
+    """A file's bytes, decompressed; any error while reading is a UserError."""
     import pyarrow
 
     try:
@@ -188,13 +188,13 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where} is nested too deeply") from error
 
 
-def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[LocatedRow]:
     for number, line in lines:
         if line.strip():
             yield f"line {number}", _parsed(line, f"{path}: line {number}")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[LocatedRow]:
     """Rows of an array, of the one array in an object ({"data": [...]}), or of lines, as many .json files hold them."""
     lines = _lines(path)
     head: list[tuple[int, str]] = []
@@ -222,7 +222,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _bounded(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Lines that are held at once: a limited number for a compressed file."""
+    """Lines that are kept in memory together: up to a limit for a compressed file."""
     size = 0
     for number, line in lines:
         size += len(line)
@@ -262,7 +262,7 @@ def _delimiter(header: str) -> str:
     return next((delimiter for delimiter in ",;\t" if delimiter in header), ",")
 
 
-def _csv_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
+def _csv_rows(path: Path, delimiter: str | None) -> Iterator[LocatedRow]:
     """Rows under the names of the first line; None takes the delimiter from that line."""
     numbered = _lines(path)
     head = list(islice(numbered, 1))
@@ -300,7 +300,7 @@ def _parquet_documents(path: Path, reader: RowReader) -> Iterator[str]:
             yield from reader.of(column).documents(str(path), rows)
     except UserError:
         raise
-    except Exception as error:  # a damaged file ends in many kinds of errors
+    except Exception as error:  # a damaged file can raise many kinds of errors
         raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
@@ -315,28 +315,28 @@ def saved_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]:
 
     try:
         with quiet():
-            found: Any = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                raise NoSplitError(str(path), split, [str(name) for name in found])
-            found = found[split]
-        yield from dataset_documents(found, str(path), reader)
+            dataset: Any = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise NoSplitError(str(path), split, [str(name) for name in dataset])
+            dataset = dataset[split]
+        yield from dataset_documents(dataset, str(path), reader)
     except UserError:
         raise
     except Exception as error:  # as for parquet
         raise UserError(f"{path}: not a readable folder of save_to_disk ({first_line(error)})") from error
 
 
-def dataset_documents(found: Any, source: str, reader: RowReader) -> Iterator[str]:
+def dataset_documents(dataset: Any, source: str, reader: RowReader) -> Iterator[str]:
     """The rows of a `datasets.Dataset` or an `IterableDataset`; images and sounds are not decoded."""
-    names: list[str] = list(found.column_names or ())
-    if found.features is not None:
-        media = [name for name, feature in found.features.items() if hasattr(feature, "decode_example")]
-        found = found.select_columns([name for name in names if name not in media]) if media else found
-    asked = reader.asked or (TEXT if TEXT in names else None)
-    if asked is not None and names:
-        if asked not in names:
-            raise NoColumnError(source, asked, names)
-        found = found.select_columns([asked])
-    rows = ((f"row {number}", dict(row)) for number, row in enumerate(found, start=1))
+    names: list[str] = list(dataset.column_names or ())
+    if dataset.features is not None:
+        media = [name for name, feature in dataset.features.items() if hasattr(feature, "decode_example")]
+        dataset = dataset.select_columns([name for name in names if name not in media]) if media else dataset
+    column = reader.requested_column or (TEXT if TEXT in names else None)
+    if column is not None and names:
+        if column not in names:
+            raise NoColumnError(source, column, names)
+        dataset = dataset.select_columns([column])
+    rows = ((f"row {number}", dict(row)) for number, row in enumerate(dataset, start=1))
     yield from reader.documents(source, rows)

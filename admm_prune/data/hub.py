@@ -1,4 +1,4 @@
-"""Shared access to the Hugging Face Hub: repository names, muted logging, errors in one line."""
+"""Shared access to the Hugging Face Hub: repository names, muted logging, one-line errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:
         HfApi().repo_info(repository, repo_type=kind, timeout=_PATIENCE)
     except (HfHubHTTPError, ValueError):  # the Hub answered, or the name is invalid: the download reports it
         return
-    except Exception as error:  # releases of the client differ in whose network errors they let through
+    except Exception as error:  # releases of the client differ in the network errors that they raise
         raise ConnectionError(first_line(error)) from error
 
 

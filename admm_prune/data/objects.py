@@ -116,8 +116,9 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
         rows = ((f"item {n}", dict(item) if isinstance(item, Mapping) else item) for n, item in enumerate(items, 1))
         yield from reader.documents(PYTHON_OBJECT, rows)
         return
-    if reader.asked is not None and first is not None and not _has_column(first, reader.asked):
-        raise NoColumnError(PYTHON_OBJECT, reader.asked, list(first) if isinstance(first, Mapping) else None)
+    column, columns = reader.requested_column, list(first) if isinstance(first, Mapping) else None
+    if first is not None and column is not None and (columns is None or column != "input_ids"):
+        raise NoColumnError(PYTHON_OBJECT, column, columns)
     for number, item in enumerate(items, start=1):
         rows_of_item = None if isinstance(item, str) else _token_rows(item)
         if isinstance(item, str):
@@ -128,11 +129,6 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
             raise UserError(
                 f"{PYTHON_OBJECT}: item {number} is {type(item).__name__}, neither text nor tokens: {_TAKEN}"
             )
-
-
-def _has_column(item: Any, column: str) -> bool:
-    """Whether an item that is no row of a table has tokens under this name."""
-    return isinstance(item, Mapping) and column == "input_ids"
 
 
 def _is_row(item: Any) -> bool:
@@ -148,12 +144,12 @@ def _token_rows(item: Any) -> list[list[int]] | None:
         if "input_ids" not in item:
             return None
         rows, mask = _token_rows(item["input_ids"]), item.get("attention_mask")
-        kept = None if mask is None else _token_rows(mask)
-        if rows is None or kept is None:
+        mask_rows = None if mask is None else _token_rows(mask)
+        if rows is None or mask_rows is None:
             return rows
-        if [len(row) for row in rows] != [len(row) for row in kept]:
+        if [len(row) for row in rows] != [len(row) for row in mask_rows]:
             return None
-        return [[t for t, real in zip(*pair, strict=True) if real] for pair in zip(rows, kept, strict=True)]
+        return [[t for t, real in zip(*pair, strict=True) if real] for pair in zip(rows, mask_rows, strict=True)]
     if isinstance(item, Tensor):
         return _rows_of(item.detach().cpu().numpy()) if item.dtype != torch.bfloat16 else None
     if isinstance(item, np.ndarray):
@@ -164,9 +160,9 @@ def _token_rows(item: Any) -> list[list[int]] | None:
         return [[int(token) for token in item]]
     if isinstance(item[0], Tensor) and item[0].ndim == 2:  # (ids, labels), as loaders of tensors give
         return _token_rows(item[0])
-    found = [_token_rows(row) for row in item]
-    if all(rows is not None and len(rows) == 1 for rows in found):
-        return [rows[0] for rows in found if rows]
+    nested = [_token_rows(row) for row in item]
+    if all(rows is not None and len(rows) == 1 for rows in nested):
+        return [rows[0] for rows in nested if rows]
     return None
 
 

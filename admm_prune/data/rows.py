@@ -16,7 +16,7 @@ TEXT = "text"
 PEEK = 100  # rows inspected to find the column
 _CHATS = ("messages", "conversations", "conversation")
 
-Row = tuple[str, Any]  # where it is ("line 3"), and what
+LocatedRow = tuple[str, Any]  # where it is ("line 3"), and what
 
 
 class Notes:
@@ -49,13 +49,13 @@ class RowReader:
     """
 
     def __init__(self, column: str | None, tokenizer: PreTrainedTokenizerBase | None, notes: Notes) -> None:
-        self.asked, self._tokenizer, self.notes = column, tokenizer, notes
+        self.requested_column, self._tokenizer, self.notes = column, tokenizer, notes
 
     def of(self, column: str) -> RowReader:
         """A reader of this column, which adds to the same notes."""
         return RowReader(column, self._tokenizer, self.notes)
 
-    def documents(self, source: str, rows: Iterable[Row]) -> Iterator[str]:
+    def documents(self, source: str, rows: Iterable[LocatedRow]) -> Iterator[str]:
         """The text of every row; a null counts as an empty document.
 
         Raises:
@@ -63,7 +63,7 @@ class RowReader:
         """
         rows = iter(rows)
         head = list(islice(rows, 1))
-        if self.asked is None and not (head and isinstance(head[0][1], dict) and TEXT in head[0][1]):
+        if self.requested_column is None and not (head and isinstance(head[0][1], dict) and TEXT in head[0][1]):
             head += islice(rows, PEEK - 1)
         column = self.column(source, [row for _, row in head if isinstance(row, dict)])
         for where, row in chain(head, rows):
@@ -79,10 +79,10 @@ class RowReader:
             UserError: none of this name, or none that is the only one with text; the message lists the columns.
         """
         names = names or list(dict.fromkeys(name for row in rows for name in row))
-        if self.asked is not None:
-            if names and self.asked not in names:
-                raise NoColumnError(source, self.asked, names)
-            return self.asked
+        if self.requested_column is not None:
+            if names and self.requested_column not in names:
+                raise NoColumnError(source, self.requested_column, names)
+            return self.requested_column
         if TEXT in names or not names:
             return TEXT
         chats = [name for name in names if _is_chat([row.get(name) for row in rows])]
@@ -102,7 +102,7 @@ class RowReader:
             if column not in row:
                 raise NoColumnError(where, column, list(row))
             value, place = row[column], f"{where}: column {_short(column)!r}"
-        elif self.asked is not None and isinstance(row, str | list):
+        elif self.requested_column is not None and isinstance(row, str | list):
             raise NoColumnError(where, column, None)
         else:
             value, place = row, where
@@ -129,7 +129,7 @@ class RowReader:
         return self._encodable(text, where)
 
     def _encodable(self, text: str, where: str) -> str:
-        """The text with U+FFFD in place of halves of surrogate pairs, which no tokenizer takes."""
+        """The text with U+FFFD in place of halves of surrogate pairs, which no tokenizer accepts."""
         clean = without_surrogates(text)
         if clean != text:
             self.notes.add("surrogate", f"{where}: half a surrogate pair is replaced with U+FFFD")
@@ -146,18 +146,18 @@ def without_surrogates(text: str) -> str:
 
 
 class NoColumnError(UserError):
-    """Rows do not have the column that is wanted.
+    """Rows do not have the requested column.
 
     Args:
-        found: the columns there are; None for text that has no columns at all.
+        columns: the columns there are; None for text that has no columns at all.
     """
 
-    def __init__(self, where: str, column: str, found: Sequence[object] | None) -> None:
-        self.plain = found is None
-        if found is None:
+    def __init__(self, where: str, column: str, columns: Sequence[object] | None) -> None:
+        self.plain = columns is None
+        if columns is None:
             super().__init__(f"{where}: plain text, without a column {_short(column)!r}: leave --column out")
             return
-        names = sorted(_short(name) for name in found)
+        names = sorted(_short(name) for name in columns)
         listed = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "") if names else "none"
         super().__init__(f"{where}: no column {_short(column)!r}; found {listed}: choose one with --column")
 

@@ -22,12 +22,11 @@ from admm_prune.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Packing = Literal["auto", "documents", "windows", "segments"]
 
 PAD = 0
-LONGEST_DEFAULT = 2048  # with the full context of current models (131072 tokens) one batch would fill the memory
 GROUP = 2**19  # characters encoded at once: the tokenizer's lists take a hundred times the memory of the text
 
 
@@ -137,19 +136,11 @@ class Sequences:
         counts for the whole and stays with the first part.
         """
         count = len(self.rows)
-        wanted = min(max(1, round(count * fraction)), count - 1)
-        cut_off = {(2 * i + 1) * count // (2 * wanted) for i in range(wanted)}
-        kept = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
+        held_out = min(max(1, round(count * fraction)), count - 1)
+        cut_off = {(2 * i + 1) * count // (2 * held_out) for i in range(held_out)}
+        remaining = tuple(row for i, row in enumerate(self.rows) if i not in cut_off)
         taken = tuple(row for i, row in enumerate(self.rows) if i in cut_off)
-        return replace(self, rows=kept), replace(self, rows=taken, dropped_sequences=0)
-
-
-def default_length(config: PreTrainedConfig) -> int:
-    """The tokens of a sequence where the user names none: the model's context, at most 2048."""
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    contexts: list[int] = [getattr(text, name) for name in names if getattr(text, name, None)]
-    return min([LONGEST_DEFAULT, *contexts])
+        return replace(self, rows=remaining), replace(self, rows=taken, dropped_sequences=0)
 
 
 def pack(
@@ -189,14 +180,14 @@ def pack(
         raise UserError(f"samples must be at least 1, not {samples}")
     bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
     documents = encode(corpus.documents, tokenizer)
-    found = sum(len(document.ids) + (bos is not None) for document in documents)
-    if samples is not None and found < length:
+    tokens = sum(len(document.ids) + (bos is not None) for document in documents)
+    if samples is not None and tokens < length:
         raise UserError(
-            f"{corpus.name}: the text is shorter than one sequence ({found} tokens found, {length} needed): "
+            f"{corpus.name}: the text is shorter than one sequence ({tokens} tokens found, {length} needed): "
             "give more text or a smaller --length"
         )
     if packing == "auto":
-        packing = "documents" if found <= length * len(documents) else "windows"
+        packing = "documents" if tokens <= length * len(documents) else "windows"
     if packing == "segments":
         rows = _segments(joined(corpus.documents, tokenizer), _first_token(tokenizer), length)
         usable = [row for row in rows if len(row.ids) == length]
@@ -207,7 +198,7 @@ def pack(
         rows = _windows(documents, bos, length)
         usable = [row for row in rows if samples is None or len(row.ids) == length]
     if not usable:
-        raise UserError(f"{corpus.name}: no document has a token to score ({found} tokens found): give more text")
+        raise UserError(f"{corpus.name}: no document has a token to score ({tokens} tokens found): give more text")
     if samples is not None:
         draw = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))[:samples]
         chosen = [usable[i] for i in draw.tolist()]
@@ -232,7 +223,7 @@ def _document(document: EncodedDocument, bos: int | None, length: int) -> Row:
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """BOS where the tokenizer puts it before a text by itself."""
+    """BOS if the tokenizer adds it to a text."""
     ids = tokenizer("a")["input_ids"]
     return int(ids[0]) if len(ids) > 0 and ids[0] == tokenizer.bos_token_id else None
 
@@ -351,7 +342,7 @@ def _located(document: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> E
             bounds.append(bounds[-1] + len(stream.step(backend, token) or ""))
         whole = len(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         bounds[-1] = max(whole, bounds[-1])  # a character that the last token leaves incomplete
-    except Exception:  # of the decoder, which is not Python and has no classes of its own
+    except Exception:  # the decoder is not Python and raises plain exceptions
         whole = len(tokenizer.decode(ids))
         bounds = [whole * i // max(1, len(ids)) for i in range(len(ids) + 1)]
     return EncodedDocument(torch.tensor(ids, dtype=torch.int64), torch.tensor(bounds))

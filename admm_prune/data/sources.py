@@ -214,10 +214,10 @@ def _hub_documents(source: str, split: str, reader: RowReader) -> Iterator[str]:
         raise UserError(f"{source}: there is no such file or folder")
     try:
         with quiet():
-            found = _opened_dataset(repository, config or None)
-            if split not in found:
-                raise NoSplitError(source, split, list(found))
-            yield from dataset_documents(found[split], source, reader)
+            splits = _opened_dataset(repository, config or None)
+            if split not in splits:
+                raise NoSplitError(source, split, list(splits))
+            yield from dataset_documents(splits[split], source, reader)
     except UserError:
         raise
     except ConnectionError as error:
@@ -232,7 +232,7 @@ def _hub_documents(source: str, split: str, reader: RowReader) -> Iterator[str]:
 
 
 def _opened_dataset(repository: str, config: str | None) -> Any:
-    """The splits of a Hub dataset: from the local cache where it is there whole, else streamed."""
+    """The splits of a Hub dataset: from the local cache if it is complete there, else streamed."""
     import datasets
     from datasets.config import HF_DATASETS_CACHE
 

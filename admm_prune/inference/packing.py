@@ -30,7 +30,7 @@ class Packing:
         return self.packed_bytes / self.bytes
 
 
-def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
+def pack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overwrite: bool = False) -> Packing:
     """Writes a copy of a model folder in which every safetensors file is packed; one tensor is in memory at a time.
 
     Every packed file is unpacked again and compared with its source.
@@ -54,8 +54,7 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: 
     with output_folder(out, overwrite=overwrite) as new:
         for done, path in enumerate(files):
             name = path.relative_to(folder)
-            if progress is not None:
-                progress(done, len(files), str(name))
+            progress(done, len(files), str(name))
             weights = path.suffix == ".safetensors"
             target = new / name if not weights else new / f"{name}{PACKED}"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +73,11 @@ def pack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: 
             }
         write_json(new / PACK_MANIFEST, {"format": 1, "files": record})
         after = sum(path.stat().st_size for path in _files(new))
-    if progress is not None:
-        progress(len(files), len(files), "")
+    progress(len(files), len(files), "")
     return Packing(sum(path.stat().st_size for path in files), after, tensors)
 
 
-def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite: bool = False) -> Packing:
+def unpack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overwrite: bool = False) -> Packing:
     """Restores the packed folder and checks every file by its sha256.
 
     Args:
@@ -93,15 +91,14 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite
         raise UserError(f"{folder} is no archive: it has no {PACK_MANIFEST}; 'admm-prune pack' makes one")
     try:
         record = json.loads(manifest.read_bytes())["files"]
-        wanted = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}
+        files = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} cannot be read: {type(error).__name__}: {error}") from error
     check_output(out, overwrite=overwrite)
     _keep_apart(folder, out)
     with output_folder(out, overwrite=overwrite) as new:
-        for done, (name, (sha256, _)) in enumerate(wanted.items()):
-            if progress is not None:
-                progress(done, len(wanted), name)
+        for done, (name, (sha256, _)) in enumerate(files.items()):
+            progress(done, len(files), name)
             target = new / name
             if not target.resolve().is_relative_to(new.resolve()):
                 raise UserError(f"{manifest} names a file outside the folder: {name}")
@@ -116,9 +113,8 @@ def unpack(folder: Path, out: Path, progress: OnFile | None = None, *, overwrite
             if file_sha256(target) != sha256:
                 raise UserError(f"{name} is not the file that was packed: {folder} is damaged")
         dense = sum(path.stat().st_size for path in _files(new))
-    if progress is not None:
-        progress(len(wanted), len(wanted), "")
-    return Packing(dense, sum(path.stat().st_size for path in _files(folder)), sum(n for _, n in wanted.values()))
+    progress(len(files), len(files), "")
+    return Packing(dense, sum(path.stat().st_size for path in _files(folder)), sum(n for _, n in files.values()))
 
 
 def _check_packed(path: Path, packed: Path) -> None:

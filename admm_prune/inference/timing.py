@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
 from admm_prune.models.loading import LoadedModel, load
-from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.structure import assign, decoder_blocks
 from admm_prune.ops import bits
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM
@@ -26,7 +27,7 @@ _TWO_OF_FOUR = NofM(2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Timing:
     """One form of a model, measured.
 
     Attributes:
@@ -59,14 +60,14 @@ class Row:
 
 @torch.no_grad()
 def prefill(model: Any, tokens: int) -> None:
-    """One pass over so many tokens, the logits of the last one only."""
+    """A forward pass over `tokens` tokens with the logits of the last one."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 @torch.no_grad()
 def decode(model: Any, tokens: int) -> None:
-    """So many new tokens, one by one, with a cache, after 16 given ones."""
+    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16."""
     ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
@@ -77,7 +78,7 @@ def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
     """The times of each model; the models alternate, with one warm-up round.
 
     On the CPU it is the CPU time of the process, so that other load on the machine does not count; use
-    it one thread. On CUDA it is the time until the device is done.
+    it with one thread. On CUDA it is the time until the device is done.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
@@ -91,7 +92,7 @@ def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
             if cuda:
                 torch.cuda.synchronize()
             times[name].append(clock() - began)
-    return {name: found[1:] for name, found in times.items()}
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def differs(a: list[float], b: list[float]) -> bool:
@@ -141,7 +142,7 @@ def bench_inference(
     times = {run: timed(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
     first = next(iter(models))
     rows = [
-        Row(
+        Timing(
             form=form,
             parameters=_parameters(forms["as stored"][0] if name is None else loaded),
             zeros=zeros if form != "dense" else sparsity(decoder_blocks(loaded.model)),
@@ -210,8 +211,7 @@ def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     for block in decoder_blocks(model):
         for path, module in list(block.module.named_modules()):
             if type(module) is nn.Linear:
-                parent, _, name = path.rpartition(".")
-                setattr(block.module.get_submodule(parent), name, make(module))
+                assign(block.module, path, make(module))
 
 
 def _fits_two_of_four(model: nn.Module) -> bool:
@@ -249,13 +249,11 @@ def _packed_bytes(model: nn.Module) -> int:
 
 
 def _disk_bytes(name: str) -> int | None:
-    folder = Path(name).expanduser()
-    found = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return found or None
+    return weight_bytes(Path(name).expanduser()) or None
 
 
-def _sentences(rows: list[Row], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
-    """Sentences on what is gained and what is not."""
+def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
+    """Sentences on the gains, and on what brings none."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []
     for row in rows[1:]:

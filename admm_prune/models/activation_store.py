@@ -32,7 +32,7 @@ class ActivationStore:
 
     Args:
         limit: bytes held in memory; None for no limit.
-        folder: the parent of a temporary folder for the files, deleted with the shelf; None for the system's default.
+        folder: the parent of a temporary folder for the files, deleted with the store; None for the system's default.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
@@ -48,14 +48,14 @@ class ActivationStore:
             OSError: the file cannot be written.
         """
         self._held.pop(name, None)
-        kept = tensor.detach().cpu()
-        if self._limit is None or self.held_bytes + kept.nbytes <= self._limit:
-            self._held[name] = kept
+        tensor = tensor.detach().cpu()
+        if self._limit is None or self.held_bytes + tensor.nbytes <= self._limit:
+            self._held[name] = tensor
             return
         # Written, not mapped: a full disk is then an error, where a mapped page would kill the process.
         with self._path(name).open("wb") as file:
-            kept.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
-        self._filed[name] = (kept.shape, kept.dtype)
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        self._filed[name] = (tensor.shape, tensor.dtype)
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the host."""
@@ -139,7 +139,7 @@ def record(
     Args:
         batches: with the names of their hidden states.
         device: on which the model computes.
-        wrap: as `form_of` gives it.
+        wrap: from `form_of`.
         finite: require finite inputs of the first block.
 
     Raises:
@@ -158,37 +158,45 @@ def form_of(model: nn.Module, blocks: list[Block], device: torch.device, offload
 @torch.no_grad()
 def returned_form(model: nn.Module, blocks: list[Block], device: torch.device, offloading: Offloading) -> Wrap:
     """The form in which blocks return hidden states, alone or in a tuple, found by calling the first block."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with offloading.outside(), offloading.block(0):
+        returned = block_output(model, blocks[0], ids)
+    if isinstance(returned, tuple | list):
+        form, others = type(returned), returned[1:]
+        return lambda hidden: form([hidden, *others])
+    return lambda hidden: hidden
+
+
+def block_output(model: nn.Module, block: Block, ids: Tensor) -> Any:
+    """What a block returns in a forward pass, which ends there.
+
+    Raises:
+        UserError: the model never calls the block.
+    """
     returned: list[Any] = []
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         returned.append(output)
-        raise _StopRecordingError
+        raise _StopForwardError
 
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with ExitStack() as stack:
-        for entered in (offloading.outside(), offloading.block(0), blocks[0].module.register_forward_hook(hook)):
-            stack.enter_context(entered)
-        stack.enter_context(suppress(_StopRecordingError))
+    with block.module.register_forward_hook(hook), suppress(_StopForwardError):
         model(input_ids=ids, use_cache=False)
     if not returned:
-        raise UserError(f"the model never calls {blocks[0].name}: it cannot be pruned")
-    if isinstance(returned[0], tuple | list):
-        form, others = type(returned[0]), returned[0][1:]
-        return lambda hidden: form([hidden, *others])
-    return lambda hidden: hidden
+        raise UserError(f"the model never calls {block.name}: it cannot be pruned")
+    return returned[0]
 
 
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
     """Makes blocks return their inputs; the first returns `last` instead, if given."""
-    own = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
+    forwards = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
     for number, block in enumerate(blocks):
         block.module.forward = _passing(wrap, last if number == 0 else None)
     try:
         yield
     finally:
         for block in blocks:
-            forward = own[block.name]
+            forward = forwards[block.name]
             if forward is None:
                 del block.module.forward
             else:
@@ -209,8 +217,8 @@ def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
     return others.pop("hidden_states"), ((), others)
 
 
-class _StopRecordingError(Exception):
-    """Ends the recording run at a block: later computations are not needed."""
+class _StopForwardError(Exception):
+    """Ends a forward pass in a hook: later computations are not needed."""
 
 
 def _record(
@@ -233,12 +241,12 @@ def _record(
             entering.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise _StopRecordingError
+            raise _StopForwardError
 
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
-        stack.enter_context(suppress(_StopRecordingError))
+        stack.enter_context(suppress(_StopForwardError))
         model(input_ids=batch.input_ids.to(device), use_cache=False)
     if len(calls) < len(blocks):
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")

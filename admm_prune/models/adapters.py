@@ -25,17 +25,19 @@ def check_no_adapters(source: str, what: nn.Module | Path) -> None:
         UserError: it has adapters; the message says how to merge them.
     """
     if isinstance(what, nn.Module):
-        found = next((name or type(module).__name__ for name, module in what.named_modules() if _is_peft(module)), None)
-        if found is not None:
+        adapter = next(
+            (name or type(module).__name__ for name, module in what.named_modules() if _is_peft(module)), None
+        )
+        if adapter is not None:
             raise UserError(
-                f"{source}: the model has PEFT adapters ({found}): merge them first, with admm_prune.merge_lora(model) "
-                "under the zeros of a pruned model, or with model.merge_and_unload()"
+                f"{source}: the model has PEFT adapters ({adapter}): merge them first, with "
+                "admm_prune.merge_lora(model) under the zeros of a pruned model, or with model.merge_and_unload()"
             )
     elif (what / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{source}: there is a PEFT adapter in it ({ADAPTER_CONFIG}), which would be lost: load model and adapter "
             "with peft.PeftModel.from_pretrained, merge them with admm_prune.merge_lora(model) or "
-            "model.merge_and_unload(), and save the merged model to a folder of its own"
+            "model.merge_and_unload(), and save the merged model to a new folder"
         )
 
 
@@ -47,9 +49,9 @@ def check_repository(source: str) -> None:
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    found = find_adapter_config_file(source)
-    if found is not None:
-        check_no_adapters(source, Path(found).parent)
+    config_file = find_adapter_config_file(source)
+    if config_file is not None:
+        check_no_adapters(source, Path(config_file).parent)
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from torch import Tensor
 from admm_prune.errors import UserError
 from admm_prune.ops import bits
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -75,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     end = 0
     for name in names:
         dtype, shape, size = shapes[name]
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (end, end + size)}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (end, end + size)}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -102,6 +103,20 @@ class Entry:
     shape: list[int]
     start: int
     stop: int
+
+    @property
+    def count(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return (self.stop - self.start) // max(1, self.count)
+
+    def packed_bytes(self, nonzeros: int) -> int:
+        """Bytes of its bits and values."""
+        return nonzeros * self.itemsize + bits.packed_width(self.count)
 
 
 def read_header(path: Path) -> tuple[bytes, list[Entry]]:
@@ -135,17 +150,22 @@ def pack_file(source: Path, out: Path) -> list[str]:
         raise UserError(f"{source} is packed already")
     names = {entry.name for entry in entries}
     with safe_open(source, framework="pt") as file:
-        kept = {entry.name: int(_integers(file.get_tensor(entry.name)).count_nonzero()) for entry in entries}
-        packed = [entry for entry in entries if _gains(entry, kept[entry.name]) and not _taken(entry, names)]
+        nonzeros = {entry.name: int(_integers(file.get_tensor(entry.name)).count_nonzero()) for entry in entries}
+        packed = [
+            entry
+            for entry in entries
+            if entry.packed_bytes(nonzeros[entry.name]) < entry.stop - entry.start
+            and names.isdisjoint({entry.name + _BITS, entry.name + _VALUES})
+        ]
         parts: list[tuple[str, str, list[int], int, Entry]] = []
         for entry in entries:
             if entry in packed:
-                width, size = bits.packed_width(_count(entry)), _itemsize(entry)
-                parts.append((entry.name + _VALUES, entry.dtype, [kept[entry.name]], kept[entry.name] * size, entry))
+                width, count = bits.packed_width(entry.count), nonzeros[entry.name]
+                parts.append((entry.name + _VALUES, entry.dtype, [count], count * entry.itemsize, entry))
                 parts.append((entry.name + _BITS, "U8", [width], width, entry))
             else:
                 parts.append((entry.name, entry.dtype, entry.shape, entry.stop - entry.start, entry))
-        parts.sort(key=lambda part: -_itemsize(part[4]) if not part[0].endswith(_BITS) else -1)  # data stay aligned
+        parts.sort(key=lambda part: -part[4].itemsize if not part[0].endswith(_BITS) else -1)  # data stay aligned
         content: dict[str, Any] = {"__metadata__": {"admm_prune": "1", _HEADER: header.decode("utf-8")}}
         end = 0
         for name, dtype, shape, length, _ in parts:
@@ -183,41 +203,21 @@ def unpack_file(source: Path, out: Path) -> None:
                 continue
             if not {entry.name + _BITS, entry.name + _VALUES} <= names:
                 raise UserError(f"{source} lacks the tensor {entry.name}: it is damaged")
-            mask = bits.unpack(file.get_tensor(entry.name + _BITS), _count(entry))
+            mask = bits.unpack(file.get_tensor(entry.name + _BITS), entry.count)
             values = _integers(file.get_tensor(entry.name + _VALUES))
             if int(mask.count_nonzero()) != len(values):
                 raise UserError(f"{source}: the bits and the values of {entry.name} do not belong together")
-            _write(target, torch.zeros(_count(entry), dtype=values.dtype).masked_scatter_(mask, values))
+            _write(target, torch.zeros(entry.count, dtype=values.dtype).masked_scatter_(mask, values))
 
 
 def _entries(header: bytes) -> list[Entry]:
     content = json.loads(header)
-    found = [
+    entries = [
         Entry(name, tensor["dtype"], tensor["shape"], *tensor["data_offsets"])
         for name, tensor in content.items()
         if name != "__metadata__"
     ]
-    return sorted(found, key=lambda entry: (entry.start, entry.stop))
-
-
-def _gains(entry: Entry, kept: int) -> bool:
-    """Whether bits and values take less than the tensor."""
-    return kept * _itemsize(entry) + bits.packed_width(_count(entry)) < entry.stop - entry.start
-
-
-def _taken(entry: Entry, names: set[str]) -> bool:
-    return entry.name + _BITS in names or entry.name + _VALUES in names
-
-
-def _count(entry: Entry) -> int:
-    count = 1
-    for size in entry.shape:
-        count *= size
-    return count
-
-
-def _itemsize(entry: Entry) -> int:
-    return (entry.stop - entry.start) // max(1, _count(entry))
+    return sorted(entries, key=lambda entry: (entry.start, entry.stop))
 
 
 def _integers(tensor: Tensor) -> Tensor:
@@ -226,9 +226,5 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def _write(target: IO[bytes], flat: Tensor) -> None:
-    for chunk in _chunks(flat):
+    for chunk in flat.split(1 << 24):
         target.write(chunk.contiguous().view(torch.uint8).numpy().data)
-
-
-def _chunks(flat: Tensor) -> Iterator[Tensor]:
-    yield from flat.split(1 << 24)

@@ -45,8 +45,11 @@ class BlockStream:
         sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
             those of the others; bitwise the same.
 
+    Attributes:
+        position: the index of the current block.
+
     Raises:
-        UserError: the hidden states that enter the first block are not finite; there are fewer calibration sequences
+        UserError: the hidden states that enter the first block are not finite, or there are fewer calibration sequences
             than processes.
     """
 
@@ -67,7 +70,7 @@ class BlockStream:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
-        self._position, self._world, self._sparing = 0, world, sparing
+        self.position, self._world, self._sparing = 0, world, sparing
         activation_store = activation_store or ActivationStore()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
@@ -79,11 +82,11 @@ class BlockStream:
             )
         self._device = place = torch.device(device)
         wrap = form_of(model, blocks, place, offloading)
-        self._flows = {
+        self._states = {
             part: record(
                 model,
                 blocks,
-                ((f"{part}/{i}", batch) for i, batch in enumerate(_share(text, world).batches)),
+                ((f"{part}/{i}", batch) for i, batch in enumerate(_partition(text, world).batches)),
                 place,
                 offloading=offloading,
                 wrap=wrap,
@@ -93,18 +96,13 @@ class BlockStream:
         }
 
     @property
-    def position(self) -> int:
-        """The current block."""
-        return self._position
-
-    @property
     def activations(self) -> Mapping[str, Tensor]:
         """The hidden states that enter the current block, of every batch by its name, on the host.
 
         They are loaded on access.
         """
-        flows = {flow.name: flow for flow in self._all_flows()}
-        return Lazy(list(flows), lambda name: flows[name].stored)
+        states = {state.name: state for state in self._all_states()}
+        return Lazy(list(states), lambda name: states[name].stored)
 
     def resume(self, index: int, activations: Mapping[str, Tensor]) -> None:
         """Continues at block `index` with earlier `activations` of it.
@@ -112,12 +110,12 @@ class BlockStream:
         Raises:
             ValueError: they are of other batches.
         """
-        flows = self._all_flows()
-        if {flow.name: flow.stored.shape for flow in flows} != {name: x.shape for name, x in activations.items()}:
+        states = self._all_states()
+        if {state.name: state.stored.shape for state in states} != {name: x.shape for name, x in activations.items()}:
             raise ValueError("the activations are of other batches than those of the text")
-        for flow in flows:
-            flow.hidden = activations[flow.name]
-        self._position = index
+        for state in states:
+            state.hidden = activations[state.name]
+        self.position = index
 
     @torch.no_grad()
     def collect(
@@ -142,16 +140,16 @@ class BlockStream:
             UserError: a weight is never used, reads inputs other than one per token, activations overflow, or
                 `weigh` does not return one finite non-negative weight per token.
         """
-        block = self._turn(index)
+        block = self._current_block(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         for some in self._apart(weights):
             collector = Collector(some, weigh, centre=centre)
             self._observe(collector, index, None if shared else outputs)
-            collector.join(tuple(self._flows), self._world)
+            collector.join(tuple(self._states), self._world)
             if collector.starving():
                 self._observe(collector, index)
-                collector.join(tuple(self._flows), self._world)
+                collector.join(tuple(self._states), self._world)
             shared += collector.shared_inputs()
         places = {view.name: place for place, view in enumerate(weights)}
         return sorted(shared, key=lambda one: min(places[view.name] for view in one.weights))
@@ -159,7 +157,7 @@ class BlockStream:
     def _apart(self, weights: tuple[WeightView, ...]) -> list[tuple[WeightView, ...]]:
         """The weights whose Grams are accumulated together: all, or the widest separately to save memory."""
         widths = {view.shape[1] for view in weights}
-        sums = len(self._flows) * sum(SUM_BYTES * width**2 for width in widths)
+        sums = len(self._states) * sum(SUM_BYTES * width**2 for width in widths)
         if not self._sparing or len(widths) == 1 or sums < _APART or any(v.expert is not None for v in weights):
             return [weights]
         widest = max(widths)
@@ -170,25 +168,25 @@ class BlockStream:
     def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
         """One run of the block over all batches."""
         with collector.watching():
-            for part, flows in self._flows.items():
+            for part, states in self._states.items():
                 seen: list[Tensor] = []
-                for flow in flows:
-                    collector.begin(part, flow.mask)
-                    hidden = flow.replay(self._blocks[index], index)
+                for state in states:
+                    collector.begin(part, state.mask)
+                    hidden = state.replay(self._blocks[index], index)
                     if outputs is not None:
-                        seen.append(hidden[flow.mask])
+                        seen.append(hidden[state.mask])
                 if outputs is not None:
                     outputs[part] = torch.cat(seen) if seen else outputs["calibration"][:0]
 
     @torch.no_grad()
     def pairs(
-        self, index: int, first: WeightView, last: WeightView, wanted: dict[str, Tensor] | None = None
+        self, index: int, first: WeightView, last: WeightView, targets: dict[str, Tensor] | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The inputs of `first` and the outputs of `last` in block `index`, real tokens only, for every part of the
         text.
 
         Args:
-            wanted: target outputs of the block, from `collect`: the second of a pair is then the output of `last` that
+            targets: target outputs of the block, from `collect`: the second of a pair is then the output of `last` that
                 gives them, if the block adds it to its residual stream.
 
         Returns:
@@ -197,29 +195,29 @@ class BlockStream:
         Raises:
             ValueError, UserError: as `advance`.
         """
-        block = self._turn(index)
-        found: dict[str, tuple[Tensor, Tensor]] = {}
-        for part, flows in self._flows.items():
+        block = self._current_block(index)
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        for part, states in self._states.items():
             inputs, outputs, done = [], [], 0
-            for flow in flows:
+            for state in states:
                 seen: list[Tensor] = []
                 with ExitStack() as stack:
                     stack.enter_context(first.module.register_forward_pre_hook(_keep(seen)))
                     stack.enter_context(last.module.register_forward_hook(_keep_output(seen)))
-                    hidden = flow.replay(block, index)
-                mask = flow.mask.flatten()
+                    hidden = state.replay(block, index)
+                mask = state.mask.flatten()
                 entering, leaving = (x.reshape(-1, x.shape[-1])[mask] for x in seen)
-                if wanted is not None:
-                    leaving = leaving + wanted[part][done : done + len(leaving)] - hidden[flow.mask]
+                if targets is not None:
+                    leaving = leaving + targets[part][done : done + len(leaving)] - hidden[state.mask]
                     done += len(leaving)
                 inputs.append(entering)
                 outputs.append(leaving)
-            if flows:
-                found[part] = (torch.cat(inputs), torch.cat(outputs))
+            if states:
+                pairs[part] = (torch.cat(inputs), torch.cat(outputs))
             else:  # others share the text
-                entered, left = found["calibration"]
-                found[part] = (entered[:0], left[:0])
-        return found
+                entered, left = pairs["calibration"]
+                pairs[part] = (entered[:0], left[:0])
+        return pairs
 
     def places(self, part: str) -> tuple[Tensor | None, int]:
         """The positions of this process's tokens among all tokens of a part of the text (n,), None if it has all; and
@@ -229,22 +227,22 @@ class BlockStream:
             return None, text.tokens
         lengths = [len(row.ids) for row in text.rows]
         starts = accumulate(lengths, initial=0)
-        own = self._world.partition(list(zip(starts, lengths, strict=False)))
-        here = [torch.arange(start, start + length, device=self._device) for start, length in own]
-        return torch.cat(here), text.tokens
+        spans = self._world.partition(list(zip(starts, lengths, strict=False)))
+        positions = [torch.arange(start, start + length, device=self._device) for start, length in spans]
+        return torch.cat(positions), text.tokens
 
     @torch.no_grad()
     def adds(self, index: int, last: WeightView) -> bool:
         """True if block `index` adds the output of `last` to its own output: tested on one batch of the first
         process."""
-        block = self._turn(index)
-        flow = next(iter(self._flows.values()))[0]
-        before = flow.replay(block, index)
+        block = self._current_block(index)
+        state = next(iter(self._states.values()))[0]
+        before = state.replay(block, index)
         size = before.float().square().mean().sqrt()
         g = torch.Generator().manual_seed(0)
         more = torch.randn(before.shape[-1], generator=g).to(before) * size.to(before)
         with last.module.register_forward_hook(_adding(more)):
-            after = flow.replay(block, index)
+            after = state.replay(block, index)
         off = ((after.float() - before.float()) - more.float()).square().mean().sqrt()
         return self._world.broadcast_from_rank0(lambda: bool(off <= 0.05 * size))
 
@@ -256,34 +254,33 @@ class BlockStream:
             ValueError: another block is current.
             UserError: its outputs are not finite.
         """
-        block = self._turn(index)
-        for flows in self._flows.values():
-            for flow in flows:
-                flow.hidden = flow.replay(block, index)
-        self._position += 1
+        block = self._current_block(index)
+        for state in self._all_states():
+            state.hidden = state.replay(block, index)
+        self.position += 1
 
     @torch.no_grad()
     def preview(self, index: int) -> Tensor:
         """The outputs of block `index` on the first batch, with its current weights; does not advance."""
-        return self._flows["calibration"][0].replay(self._turn(index), index)
+        return self._states["calibration"][0].replay(self._current_block(index), index)
 
     @torch.no_grad()
     def energy(self) -> float:
         """||h||_F^2: the squared norms of the current hidden states of all calibration tokens, summed in float64."""
-        flows = self._flows["calibration"] + self._flows.get("validation", [])
-        own = sum(float(flow.hidden[flow.mask].double().square().sum()) for flow in flows)
-        return float(self._world.all_reduce(torch.tensor(own, dtype=torch.float64)))
+        states = self._states["calibration"] + self._states.get("validation", [])
+        local = sum(float(state.hidden[state.mask].double().square().sum()) for state in states)
+        return float(self._world.all_reduce(torch.tensor(local, dtype=torch.float64)))
 
-    def _all_flows(self) -> list[BatchState]:
-        return [flow for flows in self._flows.values() for flow in flows]
+    def _all_states(self) -> list[BatchState]:
+        return [state for states in self._states.values() for state in states]
 
-    def _turn(self, index: int) -> Block:
-        if index != self._position:
-            raise ValueError(f"blocks are taken in order: it is the turn of block {self._position}, not {index}")
+    def _current_block(self, index: int) -> Block:
+        if index != self.position:
+            raise ValueError(f"blocks are taken in order: it is the turn of block {self.position}, not {index}")
         return self._blocks[index]
 
 
-def _share(text: Sequences, world: World) -> Sequences:
+def _partition(text: Sequences, world: World) -> Sequences:
     return replace(text, rows=tuple(world.partition(text.rows)))
 
 

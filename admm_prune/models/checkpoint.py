@@ -16,15 +16,12 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
+from admm_prune.models.archive import DTYPE_NAMES
+from admm_prune.models.structure import assign
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 _PIECE = 1 << 24  # entries compared at once
 
 
@@ -38,19 +35,24 @@ class Checkpoint:
         folder: with config.json and safetensors.
         device: where tensors go.
 
+    Attributes:
+        files: the file of every tensor, by its stored name.
+        surplus: stored names that belong to no parameter, with the names the model would use.
+        renames: whether any parameter has another name in the files, or is kept in parts.
+
     Raises:
         UserError: no model folder, or files that are damaged.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self._device = folder, device
-        self._files = tensor_files(folder)
+        self.files = tensor_files(folder)
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
         self._converted_as: dict[str, str] = {}  # a parameter -> the first of those that one conversion makes
         self._tied: dict[str, str] = {}  # a parameter that no file holds -> the one it is tied to
-        self._surplus: dict[str, str] = {}  # stored names without a parameter -> the names the model would use
+        self.surplus: dict[str, str] = {}
         self._converters: dict[str, Any] = {}
-        self._renames = False
+        self.renames = False
         self._model: Any = None
 
     def adapt(self, model: Any, quantizer: Any = None) -> None:
@@ -73,47 +75,32 @@ class Checkpoint:
         self._converters = {pattern: one for one in converters for pattern in one.source_patterns}
         known = model.state_dict()
         parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-        for stored in self._files:
+        for stored in self.files:
             name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
             if name not in known and stored in known:
                 name, pattern = stored, None
             if name not in known:
-                self._surplus[stored] = name
+                self.surplus[stored] = name
             elif (name, pattern) != (stored, None):
                 parts[name].append((stored, pattern))
                 targets = [] if pattern is None else self._converters[pattern].target_patterns
                 others = {name.replace(targets[0], target) for target in targets[1:]}
                 self._converted_as |= dict.fromkeys(others, name)
-        self._parts, self._renames = dict(parts), bool(parts)
+        self._parts, self.renames = dict(parts), bool(parts)
         # The conversions reverted when the model is saved, as set by from_pretrained; nothing is quantized again.
         model._weight_conversions = None if quantizer else [one for one in transforms if one.was_used()]
         self._settle_ties(model)
 
     def __contains__(self, name: str) -> bool:
         name = self._tied.get(name, name)
-        return name in self._files or self._converted_as.get(name, name) in self._parts
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """The file of every tensor, by its stored name."""
-        return self._files
-
-    @property
-    def surplus(self) -> Mapping[str, str]:
-        """Stored names that belong to no parameter, with the names the model would use."""
-        return self._surplus
-
-    @property
-    def renames(self) -> bool:
-        """Whether any parameter has another name in the files, or is kept in parts."""
-        return self._renames
+        return name in self.files or self._converted_as.get(name, name) in self._parts
 
     def sources(self, name: str) -> list[str]:
         """The stored names of the tensors that a parameter is read from."""
         name = self._tied.get(name, name)
         if name in self._parts or name in self._converted_as:
             return [stored for stored, _ in self._parts[self._converted_as.get(name, name)]]
-        return [name] if name in self._files else []
+        return [name] if name in self.files else []
 
     def is_converted(self, name: str) -> bool:
         """Whether a parameter is merged from several tensors, so that its shape is not that of a stored one."""
@@ -151,14 +138,14 @@ class Checkpoint:
 
     def replace(self, name: str, file: Path) -> None:
         """Redirects a parameter to another file, which stores it under its own name."""
-        self._files[name] = file
+        self.files[name] = file
         self._parts.pop(name, None)
         self._converted_as.pop(name, None)
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
         """The dtype of the first stored floating-point tensor."""
-        for name, path in sorted(self._files.items()):
+        for name, path in sorted(self.files.items()):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())
             if stored in FLOATS:
@@ -166,8 +153,8 @@ class Checkpoint:
         return None
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """All that the files hold, one after the other, by name."""
-        for name in sorted(self._files):
+        """Every stored tensor with its name, one at a time."""
+        for name in sorted(self.files):
             yield name, self._stored(name)
 
     def _settle_ties(self, model: Any) -> None:
@@ -178,7 +165,7 @@ class Checkpoint:
             if target in self and source in self:
                 if not self._equal(target, source, model.get_parameter(source).dtype):
                     model.all_tied_weights_keys.pop(target)
-                    _untie(model, target)
+                    assign(model, target, nn.Parameter(torch.empty_like(model.get_parameter(target)), False))
                 continue
             present = [name for name in (target, source) if name in self]
             present += [other for other, same in ties if same == source and other in self]
@@ -192,8 +179,8 @@ class Checkpoint:
             return torch.equal(self.read(one).to(dtype), self.read(other).to(dtype))
         (first,), (second,) = names
         with (
-            safe_open(self._files[first], framework="pt") as file_one,
-            safe_open(self._files[second], framework="pt") as file_two,
+            safe_open(self.files[first], framework="pt") as file_one,
+            safe_open(self.files[second], framework="pt") as file_two,
         ):
             a, b = file_one.get_slice(first), file_two.get_slice(second)
             shape = a.get_shape()
@@ -206,17 +193,11 @@ class Checkpoint:
 
     def _stored(self, name: str) -> Tensor:
         try:
-            with safe_open(self._files[name], framework="pt") as file:
+            with safe_open(self.files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
                 return tensor.to(self._device)
         except SafetensorError as error:
-            raise UserError(_damaged(self._files[name], error)) from error
-
-
-def _untie(model: nn.Module, name: str) -> None:
-    """A parameter of its own, still without values, in place of the one it shared."""
-    owner, _, own = name.rpartition(".")
-    setattr(model.get_submodule(owner), own, nn.Parameter(torch.empty_like(model.get_parameter(name)), False))
+            raise UserError(_damaged(self.files[name], error)) from error
 
 
 def weight_bytes(folder: Path) -> int:
@@ -237,14 +218,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         names = [SINGLE]
     elif (folder / INDEX).is_file():
         names = indexed(folder)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), folder / name)
+                files |= dict.fromkeys(file.keys(), folder / name)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(folder / name, error)) from error
-    return found
+    return files
 
 
 def indexed(folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import passed_by, returned_form
+from admm_prune.models.activation_store import block_output, passed_by, returned_form
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
@@ -94,45 +94,28 @@ def _is_chosen(block: Block, view: WeightView) -> bool:
     return view.expert is not None or any(name.isdecimal() for name in path)
 
 
-class _StopError(Exception):
-    """Ends a run at the observed block."""
-
-
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
     """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
-    found: list[Tensor] = []
     used: set[nn.Module] = set()
-
-    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple | list) else output)
-        raise _StopError
-
     with ExitStack() as stack:
         for module in {view.module for view in block.weights}:
-            stack.enter_context(module.register_forward_pre_hook(lambda own, _: used.add(own)))
-        stack.enter_context(block.module.register_forward_hook(leave))
-        stack.enter_context(suppress(_StopError))
-        model(input_ids=ids, use_cache=False)
-    if not found:
-        raise UserError(f"the model never calls {block.name}: it cannot be pruned")
-    return found[0], used
+            stack.enter_context(module.register_forward_pre_hook(lambda called, _: used.add(called)))
+        output = block_output(model, block, ids)
+    return output[0] if isinstance(output, tuple | list) else output, used
 
 
 def check_vocabulary(source: str, tokenizer: Any, model: Any) -> None:
     """Refuses a tokenizer whose vocabulary has ids for which the model has no embedding.
 
-    Tokens added to it later, such as a padding token, may lie beyond: `check_ids` looks whether a text has any.
+    Tokens added to it later, such as a padding token, may have higher ids: `check_ids` checks a text for them.
 
     Raises:
         UserError: the message has both numbers.
     """
-    rows = embedding_rows(model)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     begin = getattr(tokenizer, "bos_token_id", None) or 0  # which sequences begin with
     highest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=0)
-    highest = max(highest, begin)
-    if rows is not None and highest >= rows:
-        raise UserError(_beyond(source, highest + 1, rows))
+    _check_highest(source, max(highest, begin), model)
 
 
 def check_ids(source: str, ids: Iterable[Tensor], model: Any) -> None:
@@ -141,21 +124,20 @@ def check_ids(source: str, ids: Iterable[Tensor], model: Any) -> None:
     Raises:
         UserError: the message has both numbers.
     """
+    _check_highest(source, max((int(tokens.max()) for tokens in ids if tokens.numel()), default=0), model)
+
+
+def _check_highest(source: str, highest: int, model: Any) -> None:
     rows = embedding_rows(model)
-    highest = max((int(tokens.max()) for tokens in ids if tokens.numel()), default=0)
     if rows is not None and highest >= rows:
-        raise UserError(_beyond(source, highest + 1, rows))
-
-
-def _beyond(source: str, ids: int, rows: int) -> str:
-    return (
-        f"{source}: its tokenizer has {ids} token ids, but the model has embeddings for {rows}: take the tokenizer "
-        "that the model was trained with"
-    )
+        raise UserError(
+            f"{source}: its tokenizer has {highest + 1} token ids, but the model has embeddings for {rows}: take the "
+            "tokenizer that the model was trained with"
+        )
 
 
 def embedding_rows(model: Any) -> int | None:
-    """For how many token ids a model has an embedding; None where it does not say which module that is."""
+    """The number of token ids that a model has embeddings for; None if it does not name its embedding module."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):

@@ -96,7 +96,7 @@ def streamed(
     blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
     wrap = form_of(model, blocks, device, offloading)
-    flows = record(
+    states = record(
         model,
         blocks,
         named,
@@ -108,19 +108,19 @@ def streamed(
     )
     for index, block in enumerate(blocks):
         with offloading.block(index):
-            for flow in flows:
-                flow.hidden = flow.replay(block, index, finite=False)
+            for state in states:
+                state.hidden = state.replay(block, index, finite=False)
     assert wrap is not None
     with offloading.outside():
-        for piece, flow in zip(pieces, flows, strict=True):
-            with passed_by(blocks, wrap, flow.hidden):
+        for piece, state in zip(pieces, states, strict=True):
+            with passed_by(blocks, wrap, state.hidden):
                 yield call(piece)
 
 
 @torch.no_grad()
 def continued(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
-    """The most probable tokens (count,) after a prompt (n,), one after the other; independent of the model's generation
-    settings."""
+    """The most probable tokens (count,) after a prompt (n,), generated one by one; independent of the model's
+    generation settings."""
     ids = prompt.to(next(model.parameters()).device)[None]
     for _ in range(count):
         logits = model(input_ids=ids, use_cache=False).logits[:, -1]
@@ -137,26 +137,18 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _loss(model: nn.Module, piece: Batch, device: torch.device | None = None) -> Tensor:
-    device = device or next(model.parameters()).device
-    ids, scored = piece.input_ids.to(device), piece.scored.to(device)[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
-    losses = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
-    return losses.double().sum().cpu()
+    logits, targets = _scored_logits(model, piece, device)
+    return nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().cpu()
 
 
 def _pieces(model: nn.Module, batch: Batch) -> list[Batch]:
-    """A batch in as many rows at once as keep the logits of a call within bounds."""
-    rows = _rows_at_once(model, batch)
+    """A batch in as many rows at once as keep the logits of a call within bounds, at least one."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
     return [
         Batch(ids, lengths, batch.bos)
         for ids, lengths in zip(batch.input_ids.split(rows), batch.lengths.split(rows), strict=True)
     ]
-
-
-def _rows_at_once(model: nn.Module, batch: Batch) -> int:
-    """As many rows as keep the logits of one call within bounds, at least one."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    return max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
 
 
 def _protocol(sequences: Sequences) -> str:
@@ -177,17 +169,7 @@ def _protocol(sequences: Sequences) -> str:
 def sparsity(blocks: Iterable[Block]) -> float:
     """The fraction of the prunable weights that are exactly zero."""
     weights = [view.read() for block in blocks for view in block.weights]
-    return 1.0 - sum(map(_nonzeros, weights)) / sum(weight.numel() for weight in weights)
-
-
-def sparsity_by_weight(blocks: Iterable[Block]) -> dict[str, float]:
-    """The fraction of exact zeros of every prunable matrix, by its name."""
-    weights = {view.name: view.read() for block in blocks for view in block.weights}
-    return {name: 1.0 - _nonzeros(weight) / weight.numel() for name, weight in weights.items()}
-
-
-def _nonzeros(weight: Tensor) -> int:
-    return int(torch.count_nonzero(weight))
+    return 1.0 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -213,10 +195,10 @@ class Distillation:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, targets = _scored_logits(model, batch)
         with torch.no_grad():
-            wanted, _ = _scored_logits(self.teacher, batch)
+            teacher_logits, _ = _scored_logits(self.teacher, batch)
         divergence = nn.functional.kl_div(
             (logits / self.temperature).log_softmax(-1),
-            (wanted / self.temperature).log_softmax(-1),
+            (teacher_logits / self.temperature).log_softmax(-1),
             log_target=True,
             reduction="batchmean",
         )
@@ -224,9 +206,9 @@ class Distillation:
         return loss if self.weight == 1.0 else loss + (1 - self.weight) * nn.functional.cross_entropy(logits, targets)
 
 
-def _scored_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def _scored_logits(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(n, vocabulary) in float32, and the n tokens they are to predict."""
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     ids, scored = batch.input_ids.to(device), batch.scored.to(device)[:, 1:]
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
     return logits.float(), ids[:, 1:][scored]

@@ -32,7 +32,7 @@ def routed(
 
     Args:
         views: matrices of experts, by number.
-        mask: the real tokens (b * L,) of the batch at work.
+        mask: the real tokens (b * L,) of the current batch.
         everything: every token goes to all of these experts, wherever the router would have sent it.
 
     Raises:
@@ -47,8 +47,8 @@ def routed(
     with ExitStack() as stack:
         for module, experts in modules.items():
             if next(module.parameters()).is_meta:
-                own = {number: view for number, view in views.items() if view.module is module}
-                stack.enter_context(_in_shares(module, own, observe, experts if everything else None))
+                module_views = {number: view for number, view in views.items() if view.module is module}
+                stack.enter_context(_in_shares(module, module_views, observe, experts if everything else None))
                 continue
             gate = _Gate(names[module], mask, experts if everything else None)
             stack.enter_context(_one_by_one(module))

@@ -10,12 +10,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.families import KEY_HEADS, NEURONS, per_layer_class
 from admm_prune.models.sublayers import Sublayer, pad_units
 
 Form = Literal["per-layer", "padded"]
-_NEURONS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")  # names of the number of neurons in configs
-
-_KEYS = ("num_key_value_heads", "num_kv_heads")  # and of the number of key-value heads
 
 
 def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = "per-layer") -> str:
@@ -23,9 +21,8 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = 
 
     If all blocks have equal widths that the family's config can express, the stock class loads the model. Otherwise:
     "per-layer" keeps the width of every block, with a class of `modeling_per_layer`, whose file `save_pretrained`
-    writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every branch to
-    the
-    widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
+    writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every sublayer
+    to the widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
 
     Args:
         blocks: the branches of every block, as they are now.
@@ -99,14 +96,7 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
 
 def admits_neurons(config: Any, count: int) -> bool:
     """Whether the stock class of a config supports this number of neurons: Bloom's is always four times its width."""
-    return any(hasattr(config, name) for name in _NEURONS) or bool(count == 4 * config.hidden_size)
-
-
-def per_layer_class(name: str) -> Any:
-    """The class of `modeling_per_layer` of this name, or for the stock class of this name; None without one."""
-    from admm_prune.models import modeling_per_layer
-
-    return getattr(modeling_per_layer, f"PerLayer{name.removeprefix('PerLayer')}", None)
+    return any(hasattr(config, name) for name in NEURONS) or bool(count == 4 * config.hidden_size)
 
 
 def _is_stock(config: Any, blocks: Sequence[Sequence[Sublayer]]) -> bool:
@@ -126,10 +116,10 @@ def _widths(config: Any, block: Sequence[Sublayer]) -> dict[str, int]:
     widths: dict[str, int] = {}
     for sublayer in block:
         if sublayer.kind == "neurons":
-            widths[next((name for name in _NEURONS if hasattr(config, name)), _NEURONS[0])] = sublayer.count
+            widths[next((name for name in NEURONS if hasattr(config, name)), NEURONS[0])] = sublayer.count
         else:
             widths["num_attention_heads"] = sublayer.count * sublayer.queries
-            for name in _KEYS:
+            for name in KEY_HEADS:
                 if hasattr(config, name):
                     widths[name] = sublayer.count
     return widths
@@ -141,7 +131,7 @@ def _settle(model: Any, block: Sequence[Sublayer]) -> None:
     if per_layer_class(type(model).__name__) is type(model):  # it was pruned before
         config.per_layer_config = None
         config.__dict__.pop("auto_map", None)
-        model.__class__ = type(model).__bases__[0]
+        model.__class__ = type(model).__bases__[-1]
     _keep_head_size(config, block)
     for name, width in _widths(config, block).items():
         setattr(config, name, width)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -62,12 +63,7 @@ def feed_forward(block: Block, run: Callable[[], object]) -> FeedForwardViews:
     Raises:
         UserError: as `feed_forwards`.
     """
-    calls: _Calls = {}
-    with ExitStack() as stack:
-        for view in block.weights:
-            stack.enter_context(view.module.register_forward_hook(_remembering(calls, id(view))))
-        run()
-    return _feed_forward(block, calls)
+    return _feed_forward(block, _recorded_calls(block.weights, run))
 
 
 @torch.no_grad()
@@ -79,36 +75,39 @@ def feed_forwards(model: nn.Module, blocks: list[Block]) -> list[FeedForwardView
         UserError: a block, named, has none with an activation of `ops.activations`, or more than one, or is a
             mixture of experts.
     """
-    calls: _Calls = {}
-    with ExitStack() as stack:
-        for view in (view for block in blocks for view in block.weights):
-            stack.enter_context(view.module.register_forward_hook(_remembering(calls, id(view))))
-        size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
-        device = next(model.parameters()).device
-        model(input_ids=(torch.arange(_TOKENS, device=device) * 7919 % size)[None], use_cache=False)
+    size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
+    ids = torch.arange(_TOKENS, device=next(model.parameters()).device) * 7919 % size
+    views = [view for block in blocks for view in block.weights]
+    calls = _recorded_calls(views, lambda: model(input_ids=ids[None], use_cache=False))
     return [_feed_forward(block, calls) for block in blocks]
 
 
-def _remembering(calls: _Calls, key: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+def _recorded_calls(views: Iterable[WeightView], run: Callable[[], object]) -> _Calls:
+    calls: _Calls = {}
+
+    def record(key: int, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         entering, leaving = (x.reshape(-1, x.shape[-1]) for x in (args[0], output))
         calls[key] = _Call(args[0], len(entering), entering[:_TOKENS].clone(), leaving[:_TOKENS].clone())
 
-    return hook
+    with ExitStack() as stack:
+        for view in views:
+            stack.enter_context(view.module.register_forward_hook(partial(record, id(view))))
+        run()
+    return calls
 
 
 def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
     if any(view.expert is not None for view in block.weights):
         raise UserError(f"{block.name} is a mixture of experts, not one feed-forward network: use a layer-wise method")
     used = [view for view in block.weights if id(view) in calls]
-    found = [match for down in used if (match := _match(down, used, calls)) is not None]
-    if len(found) != 1:
+    networks = [match for down in used if (match := _match(down, used, calls)) is not None]
+    if len(networks) != 1:
         known = ", ".join(ACTIVATIONS)
         raise UserError(
-            f"cannot read the feed-forward network of {block.name}: {len(found)} of its weights read act(W x) or "
+            f"cannot read the feed-forward network of {block.name}: {len(networks)} of its weights read act(W x) or "
             f"act(V x) * (W x), act one of {known}; one must: use a layer-wise method"
         )
-    return found[0]
+    return networks[0]
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,13 @@ class _Part:
 
 def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwardViews | None:
     """The network that ends in `down`: the best match of its inputs, up to rounding."""
-    wanted = calls[id(down)].inputs
+    inputs = calls[id(down)].inputs
     whole, halves = _parts(down, calls[id(down)].tokens, used, calls)
-    best, least = None, _ROUNDING * torch.finfo(wanted.dtype).eps
+    best, least = None, _ROUNDING * torch.finfo(inputs.dtype).eps
     for activation in ACTIVATIONS.values():
-        tried = [
+        candidates = [
             (
-                _off(activation.value(up.outputs), wanted),
+                _relative_difference(activation.value(up.outputs), inputs),
                 FeedForwardViews(activation, up.view, down, None, (up.weight, down)),
             )
             for up in whole
@@ -141,10 +140,10 @@ def _match(down: WeightView, used: list[WeightView], calls: _Calls) -> FeedForwa
             if gate.source is up.source:
                 weights = tuple(dict.fromkeys((gate.weight, up.weight, down)))
                 views = FeedForwardViews(activation, up.view, down, gate.view, weights)
-                tried.append((_off(activation.value(gate.outputs) * up.outputs, wanted), views))
-        for off, views in tried:
-            if off < least:
-                best, least = views, off
+                candidates.append((_relative_difference(activation.value(gate.outputs) * up.outputs, inputs), views))
+        for difference, views in candidates:
+            if difference < least:
+                best, least = views, difference
     return best
 
 
@@ -170,7 +169,7 @@ def _parts(
     return whole, halves
 
 
-def _off(value: Tensor, wanted: Tensor) -> float:
+def _relative_difference(value: Tensor, reference: Tensor) -> float:
     """|value - wanted| / |wanted|, 0 where both vanish."""
-    away = float((value.double() - wanted.double()).norm())
-    return away / (float(wanted.double().norm()) or 1.0)
+    distance = float((value.double() - reference.double()).norm())
+    return distance / (float(reference.double().norm()) or 1.0)

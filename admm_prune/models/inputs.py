@@ -72,8 +72,8 @@ class Collector:
         """Sums the statistics of all processes; a process without tokens for an input adds zeros."""
         if world.size == 1:
             return
-        for found in world.all_gather(self._leaders):  # in one order everywhere
-            for number, leader in found.items():
+        for leaders in world.all_gather(self._leaders):  # in one order everywhere
+            for number, leader in leaders.items():
                 self._leaders.setdefault(number, leader)
         first = world.all_gather(list(self._leaders))[0]
         self._leaders = {number: self._leaders[number] for number in first}

@@ -70,21 +70,20 @@ class World:
             changed: the tensors that it changes in place: they become the same everywhere.
         """
         owners = self.assigned(costs)
-        own = [i for i, owner in enumerate(owners) if owner == self.rank]
-        mine = dict(zip(own, work(own), strict=True))
+        numbers = [i for i, owner in enumerate(owners) if owner == self.rank]
+        mine = dict(zip(numbers, work(numbers), strict=True))
         for i, owner in enumerate(owners if self.size > 1 else ()):
             for values in changed(i):
                 values.copy_(self.broadcast(values.contiguous(), owner))
-        done = {i: found for those in self.all_gather(mine) for i, found in those.items()}
+        done = {i: result for those in self.all_gather(mine) for i, result in those.items()}
         return [done[i] for i in range(len(costs))]
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes, in place."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The maximum over the processes, in place."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        if self.size > 1:
+            with communicating():
+                dist.all_reduce(values)
+        return values
 
     def broadcast(self, values: Tensor, owner: int) -> Tensor:
         """Broadcasts `values` from the process `owner`, in place."""
@@ -118,18 +117,6 @@ class World:
         result: T = answer[0]
         return result
 
-    def wait(self) -> None:
-        """Waits for all processes."""
-        if self.size > 1:
-            with communicating():
-                dist.barrier()
-
-    def _reduced(self, values: Tensor, how: Any) -> Tensor:
-        if self.size > 1:
-            with communicating():
-                dist.all_reduce(values, how)
-        return values
-
 
 ALONE = World()
 
@@ -157,7 +144,6 @@ def sharded_copy(model: nn.Module, world: World) -> nn.Module:
     mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
     for block in decoder_blocks(divided):
         fully_shard(block.module, mesh=mesh)
-    fully_shard(
-        divided, mesh=mesh, reshard_after_forward=True
-    )  # also the root, which FSDP would leave unsharded after an evaluation
+    # Also the root, which FSDP would leave unsharded after an evaluation.
+    fully_shard(divided, mesh=mesh, reshard_after_forward=True)
     return divided

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import adapter_parameters, saved_modules, tuner_layers
+from admm_prune.models.structure import assign
 from admm_prune.ops import bits
 from admm_prune.prunable import uncompiled
 
@@ -25,13 +26,13 @@ class _Masked:
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
-        self._kept = bits.pack(parameter.detach().flatten() != 0)
+        self._mask_bits = bits.pack(parameter.detach().flatten() != 0)
 
     @property
     def mask(self) -> Tensor:
         """True where a weight is kept."""
-        bits_here = self._kept.to(self.parameter.device)
-        return bits.unpack(bits_here, self.parameter.numel()).view(self.parameter.shape)
+        packed = self._mask_bits.to(self.parameter.device)
+        return bits.unpack(packed, self.parameter.numel()).view(self.parameter.shape)
 
     def check(self, *_: object) -> None:
         alive = int((self.parameter.detach() != 0).logical_and_(~self.mask).count_nonzero())
@@ -160,7 +161,7 @@ def keep_sparsity(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptSpa
 
 
 def _pruned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the model that hold zeros, and not only zeros; adapters apart."""
+    """The parameters of the model with zeros among their entries, except adapters and matrices of zeros alone."""
     adapters = adapter_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in adapters:
@@ -184,7 +185,7 @@ def _after_accumulation(masked: _Masked) -> Any:
 
 
 def _mask_of(weight: Tensor) -> Tensor | None:
-    """True where a weight is not zero; None where nothing was pruned: there are no zeros, or nothing else."""
+    """True where a weight is not zero; None where nothing was pruned: no entry is zero, or all are."""
     mask = weight.detach() != 0
     return mask if 0 < int(mask.count_nonzero()) < mask.numel() else None
 
@@ -242,8 +243,8 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
 
 def _active(layer: Any) -> list[str]:
     """The adapters of a LoRA layer that take part in its output."""
-    own = {*layer.lora_A, *layer.lora_embedding_A}
-    return [adapter for adapter in layer.active_adapters if adapter in own]
+    adapters = {*layer.lora_A, *layer.lora_embedding_A}
+    return [adapter for adapter in layer.active_adapters if adapter in adapters]
 
 
 def _plain_name(name: str) -> str:
@@ -261,7 +262,7 @@ def _check_plain(name: str, layer: Any) -> None:
         kind = f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__}"
         raise UserError(f"{name}: an adapter of the kind {kind} cannot be merged here, only LoRA can")
     if getattr(layer, "merged", False):
-        raise UserError(f"{name}: its adapters are merged already: merge_lora needs them apart")
+        raise UserError(f"{name}: its adapters are merged already: merge_lora needs them unmerged")
     if layer.disable_adapters:
         raise UserError(f"{name}: its adapters are disabled: call enable_adapter_layers() of the model first")
     for adapter in _active(layer):
@@ -283,12 +284,12 @@ def _merge(name: str, layer: Any) -> MergedWeight:
     change = torch.zeros_like(weight, dtype=torch.float32)
     for adapter in _active(layer):
         change += layer.get_delta_weight(adapter).to(change)
-    kept, dropped = _mask_of(weight), 0.0
-    if kept is not None:
-        dropped = _energy_off(kept, change)
-        change.masked_fill_(~kept, 0)
+    mask, dropped = _mask_of(weight), 0.0
+    if mask is not None:
+        dropped = _energy_off(mask, change)
+        change.masked_fill_(~mask, 0)
     weight.copy_((weight.float() + change).to(weight.dtype))
-    return MergedWeight(f"{name}.{_weight_name(layer)}", _sparsity(kept), dropped)
+    return MergedWeight(f"{name}.{_weight_name(layer)}", _sparsity(mask), dropped)
 
 
 def _restrict_copy(name: str, wrapper: Any) -> Iterator[MergedWeight]:
@@ -297,24 +298,24 @@ def _restrict_copy(name: str, wrapper: Any) -> Iterator[MergedWeight]:
         return
     copy: nn.Module = wrapper.modules_to_save[wrapper.active_adapter]
     trained = dict(copy.named_parameters())
-    for own, original in wrapper.original_module.named_parameters():
-        weight = trained.get(own)
+    for parameter_name, original in wrapper.original_module.named_parameters():
+        weight = trained.get(parameter_name)
         if weight is None or weight.ndim < 2:
             continue
-        kept, dropped = _mask_of(original), 0.0
-        if kept is not None:
-            dropped = _energy_off(kept, weight.float() - original.float())
-            weight.masked_fill_(~kept, 0)
-        yield MergedWeight(f"{name}.{own}", _sparsity(kept), dropped)
+        mask, dropped = _mask_of(original), 0.0
+        if mask is not None:
+            dropped = _energy_off(mask, weight.float() - original.float())
+            weight.masked_fill_(~mask, 0)
+        yield MergedWeight(f"{name}.{parameter_name}", _sparsity(mask), dropped)
 
 
-def _sparsity(kept: Tensor | None) -> float:
-    return 0.0 if kept is None else 1 - int(kept.count_nonzero()) / kept.numel()
+def _sparsity(mask: Tensor | None) -> float:
+    return 0.0 if mask is None else 1 - int(mask.count_nonzero()) / mask.numel()
 
 
-def _energy_off(kept: Tensor, change: Tensor) -> float:
+def _energy_off(mask: Tensor, change: Tensor) -> float:
     """The fraction of |change|^2 off the mask."""
-    whole, off = (float(x.square().sum(dtype=torch.float64)) for x in (change, change.masked_fill(kept, 0)))
+    whole, off = (float(x.square().sum(dtype=torch.float64)) for x in (change, change.masked_fill(mask, 0)))
     return off / whole if whole > 0 else 0.0
 
 
@@ -324,7 +325,7 @@ def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, n
     Returns:
         (module, name, the weight as the others have it) of each.
     """
-    found = []
+    untied = []
     for layer in layers:
         owner, attribute = layer.get_base_layer(), _weight_name(layer)
         weight: nn.Parameter = getattr(owner, attribute)
@@ -336,8 +337,8 @@ def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, n
         }
         if len(places) > 1:
             setattr(owner, attribute, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-            found.append((owner, attribute, weight))
-    return found
+            untied.append((owner, attribute, weight))
+    return untied
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -351,9 +352,8 @@ def _unloaded(model: nn.Module) -> nn.Module:
     plain: nn.Module = model if unload is None else unload()
     if unload is None:  # adapters that were injected into a plain model
         for name, layer in reversed([*tuner_layers(model), *saved_modules(model)]):
-            own = getattr(layer, "unload_and_optionally_merge_module", partial(_base_of, layer))
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, own(merge=False, safe_merge=False, adapter_names=None))
+            unload_layer = getattr(layer, "unload_and_optionally_merge_module", partial(_base_of, layer))
+            assign(model, name, unload_layer(merge=False, safe_merge=False, adapter_names=None))
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(attribute, None)
     _record_ties(plain)

@@ -72,8 +72,8 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
     ):
         # A custom class that no auto class knows: it loads its own folder.
         with explained(str(folder), folder), quiet():
-            own: Any = type(model).from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
-        return replace(ours, model=own.to(device))
+            reloaded: Any = type(model).from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+        return replace(ours, model=reloaded.to(device))
     try:
         opens = load if whole else open_on_disk
         saved = opens(str(folder), device=device, trust_remote_code=trust_remote_code)
@@ -83,9 +83,9 @@ def _loaded(ours: LoadedModel, folder: Path, *, whole: bool, trust_remote_code: 
         # Some classes cannot be built without weights: such a model needs a second copy in memory.
         saved = load(str(folder), device=device, trust_remote_code=trust_remote_code)
     for kernels in ("attn_implementation", "experts_implementation"):
-        wanted = getattr(model.config, f"_{kernels}", None)
-        if wanted is not None and wanted != getattr(saved.model.config, f"_{kernels}", None):
-            getattr(saved.model, f"set_{kernels}")(wanted)
+        implementation = getattr(model.config, f"_{kernels}", None)
+        if implementation is not None and implementation != getattr(saved.model.config, f"_{kernels}", None):
+            getattr(saved.model, f"set_{kernels}")(implementation)
     return saved
 
 
@@ -94,7 +94,7 @@ def _check_class_file(folder: Path) -> None:
     source = Path(str(modeling_per_layer.__file__))
     written = folder / source.name
     if not written.is_file() or written.read_bytes() != source.read_bytes():
-        raise UserError(f"{folder}: {source.name} is missing or another one")
+        raise UserError(f"{folder}: {source.name} is missing or differs")
 
 
 def _difference(ours: LoadedModel, saved: LoadedModel, ids: Tensor) -> str | None:
@@ -125,7 +125,7 @@ def _parts(loaded: LoadedModel) -> Iterator[tuple[AbstractContextManager[None], 
     blocks = decoder_blocks(loaded.model)
     inside = tuple(f"{block.name}." for block in blocks)
     for index, block in enumerate(blocks):
-        yield loaded.offloading.block(index), [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
+        yield loaded.offloading.block(index), [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
     names = [name for name, _ in loaded.model.named_parameters() if not name.startswith(inside)]
     yield loaded.offloading.outside(), names
 
@@ -136,17 +136,15 @@ def _logits(loaded: LoadedModel, ids: Tensor) -> Tensor:
     model: Any = loaded.model
     device = loaded.offloading.device(model)
     batch = Batch(ids[None], torch.tensor([len(ids)]))
-    if not loaded.offloading.is_offloaded:
-        logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
+
+    def logits_of(piece: Batch) -> Tensor:
+        logits: Tensor = model(input_ids=piece.input_ids.to(device), use_cache=False).logits
         return logits
-    (found,) = streamed(
-        model,
-        [batch],
-        loaded.offloading,
-        lambda piece: model(input_ids=piece.input_ids.to(device), use_cache=False).logits,
-    )
-    logits_of_pieces: Tensor = found
-    return logits_of_pieces
+
+    if not loaded.offloading.is_offloaded:
+        return logits_of(batch)
+    (streamed_logits,) = streamed(model, [batch], loaded.offloading, logits_of)
+    return streamed_logits
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from admm_prune.data.hub import first_line, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import FLOATS, Checkpoint
-from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
 
@@ -50,10 +50,8 @@ def _keep_precision(model: Any) -> None:
     parameters = dict(model.named_parameters())
     for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
         if pattern.search(name) and tensor.is_floating_point():
-            owner, _, own = name.rpartition(".")
-            kept = torch.empty_like(tensor, dtype=torch.float32)
-            kept = nn.Parameter(kept, requires_grad=False) if name in parameters else kept
-            setattr(model.get_submodule(owner), own, kept)
+            replacement = torch.empty_like(tensor, dtype=torch.float32)
+            assign(model, name, nn.Parameter(replacement, False) if name in parameters else replacement)
 
 
 def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.device) -> list[str]:
@@ -76,8 +74,7 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
     made: list[dict[str, Tensor]] = []
     for value in (0, 1):  # the computed values do not depend on the previous ones
         for name, buffer in unset.items():
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, torch.full_like(buffer, value, device=device))
+            assign(model, name, torch.full_like(buffer, value, device=device))
         owners: dict[str, Any] = {}  # the innermost model that a module is part of, which initializes it
         for name, module in model.named_modules():
             outer = owners.get(name.rpartition(".")[0], model)
@@ -113,37 +110,37 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
         beyond = name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks)
         if beyond and not any(re.search(pattern, name) for pattern in ignored):
             raise UserError(f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only")
-    wanted = model.state_dict()
-    headers = _headers({name for own in wanted for name in checkpoint.sources(own)}, checkpoint.files)
-    for name, tensor in sorted(wanted.items()):
+    expected = model.state_dict()
+    headers = _headers({stored for name in expected for stored in checkpoint.sources(name)}, checkpoint.files)
+    for name, tensor in sorted(expected.items()):
         for stored in checkpoint.sources(name):
             shape, dtype = headers[stored]
             if tensor.is_floating_point() and dtype not in FLOATS and not dequantized:
-                form = "in whole numbers" if dtype.startswith(_WHOLE) else "quantized"
+                form = "as integers" if dtype.startswith(_WHOLE) else "quantized"
                 raise UserError(
                     f"{source}: the weight {stored} is stored {form} ({dtype}), not as floats of 16 bits or more"
                 )
             if shape != tuple(tensor.shape) and not checkpoint.is_converted(name):
                 raise UserError(
-                    f"{source}: the weight {stored} is of shape {shape}, config.json asks for {tuple(tensor.shape)}"
+                    f"{source}: the weight {stored} has shape {shape}, config.json asks for {tuple(tensor.shape)}"
                 )
     # Buffers that the class computes may be missing; a parameter would be drawn at random.
     optional = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ()) or "(?!)"
     computed = {name for name, _ in model.named_buffers() if re.search(optional, name)}
-    absent = sorted(name for name in wanted if name not in checkpoint and name not in computed)
+    absent = sorted(name for name in expected if name not in checkpoint and name not in computed)
     if absent:
         raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
 
 
 def _headers(names: Collection[str], files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of stored tensors."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in dict.fromkeys(files.values()):
         with safe_open(path, framework="pt") as file:
             for name in (name for name in names if files[name] == path):
                 stored = file.get_slice(name)
-                found[name] = tuple(stored.get_shape()), str(stored.get_dtype())
-    return found
+                headers[name] = tuple(stored.get_shape()), str(stored.get_dtype())
+    return headers
 
 
 def dequantizer(source: str, config: Any) -> Any:

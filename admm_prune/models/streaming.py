@@ -20,7 +20,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.archive import Lazy, write_tensors
 from admm_prune.models.checkpoint import INDEX, Checkpoint
 from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
-from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _OUTSIDE = "outside.safetensors"
 
@@ -150,7 +150,7 @@ class ModelOnDisk(Offloading):
                 _put(self.model, name, meta)
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """All that the files hold, one after the other, by name."""
+        """Every stored tensor with its name, one at a time."""
         return self._checkpoint.tensors()
 
     def save(self, folder: Path) -> None:
@@ -180,7 +180,7 @@ class ModelOnDisk(Offloading):
         """A finished block; returns the names in the file."""
         if not self._checkpoint.renames:
             _link(self._finished[index], path)
-            return [f"{block.name}.{own}" for own, _ in block.module.named_parameters()]
+            return [f"{block.name}.{name}" for name, _ in block.module.named_parameters()]
         stored = self._checkpoint.as_stored(load_file(self._finished[index]))
         write_tensors(path, stored)
         return list(stored)
@@ -199,7 +199,7 @@ class ModelOnDisk(Offloading):
         return list(names)
 
     def _tie(self) -> None:
-        # The mapping as the checkpoint settled it: the config may tie what the files hold apart.
+        # The mapping resolved by the checkpoint: the config may tie parameters that the files store separately.
         self.model.tie_weights(recompute_mapping=False)
 
     def _fill(self, prefix: str, names: list[str]) -> None:
@@ -216,24 +216,23 @@ class ModelOnDisk(Offloading):
         if name in self._buffers:  # they are in memory
             buffer: Tensor = self.model.get_buffer(name)
             return buffer
-        wanted = self.model.get_parameter(name)
+        parameter = self.model.get_parameter(name)
         tensor = self._checkpoint.read(name)
-        if tensor.shape != wanted.shape:  # of one that the files keep in parts, or under another name
+        if tensor.shape != parameter.shape:  # of one that the files keep in parts, or under another name
             raise UserError(
-                f"{self._source}: the weight {name} is of shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(wanted.shape)}"
+                f"{self._source}: the weight {name} has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(parameter.shape)}"
             )
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made
             raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
-        return tensor.to(wanted.dtype)
+        return tensor.to(parameter.dtype)
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""
         unset: dict[str, Tensor] = {}
         for name, buffer in list(self.model.named_buffers()):
             if name in self._checkpoint:
-                owner, _, own = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), own, self._checkpoint.read(name).to(buffer.dtype))
+                assign(self.model, name, self._checkpoint.read(name).to(buffer.dtype))
             elif buffer.is_meta:
                 unset[name] = buffer
         uncomputed = compute_buffers(self.model, unset, self._device)
@@ -244,8 +243,7 @@ class ModelOnDisk(Offloading):
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, own = name.rpartition(".")
-    setattr(module.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
+    assign(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _link(file: Path, name: Path) -> None:

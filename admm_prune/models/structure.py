@@ -22,7 +22,7 @@ class WeightView:
         module: its `nn.Linear`, the `Conv1D` of transformers, which stores the transpose, or the experts of a mixture,
             which keep their matrices in one parameter of three dimensions.
         transposed: whether the module stores W^T.
-        own: the parameter's name in its module.
+        attribute: the parameter's name in its module.
         expert: whose matrix it is, in a parameter of three dimensions.
         part: (first, last, of): W is those of its rows in equal parts, where several matrices are stored as one.
     """
@@ -30,14 +30,14 @@ class WeightView:
     name: str
     module: nn.Module
     transposed: bool = False
-    own: str = "weight"
+    attribute: str = "weight"
     expert: int | None = None
     part: tuple[int, int, int] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
         """The stored parameter: the matrix, or several in one tensor."""
-        return self.module.get_parameter(self.own)
+        return self.module.get_parameter(self.attribute)
 
     @property
     def parameter_name(self) -> str:
@@ -52,7 +52,7 @@ class WeightView:
 
     @property
     def rows(self) -> slice:
-        """The shape of the stored matrix (out, in)."""
+        """The rows of the stored matrix (out, in) that W consists of."""
         total = self.parameter.shape[-1 if self.transposed else -2]
         first, last, of = self.part or (0, 1, 1)
         return slice(total * first // of, total * last // of)
@@ -76,7 +76,7 @@ class WeightView:
             ValueError: another shape, or an entry that is not finite in the parameter's dtype.
         """
         if weight.shape != self.shape:
-            raise ValueError(f"{self.name} is of shape {self.shape}, not {tuple(weight.shape)}")
+            raise ValueError(f"{self.name} has shape {self.shape}, not {tuple(weight.shape)}")
         cast = weight.detach().to(self.parameter)
         if not bool(torch.isfinite(cast).all()):
             raise ValueError(f"{self.name}: the new weight has entries that are not finite in {cast.dtype}")
@@ -135,6 +135,12 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def assign(root: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of a module below `root`, by its dotted name."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(root.get_submodule(owner), attribute, value)
+
+
 def notes_on(model: nn.Module) -> tuple[str, ...]:
     """Notes on weights in the blocks of hybrid models that no method prunes."""
     convolutions, steps = [], []
@@ -150,7 +156,7 @@ def notes_on(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_depthwise(block: nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a convolution that keeps channels apart."""
+    """Whether a parameter is the weight of a depthwise convolution."""
     owner = block.get_submodule(name.rpartition(".")[0])
     return isinstance(owner, nn.Conv1d | nn.Conv2d) and owner.groups == owner.in_channels
 

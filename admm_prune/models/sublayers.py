@@ -14,25 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
+from admm_prune.models.families import GROUPED_BY_KEY_HEAD, HEAD_SIZE, UNIT_COUNTS
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.ops.group_compensation import columns_of
 
 Kind = Literal["neurons", "heads"]
-# Attributes that modules of transformers read in their forward, and that count units of the sublayer.
-_COUNTS = (
-    "num_heads",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "intermediate_size",
-    "ffn_dim",
-)
-# Names of the size of a head; a module that has one is an attention.
-_SIZES = ("head_dim", "head_size")
-# Attentions that keep queries, keys and values in one matrix, key head after key head with all that belongs to it:
-# shapes alone cannot tell this from all queries before all keys.
-_BY_HEAD = ("GPTNeoXAttention", "FalconAttention")
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
@@ -89,21 +76,22 @@ def sublayers(block: Block) -> tuple[Sublayer, ...]:
     Raises:
         UserError: matrices of another form, or experts; the message names the module.
     """
-    return tuple(found for found in _read(block) if isinstance(found, Sublayer))
+    return tuple(part for part in _read(block) if isinstance(part, Sublayer))
 
 
 def heads_stay(block: Block) -> str | None:
     """Why the heads of a block cannot be removed, in words; None if they can."""
-    return next((found for found in _read(block) if isinstance(found, str)), None)
+    return next((part for part in _read(block) if isinstance(part, str)), None)
 
 
 def _read(block: Block) -> list[Sublayer | str]:
-    found: list[Sublayer | str] = []
+    parts: list[Sublayer | str] = []
     for name, views in _by_module(block).items():
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
         if any(view.expert is not None for view in views):
             raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
-        size = next((size for own in _SIZES if isinstance(size := getattr(module, own, None), int)), None)
+        sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
+        size = next((size for size in sizes if isinstance(size, int)), None)
         if size is None:
             read: Sublayer | str | None = _neurons(name, module, views, module_is_block=module is block.module)
         else:
@@ -113,15 +101,15 @@ def _read(block: Block) -> list[Sublayer | str]:
             raise UserError(
                 f"cannot read the units of {name}: {shapes} are neither attention nor feed-forward matrices"
             )
-        found.append(read)
-    return found
+        parts.append(read)
+    return parts
 
 
 def _by_module(block: Block) -> dict[str, list[WeightView]]:
     """The matrices by the name of the module that holds them, in the order of the block."""
     grouped: dict[str, list[WeightView]] = {}
     for view in block.weights:
-        owner = view.parameter_name.removesuffix(f".{view.own}")
+        owner = view.parameter_name.removesuffix(f".{view.attribute}")
         grouped.setdefault(owner if view.expert is not None else owner.rpartition(".")[0], []).append(view)
     return grouped
 
@@ -134,9 +122,9 @@ def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is
     if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
         return None
     if not module_is_block:
-        own = {id(p) for view in views for p in view.module.parameters(recurse=False)}
+        known = {id(p) for view in views for p in view.module.parameters(recurse=False)}
         for other, parameter in module.named_parameters():
-            if id(parameter) not in own and columns in parameter.shape:
+            if id(parameter) not in known and columns in parameter.shape:
                 raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
     return Sublayer(name, "neurons", module, tuple(inner), output, 1, 1)
 
@@ -147,7 +135,7 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     if len(inner) not in (1, 3):
         return None
     if len(inner) == 1:
-        if type(module).__name__ not in _BY_HEAD:
+        if type(module).__name__ not in GROUPED_BY_KEY_HEAD:
             return f"{name} keeps queries, keys and values in one matrix"
         keys = (inner[0].shape[0] - columns) // 2 // size
     else:
@@ -156,28 +144,28 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     if keys < 1 or any(r % (keys * size) for r in (*rows, columns)) or sum(rows) != columns + 2 * keys * size:
         return None
     if getattr(getattr(module, "config", None), "alibi", False):
-        return f"{name} gives every head a slope of its own (ALiBi)"
+        return f"{name} gives every head its own slope (ALiBi)"
     matrices = {view.module for view in views}
     norms = [m for m in module.modules() if m not in matrices and next(m.parameters(recurse=False), None) is not None]
     if any(m is module for m in norms):
-        return f"{name} has parameters of its own beside its matrices"
+        return f"{name} has parameters beside its matrices"
     if len(norms) > 2 or any(len(p) != size for norm in norms for p in norm.parameters(recurse=False)):
-        return f"{name} has norms of its own for heads, or over all of them"
+        return f"{name} has norms for single heads, or over all of them"
     return Sublayer(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
-def keep_units(sublayer: Sublayer, kept: Tensor) -> None:
+def keep_units(sublayer: Sublayer, indices: Tensor) -> None:
     """Slices all matrices of a branch to some of its units, in place: rows of the inner ones, columns of the output.
 
     Args:
-        kept: (k,), ascending indices of the units that stay; at least one.
+        indices: (k,), ascending, of the units to keep; at least one.
     """
     count, width = sublayer.count, sublayer.width
     for whole, parts in _stored(sublayer):
-        rows = torch.cat([view.rows.start + columns_of(kept, view.shape[0] // count) for view in parts])
+        rows = torch.cat([view.rows.start + columns_of(indices, view.shape[0] // count) for view in parts])
         _replace(whole, whole.read()[rows], None if whole.bias is None else whole.bias[rows])
-    _replace(sublayer.output, sublayer.output.read()[:, columns_of(kept, width)], sublayer.output.bias)
-    _rescale(sublayer, len(kept) / count)
+    _replace(sublayer.output, sublayer.output.read()[:, columns_of(indices, width)], sublayer.output.bias)
+    _rescale(sublayer, len(indices) / count)
 
 
 def pad_units(sublayer: Sublayer, count: int) -> None:
@@ -194,7 +182,7 @@ def pad_units(sublayer: Sublayer, count: int) -> None:
 
 
 def _stored(sublayer: Sublayer) -> list[tuple[WeightView, list[WeightView]]]:
-    """The inner matrices as they are stored, each with those that it is made of, in the order of their rows."""
+    """The inner matrices as they are stored, each with the views that are parts of it, in the order of their rows."""
     parts: dict[nn.Module, list[WeightView]] = {}
     for view in sublayer.inner:
         parts.setdefault(view.module, []).append(view)
@@ -215,7 +203,7 @@ def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _rescale(sublayer: Sublayer, share: float) -> None:
-    for name in _COUNTS:
+    for name in UNIT_COUNTS:
         count = getattr(sublayer.module, name, None)
         if isinstance(count, int):
             setattr(sublayer.module, name, round(count * share))
@@ -249,13 +237,10 @@ def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
     if unit == "latency":
         shapes = tuple((view.shape[0] // sublayer.count, view.shape[1]) for view in sublayer.inner)
         weight = sublayer.output.parameter
-        device = _computing() if weight.is_meta else str(weight.device)
+        on_disk = "cuda" if torch.cuda.is_available() else "cpu"
+        device = on_disk if weight.is_meta else str(weight.device)
         return _seconds_saved(sublayer.count, shapes, sublayer.width, tokens, weight.dtype, device)
     raise UserError(f"a budget is in {', '.join(UNITS[:-1])} or {UNITS[-1]}, not in '{unit}'")
-
-
-def _computing() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=64)  # blocks have equal shapes
@@ -268,10 +253,10 @@ def _seconds_saved(
     )
     # Fewer units are never slower: measurements to the contrary are noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
-    kept = torch.arange(count, -1, -1, dtype=torch.float64)
+    remaining = torch.arange(count, -1, -1, dtype=torch.float64)
     at = torch.tensor(points, dtype=torch.float64)
-    right = torch.searchsorted(at, kept).clamp(1, len(points) - 1)
-    share = (kept - at[right - 1]) / (at[right] - at[right - 1])
+    right = torch.searchsorted(at, remaining).clamp(1, len(points) - 1)
+    share = (remaining - at[right - 1]) / (at[right] - at[right - 1])
     t = torch.tensor(times, dtype=torch.float64)
     taken = t[right - 1] + share * (t[right] - t[right - 1])
     return (taken[0] - taken).clamp_min(0).cummax(0).values
@@ -280,7 +265,7 @@ def _seconds_saved(
 def _seconds(
     units: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> float:
-    """The least time of the products of a branch with so many units."""
+    """The least time of the products of a sublayer with this many units."""
     if units == 0:
         return 0.0
     residual = inner[0][1]

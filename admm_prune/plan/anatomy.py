@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.hub import quiet
-from admm_prune.data.sequences import GROUP, Row, Sequences, default_length, encode
+from admm_prune.data.sequences import GROUP, Row, Sequences, encode
 from admm_prune.data.sources import Document
-from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_repository
 from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.checks import check_causal, check_ids, check_vocabulary
+from admm_prune.models.families import sequence_length
 from admm_prune.models.loading import explained, kind_of, load_tokenizer, locate
 from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
 from admm_prune.models.streaming import Offloading
@@ -61,7 +61,7 @@ class Anatomy:
 
         Args:
             source: "embedded", a folder with a config.json, or a Hub id.
-            dtype: in place of the config's.
+            dtype: instead of the config's.
 
         Raises:
             UserError: there is no such model, or it has no decoder blocks that can be read.
@@ -71,20 +71,20 @@ class Anatomy:
             if isinstance(location, str):
                 check_repository(location)
             config, kind = kind_of(location, trust_remote_code=False)
-            wanted = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
+            weight_dtype = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
             quantizer = dequantizer(source, config)
             if quantizer is not None:
                 del config.quantization_config
-                wanted = quantizer.update_dtype(wanted)
-            model = shapes(kind, config, wanted)
+                weight_dtype = quantizer.update_dtype(weight_dtype)
+            model = shapes(kind, config, weight_dtype)
             if isinstance(location, Path) and any(location.glob("*.safetensors")):
                 checkpoint = Checkpoint(location, torch.device("cpu"))
                 checkpoint.adapt(model, quantizer)
                 check_stored(source, model, checkpoint, dequantized=quantizer is not None)
         blocks = decoder_blocks(model)
-        drawn = Drawn(model)
-        if drawn.fits:
-            check_causal(source, drawn.model, drawn)
+        random_weights = RandomWeights(model)
+        if random_weights.fits:
+            check_causal(source, random_weights.model, random_weights)
         return cls(source, model, blocks)
 
     @property
@@ -107,22 +107,19 @@ class Anatomy:
         return weight
 
     def kinds(self) -> Iterator[tuple[int, int]]:
-        """(the first block, how many) of every kind of block: those with weights of the same shapes."""
+        """(first block, count) of every kind of block: those with weights of the same shapes."""
         kinds: dict[tuple[torch.Size, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
             kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)
         return ((members[0], len(members)) for members in kinds.values())
 
     def sequences(self, count: int, length: int | None) -> Sequences:
-        """So many full sequences of a length, by default that of a run.
+        """`count` full sequences of a length, by default that of a run.
 
         Raises:
             UserError: the length is beyond the model's context.
         """
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if length is not None and context is not None and length > context:
-            raise UserError(f"length {length} is beyond the model's context of {context} tokens")
-        length = length or default_length(self.model.config)
+        length = sequence_length(self.model.config, length)
         row = Row(torch.zeros(length, dtype=torch.long), length)
         return Sequences((row,) * count, "windows", length, None, BATCH)
 
@@ -154,7 +151,7 @@ class Reading:
     rate: float
 
     @property
-    def judging_tokens(self) -> int:
+    def validation_tokens(self) -> int:
         return round(self.tokens * self.validation / self.characters)
 
     @property
@@ -183,7 +180,7 @@ def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Readin
     """Reads the text of a run, and encodes a piece of the size that is encoded at once.
 
     Args:
-        text: as of a run; None is given back where it is not on this disk.
+        text: as of a run; None is returned if it is not on this disk.
         source, model: as `check_tokenizer`.
         stream: the run returns freed memory to the system, as streaming runs do.
 
@@ -230,7 +227,7 @@ def _piece(documents: list[Document], characters: int) -> list[Document]:
     return piece
 
 
-class Drawn(Offloading):
+class RandomWeights(Offloading):
     """Random weights for a model on the meta device; large embeddings have their first rows alone.
 
     Args:
@@ -250,9 +247,9 @@ class Drawn(Offloading):
         self._generator = torch.Generator().manual_seed(0)
         inside = {id(p) for block in self.blocks for p in block.module.parameters()}
         self._outside = {
-            module: own
+            module: names
             for module in self.model.modules()
-            if (own := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
+            if (names := [name for name, p in module.named_parameters(recurse=False) if id(p) not in inside])
         }
         if self.fits:
             unset = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_meta}
@@ -267,13 +264,13 @@ class Drawn(Offloading):
     def block(self, index: int) -> Generator[None]:
         modules = list(self.blocks[index].module.modules())
         before = [dict(module.named_parameters(recurse=False)) for module in modules]
-        for module, own in zip(modules, before, strict=True):
-            self._draw(module, list(own))
+        for module, parameters in zip(modules, before, strict=True):
+            self._draw(module, list(parameters))
         try:
             yield
         finally:
-            for module, own in zip(modules, before, strict=True):
-                for name, parameter in own.items():
+            for module, parameters in zip(modules, before, strict=True):
+                for name, parameter in parameters.items():
                     setattr(module, name, parameter)
 
     def _draw(self, module: nn.Module, names: list[str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -28,20 +27,20 @@ from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
+from admm_prune.models import families
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
-from admm_prune.plan.counting import Counting, Stage, Stretch, Work, counted, stretch
-from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial
+from admm_prune.plan.counting import Cost, Counting, Stage, Work, counted, measured_cost
+from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES
 
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
-_NAMES = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu"}
 WEIGHTS, CHECKED = "weights", "check of the largest weight"
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
@@ -59,12 +58,12 @@ class Collected:
     """
 
     shared: list[tuple[tuple[WeightView, ...], int]]
-    stretch: Stretch
+    cost: Cost
     sums: int
 
     def stage(self, name: str) -> Stage:
-        forward = max(0, self.stretch.peak - self.sums)
-        return Stage(name=name, parts={GRAMS: self.sums, FORWARD: forward}, work=self.stretch.work)
+        forward = max(0, self.cost.peak - self.sums)
+        return Stage(name=name, parts={GRAMS: self.sums, FORWARD: forward}, work=self.cost.work)
 
 
 class _ActivationStore(ActivationStore):
@@ -72,13 +71,13 @@ class _ActivationStore(ActivationStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def put(self, name: str, tensor: Tensor) -> None:
-        self._kept[name] = tensor.detach()
+        self._tensors[name] = tensor.detach()
 
     def get(self, name: str) -> Tensor:
-        return self._kept[name]
+        return self._tensors[name]
 
 
 class BlockPass:
@@ -87,7 +86,7 @@ class BlockPass:
     def __init__(self, anatomy: Anatomy, counting: Counting, task: Task, device: str, *, stream: bool) -> None:
         self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
-        with stretch(counting) as self.recording:
+        with measured_cost(counting) as self.recording:
             self.stream = BlockStream(
                 anatomy.model,
                 anatomy.blocks,
@@ -104,31 +103,27 @@ class BlockPass:
         return {ACTIVATIONS_PART: self.recording.left}
 
     def kinds(self) -> Iterator[tuple[int, Block, int]]:
-        """(index, block, how many) of each kind of block, the stream at that block."""
+        """(index, block, count) of each kind of block, with the stream at that block."""
         for index, count in self.anatomy.kinds():
             while self.position < index:
                 self.advance()
             yield index, self.anatomy.blocks[index], count
 
-    def advance(self) -> Stretch:
-        with stretch(self.counting) as found:
+    def advance(self) -> Cost:
+        with measured_cost(self.counting) as cost:
             self.stream.advance(self.position)
         self.position += 1
-        return found
+        return cost
 
     def collect(
-        self,
-        only: Collection[str] | None = None,
-        outputs: dict[str, Tensor] | None = None,
-        *,
-        centre: bool = False,
+        self, only: Collection[str] | None = None, outputs: dict[str, Tensor] | None = None, *, centre: bool = False
     ) -> Collected:
-        with stretch(self.counting) as found:
+        with measured_cost(self.counting) as cost:
             shared = self.stream.collect(self.position, only, outputs, centre=centre)
-        found.left -= sum(x.nbytes for x in (outputs or {}).values())
+        cost.left -= sum(x.nbytes for x in (outputs or {}).values())
         layers = [(one.weights, one.statistics.gram.shape[0]) for one in shared]
         sums = self.parts * sum(SUM_BYTES * width * width for _, width in layers)
-        return Collected(layers, found, min(sums, found.peak))
+        return Collected(layers, cost, min(sums, cost.peak))
 
 
 def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
@@ -182,12 +177,12 @@ def _local(collected: Collected, method: Method, task: Task, count: int, block_p
         jobs += [(group, width, views[0].parameter.dtype) for group in groups]
     solver, several = method.make(), Counter(jobs)
     for group, width, dtype in jobs:
-        trial = _cached(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
+        trial = estimated(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
         shape = Shape(sum(group), width, torch.float32, block_pass.device, method.constraint(task.target))
         batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
         posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
         peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
-        parts = {GRAMS: collected.stretch.left, SOLVER: peak}
+        parts = {GRAMS: collected.cost.left, SOLVER: peak}
         yield Stage(name="solver", parts=parts, work=trial.work * count)
 
 
@@ -200,16 +195,16 @@ def _struprune(block_pass: BlockPass, recipe: StruPrune, task: Task) -> Iterator
         )
         yield both.stage("statistics").times(count)
         for sublayer in parts:
-            curve = _cached(_group_trial(recipe, sublayer, None))
-            yield Stage(name="curves", parts={GRAMS: both.stretch.left, SOLVER: curve.peak}, work=curve.work * count)
+            curve = estimated(_group_trial(recipe, sublayer, None))
+            yield Stage(name="curves", parts={GRAMS: both.cost.left, SOLVER: curve.peak}, work=curve.work * count)
         for sublayer in parts:
             centre = recipe.fold_bias and sublayer.output.bias is not None
-            own = block_pass.collect([sublayer.output.name], centre=centre)
-            yield own.stage("statistics").times(count)
-            solved = _cached(_group_trial(recipe, sublayer, task.target.fraction))
-            left = {GRAMS: own.stretch.left, SOLVER: solved.peak}
+            collected = block_pass.collect([sublayer.output.name], centre=centre)
+            yield collected.stage("statistics").times(count)
+            solved = estimated(_group_trial(recipe, sublayer, task.target.fraction))
+            left = {GRAMS: collected.cost.left, SOLVER: solved.peak}
             yield Stage(name="solver", parts=left, work=solved.work * count)
-            with stretch(block_pass.counting) as preview:
+            with measured_cost(block_pass.counting) as preview:
                 for _ in range(2):
                     block_pass.stream.preview(block_pass.position)
             yield _forward("check of the slices", preview, count)
@@ -219,27 +214,25 @@ def _struprune(block_pass: BlockPass, recipe: StruPrune, task: Task) -> Iterator
 def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
         network = _network(block)
-        with stretch(
-            block_pass.counting
-        ) as looking:  # for the network, and whether the block adds its output to a residual
-            for _ in range(3):
+        with measured_cost(block_pass.counting) as looking:
+            for _ in range(3):  # for the network, and whether the block adds its output to a residual
                 block_pass.stream.preview(index)
         yield _forward("form of the network", looking, count)
-        own = {view.name for view in network}
-        wanted: dict[str, Tensor] = {}
-        attention = block_pass.collect([view.name for view in block.weights if view.name not in own], wanted)
-        target = {"targets": sum(x.nbytes for x in wanted.values())}
+        network_names = {view.name for view in network}
+        targets: dict[str, Tensor] = {}
+        attention = block_pass.collect([view.name for view in block.weights if view.name not in network_names], targets)
+        target = {"targets": sum(x.nbytes for x in targets.values())}
         for stage in _local(attention, recipe.method, task, count, block_pass):
             yield stage.beside(target)
         up, down = network[0], network[-1]
-        with stretch(block_pass.counting) as pairing:
-            pairs = block_pass.stream.pairs(index, up, down, wanted)
+        with measured_cost(block_pass.counting) as pairing:
+            pairs = block_pass.stream.pairs(index, up, down, targets)
         tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
         held = {"tokens of the network": pairing.left}
         yield _forward("tokens of the network", pairing, count).beside(target)
         del pairs
-        wanted.clear()
-        trial = _cached(
+        targets.clear()
+        trial = estimated(
             NetworkTrial(
                 recipe,
                 task.target,
@@ -257,13 +250,8 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         yield _forward("next inputs", block_pass.advance(), count)
 
 
-@lru_cache(maxsize=256)  # blocks are alike
-def _cached(trial: LayerTrial | NetworkTrial | GroupTrial) -> Stretch:
-    return trial.estimated()
-
-
-def _forward(name: str, found: Stretch, count: float) -> Stage:
-    return Stage(name=name, parts={FORWARD: found.peak}, work=found.work * count)
+def _forward(name: str, cost: Cost, count: float) -> Stage:
+    return Stage(name=name, parts={FORWARD: cost.peak}, work=cost.work * count)
 
 
 def _group_trial(recipe: StruPrune, sublayer: Sublayer, removed: float | None) -> GroupTrial:
@@ -282,15 +270,15 @@ def _network(block: Block) -> tuple[WeightView, ...]:
 
 def _activation(anatomy: Anatomy) -> Activation:
     config = anatomy.model.config
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "silu")
-    return ACTIVATIONS[_NAMES.get(str(name), "gelu-tanh")]
+    name = next((name for key in families.ACTIVATION if (name := getattr(config, key, None))), "silu")
+    return ACTIVATIONS[families.ACTIVATION_NAMES.get(str(name), "gelu-tanh")]
 
 
 def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
     """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
     with counted() as counting:
         weight = torch.empty_like(anatomy.largest)
-        with stretch(counting) as check:
+        with measured_cost(counting) as check:
             bool(torch.isfinite(weight).all())
     held = {"largest weight": weight.nbytes} if stream else {WEIGHTS: anatomy.weight_bytes}
     size = anatomy.weight_bytes
@@ -311,19 +299,19 @@ def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iter
     share = tokens / batch.input_ids.numel()
     with counted() as counting, torch.no_grad():
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
-        with stretch(counting) as found:
+        with measured_cost(counting) as cost:
             evaluation.cross_entropy(anatomy.model, batch)
-    weights, work = {WEIGHTS: anatomy.weight_bytes}, found.work * share
+    weights, work = {WEIGHTS: anatomy.weight_bytes}, cost.work * share
     if stream:
         work += Work.of(disk_read=anatomy.weight_bytes)
         width = anatomy.model.get_input_embeddings().weight.shape[-1]
         element = anatomy.model.get_input_embeddings().weight.element_size()
         weights = {"weights outside of the blocks": anatomy.outside_bytes, ACTIVATIONS_PART: tokens * width * element}
-    yield Stage(name="evaluation", parts={**weights, "logits": found.peak}, work=work)
+    yield Stage(name="evaluation", parts={**weights, "logits": cost.peak}, work=work)
 
 
 def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
-    """Writing the model and reading its files again for their fingerprints: no second copy is made of any of it."""
+    """Writing the model and reading its files again for their fingerprints; nothing is copied."""
     size = round(anatomy.weight_bytes * factor)
     held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
     return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
@@ -353,10 +341,10 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
         short = replace(recipe, steps=least + steps)
         with counted() as counting:
             counting.know(*model.parameters(), *model.buffers())
-            with stretch(counting) as found:
+            with measured_cost(counting) as cost:
                 session = short.run(model, task, project=_keep_all)
-            works.append(found.work)
-            peak = max(peak, found.peak)
+            works.append(cost.work)
+            peak = max(peak, cost.peak)
             parts = _parts(session)
             for parameter in model.parameters():
                 parameter.grad = None

@@ -33,7 +33,6 @@ KINDS = (
     "tokenize",
     "calls",
 )
-_aten = torch.ops.aten
 _FACTORS: dict[str, Callable[..., float]] = {
     "linalg_cholesky_ex": lambda a, *_: a.shape[-1] ** 2 * a.numel() / a.shape[-1] / 3,
     "cholesky_inverse": lambda a, *_: 2 * a.shape[-1] * a.numel() / 3,
@@ -211,13 +210,13 @@ def counted() -> Generator[Counting]:
 
 def _everywhere(indices: Any) -> list[Any]:
     """Indices with every mask replaced by the places of all of its entries."""
-    found: list[Any] = []
+    expanded: list[Any] = []
     for index in indices:
         if isinstance(index, Tensor) and index.dtype is torch.bool:
-            found += [torch.empty(index.numel(), dtype=torch.long, device="meta")] * index.ndim
+            expanded += [torch.empty(index.numel(), dtype=torch.long, device="meta")] * index.ndim
         else:
-            found.append(index)
-    return found
+            expanded.append(index)
+    return expanded
 
 
 def _kind(tensor: Tensor) -> str:
@@ -265,12 +264,12 @@ class Stage:
         return replace(self, parts={**parts, **self.parts})
 
     def times(self, count: float) -> Stage:
-        """The stage repeated so many times in sequence."""
+        """The stage repeated `count` times."""
         return replace(self, work=self.work * count)
 
 
 @dataclass
-class Stretch:
+class Cost:
     """The counted cost of a piece of code: peak bytes, remaining bytes, operations."""
 
     peak: int = 0
@@ -279,18 +278,18 @@ class Stretch:
 
 
 @contextmanager
-def stretch(counting: Counting) -> Generator[Stretch]:
+def measured_cost(counting: Counting) -> Generator[Cost]:
     """Counts operations within the context, and memory beyond that at its start."""
-    before, found = counting.live, Stretch()
+    before, cost = counting.live, Cost()
     counting.rest()
-    yield found
-    found.peak, found.left, found.work = counting.peak - before, counting.live - before, counting.work
+    yield cost
+    cost.peak, cost.left, cost.work = counting.peak - before, counting.live - before, counting.work
 
 
 def by_name(stages: list[Stage], merge: Callable[[str], str] = str) -> dict[str, Work]:
     """The work of all stages of one name together."""
-    found: dict[str, Work] = {}
+    totals: dict[str, Work] = {}
     for stage in stages:
         name = merge(stage.name)
-        found[name] = found.get(name, Work()) + stage.work
-    return found
+        totals[name] = totals.get(name, Work()) + stage.work
+    return totals

@@ -19,7 +19,7 @@ from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
-from admm_prune.plan.counting import LIBRARIES, Stage, Work
+from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
 from admm_prune.settings import PlanSettings, takes
@@ -78,18 +78,9 @@ class Plan:
         return None
 
     def as_json(self) -> dict[str, Any]:
-        work: dict[str, Work] = {}
-        for stage in self.stages:
-            work[stage.name] = work.get(stage.name, Work()) + stage.work
+        names = ("model", "method", "target", "parameters", "weight_bytes", "samples", "length", "stream")
         return {
-            "model": self.model,
-            "method": self.method,
-            "target": self.target,
-            "parameters": self.parameters,
-            "weight_bytes": self.weight_bytes,
-            "samples": self.samples,
-            "length": self.length,
-            "stream": self.stream,
+            **{name: getattr(self, name) for name in names},
             "memory": {
                 place: {
                     "bytes": (stage := self.peak(place)).bytes,
@@ -102,7 +93,7 @@ class Plan:
             "disk": dict(self.disk),
             "stages": {
                 name: {"operations": done.operations, "seconds": self.machine.seconds(done)}
-                for name, done in work.items()
+                for name, done in by_name(list(self.stages)).items()
             },
             "seconds": self.seconds,
             "rates": {"of": self.machine.name, "source": self.machine.source, **self.machine.rates},
@@ -165,15 +156,13 @@ def make_plan(settings: PlanSettings) -> Plan:
     else:
         first = {} if stream else {blockwise.WEIGHTS: anatomy.weight_bytes}
         work = Work.of(tokenize=reading.characters)
-        tokenizing = Stage(name="tokenizer", parts={**first, TOKENS: reading.peak}, work=work)
-        kept = {TEXT: reading.held, TOKENS: reading.left}
-        stages = [stages[0], tokenizing, *(stage.beside(kept) for stage in stages[1:])]
-        stages[1] = stages[1].beside({TEXT: reading.held})
-    if reading is not None:
+        tokenizing = Stage(name="tokenizer", parts={TEXT: reading.held, **first, TOKENS: reading.peak}, work=work)
+        resident = {TEXT: reading.held, TOKENS: reading.left}
+        stages = [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     machine = host if gpu is None else gpu_named(gpu, host)
     if gpus > 1:
-        stages = [_shared_out(stage, gpus, anatomy) for stage in stages]
+        stages = [_shared_out(stage, gpus) for stage in stages]
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
     if gpu is not None:
         notes.append(f"time of {gpu}: {machine.source}")
@@ -198,22 +187,21 @@ def make_plan(settings: PlanSettings) -> Plan:
 
 
 def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, stream: bool, device: str) -> list[Stage]:
-    stages = [blockwise.loading(anatomy, stream=stream)]
-    rows = -(-validation // task.calibration.length)
+    length = task.calibration.length
     evaluated: list[Stage] = []
-    if rows:
-        text = anatomy.sequences(rows, task.calibration.length)
+    if validation:
+        text = anatomy.sequences(-(-validation // length), length)
         evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
-    stages += evaluated
     return [
-        *stages,
+        blockwise.loading(anatomy, stream=stream),
+        *evaluated,
         *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
-        blockwise.saving(anatomy, stream=stream, factor=_kept(anatomy, recipe, task.target)),
+        blockwise.saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),
     ]
 
 
-def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
+def _saved_fraction(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     """The part of the bytes that a saved model keeps: masks are stored dense."""
     if not recipe.shrinks:
         return 1.0
@@ -221,7 +209,7 @@ def _kept(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
 
 
 def _disk(anatomy: Anatomy, recipe: Recipe, task: Task, stages: list[Stage], *, stream: bool) -> dict[str, int]:
-    size = round(anatomy.weight_bytes * _kept(anatomy, recipe, task.target))
+    size = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
     held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
     return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
 
@@ -232,10 +220,10 @@ def _validation_tokens(text: Reading | None, eval_samples: int | None, length: i
     if text is None:
         notes.append("evaluation is not counted: give --eval-samples, or --data that is on this disk")
         return 0
-    return text.judging_tokens
+    return text.validation_tokens
 
 
-def _shared_out(stage: Stage, gpus: int, anatomy: Anatomy) -> Stage:
+def _shared_out(stage: Stage, gpus: int) -> Stage:
     """On one of several GPUs: tokens and sharded state are divided, one block is whole at a time."""
     divided = (*_SHARDED, ACTIVATIONS_PART) if "Adam's moments" in stage.parts else (ACTIVATIONS_PART,)
     parts = {name: -(-size // gpus) if name in divided else size for name, size in stage.parts.items()}

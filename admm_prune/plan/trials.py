@@ -13,9 +13,9 @@ so that bytes are counted on a few iterations, operations on all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.ops.activations import Activation
-from admm_prune.plan.counting import Stretch, counted, stretch
+from admm_prune.plan.counting import Cost, counted, measured_cost
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.feed_forward import Network
@@ -43,23 +43,36 @@ _WORK_AT = 1 << 16  # and operations
 _FEW = 4  # iterations that reach the peak: every schedule of a penalty has set its first by then
 _ITERATIONS = ("max_iterations", "rounds")
 
-Trial = Callable[[float, bool], Stretch]  # (scale, whether all iterations are wanted)
+
+class Trial(Protocol):
+    """A problem whose cost can be counted at a smaller scale."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of its largest tensor."""
+        ...
+
+    def __call__(self, scale: float, whole: bool) -> Cost:
+        """Counts the cost with all sizes multiplied by `scale`, of all iterations or, if not `whole`, of a few."""
+        ...
 
 
-def estimated(trial: Trial, entries: int) -> Stretch:
-    """The cost of a problem whose largest weight has so many entries, extrapolated from smaller ones if it is large."""
+@lru_cache(maxsize=256)  # blocks have equal shapes
+def estimated(trial: Trial) -> Cost:
+    """The cost of a problem, extrapolated from smaller ones if it is large."""
+    entries = trial.entries
     if entries <= 2 * _WORK_AT:
         return trial(1.0, True)
     scale = (_WORK_AT / entries) ** 0.5
     work = trial(scale, True).work.scaled(1 / scale)
     if entries <= _BYTES_AT[1]:
         whole = trial(1.0, False)
-        return Stretch(peak=whole.peak, left=whole.left, work=work)
+        return Cost(peak=whole.peak, left=whole.left, work=work)
     small, large = ((at / entries) ** 0.5 for at in _BYTES_AT)
     at_small, at_large = trial(small, False), trial(large, False)
     peak = _at_full_size(small, at_small.peak, large, at_large.peak)
     left = _at_full_size(small, at_small.left, large, at_large.left)
-    return Stretch(peak=peak, left=left, work=work)
+    return Cost(peak=peak, left=left, work=work)
 
 
 def _at_full_size(small: float, at_small: int, large: float, at_large: int) -> int:
@@ -77,7 +90,7 @@ class LayerTrial:
         rows: of every weight.
         width: of the input.
         dtype: of the weights.
-        validation: statistics of validation tokens are there too.
+        validation: whether there are statistics of validation tokens too.
     """
 
     method: Method
@@ -88,7 +101,7 @@ class LayerTrial:
     dtype: torch.dtype
     validation: bool
 
-    def __call__(self, scale: float, whole: bool) -> Stretch:
+    def __call__(self, scale: float, whole: bool) -> Cost:
         multiple = 1 if self.target.pattern is None else self.target.pattern[1]
         width = _shrunk(self.width, scale, multiple)
         views = tuple(view_of(torch.randn(_shrunk(r, scale), width, dtype=self.dtype)) for r in self.rows)
@@ -96,22 +109,19 @@ class LayerTrial:
         statistics = LayerStatistics(
             gram, 2 * width, gram / 2 if self.validation else None, width if self.validation else 0
         )
-        method = self.method if whole else replace(self.method, make=lambda: shortened(self.method.make()))
+        method = self.method if whole else _shortened_method(self.method)
         with counted() as counting, torch.no_grad():
             counting.know(gram, *(view.parameter for view in views))
             if statistics.validation is not None:
                 counting.know(statistics.validation)
-            with stretch(counting) as found:
+            with measured_cost(counting) as cost:
                 prune_shared(SharedInput(views, statistics), method, task_for(self.target, self.ridge))
-        return found
+        return cost
 
     @property
     def entries(self) -> int:
         """Entries of all weights together, or of their Gram, whichever is larger."""
         return max(sum(self.rows), self.width) * self.width
-
-    def estimated(self) -> Stretch:
-        return estimated(self, self.entries)
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class NetworkTrial:
     tokens: tuple[int, int]
     dtype: torch.dtype
 
-    def __call__(self, scale: float, whole: bool) -> Stretch:
+    def __call__(self, scale: float, whole: bool) -> Cost:
         pattern = self.target.pattern
         multiple = 1 if pattern is None else pattern[1]
         d, width, out = (_shrunk(size, scale, multiple) for size in (self.inputs, self.hidden, self.outputs))
@@ -150,17 +160,12 @@ class NetworkTrial:
             for part, n in zip(("calibration", "validation"), self.tokens, strict=True)
             if n
         }
-        method = (
-            self.recipe.method
-            if whole
-            else replace(self.recipe.method, make=lambda: shortened(self.recipe.method.make()))
-        )
-        recipe = replace(
-            self.recipe, method=method, descent=self.recipe.descent if whole else min(2, self.recipe.descent)
-        )
+        recipe = self.recipe
+        if not whole:
+            recipe = replace(recipe, method=_shortened_method(recipe.method), descent=min(2, recipe.descent))
         with counted() as counting, torch.no_grad():
             counting.know(*weights.values(), *(x for pair in pairs.values() for x in pair))
-            with stretch(counting) as found:
+            with measured_cost(counting) as cost:
                 wide = Point(
                     {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
                 )
@@ -168,10 +173,11 @@ class NetworkTrial:
                 constraints = dict.fromkeys(network.weights, recipe.method.constraint(self.target))
                 damped = recipe.damped(network, pairs, task_for(self.target, self.ridge), constraints)
                 recipe.solve(network, damped, pairs, constraints)
-        return found
+        return cost
 
-    def estimated(self) -> Stretch:
-        return estimated(self, (2 if self.gated else 1) * self.hidden * max(self.inputs, self.outputs))
+    @property
+    def entries(self) -> int:
+        return (2 if self.gated else 1) * self.hidden * max(self.inputs, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class GroupTrial:
     dtype: torch.dtype
     centred: bool
 
-    def __call__(self, scale: float, whole: bool) -> Stretch:
+    def __call__(self, scale: float, whole: bool) -> Cost:
         unit = _shrunk(self.unit, scale) if self.unit > 1 else 1
         count = max(2, round(self.columns * scale / unit))
         gram = random_gram(unit * count)
@@ -202,7 +208,7 @@ class GroupTrial:
         keep = count if self.removed is None else max(1, round(count * (1 - self.removed)))
         with counted() as counting, torch.no_grad():
             counting.know(gram, weight)
-            with stretch(counting) as found:
+            with measured_cost(counting) as cost:
                 problem = GroupReconstruction(
                     weight.clone(),
                     gram,
@@ -216,10 +222,15 @@ class GroupTrial:
                 else:
                     result, _ = selectors.solve(problem, self.recipe.selector, self.recipe.compensate)
                     problem.relative_error(result.solution)
-        return found
+        return cost
 
-    def estimated(self) -> Stretch:
-        return estimated(self, self.columns * max(self.outputs, self.columns))
+    @property
+    def entries(self) -> int:
+        return self.columns * max(self.outputs, self.columns)
+
+
+def _shortened_method(method: Method) -> Method:
+    return replace(method, make=lambda: shortened(method.make()))
 
 
 def shortened(solver: Any) -> Any:

@@ -22,8 +22,7 @@ from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.in_memory import given
-from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
+from admm_prune.models.loading import LoadedModel, fingerprint, from_module, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
@@ -331,4 +330,4 @@ def _opened(settings: Settings, device: str, streams: bool) -> LoadedModel:
         opens = open_on_disk if streams else load
         return opens(str(model), device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     check_no_adapters(type(model).__name__, model)
-    return given(model, settings.tokenizer)
+    return from_module(model, settings.tokenizer)

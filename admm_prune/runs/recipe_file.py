@@ -39,7 +39,7 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     passed = {name: value for name, value in text.items() if value == PYTHON_OBJECT}
     content["text"] = {name: value for name, value in text.items() if name not in passed}
     others = {
-        name: settings[name] for name in names_of(kept=("recipe",), text=False) if name in settings.keys() - content
+        name: settings[name] for name in names_of(saved_in=("recipe",), text=False) if name in settings.keys() - content
     }
     content |= {name: value for name, value in others.items() if value not in (None, False) and name not in _PARTS}
     objects = {name: part for name, part in parts.items() if name not in named} | passed

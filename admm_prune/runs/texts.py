@@ -13,10 +13,11 @@ from admm_prune.data.formats import NoSplitError, has_splits
 from admm_prune.data.objects import check_ids as check_passed_ids
 from admm_prune.data.objects import check_object, corpus_of
 from admm_prune.data.rows import NoColumnError
-from admm_prune.data.sequences import Sequences, default_length, pack
+from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, hold_out, is_file_name, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.checks import check_ids
+from admm_prune.models.families import sequence_length
 from admm_prune.models.loading import locate
 from admm_prune.runs.manifest import TextRecord
 from admm_prune.settings import TextSettings
@@ -84,7 +85,7 @@ class Texts:
 
     def __init__(self, settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any] | None = None) -> None:
         self._settings, self._loaded = settings, loaded
-        self._length = _length(settings, loaded.model.config)
+        self._length = sequence_length(loaded.model.config, settings.length)
         self._calibrating, self._judging = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
         self.evaluation = _pack_judging(self._judging, settings, self._length, loaded)
@@ -119,7 +120,7 @@ def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequen
     Raises:
         UserError: the text cannot be used, or the length is beyond the model's context.
     """
-    length = _length(settings, loaded.model.config)
+    length = sequence_length(loaded.model.config, settings.length)
     corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
     _tell(corpus)
@@ -253,12 +254,3 @@ def _tell(*corpora: Corpus) -> None:
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
             _LOG.warning("note: %s", note)
-
-
-def _length(settings: TextSettings, config: Any) -> int:
-    if settings.length is None:
-        return default_length(config)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and settings.length > context:
-        raise UserError(f"length {settings.length} is beyond the model's context of {context} tokens")
-    return settings.length

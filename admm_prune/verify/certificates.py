@@ -76,12 +76,12 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
     scale = problem.scale
     hessian = problem.hessian / scale / scale[:, None]
     hessian = (hessian + hessian.T) / 2
-    target, point, kept = problem.minimizer * scale, v * scale, v != 0
+    target, point, support = problem.minimizer * scale, v * scale, v != 0
     gradient = (point - target) @ hessian  # half of it
-    linear = np.abs(target @ hessian) * kept
+    linear = np.abs(target @ hessian) * support
     largest = linear.max(1)
     rows = largest > 0
-    residual = (np.abs(gradient) * kept).max(1)[rows] / largest[rows]
+    residual = (np.abs(gradient) * support).max(1)[rows] / largest[rows]
     step = point - gradient / float(np.linalg.eigvalsh(hessian)[-1])
     away = target - point
     loss = np.maximum(0.0, -(gradient * away).sum(1))
@@ -95,9 +95,9 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
     whole = float(loss.sum())
     held = _best([gain for swaps in fixed for gain in swaps.gains], whole)
     drawn = np.sort(order[: min(_MOST_ROWS, max(1, _WORK // len(hessian) ** 3))])
-    refitted = [refitted_swaps(hessian, target[row], kept[row], group) for row in drawn]
+    refitted = [refitted_swaps(hessian, target[row], support[row], group) for row in drawn]
     within = [row.gain / row.loss if row.loss > 0 else 0.0 for row in refitted]
-    pairs, between = _between(refitted, kept[drawn]) if shared else (0, [])
+    pairs, between = _between(refitted, support[drawn]) if shared else (0, [])
     best = _best([*(Gain(row.gain, row.loss) for row in refitted if row.loss > 0), *between], whole)
     if best is None or best[0] <= 0:
         best = 0.0, 0.0
@@ -106,7 +106,7 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
         reached[row] = min(reached[row], max(0.0, swaps.loss - max(0.0, swaps.gain)))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
-        unstable_support=_exchanged(np.abs(step), kept, budget),
+        unstable_support=_exchanged(np.abs(step), support, budget),
         swap_rows=len(drawn),
         swap_pairs=sum(row.pairs for row in refitted) + pairs,
         swap_optimal=float(np.mean([gain <= _OPTIMAL for gain in within])),
@@ -127,10 +127,10 @@ def _best(gains: list[Gain], whole: float) -> tuple[float, float] | None:
     return best.absolute / whole, best.share
 
 
-def _between(rows: list[RefittedSwaps], kept: Mask) -> tuple[int, list[Gain]]:
-    """Swaps between different ones of some refitted rows: how many, and the best gain of each two."""
-    inside = kept.sum(1)
-    outside = kept.shape[1] - inside
+def _between(rows: list[RefittedSwaps], supports: Mask) -> tuple[int, list[Gain]]:
+    """Swaps between two of the refitted rows: their number, and the best gain of each pair of rows."""
+    inside = supports.sum(1)
+    outside = supports.shape[1] - inside
     pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)
     gains = [
         Gain(into.best_add - out_of.cheapest_drop, into.loss + out_of.loss)
@@ -144,14 +144,14 @@ def _swap_words(gain: float, of_rows: float, pairs: int, how: str) -> str:
     if of_rows > _OPTIMAL:
         shares = f"by {gain:.2g} of the layer's loss ({of_rows:.2g} of its rows' loss)"
         return f"a single swap lowers the error, {how}: {shares}, the best of {pairs:,} pairs tried"
-    found = f"largest gain found {max(gain, 0.0):.2g} of the layer's loss over {pairs:,} pairs tried"
-    return f"no single swap lowers the error, {how}: {found}"
+    largest = f"largest gain found {max(gain, 0.0):.2g} of the layer's loss over {pairs:,} pairs tried"
+    return f"no single swap lowers the error, {how}: {largest}"
 
 
-def _exchanged(size: Array, kept: Mask, budget: Budget) -> float:
+def _exchanged(size: Array, support: Mask, budget: Budget) -> float:
     """The fraction of the kept weights that are not among the largest sizes that the budget keeps; ties stay."""
     dropped = 0
-    pairs = zip(budget.cells(size), budget.cells(kept.astype(np.float64)), strict=True)
+    pairs = zip(budget.cells(size), budget.cells(support.astype(np.float64)), strict=True)
     for (cells, keep), (inside, _) in pairs:
         if keep == 0:
             continue
@@ -159,7 +159,7 @@ def _exchanged(size: Array, kept: Mask, budget: Budget) -> float:
         room = keep - (cells > last).sum(1)
         at_last = ((cells == last) & (inside > 0)).sum(1)
         dropped += int(((cells < last) & (inside > 0)).sum() + np.maximum(0, at_last - room).sum())
-    return dropped / max(1, int(kept.sum()))
+    return dropped / max(1, int(support.sum()))
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class RefittedSwaps:
     best_add: float = 0.0
 
 
-def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> RefittedSwaps:
+def refitted_swaps(hessian: Array, target: Array, support: Mask, group: int) -> RefittedSwaps:
     """All swaps of a row, the others refitted.
 
     With K = A_SS^-1, v_S the refit, and for j pruned T_j = K A_Sj, s_j = A_jj - A_jS T_j, adding j and removing i
@@ -195,16 +195,16 @@ def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> Ref
     Args:
         hessian: A (in, in), positive definite.
         target: w (in,).
-        kept: S (in,), boolean.
+        support: S (in,), boolean.
         group: i and j lie in the same of these consecutive columns.
 
     Raises:
         numpy.linalg.LinAlgError: A is singular on a support.
     """
-    away = _refit(hessian, target, kept)
+    away = _refit(hessian, target, support)
     pull = hessian @ away
     loss = max(0.0, float(away @ pull))
-    inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+    inside, outside = np.flatnonzero(support), np.flatnonzero(~support)
     if not len(inside):
         return RefittedSwaps(loss, best_add=float(np.square(pull).max()))
     inverse = np.linalg.inv(hessian[np.ix_(inside, inside)])
@@ -221,7 +221,7 @@ def refitted_swaps(hessian: Array, target: Array, kept: Mask, group: int) -> Ref
     within = inside[:, None] // group == outside // group
     gain[~within] = -np.inf
     i, j = np.unravel_index(int(gain.argmax()), gain.shape)
-    swapped = kept.copy()
+    swapped = support.copy()
     swapped[inside[i]], swapped[outside[j]] = False, True
     away = _refit(hessian, target, swapped) if within[i, j] else away
     gained = max(0.0, loss - max(0.0, float(away @ hessian @ away)))
@@ -274,8 +274,8 @@ def fixed_swaps_within(hessian: Array, residual: Array, point: Array, loss: Arra
     couplings = hessian[columns[:, :, None], columns[:, None, :]]
     pairs, gains = 0, []
     for r, v, before in zip(residual.reshape(-1, *columns.shape), point.reshape(-1, *columns.shape), loss, strict=True):
-        kept = v != 0
-        allowed = kept[:, :, None] & ~kept[:, None, :]
+        support = v != 0
+        allowed = support[:, :, None] & ~support[:, None, :]
         count = int(np.count_nonzero(allowed))
         if count and before > 0:
             gain = (r[:, None, :] + v[:, :, None] * couplings) ** 2 - (v * v + 2 * v * r)[:, :, None]
@@ -289,11 +289,11 @@ def fixed_swaps_across(residual: Array, point: Array, loss: Array) -> FixedSwaps
 
     They are independent: gain = max r_j^2 - min (v_i^2 + 2 v_i r_i) over different rows, which needs no table.
     """
-    kept = point != 0
-    add = np.where(kept, -np.inf, residual**2).max(1)
-    drop = np.where(kept, point * point + 2 * point * residual, np.inf).min(1)
-    inside = kept.sum(1)
-    outside = kept.shape[1] - inside
+    support = point != 0
+    add = np.where(support, -np.inf, residual**2).max(1)
+    drop = np.where(support, point * point + 2 * point * residual, np.inf).min(1)
+    inside = support.sum(1)
+    outside = support.shape[1] - inside
     pairs = int(inside.sum()) * int(outside.sum()) - int(inside @ outside)
     adds, drops = np.argsort(-add, kind="stable")[:2], np.argsort(drop, kind="stable")[:2]
     gains = [
@@ -305,9 +305,9 @@ def fixed_swaps_across(residual: Array, point: Array, loss: Array) -> FixedSwaps
     return FixedSwaps(pairs, tuple(gains))
 
 
-def _refit(hessian: Array, target: Array, kept: Mask) -> Array:
+def _refit(hessian: Array, target: Array, support: Mask) -> Array:
     """w - v for the v that minimizes (w - v)^T A (w - v) on a support."""
-    away = np.where(kept, 0.0, target)
-    if kept.any() and not kept.all():
-        away[kept] = -np.linalg.solve(hessian[np.ix_(kept, kept)], hessian[kept] @ away)
+    away = np.where(support, 0.0, target)
+    if support.any() and not support.all():
+        away[support] = -np.linalg.solve(hessian[np.ix_(support, support)], hessian[support] @ away)
     return away

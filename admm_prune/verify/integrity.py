@@ -18,96 +18,92 @@ Manifest = dict[str, Any]
 _CODE = (".py", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".so")  # what can run code when it is loaded
 
 
-def check_manifest(report: Verification, manifest: Manifest, known: frozenset[str], where: str) -> None:
+def check_manifest(report: Verification, manifest: Manifest, known: frozenset[str]) -> None:
     """Checks the manifest's own fingerprint, and unknown or missing keys."""
     report.expect(
         f"fingerprint of {MANIFEST}",
         has_own_digest(manifest),
-        f"{where}{MANIFEST} was altered after it was written: its fingerprint is another one",
+        f"{MANIFEST} was altered after it was written: its fingerprint does not match",
     )
     for name in sorted(manifest.keys() - known):
-        report.expect("fields", False, f"{where}{MANIFEST} has the field '{name}', which no run writes")
+        report.expect("fields", False, f"{MANIFEST} has the field '{name}', which no run writes")
     for name in sorted(known - manifest.keys()):
-        report.expect("fields", False, f"{where}{MANIFEST} lacks the field '{name}'")
+        report.expect("fields", False, f"{MANIFEST} lacks the field '{name}'")
 
 
-def check_files(report: Verification, folder: Path, manifest: Manifest, where: str, models: frozenset[str]) -> bool:
+def check_files(report: Verification, folder: Path, manifest: Manifest, models: frozenset[str]) -> bool:
     """Checks every entry of a folder against the manifest; False if a file of the model was altered.
 
     Args:
         models: subfolders that are checked as runs of their own.
     """
     files: dict[str, str] = manifest["files"]
-    pages = _check_times(report, folder, manifest, where)
+    pages = _check_times(report, folder, manifest)
     expected = {*files, *manifest.get("weights", {}), *pages, MANIFEST, TIMINGS}
     parents = {parent.as_posix() for name in (*expected, *models) for parent in Path(name).parents}
-    sound, found = True, set()
+    sound, present = True, set()
     for name, mode in entries(folder):
         if stat.S_ISDIR(mode):
-            if not (name in parents or any(name == own or name.startswith(f"{own}/") for own in models)):
-                sound = report.expect("files", False, f"{where}the folder {name} is none that the run wrote")
+            if not (name in parents or any(name == model or name.startswith(f"{model}/") for model in models)):
+                sound = report.expect("files", False, f"the folder {name} was not written by the run")
             continue
-        if any(name.startswith(f"{own}/") for own in models) and name not in files:
+        if any(name.startswith(f"{model}/") for model in models) and name not in files:
             continue
         if not stat.S_ISREG(mode):
-            sound = report.expect(
-                "files", False, f"{where}{name} is a link or a special file, not one that was written"
-            )
+            sound = report.expect("files", False, f"{name} is a link or a special file, not a file written by the run")
         elif name not in expected:
             danger = ", and loading it can run code" if Path(name).suffix in _CODE else ""
-            sound = report.expect("files", False, f"{where}{name} is no file that the run wrote{danger}")
-        found.add(name)
-    for name in sorted({*files, *pages, TIMINGS} - found):
-        sound = report.expect("files", False, f"{where}{name} is missing")
-    for name in sorted(files.keys() & found):
+            sound = report.expect("files", False, f"{name} was not written by the run{danger}")
+        present.add(name)
+    for name in sorted({*files, *pages, TIMINGS} - present):
+        sound = report.expect("files", False, f"{name} is missing")
+    for name in sorted(files.keys() & present):
         same = (folder / name).is_file() and file_sha256(folder / name) == files[name]
-        sound &= report.expect("files", same, f"{where}{name} is not the file that was written")
-    for name in sorted(pages.keys() & found):
+        sound &= report.expect("files", same, f"{name} is not the file that was written")
+    for name in sorted(pages.keys() & present):
         same = (folder / name).is_file() and file_sha256(folder / name) == pages[name]
-        report.expect("pages", same, f"{where}{name} is not the page that was written; 'admm-prune report' rewrites it")
+        report.expect("pages", same, f"{name} is not the page that was written; 'admm-prune report' rewrites it")
     report.by_fingerprint(*sorted(files), *sorted(pages), TIMINGS)
     return sound
 
 
-def _check_times(report: Verification, folder: Path, manifest: Manifest, where: str) -> dict[str, str]:
+def _check_times(report: Verification, folder: Path, manifest: Manifest) -> dict[str, str]:
     """Checks the file of times, with its own fingerprint and those of the pages that show times; returns the latter."""
     if not stat.S_ISREG((folder / TIMINGS).lstat().st_mode if (folder / TIMINGS).exists() else 0):
         return {}
     try:
         content = read_json(folder / TIMINGS)
     except UserError as error:
-        report.expect("times", False, f"{where}{error}")
+        report.expect("times", False, str(error))
         return {}
     pages = content.get("pages") if isinstance(content, dict) else None
-    wanted = {REPORT, PLOT} if "rows" in manifest else {REPORT}
-    if not isinstance(pages, dict) or pages.keys() != wanted:
-        report.expect("times", False, f"{where}{TIMINGS} is not what a run writes: it must name {sorted(wanted)}")
+    expected = {REPORT, PLOT} if "rows" in manifest else {REPORT}
+    if not isinstance(pages, dict) or pages.keys() != expected:
+        report.expect("times", False, f"{TIMINGS} is not what a run writes: it must name {sorted(expected)}")
         return {}
     report.expect(
-        "times",
-        has_own_digest(content),
-        f"{where}{TIMINGS} was altered after it was written: its fingerprint is another one",
+        "times", has_own_digest(content), f"{TIMINGS} was altered after it was written: its fingerprint does not match"
     )
     if "rows" not in manifest:
         layers, names = content.get("layers"), [layer["name"] for layer in manifest["layers"]]
         report.expect(
             "times",
             isinstance(layers, dict) and layers.keys() == set(names) and all(map(is_number, layers.values())),
-            f"{where}{TIMINGS} has not one time for each of the layers of {MANIFEST}",
+            f"{TIMINGS} does not have one time for each layer of {MANIFEST}",
         )
-        report.expect("times", is_number(content.get("seconds")), f"{where}{TIMINGS} has no seconds")
+        report.expect("times", is_number(content.get("seconds")), f"{TIMINGS} has no seconds")
     return {str(name): str(digest) for name, digest in pages.items()}
 
 
 def leaves(content: Any, place: str = "") -> list[str]:
     """The places of all values of a JSON content, as in "layers[].name"; of a list's items once."""
     if isinstance(content, dict) and content:
-        found = [leaf for key, item in content.items() for leaf in leaves(item, f"{place}.{key}" if place else key)]
+        places = [leaf for key, item in content.items() for leaf in leaves(item, f"{place}.{key}" if place else key)]
     elif isinstance(content, list) and content:
-        found = [leaf for item in content for leaf in leaves(item, f"{place}[]")]
+        places = [leaf for item in content for leaf in leaves(item, f"{place}[]")]
     else:
-        found = [place]
-    return list(dict.fromkeys(found))
+        places = [place]
+    return list(dict.fromkeys(places))
 
 
 def remaining(content: Manifest, recomputed: frozenset[str]) -> list[str]:
@@ -116,12 +112,12 @@ def remaining(content: Manifest, recomputed: frozenset[str]) -> list[str]:
     def covered(place: str) -> bool:
         return any(place == name or place.startswith((f"{name}.", f"{name}[")) for name in recomputed)
 
-    found = []
+    names = []
     for key, item in content.items():
         below = leaves({key: item})
         rest = [place for place in below if not covered(place)]
-        found += [key] if len(rest) == len(below) else rest
-    return found
+        names += [key] if len(rest) == len(below) else rest
+    return names
 
 
 def is_number(value: Any) -> bool:

@@ -54,8 +54,8 @@ def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -
     whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
     report.expect(
         "claims fingerprint",
-        whole or bool(report.failures),  # a claim that was altered is named by itself where it can be
-        "the claims were altered after they were written: their fingerprint is another one",
+        whole or bool(report.failures),  # an altered claim is reported individually where possible
+        "the claims were altered after they were written: their fingerprint does not match",
     )
     return report
 
@@ -71,7 +71,7 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     ):
         return
     shape, whole = tuple(weight.shape), tuple(layer.weight.shape)
-    if not report.expect("shape", shape == whole, f"the weight is of shape {shape}, its layer of shape {whole}"):
+    if not report.expect("shape", shape == whole, f"the weight has shape {shape}, its layer {whole}"):
         return
     ours, theirs = tensor_sha256(weight), claims.weight_sha256
     report.expect(
@@ -84,9 +84,9 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     if not report.expect("finite values", bad == 0, f"the weight holds NaN or Inf: {bad} of {v.size} entries"):
         return
     _check_sparsity(report, claims, v)
-    own = _check_method(report, claims)
+    constraint = _check_method(report, claims)
     if claims.budget == "set":
-        feasible, budget = _in_named_set(report, own, weight), None
+        feasible, budget = _in_named_set(report, constraint, weight), None
     else:
         if claims.budget not in ("matrix", "row", "group") or (aim.pattern is not None and v.shape[1] % aim.pattern[1]):
             raise UserError(
@@ -98,7 +98,7 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
     if claims.problem == LAYER:
         _recompute(report, claims, layer, v, budget, feasible, seed)
     else:
-        _recompute_named(report, claims, layer, weight, own)
+        _recompute_named(report, claims, layer, weight, constraint)
 
 
 def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
@@ -232,34 +232,43 @@ def _recompute_named(
     report.numbers["objective"] = value
     if claims.bound is None:
         return
-    if not report.expect(
-        "bound below the objective",
-        claims.bound <= value + TOLERANCE * abs(value) + rounding,
-        f"claimed bound {shown(claims.bound)} lies above the value {shown(value)} of the weight itself",
-    ):
+    if not _is_below_value(report, claims.bound, value, rounding):
         return
     try:
-        found = lower_bound(problem)
+        bound = lower_bound(problem)
     except (TypeError, ValueError, LinAlgError) as error:
         report.open(f"bound: it cannot be recomputed ({error})")
         return
-    if found is None:
+    if bound is None:
         report.open("bound: the Hessian is not proved positive definite in float64")
         return
-    if found.kind != claims.bound_kind:
+    if bound.kind != claims.bound_kind:
         report.open(f"bound: the argument '{claims.bound_kind}' was not repeated")
         return
     doubt = definition.doubt()
-    if doubt > _DOUBTFUL:
-        report.open(
-            f"bound: rounding leaves a relative doubt of {doubt:.1g}, because the damped Gram is ill-conditioned"
-        )
+    if _is_doubtful(report, doubt):
         return
     report.expect(
         "bound reproduced",
-        claims.bound <= found.value + (TOLERANCE + doubt) * abs(found.value) + definition.floor_doubt(),
-        f"claimed bound {shown(claims.bound)} by '{found.kind}', recomputed {shown(found.value)}",
+        claims.bound <= bound.value + (TOLERANCE + doubt) * abs(bound.value) + definition.floor_doubt(),
+        f"claimed bound {shown(claims.bound)} by '{bound.kind}', recomputed {shown(bound.value)}",
     )
+
+
+def _is_below_value(report: Verification, bound: float, value: float, slack: float) -> bool:
+    return report.expect(
+        "bound below the objective",
+        bound <= value + TOLERANCE * abs(value) + slack,
+        f"claimed bound {shown(bound)} lies above the value {shown(value)} of the weight itself: it is not a bound",
+    )
+
+
+def _is_doubtful(report: Verification, doubt: float) -> bool:
+    """Whether rounding may change a bound too much to compare it; it is then reported as unchecked."""
+    if doubt > _DOUBTFUL:
+        note = f"bound: rounding leaves a relative doubt of {doubt:.1g}, because the damped Gram is ill-conditioned"
+        report.open(note)
+    return doubt > _DOUBTFUL
 
 
 def _check_bound(
@@ -293,16 +302,10 @@ def _check_bound(
         return
     if claimed is None:
         return
-    if not report.expect(
-        "bound below the objective",
-        claimed <= value + TOLERANCE * abs(value) + slack,
-        f"claimed bound {shown(claimed)} lies above the value {shown(value)} of the weight itself: it is no bound",
-    ):
+    if not _is_below_value(report, claimed, value, slack):
         return
-    floor, margin = (
-        problem.least,
-        problem.floor_doubt(),
-    )  # not for the weight's own value, which may be arbitrarily bad
+    # The margin is not for the weight's own value, which may be arbitrarily bad.
+    floor, margin = problem.least, problem.floor_doubt()
 
     def below(loss: float, relative: float) -> bool:
         return claimed - floor <= loss * (1 + TOLERANCE + relative) + margin
@@ -319,15 +322,15 @@ def _check_bound(
         f"claimed bound {shown(claimed)} by '{kind}', recomputed {shown(bounds[kind])}",
     ):
         return
-    if doubt > _DOUBTFUL:
-        report.open(
-            f"bound: rounding leaves a relative doubt of {doubt:.1g}, because the damped Gram is ill-conditioned"
-        )
+    if _is_doubtful(report, doubt):
         return
     if any(below(bound - floor, doubt) for bound in bounds.values()):
         report.expect("bound proved", True, "")  # by its own argument, or by another that gives no less
         return
-    exact = None if budget is None else _least_loss(problem, budget)
+    exact = None
+    if budget is not None:
+        with suppress(np.linalg.LinAlgError):
+            exact = least_loss(problem, budget)
     if exact is None:
         report.open(f"bound: the argument '{kind}' was not repeated; no point found lies below {shown(claimed)}")
         return
@@ -337,13 +340,6 @@ def _check_bound(
         below(exact[0], exact[1]),
         f"claimed bound {shown(claimed)} by '{kind}' lies above the optimum {shown(floor + exact[0])}",
     )
-
-
-def _least_loss(problem: Definition, budget: Budget) -> tuple[float, float] | None:
-    try:
-        return least_loss(problem, budget)
-    except np.linalg.LinAlgError:
-        return None
 
 
 def _read_solved(path: Path) -> tuple[Tensor, dict[str, str], list[str]]:

@@ -66,8 +66,8 @@ def _keeps(rows: int, width: int, budget: Budget) -> list[int]:
 def _work(rows: int, width: int, budget: Budget) -> float:
     """Multiplications, about: a factorization for every support and a solve for every row."""
     if budget.target.pattern is not None:
-        kept, group = budget.target.pattern
-        counts = {width - kept * (width // group): float(comb(group, kept)) ** (width // group)}
+        keep, group = budget.target.pattern
+        counts = {width - keep * (width // group): float(comb(group, keep)) ** (width // group)}
     elif budget.cell == "row":
         counts = {width - keep: float(comb(width, keep)) for keep in set(_keeps(rows, width, budget))}
     else:
@@ -80,12 +80,12 @@ def _removals(width: int, count: int) -> NDArray[np.intp]:
     return np.array(list(combinations(range(width), count)), dtype=np.intp).reshape(comb(width, count), count)
 
 
-def _group_removals(width: int, kept: int, group: int) -> NDArray[np.intp]:
+def _group_removals(width: int, keep: int, group: int) -> NDArray[np.intp]:
     """All sets of columns that leave `kept` of every `group`."""
-    one = list(combinations(range(group), group - kept))
+    one = list(combinations(range(group), group - keep))
     several = product(*([tuple(start + j for j in chosen) for chosen in one] for start in range(0, width, group)))
     sets = [[j for part in parts for j in part] for parts in several]
-    return np.array(sets, dtype=np.intp).reshape(len(sets), (group - kept) * (width // group))
+    return np.array(sets, dtype=np.intp).reshape(len(sets), (group - keep) * (width // group))
 
 
 def _cheapest(inverse: Array, target: Array, removals: NDArray[np.intp]) -> Array:
@@ -129,8 +129,8 @@ class Budget:
     def cells(self, x: Array) -> list[tuple[Array, int]]:
         """The entries of a matrix (out, in) as cells (cells, entries), each with the number it may keep."""
         if self.target.pattern is not None:
-            kept, group = self.target.pattern
-            return [(x.reshape(-1, group), kept)]
+            keep, group = self.target.pattern
+            return [(x.reshape(-1, group), keep)]
         total = round((1.0 - (self.target.sparsity or 0.0)) * x.size)
         if self.cell == "matrix" and total > 0:  # if everything is pruned, rows share no budget
             return [(x.reshape(1, -1), total)]
@@ -145,18 +145,18 @@ class Budget:
             counts = cells.sum(1)
             over = np.flatnonzero(counts > keep)
             if len(over):
-                first, found = int(over[0]), int(counts[over[0]])
+                first, count = int(over[0]), int(counts[over[0]])
                 if self.target.pattern is not None:
                     r, start = divmod(first * cells.shape[1], weight.shape[1])
                     return (
                         f"{self.target.label} keeps at most {keep} of every {cells.shape[1]}: {len(over)} groups keep "
-                        f"more, the first, of row {r} from column {start}, {found}"
+                        f"more, the first, of row {r} from column {start}, {count}"
                     )
                 if cells.size == weight.size and len(cells) == 1:
-                    return f"{self.target.label} leaves at most {keep} of {weight.size} weights, found {found}"
+                    return f"{self.target.label} leaves at most {keep} of {weight.size} weights, found {count}"
                 return (
                     f"{self.target.label} of every row leaves at most {keep} of {weight.shape[1]} weights: "
-                    f"{len(over)} rows keep more, the first, row {row + first}, {found}"
+                    f"{len(over)} rows keep more, the first, row {row + first}, {count}"
                 )
             row += len(cells)
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Verification:
         left_out: checks skipped at the caller's request.
         certificates: sentences on the weight beyond its claims.
         numbers: recomputed, by name.
+        where: put before every failure and note, such as the model of a comparison.
     """
 
     path: Path
@@ -62,6 +63,11 @@ class Verification:
     left_out: list[str] = field(default_factory=list)
     certificates: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    def at(self, where: str) -> Verification:
+        """This report, with another text before failures and notes."""
+        return replace(self, where=where)
 
     @property
     def verdict(self) -> Verdict:
@@ -78,27 +84,28 @@ class Verification:
         if what not in self.checked:
             self.checked.append(what)
         if not holds:
-            self.failures.append(otherwise)
+            self.failures.append(f"{self.where}{otherwise}")
         return holds
 
-    def compare(self, what: str, claimed: Any, found: Any, slack: float = 0.0, where: str = "") -> bool:
+    def compare(self, what: str, claimed: Any, recomputed: Any, slack: float = 0.0) -> bool:
         """Compares a claim: numbers to 1e-6 relative and `slack` absolute, all else exactly."""
-        same = claimed == found
-        if isinstance(claimed, float | int) and isinstance(found, float | int):
-            same = same or abs(claimed - found) <= TOLERANCE * abs(found) + slack
-        return self.expect(what, bool(same), f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+        same = claimed == recomputed
+        if isinstance(claimed, float | int) and isinstance(recomputed, float | int):
+            same = same or abs(claimed - recomputed) <= TOLERANCE * abs(recomputed) + slack
+        return self.expect(what, bool(same), f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
-    def agree(self, what: str, claimed: Any, found: Any, where: str = "") -> bool:
+    def agree(self, what: str, claimed: Any, recomputed: Any) -> bool:
         """Compares a claim exactly, types included: True is not 1, and 1 is not 1.0."""
-        same = repr(claimed) == repr(found)
-        return self.expect(what, same, f"{where}claimed {what} {shown(claimed)}, recomputed {shown(found)}")
+        same = repr(claimed) == repr(recomputed)
+        return self.expect(what, same, f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 
     def by_fingerprint(self, *names: str) -> None:
-        """Records claims covered by a fingerprint alone."""
+        """Records claims that are covered by a fingerprint alone."""
         self.fingerprinted += [name for name in dict.fromkeys(names) if name not in self.fingerprinted]
 
     def open(self, note: str) -> None:
         """Records a claim that could not be checked."""
+        note = f"{self.where}{note}"
         if note not in self.unchecked:
             self.unchecked.append(note)
 
@@ -112,42 +119,38 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """Ready for JSON. "verified" is null where the verdict is INCOMPLETE."""
+        lists = ("failures", "checked", "fingerprinted", "unchecked", "left_out", "certificates")
         return {
             "path": str(self.path),
             "kind": self.kind,
             "outcome": self.verdict.value,
             "verified": None if self.verdict is Verdict.INCOMPLETE else self.verified,
-            "failures": self.failures,
-            "checked": self.checked,
-            "fingerprinted": self.fingerprinted,
-            "unchecked": self.unchecked,
-            "left_out": self.left_out,
-            "certificates": self.certificates,
+            **{name: getattr(self, name) for name in lists},
             **self.numbers,
         }
 
 
-def same_fraction(claimed: float, found: float) -> bool:
+def same_fraction(claimed: float, recomputed: float) -> bool:
     """Whether two quotients of the same counts are equal, with a tolerance between rounding and one count."""
-    return bool(abs(claimed - found) <= 1e-12)
+    return bool(abs(claimed - recomputed) <= 1e-12)
 
 
 def shown(value: Any) -> str:
-    """A number with as many digits as comparing it takes; anything else in one line, cut where it is long."""
+    """A number with the digits that a comparison needs; anything else in one line, truncated."""
     return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else in_full(value)
 
 
 def in_full(value: Any) -> str:
-    """A value as Python prints it, in one line, cut where it is long."""
+    """A value as Python prints it, in one line, truncated."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
+def check_fields(report: Verification, manifest: Manifest) -> None:
     """Reports every object of the manifest with missing or unknown fields."""
     settings = manifest["settings"]
     compared = "methods" in settings
-    wanted: list[tuple[str, Any, set[str]]] = [
+    expected: list[tuple[str, Any, set[str]]] = [
         ("settings", settings, _names(ComparisonSettings) if compared else recorded_names()),
         ("settings.text", settings["text"], _names(TextSettings)),
         ("settings.selection", settings["selection"], _names(Selection)),
@@ -158,19 +161,19 @@ def check_fields(report: Verification, manifest: Manifest, where: str) -> None:
     ]
     if "rows" not in manifest:
         layers = _names(LayerReport) - {"seconds"}  # these are in the file of times
-        wanted += [
+        expected += [
             ("pruned", manifest["pruned"], _names(Evaluation)),
             *((f"layers: {layer['name']}", layer, layers) for layer in manifest["layers"]),
             *((f"weights: {name}", file, {"sha256", "tensors"}) for name, file in manifest["weights"].items()),
         ]
         if manifest["continuation"]:
-            wanted.append(("continuation", manifest["continuation"], {"prompt", "dense", "pruned"}))
-    for name, content, keys in wanted:
-        found = set(content) if isinstance(content, dict) else set()
+            expected.append(("continuation", manifest["continuation"], {"prompt", "dense", "pruned"}))
+    for name, content, keys in expected:
+        present = set(content) if isinstance(content, dict) else set()
         report.expect(
             "fields",
-            found == keys,
-            f"{where}{MANIFEST}: {name} has not the fields that a run writes: {sorted(found ^ keys)[:3]}",
+            present == keys,
+            f"{MANIFEST}: {name} does not have the fields that a run writes: {sorted(present ^ keys)[:3]}",
         )
 
 

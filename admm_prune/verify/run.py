@@ -81,7 +81,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
         elif data is None and not evaluation_text_is_there(manifest):
             report.open("perplexity: its text is not where the run read it; name it with --data")
             quick = True
-        check(report, folder, manifest, data, quick, place, "")
+        check(report, folder, manifest, data, quick, place)
     except UserError as error:
         if not report.failures:
             raise
@@ -95,20 +95,20 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
 
 
 def _verify_comparison(
-    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str
 ) -> None:
-    check_manifest(report, manifest, COMPARISON_FIELDS, where)
+    check_manifest(report, manifest, COMPARISON_FIELDS)
     named = [str(row["folder"]) for row in manifest["rows"]]
-    found = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
-    for missing in sorted(set(named) - found):
+    present = {path.relative_to(folder).as_posix() for path in (folder / "models").glob("*") if path.is_dir()}
+    for missing in sorted(set(named) - present):
         report.expect("models", False, f"the table has a row for {missing}, which is not there")
-    for extra in sorted(found - set(named)):
+    for extra in sorted(present - set(named)):
         report.expect("models", False, f"{extra} has no row in the table")
     report.expect("models", len(set(named)) == len(named), "the table has two rows for one model")
     sealed = {f"{name}/{MANIFEST}" for name in named}
     report.expect("models", sealed == manifest["files"].keys(), f"{MANIFEST} must name the manifests of its models")
-    check_files(report, folder, manifest, where, frozenset(found & set(named)))
-    check_fields(report, manifest, where)
+    check_files(report, folder, manifest, frozenset(present & set(named)))
+    check_fields(report, manifest)
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, _RECOMPUTED_OF_TABLE)))
     report.agree("model", manifest["model"], manifest["settings"]["model"])
     _check_methods_and_targets(report, manifest)
@@ -116,7 +116,7 @@ def _verify_comparison(
     calibrations = {
         repr(read_manifest(folder / row["folder"])["texts"]["calibration"])
         for row in manifest["rows"]
-        if row["folder"] in found
+        if row["folder"] in present
     }
     roles = {role for role in manifest["texts"] if role == "evaluation" or role.startswith("calibration")}
     report.expect(
@@ -125,35 +125,29 @@ def _verify_comparison(
         f"{MANIFEST}: the calibration texts are not those of the models",
     )
     for row in manifest["rows"]:
-        if row["folder"] in found:
+        if row["folder"] in present:
             _verify_row(report, folder, manifest, row, data, quick, device)
 
 
 def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None:
     """The rows against the methods and targets of the settings."""
     settings = manifest["settings"]
-    asked = set(settings["methods"])
+    requested = set(settings["methods"])
     methods = {row["method"] for row in manifest["rows"]}
     report.expect(
         "methods of the table",
-        asked <= methods if settings["baselines"] else asked == methods,
-        f"the settings name the methods {sorted(asked)}, the table {sorted(methods)}",
+        requested <= methods if settings["baselines"] else requested == methods,
+        f"the settings name the methods {sorted(requested)}, the table {sorted(methods)}",
     )
     pairs = [(row["method"], row["target"]) for row in manifest["rows"]]
     report.expect("rows", len(set(pairs)) == len(pairs), "a method has two rows for one target")
 
 
 def _verify_row(
-    report: Verification,
-    folder: Path,
-    manifest: Manifest,
-    row: Manifest,
-    data: str | None,
-    quick: bool,
-    device: str,
+    report: Verification, folder: Path, manifest: Manifest, row: Manifest, data: str | None, quick: bool, device: str
 ) -> None:
     """A row of the table against the manifest of its model, and the model itself."""
-    where = f"{row['folder']}: "
+    report = report.at(f"{row['folder']}: ")
     content = read_manifest(folder / row["folder"])
     claims = {
         "method": content["method"],
@@ -168,79 +162,79 @@ def _verify_row(
         report.expect(
             f"row {name}",
             same(row[name], value),
-            f"{where}the table says {name} {in_full(row[name])}, the model's manifest {in_full(value)}",
+            f"the table says {name} {in_full(row[name])}, the model's manifest {in_full(value)}",
         )
     report.expect(
         "row fields",
         row.keys() == {*claims, "seconds", "folder"},
-        f"{where}the fields of the row are not those that a comparison writes",
+        "the fields of the row are not those that a comparison writes",
     )
-    _check_seconds(report, folder / row["folder"] / TIMINGS, row["seconds"], where)
-    report.expect("dense figures", content["dense"] == manifest["dense"], f"{where}other figures of the dense model")
+    _check_seconds(report, folder / row["folder"] / TIMINGS, row["seconds"])
+    report.expect("dense figures", content["dense"] == manifest["dense"], "the figures of the dense model differ")
     for name in ("settings", "model_revision", "environment"):
-        report.agree(name, content[name], manifest[name], where)
-    report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"], where)
-    loaded = _verify_run(report, folder / row["folder"], content, data, quick, device, where)
+        report.agree(name, content[name], manifest[name])
+    report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"])
+    loaded = _verify_run(report, folder / row["folder"], content, data, quick, device)
     if loaded is not None and content["budget"] in ("matrix", "model") and not content["details"].get("units"):
         parameters = sum(p.numel() for p in loaded.model.parameters())
-        report.agree("parameters", manifest["parameters"], parameters, where)
+        report.agree("parameters", manifest["parameters"], parameters)
     elif "parameters" not in report.checked:
         report.by_fingerprint(f"{MANIFEST}: parameters")
 
 
-def _check_seconds(report: Verification, timings: Path, claimed: Any, where: str) -> None:
+def _check_seconds(report: Verification, timings: Path, claimed: Any) -> None:
     """The seconds of a row against the model's own file of times, which rounds them to milliseconds."""
     try:
-        found = read_json(timings).get("seconds")
+        seconds = read_json(timings).get("seconds")
     except (UserError, AttributeError):
         return  # reported with the files
-    near = is_number(claimed) and is_number(found) and abs(claimed - found) <= 1e-3
-    report.expect("row seconds", near, f"{where}the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(found)}")
+    near = is_number(claimed) and is_number(seconds) and abs(claimed - seconds) <= 1e-3
+    report.expect("row seconds", near, f"the table says {in_full(claimed)} seconds, {TIMINGS} {in_full(seconds)}")
 
 
 def _verify_run(
-    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str, where: str
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str
 ) -> LoadedModel | None:
     """A run's folder; returns its model where that could be loaded."""
-    check_manifest(report, manifest, RUN_FIELDS, where)
-    sound = check_files(report, folder, manifest, where, frozenset())
-    check_fields(report, manifest, where)
+    check_manifest(report, manifest, RUN_FIELDS)
+    sound = check_files(report, folder, manifest, frozenset())
+    check_fields(report, manifest)
     recomputed = _RECOMPUTED if quick else _RECOMPUTED | _WITH_TEXT
     report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in remaining(manifest, recomputed)))
-    sound &= _verify_weights(report, folder, manifest, where)
-    sound &= _verify_config(report, folder, manifest, where)
-    check_recipe_file(report, folder, manifest, where)
-    _verify_layer_claims(report, manifest, where)
+    sound &= _verify_weights(report, folder, manifest)
+    sound &= _verify_config(report, folder, manifest)
+    check_recipe_file(report, folder, manifest)
+    _verify_layer_claims(report, manifest)
     if not sound:
         return None  # altered files are not loaded
     try:
         loaded = load(str(folder), device=device)
     except UserError as error:
-        report.expect("model", False, f"{where}the model cannot be loaded: {error}")
+        report.expect("model", False, f"the model cannot be loaded: {error}")
         return None
-    check_settings(report, loaded.model, manifest, where)
-    _verify_sparsity(report, loaded, manifest, where)
+    check_settings(report, loaded.model, manifest)
+    _verify_sparsity(report, loaded, manifest)
     if not quick:
-        check_text(report, loaded, manifest, data, where)
+        check_text(report, loaded, manifest, data)
     return loaded
 
 
-def _verify_config(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+def _verify_config(report: Verification, folder: Path, manifest: Manifest) -> bool:
     """Its metadata against the manifest; False where it cannot be read."""
     claims = {key: manifest[key] for key in ("method", "target", "sparsity")}
     try:
         config = read_json(folder / "config.json").get(METADATA_KEY)
     except (UserError, AttributeError) as error:
-        return report.expect("config.json", False, f"{where}config.json cannot be read: {error}")
+        return report.expect("config.json", False, f"config.json cannot be read: {error}")
     report.expect(
         "config.json",
         config == claims,
-        f"{where}config.json says {in_full(config)}, {MANIFEST} {in_full(claims)}: they must agree",
+        f"config.json says {in_full(config)}, {MANIFEST} {in_full(claims)}: they must agree",
     )
     return True
 
 
-def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -> None:
+def _verify_layer_claims(report: Verification, manifest: Manifest) -> None:
     """Checks the claims on layer problems for consistency; the layers' inputs are not available."""
     for layer in manifest["layers"]:
         name, objective, bound = layer["name"], layer["objective"], layer["bound"]
@@ -248,60 +242,60 @@ def _verify_layer_claims(report: Verification, manifest: Manifest, where: str) -
         report.expect(
             "status of every layer",
             status is None or status in Status.__members__,
-            f"{where}{name}: there is no status {in_full(status)}",
+            f"{name}: there is no status {in_full(status)}",
         )
         report.expect(
             "bound of every layer below its objective",
             bound is None or (is_number(bound) and is_number(objective) and bound <= objective * (1 + 1e-6) + 1e-12),
-            f"{where}{name}: claimed bound {in_full(bound)} lies above the objective {in_full(objective)}",
+            f"{name}: claimed bound {in_full(bound)} lies above the objective {in_full(objective)}",
         )
 
 
-def _verify_weights(report: Verification, folder: Path, manifest: Manifest, where: str) -> bool:
+def _verify_weights(report: Verification, folder: Path, manifest: Manifest) -> bool:
     """Files, fingerprints and finite values; False where the model is not to be loaded."""
     claimed = manifest["weights"]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not report.expect(
-        "weight files", names == sorted(claimed), f"{where}weights claimed in {sorted(claimed)}, found in {names}"
+        "weight files", names == sorted(claimed), f"weights claimed in {sorted(claimed)}, found in {names}"
     ):
         return False
     try:
-        found = weights_sha256(folder)
+        actual = weights_sha256(folder)
     except (SafetensorError, OSError) as error:
-        return report.expect("weight files", False, f"{where}the weights cannot be read: {error}")
+        return report.expect("weight files", False, f"the weights cannot be read: {error}")
     sound = True
     for name in names:
-        before, now = claimed[name]["tensors"], found[name]["tensors"]
+        before, now = claimed[name]["tensors"], actual[name]["tensors"]
         changed = [key for key in before if key in now and before[key] != now[key]]
         for key in changed:
-            report.expect("tensors", False, f"{where}the tensor {key} in {name} is not the one that was saved")
+            report.expect("tensors", False, f"the tensor {key} in {name} is not the one that was saved")
         for key in sorted(before.keys() ^ now.keys()):
             sound = report.expect(
-                "tensors", False, f"{where}{name} {'lacks' if key in before else 'has gained'} the tensor {key}"
+                "tensors", False, f"{name} {'lacks' if key in before else 'has in addition'} the tensor {key}"
             )
         report.expect(
             "tensors",
-            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == found[name]["sha256"],
-            f"{where}{name} is not the file that was saved, though its tensors are",
+            bool(changed) or before.keys() != now.keys() or claimed[name]["sha256"] == actual[name]["sha256"],
+            f"{name} is not the file that was saved, though its tensors are",
         )
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # no mapping
                 finite = bool(torch.isfinite(file.get_tensor(key)).all())
-                sound &= report.expect("finite values", finite, f"{where}the tensor {key} holds NaN or Inf")
+                sound &= report.expect("finite values", finite, f"the tensor {key} holds NaN or Inf")
     return sound
 
 
-def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manifest, where: str) -> None:
+def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manifest) -> None:
     views = {view.name: view for block in decoder_blocks(loaded.model) for view in block.weights}
     claims = {layer["name"]: layer for layer in manifest["layers"]}
     report.expect(
         "layers",
         claims.keys() == views.keys() and len(claims) == len(manifest["layers"]),
-        f"{where}the layers claimed are not those of the model: {sorted(claims.keys() ^ views.keys())[:3]}",
+        f"the layers claimed are not those of the model: {sorted(claims.keys() ^ views.keys())[:3]}",
     )
     target = target_of(manifest, loaded.model)
     if target is None:
-        report.expect("target", False, f"{where}the target {manifest['target']} is not among the settings")
+        report.expect("target", False, f"the target {manifest['target']} is not among the settings")
         return
     left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
     sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
@@ -313,31 +307,31 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
             all(a <= b for a, b in zip(shape, claims[name]["shape"], strict=True))
             if structured
             else shape == claims[name]["shape"],
-            f"{where}{name}: claimed shape {claims[name]['shape']}, found {shape}",
+            f"{name}: claimed shape {claims[name]['shape']}, found {shape}",
         )
-        claimed, found = claims[name]["sparsity"], 1 - left[name] / sizes[name]
+        claimed, sparsity = claims[name]["sparsity"], 1 - left[name] / sizes[name]
         report.expect(
             "sparsity of every matrix",
-            same_fraction(claimed, found),
-            f"{where}{name}: claimed sparsity {in_full(claimed)}, found {found}",
+            same_fraction(claimed, sparsity),
+            f"{name}: claimed sparsity {in_full(claimed)}, found {sparsity}",
         )
     if structured:
         report.by_fingerprint(f"{MANIFEST}: layers[].shape")
-    total, kept = sum(sizes.values()), sum(left.values())
+    total, nonzeros = sum(sizes.values()), sum(left.values())
     report.expect(
         "block weights",
         manifest["block_weights"] == total,
-        f"{where}claimed {manifest['block_weights']} weights in the dense blocks, the layers' shapes hold {total}",
+        f"claimed {manifest['block_weights']} weights in the dense blocks, the layers' shapes hold {total}",
     )
-    found = 1 - kept / total
-    report.numbers[f"{where}sparsity"] = found
+    sparsity = 1 - nonzeros / total
+    report.numbers[f"{report.where}sparsity"] = sparsity
     report.expect(
         "sparsity",
-        same_fraction(manifest["sparsity"], found),
-        f"{where}claimed sparsity {in_full(manifest['sparsity'])}, found {found}",
+        same_fraction(manifest["sparsity"], sparsity),
+        f"claimed sparsity {in_full(manifest['sparsity'])}, found {sparsity}",
     )
-    for name, how in _misses(report, manifest, target, views, left, sizes, where).items():
-        report.expect("target", how is None, f"{where}{name}: {how}")
+    for name, how in _misses(report, manifest, target, views, left, sizes).items():
+        report.expect("target", how is None, f"{name}: {how}")
 
 
 def _misses(
@@ -347,35 +341,34 @@ def _misses(
     views: dict[str, WeightView],
     left: dict[str, int],
     sizes: dict[str, int],
-    where: str,
 ) -> dict[str, str | None]:
     """The matrices that miss the target or are outside their constraint, and how."""
-    own = {name: found for name in views if (found := target.at(name)) is not None}
+    targets = {name: layer_target for name in views if (layer_target := target.at(name)) is not None}
     described = manifest["settings"].get("constraint")
     if described is not None and target.pattern is None:
         family = made_set(described)
         if family is None:
-            report.open(f"{where}target: the set {described} is not installed")
+            report.open(f"target: the set {described} is not installed")
             return {}
         try:
-            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in own.items()}
+            held = {name: family.at(one).contains(Point(weight=views[name].read())) for name, one in targets.items()}
         except Exception as error:  # whatever a plug-in raises
-            report.open(f"{where}target: the set {described} cannot be evaluated ({type(error).__name__}: {error})")
+            report.open(f"target: the set {described} cannot be evaluated ({type(error).__name__}: {error})")
             return {}
         return {
-            name: None if inside else f"it is not in the set {described} at {own[name].label}"
+            name: None if inside else f"it is not in the set {described} at {targets[name].label}"
             for name, inside in held.items()
         }
     if manifest["budget"] == "model" and target.pattern is None:
-        asked = sum((one.sparsity or 0.0) * sizes[name] for name, one in own.items() if name in sizes)
+        requested = sum((one.sparsity or 0.0) * sizes[name] for name, one in targets.items() if name in sizes)
         total = sum(sizes.values())
-        return {"all matrices together": _too_few(total - sum(left.values()), total, asked, target)}
+        return {"all matrices together": _too_few(total - sum(left.values()), total, requested, target)}
     if manifest["budget"] not in ("matrix", "model"):
-        report.open(f"{where}target: it is a fraction of the {manifest['budget']}, not of the weights")
+        report.open(f"target: it is a fraction of the {manifest['budget']}, not of the weights")
         return {}
     return {
         name: _missed(views[name], left[name], sizes.get(name, views[name].read().numel()), one)
-        for name, one in own.items()
+        for name, one in targets.items()
     }
 
 
@@ -383,11 +376,11 @@ def _missed(view: WeightView, left: int, size: int, target: Target) -> str | Non
     """A description of how a matrix misses its target; None if it does not."""
     if target.pattern is None:
         return _too_few(size - left, size, (target.sparsity or 0.0) * size, target)
-    kept, group = target.pattern
-    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > kept).sum())
-    return f"{over} groups keep more than {kept} of {group}" if over else None
+    keep, group = target.pattern
+    over = int((view.read().unflatten(1, (-1, group)).count_nonzero(dim=2) > keep).sum())
+    return f"{over} groups keep more than {keep} of {group}" if over else None
 
 
-def _too_few(zeros: int, size: int, asked: float, target: Target) -> str | None:
+def _too_few(zeros: int, size: int, requested: float, target: Target) -> str | None:
     """A description of how zeros miss a sparsity by more than one weight; the dense weights may have added zeros."""
-    return f"{zeros} zeros of {size}, {target.label} asks for {asked:.0f}" if zeros < asked - 1 else None
+    return f"{zeros} zeros of {size}, {target.label} asks for {requested:.0f}" if zeros < requested - 1 else None

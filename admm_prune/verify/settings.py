@@ -86,54 +86,54 @@ def target_of(manifest: Manifest, model: nn.Module) -> Target | None:
 
 def _target(content: Any) -> Target:
     pattern = content["pattern"]
-    layers = tuple((name, own) for name, own in content["layers"])
+    layers = tuple((name, target) for name, target in content["layers"])
     return Target(content["sparsity"], None if pattern is None else (pattern[0], pattern[1]), layers)
 
 
 def _selection(settings: Any) -> Selection:
     chosen = settings["selection"]
     return Selection(
-        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, own) for name, own in chosen["overrides"])
+        tuple(chosen["targets"]), tuple(chosen["ignore"]), tuple((name, target) for name, target in chosen["overrides"])
     )
 
 
-def check_settings(report: Verification, model: nn.Module, manifest: Manifest, where: str) -> None:
+def check_settings(report: Verification, model: nn.Module, manifest: Manifest) -> None:
     """Method and budget against the recipe of the settings, and the layers' targets against the selection."""
     settings, recipe = manifest["settings"], recipe_of(manifest)
     named = [settings.get("method"), settings.get("solver")] if "method" in settings else [manifest["method"]]
     strange = [name for name in named if name not in {None, *RECIPES, *REFERENCES} and re.fullmatch(r"[\w-]+", name)]
     if strange and strange[0] not in declared("solvers"):
-        report.open(f"{where}method: '{shown(strange[0])}' is not among the methods installed here")
+        report.open(f"method: '{shown(strange[0])}' is not among the methods installed here")
     if recipe is None:
         report.by_fingerprint(f"{MANIFEST}: method", f"{MANIFEST}: budget")
     else:
-        report.agree("method", manifest["method"], recipe.name, where)
-        report.agree("budget", manifest["budget"], recipe.budget, where)
+        report.agree("method", manifest["method"], recipe.name)
+        report.agree("budget", manifest["budget"], recipe.budget)
     target = target_of(manifest, model)
     if target is None or "target" not in settings:
         return  # reported elsewhere
     if manifest["details"].get("units"):  # methods that remove units take no selection
-        report.agree("selection", settings["target"]["layers"], [], where)
+        report.agree("selection", settings["target"]["layers"], [])
         return
     try:
         layers = _selection(settings).applied(model, Target(target.sparsity, target.pattern)).layers
     except UserError as error:
-        report.expect("selection", False, f"{where}the selection does not fit the model: {error}")
+        report.expect("selection", False, f"the selection does not fit the model: {error}")
         return
-    report.agree("selection", settings["target"]["layers"], [list(pair) for pair in layers], where)
+    report.agree("selection", settings["target"]["layers"], [list(pair) for pair in layers])
 
 
-def check_recipe_file(report: Verification, folder: Path, manifest: Manifest, where: str) -> None:
+def check_recipe_file(report: Verification, folder: Path, manifest: Manifest) -> None:
     """Checks that the recipe file is exactly that of the settings. Models of a comparison have none."""
     if "target" not in manifest["settings"]:
         return
     try:
-        found = (folder / RECIPE).read_bytes()
+        content = (folder / RECIPE).read_bytes()
     except OSError as error:
-        report.expect(RECIPE, False, f"{where}{RECIPE} cannot be read: {error.strerror or error}")
+        report.expect(RECIPE, False, f"{RECIPE} cannot be read: {error.strerror or error}")
         return
-    wanted = written(content_of(manifest["settings"])).encode()
-    report.expect(RECIPE, found == wanted, f"{where}{RECIPE} is not the recipe of the settings in {MANIFEST}")
+    expected = written(content_of(manifest["settings"])).encode()
+    report.expect(RECIPE, content == expected, f"{RECIPE} is not the recipe of the settings in {MANIFEST}")
 
 
 def _built_in(described: str) -> SparseSet | None:
@@ -155,7 +155,7 @@ def evaluation_text_is_there(manifest: Manifest) -> bool:
     return _is_there(text.get("eval_data") or text.get("data") or "")
 
 
-def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, data: str | None, where: str) -> None:
+def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, data: str | None) -> None:
     """The record of the texts, the model's figures and its continuation.
 
     Args:
@@ -186,34 +186,34 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         message += validation.token_hash[:12]
         if data is not None:
             raise UserError(f"--data {data}: {message}")
-        report.expect("evaluation text", False, where + message)
+        report.expect("evaluation text", False, message)
         return
     report.expect("evaluation text", True, "")
-    _check_records(report, records, manifest, moved, where)
+    _check_records(report, records, manifest, moved)
     figures = asdict(evaluate(loaded.model, validation))
-    report.expect("figures", figures.keys() == manifest["pruned"].keys(), f"{where}other figures than a run writes")
+    report.expect("figures", figures.keys() == manifest["pruned"].keys(), "the figures are not those that a run writes")
     for name in figures.keys() & manifest["pruned"].keys():
-        claimed, found = manifest["pruned"][name], figures[name]
+        claimed, recomputed = manifest["pruned"][name], figures[name]
         report.expect(
             name,
-            same(claimed, found, tolerance=1e-6),
-            f"{where}claimed {name} {in_full(claimed)}, recomputed {in_full(found)}",
+            same(claimed, recomputed, tolerance=1e-6),
+            f"claimed {name} {in_full(claimed)}, recomputed {in_full(recomputed)}",
         )
-        if isinstance(found, float | int):
-            report.numbers[f"{where}{name}"] = found
+        if isinstance(recomputed, float | int):
+            report.numbers[f"{report.where}{name}"] = recomputed
     if manifest["continuation"]:  # a streamed run has no continuation
         prompt, continuation = beginning_continued(loaded, validation)
-        report.agree("prompt", manifest["continuation"].get("prompt"), prompt, where)
-        report.agree("continuation", manifest["continuation"].get("pruned"), continuation, where)
+        report.agree("prompt", manifest["continuation"].get("prompt"), prompt)
+        report.agree("continuation", manifest["continuation"].get("pruned"), continuation)
 
 
-def same(claimed: Any, found: Any, tolerance: float = 1e-12) -> bool:
+def same(claimed: Any, recomputed: Any, tolerance: float = 1e-12) -> bool:
     """Whether values are equal, numbers up to a relative tolerance; null for non-finite ones."""
-    if not isinstance(found, float):
-        return bool(claimed == found) and isinstance(claimed, bool) == isinstance(found, bool)
+    if not isinstance(recomputed, float):
+        return bool(claimed == recomputed) and isinstance(claimed, bool) == isinstance(recomputed, bool)
     if claimed is None:
-        return found - found != 0
-    return is_number(claimed) and bool(abs(claimed - found) <= tolerance * abs(found))
+        return recomputed - recomputed != 0
+    return is_number(claimed) and bool(abs(claimed - recomputed) <= tolerance * abs(recomputed))
 
 
 @dataclass(frozen=True)
@@ -242,25 +242,23 @@ class _Moved:
 
 
 def _check_records(
-    report: Verification, records: dict[str, TextRecord], manifest: Manifest, moved: _Moved | None, where: str
+    report: Verification, records: dict[str, TextRecord], manifest: Manifest, moved: _Moved | None
 ) -> None:
     """Every field of the records of the texts that could be read."""
     claimed = manifest["texts"]
     report.expect(
-        "texts",
-        claimed.keys() == {"calibration", "evaluation"},
-        f"{where}the texts recorded are {in_full(sorted(claimed))}",
+        "texts", claimed.keys() == {"calibration", "evaluation"}, f"the texts recorded are {in_full(sorted(claimed))}"
     )
     report.by_fingerprint(*(f"{MANIFEST}: texts.{role}" for role in sorted(claimed.keys() - records.keys())))
     for role in sorted(records.keys() & claimed.keys()):
-        found, recorded = finite(asdict(records[role])), claimed[role]  # no tuples, as in JSON
+        recomputed, recorded = finite(asdict(records[role])), claimed[role]  # no tuples, as in JSON
         left_out: set[str] = set()
         if moved is not None and role in moved.roles:
             left_out = moved.incomparable
             report.by_fingerprint(*(f"{MANIFEST}: texts.{role}.{name}" for name in sorted(left_out)))
-            found["notes"] = [note.replace(moved.data, moved.recorded) for note in found["notes"]]
-        for name in sorted((found.keys() | recorded.keys()) - left_out):
-            report.agree(f"texts.{role}.{name}", recorded.get(name), found.get(name), where)
+            recomputed["notes"] = [note.replace(moved.data, moved.recorded) for note in recomputed["notes"]]
+        for name in sorted((recomputed.keys() | recorded.keys()) - left_out):
+            report.agree(f"texts.{role}.{name}", recorded.get(name), recomputed.get(name))
 
 
 def _is_there(name: str) -> bool:

@@ -38,7 +38,7 @@ class Objective(BaseObjective):
     def _excess(self, v):
         """Weights beyond the budget."""
         if ":" in self.target:
-            kept, group = map(int, self.target.split(":"))
+            keep, group = map(int, self.target.split(":"))
             counts = (v.reshape(len(v), -1, group) != 0).sum(2)
-            return int(np.maximum(counts - kept, 0).sum())
+            return int(np.maximum(counts - keep, 0).sum())
         return max(0, int((v != 0).sum()) - round((1 - float(self.target)) * v.size))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from admm_prune.bench import baselines, blocks, layers, rows, scaling, suite, training
 from admm_prune.bench.baselines import Ceilings, Work
-from admm_prune.bench.rows import Case, Figures, Row, Runner
+from admm_prune.bench.rows import Case, Figures, Measurement, Runner
 from admm_prune.bench.suite import rendered
 from admm_prune.cli.app import app
 from admm_prune.errors import UserError
@@ -154,7 +154,8 @@ def test_a_card_that_answers_nothing_more_leaves_the_rows_so_far(monkeypatch) ->
 def test_the_fit_finds_a_line() -> None:
     points = [(0.01, 0.03), (0.1, 0.21), (1.0, 2.01)]  # 10 ms and twice the floor
     measured = [
-        Row(section="layers", name="admm", case="", status="measured", seconds=t, floor_seconds=f) for f, t in points
+        Measurement(section="layers", name="admm", case="", status="measured", seconds=t, floor_seconds=f)
+        for f, t in points
     ]
     line = scaling.fitted(measured)
     assert line is not None
@@ -170,9 +171,9 @@ def test_the_fit_finds_a_line() -> None:
 
 
 def test_memory_is_scaled_by_what_blocks_took() -> None:
-    def row(name: str, case: str, **more: float) -> Row:
+    def row(name: str, case: str, **more: float) -> Measurement:
         named = {"section": "models", "name": name, "case": case, "status": "measured"}
-        return Row(**named, seconds=2.0, floor_seconds=1.0, more=more)
+        return Measurement(**named, seconds=2.0, floor_seconds=1.0, more=more)
 
     seven, tokens = training.SHAPES["7B"], 1024
     half = blocks.working_bytes(seven, tokens) / 2
@@ -190,8 +191,8 @@ def test_memory_is_scaled_by_what_blocks_took() -> None:
 
 
 def test_claims_are_judged_by_the_rows() -> None:
-    def row(name: str, seconds: float, error: float) -> Row:
-        return Row(section="layers", name=name, case="4x4 0.7", status="measured", seconds=seconds, error=error)
+    def row(name: str, seconds: float, error: float) -> Measurement:
+        return Measurement(section="layers", name=name, case="4x4 0.7", status="measured", seconds=seconds, error=error)
 
     measured = [row("admm", 1.0, 0.10), row("ALPS, straightforward float64", 12.0, 0.10), row("sparsegpt", 1.0, 0.1)]
     found = {claim["what"]: claim for claim in suite.claims(measured)}

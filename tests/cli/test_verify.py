@@ -176,7 +176,7 @@ def test_a_config_that_cannot_be_read(command: Command, pruned: Path) -> None:
 TABLE: dict[str, tuple[Callable[[Any], None], str]] = {
     "perplexity": (lambda m: m["rows"][1].update(perplexity=1.0), "the table says perplexity 1.0"),
     "error": (lambda m: m["rows"][0].update(relative_error=0.0), "the table says relative_error 0.0"),
-    "dense": (lambda m: m["dense"].update(perplexity=9.9), "other figures of the dense model"),
+    "dense": (lambda m: m["dense"].update(perplexity=9.9), "the figures of the dense model differ"),
     "row gone": (lambda m: m["rows"].pop(), "models/admm-2of4 has no row in the table"),
     "folder": (lambda m: m["rows"][0].update(folder="models/none"), "a row for models/none, which is not there"),
 }  # fmt: skip

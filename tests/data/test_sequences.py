@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
-from admm_prune.data.sequences import Batch, Sequences, default_length, pack
+from admm_prune.data.sequences import Batch, Sequences, pack
 from admm_prune.data.sources import Corpus
 from admm_prune.errors import UserError
+from admm_prune.models.families import sequence_length
 
 Tokenizers = tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
 DOCUMENTS = ("the cat sat on the mat", "to be", "a naïve café – 漢字", "the dog and the cat sat on the mat or not")
@@ -188,9 +189,9 @@ def test_long_texts_raise_no_warning(tokenizer: PreTrainedTokenizerFast, caplog:
 
 
 def test_default_length_is_the_context_or_2048() -> None:
-    assert default_length(LlamaConfig(max_position_embeddings=131072)) == 2048
-    assert default_length(OPTConfig(max_position_embeddings=512)) == 512
-    assert default_length(GPT2Config(n_positions=64)) == 64
+    assert sequence_length(LlamaConfig(max_position_embeddings=131072)) == 2048
+    assert sequence_length(OPTConfig(max_position_embeddings=512)) == 512
+    assert sequence_length(GPT2Config(n_positions=64)) == 64
 
 
 def test_segments_are_those_of_published_code(tokenizers: Tokenizers) -> None:

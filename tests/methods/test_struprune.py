@@ -194,8 +194,8 @@ def test_one_block_is_looked_at_with_one_gram_for_each_branch(model_folder: Path
         assert torch.equal(inputs.statistics.mean, other.mean)
     preview = stream.preview(0)
     stream.advance(0)
-    assert torch.equal(preview, stream._flows["calibration"][0].hidden)
-    hidden = [flow.hidden[flow.mask] for flows in stream._flows.values() for flow in flows]
+    assert torch.equal(preview, stream._states["calibration"][0].hidden)
+    hidden = [flow.hidden[flow.mask] for flows in stream._states.values() for flow in flows]
     assert stream.energy() == pytest.approx(float(torch.cat(hidden).double().square().sum()), rel=1e-12)
 
 

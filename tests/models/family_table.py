@@ -73,12 +73,12 @@ _ONE_MATRIX = Limit(
 )
 _NORMS = Limit(
     "neurons",
-    "has norms of its own for heads, or over all of them",
+    "has norms for single heads, or over all of them",
     "Only neurons are removed: attention has a norm over all heads, or one per head.",
 )
 _ALIBI = Limit(
     "neurons",
-    "gives every head a slope of its own (ALiBi)",
+    "gives every head its own slope (ALiBi)",
     "Only neurons are removed: every head has its own slope (ALiBi), which depends on its index.",
 )
 _EXPERTS = Limit(

@@ -91,7 +91,7 @@ def test_hidden_states_after_the_last_block_are_those_of_the_pruned_model(storie
     outputs: list[Tensor] = []
     blocks[-1].module.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
     for part, text in zip(("calibration", "validation"), stories.split(0.15), strict=True):
-        for flow, batch in zip(stream._flows[part], text.batches, strict=True):
+        for flow, batch in zip(stream._states[part], text.batches, strict=True):
             for hidden, length, ids in zip(flow.hidden, batch.lengths, batch.input_ids, strict=True):
                 model(input_ids=ids[None, :length])
                 torch.testing.assert_close(hidden[:length], outputs.pop(), rtol=1e-4, atol=1e-4)

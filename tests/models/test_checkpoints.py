@@ -149,7 +149,7 @@ def test_a_head_that_is_neither_stored_nor_tied(saved: Make) -> None:
 
 def test_a_head_of_another_shape(saved: Make) -> None:
     folder = saved(llama(tie_word_embeddings=True), lambda t: t | {HEAD: torch.randn(VOCABULARY + 4, 16)})
-    assert f"the weight {HEAD} is of shape (304, 16), config.json asks for (300, 16)" in one_refusal(folder)
+    assert f"the weight {HEAD} has shape (304, 16), config.json asks for (300, 16)" in one_refusal(folder)
 
 
 def test_names_without_the_prefix_of_the_class(saved: Make, text_file: Path) -> None:
@@ -166,7 +166,7 @@ def test_shapes_are_checked_under_other_names_too(saved: Make) -> None:
         return tensors | {"layers.1.mlp.up_proj.weight": torch.randn(40, 16)}
 
     message = one_refusal(saved(llama(), wide))
-    assert "the weight layers.1.mlp.up_proj.weight is of shape (40, 16), config.json asks for (24, 16)" in message
+    assert "the weight layers.1.mlp.up_proj.weight has shape (40, 16), config.json asks for (24, 16)" in message
 
 
 def extra_layer(number: int) -> Callable[[Tensors], Tensors]:

@@ -129,7 +129,7 @@ def test_a_view_of_an_expert_is_what_its_forward_multiplies_by() -> None:
     model: Any = mixture()
     experts = model.model.layers[0].mlp.experts
     x, choice, weight = torch.randn(3, 16), torch.full((3, 1), 2), torch.ones(3, 1)
-    up, down = (WeightView("w", experts, own=own, expert=2).read() for own in ("gate_up_proj", "down_proj"))
+    up, down = (WeightView("w", experts, attribute=name, expert=2).read() for name in ("gate_up_proj", "down_proj"))
     gate, value = (x @ up.T).chunk(2, dim=-1)
     torch.testing.assert_close(experts(x, choice, weight), (nn.functional.silu(gate) * value) @ down.T)
 

@@ -226,9 +226,9 @@ def test_padding_puts_back_what_slicing_took(family: str) -> None:
         ("phi3", "layers.0.self_attn keeps queries, keys and values in one matrix"),
         ("gpt2", "h.0.attn keeps queries, keys and values in one matrix"),
         ("bloom", "h.0.self_attention keeps queries, keys and values in one matrix"),
-        ("olmo2", "layers.0.self_attn has norms of its own for heads, or over all of them"),
-        ("stablelm-parallel", "layers.0.self_attn has norms of its own for heads, or over all of them"),
-        ("falcon-alibi", "h.0.self_attention gives every head a slope of its own (ALiBi)"),
+        ("olmo2", "layers.0.self_attn has norms for single heads, or over all of them"),
+        ("stablelm-parallel", "layers.0.self_attn has norms for single heads, or over all of them"),
+        ("falcon-alibi", "h.0.self_attention gives every head its own slope (ALiBi)"),
     ],
 )
 def test_heads_that_cannot_go_stay_and_say_why(family: str, why: str) -> None:

@@ -92,7 +92,7 @@ def test_the_class_beside_the_weights_must_be_there(tokenizer: PreTrainedTokeniz
     check_reloaded(loaded, tmp_path, IDS)
     with (tmp_path / "modeling_per_layer.py").open("a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match=r"modeling_per_layer\.py is missing or another one"):
+    with pytest.raises(UserError, match=r"modeling_per_layer\.py is missing or differs"):
         check_reloaded(loaded, tmp_path, IDS)
 
 

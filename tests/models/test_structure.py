@@ -86,7 +86,7 @@ def test_what_is_written_is_read_in_the_dtype_of_the_parameter(module: nn.Module
 def test_write_refuses_other_shapes_and_numbers_that_overflow() -> None:
     view = WeightView("w", nn.Linear(6, 4).half())
     before = view.read().clone()
-    with pytest.raises(ValueError, match=r"w is of shape \(4, 6\), not \(6,\)"):
+    with pytest.raises(ValueError, match=r"w has shape \(4, 6\), not \(6,\)"):
         view.write(torch.zeros(6))
     with pytest.raises(ValueError, match="not finite"):
         view.write(torch.full((4, 6), 1e6))
@@ -128,7 +128,7 @@ def test_an_expert_is_a_slice_that_is_read_and_put_back() -> None:
     assert torch.equal(view.read(), stored[2])
     view.write(torch.zeros(16, 24))
     assert torch.equal(stored != before, torch.arange(4)[:, None, None].expand_as(before) == 2)
-    with pytest.raises(ValueError, match=r"experts.down_proj.2 is of shape \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"experts.down_proj.2 has shape \(16, 24\)"):
         view.write(torch.zeros(24, 16))
 
 

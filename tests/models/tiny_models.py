@@ -181,7 +181,7 @@ def expert_inputs(model: nn.Module, view: WeightView, ids: list[Tensor], everyth
     def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, choice, _ = args
         x = hidden if everything else hidden[(choice == view.expert).any(1)]
-        if view.own == "down_proj":
+        if view.attribute == "down_proj":
             gate, up = (x @ module.get_parameter("gate_up_proj")[view.expert].T).chunk(2, dim=-1)
             x = nn.functional.silu(gate) * up
         seen.append(x)

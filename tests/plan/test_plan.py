@@ -26,10 +26,10 @@ from admm_prune.models.experts import routed
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
-from admm_prune.plan.counting import KINDS, Stretch, Work, counted, stretch
+from admm_prune.plan.counting import KINDS, Cost, Work, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
-from admm_prune.plan.trials import LayerTrial, random_gram, view_of
+from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
 from admm_prune.statistics import LayerStatistics
 
 
@@ -195,7 +195,7 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
 @pytest.mark.slow
 def test_a_large_problem_takes_what_small_ones_foretell() -> None:
     trial = LayerTrial(LOCAL_METHODS["admm"], Target(0.5), None, (1024,), 1024, torch.float32, validation=True)
-    foretold, counted_ = trial.estimated(), trial(1.0, False)
+    foretold, counted_ = estimated(trial), trial(1.0, False)
     assert foretold.peak == pytest.approx(counted_.peak, rel=0.1)
 
 
@@ -257,12 +257,12 @@ def test_experts_that_are_solved_in_batches_are_counted_so() -> None:
 
     def planned(method: str, device: str) -> int:
         walk: Any = SimpleNamespace(parts=1, device=torch.device(device))
-        collected = Collected([((view,), 32) for view in views], Stretch(), 0)
+        collected = Collected([((view,), 32) for view in views], Cost(), 0)
         stages = _local(collected, LOCAL_METHODS[method], task, 1, walk)
         return max(stage.parts[SOLVER] for stage in stages if stage.name == "solver")
 
     inputs = [SharedInput((view,), LayerStatistics(random_gram(32), 64)) for view in views]
-    with counted() as counting, stretch(counting) as found, torch.no_grad():
+    with counted() as counting, measured_cost(counting) as found, torch.no_grad():
         counting.know(*(one.statistics.gram for one in inputs), *(view.parameter for view in views))
         prune_several(inputs, LOCAL_METHODS["admm"], task)
     assert found.peak <= planned("admm", "cpu") == planned("admm", "cuda") <= 2 * found.peak

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import admm_prune
 from admm_prune.bench import memory
-from admm_prune.bench.memory import Peak, Shape, write_random_model
+from admm_prune.bench.memory import LlamaShape, Peak, write_random_model
 from admm_prune.bench.scaling import exponent
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
@@ -112,7 +112,7 @@ def test_hollow_blocks_are_called_as_full_ones_are(model_folder: Path, calibrati
     full = BlockStream(dense, decoder_blocks(dense), calibration, "cpu")
     on_disk = opened(model_folder)
     is_offloaded = BlockStream(on_disk.model, on_disk.blocks, calibration, "cpu", offloading=on_disk)
-    for mine, its in zip(full._flows["calibration"], is_offloaded._flows["calibration"], strict=True):
+    for mine, its in zip(full._states["calibration"], is_offloaded._states["calibration"], strict=True):
         assert torch.equal(mine.hidden, its.hidden)
         for (_, a), (_, b) in zip(mine.calls, its.calls, strict=True):
             assert a.keys() == b.keys()
@@ -125,11 +125,11 @@ def test_the_memory_bench_measures_both_families(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tiny models here, in this process: the figures are the command's own business."""
-    family = (Shape(128, 1), Shape(256, 2))
-    monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (Shape(128, 1), Shape(128, 2))})
+    family = (LlamaShape(128, 1), LlamaShape(256, 2))
+    monkeypatch.setattr(memory, "FAMILIES", {"growing": family, "deeper": (LlamaShape(128, 1), LlamaShape(128, 2))})
 
     def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        memory._measure_here(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
+        memory._measure_in_this_process(Path(command[3]), Path(command[4]), int(command[5]), float(command[6]))
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
     monkeypatch.setattr(memory.subprocess, "run", here)
@@ -147,7 +147,7 @@ def test_the_memory_bench_measures_both_families(
 def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:
     peaks = [Peak("growing", 1, 1, n, 1.0, 3 * n**0.6, 1.0) for n in (10**6, 10**7, 10**9)]
     assert exponent((peak.parameters, peak.peak_mib) for peak in peaks) == pytest.approx(0.6)
-    shape = Shape(256, 3)
+    shape = LlamaShape(256, 3)
     write_random_model(shape.config(), tmp_path)
     stored = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
     assert sum(tensor.numel() for tensor in stored) == shape.parameters
@@ -178,7 +178,7 @@ def test_what_cannot_be_streamed_is_refused(model_folder: Path, text_file: Path,
     for changed, reason in (
         ({up: None}, f"the weights lack {up}"),
         ({norm: None}, f"the weights lack {norm}"),
-        ({up: weights[up].T.contiguous()}, rf"{up} is of shape \(32, 48\), config.json asks for \(48, 32\)"),
+        ({up: weights[up].T.contiguous()}, rf"{up} has shape \(32, 48\), config.json asks for \(48, 32\)"),
         ({up: weights[up] * torch.inf}, f"{up} has NaN or Inf entries"),
     ):
         kept = {name: tensor for name, tensor in {**weights, **changed}.items() if tensor is not None}

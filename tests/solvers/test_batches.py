@@ -15,7 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, Status, Unstructured
 from admm_prune.errors import UserError
 from admm_prune.ops import backend
-from admm_prune.plan.counting import counted, stretch
+from admm_prune.plan.counting import counted, measured_cost
 from admm_prune.problems.constraints import Blocks, SparseSet, StackedRows
 from admm_prune.result import Result
 from admm_prune.solvers import admm_state, together
@@ -233,6 +233,6 @@ def test_the_bound_of_a_batch_holds(rows, width) -> None:
     for seed in range(16):
         x = correlated_inputs(3 * width, width, seed).float()
         problems.append(LayerReconstruction(random_weight(rows, width, seed).float(), x.T @ x, Unstructured(0.7)))
-    with counted() as counting, stretch(counting) as found:
+    with counted() as counting, measured_cost(counting) as found:
         ADMM(max_iterations=6).solve_all(problems)
     assert found.peak <= 16 * 4 * (6 * rows * width + 5 * width**2)

@@ -208,7 +208,7 @@ def test_weights_that_are_not_finite_or_of_another_shape(layer: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     save_file({"weight": torch.zeros(10, 23)}, path, metadata)
-    assert verify_layer(path).failures == ["the weight is of shape (10, 23), its layer of shape (10, 24)"]
+    assert verify_layer(path).failures == ["the weight has shape (10, 23), its layer (10, 24)"]
 
 
 def test_another_layer_is_told_and_nothing_else(layer: Path, tmp_path: Path) -> None:

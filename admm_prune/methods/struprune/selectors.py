@@ -108,7 +108,7 @@ def _check(pattern: str) -> None:
 
 
 def _fits(pattern: str, view: WeightView, block: str, model: nn.Module) -> bool:
-    module = view.name.removesuffix(f".{view.own}")
+    module = view.name.removesuffix(f".{view.attribute}")
     if pattern.startswith(_REGULAR):
         return re.match(pattern.removeprefix(_REGULAR), module) is not None
     if pattern in (view.name, view.parameter_name, module):

@@ -27,11 +27,11 @@ class Solver(BaseSolver):
 
     def _project(self, v):
         grouped = ":" in self.target
-        kept, group = (
+        keep, group = (
             map(int, self.target.split(":")) if grouped else (round((1 - float(self.target)) * v.size), v.size)
         )
         cells = v.reshape(-1, group)
         order = np.argsort(-np.abs(cells), axis=1, kind="stable")
         out = np.zeros_like(cells)
-        np.put_along_axis(out, order[:, :kept], np.take_along_axis(cells, order[:, :kept], axis=1), axis=1)
+        np.put_along_axis(out, order[:, :keep], np.take_along_axis(cells, order[:, :keep], axis=1), axis=1)
         return out.reshape(v.shape)
