@@ -75,10 +75,10 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
         return fused.settle(z, mask, before, d, x, root)
     over = None if root is None or root.ndim == 1 else (-2, -1)  # the entries of each problem
     entered: Tensor | int = 0
-    kept: Tensor | int = 0
+    size: Tensor | int = 0
     if before is not None:
         entered = torch.count_nonzero(_apart(mask > before, root), dim=over)
-        kept = torch.count_nonzero(_apart(mask, root), dim=over)
+        size = torch.count_nonzero(_apart(mask, root), dim=over)
     torch.mul(z, mask.view(torch.uint8), out=d)  # a product with bytes is half the time of one with booleans
     x.add_(d, alpha=-1.0)
     norms = []
@@ -86,7 +86,7 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
         if root is not None:
             part = torch.mul(_apart(part, root), _across(root), out=_apart(x, root))
         norms.append(torch.linalg.vector_norm(part, dim=over))
-    measured: tuple[Tensor | int, ...] = (entered, kept, *norms)
+    measured: tuple[Tensor | int, ...] = (entered, size, *norms)
     if over is None and not backend.on_device(z):
         return torch.tensor([float(one) for one in measured], dtype=torch.float64)
     # Filled in place: no synchronization and no transfer.
