@@ -31,7 +31,7 @@ REFUSED = {  # by the part of a variant's name, and of a method's: what is said
     ("bigcode", "unlike"): NO_CLASS,
     ("diffllama", "unlike"): NO_CLASS,
     ("xglm", "unlike"): NO_CLASS,
-    ("xglm", "padded"): "layers.0.self_attn: the block cannot be called without some of its units",
+    ("xglm", "padded"): "layers.0.self_attn: the block cannot be called without some of its structured groups",
     ("bitnet", ""): "model.layers.0.mlp: ffn_sub_norm.weight has an entry for every neuron",
 }
 UNLIKE = ("struprune", "structured-global", "structured-wanda")
