@@ -6,14 +6,14 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
@@ -47,6 +47,7 @@ class Layerwise(Capabilities):
     """
 
     stages: ClassVar[Stages | None] = "layers"
+    budget: ClassVar[Budget] = "matrix"
 
     method: Method
     samples: int = 128
@@ -58,10 +59,6 @@ class Layerwise(Capabilities):
     @property
     def summary(self) -> str:
         return self.method.summary
-
-    @property
-    def budget(self) -> Literal["matrix", "model"]:
-        return "matrix"
 
     def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self:
         if solver is not None:

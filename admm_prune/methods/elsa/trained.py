@@ -6,12 +6,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, Outcome, Recipe, Runtime, Stages, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
@@ -56,6 +56,7 @@ class Trained(Capabilities, ABC):
 
     options: ClassVar[tuple[str, ...]] = ("steps",)
     stages: ClassVar[Stages | None] = "training"
+    budget: ClassVar[Budget] = "matrix"
 
     name: str
     summary: str
@@ -69,10 +70,6 @@ class Trained(Capabilities, ABC):
     @property
     def samples(self) -> int:
         return self.steps * self.batch_size
-
-    @property
-    def budget(self) -> Literal["matrix", "model"]:
-        return "matrix"
 
     @abstractmethod
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:

@@ -301,10 +301,8 @@ def _statistics(
     centre = fold_bias and any(sublayer.output.bias is not None for sublayer in parts)
     shared = stream.collect(index, only=names, centre=centre)
     # No ridge is selected: the statistics of the validation tokens are not needed.
-    statistics = {
-        view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
-    }
-    return {names[name]: one for name, one in statistics.items()}
+    views = [(view.name, inputs.statistics) for inputs in shared for view in inputs.weights]
+    return {names[name]: replace(statistics, validation=None) for name, statistics in views}
 
 
 STRUCTURED: tuple[StruPrune, ...] = (
