@@ -97,7 +97,7 @@ def test_a_cache_that_no_unit_makes_smaller_is_refused(family: str, stories: Seq
 def test_a_block_that_needs_all_of_its_units_is_found_on_a_copy(stories: Sequences) -> None:
     """One whose feed-forward part adds its neurons up, or asks for their number: no matrix shows it."""
     for forward, said in (
-        (lambda mlp, x: mlp.down_proj(torch.roll(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), 1, -1)), "not made of"),
+        (lambda mlp, x: mlp.down_proj(torch.roll(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), 1, -1)), "consist of"),
         (lambda mlp, x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).view(*x.shape[:-1], 24)), "call"),
     ):
         model = build("llama", layers=2)
