@@ -208,7 +208,7 @@ def solver_work(name: str, solver: Solver, rows: int, width: int, iterations: in
         return Work({}, 9.0 * size)
     fast = min(iterations, solver.fast_until)
     penalties = -(-iterations // solver.penalty.every)
-    refit = solver.polish_iterations + 1 if solver.polish else 0
+    refit = solver.refit_iterations + 1 if solver.refit else 0
     return Work(
         {
             "bfloat16": 2.0 * size * width * fast,

@@ -75,9 +75,9 @@ class Journal:
 
     def once(self, part: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute`, which is called on the first request of the part: JSON values."""
-        found = self.finished(part)
-        if found:
-            return found[0]
+        records = self.finished(part)
+        if records:
+            return records[0]
         content = compute()
         self.commit(part, 0, content)
         return content

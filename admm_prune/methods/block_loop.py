@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,13 +31,9 @@ class BlockResult:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Visitor(Protocol):
-    """Processes one block, which is loaded: prunes it in place, or measures it.
-
-    It may advance the stream itself, if the next block is to see the outputs of this one before it was changed.
-    """
-
-    def __call__(self, stream: BlockStream, index: int, block: Block) -> BlockResult: ...
+# Processes one block, which is loaded: prunes it in place, or measures it. It may advance the stream itself, if the
+# next block is to see the outputs of this one before it was changed.
+Visitor = Callable[[BlockStream, int, Block], BlockResult]
 
 
 def for_each_block(
@@ -104,22 +100,22 @@ def for_each_block(
             block = blocks[index]
             runtime.report_progress(before + index, total, f"{block.name}{note}")
             with offloading.block(index):
-                found = process_block(stream, index, block)
-                found = replace(found, details=json.loads(json.dumps(found.details)))  # as it would be read back
+                result = process_block(stream, index, block)
+                result = replace(result, details=json.loads(json.dumps(result.details)))  # as it would be read back
                 if stream.position == index:
                     stream.advance(index)
                 journal.commit(
                     part,
                     index,
-                    {"layers": [layer.as_json() for layer in found.layers], "details": found.details},
-                    tensors=_weights(block) if changes else found.tensors,
+                    {"layers": [layer.as_json() for layer in result.layers], "details": result.details},
+                    tensors=_weights(block) if changes else result.tensors,
                     activations=stream.activations if runtime.world.size == 1 else None,
                 )
             if changes and offloading.is_offloaded:
                 offloading.restore(index, block, journal.tensor_file(part, index))
-            block_results.append(found)
-            if found.layers:
-                runtime.record(_figures(found.layers), index)
+            block_results.append(result)
+            if result.layers:
+                runtime.record(_figures(result.layers), index)
     return block_results
 
 

@@ -6,14 +6,14 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
@@ -47,6 +47,7 @@ class Layerwise(Capabilities):
     """
 
     stages: ClassVar[Stages | None] = "layers"
+    budget: ClassVar[Budget] = "matrix"
 
     method: Method
     samples: int = 128
@@ -58,10 +59,6 @@ class Layerwise(Capabilities):
     @property
     def summary(self) -> str:
         return self.method.summary
-
-    @property
-    def budget(self) -> Literal["matrix", "model"]:
-        return "matrix"
 
     def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self:
         if solver is not None:
@@ -81,7 +78,7 @@ class Layerwise(Capabilities):
 
         block_results = for_each_block(model, task, runtime, prune_block)
         runtime.report_progress(len(block_results), len(block_results))
-        return Outcome(layers=[report for found in block_results for report in found.layers])
+        return Outcome(layers=[report for result in block_results for report in result.layers])
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:
@@ -89,10 +86,10 @@ def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: Worl
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
     reports = world.divided(
         [_cost(piece) for piece in pieces],
-        lambda own: prune_several([pieces[i] for i in own], method, task),
+        lambda indices: prune_several([pieces[i] for i in indices], method, task),
         lambda i: [view.read() for view in pieces[i].weights],
     )
-    return [report for found in reports for report in found]
+    return [report for group in reports for report in group]
 
 
 def _cost(piece: SharedInput) -> float:
@@ -109,15 +106,15 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
     """
     tried: set[tuple[str, tuple[int, int]]] = set()
     for view in (view for block in blocks for view in block.weights):
-        own = target.at(view.name)
+        layer_target = target.at(view.name)
         try:
-            if own is not None:
-                constraint = method.constraint(own)
+            if layer_target is not None:
+                constraint = method.constraint(layer_target)
                 with explained_parts(constraint=type(constraint)):
                     _try(constraint, view.shape)
-                if (str(own), view.shape) not in tried:
-                    check_set(constraint, view.shape, own.fraction)
-                    tried.add((str(own), view.shape))
+                if (str(layer_target), view.shape) not in tried:
+                    check_set(constraint, view.shape, layer_target.fraction)
+                    tried.add((str(layer_target), view.shape))
         except ValueError as error:
             raise UserError(f"{view.name}: {error}") from error
     if target.fraction:
@@ -213,12 +210,12 @@ def _jobs(shared: SharedInput, method: Method, target: Target) -> Iterator[_Job]
     """The weights that read one input, by what is solved as one."""
     groups: dict[object, list[tuple[WeightView, Target]]] = {}
     for view in shared.weights:
-        own = target.at(view.name)
-        assert own is not None, f"{view.name} is not among the weights to prune"
-        alike = None if method.stacks_targets else own
-        groups.setdefault(alike if method.stacks else view.name, []).append((view, own))
+        layer_target = target.at(view.name)
+        assert layer_target is not None, f"{view.name} is not among the weights to prune"
+        alike = None if method.stacks_targets else layer_target
+        groups.setdefault(alike if method.stacks else view.name, []).append((view, layer_target))
     for group in groups.values():
-        parts = tuple(Part(view.shape[0], method.constraint(own), own.fraction) for view, own in group)
+        parts = tuple(Part(view.shape[0], method.constraint(to), to.fraction) for view, to in group)
         constraint = parts[0].constraint
         if len(parts) > 1:
             constraint = StackedRows(tuple((part.rows, part.constraint) for part in parts))
@@ -230,7 +227,7 @@ class _Posed:
     """A problem, its damping, the dense weights, and the seconds spent on building it."""
 
     problem: LayerReconstruction
-    asked: Damping
+    damping: Damping
     stacked: Tensor
     seconds: float
 
@@ -267,11 +264,11 @@ def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
     # A copy: `read` returns a view of the parameter, which is about to be overwritten.
     stacked = torch.cat([view.read() for view in job.weights])
     with _naming(job), explained_parts(problem=method.problem.build, constraint=type(first)):
-        asked = settle_ridge(ridge, method, stacked, statistics.gram, statistics.validation, first)
+        damping = settle_ridge(ridge, method, stacked, statistics.gram, statistics.validation, first)
         problem = method.problem.posed(
-            stacked, statistics.gram, job.constraint, ridge=asked.ridge, damping=asked.damping
+            stacked, statistics.gram, job.constraint, ridge=damping.ridge, damping=damping.damping
         )
-    return _Posed(problem, asked, stacked, time.perf_counter() - began)
+    return _Posed(problem, damping, stacked, time.perf_counter() - began)
 
 
 def _write(
@@ -284,7 +281,7 @@ def _write(
         bounds: prove a lower bound of each.
     """
     began = time.perf_counter()
-    problem, asked, stacked, statistics = posed.problem, posed.asked, posed.stacked, job.statistics
+    problem, damping, stacked, statistics = posed.problem, posed.damping, posed.stacked, job.statistics
     sizes = [part.rows for part in job.parts]
     with _naming(job):
         for view, weight in zip(job.weights, result.solution["weight"].split(sizes), strict=True):
@@ -294,36 +291,36 @@ def _write(
         width=stacked.shape[1],
         tokens=statistics.tokens,
         dead=int(problem.dead.sum()),
-        ridge_asked=asked.ridge,
+        ridge_asked=damping.ridge,
         ridge_used=problem.ridge,
         ridge_matters=method.damped,
     )
     seconds += posed.seconds + time.perf_counter() - began
     reports: list[LayerReport] = []
     for view, weight, part in zip(job.weights, stacked.split(sizes), job.parts, strict=True):
-        own = method.problem.posed(
+        layer = method.problem.posed(
             weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
         )
-        written = Point(weight=view.read().to(own.weight.dtype))
+        written = Point(weight=view.read().to(layer.weight.dtype))
         validation = statistics.validation
         reports.append(
             LayerReport(
                 name=view.name,
                 shape=view.shape,
                 sparsity=written.sparsity(),
-                relative_error=own.relative_error(written),
-                relative_error_validation=None if validation is None else own.relative_error(written, validation),
+                relative_error=layer.relative_error(written),
+                relative_error_validation=None if validation is None else layer.relative_error(written, validation),
                 status=result.status.name,
                 iterations=result.iterations,
                 seconds=seconds * weight.numel() / stacked.numel(),
                 tokens=statistics.tokens,
                 ridge=problem.ridge,
                 damping=problem.damping,
-                ridge_trials=asked.trials,
+                ridge_trials=damping.trials,
                 notes=(*statistics.notes, *result.notes),
                 diagnosis=diagnosis,
                 convergence=None if reports else Convergence.of(result.history),
-                **(_bound(own, written) if bounds else {}),
+                **(_bound(layer, written) if bounds else {}),
             )
         )
     return reports

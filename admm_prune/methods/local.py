@@ -63,8 +63,8 @@ class Method:
         Raises:
             UserError: the sets given have no such member.
         """
-        own = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
-        return (self.sets or own).at(target)
+        default = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
+        return (self.sets or default).at(target)
 
     @property
     def damped(self) -> bool:
@@ -96,20 +96,8 @@ LOCAL_METHODS: Mapping[str, Method] = {
             stacks=True,
             stacks_targets=True,
         ),
-        Method(
-            "admm",
-            "ADMM with a rising penalty, then least squares",
-            ADMM,
-            stacks=True,
-            stacks_targets=True,
-        ),
-        Method(
-            "admm-fast",
-            "half of admm's work, a little more error",
-            ADMM.fast,
-            stacks=True,
-            stacks_targets=True,
-        ),
+        Method("admm", "ADMM with a rising penalty, then least squares", ADMM, stacks=True, stacks_targets=True),
+        Method("admm-fast", "half of admm's work, a little more error", ADMM.fast, stacks=True, stacks_targets=True),
         Method(
             "admm-best",
             "a longer ADMM, then swaps of single weights: several times admm's work, a little less error",

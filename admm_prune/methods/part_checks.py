@@ -133,19 +133,19 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
         raise UserError(f"the result of {who} has the bound {result.bound!r} above its objective {result.objective!r}")
     weights: Sequence[Tensor] = result.solution["weight"].split([part.rows for part in parts]) if parts else ()
     for part, weight in zip(parts, weights, strict=True):
-        own, constraint = Point(weight=weight), part.constraint
+        point, constraint = Point(weight=weight), part.constraint
         with explained_parts(constraint=type(constraint)):
-            inside = bool(constraint.contains(own))
+            inside = bool(constraint.contains(point))
             slack = _slack(constraint, (weight.shape[0], weight.shape[1]))
         if not inside:
             raise UserError(
-                f"the solution of {who} is not in its set {constraint}: {own.sparsity():.4g} of it is zero, "
+                f"the solution of {who} is not in its set {constraint}: {point.sparsity():.4g} of it is zero, "
                 f"{part.fraction:.4g} was the target"
             )
-        if own.sparsity() < part.fraction - slack:
+        if point.sparsity() < part.fraction - slack:
             raise UserError(
                 f"{who} and the set {constraint} break the budget: {part.fraction:.4g} was to be zero, "
-                f"{own.sparsity():.4g} is"
+                f"{point.sparsity():.4g} is"
             )
 
 
@@ -171,22 +171,22 @@ class Checked:
         return result
 
 
-def _check_point(what: str, found: Any, like: Point) -> None:
-    """Raises UserError unless `found` has the tensors of `like`, finite."""
-    if not isinstance(found, Point):
-        raise UserError(f"{what} is {_kind(found)}, not an admm_prune.Point")
-    if found.keys() != like.keys():
-        raise UserError(f"{what} has the tensors {sorted(found)}, not {sorted(like)}")
-    for name, wanted in like.items():
-        tensor: Any = found[name]
+def _check_point(what: str, point: Any, like: Point) -> None:
+    """Raises UserError unless `point` has the tensors of `like`, finite."""
+    if not isinstance(point, Point):
+        raise UserError(f"{what} is {_kind(point)}, not an admm_prune.Point")
+    if point.keys() != like.keys():
+        raise UserError(f"{what} has the tensors {sorted(point)}, not {sorted(like)}")
+    for name, expected in like.items():
+        tensor: Any = point[name]
         if not isinstance(tensor, Tensor):
             raise UserError(f"{what} has {_kind(tensor)} in '{name}', not a tensor")
-        for asked in ("shape", "dtype", "device"):
-            has, needs = getattr(tensor, asked), getattr(wanted, asked)
+        for attribute in ("shape", "dtype", "device"):
+            has, needs = getattr(tensor, attribute), getattr(expected, attribute)
             if has != needs:
-                has, needs = (tuple(x) if asked == "shape" else x for x in (has, needs))
-                raise UserError(f"{what} has the {asked} {has} in '{name}', not {needs}")
-    if not found.is_finite():
+                has, needs = (tuple(x) if attribute == "shape" else x for x in (has, needs))
+                raise UserError(f"{what} has the {attribute} {has} in '{name}', not {needs}")
+    if not point.is_finite():
         raise UserError(f"{what} has NaN or Inf entries")
 
 

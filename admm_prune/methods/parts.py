@@ -31,11 +31,7 @@ Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstructio
 ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
 SetLike = str | SparseSet | type[SparseSet] | None
 # Constraints described by a fraction; N:M is selected by a pattern.
-SETS: Mapping[str, Callable[[float], SparseSet]] = {
-    "unstructured": Unstructured,
-    "row-wise": RowWise,
-    "groups": Groups,
-}
+SETS: Mapping[str, Callable[[float], SparseSet]] = {"unstructured": Unstructured, "row-wise": RowWise, "groups": Groups}
 LAYER = "layer"
 LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
@@ -65,16 +61,13 @@ def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
     Raises:
         UserError: a package declares a built-in name, or two packages declare the same name.
     """
-    found = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
-    who = " and ".join(f"{_package(point)} ({point.value})" for point in found.values())
-    if found and name in ours:
+    declarations = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
+    points = declarations.values()
+    who = " and ".join(f"{point.dist.name if point.dist else 'a package'} ({point.value})" for point in points)
+    if declarations and name in ours:
         raise UserError(f"the name '{name}' is built in, and declared by {who}: that package has to choose another")
-    if len(found) > 1:
+    if len(declarations) > 1:
         raise UserError(f"the name '{name}' is declared by {who}: one of them has to choose another")
-
-
-def _package(point: EntryPoint) -> str:
-    return "a package" if point.dist is None else point.dist.name
 
 
 def load_declared(kind: Kind, name: str) -> Any:

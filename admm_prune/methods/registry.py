@@ -43,18 +43,15 @@ def composed(
     Raises:
         UserError: there is no such method, or it has no part of this kind.
     """
-    if solver is None and problem is None and constraint is None:
+    parts = {"solver": solver, "problem": problem, "constraint": constraint}
+    given = " and ".join(name for name, part in parts.items() if part is not None)
+    if not given:
         return recipe_named(method or DEFAULT, steps)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
         return Layerwise(with_parts(_method_of(solver), problem, constraint))
     recipe = recipe_named(method or DEFAULT, steps)
-    given = " and ".join(
-        name
-        for name, part in (("solver", solver), ("problem", problem), ("constraint", constraint))
-        if part is not None
-    )
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
@@ -83,7 +80,11 @@ def recipe_named(name: str, steps: int | None = None) -> Recipe:
     Raises:
         UserError: no such recipe; the message lists those there are. Steps are asked of one that does not train.
     """
-    recipe = _named(name)
+    check_no_clash("solvers", name, RECIPES)
+    if name not in RECIPES and name not in method_names():
+        known = ", ".join(dict.fromkeys([*RECIPES, *method_names()]))
+        raise UserError(f"unknown method '{name}': choose one of {known}")
+    recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
     if steps is None:
         return recipe
     if not isinstance(recipe, Trained):
@@ -95,16 +96,5 @@ def recipe_named(name: str, steps: int | None = None) -> Recipe:
 
 def with_baselines(names: Iterable[str]) -> list[str]:
     """The names without duplicates, and those of the baselines of methods that train."""
-    asked = list(dict.fromkeys(names))
-    return list(dict.fromkeys([*asked, *(_BASELINES if set(asked) & set(_COMPARED) else ())]))
-
-
-def _named(name: str) -> Recipe:
-    check_no_clash("solvers", name, RECIPES)
-    if name in RECIPES:
-        return RECIPES[name]
-    local = method_names()
-    if name in local:
-        return Layerwise(method_named(name))
-    known = ", ".join(dict.fromkeys([*RECIPES, *local]))
-    raise UserError(f"unknown method '{name}': choose one of {known}")
+    unique = list(dict.fromkeys(names))
+    return list(dict.fromkeys([*unique, *(_BASELINES if set(unique) & set(_COMPARED) else ())]))

@@ -20,10 +20,7 @@ from admm_prune.solvers.together import solve_all
 
 # (ridge, damping): relative to each H_jj, best where all channels matter equally, or to their mean, which regularizes a
 # few massive channels less and the many small ones more.
-GRID = (
-    *((ridge, 0.0) for ridge in (0.003, 0.03, 0.3)),
-    *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)),
-)
+GRID = (*((ridge, 0.0) for ridge in (0.003, 0.03, 0.3)), *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)))
 _ROWS = 128
 # One factorization per trial: a rough solution ranks them as well as an accurate one.
 _PROBE = ADMM(penalty=Constant(1.2), max_iterations=10)
@@ -60,20 +57,20 @@ def parse_ridge(ridge: str | float | None) -> Ridge:
 
 
 def settle_ridge(
-    asked: Ridge, method: Method, weight: Tensor, gram: Tensor, validation: Tensor | None, constraint: Constraint
+    ridge: Ridge, method: Method, weight: Tensor, gram: Tensor, validation: Tensor | None, constraint: Constraint
 ) -> Damping:
     """The given ridge with the method's own damping; with "auto" the best of both by `choose_ridge`.
 
     Raises:
         UserError: "auto" without validation tokens.
     """
-    if asked == "auto":
+    if ridge == "auto":
         if validation is None:
             raise UserError("--ridge auto needs validation tokens, but there are none: give a number instead")
         began = time.perf_counter()
         trials = choose_ridge(weight, gram, validation, constraint, objective=method.problem.build)
         return Damping(trials[0].ridge, trials[0].damping, trials, time.perf_counter() - began)
-    return Damping(method.ridge if asked is None else asked, method.damping)
+    return Damping(method.ridge if ridge is None else ridge, method.damping)
 
 
 def choose_ridge(

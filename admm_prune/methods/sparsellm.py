@@ -62,27 +62,34 @@ class Agreed:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLLM(Capabilities):
-    """A method that prunes attention layer by layer and the feed-forward network of a block as one problem.
+    """A method that prunes attention layer by layer and the feed-forward network of a block as one problem:
 
-    For each block: prune attention; capture the network's inputs again, and as its target the output that restores
-    the block's dense output, including the error of attention; then alternate: fit and prune the up projection (and
-    gate), refit and prune the down projection on the hidden units of the pruned up projection, optimize all weights
-    jointly on their supports, update the auxiliary variables of the split network, and repeat. The best
-    round on validation tokens is kept.
+        min alpha |X W1^T + b1 - Z|^2 + gamma |P - act(Z)|^2 + beta |P W2^T + b2 - Y|^2   over sparse W1, W2 and Z, P,
+
+    in turns, where a gate Wg has a pre-activation S of its own, and act(Z) is act(S) * Z:
+
+        W1 <- prune(argmin |X W1^T + b1 - Z|^2),    Wg likewise on S,
+        W2 <- prune(argmin |P W2^T + b2 - Y|^2),    with closing on P = act(X W1^T + b1) of the pruned W1,
+        P  <- argmin gamma |P - act(Z)|^2 + beta |P W2^T + b2 - Y|^2,
+        Z  <- argmin alpha |X W1^T + b1 - Z|^2 + gamma |P - act(Z)|^2,    then S.
+
+    Every round with closing ends with steps on all weights together, on their supports. The best round on validation
+    tokens is returned.
 
     Args:
         method: prunes attention, and is the inner solver of every block of weights.
         rounds: the maximum number; 1 is "sequential + closing".
-        closing: False is the objective as published: the down projection is fitted to the auxiliary activations, never
-            to those that the pruned up projection gives.
+        closing: False is the objective as published: W2 is fitted to the auxiliary P alone.
         descent: steps with all weights together in every round; 0 for none.
-        target: of the network: "block" compensates for attention too, "network" is its own dense output, "before" is
-            that too, with inputs from before attention was pruned, as released.
-        penalties: of the split network.
+        target: Y: "block" restores the block's dense output, so that it compensates for attention too; "network" is
+            the network's dense output; "before" is that too, with X from before attention was pruned, as released.
+        penalties: alpha, beta and gamma.
         first_half: prune only the first half of the blocks, as the published tables did.
 
-    Sources: Bai et al., SparseLLM: Towards Global Pruning of Pre-trained Language Models, 2024, and its released code
-    (`sparsellm-release`). Closing, descent and the target "block" are ours.
+    Reference implementation: `textbook.sparsellm`.
+
+    Sources: Bai et al., SparseLLM, 2024, section 3.2, eq. 5 to 9, and its released code (`sparsellm-release`). Closing,
+    descent and the target "block" are ours.
     """
 
     stages: ClassVar[Stages | None] = "networks"
@@ -126,9 +133,9 @@ class SparseLLM(Capabilities):
                 return BlockResult(layers=[report_of(view, view.shape) for view in block.weights])
             return self._prune_block(stream, index, block, task, runtime.world)
 
-        block_results = for_each_block(model, task, runtime, prune_block)
+        results = for_each_block(model, task, runtime, prune_block)
         runtime.report_progress(count, count)
-        figures = [found.details for found in block_results[:chosen]]
+        figures = [result.details for result in results[:chosen]]
         notes = []
         if self.target == "block" and not all(figure["repairs"] for figure in figures):
             notes.append(
@@ -136,9 +143,8 @@ class SparseLLM(Capabilities):
             )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
-        layers = [report for found in block_results for report in found.layers]
         return Outcome(
-            layers=layers,
+            layers=[report for result in results for report in result.layers],
             notes=tuple(notes),
             details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
         )
@@ -148,63 +154,60 @@ class SparseLLM(Capabilities):
         views = feed_forward(block, lambda: stream.preview(index))
         activation = world.broadcast_from_rank0(lambda: views.activation.name)  # two may agree up to rounding
         views = replace(views, activation=ACTIVATIONS[activation])
-        repairs = self.target == "block" and stream.adds(index, views.down)
-        own = views.weights
-        wanted: dict[str, Tensor] | None = {} if repairs else None
-        pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
-        reports = []
-        pruned = {view.name for view in block.weights if task.target.at(view.name) is not None}
         targets = _targets(views, task.target)
-        attention = pruned - {view.name for view in own}
-        reports += prune_all(stream.collect(index, attention, wanted), self.method, task, world)
-        if not targets:  # the whole network is left unpruned
-            return BlockResult(
-                layers=reports + untouched(block, pruned), details={"block": block.name, "repairs": repairs}
-            )
+        pruned = {view.name for view in block.weights if task.target.at(view.name) is not None}
+        repairs = self.target == "block" and stream.adds(index, views.down)
+        details: dict[str, Any] = {"block": block.name, "activation": activation, "repairs": repairs}
+
+        # 1. X and Y as released: before attention is pruned.
+        pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
+        # 2. Attention, each W <- prune(W) by the layer solver.
+        block_outputs: dict[str, Tensor] | None = {} if repairs else None  # of the dense block
+        attention = pruned - {view.name for view in views.weights}
+        reports = prune_all(stream.collect(index, attention, block_outputs), self.method, task, world)
+        if not targets:  # the network is left unpruned
+            return BlockResult(layers=reports + untouched(block, pruned), details=details)
+        # 3. X <- the network's inputs behind the pruned attention;  Y <- block_outputs - residual, or act(X W1^T) W2^T.
         if pairs is None:
-            pairs = stream.pairs(index, views.up, views.down, wanted)
-        del wanted
-        constraints = {name: self.method.constraint(target) for name, target in targets.items()}
+            pairs = stream.pairs(index, views.up, views.down, block_outputs)
+        del block_outputs
+        # 4. W1, W2 <- argmin of the split network.
         try:
-            network = network_of(views)
-            damped = self.damped(network, pairs, task, constraints, world)
-            places, count = stream.places("calibration")
-            share = Share(count, places, world.all_reduce)
-            result, error, validation_loss = self.solve(network, damped, pairs, constraints, share, world)
-            for name, view in views.views.items():
-                view.write(result.solution[name])
-            bias = views.down.bias
-            if bias is not None and "bias" in result.solution:
-                bias.data.copy_(result.solution["bias"])
-        except (ValueError, LinAlgError) as problem:
-            raise UserError(f"{', '.join(view.name for view in own)}: {problem}") from problem
+            result, figures = self._prune_network(views, targets, pairs, task, stream, world)
+        except (ValueError, LinAlgError) as error:
+            raise UserError(f"{', '.join(view.name for view in views.weights)}: {error}") from error
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
-        entries = sum(view.read().numel() for view in own)
-        for view in own:
-            written = Point(weight=view.read())
-            reports.append(
-                LayerReport(
-                    name=view.name,
-                    shape=view.shape,
-                    sparsity=written.sparsity(),
-                    status=result.status.name,
-                    iterations=result.iterations,
-                    seconds=seconds * view.read().numel() / entries,
-                    tokens=count,
-                    notes=result.notes,
-                )
-            )
-        figure = {
-            "block": block.name,
-            "activation": views.activation.name,
-            "repairs": repairs,
+        reports += _reports(views, result, seconds, stream.places("calibration")[1])
+        return BlockResult(layers=reports + untouched(block, pruned), details=details | figures)
+
+    def _prune_network(
+        self,
+        views: FeedForwardViews,
+        targets: Mapping[str, Target],
+        pairs: Pairs,
+        task: Task,
+        stream: BlockStream,
+        world: World,
+    ) -> tuple[Result, dict[str, Any]]:
+        """Prunes a network in place; also returns its figures, JSON values."""
+        network = network_of(views)
+        constraints = {name: self.method.constraint(target) for name, target in targets.items()}
+        damped = self.damped(network, pairs, task, constraints, world)
+        places, count = stream.places("calibration")
+        share = Share(count, places, world.all_reduce)
+        result, error, validation_loss = self.solve(network, damped, pairs, constraints, share, world)
+        for name, view in views.views.items():
+            view.write(result.solution[name])
+        bias = views.down.bias
+        if bias is not None and "bias" in result.solution:
+            bias.data.copy_(result.solution["bias"])
+        return result, {
             "relative_error": error,
             "relative_error_validation": validation_loss,
             "damped": damped,
             "rounds": [progress.end_to_end for progress in result.history],
             "best_round": result.best_iteration,
         }
-        return BlockResult(layers=reports + untouched(block, pruned), details=figure)
 
     def solve(
         self,
@@ -220,40 +223,29 @@ class SparseLLM(Capabilities):
         Args:
             share, world: of the calibration tokens, where every process has its own.
         """
-        validation = pairs.get("validation", pairs["calibration"])
-        whole = NetworkOutput(
-            network,
-            pairs["calibration"],
-            constraints,
-            validation=validation,
-            penalties=self.penalties,
-            damped=damped,
-            share=share,
-        )
+        calibration, validation = pairs["calibration"], pairs.get("validation", pairs["calibration"])
+        settings: dict[str, Any] = {"penalties": self.penalties, "damped": damped}
+        # 1. The problem |net(X; W1, W2) - Y|^2, where W2 is fitted to the P of the pruned W1 (closing).
+        whole = NetworkOutput(network, calibration, constraints, validation=validation, share=share, **settings)
         all_reduce = whole.share.all_reduce
         problem: NetworkOutput | FeedForward = whole
+        # 2. As published: with the penalties of Z and P, which are variables.
         if not self.closing:
-            kind = GatedFeedForward if network.gated else FeedForward
-            inputs, outputs, *others = (x.to(network.weights["up"]) for x in (*pairs["calibration"], *validation))
-            problem = kind(
-                network,
-                inputs,
-                outputs,
-                constraints,
-                validation=(others[0], others[1]),
-                penalties=self.penalties,
-                damped=damped,
-                all_reduce=all_reduce,
+            split = GatedFeedForward if network.gated else FeedForward
+            X, Y, *held_out = (x.to(network.weights["up"]) for x in (*calibration, *validation))
+            problem = split(
+                network, X, Y, constraints, validation=(held_out[0], held_out[1]), all_reduce=all_reduce, **settings
             )
-        solver = Alternating(
+        # 3. W1, W2 (and P, Z), each with the others fixed, in `problem.order`, round after round.
+        result = Alternating(
             inner=Agreed(Checked.of(self.method.make()), world),
             max_iterations=self.rounds,
             refit=Agreed(Alternating.refit, world),
             together=Agreed(SupportDescent.of(self.descent), world) if self.descent and self.closing else None,
-        )
-        result = solver.solve(problem)
+        ).solve(problem)
+        # 4. |net(X; W1, W2) - Y|^2 / |Y|^2
         x = Point({name: result.solution.get(name, part) for name, part in whole.initial().items()})
-        energy = float(all_reduce(pairs["calibration"][1].double().square().sum())) or 1.0
+        energy = float(all_reduce(calibration[1].double().square().sum())) or 1.0
         return result, (result.objective if self.closing else whole.value(x)) / energy, whole.validation_loss(x)
 
     def damped(
@@ -268,8 +260,8 @@ class SparseLLM(Capabilities):
                 validation = grams.get("validation")
                 gram = torch.stack(list(grams.values())).sum(0)
             settle = partial(settle_ridge, task.ridge, self.method, weight, gram, validation, constraints[name])
-            asked = world.broadcast_from_rank0(settle)
-            damped[name] = (asked.ridge, asked.damping)
+            damping = world.broadcast_from_rank0(settle)
+            damped[name] = (damping.ridge, damping.damping)
         return damped
 
 
@@ -279,12 +271,30 @@ def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
     Raises:
         UserError: only some of its matrices are selected for pruning.
     """
-    own = {name: target.at(view.name) for name, view in views.views.items()}
-    found = {name: one for name, one in own.items() if one is not None}
-    if found and len(found) < len(own):
-        left = next(views.views[name].name for name, one in own.items() if one is None)
+    every = {name: target.at(view.name) for name, view in views.views.items()}
+    targets = {name: one for name, one in every.items() if one is not None}
+    if targets and len(targets) < len(every):
+        left = next(views.views[name].name for name in every if name not in targets)
         raise UserError(f"a feed-forward network is pruned as one: {left} cannot be left out")
-    return found
+    return targets
+
+
+def _reports(views: FeedForwardViews, result: Result, seconds: float, tokens: int) -> list[LayerReport]:
+    """A report of every matrix of a solved network, which share its seconds by their sizes."""
+    entries = sum(view.read().numel() for view in views.weights)
+    return [
+        LayerReport(
+            name=view.name,
+            shape=view.shape,
+            sparsity=Point(weight=view.read()).sparsity(),
+            status=result.status.name,
+            iterations=result.iterations,
+            seconds=seconds * view.read().numel() / entries,
+            tokens=tokens,
+            notes=result.notes,
+        )
+        for view in views.weights
+    ]
 
 
 def network_of(views: FeedForwardViews) -> Network:

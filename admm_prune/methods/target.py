@@ -37,15 +37,15 @@ class Target:
 
     def at(self, name: str) -> Target | None:
         """The target of one weight; None if it is not pruned."""
-        own = dict(self.layers).get(name)
-        if own is None:
+        text = dict(self.layers).get(name)
+        if text is None:
             return replace(self, layers=())
-        return None if own == DENSE else target_named(own)
+        return None if text == DENSE else target_named(text)
 
     @property
     def varied(self) -> bool:
         """Whether some weights have other targets than the rest of those that are pruned."""
-        return any(own != DENSE for _, own in self.layers)
+        return any(text != DENSE for _, text in self.layers)
 
 
 def target_named(text: str) -> Target:
@@ -106,10 +106,10 @@ def _sparsity(text: str | float) -> Target:
 
 
 def _pattern(text: str) -> Target:
-    kept, colon, group = text.strip().partition(":")
-    if not (colon and kept.isdecimal() and group.isdecimal()):
+    first, _, second = text.strip().partition(":")
+    if not (first.isdecimal() and second.isdecimal()):
         raise UserError(f"pattern must be N:M, N kept of every M such as 2:4, not '{text}'")
-    n, m = int(kept), int(group)
+    n, m = int(first), int(second)
     if not 1 <= n <= m:
         raise UserError(f"pattern {text} must keep from 1 to {m} of every {m}: N kept of every M, such as 2:4")
     return Target(pattern=(n, m))

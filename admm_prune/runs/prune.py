@@ -42,9 +42,13 @@ from admm_prune.settings import Settings, Stream, recorded, takes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COMFORT = 0.5  # of the free memory, that weights may take: statistics of a block and activations come on top
+_COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
-_ROOM = 1.25  # times its weights, of memory that must be free for a second copy of a model
+_CONTENT = (
+    *("method", "target", "budget", "block_weights", "sparsity"),
+    *("dense", "pruned", "layers", "notes", "details", "continuation"),
+)
+_ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
 
 def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device: str) -> bool:
@@ -117,23 +121,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The manifest: equal runs have equal ones, also where one of them was interrupted."""
-        layers = [layer.as_json() for layer in self.layers]
-        for layer in layers:
-            del layer["seconds"]
-        return {
-            "method": self.method,
-            "target": self.target,
-            "budget": self.budget,
-            "block_weights": self.block_weights,
-            "sparsity": self.sparsity,
-            "dense": asdict(self.dense),
-            "pruned": asdict(self.pruned),
-            "layers": layers,
-            "notes": self.notes,
-            "details": self.details,
-            "continuation": self.continuation,
-            **self.manifest,
-        }
+        layers = [{key: x for key, x in layer.as_json().items() if key != "seconds"} for layer in self.layers]
+        content = {name: getattr(self, name) for name in _CONTENT}
+        content |= {"dense": asdict(self.dense), "pruned": asdict(self.pruned), "layers": layers}
+        return content | self.manifest
 
     def timings(self) -> dict[str, Any]:
         """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
@@ -156,6 +147,7 @@ def prune(settings: Settings) -> Report:
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
+    # 1. Resolve the settings, so that errors in them show before anything is read.
     model, out, stream = settings.model, settings.out, settings.stream
     method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
     check_one_set(settings.constraint, settings.pattern)
@@ -167,26 +159,26 @@ def prune(settings: Settings) -> Report:
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
     if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    place, world = pick_device(settings.device), World.current()
-    # One process of several tells.
+    device, world = pick_device(settings.device), World.current()
     tracker = tracker_named(settings.log) if isinstance(settings.log, str) else settings.log
-    tracker = tracker if world.rank == 0 else None
     with (
         nullcontext()
         if out is None
         else shared_journal(Path(out), world, resume=settings.resume, overwrite=settings.overwrite) as journal
     ):
+        # 2. Open the model: block by block where its weights would not fit.
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, place))
-        phases = Phases(place)
+        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device))
+        phases = Phases(device)
         with phases("opening the model"):
-            loaded = _opened(settings, place, streams)
+            loaded = _opened(settings, device, streams)
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
+        # 3. Read the text; from here on the run can be described completely.
         with phases("reading the text"):
             texts = Texts(text, loaded, passed)
-        kept = recorded(
+        resolved = recorded(
             settings,
             model=loaded.source,
             method=method or (DEFAULT if settings.solver is None else None),
@@ -197,19 +189,17 @@ def prune(settings: Settings) -> Report:
             selection=selection,
             **{name: None if part is None else described(part) for name, part in parts.items()},
         )
-        record = manifest(kept, texts.records(recipe.samples), loaded.revision)
+        record = manifest(resolved, texts.records(recipe.samples), loaded.revision)
         if journal is not None:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
+        calibration, evaluation = texts.calibration(recipe.samples), texts.evaluation
+        del texts
+        task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
         activation_bytes = settings.activation_bytes
-        if streams and activation_bytes is None:
-            activation_bytes = default_activation_bytes()
-        task = Task(
-            target=target,
-            calibration=texts.calibration(recipe.samples),
-            seed=settings.seed,
-            ridge=ridge,
-            bounds=settings.bounds,
-        )
+        if streams:
+            activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
+            return_freed_memory()
+        tracker = tracker if world.rank == 0 else None  # several processes are one run
         runtime = Runtime(
             offloading=loaded.offloading,
             world=world,
@@ -218,16 +208,15 @@ def prune(settings: Settings) -> Report:
             on_record=None if tracker is None else tracker.log,
             activation_bytes=activation_bytes,
         )
-        validation = texts.evaluation
-        del texts
-        if streams:
-            return_freed_memory()
         with followed(tracker, record["settings"]) as summary:
+            # 4. Evaluate the dense model.
             with phases("evaluating the dense model"):
-                dense = evaluated_dense(loaded, validation, runtime)
+                dense = evaluated_dense(loaded, evaluation, runtime)
+            # 5. Prune, and evaluate the pruned model.
             report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
+            # 6. Write model, manifest and report.
             if journal is not None:
-                written = journal.output(lambda folder: save_run(loaded, report, folder, validation).manifest)
+                written = journal.output(lambda folder: save_run(loaded, report, folder, evaluation).manifest)
                 report = replace(report, manifest=written, out=journal.out)
             summary |= figures_of(report.as_json())
     return report
@@ -247,30 +236,28 @@ def run_recipe(
     Args:
         dense: evaluation of the dense model.
         record: the manifest of the run.
-        phases: that were before.
+        phases: before; None for none.
     """
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, task, runtime)
     model: Any = loaded.model if outcome.model is None else outcome.model
-    pruned = replace(loaded, model=model)
-    dense_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
-    left = sum(layer.nonzeros for layer in outcome.layers)
     with phases("evaluating the pruned model"):
-        judgement = evaluated(pruned, dense.text, runtime)
+        pruned = evaluated(replace(loaded, model=model), dense.text, runtime)
+    block_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     return Report(
         method=recipe.name,
         target=task.target.label,
         budget=recipe.budget,
-        block_weights=dense_weights,
-        sparsity=1.0 - left / dense_weights,
+        block_weights=block_weights,
+        sparsity=1.0 - sum(layer.nonzeros for layer in outcome.layers) / block_weights,
         dense=dense.figures,
-        pruned=judgement.figures,
+        pruned=pruned.figures,
         layers=outcome.layers,
         seconds=pruning.seconds,
         notes=outcome.notes + notes_on(model),
         details=outcome.details,
-        continuation=dense.beside(judgement),
+        continuation=dense.beside(pruned),
         manifest=record,
         model=model,
         phases=tuple(phases),
@@ -292,7 +279,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
     Raises:
         UserError: it cannot be loaded again, or is another model.
     """
-    pruned = replace(loaded, model=report.model)
+    pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
     save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     device = loaded.offloading.device(report.model)
     check_reloaded(
@@ -300,10 +287,10 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
         folder,
         text.rows[0].ids[:_COMPARED],
         whole=not loaded.offloading.is_offloaded and _ROOM * weight_bytes(folder) <= free_bytes(device),
-        trust_remote_code=report.manifest["settings"].get("trust_remote_code", False),
+        trust_remote_code=settings.get("trust_remote_code", False),
     )
-    if "target" in report.manifest["settings"]:  # a comparison is none of many runs
-        (folder / RECIPE).write_text(written_recipe(content_of(report.manifest["settings"])), encoding="utf-8")
+    if "target" in settings:  # a comparison is none of many runs
+        (folder / RECIPE).write_text(written_recipe(content_of(settings)), encoding="utf-8")
     weights = weights_sha256(folder)
     written = replace(
         report, manifest={**report.manifest, "weights": weights, "files": files_sha256(folder, leave_out=weights)}
@@ -318,9 +305,7 @@ def _target(settings: Settings) -> Target:
     """The sparsity or pattern that is given, else that of the constraint."""
     constraint = settings.constraint
     if settings.sparsity is None and settings.pattern is None and not isinstance(constraint, str | type | None):
-        target = target_of(constraint)
-        if target is not None:
-            return target
+        return target_of(constraint) or parse_target(None, None)
     return parse_target(settings.sparsity, settings.pattern)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from admm_prune.ops import backend, selection, splitting
-from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
 from admm_prune.result import Progress
-from admm_prune.solvers.admm_state import Batch, Measured, State
+from admm_prune.solvers.admm_state import Batch, Measured, State, Stepper
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
 from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
@@ -37,13 +36,12 @@ class ADMM(Iterative[State]):
     Args:
         penalty: the schedule of rho.
         relaxation: a, from 1 (the textbook) to below 2. Above 1 it saves iterations, but the support only becomes
-            stable
-            with a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
+            stable with a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
         ramp: prune gradually, along this sparsity schedule; None prunes fully from the start.
         fast_until: a penalty set before this iteration has its products in bfloat16, if the problem is in float32 and
             the machine is faster in it. Only the support depends on them; later penalties use full precision.
         freeze_after: iterations after which the support is fixed; None never.
-        polish: least-squares refit on the final support, where the problem is Quadratic.
+        refit: least-squares refit on the final support, where the problem is Quadratic.
         tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
         graphs: on CUDA the steps of a penalty after its first are recorded once and replayed, which is faster if
             matrices are so small that launching kernels takes longer than running them. The numbers are the same;
@@ -65,8 +63,8 @@ class ADMM(Iterative[State]):
     ramp: CubicSparsity | None = None
     fast_until: int = 29
     freeze_after: int | None = None
-    polish: bool = True
-    polish_iterations: int = 3
+    refit: bool = True
+    refit_iterations: int = 3
     tolerance: float = 1e-6
     graphs: bool = False
     max_iterations: int = 32
@@ -75,13 +73,13 @@ class ADMM(Iterative[State]):
     def fast(cls) -> ADMM:
         """Less than half the work of the default, 1 to 6 % more error on the synthetic layers of `benchmarks`."""
         penalty = LogSpaced(0.3, 1.6, over=12, every=4)
-        return cls(penalty=penalty, relaxation=1.5, fast_until=12, max_iterations=12, polish_iterations=2)
+        return cls(penalty=penalty, relaxation=1.5, fast_until=12, max_iterations=12, refit_iterations=2)
 
     @classmethod
     def best(cls) -> ADMM:
         """Some two times the work of the default, about 1 % less error on the same layers."""
         penalty = LogSpaced(0.1, 1.0, over=60, every=5)
-        return cls(penalty=penalty, relaxation=1.0, fast_until=50, max_iterations=60, polish_iterations=10)
+        return cls(penalty=penalty, relaxation=1.0, fast_until=50, max_iterations=60, refit_iterations=10)
 
     @classmethod
     def alps(cls) -> ADMM:
@@ -91,7 +89,7 @@ class ADMM(Iterative[State]):
             relaxation=1.0,
             fast_until=0,
             max_iterations=300,
-            polish_iterations=10,
+            refit_iterations=10,
             tolerance=3e-4,
         )
 
@@ -105,7 +103,7 @@ class ADMM(Iterative[State]):
             ramp=CubicSparsity(15),
             freeze_after=15,
             max_iterations=20,
-            polish=False,
+            refit=False,
         )
 
     def check(self, problem: Problem) -> None:
@@ -128,98 +126,68 @@ class ADMM(Iterative[State]):
 
     def step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
         state.leave()
-        self._step(problem, state, iteration)
+        self._step(problem, state, iteration, self._rho(state, iteration))
 
     def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[State], iteration: int) -> None:
         """Quadratic problems of one shape and set take their steps stacked while their penalties are the same."""
-        batch = states[0].batch
-        together = len(states) > 1 and len({self._rho(state, iteration) for state in states}) == 1
-        if batch is not None and not (together and batch.holds(states)):
-            batch.part()
-            batch = None
-        if batch is None and together:
-            batch = Batch.of(problems, states)
+        rho, *others = {self._rho(state, iteration) for state in states}
+        batch = None if others else Batch.of(problems, states)
         if batch is None:
             super().step_all(problems, states, iteration)
             return
-        batch.whole.changed, batch.whole.kept = states[0].changed, states[0].kept
-        self._step(problems[0], batch.whole, iteration)
-        batch.follow(iteration % self.penalty.every == 0)
+        self._step(problems[0], batch.whole, iteration, rho)
+        batch.follow(penalty_due=iteration % self.penalty.every == 0)
 
     def _rho(self, state: State, iteration: int) -> float:
         """The penalty of a step."""
         if iteration % self.penalty.every:
             return state.rho
-        return self.penalty.rho(iteration, state.rho, state.changed / max(1, state.kept))
+        return self.penalty.rho(iteration, state.rho, state.changed / max(1, state.support_size))
 
-    def _step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
-        s = state
+    def _step(self, problem: Quadratic | Proximable, s: State, iteration: int, rho: float) -> None:
+        stepper = Stepper(s, self.graphs)
+        # 1. rho <- rho_t,  u <- (rho_{t-1} / rho_t) u;  A + rho D is factored.
         if iteration % self.penalty.every == 0:
-            rho = self._rho(s, iteration)
-            if rho != s.rho:
-                s.tau *= s.rho / rho
-                s.rho = rho
-                if not self.graphs:
-                    s.x, s.d = Point(), Point()  # frees their memory for the factorization
-                s.update.prepare(rho, fast=iteration < self.fast_until, in_place=self.graphs)
             s.changed = 0
-        if not s.d:
-            s.d = s.z.map(lambda z, mask: z * mask.view(torch.uint8), s.mask)
-        if not s.x:
-            s.x = s.z.map(torch.empty_like)
-        chosen = self.freeze_after is None or iteration < self.freeze_after
-        if self.graphs and s.tau == 1.0 and s.update.place is not None and not self._ramps(iteration):
-            replayed = self._replayed(problem, s, iteration, chosen)
-            numbers: Sequence[Tensor] = [one.clone() for one in replayed()]
-            if replayed.note and replayed.note not in s.notes:
-                s.notes.append(replayed.note)
-        else:
-            mask, numbers = self._pass(problem, s, iteration, chosen)
-            if self.graphs:
-                s.mask.copy_(mask)
-            else:
-                s.mask = mask
-        s.unread.append(Measured(iteration + 1, s.rho, chosen, numbers))
+        if rho != s.rho:
+            stepper.set_penalty(rho, fast=iteration < self.fast_until)
+        # 2. to 5., from a recording where these are the same operations as in the iteration before.
+        selects = self.freeze_after is None or iteration < self.freeze_after
+        update = partial(self._update, problem, s, iteration, selects)
+        measures = stepper.run(update, selects, repeats=s.tau == 1.0 and not self._ramps(iteration))
+        s.unread.append(Measured(iteration + 1, s.rho, selects, measures))
         s.tau = 1.0
 
-    def _pass(
-        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
-    ) -> tuple[Point, list[Tensor]]:
-        """One pass over x, z and d, in place: the new mask, and the measures.
+    def _update(self, problem: Quadratic | Proximable, s: State, iteration: int, selects: bool) -> list[Tensor]:
+        """x, z, the support M and d of an iteration, in place.
 
-        s.d holds, one after the other: d, the target d - u, the score, the new d.
+        Args:
+            selects: whether M may change.
+
+        Returns:
+            The measures of `splitting.settle_` for every tensor of the point.
         """
-        names, offset, root = s.z.keys(), s.update.offset, s.update.root
-        for name in names:
-            splitting.to_target_(s.z[name], s.d[name], s.x[name], offset.get(name), s.tau, self.relaxation)
-        s.x = s.update.minimize(s.d, out=s.x)
-        for name in names:
-            splitting.relax_(s.z[name], s.x[name], offset.get(name), root.get(name), s.d[name], self.relaxation)
-        mask, before = s.mask, (s.mask if chosen else Point())
-        if chosen:
+        a, z, offset, root = self.relaxation, s.z, s.update.offset, s.update.root
+        d = target = score = s.d  # one buffer with these contents, each in the place of the one before
+        # 2. x <- argmin f(x) + rho |x - target|_D^2  with  target = d - u
+        for name in z:  # and z <- (1 - a) d + u, the rest of step 3
+            splitting.to_target_(z[name], d[name], s.x[name], offset.get(name), s.tau, a)
+        x = s.x = s.update.minimize(target, out=s.x)
+        # 3. z <- a x + (1 - a) d + u
+        for name in z:  # and score = |z sqrt(D)|
+            splitting.relax_(z[name], x[name], offset.get(name), root.get(name), score[name], a)
+        # 4. M <- the support of P_C(z)
+        mask, before = s.mask, (s.mask if selects else Point())
+        if selects:
             with selection.skip_nan_check():  # a non-finite residual reveals NaN too
-                mask = self._select(problem, s.d, iteration, s.problems)
-        numbers = [
-            splitting.settle_(s.z[name], mask[name], before.get(name), s.d[name], s.x[name], root.get(name))
-            for name in names
+                mask = self._select(problem, score, iteration, s.problems)
+        # 5. d <- M z,  u <- (1 - M) z, which z and M represent
+        measures = [
+            splitting.settle_(z[name], mask[name], before.get(name), d[name], x[name], root.get(name)) for name in z
         ]
-        return mask, numbers
-
-    def _replayed(
-        self, problem: Quadratic | Proximable, s: State, iteration: int, chosen: bool
-    ) -> Replayed[list[Tensor]]:
-        """The pass for recording: all its tensors, the mask included, have fixed addresses."""
-
-        def again() -> list[Tensor]:
-            mask, numbers = self._pass(problem, s, iteration, chosen)
-            if chosen:
-                s.mask.copy_(mask)
-            return numbers
-
-        key = (chosen, s.update.place)
-        if s.replayed is None or s.replayed[0] != key:
-            s.replayed = (key, Replayed(again, s.device))
-        return s.replayed[1]
+        if selects:
+            s.mask = s.mask.copy_(mask) if self.graphs else mask  # a recording has fixed addresses
+        return measures
 
     def _ramps(self, iteration: int) -> bool:
         """Whether the sparsity of this iteration is not yet the final one."""
@@ -229,26 +197,12 @@ class ADMM(Iterative[State]):
         """Reads the measures of the steps: on the CPU after each, on a device when the penalty may change and at the
         end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
-        asked = self.objective_every and iteration % self.objective_every == 0
-        if backend.on_device(state.device) and iteration % every and iteration < self.max_iterations and not asked:
-            return ()
-        return [self._read(state, measured) for measured in state.read()]
+        evaluates = self.objective_every and iteration % self.objective_every == 0
+        waits = iteration % every and iteration < self.max_iterations and not evaluates
+        return () if waits and backend.on_device(state.device) else state.progress()
 
     def measure(self, state: State, iteration: int) -> Progress:
         return self.measures(state, self.max_iterations)[-1]
-
-    def _read(self, state: State, measured: Measured) -> Progress:
-        entered, kept, away, size = zip(*(numbers.tolist() for numbers in measured.numbers), strict=True)
-        changes = int(sum(entered))
-        if measured.chosen:
-            state.changed += changes
-            state.kept = int(sum(kept))
-        return Progress(
-            iteration=measured.iteration,
-            primal_residual=math.hypot(*away) / (math.hypot(*size) or 1.0),
-            rho=measured.rho,
-            support_changes=changes,
-        )
 
     def converged(self, progress: Progress) -> bool:
         ramp_done = self.ramp is None or progress.iteration >= self.ramp.over
@@ -256,8 +210,8 @@ class ADMM(Iterative[State]):
         return ramp_done and progress.support_changes == 0 and residual is not None and residual <= self.tolerance
 
     def solution(self, problem: Quadratic | Proximable, state: State) -> Point:
-        z, mask = state.support()
-        d = z.map(lambda x, kept: x.where(kept, 0), mask)
+        z, mask = state.views()
+        d = z.map(lambda x, m: x.where(m, 0), mask)
         # During the ramp d is less sparse than the target.
         return d if self.ramp is None else problem.constraint.project(d)
 
@@ -269,9 +223,8 @@ class ADMM(Iterative[State]):
 
     def finish(self, problem: Quadratic | Proximable, state: State, point: Point) -> Point:
         state.release()
-        if not self.polish or not fits(problem, Quadratic):
-            return point
-        refit_(problem, point["weight"], tolerance=1e-5, max_iterations=self.polish_iterations)
+        if self.refit and fits(problem, Quadratic):
+            refit_(problem, point["weight"], tolerance=1e-5, max_iterations=self.refit_iterations)
         return point
 
     def notes(self, state: State) -> tuple[str, ...]:

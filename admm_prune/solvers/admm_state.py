@@ -1,8 +1,9 @@
-"""The state of a solve by ADMM: of one problem, or of several that are stepped together."""
+"""The state of a solve by ADMM, of one problem or of several that are stepped together, and how steps are executed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Problem
+from admm_prune.result import Progress
 from admm_prune.solvers.x_updates import DenseUpdate, QuadraticUpdate
 
 
@@ -26,20 +28,20 @@ class State:
     rho: float = 0.0
     tau: float = 0.0  # no dual before the first step
     changed: int = 0  # entries that entered the support since the penalty was last set
-    kept: int = 1
+    support_size: int = 1
     unread: list[Measured] = field(default_factory=list)
     problems: int = 1  # number of stacked problems
     batch: Batch | None = None  # the batch in which it is stepped
-    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the replayed step, and the tensors it belongs to
+    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the replayed step, and what identifies it
     notes: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
         return next(iter((self if self.batch is None else self.batch.whole).z.values())).device
 
-    def support(self) -> tuple[Point, Point]:
+    def views(self) -> tuple[Point, Point]:
         """z and the mask, which the next step changes."""
-        return (self.z, self.mask) if self.batch is None else self.batch.share(self)
+        return (self.z, self.mask) if self.batch is None else self.batch.views(self)
 
     def leave(self) -> None:
         """Copies its tensors out of the batch, if it is in one."""
@@ -64,6 +66,21 @@ class State:
         count = len(unread[0].numbers)
         return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
 
+    def progress(self) -> list[Progress]:
+        """The progress since it was last read; counts the changes of the support."""
+        news = []
+        for measured in self.read():
+            entered, sizes, residuals, norms = zip(*(row.tolist() for row in measured.numbers), strict=True)
+            changes = int(sum(entered))
+            if measured.selected:
+                self.changed += changes
+                self.support_size = int(sum(sizes))
+            residual = math.hypot(*residuals) / (math.hypot(*norms) or 1.0)
+            news.append(
+                Progress(measured.iteration, primal_residual=residual, rho=measured.rho, support_changes=changes)
+            )
+        return news
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -71,8 +88,52 @@ class Measured:
 
     iteration: int
     rho: float
-    chosen: bool  # whether the support was updated
+    selected: bool  # whether the support was updated
     numbers: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Carries out the steps of a state: its buffers, its factors, and the replay of recorded steps.
+
+    Args:
+        graphs: steps are recorded and replayed where a device supports it, so that all tensors stay at their places.
+    """
+
+    state: State
+    graphs: bool
+
+    def set_penalty(self, rho: float, *, fast: bool) -> None:
+        """Sets rho, and tau such that rho u does not change; factors for it, as `DenseUpdate.prepare`."""
+        s = self.state
+        s.tau *= s.rho / rho
+        s.rho = rho
+        if not self.graphs:
+            s.x, s.d = Point(), Point()  # frees their memory for the factorization
+        s.update.prepare(rho, fast=fast, in_place=self.graphs)
+
+    def run(self, step: Callable[[], list[Tensor]], kind: object, *, repeats: bool) -> list[Tensor]:
+        """The measures of a step that is executed, or replayed.
+
+        Args:
+            kind: steps of one kind are the same operations.
+            repeats: whether this step may be recorded, and replaced by a recorded one of its kind.
+        """
+        s = self.state
+        if not s.d:
+            s.d = s.z.map(lambda z, mask: z * mask.view(torch.uint8), s.mask)
+        if not s.x:
+            s.x = s.z.map(torch.empty_like)
+        place = s.update.place
+        if not (self.graphs and repeats) or place is None:
+            return step()
+        if s.replayed is None or s.replayed[0] != (kind, place):
+            s.replayed = ((kind, place), Replayed(step, s.device))
+        replayed = s.replayed[1]
+        measures = [x.clone() for x in replayed()]
+        if replayed.note and replayed.note not in s.notes:
+            s.notes.append(replayed.note)
+        return measures
 
 
 @dataclass
@@ -87,8 +148,11 @@ class Batch:
 
     @classmethod
     def of(cls, problems: Sequence[Problem], states: Sequence[State]) -> Batch | None:
-        """A batch of the states; None if they cannot be stepped together."""
+        """The batch of the states, which leave any other; None if they cannot be stepped together."""
         first = states[0]
+        if first.batch is not None and first.batch.holds(states):
+            return first.batch
+        first.leave()
         alike = {(s.rho, s.tau, *((n, x.shape, x.dtype, x.device) for n, x in s.z.items())) for s in states}
         quadratic = [p for s in states if isinstance(s.update, QuadraticUpdate) for p in s.update.problems]
         constraint = problems[0].constraint
@@ -120,18 +184,17 @@ class Batch:
         """Whether its members are these and no others."""
         return len(states) == len(self.members) and all(a is b for a, b in zip(states, self.members, strict=True))
 
-    def follow(self, penalty_set: bool) -> None:
+    def follow(self, *, penalty_due: bool) -> None:
         """Updates the members after a step of the whole."""
         for state in self.members:
             state.rho, state.tau = self.whole.rho, self.whole.tau
-            if penalty_set:
+            if penalty_due:
                 state.changed = 0
 
-    def share(self, state: State) -> tuple[Point, Point]:
+    def views(self, state: State) -> tuple[Point, Point]:
         """z and the mask of a member."""
-        rows = len(self.whole.z["weight"]) // len(self.members)
-        start = rows * next(i for i, one in enumerate(self.members) if one is state)
-        z, mask = (x.map(lambda t: t[start : start + rows]) for x in (self.whole.z, self.whole.mask))
+        place = next(i for i, member in enumerate(self.members) if member is state)
+        z, mask = (x.map(lambda t: t.chunk(len(self.members))[place]) for x in (self.whole.z, self.whole.mask))
         return z, mask
 
     def read(self) -> None:
@@ -144,7 +207,7 @@ class Batch:
         """Dissolves the batch: every member continues on its own."""
         self.read()
         for state in self.members:
-            z, mask = self.share(state)
+            z, mask = self.views(state)
             state.z, state.mask = z.clone(), mask.clone()
             state.notes += [note for note in self.whole.notes if note not in state.notes]
             assert isinstance(state.update, QuadraticUpdate)

@@ -95,7 +95,7 @@ PLANS: dict[str, tuple[list[str], str]] = {
     ),
     "a length beyond the context": (["--sparsity", "0.5", "--length", "65"], "beyond the model's context of 64 tokens"),
     "a pattern that does not divide": (["--pattern", "2:7"], "pattern 2:7 needs a width that 7 divides"),
-    "units of a local method": (["--sparsity", "0.5", "--unit", "bytes"], "admm removes no units"),
+    "units of a local method": (["--sparsity", "0.5", "--unit", "bytes"], "admm removes no structured groups"),
     "steps of a local method": (["--sparsity", "0.5", "--steps", "3"], "admm does not train"),
     "a dtype that is none": (["--sparsity", "0.5", "--dtype", "int8"], "dtype must be float32, bfloat16 or float16"),
     "more than there is": (["--sparsity", "0.5", "--memory", "0.01"], "admm does not fit"),

@@ -234,7 +234,10 @@ def test_a_budget_that_is_not_of_weights_is_recorded_and_left_unchecked(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "wanda", "multiple": 8}, "wanda removes no units: --unit and --multiple are for struprune, "),
+        (
+            {"method": "wanda", "multiple": 8},
+            "wanda removes no structured groups: --unit and --multiple are for struprune, ",
+        ),
         ({"method": "struprune", "unit": "joules"}, "unit must be parameters, bytes, .* or latency, not 'joules'"),
         ({"method": "struprune", "multiple": 0}, "multiple must be at least 1, not 0"),
     ],
@@ -252,7 +255,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Pat
         with pytest.raises(UserError, match=message):
             recipe.prune(model, Task(target=target, calibration=calibration, **options))  # type: ignore[arg-type]
 
-    refuses(StruPrune(), "struprune removes whole units: give a sparsity such as 0.3", Target(pattern=(2, 4)))
+    refuses(StruPrune(), "struprune removes structured groups: give a sparsity such as 0.3", Target(pattern=(2, 4)))
     refuses(StruPrune(), r"99% of the blocks is to go, and \d+.\d+% can go at most", Target(0.99))
     refuses(StruPrune(allocator=Binomial(most=0.5)), r"70.00% is to go, and 50.00% can go at most", Target(0.7))
     refuses(StruPrune(), "struprune does not choose a ridge: give a number", Target(0.3), ridge="auto")
@@ -262,7 +265,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Pat
 def test_a_block_that_only_looks_made_of_units_is_refused(model_folder: Path, calibration: Sequences) -> None:
     model = load(str(model_folder)).model
     model.model.layers[1].mlp.act_fn = torch.nn.Softmax(-1)  # every neuron sees all others
-    with pytest.raises(UserError, match=r"model.layers.1.mlp: without its zero units the block gives other outputs"):
+    with pytest.raises(UserError, match=r"model.layers.1.mlp: without its zero groups the block gives other outputs"):
         StruPrune().prune(model, Task(target=Target(0.4), calibration=calibration))
 
 

@@ -31,7 +31,7 @@ REFUSED = {  # by the part of a variant's name, and of a method's: what is said
     ("bigcode", "unlike"): NO_CLASS,
     ("diffllama", "unlike"): NO_CLASS,
     ("xglm", "unlike"): NO_CLASS,
-    ("xglm", "padded"): "layers.0.self_attn: the block cannot be called without some of its units",
+    ("xglm", "padded"): "layers.0.self_attn: the block cannot be called without some of its structured groups",
     ("bitnet", ""): "model.layers.0.mlp: ffn_sub_norm.weight has an entry for every neuron",
 }
 UNLIKE = ("struprune", "structured-global", "structured-wanda")
@@ -98,7 +98,7 @@ def test_a_cache_that_no_unit_makes_smaller_is_refused(family: str, stories: Seq
 def test_a_block_that_needs_all_of_its_units_is_found_on_a_copy(stories: Sequences) -> None:
     """One whose feed-forward part adds its neurons up, or asks for their number: no matrix shows it."""
     for forward, said in (
-        (lambda mlp, x: mlp.down_proj(torch.roll(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), 1, -1)), "not made of"),
+        (lambda mlp, x: mlp.down_proj(torch.roll(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), 1, -1)), "consist of"),
         (lambda mlp, x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).view(*x.shape[:-1], 24)), "call"),
     ):
         model = build("llama", layers=2)

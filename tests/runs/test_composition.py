@@ -141,7 +141,7 @@ def test_elsa_leaves_the_support_of_what_is_ignored_alone(prune: Prune) -> None:
         ({"overrides": {"Linear": 1.5}}, "sparsity must lie between 0 and 1"),
         ({"overrides": {"Linear": "0:4"}}, "must keep from 1 to 4"),
         ({"overrides": {"re:.*q_proj": "16:64"}}, "pattern 16:64 needs a width"),
-        ({"method": "struprune", "ignore": "re:.*q_proj"}, "removes whole units: it takes no targets"),
+        ({"method": "struprune", "ignore": "re:.*q_proj"}, "removes structured groups: it takes no targets"),
         ({"method": "elsa", "overrides": {"re:.*q_proj": 0.7}}, "trains all weights to one target"),
         ({"method": "gradual", "overrides": {"re:.*q_proj": 0.7}}, "trains all weights to one target"),
         ({"method": "wanda", "solver": ADMM()}, "wanda is a solver itself"),

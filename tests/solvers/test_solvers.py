@@ -73,7 +73,7 @@ def test_wanda_is_a_projection_in_the_metric_of_the_inputs(seed) -> None:
 @given(seed=seeds)
 def test_admm_with_its_support_frozen_equals_least_squares(make, seed) -> None:
     problem = make(CONSTRAINTS["half"], seed=seed)
-    solver = ADMM(freeze_after=0, penalty=Constant(0.3), max_iterations=2000, polish=False, tolerance=1e-12)
+    solver = ADMM(freeze_after=0, penalty=Constant(0.3), max_iterations=2000, refit=False, tolerance=1e-12)
     result = solver.solve(problem)
     refitted = problem.refit(result.solution.map(lambda v: v != 0))
     assert result.status is Status.SOLVED
@@ -164,7 +164,7 @@ def test_admm_needs_only_a_prox() -> None:
         Unstructured(0.5),
         ridge=0.0,
     )  # unit diagonal up to a factor: both coordinates agree
-    solver = ADMM(polish=False, max_iterations=15, tolerance=-1.0)
+    solver = ADMM(refit=False, max_iterations=15, tolerance=-1.0)
     through_prox = solver.solve(OnlyProximable(identity_metric))
     open_problem = solver.solve(identity_metric)
     assert torch.allclose(through_prox.solution["weight"], open_problem.solution["weight"], rtol=1e-8)
@@ -250,7 +250,7 @@ def test_schedules() -> None:
     driven = SupportDriven()
     assert driven.rho(0, 0.0, 1.0) == 0.1
     assert [driven.rho(3, 1.0, c) for c in (0.5, 0.05, 0.001, 0.0)] == [1.3, 1.2, 1.1, 1.0]
-    assert replace(ADMM.gradual(), polish=True).ramp.fraction(14) == 1.0
+    assert replace(ADMM.gradual(), refit=True).ramp.fraction(14) == 1.0
 
 
 @pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), ADMM.gradual(), ADMM.alps()], ids=str)

@@ -38,7 +38,7 @@ class Checkpoints:
         self._latest: Path | None = None
 
     @property
-    def kept(self) -> bool:
+    def enabled(self) -> bool:
         return self._folder is not None
 
     def latest(self) -> dict[str, Any] | None:
@@ -50,10 +50,10 @@ class Checkpoints:
         folder = self._folder
         if folder is None:
             return None
-        found = self._world.broadcast_from_rank0(lambda: _read_latest(folder))
-        if found is None:
+        checkpoint = self._world.broadcast_from_rank0(lambda: _read_latest(folder))
+        if checkpoint is None:
             return None
-        name, values = found
+        name, values = checkpoint
         self._latest, self._count = folder / name, int(name) + 1
         return values
 
@@ -65,8 +65,8 @@ class Checkpoints:
         """
         assert self._latest is not None
         reader = HuggingFaceStorageReader(str(self._latest))
-        kept = reader.read_metadata().state_dict_metadata
-        saved = {name: (x.size, x.properties.dtype) for name, x in kept.items() if isinstance(x, TensorStorageMetadata)}
+        stored = reader.read_metadata().state_dict_metadata.items()
+        saved = {name: (x.size, x.properties.dtype) for name, x in stored if isinstance(x, TensorStorageMetadata)}
         if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
             raise UserError(f"{self._latest} is a checkpoint of another run: delete it to start over")
         with _quiet():

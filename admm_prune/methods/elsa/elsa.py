@@ -124,13 +124,8 @@ class Gradual(Trained):
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         score = Score(fisher="adam" if self.power else "none", power=self.power)
-        timeline: dict[str, Any] = {
-            "interval": self.interval,
-            "total_steps": self.training_steps,
-            "freeze": 1.0 - self.ramp,
-            "ramp": 1.0,
-        }
-        return SparseAdam(**how, **timeline, penalty=math.inf, score=score)
+        settings = {**how, "penalty": math.inf, "score": score, "freeze": 1.0 - self.ramp, "ramp": 1.0}
+        return SparseAdam(**settings, interval=self.interval, total_steps=self.training_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +181,7 @@ def _mean_error(outcome: Outcome) -> float:
 
 TRAINED: tuple[Trained, ...] = (
     Elsa(),
-    Elsa(
-        name="elsa-l",
-        summary="elsa with Adam's moments in 8 bits",
-        moments="int8",
-    ),
+    Elsa(name="elsa-l", summary="elsa with Adam's moments in 8 bits", moments="int8"),
     Published(),
     Elsa(
         name="admm-finetuned",

@@ -76,7 +76,7 @@ class Session:
 
     def keep(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint of the complete state."""
-        if checkpoints.kept:
+        if checkpoints.enabled:
             checkpoints.save(self._tensors(), self._values())
 
     def go_on(self, checkpoints: Checkpoints) -> None:
@@ -93,9 +93,9 @@ class Session:
         torch.set_rng_state(tensors["random"])
         optimizer = self.trainer.optimizer
         for name, parameter in self.trained.named_parameters():
+            state = optimizer.state[parameter]
             for key, number in values["states"][name].items():
-                here = optimizer.state[parameter].get(key)
-                optimizer.state[parameter][key] = torch.full_like(here, number) if isinstance(here, Tensor) else number
+                state[key] = torch.full_like(state[key], number) if isinstance(state.get(key), Tensor) else number
         for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
             group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
         optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
@@ -105,13 +105,13 @@ class Session:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state, by names that do not depend on the number of processes."""
-        found = {"random": torch.get_rng_state()}
+        tensors = {"random": torch.get_rng_state()}
         for name, parameter in self.trained.named_parameters():
-            found[f"model/{name}"] = parameter.detach()
+            tensors[f"model/{name}"] = parameter.detach()
             for key, value in self.trainer.optimizer.state[parameter].items():
                 if isinstance(value, Tensor) and value.ndim:
-                    found[f"{key}/{name}"] = value
-        return found | {f"best/{name}": x for name, x in (self.best or {}).items()}
+                    tensors[f"{key}/{name}"] = value
+        return tensors | {f"best/{name}": x for name, x in (self.best or {}).items()}
 
     def _values(self) -> dict[str, Any]:
         """The scalars of the state: JSON values."""

@@ -6,16 +6,17 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Recipe, Runtime, Stages, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
 from admm_prune.methods.layerwise import untouched
+from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Distillation, next_token_loss
 from admm_prune.models.parallel import World, sharded_copy
@@ -26,6 +27,7 @@ from admm_prune.solvers.sparse_adam import SparseAdam
 _HELD_OUT = 16  # sequences not trained on: they select the best model of a run
 _JUDGES = 8  # of them, for the learning rate range test
 _LEAST = 2  # least number of sequences to train on
+_UPDATE = ("step", "primal_residual", "dual_residual", "churn", "rho", "sparsity")  # reported of a dual update
 _STEPS, _PART = 32, 8  # between two checkpoints: steps, or this fraction of a short run
 
 Projection = Callable[[Session, Target], None]
@@ -54,6 +56,7 @@ class Trained(Capabilities, ABC):
 
     options: ClassVar[tuple[str, ...]] = ("steps",)
     stages: ClassVar[Stages | None] = "training"
+    budget: ClassVar[Budget] = "matrix"
 
     name: str
     summary: str
@@ -67,10 +70,6 @@ class Trained(Capabilities, ABC):
     @property
     def samples(self) -> int:
         return self.steps * self.batch_size
-
-    @property
-    def budget(self) -> Literal["matrix", "model"]:
-        return "matrix"
 
     @abstractmethod
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
@@ -123,20 +122,10 @@ class Trained(Capabilities, ABC):
             "moments": trainer.optimizer.moments,
             "held_out_loss": session.best_loss,
             "held_out_sequences": len(session.held_out.rows),
-            "dual_updates": [
-                {
-                    "step": update.step,
-                    "primal_residual": update.primal_residual,
-                    "dual_residual": update.dual_residual,
-                    "churn": update.churn,
-                    "rho": update.rho,
-                    "sparsity": update.sparsity,
-                }
-                for update in trainer.optimizer.history
-            ],
+            "dual_updates": [{name: getattr(u, name) for name in _UPDATE} for u in trainer.optimizer.history],
         }
         pruned = {view.name for view in session.views}
-        layers = [_report(view, trainer.tokens) for view in session.views]
+        layers = [replace(report_of(view, view.shape), tokens=trainer.tokens) for view in session.views]
         return Outcome(
             layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
             notes=notes,
@@ -191,7 +180,7 @@ class Trained(Capabilities, ABC):
         last = trainer.steps - 1
         plan = {min(round(at * trainer.steps), last): target for at, target in self.projections(task.target)}
         every = max(1, trainer.steps // 50)  # the interval of progress lines without a progress bar
-        kept = max(1, min(_STEPS, trainer.steps // _PART))
+        checkpoint_interval = max(1, min(_STEPS, trainer.steps // _PART))
         checkpoints = Checkpoints(runtime.journal.checkpoints("training"), runtime.world)
         session.go_on(checkpoints)
         while trainer.done < trainer.steps:
@@ -207,7 +196,7 @@ class Trained(Capabilities, ABC):
             if len(trainer.curve) > reported:
                 step, loss = trainer.curve[-1]
                 runtime.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
-            if trainer.done % kept == 0 or trainer.done == trainer.steps:
+            if trainer.done % checkpoint_interval == 0 or trainer.done == trainer.steps:
                 session.keep(checkpoints)
         runtime.report_progress(trainer.steps, trainer.steps)
 
@@ -222,9 +211,9 @@ class Trained(Capabilities, ABC):
     def _set_rate(self, session: Session, target: Target) -> None:
         model, trainer = session.trained, session.trainer
         if session.measured is None:
-            judges = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
+            validation = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
             session.measured = measured_rate(
-                model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, judges)
+                model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, validation)
             )
         trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
@@ -248,8 +237,3 @@ def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
 def _teacher(model: nn.Module, world: World) -> nn.Module:
     teacher = copy.deepcopy(model) if world.size == 1 else sharded_copy(model, world)
     return teacher.requires_grad_(False)
-
-
-def _report(view: WeightView, tokens: int) -> LayerReport:
-    zeros = 1.0 - int(view.read().count_nonzero()) / view.read().numel()
-    return LayerReport(name=view.name, shape=view.shape, sparsity=zeros, tokens=tokens)

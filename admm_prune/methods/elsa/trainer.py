@@ -161,8 +161,8 @@ def trainable(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        for parameter, asked in before:
-            parameter.requires_grad_(asked)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
 @torch.no_grad()
@@ -173,13 +173,13 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
-def passes(judges: float) -> int:
+def passes(validation_batches: float) -> int:
     """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third.
 
     Args:
-        judges: batches per validation.
+        validation_batches: in one validation.
     """
-    return GRADIENTS + math.ceil((_TRIALS + 1) * judges / 3)
+    return GRADIENTS + math.ceil((_TRIALS + 1) * validation_batches / 3)
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def measured_rate(
 
     with torch.no_grad():
         start = value(0.0)
-        found: Any = minimize_scalar(  # its declared type does not know its own fields
+        optimum: Any = minimize_scalar(  # its declared type does not know its own fields
             lambda power: value(scale * 2.0**power),
             bounds=(_SMALLEST, _LARGEST),
             method="bounded",
@@ -242,7 +242,7 @@ def measured_rate(
         )
         for part, x in moved:
             part.copy_(x)
-    return MeasuredRate(step=scale * 2.0 ** float(found.x), decrease=start - float(found.fun))
+    return MeasuredRate(step=scale * 2.0 ** float(optimum.x), decrease=start - float(optimum.fun))
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:

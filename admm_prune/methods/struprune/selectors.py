@@ -55,13 +55,13 @@ class Selection:
         Raises:
             UserError: a pattern is no regular expression, or an override no target.
         """
-        given = tuple((pattern, str(wanted).strip()) for pattern, wanted in overrides.items())
+        given = tuple((pattern, str(target).strip()) for pattern, target in overrides.items())
         made = cls(_several(targets), _several(ignore), given)
         for pattern in (*made.targets, *made.ignore, *overrides):
             _check(pattern)
-        for _, wanted in given:
-            if wanted != DENSE:
-                target_named(wanted)
+        for _, target in given:
+            if target != DENSE:
+                target_named(target)
         return made
 
     def __bool__(self) -> bool:
@@ -81,17 +81,17 @@ class Selection:
             pattern: {name for name, (view, block) in views.items() if _fits(pattern, view, block, model)}
             for pattern in (*self.targets, *self.ignore, *(pattern for pattern, _ in self.overrides))
         }
-        for pattern, found in fits.items():
-            if not found:
+        for pattern, names in fits.items():
+            if not names:
                 raise UserError(f"nothing in {type(model).__name__}'s blocks fits '{pattern}': see the names of layers")
         chosen = set().union(*(fits[pattern] for pattern in self.targets)) if self.targets else set(views)
         chosen -= set().union(*(fits[pattern] for pattern in self.ignore))
-        own = {name: wanted for pattern, wanted in self.overrides for name in fits[pattern]}
-        chosen -= {name for name, wanted in own.items() if wanted == DENSE}
+        overrides = {name: text for pattern, text in self.overrides for name in fits[pattern]}
+        chosen -= {name for name, text in overrides.items() if text == DENSE}
         if not chosen:
             raise UserError("nothing is left to prune: targets, ignore and overrides leave out every weight")
-        layers = {name: own[name] if name in chosen else DENSE for name in views if name in own or name not in chosen}
-        return replace(target, layers=tuple(layers.items()))
+        layers = {name: overrides.get(name) if name in chosen else DENSE for name in views}
+        return replace(target, layers=tuple((name, text) for name, text in layers.items() if text is not None))
 
 
 def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -149,12 +149,8 @@ def losses(problem: GroupReconstruction, width: int, selector: Selector, compens
         batch = count if selector == "obs-one-shot" else _OBS.size(count)
         rises = group_compensation.eliminate(problem.hessian, problem.minimizer, width, count, batch).losses
     else:
-        rises = (
-            group_compensation.interactions(problem.hessian, problem.minimizer, width)
-            .diagonal()
-            .sort()
-            .values.cumsum(0)
-        )
+        scores = group_compensation.interactions(problem.hessian, problem.minimizer, width).diagonal()
+        rises = scores.sort().values.cumsum(0)
     return torch.cat([rises.new_zeros(1), rises]).cpu()
 
 
@@ -169,5 +165,5 @@ def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) ->
     assert isinstance(problem.constraint, SupportConstraint)
     mask = problem.constraint.select(result.solution.map(torch.abs))  # of full size, also where weights kept are zero
     dense = problem.initial()
-    kept = problem.refit(mask) if compensate else dense.map(lambda w, m: w.where(m, 0), mask)
-    return replace(result, solution=kept, objective=problem.value(kept), state=None), mask["weight"][0]
+    solution = problem.refit(mask) if compensate else dense.map(lambda w, m: w.where(m, 0), mask)
+    return replace(result, solution=solution, objective=problem.value(solution), state=None), mask["weight"][0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +30,7 @@ from admm_prune.methods.base import (
 )
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
-from admm_prune.methods.struprune.sublayer import Pruner, check_units, report_of
+from admm_prune.methods.struprune.sublayer import Pruner, check_slicing, report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
@@ -45,21 +46,25 @@ RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equati
 class StruPrune(Capabilities):
     """Removes neurons and groups of heads, chosen over the whole model, which results in a smaller model.
 
-    Pass 1, dense: for every branch the curve of its loss as units go one by one, relative to the energy of the residual
-    stream behind its block. Allocation: from the curves alone, how many units to remove from each branch. Pass 2: block
-    by
-    block, attention first, on the outputs of the pruned blocks before: choose the units, solve least squares on the
-    remaining columns, absorb the mean of the error in the bias, slice.
+    A sublayer, attention or feed-forward, has an output matrix V (d, D) with inputs A (n, D), and structured groups of
+    its columns: neurons, or heads that share a key and a value. c is the saving by a group, in the budget's unit:
+
+        E_l(k) = min |A V^T - A V_0^T|^2 / |h_l|^2   over V without k groups, h_l the residual stream behind the block,
+        k_l <- argmin sum_l E_l(k_l) - T * entropy   over sum_l c_l k_l = B,
+        V <- V_0 (H + Lambda)_{:S} ((H + Lambda)_SS)^-1   with H = A^T A, on the columns S of the groups that stay,
+        b <- b + (V_0 - V) mean(A)   where there is a bias; H is then centred.
+
+    E_l comes from the dense model, the last two from the outputs of the pruned blocks before, attention first.
 
     Args:
-        selector: which units are removed, see `unit_selection`.
+        selector: which structured groups are removed, see `selectors.SELECTORS`.
         compensate: least squares on the remaining columns; otherwise they are unchanged.
         fold_bias: the bias of the output, if there is one, absorbs the mean of the error.
-        allocator: from curves to units.
+        allocator: from curves E_l to counts k_l.
         relative: losses are relative to the energy of the residual stream; otherwise absolute.
         unit: of the budget: the target's fraction is of this.
         inputs: "pruned", the outputs of the pruned blocks before; or "dense", as if all were pruned at once.
-        uniform: every block loses the same number of units of a kind, which makes a stock model.
+        uniform: every block loses the same number of groups of a kind, which makes a stock model.
         form: how a model with different widths per block is saved.
         multiple: the number of remaining neurons is a multiple of it.
         ridge: of the group problems, relative to diag(H).
@@ -95,14 +100,16 @@ class StruPrune(Capabilities):
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.layers:
-            raise UserError(f"{self.name} removes whole units: it takes no targets, ignore or overrides of matrices")
+            raise UserError(
+                f"{self.name} removes structured groups: it takes no targets, ignore or overrides of matrices"
+            )
         if target.pattern is not None:
-            raise UserError(f"{self.name} removes whole units: give a sparsity such as 0.3, not a pattern")
+            raise UserError(f"{self.name} removes structured groups: give a sparsity such as 0.3, not a pattern")
         parts = [sublayers(block) for block in decoder_blocks(model)]
         if not self.uniform:
             check_exportable(model, self.form)
         elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
-            raise UserError(f"{self.name}: the blocks differ already, and cannot lose the same number of units each")
+            raise UserError(f"{self.name}: the blocks differ already and cannot lose the same number of groups each")
         curves = {sublayer.name: self._curve(model, sublayer) for block in parts for sublayer in block}
         self._allocate(model, parts, curves, target)
 
@@ -122,24 +129,24 @@ class StruPrune(Capabilities):
         pruner = self._pruner(task, runtime)
         blocks = decoder_blocks(model)
         parts = [sublayers(block) for block in blocks]
+        removed: dict[str, int] = {}
+        allocation: dict[str, Any] = {}
         if task.target.fraction > 0:
             losing = {
                 sublayer.name for block in parts for sublayer in block if self._curve(model, sublayer).levels()[-1] > 0
             }
-            check_units(model, blocks, runtime.offloading, losing)
-        removed: dict[str, int] = {}
-        details: dict[str, Any] = {}
-        notes: tuple[str, ...] = ()
-        if task.target.fraction > 0:
+            check_slicing(model, blocks, runtime.offloading, losing)
+            # 1. E_l(k), k = 0..n: the loss of each sublayer l without k of its groups, on the dense model.
             measured = self.measure(model, task, runtime) if curves is None else curves
+            # 2. k_l <- argmin sum_l E_l(k_l) over sum_l c_l k_l = B, with the allocator's entropy.
             # Committed to the journal, because a latency budget is measured again by every run.
             allocation = runtime.journal.once(
                 "allocation",
                 lambda: runtime.world.broadcast_from_rank0(lambda: self._summary(model, parts, measured, task.target)),
             )
-            removed, notes = allocation["removed"], tuple(allocation["notes"])
-            details = {"unit": self.unit, **{name: allocation[name] for name in ("saved", "loss", "bound", "price")}}
+            removed = allocation["removed"]
 
+        # 3. Block by block: V <- argmin_V |A V^T - Y|^2 on the columns that stay, b <- b + (V_0 - V) mean(A), slice.
         def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             return BlockResult(layers=self._prune_block(stream, index, block, parts[index], removed, pruner))
 
@@ -149,19 +156,21 @@ class StruPrune(Capabilities):
                     keep_units(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
-        block_results = for_each_block(model, task, runtime, prune_block, reshape=reshape, steps=(count, 2 * count))
-        layers = [report for found in block_results for report in found.layers]
+        results = for_each_block(model, task, runtime, prune_block, reshape=reshape, steps=(count, 2 * count))
+        layers = [report for result in results for report in result.layers]
         runtime.report_progress(2 * count, 2 * count)
         if task.target.fraction == 0:
             return Outcome(layers=layers)
+        # 4. A model of these widths, in a form that can be saved; padding changes the counts.
         units = {sublayer.name: sublayer.count for block in parts for sublayer in block}
-        form = export(model, parts, self.form)
-        details = {"method": RECONSTRUCTION, "form": form, **details, "units": units, "removed": removed}
+        details = {"method": RECONSTRUCTION, "form": export(model, parts, self.form), "unit": self.unit}
+        details |= {name: allocation[name] for name in ("saved", "loss", "bound", "price")}
         stay = heads_stay(blocks[0])
-        return Outcome(layers=layers, notes=notes if stay is None else (*notes, f"heads stay: {stay}"), details=details)
+        notes = (*allocation["notes"], *(() if stay is None else (f"heads stay: {stay}",)))
+        return Outcome(layers=layers, notes=notes, details={**details, "units": units, "removed": removed})
 
     def measure(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> dict[str, Curve]:
-        """Pass 1: the loss curve of every prunable branch, block after block, on dense inputs.
+        """Pass 1: the loss curve of every prunable sublayer, block after block, on dense inputs.
 
         Raises:
             UserError: as `Recipe.check` and `Recipe.prune`.
@@ -173,19 +182,11 @@ class StruPrune(Capabilities):
             losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
             stream.advance(index)
             scale = stream.energy() if self.relative else 1.0
-            return BlockResult(tensors={name: found / scale for name, found in losses.items()})
+            return BlockResult(tensors={name: curve / scale for name, curve in losses.items()})
 
-        block_results = for_each_block(
-            model,
-            task,
-            runtime,
-            measure_block,
-            part="curves",
-            changes=False,
-            steps=(0, 2 * len(parts)),
-            note=", curves",
-        )
-        losses = {name: found for one in block_results for name, found in one.tensors.items()}
+        options: dict[str, Any] = {"part": "curves", "note": ", curves", "changes": False, "steps": (0, 2 * len(parts))}
+        results = for_each_block(model, task, runtime, measure_block, **options)
+        losses = {name: curve for result in results for name, curve in result.tensors.items()}
         return {
             sublayer.name: self._curve(model, sublayer, losses[sublayer.name]) for block in parts for sublayer in block
         }
@@ -195,14 +196,8 @@ class StruPrune(Capabilities):
     ) -> dict[str, Any]:
         """A summary of the allocation, as JSON values."""
         allocation = self._allocate(model, parts, curves, target)
-        return {
-            "removed": allocation.removed,
-            "saved": allocation.saved / self._weight(model, curves),
-            "loss": allocation.loss,
-            "bound": allocation.bound,
-            "price": allocation.price,
-            "notes": allocation.notes,
-        }
+        summary = {name: getattr(allocation, name) for name in ("removed", "saved", "loss", "bound", "price", "notes")}
+        return summary | {"saved": allocation.saved / self._weight(model, curves)}
 
     def _prune_block(
         self,
@@ -216,21 +211,15 @@ class StruPrune(Capabilities):
         """Pass 2, one block."""
         shapes = {view.name: view.shape for view in block.weights}
         losing = [sublayer for sublayer in parts if removed.get(sublayer.name, 0) > 0]
+        solved: list[LayerReport] = []
+        statistics = partial(_statistics, stream, index, fold_bias=pruner.fold_bias)
         if self.inputs == "dense":  # all statistics, and the next block's inputs, before anything is changed
-            statistics = _statistics(stream, index, losing, pruner.fold_bias)
+            before = statistics(losing)
             stream.advance(index)
-            solved = pruner.prune(losing, statistics, removed)
-        else:
-            solved = [
-                report
-                for sublayer in losing
-                for report in pruner.prune(
-                    [sublayer],
-                    _statistics(stream, index, [sublayer], pruner.fold_bias),
-                    removed,
-                    lambda: stream.preview(index),
-                )
-            ]
+            solved += pruner.prune(losing, before, removed)
+        else:  # attention first, so that the feed-forward part reads its new outputs
+            for sublayer in losing:
+                solved += pruner.prune([sublayer], statistics([sublayer]), removed, lambda: stream.preview(index))
         reports = {report.name: report for report in solved}
         return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
 
@@ -264,7 +253,7 @@ class StruPrune(Capabilities):
         )
 
     def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:
-        """The reference of a target's fraction: all matrices of the blocks, including those of heads; or all units."""
+        """The reference of a target's fraction: all matrices of the blocks, including those of heads; or all groups."""
         if self.unit in ("parameters", "bytes"):
             matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
             return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
@@ -273,21 +262,21 @@ class StruPrune(Capabilities):
     def _allocate(
         self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
     ) -> Allocation:
-        """The number of units to remove from every branch, by the target's fraction.
+        """The number of structured groups to remove from every sublayer, by the target's fraction.
 
         Raises:
             UserError: this much cannot be removed.
         """
         weight = self._weight(model, curves)
         if weight == 0:
-            why = heads_stay(decoder_blocks(model)[0]) or "no branch has any"
+            why = heads_stay(decoder_blocks(model)[0]) or "no sublayer has any"
             raise UserError(f"{self.name}: nothing can be saved in the unit {self.unit}: heads stay, as {why}")
         budget, most = target.fraction * weight, sum(float(c.savings[c.levels()[-1]]) for c in curves.values())
         if budget > most * (1 + 1e-9):
             stay = heads_stay(decoder_blocks(model)[0])
             raise UserError(
                 f"{self.name}: {target.label} of the blocks is to go, and {100 * most / weight:.4g}% can go at most"
-                + (f": heads stay, as {stay}" if stay else ": every branch keeps what it must")
+                + (f": heads stay, as {stay}" if stay else ": every sublayer keeps its minimum")
             )
         kinds: dict[str, list[Curve]] = {}
         for sublayer in (sublayer for block in parts for sublayer in block):
@@ -295,34 +284,31 @@ class StruPrune(Capabilities):
         try:
             if not self.uniform:
                 return self.allocator.allocate(list(curves.values()), budget)
-            found = self.allocator.allocate([together(kind, alike) for kind, alike in kinds.items()], budget)
+            allocation = self.allocator.allocate([together(kind, alike) for kind, alike in kinds.items()], budget)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return replace(found, removed={c.name: found.removed[kind] for kind, alike in kinds.items() for c in alike})
+        removed = {curve.name: allocation.removed[kind] for kind, alike in kinds.items() for curve in alike}
+        return replace(allocation, removed=removed)
 
 
 def _statistics(
     stream: BlockStream, index: int, parts: Sequence[Sublayer], fold_bias: bool
 ) -> dict[str, LayerStatistics]:
-    """Statistics of the inputs of some branches' output matrices, by the name of the branch."""
+    """Statistics of the inputs of some sublayers' output matrices, by the name of the sublayer."""
     if not parts:
         return {}
     names = {sublayer.output.name: sublayer.name for sublayer in parts}
     centre = fold_bias and any(sublayer.output.bias is not None for sublayer in parts)
     shared = stream.collect(index, only=names, centre=centre)
     # No ridge is selected: the statistics of the validation tokens are not needed.
-    statistics = {
-        view.name: replace(inputs.statistics, validation=None) for inputs in shared for view in inputs.weights
-    }
-    return {names[name]: found for name, found in statistics.items()}
+    views = [(view.name, inputs.statistics) for inputs in shared for view in inputs.weights]
+    return {names[name]: replace(statistics, validation=None) for name, statistics in views}
 
 
 STRUCTURED: tuple[StruPrune, ...] = (
     StruPrune(),
     StruPrune(
-        name="struprune-uniform",
-        summary="struprune with equal widths in all blocks: a stock model",
-        uniform=True,
+        name="struprune-uniform", summary="struprune with equal widths in all blocks: a stock model", uniform=True
     ),
     StruPrune(
         name="struprune-padded",
@@ -337,7 +323,7 @@ STRUCTURED: tuple[StruPrune, ...] = (
     ),
     StruPrune(
         name="structured-wanda",
-        summary="baseline: the same fraction of every branch by Wanda's score, without compensation",
+        summary="baseline: the same fraction of every sublayer by Wanda's score, without compensation",
         selector="mask",
         compensate=False,
         fold_bias=False,
@@ -357,7 +343,7 @@ def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = N
         return recipe
     if not isinstance(recipe, StruPrune):
         names = ", ".join(known.name for known in STRUCTURED)
-        raise UserError(f"{recipe.name} removes no units: --unit and --multiple are for {names}")
+        raise UserError(f"{recipe.name} removes no structured groups: --unit and --multiple are for {names}")
     if unit is not None and unit not in UNITS:
         raise UserError(f"unit must be {', '.join(UNITS[:-1])} or {UNITS[-1]}, not '{unit}'")
     if multiple is not None and multiple < 1:

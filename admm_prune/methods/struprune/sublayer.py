@@ -1,4 +1,4 @@
-"""Structured pruning of one branch of a block: its problem, the selection, the compensation, the slicing."""
+"""Structured pruning of one sublayer of a block: its problem, the selection, the compensation, the slicing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Outputs = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """How branches are pruned; see `StruPrune` for the settings.
+    """How sublayers are pruned; see `StruPrune` for the settings.
 
-    Several processes, with the same statistics, solve one branch each and exchange the results.
+    Several processes, with the same statistics, solve one sublayer each and exchange the results.
     """
 
     selector: Selector
@@ -48,7 +48,7 @@ class Pruner:
     world: World = ALONE
 
     def problem(self, sublayer: Sublayer, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
-        """The group problem of a branch with a given number of units to keep.
+        """The group problem of a sublayer with a given number of groups to keep.
 
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
@@ -68,7 +68,7 @@ class Pruner:
             raise UserError(f"{sublayer.output.name}: {error}") from error
 
     def losses(self, parts: Sequence[Sublayer], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
-        """The loss of every branch when k = 0..n of its units are removed: (n + 1,), by the branch's name."""
+        """E(k), the loss of every sublayer without k = 0..n of its groups: (n + 1,), by the sublayer's name."""
 
         def of(sublayer: Sublayer) -> Tensor:
             problem = self.problem(sublayer, statistics[sublayer.name], sublayer.count)
@@ -77,8 +77,9 @@ class Pruner:
             except LinAlgError as error:
                 raise UserError(f"{sublayer.output.name}: {error}: give a larger ridge (run --ridge)") from error
 
-        found = self.world.divided([_cost(sublayer) for sublayer in parts], lambda own: [of(parts[i]) for i in own])
-        return {sublayer.name: losses for sublayer, losses in zip(parts, found, strict=True)}
+        costs = [_cost(sublayer) for sublayer in parts]
+        curves = self.world.divided(costs, lambda indices: [of(parts[i]) for i in indices])
+        return {sublayer.name: curve for sublayer, curve in zip(parts, curves, strict=True)}
 
     def prune(
         self,
@@ -87,11 +88,11 @@ class Pruner:
         removed: Mapping[str, int],
         outputs: Outputs | None = None,
     ) -> list[LayerReport]:
-        """Removes units from some branches of a block, in place, with statistics of their current inputs.
+        """Removes structured groups from some sublayers of a block, in place, with statistics of their current inputs.
 
         Args:
-            statistics: of the inputs of the output matrix, by the name of the branch.
-            removed: number of units to remove, by the name of the branch.
+            statistics: of the inputs of the output matrix, by the name of the sublayer.
+            removed: number of groups to remove, by the name of the sublayer.
             outputs: runs the block on some inputs: slicing off zeros must not change them.
 
         Raises:
@@ -100,18 +101,18 @@ class Pruner:
         """
         solved = self.world.divided(
             [_cost(sublayer) for sublayer in parts],
-            lambda own: [self._solve(parts[i], statistics[parts[i].name], removed[parts[i].name]) for i in own],
+            lambda indices: [self._solve(parts[i], statistics[parts[i].name], removed[parts[i].name]) for i in indices],
             lambda i: _answering(parts[i]),
         )
-        for sublayer, (_, kept) in zip(parts, solved, strict=True):
+        for sublayer, (_, remaining) in zip(parts, solved, strict=True):
             masked = outputs() if outputs is not None else None
-            keep_units(sublayer, torch.tensor(kept))
+            keep_units(sublayer, torch.tensor(remaining))
             if masked is not None and outputs is not None:
                 _check_unchanged(sublayer, masked, outputs())
         return [report for report, _ in solved]
 
     def _solve(self, sublayer: Sublayer, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
-        """Writes the weights and the bias that compensate for the removed units; returns the units kept too."""
+        """Writes the V and b that compensate for the removed groups; also returns the groups that remain."""
         began = time.perf_counter()
         output, dense_shape = sublayer.output, sublayer.output.shape
         problem = self.problem(sublayer, statistics, sublayer.count - count)
@@ -140,11 +141,11 @@ class Pruner:
 
 
 @torch.no_grad()
-def check_units(model: nn.Module, blocks: list[Block], offloading: Offloading, losing: Set[str]) -> None:
-    """Checks on a copy of every kind of block that removing zero units does not change its outputs on a few tokens.
+def check_slicing(model: nn.Module, blocks: list[Block], offloading: Offloading, losing: Set[str]) -> None:
+    """Checks on a copy of every kind of block that removing zero groups does not change its outputs on a few tokens.
 
     Args:
-        losing: the names of the branches to be pruned.
+        losing: the names of the sublayers to be pruned.
 
     Raises:
         UserError: they change, or the block cannot be called without them; the message names the module.
@@ -169,28 +170,27 @@ def check_units(model: nn.Module, blocks: list[Block], offloading: Offloading, l
         seen.add(kind)
         with offloading.block(index):
             tried = copy.deepcopy(block)
-        for sublayer in (own for own in sublayers(tried) if own.name in losing):
-            _try(sublayer, partial(flow.replay, tried, index))
+        for sublayer in sublayers(tried):
+            if sublayer.name in losing:
+                _try(sublayer, partial(flow.replay, tried, index))
 
 
 def _try(sublayer: Sublayer, outputs: Outputs) -> None:
-    """Removes every other unit of a branch, including the first."""
-    kept = torch.arange(sublayer.count)[1::2]
-    if not len(kept):
+    """Removes every other group of a sublayer, including the first."""
+    remaining = torch.arange(sublayer.count)[1::2]
+    if not len(remaining):
         return
-    columns = (
-        torch.ones(sublayer.count, dtype=torch.bool).scatter(0, kept, value=False).repeat_interleave(sublayer.width)
-    )
+    zero = torch.ones(sublayer.count, dtype=torch.bool).scatter(0, remaining, value=False)
     weight = sublayer.output.read().clone()
-    weight[:, columns.to(weight.device)] = 0
+    weight[:, zero.repeat_interleave(sublayer.width).to(weight.device)] = 0
     sublayer.output.write(weight)
     masked = outputs()
-    keep_units(sublayer, kept)
+    keep_units(sublayer, remaining)
     try:
         sliced = outputs()
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise UserError(
-            f"{sublayer.name}: the block cannot be called without some of its units ({first_line(error)}): "
+            f"{sublayer.name}: the block cannot be called without some of its structured groups ({first_line(error)}): "
             "use a method that prunes weights"
         ) from error
     _check_unchanged(sublayer, masked, sliced)
@@ -202,7 +202,7 @@ def _cost(sublayer: Sublayer) -> float:
 
 
 def _answering(sublayer: Sublayer) -> Iterator[Tensor]:
-    """The solution that compensates for the removed units."""
+    """The solution that compensates for the removed groups."""
     yield sublayer.output.read()
     if sublayer.output.bias is not None:
         yield sublayer.output.bias.detach()
@@ -220,6 +220,6 @@ def _check_unchanged(sublayer: Sublayer, masked: Tensor, sliced: Tensor) -> None
     allowed = max(_CHANGE, 16 * torch.finfo(masked.dtype).eps) * scale
     if change > allowed:
         raise UserError(
-            f"{sublayer.name}: without its zero units the block gives other outputs (by {change / scale:.1e}): "
-            "it is not made of units as its matrices look"
+            f"{sublayer.name}: without its zero groups the block gives other outputs (by {change / scale:.1e}): "
+            "it does not consist of the groups that its matrices suggest"
         )
