@@ -46,6 +46,7 @@ def evaluate(
 
     Example: admm-prune eval pruned --data stories.txt --json
     """
+    from admm_prune.models.evaluate import METRICS
     from admm_prune.runs.evaluate import evaluate_model
 
     device, dtype = options["device"], options["dtype"]
@@ -69,9 +70,9 @@ def evaluate(
         common.emit(judgement.as_json())
         return
     figures = judgement.figures
-    zeros = f"{100 * judgement.sparsity:.2f}%"
-    rows = [[model, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}", zeros]]
-    common.show_table(f"{figures.tokens:,} tokens", ["model", "perplexity", "bits/char", "zeros"], rows)
+    columns = ["model", *(metric.heading for metric in METRICS.values()), "zeros"]
+    row = [model, *figures.formatted(), f"{100 * judgement.sparsity:.2f}%"]
+    common.show_table(f"{figures.tokens:,} tokens", columns, [row])
     print(f"{figures.protocol}; text: {judgement.text.source}")
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from admm_prune.errors import UserError
+from admm_prune.models.evaluate import METRICS
 from admm_prune.settings import Tracker
 
 
@@ -124,7 +125,6 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a run as a whole, from its manifest: non-finite values are left out."""
-    found = {"sparsity": report["sparsity"]}
-    for which in ("dense", "pruned"):
-        found |= {f"{which}/{name}": report[which][name] for name in ("perplexity", "bits_per_char")}
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    figures = {"sparsity": report["sparsity"]}
+    figures |= {f"{which}/{name}": report[which][name] for which in ("dense", "pruned") for name in METRICS}
+    return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from admm_prune.errors import UserError
+from admm_prune.models.evaluate import METRICS, RANKING
 
 Manifest = dict[str, Any]
 _SEVERITIES = ("error", "warning", "info", "good")
@@ -61,12 +63,14 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
     return list(found.items())
 
 
-def lowest_of_target(rows: Sequence[tuple[str, float | None]]) -> list[bool]:
-    """For each (target, perplexity), whether it is the lowest at its target; None is not a number."""
-    return [
-        mine is not None and not any(other < mine for target, other in rows if target == own and other is not None)
-        for own, mine in rows
-    ]
+def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each row of a comparison, whether its first primary metric is the best at its target; None is no number."""
+    sign = 1 if METRICS[RANKING].lower_is_better else -1
+    best: dict[str, float] = {}
+    for row in rows:
+        if row[RANKING] is not None:
+            best[row["target"]] = min(sign * row[RANKING], best.get(row["target"], math.inf))
+    return [row[RANKING] is not None and sign * row[RANKING] == best[row["target"]] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,12 @@ class Change:
 
 def figures_of(a: Manifest, b: Manifest) -> list[Change]:
     """The figures of two runs as wholes."""
-    places = {
-        "perplexity, dense": ("dense", "perplexity"),
-        "perplexity, pruned": ("pruned", "perplexity"),
-        "bits per character, pruned": ("pruned", "bits_per_char"),
-        "sparsity": ("sparsity",),
-        "seconds of pruning": ("timings", "seconds"),
+    places: dict[str, tuple[str, ...]] = {
+        f"{metric.name}, {which}": (which, name)
+        for name, metric in METRICS.items()
+        for which in (("dense", "pruned") if metric.primary else ("pruned",))
     }
+    places |= {"sparsity": ("sparsity",), "seconds of pruning": ("timings", "seconds")}
     layer_errors = [[layer["relative_error"] for layer in run["layers"]] for run in (a, b)]
     changes = [Change(name, _at(a, place), _at(b, place)) for name, place in places.items()]
     return [*changes, Change("mean relative error of the layers", *(mean_error(errors) for errors in layer_errors))]

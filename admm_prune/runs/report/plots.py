@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from admm_prune.models.evaluate import METRICS
 from admm_prune.runs.report.content import TILES, Layer, Weights
 
 # Okabe and Ito's palette, which is safe for colour-blind readers, with a darker yellow. In a page the n-th colour is
@@ -216,7 +217,7 @@ def errors_by_method(runs: Sequence[Mapping[str, Any]]) -> str | None:
                 means.setdefault(run["target"], {}).setdefault(run["method"], {}).setdefault(block, []).append(value)
     if not means:
         return None
-    methods = list(dict.fromkeys(run["method"] for run in runs if run["target"] != "0%"))  # as in `perplexities`
+    methods = list(dict.fromkeys(run["method"] for run in runs if run["target"] != "0%"))  # as in `over_targets`
     figure, axes = panels(len(means), height=2.6)
     for panel, (target, lines) in zip(axes, means.items(), strict=True):
         for method, blocks in lines.items():
@@ -317,32 +318,32 @@ def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
     return svg(figure, "rounds")
 
 
-def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str | None:
-    """Perplexity over the targets, a line for each method; the optional PNG has a white background."""
-    rows = [row for row in comparison["rows"] if row["perplexity"] is not None]
+def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = None) -> str | None:
+    """A metric over the targets, a line for each method; the optional PNG has a white background."""
+    rows = [row for row in comparison["rows"] if row[metric] is not None]
     flat = [row for row in rows if row["target"] == "0%"]  # unpruned models: a horizontal line, like the dense model
     targets = [t for t in dict.fromkeys(row["target"] for row in comparison["rows"]) if t != "0%"]
     figure, (axes,) = panels(height=4.2)
     for i, method in enumerate(dict.fromkeys(row["method"] for row in comparison["rows"] if row not in flat)):
-        figures = {row["target"]: row["perplexity"] for row in rows if row["method"] == method}
+        figures = {row["target"]: row[metric] for row in rows if row["method"] == method}
         # Patterns are not on the axis of sparsities: lines connect the sparsities only.
         joined = [j for j, target in enumerate(targets) if ":" not in target and target in figures]
         axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **style(i))
         alone = [j for j, target in enumerate(targets) if ":" in target and target in figures]
         axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **style(i))
-    if comparison["dense"]["perplexity"] is not None:
-        axes.axhline(comparison["dense"]["perplexity"], color=INK, linestyle="--", label="dense")
+    if comparison["dense"][metric] is not None:
+        axes.axhline(comparison["dense"][metric], color=INK, linestyle="--", label="dense")
     for row, line in zip(flat, (":", "-."), strict=False):
-        axes.axhline(row["perplexity"], color=INK, linestyle=line, label=row["method"])
+        axes.axhline(row[metric], color=INK, linestyle=line, label=row["method"])
     logarithmic(axes)
     axes.set_xticks(range(len(targets)), targets)
     axes.set_xlim(-0.3, max(len(targets), 1) - 0.7)
     axes.set_xlabel("pruned")
-    axes.set_ylabel("perplexity (log scale)")
+    axes.set_ylabel(f"{METRICS[metric].name} (log scale)")
     legend(figure, axes)
     if png is not None:
         figure.savefig(png, dpi=144, facecolor="white")
-    return svg(figure, "perplexities")
+    return svg(figure, metric)
 
 
 def _over_blocks(figure: Any, axes: Any, what: str, name: str) -> str:
