@@ -426,9 +426,9 @@ def options(kind: Any) -> dict[str, Option]:
     return dict(sorted(found.items(), key=lambda item: groups.index(item[1].group)))
 
 
-def names_of(*, kept: Sequence[str] = ("recipe", "manifest"), text: bool) -> list[str]:
-    """The fields of `Settings` that are kept in a file: those of the text, or all others."""
-    return [name for name, o in options(Settings).items() if o.kept in kept and (o.group == "Text") == text]
+def names_of(*, recorded_in: Sequence[str] = ("recipe", "manifest"), text: bool) -> list[str]:
+    """The fields of `Settings` that are recorded in a file: those of the text, or all others."""
+    return [name for name, o in options(Settings).items() if o.kept in recorded_in and (o.group == "Text") == text]
 
 
 def recorded_names(command: str | None = None) -> set[str]:

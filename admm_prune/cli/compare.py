@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from admm_prune.cli import common
 from admm_prune.settings import Settings
-
-if TYPE_CHECKING:
-    from admm_prune.models.evaluate import Metrics
 
 
 @common.takes("compare")
@@ -30,7 +27,7 @@ def compare(
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
     from admm_prune.methods.target import parse_targets
-    from admm_prune.models.evaluate import METRICS
+    from admm_prune.models.evaluate import headings
     from admm_prune.runs import compare as comparisons
 
     settings = comparisons.ComparisonSettings(
@@ -44,28 +41,14 @@ def compare(
     if json:
         common.emit(result.as_json())
         return
-    dense, headings = result.dense, []
-    for metric in METRICS.values():
-        headings += [metric.heading, "/ dense"] if metric.primary else [metric.heading]
-    table = [["dense", "", *_figures(dense, dense), "", "", ""]]
+    dense = result.dense
+    table = [["dense", "", *dense.formatted(dense), "", "", ""]]
     for row in result.rows:
         error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
         others = [error, f"{100 * row.sparsity:.2f}%", f"{row.seconds:.1f}"]
-        table.append([row.method, row.target, *_figures(row, dense), *others])
-    columns = ["method", "pruned", *headings, "layer\nerror", "zeros", "seconds"]
+        table.append([row.method, row.target, *row.formatted(dense), *others])
+    columns = ["method", "pruned", *headings(ratios=True), "layer\nerror", "zeros", "seconds"]
     title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens evaluated"
     common.show_table(title, columns, table, mark={i for i, row in enumerate(result.rows, 1) if result.is_best(row)})
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")
-
-
-def _figures(metrics: Metrics, dense: Metrics) -> list[str]:
-    """The metrics as text; after a primary one its ratio to that of the dense model."""
-    from admm_prune.models.evaluate import METRICS
-
-    cells: list[str] = []
-    for text, (name, metric) in zip(metrics.formatted(), METRICS.items(), strict=True):
-        cells.append(text)
-        if metric.primary:
-            cells.append(f"{getattr(metrics, name) / getattr(dense, name):.2f}")
-    return cells

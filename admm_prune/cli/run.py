@@ -74,7 +74,7 @@ def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine:
         UserError: it cannot be done, or there is no `out`.
     """
     from admm_prune.errors import UserError
-    from admm_prune.models.evaluate import METRICS
+    from admm_prune.models.evaluate import headings
     from admm_prune.runs.machine import joined
     from admm_prune.runs.prune import prune
 
@@ -102,7 +102,7 @@ def carry_out(asked: dict[str, Any], json: bool, *, out: Path | None, **machine:
         )
         return
     rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
-    columns = ["model", *(metric.heading for metric in METRICS.values())]
+    columns = ["model", *headings()]
     common.show_table(f"{asked['model']}, {report.pruned.tokens:,} tokens", columns, rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
     print(f"report: {out / 'report.html'}")

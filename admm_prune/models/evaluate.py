@@ -40,8 +40,8 @@ class Metric:
     lower_is_better: bool = True
 
 
-def _metric(name: str, heading: str, format: str, compute: Callable[[Tensor, Sequences], float], **how: bool) -> Any:
-    return {"metric": Metric(name=name, heading=heading, format=format, compute=compute, **how)}
+def _metric(name: str, format: str, compute: Callable[[Tensor, Sequences], float], **how: Any) -> Any:
+    return field(metadata={"metric": Metric(name=name, format=format, compute=compute, **{"heading": name} | how)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +53,37 @@ class Metrics:
     A metric is declared here alone: the command line, reports, comparisons, trackers and `verify` iterate over METRICS.
     """
 
-    perplexity: float = field(
-        metadata=_metric(
-            "perplexity",
-            "perplexity",
-            "%.3f",
-            lambda loss, text: (loss / text.scored_tokens).exp().item(),
-            primary=True,
-        )
+    perplexity: float = _metric(
+        "perplexity", "%.3f", lambda loss, text: (loss / text.scored_tokens).exp().item(), primary=True
     )
-    bits_per_char: float = field(
-        metadata=_metric(
-            "bits per character", "bits/char", "%.4f", lambda loss, text: loss.item() / math.log(2) / text.characters
-        )
+    bits_per_char: float = _metric(
+        "bits per character",
+        "%.4f",
+        lambda loss, text: loss.item() / math.log(2) / text.characters,
+        heading="bits/char",
     )
 
-    def formatted(self) -> list[str]:
-        """The values as text, in the order of METRICS."""
-        return [metric.format % getattr(self, name) for name, metric in METRICS.items()]
+    def formatted(self, dense: Metrics | None = None) -> list[str]:
+        """The values as text, in the order of METRICS; after a primary one its ratio to that of the dense model."""
+        cells: list[str] = []
+        for name, metric in METRICS.items():
+            value = getattr(self, name)
+            cells.append(metric.format % value)
+            if metric.primary and dense is not None:
+                cells.append(f"{value / getattr(dense, name):.2f}")
+        return cells
 
 
 METRICS: dict[str, Metric] = {one.name: one.metadata["metric"] for one in fields(Metrics)}
 RANKING = next(name for name, metric in METRICS.items() if metric.primary)
+
+
+def headings(*, ratios: bool = False) -> list[str]:
+    """Of the columns of `Metrics.formatted`, with or without ratios."""
+    columns: list[str] = []
+    for metric in METRICS.values():
+        columns += [metric.heading, "/ dense"] if ratios and metric.primary else [metric.heading]
+    return columns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,7 @@ def compare(
         dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
         models = journal.checkpoints(_MODELS)
         assert models is not None
-        rows = [_known(found, models) for found in journal.finished("rows")]
+        rows = [_known(record, models) for record in journal.finished("rows")]
         for done, (recipe, target) in enumerate(jobs):
             if done < len(rows):
                 continue
@@ -169,14 +169,14 @@ def compare(
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
             # A model without a finished row: the process ended before the row was committed.
-            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
+            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as run_journal:
                 model = load(model_name, device=device, dtype=run.dtype)
                 calibration = texts.calibration(recipe.samples)
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
-                own.begin({**its_record, "weights": weights})
-                report = prune.run_recipe(recipe, task, Runtime(journal=own), model, dense, its_record)
-                with own.output() as folder:
+                run_journal.begin({**its_record, "weights": weights})
+                report = prune.run_recipe(recipe, task, Runtime(journal=run_journal), model, dense, its_record)
+                with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
             for name, before in vars(report.pruned).items():
@@ -206,23 +206,23 @@ def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe with every target, checked; methods that prune nothing have a single row."""
-    wanted = [selection.applied(model, target) for target in targets]
+    applied = [selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
-    jobs += [(recipe, target) for target in wanted for recipe in recipes if recipe.prunes]
+    jobs += [(recipe, target) for target in applied for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
     return jobs
 
 
-def _known(found: dict[str, Any], models: Path) -> Row:
+def _known(record: dict[str, Any], models: Path) -> Row:
     """A row that an earlier process finished.
 
     Raises:
         UserError: its model is not what was written then.
     """
-    row = Row(**found["row"])
+    row = Row(**record["row"])
     place = models / Path(row.folder).name
-    if not place.is_dir() or weights_sha256(place) != found["weights"]:
+    if not place.is_dir() or weights_sha256(place) != record["weights"]:
         raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to start over")
     return row
 

@@ -109,7 +109,7 @@ RecipeFile = create_model(
     __base__=Recipe,
     __doc__=Recipe.__doc__,
     text=(_Text, _Text()),
-    **_fields(names_of(kept=("recipe",), text=False)),
+    **_fields(names_of(recorded_in=("recipe",), text=False)),
 )
 
 

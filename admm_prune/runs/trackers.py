@@ -10,6 +10,7 @@ from typing import Any
 
 from admm_prune.errors import UserError
 from admm_prune.models.evaluate import METRICS
+from admm_prune.runs.journal.folder import flattened
 from admm_prune.settings import Tracker
 
 
@@ -112,15 +113,13 @@ def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[
     tracker.finish(summary)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}; entries that are None or empty are left out."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        elif value not in (None, (), []):
-            found[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`flattened`, values that are no numbers as text, without those that are None or empty."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else str(value)
+        for name, value in flattened(content).items()
+        if value not in (None, (), [])
+    }
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:

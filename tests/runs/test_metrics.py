@@ -13,7 +13,7 @@ from html_page import read_page
 
 from admm_prune.models.evaluate import METRICS, RANKING
 
-FIELD = """    nats: float = field(metadata=_metric("nats per token", "nats", "%.5f", lambda loss, text: loss.item() / text.scored_tokens, primary=True))
+FIELD = """    nats: float = _metric("nats per token", "%.5f", lambda loss, text: loss.item() / text.scored_tokens, heading="nats", primary=True)
 """  # noqa: E501  # one line
 SCRIPT = """
 import contextlib, io, json, sys
@@ -51,7 +51,7 @@ json.dump({
 def place(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
     """The folder of a run and of a comparison with the metric, and found.json of what was printed."""
     folder = tmp_path_factory.mktemp("edited")
-    insert(folder, Path("models/evaluate.py"), FIELD, above="    bits_per_char: float = field(\n")
+    insert(folder, Path("models/evaluate.py"), FIELD, above="    bits_per_char: float = _metric(\n")
     run_edited(folder, SCRIPT, model_folder, text_file)
     return folder
 

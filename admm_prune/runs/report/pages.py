@@ -94,10 +94,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
-    found = read_json(path)
-    if not isinstance(found, dict):
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
         raise UserError(f"{path} is no manifest")
-    return found
+    return manifest
 
 
 def _read_run(folder: Path) -> Manifest:
@@ -145,8 +145,8 @@ def _run(folder: Path, run: Manifest) -> str:
 def _own_targets(run: Manifest) -> dict[str, str | None]:
     """The target of every layer that has one of its own, None of the others; empty where none has."""
     contents = run["settings"].get("targets") or [run["settings"]["target"]]
-    own = {name: target for content in contents for name, target in content["layers"]}
-    return {layer["name"]: own.get(layer["name"]) for layer in run["layers"]} if own else {}
+    targets = {name: target for content in contents for name, target in content["layers"]}
+    return {layer["name"]: targets.get(layer["name"]) for layer in run["layers"]} if targets else {}
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:
