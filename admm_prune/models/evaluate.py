@@ -196,26 +196,18 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _loss(model: nn.Module, piece: Batch, device: torch.device | None = None) -> Tensor:
-    device = device or next(model.parameters()).device
-    ids, scored = piece.input_ids.to(device), piece.scored.to(device)[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
-    losses = nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
+    losses = nn.functional.cross_entropy(*_scored_logits(model, piece, device), reduction="none")
     return losses.double().sum().cpu()
 
 
 def _pieces(model: nn.Module, batch: Batch) -> list[Batch]:
-    """A batch in as many rows at once as keep the logits of a call within bounds."""
-    rows = _rows_at_once(model, batch)
+    """A batch in as many rows at once as keep the logits of a call within bounds, at least one."""
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
     return [
         Batch(ids, lengths, batch.bos)
         for ids, lengths in zip(batch.input_ids.split(rows), batch.lengths.split(rows), strict=True)
     ]
-
-
-def _rows_at_once(model: nn.Module, batch: Batch) -> int:
-    """As many rows as keep the logits of one call within bounds, at least one."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    return max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
 
 
 def _protocol(sequences: Sequences) -> str:
@@ -283,9 +275,9 @@ class Distillation:
         return loss if self.weight == 1.0 else loss + (1 - self.weight) * nn.functional.cross_entropy(logits, targets)
 
 
-def _scored_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def _scored_logits(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(n, vocabulary) in float32, and the n tokens they are to predict."""
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     ids, scored = batch.input_ids.to(device), batch.scored.to(device)[:, 1:]
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
     return logits.float(), ids[:, 1:][scored]

@@ -161,7 +161,7 @@ def compare(
         dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
         models = journal.checkpoints(_MODELS)
         assert models is not None
-        rows = [_known(record, models) for record in journal.finished("rows")]
+        rows = [_known(saved, models) for saved in journal.finished("rows")]
         for done, (recipe, target) in enumerate(jobs):
             if done < len(rows):
                 continue
@@ -179,8 +179,7 @@ def compare(
                 with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
-            for name, before in vars(report.pruned).items():
-                after = getattr(again, name)
+            for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
                 if repr(after) != repr(before):  # as text, where nan equals nan
                     raise UserError(
                         f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the {name} "

@@ -18,16 +18,8 @@ from admm_prune.runs.report.content import Manifest, Weights, overlap
 
 REPORT = "report.html"
 PLOT = "perplexity.png"
-_LONG = (
-    "layers",
-    "rows",
-    "weights",
-    "files",
-    "details",
-    "dense",
-    "pruned",
-    "timings",
-)  # shown otherwise, or too long to read
+# Keys of a manifest that are shown otherwise, or too long to read.
+_LONG = {"layers", "rows", "weights", "files", "details", "dense", "pruned", "timings"}
 
 
 def write_report(folder: Path) -> Path:
