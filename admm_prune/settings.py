@@ -414,19 +414,23 @@ def names_of(*, saved_in: Sequence[str] = ("recipe", "manifest"), text: bool) ->
     return [name for name, o in options(Settings).items() if o.saved_in in saved_in and (o.group == "Text") == text]
 
 
-def recorded_names() -> set[str]:
-    """The fields of a run's settings in the manifest."""
-    declared = options(Settings)
-    return {"text"} | {declared[name].part_of or name for name in names_of(text=False)}
+def recorded_names(command: str | None = None) -> set[str]:
+    """The fields of a run's settings in the manifest; of a command those that it has as options."""
+    return {
+        "text" if one.group == "Text" else one.part_of or name
+        for name, one in options(Settings).items()
+        if one.saved_in and (command is None or command in one.commands.split())
+    }
 
 
-def recorded(settings: Settings, **resolved: Any) -> dict[str, Any]:
+def recorded(settings: Settings, command: str | None = None, **resolved: Any) -> dict[str, Any]:
     """The settings as the manifest holds them, ready for JSON.
 
     Args:
+        command: as for `recorded_names`.
         resolved: what was made of the settings, by the name in the manifest, such as the target of a sparsity.
     """
-    values = {name: getattr(settings, name, None) for name in sorted(recorded_names())} | resolved
+    values = {name: getattr(settings, name, None) for name in sorted(recorded_names(command))} | resolved
     return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
 
 

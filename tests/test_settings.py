@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,14 @@ import typer
 import admm_prune
 from admm_prune.cli.app import app
 from admm_prune.errors import UserError
+from admm_prune.methods.target import Target
 from admm_prune.plan.plan import make_plan
+from admm_prune.runs.compare import ComparisonSettings
 from admm_prune.runs.recipe_schema import schema
 from admm_prune.settings import PlanSettings, Settings, TextSettings, options
+from tests.edited_package import insert, run_edited
 
-PACKAGE = Path(admm_prune.__file__).parent
-FIELD = '    softness: float | None = option(None, "How soft.", least=0.25)\n'
+FIELD = '    softness: float | None = option(None, "How soft.", least=0.25, commands="run compare plan")\n'
 SCRIPT = """
 import contextlib, inspect, io, json, sys
 import admm_prune
@@ -40,6 +39,8 @@ def said(*arguments):
 model, data = sys.argv[1:]
 how = {"method": "magnitude", "sparsity": 0.5, "data": data, "device": "cpu"}
 admm_prune.prune(model, **how, softness=0.75, out="pruned")
+compared = said("compare", "--model", model, "--data", data, "--methods", "magnitude", "--sparsity", "0.5",
+                "--softness", "0.5", "--out", "compared", "--json")
 try: refusal = admm_prune.prune(model, **how, softness=0.1)
 except UserError as error: refusal = str(error)
 json.dump({
@@ -50,6 +51,8 @@ json.dump({
     "repeated": json.loads(said("run", "--recipe", "pruned", "--dry-run", "--json"))["recipe"],
     "replaced": json.loads(said("run", "--recipe", "pruned", "--softness", "2", "--dry-run", "--json"))["recipe"],
     "refusal": refusal,
+    "compared": json.loads(compared)["settings"],
+    "verified": json.loads(said("verify", "compared", "--json"))["outcome"],
 }, open("found.json", "w"))
 """
 
@@ -58,18 +61,8 @@ json.dump({
 def found(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> tuple[Path, dict[str, Any]]:
     """What the package shows of a setting that was added to its declaration: the folder of a run, and the rest."""
     place = tmp_path_factory.mktemp("edited")
-    (place / "admm_prune").mkdir()
-    for path in PACKAGE.iterdir():
-        if path.name not in ("settings.py", "__pycache__"):
-            (place / "admm_prune" / path.name).symlink_to(path)
-    source = (PACKAGE / "settings.py").read_text(encoding="utf-8")
-    above = "    steps: int | None = option(\n"
-    assert source.count(above) == 1
-    (place / "admm_prune/settings.py").write_text(source.replace(above, FIELD + above), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-c", SCRIPT, str(model_folder), str(text_file)]
-    subprocess.run(command, check=True, cwd=place, env=environment)
-    return place / "pruned", json.loads((place / "found.json").read_text())
+    insert(place, Path("settings.py"), FIELD, above="    steps: int | None = option(\n")
+    return place / "pruned", run_edited(place, SCRIPT, model_folder, text_file)
 
 
 def test_a_field_is_an_argument_of_prune_and_of_plan(found: tuple[Path, dict[str, Any]]) -> None:
@@ -80,9 +73,8 @@ def test_a_field_is_an_argument_of_prune_and_of_plan(found: tuple[Path, dict[str
 
 
 def test_a_field_is_an_option_of_the_command_line(found: tuple[Path, dict[str, Any]]) -> None:
-    for name in ("run", "plan"):
+    for name in ("run", "plan", "compare"):
         assert re.search(r"--softness .*x>=0.25.* How soft\.", found[1]["help"][name])
-    assert "--softness" not in found[1]["help"]["compare"], "whose settings are its own"
 
 
 def test_a_field_is_in_recipes_and_in_the_manifest(found: tuple[Path, dict[str, Any]]) -> None:
@@ -92,6 +84,17 @@ def test_a_field_is_in_recipes_and_in_the_manifest(found: tuple[Path, dict[str, 
     assert "\nsoftness: 0.75\n" in (folder / "recipe.yaml").read_text()
     assert json.loads((folder / "admm_prune.json").read_text())["settings"]["softness"] == 0.75
     assert (shown["repeated"]["softness"], shown["replaced"]["softness"]) == (0.75, 2.0)
+
+
+def test_a_field_is_in_the_manifest_of_a_comparison(found: tuple[Path, dict[str, Any]]) -> None:
+    assert found[1]["compared"]["softness"] == 0.5
+    assert found[1]["verified"] == "verified"
+
+
+def test_a_comparison_takes_the_settings_that_compare_has_options_for() -> None:
+    run = Settings("embedded", bounds=True)
+    with pytest.raises(UserError, match="a comparison takes no bounds"):
+        ComparisonSettings(run=run, methods=("wanda",), targets=(Target(0.5),))
 
 
 @pytest.mark.parametrize("kind", [TextSettings, Settings, PlanSettings])

@@ -27,10 +27,11 @@ def compare(
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
     from admm_prune.methods.target import parse_targets
+    from admm_prune.models.evaluate import headings
     from admm_prune.runs import compare as comparisons
 
-    settings = comparisons.ComparisonSettings.of(
-        Settings(**options),
+    settings = comparisons.ComparisonSettings(
+        run=Settings(**options),
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         targets=tuple(parse_targets(sparsity, pattern)),
         baselines=baselines,
@@ -41,25 +42,13 @@ def compare(
         common.emit(result.as_json())
         return
     dense = result.dense
-    table = [["dense", "", f"{dense.perplexity:.3f}", "1.00", f"{dense.bits_per_char:.4f}", "", "", ""]]
-    marked = set()
+    table = [["dense", "", *dense.formatted(dense), "", "", ""]]
     for row in result.rows:
-        if result.is_best(row):
-            marked.add(len(table))
-        table.append(
-            [
-                row.method,
-                row.target,
-                f"{row.perplexity:.3f}",
-                f"{row.perplexity / dense.perplexity:.2f}",
-                f"{row.bits_per_char:.4f}",
-                "" if row.relative_error is None else f"{row.relative_error:.4f}",
-                f"{100 * row.sparsity:.2f}%",
-                f"{row.seconds:.1f}",
-            ]
-        )
-    columns = ["method", "pruned", "perplexity", "/ dense", "bits/char", "layer\nerror", "zeros", "seconds"]
+        error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
+        others = [error, f"{100 * row.sparsity:.2f}%", f"{row.seconds:.1f}"]
+        table.append([row.method, row.target, *row.formatted(dense), *others])
+    columns = ["method", "pruned", *headings(ratios=True), "layer\nerror", "zeros", "seconds"]
     title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens evaluated"
-    common.show_table(title, columns, table, mark=marked)
+    common.show_table(title, columns, table, mark={i for i, row in enumerate(result.rows, 1) if result.is_best(row)})
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")

@@ -46,13 +46,24 @@ def evaluate(
 
     Example: admm-prune eval pruned --data stories.txt --json
     """
-    from admm_prune.runs.evaluate import evaluate_model
+    from admm_prune.models.evaluate import headings
+    from admm_prune.runs.evaluate import evaluate_model, evaluate_tasks
 
     device, dtype = options["device"], options["dtype"]
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        how = {"folder": task_folder, "shots": shots, "device": device, "dtype": dtype, "seed": options["seed"]}
-        _evaluate_tasks(model, names, limit, json, **how)
+        how: dict[str, Any] = {
+            "shots": shots,
+            "limit": limit,
+            "device": device,
+            "dtype": dtype,
+            "seed": options["seed"],
+        }
+        content = evaluate_tasks(model, names, folder=task_folder, **how)
+        if json:
+            common.emit(content)
+        else:
+            _show_tasks(model, content)
         return
     given = common.given(ctx, documents="eval_documents", samples="eval_samples")
     values: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
@@ -70,24 +81,18 @@ def evaluate(
         common.emit(evaluation.as_json())
         return
     figures = evaluation.figures
-    zeros = f"{100 * evaluation.sparsity:.2f}%"
-    rows = [[model, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}", zeros]]
-    common.show_table(f"{figures.tokens:,} tokens", ["model", "perplexity", "bits/char", "zeros"], rows)
+    columns = ["model", *headings(), "zeros"]
+    row = [model, *figures.formatted(), f"{100 * evaluation.sparsity:.2f}%"]
+    common.show_table(f"{figures.tokens:,} tokens", columns, [row])
     print(f"{figures.protocol}; text: {evaluation.text.source}")
 
 
-def _evaluate_tasks(model: str, names: list[str], limit: int | None, json: bool, **how: Any) -> None:
-    from admm_prune.runs.evaluate import evaluate_tasks
-
-    content = evaluate_tasks(model, names, limit=limit, **how)
-    if json:
-        common.emit(content)
-        return
+def _show_tasks(model: str, content: dict[str, Any]) -> None:
     rows = [
         [task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
         for task, figures in content["results"].items()
         for metric, value in figures.items()
     ]
     common.show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
-    if limit is not None:
-        print(f"At most {limit} questions per task: a quick check, not a figure to compare.")
+    if content["limit"] is not None:
+        print(f"At most {content['limit']} questions per task: a quick check, not a figure to compare.")

@@ -76,6 +76,7 @@ def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **mach
         UserError: it cannot be done, or there is no `out`.
     """
     from admm_prune.errors import UserError
+    from admm_prune.models.evaluate import headings
     from admm_prune.runs.machine import joined
     from admm_prune.runs.prune import prune
 
@@ -102,12 +103,8 @@ def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **mach
             }
         )
         return
-    rows = [
-        [name, f"{figures.perplexity:.3f}", f"{figures.bits_per_char:.4f}"]
-        for name, figures in (("dense", report.dense), (f"{report.method} {report.target}", report.pruned))
-    ]
-    common.show_table(
-        f"{arguments['model']}, {report.pruned.tokens:,} tokens", ["model", "perplexity", "bits/char"], rows
-    )
+    rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
+    columns = ["model", *headings()]
+    common.show_table(f"{arguments['model']}, {report.pruned.tokens:,} tokens", columns, rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
     print(f"report: {out / 'report.html'}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,76 @@ T = TypeVar("T")
 _LOGITS = 2**27  # logits held at once: 512 MiB in float32
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """perplexity = exp(cross-entropy per scored token); bits_per_char = total cross-entropy in bits / characters.
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a figure of quality is computed and shown.
 
-    Bits per character is comparable between models with different tokenizers; perplexity is not. `protocol` says in one
-    sentence what was scored and how.
+    Attributes:
+        name: in full, with its unit.
+        heading: of a column of its values.
+        format: of a value, for the operator %.
+        compute: from the cross-entropy of all scored tokens together, a float64 scalar in nats, and the text.
+        primary: also divided by that of the dense model, and plotted over the targets. The first one ranks methods.
     """
 
-    perplexity: float
-    bits_per_char: float
+    name: str
+    heading: str
+    format: str
+    compute: Callable[[Tensor, Sequences], float]
+    primary: bool = False
+    lower_is_better: bool = True
+
+
+def _metric(name: str, format: str, compute: Callable[[Tensor, Sequences], float], **how: Any) -> Any:
+    return field(metadata={"metric": Metric(name=name, format=format, compute=compute, **{"heading": name} | how)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """perplexity = exp(cross-entropy per scored token); bits_per_char = total cross-entropy in bits / characters.
+
+    Bits per character is comparable between models with different tokenizers; perplexity is not.
+
+    A metric is declared here alone: the command line, reports, comparisons, trackers and `verify` iterate over METRICS.
+    """
+
+    perplexity: float = _metric(
+        "perplexity", "%.3f", lambda loss, text: (loss / text.scored_tokens).exp().item(), primary=True
+    )
+    bits_per_char: float = _metric(
+        "bits per character",
+        "%.4f",
+        lambda loss, text: loss.item() / math.log(2) / text.characters,
+        heading="bits/char",
+    )
+
+    def formatted(self, dense: Metrics | None = None) -> list[str]:
+        """The values as text, in the order of METRICS; after a primary one its ratio to that of the dense model."""
+        cells: list[str] = []
+        for name, metric in METRICS.items():
+            value = getattr(self, name)
+            cells.append(metric.format % value)
+            if metric.primary and dense is not None:
+                cells.append(f"{value / getattr(dense, name):.2f}")
+        return cells
+
+
+METRICS: dict[str, Metric] = {one.name: one.metadata["metric"] for one in fields(Metrics)}
+RANKING = next(name for name, metric in METRICS.items() if metric.primary)
+
+
+def headings(*, ratios: bool = False) -> list[str]:
+    """Of the columns of `Metrics.formatted`, with or without ratios."""
+    columns: list[str] = []
+    for metric in METRICS.values():
+        columns += [metric.heading, "/ dense"] if ratios and metric.primary else [metric.heading]
+    return columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Metrics):
+    """The metrics of a model on a text; `protocol` says in one sentence what was scored and how."""
+
     tokens: int
     characters: int
     packing: str
@@ -67,12 +127,11 @@ def evaluate(
     for loss in losses:
         total += loss
     total = world.all_reduce(total)
-    tokens, characters = sequences.scored_tokens, sequences.characters
+    metrics: dict[str, Any] = {name: metric.compute(total, sequences) for name, metric in METRICS.items()}
     return Evaluation(
-        perplexity=(total / tokens).exp().item(),
-        bits_per_char=total.item() / math.log(2) / characters,
-        tokens=tokens,
-        characters=characters,
+        **metrics,
+        tokens=sequences.scored_tokens,
+        characters=sequences.characters,
         packing=sequences.packing,
         length=sequences.length,
         truncated_tokens=sequences.truncated_tokens,
@@ -137,8 +196,8 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _loss(model: nn.Module, piece: Batch, device: torch.device | None = None) -> Tensor:
-    logits, targets = _scored_logits(model, piece, device)
-    return nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().cpu()
+    losses = nn.functional.cross_entropy(*_scored_logits(model, piece, device), reduction="none")
+    return losses.double().sum().cpu()
 
 
 def _pieces(model: nn.Module, batch: Batch) -> list[Batch]:

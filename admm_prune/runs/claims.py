@@ -103,11 +103,11 @@ def record_pages(timings: Path, pages: Iterable[Path]) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice in an object")
-    return found
+    return content
 
 
 def _number(text: str) -> float:
@@ -218,11 +218,11 @@ def layer_sha256(layer: LayerFile) -> str:
 
 def weights_sha256(folder: Path) -> dict[str, dict[str, Any]]:
     """For every safetensors file of a folder: {"sha256": of the file, "tensors": {name: sha256}}."""
-    found = {}
+    files = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found[path.name] = {
+            files[path.name] = {
                 "sha256": file_sha256(path),
                 "tensors": {name: tensor_sha256(file.get_tensor(name)) for name in sorted(file.keys())},
             }
-    return found
+    return files

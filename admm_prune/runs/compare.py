@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,39 @@ from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
-from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
 from admm_prune.models.loading import fingerprint, load
 from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
 from admm_prune.runs.evaluate import evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
-from admm_prune.runs.machine import check_dtype, pick_device
+from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.report import write_report
-from admm_prune.runs.report.content import lowest_of_target, mean_error
+from admm_prune.runs.report.content import best_of_target, mean_error
 from admm_prune.runs.texts import Texts, check_data
-from admm_prune.settings import Settings, TextSettings
+from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
 
+RECORDED = recorded_names("compare") | {"methods", "targets", "baselines"}  # of the settings in the manifest
 _MODELS = "models"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(Metrics):
     """One pruned model: its figures, and the perplexity of the copy that was saved and loaded again."""
 
     method: str
     target: str
     sparsity: float
-    perplexity: float
-    bits_per_char: float
     relative_error: float | None  # mean over the pruned matrices; None where no layer problem was solved
     seconds: float
     reloaded_perplexity: float
     folder: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields in the order of the table."""
+        return {name: getattr(self, name) for name in ("method", "target", "sparsity", *METRICS)} | asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +61,15 @@ class Comparison:
     manifest: dict[str, Any]
 
     def is_best(self, row: Row) -> bool:
-        """True where no other method reached a lower perplexity at the row's target."""
-        pairs = [(other.target, finite(other.perplexity)) for other in self.rows]
-        return lowest_of_target(pairs)[self.rows.index(row)]
+        """True where no other method reached a better perplexity at the row's target."""
+        return best_of_target([finite(asdict(other)) for other in self.rows])[self.rows.index(row)]
 
     def as_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "parameters": self.parameters,
             "dense": asdict(self.dense),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.as_json() for row in self.rows],
             **self.manifest,
         }
 
@@ -77,37 +79,40 @@ class ComparisonSettings:
     """The settings of a comparison.
 
     Args:
-        steps: of the methods that train, in place of their own number.
+        run: what all runs have in common: the settings that `compare` has options for.
         baselines: with ELSA, also compare its baselines: the dense model trained as long, masked fine-tuning,
             gradual pruning.
-        selection: which weights are pruned, and to what in place of a target.
+
+    Raises:
+        UserError: the model has no text, a pattern is no regular expression, or `run` has another setting.
     """
 
-    model: str
+    run: Settings
     methods: tuple[str, ...]
     targets: tuple[Target, ...]
-    text: TextSettings
-    device: str = "auto"
-    dtype: str | None = None
-    steps: int | None = None
     baselines: bool = True
-    selection: Selection = Selection()
+    text: TextSettings = field(init=False)
+    selection: Selection = field(init=False)
 
-    @classmethod
-    def of(cls, settings: Settings, **own: Any) -> ComparisonSettings:
-        """From the settings of a run, and what a comparison has in place of a method and a target.
+    def __post_init__(self) -> None:
+        for name, declared in options(Settings).items():
+            if "compare" not in declared.commands.split() and getattr(self.run, name) != declared.default:
+                raise UserError(f"a comparison takes no {name}")
+        run = self.run
+        object.__setattr__(self, "text", run.text(data=check_data(run.data, run.model)))
+        object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))
 
-        Raises:
-            UserError: the model has no text, or a pattern is no regular expression.
-        """
-        return cls(
-            model=str(settings.model),
-            text=settings.text(data=check_data(settings.data, settings.model)),
-            device=settings.device,
-            dtype=settings.dtype,
-            steps=settings.steps,
-            selection=Selection.of(settings.targets, settings.ignore, settings.overrides or {}),
-            **own,
+    def recorded(self) -> dict[str, Any]:
+        """As the manifest holds them, ready for JSON."""
+        return recorded(
+            self.run,
+            "compare",
+            model=str(self.run.model),
+            text=self.text,
+            selection=self.selection,
+            methods=self.methods,
+            targets=[asdict(target) for target in self.targets],
+            baselines=self.baselines,
         )
 
 
@@ -136,27 +141,27 @@ def compare(
     """
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
-    if settings.steps is not None:
-        recipes = [recipe_named(r.name, settings.steps) if "steps" in r.options else r for r in recipes]
+    run, model_name = settings.run, str(settings.run.model)
+    if run.steps is not None:
+        recipes = [recipe_named(r.name, run.steps) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are distinguished by their labels in the report and the folder names.
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
-    device = pick_device(settings.device)
-    check_dtype(settings.dtype)
+    device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
-        loaded = load(settings.model, device=device, dtype=settings.dtype)
+        loaded = load(model_name, device=device, dtype=run.dtype)
         jobs = _jobs(recipes, targets, settings.selection, loaded.model)
         texts = Texts(settings.text, loaded)
-        record = manifest(asdict(settings), _records(texts, recipes), loaded.revision)
+        record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
         dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
         models = journal.checkpoints(_MODELS)
         assert models is not None
-        rows = [_known(found, models) for found in journal.finished("rows")]
+        rows = [_known(saved, models) for saved in journal.finished("rows")]
         for done, (recipe, target) in enumerate(jobs):
             if done < len(rows):
                 continue
@@ -164,26 +169,27 @@ def compare(
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
             # A model without a finished row: the process ended before the row was committed.
-            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as own:
-                model = load(settings.model, device=device, dtype=settings.dtype)
+            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as run_journal:
+                model = load(model_name, device=device, dtype=run.dtype)
                 calibration = texts.calibration(recipe.samples)
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
-                its_record = manifest(asdict(settings), texts.records(recipe.samples), loaded.revision)
-                own.begin({**its_record, "weights": weights})
-                report = prune.run_recipe(recipe, task, Runtime(journal=own), model, dense, its_record)
-                with own.output() as folder:
+                its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
+                run_journal.begin({**its_record, "weights": weights})
+                report = prune.run_recipe(recipe, task, Runtime(journal=run_journal), model, dense, its_record)
+                with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation)
             again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
-            if repr(again) != repr(report.pruned):  # as text, where nan equals nan
-                raise UserError(
-                    f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the perplexity "
-                    f"{again.perplexity}, not {report.pruned.perplexity}; report this"
-                )
+            for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
+                if repr(after) != repr(before):  # as text, where nan equals nan
+                    raise UserError(
+                        f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the {name} "
+                        f"{after}, not {before}; report this"
+                    )
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
         parameters = sum(p.numel() for p in loaded.model.parameters())
         comparison = Comparison(
-            model=settings.model, parameters=parameters, dense=dense.figures, rows=rows, manifest=record
+            model=model_name, parameters=parameters, dense=dense.figures, rows=rows, manifest=record
         )
         with journal.output() as folder:
             shutil.copytree(models, folder / _MODELS, copy_function=_linked)
@@ -199,23 +205,23 @@ def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe with every target, checked; methods that prune nothing have a single row."""
-    wanted = [selection.applied(model, target) for target in targets]
+    applied = [selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
-    jobs += [(recipe, target) for target in wanted for recipe in recipes if recipe.prunes]
+    jobs += [(recipe, target) for target in applied for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
     return jobs
 
 
-def _known(found: dict[str, Any], models: Path) -> Row:
+def _known(record: dict[str, Any], models: Path) -> Row:
     """A row that an earlier process finished.
 
     Raises:
         UserError: its model is not what was written then.
     """
-    row = Row(**found["row"])
+    row = Row(**record["row"])
     place = models / Path(row.folder).name
-    if not place.is_dir() or weights_sha256(place) != found["weights"]:
+    if not place.is_dir() or weights_sha256(place) != record["weights"]:
         raise UserError(f"{place} is damaged or gone: delete {models.parents[1]} to start over")
     return row
 
@@ -242,12 +248,12 @@ def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
 
 
 def _row(report: prune.Report, again: Evaluation, folder: str) -> Row:
+    metrics: dict[str, Any] = {name: getattr(report.pruned, name) for name in METRICS}
     return Row(
         method=report.method,
         target=report.target,
         sparsity=report.sparsity,
-        perplexity=report.pruned.perplexity,
-        bits_per_char=report.pruned.bits_per_char,
+        **metrics,
         relative_error=mean_error([layer.relative_error for layer in report.layers]),
         seconds=report.seconds,
         reloaded_perplexity=again.perplexity,

@@ -68,16 +68,11 @@ def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> V
     """A model before it is pruned, from the runtime's journal where that has it."""
 
     def compute() -> dict[str, object]:
-        found = evaluated(loaded, text, runtime)
-        return {"figures": asdict(found.figures), "prompt": found.prompt, "continuation": found.continuation}
+        dense = evaluated(loaded, text, runtime)
+        return {"figures": asdict(dense.figures), "prompt": dense.prompt, "continuation": dense.continuation}
 
-    found = runtime.journal.once("dense", compute)
-    return Validation(
-        text=text,
-        figures=Evaluation(**found["figures"]),
-        prompt=found["prompt"],
-        continuation=found["continuation"],
-    )
+    record = runtime.journal.once("dense", compute)
+    return Validation(**{**record, "text": text, "figures": Evaluation(**record["figures"])})
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ def evaluate_tasks(
     simple_evaluate: Any = lm_eval.simple_evaluate
     harness = model_of(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             harness,
             tasks=list(tasks),
             num_fewshot=shots,
@@ -225,9 +220,9 @@ def evaluate_tasks(
     except (OSError, ConnectionError, ValueError, KeyError) as error:
         raise UserError(f"{', '.join(tasks)}: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     return {
-        "results": {task: {k: v for k, v in row.items() if k != "alias"} for task, row in found["results"].items()},
-        "versions": found["versions"],
-        "shots": found["n-shot"],
+        "results": {task: {k: v for k, v in row.items() if k != "alias"} for task, row in results["results"].items()},
+        "versions": results["versions"],
+        "shots": results["n-shot"],
         "limit": limit,
         "lm_eval": lm_eval.__version__,
     }

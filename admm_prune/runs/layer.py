@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,8 @@ def solve_path(
 
     If the method supports it (`Method.stacks_targets`), they are solved as one problem with stacked copies of the
     weight, each within its own budget, so that factorizations are shared; the results equal those of separate solves.
-    No
-    target starts from the solution of another: ADMM's schedule starts with so small a penalty that the start does not
-    matter, and shorter ones of 12 iterations or more gave the same (0.2 % on the embedded model and stories260K).
+    No target starts from the solution of another: ADMM's schedule starts with so small a penalty that the start does
+    not matter, and shorter ones of 12 iterations or more gave the same (0.2 % on the embedded model and stories260K).
 
     Args:
         targets: the pruning targets, without duplicates.
@@ -180,22 +179,22 @@ def solve_path(
         UserError: the file is no layer problem, its weight does not admit a target, there is no `gram_validation` to
             choose a ridge on, or `out` cannot be written.
     """
-    asked = parse_ridge(ridge)
+    parsed_ridge = parse_ridge(ridge)
     place = pick_device(device)
     layer = load_layer_file(path)
     method = _fitted(method, path, layer)
-    if asked == "auto" and (layer.gram_validation is None or layer.cross_gram is not None):
+    if parsed_ridge == "auto" and (layer.gram_validation is None or layer.cross_gram is not None):
         what = "no gram_validation" if layer.gram_validation is None else "a target from other inputs"
         raise UserError(f"{path}: it has {what}, which --ridge auto cannot choose on: give a number")
     outs = [_place_of(out, target, len(targets)) for target in targets]
     for file in outs:
         if file is not None:
             check_output_file(file, overwrite=overwrite)
-    moved = _moved(layer, place)
+    moved = _mapped(layer, lambda x: x.to(place))
     posed = _in_float64(moved) if method.name in REFERENCES else moved  # their proofs refer to the numbers in the file
     try:
         _check_errors(moved, method, targets[0])
-        solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, asked, place)]
+        solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, parsed_ridge, place)]
         reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
@@ -226,7 +225,7 @@ class _Solved:
     peak_mib: float
 
 
-def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: Ridge, place: str) -> list[_Solved]:
+def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], ridge: Ridge, place: str) -> list[_Solved]:
     """Solves all targets, together where the method supports it."""
     rows, width = layer.weight.shape
     parts = [Part(rows, method.constraint(target), target.fraction) for target in targets]
@@ -235,7 +234,7 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
         constraint = part.constraint
         check_set(constraint, (rows, width), part.fraction)
         with explained_parts(problem=method.problem.build, constraint=type(constraint)):
-            damping = settle_ridge(asked, method, layer.weight, layer.gram, layer.gram_validation, constraint)
+            damping = settle_ridge(ridge, method, layer.weight, layer.gram, layer.gram_validation, constraint)
         dampings.append(damping)
     groups: dict[object, list[int]] = {}
     for i, damping in enumerate(dampings):
@@ -252,15 +251,15 @@ def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], asked: R
             result = solver.solve(whole)
         check_result(result, whole, solver, [parts[i] for i in members])
         for i, constraint, weight in zip(members, constraints, result.solution["weight"].split(rows), strict=True):
-            own = whole if len(members) == 1 else _problem(layer, [constraint], damping, method)
+            part_problem = whole if len(members) == 1 else _problem(layer, [constraint], damping, method)
             solution = Point(weight=weight)
-            share = replace(
+            part_result = replace(
                 result,
                 solution=solution,
-                objective=result.objective if own is whole else own.value(solution),
+                objective=result.objective if part_problem is whole else part_problem.value(solution),
                 seconds=result.seconds / len(members),
             )
-            solved[i] = _Solved(own, share, result, dampings[i], memory.extra_mib)
+            solved[i] = _Solved(part_problem, part_result, result, dampings[i], memory.extra_mib)
     return [solved[i] for i in range(len(targets))]
 
 
@@ -296,9 +295,11 @@ def _problem(
 
 def _in_float64(layer: LayerFile) -> LayerFile:
     """The layer with the numbers that it has in the dtype of its Gram, in float64."""
-    tensors: dict[str, Any] = {
-        name: x.to(layer.gram.dtype).double() for name, x in vars(layer).items() if isinstance(x, Tensor)
-    }
+    return _mapped(layer, lambda x: x.to(layer.gram.dtype).double())
+
+
+def _mapped(layer: LayerFile, change: Callable[[Tensor], Tensor]) -> LayerFile:
+    tensors: dict[str, Any] = {name: change(x) for name, x in vars(layer).items() if isinstance(x, Tensor)}
     return replace(layer, **tensors)
 
 
@@ -374,21 +375,14 @@ def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, 
 def _claims(
     solved: SolvedLayer, path: Path, layer: LayerFile, weight: Tensor, method: Method, target: Target
 ) -> Claims:
+    declared = (field.name for field in fields(Claims))
+    measured: dict[str, Any] = {name: getattr(solved, name) for name in declared if hasattr(solved, name)}
     return Claims(
+        **measured,
         method=method.name,
-        status=solved.status,
-        target=solved.target,
         budget=method.cell(target),
         constraint=None if method.sets is None else method.sets.name,
         problem=method.problem.name,
-        sparsity=solved.sparsity,
-        relative_error=solved.relative_error,
-        relative_error_holdout=solved.relative_error_holdout,
-        objective=solved.objective,
-        bound=solved.bound,
-        bound_kind=solved.bound_kind,
-        ridge=solved.ridge,
-        damping=solved.damping,
         layer=str(path),
         layer_sha256=layer_sha256(layer),
         weight_sha256=tensor_sha256(weight),
@@ -398,11 +392,6 @@ def _claims(
 def _tokens(layer: LayerFile) -> int | None:
     text = layer.metadata.get("tokens", "")
     return int(text) if text.isdecimal() else None
-
-
-def _moved(layer: LayerFile, place: str) -> LayerFile:
-    tensors: dict[str, Any] = {name: x.to(place) for name, x in vars(layer).items() if isinstance(x, Tensor)}
-    return replace(layer, **tensors)
 
 
 def _place_of(out: Path | None, target: Target, targets: int) -> Path | None:

@@ -105,7 +105,7 @@ def free_bytes(device: torch.device | str) -> int:
 
 def resident_bytes() -> int:
     """Bytes of this process in memory."""
-    return _told(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
+    return _proc_bytes(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
 
 
 def return_freed_memory() -> None:
@@ -121,10 +121,10 @@ def return_freed_memory() -> None:
 
 
 def _meminfo(field: str) -> int:
-    return _told(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _proc_bytes(Path("/proc/meminfo"), field) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _told(path: Path, field: str) -> int | None:
+def _proc_bytes(path: Path, field: str) -> int | None:
     """A line of kB of a file of the system's, in bytes."""
     with suppress(OSError):
         for line in path.read_text().splitlines():
@@ -140,7 +140,7 @@ def _reset_high_water() -> None:
 
 
 def _high_water() -> int:
-    recorded = _told(Path("/proc/self/status"), "VmHWM:")
+    recorded = _proc_bytes(Path("/proc/self/status"), "VmHWM:")
     if recorded is not None:
         return recorded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -29,7 +29,7 @@ from admm_prune.models.structure import notes_on
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
 from admm_prune.runs.evaluate import Validation, evaluated, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
-from admm_prune.runs.journal.shared import shared_journal
+from admm_prune.runs.journal.journal import shared_journal
 from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
 from admm_prune.runs.manifest import Phase, Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of

@@ -34,7 +34,7 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
         content["sparsity"] = target["sparsity"]
     content |= {name: list(selection[name]) for name in ("targets", "ignore") if selection[name]}
     if selection["overrides"]:
-        content["overrides"] = {pattern: _plain(wanted) for pattern, wanted in selection["overrides"]}
+        content["overrides"] = {pattern: _plain(override) for pattern, override in selection["overrides"]}
     text = {name: settings["text"][name] for name in names_of(text=True) if settings["text"][name] is not None}
     passed = {name: value for name, value in text.items() if value == PYTHON_OBJECT}
     content["text"] = {name: value for name, value in text.items() if name not in passed}
@@ -57,8 +57,8 @@ def written(content: dict[str, Any]) -> str:
 
 def packaged_names() -> list[str]:
     """The recipes that come with the package."""
-    found = files("admm_prune").joinpath("assets/recipes").iterdir()
-    return sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml"))
+    paths = files("admm_prune").joinpath("assets/recipes").iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml"))
 
 
 def read_packaged(name: str) -> Recipe:
@@ -109,12 +109,12 @@ def _loader() -> Any:
     return Loader
 
 
-def _plain(wanted: str) -> float | str:
+def _plain(text: str) -> float | str:
     """A number where it is one."""
     try:
-        return float(wanted)
+        return float(text)
     except ValueError:
-        return wanted
+        return text
 
 
 def _read(text: str, where: str) -> Recipe:

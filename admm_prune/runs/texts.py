@@ -86,10 +86,10 @@ class Texts:
     def __init__(self, settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any] | None = None) -> None:
         self._settings, self._loaded = settings, loaded
         self._length = sequence_length(loaded.model.config, settings.length)
-        self._calibrating, self._judging = _sources(settings, loaded, passed or {}).both()
+        self._calibration_corpus, self._validation_corpus = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
-        self.evaluation = _pack_judging(self._judging, settings, self._length, loaded)
-        _tell(self._calibrating, self._judging)
+        self.evaluation = _pack_validation(self._validation_corpus, settings, self._length, loaded)
+        _tell(self._calibration_corpus, self._validation_corpus)
 
     def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
         """The calibration text: so many sequences, unless the settings name another number.
@@ -99,19 +99,19 @@ class Texts:
         """
         samples = self._settings.samples or samples
         if samples not in self._packed:
-            self._packed[samples] = _pack(self._calibrating, self._settings, self._length, self._loaded, samples)
+            self._packed[samples] = _pack(self._calibration_corpus, self._settings, self._length, self._loaded, samples)
         return self._packed[samples]
 
     def records(self, samples: int = DEFAULT_SAMPLES) -> dict[str, TextRecord]:
         """The records of both texts, by their role; `samples` as for `calibration`."""
         return {
-            "calibration": TextRecord.of(self._calibrating, self.calibration(samples)),
+            "calibration": TextRecord.of(self._calibration_corpus, self.calibration(samples)),
             "evaluation": self.evaluation_record,
         }
 
     @property
     def evaluation_record(self) -> TextRecord:
-        return TextRecord.of(self._judging, self.evaluation)
+        return TextRecord.of(self._validation_corpus, self.evaluation)
 
 
 def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
@@ -124,11 +124,11 @@ def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequen
     corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
     _tell(corpus)
-    sequences = _pack_judging(corpus, settings, length, loaded)
+    sequences = _pack_validation(corpus, settings, length, loaded)
     return sequences, TextRecord.of(corpus, sequences)
 
 
-def _pack_judging(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel) -> Sequences:
+def _pack_validation(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedModel) -> Sequences:
     return _pack(corpus, settings, length, loaded, settings.eval_samples)
 
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from admm_prune.errors import UserError
+from admm_prune.models.evaluate import METRICS
+from admm_prune.runs.journal.folder import flattened
 from admm_prune.settings import Tracker
 
 
@@ -111,20 +113,17 @@ def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[
     tracker.finish(summary)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}; entries that are None or empty are left out."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        elif value not in (None, (), []):
-            found[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`flattened`, values that are no numbers as text, without those that are None or empty."""
+    return {
+        name: value if isinstance(value, str | int | float | bool) else str(value)
+        for name, value in flattened(content).items()
+        if value not in (None, (), [])
+    }
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a run as a whole, from its manifest: non-finite values are left out."""
-    found = {"sparsity": report["sparsity"]}
-    for which in ("dense", "pruned"):
-        found |= {f"{which}/{name}": report[which][name] for name in ("perplexity", "bits_per_char")}
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    figures = {"sparsity": report["sparsity"]}
+    figures |= {f"{which}/{name}": report[which][name] for which in ("dense", "pruned") for name in METRICS}
+    return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}

@@ -11,7 +11,7 @@ from admm_prune.methods.base import LayerReport
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.runs.compare import ComparisonSettings
+from admm_prune.runs.compare import RECORDED
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.manifest import TextRecord, environment
 from admm_prune.settings import TextSettings, recorded_names
@@ -151,7 +151,7 @@ def check_fields(report: Verification, manifest: Manifest) -> None:
     settings = manifest["settings"]
     compared = "methods" in settings
     expected: list[tuple[str, Any, set[str]]] = [
-        ("settings", settings, _names(ComparisonSettings) if compared else recorded_names()),
+        ("settings", settings, RECORDED if compared else recorded_names()),
         ("settings.text", settings["text"], _names(TextSettings)),
         ("settings.selection", settings["selection"], _names(Selection)),
         *(("a target", target, _names(Target)) for target in settings.get("targets") or [settings["target"]]),

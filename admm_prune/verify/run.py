@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.models.archive import PACK_MANIFEST
+from admm_prune.models.evaluate import METRICS
 from admm_prune.models.loading import METADATA_KEY, LoadedModel, load
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.point import Point
@@ -51,7 +52,7 @@ _WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.
 _RECOMPUTED_OF_TABLE = frozenset({
     "model", "parameters", "dense", "settings", "model_revision", "environment", "texts", "files", DIGEST,
     *(f"rows[].{name}" for name in (
-        "method", "target", "sparsity", "perplexity", "bits_per_char", "relative_error", "reloaded_perplexity", "folder"
+        "method", "target", "sparsity", *METRICS, "relative_error", "reloaded_perplexity", "folder"
     )),
 })  # fmt: skip
 
@@ -153,9 +154,8 @@ def _verify_row(
         "method": content["method"],
         "target": content["target"],
         "sparsity": content["sparsity"],
-        "perplexity": content["pruned"]["perplexity"],
+        **{name: content["pruned"][name] for name in METRICS},
         "reloaded_perplexity": content["pruned"]["perplexity"],
-        "bits_per_char": content["pruned"]["bits_per_char"],
         "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
     }
     for name, value in claims.items():

@@ -135,10 +135,10 @@ def test_a_comparison_that_is_finished_stays(model_folder: Path, text_file: Path
     Path("out").mkdir()
     (Path("out") / MANIFEST).write_text("{}")
     from admm_prune.methods.target import Target
-    from admm_prune.settings import TextSettings
+    from admm_prune.settings import Settings
 
     settings = ComparisonSettings(
-        model=str(model_folder), methods=("magnitude",), targets=(Target(0.5),), text=TextSettings(data=str(text_file))
+        run=Settings(str(model_folder), data=str(text_file)), methods=("magnitude",), targets=(Target(0.5),)
     )
     with pytest.raises(UserError, match="out holds an earlier result"):
         compare(settings, Path("out"))

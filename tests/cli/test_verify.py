@@ -25,17 +25,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_
     from admm_prune.methods.target import Target
     from admm_prune.runs.compare import ComparisonSettings, compare
     from admm_prune.runs.prune import prune
-    from admm_prune.settings import TextSettings
+    from admm_prune.settings import Settings
 
     place = tmp_path_factory.mktemp("finished")
     text = {"data": str(text_file), "samples": 16}
     prune(str(model_folder), method="wanda", sparsity=0.5, out=place / "pruned", device="cpu", **text)
     settings = ComparisonSettings(
-        model=str(model_folder),
+        run=Settings(str(model_folder), device="cpu", **text),
         methods=("magnitude", "admm"),
         targets=(Target(0.7), Target(None, (2, 4))),
-        text=TextSettings(**text),
-        device="cpu",
     )
     compare(settings, place / "all")
     return place

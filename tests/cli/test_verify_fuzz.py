@@ -47,17 +47,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory, narrow_model: Path, text
     """A run, and a comparison of two models, of a model of one block of width 16. Not to be written to."""
     from admm_prune.runs.compare import ComparisonSettings, compare
     from admm_prune.runs.prune import prune
-    from admm_prune.settings import TextSettings
+    from admm_prune.settings import Settings
 
     place = tmp_path_factory.mktemp("originals")
     text = {"data": str(text_file), "samples": 4, "eval_samples": 2}
     prune(str(narrow_model), method="wanda", sparsity=0.5, out=place / "run", device="cpu", **text)
     settings = ComparisonSettings(
-        model=str(narrow_model),
-        methods=("magnitude", "wanda"),
-        targets=(Target(0.5),),
-        text=TextSettings(**text),
-        device="cpu",
+        run=Settings(str(narrow_model), device="cpu", **text), methods=("magnitude", "wanda"), targets=(Target(0.5),)
     )
     compare(settings, place / "comparison")
     for name in ("run", "comparison"):

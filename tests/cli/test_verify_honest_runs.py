@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from admm_prune.errors import UserError
-from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
 from admm_prune.runs.claims import with_digest
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.prune import prune
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings
 from admm_prune.verify.report import Verdict, Verification
 from admm_prune.verify.run import verify_folder
 
@@ -33,7 +32,7 @@ def verified(folder: Path, **how: Any) -> Verification:
     ("methods", "how"),
     [
         (("wanda", "tuned-dense"), {"steps": 2}),  # which has a target of its own
-        (("wanda",), {"selection": Selection.of((), ["re:.*k_proj"], {"re:.*q_proj": 0.25})}),
+        (("wanda",), {"ignore": ["re:.*k_proj"], "overrides": {"re:.*q_proj": 0.25}}),
         (("struprune",), {}),
     ],
     ids=["dense baseline", "selection", "structured"],
@@ -41,10 +40,8 @@ def verified(folder: Path, **how: Any) -> Verification:
 def test_a_comparison(
     narrow_model: Path, text_file: Path, tmp_path: Path, methods: tuple[str, ...], how: dict[str, Any]
 ) -> None:
-    text = TextSettings(data=str(text_file), **FEW)
-    settings = ComparisonSettings(
-        model=str(narrow_model), methods=methods, targets=(Target(0.5),), text=text, device="cpu", **how
-    )
+    run = Settings(str(narrow_model), data=str(text_file), device="cpu", **FEW, **how)
+    settings = ComparisonSettings(run=run, methods=methods, targets=(Target(0.5),))
     compare(settings, tmp_path / "all")
     verified(tmp_path / "all")
 

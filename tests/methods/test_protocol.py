@@ -23,7 +23,7 @@ from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings
 from admm_prune.verify.run import verify_folder
 
 
@@ -134,11 +134,9 @@ def test_every_recipe_of_a_comparison_is_given_its_own_number_of_sequences(
 ) -> None:
     def compared(samples: int | None, out: str) -> dict[str, Any]:
         settings = ComparisonSettings(
-            model=str(model_folder),
+            run=Settings(str(model_folder), data=str(text_file), samples=samples, device="cpu"),
             methods=("wanda", foreign),
             targets=(Target(0.5),),
-            text=TextSettings(data=str(text_file), samples=samples),
-            device="cpu",
         )
         return compare(settings, tmp_path / out).as_json()
 

@@ -27,7 +27,7 @@ from admm_prune.problems.allocation import Binomial, Uniform
 from admm_prune.problems.knapsack import Knapsack
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings, TextSettings
 from admm_prune.verify.run import verify_folder
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
@@ -201,11 +201,9 @@ def test_one_block_is_looked_at_with_one_gram_for_each_branch(model_folder: Path
 
 def test_the_methods_stand_beside_each_other(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     settings = ComparisonSettings(
-        model=str(model_folder),
+        run=Settings(str(model_folder), data=str(text_file), samples=8, device="cpu"),
         methods=("struprune", "wanda"),
         targets=(Target(0.3),),
-        text=TextSettings(data=str(text_file), samples=8),
-        device="cpu",
     )
     comparison = compare(settings, tmp_path / "out")
     assert [row.relative_error is None for row in comparison.rows] == [True, False]

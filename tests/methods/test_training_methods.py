@@ -26,7 +26,7 @@ from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings, TextSettings
 
 PRUNING = [recipe.name for recipe in TRAINED if recipe.name != "tuned-dense"]
 
@@ -189,8 +189,8 @@ def _kl(teacher: nn.Module, model: nn.Module, batch: Batch) -> float:
 @pytest.mark.slow
 def test_a_comparison_sets_elsa_beside_its_baselines(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     settings = ComparisonSettings(
-        model=str(model_folder), methods=("admm", "elsa"), targets=(Target(sparsity=0.6),), steps=10,
-        text=TextSettings(data=str(text_file), samples=24, length=32, packing="windows"),
+        run=Settings(str(model_folder), data=str(text_file), samples=24, length=32, packing="windows", steps=10),
+        methods=("admm", "elsa"), targets=(Target(sparsity=0.6),),
     )  # fmt: skip
     comparison = compare(settings, tmp_path / "out")
     methods = [(row.method, row.target) for row in comparison.rows]

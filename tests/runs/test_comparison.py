@@ -11,13 +11,12 @@ import pytest
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
-from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs import compare as comparison
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.journal import FolderJournal
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings
 
 DENSE = Evaluation(
     perplexity=4.0, bits_per_char=1.0, tokens=1000, characters=2000, packing="windows", length=64, truncated_tokens=0,
@@ -53,10 +52,9 @@ def test_the_best_is_the_lowest_of_its_target() -> None:
 @pytest.fixture
 def settings(model_folder: Path, text_file: Path) -> ComparisonSettings:
     return ComparisonSettings(
-        model=str(model_folder),
+        run=Settings(str(model_folder), data=str(text_file), samples=8),
         methods=("magnitude", "sparsegpt"),
         targets=(Target(sparsity=0.5), Target(sparsity=0.6)),
-        text=TextSettings(data=str(text_file), samples=8),
     )
 
 
@@ -153,8 +151,11 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
 
 
 def test_a_comparison_of_chosen_weights(tmp_path: Path, settings: ComparisonSettings) -> None:
-    selection = Selection.of(["LlamaMLP"], ["re:.*down_proj"], {"re:.*layers.1.*up_proj": "2:4"})
-    compare(replace(settings, targets=settings.targets[1:], selection=selection), tmp_path / "out")
+    chosen: dict[str, Any] = {
+        "targets": ["LlamaMLP"], "ignore": ["re:.*down_proj"], "overrides": {"re:.*layers.1.*up_proj": "2:4"}
+    }  # fmt: skip
+    run = replace(settings.run, **chosen)
+    compare(replace(settings, run=run, targets=settings.targets[1:]), tmp_path / "out")
     for method in settings.methods:
         place = tmp_path / f"out/models/{method}-60"
         layers = {found["name"]: found for found in json.loads((place / "admm_prune.json").read_text())["layers"]}

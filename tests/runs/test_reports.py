@@ -22,7 +22,7 @@ from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
 from admm_prune.runs.report import content, plots, write_difference, write_report
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings
 from tests.runs.html_page import Element, read_page
 
 CHROMIUM = shutil.which("chromium")
@@ -236,11 +236,9 @@ def test_a_comparison_shows_every_row_beside_the_tuned_dense_model(
     tmp_path: Path, model_folder: Path, text_file: Path
 ) -> None:
     settings = ComparisonSettings(
-        model=str(model_folder),
+        run=Settings(str(model_folder), data=str(text_file), samples=8, steps=4),
         methods=("wanda", "tuned-dense"),
         targets=(Target(0.5), Target(pattern=(2, 4))),
-        text=TextSettings(data=str(text_file), samples=8),
-        steps=4,
     )
     compare(settings, tmp_path / "out")
     manifest, page = manifest_of(tmp_path / "out"), page_of(tmp_path / "out")
@@ -302,7 +300,7 @@ def test_the_page_shows_every_row_and_names_every_method_once(tmp_path: Path, ta
     assert len(rows) == 2 * len(targets)
     assert "a <protocol>." in page.text
     assert "1,234,567 parameters" in page.text
-    legend = text[text.index('id="perplexities-legend_1"') : text.index("</svg>")]
+    legend = text[text.index('id="perplexity-legend_1"') : text.index("</svg>")]
     assert re.findall(r">([^<>\n]+)</text>", legend) == ["magnitude", "&lt;admm&gt;", "dense"]
     assert (tmp_path / "perplexity.png").stat().st_size > 10_000
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,25 +82,30 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
     """
     check_output(path, overwrite=overwrite)
     place = absolute(path)
-    made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
-    workshop: Path | None = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        new = workshop / "new"
-        new.mkdir()
-        yield new
-        check_output(path, overwrite=overwrite)  # again: it may have been created meanwhile
-        swap(new, place, workshop / "old")
-        made = []
+        how: Any = {"prefix": f".{place.name}-", "dir": place.parent, "ignore_cleanup_errors": True}
+        with removing_new_parents(place), tempfile.TemporaryDirectory(**how) as folder:
+            new = Path(folder) / "new"
+            new.mkdir()
+            yield new
+            check_output(path, overwrite=overwrite)  # again: it may have been created meanwhile
+            swap(new, place, Path(folder) / "old")
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
-    finally:
-        if workshop is not None:
-            shutil.rmtree(workshop, ignore_errors=True)
+
+
+@contextmanager
+def removing_new_parents(place: Path) -> Generator[None]:
+    """Makes the folders that lead to `place`; if the block fails, those that were made are removed where empty."""
+    made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
         for parent in made:
             with suppress(OSError):  # missing, or in use by another process
                 parent.rmdir()
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -116,6 +120,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}."""
+    entries: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        entries |= flattened(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return entries
 
 
 def swap(new: Path, place: Path, old: Path) -> None:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,9 +30,12 @@ from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Journal
 from admm_prune.models.archive import write_tensors
-from admm_prune.runs.journal.folder import MANIFEST, absolute, check_output, swap
+from admm_prune.models.parallel import World
+from admm_prune.runs.journal.folder import MANIFEST, absolute, check_output, flattened, removing_new_parents, swap
 from admm_prune.runs.journal.world import FolderLock, random_state, restore_random_state
 
+T = TypeVar("T")
+P = ParamSpec("P")
 SUFFIX = ".partial"
 _FORMAT = 1
 _FOLDERS = ("records", "tensors", "activations", "checkpoints")
@@ -213,8 +216,8 @@ class FolderJournal(Journal):
             yield
         except OSError as error:
             why = error.strerror or str(error)
-            kept = f": finished work is kept in {self.out}{SUFFIX}; continue with --resume" if self.holds_work else ""
-            raise UserError(f"cannot write to {self.out}: {why}{kept}") from error
+            advice = f": finished work is kept in {self.out}{SUFFIX}; continue with --resume" if self.holds_work else ""
+            raise UserError(f"cannot write to {self.out}: {why}{advice}") from error
 
 
 @contextmanager
@@ -244,13 +247,13 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
     begun = (home / _HEADER).is_file()
     if home.is_dir() and not begun and not _only_ours(home):
         raise UserError(f"{home} was not written by admm-prune: choose another output")
-    made = [parent for parent in home.parents if not parent.exists()]  # the innermost first
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(home / _LOCK)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    with lock:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(removing_new_parents(home))
+            home.mkdir(exist_ok=True)
+            stack.enter_context(FolderLock(home / _LOCK))
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
         if begun and not resume:
             raise UserError(
                 f"{home} holds an unfinished run: continue with --resume, or delete the folder to start over"
@@ -260,7 +263,6 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
         try:
             yield journal
             keep = False
-            made = []
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
             keep = keep or journal.holds_work or (interrupted and bool(journal.finished("dense")))
@@ -268,9 +270,86 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
         finally:
             if not keep:
                 _remove(home)
-                for parent in made:
-                    with suppress(OSError):  # in use by someone else by now
-                        parent.rmdir()
+
+
+def _forwarded(method: Callable[Concatenate[FolderJournal, P], T]) -> Callable[Concatenate[SharedJournal, P], T]:
+    """The method called in the first process alone."""
+
+    def call(self: SharedJournal, /, *arguments: P.args, **how: P.kwargs) -> T:
+        def called(journal: FolderJournal) -> T:
+            result: T = getattr(journal, method.__name__)(*arguments, **how)
+            return result
+
+        return self.in_first_process(called)
+
+    return call
+
+
+class SharedJournal(Journal):
+    """One journal for all processes of a run, which make the same calls: those of the first process are carried out,
+    and their results and errors are broadcast.
+
+    The folder must be visible to all processes: they read each other's files in it.
+
+    Args:
+        journal: that of the first process; None in the others.
+        world: the processes.
+    """
+
+    keeps = True
+
+    def __init__(self, out: Path, journal: FolderJournal | None, world: World) -> None:
+        self.out, self._journal, self._world = out, journal, world
+
+    def in_first_process(self, call: Callable[[FolderJournal], T]) -> T:
+        def in_this_process() -> T:
+            assert self._journal is not None
+            return call(self._journal)
+
+        return self._world.broadcast_from_rank0(in_this_process)
+
+    begun_with = _forwarded(FolderJournal.begun_with)
+    finished = _forwarded(FolderJournal.finished)
+    tensor_file = _forwarded(FolderJournal.tensor_file)
+    commit = _forwarded(FolderJournal.commit)
+    checkpoints = _forwarded(FolderJournal.checkpoints)
+    scratch = _forwarded(FolderJournal.scratch)
+
+    def begin(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """As `FolderJournal.begin`; the facts are computed where they are needed."""
+        self.in_first_process(lambda journal: journal.begin(facts()))
+
+    @property
+    def resumed(self) -> bool:
+        return self.in_first_process(lambda journal: journal.resumed)
+
+    def resume_point(self, part: str) -> dict[str, Tensor] | None:
+        if self._world.size == 1:
+            return self.in_first_process(lambda journal: journal.resume_point(part))
+        return None  # activations are used by single-process runs only, and several processes draw nothing at random
+
+    def output(self, write: Callable[[Path], T]) -> T:
+        """The result of `write`, which writes the output into an empty folder in the first process; the folder is then
+        moved into its place."""
+
+        def written(journal: FolderJournal) -> T:
+            with journal.output() as folder:
+                return write(folder)
+
+        return self.in_first_process(written)
+
+
+@contextmanager
+def shared_journal(
+    out: Path, world: World, *, resume: bool = False, overwrite: bool = False
+) -> Generator[SharedJournal]:
+    """`journal_of` in the first process, for all of them."""
+    with ExitStack() as stack:
+        opened: list[FolderJournal] = []
+        world.broadcast_from_rank0(
+            lambda: opened.append(stack.enter_context(journal_of(out, resume=resume, overwrite=overwrite)))
+        )
+        yield SharedJournal(out, opened[0] if opened else None, world)
 
 
 def home_of(out: Path) -> Path:
@@ -310,11 +389,11 @@ def _check_same(home: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     if then.get("format") != now["format"]:
         raise UserError(f"{home} was written by another release of admm-prune: finish it with that release")
     for part, same in (("settings", "arguments"), ("environment", "machine and versions, or results would differ")):
-        old, new = _flat(then.get(part, {})), _flat(now.get(part, {}))
-        for key in dict.fromkeys([*old, *new]):
+        old, new = flattened(then.get(part, {})), flattened(now.get(part, {}))
+        for key in old | new:
             if old.get(key) != new.get(key):
                 raise UserError(
-                    f"{home} was begun with {key} {_said(old.get(key))}, not {_said(new.get(key))}: "
+                    f"{home} was begun with {key.rpartition('.')[2]} {_said(old.get(key))}, not {_said(new.get(key))}: "
                     f"--resume needs the same {same}"
                 )
     for role, text in then.get("texts", {}).items():
@@ -322,14 +401,6 @@ def _check_same(home: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
             raise UserError(f"the {role} text is not the one that {home} was begun with: --resume needs the same")
     if then != now:
         raise UserError(f"the model is not the one that {home} was begun with: --resume needs the same weights")
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings within settings, such as those of the text, one by one."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value) if isinstance(value, dict) else {key: value}
-    return found
 
 
 def _said(value: Any) -> str:

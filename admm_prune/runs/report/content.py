@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from admm_prune.errors import UserError
+from admm_prune.models.evaluate import METRICS, RANKING
+from admm_prune.runs.journal.folder import flattened
 
 Manifest = dict[str, Any]
 _SEVERITIES = ("error", "warning", "info", "good")
-_ABSENT = object()
 Layer = Mapping[str, Any]  # of a manifest
 TILES = 16
 
@@ -39,34 +41,36 @@ class Advice:
 
 def advice_of(layers: Iterable[Mapping[str, Any]]) -> list[Advice]:
     """The findings on all layers by kind, the gravest first, then the most frequent."""
-    found: dict[str, Advice] = {}
+    by_code: dict[str, Advice] = {}
     for layer in layers:
         for finding in layer["diagnosis"]:
-            kind = found.setdefault(
+            kind = by_code.setdefault(
                 finding["code"],
                 Advice(finding["code"], finding["severity"], finding["finding"], finding["advice"]),
             )
             kind.layers.append(layer["name"])
             if _SEVERITIES.index(finding["severity"]) < _SEVERITIES.index(kind.severity):
                 kind.severity, kind.said, kind.advice = finding["severity"], finding["finding"], finding["advice"]
-    return sorted(found.values(), key=lambda kind: (_SEVERITIES.index(kind.severity), -len(kind.layers)))
+    return sorted(by_code.values(), key=lambda kind: (_SEVERITIES.index(kind.severity), -len(kind.layers)))
 
 
 def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
     """The notes of the run and of its layers: (note, number of layers), 0 for the run."""
-    found = dict.fromkeys(manifest["notes"], 0)
+    layers_with = dict.fromkeys(manifest["notes"], 0)
     for layer in manifest["layers"]:
         for note in layer["notes"]:
-            found[note] = found.get(note, 0) + 1
-    return list(found.items())
+            layers_with[note] = layers_with.get(note, 0) + 1
+    return list(layers_with.items())
 
 
-def lowest_of_target(rows: Sequence[tuple[str, float | None]]) -> list[bool]:
-    """For each (target, perplexity), whether it is the lowest at its target; None is not a number."""
-    return [
-        mine is not None and not any(other < mine for target, other in rows if target == own and other is not None)
-        for own, mine in rows
-    ]
+def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each row of a comparison, whether its first primary metric is the best at its target; None is no number."""
+    sign = 1 if METRICS[RANKING].lower_is_better else -1
+    best: dict[str, float] = {}
+    for row in rows:
+        if row[RANKING] is not None:
+            best[row["target"]] = min(sign * row[RANKING], best.get(row["target"], math.inf))
+    return [row[RANKING] is not None and sign * row[RANKING] == best[row["target"]] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,12 @@ class Change:
 
 def figures_of(a: Manifest, b: Manifest) -> list[Change]:
     """The figures of two runs as wholes."""
-    places = {
-        "perplexity, dense": ("dense", "perplexity"),
-        "perplexity, pruned": ("pruned", "perplexity"),
-        "bits per character, pruned": ("pruned", "bits_per_char"),
-        "sparsity": ("sparsity",),
-        "seconds of pruning": ("timings", "seconds"),
+    places: dict[str, tuple[str, ...]] = {
+        f"{metric.name}, {which}": (which, name)
+        for name, metric in METRICS.items()
+        for which in (("dense", "pruned") if metric.primary else ("pruned",))
     }
+    places |= {"sparsity": ("sparsity",), "seconds of pruning": ("timings", "seconds")}
     layer_errors = [[layer["relative_error"] for layer in run["layers"]] for run in (a, b)]
     changes = [Change(name, _at(a, place), _at(b, place)) for name, place in places.items()]
     return [*changes, Change("mean relative error of the layers", *(mean_error(errors) for errors in layer_errors))]
@@ -108,11 +111,10 @@ def layers_of(a: Manifest, b: Manifest, field: str) -> list[Change]:
 
 def unlike(a: Manifest, b: Manifest) -> list[tuple[str, Any, Any]]:
     """(name, in a, in b) of every setting, text, version and note that is not the same in both runs."""
-    kept = ("budget", "settings", "model_revision", "texts", "environment", "notes")
-    flat = [dict(_flat({key: run.get(key) for key in kept})) for run in (a, b)]
-    names = dict.fromkeys([*flat[0], *flat[1]])
-    pairs = [(name, flat[0].get(name, _ABSENT), flat[1].get(name, _ABSENT)) for name in names]
-    return [(name, _said(first), _said(second)) for name, first, second in pairs if first != second]
+    keys = ("budget", "settings", "model_revision", "texts", "environment", "notes")
+    first, second = (flattened({key: run.get(key) for key in keys}) for run in (a, b))
+    values = [(name, *(run.get(name, "not there") for run in (first, second))) for name in first | second]
+    return [(name, one, other) for name, one, other in values if one != other]
 
 
 def mean_error(errors: Sequence[float | None]) -> float | None:
@@ -144,16 +146,6 @@ def _at(content: Any, place: Sequence[str]) -> float | None:
     for key in place:
         content = content[key]
     return None if content is None else float(content)
-
-
-def _flat(content: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(content, dict):
-        return [pair for key, value in content.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, content)]
-
-
-def _said(value: Any) -> Any:
-    return "not there" if value is _ABSENT else value
 
 
 @dataclass(frozen=True)
@@ -208,15 +200,15 @@ class Weights:
 
 def overlap(a: Weights, b: Weights, names: Iterable[str]) -> dict[str, float]:
     """|A and B| / |A or B| of the supports, for every matrix that both hold in one shape; 1 where both are empty."""
-    found = {}
+    overlaps = {}
     for name in names:
         first, second = a.read(name), b.read(name)
         if first is None or second is None or first.shape != second.shape:
             continue
-        kept, other = first != 0, second != 0
-        union = int((kept | other).sum())
-        found[name] = int((kept & other).sum()) / union if union else 1.0
-    return found
+        support, other_support = first != 0, second != 0
+        union = int((support | other_support).sum())
+        overlaps[name] = int((support & other_support).sum()) / union if union else 1.0
+    return overlaps
 
 
 def _opened(path: Path) -> Any:

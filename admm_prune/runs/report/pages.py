@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.errors import UserError
+from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.claims import read_json, record_pages
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_output_file
 from admm_prune.runs.report import content, plots
@@ -17,16 +18,8 @@ from admm_prune.runs.report.content import Manifest, Weights, overlap
 
 REPORT = "report.html"
 PLOT = "perplexity.png"
-_LONG = (
-    "layers",
-    "rows",
-    "weights",
-    "files",
-    "details",
-    "dense",
-    "pruned",
-    "timings",
-)  # shown otherwise, or too long to read
+# Keys of a manifest that are shown otherwise, or too long to read.
+_LONG = {"layers", "rows", "weights", "files", "details", "dense", "pruned", "timings"}
 
 
 def write_report(folder: Path) -> Path:
@@ -93,10 +86,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
-    found = read_json(path)
-    if not isinstance(found, dict):
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
         raise UserError(f"{path} is no manifest")
-    return found
+    return manifest
 
 
 def _read_run(folder: Path) -> Manifest:
@@ -144,29 +137,34 @@ def _run(folder: Path, run: Manifest) -> str:
 def _own_targets(run: Manifest) -> dict[str, str | None]:
     """The target of every layer that has one of its own, None of the others; empty where none has."""
     contents = run["settings"].get("targets") or [run["settings"]["target"]]
-    own = {name: target for content in contents for name, target in content["layers"]}
-    return {layer["name"]: own.get(layer["name"]) for layer in run["layers"]} if own else {}
+    targets = {name: target for content in contents for name, target in content["layers"]}
+    return {layer["name"]: targets.get(layer["name"]) for layer in run["layers"]} if targets else {}
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:
     runs = [_read_run(folder / row["folder"]) for row in comparison["rows"]]
     for run in runs:
         run["findings"] = content.advice_of(run["layers"])
-    pairs = [(row["target"], row["perplexity"]) for row in comparison["rows"]]
-    tuned = [row for row in comparison["rows"] if row["method"] == "tuned-dense" and row["perplexity"]]
+    rows = comparison["rows"]
+    tuned = [row for row in rows if row["method"] == "tuned-dense" and row[RANKING]]
     return _rendered(
         "comparison.html.j2",
         comparison=comparison,
         runs=runs,
         tuned=tuned[0] if tuned else None,
         best=[
-            lowest and row["target"] != "0%"  # no comparison for what prunes nothing
-            for lowest, row in zip(content.lowest_of_target(pairs), comparison["rows"], strict=True)
+            is_best and row["target"] != "0%"  # no comparison for what prunes nothing
+            for is_best, row in zip(content.best_of_target(rows), rows, strict=True)
         ],
         memory=[
             next((p["peak_mib"] for p in run["timings"]["phases"] if p["name"] == "pruning"), None) for run in runs
         ],
-        plot=plots.perplexities(comparison, folder / PLOT),
+        plots=[
+            (metric.name, plots.over_targets(comparison, name, folder / PLOT if name == RANKING else None))
+            for name, metric in METRICS.items()
+            if metric.primary
+        ],
+        ranking=METRICS[RANKING],
         errors=plots.errors_by_method(runs),
         manifest=_short(comparison),
     )
@@ -197,4 +195,4 @@ def _environment() -> Any:
 
 
 def _rendered(template: str, **values: Any) -> str:
-    return str(_environment().get_template(template).render(**values))
+    return str(_environment().get_template(template).render(**values, metrics=METRICS))

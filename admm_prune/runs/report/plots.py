@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from admm_prune.models.evaluate import METRICS
 from admm_prune.runs.report.content import TILES, Layer, Weights
 
 # Okabe and Ito's palette, which is safe for colour-blind readers, with a darker yellow. In a page the n-th colour is
-# the
-# page's --series-n, which is lighter in dark mode.
+# the page's --series-n, which is lighter in dark mode.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8000")
 MARKERS = "osD^vP*X"
 INK = "#121314"  # replaced by the page's text colour: plots use it for nothing else
@@ -51,17 +51,17 @@ def panels(count: int = 1, height: float = 3.4) -> tuple[Any, list[Any]]:
 def legend(figure: Any, *axes: Any, columns: int = 3) -> None:
     """One legend below the panels, every label once, in columns that fit; none if there are too many series to
     distinguish."""
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if not 0 < len(found) <= _MOST_LABELS:
+            handles.setdefault(label, handle)
+    if not 0 < len(handles) <= _MOST_LABELS:
         return
-    longest = max(map(len, found))
-    columns = max(1, min(columns, len(found), 60 // (longest + 6)))
+    longest = max(map(len, handles))
+    columns = max(1, min(columns, len(handles), 60 // (longest + 6)))
     figure.legend(
-        found.values(),
-        found.keys(),
+        handles.values(),
+        handles.keys(),
         loc="outside lower center",
         ncols=columns,
         frameon=False,
@@ -115,20 +115,20 @@ def svg(figure: Any, name: str) -> str:
 
 def place_of(name: str) -> tuple[int, str]:
     """(the number of the block, the matrix within it): (3, "mlp.up_proj") of "model.layers.3.mlp.up_proj.weight"."""
-    found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    block, rest = (int(found[1]), found[2]) if found else (0, name)
+    match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    block, rest = (int(match[1]), match[2]) if match else (0, name)
     return block, rest.removesuffix(".weight")
 
 
 def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, float]]]:
     """For every matrix of a block the points (block, number), where the field holds a finite number."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for layer in layers:
         block, matrix = place_of(layer["name"])
-        points = found.setdefault(matrix, [])
+        points = curves.setdefault(matrix, [])
         if layer.get(field) is not None:
             points.append((block, layer[field]))
-    return {matrix: sorted(points) for matrix, points in found.items()}
+    return {matrix: sorted(points) for matrix, points in curves.items()}
 
 
 def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
@@ -216,7 +216,7 @@ def errors_by_method(runs: Sequence[Mapping[str, Any]]) -> str | None:
                 means.setdefault(run["target"], {}).setdefault(run["method"], {}).setdefault(block, []).append(value)
     if not means:
         return None
-    methods = list(dict.fromkeys(run["method"] for run in runs if run["target"] != "0%"))  # as in `perplexities`
+    methods = list(dict.fromkeys(run["method"] for run in runs if run["target"] != "0%"))  # as in `over_targets`
     figure, axes = panels(len(means), height=2.6)
     for panel, (target, lines) in zip(axes, means.items(), strict=True):
         for method, blocks in lines.items():
@@ -248,10 +248,7 @@ def convergence(layers: Sequence[Layer]) -> str | None:
     }
     drawn = [
         (what, curves, log)
-        for what, curves, log in (
-            ("|x − z| / |z| (log)", residuals, True),
-            ("support change, %", changes, False),
-        )
+        for what, curves, log in (("|x − z| / |z| (log)", residuals, True), ("support change, %", changes, False))
         if any(curve for several in curves.values() for curve in several)
     ]
     if not drawn:
@@ -304,7 +301,7 @@ def training(details: Mapping[str, Any]) -> str | None:
 
 def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
     """The loss of every network in each round of alternating minimization, relative to its first."""
-    curves = [list(enumerate(found["rounds"], 1)) for found in networks if found.get("rounds")]
+    curves = [list(enumerate(network["rounds"], 1)) for network in networks if network.get("rounds")]
     curves = [[(x, y / curve[0][1]) for x, y in curve] for curve in curves if all(y for _, y in curve)]
     if not curves:
         return None
@@ -317,32 +314,32 @@ def rounds(networks: Sequence[Mapping[str, Any]]) -> str | None:
     return svg(figure, "rounds")
 
 
-def perplexities(comparison: Mapping[str, Any], png: Path | None = None) -> str | None:
-    """Perplexity over the targets, a line for each method; the optional PNG has a white background."""
-    rows = [row for row in comparison["rows"] if row["perplexity"] is not None]
+def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = None) -> str | None:
+    """A metric over the targets, a line for each method; the optional PNG has a white background."""
+    rows = [row for row in comparison["rows"] if row[metric] is not None]
     flat = [row for row in rows if row["target"] == "0%"]  # unpruned models: a horizontal line, like the dense model
     targets = [t for t in dict.fromkeys(row["target"] for row in comparison["rows"]) if t != "0%"]
     figure, (axes,) = panels(height=4.2)
     for i, method in enumerate(dict.fromkeys(row["method"] for row in comparison["rows"] if row not in flat)):
-        figures = {row["target"]: row["perplexity"] for row in rows if row["method"] == method}
+        figures = {row["target"]: row[metric] for row in rows if row["method"] == method}
         # Patterns are not on the axis of sparsities: lines connect the sparsities only.
         joined = [j for j, target in enumerate(targets) if ":" not in target and target in figures]
         axes.plot(joined, [figures[targets[j]] for j in joined], label=method, **style(i))
         alone = [j for j, target in enumerate(targets) if ":" in target and target in figures]
         axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **style(i))
-    if comparison["dense"]["perplexity"] is not None:
-        axes.axhline(comparison["dense"]["perplexity"], color=INK, linestyle="--", label="dense")
+    if comparison["dense"][metric] is not None:
+        axes.axhline(comparison["dense"][metric], color=INK, linestyle="--", label="dense")
     for row, line in zip(flat, (":", "-."), strict=False):
-        axes.axhline(row["perplexity"], color=INK, linestyle=line, label=row["method"])
+        axes.axhline(row[metric], color=INK, linestyle=line, label=row["method"])
     logarithmic(axes)
     axes.set_xticks(range(len(targets)), targets)
     axes.set_xlim(-0.3, max(len(targets), 1) - 0.7)
     axes.set_xlabel("pruned")
-    axes.set_ylabel("perplexity (log scale)")
+    axes.set_ylabel(f"{METRICS[metric].name} (log scale)")
     legend(figure, axes)
     if png is not None:
         figure.savefig(png, dpi=144, facecolor="white")
-    return svg(figure, "perplexities")
+    return svg(figure, metric)
 
 
 def _over_blocks(figure: Any, axes: Any, what: str, name: str) -> str:
