@@ -19,6 +19,7 @@ import admm_prune
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "admm_prune"
 MAX_LINES = 500
+MIN_LINES = 40  # of code, of a module with a single importer
 
 WORDS = {"point", "problem", "result"}
 MATHEMATICS = WORDS | {"errors", "ops"}
@@ -98,6 +99,7 @@ def allowed(importer: str, target: str) -> bool:
     return any(target == room or target.startswith(f"{room}.") for room in {home, *MAY_IMPORT[home]})
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -106,54 +108,89 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-each_module = pytest.mark.parametrize("path", MODULES, ids=relative)
-each_source = pytest.mark.parametrize("path", SOURCES, ids=relative)
-
-
-@each_module
-def test_imports_go_one_way(path: Path) -> None:
-    importer = dotted(path)
-    assert importer.partition(".")[0] in MAY_IMPORT, "a new folder: add what it may import to MAY_IMPORT"
-    wrong = {
-        f"line {line}: {importer} imports {target}"
-        for line, name in imported(parsed(path))
-        if (target := ours(name)) is not None and not allowed(importer, target)
-    }
-    assert not wrong, sorted(wrong)
-
-
-@each_source
-def test_imports_are_absolute_and_avoid_the_root_links(path: Path) -> None:
+def test_imports_go_one_way() -> None:
+    new = {dotted(path).partition(".")[0] for path in MODULES} - set(MAY_IMPORT)
+    assert not new, "a new folder: add what it may import to MAY_IMPORT"
     wrong = [
-        f"line {line}: {name}"
+        f"{relative(path)}:{line} imports {target}"
+        for path in MODULES
+        for line, name in imported(parsed(path))
+        if (target := ours(name)) is not None and not allowed(dotted(path), target)
+    ]
+    assert not wrong, wrong
+
+
+def test_imports_are_absolute_and_avoid_the_root_links() -> None:
+    wrong = [
+        f"{relative(path)}:{line} {name}"
+        for path in SOURCES
         for line, name in imported(parsed(path))
         if name.partition(".")[0] in {"", "solvers", "problems"}
     ]
     assert not wrong, wrong
 
 
-@each_module
-def test_a_module_is_not_too_long(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{lines} lines: split it"
+def test_no_module_is_too_long() -> None:
+    lines = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert not {path: count for path, count in lines.items() if count > MAX_LINES}, "split it"
 
 
-@each_module
-def test_a_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(parsed(path)), "the module has no docstring"
+def test_a_small_module_has_two_importers() -> None:
+    importers: dict[str, set[str]] = {name: set() for name in NAMES}
+    for path in MODULES:
+        for _, name in imported(parsed(path)):
+            target = ours(name)
+            if target is not None and target != dotted(path):
+                importers[target].add(dotted(path))
+    wrong = [
+        relative(path)
+        for path in MODULES
+        if path.name not in ("__init__.py", "__main__.py")
+        and not dotted(path).startswith("cli.")  # a module for each command
+        and lines_of_code(path) < MIN_LINES
+        and len(importers[dotted(path)]) < 2
+    ]
+    assert not wrong, f"{wrong}: merge it with its only importer"
 
 
-@each_source
-def test_annotations_are_not_evaluated(path: Path) -> None:
+def lines_of_code(path: Path) -> int:
+    """Lines with a statement or a part of one, without docstrings."""
     tree = parsed(path)
-    annotated = any(
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in docstrings
+        for number, line in enumerate(lines, 1)
+    )
+
+
+def test_every_module_says_what_it_is() -> None:
+    wrong = [relative(path) for path in MODULES if not ast.get_docstring(parsed(path))]
+    assert not wrong, f"{wrong}: no docstring"
+
+
+def test_annotations_are_not_evaluated() -> None:
+    wrong = [
+        relative(path)
+        for path in SOURCES
+        if annotated(parsed(path)) and "__future__.annotations" not in {name for _, name in imported(parsed(path))}
+    ]
+    assert not wrong, f"{wrong}: write: from __future__ import annotations"
+
+
+def annotated(tree: ast.Module) -> bool:
+    return any(
         isinstance(node, ast.AnnAssign)
         or (isinstance(node, ast.arg) and node.annotation is not None)
         or (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None)
         for node in ast.walk(tree)
     )
-    names = {name for _, name in imported(tree)}
-    assert not annotated or "__future__.annotations" in names, "write: from __future__ import annotations"
 
 
 @pytest.mark.parametrize("name", ["solvers", "problems"])
@@ -242,11 +279,14 @@ def _types(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-@each_module
-def test_outside_of_methods_none_is_told_apart_by_its_class(path: Path) -> None:
-    if not dotted(path).startswith("methods"):
-        wrong = sorted(class_checks(parsed(path), classes_of_methods()))
-        assert not wrong, f"{wrong}: ask for a capability of methods/base.py instead"
+def test_no_module_outside_of_methods_checks_for_a_class_of_theirs() -> None:
+    wrong = [
+        f"{relative(path)}:{line} {name}"
+        for path in MODULES
+        if not dotted(path).startswith("methods")
+        for line, name in class_checks(parsed(path), classes_of_methods())
+    ]
+    assert not wrong, f"{wrong}: ask for a capability of methods/base.py instead"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_hidden_states_after_the_last_block_are_those_of_the_pruned_model(storie
                 torch.testing.assert_close(hidden[:length], outputs.pop(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.bitwise
 def test_wide_grams_apart_are_the_same_to_the_bit(
     model: PreTrainedModel, family: str, stories: Sequences, monkeypatch: pytest.MonkeyPatch

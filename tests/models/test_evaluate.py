@@ -15,6 +15,7 @@ from admm_prune.models.structure import decoder_blocks
 from tests.models.tiny_models import STORIES, build, one_by_one, prune_half
 
 
+@pytest.mark.sampled(8)
 def test_padded_batches_score_like_one_sequence_at_a_time(model: PreTrainedModel, stories: Sequences) -> None:
     total = 0.0
     for ids in one_by_one(stories):
@@ -101,6 +102,7 @@ def test_segments_give_the_perplexity_of_published_code(tokenizer: PreTrainedTok
     assert "1 shorter at the end dropped" in result.protocol
 
 
+@pytest.mark.sampled(8)
 def test_a_continuation_is_the_greedy_one(model: PreTrainedModel) -> None:
     prompt = torch.arange(1, 6)
     ids = model.generate(

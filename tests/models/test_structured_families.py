@@ -43,6 +43,7 @@ def refusal(variant: str, method: str) -> str | None:
     return next((said for (name, how), said in REFUSED.items() if variant.startswith(name) and how in kind), None)
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.bitwise
 @pytest.mark.parametrize(
     ("variant", "method"),

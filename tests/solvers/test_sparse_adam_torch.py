@@ -281,6 +281,7 @@ def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was() -> None:
     stepped(optimizer, list(layer.parameters()), 0, 4)
 
 
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("first_use", [0, 7, 8, 9, 30, None], ids=str)
 @pytest.mark.parametrize(
     "how",

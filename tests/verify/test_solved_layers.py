@@ -70,6 +70,7 @@ def falsify(path: Path, edit: Edit) -> None:
     save_file({"weight": weight}, path, metadata)
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize(("method", "target"), list(product(LOCAL_METHODS, TARGETS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_what_every_method_claims_for_every_target_holds(
