@@ -238,7 +238,7 @@ def _table(content: dict[str, Any], peaks: Sequence[Peak]) -> str:
         lines.append(f"{name}: peak ~ N^{p:.3f}; expected: at most {_TARGETS[name]}")
     lines += [
         "",
-        "Why 2/3 and not 1/2: the peak is one block and the statistics of its widest branch, all of them ~ width^2.",
+        "Why 2/3 and not 1/2: the peak is one block and the statistics of its widest sublayer, all of them ~ width^2.",
         "N ~ depth * width^2, and depth ~ width in this family as in Llama's, so N ~ width^3 and the peak ~ N^(2/3).",
         "What grows with width alone (hidden states, embeddings) lowers the exponent where models are small. 1/2 would",
         "need depth ~ width^2.",

@@ -11,7 +11,7 @@ from torch import nn
 
 from admm_prune.errors import UserError
 from admm_prune.models.families import KEY_HEADS, NEURONS, per_layer_class
-from admm_prune.models.sublayers import Sublayer, pad_units
+from admm_prune.models.sublayers import Sublayer, pad_groups
 
 Form = Literal["per-layer", "padded"]
 
@@ -25,7 +25,7 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = 
     to the widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
 
     Args:
-        blocks: the branches of every block, as they are now.
+        blocks: the sublayers of every block, as they are now.
 
     Returns:
         "stock", "per-layer" or "padded".
@@ -49,7 +49,7 @@ def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = 
         while not admits(config, alike[0], widest):
             widest += 1  # the dense number is admitted
         for sublayer in alike:
-            pad_units(sublayer, widest)
+            pad_groups(sublayer, widest)
     _settle(model, blocks[0])
     return form
 
@@ -65,13 +65,13 @@ def check_exportable(model: nn.Module, form: Form) -> None:
         raise UserError(f"{name}: its blocks must have equal widths: use struprune-uniform or struprune-padded")
 
 
-def units_by_block(blocks: Sequence[Sequence[Sublayer]]) -> list[dict[str, int]]:
-    """The number of units of the branches of every block, by kind."""
+def groups_by_block(blocks: Sequence[Sequence[Sublayer]]) -> list[dict[str, int]]:
+    """The number of groups of the sublayers of every block, by kind."""
     return [{sublayer.kind: sublayer.count for sublayer in block} for block in blocks]
 
 
 def admits(config: Any, sublayer: Sublayer, count: int) -> bool:
-    """Whether the stock class of a config supports this number of units of a kind."""
+    """Whether the stock class of a config supports this number of groups of a kind."""
     if sublayer.kind == "heads":
         return admits_heads(config, count * sublayer.queries, sublayer.size)
     return admits_neurons(config, count)
@@ -100,8 +100,8 @@ def admits_neurons(config: Any, count: int) -> bool:
 
 
 def _is_stock(config: Any, blocks: Sequence[Sequence[Sublayer]]) -> bool:
-    units = units_by_block(blocks)
-    if any(other != units[0] for other in units):
+    groups = groups_by_block(blocks)
+    if any(other != groups[0] for other in groups):
         return False
     return all(admits(config, sublayer, sublayer.count) for sublayer in blocks[0])
 

@@ -1,6 +1,6 @@
-"""The branches of a decoder block and their prunable units: neurons, and heads that share a key and a value.
+"""The sublayers of a decoder block and their structured groups: neurons, and heads that share a key and a value.
 
-The savings by removing units, in each unit of the budget.
+The savings by removing groups, in each unit of the budget.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpol
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """The feed-forward part or the attention of a block, as units that reach its outputs only by their own columns.
+    """The feed-forward part or the attention of a block, as groups that reach its outputs only by their own columns.
 
     A unit is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
-    matrix, and the columns of the output matrix, belong to the units in equal consecutive parts.
+    matrix, and the columns of the output matrix, belong to the groups in equal consecutive parts.
 
     Attributes:
         name: of the module, dotted from the model's root.
@@ -51,7 +51,7 @@ class Sublayer:
 
     @property
     def count(self) -> int:
-        """The current number of units."""
+        """The current number of groups."""
         return self.output.shape[1] // self.width
 
     @property
@@ -66,7 +66,7 @@ class Sublayer:
 
 
 def sublayers(block: Block) -> tuple[Sublayer, ...]:
-    """The prunable branches of a block, found by the shapes of the matrices in one module.
+    """The prunable sublayers of a block, found by the shapes of the matrices in one module.
 
     One or two matrices that read the residual stream and a last one that writes to it are a feed-forward part; a first
     one of twice as many rows is gate and up in one. Queries, keys, values and the output, in a module that says how
@@ -89,7 +89,9 @@ def _read(block: Block) -> list[Sublayer | str]:
     for name, views in _by_module(block).items():
         module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
         if any(view.expert is not None for view in views):
-            raise UserError(f"{name} is a mixture of experts, which loses no units: use a method that prunes weights")
+            raise UserError(
+                f"{name} is a mixture of experts, which has no structured groups: use a method that prunes weights"
+            )
         sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
         size = next((size for size in sizes if isinstance(size, int)), None)
         if size is None:
@@ -99,7 +101,7 @@ def _read(block: Block) -> list[Sublayer | str]:
         if read is None:
             shapes = ", ".join(f"{view.name.rpartition('.')[0].rpartition('.')[2]} {view.shape}" for view in views)
             raise UserError(
-                f"cannot read the units of {name}: {shapes} are neither attention nor feed-forward matrices"
+                f"cannot read the structured groups of {name}: {shapes} are neither attention nor feed-forward matrices"
             )
         parts.append(read)
     return parts
@@ -125,7 +127,7 @@ def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is
         known = {id(p) for view in views for p in view.module.parameters(recurse=False)}
         for other, parameter in module.named_parameters():
             if id(parameter) not in known and columns in parameter.shape:
-                raise UserError(f"cannot read the units of {name}: {other} has an entry for every neuron")
+                raise UserError(f"cannot read the structured groups of {name}: {other} has an entry for every neuron")
     return Sublayer(name, "neurons", module, tuple(inner), output, 1, 1)
 
 
@@ -154,11 +156,11 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     return Sublayer(name, "heads", module, tuple(inner), output, size, columns // size // keys)
 
 
-def keep_units(sublayer: Sublayer, indices: Tensor) -> None:
-    """Slices all matrices of a branch to some of its units, in place: rows of the inner ones, columns of the output.
+def keep_groups(sublayer: Sublayer, indices: Tensor) -> None:
+    """Slices all matrices of a sublayer to some of its groups, in place: rows of the inner ones, columns of the output.
 
     Args:
-        indices: (k,), ascending, of the units to keep; at least one.
+        indices: (k,), ascending, of the groups to keep; at least one.
     """
     count, width = sublayer.count, sublayer.width
     for whole, parts in _stored(sublayer):
@@ -168,8 +170,8 @@ def keep_units(sublayer: Sublayer, indices: Tensor) -> None:
     _rescale(sublayer, len(indices) / count)
 
 
-def pad_units(sublayer: Sublayer, count: int) -> None:
-    """Appends units of zeros to a branch until it has `count`, in place; its outputs do not change."""
+def pad_groups(sublayer: Sublayer, count: int) -> None:
+    """Appends groups of zeros to a sublayer until it has `count`, in place; its outputs do not change."""
     now, width = sublayer.count, sublayer.width
     pad = nn.functional.pad
     for whole, parts in _stored(sublayer):
@@ -210,7 +212,7 @@ def _rescale(sublayer: Sublayer, share: float) -> None:
 
 
 def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
-    """The savings of removing k = 0..n units of a branch: (n + 1,), float64, nondecreasing.
+    """The savings of removing k = 0..n groups of a sublayer: (n + 1,), float64, nondecreasing.
 
     Args:
         unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes a token of keys and values;
@@ -249,9 +251,9 @@ def _seconds_saved(
 ) -> Tensor:
     points = sorted({round(count * i / (_WIDTHS - 1)) for i in range(_WIDTHS)})
     times = World.current().broadcast_from_rank0(
-        lambda: [_seconds(units, inner, width, tokens, dtype, device) for units in points]
+        lambda: [_seconds(groups, inner, width, tokens, dtype, device) for groups in points]
     )
-    # Fewer units are never slower: measurements to the contrary are noise.
+    # Fewer groups are never slower: measurements to the contrary are noise.
     times = torch.tensor(times, dtype=torch.float64).cummax(0).values.tolist()
     remaining = torch.arange(count, -1, -1, dtype=torch.float64)
     at = torch.tensor(points, dtype=torch.float64)
@@ -263,16 +265,16 @@ def _seconds_saved(
 
 
 def _seconds(
-    units: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
+    groups: int, inner: tuple[tuple[int, int], ...], width: int, tokens: int, dtype: torch.dtype, device: str
 ) -> float:
-    """The least time of the products of a sublayer with this many units."""
-    if units == 0:
+    """The least time of the products of a sublayer with this many groups."""
+    if groups == 0:
         return 0.0
     residual = inner[0][1]
     x = torch.randn(tokens, residual, dtype=dtype, device=device)
-    weights = [torch.randn(units * rows, columns, dtype=dtype, device=device) for rows, columns in inner]
-    output = torch.randn(residual, units * width, dtype=dtype, device=device)
-    a = torch.randn(tokens, units * width, dtype=dtype, device=device)
+    weights = [torch.randn(groups * rows, columns, dtype=dtype, device=device) for rows, columns in inner]
+    output = torch.randn(residual, groups * width, dtype=dtype, device=device)
+    a = torch.randn(tokens, groups * width, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(_REPEATS):
         began = time.perf_counter()

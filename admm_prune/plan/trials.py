@@ -182,12 +182,12 @@ class NetworkTrial:
 
 @dataclass(frozen=True)
 class GroupTrial:
-    """The group problem of a branch, by the settings of `StruPrune`: its curve, or its least squares.
+    """The group problem of a sublayer, by the settings of `StruPrune`: its curve, or its least squares.
 
     Args:
         outputs, columns: of its output matrix.
         unit: columns of a unit.
-        removed: fraction of the units to remove; None for the curve.
+        removed: fraction of the groups to remove; None for the curve.
         dtype: of the weight.
         centred: the output has a bias, which takes the mean.
     """

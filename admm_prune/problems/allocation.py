@@ -1,6 +1,6 @@
-"""Allocation: how many units to remove from each sublayer of a model, to meet a budget together.
+"""Allocation: how many groups to remove from each sublayer of a model, to meet a budget together.
 
-Sublayers are coupled only through curves: the cost and the saving of removing k units. Every rule here gives each
+Sublayers are coupled only through curves: the cost and the saving of removing k groups. Every rule here gives each
 step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all sublayers
 together, until the budget is met. So a larger budget never takes less from any sublayer, and the budget is exceeded by
 less than the last step.
@@ -25,15 +25,15 @@ _SKEWED = 10.0  # energies whose largest is so many times their median are compa
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The cost of removing k = 0..n units from a sublayer, in the best order, and the saving.
+    """The cost of removing k = 0..n groups from a sublayer, in the best order, and the saving.
 
     Args:
         name: of the sublayer.
         losses: (n + 1,), float64, losses[0] = 0, nondecreasing.
         savings: (n + 1,), float64, savings[0] = 0, nondecreasing, in units of the budget.
-        least: units that must be kept.
-        multiple: the number of units kept must be a multiple of it, unless all are kept.
-        stays: the admissible numbers of units kept, if restricted; keeping all is always admissible.
+        least: groups that must be kept.
+        multiple: the number of groups kept must be a multiple of it, unless all are kept.
+        stays: the admissible numbers of groups kept, if restricted; keeping all is always admissible.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Curve:
         return len(self.losses) - 1
 
     def levels(self, most: float = 1.0) -> list[int]:
-        """The numbers of units that may be removed, ascending from 0, up to a fraction of all."""
+        """The numbers of groups that may be removed, ascending from 0, up to a fraction of all."""
         limit = min(self.count - self.least, math.floor(most * self.count + 1e-9))
         left = {k: self.count - k for k in range(limit + 1)}
         return [
@@ -60,7 +60,7 @@ class Curve:
         ]
 
     def energy(self, fraction: float) -> float:
-        """The mean loss per unit of saving, where this fraction of the units, at least one, is removed."""
+        """The mean loss per unit of saving, where this fraction of the groups, at least one, is removed."""
         k = min(self.count, max(1, round(fraction * self.count)))
         saved = float(self.savings[k])
         return float(self.losses[k]) / saved if saved > 0 else math.inf
@@ -68,7 +68,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The number of units removed from each sublayer.
+    """The number of groups removed from each sublayer.
 
     Attributes:
         removed: by the name of the sublayer.
@@ -142,7 +142,7 @@ class CappedSoftmax:
 class Binomial:
     """s_l = most sigma((mu - e_l) / T): min sum N_l [e_l s_l - T h(s_l)], h the binary entropy, at the price mu.
 
-    Counts the ways to choose the removed units, prod C(n_l, k_l), by Stirling's formula; always within the box.
+    Counts the ways to choose the removed groups, prod C(n_l, k_l), by Stirling's formula; always within the box.
     T to infinity is uniform; T to 0 empties the sublayers of the least energy first.
     """
 
@@ -184,9 +184,9 @@ class EqualSlope:
 class Owl:
     """s_l = s + lambda (mean D - D_l) / max |D - mean D|: sublayers with more outliers lose less, by at most lambda.
 
-    D_l is the fraction of units whose own loss is more than `factor` times the sublayer's mean.
+    D_l is the fraction of groups whose own loss is more than `factor` times the sublayer's mean.
 
-    Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), 2023, whose units are weights.
+    Source: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), 2023, whose groups are weights.
     """
 
     spread: float = 0.08
@@ -221,7 +221,7 @@ def take_steps(curves: Sequence[Curve], budget: float, price: Price, most: float
         ValueError: the curves cannot save so much.
     """
     check_budget(curves, budget, most)
-    steps: list[tuple[float, float, int, int]] = []  # (price, fraction, curve, units gone after it)
+    steps: list[tuple[float, float, int, int]] = []  # (price, fraction, curve, groups gone after it)
     for l, curve in enumerate(curves):
         levels = curve.levels(most)
         if len(levels) > 1:
@@ -273,7 +273,7 @@ def convex_slopes(losses: Tensor, savings: Tensor) -> Tensor:
 
 
 def together(name: str, curves: Sequence[Curve]) -> Curve:
-    """A common curve for sublayers of the same size that lose the same number of units."""
+    """A common curve for sublayers of the same size that lose the same number of groups."""
     return Curve(
         name,
         torch.stack([curve.losses for curve in curves]).sum(0),
@@ -302,7 +302,7 @@ def allocation(
     bound: float | None = None,
     notes: tuple[str, ...] = (),
 ) -> Allocation:
-    """The saving and the cost of removing given numbers of units from every curve."""
+    """The saving and the cost of removing given numbers of groups from every curve."""
     pairs = list(zip(curves, removed, strict=True))
     return Allocation(
         removed={curve.name: k for curve, k in pairs},

@@ -83,7 +83,7 @@ _ALIBI = Limit(
 )
 _EXPERTS = Limit(
     "no",
-    "is a mixture of experts, which loses no units",
+    "is a mixture of experts, which has no structured groups",
     "Experts are not sliced: a router selects their tokens, which the loss curve of a single sublayer does not model.",
     refused=True,
 )

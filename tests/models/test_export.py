@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from admm_prune.errors import UserError
-from admm_prune.models.export import Form, check_exportable, export, units_by_block
+from admm_prune.models.export import Form, check_exportable, export, groups_by_block
 from admm_prune.models.loading import LoadedModel, load, save
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import Sublayer, heads_stay, keep_units, pad_units, sublayers
+from admm_prune.models.sublayers import Sublayer, heads_stay, keep_groups, pad_groups, sublayers
 from tests.models.tiny_models import build
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 7, 3, 250, 11, 12], [0, 8, 7, 6, 5, 4, 3, 2, 1, 100]])
@@ -52,7 +52,7 @@ def sliced(family: str, *, uniform: bool = False) -> tuple[PreTrainedModel, list
     parts = branches_of(model)
     for i, block in enumerate(parts):
         for sublayer in block:
-            keep_units(sublayer, torch.tensor(survivors(sublayer, i, uniform=uniform)))
+            keep_groups(sublayer, torch.tensor(survivors(sublayer, i, uniform=uniform)))
     return model, parts
 
 
@@ -89,7 +89,7 @@ def test_a_sliced_model_is_the_masked_model(family: str) -> None:
     model, parts = sliced(family)
     assert float((logits(model) - logits(masked(family))).abs().max()) <= 1e-5
     assert parts[0][-1].count == (32 if family == "bloom" else 12)
-    assert len({frozenset(units.items()) for units in units_by_block(parts)}) == 3, "no two blocks are alike"
+    assert len({frozenset(units.items()) for units in groups_by_block(parts)}) == 3, "no two blocks are alike"
     fewer = sum(p.numel() for p in model.parameters())
     assert fewer < sum(p.numel() for p in build(family).parameters())
 
@@ -169,7 +169,7 @@ def test_a_number_of_heads_that_the_stock_class_refuses(
     model = six_heads()
     parts = branches_of(model)
     for (attention, _), count in zip(parts, heads, strict=True):
-        keep_units(attention, torch.arange(count))
+        keep_groups(attention, torch.arange(count))
     before = logits(model)
     assert export(model, parts, form) == found
     assert parts[0][0].count == left
@@ -183,7 +183,7 @@ def test_an_opt_model_that_lost_neurons_alone_is_stock(tmp_path: Path) -> None:
     model = build("opt")
     parts = branches_of(model)
     for _, neurons in parts:
-        keep_units(neurons, torch.arange(0, 24, 3))
+        keep_groups(neurons, torch.arange(0, 24, 3))
     assert export(model, parts) == "stock"
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
@@ -196,8 +196,8 @@ def test_a_model_can_be_pruned_again_after_it_was_loaded(tmp_path: Path, tokeniz
     again = load(str(tmp_path / "first")).model
     parts = branches_of(again)
     for heads, neurons in parts:
-        keep_units(heads, torch.tensor([0]))
-        keep_units(neurons, torch.arange(8))
+        keep_groups(heads, torch.tensor([0]))
+        keep_groups(neurons, torch.arange(8))
     assert export(again, parts) == "stock"
     again.save_pretrained(tmp_path / "second")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
@@ -211,10 +211,10 @@ def test_padding_puts_back_what_slicing_took(family: str) -> None:
     for heads, neurons in branches_of(model):
         shapes = [view.shape for view in (*heads.inner, heads.output, *neurons.inner, neurons.output)]
         full = heads.count
-        keep_units(heads, torch.tensor([1]))
-        keep_units(neurons, torch.arange(5))
-        pad_units(heads, full)
-        pad_units(neurons, 24)
+        keep_groups(heads, torch.tensor([1]))
+        keep_groups(neurons, torch.arange(5))
+        pad_groups(heads, full)
+        pad_groups(neurons, 24)
         assert [view.shape for view in (*heads.inner, heads.output, *neurons.inner, neurons.output)] == shapes
         assert torch.count_nonzero(neurons.output.read()[:, 5:]) == 0
     assert bool(torch.isfinite(logits(model)).all())
@@ -238,11 +238,15 @@ def test_heads_that_cannot_go_stay_and_say_why(family: str, why: str) -> None:
 
 
 def test_blocks_of_another_form_are_named() -> None:
-    with pytest.raises(UserError, match=r"^model.layers.0.mlp.experts is a mixture of experts, which loses no units"):
+    with pytest.raises(
+        UserError, match=r"^model.layers.0.mlp.experts is a mixture of experts, which has no structured groups"
+    ):
         branches_of(build("mixtral"))
     model = build("llama")
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(16, 20)
-    with pytest.raises(UserError, match=r"cannot read the units of model.layers.0.mlp: gate_proj \(20, 16\), up_proj"):
+    with pytest.raises(
+        UserError, match=r"cannot read the structured groups of model.layers.0.mlp: gate_proj \(20, 16\), up_proj"
+    ):
         branches_of(model)
 
 

@@ -18,7 +18,7 @@ from admm_prune.models.export import export
 from admm_prune.models.loading import LoadedModel, open_on_disk, save
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.models.sublayers import keep_units, sublayers
+from admm_prune.models.sublayers import keep_groups, sublayers
 from tests.models.tiny_models import build
 
 IDS = torch.tensor([0, 5, 17, 42, 99, 7, 3, 250, 11, 12])
@@ -85,7 +85,7 @@ def test_what_was_not_is_refused_in_one_line(
 def test_the_class_beside_the_weights_must_be_there(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = build("llama", layers=2)
     parts = [sublayers(block) for block in decoder_blocks(model)]
-    keep_units(parts[0][1], torch.arange(7))
+    keep_groups(parts[0][1], torch.arange(7))
     export(model, parts)
     loaded = LoadedModel(model, tokenizer, "llama")
     save(loaded, tmp_path, {})

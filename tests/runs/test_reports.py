@@ -87,7 +87,7 @@ def test_a_page_draws_what_its_method_did(runs: Path) -> None:
     structured = page_of(runs / "struprune")
     assert drawings(structured) == {"map", "errors"}
     units = manifest_of(runs / "struprune")["details"]
-    (table,) = (t for t in structured.find_all("table") if t.find_all("th")[0].text == "branch")
+    (table,) = (t for t in structured.find_all("table") if t.find_all("th")[0].text == "sublayer")
     told = {row.find_all("th")[0].text: row.find_all("td") for row in table.find_all("tr")[1:]}
     assert {name: int(cells[1].text) for name, cells in told.items()} == units["units"]
     assert {name: int(cells[0].text) for name, cells in told.items() if int(cells[0].text)} == {

@@ -33,9 +33,9 @@ from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_slicing, report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.export import Form, admits, check_exportable, export, units_by_block
+from admm_prune.models.export import Form, admits, check_exportable, export, groups_by_block
 from admm_prune.models.structure import Block, decoder_blocks
-from admm_prune.models.sublayers import UNITS, Sublayer, Unit, heads_stay, keep_units, savings, sublayers
+from admm_prune.models.sublayers import UNITS, Sublayer, Unit, heads_stay, keep_groups, savings, sublayers
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, together
 from admm_prune.statistics import LayerStatistics
 
@@ -108,7 +108,7 @@ class StruPrune(Capabilities):
         parts = [sublayers(block) for block in decoder_blocks(model)]
         if not self.uniform:
             check_exportable(model, self.form)
-        elif any(units != units_by_block(parts)[0] for units in units_by_block(parts)):
+        elif any(units != groups_by_block(parts)[0] for units in groups_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already and cannot lose the same number of groups each")
         curves = {sublayer.name: self._curve(model, sublayer) for block in parts for sublayer in block}
         self._allocate(model, parts, curves, target)
@@ -153,7 +153,7 @@ class StruPrune(Capabilities):
         def reshape(index: int) -> None:
             for sublayer in parts[index]:
                 if removed.get(sublayer.name, 0) > 0:
-                    keep_units(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
+                    keep_groups(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
         results = for_each_block(model, task, runtime, prune_block, reshape=reshape, steps=(count, 2 * count))

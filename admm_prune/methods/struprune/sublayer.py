@@ -22,7 +22,7 @@ from admm_prune.models.activation_store import ActivationStore, form_of, record
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.models.sublayers import Sublayer, keep_units, sublayers
+from admm_prune.models.sublayers import Sublayer, keep_groups, sublayers
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.structured_groups import GroupReconstruction
@@ -106,7 +106,7 @@ class Pruner:
         )
         for sublayer, (_, remaining) in zip(parts, solved, strict=True):
             masked = outputs() if outputs is not None else None
-            keep_units(sublayer, torch.tensor(remaining))
+            keep_groups(sublayer, torch.tensor(remaining))
             if masked is not None and outputs is not None:
                 _check_unchanged(sublayer, masked, outputs())
         return [report for report, _ in solved]
@@ -185,7 +185,7 @@ def _try(sublayer: Sublayer, outputs: Outputs) -> None:
     weight[:, zero.repeat_interleave(sublayer.width).to(weight.device)] = 0
     sublayer.output.write(weight)
     masked = outputs()
-    keep_units(sublayer, remaining)
+    keep_groups(sublayer, remaining)
     try:
         sliced = outputs()
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:

@@ -125,7 +125,7 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The number of units removed from a branch of a block."""
+    """The number of groups removed from a sublayer of a block."""
 
     name: str
     removed: int
@@ -137,7 +137,7 @@ class Sublayer:
 
 
 def allocation_of(details: Manifest) -> list[Sublayer]:
-    """The number of units removed from every branch by a structured method; empty for others."""
+    """The number of groups removed from every sublayer by a structured method; empty for others."""
     removed = details.get("removed", {})
     return [Sublayer(name, removed.get(name, 0), left) for name, left in details.get("units", {}).items()]
 
