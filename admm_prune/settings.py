@@ -226,7 +226,7 @@ class Settings(TextSettings):
     model: str | Path | PreTrainedModel = field(
         metadata={
             "option": Option(
-                help="'embedded', a from_pretrained folder, or a Hub id.",
+                help="'embedded', a from_pretrained folder, a Hub id, or a .gguf file.",
                 python="Or a module with its `tokenizer`, which is pruned in place.",
                 commands=_COMMANDS,
                 typed_default="embedded",

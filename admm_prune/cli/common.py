@@ -33,7 +33,7 @@ def _typed(name: str, declared: Option) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
-Model = Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, or 'embedded'.")]
+Model = Annotated[str, typer.Argument(help="A from_pretrained folder, a Hub id, a .gguf file, or 'embedded'.")]
 Out = Annotated[Path, typer.Option(help="Output folder, written atomically.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and exit.")]
 Seed = Annotated[int, _typed("seed", _DECLARED["seed"])]

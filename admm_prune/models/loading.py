@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+GGUF = ".gguf"
 METADATA_KEY = "admm_prune"
 _FOLDER = "give the model's folder and out=, with stream=True where it does not fit in memory"
 _DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config and the tokenizer
@@ -54,12 +57,12 @@ def load(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Loads a model and its tokenizer from safetensors.
+    """Loads a model and its tokenizer from safetensors, or from a GGUF file, whose weights are dequantized.
 
     Args:
-        source: "embedded" (the model that comes with this package), a folder, or a Hub id.
+        source: "embedded" (the model that comes with this package), a folder, a Hub id, or a .gguf file.
         device: where the model goes.
-        dtype: of the weights; None keeps them as stored.
+        dtype: of the weights; None keeps them as stored, and in float32 where they were quantized to GGUF.
         trust_remote_code: allow running code that comes with the model.
 
     Raises:
@@ -120,6 +123,8 @@ def open_on_disk(
         UserError: as `load`.
     """
     folder, revision = _folder_of(source, trust_remote_code)
+    if folder.suffix == GGUF:
+        raise UserError(f"{source}: a GGUF file is dequantized as a whole and cannot be streamed")
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -168,7 +173,7 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def locate(source: str, *, weights: bool = True) -> Path | str:
-    """The source for `from_pretrained`: a folder that looks like a model, or a Hub id.
+    """The source of a model: a folder that looks like one, a GGUF file, or a Hub id.
 
     Args:
         weights: refuse a folder without any; else a config.json is enough.
@@ -178,6 +183,9 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
     """
     folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else Path(source).expanduser()
     if not folder.is_dir():
+        if folder.suffix == GGUF and folder.is_file():
+            _check_gguf(source, folder)
+            return folder
         if folder.exists():
             raise UserError(f"{source}: a file, not a model folder")
         if source == EMBEDDED or not is_repository(source):
@@ -201,7 +209,7 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
 
 
 def _folder_of(source: str, trust_remote_code: bool) -> tuple[Path, str | None]:
-    """The folder that a model is read from, and the commit of its Hub repository, None of a local folder."""
+    """The folder or GGUF file that a model is read from, and the commit of its Hub repository, None of a local one."""
     location = locate(source)
     if isinstance(location, Path):
         return location, None
@@ -245,7 +253,47 @@ def _check_reachable(source: str) -> None:
         ) from error
 
 
+def _check_gguf(source: str, file: Path) -> None:
+    """Raises UserError where a file does not begin as GGUF does, or the package that reads it is missing."""
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise UserError(f"{source}: not a GGUF file")
+    if find_spec("gguf") is None:
+        raise UserError(f"{source}: reading GGUF needs the package gguf: pip install admm-prune[gguf]")
+
+
+def place_of(location: Path | str) -> tuple[Path | str, dict[str, str]]:
+    """The folder or Hub id for a `from_pretrained` of transformers, and its option that names a GGUF file."""
+    if isinstance(location, Path) and location.suffix == GGUF:
+        return location.parent, {"gguf_file": location.name}
+    return location, {}
+
+
+def _load_gguf(source: str, file: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    with explained(source, file), quiet():
+        from transformers import AutoModelForCausalLM
+
+        place, option = place_of(file)
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or torch.float32, output_loading_info=True, **option
+        )
+    model: Any = result[0]
+    model.hf_quantizer.remove_quantization_config(model)  # the weights are dequantized, and saved as they are
+    return _complete(source, model, result[1])
+
+
+def _complete(source: str, model: Any, information: dict[str, Any]) -> PreTrainedModel:
+    """The model; a UserError where its file lacks a weight."""
+    absent = sorted(information["missing_keys"])  # tied parameters are not among them
+    if absent:
+        raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
 def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> PreTrainedModel:
+    if folder.suffix == GGUF:
+        return _load_gguf(source, folder, dtype)
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
         quantizer = dequantizer(source, config)
@@ -261,18 +309,15 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
     model: Any = result[0]
     if quantizer is not None:
         model._weight_conversions = None  # it is saved without quantizing it again
-    absent = sorted(result[1]["missing_keys"])  # tied parameters are not among them
-    if absent:
-        raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
-    loaded: PreTrainedModel = model
-    return loaded
+    return _complete(source, model, result[1])
 
 
 def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:
     """The config, and what builds the model that it is of."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    place, option = place_of(location)
+    config: Any = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **option)
     # A model with different widths per block uses a class of this package: the file saved with it is not run.
     architectures = getattr(config, "architectures", None) or [""]
     kind = per_layer_class(architectures[0]) if architectures[0].startswith("PerLayer") else None
@@ -292,7 +337,8 @@ def explained(source: str, location: Path | str) -> Generator[None]:
     except SafetensorError as error:
         raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
     except (
-        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError
+        OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, struct.error,
+        StrictDataclassError,
     ) as error:  # fmt: skip
         # All errors of a wrong config, an unsupported architecture, mismatched shapes or a missing repository.
         # The error of a config's validation names the field, and its cause the reason.
@@ -308,7 +354,8 @@ def load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+            place, option = place_of(location)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **option)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{source}: no tokenizer could be read: save the model's tokenizer beside it") from error
 

@@ -22,7 +22,7 @@ from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.loading import LoadedModel, fingerprint, from_module, load, open_on_disk, save
+from admm_prune.models.loading import GGUF, LoadedModel, fingerprint, from_module, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
@@ -81,6 +81,8 @@ def default_activation_bytes() -> int:
 def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
     if not isinstance(model, str | Path):
         return "the model is in memory already: give its folder"
+    if Path(model).suffix == GGUF:
+        return "a GGUF file is dequantized as a whole"
     if not written:
         return "the pruned model must be written to a folder: give --out"
     return recipe.streaming_obstacle()
