@@ -30,6 +30,7 @@ from statistics import mean
 from typing import Any
 
 from admm_prune.models.loading import load, save
+from admm_prune.runs.journal.folder import MANIFEST
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine
 
@@ -104,16 +105,16 @@ class Bench:
         began = time.perf_counter()
         figures, peak = command(*words, "--overwrite", "--json")
         seconds = time.perf_counter() - began
-        timings = json.loads((out / "timings.json").read_text(encoding="utf-8"))
+        texts = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["texts"]
         row = {
             "perplexity": figures["pruned"]["perplexity"],
             "dense": figures["dense"]["perplexity"],
             "bits_per_char": figures["pruned"]["bits_per_char"],
             "sparsity": figures["sparsity"],
-            "tokens": figures["text"]["calibration"]["tokens"],
+            "tokens": texts["calibration"]["tokens"],
             "length": a.length,
             "eval_tokens": figures["pruned"]["tokens"],
-            "pruning_seconds": timings["seconds"],
+            "pruning_seconds": figures["seconds"],
             "seconds": seconds,
             "peak_mib": peak,
             "settings": " ".join(map(str, settings[4:])),
