@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +187,22 @@ class ModelOnDisk(Offloading):
         return list(stored)
 
     def _write_outside(self, path: Path) -> list[str]:
-        """Writes the modules outside the blocks, and all buffers, one tensor at a time; returns their stored names."""
+        """Writes the modules outside the blocks, and all buffers, one stored tensor at a time; returns their names."""
         saved = [*self._outside, *self._buffers]
         if not self._checkpoint.renames:
             write_tensors(path, Lazy(saved, self._tensor))
             return saved
-        names = {
-            next(iter(self._checkpoint.as_stored({name: self.model.get_parameter_or_buffer(name)}))): name
-            for name in saved
-        }
-        write_tensors(path, Lazy(list(names), lambda stored: self._tensor(names[stored])))
-        return list(names)
+        groups: dict[str, list[str]] = {}  # a stored tensor -> the parameters that it is made of, together
+        for name in saved:
+            for stored in self._checkpoint.as_stored({name: self.model.get_parameter_or_buffer(name)}):
+                groups.setdefault(stored, []).append(name)
+
+        @lru_cache(maxsize=1)  # several stored tensors may be made of one parameter
+        def as_stored(*names: str) -> dict[str, Tensor]:
+            return self._checkpoint.as_stored({name: self._tensor(name) for name in names})
+
+        write_tensors(path, Lazy(list(groups), lambda stored: as_stored(*groups[stored])[stored]))
+        return list(groups)
 
     def _tie(self) -> None:
         # The mapping resolved by the checkpoint: the config may tie parameters that the files store separately.
