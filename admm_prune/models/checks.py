@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import block_output, passed_by, returned_form
+from admm_prune.models.activation_store import Wrap, block_output, passed_by, returned_form
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 
@@ -24,15 +24,17 @@ def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) ->
 
     The last of a few tokens is replaced. The outputs of one block of every kind (class, and kind of attention) at the
     preceding tokens must not change, up to rounding: a mixture may sum the tokens of an expert in another order. The
-    other blocks are skipped.
+    other blocks are skipped. A model that calls a block several times in a forward pass is refused too: block by block,
+    only the first call would be seen.
 
     Args:
         source: as the user named the model.
         offloading: of the blocks: one of each kind is loaded.
 
     Raises:
-        UserError: tokens see later ones, the model cannot run on token ids alone, or it has matrices in its blocks that
-            it does not use then, such as the cross-attention of a decoder without its encoder.
+        UserError: tokens see later ones, a block is called several times, the model cannot run on token ids alone, or
+            it has matrices in its blocks that it does not use then, such as the cross-attention of a decoder without
+            its encoder.
     """
     kind = type(model).__name__
     try:
@@ -42,6 +44,13 @@ def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) ->
     try:
         with offloading.outside():
             wrap = returned_form(model, blocks, offloading.device(model), offloading)
+            calls = _calls(model, blocks, wrap, offloading.device(model))
+            repeated, count = max(calls.items(), key=lambda item: item[1])
+            if count > 1:
+                raise UserError(
+                    f"{source}: {kind} calls {repeated} {count} times in a forward pass: a model with repeated blocks "
+                    "cannot be pruned"
+                )
             for block in _of_each_kind(model, blocks):
                 with offloading.block(blocks.index(block)), passed_by(blocks[: blocks.index(block)], wrap):
                     why = _try(model, block, offloading.device(model))
@@ -51,6 +60,24 @@ def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) ->
         raise
     except Exception as error:  # the code of a model may raise anything
         raise UserError(f"{source}: {kind} does not run on a sequence of token ids ({first_line(error)})") from error
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, blocks: list[Block], wrap: Wrap, device: torch.device) -> dict[str, int]:
+    """How often each block is called in a forward pass, in which blocks return their inputs."""
+    calls = dict.fromkeys((block.name for block in blocks), 0)
+    rows = embedding_rows(model)
+    ids = torch.tensor([_IDS], device=device)
+    with ExitStack() as stack:
+        stack.enter_context(passed_by(blocks, wrap))
+        for block in blocks:
+
+            def count(*_: Any, name: str = block.name) -> None:
+                calls[name] += 1
+
+            stack.enter_context(block.module.register_forward_pre_hook(count))
+        model(input_ids=ids if rows is None else ids % rows, use_cache=False)
+    return calls
 
 
 def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:

@@ -162,17 +162,27 @@ def test_names_without_the_prefix_of_the_class(saved: Make, text_file: Path) -> 
     run_both_ways(folder, text_file)
 
 
-def test_parts_of_one_stored_tensor_outside_of_the_blocks(saved: Make, text_file: Path) -> None:
-    """Two stacks of layers of which one is outside of the blocks, and queries, keys and values stored as one matrix."""
+def two_stacks(**options: Any) -> HrmTextForCausalLM:
+    """Two stacks of two layers, called in turns; queries, keys and values are stored as one matrix."""
     torch.manual_seed(0)
     config = HrmTextConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_layers_per_stack=2,
-        num_attention_heads=2, head_dim=8, H_cycles=1, L_cycles=1, L_bp_cycles=[1], max_position_embeddings=CONTEXT,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        num_attention_heads=2, head_dim=8, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0, **options,
     )  # fmt: skip
-    folder = saved(HrmTextForCausalLM(config).eval())
+    return HrmTextForCausalLM(config).eval()
+
+
+def test_parts_of_one_stored_tensor_outside_of_the_blocks(saved: Make, text_file: Path) -> None:
+    folder = saved(two_stacks(H_cycles=1, L_cycles=1, L_bp_cycles=[1]))
     _, files = run_both_ways(folder, text_file)
     assert sum(".H_module." in name and "gqkv_proj" in name for name in files) == 2
+
+
+def test_blocks_that_are_called_several_times_are_refused(saved: Make) -> None:
+    folder = saved(two_stacks(H_cycles=2, L_cycles=3, L_bp_cycles=[3]))
+    message = one_refusal(folder)
+    assert "HrmTextForCausalLM calls model.L_module.layers.0 6 times in a forward pass" in message
 
 
 def test_shapes_are_checked_under_other_names_too(saved: Make) -> None:
