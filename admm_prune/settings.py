@@ -323,7 +323,7 @@ class Settings(TextSettings):
         choices=("parameters", "bytes", "kv-cache", "flops", "latency"),
     )
     multiple: int | None = option(
-        None, "Structured methods keep a number of neurons that is a multiple of this, such as 64.", least=1
+        None, "Make the number of neurons that a structured method keeps a multiple of this, such as 64.", least=1
     )
     bounds: bool = option(
         False, "Also compute a proven lower bound of every layer's error; takes seconds per matrix.", commands="run"
@@ -362,7 +362,7 @@ class Settings(TextSettings):
     )
     stream: Stream = _run(
         "auto",
-        "Read the model from its folder block by block; by default only if it would not leave enough free memory.",
+        "Read the model from its folder block by block; by default only if the whole model would fill the memory.",
         python="Every pruned block is written to `out` before the next is read.",
         commands="run",
         saved_in="manifest",
