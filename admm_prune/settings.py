@@ -140,7 +140,7 @@ def _overrides(typed: list[str] | None) -> dict[str, float | str]:
 _DATA = {
     "option": Option(
         help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
-        "'embedded', which is the default of the embedded model alone.",
+        "'embedded', the text that comes with the embedded model and is the default for that model only.",
         python="Or text itself: a `datasets.Dataset`, a list of strings, of rows or of token ids, or an iterable of "
         "batches with input_ids.",
         in_file=str | None,
@@ -165,7 +165,7 @@ class TextSettings:
     eval_data: Any | None = _text(
         None,
         "Text to evaluate on; by default a held-out part of the calibration text: its validation split, or the "
-        "last tenth of what has no splits.",
+        "last tenth of a text without splits.",
         python="As `data`.",
     )
     split: str = _text("train", "Split of a Hub id or saved data set to calibrate on.")
@@ -176,35 +176,48 @@ class TextSettings:
     )
     column: str | None = _text(
         None,
-        "Column of rows that holds the text or a chat; 'text' by default, or the only one with text.",
+        "Column of the data set that holds the text or a chat; 'text' by default, or the only column with text.",
         commands=f"{_COMMANDS} eval",
     )
-    documents: int | None = _text(None, "Calibration documents to read; all by default, 20,000 of a Hub id.", least=1)
+    documents: int | None = _text(
+        None, "Calibration documents to read; by default all, or 20,000 of a Hub data set.", least=1
+    )
     eval_documents: int | None = _text(
-        None, "Evaluation documents to read; all by default, 20,000 of a Hub id.", least=1
+        None, "Evaluation documents to read; by default all, or 20,000 of a Hub data set.", least=1
     )
     samples: int | None = _text(
         None,
-        "Calibration sequences; as many as the method asks for by default.",
+        "Calibration sequences; by default as many as the method needs.",
         least=1,
         commands="run reproduce compare plan",
     )
     eval_samples: int | None = _text(
-        None, "Evaluation sequences; all of the text by default.", least=1, commands="run reproduce compare plan"
+        None,
+        "Evaluation sequences; by default the whole text.",
+        least=1,
+        commands="run reproduce compare plan",
     )
     length: int | None = _text(
         None,
-        "Tokens of a sequence; the model's context by default, at most 2048.",
+        "Tokens per sequence; by default the context length of the model, but at most 2048.",
         least=2,
         commands=f"{_COMMANDS} eval",
     )
     packing: Packing = _text(
         "auto",
-        "'documents' (one a sequence), 'windows' (contiguous), 'segments' (as in code of GPTQ and Wanda), 'auto'.",
+        "How documents become sequences: 'documents' (one per sequence), 'windows' (all documents one after the other, "
+        "cut into windows), 'segments' (as in the code of GPTQ and Wanda), or 'auto' (documents if they fit in a "
+        "sequence on average, else windows).",
         choices=("auto", "documents", "windows", "segments"),
         commands="run compare capture eval",
     )
-    seed: int = _text(0, "Draws the sequences.", least=0, most=2**63 - 1, commands="run reproduce compare capture eval")
+    seed: int = _text(
+        0,
+        "Seed of all random choices, such as the draw of the sequences.",
+        least=0,
+        most=2**63 - 1,
+        commands="run reproduce compare capture eval",
+    )
 
     def __post_init__(self) -> None:
         for name, declared in options(type(self)).items():
@@ -227,7 +240,7 @@ class Settings(TextSettings):
         metadata={
             "option": Option(
                 help="'embedded', a from_pretrained folder, a Hub id, or a .gguf file.",
-                python="Or a module with its `tokenizer`, which is pruned in place.",
+                python="Or a PyTorch module, which is pruned in place; pass its `tokenizer` as well.",
                 commands=_COMMANDS,
                 typed_default="embedded",
             )
@@ -235,28 +248,30 @@ class Settings(TextSettings):
     )
     _: KW_ONLY
     data: Any = field(default=None, metadata=_DATA)
-    method: str | None = option(None, "A name that 'admm-prune list' prints; 'admm' by default.", commands="run plan")
+    method: str | None = option(
+        None, "Name of a method, as 'admm-prune list' prints it; 'admm' by default.", commands="run plan"
+    )
     solver: str | Solver | None = option(
         None,
-        "What solves the layer problems, in place of the method's own or of a method: a name.",
+        "Solver of the layer problems: a name. It replaces the solver of the method, or is given instead of a method.",
         python="Or an object such as `ADMM.best()`.",
         commands="",
     )
     problem: str | Objective | None = option(
         None,
-        "Objective of a layer, a name that 'admm-prune list' prints; the method's own by default.",
-        python="Or what builds the layer problems, as `LayerReconstruction` does.",
+        "Objective of the layer problems, a name that 'admm-prune list' prints; the method's own by default.",
+        python="Or a callable that builds the layer problems, such as `LayerReconstruction`.",
         commands="run solve",
     )
     constraint: str | SparseSet | type[SparseSet] | None = option(
         None,
-        "Sparse set of a sparsity, a name that 'admm-prune list' prints; the method's own by default.",
-        python="Or the set of every matrix, such as `RowWise(0.5)`, which then needs no sparsity, or its class.",
+        "Sparse set for a sparsity, a name that 'admm-prune list' prints; the method's own by default.",
+        python="Or a sparse set for every matrix, such as `RowWise(0.5)`, which needs no `sparsity`, or its class.",
         commands="run solve",
     )
     sparsity: float | None = option(
         None,
-        "Fraction of every matrix to go, such as 0.7.",
+        "Fraction of every matrix to prune, such as 0.7; with structured methods, of the budget of all blocks.",
         commands="run reproduce plan",
         part_of="target",
         least=0.0,
@@ -265,32 +280,32 @@ class Settings(TextSettings):
     )
     pattern: str | None = option(
         None,
-        "N:M, N kept of every M inputs, such as 2:4.",
-        python="In place of a sparsity.",
+        "Pattern N:M, such as 2:4: N of every M consecutive inputs are kept.",
+        python="Instead of `sparsity`.",
         commands="run reproduce plan",
         part_of="target",
     )
     targets: str | Sequence[str] = _patterns(
         (),
-        "Prune only what fits: a class (LlamaMLP), a module's name, or re: and an expression; repeatable.",
+        "Prune only what matches: a class (LlamaMLP), the name of a module, or re:REGEX; repeatable.",
         python="See `Selection`.",
         in_file=tuple[str, ...],
     )
     ignore: str | Sequence[str] = _patterns(
-        (), "Leave what fits as it is, as for targets; repeatable.", in_file=tuple[str, ...]
+        (), "Do not prune what matches; patterns as for targets; repeatable.", in_file=tuple[str, ...]
     )
     overrides: Mapping[str, float | str] | None = _patterns(
         None,
-        "PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: another target for what fits; repeatable.",
-        python='As a mapping: {pattern: 0.5, "2:4" or "dense"}.',
+        "PATTERN=0.5, PATTERN=2:4 or PATTERN=dense: a different sparsity for what matches; repeatable.",
+        python='Here a mapping from patterns to 0.5, "2:4" or "dense".',
         in_file=dict[str, float | str] | None,
         spelled="override",
         parse=_overrides,
     )
     ridge: Ridge = option(
         None,
-        "Relative to diag(H), in place of the solver's own; 'auto' chooses it on validation tokens.",
-        python="Together with the damping, for every shared input.",
+        "Ridge, relative to diag(H); the solver's own by default; 'auto' selects it on validation tokens.",
+        python="With 'auto', the damping is selected too, once for all matrices with the same input.",
         commands="run plan solve",
         in_file=float | Literal["auto"] | None,
         typed=str | None,
@@ -298,49 +313,56 @@ class Settings(TextSettings):
     )
     steps: int | None = option(
         None,
-        "Optimizer steps of the methods that train; their own number by default.",
+        "Number of optimizer steps, for methods that train; by default set by the method.",
         commands="run reproduce compare plan",
         least=1,
     )
     unit: str | None = option(
         None,
-        "Of a structured budget: parameters, bytes, kv-cache, flops, latency.",
+        "Unit of the budget of structured methods: parameters, bytes, kv-cache, flops or latency.",
         choices=("parameters", "bytes", "kv-cache", "flops", "latency"),
     )
-    multiple: int | None = option(None, "Neurons that a structured method keeps: a multiple, such as 64.", least=1)
-    bounds: bool = option(False, "Prove a lower bound of every layer's error too: seconds a matrix.", commands="run")
+    multiple: int | None = option(
+        None, "Make the number of neurons that a structured method keeps a multiple of this, such as 64.", least=1
+    )
+    bounds: bool = option(
+        False, "Also compute a proven lower bound of every layer's error; takes seconds per matrix.", commands="run"
+    )
     dtype: str | None = _run(
         None,
-        "float32, bfloat16 or float16; as stored by default.",
-        python="A module keeps its own.",
+        "Data type of the weights: float32, bfloat16 or float16; as stored by default.",
+        python="A module that is passed keeps its data type.",
         commands=f"{_COMMANDS} eval",
         choices=("float32", "bfloat16", "float16"),
         saved_in="recipe",
     )
     device: str = _run(
         "auto",
-        "auto, cpu or cuda.",
-        python="A module stays where it is.",
+        "Device: auto, cpu or cuda.",
+        python="A module that is passed stays on its device.",
         commands="run reproduce compare capture solve eval",
         saved_in="recipe",
     )
     out: str | Path | None = _run(
-        None, "Folder to write, whole or not at all.", commands="run reproduce", typed=Path | None
+        None,
+        "Output folder; written completely, or, if the run fails, not at all.",
+        commands="run reproduce",
+        typed=Path | None,
     )
     resume: bool = _run(
         False,
         "Resume an interrupted run; all other arguments must be the same.",
-        python="Its journal is beside `out`.",
+        python="The journal of the run is next to `out`.",
         commands="run reproduce compare",
     )
     overwrite: bool = _run(
         False,
-        "Replace an earlier result there; refused otherwise. Never replaces others.",
+        "Replace an earlier result at the output path, which is an error otherwise. Other files are never replaced.",
         commands="run reproduce compare capture solve",
     )
     stream: Stream = _run(
         "auto",
-        "Take the model from its folder block by block; by default where it would fill the memory.",
+        "Read the model from its folder block by block; by default only if the whole model would fill the memory.",
         python="Every pruned block is written to `out` before the next is read.",
         commands="run",
         saved_in="manifest",
@@ -351,8 +373,8 @@ class Settings(TextSettings):
     )
     activation_bytes: int | None = _run(
         None,
-        "GiB of activations between blocks to hold in memory; the others go to disk.",
-        python="Here in bytes; by default a quarter of the free memory where weights are streamed, else all.",
+        "GiB of activations between blocks to keep in memory; the rest is stored on disk.",
+        python="Here in bytes. By default a quarter of the free memory if weights are streamed, else no limit.",
         commands="run",
         least=0,
         typed=float | None,
@@ -360,17 +382,22 @@ class Settings(TextSettings):
         parse=lambda typed: None if typed is None else round(typed * 2**30),
     )
     trust_remote_code: bool = _run(
-        False, "Run code that comes with the model. Never done otherwise.", commands="run eval", saved_in="manifest"
+        False,
+        "Run Python code that comes with the model; never run otherwise.",
+        commands="run eval",
+        saved_in="manifest",
     )
     log: str | Tracker | None = _run(
         None,
-        "Follow the run: tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.",
+        "Log the figures of the run to tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.",
         python="Or an object with the methods of `Tracker`.",
         commands="run reproduce",
     )
-    tokenizer: Any = _run(None, "Of a model that is a module.", commands="")
+    tokenizer: Any = _run(None, "Tokenizer of a model that is passed as a module.", commands="")
     progress: OnProgress | None = _run(
-        None, "Called with (steps done, steps, what is at work); layer-wise methods go block by block.", commands=""
+        None,
+        "Callable that receives (steps done, all steps, name of the current part); layer-wise methods count blocks.",
+        commands="",
     )
 
 
@@ -378,14 +405,16 @@ class Settings(TextSettings):
 class PlanSettings(Settings):
     """What `make_plan` takes: the settings of the run, and the machine that it is planned for."""
 
-    stream: bool = _run(False, "One block in memory at a time.", commands="plan", saved_in="", flags=("--stream",))
-    out: str | Path | None = _run(
-        None, "Where a run would write: its disk is measured.", typed=Path | None, commands="plan"
+    stream: bool = _run(
+        False, "Plan to hold one block in memory at a time.", commands="plan", saved_in="", flags=("--stream",)
     )
-    gpu: str | None = _machine(None, "A GPU that is not here: h100, h200, a100.")
-    gpus: int = _machine(1, "So many of them.", least=1)
-    device_memory: float | None = _machine(None, "GB of each; its own by default.", least=0.001)
-    memory: float | None = _machine(None, "GB of the host; what is free by default.", least=0.001)
+    out: str | Path | None = _run(
+        None, "Folder that the run would write; its disk is measured.", typed=Path | None, commands="plan"
+    )
+    gpu: str | None = _machine(None, "Plan for a GPU that this machine does not have: h100, h200 or a100.")
+    gpus: int = _machine(1, "Number of GPUs of this kind.", least=1)
+    device_memory: float | None = _machine(None, "Memory of each GPU in GB; by default its own.", least=0.001)
+    memory: float | None = _machine(None, "Memory of the host in GB; by default the free memory.", least=0.001)
 
 
 def options(kind: Any) -> dict[str, Option]:
