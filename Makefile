@@ -1,7 +1,7 @@
 # What a checkout can do. `make help` lists it.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO ?= demo
 
 BIN := .venv/bin

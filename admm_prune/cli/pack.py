@@ -13,7 +13,7 @@ from admm_prune.cli import common
 if TYPE_CHECKING:
     from admm_prune.inference.packing import Packing
 
-_OutFolder = Annotated[Path, typer.Argument(help="Folder to write, whole or not at all.")]
+_OutFolder = Annotated[Path, typer.Argument(help="Output folder; written completely, or not at all.")]
 
 
 def pack(
