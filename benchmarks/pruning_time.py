@@ -43,6 +43,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.gram_operations = 0
         self._inside = [0.0]
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,16 +59,24 @@ class Clock:
 
         return call
 
+    def _counted(self, add: Callable[..., None]) -> Callable[..., None]:
+        def call(gram: GramAccumulator, inputs: torch.Tensor, *arguments: Any, **options: Any) -> None:
+            width = inputs.shape[-1]
+            self.gram_operations += inputs.numel() // width * width * (width + 1)
+            add(gram, inputs, *arguments, **options)
+
+        return call
+
     @contextmanager
     def watching(self) -> Generator[None]:
         """Within it the functions of the phases are timed."""
         with ExitStack() as stack:
-            for owner, name, phase in (
-                (capture, "record", "calls"),
-                (BatchState, "replay", "passes"),
-                (GramAccumulator, "add", "grams"),
+            for owner, name, watched in (
+                (capture, "record", self.timed("calls", capture.record)),
+                (BatchState, "replay", self.timed("passes", BatchState.replay)),
+                (GramAccumulator, "add", self.timed("grams", self._counted(GramAccumulator.add))),
             ):
-                stack.enter_context(patch.object(owner, name, self.timed(phase, getattr(owner, name))))
+                stack.enter_context(patch.object(owner, name, watched))
             yield
 
 
@@ -92,30 +101,21 @@ def rate(width: int, tokens: int = 4096) -> float:
     return 2 * tokens * width * width / best
 
 
-def floors(loaded: LoadedModel, outcome: Outcome, tokens: int, length: int) -> dict[str, float]:
+def floors(loaded: LoadedModel, outcome: Outcome, tokens: int, length: int, gram_operations: int) -> dict[str, float]:
     """Seconds that each phase takes at least, at the rate of a product."""
     blocks = decoder_blocks(loaded.model)
     config: Any = loaded.model.config
     weights = sum(view.shape[0] * view.shape[1] for block in blocks for view in block.weights)
     attention = 2 * length * config.hidden_size * len(blocks)  # q k^T and the mean of v, over half of the positions
-    inputs = [
-        w for block in blocks for w in dict.fromkeys(_input_of(view.name, view.shape[1]) for view in block.weights)
-    ]
     solves = sum(2 * r.iterations * r.shape[0] * r.shape[1] ** 2 for r in outcome.layers)
     per_second = rate(config.hidden_size)
     return {
         "calls": 0.0,
         "passes": 2 * tokens * (2 * weights + attention) / per_second,
-        "grams": tokens * sum(width * (width + 1) for _, width in inputs) / per_second,
+        "grams": gram_operations / per_second,
         "solves": solves / per_second,
         "rest": 0.0,
     }
-
-
-def _input_of(name: str, width: int) -> tuple[str, int]:
-    """Names the input of a matrix: queries, keys and values share theirs, and so do gate and up."""
-    last = name.rsplit(".", 2)[-2]
-    return ({"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last, last), width)
 
 
 def measured(arguments: argparse.Namespace, method: str, text: TextSettings) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def measured(arguments: argparse.Namespace, method: str, text: TextSettings) -> 
         "seconds": wall,
         "ratio": wall / (2 * forward),
         "phases": seconds,
-        "floors": floors(loaded, outcome, calibration.tokens, calibration.length),
+        "floors": floors(loaded, outcome, calibration.tokens, calibration.length, clock.gram_operations),
     }
 
 

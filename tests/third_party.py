@@ -26,6 +26,18 @@ class Box:
         return all(bool((x.abs() <= 1).all()) for x in z.values())
 
 
+class Bare:
+    """A problem with a value and no capability beside it."""
+
+    constraint, curvature = Unstructured(0.5), 1.0
+
+    def initial(self) -> Point:
+        return Point(weight=torch.ones(2, 2))
+
+    def value(self, x: Point) -> float:
+        return x.norm()
+
+
 class Logarithmic:
     """sum_i log(1 + (x_i - w_i)^2) over two tensors: smooth, not convex, with nothing but a gradient to show."""
 

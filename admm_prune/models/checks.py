@@ -1,4 +1,4 @@
-"""Checks of a loaded model: it is causal, and has an embedding for every token id of its tokenizer."""
+"""Checks of a loaded model: it is causal, calls each block once, and has an embedding for every token id."""
 
 from __future__ import annotations
 
@@ -66,8 +66,6 @@ def check_causal(source: str, model: Any, offloading: Offloading = IN_MEMORY) ->
 def _calls(model: nn.Module, blocks: list[Block], wrap: Wrap, device: torch.device) -> dict[str, int]:
     """How often each block is called in a forward pass, in which blocks return their inputs."""
     calls = dict.fromkeys((block.name for block in blocks), 0)
-    rows = embedding_rows(model)
-    ids = torch.tensor([_IDS], device=device)
     with ExitStack() as stack:
         stack.enter_context(passed_by(blocks, wrap))
         for block in blocks:
@@ -76,8 +74,14 @@ def _calls(model: nn.Module, blocks: list[Block], wrap: Wrap, device: torch.devi
                 calls[name] += 1
 
             stack.enter_context(block.module.register_forward_pre_hook(count))
-        model(input_ids=ids if rows is None else ids % rows, use_cache=False)
+        model(input_ids=_token_ids(model, device), use_cache=False)
     return calls
+
+
+def _token_ids(model: nn.Module, device: torch.device, last: int = _IDS[-1]) -> Tensor:
+    """A few token ids (1, n) that the model has embeddings for."""
+    ids, rows = torch.tensor([[*_IDS[:-1], last]], device=device), embedding_rows(model)
+    return ids if rows is None else ids % rows
 
 
 def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:
@@ -94,11 +98,9 @@ def _of_each_kind(model: Any, blocks: list[Block]) -> Iterator[Block]:
 @torch.no_grad()
 def _try(model: Any, block: Block, device: torch.device) -> str | None:
     """Runs the model up to a block on two sequences that differ in the last token; returns the fault, or None."""
-    rows = embedding_rows(model)
     leaving: list[Tensor] = []
     for last in (_IDS[-1], _IDS[-1] + 1):
-        ids = torch.tensor([[*_IDS[:-1], last]], device=device)
-        hidden, used = _output(model, block, ids if rows is None else ids % rows)
+        hidden, used = _output(model, block, _token_ids(model, device, last))
         leaving.append(hidden[..., :-1, :].double())
         unused = [view.name for view in block.weights if view.module not in used and not _is_chosen(block, view)]
         if unused:

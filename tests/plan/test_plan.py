@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
-from admm_prune.methods.base import Task
+from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import prune_several, prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
@@ -37,6 +37,16 @@ def text(rows: int, length: int) -> Sequences:
     g = torch.Generator().manual_seed(0)
     drawn = tuple(Row(torch.randint(4096, (length,), generator=g), length) for _ in range(rows))
     return Sequences(drawn, "windows", length, None, 8)
+
+
+def pruned_and_counted(recipe: Recipe, task: Task) -> tuple[int, Work]:
+    """The bytes that pruning the embedded model holds at its peak, weights included, and the work of it."""
+    model = embedded()
+    weights = sum(p.nbytes for p in model.parameters())
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        recipe.prune(model, task)
+    return weights + counting.peak, counting.work
 
 
 def embedded() -> nn.Module:
@@ -119,14 +129,10 @@ def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> Non
     task = Task(target=Target(0.5), calibration=calibration)
     stages = pruning_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
     planned = max(stage.bytes for stage in stages)
-    model = embedded()
-    weights = sum(p.nbytes for p in model.parameters())
-    with counted() as counting:
-        counting.know(*model.parameters(), *model.buffers())
-        recipe.prune(model, task)
-    assert planned == pytest.approx(weights + counting.peak, rel=0.1)
+    held, work = pruned_and_counted(recipe, task)
+    assert planned == pytest.approx(held, rel=0.1)
     done = sum((stage.work for stage in stages), Work()).operations
-    assert done == pytest.approx(counting.work.operations, rel=0.3)
+    assert done == pytest.approx(work.operations, rel=0.3)
 
 
 def mixture(family: str, device: str) -> PreTrainedModel:
@@ -184,12 +190,8 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     task = Task(target=Target(0.5), calibration=text(24, 64))
     stages = training(Anatomy.of("embedded", "float32"), recipe, task)
     planned = max(stage.bytes for stage in stages)
-    model = embedded()
-    weights = sum(p.nbytes for p in model.parameters())
-    with counted() as counting:
-        counting.know(*model.parameters(), *model.buffers())
-        recipe.prune(model, task)
-    assert planned == pytest.approx(weights + counting.peak, rel=0.1)
+    held, _ = pruned_and_counted(recipe, task)
+    assert planned == pytest.approx(held, rel=0.1)
 
 
 @pytest.mark.slow

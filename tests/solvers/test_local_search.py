@@ -20,6 +20,7 @@ from admm_prune.solvers.reference.brute_force import BruteForce
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 from tests.catalogue import CONSTRAINTS, PROBLEMS, ROWS, WIDTH, layer
+from tests.third_party import Bare
 
 seeds = st.integers(0, 10_000)
 SETS = {
@@ -183,15 +184,6 @@ def test_refusals_name_both_sides() -> None:
     for tiles in (Blocks(0.5, 2, 4), Blocks(0.5, 2, 1), StackedRows(((3, NofM(2, 4)), (3, NofM(3, 8))))):
         with pytest.raises(TypeError, match=f"LocalSearch needs a set.*{type(tiles).__name__} of LayerRecon"):
             LocalSearch(Wanda()).solve(layer(tiles))
-
-    class Bare:
-        constraint, curvature = Unstructured(0.5), 1.0
-
-        def initial(self) -> Point:
-            return Point(weight=torch.ones(2, 2))
-
-        def value(self, x: Point) -> float:
-            return x.norm()
 
     with pytest.raises(TypeError, match=r"LocalSearch needs a Quadratic problem.*Bare"):
         LocalSearch().solve(Bare())

@@ -21,6 +21,7 @@ from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
+from tests.third_party import Bare
 
 seeds = st.integers(0, 10_000)
 
@@ -214,15 +215,6 @@ def test_the_order_of_the_field_holds() -> None:
 
 
 def test_refusals_name_both_sides() -> None:
-    class Bare:
-        constraint, curvature = Unstructured(0.5), 1.0
-
-        def initial(self) -> Point:
-            return Point(weight=torch.ones(2, 2))
-
-        def value(self, x: Point) -> float:
-            return x.norm()
-
     for solver in (Wanda(), SparseGPT(), ADMM(), Refit(Magnitude())):
         with pytest.raises(TypeError, match=f"{type(solver).__name__} needs.*Bare"):
             solver.solve(Bare())
