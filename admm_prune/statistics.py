@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_CHUNK = 4096  # tokens multiplied at once: bounds the float64 copy of the inputs
+from admm_prune.ops import precision
+
+_CHUNK = 4096  # tokens multiplied at once in float64: bounds the copy of the inputs
+_PIECE = 512  # tokens multiplied at once in float32: bounds the rounding of a sum of that many products
+_SHORT = 128  # tokens: for fewer, adding the product costs as much as forming it
+_PANELS = 4  # column panels of a product, of which only what is on and below the diagonal is computed
+_NARROWEST = 128  # columns of a panel: narrower products are slow
 _TILE = 256  # rows taken from float64 at once
 _CONSTANT = 1e-5  # a channel is constant where its variance is at most this multiple of its mean square
 _SYMMETRY = 1e-3  # |H - H^T| allowed, relative to sqrt(H_ii H_jj): what accumulation in float32 may leave
@@ -19,23 +25,36 @@ SUM_BYTES = 8  # of an entry of a Gram while it is summed up, in float64
 
 
 class GramAccumulator:
-    """H = sum_t x_t x_t^T over all tokens seen, in float64, for inputs of any dtype in any batches.
+    """H = sum_t x_t x_t^T over all tokens seen, summed in float64, for inputs of any dtype in any batches.
+
+    With products in float32, pieces of at most 512 tokens are multiplied in float32 and their products added up in
+    float64. An entry H_ij is then accurate to about 1e-7 sqrt(H_ii H_jj) / sqrt(number of pieces), which is below the
+    rounding of H itself to float32. That is not sufficient for a difference such as H - n mu mu^T, which may be much
+    smaller than H. Inputs in float64 and sequences of fewer than 128 tokens are always multiplied in float64.
 
     Args:
         width: d, the number of input channels.
         device: where the sum lives.
+        products: the dtype of the products x_t x_t^T.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+    def __init__(
+        self, width: int, device: torch.device | str = "cpu", *, products: torch.dtype = torch.float64
+    ) -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)  # lower panels alone are filled
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._products = products
+        panel = max(_NARROWEST, -(-width // _PANELS))
+        self._panels = [slice(start, min(start + panel, width)) for start in range(0, width, panel)]
         self.tokens = 0
 
-    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, weights: Tensor | None = None, lengths: Sequence[int] | None = None) -> None:
         """Adds tokens (..., d) of any float dtype.
 
         Args:
             weights: s_t >= 0, one per token, so that H = sum_t s_t x_t x_t^T; the mean stays that of the inputs.
+            lengths: of the sequences that the tokens belong to, one after the other; None for a single one. No piece
+                has tokens of two sequences, so that H does not depend on how sequences are batched or distributed.
 
         Raises:
             ValueError: the last dimension is not d; weights are not one per token, finite and not negative.
@@ -43,14 +62,34 @@ class GramAccumulator:
         flat = inputs.reshape(-1, inputs.shape[-1])
         if flat.shape[1] != len(self._sum):
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
-        roots = None if weights is None else _roots(weights, len(flat)).split(_CHUNK)
-        for k, chunk in enumerate(flat.split(_CHUNK)):
-            x = chunk.double()
-            self._channel_sum += x.sum(0)
-            if roots is not None:
-                x = x * roots[k][:, None]
-            self._sum.addmm_(x.T, x)
+        roots = None if weights is None else _roots(weights, len(flat))
+        start = 0
+        with precision.full():
+            for length, dtype in self._pieces(flat, lengths):
+                x = flat[start : start + length].to(dtype)
+                self._channel_sum += x.sum(0, dtype=torch.float64)
+                if roots is not None:
+                    x = x * roots[start : start + length, None].to(dtype)
+                for panel in self._panels:
+                    below = slice(panel.start, None)
+                    if dtype == torch.float64:
+                        self._sum[below, panel].addmm_(x[:, below].T, x[:, panel])
+                    else:
+                        self._sum[below, panel] += x[:, below].T @ x[:, panel]
+                start += length
         self.tokens += len(flat)
+
+    def _pieces(self, flat: Tensor, lengths: Sequence[int] | None) -> Iterator[tuple[int, torch.dtype]]:
+        """The number of tokens of each piece, and the dtype of its products."""
+        waiting = 0  # tokens of short sequences, which are multiplied together
+        for length in (len(flat),) if lengths is None else lengths:
+            if length < _SHORT or torch.float64 in (self._products, flat.dtype):
+                waiting += length
+                continue
+            yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
+            waiting = 0
+            yield from ((some, torch.float32) for some in _split(length, _PIECE))
+        yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of accumulators in other processes; `total` sums a tensor over all of them, in place."""
@@ -65,7 +104,13 @@ class GramAccumulator:
 
     def rows(self, chosen: slice) -> Tensor:
         """Some rows of H (k, d), float64."""
-        return (self._sum[chosen] + self._sum[:, chosen].T).div_(2)
+        result = self._sum[chosen] + self._sum[:, chosen].T
+        first, last, _ = chosen.indices(len(self._sum))
+        for panel in self._panels:  # a block on the diagonal is in both summands
+            rows = slice(max(panel.start, first) - first, min(panel.stop, last) - first)
+            if rows.start < rows.stop:
+                result[rows, panel] /= 2
+        return result
 
     def release(self) -> None:
         """Frees the sum, the largest tensor; `mean` and `tokens` are kept."""
@@ -75,6 +120,12 @@ class GramAccumulator:
     def mean(self) -> Tensor:
         """The mean input (d,), float64; zeros before the first token."""
         return self._channel_sum / max(self.tokens, 1)
+
+
+def _split(tokens: int, most: int) -> list[int]:
+    """Lengths of pieces of at most `most` tokens, as equal as possible."""
+    count = -(-tokens // most)
+    return [tokens // count + (k < tokens % count) for k in range(count)]
 
 
 class TargetAccumulator:

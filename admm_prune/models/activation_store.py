@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +128,25 @@ def record(
     device: torch.device,
     *,
     offloading: Offloading,
-    wrap: Wrap | None,
+    wrap: Wrap,
     activation_store: ActivationStore,
     finite: bool = True,
 ) -> list[BatchState]:
-    """Runs the model on every batch, up to its last block, to record how it calls its blocks.
+    """Calls the model on every batch, to record how it calls its blocks.
 
-    Blocks without weights are skipped: their other arguments do not depend on the outputs of the blocks.
+    No block is computed: each returns its input, because its other arguments do not depend on what blocks compute.
 
     Args:
         batches: with the names of their hidden states.
         device: on which the model computes.
-        wrap: from `form_of`.
+        wrap: from `returned_form`.
         finite: require finite inputs of the first block.
 
     Raises:
         UserError: blocks are called out of order or never, or the inputs of the first are not finite.
     """
-    passing = nullcontext() if wrap is None else passed_by(blocks, wrap)
-    with offloading.outside(), passing:
+    with offloading.outside(), passed_by(blocks, wrap):
         return [_record(model, blocks, name, batch, device, activation_store, finite) for name, batch in batches]
-
-
-def form_of(model: nn.Module, blocks: list[Block], device: torch.device, offloading: Offloading) -> Wrap | None:
-    """As `returned_form`; None if all weights are in memory, so that no block is skipped."""
-    return returned_form(model, blocks, device, offloading) if offloading.is_offloaded else None
 
 
 @torch.no_grad()

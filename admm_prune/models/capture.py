@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import ActivationStore, BatchState, form_of, record
+from admm_prune.models.activation_store import ActivationStore, BatchState, record, returned_form
 from admm_prune.models.archive import Lazy
 from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
 from admm_prune.models.parallel import ALONE, World
@@ -26,9 +26,9 @@ _APART = 1 << 30  # bytes of sums from which a separate pass of the block is wor
 class BlockStream:
     """The calibration text on its way through the model, block after block.
 
-    The model runs once per batch, up to its last block, to record how it calls its blocks: with which arguments beside
-    the hidden states. From then on blocks are replayed one by one, with the recorded arguments, on the outputs of the
-    preceding, already pruned blocks. Blocks are taken in order: `collect(0)`, prune, `advance(0)`,
+    The model is called once per batch, with blocks that return their inputs, to record with which arguments it calls
+    them beside the hidden states. From then on blocks are replayed one by one, with the recorded arguments, on the
+    outputs of the preceding, already pruned blocks. Blocks are taken in order: `collect(0)`, prune, `advance(0)`,
     `collect(1)`, and so on. One block's statistics are held at a time, and the hidden states of all batches.
 
     Args:
@@ -81,7 +81,7 @@ class BlockStream:
                 f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
             )
         self._device = place = torch.device(device)
-        wrap = form_of(model, blocks, place, offloading)
+        wrap = returned_form(model, blocks, place, offloading)
         self._states = {
             part: record(
                 model,

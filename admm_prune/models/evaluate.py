@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
-from admm_prune.models.activation_store import ActivationStore, form_of, passed_by, record
+from admm_prune.models.activation_store import ActivationStore, passed_by, record, returned_form
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, decoder_blocks
@@ -154,7 +154,7 @@ def streamed(
     """
     blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
-    wrap = form_of(model, blocks, device, offloading)
+    wrap = returned_form(model, blocks, device, offloading)
     states = record(
         model,
         blocks,
@@ -169,7 +169,6 @@ def streamed(
         with offloading.block(index):
             for state in states:
                 state.hidden = state.replay(block, index, finite=False)
-    assert wrap is not None
     with offloading.outside():
         for piece, state in zip(pieces, states, strict=True):
             with passed_by(blocks, wrap, state.hidden):

@@ -46,6 +46,7 @@ class Collector:
         self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
         self._part = ""
         self._mask = torch.empty(0)
+        self._lengths: list[int] = []
         self._routed: dict[int, int] = {}  # tokens that the router sent to weights that starve
         self._joined: set[int] = set()  # leaders whose Grams are those of all processes
 
@@ -67,6 +68,7 @@ class Collector:
     def begin(self, part: str, mask: Tensor) -> None:
         """The next calls belong to a batch of `part` with these real tokens."""
         self._part, self._mask, self._seen = part, mask.flatten(), []
+        self._lengths = mask.sum(1).tolist()
 
     def join(self, parts: Collection[str], world: World) -> None:
         """Sums the statistics of all processes; a process without tokens for an input adds zeros."""
@@ -80,7 +82,7 @@ class Collector:
         for leader in dict.fromkeys(self._leaders.values()):
             for part in parts if leader not in self._joined else ():
                 if (leader, part) not in self._grams:
-                    self._grams[leader, part] = GramAccumulator(self._weights[leader].shape[1], self._mask.device)
+                    self._grams[leader, part] = self._accumulator(self._weights[leader].shape[1], self._mask.device)
                 self._grams[leader, part].join(world.all_reduce)
             self._joined.add(leader)
 
@@ -146,18 +148,21 @@ class Collector:
             raise UserError(
                 f"{self._name(number)} reads {len(rows)} inputs for {len(self._mask)} tokens, not one per token"
             )
-        self._add(number, rows[self._mask])
+        self._add(number, rows[self._mask], self._lengths)
 
     def _observe_routed(self, number: int, rows: Tensor) -> None:
         """The inputs of an expert: real tokens only. No two experts share an input."""
         self._leaders[number] = number
         self._add(number, rows)
 
-    def _add(self, number: int, rows: Tensor) -> None:
+    def _add(self, number: int, rows: Tensor, lengths: list[int] | None = None) -> None:
         key = (number, self._part)
         if key not in self._grams:
-            self._grams[key] = GramAccumulator(rows.shape[1], rows.device)
+            self._grams[key] = self._accumulator(rows.shape[1], rows.device)
         try:
-            self._grams[key].add(rows, None if self._weigh is None else self._weigh(rows))
+            self._grams[key].add(rows, None if self._weigh is None else self._weigh(rows), lengths)
         except ValueError as error:
             raise UserError(f"{self._name(number)}: {error}") from error
+
+    def _accumulator(self, width: int, device: torch.device) -> GramAccumulator:
+        return GramAccumulator(width, device, products=torch.float64 if self._centre else torch.float32)

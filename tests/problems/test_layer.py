@@ -147,6 +147,45 @@ def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
     assert pieces.tokens == 50
 
 
+def test_products_in_float32_are_accurate_over_many_tokens_with_massive_channels() -> None:
+    width, batches = 48, 32
+    exact, fast = GramAccumulator(width), GramAccumulator(width, products=torch.float32)
+    for seed in range(batches):  # 2^20 tokens in all
+        x = correlated_inputs(2**15, width, seed, torch.float32)
+        x[:, 3] += 1000.0  # nearly constant
+        x[:, 7] *= 300.0
+        x[::100, 9] += 3000.0
+        for gram in (exact, fast):
+            gram.add(x, lengths=[2048] * 16)
+    assert fast.tokens == exact.tokens == 2**20
+    root = exact.gram.diagonal().sqrt()
+    error = (fast.gram - exact.gram).abs() / root / root[:, None]
+    assert float(error.max()) <= 2e-6
+    assert float(error.square().mean().sqrt()) <= 2e-7
+    assert torch.equal(fast.gram, fast.gram.T)
+    assert torch.allclose(fast.mean, exact.mean, rtol=1e-12)
+
+
+@pytest.mark.bitwise
+@given(seed=seeds, lengths=st.lists(st.sampled_from([3, 127, 128, 200, 512, 513, 700]), min_size=1, max_size=5))
+def test_products_in_float32_do_not_depend_on_how_sequences_are_batched(seed, lengths) -> None:
+    x = correlated_inputs(sum(lengths), 160, seed, torch.float32)  # two panels
+    together, apart = GramAccumulator(160, products=torch.float32), GramAccumulator(160, products=torch.float32)
+    together.add(x, lengths=lengths)
+    for rows in reversed(x.split(lengths)):
+        apart.add(rows, lengths=[len(rows)])
+    assert torch.equal(together.gram.float(), apart.gram.float())
+    assert torch.allclose(together.gram, x.double().T @ x.double(), rtol=1e-5, atol=1e-5 * len(x))
+
+
+def test_weighted_tokens_in_float32() -> None:
+    x, weights = correlated_inputs(600, WIDTH, 0, torch.float32), torch.rand(600)
+    gram = GramAccumulator(WIDTH, products=torch.float32)
+    gram.add(x, weights)
+    expected = (x.double() * weights.double()[:, None]).T @ x.double()
+    assert torch.allclose(gram.gram, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_validation_tokens_count_as_calibration_tokens() -> None:
     x = correlated_inputs(60, WIDTH, 0, torch.float32)
     parts = [GramAccumulator(WIDTH) for _ in range(3)]

@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport
 from admm_prune.methods.struprune import selectors
 from admm_prune.methods.struprune.selectors import Selector
-from admm_prune.models.activation_store import ActivationStore, form_of, record
+from admm_prune.models.activation_store import ActivationStore, record, returned_form
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block, WeightView
@@ -159,7 +159,7 @@ def check_slicing(model: nn.Module, blocks: list[Block], offloading: Offloading,
         [("units", batch)],
         device,
         offloading=offloading,
-        wrap=form_of(model, blocks, device, offloading),
+        wrap=returned_form(model, blocks, device, offloading),
         activation_store=ActivationStore(),
     )
     seen = set()
