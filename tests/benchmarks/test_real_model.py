@@ -29,13 +29,17 @@ def archive(tmp_path: Path) -> Path:
 
 def record(method: str, target: str, seed: int, perplexity: float, blimp: float) -> Record:
     row = dict.fromkeys(real_model.COLUMNS, "1")
-    row |= {"perplexity": str(perplexity), "blimp": str(blimp), "blimp_error": "0.01", "settings": "--samples 2"}
+    row |= {"perplexity": str(perplexity), "blimp": str(blimp), "blimp_error": "0.01", "settings": "2 sequences"}
     return {"model": "tiny", "target": target, "method": method, "seed": str(seed), **row}
+
+
+DENSE = record("dense", "dense", 0, 6.0, 0.8)
 
 
 def test_ratios_are_to_sparsegpt_on_the_same_draw() -> None:
     rows = real_model.rows_of(
         [
+            DENSE,
             record("magnitude", "0.6", 0, 60.0, 0.5),
             *(record("sparsegpt", "0.6", seed, 10.0 + seed, 0.6) for seed in range(2)),
             *(record("admm", "0.6", seed, 8.0 + 2 * seed, 0.7) for seed in range(2)),
@@ -52,10 +56,10 @@ def test_ratios_are_to_sparsegpt_on_the_same_draw() -> None:
 
 
 def test_an_order_that_blimp_contradicts_is_named_beyond_two_standard_errors() -> None:
-    rows = real_model.rows_of([record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.70)])
+    rows = real_model.rows_of([DENSE, record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.70)])
     (found,) = real_model.inversions(rows)
     assert found.startswith("0.5: wanda 0.700 is above admm 0.600")
-    rows = real_model.rows_of([record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.62)])
+    rows = real_model.rows_of([DENSE, record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.62)])
     assert real_model.inversions(rows) == []
 
 
