@@ -171,9 +171,9 @@ def block_output(model: nn.Module, block: Block, ids: Tensor) -> Any:
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         returned.append(output)
-        raise _StopForwardError
+        raise StopForwardError
 
-    with block.module.register_forward_hook(hook), suppress(_StopForwardError):
+    with block.module.register_forward_hook(hook), suppress(StopForwardError):
         model(input_ids=ids, use_cache=False)
     if not returned:
         raise UserError(f"the model never calls {block.name}: it cannot be pruned")
@@ -211,7 +211,7 @@ def without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tenso
     return others.pop("hidden_states"), ((), others)
 
 
-class _StopForwardError(Exception):
+class StopForwardError(Exception):
     """Ends a forward pass in a hook: later computations are not needed."""
 
 
@@ -235,12 +235,12 @@ def _record(
             entering.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise _StopForwardError
+            raise StopForwardError
 
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.module.register_forward_pre_hook(hook, with_kwargs=True))
-        stack.enter_context(suppress(_StopForwardError))
+        stack.enter_context(suppress(StopForwardError))
         model(input_ids=batch.input_ids.to(device), use_cache=False)
     if len(calls) < len(blocks):
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")

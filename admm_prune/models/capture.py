@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import ActivationStore, BatchState, record, returned_form
+from admm_prune.models.activation_store import ActivationStore, BatchState, StopForwardError, record, returned_form
 from admm_prune.models.archive import Lazy
 from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
 from admm_prune.models.parallel import ALONE, World
@@ -144,7 +144,7 @@ class BlockStream:
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         for some in self._apart(weights):
-            collector = Collector(some, weigh, centre=centre)
+            collector = Collector(some, weigh, centre=centre, stop=outputs is None or bool(shared))
             self._observe(collector, index, None if shared else outputs)
             collector.join(tuple(self._states), self._world)
             if collector.starving():
@@ -172,7 +172,10 @@ class BlockStream:
                 seen: list[Tensor] = []
                 for state in states:
                     collector.begin(part, state.mask)
-                    hidden = state.replay(self._blocks[index], index)
+                    try:
+                        hidden = state.replay(self._blocks[index], index)
+                    except StopForwardError:
+                        continue
                     if outputs is not None:
                         seen.append(hidden[state.mask])
                 if outputs is not None:

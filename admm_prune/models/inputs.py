@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.activation_store import check_finite
+from admm_prune.models.activation_store import StopForwardError, check_finite
 from admm_prune.models.experts import routed
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import WeightView
@@ -35,12 +36,23 @@ class Collector:
     starves: the block is run again, this matrix is given all tokens of the block except pads, and its statistics
     are taken from those. `weigh` gives the tokens their weights in the Grams. With `centre` the
     statistics include centred Grams.
+
+    With `stop` a forward pass ends with StopForwardError at the last of the inputs, where each of the weights was
+    called exactly once in the first pass, which is a whole one; never where the router decides which are called.
     """
 
     def __init__(
-        self, weights: tuple[WeightView, ...], weigh: TokenWeights | None = None, *, centre: bool = False
+        self,
+        weights: tuple[WeightView, ...],
+        weigh: TokenWeights | None = None,
+        *,
+        centre: bool = False,
+        stop: bool = False,
     ) -> None:
         self._weights, self._weigh, self._centre = weights, weigh, centre
+        self._stop = stop and all(view.expert is None for view in weights)
+        self._passes = 0
+        self._calls: Counter[int] = Counter()  # of each weight in the current pass
         self._leaders: dict[int, int] = {}  # weight -> the first weight of the block that reads the same input
         self._grams: dict[tuple[int, str], GramAccumulator] = {}  # by (leader, part of the text)
         self._seen: list[tuple[int, Tensor, int]] = []  # this batch's inputs: (leader, tensor, its version)
@@ -69,6 +81,10 @@ class Collector:
         """The next calls belong to a batch of `part` with these real tokens."""
         self._part, self._mask, self._seen = part, mask.flatten(), []
         self._lengths = mask.sum(1).tolist()
+        if self._passes == 1:
+            self._stop = self._stop and all(self._calls[number] == 1 for number in range(len(self._weights)))
+        self._passes += 1
+        self._calls.clear()
 
     def join(self, parts: Collection[str], world: World) -> None:
         """Sums the statistics of all processes; a process without tokens for an input adds zeros."""
@@ -134,7 +150,13 @@ class Collector:
         return 0 if calibration is None else calibration.tokens + (0 if validation is None else validation.tokens)
 
     def _hook(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: self._observe(number, args[0])
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._observe(number, args[0])
+            self._calls[number] += 1
+            if self._stop and self._passes > 1 and len(self._calls) == len(self._weights):
+                raise StopForwardError
+
+        return hook
 
     def _observe(self, number: int, inputs: Tensor) -> None:
         leader = next((first for first, x, version in self._seen if x is inputs and x._version == version), number)

@@ -237,6 +237,35 @@ def test_inputs_changed_in_place_between_two_weights_are_not_shared(stories: Seq
     near(b.statistics.gram, 4 * a.statistics.gram)
 
 
+def test_what_follows_the_last_inputs_is_computed_for_the_first_batch_alone(
+    stories: Sequences, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build("llama")
+    texts = tuple(tokenizer.decode(row.ids[1:]) for row in stories.rows)
+    singly = pack(Corpus("x", texts), tokenizer, length=64, packing="documents", batch_size=1)
+    blocks = decoder_blocks(model)
+    stream = BlockStream(model, blocks, singly, "cpu", validation_fraction=0.0)
+    ends: list[int] = []
+    hook = blocks[0].weights[-1].module.register_forward_hook(lambda *_: ends.append(0))
+    collected = stream.collect(0)
+    assert len(ends) == 1 < len(singly.rows)
+    outputs: dict[str, Tensor] = {}
+    whole = stream.collect(0, outputs=outputs)
+    assert len(ends) == 1 + len(singly.rows)
+    hook.remove()
+    assert all(torch.equal(a.statistics.gram, b.statistics.gram) for a, b in zip(collected, whole, strict=True))
+
+
+def test_a_weight_that_is_called_twice_is_given_both_inputs(stories: Sequences) -> None:
+    def use(parts: nn.ModuleDict, x: Tensor) -> Tensor:
+        return parts["a"](2 * parts["b"](parts["a"](x)))
+
+    collected = {shared.weights[0].name: shared for shared in toy_stream(use, stories).collect(0)}
+    tokens = sum(len(row.ids) for row in stories.rows)
+    assert collected["layers.0.parts.a.weight"].statistics.tokens == 2 * tokens
+    assert collected["layers.0.parts.b.weight"].statistics.tokens == tokens
+
+
 def test_a_weight_that_is_never_used_is_named(stories: Sequences) -> None:
     stream = toy_stream(lambda parts, x: parts["a"](x), stories)
     with pytest.raises(UserError, match=r"layers.0.parts.b.weight is never used"):
