@@ -1,18 +1,24 @@
-"""What pruning a model costs in forward passes over the same text, phase by phase, each beside its floor.
+"""What pruning a model costs: the seconds of every phase of a run, each beside its floor.
 
     python -m benchmarks.pruning_time OUT --model DIR --data FILE [--methods wanda,admm] [--samples 64] [--length 1024]
 
-A forward pass is one of the model without its head, in the same batches. One-shot pruning needs two of every block:
-on the inputs of its matrices, and on to the next block. Phases are exclusive: `calls` records how the model calls its
-blocks, `passes` computes blocks, `grams` sums up second moments, `solves` are the layer problems, `rest` is what
-remains of the wall clock. A floor counts operations, over the rate of a float32 product measured in the same process:
-of passes, two for each weight and token, and those of causal attention; of Grams, d (d + 1) for each token and input
-of d channels; of solves, the products H W^T of their iterations. OUT.json and OUT.txt.
+A run is `admm_prune.prune` with an output folder. Its pruning is divided into exclusive phases: `calls` records how
+the model calls its blocks, `passes` computes blocks, `moments` sums up second moments, `solves` are the layer problems,
+`journal` keeps blocks and activations for `--resume`; `other` is what is left of the wall clock. `ratio` is that
+of the seconds of pruning to those of two forward passes of the model without its head over the same batches, measured
+in the same process: one-shot pruning needs every block on its dense inputs, and pruned, for the inputs of the next.
+
+A floor is what the operations or the bytes of a phase take at the rates measured in the same process. Operations, at
+the rate of a float32 product: of passes, two for each weight and token, and those of causal attention; of second
+moments, d (d + 1) for each token and input of d channels; of solves, the products H W^T of their iterations. Bytes, at
+the rate of writing a file and of reading it from the page cache. OUT.json and OUT.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,30 +29,34 @@ from unittest.mock import patch
 import torch
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.base import Outcome, Task
+from admm_prune.methods import layerwise
 from admm_prune.methods.registry import recipe_named
-from admm_prune.methods.target import target_named
 from admm_prune.models import capture
 from admm_prune.models.activation_store import BatchState
+from admm_prune.models.inputs import Collector
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.runs.journal.journal import FolderJournal
+from admm_prune.runs.prune import Report, prune
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
+from admm_prune.solvers.alternating import Alternating
 from admm_prune.statistics import GramAccumulator
 from benchmarks.machine import headline, machine, write_results
 
-PHASES = ("calls", "passes", "grams", "solves", "rest")
+INSIDE = ("calls", "passes", "moments", "solves", "journal")  # of pruning
+_FILE = 1 << 28  # bytes written and read to measure the rates of files
 
 
 class Clock:
-    """Seconds of nested phases, each without those inside it."""
+    """Seconds of nested functions, each without those inside it, and what they computed."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.gram_operations = 0
+        self.seconds = dict.fromkeys(INSIDE, 0.0)
+        self.operations = 0  # of second moments
         self._inside = [0.0]
 
-    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
             self._inside.append(0.0)
@@ -62,7 +72,7 @@ class Clock:
     def _counted(self, add: Callable[..., None]) -> Callable[..., None]:
         def call(gram: GramAccumulator, inputs: torch.Tensor, *arguments: Any, **options: Any) -> None:
             width = inputs.shape[-1]
-            self.gram_operations += inputs.numel() // width * width * (width + 1)
+            self.operations += inputs.numel() * (width + 1)
             add(gram, inputs, *arguments, **options)
 
         return call
@@ -71,87 +81,147 @@ class Clock:
     def watching(self) -> Generator[None]:
         """Within it the functions of the phases are timed."""
         with ExitStack() as stack:
-            for owner, name, watched in (
-                (capture, "record", self.timed("calls", capture.record)),
-                (BatchState, "replay", self.timed("passes", BatchState.replay)),
-                (GramAccumulator, "add", self.timed("grams", self._counted(GramAccumulator.add))),
+            for owner, name, phase in (
+                (capture, "record", "calls"),
+                (BatchState, "replay", "passes"),
+                (GramAccumulator, "add", "moments"),
+                (Collector, "shared_inputs", "moments"),
+                (layerwise, "prune_several", "solves"),
+                (Alternating, "solve", "solves"),
+                (FolderJournal, "commit", "journal"),
             ):
+                function = getattr(owner, name)
+                watched = self._timed(phase, self._counted(function) if name == "add" else function)
                 stack.enter_context(patch.object(owner, name, watched))
             yield
 
+    def within(self, pruning: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that is watched, and nothing outside it."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.watching():
+                return pruning(*arguments, **options)
+
+        return call
+
 
 def forward_seconds(loaded: LoadedModel, text: Sequences) -> float:
-    """Of one pass of the model without its head."""
+    """Of one pass of the model without its head, after one over the first batch."""
     base = loaded.model.base_model
-    began = time.perf_counter()
+    began = 0.0
     with torch.no_grad():
-        for batch in text.batches:
+        for batch in (text.batches[0], *text.batches):
             base(input_ids=batch.input_ids, use_cache=False)
+            began = began or time.perf_counter()
     return time.perf_counter() - began
 
 
-def rate(width: int, tokens: int = 4096) -> float:
+def product_rate(width: int, tokens: int = 4096) -> float:
     """Operations per second of a float32 product, the best of five."""
     x, w = torch.randn(tokens, width), torch.randn(width, width)
+    return 2 * tokens * width * width / _best(lambda: x @ w)
+
+
+def file_rates(folder: Path) -> tuple[float, float]:
+    """Bytes per second of writing a file to the disk, and of reading it again."""
+    path, content = folder / "rate", bytes(_FILE)
+
+    def write() -> None:
+        with path.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+
+    rates = _FILE / _best(write, 2), _FILE / _best(path.read_bytes, 2)
+    path.unlink()
+    return rates
+
+
+def _best(action: Callable[[], object], times: int = 5) -> float:
+    """The least seconds of some calls, after one that is not counted."""
     best = float("inf")
-    for _ in range(6):
+    for call in range(times + 1):
         began = time.perf_counter()
-        x @ w
-        best = min(best, time.perf_counter() - began)
-    return 2 * tokens * width * width / best
+        action()
+        if call:
+            best = min(best, time.perf_counter() - began)
+    return best
 
 
-def floors(loaded: LoadedModel, outcome: Outcome, tokens: int, length: int, gram_operations: int) -> dict[str, float]:
-    """Seconds that each phase takes at least, at the rate of a product."""
-    blocks = decoder_blocks(loaded.model)
-    config: Any = loaded.model.config
+def floors(loaded: LoadedModel, report: Report, tokens: int, length: int, moments: int) -> dict[str, float]:
+    """Seconds that each phase takes at least; phases that need not take any are left out."""
+    assert report.out is not None
+    model, blocks = loaded.model, decoder_blocks(loaded.model)
+    config: Any = model.config
+    width = config.hidden_size
     weights = sum(view.shape[0] * view.shape[1] for block in blocks for view in block.weights)
-    attention = 2 * length * config.hidden_size * len(blocks)  # q k^T and the mean of v, over half of the positions
-    solves = sum(2 * r.iterations * r.shape[0] * r.shape[1] ** 2 for r in outcome.layers)
-    per_second = rate(config.hidden_size)
+    attention = 2 * length * width * len(blocks)  # q k^T and the mean of v, over half of the positions
+    head = 2 * width * config.vocab_size
+    solves = sum(2 * layer.iterations * layer.shape[0] * layer.shape[1] ** 2 for layer in report.layers)
+    saved = sum(file.stat().st_size for file in report.out.glob("*.safetensors"))
+    held = 4 * sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
+    product = product_rate(width)
+    write, read = file_rates(report.out)
+    evaluating = report.pruned.tokens * (2 * weights + attention + head) / product
     return {
-        "calls": 0.0,
-        "passes": 2 * tokens * (2 * weights + attention) / per_second,
-        "grams": gram_operations / per_second,
-        "solves": solves / per_second,
-        "rest": 0.0,
+        "opening the model": saved / read,
+        "evaluating the dense model": evaluating,
+        "passes": 2 * tokens * (2 * weights + attention) / product,
+        "moments": moments / product,
+        "solves": solves / product,
+        "journal": (held + 4 * tokens * width * len(blocks)) / write,
+        "evaluating the pruned model": evaluating,
+        "writing the model": saved / write,
+        "loading the folder again": saved / read,
+        "hashing the files": saved / read,
     }
 
 
-def measured(arguments: argparse.Namespace, method: str, text: TextSettings) -> dict[str, Any]:
-    loaded = load(arguments.model, dtype=arguments.dtype)
-    recipe = recipe_named(method)
-    calibration = Texts(text, loaded).calibration(recipe.samples)
-    forward_seconds(loaded, calibration)
+def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The seconds of one run."""
+    how = {"data": arguments.data, "samples": arguments.samples, "length": arguments.length}
+    how |= {"packing": "windows", "eval_samples": arguments.eval_samples}
+    loaded, recipe, clock = load(arguments.model, dtype=arguments.dtype), recipe_named(method), Clock()
+    calibration = Texts(TextSettings(**how), loaded).calibration(recipe.samples)
     forward = forward_seconds(loaded, calibration)
-    clock = Clock()
-    task = Task(target=target_named(arguments.target), calibration=calibration)
-    began = time.perf_counter()
-    with clock.watching():
-        outcome = recipe.prune(loaded.model, task)
-    wall = time.perf_counter() - began
-    seconds = clock.seconds | {"solves": sum(layer.seconds for layer in outcome.layers)}
-    seconds["rest"] = wall - sum(seconds.values())
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.out.parent) as folder,
+        patch.object(type(recipe), "prune", clock.within(type(recipe).prune)),
+    ):
+        amount = {"pattern" if ":" in arguments.target else "sparsity": arguments.target}
+        began = time.perf_counter()
+        report = prune(
+            model=arguments.model, method=method, out=Path(folder) / "pruned", dtype=arguments.dtype, **how, **amount
+        )
+        wall = time.perf_counter() - began
+        least = floors(loaded, report, calibration.tokens, calibration.length, clock.operations)
+    phases = {phase.name: phase.seconds for phase in report.phases}
+    pruning = phases.pop("pruning")
     return {
         "method": method,
+        "target": arguments.target,
         "tokens": calibration.tokens,
+        "eval_tokens": report.pruned.tokens,
         "forward": forward,
-        "seconds": wall,
-        "ratio": wall / (2 * forward),
-        "phases": seconds,
-        "floors": floors(loaded, outcome, calibration.tokens, calibration.length, clock.gram_operations),
+        "pruning": pruning,
+        "ratio": pruning / (2 * forward),
+        "wall": wall,
+        "phases": phases | clock.seconds,
+        "floors": least,
     }
 
 
 def text_table(rows: Sequence[dict[str, Any]], head: str) -> str:
-    lines = [head, "ratio: seconds to two forward passes over the same text"]
+    lines = [head]
     for row in rows:
         two = f"{row['ratio']:.2f} of two forward passes ({2 * row['forward']:.1f} s)"
-        lines += ["", f"{row['method']}, {row['tokens']} tokens: {row['seconds']:.1f} s, {two}"]
-        lines.append(f"{'phase':8}{'seconds':>9}{'part':>7}{'floor':>8}")
-        for phase in PHASES:
-            seconds = row["phases"][phase]
-            lines.append(f"{phase:8}{seconds:9.1f}{seconds / row['seconds']:7.1%}{row['floors'][phase]:8.1f}")
+        lines += ["", f"{row['method']} {row['target']}, {row['tokens']} tokens: pruning {row['pruning']:.1f} s, {two}"]
+        lines.append(f"{'phase':28}{'seconds':>9}{'part':>7}{'floor':>8}")
+        phases = row["phases"]
+        other = row["wall"] - sum(phases.values())
+        names = [*(name for name in phases if name not in INSIDE), *INSIDE]
+        for name, seconds in [*((name, phases[name]) for name in names), ("other", other), ("wall clock", row["wall"])]:
+            floor = f"{row['floors'][name]:8.1f}" if name in row["floors"] else ""
+            lines.append(f"{name:28}{seconds:9.1f}{seconds / row['wall']:7.1%}{floor}")
     return "\n".join(lines) + "\n"
 
 
@@ -163,21 +233,19 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default="wanda,admm")
     parser.add_argument("--target", default="0.5")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--eval-samples", type=int, default=8)
     parser.add_argument("--length", type=int)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(words)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    text = TextSettings(
-        data=arguments.data, samples=arguments.samples, length=arguments.length, packing="windows", eval_samples=1
-    )
-    rows = [measured(arguments, method, text) for method in arguments.methods.split(",")]
-    facts = machine()
-    write_results(
-        arguments.out,
-        {"machine": facts, "settings": vars(arguments) | {"out": None}, "rows": rows},
-        text_table(rows, headline(facts)),
-    )
+    rows, facts = [], machine()
+    for method in arguments.methods.split(","):
+        rows.append(measured(arguments, method))
+        settings = vars(arguments) | {"out": None}
+        content = {"machine": facts, "settings": settings, "rows": rows}
+        write_results(arguments.out, content, text_table(rows, headline(facts)))
 
 
 if __name__ == "__main__":

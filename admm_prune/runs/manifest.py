@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -87,10 +87,15 @@ class Phase:
 
 
 class Phases(list[Phase]):
-    """The phases of a run in their order; calling it measures another one over a `with` block."""
+    """The phases of a run in their order; calling it measures another one over a `with` block.
 
-    def __init__(self, device: torch.device | str) -> None:
-        super().__init__()
+    Args:
+        device: whose memory is measured.
+        before: earlier phases.
+    """
+
+    def __init__(self, device: torch.device | str, before: Iterable[Phase] = ()) -> None:
+        super().__init__(before)
         self._device = device
 
     @contextmanager

@@ -98,7 +98,7 @@ class Report:
         sparsity: the fraction of them that are zero, or gone with their row or column.
         seconds: of the pruning alone, in this process.
         notes, details: of the method.
-        phases: time and memory of the parts of the run, up to the evaluation of the pruned model.
+        phases: time and memory of the parts of the run.
         continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
             "prompt", "dense", "pruned"; empty where the weights were streamed.
         model: without weights where it was streamed: they are in `out`.
@@ -218,8 +218,8 @@ def prune(settings: Settings) -> Report:
             report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
             # 6. Write model, manifest and report.
             if journal is not None:
-                written = journal.output(lambda folder: save_run(loaded, report, folder, evaluation).manifest)
-                report = replace(report, manifest=written, out=journal.out)
+                written = journal.output(lambda folder: _as_written(save_run(loaded, report, folder, evaluation)))
+                report = replace(report, out=journal.out, **written)
             summary |= figures_of(report.as_json())
     return report
 
@@ -282,25 +282,33 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
         UserError: it cannot be loaded again, or is another model.
     """
     pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
-    save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     device = loaded.offloading.device(report.model)
-    check_reloaded(
-        pruned,
-        folder,
-        text.rows[0].ids[:_COMPARED],
-        whole=not loaded.offloading.is_offloaded and _ROOM * weight_bytes(folder) <= free_bytes(device),
-        trust_remote_code=settings.get("trust_remote_code", False),
-    )
+    phases = Phases(device, report.phases)
+    with phases("writing the model"):
+        save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
+    with phases("loading the folder again"):
+        check_reloaded(
+            pruned,
+            folder,
+            text.rows[0].ids[:_COMPARED],
+            whole=not loaded.offloading.is_offloaded and _ROOM * weight_bytes(folder) <= free_bytes(device),
+            trust_remote_code=settings.get("trust_remote_code", False),
+        )
     if "target" in settings:  # a comparison is none of many runs
         (folder / RECIPE).write_text(written_recipe(content_of(settings)), encoding="utf-8")
-    weights = weights_sha256(folder)
-    written = replace(
-        report, manifest={**report.manifest, "weights": weights, "files": files_sha256(folder, leave_out=weights)}
-    )
+    with phases("hashing the files"):
+        weights = weights_sha256(folder)
+        hashes = {"weights": weights, "files": files_sha256(folder, leave_out=weights)}
+    written = replace(report, manifest={**report.manifest, **hashes}, phases=tuple(phases))
     write_json(folder / TIMINGS, with_digest(written.timings()))
     write_json(folder / MANIFEST, with_digest(written.as_json()))
     write_report(folder)
     return written
+
+
+def _as_written(report: Report) -> dict[str, Any]:
+    """What writing adds to a report."""
+    return {"manifest": report.manifest, "phases": report.phases}
 
 
 def _target(settings: Settings) -> Target:
