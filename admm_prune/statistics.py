@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class GramAccumulator:
     With products in float32, pieces of at most 512 tokens are multiplied in float32 and their products added up in
     float64. An entry H_ij is then accurate to about 1e-7 sqrt(H_ii H_jj) / sqrt(number of pieces), which is below the
     rounding of H itself to float32. That is not sufficient for a difference such as H - n mu mu^T, which may be much
-    smaller than H. Inputs in float64 and sequences of fewer than 128 tokens are always multiplied in float64.
+    smaller than H. Inputs in float64 and sequences of fewer than 128 tokens are always multiplied in float64. On CUDA
+    inputs in bfloat16 and float16 are not converted: tensor cores form their exact products and add them in float32.
 
     Args:
         width: d, the number of input channels.
@@ -66,7 +68,10 @@ class GramAccumulator:
         start = 0
         with precision.full():
             for length, dtype in self._pieces(flat, lengths):
-                x = flat[start : start + length].to(dtype)
+                x = flat[start : start + length]
+                native = x.is_cuda and x.element_size() == 2 and roots is None and dtype == torch.float32
+                x = x if native else x.to(dtype)
+                multiply = partial(torch.mm, out_dtype=dtype) if native else torch.mm
                 self._channel_sum += x.sum(0, dtype=torch.float64)
                 if roots is not None:
                     x = x * roots[start : start + length, None].to(dtype)
@@ -75,7 +80,7 @@ class GramAccumulator:
                     if dtype == torch.float64:
                         self._sum[below, panel].addmm_(x[:, below].T, x[:, panel])
                     else:
-                        self._sum[below, panel] += x[:, below].T @ x[:, panel]
+                        self._sum[below, panel] += multiply(x[:, below].T, x[:, panel])
                 start += length
         self.tokens += len(flat)
 

@@ -178,6 +178,18 @@ def test_products_in_float32_do_not_depend_on_how_sequences_are_batched(seed, le
     assert torch.allclose(together.gram, x.double().T @ x.double(), rtol=1e-5, atol=1e-5 * len(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_inputs_on_a_device_are_as_accurate(dtype: torch.dtype) -> None:
+    x = correlated_inputs(2**14, 320, 0, torch.float32).to("cuda", dtype)
+    x[:, 3] += 1000.0
+    exact, fast = (GramAccumulator(320, "cuda", products=products) for products in (torch.float64, torch.float32))
+    for gram in (exact, fast):
+        gram.add(x, lengths=[2048] * 8)
+    root = exact.gram.diagonal().sqrt()
+    assert float(((fast.gram - exact.gram) / root / root[:, None]).abs().max()) <= 2e-6
+
+
 def test_weighted_tokens_in_float32() -> None:
     x, weights = correlated_inputs(600, WIDTH, 0, torch.float32), torch.rand(600)
     gram = GramAccumulator(WIDTH, products=torch.float32)
