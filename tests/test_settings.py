@@ -65,6 +65,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fil
     return place / "pruned", run_edited(place, SCRIPT, model_folder, text_file)
 
 
+@pytest.mark.slow
 def test_a_field_is_an_argument_of_prune_and_of_plan(found: tuple[Path, dict[str, Any]]) -> None:
     for name in ("prune", "make_plan"):
         assert "softness: 'float | None' = None" in found[1]["signature"][name]
@@ -72,11 +73,13 @@ def test_a_field_is_an_argument_of_prune_and_of_plan(found: tuple[Path, dict[str
     assert found[1]["refusal"] == "softness must be at least 0.25, not 0.1"
 
 
+@pytest.mark.slow
 def test_a_field_is_an_option_of_the_command_line(found: tuple[Path, dict[str, Any]]) -> None:
     for name in ("run", "plan", "compare"):
         assert re.search(r"--softness .*x>=0.25.* How soft\.", found[1]["help"][name])
 
 
+@pytest.mark.slow
 def test_a_field_is_in_recipes_and_in_the_manifest(found: tuple[Path, dict[str, Any]]) -> None:
     folder, shown = found
     assert shown["schema"]["softness"]["description"] == "How soft."
@@ -86,6 +89,7 @@ def test_a_field_is_in_recipes_and_in_the_manifest(found: tuple[Path, dict[str, 
     assert (shown["repeated"]["softness"], shown["replaced"]["softness"]) == (0.75, 2.0)
 
 
+@pytest.mark.slow
 def test_a_field_is_in_the_manifest_of_a_comparison(found: tuple[Path, dict[str, Any]]) -> None:
     assert found[1]["compared"]["softness"] == 0.5
     assert found[1]["verified"] == "verified"

@@ -13,6 +13,8 @@ from admm_prune.models.evaluate import METRICS, RANKING
 from tests.edited_package import insert, run_edited
 from tests.runs.html_page import read_page
 
+pytestmark = pytest.mark.slow  # an edited copy of the package prunes, compares and verifies in a process of its own
+
 FIELD = """    nats: float = _metric("nats per token", "%.5f", lambda loss, text: loss.item() / text.scored_tokens, heading="nats", primary=True)
 """  # noqa: E501  # one line
 SCRIPT = """

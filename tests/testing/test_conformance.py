@@ -23,7 +23,7 @@ REFUSES = {
 }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers(name) -> None:
     tried = assert_solver_conforms(SOLVERS[name]())
