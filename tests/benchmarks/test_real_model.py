@@ -82,6 +82,8 @@ def test_a_grid_is_measured_once(
     assert len((out / "blimp" / "pairs.jsonl").read_text().splitlines()) == 4
     assert (out / "real_model.png").stat().st_size > 1000
     assert not list(out.glob("*/model.safetensors")), "pruned models are deleted"
+    kept = {path.name for path in (out / "sparsegpt-0.5-1").iterdir()}
+    assert kept == {"admm_prune.json", "timings.json", "recipe.yaml"}
     monkeypatch.setattr(real_model, "command", lambda *words: pytest.fail("measured again"))
     real_model.main(words)
 
