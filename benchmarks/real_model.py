@@ -7,8 +7,8 @@ Without `--model` it is SmolLM2-135M-Instruct, from the Python package llm-smoll
 GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run`, one of `admm-prune eval` and, with
 `--blimp`, for the first draw, one of `admm-prune eval --tasks`, each in a process of its own. Of a pruned model only
 manifest, times and recipe stay, unless `--keep`. A row is written as soon as it is measured, and the same command
-continues where it stopped; two commands with other targets or methods can share OUT. `--draws 0.6:3` calibrates every
-method but magnitude on three draws of the text at that target.
+continues where it stopped; a run that was stopped is resumed, and has no times. Two commands with other targets or
+methods can share OUT. `--draws 0.6:3` calibrates every method but magnitude on three draws of the text at that target.
 
 OUT holds runs.csv, real_model.json, real_model.txt and real_model.png; `--report` writes the last three again and
 measures nothing.
@@ -25,13 +25,14 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from admm_prune.models.loading import load, save
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
+from admm_prune.runs.journal.journal import home_of
 from admm_prune.runs.recipe_file import RECIPE
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine
@@ -100,22 +101,24 @@ class Bench:
         key = {"model": Path(self.model).name, "target": target, "method": method, "seed": str(seed)}
         if self.journal.find(key):
             return
-        began = time.perf_counter()
+        began: float | None = time.perf_counter()
         pruned = None if method == DENSE else self._prune(target, method, seed)
         place = self.model if pruned is None else pruned["out"]
         figures = self._evaluated(place, blimp=seed == 0)
+        if pruned is not None and pruned["resumed"]:
+            pruned["seconds"] = began = None
         row = {
             **figures,
             "sparsity": 0.0 if pruned is None else pruned["sparsity"],
             "tokens": None if pruned is None else pruned["tokens"],
             "length": self.arguments.length,
             "pruning_seconds": None if pruned is None else pruned["seconds"],
-            "seconds": time.perf_counter() - began,
+            "seconds": None if began is None else time.perf_counter() - began,
             "peak_mib": max(figures["peak_mib"], 0 if pruned is None else pruned["peak_mib"]),
             "settings": self._settings,
         }
         self.journal.add(key, [row])
-        print(f"{key} {row['perplexity']:.3f} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+        print(f"{key} {row['perplexity']:.3f}", file=sys.stderr, flush=True)
         if pruned is not None and not self.arguments.keep:
             for file in Path(place).iterdir():
                 if file.name not in _KEPT:
@@ -133,9 +136,12 @@ class Bench:
         amount = ("--pattern", target) if ":" in target else ("--sparsity", target)
         text = ("--data", a.data, "--eval-data", a.eval_data, "--eval-samples", 1, *self._sequences)
         words = ("--model", self.model, "--method", method, *amount, "--samples", a.samples, *text, "--seed", seed)
-        figures, peak = command("run", *words, "--out", out, "--overwrite", "--json")
+        resumed = home_of(out).is_dir()
+        words = (*words, "--out", out, "--overwrite", *(("--resume",) if resumed else ()))
+        figures, peak = command("run", *words, "--json")
         texts = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["texts"]
-        return {**figures, "out": out, "tokens": texts["calibration"]["tokens"], "peak_mib": peak}
+        tokens = texts["calibration"]["tokens"]
+        return {**figures, "out": out, "tokens": tokens, "peak_mib": peak, "resumed": resumed}
 
     def _evaluated(self, model: Path | str, *, blimp: bool) -> dict[str, Any]:
         """Perplexity and bits per character, on the same sequences for every model, and BLiMP."""
@@ -243,13 +249,19 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                     "dense_blimp": number(dense["blimp"]),
                     "tokens": int(runs[0]["tokens"]),
                     "eval_tokens": int(runs[0]["eval_tokens"]),
-                    "pruning_seconds": mean(float(run["pruning_seconds"]) for run in runs),
-                    "seconds": mean(float(run["seconds"]) for run in runs),
+                    "pruning_seconds": _mean(number(run["pruning_seconds"]) for run in runs),
+                    "seconds": _mean(number(run["seconds"]) for run in runs),
                     "peak_mib": max(float(run["peak_mib"]) for run in runs),
                     "settings": runs[0]["settings"],
                 }
             )
     return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that were measured."""
+    measured = [value for value in values if value is not None]
+    return mean(measured) if measured else None
 
 
 def inversions(rows: Sequence[Row]) -> list[str]:
@@ -276,7 +288,7 @@ def text_table(rows: Sequence[Row], head: str) -> str:
         "ratio: of perplexities to sparsegpt on the same draw, mean over draws; spread: of perplexities over draws;",
         "pruning: seconds of the pruning alone; peak: resident memory of the whole process.",
     ]
-    times = f"{'pruning':>9}{'seconds':>9}{'peak MiB':>10}"
+    columns = f"{'pruning':>9}{'seconds':>9}{'peak MiB':>10}"
     for target in dict.fromkeys(row["target"] for row in rows):
         at_target = [row for row in rows if row["target"] == target]
         first = at_target[0]
@@ -285,14 +297,17 @@ def text_table(rows: Sequence[Row], head: str) -> str:
             "",
             f"{target}, dense {first['dense']:.3f}{accuracy}; {first['eval_tokens']} tokens evaluated",
             first["settings"],
-            f"{'method':12}{'perplexity':>11}{'spread':>8}{'draws':>6}{'ratio':>8}{'BLiMP':>16}{times}",
+            f"{'method':12}{'perplexity':>11}{'spread':>8}{'draws':>6}{'ratio':>8}{'BLiMP':>16}{columns}",
         ]
         for row in at_target:
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             accuracy = "" if row["blimp"] is None else f"{row['blimp']:.3f} +- {row['blimp_error']:.3f}"
+            times = "".join(
+                f"{'' if row[key] is None else f'{row[key]:.0f}':>9}" for key in ("pruning_seconds", "seconds")
+            )
             lines.append(
                 f"{row['method']:12}{row['perplexity']:11.2f}{row['spread']:8.2f}{row['draws']:6}{ratio:>8}"
-                f"{accuracy:>16}{row['pruning_seconds']:9.0f}{row['seconds']:9.0f}{row['peak_mib']:10.0f}"
+                f"{accuracy:>16}{times}{row['peak_mib']:10.0f}"
             )
         published = [f"{name} {by_target[target]:.3f}" for name, by_target in PUBLISHED.items() if target in by_target]
         if published:

@@ -88,6 +88,30 @@ def test_a_grid_is_measured_once(
     real_model.main(words)
 
 
+def test_a_run_that_was_stopped_is_resumed_and_has_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, commands = tmp_path / "out", []
+
+    def command(*words: object) -> tuple[dict[str, object], float]:
+        commands.append(words)
+        if words[0] == "eval":
+            return {"perplexity": 8.0, "bits_per_char": 1.0, "tokens": 64}, 10.0
+        folder = out / "wanda-0.5-0"
+        folder.mkdir()
+        (folder / "admm_prune.json").write_text('{"texts": {"calibration": {"tokens": 128}}}')
+        return {"sparsity": 0.5, "seconds": 3.0}, 20.0
+
+    monkeypatch.setattr(real_model, "command", command)
+    (out / "wanda-0.5-0.partial").mkdir(parents=True)
+    words = [str(out), "--model", "tiny", "--data", "a", "--eval-data", "b", "--methods", "wanda", "--targets", "0.5"]
+    real_model.main(words)
+    assert [words[0] for words in commands] == ["eval", "run", "eval"]
+    assert "--resume" in commands[1]
+    (row,) = json.loads((out / "real_model.json").read_text())["rows"]
+    assert (row["perplexity"], row["dense"], row["tokens"]) == (8.0, 8.0, 128)
+    assert row["pruning_seconds"] is row["seconds"] is None
+    assert "wanda" in (out / "real_model.txt").read_text()
+
+
 def test_phases_cover_the_wall_clock(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     out = tmp_path / "time"
     words = [str(out), "--model", str(model_folder), "--data", str(text_file), "--samples", "4", "--length", "32"]
