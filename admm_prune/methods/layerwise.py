@@ -298,9 +298,11 @@ def _write(
     seconds += posed.seconds + time.perf_counter() - began
     reports: list[LayerReport] = []
     for view, weight, part in zip(job.weights, stacked.split(sizes), job.parts, strict=True):
-        layer = method.problem.posed(
-            weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
-        )
+        layer = problem
+        if len(job.parts) > 1:
+            layer = method.problem.posed(
+                weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
+            )
         written = Point(weight=view.read().to(layer.weight.dtype))
         validation = statistics.validation
         reports.append(
