@@ -1,0 +1,286 @@
+"""Structured methods on a real language model: perplexity, size on disk, prefill and decoding beside the dense model.
+
+    python -m benchmarks.structured_model OUT --data wikitext2-valid.txt --eval-data wikitext2-test.txt [--model DIR]
+
+The model and the windows of the texts are those of `benchmarks.real_model`. All methods calibrate on the same tokens,
+and a target is a fraction of the same parameters, those of the matrices of all blocks. Rows of quality are measured
+first, the times of inference last, by `admm-prune bench inference` with the dense model in the same run. Methods
+that need the same curves of losses share them, kept in OUT/curves; the seconds of each row include them.
+
+Each row is written as soon as it is measured, and the same command continues where it stopped. OUT holds quality.csv,
+inference.csv, structured_model.json and structured_model.txt, and the models; `--report` writes the JSON and the text
+again and measures nothing, `--no-inference` leaves out the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admm_prune.methods.base import Task
+from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
+from admm_prune.methods.target import Target
+from admm_prune.models.evaluate import evaluate
+from admm_prune.models.loading import LoadedModel, load, save
+from admm_prune.runs.manifest import Phases
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
+from benchmarks.journal import Journal, number
+from benchmarks.machine import headline, machine
+from benchmarks.real_model import command, smollm2
+
+DENSE = "dense"
+RECIPES = {recipe.name: recipe for recipe in STRUCTURED}
+METHODS = ("struprune", "structured-global", "structured-wanda")
+KEY = ("model", "target", "method")
+RUNS = ("prefill", "decode")
+QUALITY = (
+    "perplexity", "parameters", "removed", "removed_of_blocks", "bytes", "tokens", "eval_tokens", "curve_seconds",
+    "pruning_seconds", "peak_mib", "settings",
+)  # fmt: skip
+INFERENCE = (
+    "repeats", "tokens", "new_tokens", "dense_prefill", "prefill", "dense_decode", "decode", "prefill_speedup",
+    "decode_speedup", "prefill_differs", "decode_differs", "dense_prefill_spread", "prefill_spread",
+    "dense_decode_spread", "decode_spread", "load_average",
+)  # fmt: skip
+
+
+class Bench:
+    """The rows of one model."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.quality = Journal(self.out / "quality.csv", QUALITY, KEY)
+        self.inference = Journal(self.out / "inference.csv", INFERENCE, KEY)
+        self.source = str(arguments.model or smollm2(self.out / "SmolLM2-135M"))
+
+    def run(self) -> None:
+        a = self.arguments
+        rows = [(target, method) for target in a.targets for method in a.methods]
+        for target, method in [*rows, (DENSE, DENSE)]:
+            self._measure_quality(target, method)
+            report(self.out)
+        for target, method in rows if a.inference else []:
+            self._measure_inference(target, method)
+            report(self.out)
+
+    @cached_property
+    def texts(self) -> Texts:
+        a = self.arguments
+        settings = TextSettings(
+            data=a.data,
+            eval_data=a.eval_data,
+            samples=a.samples,
+            eval_samples=a.eval_samples,
+            length=a.length,
+            packing="windows",
+        )
+        return Texts(settings, self._load())
+
+    def _load(self) -> LoadedModel:
+        return load(self.source, dtype=self.arguments.dtype)
+
+    def _folder(self, target: str, method: str) -> Path:
+        return self.out / (DENSE if method == DENSE else f"{method}-{target}")
+
+    def _key(self, target: str, method: str) -> dict[str, str]:
+        return {"model": Path(self.source).name, "target": target, "method": method}
+
+    def _measure_quality(self, target: str, method: str) -> None:
+        """Prunes, saves and evaluates, unless it is done; the dense model is saved in the data type of the others."""
+        key, a, folder = self._key(target, method), self.arguments, self._folder(target, method)
+        if self.quality.find(key):
+            return
+        loaded = self._load()
+        before = {"all": _parameters(loaded.model)}
+        phases = Phases("cpu")
+        curve_seconds, saved = 0.0, 0.0
+        if method != DENSE:
+            recipe = RECIPES[method]
+            task = Task(target=Target(float(target)), calibration=self.texts.calibration())
+            curves, curve_seconds = self._curves(recipe, task)
+            with phases("pruning"):
+                outcome = recipe.prune(loaded.model, task, curves=curves)
+            saved = outcome.details["saved"]
+            loaded = replace(loaded, model=outcome.model or loaded.model)
+        save(loaded, folder, {"method": method, "target": target})
+        evaluated = evaluate(loaded.model, self.texts.evaluation)
+        row = {
+            "perplexity": evaluated.perplexity,
+            "parameters": _parameters(loaded.model),
+            "removed": 1 - _parameters(loaded.model) / before["all"],
+            "removed_of_blocks": saved,
+            "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            "tokens": None if method == DENSE else self.texts.calibration().tokens,
+            "eval_tokens": evaluated.tokens,
+            "curve_seconds": curve_seconds,
+            "pruning_seconds": curve_seconds + sum(phase.seconds for phase in phases),
+            "peak_mib": max((phase.peak_mib for phase in phases), default=0.0),
+            "settings": f"{a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate, {a.dtype}",
+        }
+        self.quality.add(key, [row])
+        print(f"{key} {row['perplexity']:.3f} ({row['pruning_seconds']:.0f} s)", file=sys.stderr, flush=True)
+
+    def _curves(self, recipe: StruPrune, task: Task) -> tuple[Any, float]:
+        """The curves of losses of a recipe, measured once for all targets and methods that have the same, and seconds.
+
+        The curves depend on the dense model and on these fields of the recipe alone.
+        """
+        fields = (recipe.selector, recipe.compensate, recipe.relative, recipe.uniform, recipe.ridge)
+        path = self.out / "curves" / f"{'-'.join(map(str, fields))}.pickle"
+        if not path.is_file():
+            began = time.perf_counter()
+            measured = recipe.measure(self._load().model, task)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps((measured, time.perf_counter() - began)))
+            partial.rename(path)
+        curves, seconds = pickle.loads(path.read_bytes())  # written above
+        return curves, seconds
+
+    def _measure_inference(self, target: str, method: str) -> None:
+        """Prefill and decoding by turns with the dense model, unless it is done. CPU seconds of one thread."""
+        key, a = self._key(target, method), self.arguments
+        if self.inference.find(key):
+            return
+        words = ("--tokens", a.prefill, "--new-tokens", a.decode, "--repeats", a.repeats, "--threads", 1, "--json")
+        figures, _ = command(
+            "bench", "inference", self._folder(target, method), "--against", self._folder(DENSE, DENSE), *words
+        )
+        by_form = {row["form"]: row for row in figures["rows"]}
+        dense, pruned = by_form["dense"], by_form["as stored"]
+        row: dict[str, Any] = {"repeats": a.repeats, "tokens": a.prefill, "new_tokens": a.decode}
+        for name, count in zip(RUNS, (a.prefill, a.decode), strict=True):
+            for prefix, form in (("dense_", dense), ("", pruned)):
+                least, most = form[f"{name}_range"]
+                row[f"{prefix}{name}"] = count / least
+                row[f"{prefix}{name}_spread"] = most / least - 1
+            row[f"{name}_speedup"] = pruned[f"{name}_speedup"]
+            row[f"{name}_differs"] = int(pruned[f"{name}_differs"])
+        self.inference.add(key, [row | {"load_average": machine()["load_average"][0]}])
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def rows_of(quality: Journal, inference: Journal) -> list[dict[str, Any]]:
+    """Every row with its ratios of perplexity to the dense model and to struprune at the same target."""
+    perplexities = {(r["model"], r["target"], r["method"]): float(r["perplexity"]) for r in quality.records}
+    bytes_of_dense = {r["model"]: float(r["bytes"]) for r in quality.records if r["method"] == DENSE}
+    rows = []
+    for record in quality.records:
+        model, target, method = (record[name] for name in KEY)
+        key = {"model": model, "target": target, "method": method}
+        ours = perplexities.get((model, target, "struprune"))
+        row: dict[str, Any] = key | {name: number(record[name]) for name in QUALITY if name != "settings"}
+        row["settings"] = record["settings"]
+        row["ratio_to_dense"] = row["perplexity"] / perplexities.get((model, DENSE, DENSE), math.nan)
+        row["ratio_to_struprune"] = None if ours is None else row["perplexity"] / ours
+        row["bytes_of_dense"] = row["bytes"] / bytes_of_dense.get(model, math.nan)
+        measured = inference.find(key)
+        row["inference"] = {name: number(measured[0][name]) for name in INFERENCE} if measured else None
+        rows.append(row)
+    return rows
+
+
+def text_table(rows: Sequence[dict[str, Any]], head: str, words: str) -> str:
+    columns = (
+        f"{'target':>7} {'method':18}{'perplexity':>11}{'/dense':>8}{'/struprune':>11}{'removed':>9}{'blocks':>8}"
+        f"{'MB':>8}{'/dense':>8}{'pruning':>9}{'peak MiB':>10}"
+    )
+    lines = [
+        head,
+        f"python -m benchmarks.structured_model {words}",
+        "/dense, /struprune: ratios of perplexity; removed: percent of all parameters, and of those of the blocks'",
+        "matrices, which the target is of; MB: of the saved folder; pruning: seconds; peak: memory while pruning,",
+        "beyond the model's.",
+        *dict.fromkeys(row["settings"] for row in rows),
+        "",
+        columns,
+    ]
+    for row in rows:
+        ratio = "" if row["ratio_to_struprune"] is None else f"{row['ratio_to_struprune']:.3f}"
+        lines.append(
+            f"{row['target']:>7} {row['method']:18}{row['perplexity']:11.3f}{row['ratio_to_dense']:8.3f}{ratio:>11}"
+            f"{100 * row['removed']:9.2f}{100 * row['removed_of_blocks']:8.2f}{row['bytes'] / 1e6:8.1f}"
+            f"{row['bytes_of_dense']:8.3f}{row['pruning_seconds']:9.0f}{row['peak_mib']:10.0f}"
+        )
+    timed = [row for row in rows if row["inference"] is not None]
+    if not timed:
+        return "\n".join(lines) + "\n"
+    first = timed[0]["inference"]
+    heads = (f"{f'dense {name}':>14}{name:>9}{'ratio':>9}{'spread':>14}" for name in RUNS)
+    lines += [
+        "",
+        f"Prefill of {first['tokens']:.0f} tokens and decoding of {first['new_tokens']:.0f}: tokens per CPU second,",
+        f"one thread, best of {first['repeats']:.0f} repeats by turns with the dense model in the same run;",
+        "spread: slowest / fastest repeat - 1, dense and pruned; ~: within the spread.",
+        "",
+        f"{'target':>7} {'method':18}{''.join(heads)}",
+    ]
+    for row in timed:
+        figures = row["inference"]
+        line = f"{row['target']:>7} {row['method']:18}"
+        for name in RUNS:
+            mark = " " if figures[f"{name}_differs"] else "~"
+            line += f"{figures[f'dense_{name}']:14.1f}{figures[name]:9.1f}{figures[f'{name}_speedup']:8.3f}{mark}"
+            line += f"{100 * figures[f'dense_{name}_spread']:7.1f}%{100 * figures[f'{name}_spread']:5.1f}%"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def report(out: Path) -> None:
+    """The table and the JSON of what has been measured."""
+    rows = rows_of(Journal(out / "quality.csv", QUALITY, KEY), Journal(out / "inference.csv", INFERENCE, KEY))
+    facts, words = machine(), (out / "command.txt").read_text(encoding="utf-8")
+    (out / "structured_model.txt").write_text(text_table(rows, headline(facts), words), encoding="utf-8")
+    content = {"machine": facts, "command": f"python -m benchmarks.structured_model {words}", "rows": rows}
+    (out / "structured_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="a model folder or Hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--data", help="calibration text")
+    parser.add_argument("--eval-data", help="evaluation text")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS)
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=("0.2", "0.3"))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2, help="of pruning and evaluation")
+    parser.add_argument("--prefill", type=int, default=256, help="tokens")
+    parser.add_argument("--decode", type=int, default=16, help="tokens")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-inference", dest="inference", action="store_false")
+    parser.add_argument("--report", action="store_true")
+    given = sys.argv[1:] if words is None else list(words)
+    arguments = parser.parse_args(given)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.report:
+        if arguments.data is None or arguments.eval_data is None:
+            parser.error("--data and --eval-data are needed")
+        shown = " ".join(Path(word).name if Path(word).is_absolute() else word for word in given)
+        (arguments.out / "command.txt").write_text(shown, encoding="utf-8")
+        Bench(arguments).run()
+    report(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
