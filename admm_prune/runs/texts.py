@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.formats import NoSplitError, has_splits
+from admm_prune.data.hub import expanded
 from admm_prune.data.objects import check_ids as check_passed_ids
 from admm_prune.data.objects import check_object, corpus_of
 from admm_prune.data.rows import NoColumnError
@@ -141,7 +142,7 @@ def _pack(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedMod
 def is_local(settings: TextSettings) -> bool:
     """True where no text is a Hub id."""
     places = [place for place in (settings.data, settings.eval_data) if place is not None and place != EMBEDDED]
-    return all(is_file_name(place) or Path(place).expanduser().exists() for place in places)
+    return all(is_file_name(place) or expanded(place).exists() for place in places)
 
 
 def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
@@ -219,7 +220,7 @@ class _Sources:
             return isinstance(self.passed[role], Mapping)
         source = self._source(role)
         assert source is not None
-        path = Path(source).expanduser()
+        path = expanded(source)
         # A folder that happens to be called "embedded" is not meant by the name.
         return source == EMBEDDED or not path.exists() or has_splits(path)
 
