@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -30,6 +31,11 @@ def main() -> None:
         text = getattr(error, "format_message", error.__str__)()
         if _speaks(error):
             print(f"admm-prune: {' '.join(text.split())}", file=sys.stderr)
+        _leave(_WRONG_INPUT)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"admm-prune: {error.filename}: no file or folder can have a name this long", file=sys.stderr)
         _leave(_WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from admm_prune import settings
 from admm_prune.cli import common
+
+if TYPE_CHECKING:
+    from admm_prune.runs.prune import Report
 
 
 @common.takes("run")
@@ -44,7 +47,9 @@ def run(
         if dry_run:
             show_plan(chosen.as_content(), machine["out"], json)
             return
-    carry_out(arguments, json, **machine)
+    report = carry_out(arguments, **machine)
+    if report is not None:
+        show_report(report, json)
 
 
 def recipe_and_machine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,8 +70,8 @@ def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
     print(f"# would be written to {out}" if out is not None else "# a run needs --out")
 
 
-def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **machine: Any) -> None:
-    """Prunes as the arguments specify and prints the result.
+def carry_out(arguments: dict[str, Any], *, out: Path | None, **machine: Any) -> Report | None:
+    """Prunes as the arguments specify; of several processes the first returns the report, the others None.
 
     Args:
         arguments: of `prune`, those that define the result.
@@ -76,7 +81,6 @@ def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **mach
         UserError: it cannot be done, or there is no `out`.
     """
     from admm_prune.errors import UserError
-    from admm_prune.models.evaluate import headings
     from admm_prune.runs.machine import joined
     from admm_prune.runs.prune import prune
 
@@ -88,8 +92,15 @@ def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **mach
         common.progress_bar("pruning", shown=world.first) as progress,
     ):
         report = prune(**arguments, **machine, out=out, progress=progress)
-    if not world.first:
-        return
+    return report if world.first else None
+
+
+def show_report(report: Report, json: bool, **further: Any) -> None:
+    """Prints the figures of a run that was written to a folder; `further` ones in JSON alone."""
+    from admm_prune.models.evaluate import headings
+
+    out = report.out
+    assert out is not None
     if json:
         common.emit(
             {
@@ -100,11 +111,12 @@ def carry_out(arguments: dict[str, Any], json: bool, *, out: Path | None, **mach
                 "dense": asdict(report.dense),
                 "pruned": asdict(report.pruned),
                 "seconds": report.seconds,
+                **further,
             }
         )
         return
     rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
-    columns = ["model", *headings()]
-    common.show_table(f"{arguments['model']}, {report.pruned.tokens:,} tokens", columns, rows)
+    model = report.manifest["settings"]["model"]
+    common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", *headings()], rows)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
     print(f"report: {out / 'report.html'}")

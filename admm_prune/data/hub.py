@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from admm_prune.errors import UserError
+
 _LIBRARIES = ("transformers", "huggingface_hub", "datasets")
 _PATIENCE = 10.0  # seconds, the client's own for one request
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -18,6 +20,18 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def is_repository(source: str) -> bool:
     """True where `source` can be a Hub id, "name" or "owner/name", by its form alone."""
     return _REPOSITORY.fullmatch(source) is not None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with a home folder in place of ~.
+
+    Raises:
+        UserError: it is the home of a user that does not exist.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder") from error
 
 
 def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from admm_prune.data.formats import NoSplitError, dataset_documents
 from admm_prune.data.rows import NoColumnError, Notes, RowReader, without_surrogates
@@ -34,8 +35,14 @@ def check_object(data: object, name: str = "data") -> None:
     """
     # A set has no order; a file and a data frame are iterables of lines and of names.
     wrong = isinstance(data, bytes | bytearray | set | frozenset | IOBase) or not isinstance(data, Iterable)
-    if wrong or hasattr(data, "itertuples") or (isinstance(data, Mapping) and not _is_dataset(data)):
+    unknown = isinstance(data, Mapping) and not _is_dataset(data) and "input_ids" not in data
+    if wrong or unknown or hasattr(data, "itertuples"):
         raise UserError(f"{name} cannot be read from {type(data).__name__}: {_TAKEN}")
+
+
+def is_split_dataset(data: object) -> bool:
+    """True for a dictionary of data sets by split."""
+    return isinstance(data, Mapping) and _is_dataset(data)
 
 
 def corpus_of(
@@ -51,7 +58,8 @@ def corpus_of(
     Args:
         data: a `datasets.Dataset`, `IterableDataset`, or a dictionary of them by split; or an iterable, such as a list
             or a loader, of strings, rows with a column of text, conversations, sequences of token ids, tensors of them
-            (n,) or (b, n), or batches with "input_ids" and, for padded ones, "attention_mask".
+            (n,) or (b, n), or batches with "input_ids" and, for padded ones, "attention_mask"; or one such batch, as a
+            tokenizer returns.
         split, column, tokenizer: as for `read_corpus`.
         limit: maximum number of documents; 20,000 by default for data without a length.
 
@@ -61,10 +69,12 @@ def corpus_of(
     check_object(data)
     notes = Notes()
     reader = RowReader(column, tokenizer, notes)
-    if _is_dataset(data) and isinstance(data, Mapping):
+    if is_split_dataset(data):
         if split not in data:
             raise NoSplitError(PYTHON_OBJECT, split, list(data))
         data = data[split]
+    elif isinstance(data, Mapping):
+        data = [data]
     documents: Iterator[Document]
     if _is_dataset(data) and not _has_tokens(data, column):
         documents = iter(dataset_documents(data, PYTHON_OBJECT, reader))
@@ -109,7 +119,7 @@ def _has_tokens(data: Any, column: str | None) -> bool:
 
 
 def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
-    items = iter(data)
+    items = chain.from_iterable(map(_unbatched, _batches(data))) if isinstance(data, DataLoader) else iter(data)
     first = next(items, None)
     items = chain([] if first is None else [first], items)
     if _is_row(first):
@@ -129,6 +139,38 @@ def _documents(data: Iterable[Any], reader: RowReader) -> Iterator[Document]:
             raise UserError(
                 f"{PYTHON_OBJECT}: item {number} is {type(item).__name__}, neither text nor tokens: {_TAKEN}"
             )
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    return map(_untransposed, loader) if loader.collate_fn is default_collate else iter(loader)
+
+
+def _untransposed(item: Any) -> Any:
+    """A batch of lists from torch's default collation, which makes one tensor of every position, by its rows again."""
+    if isinstance(item, Mapping):
+        return {name: _untransposed(value) for name, value in item.items()}
+    if isinstance(item, list) and item and all(isinstance(part, Tensor) and part.ndim == 1 for part in item):
+        return torch.stack(item, dim=1)
+    return item
+
+
+def _unbatched(item: Any) -> Iterable[Any]:
+    """The strings or rows in a batch of text; anything else as it is."""
+    if _is_batch_of_text(item):
+        return tuple(item)
+    if (
+        isinstance(item, Mapping)
+        and "input_ids" not in item
+        and any(_is_batch_of_text(value) for value in item.values())
+    ):
+        columns = list(item.values())
+        if all(isinstance(column, list | tuple | Tensor) for column in columns) and len({*map(len, columns)}) == 1:
+            return (dict(zip(item, row, strict=True)) for row in zip(*columns, strict=True))
+    return (item,)
+
+
+def _is_batch_of_text(item: Any) -> bool:
+    return isinstance(item, list | tuple) and bool(item) and all(isinstance(part, str) for part in item)
 
 
 def _is_row(item: Any) -> bool:
@@ -154,14 +196,16 @@ def _token_rows(item: Any) -> list[list[int]] | None:
         return _rows_of(item.detach().cpu().numpy()) if item.dtype != torch.bfloat16 else None
     if isinstance(item, np.ndarray):
         return _rows_of(item)
-    if not isinstance(item, Sequence) or isinstance(item, str | bytes) or not item:
+    if not isinstance(item, Sequence) or isinstance(item, str | bytes):
         return None
+    if not item:
+        return []
     if all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in item):
         return [[int(token) for token in item]]
     if isinstance(item[0], Tensor) and item[0].ndim == 2:  # (ids, labels), as loaders of tensors give
         return _token_rows(item[0])
     nested = [_token_rows(row) for row in item]
-    if all(rows is not None and len(rows) == 1 for rows in nested):
+    if all(rows is not None and len(rows) <= 1 for rows in nested):
         return [rows[0] for rows in nested if rows]
     return None
 

@@ -27,7 +27,7 @@ from admm_prune.data.formats import (
     saved_dataset,
     saved_documents,
 )
-from admm_prune.data.hub import check_hub, first_line, is_repository, quiet
+from admm_prune.data.hub import check_hub, expanded, first_line, is_repository, quiet
 from admm_prune.data.rows import NoColumnError, Notes, RowReader
 from admm_prune.errors import UserError
 
@@ -124,7 +124,7 @@ def read_corpus(
     """
     if not source.strip():
         raise UserError("the name of the text is empty: name it with --data")
-    path = Path(source).expanduser()
+    path = expanded(source)
     notes = Notes()
     reader = RowReader(column, tokenizer, notes)
     if column is not None and not _has_columns(source):
@@ -141,9 +141,9 @@ def read_corpus(
 
 
 def is_file_name(source: str) -> bool:
-    """True where `source` must be a path: it is absolute, or has the extension of a readable file."""
-    path = Path(source).expanduser()
-    return path.is_absolute() or is_readable(path)
+    """True where `source` must be a path: it is absolute, has the extension of a readable file, or is no Hub id."""
+    path = expanded(source)
+    return path.is_absolute() or is_readable(path) or not is_repository(_repository(source)[0])
 
 
 def collected(name: str, documents: Iterator[Document], notes: Notes) -> Corpus:
@@ -184,7 +184,7 @@ def _exists(path: Path) -> bool:
 
 def _has_columns(source: str) -> bool:
     """False where `source` is plain text: the embedded corpus, a .txt file, or a folder of such files alone."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source == EMBEDDED:
         return False
     if not _exists(path) or (path.is_dir() and saved_dataset(path)):
@@ -209,7 +209,7 @@ def _local_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]
 
 
 def _hub_documents(source: str, split: str, reader: RowReader) -> Iterator[str]:
-    repository, _, config = SHORT_NAMES.get(source, source).partition(":")
+    repository, config = _repository(source)
     if not is_repository(repository):
         raise UserError(f"{source}: there is no such file or folder")
     try:
@@ -229,6 +229,12 @@ def _hub_documents(source: str, split: str, reader: RowReader) -> Iterator[str]:
             names = " ".join(str(error).split()).partition("available configs:")[2].partition("Example")[0].strip()
             raise UserError(f"{source}: name one of its configurations {names}, as {source}:NAME") from error
         raise UserError(f"{source}: cannot be read from the Hub ({first_line(error)})") from error
+
+
+def _repository(source: str) -> tuple[str, str]:
+    """The Hub id and the configuration in the name of a text; a URL has none."""
+    repository, _, config = SHORT_NAMES.get(source, source).partition(":")
+    return ("", "") if config.startswith("//") else (repository, config)
 
 
 def _opened_dataset(repository: str, config: str | None) -> Any:

@@ -6,12 +6,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from admm_prune.data.hub import expanded
 from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
@@ -249,7 +249,7 @@ def _packed_bytes(model: nn.Module) -> int:
 
 
 def _disk_bytes(name: str) -> int | None:
-    return weight_bytes(Path(name).expanduser()) or None
+    return weight_bytes(expanded(name)) or None
 
 
 def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:

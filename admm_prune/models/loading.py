@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from admm_prune.data.hub import check_hub, fetch, first_line, is_repository, quiet
+from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
-GGUF = ".gguf"
+_WEIGHTS = (".gguf", ".safetensors")  # a name with such an ending is a file, not a Hub id
 METADATA_KEY = "admm_prune"
 _FOLDER = "give the model's folder and out=, with stream=True where it does not fit in memory"
 _DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config and the tokenizer
@@ -123,7 +123,7 @@ def open_on_disk(
         UserError: as `load`.
     """
     folder, revision = _folder_of(source, trust_remote_code)
-    if folder.suffix == GGUF:
+    if is_gguf(folder):
         raise UserError(f"{source}: a GGUF file is dequantized as a whole and cannot be streamed")
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
@@ -181,13 +181,17 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
     Raises:
         UserError: there is no such model, or it has an adapter.
     """
-    folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else Path(source).expanduser()
+    if not source.strip():
+        raise UserError("the name of the model is empty")
+    folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else expanded(source)
     if not folder.is_dir():
-        if folder.suffix == GGUF and folder.is_file():
+        if is_gguf(folder) and folder.is_file():
             _check_gguf(source, folder)
             return folder
         if folder.exists():
             raise UserError(f"{source}: a file, not a model folder")
+        if folder.suffix.lower() in _WEIGHTS:
+            raise UserError(f"{source}: there is no such file")
         if source == EMBEDDED or not is_repository(source):
             raise UserError(f"{source}: there is no such model folder")
         _check_reachable(source)
@@ -253,6 +257,11 @@ def _check_reachable(source: str) -> None:
         ) from error
 
 
+def is_gguf(path: Path) -> bool:
+    """True where the name of a file ends as that of a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
 def _check_gguf(source: str, file: Path) -> None:
     """Raises UserError where a file does not begin as GGUF does, or the package that reads it is missing."""
     with file.open("rb") as opened:
@@ -264,7 +273,7 @@ def _check_gguf(source: str, file: Path) -> None:
 
 def place_of(location: Path | str) -> tuple[Path | str, dict[str, str]]:
     """The folder or Hub id for a `from_pretrained` of transformers, and its option that names a GGUF file."""
-    if isinstance(location, Path) and location.suffix == GGUF:
+    if isinstance(location, Path) and is_gguf(location):
         return location.parent, {"gguf_file": location.name}
     return location, {}
 
@@ -292,7 +301,7 @@ def _complete(source: str, model: Any, information: dict[str, Any]) -> PreTraine
 
 
 def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> PreTrainedModel:
-    if folder.suffix == GGUF:
+    if is_gguf(folder):
         return _load_gguf(source, folder, dtype)
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
@@ -130,7 +131,7 @@ def text_of_run(model: str) -> TextSettings | None:
     Raises:
         UserError: the manifest is damaged, or its text is no longer available.
     """
-    path = Path(model).expanduser() / MANIFEST
+    path = expanded(model) / MANIFEST
     if not path.is_file():
         return None
     known = {field.name for field in fields(TextSettings)}
@@ -143,7 +144,7 @@ def text_of_run(model: str) -> TextSettings | None:
     if Path(PYTHON_OBJECT) in places:
         raise UserError(f"{model}: its run was given the text as a Python object: name a text with --data")
     for place in places:
-        if is_file_name(str(place)) and not place.expanduser().exists():
+        if is_file_name(str(place)) and not expanded(place).exists():
             raise UserError(f"{model}: the text of its run, {place}, is not there any more: name a text with --data")
     return settings
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, LayerReport, Recipe, Runtime, Task
@@ -22,7 +23,7 @@ from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import Evaluation
-from admm_prune.models.loading import GGUF, LoadedModel, fingerprint, from_module, load, open_on_disk, save
+from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
@@ -70,7 +71,7 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
         return stream
-    return why is None and weight_bytes(Path(str(model)).expanduser()) > _COMFORT * free_bytes(device)
+    return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free_bytes(device)
 
 
 def default_activation_bytes() -> int:
@@ -81,7 +82,7 @@ def default_activation_bytes() -> int:
 def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
     if not isinstance(model, str | Path):
         return "the model is in memory already: give its folder"
-    if Path(model).suffix == GGUF:
+    if is_gguf(file := expanded(model)) and file.is_file():
         return "a GGUF file is dequantized as a whole"
     if not written:
         return "the pruned model must be written to a folder: give --out"

@@ -18,17 +18,40 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Expected(_Strict):
+    """Published perplexities of a protocol, and how far from their ratio a run of it may end.
+
+    The ratio is compared, not the perplexities: it depends less on details of tokenization and evaluation.
+    """
+
+    dense: float = Field(gt=0, allow_inf_nan=False, description="Perplexity of the dense model.")
+    pruned: float = Field(gt=0, allow_inf_nan=False, description="Perplexity of the pruned model.")
+    table: str = Field(description="Where both are published.")
+    tolerance: float = Field(gt=0, lt=1, description="Relative deviation of the ratio pruned / dense that passes.")
+    reason: str = Field(description="Why that much.")
+
+    @property
+    def ratio(self) -> float:
+        return self.pruned / self.dense
+
+    def passed(self, ratio: float) -> bool:
+        """True where a ratio is within the tolerance, on either side; False for NaN."""
+        return abs(ratio / self.ratio - 1) <= self.tolerance
+
+
 class Recipe(_Strict):
     """A run of admm-prune: what is pruned, how, to what, on which text.
 
     `name`, `summary`, `source` and `deviations` are for the reader: the paper that the protocol is from, and in what
-    this differs from it. `RecipeFile` below adds the fields that `Settings` declares.
+    this differs from it. `expected` is what the paper reports for exactly this protocol. `RecipeFile` below adds the
+    fields that `Settings` declares.
     """
 
     name: str | None = None
     summary: str | None = None
     source: str | None = None
     deviations: tuple[str, ...] = ()
+    expected: Expected | None = None
     objects: dict[str, str] = Field(
         default={}, description="Parts and texts that were objects in Python; such a run is not repeatable."
     )
@@ -65,6 +88,7 @@ class Recipe(_Strict):
 
         A sparsity takes the place of a pattern, and the other way round; another calibration text that of the
         evaluation text too, unless that is given. Splits and numbers of documents go with a text that is replaced.
+        What is expected of the recipe is not expected of another one.
 
         Raises:
             UserError: the result is not a valid recipe.
@@ -82,11 +106,19 @@ class Recipe(_Strict):
         content["objects"] = {name: part for name, part in content.get("objects", {}).items() if name not in replaced}
         for name, value in given.items():
             (text if name in texts else content)[name] = value
-        return validated({**content, "text": text}, self.name or "the recipe")
+        changed = validated({**content, "text": text}, self.name or "the recipe")
+        return changed.model_copy(update={"expected": None}) if changed.differences(self) else changed
+
+    def differences(self, other: Recipe) -> set[str]:
+        """The settings in which two recipes differ, apart from the device."""
+        one, another = (recipe.model_dump(exclude={*Recipe.model_fields, "device"}) for recipe in (self, other))
+        for values in (one, another):
+            values |= values.pop("text")
+        return {name for name, value in one.items() if value != another[name]}
 
     def as_content(self) -> dict[str, Any]:
-        """For JSON and YAML, without what stands at its default."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """For JSON and YAML, without what stands at its default, but for the model."""
+        return self.model_dump(mode="json", exclude_defaults=True) | {"model": dict(self)["model"]}
 
 
 def _fields(names: Sequence[str]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.formats import NoSplitError, has_splits
+from admm_prune.data.hub import expanded
 from admm_prune.data.objects import check_ids as check_passed_ids
-from admm_prune.data.objects import check_object, corpus_of
+from admm_prune.data.objects import check_object, corpus_of, is_split_dataset
 from admm_prune.data.rows import NoColumnError
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, Corpus, hold_out, is_file_name, read_corpus
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SAMPLES = 128
+_LONGEST = 255  # characters of a name that is taken to be one without a look
 
 _LOG = logging.getLogger("admm_prune")
 
@@ -64,6 +66,9 @@ def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple
     passed: dict[str, Any] = {}
     names: list[str | None] = []
     for role, value in (("data", data), ("eval_data", eval_data)):
+        long = isinstance(value, str) and ("\n" in value or len(value) > _LONGEST)
+        if long and not os.path.exists(value):  # noqa: PTH110  # Path.exists raises for a name this long
+            raise UserError(f"{role} is the name of a text, not text itself: pass that as a list, {role}=[text]")
         if value is None or isinstance(value, str | Path):
             names.append(None if value is None else str(value))
         else:
@@ -141,7 +146,7 @@ def _pack(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedMod
 def is_local(settings: TextSettings) -> bool:
     """True where no text is a Hub id."""
     places = [place for place in (settings.data, settings.eval_data) if place is not None and place != EMBEDDED]
-    return all(is_file_name(place) or Path(place).expanduser().exists() for place in places)
+    return all(is_file_name(place) or expanded(place).exists() for place in places)
 
 
 def read_corpora(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
@@ -216,10 +221,10 @@ class _Sources:
 
     def _has_splits(self, role: str) -> bool:
         if role in self.passed:
-            return isinstance(self.passed[role], Mapping)
+            return is_split_dataset(self.passed[role])
         source = self._source(role)
         assert source is not None
-        path = Path(source).expanduser()
+        path = expanded(source)
         # A folder that happens to be called "embedded" is not meant by the name.
         return source == EMBEDDED or not path.exists() or has_splits(path)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from admm_prune.data.hub import expanded
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe
@@ -262,4 +263,4 @@ def _check_records(
 
 
 def _is_there(name: str) -> bool:
-    return bool(name) and name != PYTHON_OBJECT and (not is_file_name(name) or Path(name).expanduser().exists())
+    return bool(name) and name != PYTHON_OBJECT and (not is_file_name(name) or expanded(name).exists())

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from admm_prune.runs.recipe_file import packaged_names
-from tests.cli.outcome import Command
+from admm_prune.runs import recipe_file
+from admm_prune.runs.recipe_file import packaged_names, read_packaged
+from admm_prune.runs.recipe_schema import Expected, validated
+from tests.cli.outcome import Command, Outcome
 
 
 @pytest.mark.sampled(2)
@@ -29,6 +31,80 @@ def test_every_protocol_runs_with_another_model_and_text(
     assert content["pruned"]["length"] == 64
     assert content["method"] == recipe["method"]
     assert content["sparsity"] == pytest.approx(recipe["sparsity"], abs=0.1 if name == "struprune" else 0.01)
+    assert content["ratio"] == content["pruned"]["perplexity"] / content["dense"]["perplexity"]
+    assert (content["expected"], content["passed"]) == (None, None)
+    if read_packaged(name).expected is None:
+        assert content["not_compared"] == f"the recipe '{name}' names no published figures of its model and sparsity"
+    else:
+        assert "--data, " in content["not_compared"]
+        assert ", --model, " in content["not_compared"]
+        assert content["not_compared"].endswith(" differ from the protocol")
+
+
+def test_a_reproduction_passes_fails_or_is_not_compared(
+    command: Command, place: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expect(ratio: float) -> None:
+        expected = {"dense": 2, "pruned": 2 * ratio, "table": "Table 9", "tolerance": 0.02, "reason": "five draws"}
+        text = {"data": str(text_file), "samples": 12, "length": 64}
+        content = {"model": str(model_folder), "method": "magnitude", "sparsity": 0.7, "text": text}
+        recipe = validated({**content, "name": "mine", "expected": expected}, "mine")
+        monkeypatch.setattr(recipe_file, "read_packaged", lambda name: recipe)
+
+    def reproduced(*options: object) -> Outcome:
+        return command("reproduce", "mine", *options, "--out", "out", "--overwrite")
+
+    expect(1000)
+    failed = reproduced("--json")
+    content = json.loads(failed.out)
+    reached = content["ratio"]
+    assert (failed.status, content["passed"], content["not_compared"]) == (1, False, None)
+    assert content["expected"] == {
+        "dense": 2, "pruned": 2000, "ratio": 1000, "table": "Table 9", "tolerance": 0.02, "reason": "five draws",
+    }  # fmt: skip
+    assert reached == content["pruned"]["perplexity"] / content["dense"]["perplexity"]
+    assert (place / "out/report.html").is_file(), "what was measured is kept"
+
+    for factor, status, verdict in ((1.015, 0, "pass"), (1.03, 1, "FAIL")):
+        expect(reached * factor)
+        outcome = reproduced()
+        assert outcome.status == status
+        assert f"dense: {reached:.4g}, expected {reached * factor:.4g} +- 2 %: {verdict}\n" in outcome.out
+        assert outcome.err.count("admm-prune:") == 0
+    content = reproduced("--sparsity", 0.7, "--device", "cpu", "--json")
+    assert json.loads(content.out)["passed"] is False, "options that say what the protocol says change nothing"
+
+    for options, reason in (
+        (("--sparsity", 0.5, "--seed", 1), "--seed, --sparsity differ"),
+        (("--data", text_file, "--documents", 50), "--documents differs"),
+    ):
+        outcome = reproduced(*options)
+        assert outcome.status == 0
+        assert f"; not compared: {reason} from the protocol\n" in outcome.out
+        assert "pass" not in outcome.out
+
+
+def test_a_ratio_that_is_no_number_does_not_pass() -> None:
+    expected = Expected(dense=10, pruned=20, table="", tolerance=0.5, reason="")
+    ratios = (0.9, 1.1, 2.9, 3.1, float("nan"), float("inf"))
+    assert [expected.passed(ratio) for ratio in ratios] == [False, True, True, False, False, False]
+
+
+def test_expected_figures_are_sourced() -> None:
+    expected = {name: read_packaged(name).expected for name in packaged_names()}
+    assert {name for name, one in expected.items() if one is None} == {"admm-gradual", "sparsellm", "struprune"}
+    for name, one in expected.items():
+        if one is not None:
+            assert name == "embedded" or "arXiv" in one.table
+            assert one.ratio > 1
+            assert one.tolerance < 0.1
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_embedded_model_passes(command: Command, place: Path) -> None:
+    content = command("reproduce", "embedded", "--device", "cpu", "--out", "out", "--json").json()
+    assert content["passed"] is True
+    assert content["expected"]["ratio"] == pytest.approx(content["ratio"], rel=0.005)
 
 
 def test_a_protocol_is_shown_before_it_is_run(command: Command, place: Path) -> None:
@@ -37,6 +113,8 @@ def test_a_protocol_is_shown_before_it_is_run(command: Command, place: Path) -> 
     shown = yaml.safe_load(outcome.out)
     assert (shown["model"], shown["sparsity"], shown["method"]) == ("facebook/opt-6.7b", 0.7, "sparsegpt")
     assert shown["text"]["eval_data"] == "wikitext2"
+    assert "expected" not in shown, "the paper's figures are of another sparsity"
+    assert yaml.safe_load(command("reproduce", "sparsegpt", "--dry-run").out)["expected"]["pruned"] == 11.55
     content = command("reproduce", "wanda", "--dry-run", "--out", "out", "--json").json()
     assert content["recipe"]["source"].startswith("Sun et al.")
     assert content["out"] == "out"
@@ -81,5 +159,16 @@ def test_recipes_are_listed_shown_and_checked(command: Command, place: Path) -> 
     refused = command("recipe", "check", "mine.yaml")
     assert (refused.status, refused.out) == (2, "")
     assert "mine.yaml: samples: extra inputs are not permitted" in refused.err
+    for wrong, reason in (
+        ("0", "greater than 0"),
+        ("1.5", "less than 1"),
+        ("much", "valid number"),
+        (".nan", "number"),
+    ):
+        (place / "mine.yaml").write_text(shown.replace("tolerance: 0.09", f"tolerance: {wrong}"))
+        refused = command("recipe", "check", "mine.yaml")
+        assert refused.status == 2
+        assert "mine.yaml: expected.tolerance: " in refused.err
+        assert reason in refused.err
     schema: Any = command("recipe", "schema").json()
-    assert "overrides" in schema["properties"]
+    assert {"overrides", "expected"} <= schema["properties"].keys()

@@ -116,6 +116,9 @@ def test_prune_has_no_default_text(model_folder: Path) -> None:
     for how in ({"model": model_folder}, {"model": loaded.model, "tokenizer": loaded.tokenizer}):
         with pytest.raises(UserError, match="name the text with --data"):
             admm_prune.prune(**how, sparsity=0.5)  # type: ignore[arg-type]
+    for text in ("The cat sat on the mat.\n" * 3, "The cat sat on the mat. " * 20):
+        with pytest.raises(UserError, match=r"data is the name of a text, not .* data=\[text\]"):
+            admm_prune.prune(model_folder, sparsity=0.5, data=text)
 
 
 def test_a_run_reads_the_column_and_the_number_of_documents(

@@ -164,20 +164,34 @@ def test_wrong_usage(refused: Refused, arguments: list[str], reason: str) -> Non
     refused(reason, *arguments)
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "eval", "capture"])
+@pytest.mark.parametrize("name", ["run", "compare", "eval", "capture", "plan", "reproduce", "bench"])
 def test_a_model_folder_that_is_missing_or_is_none(refused: Refused, place: Path, text_file: Path, name: str) -> None:
     (place / "empty").mkdir()
     (place / "file").write_text("weights")
     for model, reason in (
         ("no/such/folder", "no/such/folder: there is no such model folder"),
+        ("./missing", "./missing: there is no such model folder"),
+        ("missing/", "missing/: there is no such model folder"),
+        ("~/no-such-folder", "~/no-such-folder: there is no such model folder"),
+        ("nowhere.gguf", "nowhere.gguf: there is no such file"),
+        ("dir/nowhere.GGUF", "dir/nowhere.GGUF: there is no such file"),
+        ("~/no-such.gguf", "~/no-such.gguf: there is no such file"),
+        ("dir/model.safetensors", "dir/model.safetensors: there is no such file"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x: there is no such home folder"),
+        (" ", "the name of the model is empty"),
+        ("a" * 300, "a: no file or folder can have a name this long"),
         ("empty", "empty: not a model folder: it has no config.json"),
         ("file", "file: a file, not a model folder"),
     ):
         rest = {
-            "eval": (model,),
-            "capture": ("--model", model, "--weight", UP, "--out", "f"),
-        }.get(name, ("--model", model, "--sparsity", "0.5", "--out", "out"))
-        refused(reason, name, *rest, "--data", text_file)
+            "eval": (model, "--data", text_file),
+            "capture": ("--model", model, "--weight", UP, "--out", "f", "--data", text_file),
+            "reproduce": ("wanda", "--model", model, "--data", text_file, "--out", "out"),
+            "bench": ("inference", model),
+        }.get(name, ("--model", model, "--sparsity", "0.5", "--out", "out", "--data", text_file))
+        refused(reason, name, *rest)
+        if name == "run":
+            refused(reason, name, *rest, "--stream")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -222,7 +236,11 @@ def test_a_text_that_is_missing_or_shorter_than_one_sequence(refused: Refused, p
     run = ("run", "--model", model_folder, "--sparsity", "0.5", "--out", "out")
     refused("the text is shorter than one sequence", *run, "--data", "short.txt")
     refused("missing.txt: there is no such file", *run, "--data", "missing.txt")
-    refused("no/such/text: there is no such file or folder", *run, "--data", "no/such/text")
+    plan = ("plan", "--model", model_folder, "--sparsity", "0.5")
+    for command in (run, plan):
+        for name in ("no/such/text", "./missing", "missing/", "https://host/stories"):
+            refused(f"{name}: there is no such file or folder", *command, "--data", name)
+        refused("~nobody-of-this-name/x: there is no such home folder", *command, "--data", "~nobody-of-this-name/x")
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])

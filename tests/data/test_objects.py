@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from admm_prune.data import objects
 from admm_prune.data.objects import check_ids, corpus_of
@@ -46,6 +46,9 @@ TEXTS: dict[str, Any] = {
     "a dataset with tokens beside": datasets.Dataset.from_dict({"text": STORIES, "input_ids": IDS}),
     "another column": datasets.Dataset.from_dict({"story": STORIES, "n": [1, 2]}),
     "a streamed dataset": datasets.Dataset.from_dict({"text": STORIES}).to_iterable_dataset(),
+    "a loader of strings": DataLoader(list(STORIES), batch_size=2),  # type: ignore[arg-type]
+    "a loader of rows": DataLoader([{"text": story, "n": 1} for story in STORIES], batch_size=2),  # type: ignore[arg-type]
+    "a loader of a dataset": DataLoader(datasets.Dataset.from_dict({"text": STORIES, "n": [1, 2]}), batch_size=2),  # type: ignore[arg-type]
     "splits": datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": STORIES})),
 }
 TOKENS: dict[str, Any] = {
@@ -60,6 +63,17 @@ TOKENS: dict[str, Any] = {
     "padded batches": [PADDED],
     "a loader": DataLoader(TensorDataset(TENSOR), batch_size=2),
     "a loader of an iterable": DataLoader(Tokens(), batch_size=2),
+    # Torch collates lists by position: three tensors of two ids, not two of three.
+    "a loader of lists": DataLoader([list(ids) for ids in IDS], batch_size=2),  # type: ignore[arg-type]
+    "a loader of rows of lists": DataLoader(
+        [{"input_ids": list(ids), "attention_mask": [1] * 3} for ids in IDS], batch_size=2
+    ),  # type: ignore[arg-type]
+    "a loader of a dataset": DataLoader(datasets.Dataset.from_dict({"input_ids": IDS}), batch_size=2),  # type: ignore[arg-type]
+    "a loader of single rows": DataLoader([{"input_ids": list(ids)} for ids in IDS], batch_size=1),  # type: ignore[arg-type]
+    "what a tokenizer returns": BatchEncoding({"input_ids": [list(ids) for ids in IDS]}),
+    "padded tensors of a tokenizer": BatchEncoding(PADDED),
+    "empty lists between": [[], *map(list, IDS), []],
+    "a batch with an empty list": [[[], *map(list, IDS)]],
     "a dataset": datasets.Dataset.from_dict({"input_ids": IDS, "labels": IDS}),
     "a dataset of tensors": datasets.Dataset.from_dict({"input_ids": IDS}).with_format("torch"),
 }
@@ -90,6 +104,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a file": (io.StringIO("text"), "cannot be read from StringIO"),
     "an empty list": ([], "the text is empty"),
     "blanks": (["", " "], "the text is empty"),
+    "lists without tokens": ([[], []], "the text is empty"),
     "numbers": ([1, 2], "item 1 is int, neither text nor tokens"),
     "fractions": ([[1.0, 2.0]], "item 1 is list, neither"),
     "a matrix of fractions": (torch.zeros(2, 3), "item 1 is Tensor, neither"),
@@ -111,6 +126,14 @@ def test_what_is_neither_is_refused_in_one_line(kind: str) -> None:
         corpus_of(data)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_words_are_no_batches() -> None:
+    row = {"input_ids": list(IDS[0]), "tokens": ["the", "cat", "sat"]}
+    assert corpus_of([row]).documents == IDS[:1]
+    for words in ([["the", "cat"]], [{"words": ["the", "cat"]}]):
+        with pytest.raises(UserError):
+            corpus_of(words)
 
 
 def test_what_has_no_end_is_taken_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,12 +77,15 @@ def gguf_file(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def test_it_is_the_model_that_was_written(gguf_file: Path, model_folder: Path) -> None:
+def test_it_is_the_model_that_was_written(gguf_file: Path, model_folder: Path, tmp_path: Path) -> None:
     loaded, original = load(str(gguf_file)), load(str(model_folder))
     assert torch.allclose(loaded.model(IDS).logits, original.model(IDS).logits, atol=1e-5)
     text = "the cat sat on a mat"
     assert loaded.tokenizer(text)["input_ids"] == original.tokenizer(text)["input_ids"]
     assert load(str(gguf_file), dtype="bfloat16").model.dtype == torch.bfloat16
+    upper = tmp_path / "TINY.GGUF"
+    upper.symlink_to(gguf_file)
+    assert torch.equal(load(str(upper)).model(IDS).logits, loaded.model(IDS).logits)
 
 
 def test_it_is_pruned_and_saved_as_an_ordinary_folder(gguf_file: Path, text_file: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from admm_prune.data.hub import expanded
 from admm_prune.data.layer_file import is_ours
 from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST
@@ -156,4 +157,4 @@ def _check_writable(path: Path) -> None:
 
 def absolute(path: Path) -> Path:
     """An absolute path without "..", links kept, independent of later changes of the working folder."""
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  # Path.absolute keeps ".."
+    return Path(os.path.abspath(expanded(path)))  # noqa: PTH100  # Path.absolute keeps ".."
