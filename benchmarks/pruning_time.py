@@ -243,7 +243,11 @@ def main(words: Sequence[str] | None = None) -> None:
     rows, facts = [], machine()
     for method in arguments.methods.split(","):
         rows.append(measured(arguments, method))
-        settings = vars(arguments) | {"out": None}
+        settings = vars(arguments) | {
+            "out": None,
+            "model": Path(arguments.model).name,
+            "data": Path(arguments.data).name,
+        }
         content = {"machine": facts, "settings": settings, "rows": rows}
         write_results(arguments.out, content, text_table(rows, headline(facts)))
 
