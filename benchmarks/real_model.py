@@ -10,8 +10,7 @@ manifest, times and recipe stay, unless `--keep`. A row is written as soon as it
 continues where it stopped; a run that was stopped is resumed, and has no times. Two commands with other targets or
 methods can share OUT. `--draws 0.6:3` calibrates every method but magnitude on three draws of the text at that target.
 
-OUT holds runs.csv, real_model.json, real_model.txt and real_model.png; `--report` writes the last three again and
-measures nothing.
+OUT holds runs.csv, and real_model.json, .txt, .md and .png, which `--report` writes again, measuring nothing.
 """
 
 from __future__ import annotations
@@ -315,6 +314,22 @@ def text_table(rows: Sequence[Row], head: str) -> str:
     return "\n".join([*lines, "", *inversions(rows)]) + "\n"
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of perplexities by method and target, with the ratio to sparsegpt; published ratios below."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    cells = {(row["method"], row["target"]): f"{row['perplexity']:.1f}" for row in rows}
+    for row in rows:
+        if row["ratio"] is not None:
+            cells[row["method"], row["target"]] += f" ({row['ratio']:.2f})"
+    for name, by_target in PUBLISHED.items():
+        cells |= {(f"{name}, published for OPT-125M", target): f"({by_target[target]:.2f})" for target in by_target}
+    lines = [["method", *(target if ":" in target else f"{100 * float(target):g} %" for target in targets)]]
+    lines.append(["---"] * len(lines[0]))
+    for method in dict.fromkeys(method for method, _ in cells):
+        lines.append([method, *(cells.get((method, target), "") for target in targets)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Ratios to sparsegpt by target, one line a method; published ones dotted."""
     from matplotlib.figure import Figure
@@ -342,6 +357,7 @@ def report(out: Path) -> None:
     rows = rows_of(Journal(out / "runs.csv", COLUMNS, KEY).records)
     facts = machine()
     (out / "real_model.txt").write_text(text_table(rows, headline(facts)), encoding="utf-8")
+    (out / "real_model.md").write_text(markdown(rows), encoding="utf-8")
     content = {"machine": facts, "published": PUBLISHED, "rows": rows}
     (out / "real_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plot(rows, out / "real_model.png")

@@ -55,6 +55,10 @@ def test_ratios_are_to_sparsegpt_on_the_same_draw() -> None:
     table = real_model.text_table(rows, "head")
     assert "0.855" in table
     assert "published ratios, OPT-125M: D2Prune 0.876" in table
+    lines = real_model.markdown(rows).splitlines()
+    assert lines[0] == "| method | 60 % |"
+    assert "| admm | 9.0 (0.85) |" in lines
+    assert "| SparseLLM, published for OPT-125M | (0.95) |" in lines
 
 
 def test_an_order_that_blimp_contradicts_is_named_beyond_two_standard_errors() -> None:
