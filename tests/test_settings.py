@@ -134,5 +134,5 @@ def test_the_schema_has_what_recipes_keep() -> None:
     kept = {name: one for name, one in options(Settings).items() if one.saved_in == "recipe"}
     text = {name for name, one in kept.items() if one.group == "Text"}
     assert set(content["$defs"]["Text"]["properties"]) == text
-    own = {"name", "summary", "source", "deviations", "objects", "text"}
+    own = {"name", "summary", "source", "deviations", "expected", "objects", "text"}
     assert set(content["properties"]) - own == kept.keys() - text
