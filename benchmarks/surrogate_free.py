@@ -13,7 +13,6 @@ stopped: start a new folder where the code has changed. OUT holds runs.csv, surr
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from admm_prune.models.loading import load
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from benchmarks.journal import Journal, Record, number
-from benchmarks.machine import headline, machine
+from benchmarks.machine import headline, machine, write_results
 
 KEY = ("model", "target", "method", "steps", "lr", "seed")
 COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "seconds", "notes")
@@ -235,9 +234,7 @@ def report(out: Path) -> None:
     """The tables of what has been measured."""
     rows = rows_of(Journal(out / "runs.csv", COLUMNS, KEY).records)
     facts = machine()
-    (out / "surrogate_free.txt").write_text(text_table(rows, headline(facts)), encoding="utf-8")
-    content = {"machine": facts, "rows": rows}
-    (out / "surrogate_free.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_results(out / "surrogate_free", {"machine": facts, "rows": rows}, text_table(rows, headline(facts)))
 
 
 def main(words: Sequence[str] | None = None) -> None:

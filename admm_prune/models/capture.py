@@ -144,8 +144,9 @@ class BlockStream:
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         for some in self._apart(weights):
-            collector = Collector(some, weigh, centre=centre, stop=outputs is None or bool(shared))
-            self._observe(collector, index, None if shared else outputs)
+            receiving = None if shared else outputs  # of the first pass alone
+            collector = Collector(some, weigh, centre=centre, stop=receiving is None)
+            self._observe(collector, index, receiving)
             collector.join(tuple(self._states), self._world)
             if collector.starving():
                 self._observe(collector, index)
