@@ -30,7 +30,8 @@ P = ParamSpec("P")
 S = TypeVar("S")
 R = TypeVar("R")
 Stream = Literal["auto"] | bool
-_COMMANDS = "run reproduce compare plan capture"
+_RUNS = "run reproduce compare plan"
+_COMMANDS = f"{_RUNS} capture"
 SAME: Any = object()  # a default of the command line that is the field's own
 
 
@@ -112,6 +113,10 @@ def _run(default: T, help: str, *, saved_in: str = "", **how: Any) -> T:
     return option(default, help, group="Run", saved_in=saved_in, **how)
 
 
+def _training(default: T, help: str, **how: Any) -> T:
+    return option(default, help, commands=_RUNS, **how)
+
+
 def _machine(default: T, help: str, **how: Any) -> T:
     return option(default, help, group="Machine", commands="plan", saved_in="", **how)
 
@@ -164,8 +169,7 @@ class TextSettings:
     data: Any = field(metadata=_DATA)
     eval_data: Any | None = _text(
         None,
-        "Text to evaluate on; by default a held-out part of the calibration text: its validation split, or the "
-        "last tenth of a text without splits.",
+        "Text to evaluate on; by default the validation split of the calibration text, or the last tenth of it.",
         python="As `data`.",
     )
     split: str = _text("train", "Split of a Hub id or saved data set to calibrate on.")
@@ -186,17 +190,9 @@ class TextSettings:
         None, "Evaluation documents to read; by default all, or 20,000 of a Hub data set.", least=1
     )
     samples: int | None = _text(
-        None,
-        "Calibration sequences; by default as many as the method needs.",
-        least=1,
-        commands="run reproduce compare plan",
+        None, "Calibration sequences; by default as many as the method needs.", least=1, commands=_RUNS
     )
-    eval_samples: int | None = _text(
-        None,
-        "Evaluation sequences; by default the whole text.",
-        least=1,
-        commands="run reproduce compare plan",
-    )
+    eval_samples: int | None = _text(None, "Evaluation sequences; by default the whole text.", least=1, commands=_RUNS)
     length: int | None = _text(
         None,
         "Tokens per sequence; by default the context length of the model, but at most 2048.",
@@ -311,12 +307,21 @@ class Settings(TextSettings):
         typed=str | None,
         parse=_ridge,
     )
-    steps: int | None = option(
-        None,
-        "Number of optimizer steps, for methods that train; by default set by the method.",
-        commands="run reproduce compare plan",
-        least=1,
+    steps: int | None = _training(
+        None, "Number of optimizer steps, for methods that train; by default set by the method.", least=1
     )
+    precision: str = _training(
+        "auto",
+        "Precision of training: bf16 (autocast, weights in float32), float32, or auto (bf16 if the hardware has it).",
+        choices=("auto", "bf16", "float32"),
+    )
+    micro_batch: int | None = _training(
+        None, "Sequences in one forward and backward pass of training; by default the whole batch.", least=1
+    )
+    gradient_checkpointing: bool = _training(
+        False, "Compute activations again in the backward pass of training: less memory, a third more work."
+    )
+    compile: bool = _training(False, "Compile the blocks with torch.compile for training.")
     unit: str | None = option(
         None,
         "Unit of the budget of structured methods: parameters, bytes, kv-cache, flops or latency.",

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from admm_prune import SparseAdam
 from admm_prune.methods.elsa.trainer import endless_batches
-from admm_prune.models.evaluate import evaluate, next_token_loss
+from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
+from admm_prune.models.losses import next_token_loss
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.schedules import warm_up_then_linear

@@ -61,7 +61,7 @@ json.dump({
 def found(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> tuple[Path, dict[str, Any]]:
     """What the package shows of a setting that was added to its declaration: the folder of a run, and the rest."""
     place = tmp_path_factory.mktemp("edited")
-    insert(place, Path("settings.py"), FIELD, above="    steps: int | None = option(\n")
+    insert(place, Path("settings.py"), FIELD, above="    steps: int | None = _training(\n")
     return place / "pruned", run_edited(place, SCRIPT, model_folder, text_file)
 
 

@@ -236,7 +236,7 @@ class Capabilities(Protocol):
     """What the rest of the package asks about a method, in place of its class; a method overrides what differs.
 
     Attributes:
-        options: settings of a run that only some methods have, and that this one takes: "steps", "unit", "multiple".
+        options: settings of a run that only some methods have, and that this one takes, such as "steps" or "unit".
         stages: what its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups,
             or training of the whole model; None where it cannot be counted beforehand.
         prunes: False for a baseline that leaves the model dense.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe
 from admm_prune.methods.elsa.elsa import TRAINED
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS, Method, method_named, method_names, with_parts
@@ -21,6 +22,7 @@ _RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSE
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 # Baselines of the methods that train, so that the gain of training is not attributed to pruning.
 _BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
+_ENGINE = Engine()
 _COMPARED = ("elsa", "elsa-l", "elsa-published")
 
 
@@ -28,6 +30,7 @@ def composed(
     method: str | None,
     *,
     steps: int | None = None,
+    engine: Engine = _ENGINE,
     solver: str | Solver | None = None,
     problem: ProblemLike = None,
     constraint: SetLike = None,
@@ -36,6 +39,7 @@ def composed(
 
     Args:
         method: a name; None for layer-wise pruning with the solver, or with `admm` if there is none.
+        steps, engine: as in `recipe_named`.
         solver: an object, or the name of a layer method, whose ridge, damping and budget are used too.
         problem: a class derived from `LayerReconstruction`, a function with the same arguments, or a name.
         constraint: an object, a class that takes a sparsity, or a name.
@@ -46,12 +50,12 @@ def composed(
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:
-        return recipe_named(method or DEFAULT, steps)
+        return recipe_named(method or DEFAULT, steps, engine)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
         return Layerwise(with_parts(_method_of(solver), problem, constraint))
-    recipe = recipe_named(method or DEFAULT, steps)
+    recipe = recipe_named(method or DEFAULT, steps, engine)
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
@@ -71,27 +75,30 @@ def _method_of(solver: str | Solver) -> Method:
     return Method(kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0], lambda: solver)
 
 
-def recipe_named(name: str, steps: int | None = None) -> Recipe:
+def recipe_named(name: str, steps: int | None = None, engine: Engine = _ENGINE) -> Recipe:
     """The recipe of this name; solvers of layer problems are applied layer by layer.
 
     Args:
         steps: of a recipe that trains, in place of its own number.
+        engine: of a recipe that trains.
 
     Raises:
-        UserError: no such recipe; the message lists those there are. Steps are asked of one that does not train.
+        UserError: no such recipe; the message lists those there are. It does not train, and has no steps or engine.
     """
     check_no_clash("solvers", name, RECIPES)
     if name not in RECIPES and name not in method_names():
         known = ", ".join(dict.fromkeys([*RECIPES, *method_names()]))
         raise UserError(f"unknown method '{name}': choose one of {known}")
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
-    if steps is None:
+    given = ["steps"][: steps is not None] + engine.changed()
+    if not given:
         return recipe
     if not isinstance(recipe, Trained):
-        raise UserError(f"{name} does not train: --steps is for {', '.join(trained.name for trained in TRAINED)}")
-    if steps < 1:
+        flag = given[0].replace("_", "-")
+        raise UserError(f"{name} does not train: --{flag} is for {', '.join(trained.name for trained in TRAINED)}")
+    if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    return replace(recipe, steps=steps)
+    return replace(recipe, steps=steps or recipe.steps, engine=engine)
 
 
 def with_baselines(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Perplexity and sparsity of a model, and its losses on a batch, differentiable."""
+"""Perplexity and sparsity of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
 from admm_prune.models.activation_store import ActivationStore, passed_by, record, returned_form
+from admm_prune.models.losses import cross_entropy, split_rows
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, decoder_blocks
 
 T = TypeVar("T")
-_LOGITS = 2**27  # logits held at once: 512 MiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +117,14 @@ def evaluate(
         activation_store: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.
     """
-    pieces = world.partition([piece for batch in sequences.batches for piece in _pieces(model, batch)])
+    pieces = world.partition([piece for batch in sequences.batches for piece in split_rows(model, batch)])
     if offloading.is_offloaded:
         device = offloading.device(model)
-        losses = streamed(model, pieces, offloading, lambda piece: _loss(model, piece, device), activation_store)
+        losses = streamed(
+            model, pieces, offloading, lambda piece: cross_entropy(model, piece, device), activation_store
+        )
     else:
-        losses = (_loss(model, piece) for piece in pieces)
+        losses = (cross_entropy(model, piece) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
     for loss in losses:
         total += loss
@@ -186,29 +188,6 @@ def continued(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
     return ids[0, len(prompt) :].cpu()
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of -log p over the scored tokens of a batch: a float64 scalar on the CPU."""
-    total = torch.zeros((), dtype=torch.float64)
-    for piece in _pieces(model, batch):
-        total += _loss(model, piece)
-    return total
-
-
-def _loss(model: nn.Module, piece: Batch, device: torch.device | None = None) -> Tensor:
-    losses = nn.functional.cross_entropy(*_scored_logits(model, piece, device), reduction="none")
-    return losses.double().sum().cpu()
-
-
-def _pieces(model: nn.Module, batch: Batch) -> list[Batch]:
-    """A batch in as many rows at once as keep the logits of a call within bounds, at least one."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    rows = max(1, _LOGITS // (batch.input_ids.shape[1] * vocabulary))
-    return [
-        Batch(ids, lengths, batch.bos)
-        for ids, lengths in zip(batch.input_ids.split(rows), batch.lengths.split(rows), strict=True)
-    ]
-
-
 def _protocol(sequences: Sequences) -> str:
     begin = "no BOS, the first token is given" if sequences.bos is None else "BOS is given"
     if sequences.packing == "segments":
@@ -228,45 +207,3 @@ def sparsity(blocks: Iterable[Block]) -> float:
     """The fraction of the prunable weights that are exactly zero."""
     weights = [view.read() for block in blocks for view in block.weights]
     return 1.0 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-
-
-def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean of -log p over the scored tokens of a batch, from logits in float32."""
-    logits, targets = _scored_logits(model, batch)
-    return nn.functional.cross_entropy(logits, targets)
-
-
-@dataclass(frozen=True, eq=False)
-class Distillation:
-    """(1 - weight) cross-entropy + weight T^2 KL(p_teacher || p), means over the scored tokens, at temperature T.
-
-    The teacher is the dense model: its whole distribution is more informative than the token alone. It runs without
-    gradients, about a third of the cost of a training step.
-
-    Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015.
-    """
-
-    teacher: nn.Module
-    weight: float = 0.5
-    temperature: float = 1.0
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits, targets = _scored_logits(model, batch)
-        with torch.no_grad():
-            teacher_logits, _ = _scored_logits(self.teacher, batch)
-        divergence = nn.functional.kl_div(
-            (logits / self.temperature).log_softmax(-1),
-            (teacher_logits / self.temperature).log_softmax(-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        loss = self.weight * self.temperature**2 * divergence
-        return loss if self.weight == 1.0 else loss + (1 - self.weight) * nn.functional.cross_entropy(logits, targets)
-
-
-def _scored_logits(model: nn.Module, batch: Batch, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """(n, vocabulary) in float32, and the n tokens they are to predict."""
-    device = device or next(model.parameters()).device
-    ids, scored = batch.input_ids.to(device), batch.scored.to(device)[:, 1:]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][scored]
-    return logits.float(), ids[:, 1:][scored]

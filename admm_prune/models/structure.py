@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +140,19 @@ def assign(root: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module below `root`, by its dotted name."""
     owner, _, attribute = name.rpartition(".")
     setattr(root.get_submodule(owner), attribute, value)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Within it a module's forward is another function; its hooks are called as before."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def notes_on(model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Matrix products of a solve at a fixed precision, independent of the process's settings.
+"""Matrix products of a solve at a fixed precision, independent of the process's settings; autocast of a model.
 
 `torch.set_float32_matmul_precision("high")`, TF32 on CUDA, bfloat16 in oneDNN, and autocast all
 make products of float32 matrices keep 8 to 11 bits. These are settings of a training script, and must not change
@@ -12,11 +12,13 @@ times the inner length, which tensor cores do in a fraction of the time of float
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_map
 
 _MKLDNN: Any = torch.backends.mkldnn  # its types lack `matmul`
 _BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
@@ -114,3 +116,61 @@ def _split(a: Tensor) -> Tensor:
     """[A1, A1, A2] (..., m, 3 k)."""
     high = a.to(torch.bfloat16)
     return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)
+
+
+_PRODUCTS = (
+    *("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d"),
+    *("scaled_dot_product_attention", "grouped_mm", "_grouped_mm"),
+)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """torch's autocast to a dtype narrower than float32, and nothing for float32.
+
+    On the meta device, for which torch has none, the conversions before products alone, so that their bytes can be
+    counted.
+    """
+    if dtype == torch.float32:
+        return nullcontext()
+    return _MetaAutocast(dtype) if device.type == "meta" else torch.autocast(device.type, dtype=dtype)
+
+
+def function_modes() -> AbstractContextManager[None]:
+    """A context with the function modes in force at this call: activation checkpointing does not restore them."""
+    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
+
+    @contextmanager
+    def entered() -> Generator[None]:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    return entered()
+
+
+class _MetaAutocast(TorchFunctionMode):
+    """Arguments of products in `dtype`; a converted weight is kept, as by torch, until the context ends."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _PRODUCTS:
+            args, kwargs = tree_map(self._converted, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: object) -> None:
+        self._weights.clear()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+
+    def _converted(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(self._dtype)
+        if id(x) not in self._weights:
+            self._weights[id(x)] = (x, x.to(self._dtype))
+        return self._weights[id(x)][1]

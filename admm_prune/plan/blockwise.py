@@ -19,6 +19,7 @@ from torch import Tensor
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.elsa.engine import multiplies_in_bfloat16
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
@@ -26,10 +27,10 @@ from admm_prune.methods.local import Method
 from admm_prune.methods.sparsellm import SparseLLM
 from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
-from admm_prune.models import evaluate as evaluation
 from admm_prune.models import families
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.losses import cross_entropy
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
@@ -45,6 +46,7 @@ WEIGHTS, CHECKED = "weights", "check of the largest weight"
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
 _TEACHER, _BEST = "teacher", "best weights so far"
+STEP = "activations and logits of a step"
 _STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
 
 
@@ -137,7 +139,7 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
         UserError: the work of the method cannot be counted beforehand.
     """
     if recipe.stages == "training":
-        return training(anatomy, cast("Trained", recipe), task)
+        return training(anatomy, cast("Trained", recipe), task, device)
     plans: dict[str | None, Callable[[BlockPass, Any, Task], Iterator[Stage]]] = {
         "layers": _layerwise,
         "networks": _sparsellm,
@@ -300,7 +302,7 @@ def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iter
     with counted() as counting, torch.no_grad():
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with measured_cost(counting) as cost:
-            evaluation.cross_entropy(anatomy.model, batch)
+            cross_entropy(anatomy.model, batch)
     weights, work = {WEIGHTS: anatomy.weight_bytes}, cost.work * share
     if stream:
         work += Work.of(disk_read=anatomy.weight_bytes)
@@ -317,12 +319,18 @@ def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
     return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
 
 
-def training(anatomy: Anatomy, recipe: Trained, task: Task) -> list[Stage]:
+def training(anatomy: Anatomy, recipe: Trained, task: Task, device: str = "cpu") -> list[Stage]:
     """All of a recipe that trains: the recipe itself, run on the meta device for a few steps, without its projections.
 
     A step takes the same bytes and operations at all times, so that the work of all is that of the first and as many of
     the second's as there are more.
+
+    Args:
+        device: on which it is to run, in bfloat16 where that is the default there.
     """
+    half = device == "cuda" or multiplies_in_bfloat16(torch.device(device))
+    if recipe.engine.precision == "auto":
+        recipe = replace(recipe, engine=replace(recipe.engine, precision="bf16" if half else "float32"))
     stages = [_trained(anatomy, recipe, task)]
     projecting = recipe.projecting(task)
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
@@ -351,9 +359,11 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
             del session
     step = works[1] + works[0] * -1.0
     work = works[0] + step * (recipe.steps - least - _STEPS[0])
-    known = {WEIGHTS: anatomy.weight_bytes, **parts, "gradients": anatomy.weight_bytes}
-    rest = peak - sum(size for name, size in known.items() if name != WEIGHTS)
-    return Stage(name="training", parts={**known, "activations and logits of a step": max(0, rest)}, work=work)
+    trained = sum(p.numel() * max(4, p.dtype.itemsize) for p in model.parameters())  # in float32, weights and gradients
+    known = {WEIGHTS: trained, **parts, "gradients": trained}
+    uncounted = sum(p.nbytes for p in model.parameters() if p.dtype.itemsize >= 4)  # there before
+    rest = uncounted + peak - sum(known.values())
+    return Stage(name="training", parts={**known, STEP: max(0, rest)}, work=work)
 
 
 def _parts(session: Session) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import DEFAULT, recipe_named
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.struprune import configured
@@ -18,7 +19,7 @@ from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
-from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, pruning_stages
+from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, STEP, pruning_stages
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
@@ -113,7 +114,9 @@ class Plan:
             return "use elsa-l, whose moments take a quarter, or more --gpus"
         if part in (ACTIVATIONS_PART, "tokens of the network", "targets"):
             return "use fewer --samples or a shorter --length"
-        if part in (FORWARD, "logits", "activations and logits of a step"):
+        if part == STEP:
+            return "use a smaller --micro-batch, --gradient-checkpointing, or a shorter --length"
+        if part in (FORWARD, "logits"):
             return "use a shorter --length"
         if part in (GRAMS, SOLVER):
             return "use a method that holds less, such as wanda or magnitude"
@@ -134,7 +137,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
-    recipe = configured(recipe_named(method, settings.steps), settings.unit, settings.multiple)
+    recipe = configured(recipe_named(method, settings.steps, Engine.of(settings)), settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.struprune.selectors import Selection
 from admm_prune.methods.target import Target
@@ -142,8 +143,8 @@ def compare(
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
-    if run.steps is not None:
-        recipes = [recipe_named(r.name, run.steps) if "steps" in r.options else r for r in recipes]
+    engine = Engine.of(run)
+    recipes = [recipe_named(r.name, run.steps, engine) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are distinguished by their labels in the report and the folder names.

@@ -14,6 +14,7 @@ from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, LayerReport, Recipe, Runtime, Task
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
@@ -155,7 +156,9 @@ def prune(settings: Settings) -> Report:
     method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    recipe = configured(composed(method, steps=settings.steps, **parts), settings.unit, settings.multiple)
+    recipe = configured(
+        composed(method, steps=settings.steps, engine=Engine.of(settings), **parts), settings.unit, settings.multiple
+    )
     target = _target(settings)
     ridge = parse_ridge(settings.ridge)
     passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)

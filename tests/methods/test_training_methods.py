@@ -21,8 +21,8 @@ from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.target import Target, target_named
-from admm_prune.models.evaluate import Distillation, next_token_loss
 from admm_prune.models.loading import load
+from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
@@ -141,7 +141,13 @@ def bent(model: Bend, batch: Tensor) -> Tensor:
 def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None:
     model = Bend()
     before = model.x.detach().clone()
-    measured = measured_rate(model, bent, [torch.zeros(1)] * 4, lambda: float(bent(model, torch.zeros(1))))
+
+    def backward(batch: Tensor) -> Tensor:
+        loss = bent(model, batch)
+        loss.backward()
+        return loss.detach()
+
+    measured = measured_rate(model, backward, [torch.zeros(1)] * 4, lambda: float(bent(model, torch.zeros(1))))
     assert torch.equal(model.x, before)
     assert model.x.grad is None
     steps = torch.linspace(0, 1.5, 15001)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import Corpus
 from admm_prune.models import evaluate as module
+from admm_prune.models import losses
 from admm_prune.models.evaluate import evaluate, sparsity
 from admm_prune.models.structure import decoder_blocks
 from tests.models.tiny_models import STORIES, build, one_by_one, prune_half
@@ -54,7 +55,7 @@ def test_evaluation_repeats_to_the_bit(stories: Sequences) -> None:
 def test_logits_are_held_for_few_rows_at_once(stories: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     expected = evaluate(model, stories)
-    monkeypatch.setattr(module, "_LOGITS", 1)
+    monkeypatch.setattr(losses, "_WHOLE", 1)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(len(logits)))
     assert evaluate(model, stories).perplexity == pytest.approx(expected.perplexity, rel=1e-6)

@@ -15,17 +15,19 @@ from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import prune_several, prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import RECIPES, recipe_named
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import SharedInput
-from admm_prune.models.evaluate import next_token_loss
 from admm_prune.models.experts import routed
+from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
+from admm_prune.plan.blockwise import _keep_all as keep_all
 from admm_prune.plan.counting import KINDS, Cost, Work, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
@@ -192,6 +194,38 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     planned = max(stage.bytes for stage in stages)
     held, _ = pruned_and_counted(recipe, task)
     assert planned == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("name", "how", "dtype"),
+    [
+        ("gradual", {}, "float32"),
+        ("gradual", {"precision": "bf16"}, "float32"),
+        ("gradual", {"micro_batch": 2}, "float32"),
+        ("gradual", {"gradient_checkpointing": True}, "float32"),
+        ("elsa", {"precision": "bf16", "gradient_checkpointing": True, "micro_batch": 3}, "float32"),
+        ("elsa", {}, "bfloat16"),
+        ("elsa-l", {"precision": "bf16"}, "bfloat16"),
+        ("elsa-published", {}, "float32"),
+    ],
+    ids=str,
+)
+def test_the_plan_of_a_method_that_trains_is_what_the_allocator_gives(
+    name: str, how: dict[str, Any], dtype: str
+) -> None:
+    """Within 3 %, in every setting of the engine."""
+    recipe = recipe_named(name, engine=Engine(**how))
+    assert isinstance(recipe, Trained)
+    recipe = replace(recipe, steps=3, lr=1e-3)
+    task = Task(target=Target(0.5), calibration=text(24, 128))
+    planned = training(Anatomy.of("embedded", dtype), recipe, task)[0]
+    model: Any = embedded().to(getattr(torch, dtype))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert planned.bytes == pytest.approx(
+        weights + allocated(lambda: recipe.run(model, task, project=keep_all)), rel=0.03
+    )
+    assert planned.parts["gradients"] == 4 * model.num_parameters()
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
-from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer, held_out_loss
+from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer
 from admm_prune.models.structure import WeightView
 from admm_prune.solvers.elsa.anchors import all_gather, local, local_shard
 from admm_prune.solvers.elsa.duals import DualUpdate
@@ -26,8 +28,9 @@ class Session:
         model: whole, in every process.
         trained: the model that is trained: `model` itself, or a copy that is sharded over the processes.
         views: the weights of `model` that are pruned.
+        dtypes: of the parameters as they are saved, by name; they are trained in float32.
         prepared: the step before which all projections and rate changes are done.
-        best: the best parameters of `trained` so far.
+        best: the best parameters of `trained` so far, in these dtypes.
     """
 
     model: nn.Module
@@ -38,9 +41,11 @@ class Session:
     training: Sequences
     held_out: Sequences
     trainer: Trainer
+    dtypes: Mapping[str, torch.dtype]
     measured: MeasuredRate | None = None
     rates: list[float] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     prepared: int = -1
     best: dict[str, Tensor] | None = None
     best_loss: float = math.inf
@@ -48,13 +53,44 @@ class Session:
     def offer(self) -> float:
         """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
 
-        Call it only when the model has its final sparsity.
+        The loss is that of the weights in the dtypes in which they are saved. Call it only when the model has its final
+        sparsity.
         """
-        loss = held_out_loss(self.trained, self.held_out)
+        with self._rounded():
+            loss = self.trainer.held_out_loss(self.held_out)
         if self.best is None or loss < self.best_loss:
-            self.best_loss = loss
-            self.best = {name: x.detach().clone() for name, x in self.trained.named_parameters()}
+            self.best_loss, self.best = loss, self.best or self._empty()
+            for name, x in self.trained.named_parameters():
+                local(self.best[name]).copy_(local(x.detach()))
         return loss
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Of the shapes of the parameters, in the dtypes in which they are saved."""
+        return {
+            name: torch.empty_like(x.detach(), dtype=self.dtypes[name]) for name, x in self.trained.named_parameters()
+        }
+
+    @contextmanager
+    def _rounded(self) -> Generator[None]:
+        """Within it the parameters are rounded to the dtypes in which they are saved."""
+        shards = [(local(x.detach()), self.dtypes[name]) for name, x in self.trained.named_parameters()]
+        before = [(x, x.clone()) for x, dtype in shards if dtype != x.dtype]
+        for x, dtype in shards:
+            if dtype != x.dtype:
+                x.copy_(x.to(dtype))
+        try:
+            yield
+        finally:
+            for x, exact in before:
+                x.copy_(exact)
+
+    def finish(self) -> None:
+        """Leaves the best sparse weights in the whole model. The last ones are offered too."""
+        if self.offer() > self.best_loss:
+            self.restore_best()
+            last = "the last model was worse on held-out sequences than the best sparse model, which is returned"
+            self.notes.append(last)
+        self.gather()
 
     @torch.no_grad()
     def restore_best(self) -> None:
@@ -86,7 +122,7 @@ class Session:
             return
         self.trainer.optimizer.masks()  # creates the optimizer's state
         if values["best_loss"] is not None:
-            self.best = {name: torch.empty_like(x.detach()) for name, x in self.trained.named_parameters()}
+            self.best = self._empty()
             self.best_loss = values["best_loss"]
         tensors = self._tensors()
         checkpoints.load(tensors)

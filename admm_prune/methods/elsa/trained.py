@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
+from admm_prune.methods.elsa.engine import Engine, float32_weights, teacher_of
 from admm_prune.methods.elsa.session import Session
-from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, held_out_loss, measured_rate, passes, trainable
+from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, measured_rate, passes, trainable
 from admm_prune.methods.layerwise import untouched
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
-from admm_prune.models.evaluate import Distillation, next_token_loss
+from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.parallel import World, sharded_copy
 from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.ops import backend
 from admm_prune.solvers.elsa.moments import MomentFormat
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -39,7 +41,8 @@ class Trained(Capabilities, ABC):
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
     before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
-    is kept beside the optimizer's state. What moves is written to the runtime's journal every few steps and after each
+    is kept beside the optimizer's state. Weights are trained in float32 and saved in the model's dtype, in which the
+    best ones are chosen. What moves is written to the runtime's journal every few steps and after each
     projection, so that an interrupted run resumes from there, with the same result.
 
     Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
@@ -52,9 +55,10 @@ class Trained(Capabilities, ABC):
         lr_multiplier: a multiplier of the tuned learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
+        engine: how the model is computed; it changes the result by rounding alone.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("steps",)
+    options: ClassVar[tuple[str, ...]] = ("steps", *(one.name for one in fields(Engine)))
     stages: ClassVar[Stages | None] = "training"
     budget: ClassVar[Budget] = "matrix"
 
@@ -66,6 +70,7 @@ class Trained(Capabilities, ABC):
     lr_multiplier: float = 1.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
+    engine: Engine = Engine()
 
     @property
     def samples(self) -> int:
@@ -107,15 +112,11 @@ class Trained(Capabilities, ABC):
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
         session = self.run(model, task, runtime)
-        last = session.offer()
-        notes = session.trainer.optimizer.notes
-        if session.best_loss < last:
-            session.restore_best()
-            notes += ("the last model was worse on held-out sequences than the best sparse model, which is returned",)
-        session.gather()
         trainer = session.trainer
+        precision = {torch.bfloat16: "bf16", torch.float32: "float32"}[self.engine.dtype(trainer.device)]
         details = {
             **trainer.as_json(),
+            "precision": precision,
             "lr": session.rates or trainer.lr,
             "batch_size": self.batch_size,
             "distillation": self.distillation,
@@ -128,21 +129,26 @@ class Trained(Capabilities, ABC):
         layers = [replace(report_of(view, view.shape), tokens=trainer.tokens) for view in session.views]
         return Outcome(
             layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
-            notes=notes,
+            notes=(*trainer.optimizer.notes, *trainer.notes, *session.notes),
             details={"training": details, "stages": session.stages},
         )
 
     def run(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
     ) -> Session:
-        """Trains and prunes to the end, in place; `project` is called in place of the method's own."""
-        with trainable(model):
-            session = self._session(model, task, runtime)
+        """Trains and prunes to the end, in place, and leaves the best sparse weights in the model.
+
+        Args:
+            project: called in place of the method's own.
+        """
+        with float32_weights(model) as dtypes, trainable(model):
+            session = self._session(model, task, runtime, dtypes)
             self._train(session, project or self.project)
             session.trainer.optimizer.finalize()
+            session.finish()
         return session
 
-    def _session(self, model: nn.Module, task: Task, runtime: Runtime) -> Session:
+    def _session(self, model: nn.Module, task: Task, runtime: Runtime, dtypes: Mapping[str, torch.dtype]) -> Session:
         sequences = task.calibration
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
@@ -152,18 +158,25 @@ class Trained(Capabilities, ABC):
         trained = sharded_copy(model, world)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
         how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
+        how["fused"] = not backend.uses_triton(next(trained.parameters()))  # torch's kernel, where it is not ours
         how |= {"pattern": target.pattern} if target.pattern else {"sparsity": target.sparsity}
         trainer = Trainer(
             trained,
             self.optimizer(how),
-            Distillation(_teacher(model, world), self.distillation) if self.distillation else next_token_loss,
+            Distillation(self._teacher(model, world), self.distillation) if self.distillation else next_token_loss,
             training,
             steps=self.training_steps,
             batch_size=self.batch_size,
             seed=task.seed,
             world=world,
+            engine=self.engine,
         )
-        return Session(model, trained, views, task, runtime, training, held_out, trainer)
+        return Session(model, trained, views, task, runtime, training, held_out, trainer, dtypes)
+
+    def _teacher(self, model: nn.Module, world: World) -> nn.Module:
+        """The dense model, in the dtype that products are computed in."""
+        teacher = teacher_of(model, self.engine.dtype(next(model.parameters()).device))
+        return sharded_copy(teacher, world).requires_grad_(False)
 
     @property
     def training_steps(self) -> int:
@@ -213,7 +226,7 @@ class Trained(Capabilities, ABC):
         if session.measured is None:
             validation = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
             session.measured = measured_rate(
-                model, trainer.loss, trainer.take(GRADIENTS), lambda: held_out_loss(model, validation)
+                model, trainer.backward, trainer.take(GRADIENTS), lambda: trainer.held_out_loss(validation)
             )
         trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
@@ -232,8 +245,3 @@ def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
     if torn:
         raise UserError(f"{min(torn)} is one parameter for all experts: a method that trains prunes all of it or none")
     return chosen
-
-
-def _teacher(model: nn.Module, world: World) -> nn.Module:
-    teacher = copy.deepcopy(model) if world.size == 1 else sharded_copy(model, world)
-    return teacher.requires_grad_(False)

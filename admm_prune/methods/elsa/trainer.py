@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from admm_prune.data.sequences import Batch, Row, Sequences
-from admm_prune.models.evaluate import cross_entropy
+from admm_prune.methods.elsa.engine import Engine, replaced_forwards
+from admm_prune.models.losses import cross_entropy, holds_logits, rows_at_once
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.ops import quantization
 from admm_prune.solvers.elsa.anchors import local, totals
@@ -23,6 +24,7 @@ from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+_ENGINE = Engine()
 
 _WINDOW = 32  # steps that a point of the curve is the mean over
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
@@ -38,7 +40,9 @@ class Trainer:
     share every batch: the model is sharded over them, and its gradients are means over the processes.
 
     Attributes:
-        objective: the loss of a whole batch in one process.
+        objective: the loss of some sequences: a mean over their scored tokens.
+        engine: how the model is computed, and device: where.
+        notes: on what the model does not admit.
         steps, done: of the run; done so far.
         tokens: trained on so far.
         curve: (steps done, mean loss of the steps since the last point).
@@ -46,9 +50,9 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
-        batch_size: int, seed: int, world: World = ALONE,
+        batch_size: int, seed: int, world: World = ALONE, engine: Engine = _ENGINE,
     ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.model, self.optimizer, self.steps, self.engine = model, optimizer, steps, engine
         self.done, self.tokens = 0, 0
         self.curve: list[tuple[int, float]] = []
         self.objective, self._world = loss, world
@@ -56,6 +60,15 @@ class Trainer:
         self._taken = 0
         self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
         self._recent: list[Tensor] = []
+        self._blocks = engine.blocks(model)
+        self.device = next(model.parameters()).device
+        whole = holds_logits(model)
+        at_once = rows_at_once(model, sequences.length) if whole else batch_size
+        self._rows = min(engine.micro_batch or batch_size, at_once)
+        self.notes: tuple[str, ...] = ()
+        if whole:
+            changed = "the model changes its logits after its output embedding"
+            self.notes = (f"{changed}: its loss holds those of {self._rows} sequences at once",)
 
     @property
     def lr(self) -> float:
@@ -74,27 +87,45 @@ class Trainer:
         self._taken += count
         return [next(self._batches) for _ in range(count)]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of this process's share of a batch, scaled so that the mean over processes is the loss of the
-        batch."""
-        count, size = len(batch.lengths), self._world.size
-        if size == 1:
-            return self.objective(model, batch)
-        # All processes have to take part: one without a share runs the first sequence with weight zero.
-        rows = self._world.partition(range(count)) or [0]
-        share = Batch(batch.input_ids[rows], batch.lengths[rows], batch.bos)
-        part = int(share.scored.sum()) * size / int(batch.scored.sum()) if self._world.rank < count else 0.0
-        return part * self.objective(model, share)
+    def backward(self, batch: Batch) -> Tensor:
+        """Adds the gradient of the loss of a batch to that of the parameters.
+
+        Returns:
+            The part of the loss from this process's share: the mean over the processes is the loss.
+        """
+        total = torch.zeros((), device=self.device)
+        with replaced_forwards(self._blocks):
+            for weight, piece in self._shares(batch):
+                with self.engine.autocast(self.device):
+                    value = weight * self.objective(self.model, piece)
+                value.backward()
+                total += value.detach()
+        return total
+
+    def _shares(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
+        """The sequences of this process, a micro-batch at a time, with weights that make the mean over the processes of
+        the weighted sum the mean over the scored tokens of the batch."""
+        rows, size = self._world.partition(range(len(batch.lengths))), self._world.size
+        scored = int(batch.scored.sum())
+        # All processes take part in every call: one without sequences left runs the first with weight zero.
+        for start in range(0, -(-len(batch.lengths) // size), self._rows):
+            chosen = rows[start : start + self._rows]
+            piece = Batch(batch.input_ids[chosen or [0]], batch.lengths[chosen or [0]], batch.bos)
+            yield (int(piece.scored.sum()) * size / scored if chosen else 0.0), piece
+
+    def held_out_loss(self, sequences: Sequences) -> float:
+        """`held_out_loss` of the model, computed as in training."""
+        with replaced_forwards(self._blocks), self.engine.autocast(self.device):
+            return held_out_loss(self.model, sequences)
 
     def step(self) -> None:
         batch = self.take(1)[0]
-        value = self.loss(self.model, batch)
-        value.backward()
+        value = self.backward(batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._rates.step()
         self.done, self.tokens = self.done + 1, self.tokens + int(batch.lengths.sum())
-        self._recent.append(value.detach().float())
+        self._recent.append(value)
         if len(self._recent) == _WINDOW or self.done == self.steps:
             self.curve.append((self.done, float(self._all_recent().mean())))
             self._recent = []
@@ -202,7 +233,10 @@ class MeasuredRate:
 
 
 def measured_rate(
-    model: nn.Module, loss: Loss, gradients: Sequence[Batch], validation_loss: Callable[[], float]
+    model: nn.Module,
+    backward: Callable[[Batch], Tensor],
+    gradients: Sequence[Batch],
+    validation_loss: Callable[[], float],
 ) -> MeasuredRate:
     """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
     the loss is scaled.
@@ -211,12 +245,13 @@ def measured_rate(
 
     Args:
         model: its parameters that take a gradient move.
+        backward: adds the gradient of f on a batch to that of the parameters.
         gradients: batches that g is the mean over.
         validation_loss: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
-        loss(model, batch).backward()
+        backward(batch)
     parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
     moved = [(x, x.clone()) for x in parts]
     directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]

@@ -1,0 +1,139 @@
+"""How a model is computed while it is trained: its precision, and what is kept or computed again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from admm_prune.errors import UserError
+from admm_prune.models.structure import decoder_blocks, replaced_forward
+from admm_prune.ops.precision import autocast, function_modes
+
+Precision = Literal["auto", "bf16", "float32"]
+_NATIVE = ("avx512_bf16", "amx_bf16", "bf16")  # features of processors that multiply in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Settings of the computation that change the result by rounding alone.
+
+    The weights that are trained, their gradients and what Adam keeps are in float32, whatever the model's dtype; the
+    model is computed from them in float32, or in bfloat16 by autocast.
+
+    Attributes:
+        precision: "bf16" (autocast), "float32", or "auto": bf16 on devices that multiply in it.
+        micro_batch: sequences in one forward and backward pass, whose gradients are summed up over the batch.
+        gradient_checkpointing: activations in a block are computed again in the backward pass: a third more
+            operations.
+        compile: the blocks, by torch.compile.
+    """
+
+    precision: Precision = "auto"
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise UserError(f"precision must be {' or '.join(get_args(Precision))}, not '{self.precision}'")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, not {self.micro_batch}")
+
+    @classmethod
+    def of(cls, settings: object) -> Self:
+        """The engine of a run's settings, which have fields of the same names."""
+        return cls(**{one.name: getattr(settings, one.name) for one in fields(cls)})
+
+    def changed(self) -> list[str]:
+        """The names of the settings that are not the defaults."""
+        return [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of matrix products.
+
+        On the meta device "auto" is float32: a plan replaces it by what its device has.
+        """
+        half = self.precision == "bf16" or (self.precision == "auto" and multiplies_in_bfloat16(device))
+        return torch.bfloat16 if half else torch.float32
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """The context of a forward pass."""
+        return autocast(device, self.dtype(device))
+
+    def blocks(self, model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The blocks of a model, and what they call in place of their forward."""
+        replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
+        device = next(model.parameters()).device
+        for block in decoder_blocks(model) if self.gradient_checkpointing or self.compile else ():
+            forward = block.module.forward
+            if self.compile and device.type != "meta":
+                forward = torch.compile(forward)
+            if self.gradient_checkpointing:
+                how: dict[str, Any] = {"use_reentrant": False}
+                if device.type == "meta":  # where autocast is a mode too, and kernels are those of another device
+                    how["context_fn"] = lambda: (nullcontext(), function_modes())
+                # Not that of transformers, which is for models in training mode: these train without dropout.
+                forward = partial(checkpoint, forward, **how)
+            replacements.append((block.module, forward))
+        return replacements
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    features: Mapping[str, object] = torch.cpu.get_capabilities()
+    return any(features.get(name) is True for name in _NATIVE)
+
+
+@contextmanager
+def replaced_forwards(blocks: list[tuple[nn.Module, Callable[..., Any]]]) -> Generator[None]:
+    """Within it the blocks call what `Engine.blocks` made."""
+    with ExitStack() as stack:
+        for module, forward in blocks:
+            stack.enter_context(replaced_forward(module, forward))
+        yield
+
+
+@contextmanager
+def float32_weights(model: nn.Module) -> Generator[dict[str, torch.dtype]]:
+    """Within it weights and buffers narrower than float32 are in float32; afterwards rounded to what they were.
+
+    What is zero stays zero. One tensor at a time is there in both.
+
+    Returns:
+        The dtypes of the parameters before, by name.
+    """
+    narrow = [(x, x.dtype) for x in _floats(model) if x.dtype.itemsize < 4]
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    try:
+        for x, _ in narrow:
+            x.data = x.data.float()
+        yield dtypes
+    finally:
+        for x, dtype in narrow:
+            x.data = x.data.to(dtype)
+
+
+def teacher_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model without gradients, its floating-point weights in `dtype`; one weight at a time is in both."""
+    converted: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+    }
+    return copy.deepcopy(model, converted).requires_grad_(False)
+
+
+def _floats(model: nn.Module) -> Iterator[Tensor]:
+    yield from (x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point())
