@@ -129,18 +129,24 @@ class Distillation:
     def _chunk(
         self, teacher_logits: Tensor, targets: Tensor, logits: Tensor, chunk: slice, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """d/dlogits of T^2 KL(p_teacher || softmax(logits / T)) is T (softmax(logits / T) - p_teacher)."""
-        scale = self.weight * self.temperature**2
-        log_q = log_softmax(logits / self.temperature, -1, dtype=_wide(logits))
-        log_p = log_softmax(teacher_logits / self.temperature, -1, dtype=log_q.dtype)
+        """d/dlogits of T^2 KL(p || q), q = softmax(logits / T), is T (q - p)."""
+        weight, temperature = self.weight, self.temperature
+        log_q = log_softmax(logits if temperature == 1.0 else logits / temperature, -1, dtype=_wide(logits))
+        log_p = log_softmax(
+            teacher_logits if temperature == 1.0 else teacher_logits / temperature, -1, dtype=log_q.dtype
+        )
         p = log_p.exp()
-        value = scale * log_p.sub_(log_q).mul_(p).sum(-1).double().sum()
-        slope = None if not gradient else log_q.exp_().sub_(p).mul_(scale / self.temperature)
-        if self.weight < 1.0:
+        value = log_p.sub_(log_q).mul_(p).sum(-1).double().sum().mul_(weight * temperature**2)
+        if temperature == 1.0:  # both terms have one softmax
+            index = targets[chunk, None]
+            value -= (1.0 - weight) * log_q.gather(1, index).double().sum()
+            return value, _less_targets(log_q.exp_().sub_(p, alpha=weight), index, 1.0 - weight) if gradient else None
+        slope = log_q.exp_().sub_(p).mul_(weight * temperature) if gradient else None
+        if weight < 1.0:
             likelihood, likelihood_slope = _cross_entropy(targets, logits, chunk, gradient)
-            value = value + (1.0 - self.weight) * likelihood
+            value += (1.0 - weight) * likelihood
             if slope is not None and likelihood_slope is not None:
-                slope.add_(likelihood_slope, alpha=1.0 - self.weight)
+                slope.add_(likelihood_slope, alpha=1.0 - weight)
         return value, slope
 
 
@@ -168,7 +174,12 @@ def _cross_entropy(targets: Tensor, logits: Tensor, chunk: slice, gradient: bool
     value = log_p.gather(1, index).double().sum().neg()
     if not gradient:
         return value, None
-    return value, log_p.exp_().scatter_add_(1, index, log_p.new_full((1, 1), -1.0).expand_as(index))
+    return value, _less_targets(log_p.exp_(), index, 1.0)
+
+
+def _less_targets(slope: Tensor, index: Tensor, weight: float) -> Tensor:
+    """x - weight e_t, in place, for one-hot vectors e_t of the targets (m, 1)."""
+    return slope.scatter_add_(1, index, slope.new_full((1, 1), -weight).expand_as(index))
 
 
 def _with_logits(model: nn.Module, scored: Scored, then: AtHead) -> Tensor:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save, save_file
 
 from admm_prune.errors import UserError
 from admm_prune.methods.base import NOTHING, Journal, Recipe, Runtime, Task
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.sparsellm import SPARSELLM
@@ -187,6 +188,7 @@ class Training:
     lr: float | None = 2e-3  # None: as measured
     sparsity: float = 0.7
     seed: int = 0
+    engine: Engine = Engine()
 
 
 def trained_in(
@@ -200,7 +202,7 @@ def trained_in(
 
     loaded = load(str(model))
     calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(41)
-    recipe = recipe_named(how.method, how.steps)
+    recipe = recipe_named(how.method, how.steps, how.engine)
     assert isinstance(recipe, Trained)
     kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
     task = Task(target=Target(how.sparsity), calibration=calibration, seed=how.seed)
@@ -213,7 +215,14 @@ def trained_in(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [Training(method="elsa"), Training(method="gradual", sparsity=0.9)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Training(method="elsa"),
+        Training(method="gradual", sparsity=0.9),
+        Training(method="elsa", engine=Engine(micro_batch=1, gradient_checkpointing=True)),
+    ],
+)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_gentle_rate(tmp_path: Path, model_folder: Path, text_file: Path, how: Training, processes: int) -> None:
     trained_in(0, 1, str(tmp_path), model_folder, text_file, how)
