@@ -131,10 +131,9 @@ class Distillation:
     ) -> tuple[Tensor, Tensor | None]:
         """d/dlogits of T^2 KL(p || q), q = softmax(logits / T), is T (q - p)."""
         weight, temperature = self.weight, self.temperature
-        log_q = log_softmax(logits if temperature == 1.0 else logits / temperature, -1, dtype=_wide(logits))
-        log_p = log_softmax(
-            teacher_logits if temperature == 1.0 else teacher_logits / temperature, -1, dtype=log_q.dtype
-        )
+        both = (logits, teacher_logits) if temperature == 1.0 else (logits / temperature, teacher_logits / temperature)
+        log_q, log_p = (log_softmax(x, -1, dtype=_wide(logits)) for x in both)
+        del both
         p = log_p.exp()
         value = log_p.sub_(log_q).mul_(p).sum(-1).double().sum().mul_(weight * temperature**2)
         if temperature == 1.0:  # both terms have one softmax
@@ -272,7 +271,7 @@ class _ChunkedLoss(torch.autograd.Function):
             value, slope = loss(logits.detach(), chunk, True)
             assert slope is not None
             inputs = [part, *(parameters[i] for i in trained)]
-            gradients = torch.autograd.grad(logits, inputs, slope.to(logits.dtype))
+            gradients = torch.autograd.grad(logits, inputs, slope.to(logits.dtype), materialize_grads=True)
             del logits, slope
             values.append(value)
             states_gradient[chunk] = gradients[0]

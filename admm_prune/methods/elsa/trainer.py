@@ -18,7 +18,6 @@ from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.methods.elsa.engine import Engine, replaced_forwards
 from admm_prune.models.losses import cross_entropy, holds_logits, rows_at_once
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.ops import quantization
 from admm_prune.solvers.elsa.anchors import local, totals
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
@@ -41,8 +40,8 @@ class Trainer:
 
     Attributes:
         objective: the loss of some sequences: a mean over their scored tokens.
-        engine: how the model is computed, and device: where.
-        notes: on what the model does not admit.
+        engine, device: how and where the model is computed.
+        notes: of a model that needs whole logits.
         steps, done: of the run; done so far.
         tokens: trained on so far.
         curve: (steps done, mean loss of the steps since the last point).
@@ -262,9 +261,8 @@ def measured_rate(
     scale = math.sqrt(square / entries)
 
     def value(step: float) -> float:
-        chance = quantization.generator_on(moved[0][0].device).manual_seed(0)
         for (part, x), direction in zip(moved, directions, strict=True):
-            part.copy_(_moved(x, direction, step, chance))
+            part.copy_(x - step * direction.to(x.dtype))
         return validation_loss()
 
     with torch.no_grad():
@@ -284,10 +282,3 @@ def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
     """The sum over the local shard."""
     slope = torch.zeros_like(x) if gradient is None else local(gradient)
     return (slope.sign() * (x != 0)).to(torch.int8)
-
-
-def _moved(x: Tensor, direction: Tensor, step: float, chance: torch.Generator) -> Tensor:
-    """x - step * direction; in bfloat16 rounded at random, or small steps would all be lost."""
-    if x.dtype != torch.bfloat16:
-        return x - step * direction.to(x.dtype)
-    return quantization.to_bfloat16(x.float() - step * direction, chance)
