@@ -1,13 +1,14 @@
-"""ELSA beside what it has to beat, at an equal number of passes over the same text.
+"""ELSA beside what it has to beat, at an equal number of passes over the same text, on the same loss.
 
     python -m benchmarks.surrogate_free OUT --model embedded --steps 256 [--sparsity 0.5,0.9] [--pattern 2:4,4:8]
     python -m benchmarks.surrogate_free OUT --model DIR --data FILE --eval-data FILE --steps 512 --seeds 3
 
 ELSA runs with its defaults. Baselines get the best of four learning rates, found with seed 0 (downhill from the middle
-of the grid, until the rates on both sides are worse) and taken for the others. A seed draws the text, its order and
-the random rounding of bfloat16 models. Each row is written as it is measured, and the same command goes on where it
-stopped: start a new folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and surrogate_free.json;
-`--report` writes these two again and measures nothing.
+of the grid, until the rates on both sides are worse) and taken for the others. `--distillation 0,0.5` trains every
+method with each of these weights of the distillation loss. A seed draws the text, its order and the random rounding of
+bfloat16 models. Each row is written as it is measured, and the same command goes on where it stopped: start a new
+folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and surrogate_free.json; `--report` writes
+these two again and measures nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,6 +28,7 @@ import torch
 
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.elsa import Elsa
+from admm_prune.methods.elsa.staged import Staged
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
@@ -36,24 +39,33 @@ from admm_prune.settings import TextSettings
 from benchmarks.journal import Journal, Record, number
 from benchmarks.machine import headline, machine, write_results
 
-KEY = ("model", "target", "method", "steps", "lr", "seed")
-COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "seconds", "notes")
+KEY = ("model", "target", "method", "steps", "distillation", "lr", "seed")
+COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "primal_residual", "seconds", "notes")
 RATES = (1e-3, 3e-3, 1e-2, 2e-2)
-BASELINES = ("admm-finetuned", "gradual")
+BASELINES = ("admm-finetuned", "gradual", "staged")
 
-# elsa with one of its parts taken away or exchanged.
+# elsa with one of its parts exchanged, or taken away.
 ABLATIONS: dict[str, Recipe] = {
-    "elsa without distillation": Elsa(name="elsa without distillation", distillation=0.0),
-    "elsa without ladder": Elsa(name="elsa without ladder", ladder=None),
-    "elsa without ladder or distillation": Elsa(
-        name="elsa without ladder or distillation", ladder=None, distillation=0.0
-    ),
-    "elsa projected by magnitude": Elsa(name="elsa projected by magnitude", projection=LOCAL_METHODS["magnitude"]),
-    "elsa projected by sparsegpt": Elsa(name="elsa projected by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
-    "elsa by distillation": Elsa(name="elsa by distillation", distillation=1.0),
-    "elsa-l by bitsandbytes": Elsa(name="elsa-l by bitsandbytes", moments="bitsandbytes"),
-    "elsa at half the rate": Elsa(name="elsa at half the rate", lr_multiplier=0.5),
-    "elsa at twice the rate": Elsa(name="elsa at twice the rate", lr_multiplier=2.0),
+    recipe.name: recipe
+    for recipe in (
+        Elsa(name="elsa, rho 0", rho=0.0),
+        Elsa(name="elsa, a third of rho", rho=Elsa.rho / 3),
+        Elsa(name="elsa, three times rho", rho=3 * Elsa.rho),
+        Elsa(name="elsa, updates every step", interval=1),
+        Elsa(name="elsa, updates every 32 steps", interval=32),
+        Elsa(name="elsa, by magnitude", power=0.0),
+        Elsa(name="elsa, in the metric F", power=0.5),
+        Elsa(name="elsa, frozen for the last quarter", frozen=0.25),
+        Elsa(name="elsa, frozen for the last three quarters", frozen=0.75),
+        Elsa(name="elsa, one stage", schedule=None),
+        Elsa(name="elsa, layers by magnitude", projection=LOCAL_METHODS["magnitude"]),
+        Elsa(name="elsa, layers by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
+        Elsa(name="elsa, u in bfloat16", anchor="bfloat16"),
+        Elsa(name="elsa, half the rate", lr_multiplier=0.5),
+        Elsa(name="elsa, twice the rate", lr_multiplier=2.0),
+        Staged(name="staged, layers by magnitude", projection=LOCAL_METHODS["magnitude"]),
+        Staged(name="staged, layers by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
+    )
 }
 
 
@@ -75,6 +87,7 @@ class Job:
             "target": self.target.label,
             "method": recipe.name,
             "steps": str(recipe.steps) if "steps" in recipe.options else "",
+            "distillation": f"{recipe.distillation:g}" if "steps" in recipe.options else "",
             "lr": "" if self.lr is None else f"{self.lr:g}",
             "seed": str(self.seed),
         }
@@ -108,12 +121,14 @@ class Bench:
         outcome = job.recipe.prune(loaded.model, task)
         seconds = time.perf_counter() - began
         training = outcome.details.get("training", {})
+        updates = training.get("dual_updates")
         row = {
             "perplexity": evaluate(loaded.model, validation).perplexity,
             "dense": dense,
             "sparsity": mean(layer.sparsity for layer in outcome.layers),
             "tokens": training.get("tokens", task.calibration.tokens),
             "used_lr": training.get("lr"),
+            "primal_residual": updates[-1]["primal_residual"] if updates else None,
             "seconds": seconds,
             "notes": "; ".join(outcome.notes),
         }
@@ -125,9 +140,9 @@ class Bench:
         arguments = self.arguments
         targets = parse_targets(arguments.sparsity, arguments.pattern)
         methods = list(ABLATIONS) if arguments.methods == "ablations" else arguments.methods.split(",")
-        for method in methods:
+        for method, weight in product(methods, arguments.distillation.split(",")):
             for target in [target_named("0")] if method == "tuned-dense" else targets:
-                recipe = self._recipe(method)
+                recipe = self._recipe(method, float(weight))
                 best = self._best_rate(recipe, target) if method in (*BASELINES, "tuned-dense") else None
                 self.measure(self._job(recipe, target, best, 0))
                 for seed in range(1, arguments.seeds):
@@ -151,10 +166,11 @@ class Bench:
                 return RATES[index]
             index = best
 
-    def _recipe(self, method: str) -> Recipe:
+    def _recipe(self, method: str, distillation: float) -> Recipe:
         recipe: Any = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
         if "steps" in recipe.options:
-            recipe = replace(recipe, steps=self.arguments.steps, batch_size=self.arguments.batch_size)
+            settings = {"steps": self.arguments.steps, "batch_size": self.arguments.batch_size}
+            recipe = replace(recipe, **settings, distillation=distillation)
         return recipe
 
     def _job(self, recipe: Any, target: Target, lr: float | None, seed: int) -> Job:
@@ -167,11 +183,11 @@ Row = dict[str, Any]
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
-    """A row for each model, target and method: the means over the seeds, at the method's best rate, of perplexities and
-    of their ratios to what each seed's best baseline reached."""
+    """A row for each model, target, weight of distillation and method: the means over the seeds, at the method's best
+    rate, of perplexities and of their ratios to what each seed's best baseline reached with the same loss."""
     rows = []
-    for model, target in dict.fromkeys((record["model"], record["target"]) for record in records):
-        group = [record for record in records if (record["model"], record["target"]) == (model, target)]
+    for place in dict.fromkeys(map(_place, records)):
+        group = [record for record in records if _place(record) == place]
         chosen = {method: _at_best_rate(group, method) for method in dict.fromkeys(r["method"] for r in group)}
         baselines = [chosen[name] for name in BASELINES if name in chosen]
         for method, by_seed in chosen.items():
@@ -184,8 +200,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
             values = [float(record["perplexity"]) for record in by_seed.values()]
             rows.append(
                 {
-                    "model": model,
-                    "target": target,
+                    **dict(zip(("model", "target", "steps", "distillation"), place, strict=True)),
                     "method": method,
                     "perplexity": mean(values),
                     "spread": max(values) - min(values),
@@ -194,12 +209,18 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                     "used_lr": first["used_lr"],
                     "tokens": number(first["tokens"]),
                     "sparsity": number(first["sparsity"]),
+                    "primal_residual": number(first["primal_residual"]),
                     "dense": float(first["dense"]),
                     "ratio": mean(ratios) if ratios else None,
                     "seconds": mean(float(record["seconds"]) for record in by_seed.values()),
                 }
             )
     return rows
+
+
+def _place(record: Record) -> tuple[str, ...]:
+    """What rows have to agree in to be compared."""
+    return (record["model"], record["target"], record["steps"], record["distillation"])
 
 
 def _at_best_rate(records: Sequence[Record], method: str) -> dict[str, Record]:
@@ -213,19 +234,22 @@ def _at_best_rate(records: Sequence[Record], method: str) -> dict[str, Record]:
 def text_table(rows: Sequence[Row], head: str) -> str:
     lines = [
         head,
-        "ratio: to the better baseline (admm-finetuned, gradual: best of the rates 1e-3, 3e-3, 1e-2, 2e-2) of the same",
-        "seed, mean over the seeds; spread: of perplexities over the seeds; lr: of the grid, or as measured, by stage.",
+        f"ratio: to the best baseline ({', '.join(BASELINES)}: best of the rates 1e-3, 3e-3, 1e-2, 2e-2) of the same",
+        "seed, text and loss, mean over the seeds; spread: of perplexities over the seeds; KD: weight of distillation;",
+        "primal: |x - z| / |x| at the last dual update; lr: of the grid, or as measured, by stage.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         dense = next(row["dense"] for row in rows if row["model"] == model)
-        columns = f"{'perplexity':>11}{'spread':>9}{'seeds':>6}{'ratio':>8}{'tokens':>9}{'seconds':>9}  lr"
-        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':28}{columns}"]
+        columns = f"{'perplexity':>11}{'spread':>9}{'seeds':>6}{'ratio':>8}{'tokens':>9}{'primal':>8}{'seconds':>9}  lr"
+        lines += ["", f"{model}, dense: {dense:.3f}", f"{'target':7}{'method':40}{'KD':>4}{columns}"]
         for row in (row for row in rows if row["model"] == model):
             ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
             rate = "" if row["used_lr"] == "" else row["used_lr"]
+            primal = "" if row["primal_residual"] is None else f"{row['primal_residual']:.3f}"
             lines.append(
-                f"{row['target']:7}{row['method']:28}{row['perplexity']:11.3f}{row['spread']:9.3f}{row['seeds']:6}"
-                f"{ratio:>8}{int(row['tokens'] or 0):9}{row['seconds']:9.0f}  {rate}"
+                f"{row['target']:7}{row['method']:40}{row['distillation']:>4}{row['perplexity']:11.3f}"
+                f"{row['spread']:9.3f}{row['seeds']:6}{ratio:>8}{int(row['tokens'] or 0):9}{primal:>8}"
+                f"{row['seconds']:9.0f}  {rate}"
             )
     return "\n".join(lines) + "\n"
 
@@ -244,11 +268,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--eval-data")
     parser.add_argument(
-        "--methods", default="admm,tuned-dense,admm-finetuned,gradual,elsa,elsa-l", help="names, or 'ablations'"
+        "--methods", default="admm,tuned-dense,admm-finetuned,gradual,staged,elsa,elsa-l", help="names, or 'ablations'"
     )
     parser.add_argument("--sparsity", default="0.5,0.7,0.9,0.95")
     parser.add_argument("--pattern", default="")
     parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--distillation", default="0", help="weights of the distillation loss, for all methods")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=128)

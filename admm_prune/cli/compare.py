@@ -17,7 +17,8 @@ def compare(
     sparsity: Annotated[str | None, typer.Option(help="Comma-separated, such as 0.5,0.7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Comma-separated, such as 2:4,4:8.")] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Beside elsa, also what has to stand beside it: tuned-dense, admm-finetuned, gradual.")
+        bool,
+        typer.Option(help="Beside elsa, also its baselines: tuned-dense, admm-finetuned, gradual, staged."),
     ] = True,
     json: common.Json = False,
     **options: Any,

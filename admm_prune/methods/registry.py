@@ -21,7 +21,7 @@ DEFAULT = "admm"
 _RECIPES: tuple[Recipe, ...] = (*map(Layerwise, LOCAL_METHODS.values()), *SPARSELLM, *STRUCTURED, *TRAINED)
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 # Baselines of the methods that train, so that the gain of training is not attributed to pruning.
-_BASELINES = ("tuned-dense", "admm-finetuned", "gradual")
+_BASELINES = ("tuned-dense", "admm-finetuned", "gradual", "staged")
 _ENGINE = Engine()
 _COMPARED = ("elsa", "elsa-l", "elsa-published")
 

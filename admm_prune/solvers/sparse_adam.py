@@ -25,7 +25,7 @@ from admm_prune.solvers.elsa.state import check_saved, copy_saved, load_atomical
 from admm_prune.solvers.elsa.supports import Support
 
 _PENALTY, _SCORE = Penalty(), Score()  # frozen, so that they can be shared
-_PROGRESS = ("steps_done", "skipped", "frozen")  # in every group
+_PROGRESS = ("steps_done", "skipped", "frozen", "fraction")  # in every group
 _OWN = (
     "timeline", "penalty", "hard", "score", "clip", "clip_penalty", "final", "seed", "moments", "history", "_scope",
     "_anchors", "_moments", "_masks", "_splittings", "_transposed", "_stacked", "_norm",
@@ -138,7 +138,7 @@ class SparseAdam(Optimizer):
             "fused": fused,
         }
         # State beyond that of the parameters is stored in the groups, so that it is saved with any torch optimizer.
-        super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False})
+        super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False, "fraction": None})
         self._transposed, self._stacked = chosen.transposed, chosen.stacked
         self._splittings = {number: self._splitting(support) for number, support in chosen.supports.items()}
         self._norm = math.nan  # of the last gradient
@@ -247,6 +247,25 @@ class SparseAdam(Optimizer):
         for splitting, _, weights in self._pruned():
             splitting.set_masks(weights, masks)
         self._fix_support()
+
+    @torch.no_grad()
+    def restart(self, solution: Mapping[str, Tensor], fraction: float = 1.0) -> None:
+        """z <- a sparse point, such as that of a layer-wise solver, and u <- 0. The weights x do not change.
+
+        Args:
+            solution: by the names of the pruned weights, all of them, whole.
+            fraction: of the final sparsity, for the supports of the dual updates from now on, in place of the ramp.
+
+        Raises:
+            UserError: a weight is missing, too many, or of another shape; the support is fixed, or x = z.
+        """
+        check_masks({name: z != 0 for name, z in solution.items()}, self._weights(), complete=True)
+        self._begin()
+        if self.frozen or self.hard:
+            raise UserError("the support is fixed, or x = z: a splitting with another z needs x and z apart")
+        for splitting, _, weights in self._pruned():
+            splitting.restart(weights, solution, self.steps_done)
+        self._set("fraction", fraction)
 
     def _fix_support(self) -> None:
         for splitting, _, weights in self._pruned():
@@ -375,7 +394,7 @@ class SparseAdam(Optimizer):
         for parameter, group in fresh.items():
             self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
         fixed = self.frozen or self.timeline.frozen_throughout
-        fraction = 1.0 if self.frozen else self.timeline.fraction(self.timeline.updated(self.steps_done))
+        fraction = 1.0 if self.frozen else self._fraction(self.timeline.updated(self.steps_done))
         for splitting, _, weights in self._pruned():
             new = [weight for weight in weights if weight.parameter in fresh]
             if new:
@@ -430,7 +449,7 @@ class SparseAdam(Optimizer):
         if step + 1 == self.timeline.freeze_at:
             self.freeze()
         elif self.timeline.due(step):
-            fraction = self.timeline.fraction(step)
+            fraction = self._fraction(step)
             if self.hard:
                 self._reselect(fraction)
             else:
@@ -450,7 +469,12 @@ class SparseAdam(Optimizer):
             DualUpdate(step=self.steps_done, gradient_norm=self._norm, skipped=self.skipped, weights=updates)
         )
 
-    def _set(self, name: str, value: int | bool) -> None:
+    def _fraction(self, step: int) -> float:
+        """Of the final sparsity, for a support that is selected after Adam's step `step`."""
+        fraction = self.param_groups[0]["fraction"]
+        return self.timeline.fraction(step) if fraction is None else float(fraction)
+
+    def _set(self, name: str, value: float | bool) -> None:
         for group in self.param_groups:
             group[name] = value
 

@@ -16,7 +16,9 @@ import admm_prune
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Outcome, Task
-from admm_prune.methods.elsa.elsa import TRAINED, Elsa, Gradual, Ladder, staged
+from admm_prune.methods.elsa.baselines import Gradual
+from admm_prune.methods.elsa.elsa import TRAINED, Elsa
+from admm_prune.methods.elsa.staged import DensitySchedule, Staged, stages_of
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
 from admm_prune.methods.registry import recipe_named, with_baselines
@@ -70,8 +72,11 @@ def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
 @pytest.mark.bitwise
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model_folder: Path, text_file: Path) -> None:
-    recipe = Elsa(steps=20, batch_size=2)
+@pytest.mark.parametrize("kind", [Elsa, Staged])
+def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(
+    kind: type[Trained], dtype: str, model_folder: Path, text_file: Path
+) -> None:
+    recipe = kind(steps=20, batch_size=2)
     first, again, other = (
         pruned(recipe, "0.8", model_folder, text_file, dtype=dtype, seed=seed)[0] for seed in (0, 0, 1)
     )
@@ -81,8 +86,9 @@ def test_two_runs_are_equal_to_the_bit_and_another_seed_is_not(dtype: str, model
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
-def test_elsa_trains_between_its_projections(model_folder: Path, text_file: Path) -> None:
-    recipe = Elsa(steps=60, batch_size=2)
+@pytest.mark.parametrize("kind", [Elsa, Staged])
+def test_the_model_is_trained_between_projections(kind: type[Staged], model_folder: Path, text_file: Path) -> None:
+    recipe = kind(steps=60, batch_size=2)
     model, outcome = pruned(recipe, "0.9", model_folder, text_file)
     stages = outcome.details["stages"]
     training = outcome.details["training"]
@@ -98,7 +104,7 @@ def test_elsa_trains_between_its_projections(model_folder: Path, text_file: Path
 def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) -> None:
     """A rate far too high ends worse than the projection that it began with, which is then what is returned."""
     calibration = texts(model_folder, text_file).calibration(40)
-    model, outcome = pruned(Elsa(steps=20, batch_size=4, lr=3.0, ladder=None), "0.5", model_folder, text_file)
+    model, outcome = pruned(Staged(steps=20, batch_size=4, lr=3.0, schedule=None), "0.5", model_folder, text_file)
     assert any("worse on held-out sequences" in note for note in outcome.notes)
     _, held_out = calibration.split(0.1)
     assert held_out_loss(model, held_out) == outcome.details["stages"][-1]["held_out_loss"]
@@ -118,12 +124,12 @@ def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) 
         ("1.0", [1.0]),
     ],
 )
-def test_a_ladder_comes_down_in_equal_ratios(target: str, expected: list[object]) -> None:
-    plan = staged(target_named(target), Ladder())
+def test_densities_fall_in_equal_ratios(target: str, expected: list[object]) -> None:
+    plan = stages_of(target_named(target), DensitySchedule())
     assert [t.pattern or pytest.approx(t.sparsity) for _, t in plan] == expected
     assert [at for at, _ in plan] == pytest.approx([0.4 * i / max(1, len(plan) - 1) for i in range(len(plan))])
     assert plan[-1][1] == target_named(target)
-    assert staged(target_named(target), None) == [(0.0, target_named(target))]
+    assert stages_of(target_named(target), None) == [(0.0, target_named(target))]
 
 
 class Bend(nn.Module):
@@ -202,7 +208,7 @@ def test_a_comparison_sets_elsa_beside_its_baselines(tmp_path: Path, model_folde
     methods = [(row.method, row.target) for row in comparison.rows]
     assert methods == [
         ("tuned-dense", "0%"),
-        *((name, "60%") for name in ("admm", "elsa", "admm-finetuned", "gradual")),
+        *((name, "60%") for name in ("admm", "elsa", "admm-finetuned", "gradual", "staged")),
     ]
     assert (tmp_path / "out/report.html").read_text().count("tuned-dense") >= 1
     assert with_baselines(["wanda", "admm", "wanda"]) == ["wanda", "admm"]

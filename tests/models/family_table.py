@@ -42,7 +42,7 @@ COLUMNS = {
     "structured, per block": ("struprune", "structured-global", "structured-wanda"),
     "structured, uniform": ("struprune-uniform",),
     "structured, padded": ("struprune-padded",),
-    "training": ("elsa", "elsa-l", "elsa-published", "admm-finetuned", "gradual", "tuned-dense"),
+    "training": ("elsa", "elsa-l", "elsa-published", "staged", "admm-finetuned", "gradual", "tuned-dense"),
 }  # fmt: skip
 
 _UNITS = ("structured, per block", "structured, uniform", "structured, padded")

@@ -72,6 +72,57 @@ def test_the_compact_state_is_the_textbook_iteration(shape, seed, interval, firs
     assert float((parameter.detach() - x).abs().max() / x.abs().max()) <= 1e-12
 
 
+@settings(max_examples=8)
+@given(seed=st.integers(0, 1000), interval=st.integers(1, 9), restart=st.integers(1, 60))
+def test_restarts_and_a_decoupled_penalty_are_those_of_explicit_z_and_u(seed: int, interval: int, restart: int) -> None:
+    """x <- Adam(x) - lr rho (x - z + u), rho in units of 1 / rms(x); at a restart z <- a given point and u <- 0."""
+    steps, value, bowl = 80, 0.5, Bowl((6, 5), seed)
+    solution = torch.where(_top(torch.rand((6, 5), generator=bowl.random, dtype=torch.float64), 15), bowl.b + 1.0, 0)
+    x, keep = bowl.b.clone(), 6
+    z, u = x * _top(x.abs(), keep), torch.zeros_like(x)
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    rms = unit = x.square().mean().sqrt()
+    for t in range(steps):
+        if t == restart:
+            z, u, keep = solution, torch.zeros_like(x), 15
+        g = bowl.gradient(x, t)
+        g = g * min(1.0, 1.0 / (float(g.norm()) + 1e-6))
+        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g.square()
+        x = x - LR / (1 - BETAS[0] ** (t + 1)) * m / ((v / (1 - BETAS[1] ** (t + 1))).sqrt() + EPS)
+        x = x - LR * value / rms * (x - z + u)
+        if t >= interval and (t - interval) % interval == 0:
+            a = x + u
+            mask = _top(a.abs() * v**0.25, keep)
+            # rho is in units of x at the update before this one; rho u does not change.
+            z, u = a * mask, a * ~mask * (unit / rms)
+            rms, unit = unit, x.square().mean().sqrt()
+
+    parameter = nn.Parameter(bowl.b.clone())
+    optimizer = SparseAdam(
+        [parameter], sparsity=0.8, lr=LR, betas=BETAS, eps=EPS, penalty=Penalty(value=value, decoupled=True),
+        score=Score(power=0.25), interval=interval, freeze=0.0, anchor="full",
+    )  # fmt: skip
+    for t in range(steps):
+        if t == restart:
+            before = parameter.detach().clone()
+            optimizer.restart(dict.fromkeys(optimizer.masks(), solution), 0.5 / 0.8)
+            assert torch.equal(parameter, before)
+        parameter.grad = bowl.gradient(parameter.detach(), t)
+        optimizer.step()
+    assert float((parameter.detach() - x).abs().max() / x.abs().max()) <= 1e-12
+
+
+def test_a_restart_needs_a_whole_solution_and_x_and_z_apart() -> None:
+    net = Net()
+    optimizer = SparseAdam(net, sparsity=0.5)
+    with pytest.raises(UserError, match=r"no mask is given for first\.weight"):
+        optimizer.restart({"second.weight": torch.zeros(16, 32)})
+    optimizer.freeze()
+    masks = optimizer.masks()
+    with pytest.raises(UserError, match="needs x and z apart"):
+        optimizer.restart({name: mask.float() for name, mask in masks.items()})
+
+
 @pytest.mark.bitwise
 def test_without_a_penalty_it_is_adam_bit_for_bit() -> None:
     bowl = Bowl((16, 8), 0)

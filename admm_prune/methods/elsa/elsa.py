@@ -1,131 +1,78 @@
-"""ELSA, surrogate-free pruning of a whole model, and its baselines."""
+"""ELSA, surrogate-free pruning of a whole model by ADMM, and the methods that train beside it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Recipe, Runtime, Task
+from admm_prune.methods.elsa.baselines import Gradual, TunedDense
 from admm_prune.methods.elsa.session import Session
+from admm_prune.methods.elsa.staged import Staged
 from admm_prune.methods.elsa.trained import Trained
-from admm_prune.methods.layerwise import Layerwise, check_target
-from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
-from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.target import Target
-from admm_prune.models.structure import decoder_blocks
-from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.elsa.anchors import AnchorFormat, local
+from admm_prune.solvers.elsa.settings import Penalty, Score
 from admm_prune.solvers.sparse_adam import SparseAdam
-
-_CALIBRATION = 128  # sequences for the layer problems
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The densities on the way to a sparse target: `first` at once, then in equal ratios.
-
-    A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
-    than training recovers; the projection of a model trained at slightly less than twice the density does not.
-
-    Args:
-        ratio: of a density to the one before, at the least.
-        until: the part of the run after which the target is reached; the stages before are of equal length.
-    """
-
-    first: float = 0.25
-    ratio: float = 0.58
-    until: float = 0.4
-
-    def densities(self, target: float) -> list[float]:
-        """From the first to the target's."""
-        if not 0.0 < target < self.first:
-            return [target]
-        stages = math.ceil(math.log(self.first / target) / -math.log(self.ratio))
-        return [self.first * (target / self.first) ** (i / stages) for i in range(stages)] + [target]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsa(Trained):
-    """min f(x), x in C, f the model's own loss: projections onto sets approaching C, and Adam on the support.
+class Elsa(Staged):
+    """min f(x) + I_C(z) over x = z, f the model's own loss, by ADMM with a dual variable u:
 
-        at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
-        in between:      x <- Adam's step with the gradient of f, restricted to the support.
+        x <- Adam's step with the gradient of f at x, then x <- x - lr rho (x - z + u);
+        every `interval` steps   z <- P_C(x + u) in the metric of Adam's second moment,   u <- u + x - z;
+        at the stages            z <- argmin_{z in C_t} |z - x|_H^2, H the layers' Gram,   u <- 0.
 
-    This is ELSA's splitting with three of its parts exchanged, by measurement (`benchmarks/results/surrogate-free-*`).
-    The projection is taken in the metric of the layers' second moments, as far as `projection` solves it, and
-    compensates the removed weights, instead of the diagonal of the Fisher information. x = z between the
-    projections: the penalty is infinite, so that no dual variable and no anchor is stored, and the state beyond Adam's
-    is one bit per weight. And C is approached through a few larger sets. `Published` is the iteration of the paper.
+    C_t approaches C through a few larger sets, as in `Staged`, but the model stays dense meanwhile: it is x that is
+    trained, and weights return to the support of z where the loss resists their removal. For the last part of the run x
+    is projected once more by the layer solver, and trained on that support.
 
     Attributes:
-        ladder: None projects to the target at once.
-        projection: a solver of layer problems.
+        rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam.
+        interval: steps between two updates of z and u.
+        power: weights of x + u are chosen by |x + u| F^power, F Adam's second moment.
+        frozen: the part of the run, at its end, with x = z on a fixed support.
+
+    Sources: ELSA, arXiv 2510.01650, 2026. The stages, the metric of the layers' Gram with its compensation, the
+    penalty outside of Adam's moments and its unit, and the end on a fixed support are ours.
     """
 
     name: str = "elsa"
-    summary: str = "surrogate-free: layer-wise projections in stages, the true loss trained on the support in between"
-    distillation: float = 0.5
-    ladder: Ladder | None = Ladder()
-    projection: Method = LOCAL_METHODS["admm"]
-
-    def check(self, model: Any, target: Target) -> None:
-        super().check(model, target)
-        check_target(decoder_blocks(model), self.projection, target)
+    summary: str = "surrogate-free: ADMM on the model's own loss, down to the target in stages"
+    rho: float = 0.15
+    interval: int = 8
+    power: float = 0.25
+    frozen: float = 0.5
+    anchor: AnchorFormat = "full"
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
-        return SparseAdam(**how, freeze=1.0)
+        penalty = Penalty(value=self.rho, decoupled=True)
+        score = Score(fisher="adam", power=self.power)
+        return SparseAdam(**how, penalty=penalty, score=score, interval=self.interval, freeze=0.0, anchor=self.anchor)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        return staged(target, self.ladder)
-
-    def projecting(self, task: Task) -> tuple[Recipe, Task]:
-        rows = task.calibration.rows[:_CALIBRATION]
-        return Layerwise(self.projection), replace(task, calibration=replace(task.calibration, rows=rows))
-
-    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
-        if constraint is not None:
-            return None
-        return replace(self, projection=with_parts(solver or self.projection, problem))
+        return [*super().projections(target), (1.0 - self.frozen, target)]
 
     def project(self, session: Session, target: Target) -> None:
-        rows = len(session.training.rows)
-        calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
-        task = Task(target=target, calibration=calibration, seed=session.task.seed)
-        session.gather()
-        session.model.requires_grad_(False)
-        outcome = Layerwise(self.projection).prune(session.model, task, Runtime(world=session.runtime.world))
-        session.model.requires_grad_(True)
-        session.scatter()
-        masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
-        session.trainer.optimizer.change_support(masks)
-        stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
+        """At a stage the layers' solution becomes z, and x stays; at the last one it becomes x too."""
+        trainer, views = session.trainer, session.views
+        if trainer.done >= round((1.0 - self.frozen) * trainer.steps):
+            super().project(session, target)
+            return
+        pruned = {view.parameter_name for view in views}
+        x = {name: local(p.detach()).clone() for name, p in session.trained.named_parameters() if name in pruned}
+        stage = self.solve_layers(session, target)
         if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
-        session.stages.append(stage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradual(Trained):
-    """Gradual pruning: every `interval` steps the smallest |w| F^power of the remaining weights are removed.
-
-    The sparsity rises by 1 - (1 - s)^3 of the target over the first `ramp` of the run.
-
-    Source: Zhu and Gupta, To prune, or not to prune, 2017.
-    """
-
-    name: str = "gradual"
-    summary: str = "gradual pruning during training: the smallest weights are removed every few steps"
-    interval: int = 16
-    ramp: float = 0.75
-    power: float = 0.0
-
-    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
-        score = Score(fisher="adam" if self.power else "none", power=self.power)
-        settings = {**how, "penalty": math.inf, "score": score, "freeze": 1.0 - self.ramp, "ramp": 1.0}
-        return SparseAdam(**settings, interval=self.interval, total_steps=self.training_steps)
+        z = {view.parameter_name: view.parameter.detach() for view in views}
+        whole = session.task.target.fraction
+        trainer.optimizer.restart(z, target.fraction / whole if whole else 1.0)
+        with torch.no_grad():
+            for name, parameter in session.trained.named_parameters():
+                if name in pruned:
+                    local(parameter).copy_(x[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,53 +88,21 @@ class Published(Trained):
         return SparseAdam.faithful(**how, total_steps=self.training_steps, penalty=self.penalty)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TunedDense(Trained):
-    """The dense model trained on the same text for as long, to separate the gain of training from that of pruning."""
-
-    prunes: ClassVar[bool] = False
-
-    name: str = "tuned-dense"
-    summary: str = "no pruning: the dense model trained for as long, as a baseline for methods that train"
-
-    def check(self, model: Any, target: Target) -> None:
-        if target.fraction or target.layers:
-            raise UserError("tuned-dense prunes nothing: give --sparsity 0, and no targets or overrides")
-
-    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
-        return SparseAdam(**how, freeze=1.0)
-
-
-def staged(target: Target, ladder: Ladder | None) -> list[tuple[float, Target]]:
-    """(fraction of the run that is done, target of the projection at that point); of a pattern, whole numbers kept of
-    every M, rounded up."""
-    densities = [] if ladder is None else ladder.densities(1.0 - target.fraction)[:-1]
-    before = [_of_density(target, density) for density in densities]
-    stages = list(dict.fromkeys([*before, target]))
-    until = 0.0 if ladder is None or len(stages) == 1 else ladder.until
-    return [(until * i / max(1, len(stages) - 1), stage) for i, stage in enumerate(stages)]
-
-
-def _of_density(target: Target, density: float) -> Target:
-    if target.pattern is None:
-        return replace(target, sparsity=1.0 - density)
-    return replace(target, pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
-
-
-def _mean_error(outcome: Outcome) -> float:
-    errors = [layer.relative_error for layer in outcome.layers if layer.relative_error is not None]
-    return float(torch.tensor(errors, dtype=torch.float64).mean()) if errors else math.nan
-
-
 TRAINED: tuple[Trained, ...] = (
     Elsa(),
-    Elsa(name="elsa-l", summary="elsa with Adam's moments in 8 bits", moments="int8"),
-    Published(),
     Elsa(
+        name="elsa-l",
+        summary="elsa with Adam's moments, z and u in 8 bits: 3.2 bytes per weight for 12",
+        moments="int8",
+        anchor="int8",
+    ),
+    Published(),
+    Staged(),
+    Staged(
         name="admm-finetuned",
         summary="one-shot admm, then training on its support: the strongest baseline",
         distillation=0.0,
-        ladder=None,
+        schedule=None,
     ),
     Gradual(),
     TunedDense(),

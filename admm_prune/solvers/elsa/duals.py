@@ -231,6 +231,15 @@ class Splitting:
             weight.state["kept"] = int(torch.count_nonzero(masks[weight.name]))
             weight.set_mask(mask)
 
+    def restart(self, weights: Sequence[Weight], solution: Mapping[str, Tensor], step: int) -> None:
+        """z <- a given point, of all rows, and u <- 0."""
+        for weight in weights:
+            z = local(local_shard(weight.parameter, solution[weight.name]))
+            z = z.to(weight.shard.device, working_dtype(weight.parameter.dtype), copy=True)
+            weight.state.update(kept=int(torch.count_nonzero(solution[weight.name])), lag=1.0)
+            weight.set_mask(z != 0)
+            self.anchors.write(weight, z, self._chance(weight, step + 1))
+
     def drop_anchors(self, weights: Sequence[Weight]) -> None:
         """Sets x = z from now on: releases the anchor and the averages for the scores."""
         for weight in weights:
@@ -247,7 +256,8 @@ class Splitting:
         rho = self.penalty.at(progress) * state["balance"]
         if self.penalty.units == "relative":
             measured = state["gradient_square"] > 0.0 and state["weight_rms"]  # not where it is NaN
-            rho *= math.sqrt(state["gradient_square"]) / state["weight_rms"] if measured else 0.0
+            unit = 1.0 if self.penalty.decoupled else math.sqrt(state["gradient_square"])
+            rho *= unit / state["weight_rms"] if measured else 0.0
         if self.penalty.divide_by_world:
             rho /= self.processes
         state["rho"] = rho

@@ -19,6 +19,7 @@ from admm_prune.solvers.elsa.settings import Score
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
 LEAST_FISHER = 2.0**-152
 _LEAST_FACTOR = 2.0**-100
+_ROUNDING = 1e-9  # of a fraction that is a quotient of two sparsities
 
 Selected = Iterator[tuple[Weight, Tensor, Tensor]]
 ScoreOf = Callable[[Weight], Tensor]
@@ -109,7 +110,7 @@ class Groups:
 
     def select(self, weights: Sequence[Weight], score: ScoreOf, fraction: float) -> Selected:
         # Rounded up: the last weights of a group are removed at the end of the ramp.
-        n = self.m - int((self.m - self.n) * fraction)
+        n = self.m - int((self.m - self.n) * fraction + _ROUNDING)
         for weight in weights:
             scores = score(weight)
             if weight.transposed and processes_of(weight.parameter) is not None:
