@@ -24,6 +24,9 @@
 #include <arm_neon.h>
 #endif
 
+// The loops are fast only if the primitives are part of them, which compilers do not always choose by themselves.
+#define ADMM_PRUNE_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr int LANES = 32;     // columns of a step
@@ -87,12 +90,12 @@ uint16_t rounded(float x, Float16) {
 }
 
 // Asks for memory that is read soon; an address past the end is ignored.
-inline void prefetch(const void* base, int64_t bytes) {
+ADMM_PRUNE_INLINE void prefetch(const void* base, int64_t bytes) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(bytes);
     __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
-uint32_t word_at(const uint8_t* bits) {
+ADMM_PRUNE_INLINE uint32_t word_at(const uint8_t* bits) {
     uint32_t word;
     std::memcpy(&word, bits, sizeof word);
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
