@@ -96,14 +96,17 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: its bits are those of another shape, or do not belong to its values.
         """
+        offsets = self.offsets
         stored_bits, stored_values = (state_dict.get(f"{prefix}{name}") for name in ("bits", "values"))
         if isinstance(stored_bits, Tensor) and isinstance(stored_values, Tensor):
             if stored_bits.shape != self.bits.shape:
                 raise ValueError(f"{prefix}bits: {tuple(stored_bits.shape)}, not {tuple(self.bits.shape)}")
             matrix = packed.from_parts(stored_bits, stored_values, self.in_features)
             self.values = torch.empty_like(stored_values, dtype=self.values.dtype, device=self.values.device)
-            self.offsets = None if matrix.offsets is None else matrix.offsets.to(self.bits.device, copy=True)
+            offsets = None if matrix.offsets is None else matrix.offsets.to(self.bits.device, copy=True)
+            self.offsets = None if offsets is None else torch.empty_like(offsets)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.offsets = offsets  # those of the bits, whatever the state has: the kernels rely on them
 
     def extra_repr(self) -> str:
         stored = self.values.numel() / max(1, self.out_features * self.in_features)
@@ -113,8 +116,8 @@ class PackedWeight(nn.Module):
 class PackedLinear(PackedWeight):
     """y = x W^T + b with W packed, in place of `nn.Linear`, or of transformers' `Conv1D`.
 
-    Up to `ops.packed.PREFILL_TOKENS` tokens are multiplied without unpacking; more are multiplied by blocks of unpacked
-    rows. Gradients reach the inputs and the bias, not the weight.
+    Few tokens are multiplied without unpacking, those of a long prompt by blocks of unpacked rows: see
+    `ops.packed.PREFILL_TOKENS`. Gradients reach the inputs and the bias, not the weight.
 
     Args:
         matrix: its tensors are not copied.

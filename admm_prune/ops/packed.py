@@ -22,8 +22,9 @@ LANES = 32  # columns of a step of the kernel: groups of int8 values are multipl
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _LIBRARY = Path(__file__).with_name("_packed.so")
-# From this number of tokens on, unpacking and a dense product are faster on the CPU: benchmarks/packed_matvec.py.
-PREFILL_TOKENS = 32
+# From these numbers of tokens on, unpacking and a dense product were faster, measured with AVX2 at 4096 x 4096: in
+# float32; in 16 bits where the processor has no products of those; the last, where it has them, is not measured.
+PREFILL_TOKENS, PREFILL_TOKENS_16_BITS, PREFILL_TOKENS_NATIVE = 48, 128, 32
 _SCRATCH = 1 << 25  # bytes of unpacked rows at once
 
 
@@ -150,7 +151,7 @@ def unpack(matrix: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 def described() -> str:
     """What multiplies on the CPU: "C++ (avx2)", or that there is no library."""
-    library = _library()
+    library = _usable()
     return f"C++ ({library.isa})" if library else "torch, without the C++ library: slower"
 
 
@@ -284,7 +285,7 @@ def _library() -> _Library | None:
         return None
 
 
-def _usable(matrix: Packed) -> _Library | None:
+def _usable() -> _Library | None:
     return None if backend.choice() == "torch" else _library()
 
 
@@ -309,14 +310,15 @@ def _dense_dtype(x: Tensor) -> torch.dtype:
 
 
 def _linear_cpu(x: Tensor, matrix: Packed, bias: Tensor | None) -> Tensor:
-    library = _usable(matrix)
+    library = _usable()
     if library is None or x.dtype not in FLOATS:
         return torch.nn.functional.linear(x, _torch_unpack(matrix, x.dtype), bias)
-    if len(x) < PREFILL_TOKENS:
+    dtype = _dense_dtype(x)
+    native = PREFILL_TOKENS if dtype == torch.float32 else PREFILL_TOKENS_NATIVE
+    if len(x) < (native if dtype == x.dtype else PREFILL_TOKENS_16_BITS):
         bias = None if bias is None else bias.to(x.dtype).contiguous()
         return library.linear(x.contiguous(), matrix, bias)
     # Blocks of rows, so that the dense matrix is never in memory.
-    dtype = _dense_dtype(x)
     inputs, out = x.to(dtype), x.new_empty(len(x), matrix.rows)
     at_once = max(64, _SCRATCH // max(1, matrix.width * dtype.itemsize))
     for first in range(0, matrix.rows, at_once):
@@ -361,7 +363,7 @@ def _unpack_impl(
     dtype: torch.dtype,
 ) -> Tensor:
     matrix = Packed(packed_bits, values, offsets, scales, width, group)
-    library = _usable(matrix) if values.device.type == "cpu" and dtype in FLOATS else None
+    library = _usable() if values.device.type == "cpu" and dtype in FLOATS else None
     return library.unpack(matrix, 0, matrix.rows, dtype) if library else _torch_unpack(matrix, dtype)
 
 
