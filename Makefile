@@ -48,11 +48,12 @@ lint: $(INSTALLED) ## ruff, mypy and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove what was built, cached and demonstrated; .venv stays
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
+	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
+# Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
 # torch comes first, in a call of its own: a CPU build at hand is then taken, and later ranges leave it in place.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard admm_prune/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("admm-prune needs Python 3.11 or newer: \
 	make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -26,6 +26,7 @@ __all__ = [
     "Magnitude",
     "NetworkOutput",
     "NofM",
+    "PackedLinear",
     "Point",
     "Product",
     "Progress",
@@ -42,11 +43,15 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "keep_sparsity",
+    "load_packed",
     "merge_lora",
+    "pack_model",
     "prune",
 ]
 
 _MODULES = {
+    "inference.packed_folder": ("load_packed",),
+    "inference.packed_linear": ("PackedLinear", "pack_model"),
     "models.recovery": ("keep_sparsity", "merge_lora"),
     "point": ("Point",),
     "problems.constraints": ("Blocks", "Groups", "NofM", "Product", "RowWise", "StackedRows", "Unstructured"),
@@ -71,6 +76,8 @@ _MODULES = {
 _HOME = {name: f"admm_prune.{module}" for module, names in _MODULES.items() for name in names}
 
 if TYPE_CHECKING:
+    from admm_prune.inference.packed_folder import load_packed
+    from admm_prune.inference.packed_linear import PackedLinear, pack_model
     from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured

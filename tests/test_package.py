@@ -104,21 +104,41 @@ def test_constraints_admit_what_the_project_asks() -> None:
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, asked
 
 
-@pytest.mark.slow
-def test_wheel_is_whole_and_works_outside_the_checkout(tmp_path: Path) -> None:
-    checkout, wheels, target = tmp_path / "checkout", tmp_path / "wheels", tmp_path / "target"
-    checkout.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+def wheel_of(place: Path, **environment: str) -> Path:
+    """A wheel, built from a copy of what is tracked that it needs, without a network."""
+    checkout, wheels = place / "checkout", place / "wheels"
+    checkout.mkdir(parents=True)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
-    shutil.copytree(ROOT / "admm_prune", checkout / "admm_prune", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "admm_prune", checkout / "admm_prune", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for folder in ("solvers", "problems"):
         (checkout / folder).symlink_to(f"admm_prune/{folder}")
     for folder in ("tests", "benchmarks"):
         (checkout / folder).mkdir()
         (checkout / folder / "__init__.py").touch()
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(checkout)]
-    subprocess.run(build, check=True, cwd=tmp_path)
+    subprocess.run(build, check=True, cwd=place, env={**os.environ, **environment})
     (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(tmp_path: Path) -> None:
+    """It is built all the same, for every platform; products with packed weights are torch's."""
+    wheel = wheel_of(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_wheel_is_whole_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    wheel = wheel_of(tmp_path)
+    compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert libraries == (["admm_prune/ops/_packed.so"] if compiler else [])
+    assert f"-py3-none-{'linux' if compiler else 'any'}" in wheel.name
+    assert wheel.stat().st_size < 20 << 20
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     source = {str(path.relative_to(ROOT)) for path in (ROOT / "admm_prune").rglob("*.py")}
@@ -134,10 +154,13 @@ def test_wheel_is_whole_and_works_outside_the_checkout(tmp_path: Path) -> None:
         "print(admm_prune.__file__)\n"
         "print(admm_prune.ADMM.__module__)\n"
         "print(files('admm_prune').joinpath('assets/embedded').is_dir())\n"
-        "print(entry_points(group='console_scripts')['admm-prune'].load().__name__)"
+        "print(entry_points(group='console_scripts')['admm-prune'].load().__name__)\n"
+        "from admm_prune.ops import packed; print(packed.described().split()[0])"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}
     run = subprocess.run(
         [sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert run.stdout.split() == [str(target / "admm_prune/__init__.py"), "admm_prune.solvers.admm", "True", "main"]
+    kernels = "C++" if compiler else "torch,"
+    place = str(target / "admm_prune/__init__.py")
+    assert run.stdout.split() == [place, "admm_prune.solvers.admm", "True", "main", kernels]

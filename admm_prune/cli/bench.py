@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from admm_prune.cli import common
+from admm_prune.errors import UserError
 
 bench = typer.Typer(
     help="Run a scaled benchmark.\n\nExample: admm-prune bench memory --most 1e8 --out memory", no_args_is_help=True
@@ -78,13 +80,17 @@ def inference(
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of prefill tokens.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Number of decoded tokens.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Number of repeats, of which the minimum counts.")] = 3,
+    batches: Annotated[
+        str, typer.Option(help="Comma-separated numbers of texts that are decoded together.")
+    ] = "1,4,16",
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repeats, of which the minimum counts.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder for inference.json and a plot, inference.svg.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads; CPU time is summed over them.")] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
     json: common.Json = False,
 ) -> None:
-    """Measure bytes on disk and in memory, prefill and decoding, and report whether pruning gains anything.
+    """Measure bytes on disk and in memory, prefill and decoding, dense and packed, and report what pruning gains.
 
     Example: admm-prune bench inference pruned --against embedded --tokens 128
     """
@@ -94,7 +100,15 @@ def inference(
 
     torch.set_num_threads(threads)
     content = bench_inference(
-        model, against, tokens=tokens, new_tokens=new_tokens, repeats=repeats, device=device, dtype=dtype
+        model,
+        against,
+        tokens=tokens,
+        new_tokens=new_tokens,
+        batches=_whole_numbers(batches),
+        repeats=repeats,
+        out=out,
+        device=device,
+        dtype=dtype,
     )
     if json:
         common.emit(content)
@@ -108,9 +122,8 @@ def inference(
             _mib(row["packed_bytes"]),
             _mib(row["memory_bytes"]),
             f"{1000 * row['prefill_seconds']:.1f}",
-            _ratio(row, "prefill", content["rows"][0]),
-            f"{1000 * row['decode_seconds'] / new_tokens:.2f}",
-            _ratio(row, "decode", content["rows"][0]),
+            _ratio(row["prefill_speedup"], row is content["rows"][0] or row["prefill_differs"]),
+            *(cell for i, d in enumerate(row["batches"]) for cell in _decoding(d, content["rows"][0]["batches"][i])),
         ]
         for row in content["rows"]
     ]
@@ -123,18 +136,31 @@ def inference(
         "memory\nMiB",
         f"prefill {tokens}\nms",
         "times\nas fast",
-        "decoding\nms/token",
-        "times\nas fast",
+        *(
+            column
+            for d in content["rows"][0]["batches"]
+            for column in (f"decode {d['batch']}\ntokens/s", "times\nas fast")
+        ),
     ]
     common.show_table(f"{model} on {content['device']}", columns, rows)
     for sentence in content["sentences"]:
         print(sentence)
 
 
-def _ratio(row: dict[str, Any], what: str, first: dict[str, Any]) -> str:
-    """The speedup over the first row; a difference within the spread of the repeats is noise."""
-    beyond = row is first or row[f"{what}_differs"]
-    return f"{row[f'{what}_speedup']:.2f}" if beyond else "noise"
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--batches {text}: give whole numbers, such as 1,4,16") from error
+
+
+def _decoding(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['tokens_per_second']:.1f}", _ratio(row["speedup"], row is first or row["differs"])
+
+
+def _ratio(speedup: float, beyond: bool) -> str:
+    """The speedup over the first row; a difference within the spread of the repeats is none."""
+    return f"{speedup:.2f}" if beyond else "none"
 
 
 def _mib(count: int | None) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +16,18 @@ from torch import Tensor, nn
 
 from admm_prune.data.hub import expanded
 from admm_prune.errors import UserError
+from admm_prune.inference.packed_linear import pack_model
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import assign, decoder_blocks
-from admm_prune.ops import bits
+from admm_prune.ops import backend, bits, packed
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM
+from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import environment
+from admm_prune.runs.report.plots import COLOURS, legend, panels, style, svg
 
 _TWO_OF_FOUR = NofM(2, 4)
 
@@ -31,7 +37,7 @@ class Timing:
     """One form of a model, measured.
 
     Attributes:
-        form: "dense", "as stored", "CSR kernels" or "2:4 kernels".
+        form: "dense", "as stored", "packed", "CSR kernels" or "2:4 kernels".
         disk_bytes: of the safetensors; None if this form is never saved.
         packed_bytes: of its tensors as 'admm-prune pack' would store them.
         memory_bytes: of parameters and buffers.
@@ -40,6 +46,7 @@ class Timing:
         prefill_speedup, decode_speedup: over the first row, by the least times.
         prefill_differs, decode_differs: from the first row, beyond the spread: the slowest repeat of one takes less
             time than the fastest of the other. Less is noise; one repeat has no spread, and shows nothing.
+        batches: the same of decoding, for every batch size; `decode_*` are those of the first.
     """
 
     form: str
@@ -56,6 +63,19 @@ class Timing:
     decode_speedup: float = 1.0
     prefill_differs: bool = False
     decode_differs: bool = False
+    batches: list[Decoding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Decoding of a batch of texts: seconds for all tokens, as in `Timing`, and tokens per second of all texts."""
+
+    batch: int
+    seconds: float
+    range: tuple[float, float]
+    tokens_per_second: float
+    speedup: float
+    differs: bool
 
 
 @torch.no_grad()
@@ -66,9 +86,9 @@ def prefill(model: Any, tokens: int) -> None:
 
 
 @torch.no_grad()
-def decode(model: Any, tokens: int) -> None:
-    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16."""
-    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
+def decode(model: Any, tokens: int, batch: int = 1) -> None:
+    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16, of a batch of texts."""
+    ids = torch.arange(16, device=model.device).repeat(batch, 1) % model.config.get_text_config().vocab_size
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
     )
@@ -106,17 +126,21 @@ def bench_inference(
     *,
     tokens: int = 256,
     new_tokens: int = 16,
-    repeats: int = 3,
+    batches: Sequence[int] = (1, 4, 16),
+    repeats: int = 7,
+    out: Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """Measures a model as stored, with torch's sparse kernels for its masks, and its dense model.
+    """Measures a model as stored, packed, with torch's sparse kernels for its masks, and its dense model.
 
     Args:
         model, against: folders, Hub ids or "embedded".
         tokens: of the prefill, at most the context.
         new_tokens: that are decoded.
+        batches: numbers of texts that are decoded together.
         repeats: the number of repeats, of which the minimum counts; two or more show a spread.
+        out: folder for inference.json and inference.svg, a plot of it; made where it is missing.
 
     Returns:
         For JSON: "rows" of `Row`, "sentences" on the gain, "environment".
@@ -124,6 +148,8 @@ def bench_inference(
     Raises:
         UserError: a model cannot be loaded, or its context is shorter than `tokens`.
     """
+    if not batches or min(batches) < 1:
+        raise UserError("batches must be numbers of texts, from 1 on")
     place = pick_device(device)
     check_dtype(dtype)
     given = load(model, device=place, dtype=dtype)
@@ -139,7 +165,9 @@ def bench_inference(
     if zeros > 0:
         forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
     models = {form: loaded.model for form, (loaded, _) in forms.items()}
-    times = {run: timed(run, models, count, repeats) for run, count in ((prefill, tokens), (decode, new_tokens))}
+    times = {prefill: timed(prefill, models, tokens, repeats)}
+    of_batch = {batch: timed(partial(decode, batch=batch), models, new_tokens, repeats) for batch in batches}
+    times[decode] = of_batch[batches[0]]
     first = next(iter(models))
     rows = [
         Timing(
@@ -157,19 +185,56 @@ def bench_inference(
             decode_speedup=min(times[decode][first]) / min(times[decode][form]),
             prefill_differs=differs(times[prefill][first], times[prefill][form]),
             decode_differs=differs(times[decode][first], times[decode][form]),
+            batches=[
+                Decoding(
+                    batch=batch,
+                    seconds=min(seconds[form]),
+                    range=(min(seconds[form]), max(seconds[form])),
+                    tokens_per_second=batch * new_tokens / min(seconds[form]),
+                    speedup=min(seconds[first]) / min(seconds[form]),
+                    differs=differs(seconds[first], seconds[form]),
+                )
+                for batch, seconds in of_batch.items()
+            ],
         )
         for form, (loaded, name) in forms.items()
     ]
-    return {
+    content = {
         "model": model,
         "against": against,
         "device": place,
         "tokens": tokens,
         "new_tokens": new_tokens,
+        "kernels": packed.described() if place == "cpu" else backend.described(place),
         "rows": [asdict(row) for row in rows],
         "sentences": _sentences(rows, repeats, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
         "environment": environment(),
     }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "inference.json", content)
+        (out / "inference.svg").write_text(_plot(rows), encoding="utf-8")
+    return content
+
+
+def _plot(rows: Sequence[Timing]) -> str:
+    """Tokens per second over the batch size, and the memory of the weights, of every form; as SVG."""
+    figure, (speed, memory) = panels(2)
+    for i, row in enumerate(rows):
+        sizes = [decoding.batch for decoding in row.batches]
+        speed.plot(sizes, [decoding.tokens_per_second for decoding in row.batches], label=row.form, **style(i))
+        memory.barh(row.form, row.memory_bytes / 2**20, color=COLOURS[i % len(COLOURS)])
+    for axis in (speed.set_xscale, speed.set_yscale):
+        axis("log", base=2)
+    speed.set_xticks([decoding.batch for decoding in rows[0].batches])
+    speed.xaxis.set_major_formatter("{x:g}")
+    speed.yaxis.set_major_formatter("{x:g}")
+    speed.set_xlabel("texts decoded together")
+    speed.set_ylabel("tokens per second")
+    memory.set_xlabel("MiB of parameters and buffers")
+    memory.invert_yaxis()
+    legend(figure, speed)
+    return svg(figure, "inference")
 
 
 class _CSRLinear(nn.Module):
@@ -191,6 +256,10 @@ class _CSRLinear(nn.Module):
 def _with_kernels(name: str, given: LoadedModel, place: str, dtype: str | None) -> dict[str, LoadedModel]:
     """A copy of the model for every sparse kernel that supports its masks on this device."""
     made = {}
+    if given.model.dtype in packed.FLOATS:
+        with suppress(UserError):  # where no matrix would become smaller
+            loaded = load(name, device=place, dtype=dtype)
+            made["packed"] = replace(loaded, model=pack_model(loaded.model))
     if given.model.dtype in (torch.float32, torch.float64):
         made["CSR kernels"] = load(name, device=place, dtype=dtype)
         _replace(made["CSR kernels"].model, _CSRLinear)
@@ -259,7 +328,7 @@ def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: boo
     for row in rows[1:]:
         compared = [
             _compared("prefill", row.prefill_speedup, beyond=row.prefill_differs),
-            _compared("decoding", row.decode_speedup, beyond=row.decode_differs),
+            *(_compared(f"decoding of {d.batch}", d.speedup, beyond=d.differs) for d in row.batches),
         ]
         said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
     if repeats == 1 and len(rows) > 1:
@@ -267,7 +336,7 @@ def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: boo
     if stored.zeros > 0 and stored.parameters == first.parameters:
         said.append(
             f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
-            "number: as stored, the mask does not make the model smaller."
+            "number: as stored, the mask does not make the model smaller. admm_prune.load_packed does."
         )
         if stored.packed_bytes is not None:
             dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)

@@ -37,7 +37,8 @@ DTYPE_NAMES = {
 }
 PACK_MANIFEST = "admm_prune_pack.json"
 PACKED = ".packed"  # suffix of a packed file, so that no loader mistakes it for the weights
-_BITS, _VALUES, _HEADER = ".bits", ".values", "header"
+BITS, VALUES = ".bits", ".values"  # suffixes of the parts of a packed tensor
+_HEADER = "header"
 _LENGTH = struct.Struct("<Q")  # safetensors: the length of the header, the header as JSON, then the data
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -155,17 +156,17 @@ def pack_file(source: Path, out: Path) -> list[str]:
             entry
             for entry in entries
             if entry.packed_bytes(nonzeros[entry.name]) < entry.stop - entry.start
-            and names.isdisjoint({entry.name + _BITS, entry.name + _VALUES})
+            and names.isdisjoint({entry.name + BITS, entry.name + VALUES})
         ]
         parts: list[tuple[str, str, list[int], int, Entry]] = []
         for entry in entries:
             if entry in packed:
                 width, count = bits.packed_width(entry.count), nonzeros[entry.name]
-                parts.append((entry.name + _VALUES, entry.dtype, [count], count * entry.itemsize, entry))
-                parts.append((entry.name + _BITS, "U8", [width], width, entry))
+                parts.append((entry.name + VALUES, entry.dtype, [count], count * entry.itemsize, entry))
+                parts.append((entry.name + BITS, "U8", [width], width, entry))
             else:
                 parts.append((entry.name, entry.dtype, entry.shape, entry.stop - entry.start, entry))
-        parts.sort(key=lambda part: -part[4].itemsize if not part[0].endswith(_BITS) else -1)  # data stay aligned
+        parts.sort(key=lambda part: -part[4].itemsize if not part[0].endswith(BITS) else -1)  # data stay aligned
         content: dict[str, Any] = {"__metadata__": {"admm_prune": "1", _HEADER: header.decode("utf-8")}}
         end = 0
         for name, dtype, shape, length, _ in parts:
@@ -178,7 +179,7 @@ def pack_file(source: Path, out: Path) -> list[str]:
             for name, _, _, _, entry in parts:
                 flat = _integers(file.get_tensor(entry.name))
                 if entry in packed:
-                    flat = bits.pack(flat != 0) if name.endswith(_BITS) else flat[flat != 0]
+                    flat = bits.pack(flat != 0) if name.endswith(BITS) else flat[flat != 0]
                 _write(target, flat)
     return [entry.name for entry in packed]
 
@@ -201,13 +202,25 @@ def unpack_file(source: Path, out: Path) -> None:
             if entry.name in names:
                 _write(target, _integers(file.get_tensor(entry.name)))
                 continue
-            if not {entry.name + _BITS, entry.name + _VALUES} <= names:
+            if not {entry.name + BITS, entry.name + VALUES} <= names:
                 raise UserError(f"{source} lacks the tensor {entry.name}: it is damaged")
-            mask = bits.unpack(file.get_tensor(entry.name + _BITS), entry.count)
-            values = _integers(file.get_tensor(entry.name + _VALUES))
+            mask = bits.unpack(file.get_tensor(entry.name + BITS), entry.count)
+            values = _integers(file.get_tensor(entry.name + VALUES))
             if int(mask.count_nonzero()) != len(values):
                 raise UserError(f"{source}: the bits and the values of {entry.name} do not belong together")
             _write(target, torch.zeros(entry.count, dtype=values.dtype).masked_scatter_(mask, values))
+
+
+def unpacked_entries(source: Path) -> list[Entry]:
+    """The tensors of the file that a packed file was made of.
+
+    Raises:
+        UserError: `source` is no packed file.
+    """
+    metadata = json.loads(read_header(source)[0]).get("__metadata__", {})
+    if _HEADER not in metadata:
+        raise UserError(f"{source} is not packed")
+    return _entries(metadata[_HEADER].encode("utf-8"))
 
 
 def _entries(header: bytes) -> list[Entry]:

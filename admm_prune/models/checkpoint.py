@@ -34,6 +34,7 @@ class Checkpoint:
     Args:
         folder: with config.json and safetensors.
         device: where tensors go.
+        files: the file of every tensor; by default those that `from_pretrained` reads.
 
     Attributes:
         files: the file of every tensor, by its stored name.
@@ -44,9 +45,9 @@ class Checkpoint:
         UserError: no model folder, or files that are damaged.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, files: Mapping[str, Path] | None = None) -> None:
         self.folder, self._device = folder, device
-        self.files = tensor_files(folder)
+        self.files = tensor_files(folder) if files is None else dict(files)
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # of a parameter: (stored name, matched pattern)
         self._converted_as: dict[str, str] = {}  # a parameter -> the first of those that one conversion makes
         self._tied: dict[str, str] = {}  # a parameter that no file holds -> the one it is tied to

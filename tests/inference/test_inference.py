@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from admm_prune.inference.timing import _CSRLinear, bench_inference, differs, pr
 from admm_prune.models.loading import load
 from admm_prune.runs.prune import prune
 
-QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "device": "cpu"}
+QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "batches": (1,), "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,9 @@ def folders(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 def test_an_unstructured_mask_gains_nothing_as_stored(folders: dict[str, str], model_folder: Path) -> None:
     content = bench_inference(folders["mask"], str(model_folder), **QUICK)
     rows = {row["form"]: row for row in content["rows"]}
-    assert list(rows) == ["dense", "as stored", "CSR kernels"]
-    dense, stored, csr = rows.values()
+    assert list(rows) == ["dense", "as stored", "packed", "CSR kernels"]
+    dense, stored, layers, csr = rows.values()
+    assert layers["memory_bytes"] < 0.6 * stored["memory_bytes"]
     tensors = load_file(Path(folders["mask"]) / "model.safetensors")
     assert stored["disk_bytes"] == (Path(folders["mask"]) / "model.safetensors").stat().st_size
     assert stored["memory_bytes"] == dense["memory_bytes"]
@@ -113,10 +115,25 @@ def test_a_sentence_on_speed_rests_on_the_spread(
     monkeypatch.setattr(timing, "timed", clock)
     content = bench_inference(folders["smaller"], str(model_folder), **QUICK | {"repeats": 2})
     (sentence,) = (s for s in content["sentences"] if s.startswith("as stored, beside dense"))
-    assert sentence == f"as stored, beside dense: {said}; decoding shows no difference beyond the spread."
+    assert sentence == f"as stored, beside dense: {said}; decoding of 1 shows no difference beyond the spread."
     row = content["rows"][1]
     assert row["prefill_differs"] == ("no difference" not in said)
     assert row["prefill_range"] == (min(seconds["as stored"]), max(seconds["as stored"]))
+
+
+def test_batches_and_the_plot(folders: dict[str, str], tmp_path: Path) -> None:
+    content = bench_inference(folders["mask"], **QUICK | {"batches": (1, 3)}, out=tmp_path / "out")
+    for row in content["rows"]:
+        assert [decoding["batch"] for decoding in row["batches"]] == [1, 3]
+        for decoding in row["batches"]:
+            assert decoding["tokens_per_second"] == pytest.approx(decoding["batch"] * 2 / decoding["seconds"])
+        assert row["decode_seconds"] == row["batches"][0]["seconds"]
+    assert json.loads((tmp_path / "out/inference.json").read_text())["rows"] == json.loads(json.dumps(content["rows"]))
+    plot = (tmp_path / "out/inference.svg").read_text()
+    assert "<svg" in plot
+    assert all(text in plot for text in ("packed", "tokens per second"))
+    with pytest.raises(UserError, match="batches must be numbers of texts"):
+        bench_inference(folders["mask"], **QUICK | {"batches": (0,)})
 
 
 def test_a_context_that_is_too_short_is_refused(model_folder: Path) -> None:

@@ -19,11 +19,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from admm_prune.ops.packed import Packed
 from admm_prune.ops.quantization import Stored
-from admm_prune.ops.triton import adam, selection, splitting, sweep
+from admm_prune.ops.triton import adam, packed, selection, splitting, sweep
 
 # Called by kernels.
-HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row"}
+HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row", "ones_of"}
 compiled: dict[str, int] = {}
 
 
@@ -60,6 +61,7 @@ def launch_all() -> None:
     for group in (2, 4, 8, 12, 32):
         selection.largest_per_group(torch.randn(4, 10 * group), 1, group)
     launch_training()
+    launch_packed()
     z, root = torch.randn(4, 1100), torch.ones(1100)
     for given in (None, z):
         splitting.to_target_(z, z, given, 0.7, 1.3)
@@ -73,6 +75,22 @@ def launch_all() -> None:
         (None, 256, (2, 4)),
     ):
         sweep.eliminate_(columns, factor, 0, stop, None if keep is None else keep[:stop], pattern)
+
+
+def launch_packed() -> None:
+    mask, offsets, scales = (
+        torch.zeros(40, 130, dtype=torch.uint8),
+        torch.zeros(41, dtype=torch.int32),
+        torch.ones(40, 1),
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        for even in (False, True):
+            factors = scales if dtype == torch.int8 else None
+            values = torch.zeros(mask.numel() * 2, dtype=dtype)
+            matrix = Packed(mask, values, None if even else offsets, factors, 1040, 1040)
+            inputs = torch.bfloat16 if dtype == torch.int8 else dtype
+            for tokens in (1, 5):
+                packed.linear(torch.zeros(tokens, 1040, dtype=inputs), matrix)
 
 
 def launch_training() -> None:
@@ -100,7 +118,7 @@ def main() -> None:
     launch_all()
     for name, shared in sorted(compiled.items()):
         print(f"{name:12} {shared:6} bytes of shared memory")
-    modules = (adam, selection, splitting, sweep)
+    modules = (adam, packed, selection, splitting, sweep)
     kernels = {name for module in modules for name, x in vars(module).items() if isinstance(x, jit.JITFunction)}
     missing = kernels - HELPERS - compiled.keys()
     if missing:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
-from admm_prune.ops import backend, bits, quantization, selection, splitting
+from admm_prune.ops import backend, bits, packed, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
 from admm_prune.solvers.obs import SparseGPT
@@ -180,6 +180,36 @@ def test_bits(device, width) -> None:
     restricted = x.clone()
     bits.restrict_(restricted, packed)
     assert torch.equal(restricted, x * mask)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("kind", "width", "how"),
+    [
+        ("zeros", 40, "exact"),
+        ("zeros", 300, "exact"),
+        ("bfloat16", 140, "exact"),
+        ("zeros", 200, "int8"),
+        ("2:4", 64, "exact"),
+    ],
+)
+def test_packed_products(device, kind, width, how, tokens) -> None:
+    """Of more than one block of rows and columns; an empty row; rows that do not fill a block."""
+    w, x = drawn("zeros", (19, width), device), drawn("spread", (tokens, width), device)
+    w[3] = 0
+    if kind == "2:4":
+        w = drawn("spread", (19, width), device)
+        w = w.masked_fill(~selection.largest_per_group(w.abs(), 2, 4), 0)
+    elif kind == "bfloat16":
+        w, x = w.bfloat16(), x.bfloat16()
+    matrix = twin(packed.pack, w)
+    assert (matrix.offsets is None) == (kind == "2:4")
+    if how == "int8":
+        matrix = twin(packed.quantize, matrix, 64)
+    y = packed.linear(x, matrix, torch.ones(19, dtype=x.dtype, device=device))
+    exact = x.double() @ twin(packed.unpack, matrix).double().T + 1
+    tolerance = 1e-2 if kind == "bfloat16" else 1e-5
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
