@@ -381,7 +381,11 @@ def _parts(session: Session) -> dict[str, int]:
 
 
 def _keep_all(session: Session, target: Target) -> None:
-    """In place of a projection: keeps every weight."""
-    masks = {view.name: torch.ones_like(view.parameter, dtype=torch.bool) for view in session.views}
-    session.trainer.optimizer.change_support(masks)
+    """In place of a projection: keeps every weight. Where x and z are apart they stay so, with all of their state."""
+    optimizer = session.trainer.optimizer
+    masks = {name: torch.ones_like(mask) for name, mask in optimizer.masks().items()}
+    if optimizer.frozen:
+        optimizer.change_support(masks)
+    else:
+        optimizer.restart({view.parameter_name: view.parameter.detach() for view in session.views})
     session.offer()
