@@ -333,9 +333,11 @@ def main(words: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.training_engine", *(words or sys.argv[1:]), "--memory-alone"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
+    left_out = ("out", "no_memory", "memory_alone")
+    settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
     content = {
         "machine": machine(),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        "settings": {**settings, "model": Path(arguments.model).name},
         "precision": str(engine.dtype(torch.device(arguments.device))).removeprefix("torch."),
         "result": result,
         "memory": measured,

@@ -197,7 +197,7 @@ def _with_logits(model: nn.Module, scored: Scored, then: AtHead) -> Tensor:
 def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
     """What `then` computes from the hidden states (b, L, d), in place of the output embedding, within a call of the
     model: hooks of its modules, such as those of FSDP2, see an ordinary call. The value takes the place of the logits,
-    and is returned if the model returns it unchanged; else None."""
+    through which its gradient goes back, and is returned if the model returns it unchanged; else None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     values: list[Tensor] = []
     unchanged = False
@@ -209,16 +209,20 @@ def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
             if states.shape[:-1] != ids.shape:
                 return forward(states)  # type: ignore[no-any-return]  # of torch
             values.append(then(forward, list(head.parameters()), states))
-            # Without a gradient the value may be of a dtype that the model would convert.
+            # A tensor of its own, not a view, for hooks of the outputs. Without a gradient the value may be of a dtype
+            # that the model would convert.
             value = values[-1] if values[-1].requires_grad else values[-1].new_zeros((), dtype=torch.float32)
-            outputs.append((value, value._version))
-            return value.view(1, 1, 1)
+            output = value.view(1, 1, 1).clone()
+            outputs.append((output, output._version))
+            return output
 
         with replaced_forward(head, replacement):
             logits = _logits(model, ids)
         unchanged = len(outputs) == 1 and _is(logits, *outputs[0])
     _ends_at_head[model] = unchanged
-    return values[0] if unchanged else None
+    if not unchanged:
+        return None
+    return logits.sum() if logits.requires_grad else values[0]  # the gradient passes through the model's output
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

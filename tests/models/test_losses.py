@@ -179,6 +179,22 @@ def test_under_autocast_gradients_are_as_close_as_those_of_whole_logits(family: 
         assert a.dtype == torch.float32
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_gradient_passes_through_the_output_of_the_model(distilled: bool) -> None:
+    """FSDP2 gathers the parameters for the backward pass by a hook of the outputs, which may not be views."""
+    model = trainable("llama")
+    seen: list[tuple[bool, Tensor]] = []
+
+    def watch(_: nn.Module, __: object, out: Any) -> None:
+        out.logits.register_hook(lambda gradient: seen.append((out.logits._is_view(), gradient)))
+
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    model.register_forward_hook(watch)
+    (Distillation(teacher) if distilled else next_token_loss)(model, batch()).backward()
+    assert [is_view for is_view, _ in seen] == [False]
+    assert float(seen[0][1]) == pytest.approx(1 / int(batch().scored.sum()))
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     model = trainable("llama-untied")
     model.lm_head.requires_grad_(False)
