@@ -257,8 +257,8 @@ def measured_rate(
     for parameter in parameters:
         parameter.grad = None
     counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
-    square, entries = totals(parameters, torch.stack(counts)).sum(0).tolist()
-    scale = math.sqrt(square / entries)
+    square, entries = totals(parameters, torch.stack(counts)).sum(0)
+    scale = math.sqrt(float(square) / float(entries))  # each on its own: a plan answers for single values
 
     def value(step: float) -> float:
         for (part, x), direction in zip(moved, directions, strict=True):
