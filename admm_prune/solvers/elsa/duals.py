@@ -236,7 +236,7 @@ class Splitting:
         for weight in weights:
             z = local(local_shard(weight.parameter, solution[weight.name]))
             z = z.to(weight.shard.device, working_dtype(weight.parameter.dtype), copy=True)
-            weight.state.update(kept=int(torch.count_nonzero(solution[weight.name])), lag=1.0)
+            weight.state["kept"], weight.state["lag"] = int(torch.count_nonzero(solution[weight.name])), 1.0
             weight.set_mask(z != 0)
             self.anchors.write(weight, z, self._chance(weight, step + 1))
 
