@@ -20,7 +20,7 @@ from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
 from admm_prune.models.archive import Lazy, write_tensors
 from admm_prune.models.checkpoint import INDEX, Checkpoint
-from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
+from admm_prune.models.stored import check_finite, check_shape, check_stored, dequantizer, fill_buffers, shapes
 from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _OUTSIDE = "outside.safetensors"
@@ -224,24 +224,14 @@ class ModelOnDisk(Offloading):
             return buffer
         parameter = self.model.get_parameter(name)
         tensor = self._checkpoint.read(name)
-        if tensor.shape != parameter.shape:  # of one that the files keep in parts, or under another name
-            raise UserError(
-                f"{self._source}: the weight {name} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(parameter.shape)}"
-            )
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):  # NaN is both; no copy of the tensor is made
-            raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
+        # The files may keep it in parts, or under another name.
+        check_shape(self._source, name, tensor.shape, parameter.shape)
+        check_finite(self._source, name, tensor)
         return tensor.to(parameter.dtype)
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""
-        unset: dict[str, Tensor] = {}
-        for name, buffer in list(self.model.named_buffers()):
-            if name in self._checkpoint:
-                assign(self.model, name, self._checkpoint.read(name).to(buffer.dtype))
-            elif buffer.is_meta:
-                unset[name] = buffer
-        uncomputed = compute_buffers(self.model, unset, self._device)
+        uncomputed = fill_buffers(self.model, self._checkpoint, self._device)
         if uncomputed:
             raise UserError(
                 f"{self._source}: {uncomputed[0]} cannot be made without the model: use run with --no-stream"

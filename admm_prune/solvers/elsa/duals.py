@@ -232,12 +232,11 @@ class Splitting:
             weight.set_mask(mask)
 
     def restart(self, weights: Sequence[Weight], solution: Mapping[str, Tensor], step: int) -> None:
-        """z <- a given point, of all rows, and u <- 0."""
+        """z <- a given point, of all rows, whose support has been set, and u <- 0."""
         for weight in weights:
             z = local(local_shard(weight.parameter, solution[weight.name]))
             z = z.to(weight.shard.device, working_dtype(weight.parameter.dtype), copy=True)
-            weight.state["kept"], weight.state["lag"] = int(torch.count_nonzero(solution[weight.name])), 1.0
-            weight.set_mask(z != 0)
+            weight.state["lag"] = 1.0
             self.anchors.write(weight, z, self._chance(weight, step + 1))
 
     def drop_anchors(self, weights: Sequence[Weight]) -> None:
