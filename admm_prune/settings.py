@@ -12,15 +12,15 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from admm_prune.data.sequences import Packing
-    from admm_prune.methods.base import OnProgress, Ridge
+    from admm_prune.methods.base import OnPhase, OnProgress, Ridge, Tracker
     from admm_prune.methods.parts import Objective
     from admm_prune.problems.constraints import SparseSet
     from admm_prune.solvers.base import Solver
@@ -33,22 +33,6 @@ Stream = Literal["auto"] | bool
 _RUNS = "run reproduce compare plan"
 _COMMANDS = f"{_RUNS} capture"
 SAME: Any = object()  # a default of the command line that is the field's own
-
-
-class Tracker(Protocol):
-    """Receives the figures of a run. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
-        ...
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of one block or of one step of training, counted from 0; steps never fall."""
-        ...
-
-    def finish(self, summary: Mapping[str, float]) -> None:
-        """The run is over: its figures as a whole; empty where it broke off."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +80,8 @@ class Option:
         if self.least is not None and value < self.least:
             raise UserError(f"{name} must be at least {self.least}, not {value}")
         if self.choices and value not in self.choices:
-            raise UserError(f"{name} must be {' or '.join(', '.join(self.choices).rsplit(', ', 1))}, not '{value}'")
+            choices = " or ".join(", ".join(self.choices).rsplit(", ", 1))
+            raise UserError(f"{name} must be {choices}, not '{value}'{did_you_mean(str(value), self.choices)}")
 
 
 def option(default: T, help: str, **how: Any) -> T:
@@ -114,7 +99,11 @@ def _run(default: T, help: str, *, saved_in: str = "", **how: Any) -> T:
 
 
 def _training(default: T, help: str, **how: Any) -> T:
-    return option(default, help, commands=_RUNS, **how)
+    return option(default, help, group="Training", commands=_RUNS, **how)
+
+
+def _structured(default: T, help: str, **how: Any) -> T:
+    return option(default, help, group="Structured pruning", **how)
 
 
 def _machine(default: T, help: str, **how: Any) -> T:
@@ -283,7 +272,8 @@ class Settings(TextSettings):
     )
     targets: str | Sequence[str] = _patterns(
         (),
-        "Prune only what matches: a class (LlamaMLP), the name of a module, or re:REGEX; repeatable.",
+        "Prune only what matches: the name of a module or the end of it (q_proj, mlp.up_proj), a class (LlamaMLP), or "
+        "re:REGEX; repeatable. 'admm-prune list modules' lists the names.",
         python="See `Selection`.",
         in_file=tuple[str, ...],
     )
@@ -322,12 +312,12 @@ class Settings(TextSettings):
         False, "Compute activations again in the backward pass of training: less memory, a third more work."
     )
     compile: bool = _training(False, "Compile the blocks with torch.compile for training.")
-    unit: str | None = option(
+    unit: str | None = _structured(
         None,
         "Unit of the budget of structured methods: parameters, bytes, kv-cache, flops or latency.",
         choices=("parameters", "bytes", "kv-cache", "flops", "latency"),
     )
-    multiple: int | None = option(
+    multiple: int | None = _structured(
         None, "Make the number of neurons that a structured method keeps a multiple of this, such as 64.", least=1
     )
     bounds: bool = option(
@@ -401,7 +391,13 @@ class Settings(TextSettings):
     tokenizer: Any = _run(None, "Tokenizer of a model that is passed as a module.", commands="")
     progress: OnProgress | None = _run(
         None,
-        "Callable that receives (steps done, all steps, name of the current part); layer-wise methods count blocks.",
+        "Callable that receives (steps done, all steps, name of the current part) in every phase of the run: blocks or "
+        "steps of training while the model is pruned, batches while it is evaluated.",
+        commands="",
+    )
+    on_phase: OnPhase | None = _run(
+        None,
+        "Callable that receives the name of every phase of the run when it begins, such as 'pruning'.",
         commands="",
     )
 
@@ -439,7 +435,8 @@ def options(kind: Any) -> dict[str, Option]:
             typed_default=typed_default,
             spelled=declared.spelled or one.name,
         )
-    groups = ["Pruning", "Text", "Run", *dict.fromkeys(o.group for o in completed.values())]
+    first = ("Pruning", "Structured pruning", "Training", "Text", "Run")
+    groups = [*dict.fromkeys([*first, *(one.group for one in completed.values())])]
     return dict(sorted(completed.items(), key=lambda item: groups.index(item[1].group)))
 
 

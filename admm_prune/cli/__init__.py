@@ -25,7 +25,7 @@ def main() -> None:
         with interrupts.remembered():
             if _several() and sys.argv[1:2] != ["run"]:
                 raise UserError("only 'run' supports several processes: call this command without torchrun")
-            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            status = app(sys.argv[1:] or ["--help"], prog_name="admm-prune", standalone_mode=False)
     except (UserError, _usage_error()) as error:
         # A usage error's str() leaves out the name of the option that is wrong.
         text = getattr(error, "format_message", error.__str__)()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import shown_progress
 from admm_prune.settings import Settings
 
 
@@ -37,8 +38,16 @@ def compare(
         targets=tuple(parse_targets(sparsity, pattern)),
         baselines=baselines,
     )
-    with common.resumable(out), common.progress_bar("comparing") as progress:
-        result = comparisons.compare(settings, out, progress, resume=options["resume"], overwrite=options["overwrite"])
+    with common.resumable(out), shown_progress("comparing") as progress:
+        result = comparisons.compare(
+            settings,
+            out,
+            progress.count,
+            on_step=progress.step,
+            on_phase=progress.phase,
+            resume=options["resume"],
+            overwrite=options["overwrite"],
+        )
     if json:
         common.emit(result.as_json())
         return

@@ -22,8 +22,25 @@ if TYPE_CHECKING:
 Ridge = float | Literal["auto"] | None  # None: the method's own
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
-OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end and in an evaluation)
+OnPhase = Callable[[str], None]  # the name of a phase of a run that begins
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
+
+
+class Tracker(Protocol):
+    """Receives the figures of a run. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
+        ...
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Figures of one block or of one step of training, counted from 0; steps never fall."""
+        ...
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        """The run is over: its figures as a whole; empty where it broke off."""
+        ...
 
 
 class Journal:

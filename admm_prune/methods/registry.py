@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 from admm_prune.methods.base import Recipe
 from admm_prune.methods.elsa.elsa import TRAINED
 from admm_prune.methods.elsa.engine import Engine
@@ -87,8 +87,7 @@ def recipe_named(name: str, steps: int | None = None, engine: Engine = _ENGINE) 
     """
     check_no_clash("solvers", name, RECIPES)
     if name not in RECIPES and name not in method_names():
-        known = ", ".join(dict.fromkeys([*RECIPES, *method_names()]))
-        raise UserError(f"unknown method '{name}': choose one of {known}")
+        raise unknown("method", name, dict.fromkeys([*RECIPES, *method_names()]))
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
     given = [*([] if steps is None else ["steps"]), *engine.changed()]
     if not given:

@@ -12,10 +12,10 @@ from torch import nn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
-from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.base import OnPhase, OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import recipe_named, with_baselines
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
@@ -26,7 +26,7 @@ from admm_prune.runs.evaluate import evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
-from admm_prune.runs.manifest import TextRecord, manifest
+from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import write_report
 from admm_prune.runs.report.content import best_of_target, mean_error
 from admm_prune.runs.texts import Texts, check_data
@@ -122,6 +122,8 @@ def compare(
     out: Path,
     progress: OnProgress | None = None,
     *,
+    on_step: OnProgress | None = None,
+    on_phase: OnPhase | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
@@ -133,6 +135,8 @@ def compare(
 
     Args:
         progress: called with (runs done, runs, name of the current one).
+        on_step, on_phase: called within the evaluation of the dense model and within the runs, as `progress` and
+            `on_phase` of `prune`.
         resume: continue an interrupted comparison from the journal beside `out`, with the same settings.
         overwrite: replace an earlier result in `out`, which is refused otherwise.
 
@@ -159,7 +163,9 @@ def compare(
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
-        dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
+        if on_phase is not None:
+            on_phase("evaluating the dense model")
+        dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal, on_progress=on_step))
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(saved, models) for saved in journal.finished("rows")]
@@ -176,10 +182,15 @@ def compare(
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
                 run_journal.begin({**its_record, "weights": weights})
-                report = prune.run_recipe(recipe, task, Runtime(journal=run_journal), model, dense, its_record)
+                runtime = Runtime(journal=run_journal, on_progress=on_step)
+                phases = Phases(device, on_phase=on_phase)
+                report = prune.run_recipe(recipe, task, runtime, model, dense, its_record, phases)
                 with run_journal.output() as folder:
-                    report = prune.save_run(model, report, folder, texts.evaluation)
-            again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
+                    report = prune.save_run(model, report, folder, texts.evaluation, on_phase)
+            if on_phase is not None:
+                on_phase("evaluating the saved model")
+            saved_model = load(str(place), device=device).model
+            again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
             for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
                 if repr(after) != repr(before):  # as text, where nan equals nan
                     raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -92,15 +92,21 @@ class Phases(list[Phase]):
     Args:
         device: whose memory is measured.
         before: earlier phases.
+        on_phase: called with the name of a phase that begins.
     """
 
-    def __init__(self, device: torch.device | str, before: Iterable[Phase] = ()) -> None:
+    def __init__(
+        self, device: torch.device | str, before: Iterable[Phase] = (), on_phase: Callable[[str], None] | None = None
+    ) -> None:
         super().__init__(before)
         self._device = device
+        self.on_phase = on_phase
 
     @contextmanager
     def __call__(self, name: str) -> Generator[Phase]:
         phase = Phase(name)
+        if self.on_phase is not None:
+            self.on_phase(name)
         began = time.perf_counter()
         with PeakMemory(self._device) as memory:
             yield phase

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import NOTHING, LayerReport, Recipe, Runtime, Task
+from admm_prune.methods.base import NOTHING, LayerReport, OnPhase, Recipe, Runtime, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
@@ -176,7 +176,7 @@ def prune(settings: Settings) -> Report:
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
         streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device))
-        phases = Phases(device)
+        phases = Phases(device, on_phase=settings.on_phase if world.rank == 0 else None)
         with phases("opening the model"):
             loaded = _opened(settings, device, streams)
         target = selection.applied(loaded.model, target)
@@ -222,7 +222,9 @@ def prune(settings: Settings) -> Report:
             report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
             # 6. Write model, manifest and report.
             if journal is not None:
-                written = journal.output(lambda folder: _as_written(save_run(loaded, report, folder, evaluation)))
+                written = journal.output(
+                    lambda folder: _as_written(save_run(loaded, report, folder, evaluation, phases.on_phase))
+                )
                 report = replace(report, out=journal.out, **written)
             summary |= figures_of(report.as_json())
     return report
@@ -270,7 +272,9 @@ def run_recipe(
     )
 
 
-def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences) -> Report:
+def save_run(
+    loaded: LoadedModel, report: Report, folder: Path, text: Sequences, on_phase: OnPhase | None = None
+) -> Report:
     """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
 
     The folder is loaded again and compared with the model before anything is said of it: by `from_pretrained` where the
@@ -278,6 +282,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
 
     Args:
         text: its first sequence is what the two are compared on.
+        on_phase: called with the name of every phase that begins.
 
     Returns:
         The report as written.
@@ -287,7 +292,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
     """
     pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
     device = loaded.offloading.device(report.model)
-    phases = Phases(device, report.phases)
+    phases = Phases(device, report.phases, on_phase)
     with phases("writing the model"):
         save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     with phases("loading the folder again"):

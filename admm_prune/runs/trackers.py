@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Tracker
 from admm_prune.models.evaluate import METRICS
 from admm_prune.runs.journal.folder import flattened
-from admm_prune.settings import Tracker
 
 
 def _package(extra: str, module: str) -> Any:

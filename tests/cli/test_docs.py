@@ -46,6 +46,9 @@ def parses(words: list[str]) -> None:
         return
     command: Any = typer.main.get_command(app)
     words = words[1:]
+    if words[0].startswith("--"):
+        assert words[0] in {option for parameter in command.params for option in parameter.opts}, words
+        return
     while hasattr(command, "commands"):
         assert words[0] in command.commands, words
         command, words = command.commands[words[0]], words[1:]

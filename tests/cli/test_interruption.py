@@ -117,6 +117,7 @@ def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
+        assert process.stderr.readline() == "evaluating the dense model\n"
         assert process.stderr.readline() == "comparing: 0/80 admm 10%\n"
         assert process.stderr.readline() == "comparing: 1/80 admm 11%\n"
         os.kill(process.pid, signal.SIGINT)
