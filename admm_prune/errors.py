@@ -1,9 +1,19 @@
-"""The error that the user can correct."""
+"""The errors that the user can correct."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "models": ("huggingface_hub", "pydantic", "tokenizers", "transformers", "yaml"),
+    "text": ("datasets", "pyarrow"),
+    "plots": ("jinja2", "matplotlib"),
+    "cli": ("rich", "typer"),
+}
 
 
 class UserError(ValueError):
@@ -11,6 +21,46 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. Any other exception is a bug.
     """
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package of an extra is not installed; the message names the extra.
+
+    Args:
+        package: the name under which it is imported.
+    """
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"this needs the package {package}: pip install 'admm-prune[{_extra_of(package)}]'")
+
+
+def named_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
+    """The error for a package of an extra that could not be imported; None if it is of none."""
+    package = (error.name or "").partition(".")[0]
+    return MissingExtraError(package) if _extra_of(package) else None
+
+
+def check_installed(*packages: str) -> None:
+    """Raises MissingExtraError if one of these packages of extras is not installed; imports nothing."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(package)
+
+
+def optional_module(name: str) -> Any:
+    """Imports a module of a package of an extra.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise named_extra(error) or error from error
+
+
+def _extra_of(package: str) -> str:
+    return next((extra for extra, packages in _EXTRAS.items() if package in packages), "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_d
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from admm_prune.errors import UserError, did_you_mean
+from admm_prune.errors import UserError, did_you_mean, named_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -477,7 +477,10 @@ def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callabl
     def wrap(function: Callable[[S], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
-            return function(kind(*args, **given))
+            try:
+                return function(kind(*args, **given))
+            except ModuleNotFoundError as error:
+                raise named_extra(error) or error from error
 
         signature = inspect.signature(kind)
         first, *others = sorted(signature.parameters.values(), key=lambda p: list(declared).index(p.name))

@@ -12,8 +12,22 @@ _WRONG_INPUT, _INTERRUPTED = 2, 130
 def main() -> None:
     """Runs `admm-prune` and exits: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
 
-    Without arguments it shows the help. If several processes (torchrun) fail, one reports why.
+    Without arguments it shows the help. If several processes (torchrun) fail, one reports why. A package of an extra
+    that is not installed is wrong input.
     """
+    from admm_prune.errors import named_extra
+
+    try:
+        _run()
+    except ModuleNotFoundError as error:
+        missing = named_extra(error)
+        if missing is None:
+            raise
+        print(f"admm-prune: {missing}", file=sys.stderr)
+        _leave(_WRONG_INPUT)
+
+
+def _run() -> None:
     import typer
 
     from admm_prune.cli import interrupts

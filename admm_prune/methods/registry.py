@@ -50,12 +50,12 @@ def composed(
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:
-        return recipe_named(method or DEFAULT, steps, engine)
+        return recipe_named(DEFAULT if method is None else method, steps, engine)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
         return Layerwise(with_parts(_method_of(solver), problem, constraint))
-    recipe = recipe_named(method or DEFAULT, steps, engine)
+    recipe = recipe_named(DEFAULT if method is None else method, steps, engine)
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from admm_prune.data.durable import file_sha256
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.base import OnPhase, OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import recipe_named, with_baselines
@@ -27,7 +27,7 @@ from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
-from admm_prune.runs.report import write_report
+from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target, mean_error
 from admm_prune.runs.texts import Texts, check_data
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
@@ -144,6 +144,7 @@ def compare(
         UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
             figures that it had in memory.
     """
+    check_installed(*REPORT_PACKAGES)
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
