@@ -14,7 +14,7 @@ from tests.cli.outcome import Refused
 
 RUN = "run --model MODEL --data TEXT --sparsity 0.5 --out out"
 COMPARE = "compare --model MODEL --data TEXT --sparsity 0.5 --out out"
-CAPTURE = "capture --model MODEL --data TEXT --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors"
+CAPTURE = "capture --model MODEL --data TEXT --weight model.layers.0.mlp.up_proj.weight --out captured.safetensors"
 
 CASES = [
     # commands and their options
