@@ -237,7 +237,7 @@ class SparseAdam(Optimizer):
         """Fixes the support to given masks, such as those of a layer-wise solver.
 
         Args:
-            masks: by the names of the pruned weights, all of them, boolean, of whole weights.
+            masks: by the names of the pruned weights, all of them, boolean, of whole weights or sharded as they are.
 
         Raises:
             UserError: a mask is missing, too many, or of another shape.
