@@ -75,7 +75,7 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
 
 
 def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
-    """Whether every process reads its own shards of the weights alone: where several train a model, but from memory."""
+    """Whether no process is to hold the whole model, as where several processes train one that can stay on disk."""
     if world.size == 1 or recipe.stages != "training" or settings.stream != "auto":
         return False
     return _why_in_memory(settings.model, settings.out is not None) is None
