@@ -57,22 +57,21 @@ class Elsa(Staged):
 
     def project(self, session: Session, target: Target) -> None:
         """At a stage the layers' solution becomes z, and x stays; at the last one it becomes x too."""
-        trainer, views = session.trainer, session.views
+        trainer = session.trainer
         if trainer.done >= round((1.0 - self.frozen) * trainer.steps):
             super().project(session, target)
             return
-        pruned = {view.parameter_name for view in views}
-        x = {name: local(p.detach()).clone() for name, p in session.trained.named_parameters() if name in pruned}
+        weights = {view.parameter_name: session.trained.get_parameter(view.parameter_name) for view in session.views}
+        x = {name: local(weight.detach()).clone() for name, weight in weights.items()}
         stage = self.solve_layers(session, target)
         if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
-        z = {view.parameter_name: view.parameter.detach() for view in views}
+        z = {name: weight.detach() for name, weight in weights.items()}
         whole = session.task.target.fraction
         trainer.optimizer.restart(z, target.fraction / whole if whole else 1.0)
         with torch.no_grad():
-            for name, parameter in session.trained.named_parameters():
-                if name in pruned:
-                    local(parameter).copy_(x[name])
+            for name, weight in weights.items():
+                local(weight).copy_(x[name])
 
 
 @dataclass(frozen=True, kw_only=True)
