@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.elsa.baselines import Staged
 from admm_prune.methods.elsa.elsa import Elsa
-from admm_prune.methods.elsa.staged import Staged
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named

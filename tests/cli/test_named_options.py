@@ -23,6 +23,7 @@ OTHERS = {  # options of other programs, and what they belong to
     "--no-python": "torchrun",
     "--nproc-per-node": "torchrun",
     "--no-index": "pip",
+    "--inplace": "setuptools",
     "--no-deps": "pip",
     "--extra-index-url": "pip",
     "--index-url": "pip",

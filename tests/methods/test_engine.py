@@ -18,7 +18,7 @@ import admm_prune
 from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Task
-from admm_prune.methods.elsa.elsa import Elsa, Gradual
+from admm_prune.methods.elsa.baselines import Gradual, Staged
 from admm_prune.methods.elsa.engine import Engine, float32_weights, multiplies_in_bfloat16, teacher_of
 from admm_prune.methods.elsa.trainer import Trainer, held_out_loss
 from admm_prune.methods.target import target_named
@@ -150,7 +150,7 @@ def test_logits_that_are_held_whole_bound_the_micro_batch(monkeypatch: pytest.Mo
 def test_narrow_models_are_trained_in_float32_and_the_saved_weights_are_those_judged(
     dtype: str, model_folder: Path, text_file: Path
 ) -> None:
-    recipe = Elsa(steps=16, batch_size=4, lr=1e-3, ladder=None)
+    recipe = Staged(steps=16, batch_size=4, lr=1e-3, schedule=None)
     model, outcome = pruned(recipe, "0.75", model_folder, text_file, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert all(layer.sparsity >= 0.75 for layer in outcome.layers)
@@ -210,7 +210,7 @@ def test_the_precision_that_was_used_is_in_the_details(model_folder: Path, text_
 
 @pytest.mark.slow
 def test_compiled_blocks_train_alike(model_folder: Path, text_file: Path) -> None:
-    recipe = Elsa(steps=8, batch_size=4, lr=1e-3, ladder=None)
+    recipe = Staged(steps=8, batch_size=4, lr=1e-3, schedule=None)
     (_, plain), (_, compiled) = (
         pruned(replace(recipe, engine=engine), "0.5", model_folder, text_file)
         for engine in (Engine(), Engine(compile=True, gradient_checkpointing=True))

@@ -16,9 +16,8 @@ import admm_prune
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Outcome, Task
-from admm_prune.methods.elsa.baselines import Gradual
+from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, stages_of
 from admm_prune.methods.elsa.elsa import TRAINED, Elsa
-from admm_prune.methods.elsa.staged import DensitySchedule, Staged, stages_of
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
 from admm_prune.methods.registry import recipe_named, with_baselines

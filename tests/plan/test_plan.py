@@ -196,7 +196,7 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     assert planned == pytest.approx(held, rel=0.1)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "how", "dtype"),
     [

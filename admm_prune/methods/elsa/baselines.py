@@ -1,18 +1,114 @@
-"""Baselines of the methods that train: gradual pruning, and training without pruning."""
+"""The methods that train beside ELSA, without a dual variable: in stages, gradually, or without pruning."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import nn
 
 from admm_prune.errors import UserError
+from admm_prune.methods.base import Outcome, Recipe, Runtime, Task
+from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.layerwise import Layerwise, check_target
+from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
+from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.target import Target
+from admm_prune.models.structure import decoder_blocks
 from admm_prune.solvers.elsa.settings import Score
 from admm_prune.solvers.sparse_adam import SparseAdam
+
+_CALIBRATION = 128  # sequences for the layer problems
+
+
+@dataclass(frozen=True)
+class DensitySchedule:
+    """The densities on the way to a sparse target: `first` at once, then in equal ratios.
+
+    A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
+    than training recovers; the projection of a model trained at slightly less than twice the density does not.
+
+    Args:
+        ratio: of a density to the one before, at the least.
+        until: the part of the run after which the target is reached; the stages before are of equal length.
+    """
+
+    first: float = 0.25
+    ratio: float = 0.58
+    until: float = 0.4
+
+    def densities(self, target: float) -> list[float]:
+        """From the first to the target's."""
+        if not 0.0 < target < self.first:
+            return [target]
+        stages = math.ceil(math.log(self.first / target) / -math.log(self.ratio))
+        return [self.first * (target / self.first) ** (i / stages) for i in range(stages)] + [target]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Trained):
+    """min f(x), x in C, f the model's own loss: projections onto sets approaching C, and Adam on the support.
+
+        at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
+        in between:      x <- Adam's step with the gradient of f, restricted to the support.
+
+    x = z between the projections: there is no dual variable, and the state beyond Adam's is one bit per weight. The
+    support changes only at the stages. With a single stage it is one-shot pruning followed by masked training.
+
+    Attributes:
+        schedule: None projects to the target at once.
+        projection: a solver of layer problems.
+    """
+
+    name: str = "staged"
+    summary: str = "layer-wise projections in stages, the true loss trained on the support in between"
+    distillation: float = 0.5
+    schedule: DensitySchedule | None = DensitySchedule()
+    projection: Method = LOCAL_METHODS["admm"]
+
+    def check(self, model: Any, target: Target) -> None:
+        super().check(model, target)
+        check_target(decoder_blocks(model), self.projection, target)
+
+    def optimizer(self, how: dict[str, Any]) -> SparseAdam:
+        return SparseAdam(**how, freeze=1.0)
+
+    def projections(self, target: Target) -> list[tuple[float, Target]]:
+        return stages_of(target, self.schedule)
+
+    def projecting(self, task: Task) -> tuple[Recipe, Task]:
+        rows = task.calibration.rows[:_CALIBRATION]
+        return Layerwise(self.projection), replace(task, calibration=replace(task.calibration, rows=rows))
+
+    def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
+        if constraint is not None:
+            return None
+        return replace(self, projection=with_parts(solver or self.projection, problem))
+
+    def project(self, session: Session, target: Target) -> None:
+        stage = self.solve_layers(session, target)
+        names = dict.fromkeys(view.parameter_name for view in session.views)
+        masks = {name: session.trained.get_parameter(name).detach() != 0 for name in names}
+        session.trainer.optimizer.change_support(masks)
+        if str(target) == str(session.task.target):
+            stage["held_out_loss"] = session.offer()
+
+    def solve_layers(self, session: Session, target: Target) -> dict[str, Any]:
+        """The model <- its layer-wise projection; returns the record of the stage, which is added to the session's."""
+        rows = len(session.training.rows)
+        calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
+        task = Task(target=target, calibration=calibration, seed=session.task.seed)
+        given = session.runtime
+        runtime = Runtime(world=given.world, offloading=session.offloading, activation_bytes=given.activation_bytes)
+        session.model.requires_grad_(False)
+        outcome = Layerwise(self.projection).prune(session.model, task, runtime)
+        session.model.requires_grad_(True)
+        stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
+        session.stages.append(stage)
+        return stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +147,24 @@ class TunedDense(Trained):
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         return SparseAdam(**how, freeze=1.0)
+
+
+def stages_of(target: Target, schedule: DensitySchedule | None) -> list[tuple[float, Target]]:
+    """(fraction of the run that is done, target of the projection at that point); of a pattern, whole numbers kept of
+    every M, rounded up."""
+    densities = [] if schedule is None else schedule.densities(1.0 - target.fraction)[:-1]
+    before = [_of_density(target, density) for density in densities]
+    stages = list(dict.fromkeys([*before, target]))
+    until = 0.0 if schedule is None or len(stages) == 1 else schedule.until
+    return [(until * i / max(1, len(stages) - 1), stage) for i, stage in enumerate(stages)]
+
+
+def _of_density(target: Target, density: float) -> Target:
+    if target.pattern is None:
+        return replace(target, sparsity=1.0 - density)
+    return replace(target, pattern=(math.ceil(density * target.pattern[1]), target.pattern[1]))
+
+
+def _mean_error(outcome: Outcome) -> float:
+    errors = [layer.relative_error for layer in outcome.layers if layer.relative_error is not None]
+    return float(torch.tensor(errors, dtype=torch.float64).mean()) if errors else math.nan

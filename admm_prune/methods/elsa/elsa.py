@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from admm_prune.methods.elsa.baselines import Gradual, TunedDense
+from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
-from admm_prune.methods.elsa.staged import Staged
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.target import Target
 from admm_prune.solvers.elsa.anchors import AnchorFormat, local
