@@ -88,13 +88,7 @@ def linear_weights(
     output_embeddings = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if callable(output_embeddings) else None
     listed = [weight for weight in matrices(model) if weight.module is not head]
-    linear = {(id(weight.module), weight.attribute) for weight in listed}
-    taken = {
-        id(parameter)
-        for module in model.modules()
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if (id(module), attribute) not in linear
-    }
+    taken = parameters_elsewhere(model, listed)
     selected = []
     for weight in listed:
         if id(weight.parameter) not in taken and not _matches(weight.name, ignore):
@@ -106,6 +100,18 @@ def linear_weights(
                 f"{type(model).__name__} has no linear weight that matches {target!r}: nothing to prune there"
             )
     return [weight for weight in selected if _matches(weight.name, targets)]
+
+
+def parameters_elsewhere(model: nn.Module, weights: Sequence[LinearWeight]) -> set[int]:
+    """The ids of the parameters that modules hold under other names than those of these weights, such as an embedding
+    that shares one of them."""
+    listed = {(id(weight.module), weight.attribute) for weight in weights}
+    return {
+        id(parameter)
+        for module in model.modules()
+        for attribute, parameter in module.named_parameters(recurse=False)
+        if (id(module), attribute) not in listed
+    }
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -154,7 +154,19 @@ class Bench:
         key, a = self._key(target, method), self.arguments
         if self.inference.find(key):
             return
-        words = ("--tokens", a.prefill, "--new-tokens", a.decode, "--repeats", a.repeats, "--threads", 1, "--json")
+        words = (
+            "--tokens",
+            a.prefill,
+            "--new-tokens",
+            a.decode,
+            "--batches",
+            1,
+            "--repeats",
+            a.repeats,
+            "--threads",
+            1,
+            "--json",
+        )
         figures, _ = command(
             "bench", "inference", self._folder(target, method), "--against", self._folder(DENSE, DENSE), *words
         )

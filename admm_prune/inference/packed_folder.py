@@ -33,7 +33,7 @@ from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import BITS, PACK_MANIFEST, PACKED, VALUES, unpacked_entries
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed, tensor_files
 from admm_prune.models.loading import explained, kind_of
-from admm_prune.models.stored import compute_buffers, shapes
+from admm_prune.models.stored import check_finite, check_shape, fill_buffers, shapes
 from admm_prune.models.structure import assign
 from admm_prune.ops import bits, packed
 from admm_prune.ops.packed import Packed
@@ -127,19 +127,20 @@ class _MaskedCheckpoint(Checkpoint):
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {stored[0]} is damaged ({first_line(error)})") from error
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored(self, name: str, rows: slice | None = None) -> Tensor:
         masked = self._masked.get(name)
         if masked is None:
-            return super()._stored(name)
+            return super()._stored(name, rows)
         mask, values = self._parts_of(masked)
-        rows = masked.shape[:-1] if mask.ndim > 1 else ()
+        leading = masked.shape[:-1] if mask.ndim > 1 else ()
         width = masked.shape[-1] if mask.ndim > 1 else math.prod(masked.shape)
         try:
-            entries = bits.unpack(mask.view(*rows, -1), width)
+            entries = bits.unpack(mask.view(*leading, -1), width)
             if int(entries.count_nonzero()) != values.numel():
                 raise ValueError("the bits and the values do not belong together")
             dense = torch.zeros(entries.shape, dtype=values.dtype, device=values.device)
-            return dense.masked_scatter_(entries, values).view(masked.shape)
+            whole = dense.masked_scatter_(entries, values).view(masked.shape)
+            return whole if rows is None else whole[rows]
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {name} is damaged ({first_line(error)})") from error
 
@@ -242,7 +243,7 @@ def _fill(source: str, model: Any, checkpoint: _MaskedCheckpoint, values: Values
             raise UserError(f"{source}: incomplete: the weights lack {name}")
         weights = layers.get(id(parameter), [])
         matrix = checkpoint.packed(name) if weights and not weights[0].transposed and not weights[0].stacked else None
-        if matrix is not None and values is None and _fits(matrix, parameter):
+        if matrix is not None and values is None and pays(parameter, [matrix]):
             _check(source, name, matrix.values, parameter, (matrix.rows, matrix.width))
             _place(model, weights, [replace(matrix, values=matrix.values.to(parameter.dtype))])
             continue
@@ -258,11 +259,6 @@ def _fill(source: str, model: Any, checkpoint: _MaskedCheckpoint, values: Values
         assign(model, name, nn.Parameter(dense, requires_grad=False))
 
 
-def _fits(matrix: Packed, parameter: Tensor) -> bool:
-    """Whether a stored matrix is smaller than the parameter of the model."""
-    return matrix.nbytes < parameter.numel() * parameter.element_size()
-
-
 def _place(model: nn.Module, weights: Sequence[LinearWeight], parts: Sequence[Packed]) -> None:
     for weight in weights:
         if weight.stacked:
@@ -272,23 +268,13 @@ def _place(model: nn.Module, weights: Sequence[LinearWeight], parts: Sequence[Pa
 
 
 def _check(source: str, name: str, x: Tensor, parameter: Tensor, shape: Sequence[int]) -> None:
-    if tuple(shape) != tuple(parameter.shape):
-        raise UserError(
-            f"{source}: the weight {name} has shape {tuple(shape)}, config.json asks for {tuple(parameter.shape)}"
-        )
+    check_shape(source, name, shape, parameter.shape)
     if not x.is_floating_point():
         raise UserError(f"{source}: the weight {name} is stored as integers ({x.dtype}), not as floats")
-    if x.numel() and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):
-        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
+    check_finite(source, name, x)
 
 
 def _fill_buffers(source: str, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
-    unset: dict[str, Tensor] = {}
-    for name, buffer in list(model.named_buffers()):
-        if name in checkpoint:
-            assign(model, name, checkpoint.read(name).to(buffer.dtype))
-        elif buffer.is_meta:
-            unset[name] = buffer
-    uncomputed = compute_buffers(model, unset, device)
+    uncomputed = fill_buffers(model, checkpoint, device)
     if uncomputed:
         raise UserError(f"{source}: {uncomputed[0]} is neither in the files nor computed by the model's class")

@@ -12,7 +12,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.structure import assign
 from admm_prune.ops import packed
 from admm_prune.ops.packed import Packed
-from admm_prune.prunable import LinearWeight, matrices
+from admm_prune.prunable import LinearWeight, matrices, parameters_elsewhere
 
 Values = Literal["int8"]
 _PARTS = ("bits", "values", "offsets", "scales")
@@ -183,13 +183,7 @@ def pack_model(model: Any, *, values: Values | None = None, group: int | None = 
 def packable(model: nn.Module) -> Iterator[LinearWeight]:
     """The weights of plain linear layers and experts in a dtype that can be packed, which no other module shares."""
     listed = [w for w in matrices(model) if w.stacked or type(w.module).__name__ in _LAYERS]
-    linear = {(id(weight.module), weight.attribute) for weight in listed}
-    others = {
-        id(parameter)
-        for module in model.modules()
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if (id(module), attribute) not in linear
-    }
+    others = parameters_elsewhere(model, listed)
     for weight in listed:
         if id(weight.parameter) not in others and weight.parameter.dtype in packed.FLOATS:
             yield weight

@@ -90,7 +90,7 @@ def recipe_named(name: str, steps: int | None = None, engine: Engine = _ENGINE) 
         known = ", ".join(dict.fromkeys([*RECIPES, *method_names()]))
         raise UserError(f"unknown method '{name}': choose one of {known}")
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
-    given = ["steps"][: steps is not None] + engine.changed()
+    given = [*([] if steps is None else ["steps"]), *engine.changed()]
     if not given:
         return recipe
     if not isinstance(recipe, Trained):

@@ -6,7 +6,7 @@ Quantized weights are dequantized while they are read, or refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -83,6 +83,33 @@ def compute_buffers(model: Any, unset: Mapping[str, Tensor], device: torch.devic
             owners[name]._init_weights(module)
         made.append({name: model.get_buffer(name) for name in unset})
     return [name for name in unset if not torch.equal(made[0][name], made[1][name])]
+
+
+def fill_buffers(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> list[str]:
+    """Loads buffers, or computes those on the meta device by the model's class if they are not in the files.
+
+    Returns:
+        The names of those that are neither.
+    """
+    unset: dict[str, Tensor] = {}
+    for name, buffer in list(model.named_buffers()):
+        if name in checkpoint:
+            assign(model, name, checkpoint.read(name).to(buffer.dtype))
+        elif buffer.is_meta:
+            unset[name] = buffer
+    return compute_buffers(model, unset, device)
+
+
+def check_shape(source: str, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raises UserError where a stored weight has not the shape of the model's."""
+    if tuple(shape) != tuple(expected):
+        raise UserError(f"{source}: the weight {name} has shape {tuple(shape)}, config.json asks for {tuple(expected)}")
+
+
+def check_finite(source: str, name: str, x: Tensor) -> None:
+    """Raises UserError where a stored weight has NaN or Inf entries; makes no copy of it."""
+    if x.numel() and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):  # NaN is both the least and the greatest
+        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
 
 
 def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> None:

@@ -20,7 +20,7 @@ from admm_prune.data.hub import quiet
 from admm_prune.errors import UserError
 from admm_prune.models.archive import Lazy, write_tensors
 from admm_prune.models.checkpoint import INDEX, Checkpoint
-from admm_prune.models.stored import check_stored, compute_buffers, dequantizer, shapes
+from admm_prune.models.stored import check_finite, check_shape, check_stored, dequantizer, fill_buffers, shapes
 from admm_prune.models.structure import Block, assign, decoder_blocks
 
 _OUTSIDE = "outside.safetensors"
@@ -246,26 +246,15 @@ class ModelOnDisk(Offloading):
         if rows is not None and self._checkpoint.is_converted(name):  # made of all its stored tensors
             return self._tensor(name)[rows]
         parameter = self.model.get_parameter(name)
-        tensor, shape = self._checkpoint.read(name, rows), parameter.shape if rows is None else parameter[rows].shape
-        if tensor.shape != shape:  # of one that the files keep in parts, or under another name
-            raise UserError(
-                f"{self._source}: the weight {name} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(shape)}"
-            )
-        # NaN is both the least and the greatest; no copy of the tensor is made.
-        if tensor.numel() and not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise UserError(f"{self._source}: the weight {name} has NaN or Inf entries: the file is damaged")
+        tensor = self._checkpoint.read(name, rows)
+        # The files may keep it in parts, or under another name.
+        check_shape(self._source, name, tensor.shape, (parameter if rows is None else parameter[rows]).shape)
+        check_finite(self._source, name, tensor)
         return tensor.to(parameter.dtype)
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""
-        unset: dict[str, Tensor] = {}
-        for name, buffer in list(self.model.named_buffers()):
-            if name in self._checkpoint:
-                assign(self.model, name, self._checkpoint.read(name).to(buffer.dtype))
-            elif buffer.is_meta:
-                unset[name] = buffer
-        uncomputed = compute_buffers(self.model, unset, self._device)
+        uncomputed = fill_buffers(self.model, self._checkpoint, self._device)
         if uncomputed:
             raise UserError(
                 f"{self._source}: {uncomputed[0]} cannot be made without the model: use run with --no-stream"

@@ -259,11 +259,13 @@ class SparseAdam(Optimizer):
         Raises:
             UserError: a weight is missing, too many, or of another shape; the support is fixed, or x = z.
         """
-        check_masks({name: z != 0 for name, z in solution.items()}, self._weights(), complete=True)
+        masks = {name: z != 0 for name, z in solution.items()}
+        check_masks(masks, self._weights(), complete=True)
         self._begin()
         if self.frozen or self.hard:
             raise UserError("the support is fixed, or x = z: a splitting with another z needs x and z apart")
         for splitting, _, weights in self._pruned():
+            splitting.set_masks(weights, masks)
             splitting.restart(weights, solution, self.steps_done)
         self._set("fraction", fraction)
 

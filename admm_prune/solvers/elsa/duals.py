@@ -234,8 +234,7 @@ class Splitting:
             weight.set_mask(mask)
 
     def restart(self, weights: Sequence[Weight], solution: Mapping[str, Tensor], step: int) -> None:
-        """z <- a given point, of all rows, or sharded as the weights are, and u <- 0."""
-        self.set_masks(weights, {name: z != 0 for name, z in solution.items()})
+        """z <- a given point, of all rows, or sharded as the weights are, whose support has been set, and u <- 0."""
         for weight in weights:
             weight.state["lag"] = 1.0
             z = local_shard(weight.parameter, solution[weight.name])
