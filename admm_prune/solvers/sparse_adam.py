@@ -375,7 +375,7 @@ class SparseAdam(Optimizer):
                 for i, (name, p) in enumerate(zip(names_of(group, number), group["params"], strict=True)):
                     if p.numel() and p not in weights:
                         weights[p] = Weight(
-                            name, index + i, p, self.state[p], p in self._transposed, p in self._stacked
+                            name, index + i, p, self.state[p], name in self._transposed, name in self._stacked
                         )
                 if weights:
                     yield splitting, group, list(weights.values())

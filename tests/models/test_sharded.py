@@ -80,7 +80,7 @@ def test_both_forms_are_the_model(family: str, folders: Path, alone: World) -> N
     whole = load(str(folders / family)).model
     _, sharded = opened(folders / family, alone)
     assert torch.equal(logits(sharded.sharded), logits(whole))
-    assert torch.equal(logits(sharded.copy()), logits(whole))
+    assert torch.equal(logits(sharded.copy(torch.float32)), logits(whole))
     assert resident(sharded.model) == set()
     with ExitStack() as stack:
         stack.enter_context(sharded.outside())
@@ -105,7 +105,7 @@ def test_only_what_is_entered_is_gathered(folders: Path, alone: World) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changes_reach_the_shards_and_the_original(family: str, folders: Path, alone: World, tmp_path: Path) -> None:
     on_disk, sharded = opened(folders / family, alone)
-    teacher = sharded.copy()
+    teacher = sharded.copy(torch.float32)
     dense = load(str(folders / family)).model
     view = sharded.blocks[1].weights[0]
     with sharded.block(1):
@@ -120,7 +120,7 @@ def test_changes_reach_the_shards_and_the_original(family: str, folders: Path, a
     assert torch.equal(logits(teacher), logits(dense)), "the copy has weights of its own"
     sharded.copy_to(dense)
     assert torch.equal(logits(dense), logits(expected))
-    sharded.write_to(on_disk, tmp_path)
+    sharded.write_to(on_disk, tmp_path, {})
     on_disk.save(tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert torch.equal(logits(reloaded), logits(expected))
@@ -175,7 +175,7 @@ def shards_in(rank: int, processes: int, folder: str, models: Path) -> None:
         with sharded.block(0):
             assert torch.equal(view.read(), decoder_blocks(whole)[0].weights[0].read())
             view.write(torch.full(view.shape, 0.25))
-        sharded.write_to(on_disk, Path(folder))
+        sharded.write_to(on_disk, Path(folder), {})
         assert bool((on_disk.read(on_disk.model, view.parameter_name) == 0.25).any()), family
         with on_disk.block(0):
             assert bool((decoder_blocks(on_disk.model)[0].weights[0].read() == 0.25).all())

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from admm_prune import SparseAdam
@@ -229,3 +234,57 @@ def test_progress_without_steps_before_the_freeze_is_complete() -> None:
     timeline = Timeline(total=2, freeze=0.9, ramp=0.5)
     assert (timeline.freeze_at, timeline.progress(0), timeline.fraction(0)) == (0, 1.0, 1.0)
     assert Timeline(total=2, freeze=0.5, ramp=0.5).fraction(0) == 0.0
+
+
+def test_parameters_that_are_exchanged_for_others_are_pruned_as_they_were() -> None:
+    """accelerate shards a model after its optimizer was created, and exchanges the parameters in its groups."""
+    from transformers.pytorch_utils import Conv1D
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(12, 16), nn.Tanh(), nn.Linear(12, 4))
+
+    given, exchanged = network(), network()
+    optimizers = [SparseAdam(model, pattern=(1, 4), lr=0.01, total_steps=8, interval=2) for model in (given, exchanged)]
+    for name, parameter in list(exchanged.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(exchanged.get_submodule(owner), last, nn.Parameter(parameter.detach().clone()))
+    for group in optimizers[1].param_groups:
+        group["params"] = [exchanged.get_parameter(name) for name in group["param_names"]]
+    for model, optimizer in zip((given, exchanged), optimizers, strict=True):
+        for step in range(8):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    masks = [optimizer.finalize() for optimizer in optimizers]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    assert bool((masks[1]["0.weight"].view(4, 4, 12).sum(1) == 1).all()), "groups of four inputs, of in x out"
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples/hf_trainer.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ((), ("--bf16", "--accumulation", "2", "--gradient-checkpointing")),
+        (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), ("--fsdp", "--bf16")),
+    ],
+    ids=["one process", "fsdp"],
+)
+def test_the_example_prunes_and_resumes(tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """A run with checkpoints, and one that resumes from its middle, write the same weights."""
+    command = [sys.executable, *launcher, str(EXAMPLE), "--out", str(tmp_path), "--steps", "8", "--batch", "2"]
+    command += ["--length", "32", "--save-steps", "4", *options]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1]), "OMP_NUM_THREADS": "1"}
+    weights = []
+    for more in ((), ("--resume",)):
+        run = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert "80.0% pruned" in run.stdout
+        weights.append(load_file(tmp_path / "model.safetensors"))
+        shutil.rmtree(tmp_path / "checkpoint-8")  # so that the first one is resumed from
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
