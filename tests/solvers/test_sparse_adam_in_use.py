@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from admm_prune import SparseAdam
@@ -261,30 +256,3 @@ def test_parameters_that_are_exchanged_for_others_are_pruned_as_they_were() -> N
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
     assert bool((masks[1]["0.weight"].view(4, 4, 12).sum(1) == 1).all()), "groups of four inputs, of in x out"
-
-
-EXAMPLE = Path(__file__).parents[2] / "examples/hf_trainer.py"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "options"),
-    [
-        ((), ("--bf16", "--accumulation", "2", "--gradient-checkpointing")),
-        (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), ("--fsdp", "--bf16")),
-    ],
-    ids=["one process", "fsdp"],
-)
-def test_the_example_prunes_and_resumes(tmp_path: Path, launcher: tuple[str, ...], options: tuple[str, ...]) -> None:
-    """A run with checkpoints, and one that resumes from its middle, write the same weights."""
-    command = [sys.executable, *launcher, str(EXAMPLE), "--out", str(tmp_path), "--steps", "8", "--batch", "2"]
-    command += ["--length", "32", "--save-steps", "4", *options]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1]), "OMP_NUM_THREADS": "1"}
-    weights = []
-    for more in ((), ("--resume",)):
-        run = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert "80.0% pruned" in run.stdout
-        weights.append(load_file(tmp_path / "model.safetensors"))
-        shutil.rmtree(tmp_path / "checkpoint-8")  # so that the first one is resumed from
-    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
