@@ -350,15 +350,21 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     def read_state(optimizer: Optimizer, *_: Any) -> None:
         parts.update(_state(optimizer))  # the anchors too, which are dropped at the end
 
+    def project(session: Session, target: Target) -> None:
+        _keep_all(session, target)
+        parts[_BEST] = sum(x.nbytes for x in (session.best or {}).values())  # without stages, held after the last step
+
     for steps in _STEPS:
         short = replace(recipe, steps=least + steps)
         with counted() as counting, register_optimizer_step_post_hook(read_state):
             counting.know(*model.parameters(), *model.buffers())
             with measured_cost(counting) as cost:
-                session = short.run(model, task, project=_keep_all)
+                session = short.run(model, task, project=project)
             works.append(cost.work)
             peak = max(peak, cost.peak)
-            parts |= _copies(session)
+            teacher = getattr(session.trainer.objective, "teacher", None)
+            if teacher is not None:
+                parts[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
             for parameter in model.parameters():
                 parameter.grad = None
             del session
@@ -380,15 +386,6 @@ def _state(optimizer: Optimizer) -> dict[str, int]:
                 kind = _MASKS if name == "mask" else _MOMENTS if of_adam else _ANCHORS
                 state[kind] = state.get(kind, 0) + value.nbytes
     return state
-
-
-def _copies(session: Session) -> dict[str, int]:
-    """Of the model's weights."""
-    copies = {_BEST: sum(x.nbytes for x in (session.best or {}).values())}
-    teacher = getattr(session.trainer.objective, "teacher", None)
-    if teacher is not None:
-        copies[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
-    return copies
 
 
 def _keep_all(session: Session, target: Target) -> None:
