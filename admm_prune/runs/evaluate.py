@@ -47,7 +47,7 @@ class Validation:
     def beside(self, pruned: Validation) -> dict[str, str]:
         """The prompt, and both continuations; empty where there are none."""
         written = {"prompt": self.prompt, "dense": self.continuation, "pruned": pruned.continuation}
-        return written if self.prompt else {}
+        return written if self.prompt and pruned.prompt else {}
 
 
 def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:

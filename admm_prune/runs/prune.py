@@ -67,7 +67,7 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
     """
     if stream not in ("auto", True, False):
         raise UserError(f"stream must be auto, True or False, not {stream!r}")
-    why = _why_not(model, recipe, written)
+    why = _why_in_memory(model, written) or recipe.streaming_obstacle()
     if stream is True and why is not None:
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
@@ -75,19 +75,27 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
     return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free_bytes(device)
 
 
+def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
+    """Whether no process is to hold the whole model, as where several processes train one that can stay on disk."""
+    if world.size == 1 or recipe.stages != "training" or settings.stream != "auto":
+        return False
+    return _why_in_memory(settings.model, settings.out is not None) is None
+
+
 def default_activation_bytes() -> int:
     """A quarter of what is free on the host, where activations live whatever the device."""
     return free_bytes("cpu") // 4
 
 
-def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
+def _why_in_memory(model: object, written: bool) -> str | None:
+    """Why the whole model must be in memory; None where it can stay on disk."""
     if not isinstance(model, str | Path):
         return "the model is in memory already: give its folder"
     if is_gguf(file := expanded(model)) and file.is_file():
         return "a GGUF file is dequantized as a whole"
     if not written:
         return "the pruned model must be written to a folder: give --out"
-    return recipe.streaming_obstacle()
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +110,8 @@ class Report:
         notes, details: of the method.
         phases: time and memory of the parts of the run.
         continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
-            "prompt", "dense", "pruned"; empty where the weights were streamed.
-        model: without weights where it was streamed: they are in `out`.
+            "prompt", "dense", "pruned"; empty where the weights were streamed, or sharded over processes.
+        model: without weights where they were: they are in `out`.
     """
 
     method: str
@@ -178,7 +186,7 @@ def prune(settings: Settings) -> Report:
         streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device))
         phases = Phases(device)
         with phases("opening the model"):
-            loaded = _opened(settings, device, streams)
+            loaded = _opened(settings, device, on_disk=streams or shards_weights(settings, recipe, world))
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         # 3. Read the text; from here on the run can be described completely.
@@ -202,7 +210,7 @@ def prune(settings: Settings) -> Report:
         del texts
         task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
         activation_bytes = settings.activation_bytes
-        if streams:
+        if loaded.offloading.is_offloaded:
             activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
             return_freed_memory()
         tracker = tracker if world.rank == 0 else None  # several processes are one run
@@ -323,10 +331,10 @@ def _target(settings: Settings) -> Target:
     return parse_target(settings.sparsity, settings.pattern)
 
 
-def _opened(settings: Settings, device: str, streams: bool) -> LoadedModel:
+def _opened(settings: Settings, device: str, *, on_disk: bool) -> LoadedModel:
     model = settings.model
     if isinstance(model, str | Path):
-        opens = open_on_disk if streams else load
+        opens = open_on_disk if on_disk else load
         return opens(str(model), device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     check_no_adapters(type(model).__name__, model)
     return from_module(model, settings.tokenizer)
