@@ -12,7 +12,7 @@ from admm_prune import settings
 from admm_prune.cli import common
 
 if TYPE_CHECKING:
-    from admm_prune.runs.prune import Report
+    from admm_prune.runs.results import Report
 
 
 @common.takes("run")

@@ -6,14 +6,14 @@ Whether a model is taken from disk block by block, or loaded as a whole.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import NOTHING, LayerReport, Recipe, Runtime, Task
+from admm_prune.methods.base import NOTHING, Recipe, Runtime, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
@@ -23,7 +23,6 @@ from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
-from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
@@ -33,23 +32,17 @@ from admm_prune.runs.evaluate import Validation, evaluated, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.journal import shared_journal
 from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
-from admm_prune.runs.manifest import Phase, Phases, manifest
+from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
+from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data, passed_from_python
 from admm_prune.runs.trackers import figures_of, followed, tracker_named
 from admm_prune.settings import Settings, Stream, recorded, takes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 _COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
-_CONTENT = (
-    *("method", "target", "budget", "block_weights", "sparsity"),
-    *("dense", "pruned", "layers", "notes", "details", "continuation"),
-)
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
 
@@ -88,55 +81,6 @@ def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
     if not written:
         return "the pruned model must be written to a folder: give --out"
     return recipe.streaming_obstacle()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The result of a run. `model` is the pruned model itself; the rest is written to the manifest.
-
-    Attributes:
-        budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
-        block_weights: entries of the dense model's block matrices.
-        sparsity: the fraction of them that are zero, or gone with their row or column.
-        seconds: of the pruning alone, in this process.
-        notes, details: of the method.
-        phases: time and memory of the parts of the run.
-        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
-            "prompt", "dense", "pruned"; empty where the weights were streamed.
-        model: without weights where it was streamed: they are in `out`.
-    """
-
-    method: str
-    target: str
-    budget: str
-    block_weights: int
-    sparsity: float
-    dense: Evaluation
-    pruned: Evaluation
-    layers: list[LayerReport]
-    seconds: float
-    notes: tuple[str, ...]
-    details: dict[str, Any]
-    continuation: dict[str, str]
-    manifest: dict[str, Any]
-    model: PreTrainedModel = field(repr=False)
-    phases: tuple[Phase, ...] = ()
-    out: Path | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The manifest: equal runs have equal ones, also where one of them was interrupted."""
-        layers = [{key: x for key, x in layer.as_json().items() if key != "seconds"} for layer in self.layers]
-        content = {name: getattr(self, name) for name in _CONTENT}
-        content |= {"dense": asdict(self.dense), "pruned": asdict(self.pruned), "layers": layers}
-        return content | self.manifest
-
-    def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
-        return {
-            "seconds": round(self.seconds, 3),
-            "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
-            "phases": [asdict(phase) for phase in self.phases],
-        }
 
 
 @takes(Settings)
@@ -285,6 +229,7 @@ def save_run(loaded: LoadedModel, report: Report, folder: Path, text: Sequences)
     Raises:
         UserError: it cannot be loaded again, or is another model.
     """
+    assert report.model is not None
     pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
     device = loaded.offloading.device(report.model)
     phases = Phases(device, report.phases)

@@ -63,13 +63,18 @@ class _Reader(HTMLParser):
         self.open[-1].children.append(data)
 
 
-def read_page(text: str) -> Element:
-    """The root of a page that is well-formed, fetches nothing, runs nothing, and can be read aloud."""
+def parse(text: str) -> Element:
+    """The root of well-formed HTML."""
     reader = _Reader()
     reader.feed(text)
     reader.close()
     assert reader.open == [reader.root], f"never closed: {[e.tag for e in reader.open[1:]]}"
-    root = reader.root
+    return reader.root
+
+
+def read_page(text: str) -> Element:
+    """The root of a page that is well-formed, fetches nothing, runs nothing, and can be read aloud."""
+    root = parse(text)
     assert text.startswith("<!DOCTYPE html>")
     assert [html.attributes["lang"] for html in root.find_all("html")] == ["en"]
     assert len(root.find_all("title")) == len(root.find_all("h1")) == len(root.find_all("main")) == 1

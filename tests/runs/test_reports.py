@@ -21,7 +21,7 @@ from admm_prune.result import Convergence, Progress
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
-from admm_prune.runs.report import content, plots, write_difference, write_report
+from admm_prune.runs.report import content, write_difference, write_report
 from admm_prune.settings import Settings
 from tests.runs.html_page import Element, read_page
 
@@ -142,7 +142,7 @@ def test_a_history_is_thinned_to_its_last_line() -> None:
 
 def test_a_solve_of_several_weights_tells_its_history_once(runs: Path) -> None:
     layers = manifest_of(runs / "admm")["layers"]
-    told = [plots.place_of(layer["name"])[1] for layer in layers if layer["convergence"]]
+    told = [content.place_of(layer["name"])[1] for layer in layers if layer["convergence"]]
     assert told == 2 * ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     columns = layers[0]["convergence"]
     assert columns["iteration"][-1] == layers[0]["iterations"]
@@ -190,7 +190,7 @@ def test_stored_transposes_are_turned(tmp_path: Path) -> None:
     ],
 )
 def test_a_layer_is_placed_by_its_name(name: str, place: tuple[int, str]) -> None:
-    assert plots.place_of(name) == place
+    assert content.place_of(name) == place
 
 
 def test_the_difference_of_two_runs(runs: Path, tmp_path: Path) -> None:

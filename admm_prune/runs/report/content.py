@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,13 @@ def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
         if row[RANKING] is not None:
             best[row["target"]] = min(sign * row[RANKING], best.get(row["target"], math.inf))
     return [row[RANKING] is not None and sign * row[RANKING] == best[row["target"]] for row in rows]
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """(the number of the block, the matrix within it): (3, "mlp.up_proj") of "model.layers.3.mlp.up_proj.weight"."""
+    match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    block, rest = (int(match[1]), match[2]) if match else (0, name)
+    return block, rest.removesuffix(".weight")
 
 
 @dataclass(frozen=True)

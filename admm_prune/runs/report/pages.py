@@ -31,7 +31,7 @@ def write_report(folder: Path) -> Path:
         UserError: the folder is no finished run, or a file of it cannot be read.
     """
     manifest = read_manifest(folder)
-    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, _read_run(folder))
+    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
     path = folder / REPORT
     path.write_text(page, encoding="utf-8")
     record_pages(folder / TIMINGS, [path, *(plot for plot in [folder / PLOT] if "rows" in manifest)])
@@ -49,7 +49,7 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
     Raises:
         UserError: a folder is no run, or `out` is not ours to write.
     """
-    a, b = (_read_run(folder) for folder in (first, second))
+    a, b = (read_run(folder) for folder in (first, second))
     for folder, manifest in ((first, a), (second, b)):
         if "rows" in manifest:
             raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_run(folder: Path) -> Manifest:
+def read_run(folder: Path) -> Manifest:
     """The manifest of a run, and its times under "timings", as far as they were kept."""
     manifest, path = read_manifest(folder), folder / TIMINGS
     times = read_json(path) if path.exists() else {}
@@ -112,7 +112,7 @@ def _is_page(path: Path) -> bool:
 def _run(folder: Path, run: Manifest) -> str:
     layers, details = run["layers"], run["details"]
     for layer in layers:
-        layer["place"] = plots.place_of(layer["name"])
+        layer["place"] = content.place_of(layer["name"])
         layer["seconds"] = run["timings"]["layers"].get(layer["name"])
     return _rendered(
         "run.html.j2",
@@ -142,7 +142,7 @@ def _own_targets(run: Manifest) -> dict[str, str | None]:
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:
-    runs = [_read_run(folder / row["folder"]) for row in comparison["rows"]]
+    runs = [read_run(folder / row["folder"]) for row in comparison["rows"]]
     for run in runs:
         run["findings"] = content.advice_of(run["layers"])
     rows = comparison["rows"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from admm_prune.models.evaluate import METRICS
-from admm_prune.runs.report.content import TILES, Layer, Weights
+from admm_prune.runs.report.content import TILES, Layer, Weights, place_of
 
 # Okabe and Ito's palette, which is safe for colour-blind readers, with a darker yellow. In a page the n-th colour is
 # the page's --series-n, which is lighter in dark mode.
@@ -111,13 +111,6 @@ def svg(figure: Any, name: str) -> str:
     for i, colour in enumerate(COLOURS):
         drawn = drawn.replace(colour, f"var(--series-{i})")
     return drawn.replace(INK, "currentColor")
-
-
-def place_of(name: str) -> tuple[int, str]:
-    """(the number of the block, the matrix within it): (3, "mlp.up_proj") of "model.layers.3.mlp.up_proj.weight"."""
-    match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    block, rest = (int(match[1]), match[2]) if match else (0, name)
-    return block, rest.removesuffix(".weight")
 
 
 def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, float]]]:
