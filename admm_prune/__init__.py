@@ -14,6 +14,7 @@ __all__ = [
     "ADMM",
     "Alternating",
     "Blocks",
+    "Callback",
     "FeedForward",
     "GatedFeedForward",
     "GramAccumulator",
@@ -56,6 +57,7 @@ _MODULES = {
     "errors": ("UserError",),
     "inference.packed_folder": ("load_packed",),
     "inference.packed_linear": ("PackedLinear", "pack_model"),
+    "methods.callbacks": ("Callback",),
     "models.recovery": ("keep_sparsity", "merge_lora"),
     "point": ("Point",),
     "problems.constraints": ("Blocks", "Groups", "NofM", "Product", "RowWise", "StackedRows", "Unstructured"),
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from admm_prune.errors import UserError
     from admm_prune.inference.packed_folder import load_packed
     from admm_prune.inference.packed_linear import PackedLinear, pack_model
+    from admm_prune.methods.callbacks import Callback
     from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured

@@ -14,6 +14,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport
 from admm_prune.models.evaluate import METRICS, RANKING, Evaluation
 from admm_prune.runs.claims import DIGEST
+from admm_prune.runs.hub import push_to_hub
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.manifest import Phase
 from admm_prune.runs.report.content import mean_error, place_of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _CONTENT = (
     *("method", "target", "budget", "block_weights", "sparsity"),
-    *("dense", "pruned", "layers", "notes", "details", "continuation"),
+    *("dense", "pruned", "tasks", "layers", "notes", "details", "continuation"),
 )
 _STRUCTURED = ("name", "shape", "ridge_trials", "notes", "diagnosis", "convergence")  # of a layer: no plain values
 
@@ -42,6 +43,8 @@ class Report:
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
         dense, pruned: perplexity and other metrics on the evaluation text, with their protocol.
+        tasks: results of the pruned model on tasks of lm-evaluation-harness, as `eval --tasks` returns them; None
+            without tasks.
         layers: one report for every pruned matrix.
         seconds: of the pruning alone, in this process; NaN where the folder has no times.
         notes, details: of the method.
@@ -69,6 +72,7 @@ class Report:
     model: PreTrainedModel | None = None
     phases: tuple[Phase, ...] = ()
     out: Path | None = None
+    tasks: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The manifest: equal runs have equal ones, also where one of them was interrupted."""
@@ -84,6 +88,20 @@ class Report:
             "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
             "phases": [asdict(phase) for phase in self.phases],
         }
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the folder of the run to the Hugging Face Hub; returns the URL of the repository.
+
+        Args:
+            repo_id: "owner/name", or "name" in the account of the token.
+            options: `private`, `revision`, `create_pr`, `commit_message`, `token`, as in `huggingface_hub.HfApi`.
+
+        Raises:
+            UserError: the run was not written to a folder, or the Hub refuses or cannot be reached.
+        """
+        if self.out is None:
+            raise UserError("this run was not written to a folder: call prune with out=")
+        return push_to_hub(self.out, repo_id, **options)
 
     @property
     def mean_relative_error(self) -> float | None:
