@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
+from admm_prune.runs import machine
 from admm_prune.runs.card import CARD, card_of
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
 from admm_prune.runs.evaluate import Tasks, Validation, evaluated, evaluated_dense, task_names
@@ -281,7 +283,9 @@ def save_run(
         weights = weights_sha256(folder)
         hashes = {"weights": weights, "files": files_sha256(folder, leave_out=weights)}
     written = replace(report, manifest={**report.manifest, **hashes}, phases=tuple(phases))
-    write_json(folder / TIMINGS, with_digest(written.timings()))
+    finished = datetime.now(UTC).isoformat(timespec="minutes")
+    times = {**written.timings(), "finished": finished, "machine": machine.described()}
+    write_json(folder / TIMINGS, with_digest(times))
     write_json(folder / MANIFEST, with_digest(written.as_json()))
     write_report(folder)
     return written

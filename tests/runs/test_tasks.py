@@ -109,7 +109,7 @@ def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(
         ("cannot stream: tasks need the whole model in memory", {"tasks": ["mats"], "stream": True}),
         ("lost, mats: FileNotFoundError: .*lost.jsonl", {"tasks": ["lost", "mats"]}),
         ("there is no such folder of tasks", {"tasks": "mats", "task_folder": tmp_path / "none"}),
-        ("shots is of tasks: name them with tasks", {"shots": 3}),
+        ("shots is of tasks: name them with tasks", {"shots": 3, "task_folder": None}),
         ("task_limit must be at least 1, not 0", {"tasks": "mats", "task_limit": 0}),
     ):
         with pytest.raises(UserError, match=reason) as refused:

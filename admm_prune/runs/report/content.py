@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ Manifest = dict[str, Any]
 _SEVERITIES = ("error", "warning", "info", "good")
 Layer = Mapping[str, Any]  # of a manifest
 TILES = 16
+_COLUMNS = (  # of a layer in the CSV table, after its name and shape
+    *("sparsity", "relative_error", "relative_error_validation", "objective", "bound"),
+    *("ridge", "damping", "iterations", "seconds", "status"),
+)
 
 
 @dataclass
@@ -59,8 +65,10 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
     """The notes of the run and of its layers: (note, number of layers), 0 for the run."""
     layers_with = dict.fromkeys(manifest["notes"], 0)
     for layer in manifest["layers"]:
+        advised = {finding["finding"] for finding in layer["diagnosis"]}  # is shown already
         for note in layer["notes"]:
-            layers_with[note] = layers_with.get(note, 0) + 1
+            if note not in advised:
+                layers_with[note] = layers_with.get(note, 0) + 1
     return list(layers_with.items())
 
 
@@ -129,6 +137,27 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
     """The mean over the layers of a model; None unless every one has an error."""
     known = [error for error in errors if error is not None]
     return sum(known) / len(known) if known and len(known) == len(errors) else None
+
+
+def worst_first(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers by their relative error, the largest first; those without one last, the densest of them first."""
+
+    def key(layer: Layer) -> tuple[bool, float, float]:
+        error = layer["relative_error"]
+        return error is None, -(error or 0.0), layer["sparsity"]
+
+    return sorted(layers, key=key)
+
+
+def as_csv(layers: Iterable[Layer]) -> str:
+    """A table of all layers in their order in the model, for spreadsheets."""
+    text = StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["name", "block", "matrix", "rows", "columns", *_COLUMNS])
+    for layer in layers:
+        values = ["" if layer.get(name) is None else layer[name] for name in _COLUMNS]
+        writer.writerow([layer["name"], *place_of(layer["name"]), *layer["shape"], *values])
+    return text.getvalue()
 
 
 @dataclass(frozen=True)
