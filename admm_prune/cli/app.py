@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from admm_prune.cli import bench, compare, evaluate, layers, listing, pack, plan, recipes, report, run, verify
+from admm_prune.cli import (
+    bench,
+    check_plugin,
+    compare,
+    evaluate,
+    layers,
+    listing,
+    pack,
+    plan,
+    push,
+    recipes,
+    report,
+    run,
+    verify,
+)
 
 app = typer.Typer(
     name="admm-prune",
@@ -24,6 +38,8 @@ app.command("report")(report.report)
 app.command("reproduce")(recipes.reproduce)
 app.command("pack")(pack.pack)
 app.command("unpack")(pack.unpack)
+app.command("push")(push.push)
+app.command("check-plugin")(check_plugin.check_plugin)
 app.command("list")(listing.list_)
 app.add_typer(recipes.recipe, name="recipe")
 app.add_typer(bench.bench, name="bench")

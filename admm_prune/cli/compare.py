@@ -10,6 +10,7 @@ from admm_prune.cli import common
 from admm_prune.settings import Settings
 
 
+@common.logs
 @common.takes("compare")
 def compare(
     out: common.Out,

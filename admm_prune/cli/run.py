@@ -12,9 +12,10 @@ from admm_prune import settings
 from admm_prune.cli import common
 
 if TYPE_CHECKING:
-    from admm_prune.runs.prune import Report
+    from admm_prune.runs.results import Report
 
 
+@common.logs
 @common.takes("run")
 def run(
     ctx: typer.Context,
@@ -110,6 +111,7 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
                 "sparsity": report.sparsity,
                 "dense": asdict(report.dense),
                 "pruned": asdict(report.pruned),
+                "tasks": report.tasks,
                 "seconds": report.seconds,
                 **further,
             }
@@ -118,5 +120,7 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
     rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
     model = report.manifest["settings"]["model"]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", *headings()], rows)
+    if report.tasks is not None:
+        common.show_tasks(f"{report.method} {report.target}", report.tasks)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
     print(f"report: {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from admm_prune.methods.local import Method
     from admm_prune.methods.parts import ProblemLike, SetLike
 
+_LOG = logging.getLogger(__name__)
 Ridge = float | Literal["auto"] | None  # None: the method's own
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
@@ -153,7 +155,11 @@ class Runtime:
             self.on_progress(done, total, at_work)
 
     def record(self, figures: dict[str, float], step: int) -> None:
-        """Calls `on_record`, if there is one."""
+        """Calls `on_record`, if there is one, and logs the figures."""
+        if _LOG.isEnabledFor(logging.INFO):
+            kind = next(iter(figures), "").partition("/")[0]
+            texts = [f"{name.removeprefix(f'{kind}/')} {value:.6g}" for name, value in figures.items()]
+            _LOG.info("%s %d: %s", kind, step, ", ".join(texts))
         if self.on_record is not None:
             self.on_record(figures, step)
 

@@ -33,7 +33,7 @@ EMBEDDED = "embedded"
 _WEIGHTS = (".gguf", ".safetensors")  # a name with such an ending is a file, not a Hub id
 METADATA_KEY = "admm_prune"
 _FOLDER = "give the model's folder and out=, with stream=True where it does not fit in memory"
-_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config and the tokenizer
+_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # of the config, the tokenizer, the license
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import TextRecord, manifest
 from admm_prune.runs.report import write_report
-from admm_prune.runs.report.content import best_of_target, mean_error
+from admm_prune.runs.report.content import best_of_target
+from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
 
@@ -248,14 +249,14 @@ def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
     return {**calibrations, "evaluation": first["evaluation"]}
 
 
-def _row(report: prune.Report, again: Evaluation, folder: str) -> Row:
+def _row(report: Report, again: Evaluation, folder: str) -> Row:
     metrics: dict[str, Any] = {name: getattr(report.pruned, name) for name in METRICS}
     return Row(
         method=report.method,
         target=report.target,
         sparsity=report.sparsity,
         **metrics,
-        relative_error=mean_error([layer.relative_error for layer in report.layers]),
+        relative_error=report.mean_relative_error,
         seconds=report.seconds,
         reloaded_perplexity=again.perplexity,
         folder=folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Generator, Iterable
@@ -14,8 +15,10 @@ import torch
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import Corpus
+from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.runs.machine import PeakMemory
 
+_LOG = logging.getLogger(__name__)
 _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -92,17 +95,25 @@ class Phases(list[Phase]):
     Args:
         device: whose memory is measured.
         before: earlier phases.
+        callback: is called at the beginning and the end of each.
     """
 
-    def __init__(self, device: torch.device | str, before: Iterable[Phase] = ()) -> None:
+    def __init__(
+        self, device: torch.device | str, before: Iterable[Phase] = (), callback: Callback | None = None
+    ) -> None:
         super().__init__(before)
         self._device = device
+        self._callback = Callbacks() if callback is None else callback
 
     @contextmanager
     def __call__(self, name: str) -> Generator[Phase]:
         phase = Phase(name)
+        _LOG.info("%s ...", name)
+        self._callback.on_phase_begin(name)
         began = time.perf_counter()
         with PeakMemory(self._device) as memory:
             yield phase
         phase.seconds, phase.peak_mib = round(time.perf_counter() - began, 3), memory.extra_mib
+        _LOG.info("%s: %.1f s, %.0f MiB", name, phase.seconds, phase.peak_mib)
         self.append(phase)
+        self._callback.on_phase_end(name, phase.seconds, phase.peak_mib)
