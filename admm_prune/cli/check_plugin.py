@@ -88,8 +88,8 @@ def _imported(name: str) -> Any:
     from admm_prune.errors import UserError
 
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         part: Any = import_module(module)
         for step in attribute.split("."):
@@ -97,7 +97,7 @@ def _imported(name: str) -> Any:
     except Exception as error:  # importing another package may raise anything
         raise UserError(f"{name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}") from error
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)
     return part
 
 
