@@ -110,20 +110,20 @@ class Session:
         values = checkpoints.latest()
         if values is None:
             return
-        self.trainer.optimizer.masks()  # creates the optimizer's state
+        optimizer = self.trainer.optimizer
+        for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
+            group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+        optimizer.masks()  # creates the optimizer's state, without anchors where the support is fixed
         if values["best_loss"] is not None:
             self.best = self._empty()
             self.best_loss = values["best_loss"]
         tensors = self._tensors()
         checkpoints.load(tensors)
         torch.set_rng_state(tensors["random"])
-        optimizer = self.trainer.optimizer
         for name, parameter in self.trained.named_parameters():
             state = optimizer.state[parameter]
             for key, number in values["states"][name].items():
                 state[key] = torch.full_like(state[key], number) if isinstance(state.get(key), Tensor) else number
-        for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
-            group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
         optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
         self.trainer.go_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
