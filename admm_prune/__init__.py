@@ -14,6 +14,7 @@ __all__ = [
     "ADMM",
     "Alternating",
     "Blocks",
+    "Callback",
     "FeedForward",
     "GatedFeedForward",
     "GramAccumulator",
@@ -31,6 +32,7 @@ __all__ = [
     "Product",
     "Progress",
     "Refit",
+    "Report",
     "Result",
     "RowWise",
     "SparseAdam",
@@ -41,17 +43,21 @@ __all__ = [
     "SupportDescent",
     "SurrogateFree",
     "Unstructured",
+    "UserError",
     "Wanda",
     "keep_sparsity",
     "load_packed",
+    "load_report",
     "merge_lora",
     "pack_model",
     "prune",
 ]
 
 _MODULES = {
+    "errors": ("UserError",),
     "inference.packed_folder": ("load_packed",),
     "inference.packed_linear": ("PackedLinear", "pack_model"),
+    "methods.callbacks": ("Callback",),
     "models.recovery": ("keep_sparsity", "merge_lora"),
     "point": ("Point",),
     "problems.constraints": ("Blocks", "Groups", "NofM", "Product", "RowWise", "StackedRows", "Unstructured"),
@@ -62,6 +68,7 @@ _MODULES = {
     "problems.surrogate_free": ("SurrogateFree",),
     "result": ("Progress", "Result", "Status"),
     "runs.prune": ("prune",),
+    "runs.results": ("Report", "load_report"),
     "solvers.admm": ("ADMM",),
     "solvers.alternating": ("Alternating",),
     "solvers.group_obs": ("GroupOBS",),
@@ -76,8 +83,10 @@ _MODULES = {
 _HOME = {name: f"admm_prune.{module}" for module, names in _MODULES.items() for name in names}
 
 if TYPE_CHECKING:
+    from admm_prune.errors import UserError
     from admm_prune.inference.packed_folder import load_packed
     from admm_prune.inference.packed_linear import PackedLinear, pack_model
+    from admm_prune.methods.callbacks import Callback
     from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
@@ -88,6 +97,7 @@ if TYPE_CHECKING:
     from admm_prune.problems.surrogate_free import SurrogateFree
     from admm_prune.result import Progress, Result, Status
     from admm_prune.runs.prune import prune
+    from admm_prune.runs.results import Report, load_report
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.alternating import Alternating
     from admm_prune.solvers.group_obs import GroupOBS

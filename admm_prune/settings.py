@@ -6,29 +6,24 @@ fields of recipe files and of their JSON schema, and the settings in the manifes
 
 from __future__ import annotations
 
-import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from admm_prune.errors import UserError, did_you_mean, named_extra
+from admm_prune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from admm_prune.data.sequences import Packing
-    from admm_prune.methods.base import OnPhase, OnProgress, Ridge, Tracker
+    from admm_prune.methods.base import OnProgress, Ridge
+    from admm_prune.methods.callbacks import Callback, Tracker
     from admm_prune.methods.parts import Objective
     from admm_prune.problems.constraints import SparseSet
     from admm_prune.solvers.base import Solver
 
 T = TypeVar("T")
-P = ParamSpec("P")
-S = TypeVar("S")
-R = TypeVar("R")
 Stream = Literal["auto"] | bool
 _RUNS = "run reproduce compare plan"
 _COMMANDS = f"{_RUNS} capture"
@@ -104,6 +99,10 @@ def _training(default: T, help: str, **how: Any) -> T:
 
 def _structured(default: T, help: str, **how: Any) -> T:
     return option(default, help, group="Structured pruning", **how)
+
+
+def _tasks(default: T, help: str, **how: Any) -> T:
+    return option(default, help, group="Tasks", commands="run", **how)
 
 
 def _machine(default: T, help: str, **how: Any) -> T:
@@ -323,6 +322,20 @@ class Settings(TextSettings):
     bounds: bool = option(
         False, "Also compute a proven lower bound of every layer's error; takes seconds per matrix.", commands="run"
     )
+    tasks: str | Sequence[str] = _tasks(
+        (),
+        "Comma-separated tasks of lm-evaluation-harness, on which the pruned model is evaluated.",
+        python="Or a sequence of names.",
+        in_file=tuple[str, ...],
+        typed=str | None,
+        typed_default=None,
+        parse=lambda typed: typed or (),
+    )
+    task_folder: str | Path | None = _tasks(
+        None, "Folder with additional tasks, as YAML files.", in_file=str | None, typed=str | None
+    )
+    shots: int | None = _tasks(None, "Number of few-shot examples of the tasks; by default as they define.", least=0)
+    task_limit: int | None = _tasks(None, "Limit on the questions of each task, for a quick check.", least=1)
     dtype: str | None = _run(
         None,
         "Data type of the weights: float32, bfloat16 or float16; as stored by default.",
@@ -395,10 +408,8 @@ class Settings(TextSettings):
         "steps of training while the model is pruned, batches while it is evaluated.",
         commands="",
     )
-    on_phase: OnPhase | None = _run(
-        None,
-        "Callable that receives the name of every phase of the run when it begins, such as 'pruning'.",
-        commands="",
+    callbacks: Callback | Sequence[Callback] = _run(
+        (), "A `Callback` or several: they are called at the phases and the blocks of the run.", commands=""
     )
 
 
@@ -463,37 +474,3 @@ def recorded(settings: Settings, command: str | None = None, **resolved: Any) ->
     """
     values = {name: getattr(settings, name, None) for name in sorted(recorded_names(command))} | resolved
     return {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
-
-
-def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:
-    """A function of settings as a function of their fields, with a line of each in its docstring for "{options}".
-
-    Args:
-        kind: the class of the settings.
-        command: describe the options of this command alone.
-    """
-    declared = options(kind)
-
-    def wrap(function: Callable[[S], R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def call(*args: P.args, **given: P.kwargs) -> R:
-            try:
-                return function(kind(*args, **given))
-            except ModuleNotFoundError as error:
-                raise named_extra(error) or error from error
-
-        signature = inspect.signature(kind)
-        first, *others = sorted(signature.parameters.values(), key=lambda p: list(declared).index(p.name))
-        returns = inspect.signature(function).return_annotation
-        made: Any = call
-        made.__signature__ = signature.replace(parameters=[first, *others], return_annotation=returns)
-        made.__annotations__ = {p.name: p.annotation for p in (first, *others)} | {"return": returns}
-        lines = [
-            textwrap.fill(f"{name}: {one.help} {one.python}", 116, initial_indent="    ", subsequent_indent="        ")
-            for name, one in declared.items()
-            if command is None or command in one.commands.split()
-        ]
-        made.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("    {options}", "\n".join(lines))
-        return call
-
-    return wrap

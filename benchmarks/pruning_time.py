@@ -37,7 +37,8 @@ from admm_prune.models.inputs import Collector
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.journal.journal import FolderJournal
-from admm_prune.runs.prune import Report, prune
+from admm_prune.runs.prune import prune
+from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.alternating import Alternating

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune import __version__
-from admm_prune.cli import bench, compare, evaluate, layers, listing, pack, plan, recipes, report, run, verify
+from admm_prune.cli import (
+    bench,
+    check_plugin,
+    compare,
+    evaluate,
+    layers,
+    listing,
+    pack,
+    plan,
+    push,
+    recipes,
+    report,
+    run,
+    verify,
+)
 from admm_prune.cli.common import Command, Group
 
 app = typer.Typer(
@@ -23,8 +37,8 @@ _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "Prune": {"plan": plan.plan, "run": run.run, "compare": compare.compare, "reproduce": recipes.reproduce},
     "Check and report": {"eval": evaluate.evaluate, "verify": verify.verify, "report": report.report},
     "Single layers": {"capture": layers.capture, "solve": layers.solve},
-    "Archives": {"pack": pack.pack, "unpack": pack.unpack},
-    "Information": {"list": listing.list_},
+    "Archive and share": {"pack": pack.pack, "unpack": pack.unpack, "push": push.push},
+    "Information": {"list": listing.list_, "check-plugin": check_plugin.check_plugin},
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, _function in _commands.items():

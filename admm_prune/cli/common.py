@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -117,6 +119,58 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to what `sys.stderr` is at the time, which a progress bar replaces."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None: ...
+
+
+def logs(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options -v and -q, which set what the logger "admm_prune" writes to stderr.
+
+    Notes by default; with -v also phases and the figures of every block, with -vv everything, with -q nothing. Of
+    several processes the first one logs.
+    """
+    options = {
+        "verbose": Annotated[
+            int, typer.Option("--verbose", "-v", count=True, help="Log phases and blocks; -vv: everything.")
+        ],
+        "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress: only results.")],
+    }
+
+    @functools.wraps(function)
+    def call(*, verbose: int, quiet: bool, **given: Any) -> None:
+        from admm_prune.errors import UserError
+
+        if verbose and quiet:
+            raise UserError("--verbose and --quiet exclude each other")
+        logger, handler = logging.getLogger("admm_prune"), _Stderr()
+        if verbose:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        silent = quiet or os.environ.get("RANK", "0") != "0"
+        before = logger.level
+        logger.setLevel(logging.ERROR if silent else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+        logger.addHandler(handler)
+        try:
+            function(**given)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+    hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
+    made: Any = call
+    added = [_keyword(name, annotation, 0 if name == "verbose" else False) for name, annotation in options.items()]
+    made.__signature__ = inspect.Signature([*parameters, *added])
+    made.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
+    return call
+
+
 @contextmanager
 def resumable(out: Path) -> Generator[None]:
     """Adds advice on resuming to errors that interrupt a run with a journal beside `out`."""
@@ -181,3 +235,15 @@ def show_table(
             console.width, console.measure(table, options=console.options.update_width(_WIDEST)).maximum
         )
     console.print(table)
+
+
+def show_tasks(model: str, content: dict[str, Any]) -> None:
+    """Results on tasks of lm-evaluation-harness, as a table on stdout."""
+    rows = [
+        [task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
+        for task, figures in content["results"].items()
+        for metric, value in figures.items()
+    ]
+    show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
+    if content["limit"] is not None:
+        print(f"At most {content['limit']} questions per task: a quick check, not a figure to compare.")

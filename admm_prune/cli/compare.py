@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
-from admm_prune.cli.progress import shown_progress
+from admm_prune.cli.progress import Shown, shown_progress
 from admm_prune.settings import Settings
 
 
+@common.logs
 @common.takes("compare")
 def compare(
     out: common.Out,
@@ -43,8 +44,7 @@ def compare(
             settings,
             out,
             progress.count,
-            on_step=progress.step,
-            on_phase=progress.phase,
+            callbacks=Shown(progress),
             resume=options["resume"],
             overwrite=options["overwrite"],
         )

@@ -12,6 +12,7 @@ from admm_prune.cli.progress import shown_progress
 from admm_prune.settings import TextSettings, names_of
 
 
+@common.logs
 @common.takes("eval")
 def evaluate(
     ctx: typer.Context,
@@ -52,7 +53,6 @@ def evaluate(
 
     device, dtype = options["device"], options["dtype"]
     if tasks is not None:
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
         how: dict[str, Any] = {
             "shots": shots,
             "limit": limit,
@@ -60,11 +60,11 @@ def evaluate(
             "dtype": dtype,
             "seed": options["seed"],
         }
-        content = evaluate_tasks(model, names, folder=task_folder, **how)
+        content = evaluate_tasks(model, tasks, folder=task_folder, **how)
         if json:
             common.emit(content)
         else:
-            _show_tasks(model, content)
+            common.show_tasks(model, content)
         return
     given = common.given(ctx, documents="eval_documents", samples="eval_samples")
     values: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
@@ -88,14 +88,3 @@ def evaluate(
     row = [Path(model).name, *figures.formatted(), f"{100 * evaluation.sparsity:.2f}%"]
     common.show_table(f"{model}, {figures.tokens:,} tokens", columns, [row])
     print(f"{figures.protocol}; text: {evaluation.text.source}")
-
-
-def _show_tasks(model: str, content: dict[str, Any]) -> None:
-    rows = [
-        [task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
-        for task, figures in content["results"].items()
-        for metric, value in figures.items()
-    ]
-    common.show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
-    if content["limit"] is not None:
-        print(f"At most {content['limit']} questions per task: a quick check, not a figure to compare.")

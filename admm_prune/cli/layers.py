@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from admm_prune.runs.layer import SolvedLayer
 
 
+@common.logs
 @common.takes("capture")
 def capture(
     weight: Annotated[str, typer.Option(help="A block matrix, such as model.layers.0.mlp.up_proj.weight.")],
@@ -55,6 +56,7 @@ def capture(
         print(f"{weight} {tuple(layer.weight.shape)}, {layer.metadata['tokens']} tokens: {out}")
 
 
+@common.logs
 @common.takes("solve")
 def solve(
     file: Annotated[Path, typer.Argument(help="A layer problem file, as written by 'admm-prune capture'.")],

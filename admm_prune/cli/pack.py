@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _OutFolder = Annotated[Path, typer.Argument(help="Output folder; written completely, or not at all.")]
 
 
+@common.logs
 def pack(
     folder: Annotated[Path, typer.Argument(help="A model folder, as written by 'admm-prune run'.")],
     out: _OutFolder,
@@ -32,6 +33,7 @@ def pack(
     _write(pack_folder, "packing", folder, out, overwrite, json)
 
 
+@common.logs
 def unpack(
     folder: Annotated[Path, typer.Argument(help="An archive, as written by 'admm-prune pack'.")],
     out: _OutFolder,

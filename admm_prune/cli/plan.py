@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from admm_prune.plan.plan import Plan
 
 
+@common.logs
 @common.takes("plan", PlanSettings)
 def plan(json: common.Json = False, **options: Any) -> None:
     """Say what a run will take, from the model's config alone; refuse one that does not fit.

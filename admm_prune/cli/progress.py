@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from admm_prune.cli import interrupts
+from admm_prune.methods.callbacks import Callback
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -37,6 +39,19 @@ class Progress(Protocol):
         ...
 
 
+class Shown(Callback):
+    """Shows the phases and the steps of a run."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._shown = progress
+
+    def on_phase_begin(self, name: str) -> None:
+        self._shown.phase(name)
+
+    def on_progress(self, done: int, total: int, name: str) -> None:
+        self._shown.step(done, total, name)
+
+
 @contextmanager
 def shown_progress(what: str, *, shown: bool = True) -> Generator[Progress]:
     """The progress of a command.
@@ -49,6 +64,7 @@ def shown_progress(what: str, *, shown: bool = True) -> Generator[Progress]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
+    shown = shown and logging.getLogger("admm_prune").isEnabledFor(logging.WARNING)  # none with --quiet
     if not (console.is_terminal and shown):
         yield Lines(what, shown)
         return

@@ -83,6 +83,7 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
     print(f"{file}: a recipe that can be run")
 
 
+@common.logs
 @common.takes("reproduce", replaces=True)
 def reproduce(
     name: _RecipeName,

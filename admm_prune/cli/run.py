@@ -10,12 +10,13 @@ import typer
 
 from admm_prune import settings
 from admm_prune.cli import common
-from admm_prune.cli.progress import shown_progress
+from admm_prune.cli.progress import Shown, shown_progress
 
 if TYPE_CHECKING:
-    from admm_prune.runs.prune import Report
+    from admm_prune.runs.results import Report
 
 
+@common.logs
 @common.takes("run")
 def run(
     ctx: typer.Context,
@@ -92,7 +93,7 @@ def carry_out(arguments: dict[str, Any], *, out: Path | None, **machine: Any) ->
         joined(arguments.get("device", "auto")) as world,
         shown_progress("starting", shown=world.first) as progress,
     ):
-        report = prune(**arguments, **machine, out=out, progress=progress.step, on_phase=progress.phase)
+        report = prune(**arguments, **machine, out=out, callbacks=Shown(progress))
     return report if world.first else None
 
 
@@ -111,6 +112,7 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
                 "sparsity": report.sparsity,
                 "dense": asdict(report.dense),
                 "pruned": asdict(report.pruned),
+                "tasks": report.tasks,
                 "seconds": report.seconds,
                 **further,
             }
@@ -119,5 +121,7 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
     rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
     model = report.manifest["settings"]["model"]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", *headings()], rows)
+    if report.tasks is not None:
+        common.show_tasks(f"{report.method} {report.target}", report.tasks)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are pruned; saved in {out}")
     print(f"report: {out / 'report.html'}")

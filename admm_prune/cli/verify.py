@@ -11,6 +11,7 @@ import typer
 from admm_prune.cli import common
 
 
+@common.logs
 def verify(
     target: Annotated[Path, typer.Argument(help="Output of 'run', 'compare' or 'solve --out'.")],
     layer: Annotated[Path | None, typer.Option(help="The layer problem; default: its path in the solution.")] = None,

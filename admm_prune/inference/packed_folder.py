@@ -128,19 +128,20 @@ class _MaskedCheckpoint(Checkpoint):
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {stored[0]} is damaged ({first_line(error)})") from error
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored(self, name: str, rows: slice | None = None) -> Tensor:
         masked = self._masked.get(name)
         if masked is None:
-            return super()._stored(name)
+            return super()._stored(name, rows)
         mask, values = self._parts_of(masked)
-        rows = masked.shape[:-1] if mask.ndim > 1 else ()
+        leading = masked.shape[:-1] if mask.ndim > 1 else ()
         width = masked.shape[-1] if mask.ndim > 1 else math.prod(masked.shape)
         try:
-            entries = bits.unpack(mask.view(*rows, -1), width)
+            entries = bits.unpack(mask.view(*leading, -1), width)
             if int(entries.count_nonzero()) != values.numel():
                 raise ValueError("the bits and the values do not belong together")
             dense = torch.zeros(entries.shape, dtype=values.dtype, device=values.device)
-            return dense.masked_scatter_(entries, values).view(masked.shape)
+            whole = dense.masked_scatter_(entries, values).view(masked.shape)
+            return whole if rows is None else whole[rows]
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {name} is damaged ({first_line(error)})") from error
 

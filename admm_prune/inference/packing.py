@@ -12,6 +12,7 @@ from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST, PACKED, pack_file, unpack_file
+from admm_prune.runs.card import CARD
 from admm_prune.runs.journal.folder import check_output, output_folder, write_json
 
 OnFile = Callable[[int, int, str], None]  # (files done, files, name of the current one)
@@ -78,7 +79,7 @@ def pack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overwri
 
 
 def unpack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overwrite: bool = False) -> Packing:
-    """Restores the packed folder and checks every file by its sha256.
+    """Restores the packed folder and checks every file by its sha256, but for the model card, which may be edited.
 
     Args:
         overwrite: replace an earlier result in `out`, which is refused otherwise.
@@ -110,7 +111,7 @@ def unpack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overw
                 shutil.copyfile(folder / name, target)
             else:
                 raise UserError(f"{folder} lacks {name}: it is damaged")
-            if file_sha256(target) != sha256:
+            if name != CARD and file_sha256(target) != sha256:  # people edit their model cards
                 raise UserError(f"{name} is not the file that was packed: {folder} is damaged")
         dense = sum(path.stat().st_size for path in _files(new))
     progress(len(files), len(files), "")

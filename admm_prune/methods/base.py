@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,28 +20,12 @@ if TYPE_CHECKING:
     from admm_prune.methods.local import Method
     from admm_prune.methods.parts import ProblemLike, SetLike
 
+_LOG = logging.getLogger(__name__)
 Ridge = float | Literal["auto"] | None  # None: the method's own
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end and in an evaluation)
-OnPhase = Callable[[str], None]  # the name of a phase of a run that begins
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
-
-
-class Tracker(Protocol):
-    """Receives the figures of a run. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
-
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
-        ...
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of one block or of one step of training, counted from 0; steps never fall."""
-        ...
-
-    def finish(self, summary: Mapping[str, float]) -> None:
-        """The run is over: its figures as a whole; empty where it broke off."""
-        ...
 
 
 class Journal:
@@ -170,7 +155,11 @@ class Runtime:
             self.on_progress(done, total, at_work)
 
     def record(self, figures: dict[str, float], step: int) -> None:
-        """Calls `on_record`, if there is one."""
+        """Calls `on_record`, if there is one, and logs the figures."""
+        if _LOG.isEnabledFor(logging.INFO):
+            kind = next(iter(figures), "").partition("/")[0]
+            texts = [f"{name.removeprefix(f'{kind}/')} {value:.6g}" for name, value in figures.items()]
+            _LOG.info("%s %d: %s", kind, step, ", ".join(texts))
         if self.on_record is not None:
             self.on_record(figures, step)
 

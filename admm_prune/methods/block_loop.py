@@ -65,7 +65,7 @@ def for_each_block(
     """
     blocks = decoder_blocks(model)
     offloading, journal = runtime.offloading, runtime.journal
-    if changes and offloading.is_offloaded and not journal.keeps:
+    if changes and not (offloading.keeps_changes or journal.keeps):
         raise ValueError("a model that is not in memory needs a journal, or its pruned blocks are lost")
     block_results = [
         BlockResult(
@@ -111,7 +111,7 @@ def for_each_block(
                     tensors=_weights(block) if changes else result.tensors,
                     activations=stream.activations if runtime.world.size == 1 else None,
                 )
-            if changes and offloading.is_offloaded:
+            if changes and not offloading.keeps_changes:
                 offloading.restore(index, block, journal.tensor_file(part, index))
             block_results.append(result)
             if result.layers:

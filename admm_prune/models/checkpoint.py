@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,11 @@ class Checkpoint:
         parts = self._parts.get(self._converted_as.get(name, name), [])
         return any(pattern is not None for _, pattern in parts)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A parameter.
+
+        Args:
+            rows: read these alone, of a parameter that is not converted.
 
         Raises:
             UserError: its file is damaged.
@@ -117,10 +120,10 @@ class Checkpoint:
         name = self._tied.get(name, name)
         first = self._converted_as.get(name, name)
         if first not in self._parts:
-            return self._stored(name)
+            return self._stored(name, rows)
         parts = self._parts[first]
         if len(parts) == 1 and parts[0][1] is None:
-            return self._stored(parts[0][0])
+            return self._stored(parts[0][0], rows)
         from transformers.core_model_loading import dot_natural_key
 
         converter = copy.deepcopy(self._converters[parts[0][1] or ""])
@@ -152,11 +155,6 @@ class Checkpoint:
             if stored in FLOATS:
                 return FLOATS[stored]
         return None
-
-    def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """Every stored tensor with its name, one at a time."""
-        for name in sorted(self.files):
-            yield name, self._stored(name)
 
     def _settle_ties(self, model: Any) -> None:
         """Ties a model's parameters as `PreTrainedModel.tie_weights` does while it loads: depending on the content of
@@ -192,10 +190,10 @@ class Checkpoint:
                 torch.equal(a[at : at + rows].to(dtype), b[at : at + rows].to(dtype)) for at in range(0, shape[0], rows)
             )
 
-    def _stored(self, name: str) -> Tensor:
+    def _stored(self, name: str, rows: slice | None = None) -> Tensor:
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
                 return tensor.to(self._device)
         except SafetensorError as error:
             raise UserError(_damaged(self.files[name], error)) from error

@@ -33,7 +33,7 @@ EMBEDDED = "embedded"
 _WEIGHTS = (".gguf", ".safetensors")  # a name with such an ending is a file, not a Hub id
 METADATA_KEY = "admm_prune"
 _FOLDER = "give the model's folder and out=, with stream=True where it does not fit in memory"
-_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja")  # files of the config and the tokenizer
+_DESCRIBING = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")  # of the config, the tokenizer, the license
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def open_on_disk(
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """sha256 over the config and all weights, as they are stored where they are not in memory."""
+    """sha256 over the config and the `state_dict`, the same in memory and on disk."""
     offloading = loaded.offloading
     tensors = offloading.tensors() if isinstance(offloading, ModelOnDisk) else loaded.model.state_dict().items()
     digest = hashlib.sha256(loaded.model.config.to_json_string(use_diff=False).encode())

@@ -5,17 +5,15 @@ A single process is a world of size 1 without communication, so that callers nee
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.models.structure import decoder_blocks
 
 T = TypeVar("T")
 
@@ -100,6 +98,17 @@ class World:
                 dist.all_gather_object(everywhere, value)
         return everywhere
 
+    def in_all(self, work: Callable[[], None]) -> None:
+        """Does something in every process; the UserError of one is raised in all of them."""
+        message = None
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+        messages = [one for one in self.all_gather(message) if one is not None]
+        if messages:
+            raise UserError(messages[0])
+
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """The result of the first process in all processes, or its UserError."""
         if self.size == 1:
@@ -128,22 +137,3 @@ def communicating() -> Generator[None]:
         yield
     except RuntimeError as error:  # gloo's, and the base of NCCL's
         raise LostProcessError(LOST) from error
-
-
-def sharded_copy(model: nn.Module, world: World) -> nn.Module:
-    """A copy with parameters sharded by rows over the processes (FSDP2), block by block; the model itself if alone.
-
-    A block's parameters are gathered while the block runs.
-    """
-    if world.size == 1:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    divided = copy.deepcopy(model)
-    mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
-    for block in decoder_blocks(divided):
-        fully_shard(block.module, mesh=mesh)
-    # Also the root, which FSDP would leave unsharded after an evaluation.
-    fully_shard(divided, mesh=mesh, reshard_after_forward=True)
-    return divided

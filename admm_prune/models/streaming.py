@@ -30,6 +30,7 @@ class Offloading:
     """The location of a model's weights: in this class, always in memory. A subclass loads and unloads them."""
 
     is_offloaded = False  # whether modules that are not entered have no weights
+    keeps_changes = True  # whether changes of weights made in a context outlast it
 
     def device(self, model: nn.Module) -> torch.device:
         """The device on which the model runs."""
@@ -44,6 +45,15 @@ class Offloading:
     def block(self, index: int) -> Generator[None]:
         """Context in which a block is loaded."""
         yield
+
+    def read(self, model: nn.Module, name: str, rows: slice | None = None) -> Tensor:
+        """A parameter of the model, or some of its rows, detached; it may share memory with the parameter.
+
+        Raises:
+            UserError: it cannot be read, or has NaN or Inf entries.
+        """
+        parameter = model.get_parameter(name).detach()
+        return parameter if rows is None else parameter[rows]
 
     def restore(self, index: int, block: Block, file: Path) -> None:
         """Loads the weights, and their shapes, from the file written when the block was finished."""
@@ -69,12 +79,14 @@ class ModelOnDisk(Offloading):
 
     Attributes:
         model: of the right class; its parameters are on the meta device unless they are entered.
+        outside_names: of the parameters outside the blocks; of tied ones the one that the others are tied to.
 
     Raises:
         UserError: a class that cannot be built without weights, or weights that are missing or damaged.
     """
 
     is_offloaded = True
+    keeps_changes = False
 
     def __init__(
         self,
@@ -105,11 +117,11 @@ class ModelOnDisk(Offloading):
         self.blocks: list[Block] = decoder_blocks(self.model)
         self._settle_buffers()
         inside = tuple(f"{block.name}." for block in self.blocks)
-        # Of tied parameters the one that the others are tied to, whichever comes first in the model.
+        # Whichever comes first in the model.
         ties = getattr(self.model, "all_tied_weights_keys", {})
         names = list(dict.fromkeys(ties.get(name, name) for name, _ in self.model.named_parameters()))
         self._finished: dict[int, Path] = {}
-        self._outside = [name for name in names if not name.startswith(inside)]
+        self.outside_names = [name for name in names if not name.startswith(inside)]
         held = self.model.state_dict()
         self._buffers = [name for name, _ in self.model.named_buffers() if name in held]  # those that are saved
         self._entered = 0
@@ -120,7 +132,7 @@ class ModelOnDisk(Offloading):
     @contextmanager
     def outside(self) -> Generator[None]:
         if self._entered == 0:
-            self._fill("", self._outside)
+            self._fill("", self.outside_names)
             self._tie()
         self._entered += 1
         try:
@@ -128,7 +140,7 @@ class ModelOnDisk(Offloading):
         finally:
             self._entered -= 1
             if self._entered == 0:
-                self._empty("", self._outside)
+                self._empty("", self.outside_names)
                 self._tie()
 
     @contextmanager
@@ -143,6 +155,10 @@ class ModelOnDisk(Offloading):
 
     def restore(self, index: int, block: Block, file: Path) -> None:
         self._finished[index] = file
+        self.replace(file)
+
+    def replace(self, file: Path) -> None:
+        """Reads the parameters that are in a file, under their own names, from there from now on."""
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # no mapping
                 self._checkpoint.replace(name, file)
@@ -151,8 +167,9 @@ class ModelOnDisk(Offloading):
                 _put(self.model, name, meta)
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """Every stored tensor with its name, one at a time."""
-        return self._checkpoint.tensors()
+        """The entries of the model's `state_dict`, read one at a time."""
+        for name in self.model.state_dict():
+            yield name, self._tensor(name)
 
     def save(self, folder: Path) -> None:
         """Writes a folder that `from_pretrained` loads, after every block was finished: their files are linked to it.
@@ -162,6 +179,7 @@ class ModelOnDisk(Offloading):
         """
         from transformers.dynamic_module_utils import custom_object_save
 
+        folder.mkdir(parents=True, exist_ok=True)
         files: dict[str, str] = {}
         for index, block in enumerate(self.blocks):
             name = f"block-{index:05d}.safetensors"
@@ -188,7 +206,7 @@ class ModelOnDisk(Offloading):
 
     def _write_outside(self, path: Path) -> list[str]:
         """Writes the modules outside the blocks, and all buffers, one stored tensor at a time; returns their names."""
-        saved = [*self._outside, *self._buffers]
+        saved = [*self.outside_names, *self._buffers]
         if not self._checkpoint.renames:
             write_tensors(path, Lazy(saved, self._tensor))
             return saved
@@ -212,20 +230,25 @@ class ModelOnDisk(Offloading):
         for name in names:
             _put(self.model, f"{prefix}{name}", self._tensor(f"{prefix}{name}"))
 
+    def read(self, model: nn.Module, name: str, rows: slice | None = None) -> Tensor:
+        return self._tensor(name, rows)
+
     def _empty(self, prefix: str, names: list[str]) -> None:
         for name in names:
             parameter = self.model.get_parameter(f"{prefix}{name}")
             _put(self.model, f"{prefix}{name}", torch.empty_like(parameter, device="meta"))
 
-    def _tensor(self, name: str) -> Tensor:
-        """A parameter, or a buffer, in the model's dtype and shape."""
+    def _tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A parameter, or some of its rows, or a buffer, in the model's dtype and shape."""
         if name in self._buffers:  # they are in memory
             buffer: Tensor = self.model.get_buffer(name)
             return buffer
+        if rows is not None and self._checkpoint.is_converted(name):  # made of all its stored tensors
+            return self._tensor(name)[rows]
         parameter = self.model.get_parameter(name)
-        tensor = self._checkpoint.read(name)
+        tensor = self._checkpoint.read(name, rows)
         # The files may keep it in parts, or under another name.
-        check_shape(self._source, name, tensor.shape, parameter.shape)
+        check_shape(self._source, name, tensor.shape, (parameter if rows is None else parameter[rows]).shape)
         check_finite(self._source, name, tensor)
         return tensor.to(parameter.dtype)
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
@@ -344,16 +345,26 @@ def training(anatomy: Anatomy, recipe: Trained, task: Task, device: str = "cpu")
 def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     model = anatomy.model
     least = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
-    works, peak, parts = [], 0, {}
+    works, peak, parts = [], 0, dict[str, int]()
+
+    def read_state(optimizer: Optimizer, *_: Any) -> None:
+        parts.update(_state(optimizer))  # the anchors too, which are dropped at the end
+
+    def project(session: Session, target: Target) -> None:
+        _keep_all(session, target)
+        parts[_BEST] = sum(x.nbytes for x in (session.best or {}).values())  # without stages, held after the last step
+
     for steps in _STEPS:
         short = replace(recipe, steps=least + steps)
-        with counted() as counting:
+        with counted() as counting, register_optimizer_step_post_hook(read_state):
             counting.know(*model.parameters(), *model.buffers())
             with measured_cost(counting) as cost:
-                session = short.run(model, task, project=_keep_all)
+                session = short.run(model, task, project=project)
             works.append(cost.work)
             peak = max(peak, cost.peak)
-            parts = _parts(session)
+            teacher = getattr(session.trainer.objective, "teacher", None)
+            if teacher is not None:
+                parts[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
             for parameter in model.parameters():
                 parameter.grad = None
             del session
@@ -366,18 +377,15 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     return Stage(name="training", parts={**known, STEP: max(0, rest)}, work=work)
 
 
-def _parts(session: Session) -> dict[str, int]:
-    state: dict[str, int] = {_MOMENTS: 0, _MASKS: 0, _ANCHORS: 0}
-    for entries in session.trainer.optimizer.state.values():
+def _state(optimizer: Optimizer) -> dict[str, int]:
+    state: dict[str, int] = {}
+    for entries in optimizer.state.values():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
-                kind = _MASKS if name == "mask" else _MOMENTS if name.startswith("exp_avg") else _ANCHORS
-                state[kind] += value.nbytes
-    teacher = getattr(session.trainer.objective, "teacher", None)
-    if teacher is not None:
-        state[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
-    state[_BEST] = sum(x.nbytes for x in (session.best or {}).values())
-    return {name: size for name, size in state.items() if size}
+                of_adam = name == "step" or name.startswith("exp_avg")
+                kind = _MASKS if name == "mask" else _MOMENTS if of_adam else _ANCHORS
+                state[kind] = state.get(kind, 0) + value.nbytes
+    return state
 
 
 def _keep_all(session: Session, target: Target) -> None:

@@ -23,7 +23,8 @@ from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, 
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
-from admm_prune.settings import PlanSettings, takes
+from admm_prune.runs.signature import takes
+from admm_prune.settings import PlanSettings
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"

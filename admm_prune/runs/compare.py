@@ -12,7 +12,8 @@ from torch import nn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError, check_installed
-from admm_prune.methods.base import OnPhase, OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.selection import Selection
@@ -28,7 +29,8 @@ from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
-from admm_prune.runs.report.content import best_of_target, mean_error
+from admm_prune.runs.report.content import best_of_target
+from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
 
@@ -122,8 +124,7 @@ def compare(
     out: Path,
     progress: OnProgress | None = None,
     *,
-    on_step: OnProgress | None = None,
-    on_phase: OnPhase | None = None,
+    callbacks: Callback | Sequence[Callback] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
@@ -135,8 +136,7 @@ def compare(
 
     Args:
         progress: called with (runs done, runs, name of the current one).
-        on_step, on_phase: called within the evaluation of the dense model and within the runs, as `progress` and
-            `on_phase` of `prune`.
+        callbacks: of the evaluation of the dense model and of the runs, as those of `prune`.
         resume: continue an interrupted comparison from the journal beside `out`, with the same settings.
         overwrite: replace an earlier result in `out`, which is refused otherwise.
 
@@ -164,9 +164,10 @@ def compare(
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
-        if on_phase is not None:
-            on_phase("evaluating the dense model")
-        dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal, on_progress=on_step))
+        callback = Callbacks(callbacks)
+        with Phases(device, callback=callback)("evaluating the dense model"):
+            runtime = Runtime(journal=journal, on_progress=callback.on_progress)
+            dense = evaluated_dense(loaded, texts.evaluation, runtime)
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(saved, models) for saved in journal.finished("rows")]
@@ -183,15 +184,14 @@ def compare(
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
                 run_journal.begin({**its_record, "weights": weights})
-                runtime = Runtime(journal=run_journal, on_progress=on_step)
-                phases = Phases(device, on_phase=on_phase)
+                runtime = Runtime(journal=run_journal, on_progress=callback.on_progress)
+                phases = Phases(device, callback=callback)
                 report = prune.run_recipe(recipe, task, runtime, model, dense, its_record, phases)
                 with run_journal.output() as folder:
-                    report = prune.save_run(model, report, folder, texts.evaluation, on_phase)
-            if on_phase is not None:
-                on_phase("evaluating the saved model")
-            saved_model = load(str(place), device=device).model
-            again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
+                    report = prune.save_run(model, report, folder, texts.evaluation, callback)
+            with Phases(device, callback=callback)("evaluating the saved model"):
+                saved_model = load(str(place), device=device).model
+                again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
             for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
                 if repr(after) != repr(before):  # as text, where nan equals nan
                     raise UserError(
@@ -260,14 +260,14 @@ def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
     return {**calibrations, "evaluation": first["evaluation"]}
 
 
-def _row(report: prune.Report, again: Evaluation, folder: str) -> Row:
+def _row(report: Report, again: Evaluation, folder: str) -> Row:
     metrics: dict[str, Any] = {name: getattr(report.pruned, name) for name in METRICS}
     return Row(
         method=report.method,
         target=report.target,
         sparsity=report.sparsity,
         **metrics,
-        relative_error=mean_error([layer.relative_error for layer in report.layers]),
+        relative_error=report.mean_relative_error,
         seconds=report.seconds,
         reloaded_perplexity=again.perplexity,
         folder=folder,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from admm_prune.data.hub import expanded
+from admm_prune.data.hub import expanded, first_line
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
@@ -47,7 +49,7 @@ class Validation:
     def beside(self, pruned: Validation) -> dict[str, str]:
         """The prompt, and both continuations; empty where there are none."""
         written = {"prompt": self.prompt, "dense": self.continuation, "pruned": pruned.continuation}
-        return written if self.prompt else {}
+        return written if self.prompt and pruned.prompt else {}
 
 
 def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
@@ -154,81 +156,137 @@ def text_of_run(model: str) -> TextSettings | None:
     return settings
 
 
-def evaluate_tasks(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    folder: Path | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    dtype: str | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Evaluates a model on tasks of lm-evaluation-harness, through its Python interface.
+class Tasks:
+    """Tasks of lm-evaluation-harness, with their data.
 
     Args:
-        model: a folder, a Hub id or "embedded".
-        tasks: names, of the harness or of `folder`.
+        names: of the harness or of `folder`, also comma-separated in one text.
         folder: of additional tasks, as YAML.
         shots: examples before each question; the task's own number by default.
         limit: on the questions of each task, for a quick check: such figures are not comparable.
-        batch_size: of the requests.
-        seed: of all random choices of the harness.
-
-    Returns:
-        For JSON: "results" by task and metric with their standard errors, as the harness names them ("acc,none",
-        "acc_norm,none"), "versions" of the tasks, "shots", "limit", and the version of "lm_eval".
 
     Raises:
-        UserError: lm_eval is not installed, a task is unknown or needs data that are not there, the model cannot be
-            loaded.
+        UserError: lm_eval is not installed, a task is unknown or needs data that are not there.
+    """
+
+    def __init__(
+        self,
+        names: str | Sequence[str],
+        *,
+        folder: str | Path | None = None,
+        shots: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.names = task_names(names)
+        if not self.names:
+            raise UserError("name at least one task, such as --tasks piqa,arc_easy")
+        place = None if folder is None else expanded(folder)
+        if place is not None and not place.is_dir():
+            raise UserError(f"{folder}: there is no such folder of tasks")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
+        # The harness's own tasks are thousands of files: they are not read if the folder has all of the tasks.
+        self._manager = TaskManager(include_path=None if place is None else str(place), include_defaults=False)
+        if not set(self.names) <= set(self._manager.all_tasks):
+            self._manager = TaskManager(include_path=None if place is None else str(place))
+        unknown = [name for name in self.names if name not in self._manager.all_tasks]
+        if unknown:
+            raise UserError(
+                f"lm_eval {lm_eval.__version__} knows no task '{unknown[0]}'; tasks of your own: --task-folder"
+            )
+        self._shots, self._limit = shots, limit
+        with self._explained():  # loads the data, so that what is missing shows before the work
+            manager: Any = self._manager
+            find = getattr(manager, "load", None) or manager.load_task_or_group  # the latter before lm_eval 0.4.11
+            find([*self.names])
+
+    def evaluate(self, loaded: LoadedModel, *, seed: int = 0, batch_size: int = 8) -> dict[str, Any]:
+        """Evaluates a model in memory.
+
+        Args:
+            seed: of all random choices of the harness.
+            batch_size: of the requests.
+
+        Returns:
+            For JSON: "results" by task and metric with their standard errors, as the harness names them ("acc,none",
+            "acc_norm,none"), "versions" of the tasks, "shots", "limit", and the version of "lm_eval".
+
+        Raises:
+            UserError: a task cannot be evaluated.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        model_of: Any = HFLM
+        simple_evaluate: Any = lm_eval.simple_evaluate
+        # A copy of the tokenizer: the harness gives it a padding token, which is not to be saved with the model.
+        tokenizer = copy.deepcopy(loaded.tokenizer)
+        harness = model_of(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size)
+        with self._explained():
+            results = simple_evaluate(
+                harness,
+                tasks=list(self.names),
+                num_fewshot=self._shots,
+                limit=self._limit,
+                task_manager=self._manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        rows = {task: {k: v for k, v in row.items() if k != "alias"} for task, row in results["results"].items()}
+        return {
+            "results": rows,
+            "versions": results["versions"],
+            "shots": results["n-shot"],
+            "limit": self._limit,
+            "lm_eval": lm_eval.__version__,
+        }
+
+    @contextmanager
+    def _explained(self) -> Generator[None]:
+        try:
+            yield
+        except (OSError, ConnectionError, ValueError, KeyError) as error:
+            raise UserError(f"{', '.join(self.names)}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def task_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of tasks, from a sequence or from a comma-separated text."""
+    listed = names.split(",") if isinstance(names, str) else names
+    return tuple(dict.fromkeys(name.strip() for name in listed if name.strip()))
+
+
+def evaluate_tasks(
+    model: str,
+    tasks: str | Sequence[str],
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    **how: Any,
+) -> dict[str, Any]:
+    """Loads a model and evaluates it on tasks of lm-evaluation-harness.
+
+    Args:
+        model: a folder, a Hub id or "embedded".
+        tasks, seed, batch_size: as for `Tasks`.
+        how: further arguments of `Tasks`.
+
+    Returns:
+        As `Tasks.evaluate`.
+
+    Raises:
+        UserError: as `Tasks`; the model cannot be loaded.
     """
     place = pick_device(device)
     check_dtype(dtype)
-    if not tasks:
-        raise UserError("name at least one task, such as --tasks piqa,arc_easy")
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder of tasks")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
-    loaded = load(model, device=place, dtype=dtype)
-    # The harness's own tasks are thousands of files: they are not read if the folder has all of `tasks`.
-    manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"lm_eval {lm_eval.__version__} knows no task '{unknown[0]}'; tasks of your own: --task-folder")
-    model_of: Any = HFLM
-    simple_evaluate: Any = lm_eval.simple_evaluate
-    harness = model_of(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    try:
-        results = simple_evaluate(
-            harness,
-            tasks=list(tasks),
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except (OSError, ConnectionError, ValueError, KeyError) as error:
-        raise UserError(f"{', '.join(tasks)}: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-    return {
-        "results": {task: {k: v for k, v in row.items() if k != "alias"} for task, row in results["results"].items()},
-        "versions": results["versions"],
-        "shots": results["n-shot"],
-        "limit": limit,
-        "lm_eval": lm_eval.__version__,
-    }
+    chosen = Tasks(tasks, **how)
+    return chosen.evaluate(load(model, device=place, dtype=dtype), seed=seed, batch_size=batch_size)

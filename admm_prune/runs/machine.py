@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import sys
 from collections.abc import Generator
@@ -101,6 +102,18 @@ def free_bytes(device: torch.device | str) -> int:
         used = int((group / "memory.current").read_text())
         available.append(int((group / "memory.max").read_text()) - used)
     return max(0, min(available))
+
+
+def described() -> str:
+    """Kind of processor, number of cores that this process may use, memory, system and GPU; no names."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{cpu}, {cores} core{'s' if cores > 1 else ''}, {memory:.0f} GiB of memory, {platform.system()}"
 
 
 def resident_bytes() -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,8 +16,10 @@ import torch
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import Corpus
+from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.runs.machine import PeakMemory
 
+_LOG = logging.getLogger(__name__)
 _PACKAGES = ("admm-prune", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -93,23 +96,25 @@ class Phases(list[Phase]):
     Args:
         device: whose memory is measured.
         before: earlier phases.
-        on_phase: called with the name of a phase that begins.
+        callback: is called at the beginning and the end of each.
     """
 
     def __init__(
-        self, device: torch.device | str, before: Iterable[Phase] = (), on_phase: Callable[[str], None] | None = None
+        self, device: torch.device | str, before: Iterable[Phase] = (), callback: Callback | None = None
     ) -> None:
         super().__init__(before)
         self._device = device
-        self.on_phase = on_phase
+        self._callback = Callbacks() if callback is None else callback
 
     @contextmanager
     def __call__(self, name: str) -> Generator[Phase]:
         phase = Phase(name)
-        if self.on_phase is not None:
-            self.on_phase(name)
+        _LOG.info("%s ...", name)
+        self._callback.on_phase_begin(name)
         began = time.perf_counter()
         with PeakMemory(self._device) as memory:
             yield phase
         phase.seconds, phase.peak_mib = round(time.perf_counter() - began, 3), memory.extra_mib
+        _LOG.info("%s: %.1f s, %.0f MiB", name, phase.seconds, phase.peak_mib)
         self.append(phase)
+        self._callback.on_phase_end(name, phase.seconds, phase.peak_mib)

@@ -5,15 +5,19 @@ Whether a model is taken from disk block by block, or loaded as a whole.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError, check_installed
-from admm_prune.methods.base import NOTHING, LayerReport, OnPhase, Recipe, Runtime, Task
+from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
+from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
@@ -23,37 +27,37 @@ from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
-from admm_prune.models.evaluate import Evaluation
 from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import notes_on
+from admm_prune.runs import machine
+from admm_prune.runs.card import CARD, card_of
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
-from admm_prune.runs.evaluate import Validation, evaluated, evaluated_dense
+from admm_prune.runs.evaluate import Tasks, Validation, evaluated, evaluated_dense, task_names
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.journal import shared_journal
 from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
-from admm_prune.runs.manifest import Phase, Phases, manifest
+from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
+from admm_prune.runs.results import Report
+from admm_prune.runs.signature import takes
 from admm_prune.runs.texts import Texts, check_data, passed_from_python
 from admm_prune.runs.trackers import figures_of, followed, tracker_named
-from admm_prune.settings import Settings, Stream, recorded, takes
+from admm_prune.settings import Settings, Stream, recorded
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+_LOG = logging.getLogger(__name__)
 _COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
-_CONTENT = (
-    *("method", "target", "budget", "block_weights", "sparsity"),
-    *("dense", "pruned", "layers", "notes", "details", "continuation"),
-)
+_TASKS_IN_MEMORY = "tasks need the whole model in memory: evaluate them afterwards, with 'admm-prune eval --tasks'"
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
 
-def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device: str) -> bool:
+def decide(
+    stream: Stream, model: object, recipe: Recipe, written: bool, device: str, tasks: Tasks | None = None
+) -> bool:
     """Whether to stream.
 
     Args:
@@ -61,13 +65,14 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
         model: a name, a folder, or a module.
         written: the result goes to a folder.
         device: where the weights would go.
+        tasks: on which the pruned model is evaluated.
 
     Raises:
         UserError: `stream` is True and the method or the model cannot be streamed.
     """
     if stream not in ("auto", True, False):
         raise UserError(f"stream must be auto, True or False, not {stream!r}")
-    why = _why_not(model, recipe, written)
+    why = _why_in_memory(model, written, tasks) or recipe.streaming_obstacle()
     if stream is True and why is not None:
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
@@ -75,68 +80,29 @@ def decide(stream: Stream, model: object, recipe: Recipe, written: bool, device:
     return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free_bytes(device)
 
 
+def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
+    """Whether no process is to hold the whole model, as where several processes train one that can stay on disk."""
+    if world.size == 1 or recipe.stages != "training" or settings.stream != "auto":
+        return False
+    return _why_in_memory(settings.model, settings.out is not None, settings.tasks) is None
+
+
 def default_activation_bytes() -> int:
     """A quarter of what is free on the host, where activations live whatever the device."""
     return free_bytes("cpu") // 4
 
 
-def _why_not(model: object, recipe: Recipe, written: bool) -> str | None:
+def _why_in_memory(model: object, written: bool, tasks: object) -> str | None:
+    """Why the whole model must be in memory; None where it can stay on disk."""
+    if tasks:
+        return _TASKS_IN_MEMORY
     if not isinstance(model, str | Path):
         return "the model is in memory already: give its folder"
     if is_gguf(file := expanded(model)) and file.is_file():
         return "a GGUF file is dequantized as a whole"
     if not written:
         return "the pruned model must be written to a folder: give --out"
-    return recipe.streaming_obstacle()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The result of a run. `model` is the pruned model itself; the rest is written to the manifest.
-
-    Attributes:
-        budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
-        block_weights: entries of the dense model's block matrices.
-        sparsity: the fraction of them that are zero, or gone with their row or column.
-        seconds: of the pruning alone, in this process.
-        notes, details: of the method.
-        phases: time and memory of the parts of the run.
-        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
-            "prompt", "dense", "pruned"; empty where the weights were streamed.
-        model: without weights where it was streamed: they are in `out`.
-    """
-
-    method: str
-    target: str
-    budget: str
-    block_weights: int
-    sparsity: float
-    dense: Evaluation
-    pruned: Evaluation
-    layers: list[LayerReport]
-    seconds: float
-    notes: tuple[str, ...]
-    details: dict[str, Any]
-    continuation: dict[str, str]
-    manifest: dict[str, Any]
-    model: PreTrainedModel = field(repr=False)
-    phases: tuple[Phase, ...] = ()
-    out: Path | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The manifest: equal runs have equal ones, also where one of them was interrupted."""
-        layers = [{key: x for key, x in layer.as_json().items() if key != "seconds"} for layer in self.layers]
-        content = {name: getattr(self, name) for name in _CONTENT}
-        content |= {"dense": asdict(self.dense), "pruned": asdict(self.pruned), "layers": layers}
-        return content | self.manifest
-
-    def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
-        return {
-            "seconds": round(self.seconds, 3),
-            "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
-            "phases": [asdict(phase) for phase in self.phases],
-        }
+    return None
 
 
 @takes(Settings)
@@ -168,7 +134,9 @@ def prune(settings: Settings) -> Report:
     if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     device, world = pick_device(settings.device), World.current()
+    tasks = _tasks(settings, world)
     tracker = tracker_named(settings.log) if isinstance(settings.log, str) else settings.log
+    callback = Callbacks(settings.callbacks, settings.progress)
     with (
         nullcontext()
         if out is None
@@ -177,10 +145,10 @@ def prune(settings: Settings) -> Report:
         # 2. Open the model: block by block where its weights would not fit.
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device))
-        phases = Phases(device, on_phase=settings.on_phase if world.rank == 0 else None)
+        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device, tasks))
+        phases = Phases(device, callback=callback)
         with phases("opening the model"):
-            loaded = _opened(settings, device, streams)
+            loaded = _opened(settings, device, on_disk=streams or shards_weights(settings, recipe, world))
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         # 3. Read the text; from here on the run can be described completely.
@@ -195,6 +163,8 @@ def prune(settings: Settings) -> Report:
             ridge=ridge,
             stream=streams,
             selection=selection,
+            tasks=() if tasks is None else tasks.names,
+            task_folder=None if settings.task_folder is None else str(settings.task_folder),
             **{name: None if part is None else described(part) for name, part in parts.items()},
         )
         record = manifest(resolved, texts.records(recipe.samples), loaded.revision)
@@ -204,7 +174,7 @@ def prune(settings: Settings) -> Report:
         del texts
         task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
         activation_bytes = settings.activation_bytes
-        if streams:
+        if loaded.offloading.is_offloaded:
             activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
             return_freed_memory()
         tracker = tracker if world.rank == 0 else None  # several processes are one run
@@ -212,8 +182,8 @@ def prune(settings: Settings) -> Report:
             offloading=loaded.offloading,
             world=world,
             journal=journal or NOTHING,
-            on_progress=settings.progress,
-            on_record=None if tracker is None else tracker.log,
+            on_progress=callback.on_progress,
+            on_record=_recorders(tracker, callback),
             activation_bytes=activation_bytes,
         )
         with followed(tracker, record["settings"]) as summary:
@@ -221,14 +191,16 @@ def prune(settings: Settings) -> Report:
             with phases("evaluating the dense model"):
                 dense = evaluated_dense(loaded, evaluation, runtime)
             # 5. Prune, and evaluate the pruned model.
-            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases)
+            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks)
             # 6. Write model, manifest and report.
             if journal is not None:
                 written = journal.output(
-                    lambda folder: _as_written(save_run(loaded, report, folder, evaluation, phases.on_phase))
+                    lambda folder: _as_written(save_run(loaded, report, folder, evaluation, callback))
                 )
                 report = replace(report, out=journal.out, **written)
             summary |= figures_of(report.as_json())
+    for note in dict.fromkeys(report.notes):
+        _LOG.info("note: %s", note)
     return report
 
 
@@ -240,6 +212,7 @@ def run_recipe(
     dense: Validation,
     record: dict[str, Any],
     phases: Phases | None = None,
+    tasks: Tasks | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates the result.
 
@@ -247,6 +220,7 @@ def run_recipe(
         dense: evaluation of the dense model.
         record: the manifest of the run.
         phases: before; None for none.
+        tasks: on which the pruned model is evaluated too.
     """
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
     with phases("pruning") as pruning:
@@ -254,6 +228,11 @@ def run_recipe(
     model: Any = loaded.model if outcome.model is None else outcome.model
     with phases("evaluating the pruned model"):
         pruned = evaluated(replace(loaded, model=model), dense.text, runtime)
+    on_tasks = None
+    if tasks is not None:
+        evaluate = partial(tasks.evaluate, replace(loaded, model=model), seed=task.seed)
+        with phases("evaluating the tasks"):
+            on_tasks = runtime.journal.once("tasks", evaluate)
     block_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     return Report(
         method=recipe.name,
@@ -263,6 +242,7 @@ def run_recipe(
         sparsity=1.0 - sum(layer.nonzeros for layer in outcome.layers) / block_weights,
         dense=dense.figures,
         pruned=pruned.figures,
+        tasks=on_tasks,
         layers=outcome.layers,
         seconds=pruning.seconds,
         notes=outcome.notes + notes_on(model),
@@ -275,7 +255,7 @@ def run_recipe(
 
 
 def save_run(
-    loaded: LoadedModel, report: Report, folder: Path, text: Sequences, on_phase: OnPhase | None = None
+    loaded: LoadedModel, report: Report, folder: Path, text: Sequences, callback: Callback | None = None
 ) -> Report:
     """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
 
@@ -284,7 +264,7 @@ def save_run(
 
     Args:
         text: its first sequence is what the two are compared on.
-        on_phase: called with the name of every phase that begins.
+        callback: as for `Phases`.
 
     Returns:
         The report as written.
@@ -292,9 +272,10 @@ def save_run(
     Raises:
         UserError: it cannot be loaded again, or is another model.
     """
+    assert report.model is not None
     pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
     device = loaded.offloading.device(report.model)
-    phases = Phases(device, report.phases, on_phase)
+    phases = Phases(device, report.phases, callback)
     with phases("writing the model"):
         save(pruned, folder, {"method": report.method, "target": report.target, "sparsity": report.sparsity})
     with phases("loading the folder again"):
@@ -305,21 +286,49 @@ def save_run(
             whole=not loaded.offloading.is_offloaded and _ROOM * weight_bytes(folder) <= free_bytes(device),
             trust_remote_code=settings.get("trust_remote_code", False),
         )
+    recipe = None
     if "target" in settings:  # a comparison is none of many runs
-        (folder / RECIPE).write_text(written_recipe(content_of(settings)), encoding="utf-8")
+        recipe = written_recipe(content_of(settings))
+        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    (folder / CARD).write_text(card_of(report, recipe), encoding="utf-8")
     with phases("hashing the files"):
         weights = weights_sha256(folder)
         hashes = {"weights": weights, "files": files_sha256(folder, leave_out=weights)}
     written = replace(report, manifest={**report.manifest, **hashes}, phases=tuple(phases))
-    write_json(folder / TIMINGS, with_digest(written.timings()))
+    finished = datetime.now(UTC).isoformat(timespec="minutes")
+    times = {**written.timings(), "finished": finished, "machine": machine.described()}
+    write_json(folder / TIMINGS, with_digest(times))
     write_json(folder / MANIFEST, with_digest(written.as_json()))
     write_report(folder)
     return written
 
 
+def _recorders(tracker: Tracker | None, callback: Callback) -> OnRecord:
+    """Passes figures to a tracker and a callback."""
+
+    def record(figures: dict[str, float], step: int) -> None:
+        if tracker is not None:
+            tracker.log(figures, step)
+        callback.on_figures(figures, step)
+
+    return record
+
+
 def _as_written(report: Report) -> dict[str, Any]:
     """What writing adds to a report."""
     return {"manifest": report.manifest, "phases": report.phases}
+
+
+def _tasks(settings: Settings, world: World) -> Tasks | None:
+    names = task_names(settings.tasks)
+    if not names:
+        unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
+        if unused:
+            raise UserError(f"{unused[0]} is of tasks: name them with tasks")
+        return None
+    if world.size > 1:
+        raise UserError("tasks are evaluated by one process: evaluate them afterwards, with 'admm-prune eval --tasks'")
+    return Tasks(names, folder=settings.task_folder, shots=settings.shots, limit=settings.task_limit)
 
 
 def _target(settings: Settings) -> Target:
@@ -330,10 +339,10 @@ def _target(settings: Settings) -> Target:
     return parse_target(settings.sparsity, settings.pattern)
 
 
-def _opened(settings: Settings, device: str, streams: bool) -> LoadedModel:
+def _opened(settings: Settings, device: str, *, on_disk: bool) -> LoadedModel:
     model = settings.model
     if isinstance(model, str | Path):
-        opens = open_on_disk if streams else load
+        opens = open_on_disk if on_disk else load
         return opens(str(model), device=device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
     check_no_adapters(type(model).__name__, model)
     return from_module(model, settings.tokenizer)

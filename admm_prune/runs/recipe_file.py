@@ -41,7 +41,7 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     others = {
         name: settings[name] for name in names_of(saved_in=("recipe",), text=False) if name in settings.keys() - content
     }
-    content |= {name: value for name, value in others.items() if value not in (None, False) and name not in _PARTS}
+    content |= {name: value for name, value in others.items() if _is_set(value) and name not in _PARTS}
     objects = {name: part for name, part in parts.items() if name not in named} | passed
     if objects:
         content["objects"] = objects
@@ -105,6 +105,11 @@ def _loader() -> Any:
         numbers[1], re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z"), digits
     )
     return Loader
+
+
+def _is_set(value: Any) -> bool:
+    """False for what stands at its default; 0 and 0.0 are values."""
+    return value is not None and value is not False and value not in ((), [])
 
 
 def _plain(text: str) -> float | str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLES = 128
 _LONGEST = 255  # characters of a name that is taken to be one without a look
 
-_LOG = logging.getLogger("admm_prune")
+_LOG = logging.getLogger(__name__)
 
 
 def check_data(data: str | None, model: object) -> str:

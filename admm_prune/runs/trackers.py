@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Tracker
+from admm_prune.methods.callbacks import Tracker
 from admm_prune.models.evaluate import METRICS
 from admm_prune.runs.journal.folder import flattened
 
@@ -126,4 +126,6 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a run as a whole, from its manifest: non-finite values are left out."""
     figures = {"sparsity": report["sparsity"]}
     figures |= {f"{which}/{name}": report[which][name] for which in ("dense", "pruned") for name in METRICS}
+    for task, row in ((report["tasks"] or {}).get("results") or {}).items():
+        figures |= {f"tasks/{task}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
     return {name: float(value) for name, value in figures.items() if value is not None and math.isfinite(value)}

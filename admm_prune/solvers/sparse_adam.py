@@ -245,7 +245,7 @@ class SparseAdam(Optimizer):
         """Fixes the support to given masks, such as those of a layer-wise solver.
 
         Args:
-            masks: by the names of the pruned weights, all of them, boolean, of whole weights.
+            masks: by the names of the pruned weights, all of them, boolean, of whole weights or sharded as they are.
 
         Raises:
             UserError: a mask is missing, too many, or of another shape.
@@ -261,7 +261,7 @@ class SparseAdam(Optimizer):
         """z <- a sparse point, such as that of a layer-wise solver, and u <- 0. The weights x do not change.
 
         Args:
-            solution: by the names of the pruned weights, all of them, whole.
+            solution: by the names of the pruned weights, all of them, whole or sharded as they are.
             fraction: of the final sparsity, for the supports of the dual updates from now on, in place of the ramp.
 
         Raises:
@@ -383,7 +383,7 @@ class SparseAdam(Optimizer):
                 for i, (name, p) in enumerate(zip(names_of(group, number), group["params"], strict=True)):
                     if p.numel() and p not in weights:
                         weights[p] = Weight(
-                            name, index + i, p, self.state[p], p in self._transposed, p in self._stacked
+                            name, index + i, p, self.state[p], name in self._transposed, name in self._stacked
                         )
                 if weights:
                     yield splitting, group, list(weights.values())

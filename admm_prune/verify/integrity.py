@@ -9,12 +9,14 @@ from typing import Any
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
+from admm_prune.runs.card import CARD
 from admm_prune.runs.claims import entries, has_own_digest, read_json
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.report.pages import PLOT, REPORT
 from admm_prune.verify.report import Verification
 
 Manifest = dict[str, Any]
+_OF_THE_HUB = (".gitattributes", ".cache", ".cache/huggingface")  # that its client adds to a downloaded folder
 _CODE = (".py", ".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".so")  # what can run code when it is loaded
 
 
@@ -43,6 +45,8 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, models: 
     parents = {parent.as_posix() for name in (*expected, *models) for parent in Path(name).parents}
     sound, present = True, set()
     for name, mode in entries(folder):
+        if name in _OF_THE_HUB or name.startswith(".cache/huggingface/"):
+            continue
         if stat.S_ISDIR(mode):
             if not (name in parents or any(name == model or name.startswith(f"{model}/") for model in models)):
                 sound = report.expect("files", False, f"the folder {name} was not written by the run")
@@ -55,6 +59,9 @@ def check_files(report: Verification, folder: Path, manifest: Manifest, models: 
             danger = ", and loading it can run code" if Path(name).suffix in _CODE else ""
             sound = report.expect("files", False, f"{name} was not written by the run{danger}")
         present.add(name)
+    if CARD in files and not (CARD in present and file_sha256(folder / CARD) == files[CARD]):  # people edit their cards
+        report.left_out.append(f"{report.where}{CARD}, which was {'edited' if CARD in present else 'removed'}")
+        files = {name: digest for name, digest in files.items() if name != CARD}
     for name in sorted({*files, *pages, TIMINGS} - present):
         sound = report.expect("files", False, f"{name} is missing")
     for name in sorted(files.keys() & present):

@@ -38,7 +38,7 @@ Manifest = dict[str, Any]
 
 _RECORD = {"settings", "model_revision", "texts", "environment", "files", DIGEST}
 RUN_FIELDS = frozenset({
-    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes", "details",
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers", "notes", "details",
     "continuation", "weights", *_RECORD,
 })  # fmt: skip
 COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "rows", *_RECORD})

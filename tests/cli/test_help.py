@@ -18,8 +18,22 @@ from tests.cli.outcome import Command
 
 SCRIPT = Path(sys.executable).with_name("admm-prune")
 COMMANDS = [
-    *("plan", "run", "compare", "reproduce", "eval", "verify", "report", "capture", "solve", "pack", "unpack", "list"),
-    *("recipe", "bench"),
+    *(
+        "plan",
+        "run",
+        "compare",
+        "reproduce",
+        "eval",
+        "verify",
+        "report",
+        "capture",
+        "solve",
+        "pack",
+        "unpack",
+        "push",
+        "list",
+    ),
+    *("check-plugin", "recipe", "bench"),
 ]
 
 
@@ -89,9 +103,9 @@ def test_h_is_help_and_flags_have_no_type(command: Command, name: str) -> None:
 def test_the_options_of_run_are_in_panels(command: Command) -> None:
     shown = command("run", "--help").out
     panels = re.findall("╭─ ([A-Z][A-Za-z ]+?) ─", shown)
-    assert panels == ["Options", "Pruning", "Structured pruning", "Training", "Text", "Run"]
+    assert panels == ["Options", "Pruning", "Structured pruning", "Training", "Text", "Run", "Tasks"]
     assert re.findall("╭─ ([A-Z][A-Za-z ]+?) ─", command("--help").out) == [
-        *("Options", "Prune", "Check and report", "Single layers", "Archives", "Information"),
+        *("Options", "Prune", "Check and report", "Single layers", "Archive and share", "Information"),
     ]
 
 

@@ -92,12 +92,11 @@ def test_only_what_is_read_is_downloaded(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     """A Hub that answers: what it would send is told by the client's own filter."""
-    described = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    described = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"]
     others = [
         "pytorch_model.bin",
         "consolidated.safetensors",
         "model.fp16.safetensors",
-        "README.md",
         "onnx/config.json",
     ]
     offered = [*described, *others, "model.safetensors", "own.py"]

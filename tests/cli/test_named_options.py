@@ -102,11 +102,11 @@ def test_the_help_of_a_command_names_its_own_options(name: str) -> None:
     "path", [*PAGES, *(PACKAGE / "assets/embedded").glob("*.md")], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_pages(path: Path) -> None:
-    """Lines that call a script of `benchmarks`, or another program, name options of theirs."""
+    """Lines that call a script of `benchmarks` or `examples`, or another program, name options of theirs."""
     lines = [
         line
         for line in path.read_text(encoding="utf-8").splitlines()
-        if not re.search(r"python -m benchmarks|benchmarks/|python -m pip|pytest ", line)
+        if not re.search(r"python -m benchmarks|benchmarks/|examples/|python -m pip|pytest ", line)
     ]
     assert [found for line in lines for found in wrong(line)] == []
 

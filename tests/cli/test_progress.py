@@ -13,6 +13,20 @@ import admm_prune
 from admm_prune.cli import progress
 from tests.cli.outcome import Command
 
+Steps = dict[str, list[tuple[int, int, str]]]
+
+
+class Seen(admm_prune.Callback):
+    def __init__(self, seen: Steps) -> None:
+        self.seen = seen
+
+    def on_phase_begin(self, name: str) -> None:
+        self.seen[name] = []
+
+    def on_progress(self, done: int, total: int, name: str) -> None:
+        [*self.seen.values()][-1].append((done, total, name))
+
+
 RUN_PHASES = [
     *("opening the model", "reading the text", "evaluating the dense model", "pruning"),
     *("evaluating the pruned model", "writing the model", "loading the folder again", "hashing the files"),
@@ -20,10 +34,10 @@ RUN_PHASES = [
 
 
 def test_a_run_reports_its_phases_and_the_steps_within(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    seen: dict[str, list[tuple[int, int, str]]] = {}
+    seen: Steps = {}
     admm_prune.prune(
         model_folder, method="magnitude", sparsity=0.5, data=str(text_file), out=tmp_path / "out",
-        on_phase=lambda name: seen.update({name: []}), progress=lambda *step: [*seen.values()][-1].append(step),
+        callbacks=Seen(seen),
     )  # fmt: skip
     assert list(seen) == RUN_PHASES
     assert seen["pruning"] == [(0, 2, "model.layers.0"), (1, 2, "model.layers.1"), (2, 2, "")]
@@ -34,10 +48,10 @@ def test_a_run_reports_its_phases_and_the_steps_within(model_folder: Path, text_
 
 
 def test_a_streamed_evaluation_counts_blocks_and_batches(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    seen: dict[str, list[tuple[int, int, str]]] = {}
+    seen: Steps = {}
     admm_prune.prune(
         model_folder, method="magnitude", sparsity=0.5, data=str(text_file), out=tmp_path / "out", stream=True,
-        on_phase=lambda name: seen.update({name: []}), progress=lambda *step: [*seen.values()][-1].append(step),
+        callbacks=Seen(seen),
     )  # fmt: skip
     steps = seen["evaluating the dense model"]
     assert steps == [(i, len(steps) - 1, "") for i in range(len(steps))]

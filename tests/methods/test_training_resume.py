@@ -50,7 +50,7 @@ def test_an_interrupted_run_ends_in_the_bytes_of_one_that_was_not(
     monkeypatch.setattr(trained, "_PART", 6)  # a checkpoint every 2 or 3 steps, as long runs have many
     run(tmp_path / "whole", model_folder, text_file, method)
     again = tmp_path / "again"
-    for stop in (3, 4):  # said: in the steps since the run was begun, or taken up again
+    for stop in (3, 4, 8):  # said: in the steps since the run was begun, or taken up again; at last, on a fixed support
         with pytest.raises(KeyboardInterrupt):
             run(again, model_folder, text_file, method, stop=stop, resume=stop > 3)
         assert not again.exists()

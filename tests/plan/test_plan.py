@@ -226,6 +226,7 @@ def test_the_plan_of_a_method_that_trains_is_what_the_allocator_gives(
         weights + allocated(lambda: recipe.run(model, task, project=keep_all)), rel=0.03
     )
     assert planned.parts["gradients"] == 4 * model.num_parameters()
+    assert ("anchors" in planned.parts) == name.startswith("elsa")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import admm_prune
 from admm_prune import ADMM, Blocks, Groups, LayerReconstruction, NofM, RowWise, SparseGPT, Unstructured
 from admm_prune.errors import UserError
-from admm_prune.runs.prune import Report
+from admm_prune.runs.results import Report
 from admm_prune.verify.run import verify_folder
 
 Prune = Callable[..., Report]

@@ -13,6 +13,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.models.sublayers import savings, sublayers
 from admm_prune.problems.layer import Share
+from admm_prune.runs.prune import shards_weights
 from admm_prune.runs.texts import Texts
-from admm_prune.settings import TextSettings
+from admm_prune.settings import Settings, TextSettings
 from tests.solvers.test_sparse_adam_sharded import in_processes
 
 LINE = "admm-prune: "
@@ -67,13 +69,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(one: Path, several: Path, *, measured: bool = False) -> None:
-    """The same files; masks equal, weights and figures to rounding.
+    """The same files, but that a sharded model is written block by block; masks equal, weights and figures to rounding.
 
     At a rate measured on the tiny model, which is as large as its weights, Adam makes up to a whole rate of what
     rounding leaves of a gradient that vanishes: there it is the distance of all weights that is small, 1e-4 of their
     norm, as the tests at a gentle rate have each of them within 1e-5.
     """
-    assert {path.name for path in one.iterdir()} == {path.name for path in several.iterdir()}
+    others = [{path.name for path in folder.iterdir() if "safetensors" not in path.name} for folder in (one, several)]
+    assert others[0] == others[1]
     expected, found = weights(one), weights(several)
     assert expected.keys() == found.keys()
     for name, x in expected.items():
@@ -359,6 +362,24 @@ def test_wrong_input_is_one_line(
     assert len(said) == 1
     assert line in said[0]
     assert list(tmp_path.iterdir()) == [tmp_path / "admm_prune_main.py"]
+
+
+@pytest.mark.parametrize(
+    ("method", "processes", "changes", "sharded"),
+    [
+        ("elsa", 2, {}, True),
+        ("gradual", 4, {}, True),
+        ("elsa", 1, {}, False),
+        ("admm", 2, {}, False),
+        ("elsa", 2, {"out": None}, False),
+        ("elsa", 2, {"stream": False}, False),
+    ],
+)
+def test_which_runs_never_hold_the_whole_model(
+    model_folder: Path, method: str, processes: int, changes: dict[str, Any], sharded: bool
+) -> None:
+    settings = replace(Settings(model=str(model_folder), method=method, out="out"), **changes)
+    assert shards_weights(settings, recipe_named(method), World(0, processes)) == sharded
 
 
 def test_work_is_dealt_out_by_cost() -> None:

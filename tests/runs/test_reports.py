@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from admm_prune.result import Convergence, Progress
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
-from admm_prune.runs.report import content, plots, write_difference, write_report
+from admm_prune.runs.report import content, write_difference, write_report
 from admm_prune.settings import Settings
 from tests.runs.html_page import Element, read_page
 
@@ -58,11 +60,64 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file
     return place
 
 
+def test_the_page_begins_with_text_samples_and_says_how_to_repeat_and_load(runs: Path) -> None:
+    for name in ("admm", "struprune"):
+        manifest, page = manifest_of(runs / name), page_of(runs / name)
+        headings = [heading.text for heading in page.find_all("h2")]
+        assert headings[0] == "Text samples"
+        samples = page.find_all("dl", **{"class": "samples"})[0].find_all("pre")
+        continuation = manifest["continuation"]
+        assert [sample.text for sample in samples] == [continuation[x] for x in ("prompt", "dense", "pruned")]
+        assert "Repeat and load" in headings
+        code = "\n".join(block.text for block in page.find_all("pre"))
+        assert "admm-prune run --recipe recipe.yaml" in code
+        assert (runs / name / "recipe.yaml").read_text() in code
+        assert ("load_packed" in code) == (name == "admm"), "sliced matrices have no zeros"
+        config = json.loads((runs / name / "config.json").read_text())
+        assert ("trust_remote_code=True" in code) == ("auto_map" in config)
+        times = json.loads((runs / name / "timings.json").read_text())
+        assert f"Finished on {times['finished'][:10]}" in page.text
+        assert times["machine"] in page.text
+
+
+def test_the_csv_table_has_every_layer(runs: Path) -> None:
+    (link,) = (a for a in page_of(runs / "admm").find_all("a") if "download" in a.attributes)
+    where = link.attributes["href"] or ""
+    assert where.startswith("data:text/csv;charset=utf-8,")
+    rows = list(csv.DictReader(unquote(where.partition(",")[2]).splitlines()))
+    layers = manifest_of(runs / "admm")["layers"]
+    assert [row["name"] for row in rows] == [layer["name"] for layer in layers]
+    for row, layer in zip(rows, layers, strict=True):
+        assert float(row["relative_error"]) == layer["relative_error"]
+        assert float(row["bound"]) == layer["bound"]
+        assert int(row["rows"]) * int(row["columns"]) == layer["shape"][0] * layer["shape"][1]
+
+
+def test_points_and_areas_show_their_values_on_hover(runs: Path) -> None:
+    layers, page = manifest_of(runs / "admm")["layers"], page_of(runs / "admm")
+    titles = [title.text for title in page.find_all("title")[1:]]
+    for layer in layers:
+        block, matrix = content.place_of(layer["name"])
+        assert f"block {block}, {matrix}: {layer['relative_error']:.4g}" in titles
+        assert f"block {block}, {matrix}: {100 * (1 - layer['sparsity']):.2f} % of the weights left" in titles
+
+
+def test_layers_without_an_error_are_last() -> None:
+    layers = [{"relative_error": error, "sparsity": sparsity} for error, sparsity in
+              ((None, 0.5), (0.1, 0.5), (None, 0.2), (0.3, 0.5))]  # fmt: skip
+    assert [layers.index(layer) for layer in content.worst_first(layers)] == [3, 1, 2, 0]
+
+
+def test_a_note_that_is_advised_already_is_not_repeated() -> None:
+    layer = {"name": "a", "notes": ["slow", "other"], "diagnosis": [{"finding": "slow"}]}
+    assert content.notes_of({"notes": ["of the run"], "layers": [layer]}) == [("of the run", 0), ("other", 1)]
+
+
 def test_every_layer_is_in_the_page_with_the_numbers_of_the_manifest(runs: Path) -> None:
     for name in ("admm", "wanda", "struprune", "sparsellm", "trained"):
         manifest, page = manifest_of(runs / name), page_of(runs / name)
         rows = {row.attributes["data-layer"]: row for row in page.find_all("tr") if "data-layer" in row.attributes}
-        assert list(rows) == [layer["name"] for layer in manifest["layers"]]
+        assert list(rows) == [layer["name"] for layer in content.worst_first(manifest["layers"])]
         fields = ["relative_error", "relative_error_validation"] + ["objective", "bound"] * (name == "admm")
         for layer in manifest["layers"]:
             for field in fields:
@@ -142,7 +197,7 @@ def test_a_history_is_thinned_to_its_last_line() -> None:
 
 def test_a_solve_of_several_weights_tells_its_history_once(runs: Path) -> None:
     layers = manifest_of(runs / "admm")["layers"]
-    told = [plots.place_of(layer["name"])[1] for layer in layers if layer["convergence"]]
+    told = [content.place_of(layer["name"])[1] for layer in layers if layer["convergence"]]
     assert told == 2 * ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     columns = layers[0]["convergence"]
     assert columns["iteration"][-1] == layers[0]["iterations"]
@@ -190,7 +245,7 @@ def test_stored_transposes_are_turned(tmp_path: Path) -> None:
     ],
 )
 def test_a_layer_is_placed_by_its_name(name: str, place: tuple[int, str]) -> None:
-    assert plots.place_of(name) == place
+    assert content.place_of(name) == place
 
 
 def test_the_difference_of_two_runs(runs: Path, tmp_path: Path) -> None:

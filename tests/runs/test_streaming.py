@@ -25,7 +25,7 @@ from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs import prune as prune_module
-from admm_prune.runs.prune import Report
+from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.verify.run import verify_folder

@@ -6,13 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.runs.evaluate import evaluate_tasks
+from admm_prune.verify.report import Verdict
+from admm_prune.verify.run import verify_folder
 
 ROWS = [
     {"question": "the cat sat on a", "choices": [" mat", " question"], "answer": 0},
@@ -69,6 +74,48 @@ def test_accuracy_is_what_the_likelihoods_say(model_folder: Path, tasks: Path) -
     assert found["shots"] == {"mats": 0}
     assert found["limit"] is None
     json.dumps(found)
+
+
+def prune(model_folder: Path, text_file: Path, **how: Any) -> Any:
+    common: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "samples": 2, "eval_samples": 2, "device": "cpu"}
+    return admm_prune.prune(model_folder, data=str(text_file), **common, **how)
+
+
+def test_a_run_evaluates_its_pruned_model(model_folder: Path, text_file: Path, tasks: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"tasks": "mats", "task_folder": tasks, "shots": 0}
+    report = prune(model_folder, text_file, out=tmp_path / "out", **how)
+    saved = evaluate_tasks(str(tmp_path / "out"), ["mats"], folder=tasks, shots=0, device="cpu")
+    assert report.tasks == saved
+    assert report.tasks["results"]["mats"].keys() >= {"acc,none", "acc_stderr,none"}
+    assert "evaluating the tasks" in [phase.name for phase in report.phases]
+    assert admm_prune.load_report(tmp_path / "out").tasks == report.tasks
+    recipe = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    assert (recipe["tasks"], recipe["task_folder"], recipe["shots"]) == (["mats"], str(tasks), 0), "0 is not left out"
+    assert "| mats | acc | 0 | " in (tmp_path / "out/README.md").read_text()
+    plain = prune(model_folder, text_file, out=tmp_path / "plain")
+    assert plain.tasks is None
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    verified = verify_folder(tmp_path / "out", quick=True, device="cpu")
+    assert verified.verdict is Verdict.VERIFIED
+    assert "admm_prune.json: tasks" in verified.fingerprinted
+
+
+def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(
+    model_folder: Path, text_file: Path, tasks: Path, tmp_path: Path
+) -> None:
+    (tasks / "lost.yaml").write_text((tasks / "mats.yaml").read_text().replace("mats", "lost"))
+    for reason, how in (
+        ("cannot stream: tasks need the whole model in memory", {"tasks": ["mats"], "stream": True}),
+        ("lost, mats: FileNotFoundError: .*lost.jsonl", {"tasks": ["lost", "mats"]}),
+        ("there is no such folder of tasks", {"tasks": "mats", "task_folder": tmp_path / "none"}),
+        ("shots is of tasks: name them with tasks", {"shots": 3, "task_folder": None}),
+        ("task_limit must be at least 1, not 0", {"tasks": "mats", "task_limit": 0}),
+    ):
+        with pytest.raises(UserError, match=reason) as refused:
+            prune(model_folder, text_file, out=tmp_path / "out", **{"task_folder": tasks} | how)
+        assert "\n" not in str(refused.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["tasks"]
 
 
 def test_what_cannot_be_evaluated_is_refused(model_folder: Path, tasks: Path, tmp_path: Path) -> None:

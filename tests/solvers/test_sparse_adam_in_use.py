@@ -229,3 +229,30 @@ def test_progress_without_steps_before_the_freeze_is_complete() -> None:
     timeline = Timeline(total=2, freeze=0.9, ramp=0.5)
     assert (timeline.freeze_at, timeline.progress(0), timeline.fraction(0)) == (0, 1.0, 1.0)
     assert Timeline(total=2, freeze=0.5, ramp=0.5).fraction(0) == 0.0
+
+
+def test_parameters_that_are_exchanged_for_others_are_pruned_as_they_were() -> None:
+    """accelerate shards a model after its optimizer was created, and exchanges the parameters in its groups."""
+    from transformers.pytorch_utils import Conv1D
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Conv1D(12, 16), nn.Tanh(), nn.Linear(12, 4))
+
+    given, exchanged = network(), network()
+    optimizers = [SparseAdam(model, pattern=(1, 4), lr=0.01, total_steps=8, interval=2) for model in (given, exchanged)]
+    for name, parameter in list(exchanged.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(exchanged.get_submodule(owner), last, nn.Parameter(parameter.detach().clone()))
+    for group in optimizers[1].param_groups:
+        group["params"] = [exchanged.get_parameter(name) for name in group["param_names"]]
+    for model, optimizer in zip((given, exchanged), optimizers, strict=True):
+        for step in range(8):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    masks = [optimizer.finalize() for optimizer in optimizers]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    assert bool((masks[1]["0.weight"].view(4, 4, 12).sum(1) == 1).all()), "groups of four inputs, of in x out"

@@ -120,7 +120,7 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_hypothesis_it_says_what_to_install() -> None:
     run = run_python("import sys; sys.modules['hypothesis'] = None; import admm_prune.testing")
-    assert "ImportError: admm_prune.testing needs hypothesis: pip install admm-prune[dev]" in run.stderr
+    assert "ImportError: admm_prune.testing needs hypothesis: pip install admm-prune[testing]" in run.stderr
 
 
 def test_the_package_does_not_load_hypothesis() -> None:

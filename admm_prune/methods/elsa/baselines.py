@@ -90,7 +90,8 @@ class Staged(Trained):
 
     def project(self, session: Session, target: Target) -> None:
         stage = self.solve_layers(session, target)
-        masks = {view.parameter_name: view.parameter.detach() != 0 for view in session.views}
+        names = dict.fromkeys(view.parameter_name for view in session.views)
+        masks = {name: session.trained.get_parameter(name).detach() != 0 for name in names}
         session.trainer.optimizer.change_support(masks)
         if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
@@ -100,11 +101,11 @@ class Staged(Trained):
         rows = len(session.training.rows)
         calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
         task = Task(target=target, calibration=calibration, seed=session.task.seed)
-        session.gather()
+        given = session.runtime
+        runtime = Runtime(world=given.world, offloading=session.offloading, activation_bytes=given.activation_bytes)
         session.model.requires_grad_(False)
-        outcome = Layerwise(self.projection).prune(session.model, task, Runtime(world=session.runtime.world))
+        outcome = Layerwise(self.projection).prune(session.model, task, runtime)
         session.model.requires_grad_(True)
-        session.scatter()
         stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
         session.stages.append(stage)
         return stage

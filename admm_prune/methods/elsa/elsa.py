@@ -65,7 +65,7 @@ class Elsa(Staged):
         stage = self.solve_layers(session, target)
         if str(target) == str(session.task.target):
             stage["held_out_loss"] = session.offer()
-        z = {view.parameter_name: view.parameter.detach() for view in session.views}
+        z = {name: weight.detach() for name, weight in weights.items()}
         whole = session.task.target.fraction
         trainer.optimizer.restart(z, target.fraction / whole if whole else 1.0)
         with torch.no_grad():

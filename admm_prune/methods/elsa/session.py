@@ -15,8 +15,9 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer
+from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import WeightView
-from admm_prune.solvers.elsa.anchors import all_gather, local, local_shard
+from admm_prune.solvers.elsa.anchors import local
 from admm_prune.solvers.elsa.duals import DualUpdate
 
 
@@ -25,8 +26,9 @@ class Session:
     """The model, the data and the state of a run.
 
     Attributes:
-        model: whole, in every process.
-        trained: the model that is trained: `model` itself, or a copy that is sharded over the processes.
+        model: the model for everything but training; its weights are loaded within the contexts of `offloading`.
+        trained: the model that is trained: `model` itself, or the same weights sharded over the processes.
+        offloading: where the weights of `model` are; changes of them are changes of `trained`.
         views: the weights of `model` that are pruned.
         dtypes: of the parameters as they are saved, by name; they are trained in float32.
         prepared: the step before which all projections and rate changes are done.
@@ -35,6 +37,7 @@ class Session:
 
     model: nn.Module
     trained: nn.Module
+    offloading: Offloading
     views: list[WeightView]
     task: Task
     runtime: Runtime
@@ -85,30 +88,17 @@ class Session:
                 x.copy_(exact)
 
     def finish(self) -> None:
-        """Leaves the best sparse weights in the whole model. The last ones are offered too."""
+        """Leaves the best sparse weights in the trained model. The last ones are offered too."""
         if self.offer() > self.best_loss:
             self.restore_best()
             last = "the last model was worse on held-out sequences than the best sparse model, which is returned"
             self.notes.append(last)
-        self.gather()
 
     @torch.no_grad()
     def restore_best(self) -> None:
         assert self.best is not None
         for name, parameter in self.trained.named_parameters():
             local(parameter).copy_(local(self.best[name]))
-
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Copies the trained parameters into the whole model."""
-        for whole, part in self._pairs():
-            whole.copy_(all_gather(part, local(part)))
-
-    @torch.no_grad()
-    def scatter(self) -> None:
-        """Copies the whole model into the trained parameters."""
-        for whole, part in self._pairs():
-            local(part).copy_(local_shard(part, whole))
 
     def keep(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint of the complete state."""
@@ -120,20 +110,20 @@ class Session:
         values = checkpoints.latest()
         if values is None:
             return
-        self.trainer.optimizer.masks()  # creates the optimizer's state
+        optimizer = self.trainer.optimizer
+        for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
+            group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+        optimizer.masks()  # creates the optimizer's state, without anchors where the support is fixed
         if values["best_loss"] is not None:
             self.best = self._empty()
             self.best_loss = values["best_loss"]
         tensors = self._tensors()
         checkpoints.load(tensors)
         torch.set_rng_state(tensors["random"])
-        optimizer = self.trainer.optimizer
         for name, parameter in self.trained.named_parameters():
             state = optimizer.state[parameter]
             for key, number in values["states"][name].items():
                 state[key] = torch.full_like(state[key], number) if isinstance(state.get(key), Tensor) else number
-        for group, settings in zip(optimizer.param_groups, values["groups"], strict=True):
-            group.update({key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
         optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
         self.trainer.go_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
@@ -172,8 +162,3 @@ class Session:
             "history": [update.to_json() for update in optimizer.history],
             "best_loss": None if self.best is None else self.best_loss,
         }
-
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        if self.trained is self.model:
-            return []
-        return list(zip(self.model.parameters(), self.trained.parameters(), strict=True))

@@ -20,7 +20,8 @@ from admm_prune.methods.layerwise import untouched
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.losses import Distillation, next_token_loss
-from admm_prune.models.parallel import World, sharded_copy
+from admm_prune.models.sharded import ShardedModel
+from admm_prune.models.streaming import ModelOnDisk
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.ops import backend
 from admm_prune.solvers.elsa.moments import MomentFormat
@@ -46,7 +47,8 @@ class Trained(Capabilities, ABC):
     projection, so that an interrupted run resumes from there, with the same result.
 
     Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
-    every batch. In addition each holds the whole model, for the projections and the result.
+    every batch. A model on disk is never whole in any of them: each reads its shards, projections and the result gather
+    one block at a time, and the result is written to files. Of a model in memory each holds its own copy beside them.
 
     Attributes:
         steps: forward and backward passes over a batch, including those of the learning rate range test.
@@ -111,6 +113,8 @@ class Trained(Capabilities, ABC):
         self.check(model, task.target)
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
+        if not (runtime.offloading.keeps_changes or runtime.journal.keeps):
+            raise ValueError("a model that is not in memory needs a journal, or its pruned weights are lost")
         session = self.run(model, task, runtime)
         trainer = session.trainer
         precision = {torch.bfloat16: "bf16", torch.float32: "float32"}[self.engine.dtype(trainer.device)]
@@ -126,9 +130,15 @@ class Trained(Capabilities, ABC):
             "dual_updates": [{name: getattr(u, name) for name in _UPDATE} for u in trainer.optimizer.history],
         }
         pruned = {view.name for view in session.views}
-        layers = [replace(report_of(view, view.shape), tokens=trainer.tokens) for view in session.views]
+        trained_reports, other_reports = [], []
+        for index, block in enumerate(decoder_blocks(session.model)):
+            with session.offloading.block(index):
+                chosen = [view for view in block.weights if view.name in pruned]
+                trained_reports += [replace(report_of(view, view.shape), tokens=trainer.tokens) for view in chosen]
+                other_reports += untouched(block, pruned)
+        _take(model, session)
         return Outcome(
-            layers=layers + [report for block in decoder_blocks(model) for report in untouched(block, pruned)],
+            layers=trained_reports + other_reports,
             notes=(*trainer.optimizer.notes, *trainer.notes, *session.notes),
             details={"training": details, "stages": session.stages},
         )
@@ -154,8 +164,10 @@ class Trained(Capabilities, ABC):
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
         target, world = task.target, runtime.world
-        views = chosen_views(model, target)
-        trained = sharded_copy(model, world)
+        sharded = ShardedModel(model, runtime.offloading, world) if world.size > 1 else None
+        trained = model if sharded is None else sharded.sharded
+        plain = model if sharded is None else sharded.model
+        views = chosen_views(plain, target)
         how: dict[str, Any] = {"params": trained, "lr": self.lr or 0.0, "moments": self.moments}
         how |= {"targets": list(dict.fromkeys(view.parameter_name for view in views)), "ignore": ()}
         how["fused"] = not backend.uses_triton(next(trained.parameters()))  # torch's kernel, where it is not ours
@@ -163,7 +175,7 @@ class Trained(Capabilities, ABC):
         trainer = Trainer(
             trained,
             self.optimizer(how),
-            Distillation(self._teacher(model, world), self.distillation) if self.distillation else next_token_loss,
+            Distillation(self._teacher(model, sharded), self.distillation) if self.distillation else next_token_loss,
             training,
             steps=self.training_steps,
             batch_size=self.batch_size,
@@ -171,12 +183,14 @@ class Trained(Capabilities, ABC):
             world=world,
             engine=self.engine,
         )
-        return Session(model, trained, views, task, runtime, training, held_out, trainer, dtypes)
+        offloading = sharded or runtime.offloading
+        return Session(plain, trained, offloading, views, task, runtime, training, held_out, trainer, dtypes)
 
-    def _teacher(self, model: nn.Module, world: World) -> nn.Module:
+    def _teacher(self, model: nn.Module, sharded: ShardedModel | None) -> nn.Module:
         """The dense model, in the dtype that products are computed in."""
-        teacher = teacher_of(model, self.engine.dtype(next(model.parameters()).device))
-        return sharded_copy(teacher, world).requires_grad_(False)
+        if sharded is not None:
+            return sharded.copy(self.engine.dtype(sharded.device(model)))
+        return teacher_of(model, self.engine.dtype(next(model.parameters()).device))
 
     @property
     def training_steps(self) -> int:
@@ -245,3 +259,16 @@ def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
     if torn:
         raise UserError(f"{min(torn)} is one parameter for all experts: a method that trains prunes all of it or none")
     return chosen
+
+
+def _take(model: nn.Module, session: Session) -> None:
+    """Copies the trained weights of a sharded model into the given one, in memory or in files."""
+    sharded, runtime = session.offloading, session.runtime
+    if not isinstance(sharded, ShardedModel):
+        return
+    if isinstance(runtime.offloading, ModelOnDisk):
+        folder = runtime.journal.scratch()
+        assert folder is not None, "checked before"
+        sharded.write_to(runtime.offloading, folder, session.dtypes)
+    else:
+        sharded.copy_to(model)

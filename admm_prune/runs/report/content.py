@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ Manifest = dict[str, Any]
 _SEVERITIES = ("error", "warning", "info", "good")
 Layer = Mapping[str, Any]  # of a manifest
 TILES = 16
+_COLUMNS = (  # of a layer in the CSV table, after its name and shape
+    *("sparsity", "relative_error", "relative_error_validation", "objective", "bound"),
+    *("ridge", "damping", "iterations", "seconds", "status"),
+)
 
 
 @dataclass
@@ -58,8 +65,10 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
     """The notes of the run and of its layers: (note, number of layers), 0 for the run."""
     layers_with = dict.fromkeys(manifest["notes"], 0)
     for layer in manifest["layers"]:
+        advised = {finding["finding"] for finding in layer["diagnosis"]}  # is shown already
         for note in layer["notes"]:
-            layers_with[note] = layers_with.get(note, 0) + 1
+            if note not in advised:
+                layers_with[note] = layers_with.get(note, 0) + 1
     return list(layers_with.items())
 
 
@@ -71,6 +80,13 @@ def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
         if row[RANKING] is not None:
             best[row["target"]] = min(sign * row[RANKING], best.get(row["target"], math.inf))
     return [row[RANKING] is not None and sign * row[RANKING] == best[row["target"]] for row in rows]
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """(the number of the block, the matrix within it): (3, "mlp.up_proj") of "model.layers.3.mlp.up_proj.weight"."""
+    match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    block, rest = (int(match[1]), match[2]) if match else (0, name)
+    return block, rest.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,27 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
     """The mean over the layers of a model; None unless every one has an error."""
     known = [error for error in errors if error is not None]
     return sum(known) / len(known) if known and len(known) == len(errors) else None
+
+
+def worst_first(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers by their relative error, the largest first; those without one last, the densest of them first."""
+
+    def key(layer: Layer) -> tuple[bool, float, float]:
+        error = layer["relative_error"]
+        return error is None, -(error or 0.0), layer["sparsity"]
+
+    return sorted(layers, key=key)
+
+
+def as_csv(layers: Iterable[Layer]) -> str:
+    """A table of all layers in their order in the model, for spreadsheets."""
+    text = StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["name", "block", "matrix", "rows", "columns", *_COLUMNS])
+    for layer in layers:
+        values = ["" if layer.get(name) is None else layer[name] for name in _COLUMNS]
+        writer.writerow([layer["name"], *place_of(layer["name"]), *layer["shape"], *values])
+    return text.getvalue()
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,21 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from admm_prune.errors import UserError
 from admm_prune.models.evaluate import METRICS, RANKING
+from admm_prune.runs.card import task_rows
 from admm_prune.runs.claims import read_json, record_pages
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_output_file
+from admm_prune.runs.recipe_file import RECIPE
 from admm_prune.runs.report import content, plots
 from admm_prune.runs.report.content import Manifest, Weights, overlap
 
 REPORT = "report.html"
 PLOT = "perplexity.png"
 # Keys of a manifest that are shown otherwise, or too long to read.
-_LONG = {"layers", "rows", "weights", "files", "details", "dense", "pruned", "timings"}
+_LONG = {"tasks", "continuation", "layers", "rows", "weights", "files", "details", "dense", "pruned", "timings"}
 
 
 def write_report(folder: Path) -> Path:
@@ -31,7 +34,7 @@ def write_report(folder: Path) -> Path:
         UserError: the folder is no finished run, or a file of it cannot be read.
     """
     manifest = read_manifest(folder)
-    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, _read_run(folder))
+    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
     path = folder / REPORT
     path.write_text(page, encoding="utf-8")
     record_pages(folder / TIMINGS, [path, *(plot for plot in [folder / PLOT] if "rows" in manifest)])
@@ -49,7 +52,7 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
     Raises:
         UserError: a folder is no run, or `out` is not ours to write.
     """
-    a, b = (_read_run(folder) for folder in (first, second))
+    a, b = (read_run(folder) for folder in (first, second))
     for folder, manifest in ((first, a), (second, b)):
         if "rows" in manifest:
             raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
@@ -92,13 +95,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_run(folder: Path) -> Manifest:
+def read_run(folder: Path) -> Manifest:
     """The manifest of a run, and its times under "timings", as far as they were kept."""
     manifest, path = read_manifest(folder), folder / TIMINGS
     times = read_json(path) if path.exists() else {}
     if not isinstance(times, dict):
         raise UserError(f"{path} is not a JSON object")
-    manifest["timings"] = {"seconds": None, "layers": {}, "phases": []} | times
+    manifest["timings"] = {"seconds": None, "layers": {}, "phases": [], "finished": None, "machine": None} | times
     return manifest
 
 
@@ -112,11 +115,17 @@ def _is_page(path: Path) -> bool:
 def _run(folder: Path, run: Manifest) -> str:
     layers, details = run["layers"], run["details"]
     for layer in layers:
-        layer["place"] = plots.place_of(layer["name"])
+        layer["place"] = content.place_of(layer["name"])
         layer["seconds"] = run["timings"]["layers"].get(layer["name"])
+    recipe = folder / RECIPE
     return _rendered(
         "run.html.j2",
         run=run,
+        layers=content.worst_first(layers),
+        csv=f"data:text/csv;charset=utf-8,{quote(content.as_csv(layers))}",
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        remote_code=_needs_code(folder),
+        tasks=list(task_rows(run.get("tasks"))),
         device="CPU" if run["settings"]["device"] == "cpu" else run["environment"]["cuda"] or "CPU",
         mean_error=content.mean_error([layer["relative_error"] for layer in layers]),
         findings=content.advice_of(layers),
@@ -142,7 +151,7 @@ def _own_targets(run: Manifest) -> dict[str, str | None]:
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:
-    runs = [_read_run(folder / row["folder"]) for row in comparison["rows"]]
+    runs = [read_run(folder / row["folder"]) for row in comparison["rows"]]
     for run in runs:
         run["findings"] = content.advice_of(run["layers"])
     rows = comparison["rows"]
@@ -168,6 +177,13 @@ def _comparison(folder: Path, comparison: Manifest) -> str:
         errors=plots.errors_by_method(runs),
         manifest=_short(comparison),
     )
+
+
+def _needs_code(folder: Path) -> bool:
+    """Whether the model needs `trust_remote_code` to be loaded."""
+    config = folder / "config.json"
+    content = read_json(config) if config.is_file() else {}
+    return isinstance(content, dict) and "auto_map" in content
 
 
 def _short(manifest: Manifest) -> str:

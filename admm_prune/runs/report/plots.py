@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from admm_prune.models.evaluate import METRICS
-from admm_prune.runs.report.content import TILES, Layer, Weights
+from admm_prune.runs.report.content import TILES, Layer, Weights, place_of
 
 # Okabe and Ito's palette, which is safe for colour-blind readers, with a darker yellow. In a page the n-th colour is
 # the page's --series-n, which is lighter in dark mode.
@@ -89,7 +90,7 @@ def whole_numbers(panel: Any) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def svg(figure: Any, name: str) -> str:
+def svg(figure: Any, name: str, titles: Mapping[str, Sequence[str]] | None = None) -> str:
     """The drawing as an SVG element, the same text for the same drawing.
 
     Text stays text, which can be searched and scaled. `INK` and `COLOURS` are replaced by the colours of the page,
@@ -97,6 +98,7 @@ def svg(figure: Any, name: str) -> str:
 
     Args:
         name: unique in the page; ids begin with it.
+        titles: what a browser shows on hovering over the points of a line, or over a patch, by the `gid` of either.
     """
     from matplotlib import rc_context
 
@@ -106,6 +108,8 @@ def svg(figure: Any, name: str) -> str:
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
+    for group, texts in (titles or {}).items():
+        drawn = _titled(drawn, group, texts)
     drawn = re.sub(r'\bid="', f'id="{name}-', drawn)
     drawn = re.sub(r'(url\(|href=")#', rf"\1#{name}-", drawn)
     for i, colour in enumerate(COLOURS):
@@ -113,11 +117,17 @@ def svg(figure: Any, name: str) -> str:
     return drawn.replace(INK, "currentColor")
 
 
-def place_of(name: str) -> tuple[int, str]:
-    """(the number of the block, the matrix within it): (3, "mlp.up_proj") of "model.layers.3.mlp.up_proj.weight"."""
-    match = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
-    block, rest = (int(match[1]), match[2]) if match else (0, name)
-    return block, rest.removesuffix(".weight")
+def _titled(drawn: str, group: str, texts: Sequence[str]) -> str:
+    """The drawing with a <title> for every point of a line, or for the path of a patch."""
+    begin = drawn.index(f'<g id="{group}">')
+    end = drawn.index("\n   </g>", begin)
+    shape = re.compile(r"<use [^>]*/>" if "<use " in drawn[begin:end] else r"<path (?:[^>]*)/>")
+    shapes = shape.findall(drawn[begin:end])
+    if len(shapes) != len(texts):  # a point outside the axes is not drawn
+        return drawn
+    remaining = iter(texts)
+    titled = shape.sub(lambda match: f"<g><title>{escape(next(remaining))}</title>{match[0]}</g>", drawn[begin:end])
+    return drawn[:begin] + titled + drawn[end:]
 
 
 def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, float]]]:
@@ -134,10 +144,13 @@ def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, 
 def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
     """A map of the remaining weights: one row per block, one column per matrix, tiles for its parts."""
     from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
 
     matrices = list(by_matrix(layers, "sparsity"))
     blocks = sorted({place_of(layer["name"])[0] for layer in layers})
     cell = TILES + _GAP
+    titles: dict[str, list[str]] = {}
+    areas: list[tuple[int, int, str]] = []
     picture = np.full((cell * len(blocks) - _GAP, cell * len(matrices) - _GAP), np.nan)
     for layer in layers:
         tiles = weights.tiles(layer["name"])
@@ -145,6 +158,9 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
             continue
         block, matrix = place_of(layer["name"])
         top, left = cell * blocks.index(block), cell * matrices.index(matrix)
+        gid = f"area-{len(areas)}"
+        areas.append((left, top, gid))
+        titles[gid] = [f"block {block}, {matrix}: {100 * (1 - layer['sparsity']):.2f} % of the weights left"]
         rows, columns = (max(1, round(TILES * part)) for part in (tiles.height, tiles.width))
         down, across = tiles.share.shape
         picture[top : top + rows, left : left + columns] = tiles.share[
@@ -157,6 +173,8 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
     colours = colormaps["cividis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.2))
     most = max(0.1, math.ceil(10 * float(np.nanmax(picture))) / 10)
     image = axes.imshow(picture, cmap=colours, vmin=0, vmax=most, interpolation="nearest", aspect="auto")
+    for x, y, gid in areas:  # invisible: they carry the titles
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), TILES, TILES, facecolor="white", alpha=0.0, linewidth=0, gid=gid))
     centres = [cell * i + (TILES - 1) / 2 for i in range(max(len(blocks), len(matrices)))]
     every = -(-len(matrices) // 16)
     labels = [name.partition(".")[2] or name for name in matrices[::every]]
@@ -170,7 +188,7 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
     bar.set_label("share left", color=INK)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
-    return svg(figure, "map")
+    return svg(figure, "map", titles)
 
 
 def layer_errors(layers: Sequence[Layer]) -> str | None:
@@ -179,15 +197,17 @@ def layer_errors(layers: Sequence[Layer]) -> str | None:
     if not any(value > 0 for points in errors.values() for _, value in points):
         return None
     figure, (axes,) = panels()
+    titles: dict[str, list[str]] = {}
     for i, (matrix, points) in enumerate(errors.items()):
         look = style(i)
         if points:
-            axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, **look)
+            axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, gid=f"line-{i}", **look)
+            titles[f"line-{i}"] = [f"block {block}, {matrix}: {value:.4g}" for block, value in points if value > 0]
         if bounds[matrix]:
             axes.plot(*zip(*bounds[matrix], strict=True), linestyle="none", color=look["color"], marker="_")
     if any(bounds.values()):
         axes.plot([], [], linestyle="none", color=INK, marker="_", label="lower bound")
-    return _over_blocks(figure, axes, "relative error (log scale)", "errors")
+    return _over_blocks(figure, axes, "relative error (log scale)", "errors", titles)
 
 
 def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
@@ -342,13 +362,15 @@ def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = 
     return svg(figure, metric)
 
 
-def _over_blocks(figure: Any, axes: Any, what: str, name: str) -> str:
+def _over_blocks(
+    figure: Any, axes: Any, what: str, name: str, titles: Mapping[str, Sequence[str]] | None = None
+) -> str:
     axes.set_xlabel("block")
     axes.set_ylabel(what)
     whole_numbers(axes)
     logarithmic(axes)
     legend(figure, axes)
-    return svg(figure, name)
+    return svg(figure, name, titles)
 
 
 def _curve(columns: Mapping[str, Any], field: str, scale: float = 1.0) -> dict[int, float]:

@@ -96,7 +96,9 @@ def all_gather(parameter: Tensor, shard: Tensor) -> Tensor:
 
 
 def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
-    """The rows of `whole` in the local shard."""
+    """The rows of `whole` in the local shard; of a tensor that is sharded as `parameter` is, its own."""
+    if isinstance(whole, DTensor):
+        return whole.to_local()
     processes = processes_of(parameter)
     if processes is None:
         return whole

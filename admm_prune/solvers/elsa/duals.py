@@ -201,7 +201,7 @@ class Splitting:
             magnitude = weight.shard.to(working_dtype(weight.parameter.dtype)).abs()
             if weight.name not in masks:
                 return magnitude
-            chosen = local(local_shard(weight.parameter, masks[weight.name])).to(magnitude.device)
+            chosen = local_shard(weight.parameter, masks[weight.name]).to(magnitude.device)
             return magnitude.div_(1.0 + magnitude).add_(chosen, alpha=_CHOSEN)
 
         selected = []
@@ -225,18 +225,20 @@ class Splitting:
                 self.anchors.write(weight, x.masked_fill(~mask, 0), self._chance(weight, 0))
 
     def set_masks(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
-        """M <- given masks, of all rows."""
-        for weight in weights:
-            mask = local(local_shard(weight.parameter, masks[weight.name])).to(weight.shard.device)
-            weight.state["kept"] = int(torch.count_nonzero(masks[weight.name]))
+        """M <- given masks, of all rows, or sharded as the weights are."""
+        selected = [local_shard(one.parameter, masks[one.name]).to(one.shard.device) for one in weights]
+        counts = torch.stack([torch.count_nonzero(mask)[None] for mask in selected])
+        sizes = totals([weight.parameter for weight in weights], counts)[:, 0].tolist()
+        for weight, mask, size in zip(weights, selected, sizes, strict=True):
+            weight.state["kept"] = size
             weight.set_mask(mask)
 
     def restart(self, weights: Sequence[Weight], solution: Mapping[str, Tensor], step: int) -> None:
-        """z <- a given point, of all rows, whose support has been set, and u <- 0."""
+        """z <- a given point, of all rows, or sharded as the weights are, whose support has been set, and u <- 0."""
         for weight in weights:
-            z = local(local_shard(weight.parameter, solution[weight.name]))
-            z = z.to(weight.shard.device, working_dtype(weight.parameter.dtype), copy=True)
             weight.state["lag"] = 1.0
+            z = local_shard(weight.parameter, solution[weight.name])
+            z = z.to(weight.shard.device, working_dtype(weight.parameter.dtype), copy=True)
             self.anchors.write(weight, z, self._chance(weight, step + 1))
 
     def drop_anchors(self, weights: Sequence[Weight]) -> None:

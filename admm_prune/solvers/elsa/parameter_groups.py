@@ -46,13 +46,13 @@ class Target:
 class ParameterGroups:
     """Groups as torch takes them, the support of each that is pruned by its number, and how weights are stored.
 
-    Parameters are compared by identity, as in the hash of a tensor, which copies and pickles preserve.
+    Weights are known by name: FSDP2 under accelerate exchanges the parameters of the groups.
     """
 
     groups: list[dict[str, Any]] = field(default_factory=list)
     supports: dict[int, Support] = field(default_factory=dict)
-    transposed: set[Tensor] = field(default_factory=set)
-    stacked: set[Tensor] = field(default_factory=set)  # those that hold a matrix for every expert
+    transposed: set[str] = field(default_factory=set)
+    stacked: set[str] = field(default_factory=set)  # those that hold a matrix for every expert
 
 
 def parameter_groups(
@@ -85,8 +85,8 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
     if others:
         result.groups.append({"params": others})
     result.supports[0] = _required(target)
-    result.transposed = {weight.parameter for weight in weights if weight.transposed}
-    result.stacked = {weight.parameter for weight in weights if weight.stacked}
+    result.transposed = {weight.name for weight in weights if weight.transposed}
+    result.stacked = {weight.name for weight in weights if weight.stacked}
     _check_prunable([weight.parameter for weight in weights], result.supports[0])
     return result
 

@@ -1,0 +1,50 @@
+"""Functions of settings with the signature and the documentation of the fields of their settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from admm_prune.errors import named_extra
+from admm_prune.settings import options
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+    """A function of settings as a function of their fields, with a line of each in its docstring for "{options}".
+
+    Args:
+        kind: the class of the settings.
+        command: describe the options of this command alone.
+    """
+    declared = options(kind)
+
+    def wrap(function: Callable[[S], R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            try:
+                return function(kind(*args, **given))
+            except ModuleNotFoundError as error:
+                raise named_extra(error) or error from error
+
+        signature = inspect.signature(kind)
+        first, *others = sorted(signature.parameters.values(), key=lambda p: list(declared).index(p.name))
+        returns = inspect.signature(function).return_annotation
+        made: Any = call
+        made.__signature__ = signature.replace(parameters=[first, *others], return_annotation=returns)
+        made.__annotations__ = {p.name: p.annotation for p in (first, *others)} | {"return": returns}
+        lines = [
+            textwrap.fill(f"{name}: {one.help} {one.python}", 116, initial_indent="    ", subsequent_indent="        ")
+            for name, one in declared.items()
+            if command is None or command in one.commands.split()
+        ]
+        made.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("    {options}", "\n".join(lines))
+        return call
+
+    return wrap

@@ -1,0 +1,97 @@
+"""check-plugin: the examples conform, by name and as objects; a violation is named; wrong input is one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.outcome import Command, Refused
+from tests.plugged_in import plugged_in
+
+__all__ = ["plugged_in"]  # a fixture
+
+BROKEN = '''
+from dataclasses import dataclass
+
+from admm_prune import LayerReconstruction, Magnitude, Unstructured
+
+
+@dataclass(frozen=True)
+class Overfull(Unstructured):
+    """Claims to contain everything."""
+
+    def contains(self, z):
+        return True
+
+
+class Negative(LayerReconstruction):
+    def value(self, point):
+        return -1.0
+
+
+class NeverFeasible:
+    def solve(self, problem, *, start=None):
+        raise RuntimeError("out of\\nideas")
+
+
+number = 3
+'''
+
+
+@pytest.fixture
+def broken(place: Path) -> Path:
+    """A module in the working folder whose parts violate what they promise."""
+    (place / "broken_parts.py").write_text(BROKEN)
+    yield place
+    sys.modules.pop("broken_parts", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("row-mixture", "constraints"),
+        ("relative", "problems"),
+        ("row_mixture:RowMixture", "constraints"),
+        ("relative_reconstruction:RelativeReconstruction", "problems"),
+        pytest.param("projected-gradient", "solvers", marks=pytest.mark.slow),
+        pytest.param("projected_gradient:ProjectedGradient", "solvers", marks=pytest.mark.slow),
+    ],
+)
+def test_the_examples_conform(plugged_in: Path, command: Command, name: str, kind: str) -> None:
+    content = command("check-plugin", name, "--examples", 2, "--json").json()
+    assert (content["kind"], content["conforms"], content["violation"]) == (kind, True, None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "reason"),
+    [("Overfull", "Overfull"), ("Negative", "Negative"), ("NeverFeasible", "RuntimeError: out of ideas")],
+)
+def test_a_violation_is_named_in_a_line(broken: Path, command: Command, attribute: str, reason: str) -> None:
+    outcome = command("check-plugin", f"broken_parts:{attribute}", "--examples", 2)
+    assert outcome.status == 1
+    assert outcome.out.startswith(f"broken_parts:{attribute} does not conform: ")
+    assert reason in outcome.out
+    assert outcome.out.count("\n") == 1
+    assert outcome.err == ""
+
+
+def test_wrong_names_are_refused(broken: Path, refused: Refused, plugged_in: Path) -> None:
+    refused("there is no plug-in 'nonesuch': the installed ones are ", "check-plugin", "nonesuch")
+    refused("no_module:X cannot be imported: ModuleNotFoundError", "check-plugin", "no_module:X")
+    refused("broken_parts:None1 cannot be imported: AttributeError", "check-plugin", "broken_parts:None1")
+    refused("say which it is to be with --kind", "check-plugin", "broken_parts:number")
+    refused("kind must be solver, problem or constraint, not 'set'", "check-plugin", "relative", "--kind", "set")
+    refused("there is no plug-in 'relative'", "check-plugin", "relative", "--kind", "solver")
+    refused("which makes no sparse set", "check-plugin", "broken_parts:number", "--kind", "constraint")
+
+
+def test_without_hypothesis_it_says_what_to_install(
+    plugged_in: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("admm_prune.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("admm_prune.testing", raising=False)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    refused("admm_prune.testing needs hypothesis: pip install admm-prune[testing]", "check-plugin", "relative")
