@@ -15,7 +15,21 @@ from admm_prune.cli.app import app
 from tests.cli.outcome import Command
 
 SCRIPT = Path(sys.executable).with_name("admm-prune")
-COMMANDS = ["run", "compare", "eval", "capture", "solve", "verify", "report", "reproduce", "recipe", "list", "bench"]
+COMMANDS = [
+    "run",
+    "compare",
+    "eval",
+    "capture",
+    "solve",
+    "verify",
+    "report",
+    "reproduce",
+    "recipe",
+    "push",
+    "check-plugin",
+    "list",
+    "bench",
+]
 
 
 def plain(text: str) -> str:
