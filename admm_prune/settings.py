@@ -74,6 +74,8 @@ class Option:
             return
         if self.least is not None and value < self.least:
             raise UserError(f"{name} must be at least {self.least}, not {value}")
+        if self.most is not None and value > self.most:
+            raise UserError(f"{name} must be at most {self.most}, not {value}")
         if self.choices and value not in self.choices:
             choices = " or ".join(", ".join(self.choices).rsplit(", ", 1))
             raise UserError(f"{name} must be {choices}, not '{value}'{did_you_mean(str(value), self.choices)}")
@@ -298,6 +300,13 @@ class Settings(TextSettings):
     )
     steps: int | None = _training(
         None, "Number of optimizer steps, for methods that train; by default set by the method.", least=1
+    )
+    distillation: float | None = _training(
+        None,
+        "Weight of the distillation loss in training, 0 to 1, the dense model being the teacher; by default set by the "
+        "method.",
+        least=0.0,
+        most=1.0,
     )
     precision: str = _training(
         "auto",

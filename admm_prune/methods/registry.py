@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from admm_prune.errors import UserError, unknown
 from admm_prune.methods.base import Recipe
@@ -30,6 +31,7 @@ def composed(
     method: str | None,
     *,
     steps: int | None = None,
+    distillation: float | None = None,
     engine: Engine = _ENGINE,
     solver: str | Solver | None = None,
     problem: ProblemLike = None,
@@ -39,7 +41,7 @@ def composed(
 
     Args:
         method: a name; None for layer-wise pruning with the solver, or with `admm` if there is none.
-        steps, engine: as in `recipe_named`.
+        steps, distillation, engine: as in `recipe_named`.
         solver: an object, or the name of a layer method, whose ridge, damping and budget are used too.
         problem: a class derived from `LayerReconstruction`, a function with the same arguments, or a name.
         constraint: an object, a class that takes a sparsity, or a name.
@@ -50,12 +52,12 @@ def composed(
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:
-        return recipe_named(DEFAULT if method is None else method, steps, engine)
+        return recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
         return Layerwise(with_parts(_method_of(solver), problem, constraint))
-    recipe = recipe_named(DEFAULT if method is None else method, steps, engine)
+    recipe = recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
@@ -75,21 +77,24 @@ def _method_of(solver: str | Solver) -> Method:
     return Method(kind.__name__, (kind.__doc__ or "").strip().partition("\n")[0], lambda: solver)
 
 
-def recipe_named(name: str, steps: int | None = None, engine: Engine = _ENGINE) -> Recipe:
+def recipe_named(
+    name: str, steps: int | None = None, engine: Engine = _ENGINE, distillation: float | None = None
+) -> Recipe:
     """The recipe of this name; solvers of layer problems are applied layer by layer.
 
     Args:
-        steps: of a recipe that trains, in place of its own number.
+        steps, distillation: of a recipe that trains, in place of its own.
         engine: of a recipe that trains.
 
     Raises:
-        UserError: no such recipe; the message lists those there are. It does not train, and has no steps or engine.
+        UserError: no such recipe; the message lists those there are. It does not train, and has none of these.
     """
     check_no_clash("solvers", name, RECIPES)
     if name not in RECIPES and name not in method_names():
         raise unknown("method", name, dict.fromkeys([*RECIPES, *method_names()]))
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
-    given = [*([] if steps is None else ["steps"]), *engine.changed()]
+    own = {name: x for name, x in (("steps", steps), ("distillation", distillation)) if x is not None}
+    given = [*own, *engine.changed()]
     if not given:
         return recipe
     if not isinstance(recipe, Trained):
@@ -97,7 +102,8 @@ def recipe_named(name: str, steps: int | None = None, engine: Engine = _ENGINE) 
         raise UserError(f"{name} does not train: --{flag} is for {', '.join(trained.name for trained in TRAINED)}")
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    return replace(recipe, steps=steps or recipe.steps, engine=engine)
+    changes: dict[str, Any] = {**own, "engine": engine}
+    return replace(recipe, **changes)
 
 
 def with_baselines(names: Iterable[str]) -> list[str]:

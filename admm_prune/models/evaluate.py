@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -88,7 +89,13 @@ def headings(*, ratios: bool = False) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Metrics):
-    """The metrics of a model on a text; `protocol` says in one sentence what was scored and how."""
+    """The metrics of a model on a text.
+
+    Attributes:
+        protocol: what was scored and how, in one sentence.
+        perplexity_error: standard error of the perplexity, from the variation between the sequences, as if they were
+            independent; None of a single sequence, or where the perplexity is not finite.
+    """
 
     tokens: int
     characters: int
@@ -96,6 +103,7 @@ class Evaluation(Metrics):
     length: int
     truncated_tokens: int
     protocol: str
+    perplexity_error: float | None = None
 
 
 @torch.no_grad()
@@ -128,13 +136,19 @@ def evaluate(
             on_progress(done, passes + len(pieces))
 
     report(0)
+    sequence_losses: list[Tensor] = []
     if offloading.is_offloaded:
         device = offloading.device(model)
         losses = streamed(
-            model, pieces, offloading, lambda piece: cross_entropy(model, piece, device), activation_store, report
+            model,
+            pieces,
+            offloading,
+            lambda piece: cross_entropy(model, piece, device, sequence_losses=sequence_losses),
+            activation_store,
+            report,
         )
     else:
-        losses = (cross_entropy(model, piece) for piece in pieces)
+        losses = (cross_entropy(model, piece, sequence_losses=sequence_losses) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
     for done, loss in enumerate(losses, passes + 1):
         total += loss
@@ -149,7 +163,28 @@ def evaluate(
         length=sequences.length,
         truncated_tokens=sequences.truncated_tokens,
         protocol=_protocol(sequences),
+        perplexity_error=_perplexity_error(pieces, sequence_losses, world, total, sequences.scored_tokens),
     )
+
+
+def _perplexity_error(
+    pieces: list[Batch], losses: list[Tensor], world: World, total: Tensor, tokens: int
+) -> float | None:
+    """Standard error of exp(mu), mu = sum l_i / sum n_i over sequences i, by the delta method:
+    exp(mu) sqrt(m / (m - 1) sum (l_i - mu n_i)^2) / sum n_i for m sequences.
+
+    Source: Cochran, Sampling Techniques, 1977, section 6.4 (the ratio estimator).
+    """
+    moments = torch.zeros(4, dtype=torch.float64)
+    for piece, loss in zip(pieces, losses, strict=True):
+        counts = piece.scored.sum(1).double()
+        moments += torch.stack([(counts > 0).sum(), loss @ loss, loss @ counts, counts @ counts])
+    count, squares, products, sizes = world.all_reduce(moments).tolist()
+    mean = float(total) / tokens
+    if count < 2 or not math.isfinite(squares) or mean > math.log(sys.float_info.max):
+        return None
+    residual = max(0.0, squares - 2 * mean * products + mean**2 * sizes)
+    return math.exp(mean) * math.sqrt(count / (count - 1) * residual) / tokens
 
 
 def streamed(

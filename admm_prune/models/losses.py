@@ -80,16 +80,28 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def cross_entropy(model: nn.Module, batch: Batch, device: torch.device | None = None) -> Tensor:
+def cross_entropy(
+    model: nn.Module,
+    batch: Batch,
+    device: torch.device | None = None,
+    *,
+    sequence_losses: list[Tensor] | None = None,
+) -> Tensor:
     """The sum of -log p over the scored tokens of a batch, from logits in float32: a float64 scalar on the CPU.
 
     Args:
         device: on which the model runs; by default that of its weights.
+        sequence_losses: the sums of the single sequences, float64 on the CPU, are appended to it.
     """
     total = torch.zeros((), dtype=torch.float64)
     for piece in split_rows(model, batch):
         scored = Scored.of(piece, device or _device(model))
-        total += _with_logits(model, scored, _summed(partial(_cross_entropy, scored.targets))).cpu()
+        token_losses = torch.zeros(scored.count, dtype=torch.float64, device=scored.targets.device)
+        total += _with_logits(model, scored, _summed(partial(_token_losses, scored.targets, token_losses))).cpu()
+        if sequence_losses is not None:
+            rows, length = scored.ids.shape
+            sums = torch.zeros(rows, dtype=torch.float64)
+            sequence_losses.append(sums.index_add_(0, scored.positions.cpu() // length, token_losses.cpu()))
     return total
 
 
@@ -174,6 +186,13 @@ def _cross_entropy(targets: Tensor, logits: Tensor, chunk: slice, gradient: bool
     if not gradient:
         return value, None
     return value, _less_targets(log_p.exp_(), index, 1.0)
+
+
+def _token_losses(targets: Tensor, losses: Tensor, logits: Tensor, chunk: slice, gradient: bool) -> tuple[Tensor, None]:
+    """The sum of -log p over a chunk of tokens, without a gradient; writes that of each token into `losses` (n,)."""
+    log_p = log_softmax(logits, -1, dtype=_wide(logits)).gather(1, targets[chunk, None]).double()
+    losses[chunk] = log_p.squeeze(1).neg()
+    return log_p.sum().neg(), None
 
 
 def _less_targets(slope: Tensor, index: Tensor, weight: float) -> Tensor:

@@ -138,7 +138,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
-    recipe = configured(recipe_named(method, settings.steps, Engine.of(settings)), settings.unit, settings.multiple)
+    recipe = recipe_named(method, settings.steps, Engine.of(settings), settings.distillation)
+    recipe = configured(recipe, settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:

@@ -130,6 +130,10 @@ def _body(report: Report, recipe: str | None) -> Iterator[str]:
         dense, pruned = getattr(report.dense, name), getattr(report.pruned, name)
         yield f"| {metric.name} | {metric.format % dense} | {metric.format % pruned} | {pruned / dense:.3f} |"
     evaluation = texts["evaluation"]
+    errors = [report.dense.perplexity_error, report.pruned.perplexity_error]
+    if None not in errors:
+        dense, pruned = (f"{error:.2g}" for error in errors)
+        yield f"\nStandard error of the perplexity, between sequences: {dense} dense, {pruned} pruned."
     text = _text(_evaluated_on(report), evaluation["source"])
     yield (f"\nProtocol: {report.pruned.protocol} Text: {text}; sha256 of its tokens: `{evaluation['token_hash']}`.")
     if report.tasks is not None:

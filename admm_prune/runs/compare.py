@@ -148,8 +148,8 @@ def compare(
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
-    engine = Engine.of(run)
-    recipes = [recipe_named(r.name, run.steps, engine) if "steps" in r.options else r for r in recipes]
+    how = (run.steps, Engine.of(run), run.distillation)
+    recipes = [recipe_named(r.name, *how) if "steps" in r.options else r for r in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are distinguished by their labels in the report and the folder names.

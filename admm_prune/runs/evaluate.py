@@ -240,7 +240,8 @@ class Tasks:
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        rows = {task: {k: v for k, v in row.items() if k != "alias"} for task, row in results["results"].items()}
+        # Beside metrics, such as "acc,none", a row has the name of its task and the number of its samples.
+        rows = {task: {k: v for k, v in row.items() if "," in k} for task, row in results["results"].items()}
         return {
             "results": rows,
             "versions": results["versions"],

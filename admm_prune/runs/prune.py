@@ -124,9 +124,8 @@ def prune(settings: Settings) -> Report:
     method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    recipe = configured(
-        composed(method, steps=settings.steps, engine=Engine.of(settings), **parts), settings.unit, settings.multiple
-    )
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
+    recipe = configured(composed(method, **how, engine=Engine.of(settings), **parts), settings.unit, settings.multiple)
     target = _target(settings)
     ridge = parse_ridge(settings.ridge)
     passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)

@@ -222,9 +222,10 @@ def test_compiled_blocks_train_alike(model_folder: Path, text_file: Path) -> Non
 def test_settings_reach_the_engine_and_the_manifest(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     report = admm_prune.prune(
         model_folder, method="gradual", sparsity=0.5, data=str(text_file), length=32, samples=24, steps=20,
-        precision="bf16", micro_batch=2, gradient_checkpointing=True, out=tmp_path / "out",
+        precision="bf16", micro_batch=2, gradient_checkpointing=True, distillation=0.25, out=tmp_path / "out",
     )  # fmt: skip
     assert report.details["training"]["precision"] == "bf16"
+    assert report.details["training"]["distillation"] == 0.25
     settings = report.manifest["settings"]
     assert (settings["precision"], settings["micro_batch"], settings["gradient_checkpointing"]) == ("bf16", 2, True)
     assert "micro_batch: 2" in (tmp_path / "out/recipe.yaml").read_text()
@@ -236,6 +237,8 @@ def test_settings_reach_the_engine_and_the_manifest(tmp_path: Path, model_folder
         ({"method": "admm", "micro_batch": 2}, "admm does not train: --micro-batch is for elsa"),
         ({"method": "wanda", "gradient_checkpointing": True}, "wanda does not train: --gradient-checkpointing is for"),
         ({"method": "elsa", "micro_batch": 0}, "micro_batch must be at least 1, not 0"),
+        ({"method": "admm", "distillation": 0.0}, "admm does not train: --distillation is for elsa"),
+        ({"method": "elsa", "distillation": 1.5}, "distillation must be at most 1.0, not 1.5"),
         ({"method": "elsa", "precision": "fp8"}, "precision must be auto, bf16 or float32, not 'fp8'"),
     ],
     ids=str,

@@ -48,6 +48,28 @@ def test_windows_score_every_token_once_and_no_separator(tokenizer: PreTrainedTo
     assert result.perplexity == pytest.approx(math.exp(total / scored), rel=1e-5)
 
 
+def test_the_standard_error_is_that_of_resampled_sequences(
+    tokenizer: PreTrainedTokenizerFast, stories: Sequences
+) -> None:
+    """Against the delta method written out per sequence, and against a bootstrap over the sequences."""
+    model = build("llama")
+    result = evaluate(model, stories)
+    losses, counts = [], []
+    for ids in one_by_one(stories):
+        log_p = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-log_p.gather(1, ids[0, 1:, None]).sum().item())
+        counts.append(ids.shape[1] - 1)
+    loss, count = torch.tensor(losses).double(), torch.tensor(counts).double()
+    mean, m = loss.sum() / count.sum(), len(losses)
+    expected = mean.exp() * (m / (m - 1) * (loss - mean * count).square().sum()).sqrt() / count.sum()
+    assert result.perplexity_error == pytest.approx(float(expected), rel=1e-4)
+    draws = torch.randint(m, (4000, m), generator=torch.Generator().manual_seed(0))
+    resampled = (loss[draws].sum(1) / count[draws].sum(1)).exp().std()
+    assert result.perplexity_error == pytest.approx(float(resampled), rel=0.35)
+    one = pack(Corpus("x", STORIES[:1]), tokenizer, length=64, packing="documents")
+    assert evaluate(model, one).perplexity_error is None
+
+
 def test_evaluation_repeats_to_the_bit(stories: Sequences) -> None:
     assert evaluate(build("qwen3"), stories) == evaluate(build("qwen3"), stories)
 
@@ -73,6 +95,7 @@ def test_a_model_that_overflows_earns_its_perplexity(stories: Sequences) -> None
     model = build("llama-untied")
     model.lm_head.weight.mul_(1e6)
     assert evaluate(model, stories).perplexity == math.inf
+    assert evaluate(model, stories).perplexity_error is None
     model.lm_head.weight.fill_(torch.nan)
     assert math.isnan(evaluate(model, stories).perplexity)
 

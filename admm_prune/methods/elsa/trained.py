@@ -60,7 +60,7 @@ class Trained(Capabilities, ABC):
         engine: how the model is computed; it changes the result by rounding alone.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("steps", *(one.name for one in fields(Engine)))
+    options: ClassVar[tuple[str, ...]] = ("steps", "distillation", *(one.name for one in fields(Engine)))
     stages: ClassVar[Stages | None] = "training"
     budget: ClassVar[Budget] = "matrix"
 
