@@ -93,8 +93,8 @@ def recipe_named(
     if name not in RECIPES and name not in method_names():
         raise unknown("method", name, dict.fromkeys([*RECIPES, *method_names()]))
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
-    own = {name: x for name, x in (("steps", steps), ("distillation", distillation)) if x is not None}
-    given = [*own, *engine.changed()]
+    replaced = {name: x for name, x in (("steps", steps), ("distillation", distillation)) if x is not None}
+    given = [*replaced, *engine.changed()]
     if not given:
         return recipe
     if not isinstance(recipe, Trained):
@@ -102,7 +102,7 @@ def recipe_named(
         raise UserError(f"{name} does not train: --{flag} is for {', '.join(trained.name for trained in TRAINED)}")
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    changes: dict[str, Any] = {**own, "engine": engine}
+    changes: dict[str, Any] = {**replaced, "engine": engine}
     return replace(recipe, **changes)
 
 
