@@ -5,6 +5,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO ?= demo
 
 BIN := .venv/bin
+RUNTIME := .venv/.runtime
 INSTALLED := .venv/.installed
 
 # Two test processes with one thread each finish sooner than one with two, and add numbers in a fixed order.
@@ -17,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## prune the embedded model by four methods, side by side; results in demo/
+demo: $(RUNTIME) ## prune the embedded model by four methods, side by side; results in demo/
 	$(BIN)/admm-prune compare --model embedded --data embedded --methods magnitude,wanda,sparsegpt,admm \
 		--sparsity 0.5,0.7 --pattern 2:4 --samples 64 --eval-samples 64 --overwrite --out $(DEMO)
 
@@ -37,6 +38,7 @@ bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/R
 
 catalogue: $(INSTALLED) ## try every solver on every problem and set, and write down what `list` and the docs show
 	$(ONE_THREAD) $(BIN)/python scripts/write_catalogue.py
+	$(BIN)/python scripts/write_reference.py
 
 docs: $(INSTALLED) ## the documentation as a site, in site/
 	$(BIN)/zensical build --strict
@@ -51,12 +53,16 @@ clean: ## remove what was built, cached and demonstrated; .venv stays
 	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
+# What the demo runs. Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
 # torch comes first, in a call of its own: a CPU build at hand is then taken, and later ranges leave it in place.
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard admm_prune/csrc/*)
+$(RUNTIME): pyproject.toml constraints.txt setup.py $(wildcard admm_prune/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("admm-prune needs Python 3.11 or newer: \
 	make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[models,plots,cli]'
+	@touch $@
+
+$(INSTALLED): $(RUNTIME)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@

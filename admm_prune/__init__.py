@@ -114,9 +114,9 @@ else:  # hidden from type checkers, so that a misspelt name stays an error to th
         """PEP 562: imports the module of a public name when the name is first used."""
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
+        from admm_prune.errors import optional_module
 
-        value = getattr(import_module(_HOME[name]), name)
+        value = getattr(optional_module(_HOME[name]), name)
         globals()[name] = value
         return value
 

@@ -1,6 +1,19 @@
-"""The error that the user can correct."""
+"""The errors that the user can correct."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher, get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "models": ("huggingface_hub", "pydantic", "tokenizers", "transformers", "yaml"),
+    "text": ("datasets", "pyarrow"),
+    "plots": ("jinja2", "matplotlib"),
+    "cli": ("rich", "typer"),
+}
 
 
 class UserError(ValueError):
@@ -8,3 +21,64 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. Any other exception is a bug.
     """
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package of an extra is not installed; the message names the extra.
+
+    Args:
+        package: the name under which it is imported.
+    """
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"this needs the package {package}: pip install 'admm-prune[{_extra_of(package)}]'")
+
+
+def named_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
+    """The error for a package of an extra that could not be imported; None if it is of none."""
+    package = (error.name or "").partition(".")[0]
+    return MissingExtraError(package) if _extra_of(package) else None
+
+
+def check_installed(*packages: str) -> None:
+    """Raises MissingExtraError if one of these packages of extras is not installed; imports nothing."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(package)
+
+
+def optional_module(name: str) -> Any:
+    """Imports a module of a package of an extra.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise named_extra(error) or error from error
+
+
+def _extra_of(package: str) -> str:
+    return next((extra for extra, packages in _EXTRAS.items() if package in packages), "")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'sparsegpt'?)" for a misspelt name, to be put into a message; empty where no name is near."""
+    by_lower = {one.lower(): one for one in known}
+    matches = get_close_matches(name.lower(), by_lower, n=3)
+    ratios = [SequenceMatcher(None, name.lower(), match).ratio() for match in matches]
+    nearest = [f"'{by_lower[match]}'" for match, ratio in zip(matches, ratios, strict=True) if ratio == max(ratios)]
+    return f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> UserError:
+    """The error for a name that is none of those there are; it lists them, and the one that is near.
+
+    Args:
+        what: such as "method".
+        otherwise: what else can be done, at the end of the message.
+    """
+    names = list(known)
+    listed = ", ".join([*names, *([otherwise] if otherwise else [])])
+    return UserError(f"unknown {what} '{name}'{did_you_mean(name, names)}: choose one of {listed}")

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_d
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,8 @@ class Option:
         if self.most is not None and value > self.most:
             raise UserError(f"{name} must be at most {self.most}, not {value}")
         if self.choices and value not in self.choices:
-            raise UserError(f"{name} must be {' or '.join(', '.join(self.choices).rsplit(', ', 1))}, not '{value}'")
+            choices = " or ".join(", ".join(self.choices).rsplit(", ", 1))
+            raise UserError(f"{name} must be {choices}, not '{value}'{did_you_mean(str(value), self.choices)}")
 
 
 def option(default: T, help: str, **how: Any) -> T:
@@ -95,7 +96,11 @@ def _run(default: T, help: str, *, saved_in: str = "", **how: Any) -> T:
 
 
 def _training(default: T, help: str, **how: Any) -> T:
-    return option(default, help, commands=_RUNS, **how)
+    return option(default, help, group="Training", commands=_RUNS, **how)
+
+
+def _structured(default: T, help: str, **how: Any) -> T:
+    return option(default, help, group="Structured pruning", **how)
 
 
 def _tasks(default: T, help: str, **how: Any) -> T:
@@ -268,7 +273,8 @@ class Settings(TextSettings):
     )
     targets: str | Sequence[str] = _patterns(
         (),
-        "Prune only what matches: a class (LlamaMLP), the name of a module, or re:REGEX; repeatable.",
+        "Prune only what matches: the name of a module or the end of it (q_proj, mlp.up_proj), a class (LlamaMLP), or "
+        "re:REGEX; repeatable. 'admm-prune list modules' lists the names.",
         python="See `Selection`.",
         in_file=tuple[str, ...],
     )
@@ -314,12 +320,12 @@ class Settings(TextSettings):
         False, "Compute activations again in the backward pass of training: less memory, a third more work."
     )
     compile: bool = _training(False, "Compile the blocks with torch.compile for training.")
-    unit: str | None = option(
+    unit: str | None = _structured(
         None,
         "Unit of the budget of structured methods: parameters, bytes, kv-cache, flops or latency.",
         choices=("parameters", "bytes", "kv-cache", "flops", "latency"),
     )
-    multiple: int | None = option(
+    multiple: int | None = _structured(
         None, "Make the number of neurons that a structured method keeps a multiple of this, such as 64.", least=1
     )
     bounds: bool = option(
@@ -407,7 +413,8 @@ class Settings(TextSettings):
     tokenizer: Any = _run(None, "Tokenizer of a model that is passed as a module.", commands="")
     progress: OnProgress | None = _run(
         None,
-        "Callable that receives (steps done, all steps, name of the current part); layer-wise methods count blocks.",
+        "Callable that receives (steps done, all steps, name of the current part) in every phase of the run: blocks or "
+        "steps of training while the model is pruned, batches while it is evaluated.",
         commands="",
     )
     callbacks: Callback | Sequence[Callback] = _run(
@@ -448,7 +455,8 @@ def options(kind: Any) -> dict[str, Option]:
             typed_default=typed_default,
             spelled=declared.spelled or one.name,
         )
-    groups = ["Pruning", "Text", "Run", *dict.fromkeys(o.group for o in completed.values())]
+    first = ("Pruning", "Structured pruning", "Training", "Text", "Run")
+    groups = [*dict.fromkeys([*first, *(one.group for one in completed.values())])]
     return dict(sorted(completed.items(), key=lambda item: groups.index(item[1].group)))
 
 

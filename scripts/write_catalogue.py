@@ -178,7 +178,8 @@ def _table(tried: list[dict[str, Any]], column: str) -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for (solver, other), fit in fits.items():
         if not fit["fits"]:
-            reasons.setdefault((solver, fit["why"].replace(other, "it")), []).append(other)
+            why = fit["why"].replace(other, "it" if column == "problem" else "the set")
+            reasons.setdefault((solver, why), []).append(other)
     notes = (f"- `{solver}`, {', '.join(others)}: {_cell(why)}" for (solver, why), others in reasons.items())
     return [*lines, "", *notes]
 

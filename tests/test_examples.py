@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {FOLDER / "sparse_adam.py"})  # those that take a model
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -24,6 +25,11 @@ def test_an_example_runs(example: Path, model_folder: Path, text_file: Path, tmp
     monkeypatch.setattr(sys, "argv", [str(example), *words])
     runpy.run_path(str(example), run_name="__main__")
     assert re.search(r"80\.\d% pruned: perplexity \d+", capsys.readouterr().out)
+
+
+def test_the_example_without_a_model_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(FOLDER / "sparse_adam.py"), run_name="__main__")
+    assert re.search(r"pruned: loss 0\.\d+, 256 of 2560 weights kept", capsys.readouterr().out)
 
 
 @pytest.mark.slow

@@ -105,7 +105,8 @@ def test_a_comparison_takes_the_settings_that_compare_has_options_for() -> None:
 def test_every_field_is_described(kind: type) -> None:
     for name, declared in options(kind).items():
         assert declared.help.endswith("."), name
-        assert declared.group in ("Pruning", "Text", "Run", "Tasks", "Machine"), name
+        panels = ("Pruning", "Structured pruning", "Training", "Text", "Run", "Tasks", "Machine")
+        assert declared.group in panels, name
         assert {*declared.commands.split()} <= {word.name for word in app.registered_commands}, name
 
 

@@ -12,8 +12,22 @@ _WRONG_INPUT, _INTERRUPTED = 2, 130
 def main() -> None:
     """Runs `admm-prune` and exits: 0 done, 2 wrong input (one line on stderr), 130 interrupted.
 
-    Without arguments it shows the help. If several processes (torchrun) fail, one reports why.
+    Without arguments it shows the help. If several processes (torchrun) fail, one reports why. A package of an extra
+    that is not installed is wrong input.
     """
+    from admm_prune.errors import named_extra
+
+    try:
+        _run()
+    except ModuleNotFoundError as error:
+        missing = named_extra(error)
+        if missing is None:
+            raise
+        print(f"admm-prune: {missing}", file=sys.stderr)
+        _leave(_WRONG_INPUT)
+
+
+def _run() -> None:
     import typer
 
     from admm_prune.cli import interrupts
@@ -25,7 +39,7 @@ def main() -> None:
         with interrupts.remembered():
             if _several() and sys.argv[1:2] != ["run"]:
                 raise UserError("only 'run' supports several processes: call this command without torchrun")
-            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            status = app(sys.argv[1:] or ["--help"], prog_name="admm-prune", standalone_mode=False)
     except (UserError, _usage_error()) as error:
         # A usage error's str() leaves out the name of the option that is wrong.
         text = getattr(error, "format_message", error.__str__)()

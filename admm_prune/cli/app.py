@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
 import typer
 
+from admm_prune import __version__
 from admm_prune.cli import (
     bench,
     check_plugin,
@@ -19,27 +23,40 @@ from admm_prune.cli import (
     run,
     verify,
 )
+from admm_prune.cli.common import Command, Group
 
 app = typer.Typer(
     name="admm-prune",
-    help="A modular optimization toolbox for pruning language models.",
-    add_completion=False,
+    cls=Group,
+    help="Prune language models, and check the result.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("run")(run.run)
-app.command("compare")(compare.compare)
-app.command("eval")(evaluate.evaluate)
-app.command("capture")(layers.capture)
-app.command("solve")(layers.solve)
-app.command("verify")(verify.verify)
-app.command("plan")(plan.plan)
-app.command("report")(report.report)
-app.command("reproduce")(recipes.reproduce)
-app.command("pack")(pack.pack)
-app.command("unpack")(pack.unpack)
-app.command("push")(push.push)
-app.command("check-plugin")(check_plugin.check_plugin)
-app.command("list")(listing.list_)
-app.add_typer(recipes.recipe, name="recipe")
-app.add_typer(bench.bench, name="bench")
+_COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "Prune": {"plan": plan.plan, "run": run.run, "compare": compare.compare, "reproduce": recipes.reproduce},
+    "Check and report": {"eval": evaluate.evaluate, "verify": verify.verify, "report": report.report},
+    "Single layers": {"capture": layers.capture, "solve": layers.solve},
+    "Archive and share": {"pack": pack.pack, "unpack": pack.unpack, "push": push.push},
+    "Information": {"list": listing.list_, "check-plugin": check_plugin.check_plugin},
+}
+for _panel, _commands in _COMMANDS.items():
+    for _name, _function in _commands.items():
+        app.command(_name, cls=Command, rich_help_panel=_panel)(_function)
+app.add_typer(recipes.recipe, name="recipe", rich_help_panel="Information")
+app.add_typer(bench.bench, name="bench", rich_help_panel="Information")
+
+
+def _show_version(version: bool) -> None:
+    if version:
+        print(f"admm-prune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the application itself."""

@@ -8,14 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import shown_progress
 from admm_prune.errors import UserError
 
 bench = typer.Typer(
-    help="Run a scaled benchmark.\n\nExample: admm-prune bench memory --most 1e8 --out memory", no_args_is_help=True
+    cls=common.Group,
+    help="Run a scaled benchmark.\n\nExample: admm-prune bench memory --most 1e8 --out memory",
+    no_args_is_help=True,
 )
 
 
-@bench.command()
+@bench.command(cls=common.Command)
 def memory(
     out: common.Out,
     most: Annotated[float, typer.Option(help="Largest number of parameters of a model.")] = 1.1e9,
@@ -30,15 +33,17 @@ def memory(
     """
     from admm_prune.bench.memory import bench_memory
 
-    with common.progress_bar("measuring") as progress:
-        content = bench_memory(out, most=most, tokens=tokens, sparsity=sparsity, overwrite=overwrite, progress=progress)
+    with shown_progress("measuring") as progress:
+        content = bench_memory(
+            out, most=most, tokens=tokens, sparsity=sparsity, overwrite=overwrite, progress=progress.step
+        )
     if json:
         common.emit({"out": str(out), "exponents": content["exponents"], "peaks": content["peaks"]})
         return
     print((out / "memory.txt").read_text(encoding="utf-8"))
 
 
-@bench.command()
+@bench.command(cls=common.Command)
 def gpu(
     out: common.Out,
     device: common.Device = "auto",
@@ -57,7 +62,7 @@ def gpu(
     from admm_prune.bench.suite import bench_gpu
     from admm_prune.runs.machine import pick_device
 
-    with common.progress_bar("measuring") as progress:
+    with shown_progress("measuring") as progress:
         content = bench_gpu(
             out,
             device=pick_device(device),
@@ -65,7 +70,7 @@ def gpu(
             budget=budget,
             sections=[name.strip() for name in sections.split(",")],
             overwrite=overwrite,
-            progress=progress,
+            progress=progress.step,
         )
     if json:
         rows = [{key: row[key] for key in ("section", "name", "case", "status", "seconds")} for row in content["rows"]]
@@ -74,7 +79,7 @@ def gpu(
     print((out / "gpu.txt").read_text(encoding="utf-8"))
 
 
-@bench.command()
+@bench.command(cls=common.Command)
 def inference(
     model: common.Model,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,

@@ -10,10 +10,12 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from admm_prune.cli import interrupts
 from admm_prune.settings import Option, Settings, options
@@ -31,7 +33,40 @@ def _typed(name: str, declared: Option) -> Any:
         min=declared.least if ranged else None,
         max=declared.most if ranged else None,
         rich_help_panel=declared.group,
+        autocompletion=(lambda: names_in(f"{name}s")) if name in ("method", "problem", "constraint") else None,
     )
+
+
+def catalogue() -> dict[str, Any]:
+    """The parts that come with the package, as `make catalogue` writes them down: reading it needs no heavy imports."""
+    text = files("admm_prune").joinpath("assets/catalogue.json").read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def names_in(kind: str) -> list[str]:
+    """The names that an option takes for parts of a kind: "methods", "references", "problems", "constraints"."""
+    named = (one.get("option", one["name"]) for one in catalogue()[kind])
+    return [name for name in named if name]
+
+
+class _FlagsWithoutTypes:
+    """Shows flags without a type in the help: they take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of a command
+        for one in parameters:
+            if getattr(one, "is_flag", False):
+                one.metavar = ""
+        return parameters
+
+
+class Command(_FlagsWithoutTypes, TyperCommand):
+    """A command of `admm-prune`."""
+
+
+class Group(_FlagsWithoutTypes, TyperGroup):
+    """A command with commands of its own."""
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
@@ -136,37 +171,6 @@ def logs(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-Report = Callable[[int, int, str], None]
-_WIDE = 160
-
-
-@contextmanager
-def progress_bar(what: str, *, shown: bool = True) -> Generator[Report]:
-    """A progress bar on stderr, plain lines if stderr is not a terminal; yields the callback (done, total, label)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    shown = shown and logging.getLogger("admm_prune").isEnabledFor(logging.WARNING)  # no bar with --quiet
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not (console.is_terminal and shown)) as bar:
-        task = bar.add_task("", total=None)
-
-        def report(done: int, total: int, at_work: str) -> None:
-            interrupts.check()
-            bar.update(task, completed=done, total=total, description=at_work)
-            if shown and not console.is_terminal and at_work:
-                print(f"{what}: {done}/{total} {at_work}", file=sys.stderr, flush=True)
-
-        yield report
-
-
 @contextmanager
 def resumable(out: Path) -> Generator[None]:
     """Adds advice on resuming to errors that interrupt a run with a journal beside `out`."""
@@ -191,6 +195,9 @@ def given(ctx: typer.Context, **renamed: str) -> set[str]:
     return {renamed.get(name, name) for name in names}
 
 
+_WIDEST = 10_000  # columns of text
+
+
 def emit(content: dict[str, Any]) -> None:
     """One JSON object on one line of stdout; numbers that are not finite become null."""
     from admm_prune.runs.journal.folder import finite
@@ -203,25 +210,30 @@ def show_table(
 ) -> None:
     """A table on stdout; the first column is left-aligned, figures are right-aligned.
 
+    Nothing but prose is wrapped or cut: names and paths stay whole, on narrow terminals and in pipes too.
+
     Args:
         mark: rows in bold.
-        prose: the other columns hold text: they are left-aligned, and the last one wraps.
+        prose: the other columns hold text: they are left-aligned, and the last one wraps on a terminal.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width limit
-        console.width = _WIDE
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    console = Console(highlight=False)
+    wraps = prose and console.is_terminal
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        left, wraps = i == 0 or prose, prose and i == len(columns) - 1
-        table.add_column(column, justify="left" if left else "right", no_wrap=not wraps)
+        left, last = i == 0 or prose, i == len(columns) - 1
+        table.add_column(column, justify="left" if left else "right", no_wrap=not (wraps and last))
     for i, row in enumerate(rows):
-        table.add_row(*row, style="bold" if mark and i in mark else None)
+        table.add_row(*map(escape, row), style="bold" if mark and i in mark else None)
+    console.print(title, style="bold", soft_wrap=True, markup=False)
+    if not wraps:
+        console.width = max(
+            console.width, console.measure(table, options=console.options.update_width(_WIDEST)).maximum
+        )
     console.print(table)
 
 

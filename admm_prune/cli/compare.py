@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import Shown, shown_progress
 from admm_prune.settings import Settings
 
 
@@ -38,8 +39,15 @@ def compare(
         targets=tuple(parse_targets(sparsity, pattern)),
         baselines=baselines,
     )
-    with common.resumable(out), common.progress_bar("comparing") as progress:
-        result = comparisons.compare(settings, out, progress, resume=options["resume"], overwrite=options["overwrite"])
+    with common.resumable(out), shown_progress("comparing") as progress:
+        result = comparisons.compare(
+            settings,
+            out,
+            progress.count,
+            callbacks=Shown(progress),
+            resume=options["resume"],
+            overwrite=options["overwrite"],
+        )
     if json:
         common.emit(result.as_json())
         return

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import shown_progress
 from admm_prune.settings import TextSettings, names_of
 
 
@@ -69,19 +70,21 @@ def evaluate(
     values: dict[str, Any] = {**options, "eval_documents": documents, "eval_samples": samples}
     changes: dict[str, Any] = {name: values[name] for name in names_of(text=True) if name in values.keys() & given}
     text = None if data is None else TextSettings(data=data, **changes)
-    evaluation = evaluate_model(
-        model,
-        text,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=options["trust_remote_code"],
-        **(changes if text is None else {}),
-    )
+    with shown_progress("evaluating") as progress:
+        evaluation = evaluate_model(
+            model,
+            text,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=options["trust_remote_code"],
+            on_progress=progress.step,
+            **(changes if text is None else {}),
+        )
     if json:
         common.emit(evaluation.as_json())
         return
     figures = evaluation.figures
     columns = ["model", *headings(), "zeros"]
-    row = [model, *figures.formatted(), f"{100 * evaluation.sparsity:.2f}%"]
-    common.show_table(f"{figures.tokens:,} tokens", columns, [row])
+    row = [Path(model).name, *figures.formatted(), f"{100 * evaluation.sparsity:.2f}%"]
+    common.show_table(f"{model}, {figures.tokens:,} tokens", columns, [row])
     print(f"{figures.protocol}; text: {evaluation.text.source}")

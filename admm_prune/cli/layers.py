@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import shown_progress
 from admm_prune.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def capture(
 
     settings = Settings(**options, samples=samples, eval_samples=eval_samples)
     text = settings.text(data=check_data(settings.data, settings.model))
-    with common.progress_bar("capturing") as progress:
+    with shown_progress("capturing") as progress:
         layer = capture_layer(
             str(settings.model),
             weight,
@@ -44,7 +45,7 @@ def capture(
             dtype=settings.dtype,
             problem=problem,
             overwrite=settings.overwrite,
-            progress=progress,
+            progress=progress.step,
         )
     # Metadata of safetensors are strings; counts are printed as numbers.
     facts = {key: int(value) if key.startswith("tokens") else value for key, value in layer.metadata.items()}
@@ -59,7 +60,13 @@ def capture(
 @common.takes("solve")
 def solve(
     file: Annotated[Path, typer.Argument(help="A layer problem file, as written by 'admm-prune capture'.")],
-    solver: Annotated[str, typer.Option(help="Name of a solver (see 'admm-prune list').")] = "admm",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="Name of a solver (see 'admm-prune list').",
+            autocompletion=lambda: common.names_in("methods") + common.names_in("references"),
+        ),
+    ] = "admm",
     sparsity: Annotated[str | None, typer.Option(help="Fraction to prune: 0.7, or several: 0.5,0.7,0.9.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admm_prune.cli import common
+from admm_prune.cli.progress import shown_progress
 
 if TYPE_CHECKING:
     from admm_prune.inference.packing import Packing
@@ -49,8 +50,8 @@ def unpack(
 
 
 def _write(action: Callable[..., Packing], what: str, folder: Path, out: Path, overwrite: bool, json: bool) -> None:
-    with common.progress_bar(what) as progress:
-        packing = action(folder, out, progress, overwrite=overwrite)
+    with shown_progress(what) as progress:
+        packing = action(folder, out, progress.step, overwrite=overwrite)
     if json:
         common.emit(
             {

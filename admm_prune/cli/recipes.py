@@ -14,10 +14,23 @@ from admm_prune.cli.run import carry_out, recipe_and_machine, show_plan, show_re
 if TYPE_CHECKING:
     from admm_prune.runs.recipe_schema import Recipe
 
-recipe = typer.Typer(help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt", no_args_is_help=True)
+
+def _recipe_names() -> list[str]:
+    from admm_prune.runs.recipe_file import packaged_names
+
+    return packaged_names()
 
 
-@recipe.command()
+_RecipeName = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').", autocompletion=_recipe_names),
+]
+recipe = typer.Typer(
+    help="Inspect recipe files.\n\nExample: admm-prune recipe show sparsegpt", cls=common.Group, no_args_is_help=True
+)
+
+
+@recipe.command(cls=common.Command)
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors and other programs.
 
@@ -28,7 +41,7 @@ def schema() -> None:
     common.emit(schema_of_recipes())
 
 
-@recipe.command("list")
+@recipe.command("list", cls=common.Command)
 def list_(json: common.Json = False) -> None:
     """List the built-in protocols of papers.
 
@@ -47,8 +60,8 @@ def list_(json: common.Json = False) -> None:
     common.show_table("recipes (reproduce)", ["name", "model", "expected ratio", "protocol"], rows, prose=True)
 
 
-@recipe.command()
-def show(name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")]) -> None:
+@recipe.command(cls=common.Command)
+def show(name: _RecipeName) -> None:
     """Print a built-in recipe, to be edited and run with run --recipe.
 
     Example: admm-prune recipe show wanda
@@ -58,7 +71,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-p
     print(written(read_packaged(name).as_content()), end="")
 
 
-@recipe.command()
+@recipe.command(cls=common.Command)
 def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folder of a run.")]) -> None:
     """Check a recipe file. Exit status 0: it can be run; 2: it cannot, with the reason.
 
@@ -73,7 +86,7 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
 @common.logs
 @common.takes("reproduce", replaces=True)
 def reproduce(
-    name: Annotated[str, typer.Argument(help="Name of a recipe (see 'admm-prune recipe list').")],
+    name: _RecipeName,
     dry_run: common.DryRun = False,
     json: common.Json = False,
     **options: Any,

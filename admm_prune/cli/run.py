@@ -10,6 +10,7 @@ import typer
 
 from admm_prune import settings
 from admm_prune.cli import common
+from admm_prune.cli.progress import Shown, shown_progress
 
 if TYPE_CHECKING:
     from admm_prune.runs.results import Report
@@ -90,9 +91,9 @@ def carry_out(arguments: dict[str, Any], *, out: Path | None, **machine: Any) ->
     with (
         common.resumable(out),
         joined(arguments.get("device", "auto")) as world,
-        common.progress_bar("pruning", shown=world.first) as progress,
+        shown_progress("starting", shown=world.first) as progress,
     ):
-        report = prune(**arguments, **machine, out=out, progress=progress)
+        report = prune(**arguments, **machine, out=out, callbacks=Shown(progress))
     return report if world.first else None
 
 
@@ -122,5 +123,5 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", *headings()], rows)
     if report.tasks is not None:
         common.show_tasks(f"{report.method} {report.target}", report.tasks)
-    print(f"{100 * report.sparsity:.2f} % of the block matrices are zero or gone; saved in {out}")
+    print(f"{100 * report.sparsity:.2f} % of the block matrices are pruned; saved in {out}")
     print(f"report: {out / 'report.html'}")

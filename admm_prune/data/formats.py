@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 
 from admm_prune.data.hub import first_line, quiet
 from admm_prune.data.rows import TEXT, LocatedRow, NoColumnError, RowReader
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, optional_module
 
 SEPARATOR = "<|endoftext|>"
 EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -106,8 +107,6 @@ def file_documents(path: Path, reader: RowReader) -> Iterator[str]:
 @contextmanager
 def _opened(path: Path) -> Generator[BinaryIO]:
     """A file's bytes, decompressed; any error while reading is a UserError."""
-    import pyarrow
-
     try:
         with path.open("rb") as raw:
             match kind_of(path)[1]:
@@ -118,13 +117,13 @@ def _opened(path: Path) -> Generator[BinaryIO]:
                 case ".xz":
                     stream = lzma.LZMAFile(raw)  # noqa: SIM115  # closed with `raw`
                 case ".zst":
-                    stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+                    stream = io.BufferedReader(optional_module("pyarrow").CompressedInputStream(raw, "zstd"))
                 case _:
                     stream = raw
             yield stream
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
-    except (EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except _damaged() as error:
         raise UserError(f"{path}: cannot be decompressed: damaged or cut short ({first_line(error)})") from error
 
 
@@ -284,11 +283,16 @@ def _csv_rows(path: Path, delimiter: str | None) -> Iterator[LocatedRow]:
             yield f"line {lines.line_num}", {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
 
 
-def _parquet_documents(path: Path, reader: RowReader) -> Iterator[str]:
-    import pyarrow.parquet
+def _damaged() -> tuple[type[Exception], ...]:
+    """The errors of a damaged file; those of pyarrow, which few formats need, if it was imported."""
+    pyarrow = sys.modules.get("pyarrow")
+    return (EOFError, zlib.error, lzma.LZMAError, *([] if pyarrow is None else [pyarrow.ArrowException]))
 
+
+def _parquet_documents(path: Path, reader: RowReader) -> Iterator[str]:
+    parquet = optional_module("pyarrow.parquet")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             sample: list[dict[str, Any]] = (
                 [] if TEXT in names else next((b.to_pylist() for b in file.iter_batches(batch_size=100)), [])
@@ -311,7 +315,7 @@ def saved_documents(path: Path, split: str, reader: RowReader) -> Iterator[str]:
         NoSplitError: the folder has splits, and not this one.
         UserError: it cannot be read, or a row holds no text.
     """
-    import datasets
+    datasets = optional_module("datasets")
 
     try:
         with quiet():

@@ -29,7 +29,7 @@ from admm_prune.data.formats import (
 )
 from admm_prune.data.hub import check_hub, expanded, first_line, is_repository, quiet
 from admm_prune.data.rows import NoColumnError, Notes, RowReader
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, optional_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -239,10 +239,8 @@ def _repository(source: str) -> tuple[str, str]:
 
 def _opened_dataset(repository: str, config: str | None) -> Any:
     """The splits of a Hub dataset: from the local cache if it is complete there, else streamed."""
-    import datasets
-    from datasets.config import HF_DATASETS_CACHE
-
-    if Path(HF_DATASETS_CACHE, repository.replace("/", "___")).exists():
+    datasets = optional_module("datasets")
+    if Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).exists():
         local = datasets.DownloadConfig(local_files_only=True)
         try:
             return datasets.load_dataset(repository, config, download_config=local)

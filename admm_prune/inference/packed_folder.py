@@ -60,7 +60,8 @@ def load_packed(
             model folder with zeros in its weights. No code of compressed-tensors is run.
         device: where the model goes.
         dtype: of the weights; None keeps that of the config.
-        values, group: as for `pack_model`.
+        values: as for `pack_model`.
+        group: as for `pack_model`.
         trust_remote_code: allow running code that comes with the model.
 
     Returns:

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 Ridge = float | Literal["auto"] | None  # None: the method's own
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
-OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end)
+OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end and in an evaluation)
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
 
 

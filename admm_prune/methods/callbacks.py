@@ -38,10 +38,10 @@ class Callback:
         """A phase is over; `peak_mib` is its peak memory beyond that at its start."""
 
     def on_progress(self, done: int, total: int, name: str) -> None:
-        """So many of all steps of the pruning are done; layer-wise methods count blocks.
+        """So many of all steps of the phase are done: blocks or steps of training, batches of an evaluation.
 
         Args:
-            name: of the part that is being processed; empty at the end.
+            name: of the part that is being processed; empty at the end and in an evaluation.
         """
 
     def on_figures(self, figures: Mapping[str, float], step: int) -> None:

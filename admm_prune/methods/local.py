@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 from admm_prune.methods.part_checks import explained_parts
 from admm_prune.methods.parts import (
     RECONSTRUCTION,
@@ -155,7 +155,7 @@ def method_named(name: str) -> Method:
     if name in ours:
         return ours[name]
     if name not in declared("solvers"):
-        raise UserError(f"unknown method '{name}': choose one of {', '.join(method_names())}")
+        raise unknown("method", name, method_names())
     loaded: Any = load_declared("solvers", name)
     if isinstance(loaded, Method):
         return replace(loaded, name=name)

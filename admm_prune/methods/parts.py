@@ -20,7 +20,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 from admm_prune.methods.part_checks import explained_parts
 from admm_prune.methods.target import Target
 from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Unstructured
@@ -145,7 +145,7 @@ class LayerProblem:
         if part in LAYER_PROBLEMS:
             return cls(part, LAYER_PROBLEMS[part])
         if part not in declared("problems"):
-            raise _unknown("problem", part, [*LAYER_PROBLEMS, *declared("problems")])
+            raise unknown("problem", part, [*LAYER_PROBLEMS, *declared("problems")])
         kind = load_declared("problems", part)
         if not (inspect.isclass(kind) and issubclass(kind, LayerReconstruction)):
             raise UserError(
@@ -184,7 +184,7 @@ class SetFamily:
         elif part in declared("constraints"):
             family = cls(part, load_declared("constraints", part))
         else:
-            raise _unknown("constraint", part, [*SETS, *declared("constraints")])
+            raise unknown("constraint", part, [*SETS, *declared("constraints")])
         if not isinstance(family.member, SparseSet):
             family._made(0.5)
         return family
@@ -243,10 +243,6 @@ def described(part: object) -> str:
     if isinstance(part, type) or callable(part):
         return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
     return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
-
-
-def _unknown(what: str, name: str, known: list[str]) -> UserError:
-    return UserError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
 
 
 def _check_call(what: str, function: Any, positional: int, **named: object) -> None:

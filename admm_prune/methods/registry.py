@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 from admm_prune.methods.base import Recipe
 from admm_prune.methods.elsa.elsa import TRAINED
 from admm_prune.methods.elsa.engine import Engine
@@ -52,12 +52,12 @@ def composed(
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:
-        return recipe_named(method or DEFAULT, steps, engine, distillation)
+        return recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
         return Layerwise(with_parts(_method_of(solver), problem, constraint))
-    recipe = recipe_named(method or DEFAULT, steps, engine, distillation)
+    recipe = recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
@@ -91,11 +91,10 @@ def recipe_named(
     """
     check_no_clash("solvers", name, RECIPES)
     if name not in RECIPES and name not in method_names():
-        known = ", ".join(dict.fromkeys([*RECIPES, *method_names()]))
-        raise UserError(f"unknown method '{name}': choose one of {known}")
+        raise unknown("method", name, dict.fromkeys([*RECIPES, *method_names()]))
     recipe = RECIPES[name] if name in RECIPES else Layerwise(method_named(name))
-    own = {name: x for name, x in (("steps", steps), ("distillation", distillation)) if x is not None}
-    given = [*own, *engine.changed()]
+    replaced = {name: x for name, x in (("steps", steps), ("distillation", distillation)) if x is not None}
+    given = [*replaced, *engine.changed()]
     if not given:
         return recipe
     if not isinstance(recipe, Trained):
@@ -103,7 +102,7 @@ def recipe_named(
         raise UserError(f"{name} does not train: --{flag} is for {', '.join(trained.name for trained in TRAINED)}")
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
-    changes: dict[str, Any] = {**own, "engine": engine}
+    changes: dict[str, Any] = {**replaced, "engine": engine}
     return replace(recipe, **changes)
 
 

@@ -113,6 +113,7 @@ def evaluate(
     offloading: Offloading = IN_MEMORY,
     activation_store: ActivationStore | None = None,
     world: World = ALONE,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Scores every token of `sequences` but those that are given, once each.
 
@@ -124,8 +125,17 @@ def evaluate(
             other, with the same calls on the same batches, so that the figures are the same.
         activation_store: keeps the hidden states meanwhile.
         world: processes that share the text; all of them get the figures.
+        on_progress: called with (steps done, steps): one for a batch, and for a block if the weights are not in
+            memory.
     """
     pieces = world.partition([piece for batch in sequences.batches for piece in split_rows(model, batch)])
+    passes = len(decoder_blocks(model)) if offloading.is_offloaded else 0
+
+    def report(done: int) -> None:
+        if on_progress is not None:
+            on_progress(done, passes + len(pieces))
+
+    report(0)
     sequence_losses: list[Tensor] = []
     if offloading.is_offloaded:
         device = offloading.device(model)
@@ -135,12 +145,14 @@ def evaluate(
             offloading,
             lambda piece: cross_entropy(model, piece, device, sequence_losses=sequence_losses),
             activation_store,
+            report,
         )
     else:
         losses = (cross_entropy(model, piece, sequence_losses=sequence_losses) for piece in pieces)
     total = torch.zeros((), dtype=torch.float64)
-    for loss in losses:
+    for done, loss in enumerate(losses, passes + 1):
         total += loss
+        report(done)
     total = world.all_reduce(total)
     metrics: dict[str, Any] = {name: metric.compute(total, sequences) for name, metric in METRICS.items()}
     return Evaluation(
@@ -181,12 +193,14 @@ def streamed(
     offloading: Offloading,
     call: Callable[[Batch], T],
     activation_store: ActivationStore | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> Iterator[T]:
     """The result of `call` on every piece, with one block in memory at a time, then the modules outside the blocks.
 
     Args:
         call: calls the model on a piece; its blocks then return their saved outputs.
         activation_store: keeps the hidden states meanwhile.
+        on_block: called with the number of blocks that the pieces have passed.
     """
     blocks, device = decoder_blocks(model), offloading.device(model)
     named = ((f"evaluation/{i}", piece) for i, piece in enumerate(pieces))
@@ -205,6 +219,8 @@ def streamed(
         with offloading.block(index):
             for state in states:
                 state.hidden = state.replay(block, index, finite=False)
+        if on_block is not None:
+            on_block(index + 1)
     with offloading.outside():
         for piece, state in zip(pieces, states, strict=True):
             with passed_by(blocks, wrap, state.hidden):

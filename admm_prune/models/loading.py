@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
@@ -349,6 +349,9 @@ def explained(source: str, location: Path | str) -> Generator[None]:
         OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, struct.error,
         StrictDataclassError,
     ) as error:  # fmt: skip
+        missing = named_extra(error) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None:
+            raise missing from error
         # All errors of a wrong config, an unsupported architecture, mismatched shapes or a missing repository.
         # The error of a config's validation names the field, and its cause the reason.
         why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)

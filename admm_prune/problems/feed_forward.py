@@ -81,11 +81,11 @@ EVEN = Penalties()
 
 
 class FeedForward:
-    """min a |X W1^T + b1 - Z|^2 + |P - act(Z)|^2 + b |P W2^T + b2 - Y|^2 over W1, W2 in their sets, and all Z, P,
+    """min a |X W1^T + b1 - Z|^2 + |P - act(Z)|^2 + b |P W2^T + b2 - Y|^2 over W1, W2, Z and P.
 
-    with a = alpha / gamma, b = beta / gamma. `Coordinated`: "up" and "down" are layer reconstructions; "post" (P) and
-    "pre" (Z) are `Minimizable`, P by a Cholesky factor of the size of the output, Z entry by entry, exactly for ReLU,
-    else to rounding in nearly all entries. Biases are fixed.
+    with W1 and W2 in their sets, a = alpha / gamma, b = beta / gamma. `Coordinated`: "up" and "down" are layer
+    reconstructions; "post" (P) and "pre" (Z) are `Minimizable`, P by a Cholesky factor of the size of the output, Z
+    entry by entry, exactly for ReLU, else to rounding in nearly all entries. Biases are fixed.
 
     Points hold "up" (D, d), "down" (m, D), "pre" and "post" (n, D). Initially Z and P are those of the dense network,
     for which the block "up" is exactly the plain layer reconstruction.

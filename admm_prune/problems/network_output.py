@@ -40,7 +40,8 @@ class NetworkOutput:
         tokens: inputs and targets.
         constraints: a set for each weight.
         validation: held-out tokens for `validation_loss`; by default the same.
-        penalties, sweeps: of the split network.
+        penalties: weights of the penalties of the split network.
+        sweeps: exact updates of P and Z that give the targets of a block.
         damped: ridge and damping of the layer reconstructions "up" (with the gate) and "down"; none where missing.
         sample: tokens of a sampled gradient; by default a 128th of them, at least 64.
         share: which of all tokens these are, if other processes have the rest; all call in the same order.

@@ -22,7 +22,11 @@ class GroupReconstruction(LayerReconstruction):
     centred Gram X^T X - n mu mu^T, and the bias moves by (W - V) mu.
 
     Args:
-        weight, gram, constraint, ridge, damping: see `LayerReconstruction`; `constraint` is a `Groups`.
+        weight: W (out, in), dense.
+        gram: H (in, in), the sum of x x^T over the tokens.
+        constraint: a `Groups`.
+        ridge: as in `LayerReconstruction`.
+        damping: as in `LayerReconstruction`.
         mean: mu (in,), the mean input, where a bias can take the constant; None where there is no bias.
         tokens: n, needed with `mean`, unless `centred_gram` is given.
         centred_gram: X^T X - n mu mu^T, in place of `gram`, where it is known more accurately than from a rounded

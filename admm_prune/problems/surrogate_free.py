@@ -34,11 +34,13 @@ class SurrogateFree:
     Args:
         model: in the state in which its loss is to be taken (`eval()`, where it would drop activations at random).
         loss: of the model on a batch, a scalar to be differentiated; `models.evaluate` has those of language models.
-        training, validation: batches, anything that `loss` understands.
+        training: batches, anything that `loss` understands.
+        validation: the same, for `value`.
         constraint: of the whole point (`Product` where the weights have sets of their own), or, with `each`, of every
             single weight.
         each: take the constraint for every weight by itself.
-        targets, ignore: shell patterns of the names of weights to prune, and to leave dense.
+        targets: shell patterns of the names of weights to prune.
+        ignore: shell patterns of the names of weights to leave dense.
         seed: of the order of the batches.
 
     Raises:

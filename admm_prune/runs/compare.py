@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from admm_prune.data.durable import file_sha256
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import recipe_named, with_baselines
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
@@ -26,8 +27,8 @@ from admm_prune.runs.evaluate import evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
-from admm_prune.runs.manifest import TextRecord, manifest
-from admm_prune.runs.report import write_report
+from admm_prune.runs.manifest import Phases, TextRecord, manifest
+from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
 from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data
@@ -123,6 +124,7 @@ def compare(
     out: Path,
     progress: OnProgress | None = None,
     *,
+    callbacks: Callback | Sequence[Callback] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
@@ -134,6 +136,7 @@ def compare(
 
     Args:
         progress: called with (runs done, runs, name of the current one).
+        callbacks: of the evaluation of the dense model and of the runs, as those of `prune`.
         resume: continue an interrupted comparison from the journal beside `out`, with the same settings.
         overwrite: replace an earlier result in `out`, which is refused otherwise.
 
@@ -141,6 +144,7 @@ def compare(
         UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
             figures that it had in memory.
     """
+    check_installed(*REPORT_PACKAGES)
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
@@ -160,7 +164,10 @@ def compare(
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
-        dense = evaluated_dense(loaded, texts.evaluation, Runtime(journal=journal))
+        callback = Callbacks(callbacks)
+        with Phases(device, callback=callback)("evaluating the dense model"):
+            runtime = Runtime(journal=journal, on_progress=callback.on_progress)
+            dense = evaluated_dense(loaded, texts.evaluation, runtime)
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(saved, models) for saved in journal.finished("rows")]
@@ -177,10 +184,14 @@ def compare(
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
                 run_journal.begin({**its_record, "weights": weights})
-                report = prune.run_recipe(recipe, task, Runtime(journal=run_journal), model, dense, its_record)
+                runtime = Runtime(journal=run_journal, on_progress=callback.on_progress)
+                phases = Phases(device, callback=callback)
+                report = prune.run_recipe(recipe, task, runtime, model, dense, its_record, phases)
                 with run_journal.output() as folder:
-                    report = prune.save_run(model, report, folder, texts.evaluation)
-            again = evaluation.evaluate(load(str(place), device=device).model, texts.evaluation)
+                    report = prune.save_run(model, report, folder, texts.evaluation, callback)
+            with Phases(device, callback=callback)("evaluating the saved model"):
+                saved_model = load(str(place), device=device).model
+                again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
             for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
                 if repr(after) != repr(before):  # as text, where nan equals nan
                     raise UserError(

@@ -15,7 +15,7 @@ from admm_prune.data.hub import expanded, first_line
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Runtime
+from admm_prune.methods.base import OnProgress, Runtime
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.evaluate import Evaluation, continued, evaluate
@@ -56,7 +56,9 @@ def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validat
     """Evaluates a model, in memory or streamed."""
     prompt, continuation = ("", "") if loaded.offloading.is_offloaded else beginning_continued(loaded, text)
     activation_store = ActivationStore(runtime.activation_bytes, runtime.journal.scratch())
-    figures = evaluate(loaded.model, text, loaded.offloading, activation_store, runtime.world)
+    figures = evaluate(
+        loaded.model, text, loaded.offloading, activation_store, runtime.world, on_progress=runtime.report_progress
+    )
     return Validation(text=text, figures=figures, prompt=prompt, continuation=continuation)
 
 
@@ -97,6 +99,7 @@ def evaluate_model(
     device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> ModelEvaluation:
     """Loads a model and evaluates it on a text.
@@ -105,6 +108,7 @@ def evaluate_model(
         text: settings of the evaluation text; None for the evaluation text of the run that wrote the model, from its
             manifest. The embedded model has the embedded text.
         trust_remote_code: allow running code that comes with the model.
+        on_progress: called at every batch.
         changes: settings of `TextSettings` that override the run's if `text` is None.
 
     Raises:
@@ -124,7 +128,8 @@ def evaluate_model(
     else:
         assert text is not None
         sequences, record = validation_text(text, loaded)
-    return ModelEvaluation(evaluation.evaluate(loaded.model, sequences), sparsity, record)
+    report = Runtime(on_progress=on_progress).report_progress
+    return ModelEvaluation(evaluation.evaluate(loaded.model, sequences, on_progress=report), sparsity, record)
 
 
 def text_of_run(model: str) -> TextSettings | None:

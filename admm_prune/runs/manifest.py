@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class TextRecord:
 def environment() -> dict[str, Any]:
     """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files."""
     return {
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: version(name) for name in _PACKAGES if name != "datasets" or find_spec(name)},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

@@ -15,14 +15,14 @@ from typing import Any
 
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
@@ -41,7 +41,7 @@ from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
 from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
-from admm_prune.runs.report import write_report
+from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.results import Report
 from admm_prune.runs.signature import takes
 from admm_prune.runs.texts import Texts, check_data, passed_from_python
@@ -119,6 +119,8 @@ def prune(settings: Settings) -> Report:
     """
     # 1. Resolve the settings, so that errors in them show before anything is read.
     model, out, stream = settings.model, settings.out, settings.stream
+    if out is not None:
+        check_installed(*REPORT_PACKAGES)
     method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.sources import PYTHON_OBJECT
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 from admm_prune.settings import names_of
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def read_packaged(name: str) -> Recipe:
         UserError: there is none of this name; the message lists those there are.
     """
     if name not in packaged_names():
-        raise UserError(
-            f"there is no recipe '{name}': choose one of {', '.join(packaged_names())}, or run --recipe FILE"
-        )
+        raise unknown("recipe", name, packaged_names(), "or give a file to run --recipe")
     return _read(files("admm_prune").joinpath(f"assets/recipes/{name}.yaml").read_text(encoding="utf-8"), name)
 
 

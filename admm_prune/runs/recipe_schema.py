@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from admm_prune.errors import UserError
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import parse_target
 from admm_prune.runs.texts import check_data
 from admm_prune.settings import Settings, names_of, options

@@ -42,12 +42,14 @@ class Report:
         budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
-        dense, pruned: perplexity and other metrics on the evaluation text, with their protocol.
+        dense: perplexity and other metrics of the dense model on the evaluation text, with their protocol.
+        pruned: the same of the pruned model.
         tasks: results of the pruned model on tasks of lm-evaluation-harness, as `eval --tasks` returns them; None
             without tasks.
         layers: one report for every pruned matrix.
         seconds: of the pruning alone, in this process; NaN where the folder has no times.
-        notes, details: of the method.
+        notes: of the method.
+        details: of the method, by name.
         continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
             "prompt", "dense", "pruned"; empty where the weights were streamed, or sharded over processes.
         manifest: settings, texts, versions and fingerprints.

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from admm_prune.errors import named_extra
 from admm_prune.settings import options
 
 P = ParamSpec("P")
@@ -27,7 +28,10 @@ def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callabl
     def wrap(function: Callable[[S], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
-            return function(kind(*args, **given))
+            try:
+                return function(kind(*args, **given))
+            except ModuleNotFoundError as error:
+                raise named_extra(error) or error from error
 
         signature = inspect.signature(kind)
         first, *others = sorted(signature.parameters.values(), key=lambda p: list(declared).index(p.name))

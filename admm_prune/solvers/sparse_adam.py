@@ -56,21 +56,29 @@ class SparseAdam(Optimizer):
         pattern: (n, m), n kept of every m consecutive inputs.
         constraint: any family of supports over the point of all pruned weights, under their names.
         scope: "model" applies one `sparsity` to all matrices together, comparing scores divided by their mean.
-        targets, ignore: shell patterns of the names of a model's weights to prune, and to leave dense.
+        targets: shell patterns of the names of a model's weights to prune.
+        ignore: shell patterns of the names of weights to leave dense; the output head by default.
         masks: initial supports, by name, such as those of a layer-wise solution; by magnitude where not given.
-        lr, betas, eps, weight_decay, foreach, fused: as in `torch.optim.AdamW`, but no weight decay by default.
+        lr: the learning rate.
+        betas: decay rates of Adam's moments.
+        eps: added to the denominator, as in `torch.optim.AdamW`.
+        weight_decay: as in `torch.optim.AdamW`, but 0 by default.
+        foreach: as in `torch.optim.AdamW`.
+        fused: as in `torch.optim.AdamW`.
         clip: the norm that the loss's gradient, over all parameters, is clipped to before the penalty; None for none.
         clip_penalty: clip after the penalty instead.
         penalty: rho, or a `Penalty`.
         score: selects the support.
-        interval, first_update: steps between dual updates, and the step after which the first comes (`interval`).
+        interval: steps between dual updates.
+        first_update: the step after which the first dual update comes; `interval` by default.
         total_steps: the length of the run in calls of `step`, one for several batches whose gradients are accumulated;
             schedules need it. A shorter or longer run causes a warning.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
         ramp: the fraction of the steps before the freeze in which the sparsity grows.
         final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
             "weights" x themselves, as published.
-        anchor, rounding: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes per weight.
+        anchor: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes per weight.
+        rounding: how anchors of less than 32 bits are rounded: see `Anchors`.
         moments: how Adam's moments are stored: see `Moments`. 8 bytes per weight, or 2.03 in 8 bits.
         seed: of stochastic rounding.
 

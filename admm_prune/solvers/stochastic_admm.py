@@ -51,7 +51,11 @@ class StochasticADMM(Iterative[_Training]):
         lr: Adam's, with a short warm-up and linear decay, in units of the root mean square of the initial weights: at
             0.05 a step moves each weight by at most a twentieth of that.
         penalty: its value in units of twice the problem's curvature, the mean diagonal of the Hessian.
-        score, interval, freeze, anchor, moments: see `SparseAdam`.
+        score: selects the support, as in `SparseAdam`.
+        interval: steps between dual updates.
+        freeze: the fraction of the run, at its end, with a frozen support.
+        anchor: how z and u are stored: see `Anchors`.
+        moments: how Adam's moments are stored: see `Moments`.
         tolerance: stop where, after a dual update, |x - z| / |x| and |z - z_before| / |z| are both below it; 0 never.
         seed: of stochastic rounding.
     """

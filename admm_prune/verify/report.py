@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.methods.base import LayerReport
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs.compare import RECORDED

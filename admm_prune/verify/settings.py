@@ -17,7 +17,7 @@ from admm_prune.methods.base import Recipe
 from admm_prune.methods.local import REFERENCES
 from admm_prune.methods.parts import SetFamily, declared
 from admm_prune.methods.registry import RECIPES, composed, recipe_named
-from admm_prune.methods.struprune.selectors import Selection
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import evaluate

@@ -11,24 +11,29 @@ from pathlib import Path
 import pytest
 import typer
 
+import admm_prune
 from admm_prune.cli.app import app
+from admm_prune.cli.common import show_table
 from tests.cli.outcome import Command
 
 SCRIPT = Path(sys.executable).with_name("admm-prune")
 COMMANDS = [
-    "run",
-    "compare",
-    "eval",
-    "capture",
-    "solve",
-    "verify",
-    "report",
-    "reproduce",
-    "recipe",
-    "push",
-    "check-plugin",
-    "list",
-    "bench",
+    *(
+        "plan",
+        "run",
+        "compare",
+        "reproduce",
+        "eval",
+        "verify",
+        "report",
+        "capture",
+        "solve",
+        "pack",
+        "unpack",
+        "push",
+        "list",
+    ),
+    *("check-plugin", "recipe", "bench"),
 ]
 
 
@@ -82,3 +87,54 @@ def test_the_installed_script_refuses_in_one_line(tmp_path: Path, text_file: Pat
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"admm-prune: {tmp_path / 'none'}: there is no such model folder\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_version(command: Command) -> None:
+    assert command("--version").out == f"admm-prune {admm_prune.__version__}\n"
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "recipe show", "bench memory"])
+def test_h_is_help_and_flags_have_no_type(command: Command, name: str) -> None:
+    short, long = command(*name.split(), "-h"), command(*name.split(), "--help")
+    assert (short.status, short.out) == (0, long.out)
+    assert "<bool>" not in short.out
+
+
+def test_the_options_of_run_are_in_panels(command: Command) -> None:
+    shown = command("run", "--help").out
+    panels = re.findall("╭─ ([A-Z][A-Za-z ]+?) ─", shown)
+    assert panels == ["Options", "Pruning", "Structured pruning", "Training", "Text", "Run", "Tasks"]
+    assert re.findall("╭─ ([A-Z][A-Za-z ]+?) ─", command("--help").out) == [
+        *("Options", "Prune", "Check and report", "Single layers", "Archive and share", "Information"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("admm-prune ru", {"run"}),
+        ("admm-prune run --sparsi", {"--sparsity"}),
+        ("admm-prune run --method sparsel", {"sparsellm", "sparsellm-release"}),
+        ("admm-prune solve layer.safetensors --solver bru", {"brute-force"}),
+        ("admm-prune run --constraint row", {"row-wise"}),
+        ("admm-prune list mod", {"modules"}),
+        ("admm-prune reproduce wa", {"wanda"}),
+    ],
+)
+def test_the_shell_completes(
+    command: Command, monkeypatch: pytest.MonkeyPatch, words: str, completed: set[str]
+) -> None:
+    monkeypatch.setenv("_ADMM_PRUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert set(command().out.split()) == completed
+
+
+def test_tables_neither_wrap_nor_cut_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path, wide = "/models/" + "x" * 200, "y" * 90
+    show_table(path, ["name", "figure"], [[wide, "1"], ["[short]", "2"]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert path in lines
+    assert any(line.strip().startswith(wide) and line.endswith("1") for line in lines)
+    assert any("[short]" in line for line in lines)

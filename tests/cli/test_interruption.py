@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from admm_prune.cli import common, interrupts
+from admm_prune.cli import interrupts
+from admm_prune.cli.progress import shown_progress
 from admm_prune.runs import prune
 from tests.cli.outcome import Command
 
@@ -117,6 +118,7 @@ def test_a_real_interrupt_of_a_comparison_says_how_to_go_on(
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stderr is not None
+        assert process.stderr.readline() == "evaluating the dense model\n"
         assert process.stderr.readline() == "comparing: 0/80 admm 10%\n"
         assert process.stderr.readline() == "comparing: 1/80 admm 11%\n"
         os.kill(process.pid, signal.SIGINT)
@@ -152,12 +154,12 @@ def test_a_real_interrupt_of_a_run_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_that_was_swallowed_ends_the_next_step_of_the_work() -> None:
-    with interrupts.remembered(), common.progress_bar("work") as report:
-        report(0, 2, "before")
+    with interrupts.remembered(), shown_progress("work") as progress:
+        progress.step(0, 2, "before")
         with suppress(KeyboardInterrupt):  # as a destructor would
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         with pytest.raises(KeyboardInterrupt):
-            report(1, 2, "after")
-    with interrupts.remembered(), common.progress_bar("work") as report:
-        report(0, 1, "other work")
+            progress.step(1, 2, "after")
+    with interrupts.remembered(), shown_progress("work") as progress:
+        progress.step(0, 1, "other work")

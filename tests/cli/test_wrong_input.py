@@ -156,7 +156,8 @@ def test_no_cuda_device(
         (["capture", "--out", "f"], "Missing option '--weight'"),
         (["eval"], "Missing argument"),
         (["solve"], "Missing argument"),
-        (["list", "extra"], "unexpected extra argument"),
+        (["list", "extra"], "unknown kind 'extra': choose one of methods, "),
+        (["list", "modules", "extra"], "unexpected extra argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

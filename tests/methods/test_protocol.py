@@ -98,7 +98,8 @@ def test_a_model_that_a_recipe_returns_is_the_one_that_is_judged_and_saved(
     assert report.sparsity == pytest.approx(0.6, abs=1e-4)
     assert report.details["sequences"] == report.manifest["texts"]["calibration"]["sequences"] == 7
     assert report.notes == ("a copy was pruned",)
-    assert (seen[0][:2], seen[-1]) == ((0, 14), (14, 14, ""))
+    assert (0, 14) in [step[:2] for step in seen]
+    assert (14, 14, "") in seen
     assert report.pruned.perplexity != report.dense.perplexity
     manifest = json.loads((tmp_path / "out/admm_prune.json").read_text())
     assert manifest["details"] == report.details

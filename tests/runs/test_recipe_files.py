@@ -85,7 +85,7 @@ def test_every_paper_is_packaged_with_its_protocol() -> None:
         assert recipe.method is not None
         assert recipe_named(recipe.method, recipe.steps).name == recipe.method
         assert validated(yaml.safe_load(written(recipe.as_content())), name) == recipe
-    with pytest.raises(UserError, match="there is no recipe 'nonesuch': choose one of admm-gradual, alps"):
+    with pytest.raises(UserError, match="unknown recipe 'nonesuch': choose one of admm-gradual, alps"):
         read_packaged("nonesuch")
 
 

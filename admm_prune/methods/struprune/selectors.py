@@ -1,18 +1,14 @@
-"""Selection of the modules to prune, by class, name or pattern, and of the structured groups to keep."""
+"""Structured groups to keep in one matrix: by structured OBS, by ADMM or by a mask."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from admm_prune.errors import UserError
-from admm_prune.methods.target import DENSE, Target, target_named
-from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.ops import group_compensation, precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint
@@ -22,102 +18,8 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 
-_REGULAR = "re:"
 Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
 _OBS = GroupOBS(batch=None)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Patterns for weights. A pattern is one of
-
-        "Linear", "LlamaMLP"           a class: of the weight's module, or of one around it, up to the decoder block,
-        "model.layers.0.mlp.up_proj"   the name of a module or of its parameter,
-        "re:.*down_proj"               a regular expression that the name of the module begins with, as `re.match` does.
-
-    Attributes:
-        targets: a weight is pruned if it matches one of them; all where there are none.
-        ignore: a weight that matches one of them is not pruned.
-        overrides: (pattern, "0.5" or "2:4" or "dense"): targets that replace the run's; of several matches, the last
-            counts.
-    """
-
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    overrides: tuple[tuple[str, str], ...] = field(default=())
-
-    @classmethod
-    def of(
-        cls, targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (), overrides: Mapping[str, object] = {}
-    ) -> Selection:
-        """From user input: one pattern or several; {pattern: 0.5} or {pattern: "2:4"}.
-
-        Raises:
-            UserError: a pattern is no regular expression, or an override no target.
-        """
-        given = tuple((pattern, str(target).strip()) for pattern, target in overrides.items())
-        made = cls(_several(targets), _several(ignore), given)
-        for pattern in (*made.targets, *made.ignore, *overrides):
-            _check(pattern)
-        for _, target in given:
-            if target != DENSE:
-                target_named(target)
-        return made
-
-    def __bool__(self) -> bool:
-        return bool(self.targets or self.ignore or self.overrides)
-
-    def applied(self, model: nn.Module, target: Target) -> Target:
-        """The target, including those of the weights whose target differs.
-
-        Raises:
-            UserError: a pattern matches no weight, or nothing is left to prune.
-        """
-        if not self:
-            return target
-        blocks = decoder_blocks(model)
-        views = {view.name: (view, block.name) for block in blocks for view in block.weights}
-        fits = {
-            pattern: {name for name, (view, block) in views.items() if _fits(pattern, view, block, model)}
-            for pattern in (*self.targets, *self.ignore, *(pattern for pattern, _ in self.overrides))
-        }
-        for pattern, names in fits.items():
-            if not names:
-                raise UserError(f"nothing in {type(model).__name__}'s blocks fits '{pattern}': see the names of layers")
-        chosen = set().union(*(fits[pattern] for pattern in self.targets)) if self.targets else set(views)
-        chosen -= set().union(*(fits[pattern] for pattern in self.ignore))
-        overrides = {name: text for pattern, text in self.overrides for name in fits[pattern]}
-        chosen -= {name for name, text in overrides.items() if text == DENSE}
-        if not chosen:
-            raise UserError("nothing is left to prune: targets, ignore and overrides leave out every weight")
-        layers = {name: overrides.get(name) if name in chosen else DENSE for name in views}
-        return replace(target, layers=tuple((name, text) for name, text in layers.items() if text is not None))
-
-
-def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _check(pattern: str) -> None:
-    if not pattern.removeprefix(_REGULAR).strip():
-        raise UserError("an empty pattern: give the class of a module, a name, or re: and a regular expression")
-    try:
-        re.compile(pattern.removeprefix(_REGULAR) if pattern.startswith(_REGULAR) else "")
-    except re.error as error:
-        raise UserError(f"'{pattern}' is no regular expression: {error}") from error
-
-
-def _fits(pattern: str, view: WeightView, block: str, model: nn.Module) -> bool:
-    module = view.name.removesuffix(f".{view.attribute}")
-    if pattern.startswith(_REGULAR):
-        return re.match(pattern.removeprefix(_REGULAR), module) is not None
-    if pattern in (view.name, view.parameter_name, module):
-        return True
-    place = view.parameter_name
-    while len(place := place.rpartition(".")[0]) >= len(block):
-        if pattern == type(model.get_submodule(place)).__name__:
-            return True
-    return False
 
 
 class SeededADMM:

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from admm_prune.runs.report.pages import REPORT, write_difference, write_report
 
-__all__ = ["REPORT", "write_difference", "write_report"]
+__all__ = ["REPORT", "REPORT_PACKAGES", "write_difference", "write_report"]
+REPORT_PACKAGES = ("jinja2", "matplotlib")  # without which no page can be written

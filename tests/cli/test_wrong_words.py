@@ -1,0 +1,107 @@
+"""Wrong words on the command line, over every command: one line on stderr, status 2, nothing written.
+
+MODEL and TEXT stand for a tiny model and a text, LAYER for a layer problem; `run`, `compare` and so on begin as usual.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cli.outcome import Refused
+
+RUN = "run --model MODEL --data TEXT --sparsity 0.5 --out out"
+COMPARE = "compare --model MODEL --data TEXT --sparsity 0.5 --out out"
+CAPTURE = "capture --model MODEL --data TEXT --weight model.layers.0.mlp.up_proj.weight --out captured.safetensors"
+
+CASES = [
+    # commands and their options
+    ("rnu", "No such command 'rnu'"),
+    ("prune", "No such command 'prune'"),
+    ("--verson", "No such option: --verson"),
+    ("--version=2", "'--version' does not take a value"),
+    ("run --sparsty 0.5", "--sparsty (Possible options: --sparsity"),
+    ("run --sparsity", "'--sparsity' requires an argument"),
+    (f"{RUN} extra", "unexpected extra argument(s) (extra)"),
+    (f"{RUN} --json true", "unexpected extra argument(s) (true)"),
+    (f"{RUN} --json=true", "'--json' does not take a value"),
+    (f"{RUN} -x", "No such option: -x"),
+    ("recipe shw wanda", "No such command 'shw'. Did you mean 'show'?"),
+    ("recipe show", "Missing argument 'name'"),
+    ("bench memry", "No such command 'memry'. Did you mean 'memory'?"),
+    ("compare --methods wanda --sparsity 0.5", "Missing option '--out'"),
+    ("solve", "Missing argument 'file'"),
+    ("pack MODEL", "Missing argument 'out'"),
+    # names
+    (f"{RUN} --method sparsgpt", "unknown method 'sparsgpt' (did you mean 'sparsegpt'?): choose one of magnitude"),
+    (f"{RUN} --method ADMM-fast", "unknown method 'ADMM-fast' (did you mean 'admm-fast'?)"),
+    (f"{RUN} --method ''", "unknown method ''"),
+    (f"{RUN} --problem layr", "unknown problem 'layr' (did you mean 'layer'?): choose one of layer"),
+    (f"{RUN} --constraint rowwise", "unknown constraint 'rowwise' (did you mean 'row-wise'?)"),
+    (f"{RUN} --packing document", "not 'document' (did you mean 'documents'?)"),
+    (f"{RUN} --dtype float23", "not 'float23' (did you mean 'float32'?)"),
+    (f"{RUN} --dtype fp16", "dtype must be float32, bfloat16 or float16, not 'fp16'"),
+    (f"{RUN} --device cdua", "not 'cdua'"),
+    (f"{RUN} --precision bf61", "precision must be auto, bf16 or float32, not 'bf61' (did you mean 'bf16'?)"),
+    (f"{RUN} --unit byts", "not 'byts' (did you mean 'bytes'?)"),
+    (f"{COMPARE} --methods wanda,sparsegtp", "unknown method 'sparsegtp' (did you mean 'sparsegpt'?)"),
+    (f"{CAPTURE} --problem layre", "unknown problem 'layre' (did you mean 'layer'?)"),
+    ("solve LAYER --sparsity 0.5 --solver amdm", "unknown method 'amdm' (did you mean 'admm'?)"),
+    ("solve LAYER --sparsity 0.5 --solver brute-froce", "(did you mean 'brute-force'?)"),
+    ("reproduce wnda --out out", "unknown recipe 'wnda' (did you mean 'wanda'?): choose one of admm-gradual"),
+    ("recipe show sparsegtp", "unknown recipe 'sparsegtp' (did you mean 'sparsegpt'?)"),
+    ("list metods", "unknown kind 'metods' (did you mean 'methods'?): choose one of methods, references"),
+    ("list Solvers", "unknown kind 'Solvers' (did you mean 'solvers'?)"),
+    ("list modules --why", "--why is for the solvers, not for modules"),
+    ("list modules --model ./nowhere", "./nowhere: there is no such model folder"),
+    # patterns for modules
+    (f"{RUN} --targets q_prj", "matches 'q_prj' (did you mean 'q_proj'?): 'admm-prune list modules --model MODEL'"),
+    (f"{RUN} --targets lm_head", "no module in LlamaForCausalLM's blocks matches 'lm_head'"),
+    (f"{RUN} --targets q_proj,k_proj", "matches 'q_proj,k_proj'"),
+    (f"{RUN} --targets '*q_proj'", "matches '*q_proj' (did you mean 'q_proj'?)"),
+    (f"{RUN} --targets ''", "an empty pattern"),
+    (f"{RUN} --targets 're:('", "'re:(' is no regular expression"),
+    (f"{RUN} --ignore Lamamlp", "matches 'Lamamlp' (did you mean 'LlamaMLP'?)"),
+    (f"{RUN} --ignore Linear", "nothing is left to prune"),
+    (f"{RUN} --override up_proj", "an override is PATTERN=TARGET"),
+    (f"{RUN} --override =0.5", "an override is PATTERN=TARGET"),
+    (f"{RUN} --override up_porj=0.5", "matches 'up_porj' (did you mean 'up_proj'?)"),
+    (f"{RUN} --override up_proj=half", "sparsity must be a number from 0 to 1, not 'half'"),
+    (f"{RUN} --override up_proj=5:4", "pattern 5:4 must keep from 1 to 4 of every 4"),
+    # numbers
+    ("run --model MODEL --data TEXT --sparsity 50% --out out", "sparsity must be a number from 0 to 1, not '50%'"),
+    ("run --model MODEL --data TEXT --sparsity 50 --out out", "sparsity must lie between 0 and 1, not 50"),
+    ("run --model MODEL --data TEXT --pattern 2:4:8 --out out", "pattern must be N:M"),
+    ("run --model MODEL --data TEXT --out out", "give either a sparsity such as 0.7 or a pattern such as 2:4"),
+    (f"{RUN} --samples many", "'--samples': Input should be a valid integer"),
+    (f"{RUN} --samples 1.5", "'--samples': Input should be a valid integer"),
+    (f"{RUN} --steps 0", "'--steps'"),
+    (f"{RUN} --steps 8", "admm does not train: --steps is for"),
+    (f"{RUN} --activation-memory much", "'--activation-memory': Input should be a valid number"),
+    (f"{RUN} --log tensorbord:logs", "tensorbord"),
+    ("plan --sparsity 0.5 --gpu h900", "h900"),
+    ("plan --sparsity 0.5 --gpus none", "'--gpus': Input should be a valid integer"),
+    ("bench memory --out out --sparsity 2", "'--sparsity'"),
+    # files
+    ("run --recipe nowhere.yaml --out out", "nowhere.yaml: cannot be read"),
+    ("recipe check TEXT", "a recipe is a mapping"),
+    ("run --data TEXT --sparsity 0.5", "name the folder to write with --out"),
+    ("verify nowhere", "nowhere"),
+    ("report nowhere", "nowhere"),
+    ("pack nowhere archive", "nowhere: there is no such folder"),
+    ("solve nowhere.safetensors --sparsity 0.5", "nowhere.safetensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "reason"), CASES, ids=[words for words, _ in CASES])
+def test_wrong_words_are_one_line(
+    refused: Refused, model_folder: Path, text_file: Path, layer_file: Path, words: str, reason: str
+) -> None:
+    stand_for = {"MODEL": str(model_folder), "TEXT": str(text_file), "LAYER": str(layer_file)}
+    refused(reason, *(stand_for.get(word, word) for word in shlex.split(words)))
+
+
+def test_there_are_sixty_cases() -> None:
+    assert len({words for words, _ in CASES}) >= 60
