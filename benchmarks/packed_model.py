@@ -1,10 +1,12 @@
 """Decoding with packed weights, end to end: a Llama of random weights beside the same model dense, with bytes.
 
     python -m benchmarks.packed_model OUT.json [--sparsity 0.5,0.7,0.9] [--new-tokens 32] [--batches 1] [--repeats 7]
+    python -m benchmarks.packed_model OUT.json --model PRUNED_FOLDER [--dtype float32] [--new-tokens 64]
 
 The default shape has 1.03e9 parameters: 24 blocks of width 2048 and 5632, tied embeddings of 32000 words. One block is
 drawn, pruned and packed, and copied to the others: its values do not matter for the time, only that each has memory of
-its own. Dense and packed model take turns; times are CPU times of the process with one thread, wall-clock with more.
+its own. With `--model` it is a pruned folder, packed while it is loaded, and the greedy texts of the two are compared.
+Dense and packed model take turns; times are CPU times of the process with one thread, wall-clock with more.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from admm_prune.inference.packed_folder import load_packed
 from admm_prune.inference.packed_linear import pack_model
 from admm_prune.inference.timing import decode, timed
+from admm_prune.models.structure import decoder_blocks
 from admm_prune.ops import packed
 from admm_prune.prunable import matrices
 from benchmarks.machine import machine
@@ -59,6 +63,25 @@ def models(given: argparse.Namespace, sparsity: float) -> dict[str, Any]:
     return {"dense": repeated(dense, given.blocks), "packed": repeated(pack_model(model), given.blocks)}
 
 
+def of_folder(folder: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The model of a pruned folder, dense by transformers and packed."""
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    return {"dense": dense, "packed": load_packed(folder, dtype=dtype)}
+
+
+def greedy_texts(pair: dict[str, Any], new_tokens: int) -> dict[str, list[int]]:
+    """The tokens that follow a short prompt, without an end."""
+    ids = torch.arange(1, 17)[None]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return {name: model.generate(ids, **settings, do_sample=False)[0, 16:].tolist() for name, model in pair.items()}
+
+
+def zeros(module: nn.Module) -> float:
+    """The fraction of zeros in its matrices."""
+    weights = [weight.parameter for weight in matrices(module)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -71,13 +94,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--model", help="a pruned folder, in place of random weights")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    for sparsity in map(float, given.sparsity.split(",")):
-        pair = models(given, sparsity)
-        sizes = {name: (nbytes(model), nbytes(model.model.layers)) for name, model in pair.items()}
+    for level in [None] if given.model else list(map(float, given.sparsity.split(","))):
+        pair = models(given, level) if level is not None else of_folder(given.model, getattr(torch, given.dtype))
+        stack = decoder_blocks(pair["dense"])[0].name.rpartition(".")[0]
+        sparsity = zeros(pair["dense"].get_submodule(stack)) if level is None else level
+        sizes = {name: (nbytes(model), nbytes(model.get_submodule(stack))) for name, model in pair.items()}
         for batch in map(int, given.batches.split(",")):
             seconds = timed(partial(decode, batch=batch), pair, given.new_tokens, given.repeats)
             ratios = [a / b for a, b in zip(seconds["dense"], seconds["packed"], strict=True)]
@@ -95,6 +121,10 @@ def main() -> None:
                 "of_the_bytes": sizes["packed"][0] / sizes["dense"][0],
                 "of_the_bytes_of_blocks": sizes["packed"][1] / sizes["dense"][1],
             }
+            if given.model:
+                texts = greedy_texts(pair, given.new_tokens)
+                row["same_greedy_text"] = texts["dense"] == texts["packed"]
+                print(f"the same {given.new_tokens} greedy tokens: {row['same_greedy_text']}")
             rows.append(row)
             print(
                 f"{sparsity:.0%} batch {batch}: {row['times_as_fast']:.2f} times as fast ({min(ratios):.2f} to "

@@ -137,8 +137,7 @@ class _MaskedCheckpoint(Checkpoint):
         width = masked.shape[-1] if mask.ndim > 1 else math.prod(masked.shape)
         try:
             entries = bits.unpack(mask.view(*leading, -1), width)
-            if int(entries.count_nonzero()) != values.numel():
-                raise ValueError("the bits and the values do not belong together")
+            packed.check_counts(int(entries.count_nonzero()), values)
             dense = torch.zeros(entries.shape, dtype=values.dtype, device=values.device)
             whole = dense.masked_scatter_(entries, values).view(masked.shape)
             return whole if rows is None else whole[rows]

@@ -92,11 +92,16 @@ def from_parts(packed_bits: Tensor, values: Tensor, width: int) -> Packed:
     beyond = width % 8
     if packed_bits.numel() and beyond and bool((packed_bits[:, -1] >> beyond).any()):
         raise ValueError("bits beyond the width of the matrix are set")
-    if int(counts.sum()) != values.numel():
-        raise ValueError("the bits and the values do not belong together")
+    check_counts(int(counts.sum()), values)
     even = width % 8 == 0 and counts.numel() > 0 and int(counts.min()) == int(counts.max())
     offsets = None if even else offsets_of(counts.sum(1))
     return Packed(packed_bits.contiguous(), values.contiguous(), offsets, None, width, max(1, width))
+
+
+def check_counts(ones: int, values: Tensor) -> None:
+    """Raises ValueError unless there are as many values as set bits."""
+    if ones != values.numel():
+        raise ValueError("the bits and the values do not belong together")
 
 
 def quantize(matrix: Packed, group: int | None = None) -> Packed:
