@@ -16,9 +16,10 @@ from tests.cli.outcome import Command
 
 FIGURES = {
     "perplexity", "bits_per_char", "tokens", "characters", "packing", "length", "truncated_tokens", "protocol",
+    "perplexity_error",
 }  # fmt: skip
 MANIFEST = {
-    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "layers", "notes",
+    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers", "notes",
     "details", "continuation", "settings", "model_revision", "texts", "environment", "weights", "files", "sha256",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down
@@ -34,7 +35,7 @@ def run(command: Command, place: Path, model_folder: Path, text_file: Path) -> A
 def test_run_says_one_line_and_reports_progress_on_stderr(run: Any) -> None:
     outcome = run("--method", "wanda", "--sparsity", 0.5, "--out", "pruned", "--json")
     content = outcome.json()
-    assert set(content) == {"out", "method", "target", "sparsity", "dense", "pruned", "seconds"}
+    assert set(content) == {"out", "method", "target", "sparsity", "dense", "pruned", "tasks", "seconds"}
     assert set(content["dense"]) == set(content["pruned"]) == FIGURES
     assert (content["out"], content["method"], content["target"]) == ("pruned", "wanda", "50%")
     assert [line for line in outcome.err.splitlines() if ": " in line] == [

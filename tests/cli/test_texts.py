@@ -62,7 +62,7 @@ def test_every_command_that_reads_text_has_the_options_of_texts(name: str) -> No
 
 def test_every_option_that_a_message_names_exists() -> None:
     """Every word that begins with two dashes in a string of the package is an option of a command."""
-    known = set.union(*OPTIONS.values()) | {"--help"}
+    known = set.union(*OPTIONS.values()) | {"--help", "--version"}
     named: dict[str, str] = {}
     for path in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -63,9 +63,9 @@ def test_a_model_that_reloads_to_other_figures_is_a_defect_and_never_reported(
 ) -> None:
     evaluate, calls = comparison.evaluation.evaluate, []
 
-    def drifting(*arguments: Any) -> Evaluation:
+    def drifting(*arguments: Any, **how: Any) -> Evaluation:
         calls.append(arguments)
-        figures = evaluate(*arguments)
+        figures = evaluate(*arguments, **how)
         return replace(figures, perplexity=figures.perplexity + 1e-9 * len(calls))
 
     monkeypatch.setattr(comparison.evaluation, "evaluate", drifting)
