@@ -58,9 +58,9 @@ def prune_page() -> str:
         for name, one in declared.items():
             if one.group == group:
                 default = "required" if name == "model" else f"`{one.default!r}`"
-                kind = types[name].replace("|", "\\|")
+                kind = types[name].replace("|", "&#124;")  # in a cell, a backslash would be shown within backquotes
                 description = _escaped(" ".join(f"{one.help} {one.python}".split()))
-                lines.append(f"| `{name}` | `{kind}` | {default} | {description} |")
+                lines.append(f"| `{name}` | <code>{kind}</code> | {default} | {description} |")
         lines.append("")
     return "\n".join(lines)
 
