@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from admm_prune.runs.machine import processor
+
 
 def machine(date: str | None = None) -> dict[str, Any]:
     """Cores, CPU, versions, threads, load and date, for JSON.
@@ -21,7 +23,7 @@ def machine(date: str | None = None) -> dict[str, Any]:
     """
     return {
         "date": date or datetime.date.today().isoformat(),
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -46,11 +48,3 @@ def write_results(out: Path, content: dict[str, Any], table: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     Path(f"{out}.txt").write_text(table, encoding="utf-8")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -104,15 +104,24 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
             annotation: Any = one.typed | None if unset else one.typed
             default = None if unset else one.typed_default
             parameters.append(_keyword(one.spelled, Annotated[annotation, _typed(one.spelled, one)], default))
-        hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
-        explicit = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters += [_keyword(p.name, hints[p.name], p.default) for p in explicit]
-        made: Any = call
-        made.__signature__ = inspect.Signature(parameters)
-        made.__annotations__ = {p.name: p.annotation for p in parameters}
-        return call
+        return _with_parameters(call, [*parameters, *_own_parameters(function)])
 
     return wrap
+
+
+def _own_parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """The parameters of a command but its `**options`, with their annotations resolved."""
+    hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return [_keyword(p.name, hints[p.name], p.default) for p in named]
+
+
+def _with_parameters(call: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """A command as typer is to see it."""
+    made: Any = call
+    made.__signature__ = inspect.Signature(parameters)
+    made.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -162,13 +171,8 @@ def logs(function: Callable[..., None]) -> Callable[..., None]:
             logger.removeHandler(handler)
             logger.setLevel(before)
 
-    hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
-    parameters = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
-    made: Any = call
     added = [_keyword(name, annotation, 0 if name == "verbose" else False) for name, annotation in options.items()]
-    made.__signature__ = inspect.Signature([*parameters, *added])
-    made.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
-    return call
+    return _with_parameters(call, [*_own_parameters(function), *added])
 
 
 @contextmanager

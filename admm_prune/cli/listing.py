@@ -103,7 +103,7 @@ def _list_modules(source: str, json: bool) -> None:
     blocks = Anatomy.of(source).blocks
     modules = [
         {
-            "name": view.name.removesuffix(f".{view.attribute}"),
+            "name": view.module_name,
             "block": block.name,
             "class": type(view.module).__name__,
             "shape": list(view.shape),

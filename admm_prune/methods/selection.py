@@ -142,7 +142,7 @@ class Modules:
 
 
 def _around(view: WeightView, block: Block, model: nn.Module) -> dict[str, str]:
-    classes = {view.name.removesuffix(f".{view.attribute}"): type(view.module).__name__}
+    classes = {view.module_name: type(view.module).__name__}
     place = view.parameter_name
     if view.expert is not None:  # its matrix is a part of a parameter, which has a name too
         classes[place] = type(view.module).__name__

@@ -46,6 +46,11 @@ class WeightView:
         return self.name if self.expert is None else self.name.removesuffix(f".{self.expert}")
 
     @property
+    def module_name(self) -> str:
+        """The name of its module; the matrix of an expert that is a part of a parameter has its own name."""
+        return self.name.removesuffix(f".{self.attribute}")
+
+    @property
     def bias(self) -> Tensor | None:
         """b (out,), sharing memory with its parameter."""
         bias = None if self.expert is not None else dict(self.module.named_parameters(recurse=False)).get("bias")

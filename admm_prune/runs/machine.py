@@ -106,14 +106,21 @@ def free_bytes(device: torch.device | str) -> int:
 
 def described() -> str:
     """Kind of processor, number of cores that this process may use, memory, system and GPU; no names."""
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{gpu}{cpu}, {cores} core{'s' if cores > 1 else ''}, {memory:.0f} GiB of memory, {platform.system()}"
+    return (
+        f"{gpu}{processor()}, {cores} core{'s' if cores > 1 else ''}, {memory:.0f} GiB of memory, {platform.system()}"
+    )
+
+
+def processor() -> str:
+    """The kind of processor; its architecture where the system does not say more."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def resident_bytes() -> int:
