@@ -41,8 +41,9 @@ number = 3
 
 
 @pytest.fixture
-def broken(place: Path) -> Path:
-    """A module in the working folder whose parts violate what they promise."""
+def broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module in the working folder whose parts violate what they promise; importing it leaves no bytecode there."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (place / "broken_parts.py").write_text(BROKEN)
     yield place
     sys.modules.pop("broken_parts", None)
