@@ -175,11 +175,12 @@ class Bench:
         row: dict[str, Any] = {"repeats": a.repeats, "tokens": a.prefill, "new_tokens": a.decode}
         for name, count in zip(RUNS, (a.prefill, a.decode), strict=True):
             for prefix, form in (("dense_", dense), ("", pruned)):
-                least, most = form[f"{name}_range"]
+                speed = form["prefill"] if name == "prefill" else form["decoding"][0]["speed"]
+                least, most = speed["range"]
                 row[f"{prefix}{name}"] = count / least
                 row[f"{prefix}{name}_spread"] = most / least - 1
-            row[f"{name}_speedup"] = pruned[f"{name}_speedup"]
-            row[f"{name}_differs"] = int(pruned[f"{name}_differs"])
+            row[f"{name}_speedup"] = speed["speedup"]
+            row[f"{name}_differs"] = int(speed["differs"])
         self.inference.add(key, [row | {"load_average": machine()["load_average"][0]}])
 
 

@@ -126,11 +126,15 @@ def inference(
             _mib(row["disk_bytes"]),
             _mib(row["packed_bytes"]),
             _mib(row["memory_bytes"]),
-            f"{1000 * row['prefill_seconds']:.1f}",
-            _ratio(row["prefill_speedup"], row is content["rows"][0] or row["prefill_differs"]),
-            *(cell for i, d in enumerate(row["batches"]) for cell in _decoding(d, content["rows"][0]["batches"][i])),
+            f"{1000 * row['prefill']['seconds']:.1f}",
+            _ratio(row["prefill"], first=i == 0),
+            *(
+                cell
+                for d in row["decoding"]
+                for cell in (f"{d['tokens_per_second']:.1f}", _ratio(d["speed"], first=i == 0))
+            ),
         ]
-        for row in content["rows"]
+        for i, row in enumerate(content["rows"])
     ]
     columns = [
         "",
@@ -143,7 +147,7 @@ def inference(
         "times\nas fast",
         *(
             column
-            for d in content["rows"][0]["batches"]
+            for d in content["rows"][0]["decoding"]
             for column in (f"decode {d['batch']}\ntokens/s", "times\nas fast")
         ),
     ]
@@ -159,13 +163,9 @@ def _whole_numbers(text: str) -> list[int]:
         raise UserError(f"--batches {text}: give whole numbers, such as 1,4,16") from error
 
 
-def _decoding(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['tokens_per_second']:.1f}", _ratio(row["speedup"], row is first or row["differs"])
-
-
-def _ratio(speedup: float, beyond: bool) -> str:
+def _ratio(speed: dict[str, Any], *, first: bool) -> str:
     """The speedup over the first row; a difference within the spread of the repeats is none."""
-    return f"{speedup:.2f}" if beyond else "none"
+    return f"{speed['speedup']:.2f}" if first or speed["differs"] else "none"
 
 
 def _mib(count: int | None) -> str:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,8 @@ class Timing:
         disk_bytes: of the safetensors; None if this form is never saved.
         packed_bytes: of its tensors as 'admm-prune pack' would store them.
         memory_bytes: of parameters and buffers.
-        prefill_seconds, decode_seconds: for all requested tokens, the minimum of the repeats.
-        prefill_range, decode_range: the minimum and the maximum of the repeats.
-        prefill_speedup, decode_speedup: over the first row, by the least times.
-        prefill_differs, decode_differs: from the first row, beyond the spread: the slowest repeat of one takes less
-            time than the fastest of the other. Less is noise; one repeat has no spread, and shows nothing.
-        batches: the same of decoding, for every batch size; `decode_*` are those of the first.
+        prefill: of all requested tokens.
+        decoding: of each batch size.
     """
 
     form: str
@@ -55,27 +51,45 @@ class Timing:
     disk_bytes: int | None
     packed_bytes: int | None
     memory_bytes: int
-    prefill_seconds: float
-    decode_seconds: float
-    prefill_range: tuple[float, float]
-    decode_range: tuple[float, float]
-    prefill_speedup: float = 1.0
-    decode_speedup: float = 1.0
-    prefill_differs: bool = False
-    decode_differs: bool = False
-    batches: list[Decoding] = field(default_factory=list)
+    prefill: Speed
+    decoding: list[Decoding]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """The time of one form, compared with the first row.
+
+    Attributes:
+        seconds: the minimum of the repeats.
+        range: the minimum and the maximum of the repeats.
+        speedup: over the first row, by the minima.
+        differs: from the first row, beyond the spread: the slowest repeat of one takes less time than the fastest of
+            the other. Less is noise; one repeat has no spread, and shows nothing.
+    """
+
+    seconds: float
+    range: tuple[float, float]
+    speedup: float
+    differs: bool
+
+    @classmethod
+    def of(cls, times: dict[str, list[float]], form: str) -> Speed:
+        first, repeats = next(iter(times.values())), times[form]
+        return cls(
+            seconds=min(repeats),
+            range=(min(repeats), max(repeats)),
+            speedup=min(first) / min(repeats),
+            differs=len(repeats) > 1 and (max(repeats) < min(first) or max(first) < min(repeats)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Decoding of a batch of texts: seconds for all tokens, as in `Timing`, and tokens per second of all texts."""
+    """Decoding of a batch of texts; tokens per second are those of all texts together."""
 
     batch: int
-    seconds: float
-    range: tuple[float, float]
     tokens_per_second: float
-    speedup: float
-    differs: bool
+    speed: Speed
 
 
 @torch.no_grad()
@@ -115,11 +129,6 @@ def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, 
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def differs(a: list[float], b: list[float]) -> bool:
-    """Whether one of two is faster beyond the spread of their repeats."""
-    return len(a) > 1 and len(b) > 1 and (max(a) < min(b) or max(b) < min(a))
-
-
 def bench_inference(
     model: str,
     against: str | None = None,
@@ -143,7 +152,7 @@ def bench_inference(
         out: folder for inference.json and inference.svg, a plot of it; made where it is missing.
 
     Returns:
-        For JSON: "rows" of `Row`, "sentences" on the gain, "environment".
+        For JSON: "rows" of `Timing`, "sentences" on the gain, "environment".
 
     Raises:
         UserError: a model cannot be loaded, or its context is shorter than `tokens`.
@@ -165,10 +174,8 @@ def bench_inference(
     if zeros > 0:
         forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
     models = {form: loaded.model for form, (loaded, _) in forms.items()}
-    times = {prefill: timed(prefill, models, tokens, repeats)}
+    of_prefill = timed(prefill, models, tokens, repeats)
     of_batch = {batch: timed(partial(decode, batch=batch), models, new_tokens, repeats) for batch in batches}
-    times[decode] = of_batch[batches[0]]
-    first = next(iter(models))
     rows = [
         Timing(
             form=form,
@@ -177,24 +184,12 @@ def bench_inference(
             disk_bytes=None if name is None else _disk_bytes(name),
             packed_bytes=None if name is None else _packed_bytes(loaded.model),
             memory_bytes=_memory_bytes(loaded.model),
-            prefill_seconds=min(times[prefill][form]),
-            decode_seconds=min(times[decode][form]),
-            prefill_range=(min(times[prefill][form]), max(times[prefill][form])),
-            decode_range=(min(times[decode][form]), max(times[decode][form])),
-            prefill_speedup=min(times[prefill][first]) / min(times[prefill][form]),
-            decode_speedup=min(times[decode][first]) / min(times[decode][form]),
-            prefill_differs=differs(times[prefill][first], times[prefill][form]),
-            decode_differs=differs(times[decode][first], times[decode][form]),
-            batches=[
+            prefill=Speed.of(of_prefill, form),
+            decoding=[
                 Decoding(
-                    batch=batch,
-                    seconds=min(seconds[form]),
-                    range=(min(seconds[form]), max(seconds[form])),
-                    tokens_per_second=batch * new_tokens / min(seconds[form]),
-                    speedup=min(seconds[first]) / min(seconds[form]),
-                    differs=differs(seconds[first], seconds[form]),
+                    batch=batch, tokens_per_second=batch * new_tokens / min(times[form]), speed=Speed.of(times, form)
                 )
-                for batch, seconds in of_batch.items()
+                for batch, times in of_batch.items()
             ],
         )
         for form, (loaded, name) in forms.items()
@@ -221,12 +216,12 @@ def _plot(rows: Sequence[Timing]) -> str:
     """Tokens per second over the batch size, and the memory of the weights, of every form; as SVG."""
     figure, (speed, memory) = panels(2)
     for i, row in enumerate(rows):
-        sizes = [decoding.batch for decoding in row.batches]
-        speed.plot(sizes, [decoding.tokens_per_second for decoding in row.batches], label=row.form, **style(i))
+        sizes = [decoding.batch for decoding in row.decoding]
+        speed.plot(sizes, [decoding.tokens_per_second for decoding in row.decoding], label=row.form, **style(i))
         memory.barh(row.form, row.memory_bytes / 2**20, color=COLOURS[i % len(COLOURS)])
     for axis in (speed.set_xscale, speed.set_yscale):
         axis("log", base=2)
-    speed.set_xticks([decoding.batch for decoding in rows[0].batches])
+    speed.set_xticks([decoding.batch for decoding in rows[0].decoding])
     speed.xaxis.set_major_formatter("{x:g}")
     speed.yaxis.set_major_formatter("{x:g}")
     speed.set_xlabel("texts decoded together")
@@ -327,8 +322,8 @@ def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: boo
     said = []
     for row in rows[1:]:
         compared = [
-            _compared("prefill", row.prefill_speedup, beyond=row.prefill_differs),
-            *(_compared(f"decoding of {d.batch}", d.speedup, beyond=d.differs) for d in row.batches),
+            _compared("prefill", row.prefill),
+            *(_compared(f"decoding of {decoding.batch}", decoding.speed) for decoding in row.decoding),
         ]
         said.append(f"{row.form}, beside {first.form}: {'; '.join(compared)}.")
     if repeats == 1 and len(rows) > 1:
@@ -349,7 +344,8 @@ def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: boo
     return said
 
 
-def _compared(what: str, ratio: float, *, beyond: bool) -> str:
-    if not beyond:
+def _compared(what: str, speed: Speed) -> str:
+    if not speed.differs:
         return f"{what} shows no difference beyond the spread"
+    ratio = speed.speedup
     return f"{what} {ratio:.2f} times as fast" if ratio > 1 else f"{what} takes {1 / ratio:.2f} times as long"

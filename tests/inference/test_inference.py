@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from admm_prune.errors import UserError
 from admm_prune.inference import timing
-from admm_prune.inference.timing import _CSRLinear, bench_inference, differs, prefill, timed
+from admm_prune.inference.timing import Speed, _CSRLinear, bench_inference, prefill, timed
 from admm_prune.models.loading import load
 from admm_prune.runs.prune import prune
 
@@ -47,7 +47,7 @@ def test_an_unstructured_mask_gains_nothing_as_stored(folders: dict[str, str], m
     assert stored["zeros"] == pytest.approx(0.9, abs=0.01)
     assert csr["disk_bytes"] is None
     assert csr["memory_bytes"] < stored["memory_bytes"]
-    assert all(row[key] > 0 for row in rows.values() for key in ("prefill_seconds", "decode_seconds"))
+    assert all(speed["seconds"] > 0 for row in rows.values() for speed in (row["prefill"], row["decoding"][0]["speed"]))
     assert any("does not make the model smaller" in sentence for sentence in content["sentences"])
     assert any("A single repeat shows no spread" in sentence for sentence in content["sentences"])
     assert not any("times as" in sentence for sentence in content["sentences"]), "nothing is known of noise"
@@ -86,12 +86,19 @@ def test_models_take_turns(model_folder: Path) -> None:
     assert all(len(found) == 2 for found in times.values()), "the first turn warms up"
 
 
-def test_what_lies_within_the_spread_is_noise() -> None:
-    assert differs([1.0, 1.1, 1.2], [1.3, 1.4, 1.25])
-    assert differs([1.3, 1.4], [1.0, 1.2])
-    assert not differs([1.0, 1.1, 1.3], [1.2, 1.4, 1.5])
-    assert not differs([1.0, 2.0], [1.5, 1.6])
-    assert not differs([1.0], [2.0])
+@pytest.mark.parametrize(
+    ("first", "second", "differs"),
+    [
+        ([1.0, 1.1, 1.2], [1.3, 1.4, 1.25], True),
+        ([1.3, 1.4], [1.0, 1.2], True),
+        ([1.0, 1.1, 1.3], [1.2, 1.4, 1.5], False),
+        ([1.0, 2.0], [1.5, 1.6], False),
+        ([1.0], [2.0], False),
+    ],
+)
+def test_what_lies_within_the_spread_is_noise(first: list[float], second: list[float], differs: bool) -> None:
+    assert Speed.of({"first": first, "second": second}, "second").differs == differs
+    assert not Speed.of({"first": first, "second": second}, "first").differs
 
 
 @pytest.mark.parametrize(
@@ -116,18 +123,18 @@ def test_a_sentence_on_speed_rests_on_the_spread(
     content = bench_inference(folders["smaller"], str(model_folder), **QUICK | {"repeats": 2})
     (sentence,) = (s for s in content["sentences"] if s.startswith("as stored, beside dense"))
     assert sentence == f"as stored, beside dense: {said}; decoding of 1 shows no difference beyond the spread."
-    row = content["rows"][1]
-    assert row["prefill_differs"] == ("no difference" not in said)
-    assert row["prefill_range"] == (min(seconds["as stored"]), max(seconds["as stored"]))
+    speed = content["rows"][1]["prefill"]
+    assert speed["differs"] == ("no difference" not in said)
+    assert speed["range"] == (min(seconds["as stored"]), max(seconds["as stored"]))
 
 
 def test_batches_and_the_plot(folders: dict[str, str], tmp_path: Path) -> None:
     content = bench_inference(folders["mask"], **QUICK | {"batches": (1, 3)}, out=tmp_path / "out")
     for row in content["rows"]:
-        assert [decoding["batch"] for decoding in row["batches"]] == [1, 3]
-        for decoding in row["batches"]:
-            assert decoding["tokens_per_second"] == pytest.approx(decoding["batch"] * 2 / decoding["seconds"])
-        assert row["decode_seconds"] == row["batches"][0]["seconds"]
+        assert [decoding["batch"] for decoding in row["decoding"]] == [1, 3]
+        for decoding in row["decoding"]:
+            seconds = decoding["speed"]["seconds"]
+            assert decoding["tokens_per_second"] == pytest.approx(decoding["batch"] * 2 / seconds)
     assert json.loads((tmp_path / "out/inference.json").read_text())["rows"] == json.loads(json.dumps(content["rows"]))
     plot = (tmp_path / "out/inference.svg").read_text()
     assert "<svg" in plot
