@@ -74,10 +74,18 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             prefix = "." * node.level + (node.module or "")
             yield from ((node.lineno, f"{prefix}.{alias.name}" if node.module else prefix) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and called(node).endswith("import_module"):
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                     yield node.lineno, argument.value
+
+
+def called(node: ast.Call) -> str:
+    """The last part of the name of the function."""
+    match node.func:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
 
 
 def ours(name: str) -> str | None:
@@ -257,7 +265,7 @@ def class_checks(tree: ast.AST, classes: set[str]) -> Iterator[tuple[int, str]]:
     }
     for node in ast.walk(tree):
         found: list[ast.expr | None] = []
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "issubclass"}:
+        if isinstance(node, ast.Call) and called(node) in {"isinstance", "issubclass"}:
             found = [*node.args[1:]]
         elif isinstance(node, ast.Compare):
             found = [node.left, *node.comparators]

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import admm_prune
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"bitsandbytes", "cvxpy", "datasets", "matplotlib", "pydantic", "pyscipopt"}
+OPTIONAL = {"bitsandbytes", "cvxpy", "datasets", "hypothesis", "matplotlib", "pydantic", "pyscipopt"}
 HEAVY = OPTIONAL | {"jinja2", "numpy", "rich", "scipy", "tokenizers", "torch", "transformers", "typer"}
 REPORT_LOADED = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
 
@@ -37,7 +37,7 @@ def mathematics() -> list[str]:
     """The modules that need torch alone: the words, kernels, problems, and solvers but the references."""
     package = ROOT / "admm_prune"
     files = [package / f"{name}.py" for name in ("point", "problem", "result")]
-    for folder in ("kernels", "problems", "solvers"):
+    for folder in ("ops", "problems", "solvers"):
         files += sorted(path for path in (package / folder).rglob("*.py") if "reference" not in path.parts)
     dotted = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files)
     return [name.removesuffix(".__init__") for name in dotted]

@@ -15,7 +15,7 @@ from benchmarks import training_engine
 from benchmarks.training_engine import PHASES, Clock, random_text, timed_phases, trainer
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_engine_is_compared_with_a_plain_loop(
     tmp_path: Path, model_folder: Path, precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

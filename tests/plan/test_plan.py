@@ -196,18 +196,22 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     assert planned == pytest.approx(held, rel=0.1)
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "how", "dtype"),
     [
         ("gradual", {}, "float32"),
-        ("gradual", {"precision": "bf16"}, "float32"),
-        ("gradual", {"micro_batch": 2}, "float32"),
-        ("gradual", {"gradient_checkpointing": True}, "float32"),
-        ("elsa", {"precision": "bf16", "gradient_checkpointing": True, "micro_batch": 3}, "float32"),
-        ("elsa", {}, "bfloat16"),
-        ("elsa-l", {"precision": "bf16"}, "bfloat16"),
-        ("elsa-published", {}, "float32"),
+        pytest.param("gradual", {"precision": "bf16"}, "float32", marks=pytest.mark.slow),
+        pytest.param("gradual", {"micro_batch": 2}, "float32", marks=pytest.mark.slow),
+        pytest.param("gradual", {"gradient_checkpointing": True}, "float32", marks=pytest.mark.slow),
+        pytest.param(
+            "elsa",
+            {"precision": "bf16", "gradient_checkpointing": True, "micro_batch": 3},
+            "float32",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("elsa", {}, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("elsa-l", {"precision": "bf16"}, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("elsa-published", {}, "float32", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -228,11 +227,12 @@ class Weights:
         weight = self.read(name)
         if weight is None:
             return None
-        rows, columns = weight.shape
-        left = [(band != 0).float().mean(0) for band in weight.tensor_split(min(TILES, rows))]
-        share = torch.stack([torch.stack([c.mean() for c in band.tensor_split(min(TILES, columns))]) for band in left])
-        dense = self._layers[name]["shape"]
-        return Tiles(share.numpy(), rows / dense[0], columns / dense[1])
+        remaining = (weight != 0).numpy()
+        sizes = [-(-(n - np.arange(min(TILES, n))) // min(TILES, n)) for n in remaining.shape]  # the first are larger
+        for axis, size in enumerate(sizes):
+            remaining = np.add.reduceat(remaining, np.cumsum(size) - size, axis=axis, dtype=np.int64)
+        (rows, columns), dense = weight.shape, self._layers[name]["shape"]
+        return Tiles(remaining / np.outer(*sizes), rows / dense[0], columns / dense[1])
 
 
 def overlap(a: Weights, b: Weights, names: Iterable[str]) -> dict[str, float]:

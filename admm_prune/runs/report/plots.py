@@ -101,10 +101,11 @@ def svg(figure: Any, name: str, titles: Mapping[str, Sequence[str]] | None = Non
         titles: what a browser shows on hovering over the points of a line, or over a patch, by the `gid` of either.
     """
     from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # savefig would draw the figure twice
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
@@ -188,6 +189,7 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
     bar.set_label("share left", color=INK)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)
+    bar.ax.set_facecolor("none")
     return svg(figure, "map", titles)
 
 
