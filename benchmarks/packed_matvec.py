@@ -121,7 +121,7 @@ def memory_rate(clock: Callable[[], float], device: str) -> float:
     return x.nbytes / best
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", default="4096x4096")
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", default="1")
     parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     threads = [int(count) for count in given.threads.split(",")]
     torch.set_num_threads(threads[0])
     torch.manual_seed(0)
