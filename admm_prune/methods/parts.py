@@ -326,6 +326,9 @@ def described(part: object) -> str:
     """The description of a part in a manifest: its name, or its settings."""
     if isinstance(part, str):
         return part
+    if isinstance(part, partial):
+        bound = [*map(repr, part.args), *(f"{name}={value!r}" for name, value in part.keywords.items())]
+        return f"{described(part.func)}({', '.join(bound)})"
     if isinstance(part, type) or callable(part):
         return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
     return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
@@ -335,7 +338,9 @@ def _check_call(what: str, function: Any, positional: int, **named: object) -> N
     """Raises UserError if a function does not accept this number of positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of C code, which has none to read
+    except (TypeError, ValueError) as error:  # of C code, which has none to read
+        if isinstance(function, partial):
+            raise UserError(f"{what} does not take the arguments that are bound to it: {error}") from error
         return
     try:
         signature.bind(*range(positional), **named)

@@ -11,7 +11,7 @@ __all__ = ["tasks"]  # a fixture
 
 
 def cells(out: str, task: str) -> list[str]:
-    (line,) = (line for line in out.splitlines() if line.startswith(task))
+    (line,) = (line for line in out.splitlines() if line.split()[:1] == [task])
     return line.split()
 
 

@@ -14,6 +14,9 @@ import torch
 import admm_prune
 from admm_prune import LayerReconstruction, Point, RowWise, Unstructured, prune
 from admm_prune.errors import UserError
+from admm_prune.methods.registry import composed
+from admm_prune.methods.target import Target
+from admm_prune.models.loading import load
 from admm_prune.result import Result, Status
 from tests.cli.outcome import Command, Refused
 
@@ -287,20 +290,27 @@ SETS = {
 }
 PROBLEMS = {
     "Weighed": "token_weights of the problem 'Weighed' must be a staticmethod or a classmethod",
+    "Column": "token_weights of the problem 'Column' must be of shape (64,), one per token, not (64, 1)",
+    "Outputs": "AttributeError: there are no outputs: declare needs_outputs = True in the objective",
+    "ScoreNan": "token_scores of the problem 'ScoreNan' must be finite in float32",
+    "Failed": "the problem Failed failed (mistaken.py:",
+    "Alone": "the problem 'Alone' does not take the arguments it is given",
+    "Broken": "the problem Broken failed (mistaken.py:",
+    "layer": "the name 'layer' is built in, and declared by mistaken (mistaken:Weighed)",
+}
+HOOKS = {
     "Three": "token_weights of the problem 'Three' does not take the arguments it is given",
     "None_": "token_weights of the problem 'None_' does not take the arguments it is given",
     "Number": "token_weights of the problem 'Number' must be a staticmethod, not a int",
     "Scalar": "token_weights of the problem 'Scalar' must be a tensor (64,), one per token, not a float",
     "Nothing_": "token_weights of the problem 'Nothing_' must be a tensor (64,), one per token, not a NoneType",
     "Array": "token_weights of the problem 'Array' must be a tensor (64,), one per token, not a ndarray",
-    "Column": "token_weights of the problem 'Column' must be of shape (64,), one per token, not (64, 1)",
     "Short": "token_weights of the problem 'Short' must be of shape (64,), one per token, not (63,)",
     "Total": "token_weights of the problem 'Total' must be of shape (64,), one per token, not ()",
     "Complex": "token_weights of the problem 'Complex' must be real numbers in a dense tensor, not torch.complex64",
     "Sparse": "token_weights of the problem 'Sparse' must be real numbers in a dense tensor, not torch.float32",
     "Elsewhere": "token_weights of the problem 'Elsewhere' must be on cpu, where the inputs are, not on meta",
     "InPlace": "token_weights of the problem 'InPlace' must not change its inputs in place",
-    "Outputs": "AttributeError: there are no outputs: declare needs_outputs = True in the objective",
     "Scores": "AttributeError: there are no scores: define token_scores in the objective",
     "Unknown": "AttributeError: 'TokenContext' object has no attribute 'logits'",
     "Unread": "the problem 'Unread' has needs_outputs, which only token_weights(inputs, context) can read",
@@ -313,12 +323,7 @@ PROBLEMS = {
     "ScoreFails": "failed (mistaken.py:",
     "ScoreShape": "token_scores of the problem 'ScoreShape' must be of shape (64,), one per token, not (64, 8)",
     "ScoreNone": "token_scores of the problem 'ScoreNone' must be a tensor (64,), one per token, not a NoneType",
-    "ScoreNan": "token_scores of the problem 'ScoreNan' must be finite in float32",
     "ScoreHuge": "token_scores of the problem 'ScoreHuge' must be finite in float32",
-    "Failed": "the problem Failed failed (mistaken.py:",
-    "Alone": "the problem 'Alone' does not take the arguments it is given",
-    "Broken": "the problem Broken failed (mistaken.py:",
-    "layer": "the name 'layer' is built in, and declared by mistaken (mistaken:Weighed)",
 }
 ON_THE_TEXT = {
     "NotFinite": "q_proj.weight: token weights must be finite and not negative",
@@ -399,6 +404,23 @@ def test_compare_and_capture_refuse_in_one_line(
         assert reason in outcome.err.splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def tiny(model_folder: Path) -> Any:
+    return load(str(model_folder), device="cpu").model
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_wrong_weights_of_tokens_are_refused_before_any_work(
+    mistaken: Callable[..., None], tiny: Any, name: str
+) -> None:
+    mistaken("--problem", name)
+    with pytest.raises(UserError) as error:
+        composed("magnitude", problem=name).check(tiny, Target(0.5))
+    assert HOOKS[name] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ON_THE_TEXT)
 def test_weights_that_are_wrong_on_the_text_end_a_run_in_one_line(
     mistaken: Callable[..., None], command: Command, run: tuple[object, ...], place: Path, name: str

@@ -76,7 +76,7 @@ PRUNE: list[tuple[dict[str, Any], str]] = [
     ({"problem": torch.nn.Linear(2, 2)}, "the problem Linear failed"),
     ({"problem": Wrapped}, "has needs_outputs, which only token_weights(inputs, context) can read"),
     ({"problem": partial(Wrapped, target_energy=None)}, "has needs_outputs, which only token_weights"),
-    ({"problem": partial(LayerReconstruction, strength=2)}, "does not take the arguments it is given"),
+    ({"problem": partial(LayerReconstruction, strength=2)}, "does not take the arguments that are bound to it"),
 ]  # fmt: skip
 
 
