@@ -37,7 +37,7 @@ SetLike = str | SparseSet | type[SparseSet] | None
 SETS: Mapping[str, Callable[[float], SparseSet]] = {"unstructured": Unstructured, "row-wise": RowWise, "groups": Groups}
 LAYER = "layer"
 _HOOKS = ("token_weights", "token_scores")
-_TRIAL_VOCABULARY = 8
+_TRIAL_TOKENS, _TRIAL_VOCABULARY = 64, 8
 LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
 
@@ -128,7 +128,7 @@ class LayerProblem:
         return TokenWeighting(weighed, needs_context, needs_outputs, None if score is None else scored)
 
     def trial_weights(self, inputs: Tensor, weight: Tensor) -> Tensor | None:
-        """The weights of tokens (n,), which are made up, for inputs (n, in) of a matrix (out, in); None for equal ones.
+        """The weights of the first n of 64 random tokens, for inputs (n, in) of a matrix (out, in); None for equal.
 
         Raises:
             UserError: what computes them fails, or gives something else.
@@ -140,8 +140,8 @@ class LayerProblem:
         context, tokens = None, len(inputs)
         if weighting.needs_context:
             g = torch.Generator().manual_seed(0)
-            ids, following = torch.randint(0, _TRIAL_VOCABULARY, (2, tokens), generator=g)
-            logits = torch.randn(tokens, _TRIAL_VOCABULARY, generator=g)
+            ids, following = torch.randint(0, _TRIAL_VOCABULARY, (2, _TRIAL_TOKENS), generator=g)[:, :tokens]
+            logits = torch.randn(_TRIAL_TOKENS, _TRIAL_VOCABULARY, generator=g)[:tokens]
             context = TokenContext(
                 weight="trial.weight",
                 ids=ids,

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from admm_prune.cli.common import show_tasks
 from tests.cli.outcome import Command
+from tests.runs.test_model_card import TASKS
 from tests.runs.test_tasks import tasks
 
 __all__ = ["tasks"]  # a fixture
 
 
 def cells(out: str, task: str) -> list[str]:
-    (line,) = (line for line in out.splitlines() if line.split()[:1] == [task])
-    return line.split()
+    """Of the first row of a task."""
+    return next(line.split() for line in out.splitlines() if line.split()[:1] == [task])
 
 
+def test_a_table_has_the_rows_of_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    show_tasks("tiny", TASKS)
+    shown = capsys.readouterr().out
+    assert "none" not in shown
+    assert cells(shown, "mats") == ["mats", "acc", "0", "0.2500", "0.0625"]
+    assert "exact_match (strict)" in shown
+    assert "At most 40 questions per task" in shown
+
+
+@pytest.mark.slow
 def test_eval_and_run_name_metrics_as_the_card_does(
     command: Command, place: Path, model_folder: Path, text_file: Path, tasks: Path
 ) -> None:

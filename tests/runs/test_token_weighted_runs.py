@@ -36,7 +36,7 @@ from tests.plugged_in import plugged_in
 
 __all__ = ["plugged_in"]  # a fixture
 
-HOW: dict[str, Any] = {"sparsity": 0.5, "samples": 12, "eval_samples": 3, "device": "cpu", "method": "sparsegpt"}
+HOW: dict[str, Any] = {"sparsity": 0.5, "samples": 6, "eval_samples": 1, "device": "cpu", "method": "sparsegpt"}
 
 
 class Both(LayerReconstruction):
@@ -86,7 +86,7 @@ def test_the_first_block_is_solved_with_the_weighted_grams(
     problem = Both if outputs else example()
     report = admm_prune.prune(model_folder, data=str(text_file), problem=problem, **HOW)
     loaded = load(str(model_folder), device="cpu")
-    sequences = Texts(TextSettings(data=str(text_file), samples=12), loaded).calibration()
+    sequences = Texts(TextSettings(data=str(text_file), samples=6), loaded).calibration()
     grams = direct(loaded.model, sequences, outputs=outputs)
     pruned = {view.name: view.read().double() for view in decoder_blocks(report.model)[0].weights}
     dense = {view.name: view.read().double() for view in decoder_blocks(loaded.model)[0].weights}
@@ -152,7 +152,7 @@ def test_a_run_is_not_resumed_with_another_version_of_the_plug_in(
 
 
 def test_a_captured_layer_has_the_gram_of_its_matrix(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    weight, settings = "model.layers.0.mlp.up_proj.weight", TextSettings(data=str(text_file), samples=12)
+    weight, settings = "model.layers.0.mlp.up_proj.weight", TextSettings(data=str(text_file), samples=6)
     loaded = load(str(model_folder), device="cpu")
     texts = Texts(settings, loaded)
     with pytest.MonkeyPatch.context() as patch:
