@@ -87,7 +87,7 @@ CASES = [
     # tasks
     (f"{RUN} --tasks ''", "name at least one task"),
     (f"{RUN} --tasks ' , '", "name at least one task"),
-    (f"{RUN} --taks piqa", "--taks (Possible options: --tasks"),
+    (f"{RUN} --taks piqa", "--taks (Possible options: "),
     (f"{RUN} --shots 3", "shots is of tasks: name them with tasks"),
     (f"{RUN} --task-folder folder", "task_folder is of tasks: name them with tasks"),
     (f"{RUN} --tasks piqa --shots -1", "'--shots'"),
