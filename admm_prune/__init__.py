@@ -42,6 +42,7 @@ __all__ = [
     "StochasticADMM",
     "SupportDescent",
     "SurrogateFree",
+    "TokenContext",
     "Unstructured",
     "UserError",
     "Wanda",
@@ -78,7 +79,7 @@ _MODULES = {
     "solvers.sparse_adam": ("SparseAdam",),
     "solvers.stochastic_admm": ("StochasticADMM",),
     "solvers.support_descent": ("Magnitude", "SupportDescent", "Wanda"),
-    "statistics": ("GramAccumulator", "LayerStatistics"),
+    "statistics": ("GramAccumulator", "LayerStatistics", "TokenContext"),
 }
 _HOME = {name: f"admm_prune.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -107,7 +108,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.sparse_adam import SparseAdam
     from admm_prune.solvers.stochastic_admm import StochasticADMM
     from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda
-    from admm_prune.statistics import GramAccumulator, LayerStatistics
+    from admm_prune.statistics import GramAccumulator, LayerStatistics, TokenContext
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 
     def __getattr__(name: str) -> object:

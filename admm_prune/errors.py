@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 _EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -82,3 +84,28 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> 
     names = list(known)
     listed = ", ".join([*names, *([otherwise] if otherwise else [])])
     return UserError(f"unknown {what} '{name}'{did_you_mean(name, names)}: choose one of {listed}")
+
+
+_TYPES: Mapping[str, tuple[type, str]] = {  # of the parts of an annotation, and what they are called
+    "bool": (bool, "True or False"),
+    "int": (Integral, "an integer"),
+    "float": (Real, "a number"),
+    "str": (str, "a string"),
+    "Path": (Path, "a path"),
+    "Sequence[str]": (Sequence, "a sequence of strings"),
+    "None": (type(None), "None"),
+}
+
+
+def check_type(name: str, annotation: str, value: object) -> None:
+    """Raises UserError for a value of another type than its annotation, where that has plain types alone."""
+    parts = annotation.split(" | ")
+    if not all(part in _TYPES for part in parts):
+        return
+    fits = isinstance(value, tuple(_TYPES[part][0] for part in parts)) and not isinstance(value, bytes)
+    if isinstance(value, bool):
+        fits = "bool" in parts
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        fits = fits and all(isinstance(one, str) for one in value)
+    if not fits:
+        raise UserError(f"{name} must be {' or '.join(_TYPES[part][1] for part in parts)}, not {value!r}")

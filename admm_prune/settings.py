@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields, is_d
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from admm_prune.errors import UserError, did_you_mean
+from admm_prune.errors import UserError, check_type, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,7 +206,10 @@ class TextSettings:
     )
 
     def __post_init__(self) -> None:
+        kinds = {one.name: str(one.type) for one in fields(self)}
         for name, declared in options(type(self)).items():
+            if declared.part_of != "target":  # a sparsity may come as text from the command line
+                check_type(name, kinds[name], getattr(self, name))
             declared.check(name, getattr(self, name))
 
     def text(self, **changes: Any) -> TextSettings:
@@ -247,7 +250,7 @@ class Settings(TextSettings):
         None,
         "Objective of the layer problems, a name that 'admm-prune list' prints; the method's own by default.",
         python="Or a callable that builds the layer problems, such as `LayerReconstruction`.",
-        commands="run solve",
+        commands="run solve plan",
     )
     constraint: str | SparseSet | type[SparseSet] | None = option(
         None,
@@ -338,7 +341,7 @@ class Settings(TextSettings):
         in_file=tuple[str, ...],
         typed=str | None,
         typed_default=None,
-        parse=lambda typed: typed or (),
+        parse=lambda typed: () if typed is None else typed,
     )
     task_folder: str | Path | None = _tasks(
         None, "Folder with additional tasks, as YAML files.", in_file=str | None, typed=str | None

@@ -25,6 +25,71 @@ DEAD = 1e-12  # a channel is dead when its H_jj is at most this multiple of the 
 SUM_BYTES = 8  # of an entry of a Gram while it is summed up, in float64
 
 
+class TokenContext:
+    """Which tokens the inputs are of that an objective weights: n tokens of one batch, without pads.
+
+    Args:
+        weight: the name of the matrix that reads the inputs; the first one of those that share them.
+        ids: (n,) int64, the tokens themselves.
+        positions: (n,) int64, from 0 in each sequence.
+        sequences: (n,) int64, the number of each token's sequence in the packed text.
+        scored: (n,) bool, whether the model is scored on the token that follows: not at the end of a sequence, nor
+            before a BOS.
+        outputs: (n, out), of the matrix before it is pruned, with its bias.
+        scores: (n,) float32, what `token_scores` of the objective gave; 0 where `scored` is False.
+
+    All tensors are on the device of the inputs.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: str,
+        ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        scored: Tensor,
+        outputs: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
+        self.weight, self.ids, self.positions, self.sequences, self.scored = weight, ids, positions, sequences, scored
+        self._outputs, self._scores = outputs, scores
+
+    @property
+    def outputs(self) -> Tensor:
+        """Raises AttributeError unless the objective declares `needs_outputs`."""
+        if self._outputs is None:
+            raise AttributeError("there are no outputs: declare needs_outputs = True in the objective")
+        return self._outputs
+
+    @property
+    def scores(self) -> Tensor:
+        """Raises AttributeError unless the objective defines `token_scores`."""
+        if self._scores is None:
+            raise AttributeError("there are no scores: define token_scores in the objective")
+        return self._scores
+
+
+@dataclass(frozen=True)
+class TokenWeighting:
+    """How tokens are weighted in Gram matrices.
+
+    Attributes:
+        weigh: from inputs (n, in), and their context where it is needed, to weights s_t >= 0 (n,); None for 1.
+        needs_context: whether `weigh` is given a `TokenContext`.
+        needs_outputs: whether that has the outputs of the matrix: every matrix then has its own Gram.
+        score: from logits (m, V) of the model before it is pruned and the tokens that follow (m,) to scores (m,).
+    """
+
+    weigh: Callable[[Tensor, TokenContext | None], Tensor] | None = None
+    needs_context: bool = False
+    needs_outputs: bool = False
+    score: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+UNWEIGHTED = TokenWeighting()
+
+
 class GramAccumulator:
     """H = sum_t x_t x_t^T over all tokens seen, summed in float64, for inputs of any dtype in any batches.
 
@@ -59,12 +124,13 @@ class GramAccumulator:
                 has tokens of two sequences, so that H does not depend on how sequences are batched or distributed.
 
         Raises:
-            ValueError: the last dimension is not d; weights are not one per token, finite and not negative.
+            ValueError: the last dimension is not d; weights are not one real number per token on the device of the
+                inputs, finite and not negative.
         """
         flat = inputs.reshape(-1, inputs.shape[-1])
         if flat.shape[1] != len(self._sum):
             raise ValueError(f"the Gram is of width {len(self._sum)}, the inputs of width {flat.shape[1]}")
-        roots = None if weights is None else _roots(weights, len(flat))
+        roots = None if weights is None else _roots(weights, flat)
         start = 0
         with precision.full():
             for length, dtype in self._pieces(flat, lengths):
@@ -284,13 +350,24 @@ def _semidefinite(centred_gram: Tensor, gram: Tensor) -> Tensor:
     return (nearest + nearest.T).div_(2).mul_(scale).mul_(scale[:, None])
 
 
-def _roots(weights: Tensor, tokens: int) -> Tensor:
+def _roots(weights: Tensor, inputs: Tensor) -> Tensor:
     """The square roots of token weights, which have to be one per token, finite and not negative."""
-    if weights.shape != (tokens,):
-        raise ValueError(f"token weights must be of shape ({tokens},), one per token, not {tuple(weights.shape)}")
+    check_token_values("token weights", weights, len(inputs), inputs.device)
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("token weights must be finite and not negative")
-    return weights.double().sqrt()
+    return weights.detach().double().sqrt()
+
+
+def check_token_values(name: str, values: object, tokens: int, device: torch.device) -> None:
+    """Raises ValueError unless `values` is a tensor (tokens,) of real numbers on a device."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} must be a tensor ({tokens},), one per token, not a {type(values).__name__}")
+    if values.shape != (tokens,):
+        raise ValueError(f"{name} must be of shape ({tokens},), one per token, not {tuple(values.shape)}")
+    if values.is_complex() or values.layout is not torch.strided:
+        raise ValueError(f"{name} must be real numbers in a dense tensor, not {values.dtype}, {values.layout}")
+    if values.device != device:
+        raise ValueError(f"{name} must be on {device}, where the inputs are, not on {values.device}")
 
 
 def check_gram(name: str, gram: Tensor, width: int) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from admm_prune.methods.parts import Kind
 
 _SHAPES = ((3, 4), (6, 16))  # every support of the first is tried
+_FIRST = 48  # of 64 tokens, whose weights are computed alone too
 
 
 def check_plugin(
@@ -124,6 +125,9 @@ def _check_solver(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
 
 
 def _check_problem(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
+    import torch
+
+    from admm_prune.errors import UserError
     from admm_prune.methods.parts import LayerProblem
     from admm_prune.problems.constraints import Unstructured
     from admm_prune.statistics import GramAccumulator
@@ -133,9 +137,18 @@ def _check_problem(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
 
     def make(seed: int) -> Any:
         inputs, gram = correlated_inputs(64, 8, seed), GramAccumulator(8)
-        gram.add(inputs, None if problem.token_weights is None else problem.token_weights(inputs))
         weight = random_weight(4, 8, seed)
-        return problem.posed(weight, gram.gram, Unstructured(0.5), ridge=0.01, damping=0.0)
+        try:
+            weights = problem.trial_weights(inputs, weight)
+            gram.add(inputs, weights)
+            first = problem.trial_weights(inputs[:_FIRST], weight)
+            posed = problem.posed(weight, gram.gram, Unstructured(0.5), ridge=0.01, damping=0.0)
+        except UserError as error:
+            raise AssertionError(str(error)) from error
+        if weights is not None and first is not None:
+            same = torch.allclose(weights[:_FIRST].double(), first.double(), rtol=1e-5)
+            assert same, "token_weights: the weight of a token depends on which other tokens are in the call"
+        return posed
 
     kit.assert_problem_conforms(make, examples=examples)
     return {"instances": examples}

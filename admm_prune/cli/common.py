@@ -243,11 +243,14 @@ def show_table(
 
 def show_tasks(model: str, content: dict[str, Any]) -> None:
     """Results on tasks of lm-evaluation-harness, as a table on stdout."""
+    from admm_prune.runs.card import task_rows
+
+    shots = content["shots"]
     rows = [
-        [task, metric, f"{value:.4f}" if isinstance(value, float) else str(value)]
-        for task, figures in content["results"].items()
-        for metric, value in figures.items()
+        [task, metric, str(shots.get(task, "")), f"{value:.4f}", "" if error is None else f"{error:.4f}"]
+        for task, metric, value, error in task_rows(content)
     ]
-    show_table(f"{model}, lm_eval {content['lm_eval']}", ["task", "metric", "value"], rows)
+    columns = ["task", "metric", "shots", "value", "standard error"]
+    show_table(f"{model}, lm-evaluation-harness {content['lm_eval']}", columns, rows)
     if content["limit"] is not None:
         print(f"At most {content['limit']} questions per task: a quick check, not a figure to compare.")

@@ -26,12 +26,14 @@ def expanded(path: str | Path) -> Path:
     """A path with a home folder in place of ~.
 
     Raises:
-        UserError: it is the home of a user that does not exist.
+        UserError: it is the home of a user that does not exist, or no path.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: there is no such home folder") from error
+    except TypeError as error:
+        raise UserError(f"a path must be a string or a pathlib.Path, not {path!r}") from error
 
 
 def check_hub(repository: str, kind: Literal["model", "dataset"]) -> None:

@@ -14,6 +14,7 @@ from admm_prune.methods.base import LayerReport, Runtime, Task
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.statistics import UNWEIGHTED, TokenWeighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ def for_each_block(
     reshape: Callable[[int], None] | None = None,
     steps: tuple[int, int] | None = None,
     note: str = "",
+    weighting: TokenWeighting = UNWEIGHTED,
 ) -> list[BlockResult]:
     """Visits every block in order, on what the blocks before put out, and hands each to the runtime's journal.
 
@@ -59,6 +61,7 @@ def for_each_block(
         reshape: brings a block that was finished earlier, by its index, into the shapes that it was given then.
         steps: (done before, in all) of the whole recipe, for its progress.
         note: added to the name of the current block in progress messages.
+        weighting: of the tokens in Grams.
 
     Raises:
         UserError: the text or a block cannot be used, or the journal not be written.
@@ -75,25 +78,29 @@ def for_each_block(
         )
         for index, content in enumerate(journal.finished(part))
     ]
+    before, total = steps or (0, len(blocks))
+    stream = None
+    if len(block_results) < len(blocks):
+        if weighting.score is not None:
+            runtime.report_progress(before + len(block_results), total, "token scores")
+        # Before the finished blocks are restored: token scores are those of the model as it was.
+        stream = BlockStream(
+            model,
+            blocks,
+            task.calibration,
+            offloading.device(model),
+            offloading=offloading,
+            activation_store=ActivationStore(runtime.activation_bytes, journal.scratch()),
+            world=runtime.world,
+            sparing=offloading.is_offloaded,
+            weighting=weighting,
+        )
     if changes:
         for index in range(len(block_results)):
             if reshape is not None:
                 reshape(index)
             offloading.restore(index, blocks[index], journal.tensor_file(part, index))
-    before, total = steps or (0, len(blocks))
-    if len(block_results) < len(blocks):
-        activation_store = ActivationStore(runtime.activation_bytes, journal.scratch())
-        device = offloading.device(model)
-        stream = BlockStream(
-            model,
-            blocks,
-            task.calibration,
-            device,
-            offloading=offloading,
-            activation_store=activation_store,
-            world=runtime.world,
-            sparing=offloading.is_offloaded,
-        )
+    if stream is not None:
         if block_results:
             _catch_up(stream, runtime, journal.resume_point(part), len(block_results))
         for index in range(len(block_results), len(blocks)):

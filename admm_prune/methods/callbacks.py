@@ -56,7 +56,7 @@ class Callbacks(Callback):
         progress: a function in place of a callback that has `on_progress` alone.
 
     Raises:
-        UserError: an object is no `Callback`.
+        UserError: an object is no `Callback`, or `progress` no function.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Callbacks(Callback):
             if not isinstance(one, Callback):
                 kind = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
                 raise UserError(f"a callback is an object of a class derived from admm_prune.Callback, not {kind}")
+        if progress is not None and not callable(progress):
+            raise UserError(f"progress must be a function of three arguments, not {progress!r}")
         self._callbacks: tuple[Callback, ...] = chosen
         self._progress = progress
 

@@ -22,7 +22,7 @@ from admm_prune.methods.ridge import Damping, settle_ridge
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.inputs import SharedInput
+from admm_prune.models.inputs import SharedInput, check_tokens_known
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.ops import quadratic
@@ -73,10 +73,10 @@ class Layerwise(Capabilities):
 
         def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             chosen = {view.name for view in block.weights if task.target.at(view.name) is not None}
-            inputs = stream.collect(index, chosen, weigh=self.method.problem.token_weights) if chosen else []
+            inputs = stream.collect(index, chosen) if chosen else []
             return BlockResult(layers=[*prune_all(inputs, self.method, task, runtime.world), *untouched(block, chosen)])
 
-        block_results = for_each_block(model, task, runtime, prune_block)
+        block_results = for_each_block(model, task, runtime, prune_block, weighting=self.method.problem.weighting)
         runtime.report_progress(len(block_results), len(block_results))
         return Outcome(layers=[report for result in block_results for report in result.layers])
 
@@ -105,10 +105,12 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
         UserError: a weight does not admit it; the message names the weight.
     """
     tried: set[tuple[str, tuple[int, int]]] = set()
+    weighting = method.problem.weighting
     for view in (view for block in blocks for view in block.weights):
         layer_target = target.at(view.name)
         try:
             if layer_target is not None:
+                check_tokens_known([view], weighting)
                 constraint = method.constraint(layer_target)
                 with explained_parts(constraint=type(constraint)):
                     _try(constraint, view.shape)
@@ -134,9 +136,8 @@ def _check_parts(method: Method, target: Target) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(8, max(16, 4 * constraint.group_width), generator=g)
     inputs = torch.randn(64, weight.shape[1], generator=g)
-    weigh = problem.token_weights
-    if weigh is not None:
-        weigh(inputs)
+    with suppress_refusals():
+        problem.trial_weights(inputs, weight)
     parts: dict[str, object] = {"solver": type(solver), "constraint": type(constraint), "problem": problem.build}
     with suppress_refusals(), torch.random.fork_rng(devices=[]), explained_parts(**parts):
         posed = problem.posed(weight, inputs.T @ inputs, constraint, ridge=method.ridge, damping=method.damping)

@@ -15,9 +15,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError, unknown
@@ -25,6 +27,7 @@ from admm_prune.methods.part_checks import explained_parts
 from admm_prune.methods.target import Target
 from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.statistics import UNWEIGHTED, TokenContext, TokenWeighting, check_token_values
 
 Kind = Literal["solvers", "problems", "constraints"]
 Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
@@ -33,6 +36,8 @@ SetLike = str | SparseSet | type[SparseSet] | None
 # Constraints described by a fraction; N:M is selected by a pattern.
 SETS: Mapping[str, Callable[[float], SparseSet]] = {"unstructured": Unstructured, "row-wise": RowWise, "groups": Groups}
 LAYER = "layer"
+_HOOKS = ("token_weights", "token_scores")
+_TRIAL_TOKENS, _TRIAL_VOCABULARY = 64, 8
 LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstruction}
 
 
@@ -94,17 +99,59 @@ class LayerProblem:
     build: Objective
 
     @property
-    def token_weights(self) -> Callable[[Tensor], Tensor] | None:
-        """The function from inputs (tokens, in) to the tokens' weights in the Gram; None for equal weights."""
-        weigh: Callable[[Tensor], Tensor] | None = getattr(self.build, "token_weights", None)
+    def weighting(self) -> TokenWeighting:
+        """The weights of the tokens in Grams."""
+        weigh, score = (self._hook(name) for name in _HOOKS)
         if weigh is None:
-            return None
+            return UNWEIGHTED
+        needs_context = _takes_context(weigh)
 
-        def explained(inputs: Tensor) -> Tensor:
+        def weighed(inputs: Tensor, context: TokenContext | None) -> Tensor:
+            version = inputs._version
             with explained_parts(problem=self.build):
-                return weigh(inputs)
+                weights: Tensor = weigh(inputs, context) if needs_context else weigh(inputs)
+            self._check_values("token_weights", weights, inputs)
+            if inputs._version != version:
+                raise UserError(f"token_weights of the problem '{self.name}' must not change its inputs in place")
+            return weights
 
-        return explained
+        def scored(logits: Tensor, following: Tensor) -> Tensor:
+            with explained_parts(problem=self.build):
+                scores: Tensor = score(logits, following)
+            self._check_values("token_scores", scores, logits)
+            scores = scores.float()
+            if not bool(torch.isfinite(scores).all()):
+                raise UserError(f"token_scores of the problem '{self.name}' must be finite in float32")
+            return scores
+
+        needs_outputs = bool(self._hook("needs_outputs"))
+        return TokenWeighting(weighed, needs_context, needs_outputs, None if score is None else scored)
+
+    def trial_weights(self, inputs: Tensor, weight: Tensor) -> Tensor | None:
+        """The weights of the first n of 64 random tokens, for inputs (n, in) of a matrix (out, in); None for equal.
+
+        Raises:
+            UserError: what computes them fails, or gives something else.
+            ValueError: it refuses these inputs.
+        """
+        weighting = self.weighting
+        if weighting.weigh is None:
+            return None
+        context, tokens = None, len(inputs)
+        if weighting.needs_context:
+            g = torch.Generator().manual_seed(0)
+            ids, following = torch.randint(0, _TRIAL_VOCABULARY, (2, _TRIAL_TOKENS), generator=g)[:, :tokens]
+            logits = torch.randn(_TRIAL_TOKENS, _TRIAL_VOCABULARY, generator=g)[:tokens]
+            context = TokenContext(
+                weight="trial.weight",
+                ids=ids,
+                positions=torch.arange(tokens),
+                sequences=torch.zeros(tokens, dtype=torch.int64),
+                scored=torch.ones(tokens, dtype=torch.bool),
+                outputs=inputs @ weight.to(inputs.dtype).T if weighting.needs_outputs else None,
+                scores=None if weighting.score is None else weighting.score(logits, following),
+            )
+        return weighting.weigh(inputs, context)
 
     def posed(self, *arguments: Any, **settings: Any) -> LayerReconstruction:
         """The problem, as `LayerReconstruction` takes its arguments.
@@ -119,18 +166,57 @@ class LayerProblem:
             raise UserError(
                 f"the problem '{self.name}' builds {_kind_of(problem)}: it has to be an admm_prune.LayerReconstruction"
             )
+        if type(problem).token_weights != self._hook("token_weights"):
+            raise UserError(
+                f"the problem '{self.name}' builds a {type(problem).__name__}, whose token_weights is not its own: "
+                "give the class itself"
+            )
         return problem
 
     def __post_init__(self) -> None:
-        """Raises UserError where what builds the problem, or weighs its tokens, does not take the arguments."""
+        """Raises UserError where what builds the problem, or weights its tokens, does not take the arguments."""
         if not callable(self.build):
             raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
         _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
         if inspect.isabstract(self.build):
             raise UserError(f"the problem '{self.name}' lacks methods: {_abstract(self.build)}")
-        weigh = getattr(self.build, "token_weights", None)
-        if weigh is not None:
-            _check_call(f"token_weights of the problem '{self.name}', a staticmethod,", weigh, 1)
+        for name in _HOOKS:
+            hook, what = self._hook(name), f"{name} of the problem '{self.name}'"
+            if hook is None:
+                continue
+            if not callable(hook):
+                raise UserError(f"{what} must be a staticmethod, not {_kind_of(hook)}")
+            if inspect.isclass(self._part) and inspect.isfunction(inspect.getattr_static(self._part, name)):
+                raise UserError(f"{what} must be a staticmethod or a classmethod: it has no instance to be called on")
+            _check_call(what, hook, 2 if name == "token_scores" or _takes_context(hook) else 1)
+        needs_outputs = self._hook("needs_outputs")
+        if not isinstance(needs_outputs, bool | None):
+            raise UserError(f"needs_outputs of the problem '{self.name}' must be True or False, not {needs_outputs!r}")
+        weigh = self._hook("token_weights")
+        for name, declared in (("needs_outputs", needs_outputs), ("token_scores", self._hook("token_scores"))):
+            if declared and (weigh is None or not _takes_context(weigh)):
+                raise UserError(
+                    f"the problem '{self.name}' has {name}, which only token_weights(inputs, context) can read: "
+                    "give it a token_weights of two parameters"
+                )
+
+    @property
+    def _part(self) -> Any:
+        """What builds the problem, without arguments that are bound to it."""
+        part: Any = self.build
+        while isinstance(part, partial):
+            part = part.func
+        return part
+
+    def _hook(self, name: str) -> Any:
+        return getattr(self._part, name, None)
+
+    def _check_values(self, name: str, values: object, of: Tensor) -> None:
+        """Raises UserError unless a hook returned one real number for each row."""
+        try:
+            check_token_values(f"{name} of the problem '{self.name}'", values, len(of), of.device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     @classmethod
     def of(cls, part: str | Objective) -> LayerProblem:
@@ -240,6 +326,9 @@ def described(part: object) -> str:
     """The description of a part in a manifest: its name, or its settings."""
     if isinstance(part, str):
         return part
+    if isinstance(part, partial):
+        bound = [*map(repr, part.args), *(f"{name}={value!r}" for name, value in part.keywords.items())]
+        return f"{described(part.func)}({', '.join(bound)})"
     if isinstance(part, type) or callable(part):
         return f"{part.__module__}.{getattr(part, '__qualname__', type(part).__name__)}"
     return repr(part) if is_dataclass(part) else f"{type(part).__module__}.{type(part).__qualname__}"
@@ -249,12 +338,29 @@ def _check_call(what: str, function: Any, positional: int, **named: object) -> N
     """Raises UserError if a function does not accept this number of positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of C code, which has none to read
+    except (TypeError, ValueError) as error:  # of C code, which has none to read
+        if isinstance(function, partial):
+            raise UserError(f"{what} does not take the arguments that are bound to it: {error}") from error
         return
     try:
         signature.bind(*range(positional), **named)
     except TypeError as error:
         raise UserError(f"{what} does not take the arguments it is given: {error}") from error
+
+
+def _takes_context(weigh: Any) -> bool:
+    """Whether `token_weights` has a second parameter without a default."""
+    try:
+        signature = inspect.signature(weigh)
+    except (TypeError, ValueError):  # of C code, which has none to read
+        return False
+    for arguments in (("inputs",), ("inputs", "context")):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return len(arguments) == 2
+    return False
 
 
 def _abstract(kind: Any) -> str:

@@ -48,6 +48,8 @@ class Selection:
         Raises:
             UserError: a pattern is no regular expression, or an override no target.
         """
+        if not isinstance(overrides, Mapping):
+            raise UserError(f"overrides must be a mapping such as {{'up_proj': 0.5}}, not a {type(overrides).__name__}")
         given = tuple((pattern, str(target).strip()) for pattern, target in overrides.items())
         made = cls(_several(targets), _several(ignore), given)
         for pattern in (*made.targets, *made.ignore, *overrides):
@@ -155,7 +157,9 @@ def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _check(pattern: str) -> None:
+def _check(pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise UserError(f"a pattern for modules must be a string, not {pattern!r}")
     if not pattern.removeprefix(_REGULAR).strip():
         raise UserError("an empty pattern: give the name or the class of a module, or re: and a regular expression")
     try:

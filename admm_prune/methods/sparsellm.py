@@ -116,6 +116,8 @@ class SparseLLM(Capabilities):
 
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
+        if self.method.problem.weighting.weigh is not None:
+            raise UserError(f"{self.name} weights all tokens alike: it takes no {self.method.problem.name}")
         check_target(blocks, self.method, target)
         if not blocks[0].weights[0].parameter.is_meta:  # otherwise a block is read once its weights are loaded
             for views in feed_forwards(model, blocks):

@@ -98,7 +98,7 @@ def _check_one(sparsity: object, pattern: object) -> None:
 def _sparsity(text: str | float) -> Target:
     try:
         value = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise UserError(f"sparsity must be a number from 0 to 1, not '{text}'") from None
     if not 0.0 <= value <= 1.0:
         raise UserError(f"sparsity must lie between 0 and 1, not {text}")
@@ -106,7 +106,7 @@ def _sparsity(text: str | float) -> Target:
 
 
 def _pattern(text: str) -> Target:
-    first, _, second = text.strip().partition(":")
+    first, _, second = str(text).strip().partition(":")
     if not (first.isdecimal() and second.isdecimal()):
         raise UserError(f"pattern must be N:M, N kept of every M such as 2:4, not '{text}'")
     n, m = int(first), int(second)

@@ -65,6 +65,10 @@ class ActivationStore:
         stored = torch.from_file(str(self._path(name)), shared=False, size=shape.numel(), dtype=dtype)
         return stored.view(shape)
 
+    def another(self) -> ActivationStore:
+        """An empty store with the same limit and folder."""
+        return ActivationStore(self._limit, self._folder)
+
     @property
     def held_bytes(self) -> int:
         """Bytes in memory."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.data.sequences import Sequences
+from admm_prune.data.sequences import Batch, Sequences
 from admm_prune.errors import UserError
 from admm_prune.models.activation_store import ActivationStore, BatchState, StopForwardError, record, returned_form
 from admm_prune.models.archive import Lazy
-from admm_prune.models.inputs import Collector, SharedInput, TokenWeights
+from admm_prune.models.evaluate import streamed
+from admm_prune.models.inputs import BatchTokens, Collector, SharedInput
+from admm_prune.models.losses import split_rows, token_scores
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.statistics import SUM_BYTES
+from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
 _APART = 1 << 30  # bytes of sums from which a separate pass of the block is worth it
 
@@ -44,13 +48,16 @@ class BlockStream:
             of all sequences in all of them; everything else is of a process's own share.
         sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
             those of the others; bitwise the same.
+        weighting: of the tokens in the Grams. Its scores are computed here, by the model as it is now: 4 bytes a token
+            on the host are kept, and of the logits at most 2^25 exist at a time (a row of L x V where the model changes
+            them after its output embedding).
 
     Attributes:
         position: the index of the current block.
 
     Raises:
-        UserError: the hidden states that enter the first block are not finite, or there are fewer calibration sequences
-            than processes.
+        UserError: the hidden states that enter the first block are not finite, there are fewer calibration sequences
+            than processes, or the scores cannot be computed.
     """
 
     def __init__(
@@ -66,11 +73,13 @@ class BlockStream:
         activation_store: ActivationStore | None = None,
         world: World = ALONE,
         sparing: bool = False,
+        weighting: TokenWeighting = UNWEIGHTED,
     ) -> None:
         if model.training:
             raise ValueError("a model in training mode drops activations at random: call model.eval() first")
         self._blocks = blocks
         self.position, self._world, self._sparing = 0, world, sparing
+        self._weighting = weighting
         activation_store = activation_store or ActivationStore()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
@@ -81,19 +90,52 @@ class BlockStream:
                 f"{count} calibration sequences are too few for {world.size} processes: give more --samples"
             )
         self._device = place = torch.device(device)
+        local = {part: _partition(text, world) for part, text in self._texts.items()}
+        self._tokens: dict[str, list[BatchTokens]] = {}
+        if self._weighting.needs_context:
+            for part, text in local.items():
+                whole = sequences if part != "holdout" else self._texts[part]
+                numbers = {id(row): number for number, row in enumerate(whole.rows)}
+                rows = [numbers[id(row)] for row in text.rows]
+                scores = self._scores(model, text.batches, offloading, activation_store)
+                self._tokens[part] = [
+                    BatchTokens(batch, torch.tensor(rows[i * text.batch_size : (i + 1) * text.batch_size]), scores[i])
+                    for i, batch in enumerate(text.batches)
+                ]
         wrap = returned_form(model, blocks, place, offloading)
         self._states = {
             part: record(
                 model,
                 blocks,
-                ((f"{part}/{i}", batch) for i, batch in enumerate(_partition(text, world).batches)),
+                ((f"{part}/{i}", batch) for i, batch in enumerate(text.batches)),
                 place,
                 offloading=offloading,
                 wrap=wrap,
                 activation_store=activation_store,
             )
-            for part, text in self._texts.items()
+            for part, text in local.items()
         }
+
+    def _scores(
+        self, model: nn.Module, batches: Sequence[Batch], offloading: Offloading, activation_store: ActivationStore
+    ) -> list[Tensor | None]:
+        """The scores (b, L) of every batch; None for each where the weighting has none."""
+        score = self._weighting.score
+        if score is None:
+            return [None] * len(batches)
+        pieces = [split_rows(model, batch) for batch in batches]
+        every = [piece for some in pieces for piece in some]
+        call = partial(token_scores, model, score=score, device=self._device)
+        try:
+            if offloading.is_offloaded:
+                scores = iter(list(streamed(model, every, offloading, call, activation_store.another())))
+            else:
+                scores = iter([call(piece) for piece in every])
+        except UserError:
+            raise
+        except (ValueError, LinAlgError) as error:
+            raise UserError(f"token scores: {error}") from error
+        return [torch.cat([next(scores) for _ in some]) for some in pieces]
 
     @property
     def activations(self) -> Mapping[str, Tensor]:
@@ -123,7 +165,6 @@ class BlockStream:
         index: int,
         only: Collection[str] | None = None,
         outputs: dict[str, Tensor] | None = None,
-        weigh: TokenWeights | None = None,
         *,
         centre: bool = False,
     ) -> list[SharedInput]:
@@ -132,20 +173,19 @@ class BlockStream:
         Args:
             only: names of weights, if not all are needed: Grams are the largest tensors.
             outputs: receives the outputs of the block, (n, hidden size) for every part of the text.
-            weigh: from inputs (n, in) the tokens' weights in their Gram (n,).
             centre: the statistics include centred Grams (`LayerStatistics.centred`).
 
         Raises:
             ValueError: another block is current.
-            UserError: a weight is never used, reads inputs other than one per token, activations overflow, or
-                `weigh` does not return one finite non-negative weight per token.
+            UserError: a weight is never used, reads inputs other than one per token, activations overflow, or the
+                weighting needs what is not known, or does not return one finite non-negative weight per token.
         """
         block = self._current_block(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         for some in self._apart(weights):
             receiving = None if shared else outputs  # of the first pass alone
-            collector = Collector(some, weigh, centre=centre, stop=receiving is None)
+            collector = Collector(some, self._weighting, centre=centre, stop=receiving is None)
             self._observe(collector, index, receiving)
             collector.join(tuple(self._states), self._world)
             if collector.starving():
@@ -157,8 +197,12 @@ class BlockStream:
 
     def _apart(self, weights: tuple[WeightView, ...]) -> list[tuple[WeightView, ...]]:
         """The weights whose Grams are accumulated together: all, or the widest separately to save memory."""
-        widths = {view.shape[1] for view in weights}
-        sums = len(self._states) * sum(SUM_BYTES * width**2 for width in widths)
+        every = [view.shape[1] for view in weights]
+        widths = set(every)
+        grams: Collection[int] = (
+            every if self._weighting.needs_outputs else widths
+        )  # one for each weight, or for each input
+        sums = len(self._states) * sum(SUM_BYTES * width**2 for width in grams)
         if not self._sparing or len(widths) == 1 or sums < _APART or any(v.expert is not None for v in weights):
             return [weights]
         widest = max(widths)
@@ -171,8 +215,9 @@ class BlockStream:
         with collector.watching():
             for part, states in self._states.items():
                 seen: list[Tensor] = []
-                for state in states:
-                    collector.begin(part, state.mask)
+                tokens = self._tokens.get(part)
+                for number, state in enumerate(states):
+                    collector.begin(part, state.mask, None if tokens is None else tokens[number])
                     try:
                         hidden = state.replay(self._blocks[index], index)
                     except StopForwardError:

@@ -105,6 +105,27 @@ def cross_entropy(
     return total
 
 
+@torch.no_grad()
+def token_scores(
+    model: nn.Module, batch: Batch, score: Callable[[Tensor, Tensor], Tensor], device: torch.device | None = None
+) -> Tensor:
+    """Scores (b, L) of the tokens of a batch, float32 on the CPU: of the prediction that follows each; 0 without one.
+
+    Args:
+        score: from logits (m, V) of a chunk of tokens, in float32, and the tokens that follow (m,), to scores (m,).
+        device: on which the model runs; by default that of its weights.
+    """
+    scores = []
+    for piece in split_rows(model, batch):
+        scored = Scored.of(piece, device or _device(model))
+        values = torch.zeros(scored.count, device=scored.targets.device)
+        if scored.count:
+            _with_logits(model, scored, _summed(partial(_chunk_scores, scored.targets, score, values)))
+        whole = torch.zeros(piece.input_ids.numel()).index_copy_(0, scored.positions.cpu(), values.cpu())
+        scores.append(whole.view(piece.input_ids.shape))
+    return torch.cat(scores)
+
+
 @dataclass(frozen=True, eq=False)
 class Distillation:
     """(1 - weight) cross-entropy + weight T^2 KL(p_teacher || p), means over the scored tokens, at temperature T.
@@ -193,6 +214,19 @@ def _token_losses(targets: Tensor, losses: Tensor, logits: Tensor, chunk: slice,
     log_p = log_softmax(logits, -1, dtype=_wide(logits)).gather(1, targets[chunk, None]).double()
     losses[chunk] = log_p.squeeze(1).neg()
     return log_p.sum().neg(), None
+
+
+def _chunk_scores(
+    targets: Tensor,
+    score: Callable[[Tensor, Tensor], Tensor],
+    scores: Tensor,
+    logits: Tensor,
+    chunk: slice,
+    gradient: bool,
+) -> tuple[Tensor, None]:
+    """Writes the score of each token of a chunk into `scores` (n,); their sum is not used."""
+    scores[chunk] = score(logits.to(_wide(logits)), targets[chunk])
+    return scores.new_zeros((), dtype=torch.float64), None
 
 
 def _less_targets(slope: Tensor, index: Tensor, weight: float) -> Tensor:

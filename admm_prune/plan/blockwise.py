@@ -39,10 +39,11 @@ from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, Work, counted, measured_cost
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.solvers.together import Shape, batches
-from admm_prune.statistics import SUM_BYTES
+from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
 ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
+SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
 WEIGHTS, CHECKED = "weights", "check of the largest weight"
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
@@ -56,7 +57,7 @@ class Collected:
     """Statistics of a block: the shared inputs, the cost of collecting them, their sizes.
 
     Attributes:
-        shared: the weights that read one input, and their width.
+        shared: the weights with one Gram, those that read one input, and their width.
         sums: bytes of the sums of Grams, all there when the last token was seen, unless memory is spared.
     """
 
@@ -86,7 +87,16 @@ class _ActivationStore(ActivationStore):
 class BlockPass:
     """A text on its way through a model on the meta device, as `BlockStream` takes it."""
 
-    def __init__(self, anatomy: Anatomy, counting: Counting, task: Task, device: str, *, stream: bool) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        counting: Counting,
+        task: Task,
+        device: str,
+        *,
+        stream: bool,
+        weighting: TokenWeighting = UNWEIGHTED,
+    ) -> None:
         self.anatomy, self.counting, self.device = anatomy, counting, torch.device(device)
         counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
         with measured_cost(counting) as self.recording:
@@ -97,6 +107,7 @@ class BlockPass:
                 "meta",
                 activation_store=_ActivationStore(),
                 sparing=stream,
+                weighting=TokenWeighting(needs_outputs=weighting.needs_outputs),
             )
         self.parts = 2 if len(task.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
@@ -151,16 +162,24 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
         raise UserError(f"{recipe.name}: its cost cannot be estimated")
     block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     weights = block if stream else {"weights": anatomy.weight_bytes}
+    weighting = cast("Layerwise", recipe).method.problem.weighting if recipe.stages == "layers" else UNWEIGHTED
+    scores, scoring = {}, list[Stage]()
+    if weighting.score is not None:
+        scores = {SCORES: _SCORE_BYTES * task.calibration.tokens}
+        scoring = [
+            replace(stage, name=SCORES).beside(scores) for stage in evaluating(anatomy, task.calibration, stream=stream)
+        ]
     with counted() as counting:
-        block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
+        block_pass = BlockPass(anatomy, counting, task, device, stream=stream, weighting=weighting)
         recording = Stage(
             name="embeddings",
             parts={FORWARD: block_pass.recording.peak - block_pass.recording.left},
             work=block_pass.recording.work,
         )
         outside = {"weights outside of the blocks": anatomy.outside_bytes} if stream else weights
-        stages = [recording.beside({**outside, **block_pass.held})]
-        stages += [stage.beside({**weights, **block_pass.held}) for stage in plan(block_pass, recipe, task)]
+        held = {**block_pass.held, **scores}
+        stages = [*scoring, recording.beside({**outside, **held})]
+        stages += [stage.beside({**weights, **held}) for stage in plan(block_pass, recipe, task)]
     return stages
 
 

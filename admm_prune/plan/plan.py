@@ -12,14 +12,14 @@ import torch
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.registry import DEFAULT, recipe_named
+from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
-from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SOLVER, STEP, pruning_stages
+from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SCORES, SOLVER, STEP, pruning_stages
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
@@ -28,7 +28,7 @@ from admm_prune.settings import PlanSettings
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, TEXT, TOKENS)  # wherever the model computes
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TEXT, TOKENS)  # wherever the model computes
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
 
@@ -138,7 +138,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
-    recipe = recipe_named(method, settings.steps, Engine.of(settings), settings.distillation)
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
+    recipe = composed(method, engine=Engine.of(settings), **how)
     recipe = configured(recipe, settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")

@@ -55,13 +55,19 @@ class LayerReconstruction:
             two targets, or one without its energy.
 
     Attributes:
-        token_weights: of a subclass that weights tokens, sum_t s_t |x_t V^T - y_t|^2: from inputs (n, in) the
-            weights s_t >= 0 (n,), a static method, called while the Gram is accumulated.
+        token_weights: of a subclass that weights tokens, sum_t s_t |x_t V^T - y_t|^2: a static method, called while the
+            Gram is accumulated, from inputs (n, in), and a `TokenContext` if it has a second parameter, to the weights
+            s_t >= 0 (n,). The weight of a token must not depend on the other tokens of the call.
+        needs_outputs: the context has the outputs of the matrix: no two matrices then share a Gram.
+        token_scores: a static method, from logits (m, V) of the model before it is pruned, in float32, and the tokens
+            that follow (m,), to scores (m,): computed once, for the context.
 
     Sources: Frantar and Alistarh, SparseGPT, 2023; Meng et al., ALPS, 2024. The normal form is ours.
     """
 
-    token_weights: ClassVar[Callable[[Tensor], Tensor] | None] = None
+    token_weights: ClassVar[Callable[..., Tensor] | None] = None
+    needs_outputs: ClassVar[bool] = False
+    token_scores: ClassVar[Callable[[Tensor, Tensor], Tensor] | None] = None
 
     def __init__(
         self,

@@ -259,8 +259,14 @@ class Tasks:
 
 
 def task_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of tasks, from a sequence or from a comma-separated text."""
-    listed = names.split(",") if isinstance(names, str) else names
+    """The names of tasks, from a sequence or from a comma-separated text.
+
+    Raises:
+        UserError: they are neither.
+    """
+    listed: Any = names.split(",") if isinstance(names, str) else names
+    if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+        raise UserError(f"tasks must be a list of names, or names in a string with commas, not {names!r}")
     return tuple(dict.fromkeys(name.strip() for name in listed if name.strip()))
 
 

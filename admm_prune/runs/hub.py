@@ -10,7 +10,7 @@ from typing import Any
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.data.hub import expanded, first_line
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_type
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.runs.card import CARD, PLACE
 from admm_prune.runs.claims import read_json
@@ -44,8 +44,18 @@ def push_to_hub(
         The URL of the repository, or of the pull request.
 
     Raises:
-        UserError: no such folder, or the Hub refuses or cannot be reached; the message is one line.
+        UserError: no such folder, an argument of another type, or the Hub refuses or cannot be reached; the message is
+            one line.
     """
+    for name, kind, value in (
+        ("repo_id", "str", repo_id),
+        ("private", "bool | None", private),
+        ("revision", "str | None", revision),
+        ("create_pr", "bool", create_pr),
+        ("commit_message", "str | None", commit_message),
+        ("token", "str | None", token),
+    ):
+        check_type(name, kind, value)
     place = expanded(folder)
     paths = list(_files(place))
     from huggingface_hub import CommitOperationAdd, HfApi

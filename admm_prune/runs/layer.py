@@ -20,6 +20,7 @@ from admm_prune.methods.parts import LAYER, LayerProblem
 from admm_prune.methods.ridge import Damping, parse_ridge, settle_ridge
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import check_tokens_known
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.point import Point
@@ -62,7 +63,7 @@ def capture_layer(
     """
     check_output_file(out, overwrite=overwrite)
     place = pick_device(device)
-    weigh = LayerProblem.of(problem).token_weights
+    weighting = LayerProblem.of(problem).weighting
     check_dtype(dtype)
     loaded = load(model, device=place, dtype=dtype)
     blocks = decoder_blocks(loaded.model)
@@ -70,16 +71,24 @@ def capture_layer(
     if home is None:
         examples = ", ".join(view.name for view in blocks[0].weights)
         raise UserError(f"the model has no block matrix '{weight}'; in its first block there are {examples}")
+    view = next(view for view in blocks[home].weights if view.name == weight)
+    check_tokens_known([view], weighting)
     texts = Texts(text, loaded)
     records = texts.records()
-    stream = BlockStream(loaded.model, blocks, texts.calibration(), loaded.model.device, holdout=texts.evaluation)
+    stream = BlockStream(
+        loaded.model,
+        blocks,
+        texts.calibration(),
+        loaded.model.device,
+        holdout=texts.evaluation,
+        weighting=weighting,
+    )
     for index in range(home + 1):
         if progress is not None:
             progress(index, home + 1, blocks[index].name)
         if index < home:
             stream.advance(index)
-    shared = next(s for s in stream.collect(home, weigh=weigh) if weight in [view.name for view in s.weights])
-    view = next(view for view in shared.weights if view.name == weight)
+    (shared,) = stream.collect(home, {weight})
     statistics = shared.statistics
     layer = LayerFile(
         weight=view.read().float().cpu(),
@@ -268,7 +277,7 @@ def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
     captured = layer.metadata.get("problem", LAYER)
     if method.problem.name == LAYER:
         return with_parts(method, captured)
-    if method.problem.token_weights is not None and method.problem.name != captured:
+    if method.problem.weighting.weigh is not None and method.problem.name != captured:
         raise UserError(
             f"{path}: its Grams were captured for the problem '{captured}', but '{method.problem.name}' weights tokens "
             f"differently: capture the layer with --problem {method.problem.name}"

@@ -17,6 +17,7 @@ import torch
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import Corpus
 from admm_prune.methods.callbacks import Callback, Callbacks
+from admm_prune.methods.parts import Kind, declared
 from admm_prune.runs.machine import PeakMemory
 
 _LOG = logging.getLogger(__name__)
@@ -69,12 +70,25 @@ def environment() -> dict[str, Any]:
 
 def manifest(settings: dict[str, Any], texts: dict[str, TextRecord], revision: str | None) -> dict[str, Any]:
     """The settings, the model's revision, the texts and the environment, ready for JSON."""
+    described = environment()
     return {
         "settings": settings,
         "model_revision": revision,
         "texts": {name: asdict(record) for name, record in texts.items()},
-        "environment": environment(),
+        "environment": {**described, "versions": {**described["versions"], **_plugin_versions(settings)}},
     }
+
+
+def _plugin_versions(settings: dict[str, Any]) -> dict[str, str]:
+    """The versions of the packages that declare the parts that are chosen by name."""
+    kinds: dict[str, Kind] = {
+        "method": "solvers",
+        "solver": "solvers",
+        "problem": "problems",
+        "constraint": "constraints",
+    }
+    points = (declared(kind).get(str(settings.get(name))) for name, kind in kinds.items())
+    return {point.dist.name: point.dist.version for point in points if point is not None and point.dist is not None}
 
 
 @dataclass

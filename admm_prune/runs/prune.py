@@ -45,7 +45,7 @@ from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.results import Report
 from admm_prune.runs.signature import takes
 from admm_prune.runs.texts import Texts, check_data, passed_from_python
-from admm_prune.runs.trackers import figures_of, followed, tracker_named
+from admm_prune.runs.trackers import figures_of, followed, tracker_of
 from admm_prune.settings import Settings, Stream, recorded
 
 _LOG = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def prune(settings: Settings) -> Report:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     device, world = pick_device(settings.device), World.current()
     tasks = _tasks(settings, world)
-    tracker = tracker_named(settings.log) if isinstance(settings.log, str) else settings.log
+    tracker = tracker_of(settings.log)
     callback = Callbacks(settings.callbacks, settings.progress)
     with (
         nullcontext()
@@ -321,6 +321,8 @@ def _as_written(report: Report) -> dict[str, Any]:
 def _tasks(settings: Settings, world: World) -> Tasks | None:
     names = task_names(settings.tasks)
     if not names:
+        if isinstance(settings.tasks, str) or settings.tasks:  # empty, or blanks and commas alone
+            raise UserError("name at least one task, such as piqa,arc_easy")
         unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
         if unused:
             raise UserError(f"{unused[0]} is of tasks: name them with tasks")

@@ -85,12 +85,23 @@ class Trackio:
 _KINDS: Mapping[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def tracker_named(text: str) -> Tracker:
-    """The tracker of "tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT".
+def tracker_of(log: str | Tracker | None) -> Tracker | None:
+    """The tracker of "tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT", or the object itself.
 
     Raises:
-        UserError: there is none of this kind, nothing after the colon, or its package is not installed.
+        UserError: there is none of this kind, nothing after the colon, or its package is not installed; the object has
+            not the methods of a `Tracker`.
     """
+    if log is None or isinstance(log, str):
+        return None if log is None else _tracker_named(log)
+    lacking = [name for name in ("start", "log", "finish") if not callable(getattr(log, name, None))]
+    if lacking or isinstance(log, type):
+        what = f"the class {log.__name__}" if isinstance(log, type) else f"a {type(log).__name__}"
+        raise UserError(f"log must be a string or an object with start, log and finish, not {what}")
+    return log
+
+
+def _tracker_named(text: str) -> Tracker:
     kind, _, place = text.partition(":")
     if kind not in _KINDS or not place:
         raise UserError(f"log must be tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT, not '{text}'")

@@ -54,6 +54,7 @@ def broken(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("row-mixture", "constraints"),
         ("relative", "problems"),
+        ("loss-weighted", "problems"),
         ("row_mixture:RowMixture", "constraints"),
         ("relative_reconstruction:RelativeReconstruction", "problems"),
         pytest.param("projected-gradient", "solvers", marks=pytest.mark.slow),

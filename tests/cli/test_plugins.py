@@ -1,4 +1,4 @@
-"""Parts of other packages: the three examples conform, and each is used from the command line by its name."""
+"""Parts of other packages: the four examples conform, and each is used from the command line by its name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
+from admm_prune.statistics import TokenWeighting
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import correlated_inputs, layer, random_weight
 from tests.cli.outcome import Command
@@ -95,7 +96,7 @@ def test_rows_keep_what_they_need(plugged_in: Path) -> None:
     assert mixture.contains(solution)
 
 
-def test_the_three_are_used_by_name_from_the_command_line(
+def test_three_of_them_are_used_by_name_from_the_command_line(
     plugged_in: Path, command: Command, place: Path, model_folder: Path, text_file: Path
 ) -> None:
     common = ("--model", model_folder, "--data", text_file, "--samples", 16)
@@ -177,7 +178,8 @@ def test_the_weights_of_tokens_enter_the_grams_alone(model_folder: Path, text_fi
     texts = Texts(TextSettings(data=str(text_file), samples=16), loaded).calibration()
     blocks = decoder_blocks(loaded.model)
     plain = BlockStream(loaded.model, blocks, texts, "cpu").collect(0)
-    doubled = BlockStream(loaded.model, blocks, texts, "cpu").collect(0, weigh=lambda x: torch.full((len(x),), 2.0))
+    double = TokenWeighting(lambda x, _: torch.full((len(x),), 2.0))
+    doubled = BlockStream(loaded.model, blocks, texts, "cpu", weighting=double).collect(0)
     for one, two in zip(plain, doubled, strict=True):
         torch.testing.assert_close(two.statistics.gram, 2 * one.statistics.gram)
         assert two.statistics.tokens == one.statistics.tokens
@@ -192,14 +194,16 @@ def test_weights_that_are_none_are_refused_by_the_name_of_the_matrix(
 ) -> None:
     loaded = load(str(model_folder), device="cpu")
     texts = Texts(TextSettings(data=str(text_file), samples=4), loaded).calibration()
+    weighting = TokenWeighting(lambda x, _: wrong(x))
+    stream = BlockStream(loaded.model, decoder_blocks(loaded.model), texts, "cpu", weighting=weighting)
     with pytest.raises(UserError, match=r"q_proj\.weight: token weights must be"):
-        BlockStream(loaded.model, decoder_blocks(loaded.model), texts, "cpu").collect(0, weigh=wrong)
+        stream.collect(0)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--problem", "nonsense"), "unknown problem 'nonsense': choose one of layer, relative"),
+        (("--problem", "nonsense"), "unknown problem 'nonsense': choose one of layer, "),
         (("--constraint", "nonsense"), "unknown constraint 'nonsense': choose one of unstructured, row-wise, groups"),
         (("--problem", "broken"), "the plug-in 'broken' of broken (nowhere:Nothing) cannot be loaded"),
         (("--constraint", "list"), "the constraint 'list' gives a list"),

@@ -14,6 +14,9 @@ import torch
 import admm_prune
 from admm_prune import LayerReconstruction, Point, RowWise, Unstructured, prune
 from admm_prune.errors import UserError
+from admm_prune.methods.registry import composed
+from admm_prune.methods.target import Target
+from admm_prune.models.loading import load
 from admm_prune.result import Result, Status
 from tests.cli.outcome import Command, Refused
 
@@ -181,6 +184,65 @@ class Weighed(LayerReconstruction):
         return inputs.square().sum(1)
 
 
+def weighing(function, **declared):
+    return type("Objective", (LayerReconstruction,), {"token_weights": staticmethod(function), **declared})
+
+
+def ones(inputs, context):
+    return torch.ones(len(inputs))
+
+
+def fails(*_):
+    return {}["missing"]
+
+
+def refuses(*_):
+    raise ValueError("not for me")
+
+
+def loss(logits, following):
+    return torch.nn.functional.cross_entropy(logits, following, reduction="none")
+
+
+Three = weighing(lambda inputs, context, more: inputs)
+None_ = weighing(lambda: 1)
+Number = type("Objective", (LayerReconstruction,), {"token_weights": 3})
+Scalar = weighing(lambda inputs: 1.0)
+Nothing_ = weighing(lambda inputs: None)
+Array = weighing(lambda inputs: inputs[:, 0].numpy())
+Column = weighing(lambda inputs: inputs[:, :1])
+Short = weighing(lambda inputs, context: context.positions[1:])
+Total = weighing(lambda inputs: inputs.sum())
+Complex = weighing(lambda inputs: torch.ones(len(inputs), dtype=torch.complex64))
+Sparse = weighing(lambda inputs: torch.ones(len(inputs)).to_sparse())
+Elsewhere = weighing(lambda inputs: torch.ones(len(inputs), device="meta"))
+Outputs = weighing(lambda inputs, context: context.outputs.sum(1))
+Scores = weighing(lambda inputs, context: context.scores)
+Unknown = weighing(lambda inputs, context: context.logits)
+Unread = weighing(lambda inputs: inputs[:, 0] ** 2, needs_outputs=True)
+Unscored = weighing(lambda inputs: inputs[:, 0] ** 2, token_scores=staticmethod(loss))
+Unweighted = type("Objective", (LayerReconstruction,), {"needs_outputs": True})
+Word = weighing(ones, needs_outputs="yes")
+ScoreOfOne = weighing(ones, token_scores=staticmethod(lambda logits: logits))
+ScoreOfSelf = weighing(ones, token_scores=loss)
+ScoreNumber = weighing(ones, token_scores=1)
+ScoreFails = weighing(ones, token_scores=staticmethod(fails))
+ScoreShape = weighing(ones, token_scores=staticmethod(lambda logits, following: logits))
+ScoreNone = weighing(ones, token_scores=staticmethod(lambda logits, following: None))
+ScoreNan = weighing(ones, token_scores=staticmethod(lambda logits, following: logits[:, 0] / 0))
+ScoreHuge = weighing(ones, token_scores=staticmethod(lambda logits, following: logits[:, 0].double() * 0 + 1e300))
+# What shows on the text alone.
+NotFinite = weighing(lambda inputs: torch.full((len(inputs),), torch.nan))
+Infinite = weighing(lambda inputs, context: torch.full((len(inputs),), torch.inf))
+Negative = weighing(lambda inputs: inputs[:, 0])
+Zero = weighing(lambda inputs: torch.zeros(len(inputs)))
+Huge = weighing(lambda inputs: torch.full((len(inputs),), 1e300, dtype=torch.float64))
+Refusing = weighing(refuses)
+ScoreRefuses = weighing(ones, token_scores=staticmethod(refuses))
+InPlace = weighing(lambda inputs, context: inputs.square_().sum(1))
+Dependent = weighing(lambda inputs: torch.softmax(inputs[:, 0], 0))
+
+
 class Failed(LayerReconstruction):
     @staticmethod
     def token_weights(inputs):
@@ -227,11 +289,50 @@ SETS = {
     "row-wise": "the name 'row-wise' is built in, and declared by mistaken (mistaken:Set)",
 }
 PROBLEMS = {
-    "Weighed": "token_weights of the problem 'Weighed', a staticmethod, does not take the arguments",
+    "Weighed": "token_weights of the problem 'Weighed' must be a staticmethod or a classmethod",
+    "Column": "token_weights of the problem 'Column' must be of shape (64,), one per token, not (64, 1)",
+    "Outputs": "AttributeError: there are no outputs: declare needs_outputs = True in the objective",
+    "ScoreNan": "token_scores of the problem 'ScoreNan' must be finite in float32",
     "Failed": "the problem Failed failed (mistaken.py:",
     "Alone": "the problem 'Alone' does not take the arguments it is given",
     "Broken": "the problem Broken failed (mistaken.py:",
     "layer": "the name 'layer' is built in, and declared by mistaken (mistaken:Weighed)",
+}
+HOOKS = {
+    "Three": "token_weights of the problem 'Three' does not take the arguments it is given",
+    "None_": "token_weights of the problem 'None_' does not take the arguments it is given",
+    "Number": "token_weights of the problem 'Number' must be a staticmethod, not a int",
+    "Scalar": "token_weights of the problem 'Scalar' must be a tensor (64,), one per token, not a float",
+    "Nothing_": "token_weights of the problem 'Nothing_' must be a tensor (64,), one per token, not a NoneType",
+    "Array": "token_weights of the problem 'Array' must be a tensor (64,), one per token, not a ndarray",
+    "Short": "token_weights of the problem 'Short' must be of shape (64,), one per token, not (63,)",
+    "Total": "token_weights of the problem 'Total' must be of shape (64,), one per token, not ()",
+    "Complex": "token_weights of the problem 'Complex' must be real numbers in a dense tensor, not torch.complex64",
+    "Sparse": "token_weights of the problem 'Sparse' must be real numbers in a dense tensor, not torch.float32",
+    "Elsewhere": "token_weights of the problem 'Elsewhere' must be on cpu, where the inputs are, not on meta",
+    "InPlace": "token_weights of the problem 'InPlace' must not change its inputs in place",
+    "Scores": "AttributeError: there are no scores: define token_scores in the objective",
+    "Unknown": "AttributeError: 'TokenContext' object has no attribute 'logits'",
+    "Unread": "the problem 'Unread' has needs_outputs, which only token_weights(inputs, context) can read",
+    "Unscored": "the problem 'Unscored' has token_scores, which only token_weights(inputs, context) can read",
+    "Unweighted": "the problem 'Unweighted' has needs_outputs, which only token_weights(inputs, context) can read",
+    "Word": "needs_outputs of the problem 'Word' must be True or False, not 'yes'",
+    "ScoreOfOne": "token_scores of the problem 'ScoreOfOne' does not take the arguments it is given",
+    "ScoreOfSelf": "token_scores of the problem 'ScoreOfSelf' must be a staticmethod or a classmethod",
+    "ScoreNumber": "token_scores of the problem 'ScoreNumber' must be a staticmethod, not a int",
+    "ScoreFails": "failed (mistaken.py:",
+    "ScoreShape": "token_scores of the problem 'ScoreShape' must be of shape (64,), one per token, not (64, 8)",
+    "ScoreNone": "token_scores of the problem 'ScoreNone' must be a tensor (64,), one per token, not a NoneType",
+    "ScoreHuge": "token_scores of the problem 'ScoreHuge' must be finite in float32",
+}
+ON_THE_TEXT = {
+    "NotFinite": "q_proj.weight: token weights must be finite and not negative",
+    "Infinite": "q_proj.weight: token weights must be finite and not negative",
+    "Negative": "q_proj.weight: token weights must be finite and not negative",
+    "Zero": "q_proj.weight: its weighted Gram is zero: the token weights are zero, or too small",
+    "Huge": "q_proj.weight: its weighted Gram is not finite: the token weights or the inputs are too large",
+    "Refusing": "q_proj.weight: not for me",
+    "ScoreRefuses": "token scores: not for me",
 }
 CASES = [
     *(("--method", name, reason) for name, reason in SOLVERS.items()),
@@ -296,10 +397,64 @@ def test_compare_and_capture_refuse_in_one_line(
     mistaken("--problem", "Weighed")
     weight = "model.layers.0.mlp.up_proj.weight"
     refused(PROBLEMS["Weighed"], "capture", *common, "--weight", weight, "--problem", "Weighed", "--out", "l")
-    mistaken("--problem", "Failed")
-    outcome = command("capture", *common, "--weight", weight, "--problem", "Failed", "--out", "l.safetensors")
+    for name, reason in {"Failed": PROBLEMS["Failed"], "Zero": "its weighted Gram is zero"}.items():
+        mistaken("--problem", name)
+        outcome = command("capture", *common, "--weight", weight, "--problem", name, "--out", "l.safetensors")
+        assert outcome.status == 2
+        assert reason in outcome.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder: Path) -> Any:
+    return load(str(model_folder), device="cpu").model
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_wrong_weights_of_tokens_are_refused_before_any_work(
+    mistaken: Callable[..., None], tiny: Any, name: str
+) -> None:
+    mistaken("--problem", name)
+    with pytest.raises(UserError) as error:
+        composed("magnitude", problem=name).check(tiny, Target(0.5))
+    assert HOOKS[name] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", ON_THE_TEXT)
+def test_weights_that_are_wrong_on_the_text_end_a_run_in_one_line(
+    mistaken: Callable[..., None], command: Command, run: tuple[object, ...], place: Path, name: str
+) -> None:
+    mistaken("--problem", name)
+    how = ("--method", "magnitude", "--sparsity", 0.5, "--samples", 2, "--eval-samples", 1)
+    outcome = command(*run, *how, "--problem", name, "--out", "out")
     assert outcome.status == 2
-    assert PROBLEMS["Failed"] in outcome.err.splitlines()[-1]
+    assert outcome.out == ""
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("admm-prune: ")
+    assert ON_THE_TEXT[name] in last
+    assert "Traceback" not in outcome.err
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "violation"),
+    [
+        ("Dependent", "the weight of a token depends on which other tokens are in the call"),
+        ("Column", PROBLEMS["Column"]),
+        ("NotFinite", "token weights must be finite and not negative"),
+        ("ScoreNan", PROBLEMS["ScoreNan"]),
+    ],
+)
+def test_check_plugin_names_the_violation(
+    mistaken: Callable[..., None], command: Command, place: Path, name: str, violation: str
+) -> None:
+    mistaken("--problem", name)
+    outcome = command("check-plugin", name, "--examples", 1)
+    assert outcome.status == 1
+    assert violation in outcome.out
+    assert outcome.out.count("\n") == 1
+    assert outcome.err == ""
 
 
 def test_a_name_that_two_packages_declare(

@@ -12,7 +12,7 @@ import pytest
 
 import admm_prune
 from admm_prune.errors import UserError
-from admm_prune.runs.trackers import flat, tracker_named
+from admm_prune.runs.trackers import flat, tracker_of
 
 
 class Recorder:
@@ -119,11 +119,11 @@ def test_wandb_and_trackio_are_called_as_they_ask_to_be(
 def test_trackers_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("nonesuch:x", "tensorboard", "tensorboard:"):
         with pytest.raises(UserError, match="log must be tensorboard:FOLDER"):
-            tracker_named(text)
+            tracker_of(text)
     for kind in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, kind, None)
         with pytest.raises(UserError, match=rf"pip install 'admm-prune\[{kind}\]'"):
-            tracker_named(f"{kind}:x")
+            tracker_of(f"{kind}:x")
 
 
 def test_settings_are_told_flat() -> None:
