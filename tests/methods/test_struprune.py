@@ -28,7 +28,7 @@ from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import Settings, TextSettings
 from admm_prune.verify.run import verify_folder
-from benchmarks.knapsack import Knapsack
+from admm_prune.problems.allocation_knapsack import Knapsack
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 
