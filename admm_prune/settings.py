@@ -257,8 +257,8 @@ class Settings(TextSettings):
     )
     sparsity: float | None = option(
         None,
-        "Fraction of every matrix to prune, such as 0.7; with an allocation, of all matrices together; with structured "
-        "methods, of the budget of all blocks.",
+        "Fraction of every matrix to prune, such as 0.7; with an allocation, of all matrices together; with "
+        "structured methods, of the budget of all blocks.",
         commands="run reproduce plan",
         part_of="target",
         least=0.0,
@@ -292,7 +292,7 @@ class Settings(TextSettings):
     )
     allocation: str | None = option(
         None,
-        "Rule that distributes the budget over all matrices together: uniform, owl, alphapruning, softmax, equal-slope, "
+        "Rule that distributes the budget over all matrices: uniform, owl, alphapruning, softmax, equal-slope, "
         "fisher, taylor, measured, knapsack, patterns, search or evolutionary.",
         commands="run compare plan",
     )

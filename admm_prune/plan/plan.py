@@ -150,7 +150,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     recipe.check(anatomy.model, target)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     if allocation is not None:
-        allocation.check(recipe, target, offloaded=stream)
+        allocation.check(recipe, anatomy.model, target, offloaded=stream)
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))

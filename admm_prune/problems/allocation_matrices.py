@@ -18,7 +18,7 @@ from admm_prune.problems.allocation import Allocation, Curve, take_steps
 
 Sparsities = Callable[[float], Tensor]  # a level -> the sparsity of every matrix, (matrices,), never falling
 
-_HALVINGS = 100
+_HALVINGS = 60
 _HIGHEST = 2.0**60  # level
 _STEPS = 200  # of an interpolated curve
 _TAIL = 0.5  # the part of the eigenvalues that the tail of a spectrum has

@@ -236,7 +236,7 @@ def _jobs(
     for recipe, target in jobs:
         recipe.check(model, target)
         if settings.allocation is not None and recipe.prunes:
-            settings.allocation.check(recipe, target)
+            settings.allocation.check(recipe, model, target)
     return jobs
 
 

@@ -153,7 +153,7 @@ def prune(settings: Settings) -> Report:
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
         if allocation is not None:
-            allocation.check(recipe, target, offloaded=loaded.offloading.is_offloaded, world=world)
+            allocation.check(recipe, loaded.model, target, offloaded=loaded.offloading.is_offloaded, world=world)
         # 3. Read the text; from here on the run can be described completely.
         with phases("reading the text"):
             texts = Texts(text, loaded, passed)

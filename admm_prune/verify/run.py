@@ -349,8 +349,8 @@ def _allocated(report: Verification, manifest: Manifest, target: Target, sizes: 
         report.expect("allocation", False, f"the targets of the allocation cannot be read: {error}")
         return target
     total = sum(sizes[name] for name in targets)
-    removed = sum(sizes[name] - round((1.0 - one.fraction) * sizes[name]) for name, one in targets.items())
-    least = total - round((1.0 - target.fraction) * total)
+    removed = sum(one.removed_from(sizes[name]) for name, one in targets.items())
+    least = target.removed_from(total)
     report.expect(
         "allocation",
         removed >= least,

@@ -18,6 +18,8 @@ import admm_prune
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
+from admm_prune.methods.allocation.budget import _estimated
+from admm_prune.methods.allocation.measurements import Gradients, Levels
 from admm_prune.methods.allocation.rules import RULES, AllocationRule
 from admm_prune.methods.allocation.search import Space, evolutionary_search, pattern_search
 from admm_prune.methods.base import IN_PROCESS, NOTHING, Journal, Task
@@ -25,10 +27,16 @@ from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target
+from admm_prune.models.loading import load
 from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.plan.anatomy import Anatomy
+from admm_prune.plan.blockwise import allocating
+from admm_prune.plan.counting import Work, counted
 from admm_prune.problems.allocation import Curve
+from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.results import Report
+from admm_prune.settings import Settings
 from admm_prune.verify.run import verify_folder
 from tests.models.tiny_models import VOCABULARY, build
 
@@ -125,6 +133,13 @@ def test_overrides_that_leave_no_way_to_the_sparsity_are_refused() -> None:
         AllocationRule("uniform").applied(model, task(Target(sparsity=0.6, layers=layers)), IN_PROCESS)
 
 
+@pytest.mark.parametrize("rule", ["fisher", "owl", "knapsack"])
+def test_everything_can_go(rule: str) -> None:
+    model = build("llama", layers=2)
+    details = AllocationRule(rule).applied(model, task(Target(sparsity=1.0)), IN_PROCESS).details
+    assert set(details["targets"].values()) == {"1.0"}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_squares_of_gradients_are_those_of_autograd(family: str) -> None:
     model, sequences = build(family, layers=2), text(3)
@@ -164,17 +179,23 @@ def test_the_errors_of_a_level_are_those_of_pruning_alone() -> None:
 
 
 def test_the_second_order_estimate_is_the_rise_of_a_quadratic_loss() -> None:
-    """1/2 E[(d . x dw)^2] with d independent of x, drawn: the estimate from the squares of weight gradients."""
+    """1/2 E[(d . x dw)^2] with d and x independent, drawn; every token is a sequence of its own."""
     g = torch.Generator().manual_seed(0)
     tokens, rows, width = 40_000, 3, 5
     inputs = torch.randn(tokens, width, generator=g).double() * torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
     slopes = torch.randn(tokens, rows, generator=g).double() * torch.tensor([0.5, 1.0, 2.0])
     change = torch.randn(rows, width, generator=g).double()
-    exact = 0.5 * ((slopes * (inputs @ change.T)).square().sum(1)).mean()
-    squares = torch.einsum("ti,tj->ij", slopes.square(), inputs.square()).sum(1)  # a token is a sequence
+    exact = 0.5 * (slopes * (inputs @ change.T)).square().sum(1).mean()
+    squares = torch.einsum("ti,tj->i", slopes.square(), inputs.square())  # g_ij = d_ti x_tj
     gram = inputs.T @ inputs
-    per_row = ((change @ gram) * change).sum(1)
-    estimate = (per_row @ (squares / gram.trace())) / (2 * tokens)
+    levels = Levels(
+        rows={"w": ((change @ gram) * change).sum(1)[None]},
+        traces={"w": float(gram.trace())},
+        weights={},
+        first_order={},
+        losses=[],
+    )
+    estimate = _estimated("w", levels, Gradients(squares={"w": squares}, means={}, tokens=tokens))
     assert float(estimate) == pytest.approx(float(exact), rel=0.05)
 
 
@@ -226,16 +247,17 @@ def test_a_search_keeps_the_budget_counts_its_passes_and_finds_a_better_allocati
     space, loss = synthetic()
     found = searches(space, loss, 120)[kind](NOTHING)
     assert found.passes <= 120
-    assert sum(float(c.savings[k]) for c, k in zip(space.curves, found.levels, strict=True)) >= space.budget
+    removed = sum(float(c.savings[k]) for c, k in zip(space.curves, found.levels, strict=True))
+    assert space.budget <= removed < space.budget + 50, "less than a step of a level too much"
     assert found.loss == pytest.approx(loss(found.levels))
     assert found.loss < 0.75 * found.start, "uniform is far from the optimum"
 
 
 def test_the_pattern_search_beats_the_evolutionary_one_at_equal_passes() -> None:
     ratios = []
-    for seed in range(6):
+    for seed in range(3):
         space, loss = synthetic(count=16, seed=seed)
-        both = searches(space, loss, 96)
+        both = searches(space, loss, 64)
         ratios.append(both["pattern"](NOTHING).loss / both["evolutionary"](NOTHING).loss)
     assert sum(ratios) / len(ratios) < 0.97
 
@@ -268,9 +290,18 @@ def prune(model_folder: Path, text_file: Path) -> Prune:
 @pytest.mark.parametrize(
     "how",
     [
-        {"method": "sparsellm", "sparsity": 0.55, "allocation": "fisher"},
-        {"method": "wanda", "pattern": "2:4", "allocation": "owl", "stream": True, "overrides": {"re:.*k_proj": "3:4"}},
-        {"method": "admm", "sparsity": 0.6, "allocation": "search", "allocation_passes": 5, "ignore": "re:.*v_proj"},
+        pytest.param({"method": "sparsellm", "sparsity": 0.55, "allocation": "fisher"}, marks=pytest.mark.slow),
+        {
+            "method": "wanda",
+            "pattern": "2:4",
+            "allocation": "equal-slope",
+            "stream": True,
+            "overrides": {"re:.*k_proj": "3:4"},
+        },
+        pytest.param(
+            {"method": "admm", "sparsity": 0.6, "allocation": "search", "allocation_passes": 5, "ignore": "v_proj"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_allocated_run_is_recorded_shown_and_verified(prune: Prune, tmp_path: Path, how: dict[str, Any]) -> None:
@@ -286,14 +317,14 @@ def test_an_allocated_run_is_recorded_shown_and_verified(prune: Prune, tmp_path:
     assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
     page = (tmp_path / "out/report.html").read_text()
     assert f"distributed by the rule {how['allocation']}" in page
-    assert 'aria-label="Sparsity of every matrix' in page or "Sparsity of every matrix" in page
+    assert "Sparsity of every matrix over the blocks" in page
     recipe = (tmp_path / "out/recipe.yaml").read_text()
     assert f"allocation: {how['allocation']}" in recipe
 
 
 def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -> None:
     prune(method="magnitude", sparsity=0.6, allocation="uniform", out=tmp_path / "out")
-    manifest = tmp_path / "out/manifest.json"
+    manifest = tmp_path / "out/admm_prune.json"
     content = json.loads(manifest.read_text())
     targets = content["details"]["allocation"]["targets"]
     targets[next(iter(targets))] = "0.1"
@@ -310,6 +341,7 @@ def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -
         ({"allocation": "fisher", "stream": True}, "needs the whole model in memory: use --no-stream, or one of uni"),
         ({"method": "struprune", "allocation": "owl"}, "struprune allocates its budget itself"),
         ({"method": "elsa", "allocation": "owl"}, "elsa trains all weights to one target"),
+        ({"allocation": "uniform", "overrides": {"Linear": 0.9}}, "the overrides alone leave no way to 50%"),
         ({"sparsity": None, "pattern": "2:4", "allocation": "patterns"}, "mixes patterns itself"),
     ],
 )
@@ -323,6 +355,33 @@ def test_what_cannot_be_allocated_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_comparison_allocates_for_every_method(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run = Settings(str(model_folder), data=str(text_file), samples=12, device="cpu", allocation="fisher")
+    settings = ComparisonSettings(
+        run=run, methods=("magnitude", "sparsegpt"), targets=(Target(0.5), Target(None, (2, 4)))
+    )
+    comparison = compare(settings, tmp_path / "out")
+    assert comparison.manifest["settings"]["allocation"] == "fisher"
+    assert len(comparison.rows) == 4
+    assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["owl", "equal-slope", "fisher", "evolutionary"])
+def test_the_plan_counts_what_an_allocation_does(rule: str) -> None:
+    anatomy, g = Anatomy.of("embedded", "float32"), torch.Generator().manual_seed(0)
+    rows = tuple(Row(torch.randint(4096, (256,), generator=g), 256) for _ in range(8))
+    asked = Task(target=Target(0.5), calibration=Sequences(rows, "windows", 256, None, 8))
+    stages = allocating(anatomy, AllocationRule(rule, 8), asked, stream=False)
+    model = load("embedded", dtype="float32").model
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        AllocationRule(rule, 8).applied(model, asked, IN_PROCESS)
+    planned = sum((stage.work for stage in stages), Work()).operations
+    assert planned == pytest.approx(counting.work.operations, rel=0.35)
+
+
 @pytest.mark.parametrize("name", ["admm", "sparsellm", "wanda"])
 def test_methods_of_layers_and_networks_take_an_allocation(name: str) -> None:
-    AllocationRule("fisher").check(recipe_named(name), Target(sparsity=0.5))
+    AllocationRule("fisher").check(recipe_named(name), build("llama", layers=2), Target(sparsity=0.5))

@@ -39,6 +39,27 @@ LOSS_TOKENS = 4096  # of text that the loss with a pruned block is measured on
 MIXED = ("4:8", "2:4", "1:4")  # the patterns of "patterns", beside dense
 
 
+def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightView]], int]:
+    """The matrices that share a budget, with the indices of their blocks, and the weights that they lose together.
+
+    Raises:
+        UserError: the targets of the other matrices leave no way to the whole's.
+    """
+    own = dict(target.layers)
+    placed = [(i, view) for i, block in enumerate(decoder_blocks(model)) for view in block.weights]
+    pruned = [(i, view) for i, view in placed if own.get(view.name) != DENSE]
+    sharing = [(i, view) for i, view in pruned if view.name not in own]
+    budget = target.removed_from(sum(math.prod(view.shape) for _, view in pruned))
+    for _, view in pruned:
+        if view.name in own:
+            budget -= target_named(own[view.name]).removed_from(math.prod(view.shape))
+    if not 0 <= budget <= sum(math.prod(view.shape) for _, view in sharing):
+        raise UserError(
+            f"the overrides alone leave no way to {target.label} of all matrices: change them or the sparsity"
+        )
+    return sharing, budget
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetProblem:
     """A model and its budget.
@@ -60,31 +81,16 @@ class BudgetProblem:
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int) -> BudgetProblem:
-        own = dict(task.target.layers)
-        placed = [(i, view) for i, block in enumerate(decoder_blocks(model)) for view in block.weights]
-        sizes = {view.name: math.prod(view.shape) for _, view in placed}
-        fixed = {name: text for name, text in own.items() if text != DENSE}
-        sharing = [(i, view) for i, view in placed if view.name not in own]
-        total = sum(sizes[view.name] for _, view in sharing) + sum(sizes[name] for name in fixed)
-        lost = sum(
-            size - round((1 - target_named(text).fraction) * size)
-            for name, text in fixed.items()
-            for size in [sizes[name]]
-        )
-        budget = total - round((1.0 - task.target.fraction) * total) - lost
-        among = [sizes[view.name] for _, view in sharing]
-        if not 0 <= budget <= sum(among):
-            raise UserError(
-                f"the overrides alone leave no way to {task.target.label} of all matrices: change them or the sparsity"
-            )
+        """Raises UserError as `budget_of`."""
+        placed, budget = budget_of(model, task.target)
         return cls(
             model=model,
             task=task,
             runtime=runtime,
             passes=passes,
-            views=[view for _, view in sharing],
-            blocks=[i for i, _ in sharing],
-            sizes=among,
+            views=[view for _, view in placed],
+            blocks=[block for block, _ in placed],
+            sizes=[math.prod(view.shape) for _, view in placed],
             budget=budget,
         )
 
@@ -117,11 +123,9 @@ class BudgetProblem:
             "search": self._search,
             "evolutionary": self._evolutionary,
         }
-        targets, figures = solve[rule]()
-        removed = sum(
-            size - round((1.0 - target_named(targets[view.name]).fraction) * size)
-            for view, size in zip(self.views, self.sizes, strict=True)
-        )
+        decided = self.budget in (0, sum(self.sizes))  # nothing, or everything
+        targets, figures = solve["uniform" if decided else rule]()
+        removed = sum(target_named(targets[view.name]).removed_from(size) for view, size in self._sized())
         return {"rule": rule, "budget": self.budget, "removed": removed, **figures, "targets": targets}
 
     # Rules by features of blocks or matrices
@@ -170,15 +174,14 @@ class BudgetProblem:
         """The levels of every matrix, ascending in what they remove; dense is not among them."""
         pattern = self.task.target.pattern
         if mixed:
-            return {
-                view.name: [to for text in MIXED if view.shape[1] % int(text[2:]) == 0 for to in [target_named(text)]]
-                for view in self.views
-            }
+            return {view.name: fitting(view) for view in self.views}
         if pattern is not None:
             group = pattern[1]
             return {view.name: [Target(pattern=(n, group)) for n in range(group - 1, 0, -1)] for view in self.views}
         density = 1.0 - self.fraction
-        sparsities = sorted({round(max(1.0 - factor * density, 0.05 * self.fraction), 6) for factor in DENSITIES})
+        sparsities = sorted(
+            {round(max(1.0 - factor * density, 0.05 * self.fraction), 6) for factor in DENSITIES} - {1.0}
+        )
         return {view.name: [Target(sparsity=s) for s in sparsities] for view in self.views}
 
     def _levels(self, path: Mapping[str, Sequence[Target]], **how: Any) -> Levels:
@@ -198,9 +201,10 @@ class BudgetProblem:
     ) -> list[Curve]:
         """Curves of the estimated rise of the loss per token, in nats.
 
-        To second order, with independent tokens, 1/2 sum_i E[d_i^2] |x dw_i|^2 / tokens, where d = dL / dy is the
-        gradient by the output of row i. E[d_i^2] = sum_j g_ij^2 / tr(H), from gradients g by the weights alone, as far
-        as d_i and x_j are independent. To first order the absolute value of <g, dW> is added.
+        To second order, 1/2 sum_ti d_ti^2 (x_t . dw_i)^2 / tokens, where d_ti = dL / dy_ti is the gradient by the
+        output of row i at token t: the diagonal of the empirical Fisher information of the outputs. With d independent
+        of x it is 1/2 sum_i F_i |X dw_i|^2 / (tr(H) tokens), F_i = sum_j g_ij^2 summed over sequences, which needs
+        gradients g by the weights alone. To first order |<g, dW>| is added, g of the mean loss.
 
         Args:
             order: 1 for both orders, 2 for the second alone.
@@ -220,7 +224,7 @@ class BudgetProblem:
             how["loss"] = lambda: measurements.mean_loss(self.model, part)
             how["reference"] = self._reference(path)
         levels = self._levels(path, **how)
-        errors = {view.name: _estimated(view.name, levels, slopes, self.task) for view in self.views}
+        errors = {view.name: _estimated(view.name, levels, slopes) for view in self.views}
         if measured:
             reference = self._reference(path)
             for block in set(self.blocks):
@@ -252,7 +256,7 @@ class BudgetProblem:
         self, view: WeightView, size: int, levels: Sequence[Target], errors: Sequence[float] | None = None
     ) -> Curve:
         """A curve over levels alone; without errors of zero losses."""
-        removed = [0, *(size - round((1.0 - level.fraction) * size) for level in levels)]
+        removed = [0, *(level.removed_from(size) for level in levels)]
         losses = torch.tensor([0.0, *(errors or [0.0] * len(levels))], dtype=torch.float64).cummax(0).values
         return Curve(view.name, losses, torch.tensor(removed, dtype=torch.float64), least=0)
 
@@ -324,7 +328,8 @@ class BudgetProblem:
             table.restore()
         if self.task.target.pattern is not None:
             return self._level_targets(found.levels, path), _figures(found)
-        return self._fractions(met_exactly(space.curves, found.levels, self.budget)), _figures(found)
+        levels = _removing_enough(space.curves, found.levels, self.budget)
+        return self._fractions(met_exactly(space.curves, levels, self.budget)), _figures(found)
 
     def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
         """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
@@ -344,10 +349,10 @@ class BudgetProblem:
 
     def _groups(self) -> list[list[int]]:
         """Groups of matrices, coarse first: kinds, parts of the depth, blocks, single matrices."""
-        kinds: dict[str, list[int]] = {}
-        for i, view in enumerate(self.views):
-            block = decoder_blocks(self.model)[self.blocks[i]].name
-            kinds.setdefault(view.module_name.removeprefix(block), []).append(i)
+        names = [block.name for block in decoder_blocks(self.model)]
+        kinds: dict[str, list[int]] = {}  # by the place in the block; experts are of one kind
+        for i, (view, block) in enumerate(zip(self.views, self.blocks, strict=True)):
+            kinds.setdefault(view.parameter_name.removeprefix(names[block]), []).append(i)
         count = max(self.blocks) + 1
         groups = [those for those in kinds.values() if len(those) < len(self.views)]
         parts = 2
@@ -374,20 +379,41 @@ class BudgetProblem:
         return targets
 
 
+def fitting(view: WeightView) -> list[Target]:
+    """The patterns of the rule "patterns" whose groups divide the inputs of a matrix.
+
+    Raises:
+        UserError: there are none.
+    """
+    targets = [target_named(text) for text in MIXED]
+    targets = [to for to in targets if to.pattern is not None and view.shape[1] % to.pattern[1] == 0]
+    if not targets:
+        raise UserError(f"{view.name}: its {view.shape[1]} inputs fit none of the patterns {', '.join(MIXED)}")
+    return targets
+
+
 def _dense(levels: Sequence[Target]) -> str:
     """The target that keeps every weight: M:M, so that a matrix is still among those that are pruned."""
-    pattern = levels[0].pattern if levels else None
+    pattern = levels[0].pattern
     return "0.0" if pattern is None else f"{pattern[1]}:{pattern[1]}"
 
 
-def _estimated(name: str, levels: Levels, slopes: Gradients, task: Task) -> Tensor:
+def _removing_enough(curves: Sequence[Curve], levels: Sequence[int], budget: int) -> list[int]:
+    """Levels that remove the budget, of which they lack at most a few weights by rounding: small matrices lose more."""
+    levels = list(levels)
+    for l in sorted(range(len(curves)), key=lambda l: float(curves[l].savings[-1])):
+        if sum(float(curve.savings[k]) for curve, k in zip(curves, levels, strict=True)) >= budget:
+            break
+        levels[l] = min(levels[l] + 1, curves[l].count)
+    return levels
+
+
+def _estimated(name: str, levels: Levels, slopes: Gradients) -> Tensor:
     """The estimated rise of the loss per token at every level of a matrix: see `_sensitive`."""
-    # tr(H) is of all calibration tokens, the squares are of the sequences that gradients were taken of.
-    trace = levels.traces[name] * slopes.tokens / task.calibration.scored_tokens
-    if trace <= 0:
+    trace = levels.traces[name]
+    if trace <= 0:  # never used
         return torch.zeros(len(levels.rows[name]), dtype=torch.float64)
-    squared = slopes.squares[name] / trace  # E[d_i^2]
-    rise = levels.rows[name] @ squared / (2.0 * task.calibration.scored_tokens)
+    rise = levels.rows[name] @ (slopes.squares[name] / (2.0 * trace * slopes.tokens))
     return rise + levels.first_order[name].abs() if levels.first_order else rise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from admm_prune.errors import UserError, unknown
-from admm_prune.methods.allocation.budget import DENSITIES, MIXED, STEPS, BudgetProblem
+from admm_prune.methods.allocation.budget import DENSITIES, MIXED, STEPS, BudgetProblem, budget_of, fitting
 from admm_prune.methods.base import Recipe, Runtime, Task
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
@@ -111,12 +111,15 @@ class AllocationRule:
             raise unknown("allocation", name, RULES)
         return cls(name, PASSES if passes is None else passes)
 
-    def check(self, recipe: Recipe, target: Target, *, offloaded: bool = False, world: World = ALONE) -> None:
+    def check(
+        self, recipe: Recipe, model: nn.Module, target: Target, *, offloaded: bool = False, world: World = ALONE
+    ) -> None:
         """Refuses what cannot be allocated.
 
         Raises:
             UserError: a method that trains or allocates itself; a rule that needs the whole model in memory, or one
-                process; patterns for a target that is a pattern.
+                process; a budget that cannot be met; patterns for a target that is a pattern, or a matrix that
+                fits none.
         """
         if recipe.stages not in ("layers", "networks"):
             why = "allocates its budget itself" if recipe.stages == "groups" else "trains all weights to one target"
@@ -130,6 +133,10 @@ class AllocationRule:
             raise UserError(f"the allocation {self.name} is made by one process: start one, or give no allocation")
         if self.name == "patterns" and target.pattern is not None:
             raise UserError("the allocation patterns mixes patterns itself: give a sparsity such as 0.4")
+        sharing, _ = budget_of(model, target)
+        if self.name == "patterns":
+            for _, view in sharing:
+                fitting(view)
 
     def applied(self, model: nn.Module, task: Task, runtime: Runtime) -> Allocated:
         """Distributes the target's budget over the matrices that have no target of their own; the model stays dense.

@@ -21,7 +21,7 @@ from admm_prune.problems.allocation_matrices import counts, nearest_levels
 
 _STEP = 0.5  # of a first move, in logits
 _GROWTH, _SHRINKAGE = 1.5, 0.5  # of a step after a move that is accepted, or not
-_SMALLEST = 0.06  # step, at which a group of matrices is left alone
+_SMALLEST, _LARGEST = 0.06, 8.0  # steps, at which a group of matrices is left alone
 _OFFSPRING = 16
 _MOST_SWITCHES = 3
 _PART = "allocation-search"  # of the journal
@@ -143,8 +143,9 @@ def pattern_search(
     values = [value(space.levels(z)) for z in starts[:passes]]
     best = min(range(len(values)), key=values.__getitem__)
     z, least, start = starts[best].clone(), values[best], values[0]
+    current = tuple(space.levels(z))
     steps = [_STEP] * len(groups)
-    seen = {tuple(space.levels(z))}
+    seen = {current}
     while value.count < passes and any(abs(step) >= _SMALLEST for step in steps):
         for g, group in enumerate(groups):
             if value.count >= passes:
@@ -154,14 +155,17 @@ def pattern_search(
             trial = z.clone()
             trial[list(group)] += steps[g]
             chosen = tuple(space.levels(trial))
+            if chosen == current:  # too short to change a level
+                steps[g] *= _GROWTH if abs(steps[g]) < _LARGEST else 0.0
+                continue
             better = False
             if chosen not in seen:
                 seen.add(chosen)
                 better = (reached := value(chosen)) < least
             if better:
-                z, least = trial, reached
+                z, least, current = trial, reached, chosen
             steps[g] *= _GROWTH if better else -_SHRINKAGE
-    return Found(z, space.levels(z), least, start, value.count)
+    return Found(z, list(current), least, start, value.count)
 
 
 def evolutionary_search(
@@ -202,8 +206,18 @@ def _mutated(
     switches = min(generator.randint(1, _MOST_SWITCHES), generator.randint(1, _MOST_SWITCHES))
     for _ in range(switches):
         raised = generator.choice([i for i in range(len(child)) if child[i] < curves[i].count])
-        others = [i for i in alike[sizes[raised]] if i != raised and child[i] > 0]
+        step = _step(curves[raised], child[raised] + 1)
+        others = [
+            i
+            for i in alike[sizes[raised]]
+            if i != raised and child[i] > 0 and abs(_step(curves[i], child[i]) - step) <= 1  # up to rounding
+        ]
         if others:
             child[raised] += 1
             child[generator.choice(others)] -= 1
     return child
+
+
+def _step(curve: Curve, level: int) -> float:
+    """The weights that a level removes beyond the one before it."""
+    return float(curve.savings[level] - curve.savings[level - 1])
