@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,16 @@ def test_the_pattern_search_beats_the_evolutionary_one_at_equal_passes() -> None
         both = searches(space, loss, 64)
         ratios.append(both["pattern"](NOTHING).loss / both["evolutionary"](NOTHING).loss)
     assert sum(ratios) / len(ratios) < 0.97
+
+
+def test_the_pattern_search_ends_where_no_move_is_better() -> None:
+    space, loss = synthetic(count=4)
+    found = searches(space, loss, 5000)["pattern"](NOTHING)
+    assert found.passes < 500
+    levels = range(len(space.curves[0].losses))
+    removed = [float(x) for x in space.curves[0].savings]
+    least = min(loss(choice) for choice in product(levels, repeat=4) if sum(removed[k] for k in choice) >= space.budget)
+    assert found.loss <= 1.05 * least, "of all allocations"
 
 
 @pytest.mark.parametrize("kind", ["pattern", "evolutionary"])

@@ -132,7 +132,8 @@ def pattern_search(
     Groups are taken in turn, with a step of their own in z: half as long and in the other direction after a failure,
     half as long again after a success. This is the coordinate search of Hooke and Jeeves along groups, from coarse
     (the matrices of one kind, parts of the depth) to fine (one block, one matrix), so that few evaluations settle what
-    most of the loss depends on. Every evaluation is committed to the journal.
+    most of the loss depends on. Steps begin anew when all have become short, until nothing is gained. Every evaluation
+    is committed to the journal.
 
     Args:
         starts: offsets z, of which the best is taken.
@@ -144,27 +145,32 @@ def pattern_search(
     best = min(range(len(values)), key=values.__getitem__)
     z, least, start = starts[best].clone(), values[best], values[0]
     current = tuple(space.levels(z))
-    steps = [_STEP] * len(groups)
-    seen = {current}
-    while value.count < passes and any(abs(step) >= _SMALLEST for step in steps):
-        for g, group in enumerate(groups):
-            if value.count >= passes:
-                break
-            if abs(steps[g]) < _SMALLEST:
-                continue
-            trial = z.clone()
-            trial[list(group)] += steps[g]
-            chosen = tuple(space.levels(trial))
-            if chosen == current:  # too short to change a level
-                steps[g] *= _GROWTH if abs(steps[g]) < _LARGEST else 0.0
-                continue
-            better = False
-            if chosen not in seen:
-                seen.add(chosen)
-                better = (reached := value(chosen)) < least
-            if better:
-                z, least, current = trial, reached, chosen
-            steps[g] *= _GROWTH if better else -_SHRINKAGE
+    seen, improved = {current}, True
+    while value.count < passes and improved:
+        improved = False
+        steps = [_STEP] * len(groups)
+        moved = [False] * len(groups)  # whether a step has changed a level
+        while value.count < passes and any(steps):
+            for g, group in enumerate(groups):
+                if value.count >= passes:
+                    break
+                if steps[g] == 0.0:
+                    continue
+                trial = z.clone()
+                trial[list(group)] += steps[g]
+                chosen = tuple(space.levels(trial))
+                if chosen == current:  # too short to change a level
+                    steps[g] = 0.0 if moved[g] or steps[g] > _LARGEST else _GROWTH * steps[g]
+                    continue
+                moved[g], better = True, False
+                if chosen not in seen:
+                    seen.add(chosen)
+                    better = (reached := value(chosen)) < least
+                if better:
+                    z, least, current, improved = trial, reached, chosen, True
+                steps[g] *= _GROWTH if better else -_SHRINKAGE
+                if abs(steps[g]) < _SMALLEST:
+                    steps[g] = 0.0
     return Found(z, list(current), least, start, value.count)
 
 
