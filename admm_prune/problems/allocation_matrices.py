@@ -19,6 +19,7 @@ from admm_prune.problems.allocation import Allocation, Curve, take_steps
 Sparsities = Callable[[float], Tensor]  # a level -> the sparsity of every matrix, (matrices,), never falling
 
 _HALVINGS = 60
+_CLOSE = 1e-3  # weights
 _HIGHEST = 2.0**60  # level
 _STEPS = 200  # of an interpolated curve
 _TAIL = 0.5  # the part of the eigenvalues that the tail of a spectrum has
@@ -110,10 +111,16 @@ def counts(sizes: Sequence[int], sparsities: Sparsities, budget: int) -> list[in
         high *= 2.0
         if high > _HIGHEST:
             raise ValueError(f"{budget} of {total} weights are to go, and {round(float(removed(high).sum()))} can go")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if float(removed(middle).sum()) >= budget else (middle, high)
     below, above = removed(low), removed(high)
+    for _ in range(_HALVINGS):
+        if float((above - below).sum()) < _CLOSE:
+            break
+        middle = (low + high) / 2
+        between = removed(middle)
+        if float(between.sum()) >= budget:
+            high, above = middle, between
+        else:
+            low, below = middle, between
     jump = float((above - below).sum())
     part = (budget - float(below.sum())) / jump if jump > 0 else 0.0
     return _rounded(below + min(1.0, max(0.0, part)) * (above - below), sizes, budget)

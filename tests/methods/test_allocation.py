@@ -347,7 +347,7 @@ def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ({"allocation": "owls"}, "there is no allocation 'owls'"),
+        ({"allocation": "owls"}, "unknown allocation 'owls' (did you mean 'owl'?): choose one of uniform, "),
         ({"allocation": "owl", "allocation_passes": 9}, "allocation passes are for the allocations search and evol"),
         ({"allocation": "fisher", "stream": True}, "needs the whole model in memory: use --no-stream, or one of uni"),
         ({"method": "struprune", "allocation": "owl"}, "struprune allocates its budget itself"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
 from admm_prune.methods.allocation.measurements import Gradients, Levels
-from admm_prune.methods.allocation.search import Found, Space, Table, evolutionary_search, pattern_search
+from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, pattern_search
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.target import DENSE, Target, target_named
 from admm_prune.models.structure import WeightView, decoder_blocks
@@ -45,14 +45,14 @@ def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightV
     Raises:
         UserError: the targets of the other matrices leave no way to the whole's.
     """
-    own = dict(target.layers)
+    overrides = dict(target.layers)
     placed = [(i, view) for i, block in enumerate(decoder_blocks(model)) for view in block.weights]
-    pruned = [(i, view) for i, view in placed if own.get(view.name) != DENSE]
-    sharing = [(i, view) for i, view in pruned if view.name not in own]
+    pruned = [(i, view) for i, view in placed if overrides.get(view.name) != DENSE]
+    sharing = [(i, view) for i, view in pruned if view.name not in overrides]
     budget = target.removed_from(sum(math.prod(view.shape) for _, view in pruned))
     for _, view in pruned:
-        if view.name in own:
-            budget -= target_named(own[view.name]).removed_from(math.prod(view.shape))
+        if view.name in overrides:
+            budget -= target_named(overrides[view.name]).removed_from(math.prod(view.shape))
     if not 0 <= budget <= sum(math.prod(view.shape) for _, view in sharing):
         raise UserError(
             f"the overrides alone leave no way to {target.label} of all matrices: change them or the sparsity"
@@ -261,9 +261,9 @@ class BudgetProblem:
         return Curve(view.name, losses, torch.tensor(removed, dtype=torch.float64), least=0)
 
     def _by_slopes(self, curves: list[Curve]) -> tuple[dict[str, str], dict[str, Any]]:
-        found = EqualSlope().allocate(curves, self.budget)
-        removed = [found.removed[curve.name] for curve in curves]
-        figures = {"loss": found.loss}
+        allocation = EqualSlope().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        figures = {"loss": allocation.loss}
         if self.task.target.pattern is not None:
             return self._level_targets(removed, self._path()), figures
         return self._fractions(met_exactly(curves, removed, self.budget)), figures
@@ -274,9 +274,9 @@ class BudgetProblem:
         curves = self._sensitive(order=2)
         if self.task.target.pattern is None:
             curves = [self._at_levels(curve, path[curve.name]) for curve in curves]
-        found = Knapsack().allocate(curves, self.budget)
-        removed = [found.removed[curve.name] for curve in curves]
-        figures = {"loss": found.loss, "bound": found.bound, "gap": found.gap}
+        allocation = Knapsack().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        figures = {"loss": allocation.loss, "bound": allocation.bound, "gap": allocation.gap}
         if self.task.target.pattern is not None:
             return self._level_targets(removed, path), figures
         return self._fractions(met_exactly(curves, removed, self.budget)), figures
@@ -291,9 +291,13 @@ class BudgetProblem:
     def _patterns(self) -> tuple[dict[str, str], dict[str, Any]]:
         path = self._path(mixed=True)
         curves = self._sensitive(order=2, path=path)
-        found = Knapsack().allocate(curves, self.budget)
-        removed = [found.removed[curve.name] for curve in curves]
-        return self._level_targets(removed, path), {"loss": found.loss, "bound": found.bound, "gap": found.gap}
+        allocation = Knapsack().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        return self._level_targets(removed, path), {
+            "loss": allocation.loss,
+            "bound": allocation.bound,
+            "gap": allocation.gap,
+        }
 
     # Searches
 
@@ -304,7 +308,7 @@ class BudgetProblem:
         start = (fractions / self.most).clamp(1e-3, 1 - 1e-3).logit()
         table, space, path = self._table()
         try:
-            found = pattern_search(
+            result = pattern_search(
                 space,
                 table.loss,
                 [torch.zeros_like(start), start],
@@ -314,22 +318,22 @@ class BudgetProblem:
             )
         finally:
             table.restore()
-        assert found.offsets is not None
+        assert result.offsets is not None
         if self.task.target.pattern is not None:
-            return self._level_targets(found.levels, path), _figures(found)
-        return self._fractions(space.removed(found.offsets)), _figures(found)
+            return self._level_targets(result.levels, path), _figures(result)
+        return self._fractions(space.removed(result.offsets)), _figures(result)
 
     def _evolutionary(self) -> tuple[dict[str, str], dict[str, Any]]:
         table, space, path = self._table()
         start = space.levels(torch.zeros(len(self.views), dtype=torch.float64))
         try:
-            found = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
+            result = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
         finally:
             table.restore()
         if self.task.target.pattern is not None:
-            return self._level_targets(found.levels, path), _figures(found)
-        levels = _removing_enough(space.curves, found.levels, self.budget)
-        return self._fractions(met_exactly(space.curves, levels, self.budget)), _figures(found)
+            return self._level_targets(result.levels, path), _figures(result)
+        levels = _removing_enough(space.curves, result.levels, self.budget)
+        return self._fractions(met_exactly(space.curves, levels, self.budget)), _figures(result)
 
     def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
         """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
@@ -417,8 +421,8 @@ def _estimated(name: str, levels: Levels, slopes: Gradients) -> Tensor:
     return rise + levels.first_order[name].abs() if levels.first_order else rise
 
 
-def _figures(found: Found) -> dict[str, Any]:
-    return {"held_out_loss": found.loss, "held_out_loss_at_start": found.start, "passes": found.passes}
+def _figures(result: SearchResult) -> dict[str, Any]:
+    return {"held_out_loss": result.loss, "held_out_loss_at_start": result.start, "passes": result.passes}
 
 
 def _mean(values: Sequence[float]) -> float:

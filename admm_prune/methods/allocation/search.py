@@ -90,7 +90,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -126,14 +126,14 @@ class _Counted:
 
 def pattern_search(
     space: Space, loss: Loss, starts: Sequence[Tensor], groups: Sequence[Sequence[int]], passes: int, journal: Journal
-) -> Found:
+) -> SearchResult:
     """Moves budget between a group of matrices and all others; a move is accepted if the held-out loss falls.
 
     Groups are taken in turn, with a step of their own in z: half as long and in the other direction after a failure,
     half as long again after a success. This is the coordinate search of Hooke and Jeeves along groups, from coarse
     (the matrices of one kind, parts of the depth) to fine (one block, one matrix), so that few evaluations settle what
-    most of the loss depends on. Steps begin anew when all have become short, until nothing is gained. Every evaluation
-    is committed to the journal.
+    most of the loss depends on. When all steps have become short they are reset, until no move is accepted. Every
+    evaluation is committed to the journal.
 
     Args:
         starts: offsets z, of which the best is taken.
@@ -171,12 +171,12 @@ def pattern_search(
                 steps[g] *= _GROWTH if better else -_SHRINKAGE
                 if abs(steps[g]) < _SMALLEST:
                     steps[g] = 0.0
-    return Found(z, list(current), least, start, value.count)
+    return SearchResult(z, list(current), least, start, value.count)
 
 
 def evolutionary_search(
     space: Space, loss: Loss, start: Sequence[int], passes: int, journal: Journal, seed: int = 0
-) -> Found:
+) -> SearchResult:
     """EvoPress's search, the baseline: level switches between matrices of one size; the best offspring survives.
 
     Every generation has 16 offspring of the best allocation so far. A mutation raises the level of one matrix and
@@ -198,7 +198,7 @@ def evolutionary_search(
         best = min(range(len(values)), key=values.__getitem__)
         if values[best] < least:
             parent, least = offspring[best], values[best]
-    return Found(None, parent, least, first, value.count)
+    return SearchResult(None, parent, least, first, value.count)
 
 
 def _mutated(
