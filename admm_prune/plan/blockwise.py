@@ -185,8 +185,13 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
             block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
             for _, _, count in block_pass.kinds():
                 collected = block_pass.collect()
-                solves = _local(collected, PATH_SOLVER, task, count, block_pass)
-                several = [next(solves), *(stage.times(measured.levels) for stage in solves if measured.levels)]
+                # The levels of fractions are rows of one problem, those of patterns problems of their own.
+                stacked = measured.levels if task.target.pattern is None else 1
+                path = replace(collected, shared=[(views * stacked, width) for views, width in collected.shared])
+                several = [collected.stage("statistics").times(count)]
+                if measured.levels:
+                    _, *solves = _local(path, PATH_SOLVER, task, count, block_pass)
+                    several += [stage.times(measured.levels // stacked) for stage in solves]
                 several.append(_forward("next inputs", block_pass.advance(), count))
                 stages += [stage.beside({**weights, **block_pass.held}) for stage in several]
         if measured.gradients or measured.losses:
