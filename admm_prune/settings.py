@@ -260,7 +260,8 @@ class Settings(TextSettings):
     )
     sparsity: float | None = option(
         None,
-        "Fraction of every matrix to prune, such as 0.7; with structured methods, of the budget of all blocks.",
+        "Fraction of every matrix to prune, such as 0.7; with an allocation, of all matrices together; with "
+        "structured methods, of the budget of all blocks.",
         commands="run reproduce plan",
         part_of="target",
         least=0.0,
@@ -291,6 +292,15 @@ class Settings(TextSettings):
         in_file=dict[str, float | str] | None,
         spelled="override",
         parse=_overrides,
+    )
+    allocation: str | None = option(
+        None,
+        "Rule that distributes the budget over all matrices: uniform, owl, alphapruning, softmax, equal-slope, "
+        "fisher, taylor, measured, knapsack, patterns, search or evolutionary.",
+        commands="run compare plan",
+    )
+    allocation_passes: int | None = option(
+        None, "Forward passes of held-out text in a search; 256 by default.", commands="run compare plan", least=2
     )
     ridge: Ridge = option(
         None,

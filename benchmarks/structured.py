@@ -28,9 +28,9 @@ from admm_prune.methods.target import Target, parse_targets
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import load
 from admm_prune.problems.allocation import Binomial, CappedSoftmax, Curve, EqualSlope, Owl, Uniform
+from admm_prune.problems.allocation_knapsack import Knapsack
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
-from benchmarks.knapsack import Knapsack
 from benchmarks.machine import headline, machine
 
 NAMED = {recipe.name: recipe for recipe in STRUCTURED}

@@ -42,6 +42,10 @@ class Target:
             return replace(self, layers=())
         return None if text == DENSE else target_named(text)
 
+    def removed_from(self, size: int) -> int:
+        """The weights that a matrix of so many loses."""
+        return size - round((1.0 - self.fraction) * size)
+
     @property
     def varied(self) -> bool:
         """Whether some weights have other targets than the rest of those that are pruned."""

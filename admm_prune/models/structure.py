@@ -71,7 +71,10 @@ class WeightView:
 
     def read(self) -> Tensor:
         """W (out, in), detached; it shares memory with the parameter."""
-        stored = self.parameter.detach()
+        return self.within(self.parameter.detach())
+
+    def within(self, stored: Tensor) -> Tensor:
+        """The matrix (out, in) in a tensor that is stored as the parameter is, such as its gradient; a view of it."""
         matrix = stored if self.expert is None else stored[self.expert]
         return (matrix.T if self.transposed else matrix)[self.rows]
 

@@ -19,6 +19,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.allocation.budget import HELD_OUT, LOSS_TOKENS
+from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
+from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
+from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import multiplies_in_bfloat16
 from admm_prune.methods.elsa.session import Session
@@ -181,6 +185,48 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
         stages = [*scoring, recording.beside({**outside, **held})]
         stages += [stage.beside({**weights, **held}) for stage in plan(block_pass, recipe, task)]
     return stages
+
+
+def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
+    """What an allocation measures: a pass over the blocks on dense inputs with solves at every level, gradients, and
+    the losses of the search's held-out text.
+
+    Args:
+        stream, device: as for `pruning_stages`.
+    """
+    measured, text = RULES[rule.name], task.calibration
+    stages: list[Stage] = []
+    block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
+    weights = block if stream else {WEIGHTS: anatomy.weight_bytes}
+    pruned = sum(view.read().nbytes for one in anatomy.blocks for view in one.weights)
+    with counted() as counting:
+        if measured.collects:
+            block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
+            for _, _, count in block_pass.kinds():
+                collected = block_pass.collect()
+                # The levels of fractions are rows of one problem, those of patterns problems of their own.
+                stacked = measured.levels if task.target.pattern is None else 1
+                path = replace(collected, shared=[(views * stacked, width) for views, width in collected.shared])
+                several = [collected.stage("statistics").times(count)]
+                if measured.levels:
+                    _, *solves = _local(path, PATH_SOLVER, task, count, block_pass)
+                    several += [stage.times(measured.levels // stacked) for stage in solves]
+                several.append(_forward("next inputs", block_pass.advance(), count))
+                stages += [stage.beside({**weights, **block_pass.held}) for stage in several]
+        if measured.gradients or measured.losses:
+            batch = text.batch([text.rows[0].ids])
+            with torch.no_grad(), measured_cost(counting) as cost:
+                cross_entropy(anatomy.model, batch)
+            # A backward pass takes twice the work of its forward pass; a block's loss takes part of the text.
+            sequences = 3 * min(GRADIENT_SEQUENCES, len(text.rows)) if measured.gradients else 0
+            if rule.name in SEARCHES:
+                sequences += rule.passes * max(1, round(HELD_OUT * len(text.rows)))
+            elif measured.losses:
+                sequences += len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
+            table = {"table of pruned matrices": measured.levels * pruned} if rule.name in SEARCHES else {}
+            parts = {**weights, **table, "logits": cost.peak}
+            stages.append(Stage(name="losses and gradients", parts=parts, work=cost.work * sequences))
+    return [replace(stage, name=f"allocation: {stage.name}") for stage in stages]
 
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:

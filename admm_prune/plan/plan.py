@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from admm_prune.errors import UserError
+from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.registry import DEFAULT, composed
@@ -19,7 +20,16 @@ from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
 from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
-from admm_prune.plan.blockwise import ACTIVATIONS_PART, FORWARD, GRAMS, SCORES, SOLVER, STEP, pruning_stages
+from admm_prune.plan.blockwise import (
+    ACTIVATIONS_PART,
+    FORWARD,
+    GRAMS,
+    SCORES,
+    SOLVER,
+    STEP,
+    allocating,
+    pruning_stages,
+)
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.runs.machine import free_bytes, resident_bytes
@@ -148,6 +158,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     anatomy = Anatomy.of(model, settings.dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     recipe.check(anatomy.model, target)
+    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
+    if allocation is not None:
+        allocation.check(recipe, anatomy.model, target, offloaded=stream)
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))
@@ -156,7 +169,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     notes = list(notes_on(anatomy.model))
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
-    stages = _stages(anatomy, recipe, task, validation, stream=stream, device=device)
+    stages = _stages(anatomy, recipe, task, validation, allocation, stream=stream, device=device)
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
@@ -192,7 +205,16 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
 
 
-def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, stream: bool, device: str) -> list[Stage]:
+def _stages(
+    anatomy: Anatomy,
+    recipe: Recipe,
+    task: Task,
+    validation: int,
+    allocation: AllocationRule | None,
+    *,
+    stream: bool,
+    device: str,
+) -> list[Stage]:
     length = task.calibration.length
     evaluated: list[Stage] = []
     if validation:
@@ -201,6 +223,7 @@ def _stages(anatomy: Anatomy, recipe: Recipe, task: Task, validation: int, *, st
     return [
         blockwise.loading(anatomy, stream=stream),
         *evaluated,
+        *(allocating(anatomy, allocation, task, stream=stream, device=device) if allocation is not None else ()),
         *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
         blockwise.saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),

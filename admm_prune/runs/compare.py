@@ -12,6 +12,7 @@ from torch import nn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError, check_installed
+from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
@@ -96,6 +97,7 @@ class ComparisonSettings:
     baselines: bool = True
     text: TextSettings = field(init=False)
     selection: Selection = field(init=False)
+    allocation: AllocationRule | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name, declared in options(Settings).items():
@@ -104,6 +106,7 @@ class ComparisonSettings:
         run = self.run
         object.__setattr__(self, "text", run.text(data=check_data(run.data, run.model)))
         object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))
+        object.__setattr__(self, "allocation", AllocationRule.named(run.allocation, run.allocation_passes))
 
     def recorded(self) -> dict[str, Any]:
         """As the manifest holds them, ready for JSON."""
@@ -159,7 +162,7 @@ def compare(
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         loaded = load(model_name, device=device, dtype=run.dtype)
-        jobs = _jobs(recipes, targets, settings.selection, loaded.model)
+        jobs = _jobs(recipes, targets, settings, loaded.model)
         texts = Texts(settings.text, loaded)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
         weights = fingerprint(loaded)
@@ -186,7 +189,16 @@ def compare(
                 run_journal.begin({**its_record, "weights": weights})
                 runtime = Runtime(journal=run_journal, on_progress=callback.on_progress)
                 phases = Phases(device, callback=callback)
-                report = prune.run_recipe(recipe, task, runtime, model, dense, its_record, phases)
+                report = prune.run_recipe(
+                    recipe,
+                    task,
+                    runtime,
+                    model,
+                    dense,
+                    its_record,
+                    phases,
+                    allocation=settings.allocation if recipe.prunes else None,
+                )
                 with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation, callback)
             with Phases(device, callback=callback)("evaluating the saved model"):
@@ -215,14 +227,16 @@ def compare(
 
 
 def _jobs(
-    recipes: Sequence[Recipe], targets: Sequence[Target], selection: Selection, model: nn.Module
+    recipes: Sequence[Recipe], targets: Sequence[Target], settings: ComparisonSettings, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe with every target, checked; methods that prune nothing have a single row."""
-    applied = [selection.applied(model, target) for target in targets]
+    applied = [settings.selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
     jobs += [(recipe, target) for target in applied for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
+        if settings.allocation is not None and recipe.prunes:
+            settings.allocation.check(recipe, model, target)
     return jobs
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError, check_installed
+from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
@@ -127,6 +128,7 @@ def prune(settings: Settings) -> Report:
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
     recipe = configured(composed(method, **how, engine=Engine.of(settings), **parts), settings.unit, settings.multiple)
     target = _target(settings)
+    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     ridge = parse_ridge(settings.ridge)
     passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
@@ -150,6 +152,8 @@ def prune(settings: Settings) -> Report:
             loaded = _opened(settings, device, on_disk=streams or shards_weights(settings, recipe, world))
         target = selection.applied(loaded.model, target)
         recipe.check(loaded.model, target)
+        if allocation is not None:
+            allocation.check(recipe, loaded.model, target, offloaded=loaded.offloading.is_offloaded, world=world)
         # 3. Read the text; from here on the run can be described completely.
         with phases("reading the text"):
             texts = Texts(text, loaded, passed)
@@ -190,7 +194,7 @@ def prune(settings: Settings) -> Report:
             with phases("evaluating the dense model"):
                 dense = evaluated_dense(loaded, evaluation, runtime)
             # 5. Prune, and evaluate the pruned model.
-            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks)
+            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks, allocation)
             # 6. Write model, manifest and report.
             if journal is not None:
                 written = journal.output(
@@ -212,6 +216,7 @@ def run_recipe(
     record: dict[str, Any],
     phases: Phases | None = None,
     tasks: Tasks | None = None,
+    allocation: AllocationRule | None = None,
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates the result.
 
@@ -220,8 +225,14 @@ def run_recipe(
         record: the manifest of the run.
         phases: before; None for none.
         tasks: on which the pruned model is evaluated too.
+        allocation: gives every matrix a target of its own; None for the task's.
     """
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
+    label, details = task.target.label, {}
+    if allocation is not None:
+        with phases("allocating the budget"):
+            allocated = allocation.applied(loaded.model, task, runtime)
+        task, details = replace(task, target=allocated.target), {"allocation": allocated.details}
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, task, runtime)
     model: Any = loaded.model if outcome.model is None else outcome.model
@@ -235,8 +246,8 @@ def run_recipe(
     block_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     return Report(
         method=recipe.name,
-        target=task.target.label,
-        budget=recipe.budget,
+        target=label,
+        budget=recipe.budget if allocation is None else "model",
         block_weights=block_weights,
         sparsity=1.0 - sum(layer.nonzeros for layer in outcome.layers) / block_weights,
         dense=dense.figures,
@@ -245,7 +256,7 @@ def run_recipe(
         layers=outcome.layers,
         seconds=pruning.seconds,
         notes=outcome.notes + notes_on(model),
-        details=outcome.details,
+        details={**outcome.details, **details},
         continuation=dense.beside(pruned),
         manifest=record,
         model=model,

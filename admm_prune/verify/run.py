@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,7 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         return
     left = {name: int(view.read().count_nonzero()) for name, view in views.items()}
     sizes = {name: claim["shape"][0] * claim["shape"][1] for name, claim in claims.items()}  # of the dense weights
+    target = _allocated(report, manifest, target, sizes)
     structured = bool(manifest["details"].get("units"))  # rows and columns were removed
     for name in views.keys() & claims.keys():
         shape = list(views[name].shape)
@@ -334,6 +336,29 @@ def _verify_sparsity(report: Verification, loaded: LoadedModel, manifest: Manife
         report.expect("target", how is None, f"{name}: {how}")
 
 
+def _allocated(report: Verification, manifest: Manifest, target: Target, sizes: dict[str, int]) -> Target:
+    """The target with those of the matrices by the allocation, which together remove what it asks for; as it is
+    without an allocation."""
+    allocated = manifest["details"].get("allocation")
+    if allocated is None:
+        return target
+    try:
+        result = replace(target, layers=tuple((dict(target.layers) | allocated["targets"]).items()))
+        targets = {name: one for name in sizes if (one := result.at(name)) is not None}
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        report.expect("allocation", False, f"the targets of the allocation cannot be read: {error}")
+        return target
+    total = sum(sizes[name] for name in targets)
+    removed = sum(one.removed_from(sizes[name]) for name, one in targets.items())
+    least = target.removed_from(total)
+    report.expect(
+        "allocation",
+        removed >= least,
+        f"the targets of the allocation remove {removed} weights, where {target.label} of them are {least}",
+    )
+    return result
+
+
 def _misses(
     report: Verification,
     manifest: Manifest,
@@ -359,7 +384,7 @@ def _misses(
             name: None if inside else f"it is not in the set {described} at {targets[name].label}"
             for name, inside in held.items()
         }
-    if manifest["budget"] == "model" and target.pattern is None:
+    if manifest["budget"] == "model" and not manifest["details"].get("allocation") and target.pattern is None:
         requested = sum((one.sparsity or 0.0) * sizes[name] for name, one in targets.items() if name in sizes)
         total = sum(sizes.values())
         return {"all matrices together": _too_few(total - sum(left.values()), total, requested, target)}

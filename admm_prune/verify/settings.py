@@ -109,7 +109,8 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest) -
         report.by_fingerprint(f"{MANIFEST}: method", f"{MANIFEST}: budget")
     else:
         report.agree("method", manifest["method"], recipe.name)
-        report.agree("budget", manifest["budget"], recipe.budget)
+        allocated = settings.get("allocation") is not None and recipe.prunes
+        report.agree("budget", manifest["budget"], "model" if allocated else recipe.budget)
     target = target_of(manifest, model)
     if target is None or "target" not in settings:
         return  # reported elsewhere

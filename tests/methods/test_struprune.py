@@ -24,11 +24,11 @@ from admm_prune.models.loading import load, open_on_disk
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.models.sublayers import UNITS, savings, sublayers
 from admm_prune.problems.allocation import Binomial, Uniform
+from admm_prune.problems.allocation_knapsack import Knapsack
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import Settings, TextSettings
 from admm_prune.verify.run import verify_folder
-from benchmarks.knapsack import Knapsack
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
 

@@ -27,7 +27,7 @@ from admm_prune.problems.allocation import (
     standardized,
     together,
 )
-from benchmarks.knapsack import Knapsack
+from admm_prune.problems.allocation_knapsack import Knapsack
 
 seeds = st.integers(0, 10_000)
 budgets = st.floats(0.0, 0.85)

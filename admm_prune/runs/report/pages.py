@@ -134,6 +134,8 @@ def _run(folder: Path, run: Manifest) -> str:
         errors=plots.layer_errors(layers),
         bounded=any(layer["bound"] is not None for layer in layers),
         own_targets=_own_targets(run),
+        allocated=details.get("allocation"),
+        sparsities=plots.sparsities(layers) if "allocation" in details else None,
         allocation=content.allocation_of(details),
         convergence=plots.convergence(layers),
         training=plots.training(details),
@@ -147,7 +149,13 @@ def _own_targets(run: Manifest) -> dict[str, str | None]:
     """The target of every layer that has one of its own, None of the others; empty where none has."""
     contents = run["settings"].get("targets") or [run["settings"]["target"]]
     targets = {name: target for content in contents for name, target in content["layers"]}
-    return {layer["name"]: targets.get(layer["name"]) for layer in run["layers"]} if targets else {}
+    targets |= run["details"].get("allocation", {}).get("targets", {})
+    return {layer["name"]: _short_target(targets.get(layer["name"])) for layer in run["layers"]} if targets else {}
+
+
+def _short_target(target: str | None) -> str | None:
+    """A target as in the label of a run: a fraction to four digits."""
+    return target if target is None or not target[-1:].isdigit() or ":" in target else f"{float(target):.4g}"
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:

@@ -212,6 +212,21 @@ def layer_errors(layers: Sequence[Layer]) -> str | None:
     return _over_blocks(figure, axes, "relative error (log scale)", "errors", titles)
 
 
+def sparsities(layers: Sequence[Layer]) -> str:
+    """The percentage of every matrix that is zero, over the blocks."""
+    figure, (axes,) = panels()
+    titles: dict[str, list[str]] = {}
+    for i, (matrix, points) in enumerate(by_matrix(layers, "sparsity").items()):
+        percent = [(block, 100 * value) for block, value in points]
+        axes.plot(*zip(*percent, strict=True), label=matrix, linewidth=1.2, markersize=5, gid=f"line-{i}", **style(i))
+        titles[f"line-{i}"] = [f"block {block}, {matrix}: {value:.2f} %" for block, value in percent]
+    axes.set_xlabel("block")
+    axes.set_ylabel("zeros, %")
+    whole_numbers(axes)
+    legend(figure, axes)
+    return svg(figure, "allocation", titles)
+
+
 def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
     """The error of every layer of one run, divided by that of another run."""
     first = {layer["name"]: layer["relative_error"] for layer in before}

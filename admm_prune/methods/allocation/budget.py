@@ -1,0 +1,430 @@
+"""One budget over the matrices of a model, and the targets that each rule gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.errors import UserError
+from admm_prune.methods.allocation import measurements
+from admm_prune.methods.allocation.measurements import Gradients, Levels
+from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, pattern_search
+from admm_prune.methods.base import Runtime, Task
+from admm_prune.methods.target import DENSE, Target, target_named
+from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.problems.allocation import Curve, EqualSlope, energies, standardized
+from admm_prune.problems.allocation_knapsack import Knapsack
+from admm_prune.problems.allocation_matrices import (
+    Sparsities,
+    alpha_rates,
+    counts,
+    interpolated,
+    met_exactly,
+    nearest_levels,
+    owl_offsets,
+    scaled,
+    shifted,
+)
+
+MOST = 0.95  # sparsity of a matrix, unless the whole has more than 0.9
+DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to that of the whole
+STEPS = 5  # levels of a table on either side of the whole's
+HELD_OUT = 0.25  # of the calibration sequences, in a search
+LOSS_TOKENS = 4096  # of text that the loss with a pruned block is measured on
+MIXED = ("4:8", "2:4", "1:4")  # the patterns of "patterns", beside dense
+
+
+def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightView]], int]:
+    """The matrices that share a budget, with the indices of their blocks, and the weights that they lose together.
+
+    Raises:
+        UserError: the targets of the other matrices leave no way to the whole's.
+    """
+    overrides = dict(target.layers)
+    placed = [(i, view) for i, block in enumerate(decoder_blocks(model)) for view in block.weights]
+    pruned = [(i, view) for i, view in placed if overrides.get(view.name) != DENSE]
+    sharing = [(i, view) for i, view in pruned if view.name not in overrides]
+    budget = target.removed_from(sum(math.prod(view.shape) for _, view in pruned))
+    for _, view in pruned:
+        if view.name in overrides:
+            budget -= target_named(overrides[view.name]).removed_from(math.prod(view.shape))
+    if not 0 <= budget <= sum(math.prod(view.shape) for _, view in sharing):
+        raise UserError(
+            f"the overrides alone leave no way to {target.label} of all matrices: change them or the sparsity"
+        )
+    return sharing, budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetProblem:
+    """A model and its budget.
+
+    Attributes:
+        views: the matrices that share the budget.
+        blocks: the index of the block of each.
+        budget: weights that they lose together.
+    """
+
+    model: nn.Module
+    task: Task
+    runtime: Runtime
+    passes: int
+    views: Sequence[WeightView]
+    blocks: Sequence[int]
+    sizes: Sequence[int]
+    budget: int
+
+    @classmethod
+    def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int) -> BudgetProblem:
+        """Raises UserError as `budget_of`."""
+        placed, budget = budget_of(model, task.target)
+        return cls(
+            model=model,
+            task=task,
+            runtime=runtime,
+            passes=passes,
+            views=[view for _, view in placed],
+            blocks=[block for block, _ in placed],
+            sizes=[math.prod(view.shape) for _, view in placed],
+            budget=budget,
+        )
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(view.name for view in self.views)
+
+    @property
+    def fraction(self) -> float:
+        return self.budget / sum(self.sizes)
+
+    @property
+    def most(self) -> float:
+        """The largest sparsity of a matrix."""
+        return max(MOST, (1 + self.fraction) / 2)
+
+    def solved(self, rule: str) -> dict[str, Any]:
+        """The targets, and the figures of the rule, as JSON values."""
+        solve: dict[str, Callable[[], tuple[dict[str, str], dict[str, Any]]]] = {
+            "uniform": lambda: self._by_features(shifted(torch.zeros(len(self.views), dtype=torch.float64))),
+            "owl": self._owl,
+            "alphapruning": self._alphapruning,
+            "softmax": self._softmax,
+            "equal-slope": lambda: self._by_slopes(self._relative(self._levels(self._path()))),
+            "fisher": lambda: self._by_slopes(self._sensitive(order=2)),
+            "taylor": lambda: self._by_slopes(self._sensitive(order=1)),
+            "measured": lambda: self._by_slopes(self._sensitive(order=2, measured=True)),
+            "knapsack": self._knapsack,
+            "patterns": self._patterns,
+            "search": self._search,
+            "evolutionary": self._evolutionary,
+        }
+        decided = self.budget in (0, sum(self.sizes))  # nothing, or everything
+        targets, figures = solve["uniform" if decided else rule]()
+        removed = sum(target_named(targets[view.name]).removed_from(size) for view, size in self._sized())
+        return {"rule": rule, "budget": self.budget, "removed": removed, **figures, "targets": targets}
+
+    # Rules by features of blocks or matrices
+
+    def _by_features(self, sparsities: Sparsities, **figures: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        exact = counts(self.sizes, sparsities, self.budget)
+        if self.task.target.pattern is None:
+            return self._fractions(exact), figures
+        paths = self._path()
+        curves = [self._of_levels(view, size, paths[view.name]) for view, size in self._sized()]
+        fractions = [count / size for count, size in zip(exact, self.sizes, strict=True)]
+        # Not all of a matrix can go: its last level saves less than its size.
+        parts = [x * size / float(c.savings[-1]) for x, size, c in zip(fractions, self.sizes, curves, strict=True)]
+        chosen = nearest_levels(curves, parts, self.budget)
+        return self._level_targets([chosen.removed[curve.name] for curve in curves], paths), figures
+
+    def _owl(self) -> tuple[dict[str, str], dict[str, Any]]:
+        measured = measurements.outliers(self.model, self.task, self.runtime, self.names)
+        present = sorted(set(self.blocks))
+        offsets = dict(
+            zip(present, owl_offsets(torch.tensor([measured[b] for b in present]).double()).tolist(), strict=True)
+        )
+        return self._by_features(shifted(self._per_block(offsets), self.most), outliers=measured)
+
+    def _alphapruning(self) -> tuple[dict[str, str], dict[str, Any]]:
+        measured = measurements.exponents(self.model, self.runtime, self.names)
+        means = {
+            block: _mean([measured[view.name] for view, b in zip(self.views, self.blocks, strict=True) if b == block])
+            for block in sorted(set(self.blocks))
+        }
+        rates = alpha_rates(torch.tensor(list(means.values()), dtype=torch.float64)).tolist()
+        rates_by_block = dict(zip(means, rates, strict=True))
+        return self._by_features(scaled(self._per_block(rates_by_block), self.most), exponents=list(means.values()))
+
+    def _softmax(self) -> tuple[dict[str, str], dict[str, Any]]:
+        curves = self._relative(self._levels(self._path()))
+        standard = torch.tensor(standardized(energies(curves, self.budget)), dtype=torch.float64)
+        return self._by_features(scaled((-standard).exp(), self.most))
+
+    def _per_block(self, values: Mapping[int, float]) -> Tensor:
+        return torch.tensor([values[block] for block in self.blocks], dtype=torch.float64)
+
+    # Rules by curves
+
+    def _path(self, *, mixed: bool = False) -> dict[str, list[Target]]:
+        """The levels of every matrix, ascending in what they remove; dense is not among them."""
+        pattern = self.task.target.pattern
+        if mixed:
+            return {view.name: fitting(view) for view in self.views}
+        if pattern is not None:
+            group = pattern[1]
+            return {view.name: [Target(pattern=(n, group)) for n in range(group - 1, 0, -1)] for view in self.views}
+        density = 1.0 - self.fraction
+        sparsities = sorted(
+            {round(max(1.0 - factor * density, 0.05 * self.fraction), 6) for factor in DENSITIES} - {1.0}
+        )
+        return {view.name: [Target(sparsity=s) for s in sparsities] for view in self.views}
+
+    def _levels(self, path: Mapping[str, Sequence[Target]], **how: Any) -> Levels:
+        return measurements.levels(self.model, self.task, self.runtime, path, **how)
+
+    def _relative(self, measured: Levels) -> list[Curve]:
+        """Curves of the relative output errors."""
+        path = self._path()
+        errors = {
+            name: rows.sum(1) / rows[-1].sum().clamp_min(torch.finfo(torch.float64).tiny)
+            for name, rows in measured.rows.items()
+        }
+        return self._curves(errors, path)
+
+    def _sensitive(
+        self, *, order: int, measured: bool = False, path: dict[str, list[Target]] | None = None
+    ) -> list[Curve]:
+        """Curves of the estimated rise of the loss per token, in nats.
+
+        To second order, 1/2 sum_ti d_ti^2 (x_t . dw_i)^2 / tokens, where d_ti = dL / dy_ti is the gradient by the
+        output of row i at token t: the diagonal of the empirical Fisher information of the outputs. With d independent
+        of x it is 1/2 sum_i F_i |X dw_i|^2 / (tr(H) tokens), F_i = sum_j g_ij^2 summed over sequences, which needs
+        gradients g by the weights alone. To first order |<g, dW>| is added, g of the mean loss.
+
+        Args:
+            order: 1 for both orders, 2 for the second alone.
+            measured: the curves of a block are scaled so that their sum is the measured rise at the whole's sparsity.
+        """
+        path = path or self._path()
+        slopes = measurements.gradients(self.model, self.task.calibration, self.names, keep=order == 1)
+        how: dict[str, Any] = {}
+        if order == 1:
+            how["gradients"] = slopes.means
+        before = 0.0
+        if measured:
+            text = self.task.calibration
+            rows = text.rows[:: max(1, round(text.tokens / LOSS_TOKENS))]
+            part = replace(text, rows=rows)
+            before = measurements.mean_loss(self.model, part)
+            how["loss"] = lambda: measurements.mean_loss(self.model, part)
+            how["reference"] = self._reference(path)
+        levels = self._levels(path, **how)
+        errors = {view.name: _estimated(view.name, levels, slopes) for view in self.views}
+        if measured:
+            reference = self._reference(path)
+            for block in set(self.blocks):
+                names = [view.name for view, b in zip(self.views, self.blocks, strict=True) if b == block]
+                estimate = sum(float(errors[name][reference]) for name in names)
+                rise = max(levels.losses[block] - before, 1e-3 * estimate)
+                for name in names:
+                    errors[name] = errors[name] * (rise / estimate if estimate > 0 else 1.0)
+        return self._curves(errors, path)
+
+    def _reference(self, path: Mapping[str, Sequence[Target]]) -> int:
+        """The index of the level nearest to the whole's sparsity, the same for every matrix."""
+        levels = next(iter(path.values()))
+        return min(range(len(levels)), key=lambda k: abs(levels[k].fraction - self.fraction))
+
+    def _curves(self, errors: Mapping[str, Tensor], path: Mapping[str, Sequence[Target]]) -> list[Curve]:
+        """Curves through the errors at the levels and at 1: of fractions, or over the levels of a pattern."""
+        curves = []
+        for view, size in self._sized():
+            levels, values = path[view.name], errors[view.name].tolist()
+            if any(level.pattern is not None for level in levels):
+                curves.append(self._of_levels(view, size, levels, values[:-1]))
+            else:
+                knots = [*(level.fraction for level in levels), 1.0]
+                curves.append(interpolated(view.name, knots, values, size, most=self.most))
+        return curves
+
+    def _of_levels(
+        self, view: WeightView, size: int, levels: Sequence[Target], errors: Sequence[float] | None = None
+    ) -> Curve:
+        """A curve over levels alone; without errors of zero losses."""
+        removed = [0, *(level.removed_from(size) for level in levels)]
+        losses = torch.tensor([0.0, *(errors or [0.0] * len(levels))], dtype=torch.float64).cummax(0).values
+        return Curve(view.name, losses, torch.tensor(removed, dtype=torch.float64), least=0)
+
+    def _by_slopes(self, curves: list[Curve]) -> tuple[dict[str, str], dict[str, Any]]:
+        allocation = EqualSlope().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        figures = {"loss": allocation.loss}
+        if self.task.target.pattern is not None:
+            return self._level_targets(removed, self._path()), figures
+        return self._fractions(met_exactly(curves, removed, self.budget)), figures
+
+    def _knapsack(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """Among the levels of the path, with the surplus given back; the gap is that of the levels."""
+        path = self._path()
+        curves = self._sensitive(order=2)
+        if self.task.target.pattern is None:
+            curves = [self._at_levels(curve, path[curve.name]) for curve in curves]
+        allocation = Knapsack().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        figures = {"loss": allocation.loss, "bound": allocation.bound, "gap": allocation.gap}
+        if self.task.target.pattern is not None:
+            return self._level_targets(removed, path), figures
+        return self._fractions(met_exactly(curves, removed, self.budget)), figures
+
+    def _at_levels(self, curve: Curve, levels: Sequence[Target]) -> Curve:
+        """A curve at the levels of a path alone."""
+        size = float(curve.savings[-1])
+        steps = [0, *(round(level.fraction * curve.count) for level in levels)]
+        savings = torch.tensor([0.0, *(round(level.fraction * size) for level in levels)], dtype=torch.float64)
+        return Curve(curve.name, curve.losses[steps], savings, least=0)
+
+    def _patterns(self) -> tuple[dict[str, str], dict[str, Any]]:
+        path = self._path(mixed=True)
+        curves = self._sensitive(order=2, path=path)
+        allocation = Knapsack().allocate(curves, self.budget)
+        removed = [allocation.removed[curve.name] for curve in curves]
+        return self._level_targets(removed, path), {
+            "loss": allocation.loss,
+            "bound": allocation.bound,
+            "gap": allocation.gap,
+        }
+
+    # Searches
+
+    def _search(self) -> tuple[dict[str, str], dict[str, Any]]:
+        curves = self._sensitive(order=2)
+        estimated, _ = self._by_slopes(curves)
+        fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
+        start = (fractions / self.most).clamp(1e-3, 1 - 1e-3).logit()
+        table, space, path = self._table()
+        try:
+            result = pattern_search(
+                space,
+                table.loss,
+                [torch.zeros_like(start), start],
+                self._groups(),
+                self.passes,
+                self.runtime.journal,
+            )
+        finally:
+            table.restore()
+        assert result.offsets is not None
+        if self.task.target.pattern is not None:
+            return self._level_targets(result.levels, path), _figures(result)
+        return self._fractions(space.removed(result.offsets)), _figures(result)
+
+    def _evolutionary(self) -> tuple[dict[str, str], dict[str, Any]]:
+        table, space, path = self._table()
+        start = space.levels(torch.zeros(len(self.views), dtype=torch.float64))
+        try:
+            result = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
+        finally:
+            table.restore()
+        if self.task.target.pattern is not None:
+            return self._level_targets(result.levels, path), _figures(result)
+        levels = _removing_enough(space.curves, result.levels, self.budget)
+        return self._fractions(met_exactly(space.curves, levels, self.budget)), _figures(result)
+
+    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
+        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+        text, held_out = self.task.calibration.split(HELD_OUT)
+        if not held_out.rows:
+            raise UserError("a search needs held-out text: give at least two calibration sequences")
+        path = self._path()
+        if self.task.target.pattern is None:
+            step = (1.0 - self.fraction) / (STEPS + 1)
+            every = [self.fraction + k * step for k in range(-STEPS, STEPS + 1)]
+            path = {view.name: [Target(sparsity=s) for s in every if s > 0] for view in self.views}
+        part = replace(self.task, calibration=text)
+        measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")
+        curves = [self._of_levels(view, size, path[view.name]) for view, size in self._sized()]
+        table = Table(self.model, held_out, self.views, [measured.weights[view.name] for view in self.views])
+        return table, Space(self.sizes, curves, self.budget, self.most), path
+
+    def _groups(self) -> list[list[int]]:
+        """Groups of matrices, coarse first: kinds, parts of the depth, blocks, single matrices."""
+        names = [block.name for block in decoder_blocks(self.model)]
+        kinds: dict[str, list[int]] = {}  # by the place in the block; experts are of one kind
+        for i, (view, block) in enumerate(zip(self.views, self.blocks, strict=True)):
+            kinds.setdefault(view.parameter_name.removeprefix(names[block]), []).append(i)
+        count = max(self.blocks) + 1
+        groups = [those for those in kinds.values() if len(those) < len(self.views)]
+        parts = 2
+        while parts < count:
+            bands = [[i for i, b in enumerate(self.blocks) if b * parts // count == k] for k in range(parts)]
+            groups += [band for band in bands if band]
+            parts *= 2
+        groups += [[i for i, b in enumerate(self.blocks) if b == block] for block in sorted(set(self.blocks))]
+        return groups + [[i] for i in range(len(self.views))]
+
+    # Targets
+
+    def _sized(self) -> list[tuple[WeightView, int]]:
+        return list(zip(self.views, self.sizes, strict=True))
+
+    def _fractions(self, exact: Sequence[int]) -> dict[str, str]:
+        return {view.name: repr(count / size) for (view, size), count in zip(self._sized(), exact, strict=True)}
+
+    def _level_targets(self, chosen: Sequence[int], path: Mapping[str, Sequence[Target]]) -> dict[str, str]:
+        targets = {}
+        for view, level in zip(self.views, chosen, strict=True):
+            levels = path[view.name]
+            targets[view.name] = str(levels[level - 1]) if level else _dense(levels)
+        return targets
+
+
+def fitting(view: WeightView) -> list[Target]:
+    """The patterns of the rule "patterns" whose groups divide the inputs of a matrix.
+
+    Raises:
+        UserError: there are none.
+    """
+    targets = [target_named(text) for text in MIXED]
+    targets = [to for to in targets if to.pattern is not None and view.shape[1] % to.pattern[1] == 0]
+    if not targets:
+        raise UserError(f"{view.name}: its {view.shape[1]} inputs fit none of the patterns {', '.join(MIXED)}")
+    return targets
+
+
+def _dense(levels: Sequence[Target]) -> str:
+    """The target that keeps every weight: M:M, so that a matrix is still among those that are pruned."""
+    pattern = levels[0].pattern
+    return "0.0" if pattern is None else f"{pattern[1]}:{pattern[1]}"
+
+
+def _removing_enough(curves: Sequence[Curve], levels: Sequence[int], budget: int) -> list[int]:
+    """Levels that remove the budget, of which they lack at most a few weights by rounding: small matrices lose more."""
+    levels = list(levels)
+    for l in sorted(range(len(curves)), key=lambda l: float(curves[l].savings[-1])):
+        if sum(float(curve.savings[k]) for curve, k in zip(curves, levels, strict=True)) >= budget:
+            break
+        levels[l] = min(levels[l] + 1, curves[l].count)
+    return levels
+
+
+def _estimated(name: str, levels: Levels, slopes: Gradients) -> Tensor:
+    """The estimated rise of the loss per token at every level of a matrix: see `_sensitive`."""
+    trace = levels.traces[name]
+    if trace <= 0:  # never used
+        return torch.zeros(len(levels.rows[name]), dtype=torch.float64)
+    rise = levels.rows[name] @ (slopes.squares[name] / (2.0 * trace * slopes.tokens))
+    return rise + levels.first_order[name].abs() if levels.first_order else rise
+
+
+def _figures(result: SearchResult) -> dict[str, Any]:
+    return {"held_out_loss": result.loss, "held_out_loss_at_start": result.start, "passes": result.passes}
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf

@@ -1,0 +1,239 @@
+"""What allocation rules measure on the dense model: outliers, spectra, errors along a path of levels, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
+from admm_prune.methods.base import Runtime, Task
+from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.target import Target
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.inputs import SharedInput
+from admm_prune.models.losses import cross_entropy, next_token_loss
+from admm_prune.models.structure import Block, WeightView, decoder_blocks
+from admm_prune.problems.allocation_matrices import outlier_fraction, tail_exponent
+from admm_prune.problems.constraints import StackedRows
+
+SOLVER = LOCAL_METHODS["sparsegpt"]  # of the levels: its errors rank matrices as those of slower solvers do
+GRADIENT_SEQUENCES = 16  # of calibration text that gradients are taken of
+
+
+def outliers(model: nn.Module, task: Task, runtime: Runtime, names: frozenset[str]) -> list[float]:
+    """D of `owl_offsets` for every block; 0 for a block without any of the matrices."""
+
+    def measure(stream: BlockStream, index: int, block: Block) -> BlockResult:
+        chosen = {view.name for view in block.weights if view.name in names}
+        scores = []
+        for shared in stream.collect(index, chosen) if chosen else ():
+            norms = shared.statistics.gram.diagonal().sqrt()
+            scores += [view.read().abs().to(norms.dtype) * norms for view in shared.weights]
+        stream.advance(index)
+        return BlockResult(details={"outliers": outlier_fraction(scores) if scores else 0.0})
+
+    results = _pass(model, task, runtime, measure, "outliers")
+    return [result.details["outliers"] for result in results]
+
+
+def exponents(model: nn.Module, runtime: Runtime, names: frozenset[str]) -> dict[str, float]:
+    """alpha of `alpha_rates` for every matrix."""
+    measured: dict[str, float] = {}
+    for index, block in enumerate(decoder_blocks(model)):
+        with runtime.offloading.block(index):
+            for view in block.weights:
+                if view.name in names:
+                    measured[view.name] = tail_exponent(torch.linalg.svdvals(view.read().float()))
+    return measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """The errors of every matrix along a path of levels, on dense inputs.
+
+    Attributes:
+        rows: by name, (levels + 1, out) float64: the squared output errors of every row, summed over the tokens; the
+            last entry is that of removing everything.
+        traces: by name, the squared norms of the inputs, summed over the tokens.
+        weights: by name, the pruned matrix at every level; empty unless they are kept.
+        first_order: by name, (levels + 1,): the sums of gradient times change; empty without gradients.
+        losses: of the text with one block alone pruned to the reference level; empty unless they are measured.
+    """
+
+    rows: dict[str, Tensor]
+    traces: dict[str, float]
+    weights: dict[str, list[Tensor]]
+    first_order: dict[str, Tensor]
+    losses: list[float]
+
+
+def levels(
+    model: nn.Module,
+    task: Task,
+    runtime: Runtime,
+    path: Mapping[str, Sequence[Target]],
+    *,
+    keep: bool = False,
+    gradients: Mapping[str, Tensor] | None = None,
+    loss: Callable[[], float] | None = None,
+    reference: int = 0,
+    part: str = "levels",
+) -> Levels:
+    """Prunes every matrix to every level of its path by one solve, block after block, and leaves it dense.
+
+    Args:
+        path: the targets of the levels, by the name of the matrix.
+        keep: keep the pruned matrices, a copy of the model's matrices for every level.
+        gradients: of the loss, by name.
+        loss: called with one block at its reference level and all others dense, for every block.
+        reference: the index of that level.
+        part: of the journal.
+
+    Raises:
+        UserError: a matrix cannot be pruned; the message names it.
+    """
+
+    def measure(stream: BlockStream, index: int, block: Block) -> BlockResult:
+        chosen = {view.name for view in block.weights if view.name in path}
+        tensors: dict[str, Tensor] = {}
+        dense: list[tuple[WeightView, Tensor]] = []
+        for shared in stream.collect(index, chosen) if chosen else ():
+            gram = shared.statistics.gram
+            pruned = _pruned(shared, path)
+            for view in shared.weights:
+                original = view.read().clone()
+                dense.append((view, original))
+                changes = [w.to(gram) - original.to(gram) for w in (*pruned[view.name], torch.zeros_like(original))]
+                tensors[f"rows/{view.name}"] = torch.stack(
+                    [((change @ gram) * change).sum(1).double().clamp_min(0.0) for change in changes]
+                ).cpu()
+                tensors[f"trace/{view.name}"] = gram.diagonal().double().sum().cpu()
+                if gradients is not None:
+                    gradient = gradients[view.name].double()
+                    tensors[f"first/{view.name}"] = torch.stack([(change * gradient).sum() for change in changes]).cpu()
+                if keep:
+                    tensors |= {f"{k}/{view.name}": w.to(original.dtype) for k, w in enumerate(pruned[view.name])}
+                if loss is not None:
+                    view.write(pruned[view.name][reference])
+        measured = None
+        if loss is not None and dense:
+            measured = loss()
+            for view, original in dense:
+                view.write(original)
+        stream.advance(index)
+        return BlockResult(details={"loss": measured}, tensors=tensors)
+
+    results = _pass(model, task, runtime, measure, part)
+    tensors = {name: tensor for result in results for name, tensor in result.tensors.items()}
+    return Levels(
+        rows={name: tensors[f"rows/{name}"] for name in path},
+        traces={name: float(tensors[f"trace/{name}"]) for name in path},
+        weights={name: [tensors[f"{k}/{name}"] for k in range(len(to))] for name, to in path.items()} if keep else {},
+        first_order={} if gradients is None else {name: tensors[f"first/{name}"] for name in path},
+        losses=[result.details["loss"] for result in results] if loss is not None else [],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Gradients of the loss, the sum over the tokens, by the weights of the dense model.
+
+    Attributes:
+        squares: by name, (out,) float64: sum_j g_ij^2, summed over the sequences.
+        means: by name, (out, in): the gradient of the mean loss; empty unless they are kept.
+        tokens: of the sequences.
+    """
+
+    squares: dict[str, Tensor]
+    means: dict[str, Tensor]
+    tokens: int
+
+
+def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep: bool = False) -> Gradients:
+    """One backward pass for each of up to 16 sequences. The model is in memory.
+
+    A parameter's gradient is reduced as soon as it is complete, so that one at a time is held, unless they are kept.
+    """
+    rows = text.rows[:: -(-len(text.rows) // GRADIENT_SEQUENCES)]
+    views: dict[int, list[WeightView]] = {}
+    for block in decoder_blocks(model):
+        for view in block.weights:
+            if view.name in names:
+                views.setdefault(id(view.parameter), []).append(view)
+    squares = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for those in views.values() for view in those}
+    means: dict[str, Tensor] = {}
+    count = 1
+
+    def reduce(parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        for view in views[id(parameter)]:
+            part = view.within(gradient) * count
+            squares[view.name] += part.double().square().sum(1).cpu()
+            if keep:
+                means[view.name] = means.get(view.name, torch.zeros_like(part)) + part
+        parameter.grad = None
+
+    parameters = [those[0].parameter for those in views.values()]
+    required = [parameter.requires_grad for parameter in parameters]
+    handles = [parameter.requires_grad_().register_post_accumulate_grad_hook(reduce) for parameter in parameters]
+    tokens = 0
+    try:
+        with torch.enable_grad():
+            for row in rows:
+                batch = text.batch([row.ids])
+                count = int(batch.scored.sum())
+                tokens += count
+                next_token_loss(model, batch).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, before in zip(parameters, required, strict=True):
+            parameter.requires_grad_(before)
+    return Gradients(squares=squares, means={name: total.div_(tokens) for name, total in means.items()}, tokens=tokens)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, text: Sequences) -> float:
+    """The mean cross-entropy of a text, in nats; infinite where the model overflows. The model is in memory."""
+    loss = sum(float(cross_entropy(model, batch)) for batch in text.batches) / text.scored_tokens
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _pass(
+    model: nn.Module,
+    task: Task,
+    runtime: Runtime,
+    measure: Callable[[BlockStream, int, Block], BlockResult],
+    what: str,
+) -> list[BlockResult]:
+    """A pass over the blocks on dense inputs that leaves them as they are."""
+    return for_each_block(model, task, runtime, measure, part=f"allocation-{what}", changes=False, note=f", {what}")
+
+
+def _pruned(shared: SharedInput, path: Mapping[str, Sequence[Target]]) -> dict[str, list[Tensor]]:
+    """Every matrix that reads one input at all levels of its path: one factorization, where levels are fractions."""
+    jobs = [(view, k, target) for view in shared.weights for k, target in enumerate(path[view.name])]
+    together = [jobs] if all(target.pattern is None for _, _, target in jobs) else [[job] for job in jobs]
+    solved: dict[str, list[Tensor]] = {view.name: [] for view in shared.weights}
+    for some in together:
+        stacked = torch.cat([view.read() for view, _, _ in some])
+        parts = tuple((view.shape[0], SOLVER.constraint(target)) for view, _, target in some)
+        try:
+            problem = SOLVER.problem.posed(
+                stacked, shared.statistics.gram, StackedRows(parts), ridge=SOLVER.ridge, damping=SOLVER.damping
+            )
+            solution = SOLVER.make().solve(problem).solution["weight"]
+        except (ValueError, LinAlgError) as error:
+            names = ", ".join(dict.fromkeys(view.name for view, _, _ in some))
+            raise UserError(f"{names}: {error}") from error
+        for (view, _, _), weight in zip(some, solution.split([rows for rows, _ in parts]), strict=True):
+            solved[view.name].append(weight)
+    return solved

@@ -1,0 +1,158 @@
+"""Allocation rules by name, and what each of them measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from admm_prune.errors import UserError, unknown
+from admm_prune.methods.allocation.budget import DENSITIES, MIXED, STEPS, BudgetProblem, budget_of, fitting
+from admm_prune.methods.base import Recipe, Runtime, Task
+from admm_prune.methods.target import Target
+from admm_prune.models.parallel import ALONE, World
+
+SEARCHES = ("search", "evolutionary")
+PASSES = 256  # forward passes of a search, by default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A rule by name, and what it measures, by which `plan` counts its cost.
+
+    Attributes:
+        summary: a line for the documentation.
+        collects: statistics of the inputs of every matrix, in a pass over the blocks.
+        levels: at which every matrix is pruned.
+        gradients: of the calibration loss. They need the whole model in memory.
+        losses: of the whole model with pruned blocks or matrices, which need it in memory too.
+    """
+
+    summary: str
+    collects: bool = True
+    levels: int = 0
+    gradients: bool = False
+    losses: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.gradients or self.losses
+
+
+_CURVES, _TABLE = len(DENSITIES), 2 * STEPS + 1
+RULES: Mapping[str, Rule] = {
+    "uniform": Rule(summary="the same sparsity for every matrix", collects=False),
+    "owl": Rule(summary="blocks with more outliers among their scores lose less (OWL)"),
+    "alphapruning": Rule(summary="blocks whose spectra have heavy tails lose less (AlphaPruning)", collects=False),
+    "softmax": Rule(summary="softmax of the matrices' relative errors (STRUPRUNE's rule)", levels=_CURVES),
+    "equal-slope": Rule(summary="the next weight raises every matrix's relative error alike", levels=_CURVES),
+    "fisher": Rule(summary="equal slope of the loss, estimated to second order", levels=_CURVES, gradients=True),
+    "taylor": Rule(summary="equal slope of the loss, to first and second order", levels=_CURVES, gradients=True),
+    "measured": Rule(
+        summary="fisher, scaled by the measured loss with each block pruned alone",
+        levels=_CURVES,
+        gradients=True,
+        losses=True,
+    ),
+    "knapsack": Rule(
+        summary="the least loss of fisher over discrete levels, with a proven gap", levels=_CURVES, gradients=True
+    ),
+    "patterns": Rule(summary="knapsack over the levels dense, 4:8, 2:4 and 1:4", levels=len(MIXED), gradients=True),
+    "search": Rule(
+        summary="from fisher, moves that lower the loss on held-out calibration text",
+        levels=_CURVES + _TABLE,
+        gradients=True,
+        losses=True,
+    ),
+    "evolutionary": Rule(
+        summary="EvoPress's level switches from uniform: the baseline of search", levels=_TABLE, losses=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocated:
+    """The targets of all matrices.
+
+    Attributes:
+        target: with the target of every matrix.
+        details: the rule, its figures, and the targets, as JSON values.
+    """
+
+    target: Target
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AllocationRule:
+    """A rule, ready to use by name.
+
+    Args:
+        passes: forward passes of the held-out text, for searches.
+    """
+
+    name: str
+    passes: int = PASSES
+
+    @classmethod
+    def named(cls, name: str | None, passes: int | None = None) -> AllocationRule | None:
+        """The rule of this name; None without a name.
+
+        Raises:
+            UserError: no such rule, or passes for a rule that does not search.
+        """
+        if passes is not None and name not in SEARCHES:
+            raise UserError(f"allocation passes are for the allocations {' and '.join(SEARCHES)}")
+        if name is None:
+            return None
+        if name not in RULES:
+            raise unknown("allocation", name, RULES)
+        return cls(name, PASSES if passes is None else passes)
+
+    def check(
+        self, recipe: Recipe, model: nn.Module, target: Target, *, offloaded: bool = False, world: World = ALONE
+    ) -> None:
+        """Refuses what cannot be allocated.
+
+        Raises:
+            UserError: a method that trains or allocates itself; a rule that needs the whole model in memory, or one
+                process; a budget that cannot be met; patterns for a target that is a pattern, or a matrix that
+                fits none.
+        """
+        if recipe.stages not in ("layers", "networks"):
+            why = "allocates its budget itself" if recipe.stages == "groups" else "trains all weights to one target"
+            raise UserError(f"{recipe.name} {why}: an allocation is for methods that go layer by layer")
+        if offloaded and RULES[self.name].whole:
+            names = ", ".join(name for name, one in RULES.items() if not one.whole)
+            raise UserError(
+                f"the allocation {self.name} needs the whole model in memory: use --no-stream, or one of {names}"
+            )
+        if world.size > 1 and self.name != "uniform":
+            raise UserError(f"the allocation {self.name} is made by one process: start one, or give no allocation")
+        if self.name == "patterns" and target.pattern is not None:
+            raise UserError("the allocation patterns mixes patterns itself: give a sparsity such as 0.4")
+        sharing, _ = budget_of(model, target)
+        if self.name == "patterns":
+            for _, view in sharing:
+                fitting(view)
+
+    def applied(self, model: nn.Module, task: Task, runtime: Runtime) -> Allocated:
+        """Distributes the target's budget over the matrices that have no target of their own; the model stays dense.
+
+        The matrices that are pruned lose round(s n) of their n weights together, to one weight; with patterns at least
+        as many, by less than one step of one matrix. Matrices with a target of their own keep it, and count.
+
+        Raises:
+            UserError: the budget cannot be met, or the text or a matrix cannot be used.
+        """
+        problem = BudgetProblem.of(model, task, runtime, self.passes)
+        if task.target.fraction == 0 or not problem.views:
+            return Allocated(target=task.target, details={"rule": self.name, "targets": {}})
+        try:
+            details = runtime.journal.once("allocation", lambda: problem.solved(self.name))
+        except ValueError as error:
+            raise UserError(f"the allocation {self.name}: {error}") from error
+        layers = tuple((dict(task.target.layers) | details["targets"]).items())
+        return Allocated(target=replace(task.target, layers=layers), details=details)

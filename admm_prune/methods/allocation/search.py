@@ -1,0 +1,229 @@
+"""Allocation by the loss of the pruned model on held-out calibration text: a pattern search, and an evolutionary one.
+
+Both evaluate allocations on a table of pruned matrices, every matrix at a few levels, as EvoPress does: an evaluation
+is a forward pass over the held-out text. The method of the run then prunes to the allocation that was found.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from admm_prune.data.sequences import Sequences
+from admm_prune.methods.allocation.measurements import mean_loss
+from admm_prune.methods.base import Journal
+from admm_prune.models.structure import WeightView
+from admm_prune.problems.allocation import Curve
+from admm_prune.problems.allocation_matrices import counts, nearest_levels
+
+_STEP = 0.5  # of a first move, in logits
+_GROWTH, _SHRINKAGE = 1.5, 0.5  # of a step after a move that is accepted, or not
+_SMALLEST, _LARGEST = 0.06, 8.0  # steps, at which a group of matrices is left alone
+_OFFSPRING = 16
+_MOST_SWITCHES = 3
+_PART = "allocation-search"  # of the journal
+
+Loss = Callable[[Sequence[int]], float]  # the level of every matrix -> the loss
+
+
+@dataclass(eq=False)
+class Table:
+    """The loss of a model with every matrix at a level of its path; level 0 is dense.
+
+    Args:
+        weights: by the index of the matrix, its levels behind the first.
+    """
+
+    model: nn.Module
+    text: Sequences
+    views: Sequence[WeightView]
+    weights: Sequence[Sequence[Tensor]]
+    current: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.current = [0] * len(self.views)
+        self._dense = [view.read().clone() for view in self.views]
+
+    def loss(self, chosen: Sequence[int]) -> float:
+        """The mean cross-entropy of the held-out text, in nats."""
+        for i, (view, level) in enumerate(zip(self.views, chosen, strict=True)):
+            if level != self.current[i]:
+                view.write(self._dense[i] if level == 0 else self.weights[i][level - 1])
+                self.current[i] = level
+        return mean_loss(self.model, self.text)
+
+    def restore(self) -> None:
+        """Makes the matrices dense again."""
+        for view, dense in zip(self.views, self._dense, strict=True):
+            view.write(dense)
+        self.current = [0] * len(self.views)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Allocations of one budget: s_l = sigma(z_l + t), the level t from the budget, rounded to levels of the table.
+
+    Args:
+        sizes: weights of every matrix.
+        curves: with the weights that each level removes as savings.
+        budget: weights to remove.
+        most: the largest sparsity.
+    """
+
+    sizes: Sequence[int]
+    curves: Sequence[Curve]
+    budget: int
+    most: float = 1.0
+
+    def removed(self, z: Tensor) -> list[int]:
+        """The weights that every matrix loses, budget in all."""
+        return counts(self.sizes, lambda t: (z + t).sigmoid() * self.most, self.budget)
+
+    def levels(self, z: Tensor) -> list[int]:
+        """The levels nearest to that."""
+        sparsities = [count / size for count, size in zip(self.removed(z), self.sizes, strict=True)]
+        chosen = nearest_levels(self.curves, sparsities, self.budget)
+        return [chosen.removed[curve.name] for curve in self.curves]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        offsets: z of `Space`, (matrices,); None where levels were searched.
+        levels: the best allocation, as levels.
+        loss: its held-out loss; `start` that of the first allocation.
+        passes: forward passes of the held-out text.
+    """
+
+    offsets: Tensor | None
+    levels: list[int]
+    loss: float
+    start: float
+    passes: int
+
+
+class _Counted:
+    """A loss that counts its evaluations, and takes those that the journal has from there."""
+
+    def __init__(self, loss: Loss, journal: Journal) -> None:
+        self._loss, self._journal = loss, journal
+        self._known = journal.finished(_PART)
+        self.count = 0
+
+    def __call__(self, chosen: Sequence[int]) -> float:
+        index, self.count = self.count, self.count + 1
+        if index < len(self._known):
+            return float(self._known[index]["loss"])
+        value = self._loss(chosen)
+        self._journal.commit(_PART, index, {"loss": value})
+        return value
+
+
+def pattern_search(
+    space: Space, loss: Loss, starts: Sequence[Tensor], groups: Sequence[Sequence[int]], passes: int, journal: Journal
+) -> SearchResult:
+    """Moves budget between a group of matrices and all others; a move is accepted if the held-out loss falls.
+
+    Groups are taken in turn, with a step of their own in z: half as long and in the other direction after a failure,
+    half as long again after a success. This is the coordinate search of Hooke and Jeeves along groups, from coarse
+    (the matrices of one kind, parts of the depth) to fine (one block, one matrix), so that few evaluations settle what
+    most of the loss depends on. When all steps have become short they are reset, until no move is accepted. Every
+    evaluation is committed to the journal.
+
+    Args:
+        starts: offsets z, of which the best is taken.
+        groups: indices of matrices, coarse first.
+        passes: evaluations at most, those of the starts included.
+    """
+    value = _Counted(loss, journal)
+    values = [value(space.levels(z)) for z in starts[:passes]]
+    best = min(range(len(values)), key=values.__getitem__)
+    z, least, start = starts[best].clone(), values[best], values[0]
+    current = tuple(space.levels(z))
+    seen, improved = {current}, True
+    while value.count < passes and improved:
+        improved = False
+        steps = [_STEP] * len(groups)
+        moved = [False] * len(groups)  # whether a step has changed a level
+        while value.count < passes and any(steps):
+            for g, group in enumerate(groups):
+                if value.count >= passes:
+                    break
+                if steps[g] == 0.0:
+                    continue
+                trial = z.clone()
+                trial[list(group)] += steps[g]
+                chosen = tuple(space.levels(trial))
+                if chosen == current:  # too short to change a level
+                    steps[g] = 0.0 if moved[g] or steps[g] > _LARGEST else _GROWTH * steps[g]
+                    continue
+                moved[g], better = True, False
+                if chosen not in seen:
+                    seen.add(chosen)
+                    better = (reached := value(chosen)) < least
+                if better:
+                    z, least, current, improved = trial, reached, chosen, True
+                steps[g] *= _GROWTH if better else -_SHRINKAGE
+                if abs(steps[g]) < _SMALLEST:
+                    steps[g] = 0.0
+    return SearchResult(z, list(current), least, start, value.count)
+
+
+def evolutionary_search(
+    space: Space, loss: Loss, start: Sequence[int], passes: int, journal: Journal, seed: int = 0
+) -> SearchResult:
+    """EvoPress's search, the baseline: level switches between matrices of one size; the best offspring survives.
+
+    Every generation has 16 offspring of the best allocation so far. A mutation raises the level of one matrix and
+    lowers that of another of the same size; there are min(u, v) of them, u and v uniform in 1, 2, 3. Selection has one
+    step, on the whole held-out text, by the loss.
+
+    Source: Sieberling et al., EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024,
+    algorithm 1 and section 3.3, whose selection has several steps on growing texts, by the KL divergence.
+    """
+    value, generator = _Counted(loss, journal), random.Random(seed)
+    alike: dict[int, list[int]] = {}
+    for i, size in enumerate(space.sizes):
+        alike.setdefault(size, []).append(i)
+    parent = list(start)
+    least = first = value(parent)
+    while value.count < passes:
+        offspring = [_mutated(parent, space.sizes, alike, space.curves, generator) for _ in range(_OFFSPRING)]
+        values = [value(child) for child in offspring[: passes - value.count]]
+        best = min(range(len(values)), key=values.__getitem__)
+        if values[best] < least:
+            parent, least = offspring[best], values[best]
+    return SearchResult(None, parent, least, first, value.count)
+
+
+def _mutated(
+    parent: Sequence[int],
+    sizes: Sequence[int],
+    alike: Mapping[int, Sequence[int]],
+    curves: Sequence[Curve],
+    generator: random.Random,
+) -> list[int]:
+    child = list(parent)
+    switches = min(generator.randint(1, _MOST_SWITCHES), generator.randint(1, _MOST_SWITCHES))
+    for _ in range(switches):
+        raised = generator.choice([i for i in range(len(child)) if child[i] < curves[i].count])
+        step = _step(curves[raised], child[raised] + 1)
+        others = [
+            i
+            for i in alike[sizes[raised]]
+            if i != raised and child[i] > 0 and abs(_step(curves[i], child[i]) - step) <= 1  # up to rounding
+        ]
+        if others:
+            child[raised] += 1
+            child[generator.choice(others)] -= 1
+    return child
+
+
+def _step(curve: Curve, level: int) -> float:
+    """The weights that a level removes beyond the one before it."""
+    return float(curve.savings[level] - curve.savings[level - 1])

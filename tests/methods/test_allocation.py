@@ -1,0 +1,398 @@
+"""Allocation over the matrices of a model: budgets to one weight, estimates against autograd, searches, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import admm_prune
+from admm_prune.data.sequences import Row, Sequences
+from admm_prune.errors import UserError
+from admm_prune.methods.allocation import measurements
+from admm_prune.methods.allocation.budget import _estimated
+from admm_prune.methods.allocation.measurements import Gradients, Levels
+from admm_prune.methods.allocation.rules import RULES, AllocationRule
+from admm_prune.methods.allocation.search import Space, evolutionary_search, pattern_search
+from admm_prune.methods.base import IN_PROCESS, NOTHING, Journal, Task
+from admm_prune.methods.layerwise import Layerwise
+from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import recipe_named
+from admm_prune.methods.target import Target
+from admm_prune.models.loading import load
+from admm_prune.models.losses import next_token_loss
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.plan.anatomy import Anatomy
+from admm_prune.plan.blockwise import allocating
+from admm_prune.plan.counting import Work, counted
+from admm_prune.problems.allocation import Curve
+from admm_prune.runs.compare import ComparisonSettings, compare
+from admm_prune.runs.results import Report
+from admm_prune.settings import Settings
+from admm_prune.verify.run import verify_folder
+from tests.models.tiny_models import VOCABULARY, build
+
+Prune = Callable[..., Report]
+DISCRETE = ("2:4", "patterns")
+
+
+def text(rows: int = 6, length: int = 24) -> Sequences:
+    g = torch.Generator().manual_seed(0)
+    drawn = tuple(Row(torch.randint(1, VOCABULARY, (length,), generator=g), length) for _ in range(rows))
+    return Sequences(drawn, "windows", length, None, 4)
+
+
+def task(target: Target) -> Task:
+    return Task(target=target, calibration=text())
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {view.name: view.read().clone() for block in decoder_blocks(model) for view in block.weights}
+
+
+def zeros(model: PreTrainedModel) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights(model).values())
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in DISCRETE])
+def test_every_rule_meets_the_budget_to_one_weight_and_leaves_the_model_dense(rule: str) -> None:
+    model = build("llama", layers=3)
+    dense = weights(model)
+    total = sum(weight.numel() for weight in dense.values())
+    asked = task(Target(sparsity=0.613))
+    allocated = AllocationRule(rule, passes=6).applied(model, asked, IN_PROCESS)
+    after = weights(model)
+    assert all(torch.equal(after[name], weight) for name, weight in dense.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert allocated.details["removed"] == allocated.details["budget"] == total - round((1 - 0.613) * total)
+    json.dumps(allocated.details)
+    pruned = Task(target=allocated.target, calibration=asked.calibration)
+    Layerwise(LOCAL_METHODS["sparsegpt"]).prune(model, pruned)
+    assert zeros(model) == allocated.details["budget"]
+
+
+@pytest.mark.parametrize("rule", ["uniform", "owl", "equal-slope", "fisher", "knapsack", "search", "evolutionary"])
+def test_patterns_are_mixed_and_remove_at_least_the_budget(rule: str) -> None:
+    model = build("llama", layers=3)
+    sizes = {name: weight.numel() for name, weight in weights(model).items()}
+    allocated = AllocationRule(rule, passes=6).applied(model, task(Target(pattern=(2, 4))), IN_PROCESS)
+    targets = allocated.details["targets"]
+    assert set(targets.values()) <= {"1:4", "2:4", "3:4", "4:4"}
+    assert 0 <= allocated.details["removed"] - sum(sizes.values()) // 2 < max(sizes.values())
+    if rule == "uniform":
+        assert set(targets.values()) == {"2:4"}
+    Layerwise(LOCAL_METHODS["magnitude"]).prune(model, task(allocated.target))
+    assert zeros(model) == allocated.details["removed"]
+
+
+def test_a_sparsity_in_patterns_mixes_dense_and_sparse_matrices() -> None:
+    model = build("llama", layers=3)
+    total = sum(weight.numel() for weight in weights(model).values())
+    details = AllocationRule("patterns").applied(model, task(Target(sparsity=0.3)), IN_PROCESS).details
+    assert {"4:8", "8:8"} <= set(details["targets"].values()) <= {"8:8", "4:8", "2:4", "1:4"}
+    assert details["removed"] >= details["budget"] == total - round(0.7 * total)
+    assert details["bound"] <= details["loss"]
+    assert details["gap"] < 0.01
+
+
+def test_uniform_is_the_run_without_an_allocation_up_to_a_weight_of_each_matrix() -> None:
+    allocated = AllocationRule("uniform").applied(build("llama", layers=2), task(Target(sparsity=0.7)), IN_PROCESS)
+    model = build("llama", layers=2)
+    sizes = {name: weight.numel() for name, weight in weights(model).items()}
+    for name, target in allocated.details["targets"].items():
+        assert abs(float(target) - 0.7) * sizes[name] <= 1
+
+
+def test_matrices_with_targets_of_their_own_keep_them_and_count() -> None:
+    model = build("llama", layers=2)
+    names = list(weights(model))
+    layers = ((names[0], "0.25"), (names[1], "dense"))
+    asked = task(Target(sparsity=0.6, layers=layers))
+    allocated = AllocationRule("fisher").applied(model, asked, IN_PROCESS)
+    assert dict(allocated.target.layers) | dict(layers) == dict(allocated.target.layers)
+    Layerwise(LOCAL_METHODS["magnitude"]).prune(model, Task(target=allocated.target, calibration=asked.calibration))
+    after = weights(model)
+    pruned = [name for name in names if name != names[1]]
+    total = sum(after[name].numel() for name in pruned)
+    assert sum(int((after[name] == 0).sum()) for name in pruned) == total - round(0.4 * total)
+    assert float((after[names[0]] == 0).double().mean()) == pytest.approx(0.25, abs=1 / after[names[0]].numel())
+
+
+def test_overrides_that_leave_no_way_to_the_sparsity_are_refused() -> None:
+    model = build("llama", layers=2)
+    layers = tuple((name, "0.0") for name in list(weights(model))[:-1])
+    with pytest.raises(UserError, match="the overrides alone leave no way to 60%"):
+        AllocationRule("uniform").applied(model, task(Target(sparsity=0.6, layers=layers)), IN_PROCESS)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "owl", "knapsack"])
+def test_everything_can_go(rule: str) -> None:
+    model = build("llama", layers=2)
+    details = AllocationRule(rule).applied(model, task(Target(sparsity=1.0)), IN_PROCESS).details
+    assert set(details["targets"].values()) == {"1.0"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_squares_of_gradients_are_those_of_autograd(family: str) -> None:
+    model, sequences = build(family, layers=2), text(3)
+    names = frozenset(weights(model))
+    measured = measurements.gradients(model, sequences, names, keep=True)
+    views = [view for block in decoder_blocks(model) for view in block.weights]
+    parameters = list(dict.fromkeys(view.parameter for view in views))
+    squares = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for view in views}
+    sums = {view.name: torch.zeros(view.shape) for view in views}
+    for parameter in parameters:
+        parameter.requires_grad_()
+    for row in sequences.rows:
+        batch = sequences.batch([row.ids])
+        loss = next_token_loss(model, batch) * batch.scored.sum()
+        by_parameter = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters), strict=True))
+        for view in views:
+            gradient = view.within(by_parameter[id(view.parameter)])
+            squares[view.name] += gradient.double().square().sum(1)
+            sums[view.name] += gradient
+    assert measured.tokens == sequences.scored_tokens
+    for view in views:
+        assert torch.allclose(measured.squares[view.name], squares[view.name], rtol=1e-4), view.name
+        assert torch.allclose(measured.means[view.name] * measured.tokens, sums[view.name], rtol=1e-3, atol=1e-5)
+        assert view.parameter.grad is None
+
+
+def test_the_errors_of_a_level_are_those_of_pruning_alone() -> None:
+    """In the first block, whose inputs are dense in any run."""
+    model, asked = build("llama", layers=2), task(Target(sparsity=0.5))
+    path = {name: [Target(sparsity=0.3), Target(sparsity=0.5)] for name in weights(model)}
+    levels = measurements.levels(model, asked, IN_PROCESS, path, keep=True)
+    reports = Layerwise(LOCAL_METHODS["sparsegpt"]).prune(model, asked).layers
+    for view, report in zip(decoder_blocks(model)[0].weights, reports, strict=False):
+        rows = levels.rows[view.name]
+        assert float(rows[1].sum() / rows[-1].sum()) == pytest.approx(report.relative_error, rel=1e-3)
+        assert torch.equal(levels.weights[view.name][1], view.read())
+
+
+def test_the_second_order_estimate_is_the_rise_of_a_quadratic_loss() -> None:
+    """1/2 E[(d . x dw)^2] with d and x independent, drawn; every token is a sequence of its own."""
+    g = torch.Generator().manual_seed(0)
+    tokens, rows, width = 40_000, 3, 5
+    inputs = torch.randn(tokens, width, generator=g).double() * torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    slopes = torch.randn(tokens, rows, generator=g).double() * torch.tensor([0.5, 1.0, 2.0])
+    change = torch.randn(rows, width, generator=g).double()
+    exact = 0.5 * (slopes * (inputs @ change.T)).square().sum(1).mean()
+    squares = torch.einsum("ti,tj->i", slopes.square(), inputs.square())  # g_ij = d_ti x_tj
+    gram = inputs.T @ inputs
+    levels = Levels(
+        rows={"w": ((change @ gram) * change).sum(1)[None]},
+        traces={"w": float(gram.trace())},
+        weights={},
+        first_order={},
+        losses=[],
+    )
+    estimate = _estimated("w", levels, Gradients(squares={"w": squares}, means={}, tokens=tokens))
+    assert float(estimate) == pytest.approx(float(exact), rel=0.05)
+
+
+def synthetic(count: int = 8, seed: int = 0) -> tuple[Space, Callable[[Sequence[int]], float]]:
+    """Matrices of one size whose losses are c_l exp(6 s_l): the optimum is known, s_l = t - ln(c_l) / 6."""
+    g = torch.Generator().manual_seed(seed)
+    costs = torch.rand(count, generator=g, dtype=torch.float64).mul(4).exp()
+    levels = [0.0, *(0.45 + 0.05 * k for k in range(11))]
+    savings = torch.tensor([round(1000 * s) for s in levels], dtype=torch.float64)
+    curves = [Curve(str(l), torch.zeros(len(levels), dtype=torch.float64), savings, least=0) for l in range(count)]
+
+    def loss(chosen: Sequence[int]) -> float:
+        return sum(float(c) * math.exp(6 * levels[k]) for c, k in zip(costs, chosen, strict=True))
+
+    return Space([1000] * count, curves, 700 * count), loss
+
+
+class Memory(Journal):
+    """Keeps records, and ends the run at the n-th."""
+
+    keeps = True
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.records: list[Any] = []
+        self.stop = stop
+
+    def finished(self, part: str) -> list[Any]:
+        return list(self.records)
+
+    def commit(self, part: str, index: int, content: Any, **_: Any) -> None:
+        if index == self.stop:
+            raise KeyboardInterrupt
+        assert index == len(self.records)
+        self.records.append(content)
+
+
+def searches(space: Space, loss: Callable[[Sequence[int]], float], passes: int) -> dict[str, Callable[[Journal], Any]]:
+    count = len(space.sizes)
+    zero = torch.zeros(count, dtype=torch.float64)
+    groups = [list(range(count // 2)), *([l] for l in range(count))]
+    return {
+        "pattern": lambda journal: pattern_search(space, loss, [zero], groups, passes, journal),
+        "evolutionary": lambda journal: evolutionary_search(space, loss, space.levels(zero), passes, journal),
+    }
+
+
+@pytest.mark.parametrize("kind", ["pattern", "evolutionary"])
+def test_a_search_keeps_the_budget_counts_its_passes_and_finds_a_better_allocation(kind: str) -> None:
+    space, loss = synthetic()
+    found = searches(space, loss, 120)[kind](NOTHING)
+    assert found.passes <= 120
+    removed = sum(float(c.savings[k]) for c, k in zip(space.curves, found.levels, strict=True))
+    assert space.budget <= removed < space.budget + 50, "less than a step of a level too much"
+    assert found.loss == pytest.approx(loss(found.levels))
+    assert found.loss < 0.75 * found.start, "uniform is far from the optimum"
+
+
+def test_the_pattern_search_beats_the_evolutionary_one_at_equal_passes() -> None:
+    ratios = []
+    for seed in range(3):
+        space, loss = synthetic(count=16, seed=seed)
+        both = searches(space, loss, 64)
+        ratios.append(both["pattern"](NOTHING).loss / both["evolutionary"](NOTHING).loss)
+    assert sum(ratios) / len(ratios) < 0.97
+
+
+def test_the_pattern_search_ends_where_no_move_is_better() -> None:
+    space, loss = synthetic(count=4)
+    found = searches(space, loss, 5000)["pattern"](NOTHING)
+    assert found.passes < 500
+    levels = range(len(space.curves[0].losses))
+    removed = [float(x) for x in space.curves[0].savings]
+    least = min(loss(choice) for choice in product(levels, repeat=4) if sum(removed[k] for k in choice) >= space.budget)
+    assert found.loss <= 1.05 * least, "of all allocations"
+
+
+@pytest.mark.parametrize("kind", ["pattern", "evolutionary"])
+def test_a_search_that_is_resumed_is_the_one_that_was_not_interrupted(kind: str) -> None:
+    space, loss = synthetic()
+    whole = searches(space, loss, 50)[kind](NOTHING)
+    journal = Memory(stop=17)
+    with pytest.raises(KeyboardInterrupt):
+        searches(space, loss, 50)[kind](journal)
+    evaluated = 0
+
+    def counted(chosen: Sequence[int]) -> float:
+        nonlocal evaluated
+        evaluated += 1
+        return loss(chosen)
+
+    journal.stop = None
+    resumed = searches(space, counted, 50)[kind](journal)
+    assert (resumed.levels, resumed.loss) == (whole.levels, whole.loss)
+    assert evaluated == whole.passes - 17
+
+
+@pytest.fixture
+def prune(model_folder: Path, text_file: Path) -> Prune:
+    return partial(admm_prune.prune, model_folder, data=str(text_file), samples=12, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"method": "sparsellm", "sparsity": 0.55, "allocation": "fisher"}, marks=pytest.mark.slow),
+        {
+            "method": "wanda",
+            "pattern": "2:4",
+            "allocation": "equal-slope",
+            "stream": True,
+            "overrides": {"re:.*k_proj": "3:4"},
+        },
+        pytest.param(
+            {"method": "admm", "sparsity": 0.6, "allocation": "search", "allocation_passes": 5, "ignore": "v_proj"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_an_allocated_run_is_recorded_shown_and_verified(prune: Prune, tmp_path: Path, how: dict[str, Any]) -> None:
+    report = prune(**how, out=tmp_path / "out")
+    assert report.budget == "model"
+    details = report.details["allocation"]
+    assert details["rule"] == how["allocation"]
+    by_name = {layer.name: layer for layer in report.layers}
+    reached = sum(
+        by_name[name].shape[0] * by_name[name].shape[1] - by_name[name].nonzeros for name in details["targets"]
+    )
+    assert reached == details["removed"]
+    assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"distributed by the rule {how['allocation']}" in page
+    assert "Sparsity of every matrix over the blocks" in page
+    recipe = (tmp_path / "out/recipe.yaml").read_text()
+    assert f"allocation: {how['allocation']}" in recipe
+
+
+def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -> None:
+    prune(method="magnitude", sparsity=0.6, allocation="uniform", out=tmp_path / "out")
+    manifest = tmp_path / "out/admm_prune.json"
+    content = json.loads(manifest.read_text())
+    targets = content["details"]["allocation"]["targets"]
+    targets[next(iter(targets))] = "0.1"
+    manifest.write_text(json.dumps(content))
+    failures = verify_folder(tmp_path / "out", device="cpu", quick=True).failures
+    assert any("the targets of the allocation remove" in failure for failure in failures)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"allocation": "owls"}, "unknown allocation 'owls' (did you mean 'owl'?): choose one of uniform, "),
+        ({"allocation": "owl", "allocation_passes": 9}, "allocation passes are for the allocations search and evol"),
+        ({"allocation": "fisher", "stream": True}, "needs the whole model in memory: use --no-stream, or one of uni"),
+        ({"method": "struprune", "allocation": "owl"}, "struprune allocates its budget itself"),
+        ({"method": "elsa", "allocation": "owl"}, "elsa trains all weights to one target"),
+        ({"allocation": "uniform", "overrides": {"Linear": 0.9}}, "the overrides alone leave no way to 50%"),
+        ({"sparsity": None, "pattern": "2:4", "allocation": "patterns"}, "mixes patterns itself"),
+    ],
+)
+def test_what_cannot_be_allocated_is_refused_before_any_work(
+    prune: Prune, tmp_path: Path, how: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        prune(**{"sparsity": 0.5, "method": "magnitude", "out": tmp_path / "out", **how})
+    assert reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_comparison_allocates_for_every_method(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run = Settings(str(model_folder), data=str(text_file), samples=12, device="cpu", allocation="fisher")
+    settings = ComparisonSettings(
+        run=run, methods=("magnitude", "sparsegpt"), targets=(Target(0.5), Target(None, (2, 4)))
+    )
+    comparison = compare(settings, tmp_path / "out")
+    assert comparison.manifest["settings"]["allocation"] == "fisher"
+    assert len(comparison.rows) == 4
+    assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["owl", "equal-slope", "fisher", "evolutionary"])
+def test_the_plan_of_an_allocation_is_at_most_seven_tenths_too_much(rule: str) -> None:
+    anatomy, g = Anatomy.of("embedded", "float32"), torch.Generator().manual_seed(0)
+    rows = tuple(Row(torch.randint(4096, (256,), generator=g), 256) for _ in range(8))
+    asked = Task(target=Target(0.5), calibration=Sequences(rows, "windows", 256, None, 8))
+    stages = allocating(anatomy, AllocationRule(rule, 8), asked, stream=False)
+    model = load("embedded", dtype="float32").model
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        AllocationRule(rule, 8).applied(model, asked, IN_PROCESS)
+    planned = sum((stage.work for stage in stages), Work()).operations
+    assert 0.65 * counting.work.operations <= planned <= 1.7 * counting.work.operations
+
+
+@pytest.mark.parametrize("name", ["admm", "sparsellm", "wanda"])
+def test_methods_of_layers_and_networks_take_an_allocation(name: str) -> None:
+    AllocationRule("fisher").check(recipe_named(name), build("llama", layers=2), Target(sparsity=0.5))
