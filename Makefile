@@ -39,6 +39,7 @@ bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/R
 catalogue: $(INSTALLED) ## try every solver on every problem and set, and write down what `list` and the docs show
 	$(ONE_THREAD) $(BIN)/python scripts/write_catalogue.py
 	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python -m benchmarks.results_page
 
 docs: $(INSTALLED) ## the documentation as a site, in site/
 	$(BIN)/zensical build --strict
