@@ -56,14 +56,17 @@ clean: ## remove what was built, cached and demonstrated; .venv stays
 
 # What the demo runs. Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
 # torch comes first, in a call of its own: a CPU build at hand is then taken, and later ranges leave it in place.
+# Compiling all of the packages' 200 MB of source takes a minute. The demo imports a part of it, which Python compiles
+# then; for the tests, whose processes are many, everything is compiled once.
 $(RUNTIME): pyproject.toml constraints.txt setup.py $(wildcard admm_prune/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("admm-prune needs Python 3.11 or newer: \
 	make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt -e '.[models,plots,cli]'
+	$(BIN)/python -m pip install --no-compile "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[models,plots,cli]'
 	@touch $@
 
 $(INSTALLED): $(RUNTIME)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
+	-@$(BIN)/python -m compileall -qq -j 2 .venv/lib # some packages contain templates that are no Python
 	@touch $@
