@@ -52,7 +52,7 @@ lint: $(INSTALLED) ## ruff, mypy and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove what was built, cached and demonstrated; .venv stays
-	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
+	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo demo.partial
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # What the demo runs. Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
