@@ -20,7 +20,8 @@ help: ## this list
 
 demo: $(RUNTIME) ## prune the embedded model by four methods, side by side; results in demo/
 	$(BIN)/admm-prune compare --model embedded --data embedded --methods magnitude,wanda,sparsegpt,admm \
-		--sparsity 0.5,0.7 --pattern 2:4 --samples 64 --eval-samples 64 --overwrite --out $(DEMO)
+		--sparsity 0.5,0.7 --pattern 2:4 --samples 64 --eval-samples 64 --overwrite --out $(DEMO) \
+		$(if $(wildcard $(DEMO).partial),--resume) # an interrupted demo is continued
 
 test: $(INSTALLED) ## the tests, without those marked slow or gpu
 	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS)
@@ -39,6 +40,7 @@ bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/R
 catalogue: $(INSTALLED) ## try every solver on every problem and set, and write down what `list` and the docs show
 	$(ONE_THREAD) $(BIN)/python scripts/write_catalogue.py
 	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python -m benchmarks.results_page
 
 docs: $(INSTALLED) ## the documentation as a site, in site/
 	$(BIN)/zensical build --strict
@@ -50,19 +52,22 @@ lint: $(INSTALLED) ## ruff, mypy and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove what was built, cached and demonstrated; .venv stays
-	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
+	rm -rf build dist *.egg-info admm_prune/ops/_packed.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo demo.partial
 	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # What the demo runs. Where there is a compiler, this also builds the library of CPU kernels, admm_prune/ops/_packed.so.
 # torch comes first, in a call of its own: a CPU build at hand is then taken, and later ranges leave it in place.
+# Compiling all of the packages' 200 MB of source takes a minute. The demo imports a part of it, which Python compiles
+# then; for the tests, whose processes are many, everything is compiled once.
 $(RUNTIME): pyproject.toml constraints.txt setup.py $(wildcard admm_prune/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("admm-prune needs Python 3.11 or newer: \
 	make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt -e '.[models,plots,cli]'
+	$(BIN)/python -m pip install --no-compile "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[models,plots,cli]'
 	@touch $@
 
 $(INSTALLED): $(RUNTIME)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
+	-@$(BIN)/python -m compileall -qq -j 2 .venv/lib # some packages contain templates that are no Python
 	@touch $@

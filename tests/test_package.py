@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import admm_prune
 
@@ -102,6 +103,26 @@ def test_constraints_admit_what_the_project_asks() -> None:
         requirement = Requirement(asked)
         if requirement.name != "admm-prune":
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, asked
+
+
+def test_the_oldest_versions_are_the_declared_bounds() -> None:
+    """In pyproject.toml, in the file that the workflow installs them from, and in the docs."""
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    oldest = {canonicalize_name(name): Version(version) for name, version in pinned.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = {}
+    for line in (*project["dependencies"], *extras["models"], *extras["plots"], *extras["cli"]):
+        requirement = Requirement(line)
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", line
+        declared[canonicalize_name(requirement.name)] = Version(bound.version)
+    assert oldest == declared
+    install = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    for name in ("torch", "transformers"):
+        assert f"{name} {declared[name].major}.{declared[name].minor}" in install
+    assert "-c constraints-oldest.txt" in (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
 
 
 def wheel_of(place: Path, **environment: str) -> Path:

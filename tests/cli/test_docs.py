@@ -58,6 +58,13 @@ def parses(words: list[str]) -> None:
     command.make_context(command.name, words)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as Python-Markdown and GitHub name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_commands_and_the_code_of_a_page_parse(page: Path) -> None:
     for block in blocks(page):
@@ -78,8 +85,13 @@ def test_the_extras_and_links_of_a_page_exist(page: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for named in re.findall(r"admm-prune\[([a-z,-]+)\]", text):
         assert set(named.split(",")) <= set(extras), named
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (page.parent / link).exists(), link
+    for link, _, anchor in (found.partition("#") for found in re.findall(r"\]\((?!https?:)([^) ]+)", text)):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{link}#{anchor}"
+    for source in re.findall(r'(?:src|srcset)="([^"]+)"', text):
+        assert (page.parent / source).exists(), source
     for results in re.findall(r"benchmarks/results/[\w.-]+\w", text):
         assert list((ROOT / results).parent.glob(f"{Path(results).name}*")), results
 
