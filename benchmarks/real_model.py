@@ -24,7 +24,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -353,10 +353,22 @@ def markdown(rows: Sequence[Row]) -> str:
     for name, by_target in PUBLISHED.items():
         label = f"{name}, published for {PUBLISHED_MODEL}"
         cells |= {(label, target): f"({by_target[target]:.2f})" for target in by_target if target in targets}
-    lines = [["method", *(target if ":" in target else f"{100 * float(target):g} %" for target in targets)]]
-    lines.append(["---"] * len(lines[0]))
+    return markdown_table(targets, cells)
+
+
+def markdown_table(targets: Sequence[str], cells: Mapping[tuple[str, str], str]) -> str:
+    """A table of the cells by method and target; empty where there is none."""
+    lines = [["method", *map(target_label, targets)], ["---"] * (len(targets) + 1)]
     for method in dict.fromkeys(method for method, _ in cells):
         lines.append([method, *(cells.get((method, target), "") for target in targets)])
+    return markdown_lines(lines)
+
+
+def target_label(target: str) -> str:
+    return target if ":" in target else f"{100 * float(target):g} %"
+
+
+def markdown_lines(lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

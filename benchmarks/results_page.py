@@ -8,12 +8,12 @@ row was added. `make catalogue` does so, and a test compares the page with the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.journal import Journal
 from benchmarks.literature import Figure, figures
-from benchmarks.real_model import COLUMNS, KEY, Row, rows_of
+from benchmarks.real_model import COLUMNS, KEY, Row, markdown_lines, markdown_table, rows_of, target_label
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reference/results.md"
@@ -76,17 +76,10 @@ def _measured(folder: Path) -> str:
         if chosen[0]["dense_blimp"] is not None:
             dense += f", BLiMP {100 * chosen[0]['dense_blimp']:.1f} %"
         lines += [f"{settings[0].upper()}{settings[1:]} ({dense}; `{ARCHIVE}/{folder.name}`):", ""]
-        lines += [*_table(chosen), ""]
+        targets = list(dict.fromkeys(row["target"] for row in chosen))
+        cells = {(f"`{row['method']}`", row["target"]): _cell(row) for row in chosen}
+        lines.append(markdown_table(targets, cells))
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Row]) -> list[str]:
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    cells = {(row["method"], row["target"]): _cell(row) for row in rows}
-    lines = [["method", *map(_label, targets)], ["---"] * (len(targets) + 1)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        lines.append([f"`{method}`", *(cells.get((method, target), "") for target in targets)])
-    return _joined(lines)
 
 
 def _cell(row: Row) -> str:
@@ -105,11 +98,11 @@ def _published(rows: Iterable[Figure]) -> str:
     rows = list(rows)
     targets = sorted({row.target for row in rows}, key=lambda target: (":" in target, target))
     ratios = {(row.model, row.method, row.source, row.target): row.ratio for row in rows}
-    lines = [["model", "method", *map(_label, targets), "source"], ["---"] * (len(targets) + 3)]
+    lines = [["model", "method", *map(target_label, targets), "source"], ["---"] * (len(targets) + 3)]
     for model, method, source in dict.fromkeys((row.model, row.method, row.source) for row in rows):
         values = (ratios.get((model, method, source, target)) for target in targets)
         lines.append([model, method, *("" if value is None else f"{value:.2f}" for value in values), source])
-    return "\n".join([*_joined(lines), ""])
+    return markdown_lines(lines)
 
 
 def _sources(rows: Iterable[Figure]) -> str:
@@ -120,14 +113,6 @@ def _sources(rows: Iterable[Figure]) -> str:
         others = [row.protocol for row in rows if row.source == source and row.protocol != "one-shot"]
         lines.append(f"- **{source}**: {'; '.join([SOURCES[source], *dict.fromkeys(others)])}.")
     return "\n".join([*lines, PROTOCOL])
-
-
-def _label(target: str) -> str:
-    return target if ":" in target else f"{100 * float(target):g} %"
-
-
-def _joined(lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     plan = plans.get(recipe.stages)
     if plan is None:
         raise UserError(f"{recipe.name}: its cost cannot be estimated")
-    block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
-    weights = block if stream else {"weights": anatomy.weight_bytes}
+    weights = _held_weights(anatomy, stream=stream)
     weighting = cast("Layerwise", recipe).method.problem.weighting if recipe.stages == "layers" else UNWEIGHTED
     scores, scoring = {}, list[Stage]()
     if weighting.score is not None:
@@ -196,8 +195,7 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
     """
     measured, text = RULES[rule.name], task.calibration
     stages: list[Stage] = []
-    block = {"weights of a block": max(map(block_bytes, anatomy.blocks))}
-    weights = block if stream else {WEIGHTS: anatomy.weight_bytes}
+    weights = _held_weights(anatomy, stream=stream)
     pruned = sum(view.read().nbytes for one in anatomy.blocks for view in one.weights)
     with counted() as counting:
         if measured.collects:
@@ -227,6 +225,13 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
             parts = {**weights, **table, "logits": cost.peak}
             stages.append(Stage(name="losses and gradients", parts=parts, work=cost.work * sequences))
     return [replace(stage, name=f"allocation: {stage.name}") for stage in stages]
+
+
+def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
+    """Those of the model, or of its largest block where the model stays on disk."""
+    if stream:
+        return {"weights of a block": max(map(block_bytes, anatomy.blocks))}
+    return {WEIGHTS: anatomy.weight_bytes}
 
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:

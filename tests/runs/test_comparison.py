@@ -15,8 +15,8 @@ from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs import compare as comparison
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
-from admm_prune.runs.journal.journal import FolderJournal
 from admm_prune.settings import Settings
+from tests.runs.interruption import Interruption
 
 DENSE = Evaluation(
     perplexity=4.0, bits_per_char=1.0, tokens=1000, characters=2000, packing="windows", length=64, truncated_tokens=0,
@@ -94,33 +94,22 @@ def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_wo
     """After blocks within a row, after rows, and before all is put in its place."""
     settings = replace(settings, targets=settings.targets[:1])
     compare(settings, tmp_path / "whole")
-    commit, output, out = FolderJournal.commit, FolderJournal.output, tmp_path / "out"
-    records = 0
-
-    def breaks_off(after: Any) -> Any:
-        def call(journal: FolderJournal, *arguments: Any, **how: Any) -> Any:
-            nonlocal records
-            after(journal, *arguments, **how)
-            records += 1
-            raise KeyboardInterrupt
-
-        return call
-
-    monkeypatch.setattr(FolderJournal, "commit", breaks_off(commit))
-    while True:
-        try:
-            compare(settings, out, resume=records > 0)
-            break
-        except KeyboardInterrupt:
-            assert not out.exists()
-    assert records == 1 + 2 * (2 + 1)  # the dense model; for every row two blocks and the row itself
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        records = Interruption(patch)
+        while True:
+            try:
+                compare(settings, out, resume=records.calls > 0)
+                break
+            except KeyboardInterrupt:
+                assert not out.exists()
+    assert records.calls == 1 + 2 * (2 + 1)  # the dense model; for every row two blocks and the row itself
     assert untimed(out) == untimed(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-    monkeypatch.setattr(FolderJournal, "commit", commit)
-    monkeypatch.setattr(FolderJournal, "output", breaks_off(output))
-    with pytest.raises(KeyboardInterrupt):
-        compare(settings, tmp_path / "second")
-    monkeypatch.setattr(FolderJournal, "output", output)
+    with monkeypatch.context() as patch:
+        Interruption(patch, "output")
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings, tmp_path / "second")
     compare(settings, tmp_path / "second", resume=True)
     assert untimed(tmp_path / "second") == untimed(tmp_path / "whole")
 

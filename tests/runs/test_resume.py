@@ -24,9 +24,10 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport, RidgeTrial
 from admm_prune.result import Convergence, Diagnosis
 from admm_prune.runs.journal.folder import TIMINGS
-from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
+from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.journal.world import random_state, restore_random_state
 from admm_prune.runs.report import REPORT
+from tests.runs.interruption import Interruption
 
 RUNS = [
     ("sparsegpt", False),
@@ -61,24 +62,16 @@ def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
     """Every process gets one record further than the one before."""
     how: dict[str, Any] = {"method": method, "stream": stream}
     whole = prune(model_folder, tmp_path / "whole", text_file, **how)
-    commit, out = FolderJournal.commit, tmp_path / "out"
-    records = 0
-
-    def commits_once(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
-        nonlocal records
-        commit(journal, *arguments, **tensors)
-        records += 1
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FolderJournal, "commit", commits_once)
+    records, out = Interruption(monkeypatch), tmp_path / "out"
     while True:
-        torch.manual_seed(records)  # whatever a process draws before it goes on
+        torch.manual_seed(records.calls)  # a process may draw before it goes on
         try:
-            report = prune(model_folder, out, text_file, resume=records > 0, **how)
+            report = prune(model_folder, out, text_file, resume=records.calls > 0, **how)
             break
         except KeyboardInterrupt:
             assert not out.exists()
-    assert records == {"struprune": 6}.get(method, 3)  # the dense model's figures, and every block, twice, or once
+    # The dense model's figures, and every block, twice, or once.
+    assert records.calls == {"struprune": 6}.get(method, 3)
     assert fingerprints(out) == fingerprints(tmp_path / "whole")
     assert report.as_json() == whole.as_json()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -124,17 +117,8 @@ def broken_off(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **how: Any
 ) -> Path:
     """The place of a run of wanda that was interrupted after so many records."""
-    commit, records = FolderJournal.commit, 0
-
-    def commits(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
-        nonlocal records
-        commit(journal, *arguments, **tensors)
-        records += 1
-        if records == after:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(FolderJournal, "commit", commits)
+        Interruption(patch, after=after)
         with pytest.raises(KeyboardInterrupt):
             prune(model_folder, tmp_path / "out", text_file, method="wanda", **how)
     return tmp_path / "out"

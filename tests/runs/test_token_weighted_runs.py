@@ -26,13 +26,13 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan import plan as plans
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import GRAMS, SCORES, pruning_stages
-from admm_prune.runs.journal.journal import FolderJournal
 from admm_prune.runs.layer import capture_layer
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.statistics import SUM_BYTES
 from tests.plan.test_plan import text
 from tests.plugged_in import plugged_in
+from tests.runs.interruption import Interruption
 
 __all__ = ["plugged_in"]  # a fixture
 
@@ -106,20 +106,11 @@ def test_from_disk_and_resumed_it_ends_in_the_same_weights(
     how = {**HOW, "data": str(text_file), "problem": Both}
     whole = admm_prune.prune(model_folder, out=tmp_path / "whole", stream=False, **how)
     assert whole.manifest["settings"]["problem"].endswith("test_token_weighted_runs.Both")
-    commit, out = FolderJournal.commit, tmp_path / "out"
-    records = 0
-
-    def commits_once(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
-        nonlocal records
-        commit(journal, *arguments, **tensors)
-        records += 1
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FolderJournal, "commit", commits_once)
+    records, out = Interruption(monkeypatch), tmp_path / "out"
     while not out.exists():
         with suppress(KeyboardInterrupt):
-            admm_prune.prune(model_folder, out=out, stream=stream, resume=records > 0, **how)
-    assert records == 3, "the dense figures, and two blocks"
+            admm_prune.prune(model_folder, out=out, stream=stream, resume=records.calls > 0, **how)
+    assert records.calls == 3, "the dense figures, and two blocks"
     resumed, expected = admm_prune.load_report(out), admm_prune.load_report(tmp_path / "whole")
     assert [a.relative_error for a in resumed.layers] == [b.relative_error for b in expected.layers]
     tensors = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -130,15 +121,10 @@ def test_from_disk_and_resumed_it_ends_in_the_same_weights(
 def test_a_run_is_not_resumed_with_another_version_of_the_plug_in(
     plugged_in: Path, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, package = FolderJournal.commit, "admm-prune-loss-weighted-reconstruction"
+    package = "admm-prune-loss-weighted-reconstruction"
     how = {**HOW, "data": str(text_file), "problem": "loss-weighted", "out": tmp_path / "out"}
-
-    def commits_once(journal: FolderJournal, *arguments: Any, **tensors: Any) -> None:
-        commit(journal, *arguments, **tensors)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(FolderJournal, "commit", commits_once)
+        Interruption(patch)
         with pytest.raises(KeyboardInterrupt):
             admm_prune.prune(model_folder, **how)
     (info,) = plugged_in.glob("admm_prune_loss_weighted*.dist-info")

@@ -211,6 +211,7 @@ class BudgetProblem:
             measured: the curves of a block are scaled so that their sum is the measured rise at the whole's sparsity.
         """
         path = path or self._path()
+        reference = self._reference(path)
         slopes = measurements.gradients(self.model, self.task.calibration, self.names, keep=order == 1)
         how: dict[str, Any] = {}
         if order == 1:
@@ -222,11 +223,10 @@ class BudgetProblem:
             part = replace(text, rows=rows)
             before = measurements.mean_loss(self.model, part)
             how["loss"] = lambda: measurements.mean_loss(self.model, part)
-            how["reference"] = self._reference(path)
+            how["reference"] = reference
         levels = self._levels(path, **how)
         errors = {view.name: _estimated(view.name, levels, slopes) for view in self.views}
         if measured:
-            reference = self._reference(path)
             for block in set(self.blocks):
                 names = [view.name for view, b in zip(self.views, self.blocks, strict=True) if b == block]
                 estimate = sum(float(errors[name][reference]) for name in names)
@@ -263,10 +263,7 @@ class BudgetProblem:
     def _by_slopes(self, curves: list[Curve]) -> tuple[dict[str, str], dict[str, Any]]:
         allocation = EqualSlope().allocate(curves, self.budget)
         removed = [allocation.removed[curve.name] for curve in curves]
-        figures = {"loss": allocation.loss}
-        if self.task.target.pattern is not None:
-            return self._level_targets(removed, self._path()), figures
-        return self._fractions(met_exactly(curves, removed, self.budget)), figures
+        return self._met(curves, removed, self._path()), {"loss": allocation.loss}
 
     def _knapsack(self) -> tuple[dict[str, str], dict[str, Any]]:
         """Among the levels of the path, with the surplus given back; the gap is that of the levels."""
@@ -274,12 +271,8 @@ class BudgetProblem:
         curves = self._sensitive(order=2)
         if self.task.target.pattern is None:
             curves = [self._at_levels(curve, path[curve.name]) for curve in curves]
-        allocation = Knapsack().allocate(curves, self.budget)
-        removed = [allocation.removed[curve.name] for curve in curves]
-        figures = {"loss": allocation.loss, "bound": allocation.bound, "gap": allocation.gap}
-        if self.task.target.pattern is not None:
-            return self._level_targets(removed, path), figures
-        return self._fractions(met_exactly(curves, removed, self.budget)), figures
+        removed, figures = self._least_loss(curves)
+        return self._met(curves, removed, path), figures
 
     def _at_levels(self, curve: Curve, levels: Sequence[Target]) -> Curve:
         """A curve at the levels of a path alone."""
@@ -290,14 +283,14 @@ class BudgetProblem:
 
     def _patterns(self) -> tuple[dict[str, str], dict[str, Any]]:
         path = self._path(mixed=True)
-        curves = self._sensitive(order=2, path=path)
+        removed, figures = self._least_loss(self._sensitive(order=2, path=path))
+        return self._level_targets(removed, path), figures
+
+    def _least_loss(self, curves: Sequence[Curve]) -> tuple[list[int], dict[str, Any]]:
+        """The level of every curve by the knapsack, and its figures."""
         allocation = Knapsack().allocate(curves, self.budget)
-        removed = [allocation.removed[curve.name] for curve in curves]
-        return self._level_targets(removed, path), {
-            "loss": allocation.loss,
-            "bound": allocation.bound,
-            "gap": allocation.gap,
-        }
+        figures = {"loss": allocation.loss, "bound": allocation.bound, "gap": allocation.gap}
+        return [allocation.removed[curve.name] for curve in curves], figures
 
     # Searches
 
@@ -371,6 +364,14 @@ class BudgetProblem:
 
     def _sized(self) -> list[tuple[WeightView, int]]:
         return list(zip(self.views, self.sizes, strict=True))
+
+    def _met(
+        self, curves: Sequence[Curve], levels: Sequence[int], path: Mapping[str, Sequence[Target]]
+    ) -> dict[str, str]:
+        """The targets of levels that remove at least the budget: of fractions, the surplus is given back."""
+        if self.task.target.pattern is not None:
+            return self._level_targets(levels, path)
+        return self._fractions(met_exactly(curves, levels, self.budget))
 
     def _fractions(self, exact: Sequence[int]) -> dict[str, str]:
         return {view.name: repr(count / size) for (view, size), count in zip(self._sized(), exact, strict=True)}

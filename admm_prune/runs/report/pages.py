@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from admm_prune.errors import UserError
+from admm_prune.methods.target import DENSE, target_named
 from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.card import task_rows
 from admm_prune.runs.claims import read_json, record_pages
@@ -153,9 +154,12 @@ def _own_targets(run: Manifest) -> dict[str, str | None]:
     return {layer["name"]: _short_target(targets.get(layer["name"])) for layer in run["layers"]} if targets else {}
 
 
-def _short_target(target: str | None) -> str | None:
-    """A target as in the label of a run: a fraction to four digits."""
-    return target if target is None or not target[-1:].isdigit() or ":" in target else f"{float(target):.4g}"
+def _short_target(text: str | None) -> str | None:
+    """A target with its fraction to four digits."""
+    if text is None or text == DENSE:
+        return text
+    target = target_named(text)
+    return str(target) if target.pattern else f"{target.fraction:.4g}"
 
 
 def _comparison(folder: Path, comparison: Manifest) -> str:

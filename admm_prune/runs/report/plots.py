@@ -201,12 +201,11 @@ def layer_errors(layers: Sequence[Layer]) -> str | None:
     figure, (axes,) = panels()
     titles: dict[str, list[str]] = {}
     for i, (matrix, points) in enumerate(errors.items()):
-        look = style(i)
         if points:
-            axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, gid=f"line-{i}", **look)
+            _line(axes, i, matrix, points)
             titles[f"line-{i}"] = [f"block {block}, {matrix}: {value:.4g}" for block, value in points if value > 0]
         if bounds[matrix]:
-            axes.plot(*zip(*bounds[matrix], strict=True), linestyle="none", color=look["color"], marker="_")
+            axes.plot(*zip(*bounds[matrix], strict=True), linestyle="none", color=style(i)["color"], marker="_")
     if any(bounds.values()):
         axes.plot([], [], linestyle="none", color=INK, marker="_", label="lower bound")
     return _over_blocks(figure, axes, "relative error (log scale)", "errors", titles)
@@ -218,13 +217,9 @@ def sparsities(layers: Sequence[Layer]) -> str:
     titles: dict[str, list[str]] = {}
     for i, (matrix, points) in enumerate(by_matrix(layers, "sparsity").items()):
         percent = [(block, 100 * value) for block, value in points]
-        axes.plot(*zip(*percent, strict=True), label=matrix, linewidth=1.2, markersize=5, gid=f"line-{i}", **style(i))
+        _line(axes, i, matrix, percent)
         titles[f"line-{i}"] = [f"block {block}, {matrix}: {value:.2f} %" for block, value in percent]
-    axes.set_xlabel("block")
-    axes.set_ylabel("zeros, %")
-    whole_numbers(axes)
-    legend(figure, axes)
-    return svg(figure, "allocation", titles)
+    return _over_blocks(figure, axes, "zeros, %", "allocation", titles, log=False)
 
 
 def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
@@ -239,7 +234,7 @@ def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
         return None
     figure, (axes,) = panels()
     for i, (matrix, points) in enumerate(by_matrix(ratios, "ratio").items()):
-        axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, **style(i))
+        _line(axes, i, matrix, points)
     axes.axhline(1.0, color=INK, linewidth=0.8)
     return _over_blocks(figure, axes, "error of B / of A (log)", "ratios")
 
@@ -379,13 +374,25 @@ def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = 
     return svg(figure, metric)
 
 
+def _line(axes: Any, i: int, matrix: str, points: Sequence[tuple[int, float]]) -> None:
+    """The i-th matrix over the blocks; its `gid` is f"line-{i}"."""
+    axes.plot(*zip(*points, strict=True), label=matrix, linewidth=1.2, markersize=5, gid=f"line-{i}", **style(i))
+
+
 def _over_blocks(
-    figure: Any, axes: Any, what: str, name: str, titles: Mapping[str, Sequence[str]] | None = None
+    figure: Any,
+    axes: Any,
+    what: str,
+    name: str,
+    titles: Mapping[str, Sequence[str]] | None = None,
+    *,
+    log: bool = True,
 ) -> str:
     axes.set_xlabel("block")
     axes.set_ylabel(what)
     whole_numbers(axes)
-    logarithmic(axes)
+    if log:
+        logarithmic(axes)
     legend(figure, axes)
     return svg(figure, name, titles)
 
