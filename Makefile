@@ -20,7 +20,7 @@ help: ## this list
 
 demo: $(RUNTIME) ## prune the embedded model by four methods, side by side; results in demo/
 	$(BIN)/admm-prune compare --model embedded --data embedded --methods magnitude,wanda,sparsegpt,admm \
-		--sparsity 0.5,0.7 --pattern 2:4 --samples 64 --eval-samples 64 --overwrite --out $(DEMO) \
+		--sparsity 0.5,0.7 --pattern 2:4 --samples 32 --eval-samples 32 --overwrite --out $(DEMO) \
 		$(if $(wildcard $(DEMO).partial),--resume) # an interrupted demo is continued
 
 test: $(INSTALLED) ## the tests, without those marked slow or gpu
