@@ -75,7 +75,9 @@ def _resolved(name: str, requested: str | None) -> tuple[Any, Kind]:
     if ":" in name:
         part = _imported(name)
         return part, of[requested] if requested is not None else _kind_of(name, part)
-    named = [kind for kind in kinds if name in declared(kind) and (requested is None or kind == of[requested])]
+    named: list[Kind] = [
+        kind for kind in kinds if name in declared(kind) and (requested is None or kind == of[requested])
+    ]
     if len(named) > 1:
         raise UserError(f"'{name}' is declared as several kinds: choose one with --kind")
     if not named:

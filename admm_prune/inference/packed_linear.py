@@ -90,7 +90,7 @@ class PackedWeight(nn.Module):
             self.scales = scales.to(self.scales.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **options: Any) -> None:
         """Makes room for the number of values of the state.
 
         Raises:
@@ -105,7 +105,7 @@ class PackedWeight(nn.Module):
             self.values = torch.empty_like(stored_values, dtype=self.values.dtype, device=self.values.device)
             offsets = None if matrix.offsets is None else matrix.offsets.to(self.bits.device, copy=True)
             self.offsets = None if offsets is None else torch.empty_like(offsets)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
         self.offsets = offsets  # those of the bits, whatever the state has: the kernels rely on them
 
     def extra_repr(self) -> str:

@@ -47,7 +47,6 @@ class Layerwise(Capabilities):
     """
 
     stages: ClassVar[Stages | None] = "layers"
-    budget: ClassVar[Budget] = "matrix"
 
     method: Method
     samples: int = 128
@@ -55,6 +54,10 @@ class Layerwise(Capabilities):
     @property
     def name(self) -> str:
         return self.method.name
+
+    @property
+    def budget(self) -> Budget:
+        return "matrix"
 
     @property
     def summary(self) -> str:

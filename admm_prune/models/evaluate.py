@@ -42,7 +42,8 @@ class Metric:
 
 
 def _metric(name: str, format: str, compute: Callable[[Tensor, Sequences], float], **how: Any) -> Any:
-    return field(metadata={"metric": Metric(name=name, format=format, compute=compute, **{"heading": name} | how)})
+    options: dict[str, Any] = {"heading": name} | how
+    return field(metadata={"metric": Metric(name=name, format=format, compute=compute, **options)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,25 +253,26 @@ def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
     through which its gradient goes back, and is returned if the model returns it unchanged; else None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     values: list[Tensor] = []
-    unchanged = False
-    if isinstance(head, nn.Module):
-        forward = head.forward
-        outputs: list[tuple[Tensor, int]] = []
+    if not isinstance(head, nn.Module):
+        _ends_at_head[model] = False
+        return None
+    forward = head.forward
+    outputs: list[tuple[Tensor, int]] = []
 
-        def replacement(states: Tensor) -> Tensor:
-            if states.shape[:-1] != ids.shape:
-                return forward(states)  # type: ignore[no-any-return]  # of torch
-            values.append(then(forward, list(head.parameters()), states))
-            # A tensor of its own, not a view, for hooks of the outputs. Without a gradient the value may be of a dtype
-            # that the model would convert.
-            value = values[-1] if values[-1].requires_grad else values[-1].new_zeros((), dtype=torch.float32)
-            output = value.view(1, 1, 1).clone()
-            outputs.append((output, output._version))
-            return output
+    def replacement(states: Tensor) -> Tensor:
+        if states.shape[:-1] != ids.shape:
+            return forward(states)  # type: ignore[no-any-return]  # of torch
+        values.append(then(forward, list(head.parameters()), states))
+        # A tensor of its own, not a view, for hooks of the outputs. Without a gradient the value may be of a dtype
+        # that the model would convert.
+        value = values[-1] if values[-1].requires_grad else values[-1].new_zeros((), dtype=torch.float32)
+        output = value.view(1, 1, 1).clone()
+        outputs.append((output, output._version))
+        return output
 
-        with replaced_forward(head, replacement):
-            logits = _logits(model, ids)
-        unchanged = len(outputs) == 1 and _is(logits, *outputs[0])
+    with replaced_forward(head, replacement):
+        logits = _logits(model, ids)
+    unchanged = len(outputs) == 1 and _is(logits, *outputs[0])
     _ends_at_head[model] = unchanged
     if not unchanged:
         return None
@@ -345,7 +346,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError("the loss can be differentiated once: its gradients are not kept")
         states_gradient, *sums = (gradient.mul_(slope) for gradient in ctx.gradients)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from admm_prune.ops import backend, bits
 
+_TORCH_C: Any = torch._C  # pyright: ignore[reportPrivateUsage]  # what intercepts operators has no public name
 LANES = 32  # columns of a step of the kernel: groups of int8 values are multiples of it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -166,9 +167,9 @@ def _is_plain(x: Tensor) -> bool:
         type(x) is Tensor
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and _TORCH_C._get_tracing_state() is None
+        and _TORCH_C._len_torch_dispatch_stack() == 0
+        and not _TORCH_C._functorch.is_functorch_wrapped_tensor(x)
         and not backend.uses_triton(x)
     )
 

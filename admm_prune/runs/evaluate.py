@@ -77,7 +77,12 @@ def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> V
         return {"figures": asdict(dense.figures), "prompt": dense.prompt, "continuation": dense.continuation}
 
     record = runtime.journal.once("dense", compute)
-    return Validation(**{**record, "text": text, "figures": Evaluation(**record["figures"])})
+    return Validation(
+        text=text,
+        figures=Evaluation(**record["figures"]),
+        prompt=record["prompt"],
+        continuation=record["continuation"],
+    )
 
 
 @dataclass(frozen=True)

@@ -189,12 +189,12 @@ def load_report(folder: str | Path) -> Report:
     times = content.pop("timings")
     content.pop(DIGEST, None)
     try:
-        fields = {name: content.pop(name) for name in _CONTENT}
+        fields: dict[str, Any] = {name: content.pop(name) for name in _CONTENT}
         seconds = {layer["name"]: times["layers"].get(layer["name"], 0.0) for layer in fields["layers"]}
         layers = [LayerReport.from_json({**layer, "seconds": seconds[layer["name"]]}) for layer in fields["layers"]]
         fields |= {"dense": _evaluation(fields["dense"]), "pruned": _evaluation(fields["pruned"]), "layers": layers}
         return Report(
-            **{**fields, "notes": tuple(fields["notes"])},
+            **fields,
             seconds=math.nan if times["seconds"] is None else times["seconds"],
             manifest=content,
             phases=tuple(Phase(**phase) for phase in times["phases"]),

@@ -97,7 +97,10 @@ def assert_solver_conforms(
             _check_solve(trial, f"{kind}, {name}", view, CONSTRAINTS[name], dense_start=True)
     for trouble in TROUBLES:
         for name in ("half", "2:4"):
-            case, problem = Case(trial.name, f"a layer with {trouble}, {name}"), ill_posed(CONSTRAINTS[name], trouble)
+            case = Case(trial.name, f"a layer with {trouble}, {name}")
+            problem: Any = ill_posed(
+                CONSTRAINTS[name], trouble
+            )  # some type checkers take a cached_property for no member
             result = trial.solve(case, problem)
             if result is not None:
                 check_result(case, problem, result, fills=False)

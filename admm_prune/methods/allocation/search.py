@@ -6,6 +6,7 @@ is a forward pass over the held-out text. The method of the run then prunes to t
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,10 +163,10 @@ def pattern_search(
                 if chosen == current:  # too short to change a level
                     steps[g] = 0.0 if moved[g] or steps[g] > _LARGEST else _GROWTH * steps[g]
                     continue
-                moved[g], better = True, False
-                if chosen not in seen:
-                    seen.add(chosen)
-                    better = (reached := value(chosen)) < least
+                moved[g] = True
+                reached = math.inf if chosen in seen else value(chosen)
+                seen.add(chosen)
+                better = reached < least
                 if better:
                     z, least, current, improved = trial, reached, chosen, True
                 steps[g] *= _GROWTH if better else -_SHRINKAGE

@@ -128,7 +128,7 @@ class Gradual(Trained):
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         score = Score(fisher="adam" if self.power else "none", power=self.power)
-        settings = {**how, "penalty": math.inf, "score": score, "freeze": 1.0 - self.ramp, "ramp": 1.0}
+        settings: dict[str, Any] = {**how, "penalty": math.inf, "score": score, "freeze": 1.0 - self.ramp, "ramp": 1.0}
         return SparseAdam(**settings, interval=self.interval, total_steps=self.training_steps)
 
 

@@ -62,7 +62,6 @@ class Trained(Capabilities, ABC):
 
     options: ClassVar[tuple[str, ...]] = ("steps", "distillation", *(one.name for one in fields(Engine)))
     stages: ClassVar[Stages | None] = "training"
-    budget: ClassVar[Budget] = "matrix"
 
     name: str
     summary: str
@@ -73,6 +72,10 @@ class Trained(Capabilities, ABC):
     distillation: float = 0.0
     moments: MomentFormat = "full"
     engine: Engine = Engine()
+
+    @property
+    def budget(self) -> Budget:
+        return "matrix"
 
     @property
     def samples(self) -> int:

@@ -272,8 +272,8 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
                 _remove(home)
 
 
-def _forwarded(method: Callable[Concatenate[FolderJournal, P], T]) -> Callable[Concatenate[SharedJournal, P], T]:
-    """The method called in the first process alone."""
+def _forwarded(method: Callable[Concatenate[FolderJournal, P], T]) -> Any:
+    """The method called in the first process alone, with the type that `Journal` declares."""
 
     def call(self: SharedJournal, /, *arguments: P.args, **how: P.kwargs) -> T:
         def called(journal: FolderJournal) -> T:

@@ -98,7 +98,7 @@ class DualUpdate:
             name: WeightUpdate(support_size=numbers["kept"], **{k: x for k, x in numbers.items() if k != "kept"})
             for name, numbers in content["weights"].items()
         }
-        return cls(**{**content, "weights": weights})
+        return cls(**{name: value for name, value in content.items() if name != "weights"}, weights=weights)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `support_size` is stored as "kept"."""
