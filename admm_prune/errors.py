@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from importlib import import_module
@@ -81,6 +82,11 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> 
         what: such as "method".
         otherwise: what else can be done, at the end of the message.
     """
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        return UserError(
+            f"'{name}' is no name of a {what}: MODULE:ATTRIBUTE is for 'check-plugin'; declare an entry point, or pass "
+            "the object to admm_prune.prune"
+        )
     names = list(known)
     listed = ", ".join([*names, *([otherwise] if otherwise else [])])
     return UserError(f"unknown {what} '{name}'{did_you_mean(name, names)}: choose one of {listed}")

@@ -77,7 +77,7 @@ def commands_page() -> str:
 
 def _section(name: str, command: Any) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
-    description, _, example = command.help.partition("Example: ")
+    description, _, example = command.help.replace("\\[", "[").partition("Example: ")
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     usage = " ".join([f"admm-prune {name}", *map(_metavar, arguments), "[OPTIONS]"])
     lines = [f"## {name}", "", f"`{usage}`", "", _paragraphs(description)]

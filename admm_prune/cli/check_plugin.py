@@ -29,7 +29,7 @@ def check_plugin(
     examples: Annotated[int, typer.Option(min=1, help="Number of random instances.")] = 15,
     json: common.Json = False,
 ) -> None:
-    """Check a plug-in with the conformance kit, which needs admm-prune[testing].
+    r"""Check a plug-in with the conformance kit, which needs admm-prune\[testing].
 
     Exit status 0: it conforms; 1: it violates a requirement, which is printed; 2: wrong input.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from admm_prune.cli import common
@@ -48,5 +49,7 @@ def _show(made: Plan) -> None:
     )
     common.show_table(f"time on {made.machine.name} ({made.machine.source})", ["stage", "10^9 operations", "s"], rows)
     common.show_table("disk", ["what", "MB"], [[name, f"{size / 1e6:,.1f}"] for name, size in made.disk.items()])
+    if made.seconds >= 3600:
+        print(f"{timedelta(seconds=round(made.seconds))} in all; fewer --samples or a smaller --length take less")
     for note in made.notes:
         print(note)

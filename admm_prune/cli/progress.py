@@ -64,9 +64,10 @@ def shown_progress(what: str, *, shown: bool = True) -> Generator[Progress]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    shown = shown and logging.getLogger("admm_prune").isEnabledFor(logging.WARNING)  # none with --quiet
+    logger = logging.getLogger("admm_prune")
+    shown = shown and logger.isEnabledFor(logging.WARNING)  # none with --quiet
     if not (console.is_terminal and shown):
-        yield Lines(what, shown)
+        yield Lines(what, shown, steps=not logger.isEnabledFor(logging.INFO))  # the log of --verbose has them
         return
     with Progress(*columns(), console=console) as bars:
         yield Bars(what, bars)
@@ -128,8 +129,8 @@ class Lines:
     Phases without steps are those in which wrong input shows: its message stays the only line.
     """
 
-    def __init__(self, what: str, shown: bool) -> None:
-        self._what, self._shown = what, shown
+    def __init__(self, what: str, shown: bool, *, steps: bool = True) -> None:
+        self._what, self._shown, self._steps = what, shown, steps
         self._of_many = False  # the phases of one of many runs are not shown
         self._begin(what, announce=False)
 
@@ -144,6 +145,8 @@ class Lines:
 
     def step(self, done: int, total: int, label: str = "") -> None:
         interrupts.check()
+        if not self._steps:
+            return
         now = time.monotonic()
         if self._first is None:
             self._first = now, done

@@ -118,10 +118,10 @@ def show_report(report: Report, json: bool, **further: Any) -> None:
             }
         )
         return
-    rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.target}", *report.pruned.formatted()]]
+    rows = [["dense", *report.dense.formatted()], [f"{report.method} {report.label}", *report.pruned.formatted()]]
     model = report.manifest["settings"]["model"]
     common.show_table(f"{model}, {report.pruned.tokens:,} tokens", ["model", *headings()], rows)
     if report.tasks is not None:
-        common.show_tasks(f"{report.method} {report.target}", report.tasks)
+        common.show_tasks(f"{report.method} {report.label}", report.tasks)
     print(f"{100 * report.sparsity:.2f} % of the block matrices are pruned; saved in {out}")
     print(f"report: {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,10 +48,10 @@ def verify(
             for name, value in report.numbers.items()
             if value is not None
         ]
-        common.show_table(f"{target}: recomputed", ["", ""], rows)
-        print(f"recomputed: {', '.join(report.checked)}")
+        common.show_table(f"{target}: recomputed", ["figure", "value"], rows)
+        print(f"recomputed: {_grouped(report.checked)}")
         if report.fingerprinted:
-            print(f"checked by fingerprint alone: {', '.join(report.fingerprinted)}")
+            print(f"checked by fingerprint alone: {_grouped(report.fingerprinted)}")
         for sentence in report.certificates:
             print(sentence)
         for note in report.unchecked:
@@ -60,3 +61,18 @@ def verify(
         print(report.summary())
     if report.verdict.exit_status:
         raise typer.Exit(report.verdict.exit_status)
+
+
+def _grouped(names: list[str]) -> str:
+    """The names, those in a file behind its name, the fields of one object as their number; `--json` has all."""
+    files: dict[str, dict[str, int]] = {}
+    for name in names:
+        file, _, field = name.rpartition(": ")
+        part = re.sub(r"^([\w\[\]]+)\..+", r"\1", field) if file else field
+        files.setdefault(file, {}).setdefault(part, 0)
+        files[file][part] += 1
+    listed = {
+        file: ", ".join(part if count == 1 else f"{part} ({count} fields)" for part, count in parts.items())
+        for file, parts in files.items()
+    }
+    return "; ".join(f"{file}: {text}" if file else text for file, text in listed.items())

@@ -18,6 +18,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def give_default_mode(path: Path) -> None:
+    """Gives a file the permissions that `open` gives: safetensors makes its files readable by the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from admm_prune.data.durable import give_default_mode
 from admm_prune.errors import UserError
 from admm_prune.statistics import check_gram, check_square, check_weight
 
@@ -63,6 +64,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(content, temporary, {MARK: "1", **(metadata or {})})
+        give_default_mode(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -93,8 +95,11 @@ def load_layer_file(path: Path) -> LayerFile:
             names = set(file.keys())
             missing = [name for name in _REQUIRED if name not in names]
             if missing:
+                present = sorted(names)
+                others = f" and {len(present) - 4} more" if len(present) > 5 else ""
                 raise UserError(
-                    f"{path} has no '{missing[0]}': a layer file holds weight and gram, found {sorted(names)}"
+                    f"{path} has no '{missing[0]}': a layer file holds weight and gram, as 'admm-prune capture' writes "
+                    f"it; there are {', '.join(present[:4] if others else present)}{others}"
                 )
             tensors = {name: file.get_tensor(name) for name in (*_REQUIRED, *_OPTIONAL) if name in names}
             metadata = dict(file.metadata() or {})

@@ -54,9 +54,12 @@ class Selection:
         made = cls(_several(targets), _several(ignore), given)
         for pattern in (*made.targets, *made.ignore, *overrides):
             _check(pattern)
-        for _, target in given:
+        for pattern, target in given:
             if target != DENSE:
-                target_named(target)
+                try:
+                    target_named(target)
+                except UserError as error:
+                    raise UserError(f"the override of '{pattern}': {error}") from error
         return made
 
     def __bool__(self) -> bool:
@@ -66,7 +69,8 @@ class Selection:
         """The target, including those of the weights whose target differs.
 
         Raises:
-            UserError: a pattern matches no weight, or is ambiguous, or nothing is left to prune.
+            UserError: a pattern matches no weight, or is ambiguous; an override matches none that is pruned; nothing is
+                left to prune.
         """
         if not self:
             return target
@@ -76,6 +80,9 @@ class Selection:
         everything = set(modules.classes)
         chosen = set().union(*(fits[pattern] for pattern in self.targets)) if self.targets else everything
         chosen = chosen - set().union(*(fits[pattern] for pattern in self.ignore))
+        for pattern, _ in self.overrides:
+            if not fits[pattern] & chosen:
+                raise UserError(f"the override '{pattern}' has no effect: targets and ignore leave out all it matches")
         overrides = {name: text for pattern, text in self.overrides for name in fits[pattern]}
         chosen -= {name for name, text in overrides.items() if text == DENSE}
         if not chosen:

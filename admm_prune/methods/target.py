@@ -105,7 +105,8 @@ def _sparsity(text: str | float) -> Target:
     except (TypeError, ValueError):
         raise UserError(f"sparsity must be a number from 0 to 1, not '{text}'") from None
     if not 0.0 <= value <= 1.0:
-        raise UserError(f"sparsity must lie between 0 and 1, not {text}")
+        percent = f" (did you mean {value / 100:g}?)" if 5.0 <= value <= 100.0 else ""
+        raise UserError(f"sparsity must lie between 0 and 1, not {text}{percent}")
     return Target(sparsity=value)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from admm_prune.data.durable import give_default_mode
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
@@ -164,6 +165,8 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
                 loaded.offloading.save(folder)
             else:
                 loaded.model.save_pretrained(folder)
+                for path in folder.glob("*.safetensors"):
+                    give_default_mode(path)
             loaded.tokenizer.save_pretrained(folder)
     finally:  # the caller's model keeps its own metadata
         if before is missing:

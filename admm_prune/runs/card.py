@@ -48,7 +48,7 @@ def _metadata(report: Report) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["pruning", kind, "admm-prune", report.method],
         datasets=None if dataset is None else [dataset],
-        model_name=f"{_short(model)}-{report.method}-{report.target}",
+        model_name=f"{_short(model)}-{report.method}-{report.label}",
         eval_results=list(_results(report)),
         **_inherited(model, revision),
     )
@@ -113,7 +113,7 @@ def _body(report: Report, recipe: str | None) -> Iterator[str]:
     model, structured = settings["model"], bool(report.details.get("units"))
     base = model if report.manifest["model_revision"] is None else f"[{model}](https://huggingface.co/{model})"
     base = base if is_repository(model) else f"{_short(model)} (a local model)"
-    yield f"# {_short(model)}, pruned to {report.target} by {report.method}\n"
+    yield f"# {_short(model)}, pruned to {report.label} by {report.method}\n"
     what = "removed with their rows or columns, which makes the model smaller" if structured else "zero"
     yield (
         f"{base}, pruned with [admm-prune](https://pypi.org/project/admm-prune/) {_version(report)}. "

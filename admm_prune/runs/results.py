@@ -169,8 +169,14 @@ class Report:
         )
 
     @property
+    def label(self) -> str:
+        """The target; where `targets`, `ignore` or `overrides` choose the weights, the fraction of all of them that was
+        pruned, such as "4.7%"."""
+        return f"{100 * self.sparsity:.1f}%" if any(self.manifest["settings"]["selection"].values()) else self.target
+
+    @property
     def _title(self) -> str:
-        return f"{self.method}, {self.target} of {self.manifest['settings']['model']}"
+        return f"{self.method}, {self.label} of {self.manifest['settings']['model']}"
 
 
 def load_report(folder: str | Path) -> Report:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from admm_prune.errors import named_extra
+from admm_prune.errors import did_you_mean, named_extra
 from admm_prune.settings import options
 
 P = ParamSpec("P")
@@ -28,6 +28,10 @@ def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callabl
     def wrap(function: Callable[[S], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
+            for name in given:
+                if name not in declared:
+                    near = did_you_mean(name, declared)
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument '{name}'{near}")
             try:
                 return function(kind(*args, **given))
             except ModuleNotFoundError as error:

@@ -89,6 +89,11 @@ def test_the_installed_script_refuses_in_one_line(tmp_path: Path, text_file: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_the_help_shows_extras_in_brackets(command: Command) -> None:
+    for arguments in (("--help",), ("check-plugin", "--help")):
+        assert "admm-prune[testing]" in command(*arguments).out.replace("\n", "")
+
+
 def test_the_version(command: Command) -> None:
     assert command("--version").out == f"admm-prune {admm_prune.__version__}\n"
 

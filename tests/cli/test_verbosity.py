@@ -38,6 +38,7 @@ def test_what_a_run_writes_to_stderr(command: Command, model_folder: Path, noted
     assert quiet == ""
     assert re.search(r"^\d\d:\d\d:\d\d evaluating the dense model \.\.\.$", verbose, flags=re.MULTILINE)
     assert re.search(r"^\d\d:\d\d:\d\d block 1: .*sparsity 0\.5", verbose, flags=re.MULTILINE)
+    assert "pruning: 1/2" not in verbose, "the log has the blocks already"
     assert "note: " in verbose
     assert logging.getLogger("admm_prune").handlers == [], "the handler is removed with the command"
 

@@ -88,6 +88,9 @@ def test_a_genuine_run_is_verified(command: Command, pruned: Path) -> None:
     table = command("verify", pruned, "--quick")
     assert table.status == 0
     assert table.out.splitlines()[-1] == "verified, without the perplexity (--quick)"
+    fields = sum(name.startswith("admm_prune.json: layers[].") for name in content["fingerprinted"])
+    assert f"layers[] ({fields} fields)" in table.out, "the names of all fields are for --json"
+    assert "layers[].bound" not in table.out
     for field in ("settings.ridge", "environment", "layers[].bound", "dense", "notes"):
         assert f"admm_prune.json: {field}" in content["fingerprinted"]
     assert {"tokenizer.json", "report.html", "timings.json"} <= set(content["fingerprinted"])

@@ -38,6 +38,8 @@ CASES = [
     (f"{RUN} --method sparsgpt", "unknown method 'sparsgpt' (did you mean 'sparsegpt'?): choose one of magnitude"),
     (f"{RUN} --method ADMM-fast", "unknown method 'ADMM-fast' (did you mean 'admm-fast'?)"),
     (f"{RUN} --method ''", "unknown method ''"),
+    (f"{RUN} --method my_parts:IHT", "'my_parts:IHT' is no name of a method: MODULE:ATTRIBUTE is for 'check-plugin'"),
+    (f"{RUN} --problem my.parts:Loss", "'my.parts:Loss' is no name of a problem"),
     (f"{RUN} --problem layr", "unknown problem 'layr' (did you mean 'layer'?): choose one of layer"),
     (f"{RUN} --constraint rowwise", "unknown constraint 'rowwise' (did you mean 'row-wise'?)"),
     (f"{RUN} --packing document", "not 'document' (did you mean 'documents'?)"),
@@ -72,7 +74,7 @@ CASES = [
     (f"{RUN} --override up_proj=5:4", "pattern 5:4 must keep from 1 to 4 of every 4"),
     # numbers
     ("run --model MODEL --data TEXT --sparsity 50% --out out", "sparsity must be a number from 0 to 1, not '50%'"),
-    ("run --model MODEL --data TEXT --sparsity 50 --out out", "sparsity must lie between 0 and 1, not 50"),
+    ("run --model MODEL --data TEXT --sparsity 50 --out out", "must lie between 0 and 1, not 50 (did you mean 0.5?)"),
     ("run --model MODEL --data TEXT --pattern 2:4:8 --out out", "pattern must be N:M"),
     ("run --model MODEL --data TEXT --out out", "give either a sparsity such as 0.7 or a pattern such as 2:4"),
     (f"{RUN} --samples many", "'--samples': Input should be a valid integer"),

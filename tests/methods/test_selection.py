@@ -94,6 +94,20 @@ def test_targets_ignore_and_overrides_take_ends_of_names() -> None:
     assert "model.layers.1.mlp.up_proj.weight" not in layers, "it has the target of the run"
 
 
+@pytest.mark.parametrize("how", [{"targets": "q_proj"}, {"ignore": "v_proj"}])
+def test_an_override_of_what_is_not_pruned_is_refused(how: dict[str, str]) -> None:
+    selection = Selection.of(**how, overrides={"v_proj": 0.3})
+    with pytest.raises(UserError, match="the override 'v_proj' has no effect: targets and ignore leave out all"):
+        selection.applied(build("llama", layers=2), Target(0.5))
+
+
+def test_a_wrong_target_of_an_override_names_it() -> None:
+    with pytest.raises(
+        UserError, match=r"the override of 'q_proj': sparsity must lie between 0 and 1, not 12 \(did you"
+    ):
+        Selection.of(overrides={"q_proj": 12})
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [("sparsgpt", "'sparsegpt'"), ("ADMM", "'admm'"), ("wan", "'wanda'"), ("zzz", ""), ("", "")],

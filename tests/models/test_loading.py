@@ -65,6 +65,8 @@ def test_a_pruned_model_reloads_to_the_bit(
         assert torch.equal(again(input_ids=IDS).logits, pruned.model(input_ids=IDS).logits)
         for name, parameter in pruned.model.named_parameters():
             assert torch.equal(again.get_parameter(name), parameter)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "pruned").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "safetensors makes files that their owner alone can read"
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert (

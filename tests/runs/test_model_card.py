@@ -59,6 +59,15 @@ def test_the_metadata_are_what_the_hub_reads(report: Report) -> None:
     assert result["dataset"] == {"name": "stories.txt (last 10%)", "type": "text"}
 
 
+def test_a_card_of_chosen_matrices_names_the_fraction_that_was_pruned(report: Report) -> None:
+    assert report.label == "50%"
+    chosen = {"targets": ["q_proj"], "ignore": [], "overrides": []}
+    settings = report.manifest["settings"] | {"selection": chosen}
+    card = altered(report, sparsity=0.0472, manifest=report.manifest | {"settings": settings})
+    assert "# tiny, pruned to 4.7% by wanda" in card
+    assert "tiny-wanda-4.7%" in card
+
+
 def test_the_text_has_the_figures_with_their_protocol_and_no_folder(report: Report) -> None:
     assert report.out is not None
     text = (report.out / "README.md").read_text()

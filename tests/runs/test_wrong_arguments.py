@@ -93,6 +93,14 @@ def test_prune_refuses(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_misspelt_argument_is_named_as_in_python() -> None:
+    misspelt: dict[str, Any] = {"sparcity": 0.5}
+    with pytest.raises(
+        TypeError, match=r"prune\(\) got an unexpected keyword argument 'sparcity' \(did you mean 'sparsity'"
+    ):
+        admm_prune.prune("embedded", **misspelt)
+
+
 @pytest.mark.parametrize(
     ("folder", "reason"),
     [
