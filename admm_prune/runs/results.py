@@ -17,7 +17,7 @@ from admm_prune.runs.claims import DIGEST
 from admm_prune.runs.hub import push_to_hub
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.manifest import Phase
-from admm_prune.runs.report.content import mean_error, place_of
+from admm_prune.runs.report.content import label_of, mean_error, place_of
 from admm_prune.runs.report.pages import REPORT, read_run
 
 if TYPE_CHECKING:
@@ -170,9 +170,8 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The target; where `targets`, `ignore` or `overrides` choose the weights, the fraction of all of them that was
-        pruned, such as "4.7%"."""
-        return f"{100 * self.sparsity:.1f}%" if any(self.manifest["settings"]["selection"].values()) else self.target
+        """The target; with `targets`, `ignore` or `overrides`, the fraction of all weights that was pruned, as "4.7%"."""
+        return label_of(self.target, self.sparsity, self.manifest["settings"]["selection"])
 
     @property
     def _title(self) -> str:

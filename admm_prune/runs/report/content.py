@@ -71,6 +71,12 @@ def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
     return list(layers_with.items())
 
 
+def label_of(target: str, sparsity: float, selection: Mapping[str, Any]) -> str:
+    """The target; where targets, ignore or overrides choose the weights, the fraction of all of them that was pruned,
+    such as "4.7%"."""
+    return f"{100 * sparsity:.1f}%" if any(selection.values()) else target
+
+
 def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """For each row of a comparison, whether its first primary metric is the best at its target; None is no number."""
     sign = 1 if METRICS[RANKING].lower_is_better else -1

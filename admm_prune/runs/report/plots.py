@@ -171,7 +171,7 @@ def sparsity_map(layers: Sequence[Layer], weights: Weights) -> str | None:
         return None
     figure, (axes,) = panels(height=min(_MOST_ROWS, 1.3 + 0.42 * len(blocks)))
     axes.grid(visible=False)
-    colours = colormaps["cividis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.2))
+    colours = colormaps["viridis"].with_extremes(bad=(0.5, 0.5, 0.5, 0.2))
     most = max(0.1, math.ceil(10 * float(np.nanmax(picture))) / 10)
     image = axes.imshow(picture, cmap=colours, vmin=0, vmax=most, interpolation="nearest", aspect="auto")
     for x, y, gid in areas:  # invisible: they carry the titles
