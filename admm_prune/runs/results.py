@@ -170,7 +170,7 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The target; with `targets`, `ignore` or `overrides`, the fraction of all weights that was pruned, as "4.7%"."""
+        """The target; with `targets`, `ignore` or `overrides`, the fraction of all weights pruned, as "4.7%"."""
         return label_of(self.target, self.sparsity, self.manifest["settings"]["selection"])
 
     @property
