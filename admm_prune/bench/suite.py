@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -171,6 +172,8 @@ def bench_gpu(
 ) -> dict[str, Any]:
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
 
+    Until then each row is a line of `out`.rows.jsonl beside it, which a run that is stopped leaves behind.
+
     Args:
         device: "cuda", or "cpu" to try everything without a GPU.
         small: tiny shapes.
@@ -195,9 +198,13 @@ def bench_gpu(
     progress(0, 0, "measuring the ceilings of the device")
     ceilings = measured(where, width=size.ceiling_width, entries=size.ceiling_entries)
     heard: list[Measurement] = []
+    so_far = out.with_name(f"{out.name}.rows.jsonl")
+    so_far.unlink(missing_ok=True)
 
     def tell(row: Measurement) -> None:
         heard.append(row)
+        with so_far.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite({**asdict(row), "reached": row.reached})) + "\n")
         progress(len(heard), 0, f"{row.section}: {row.name}, {row.case}: {row.status}")
 
     runner = Runner(where, ceilings, budget - (time.perf_counter() - began), tell)
@@ -224,6 +231,7 @@ def bench_gpu(
     with output_folder(out, overwrite=overwrite) as folder:
         write_json(folder / MANIFEST, finite(content))
         (folder / "gpu.txt").write_text(rendered(content, runner.rows, ceilings), encoding="utf-8")
+    so_far.unlink(missing_ok=True)
     return content
 
 
