@@ -24,7 +24,18 @@ from admm_prune.ops.quantization import Stored
 from admm_prune.ops.triton import adam, packed, selection, splitting, sweep
 
 # Called by kernels.
-HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row", "ones_of"}
+HELPERS = {
+    "key_of",
+    "_set_range",
+    "_bit",
+    "_anchor",
+    "_first",
+    "_root",
+    "_round_half_even",
+    "part_of_row",
+    "runs_of_row",
+    "ones_of",
+}
 compiled: dict[str, int] = {}
 
 

@@ -55,24 +55,47 @@ def test_the_largest_of_all(device, kind, entries, keep) -> None:
     assert torch.equal(selection.threshold(x, keep), twin(selection.threshold, x, keep))
 
 
-@pytest.mark.parametrize("kind", ["spread", "ties"])
-@pytest.mark.parametrize("keep", [1, 900, 2200])
+def wide(entries: int) -> Tensor:
+    """Numbers of both signs over all binades of float32, infinities and denormal numbers included."""
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (entries,), generator=torch.Generator().manual_seed(0))
+    x = bits.to(torch.int32).view(torch.float32)
+    return torch.where(x.isnan(), torch.inf, x)
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "bfloat16", "wide"])
+@pytest.mark.parametrize("keep", [1, 900, 2299])
 def test_a_bracket_from_a_sample(device, kind, keep) -> None:
     from admm_prune.ops.triton import selection as fused
 
-    x = drawn(kind, (2300,), device)
+    x = wide(2300).to(device) if kind == "wide" else drawn(kind, (2300,), device)
     mask, bad = fused.largest(x, keep, direct=0)
     assert torch.equal(mask, twin(selection.largest, x, keep))
     assert not bool(bad)
 
 
-def test_a_sample_that_misleads_is_found_out(device) -> None:
+@pytest.mark.parametrize("keep", [1, 500, 1400])
+@pytest.mark.parametrize("low", [True, False])
+def test_a_sample_that_misleads_is_found_out(device, keep, low) -> None:
+    """All of it lies below the other scores, or above them."""
     from admm_prune.ops.triton import selection as fused
 
-    x = torch.arange(2300.0, device=device) + 1.0
-    x[:: 2300 // 143 | 1] = 0.0  # all that the sample sees
-    mask, _ = fused.largest(x, 500, direct=0)
-    assert torch.equal(mask, twin(selection.largest, x, 500))
+    x = torch.linspace(1.0, 2.0, 2300, device=device)
+    sampled = slice(None, None, 2300 // 143 | 1)
+    x[sampled] = 0.5 * x[sampled] - 0.5 if low else x[sampled] + 10
+    mask, bad = fused.largest(x, keep, direct=0)
+    assert torch.equal(mask, twin(selection.largest, x, keep))
+    assert not bool(bad)
+
+
+def test_ties_are_placed_across_the_parts_of_programs(device) -> None:
+    """Of 5000 equal scores in five parts the first 3100 are kept, beside the larger ones."""
+    from admm_prune.ops.triton import selection as fused
+
+    x = torch.ones(2, 5000, device=device)
+    x[0, ::7], x[1, ::3] = 2.0, 0.0
+    for direct in (0, 1 << 20):
+        mask, _ = fused.largest_of_each(x, 3100, direct=direct)
+        assert torch.equal(mask, torch.stack([twin(selection.largest, row, 3100) for row in x]))
 
 
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
@@ -84,16 +107,17 @@ def test_the_largest_of_rows(device, kind, width, keep) -> None:
 
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
 @pytest.mark.parametrize(("count", "width", "keep"), [(1, 1500, 3), (3, 1100, 700), (2, 16, 15)])
-def test_the_largest_of_each_of_several(device, kind, count, width, keep) -> None:
+@pytest.mark.parametrize("direct", [0, 1 << 20])
+def test_the_largest_of_each_of_several(device, kind, count, width, keep, direct) -> None:
     """By the launches that serve one tensor: rows of any width, whose masks are those of the rows alone."""
     from admm_prune.ops.triton import selection as fused
 
     x = drawn(kind, (count, width), device)
-    mask, bad = fused.largest_of_each(x, keep)
+    mask, bad = fused.largest_of_each(x, keep, direct=direct)
     assert torch.equal(mask, torch.stack([twin(selection.largest, row, keep) for row in x]))
     assert not bool(bad)
     x[-1, 3] = math.nan
-    assert bool(fused.largest_of_each(x, keep)[1])
+    assert bool(fused.largest_of_each(x, keep, direct=direct)[1])
 
 
 def test_several_tensors_wider_than_a_row_go_there(device, monkeypatch) -> None:
