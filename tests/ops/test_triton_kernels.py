@@ -278,7 +278,7 @@ def narrow_step(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     exact_m = 0.9 * quantization.from_signed_log(first.values, first.scales) + 0.1 * gradient.float()
     exact_v = 0.99 * quantization.from_unsigned_log(second.values, second.scales) ** 2 + 0.01 * gradient.float() ** 2
     settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-    adam.step_(x, gradient, first, second, steps=4, factor=1.0, pull=None, seed=seed, settings=settings)
+    adam.step_([adam.Update(x, gradient, first, second, steps=4, seed=seed)], factor=1.0, settings=settings)
     m = quantization.from_signed_log(first.values, first.scales)
     root = quantization.from_unsigned_log(second.values, second.scales)
     return x, m, root, exact_m, exact_v.sqrt()
@@ -300,6 +300,66 @@ def test_moments_in_8_bits(device) -> None:
     assert all(torch.equal(a, b) for a, b in zip((x, m, root), again[:3], strict=True))
 
 
+def updates(device: str, moments: str) -> list:
+    """Of matrices of several widths, one of them without alignment, a vector and a scalar, some with a support."""
+    from admm_prune.ops.triton import adam
+
+    made = []
+    for number, shape in enumerate([(5, 256), (3, 300), (4, 7), (2, 1500), (6,), ()]):
+        x, g, m = (drawn("spread", (*shape, 1 + i), device)[..., 0].contiguous() for i in (number, 7, 9))
+        root = m.abs() * 0.1
+        first, second = Stored(m), Stored(root.square())
+        if moments == "int8" and len(shape) == 2:
+            first = Stored(*quantization.to_signed_log(m))
+            second = Stored(*quantization.to_unsigned_log(root))
+        support = bits.pack(g > 0) if number in (1, 3) else None
+        pull = {"rho": 0.3, "anchor": Stored(torch.zeros_like(x))} if number < 2 else {}
+        made.append(adam.Update(x, g, first, second, 3 + number, support=support, seed=number, **pull))
+    return made
+
+
+@pytest.mark.parametrize("moments", ["full", "int8"])
+def test_a_step_of_many_tensors_is_that_of_each(device, moments, monkeypatch) -> None:
+    """Bit for bit, whichever programs share them."""
+    from admm_prune.ops.triton import adam
+
+    settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    alone, together = updates(device, moments), updates(device, moments)
+    for one in alone:
+        adam.step_([one], factor=0.5, settings=settings)
+    monkeypatch.setattr(adam, "_PROGRAMS", 1)  # several turns for each program
+    adam._shared.cache_clear()
+    adam.step_(together, factor=0.5, settings=settings)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours.x, theirs.x)
+        assert torch.equal(ours.first.values, theirs.first.values)
+        assert torch.equal(ours.second.values, theirs.second.values)
+    found = adam.norms(together)
+    adam._shared.cache_clear()
+    for norm, one in zip(found.tolist(), together, strict=True):
+        g = one.gradient if one.support is None else one.gradient * bits.unpack(one.support, one.width)
+        assert norm == pytest.approx(float(g.double().norm()), rel=1e-6)
+    together[1].gradient[0, 0] = math.inf
+    assert not math.isfinite(adam.norms(together)[1])
+
+
+def test_random_bits_are_spread_evenly(device) -> None:
+    """Of zero gradients a weight between two bfloat16 numbers moves by its weight decay, in the mean."""
+    from admm_prune.ops.triton import adam
+
+    x = torch.full((64, 1024), 1.0, dtype=torch.bfloat16, device=device)
+    zero = Stored(torch.zeros(64, 1024, device=device)), Stored(torch.zeros(64, 1024, device=device))
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    adam.step_([adam.Update(x, torch.zeros_like(x), *zero, seed=1 << 55)], factor=1.0, settings=settings)
+    assert set(x.unique().tolist()) == {1.0, 1.0 - 2.0**-8}
+    share = 0.001 * 2**8  # of the entries that are rounded down
+    rows, columns = (x == 1.0).double().mean(1), (x == 1.0).double().mean(0)
+    assert float((x == 1.0).double().mean()) == pytest.approx(1 - share, abs=4 * (share / 65536) ** 0.5)
+    for means, count in ((rows, 1024), (columns, 64)):
+        deviation = float(means.std()) / (share * (1 - share) / count) ** 0.5
+        assert 0.7 < deviation < 1.3
+
+
 def test_bfloat16_weights_are_rounded_at_random(device) -> None:
     x = drawn("bfloat16", (2, 300), device)
     exact, *_ = narrow_step(x.float(), seed=1)
@@ -315,14 +375,14 @@ def test_bfloat16_weights_are_rounded_at_random(device) -> None:
 
 @pytest.mark.parametrize("fisher", ["none", "adam", "int8"])
 def test_scores(device, fisher) -> None:
-    from admm_prune.ops.triton import adam
+    from admm_prune.ops.triton import supports
 
     x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
     mask = drawn("spread", (2, 301), device)[:, :300] > 0
     v = drawn("spread", (2, 302), device)[:, :300].abs().contiguous()
     codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
     second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
-    ours = adam.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
+    ours = supports.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
     factor = {
         "none": torch.ones_like(v),
         "adam": v.sqrt(),

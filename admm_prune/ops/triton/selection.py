@@ -354,8 +354,9 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     """Marks the `keep` largest, 0 < keep < n; and whether there was a NaN, on the device.
 
     Up to `direct` entries three histograms of all of them find the threshold. Above it a sampled bracket does (Floyd
-    and Rivest, 1975): one read where the bracket has at most 2^18 keys, which it nearly always has, and else two; three or
-    four where it missed. One more read writes the mask, and parts with ties of which some are dropped are read again.
+    and Rivest, 1975): one read where the bracket has at most 2^18 keys, which it nearly always has, and else two;
+    three or four where it missed. One more read writes the mask, and parts with ties of which some are dropped are read
+    again.
     """
     flat = score.contiguous().view(1, -1)
     mask, bad = _marked(flat, _search(flat, keep, direct=direct))
