@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from admm_prune.ops import backend
 from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Problem
@@ -60,7 +61,7 @@ class State:
             self.batch.read()
         unread, self.unread = self.unread, []
         self.update.check()
-        if not unread or not unread[0].numbers[0].is_cuda:
+        if not unread or not backend.on_device(unread[0].numbers[0]):
             return unread
         rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
         count = len(unread[0].numbers)
