@@ -174,8 +174,8 @@ def _unless_nan(mask: Tensor, bad: Tensor) -> Tensor:
 
 
 def _refuse(bad: Tensor) -> None:
-    """Raises ValueError where `bad` says that a score is NaN."""
+    """Raises ValueError where an entry of `bad` says that a score is NaN."""
     if _unchecked and backend.on_device(bad):
         return
-    if bool(bad):
+    if bool(bad.any()):
         raise ValueError("scores contain NaN: there is no largest")

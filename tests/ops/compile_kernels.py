@@ -67,6 +67,7 @@ def launch_all() -> None:
         splitting.to_target_(z, z, given, 0.7, 1.3)
         splitting.relax_(z, z, given, root if given is None else None, z, 1.3)
         splitting.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
+    splitting.split(z)
     columns, factor = torch.randn(512, 100), torch.eye(512)
     for keep, stop, pattern in (
         (columns > 0, 128, (1, 1)),

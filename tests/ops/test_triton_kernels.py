@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
-from admm_prune.ops import backend, bits, packed, quantization, selection, splitting
+from admm_prune.ops import backend, bits, packed, precision, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
 from admm_prune.solvers.obs import SparseGPT
@@ -70,7 +70,7 @@ def test_a_bracket_from_a_sample(device, kind, keep) -> None:
     x = wide(2300).to(device) if kind == "wide" else drawn(kind, (2300,), device)
     mask, bad = fused.largest(x, keep, direct=0)
     assert torch.equal(mask, twin(selection.largest, x, keep))
-    assert not bool(bad)
+    assert not bool(bad.any())
 
 
 @pytest.mark.parametrize("keep", [1, 500, 1400])
@@ -84,7 +84,7 @@ def test_a_sample_that_misleads_is_found_out(device, keep, low) -> None:
     x[sampled] = 0.5 * x[sampled] - 0.5 if low else x[sampled] + 10
     mask, bad = fused.largest(x, keep, direct=0)
     assert torch.equal(mask, twin(selection.largest, x, keep))
-    assert not bool(bad)
+    assert not bool(bad.any())
 
 
 def test_ties_are_placed_across_the_parts_of_programs(device) -> None:
@@ -115,9 +115,9 @@ def test_the_largest_of_each_of_several(device, kind, count, width, keep, direct
     x = drawn(kind, (count, width), device)
     mask, bad = fused.largest_of_each(x, keep, direct=direct)
     assert torch.equal(mask, torch.stack([twin(selection.largest, row, keep) for row in x]))
-    assert not bool(bad)
+    assert not bool(bad.any())
     x[-1, 3] = math.nan
-    assert bool(fused.largest_of_each(x, keep, direct=direct)[1])
+    assert bool(fused.largest_of_each(x, keep, direct=direct)[1].any())
 
 
 def test_several_tensors_wider_than_a_row_go_there(device, monkeypatch) -> None:
@@ -192,6 +192,18 @@ def test_admm_between_two_products_of_several_problems(device) -> None:
         assert torch.equal(together, joined)
     for ours, theirs in zip(run(slice(0, 6), roots), twin(run, slice(0, 6), roots), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1030), (2, 3, 40)])
+def test_numbers_are_split_as_torch_rounds_them(device, shape) -> None:
+    """Infinities, denormal numbers and numbers halfway between two others included."""
+    x = drawn("spread", shape, device)
+    x.view(-1)[:6] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -torch.inf, 1e-40, -0.0, 3.4e38])
+    high = x.to(torch.bfloat16)
+    expected = torch.cat([high, high, (x - high).to(torch.bfloat16)], dim=-1)
+    torch.testing.assert_close(precision._split(x), expected, rtol=0, atol=0, equal_nan=True)
+    x[..., 1] = math.nan
+    assert bool(precision._split(x)[..., 1].isnan().all())
 
 
 @pytest.mark.parametrize("width", [1, 8, 1030])

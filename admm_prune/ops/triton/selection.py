@@ -380,7 +380,7 @@ def _marked(flat: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
     mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     mark_kernel[(programs, matrices)](flat, total, control, ties, mask.view(torch.uint8), **part)
     place_ties_kernel[(programs, matrices)](flat, total, control, ties.cumsum(1), mask.view(torch.uint8), **part)
-    return mask, control[:, NAN].amax()
+    return mask, control[:, NAN]
 
 
 def _search(flat: Tensor, keep: int, *, direct: int = _DIRECT) -> Tensor:
