@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO ?= demo
+GPU_ARGS ?= -p tests.gpu_run --results gpu-tests.jsonl --limit 60 -m gpu -v -n 8 --dist worksteal
 
 BIN := .venv/bin
 RUNTIME := .venv/.runtime
@@ -30,9 +31,9 @@ test-all: $(INSTALLED) ## every test that this machine can run
 	$(ONE_THREAD) $(PYTEST) $(PYTEST_ARGS) -m 'not gpu'
 	@$(MAKE) --no-print-directory gpu
 
-gpu: $(INSTALLED) ## the tests that need a CUDA device; says so where there is none
+gpu: $(INSTALLED) ## the tests that need a CUDA device, in at most 4 minutes, into gpu-tests.jsonl; says so where there is none
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-		then $(PYTEST) -m gpu; else echo 'no CUDA device: the tests marked gpu are left out'; fi
+		then TRITON_CACHE_DIR=$(CURDIR)/.triton timeout 240 $(PYTEST) $(GPU_ARGS) tests; else echo 'no CUDA device: the tests marked gpu are left out'; fi
 
 bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/README.md has the larger ones
 	$(ONE_THREAD) $(PYTEST) benchmarks/micro -p no:xdist --benchmark-timer=time.process_time $(BENCH_ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,22 +164,27 @@ def _baselines(layer: SharedData[Layer], target: Target) -> Iterator[Case]:
 
         return run
 
-    def alps_work(iterations: int) -> Work:
+    def alps_work(iterations: int, dtype: str) -> Work:
         products = 2.0 * size * layer.width * (iterations + 11) + 2.0 * layer.width**3 * (1 + iterations / 3)
-        return Work({"float64": products + 9.0 * layer.width**3})
+        return Work({dtype: products + 9.0 * layer.width**3})
 
     def sparsegpt_work(iterations: int) -> Work:
         return Work({"float32": float(size) * layer.width + 4 / 3 * layer.width**3}, 8.0 * size)
 
     case = f"{layer.rows}x{layer.width} {target}"
     named: dict[str, Any] = {"section": SECTION, "case": case, "baseline": True}
-    yield Case(
-        **named,
-        name="ALPS, straightforward float64",
-        run=timed(lambda data: baselines.alps(data.weight, data.gram, constraint), alps_work),
-        needs=8.0 * (9 * size + 6 * layer.width**2),
-        limit=25.0,
-    )
+    for dtype in (torch.float64, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield Case(
+            **named,
+            name=f"ALPS, straightforward {name}",
+            run=timed(
+                partial(_alps, constraint=constraint, dtype=dtype),
+                partial(alps_work, dtype=name),
+            ),
+            needs=dtype.itemsize * (9 * size + 6 * layer.width**2),
+            limit=25.0,
+        )
     yield Case(
         **named,
         name="SparseGPT, straightforward",
@@ -191,6 +197,10 @@ def _baselines(layer: SharedData[Layer], target: Target) -> Iterator[Case]:
         needs=4.0 * (4 * size + 5 * layer.width**2),
         limit=25.0,
     )
+
+
+def _alps(layer: Layer, constraint: SparseSet, dtype: torch.dtype) -> baselines.Solution:
+    return baselines.alps(layer.weight, layer.gram, constraint, dtype=dtype)
 
 
 def solver_work(name: str, solver: Solver, rows: int, width: int, iterations: int) -> Work:

@@ -80,16 +80,34 @@ class Configuration:
     baseline: bool = False
 
 
+class ClippedAdam(torch.optim.Adam):
+    """`torch.optim.Adam` after `clip_grad_norm_`, which `SparseAdam` does in its own step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        return super().step(closure)
+
+
 def _sparse(**how: Any) -> Make:
     return lambda parameters: SparseAdam(parameters, sparsity=_SPARSITY, lr=1e-4, interval=1 << 20, **how)
 
 
+ADAM, CLIPPED = "torch.optim.Adam(fused=True), float32", "torch.optim.Adam(fused=True), clip_grad_norm_, float32"
 CONFIGURATIONS = (
     Configuration(
-        "torch.optim.Adam(fused=True), float32",
+        ADAM,
         lambda parameters: torch.optim.Adam(parameters, lr=1e-4, fused=True),
         torch.float32,
         28.0,
+        16.0,
+        baseline=True,
+    ),
+    Configuration(
+        CLIPPED,
+        lambda parameters: ClippedAdam(parameters, lr=1e-4, fused=True),
+        torch.float32,
+        40.0,
         16.0,
         baseline=True,
     ),

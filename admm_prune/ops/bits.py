@@ -24,7 +24,7 @@ def pack(mask: Tensor) -> Tensor:
     Rows are packed one by one, so that a tensor may be cut or sharded between its rows.
     """
     if mask.numel() and backend.uses_triton(mask):
-        from admm_prune.ops.triton import adam as fused
+        from admm_prune.ops.triton import supports as fused
 
         return fused.pack(mask, packed_width(mask.shape[-1]))
     short = -mask.shape[-1] % _PER_BYTE
@@ -37,7 +37,7 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, width: int) -> Tensor:
     """The inverse of `pack`: (..., ceil(width / 8)) uint8 -> (..., width) bool."""
     if bits.numel() and bits.is_contiguous() and backend.uses_triton(bits):
-        from admm_prune.ops.triton import adam as fused
+        from admm_prune.ops.triton import supports as fused
 
         return fused.unpack(bits, width)
     return _entries(bits, torch.bool)[..., :width]
@@ -46,7 +46,7 @@ def unpack(bits: Tensor, width: int) -> Tensor:
 def restrict_(x: Tensor, bits: Tensor) -> None:
     """x <- M x, in place, for x (..., width) and M packed."""
     if x.numel() and x.is_contiguous() and bits.is_contiguous() and backend.uses_triton(x, *_FLOATS):
-        from admm_prune.ops.triton import adam as fused
+        from admm_prune.ops.triton import supports as fused
 
         fused.restrict_(x, bits)
     else:

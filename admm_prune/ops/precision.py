@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import tree_map
 
+from admm_prune.ops import backend
+
 _MKLDNN: Any = torch.backends.mkldnn  # its types lack `matmul`
 _BACKENDS = (torch.backends.cuda.matmul, _MKLDNN.matmul)
 _FULL = ("ieee", "none")
@@ -114,6 +116,10 @@ def _is_split(a: Tensor, b: Tensor) -> bool:
 
 def _split(a: Tensor) -> Tensor:
     """[A1, A1, A2] (..., m, 3 k)."""
+    if a.is_contiguous() and backend.uses_triton(a, torch.float32):
+        from admm_prune.ops.triton import splitting as fused
+
+        return fused.split(a)
     high = a.to(torch.bfloat16)
     return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
@@ -107,7 +109,7 @@ def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision 
     return products.multiply(factor, products.prepared(factor.mT, precision), out=torch.empty_like(matrix))
 
 
-def check_factored(failed: list[Tensor]) -> None:
+def check_factored(failed: Sequence[Tensor]) -> None:
     """Raises torch.linalg.LinAlgError where one of the factorizations failed."""
     if failed and bool(torch.cat([one.view(-1) for one in failed]).any()):
         raise LinAlgError("the matrix is not positive definite in its own precision: raise the ridge")

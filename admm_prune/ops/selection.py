@@ -13,7 +13,6 @@ from admm_prune.ops import backend
 
 _TRITON = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of Triton's kernels; float64 uses plain torch
 _WIDEST_ROW, _WIDEST_GROUP = 1 << 15, 32  # limits of Triton's kernels
-_LARGEST_OF_EACH = 1 << 25  # entries of one of several tensors: above it a bracket costs less than histograms of all
 
 _FEWEST, _MOST = 1 << 11, 1 << 14  # scores sampled to guess where the threshold lies; 1 in 64 between
 _PART = 1 << 18  # scores compared at once on the CPU
@@ -92,11 +91,7 @@ def largest(score: Tensor, keep: int) -> Tensor:
 def largest_of_each(score: Tensor, keep: int) -> Tensor:
     """Marks the `keep` largest entries of each of several tensors (tensors, ...)."""
     flat = score.reshape(len(score), -1)
-    if (
-        _WIDEST_ROW < flat.shape[1] < _LARGEST_OF_EACH
-        and 0 < keep < flat.shape[1]
-        and backend.uses_triton(flat, *_TRITON)
-    ):
+    if flat.shape[1] > _WIDEST_ROW and 0 < keep < flat.shape[1] and backend.uses_triton(flat, *_TRITON):
         from admm_prune.ops.triton import selection as fused
 
         return _unless_nan(*fused.largest_of_each(flat, keep)).view(score.shape)
@@ -179,8 +174,8 @@ def _unless_nan(mask: Tensor, bad: Tensor) -> Tensor:
 
 
 def _refuse(bad: Tensor) -> None:
-    """Raises ValueError where `bad` says that a score is NaN."""
+    """Raises ValueError where an entry of `bad` says that a score is NaN."""
     if _unchecked and backend.on_device(bad):
         return
-    if bool(bad):
+    if bool(bad.any()):
         raise ValueError("scores contain NaN: there is no largest")

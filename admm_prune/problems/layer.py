@@ -103,7 +103,8 @@ class LayerReconstruction:
         self.target_energy = None if cross_gram is None and correlation is None else target_energy
         self.dead = dead_channels(gram)
         self.notes: tuple[str, ...] = ()
-        if bool(self.dead.any()):
+        self._any_dead = bool(self.dead.any())  # once: on a device the host waits for it
+        if self._any_dead:
             self.notes += (f"{int(self.dead.sum())} of {len(gram)} input channels are dead: pruned first",)
         self._ensure_positive_definite()
 
@@ -116,7 +117,7 @@ class LayerReconstruction:
         hessian = self.gram.clone()
         diagonal = hessian.diagonal()
         diagonal += self.ridge * diagonal + self.damping * diagonal.mean()
-        if bool(self.dead.any()):
+        if self._any_dead:
             hessian[self.dead] = 0
             hessian[:, self.dead] = 0
             alive = self.gram.diagonal()[~self.dead]

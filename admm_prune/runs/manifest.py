@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from admm_prune import __version__
 from admm_prune.data.sequences import Sequences
 from admm_prune.data.sources import Corpus
 from admm_prune.methods.callbacks import Callback, Callbacks
@@ -60,7 +61,7 @@ class TextRecord:
 def environment() -> dict[str, Any]:
     """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files."""
     return {
-        "versions": {name: version(name) for name in _PACKAGES if name != "datasets" or find_spec(name)},
+        "versions": {name: _version(name) for name in _PACKAGES if name != "datasets" or find_spec(name)},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -132,3 +133,8 @@ class Phases(list[Phase]):
         _LOG.info("%s: %.1f s, %.0f MiB", name, phase.seconds, phase.peak_mib)
         self.append(phase)
         self._callback.on_phase_end(name, phase.seconds, phase.peak_mib)
+
+
+def _version(name: str) -> str:
+    """Of a package; of this one also where it runs from a checkout that is not installed."""
+    return __version__ if name == "admm-prune" else version(name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from admm_prune.ops import backend
 from admm_prune.ops.backend import Replayed
 from admm_prune.point import Point
 from admm_prune.problem import BatchedConstraint, Problem
@@ -59,10 +60,14 @@ class State:
         if self.batch is not None:
             self.batch.read()
         unread, self.unread = self.unread, []
-        self.update.check()
-        if not unread or not unread[0].numbers[0].is_cuda:
+        if not unread or not backend.on_device(unread[0].numbers[0]):
+            self.update.check()
             return unread
-        rows = torch.stack([row for measured in unread for row in measured.numbers]).cpu()
+        measured = torch.stack([row for one in unread for row in one.numbers])
+        flags = [flag.reshape(-1).double() for flag in self.update.unchecked()]
+        numbers = torch.cat([measured.reshape(-1), *flags]).cpu()
+        rows = numbers[: measured.numel()].view(measured.shape)
+        self.update.check([numbers[measured.numel() :]] if flags else [])
         count = len(unread[0].numbers)
         return [replace(one, numbers=rows[i * count : (i + 1) * count].unbind()) for i, one in enumerate(unread)]
 

@@ -139,7 +139,8 @@ class Iterative(ABC, Generic[StateT]):
 
     @precision.full()
     def solve_all(self, problems: Sequence[Any]) -> list[Result]:
-        """Solves several problems concurrently, from their dense weights, with the same results as `solve`.
+        """Solves several problems concurrently, from their dense weights: on the CPU with the bits of `solve`, on a GPU
+        up to the order in which products are summed.
 
         A solve that stops is not changed while others continue. `seconds` is the total time divided by their number.
 

@@ -210,16 +210,20 @@ class SparseAdam(Optimizer):
             return loss
         refuse_sparse(active)
         self._begin()
+        deferred = self._moments.deferred(active, self.score, clip_penalty=self.clip_penalty)
         if self.frozen or self.hard:
             for weight in self._weights():
-                if weight.parameter.grad is not None:
+                if weight.parameter.grad is None:
+                    continue
+                if deferred is None:
                     weight.restrict(weight.gradient)
-        each, norm = total_norm(active)
+                else:
+                    deferred.supports[id(weight.parameter)] = weight.packed_mask
+        each, norm = total_norm(active, deferred)
         if not math.isfinite(norm):
             self._set("skipped", self.skipped + 1)
             return loss
         self._norm = norm
-        deferred = self._moments.deferred(active, self.score, clip_penalty=self.clip_penalty)
         self._prepare_gradients(active, each, norm, deferred)
         self._step_adam(deferred)
         self._advance()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +52,12 @@ class DenseUpdate(ABC):
     def minimize(self, target: Point, out: Point) -> Point:
         """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`."""
 
-    def check(self) -> None:  # noqa: B027  # optional
-        """Raises errors that occurred on a device since the last call."""
+    def unchecked(self) -> list[Tensor]:
+        """Flags of errors that occurred on a device since the last call, to be read and given to `check`."""
+        return []
+
+    def check(self, flags: Sequence[Tensor] | None = None) -> None:  # noqa: B027  # optional
+        """Raises the errors of flags that were read; by default of all flags, which it waits for."""
 
 
 class QuadraticUpdate(DenseUpdate):
@@ -113,9 +118,12 @@ class QuadraticUpdate(DenseUpdate):
         """Takes over the state of another one, of the same problem or of a batch that contains it."""
         self._rho, self._precision, self._split = other._rho, other._precision, other._split
 
-    def check(self) -> None:
+    def unchecked(self) -> list[Tensor]:
         failed, self._failed = self._failed, []
-        quadratic.check_factored(failed)
+        return failed
+
+    def check(self, flags: Sequence[Tensor] | None = None) -> None:
+        quadratic.check_factored(self.unchecked() if flags is None else flags)
 
     def _factorize(self) -> Tensor:
         self._operator = None  # frees its memory for the factorization

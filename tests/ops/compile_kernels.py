@@ -21,10 +21,10 @@ from triton.runtime import driver, jit
 
 from admm_prune.ops.packed import Packed
 from admm_prune.ops.quantization import Stored
-from admm_prune.ops.triton import adam, packed, selection, splitting, sweep
+from admm_prune.ops.triton import adam, packed, selection, splitting, supports, sweep
 
-# Called by kernels.
-HELPERS = {"key_of", "_bit", "_anchor", "_first", "_root", "_round_half_even", "part_of_row", "runs_of_row", "ones_of"}
+# Called by kernels, like everything whose name starts with an underscore.
+HELPERS = {"bit_of", "key_of", "ones_of", "part_of_row", "root_of", "runs_of_row"}
 compiled: dict[str, int] = {}
 
 
@@ -67,6 +67,7 @@ def launch_all() -> None:
         splitting.to_target_(z, z, given, 0.7, 1.3)
         splitting.relax_(z, z, given, root if given is None else None, z, 1.3)
         splitting.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
+    splitting.split(z)
     columns, factor = torch.randn(512, 100), torch.eye(512)
     for keep, stop, pattern in (
         (columns > 0, 128, (1, 1)),
@@ -99,17 +100,19 @@ def launch_training() -> None:
     codes = Stored(torch.zeros(shape, dtype=torch.int8), torch.zeros(runs))
     unsigned = Stored(torch.zeros(shape, dtype=torch.uint8), torch.zeros(runs))
     settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    packed = adam.pack(torch.zeros(shape, dtype=torch.bool), 138)
-    adam.unpack(packed, 1100)
+    packed = supports.pack(torch.zeros(shape, dtype=torch.bool), 138)
+    supports.unpack(packed, 1100)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(shape).to(dtype)
-        adam.restrict_(x, packed)
+        supports.restrict_(x, packed)
         for first, second in ((floats, floats), (codes, unsigned)):
             for anchor in (None, Stored(torch.zeros(shape, dtype=torch.bfloat16)), codes, floats):
-                pull = None if anchor is None else (0.1, anchor)
-                adam.step_(x, x, first, second, steps=3, factor=0.5, pull=pull, seed=1 << 50, settings=settings)
+                for support in (None, packed):
+                    update = adam.Update(x, x, first, second, 3, 0.1, anchor, support, seed=1 << 50)
+                    adam.step_([update], factor=0.5, settings=settings)
+                    adam.norms([update])
                 for fisher in (None, second):
-                    adam.scores(x, anchor, packed, fisher, lag=1.0, bonus=1.0, least=1e-30)
+                    supports.scores(x, anchor, packed, fisher, lag=1.0, bonus=1.0, least=1e-30)
 
 
 def main() -> None:
@@ -118,9 +121,9 @@ def main() -> None:
     launch_all()
     for name, shared in sorted(compiled.items()):
         print(f"{name:12} {shared:6} bytes of shared memory")
-    modules = (adam, packed, selection, splitting, sweep)
+    modules = (adam, packed, selection, splitting, supports, sweep)
     kernels = {name for module in modules for name, x in vars(module).items() if isinstance(x, jit.JITFunction)}
-    missing = kernels - HELPERS - compiled.keys()
+    missing = {name for name in kernels if not name.startswith("_")} - HELPERS - compiled.keys()
     if missing:
         sys.exit(f"never launched: {', '.join(sorted(missing))}")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
-from admm_prune.ops import backend, bits, packed, quantization, selection, splitting
+from admm_prune.ops import backend, bits, packed, precision, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
 from admm_prune.solvers.obs import SparseGPT
@@ -55,24 +55,47 @@ def test_the_largest_of_all(device, kind, entries, keep) -> None:
     assert torch.equal(selection.threshold(x, keep), twin(selection.threshold, x, keep))
 
 
-@pytest.mark.parametrize("kind", ["spread", "ties"])
-@pytest.mark.parametrize("keep", [1, 900, 2200])
+def wide(entries: int) -> Tensor:
+    """Numbers of both signs over all binades of float32, infinities and denormal numbers included."""
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (entries,), generator=torch.Generator().manual_seed(0))
+    x = bits.to(torch.int32).view(torch.float32)
+    return torch.where(x.isnan(), torch.inf, x)
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "zeros", "bfloat16", "wide"])
+@pytest.mark.parametrize("keep", [1, 900, 2299])
 def test_a_bracket_from_a_sample(device, kind, keep) -> None:
     from admm_prune.ops.triton import selection as fused
 
-    x = drawn(kind, (2300,), device)
+    x = wide(2300).to(device) if kind == "wide" else drawn(kind, (2300,), device)
     mask, bad = fused.largest(x, keep, direct=0)
     assert torch.equal(mask, twin(selection.largest, x, keep))
-    assert not bool(bad)
+    assert not bool(bad.any())
 
 
-def test_a_sample_that_misleads_is_found_out(device) -> None:
+@pytest.mark.parametrize("keep", [1, 500, 1400])
+@pytest.mark.parametrize("low", [True, False])
+def test_a_sample_that_misleads_is_found_out(device, keep, low) -> None:
+    """All of it lies below the other scores, or above them."""
     from admm_prune.ops.triton import selection as fused
 
-    x = torch.arange(2300.0, device=device) + 1.0
-    x[:: 2300 // 143 | 1] = 0.0  # all that the sample sees
-    mask, _ = fused.largest(x, 500, direct=0)
-    assert torch.equal(mask, twin(selection.largest, x, 500))
+    x = torch.linspace(1.0, 2.0, 2300, device=device)
+    sampled = slice(None, None, 2300 // 143 | 1)
+    x[sampled] = 0.5 * x[sampled] - 0.5 if low else x[sampled] + 10
+    mask, bad = fused.largest(x, keep, direct=0)
+    assert torch.equal(mask, twin(selection.largest, x, keep))
+    assert not bool(bad.any())
+
+
+def test_ties_are_placed_across_the_parts_of_programs(device) -> None:
+    """Of 5000 equal scores in five parts the first 3100 are kept, beside the larger ones."""
+    from admm_prune.ops.triton import selection as fused
+
+    x = torch.ones(2, 5000, device=device)
+    x[0, ::7], x[1, ::3] = 2.0, 0.0
+    for direct in (0, 1 << 20):
+        mask, _ = fused.largest_of_each(x, 3100, direct=direct)
+        assert torch.equal(mask, torch.stack([twin(selection.largest, row, 3100) for row in x]))
 
 
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
@@ -84,16 +107,17 @@ def test_the_largest_of_rows(device, kind, width, keep) -> None:
 
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
 @pytest.mark.parametrize(("count", "width", "keep"), [(1, 1500, 3), (3, 1100, 700), (2, 16, 15)])
-def test_the_largest_of_each_of_several(device, kind, count, width, keep) -> None:
+@pytest.mark.parametrize("direct", [0, 1 << 20])
+def test_the_largest_of_each_of_several(device, kind, count, width, keep, direct) -> None:
     """By the launches that serve one tensor: rows of any width, whose masks are those of the rows alone."""
     from admm_prune.ops.triton import selection as fused
 
     x = drawn(kind, (count, width), device)
-    mask, bad = fused.largest_of_each(x, keep)
+    mask, bad = fused.largest_of_each(x, keep, direct=direct)
     assert torch.equal(mask, torch.stack([twin(selection.largest, row, keep) for row in x]))
-    assert not bool(bad)
+    assert not bool(bad.any())
     x[-1, 3] = math.nan
-    assert bool(fused.largest_of_each(x, keep)[1])
+    assert bool(fused.largest_of_each(x, keep, direct=direct)[1].any())
 
 
 def test_several_tensors_wider_than_a_row_go_there(device, monkeypatch) -> None:
@@ -168,6 +192,18 @@ def test_admm_between_two_products_of_several_problems(device) -> None:
         assert torch.equal(together, joined)
     for ours, theirs in zip(run(slice(0, 6), roots), twin(run, slice(0, 6), roots), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1030), (2, 3, 40)])
+def test_numbers_are_split_as_torch_rounds_them(device, shape) -> None:
+    """Infinities, denormal numbers and numbers halfway between two others included."""
+    x = drawn("spread", shape, device)
+    x.view(-1)[:6] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -torch.inf, 1e-40, -0.0, 3.4e38])
+    high = x.to(torch.bfloat16)
+    expected = torch.cat([high, high, (x - high).to(torch.bfloat16)], dim=-1)
+    torch.testing.assert_close(precision._split(x), expected, rtol=0, atol=0, equal_nan=True)
+    x[..., 1] = math.nan
+    assert bool(precision._split(x)[..., 1].isnan().all())
 
 
 @pytest.mark.parametrize("width", [1, 8, 1030])
@@ -254,7 +290,7 @@ def narrow_step(x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     exact_m = 0.9 * quantization.from_signed_log(first.values, first.scales) + 0.1 * gradient.float()
     exact_v = 0.99 * quantization.from_unsigned_log(second.values, second.scales) ** 2 + 0.01 * gradient.float() ** 2
     settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
-    adam.step_(x, gradient, first, second, steps=4, factor=1.0, pull=None, seed=seed, settings=settings)
+    adam.step_([adam.Update(x, gradient, first, second, steps=4, seed=seed)], factor=1.0, settings=settings)
     m = quantization.from_signed_log(first.values, first.scales)
     root = quantization.from_unsigned_log(second.values, second.scales)
     return x, m, root, exact_m, exact_v.sqrt()
@@ -276,6 +312,66 @@ def test_moments_in_8_bits(device) -> None:
     assert all(torch.equal(a, b) for a, b in zip((x, m, root), again[:3], strict=True))
 
 
+def updates(device: str, moments: str) -> list:
+    """Of matrices of several widths, one of them without alignment, a vector and a scalar, some with a support."""
+    from admm_prune.ops.triton import adam
+
+    made = []
+    for number, shape in enumerate([(5, 256), (3, 300), (4, 7), (2, 1500), (6,), ()]):
+        x, g, m = (drawn("spread", (*shape, 1 + i), device)[..., 0].contiguous() for i in (number, 7, 9))
+        root = m.abs() * 0.1
+        first, second = Stored(m), Stored(root.square())
+        if moments == "int8" and len(shape) == 2:
+            first = Stored(*quantization.to_signed_log(m))
+            second = Stored(*quantization.to_unsigned_log(root))
+        support = bits.pack(g > 0) if number in (1, 3) else None
+        pull = {"rho": 0.3, "anchor": Stored(torch.zeros_like(x))} if number < 2 else {}
+        made.append(adam.Update(x, g, first, second, 3 + number, support=support, seed=number, **pull))
+    return made
+
+
+@pytest.mark.parametrize("moments", ["full", "int8"])
+def test_a_step_of_many_tensors_is_that_of_each(device, moments, monkeypatch) -> None:
+    """Bit for bit, whichever programs share them."""
+    from admm_prune.ops.triton import adam
+
+    settings = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    alone, together = updates(device, moments), updates(device, moments)
+    for one in alone:
+        adam.step_([one], factor=0.5, settings=settings)
+    monkeypatch.setattr(adam, "_PROGRAMS", 1)  # several turns for each program
+    adam._shared.cache_clear()
+    adam.step_(together, factor=0.5, settings=settings)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours.x, theirs.x)
+        assert torch.equal(ours.first.values, theirs.first.values)
+        assert torch.equal(ours.second.values, theirs.second.values)
+    found = adam.norms(together)
+    adam._shared.cache_clear()
+    for norm, one in zip(found.tolist(), together, strict=True):
+        g = one.gradient if one.support is None else one.gradient * bits.unpack(one.support, one.width)
+        assert norm == pytest.approx(float(g.double().norm()), rel=1e-6)
+    together[1].gradient[0, 0] = math.inf
+    assert not math.isfinite(adam.norms(together)[1])
+
+
+def test_random_bits_are_spread_evenly(device) -> None:
+    """Of zero gradients a weight between two bfloat16 numbers moves by its weight decay, in the mean."""
+    from admm_prune.ops.triton import adam
+
+    x = torch.full((64, 1024), 1.0, dtype=torch.bfloat16, device=device)
+    zero = Stored(torch.zeros(64, 1024, device=device)), Stored(torch.zeros(64, 1024, device=device))
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    adam.step_([adam.Update(x, torch.zeros_like(x), *zero, seed=1 << 55)], factor=1.0, settings=settings)
+    assert set(x.unique().tolist()) == {1.0, 1.0 - 2.0**-8}
+    share = 0.001 * 2**8  # of the entries that are rounded down
+    rows, columns = (x == 1.0).double().mean(1), (x == 1.0).double().mean(0)
+    assert float((x == 1.0).double().mean()) == pytest.approx(1 - share, abs=4 * (share / 65536) ** 0.5)
+    for means, count in ((rows, 1024), (columns, 64)):
+        deviation = float(means.std()) / (share * (1 - share) / count) ** 0.5
+        assert 0.7 < deviation < 1.3
+
+
 def test_bfloat16_weights_are_rounded_at_random(device) -> None:
     x = drawn("bfloat16", (2, 300), device)
     exact, *_ = narrow_step(x.float(), seed=1)
@@ -291,14 +387,14 @@ def test_bfloat16_weights_are_rounded_at_random(device) -> None:
 
 @pytest.mark.parametrize("fisher", ["none", "adam", "int8"])
 def test_scores(device, fisher) -> None:
-    from admm_prune.ops.triton import adam
+    from admm_prune.ops.triton import supports
 
     x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
     mask = drawn("spread", (2, 301), device)[:, :300] > 0
     v = drawn("spread", (2, 302), device)[:, :300].abs().contiguous()
     codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
     second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
-    ours = adam.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
+    ours = supports.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
     factor = {
         "none": torch.ones_like(v),
         "adam": v.sqrt(),

@@ -1,4 +1,10 @@
-"""Problems solved in batches end as they end alone: on the CPU to the bit, on a GPU to the rounding of products."""
+"""Problems solved in batches end as they end alone: bitwise on the CPU, up to the rounding of products on a GPU.
+
+A GPU adds the terms of a batched product in another order than those of a single one. In float64 this moves no score
+across a threshold: the supports are equal, and the weights to 1e-9. In float32 and bfloat16 it does, and a support that
+differs in one place leads to another local minimum: there the mean over several problems is compared, which must be
+large enough that a single place does not matter.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, Status, Unstructured
 from admm_prune.errors import UserError
 from admm_prune.ops import backend
+from admm_prune.ops import precision as products
 from admm_prune.plan.counting import counted, measured_cost
 from admm_prune.problems.constraints import Blocks, SparseSet, StackedRows
 from admm_prune.result import Result
@@ -26,6 +33,7 @@ from admm_prune.testing.instances import correlated_inputs, random_weight
 from admm_prune.testing.supports import OnlyProximable
 
 ROWS, WIDTH = 6, 16
+LARGER = 8  # times as many rows and columns, where the error of a solution is compared
 CONSTRAINTS: dict[str, SparseSet] = {
     "70%": Unstructured(0.7),
     "rows": RowWise(0.5),
@@ -53,19 +61,36 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def drawn(
-    seed: int, constraint: SparseSet, device: str = "cpu", dtype: torch.dtype = torch.float32, loud: float = 1.0
+    seed: int,
+    constraint: SparseSet,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    loud: float = 1.0,
+    larger: int = 1,
 ) -> LayerReconstruction:
-    x = correlated_inputs(5 * WIDTH, WIDTH, seed, torch.float64)
+    rows, width = larger * ROWS, larger * WIDTH
+    x = correlated_inputs(5 * width, width, seed, torch.float64)
     x[:, 0] *= loud
-    weight, gram = random_weight(ROWS, WIDTH, seed, torch.float64).to(dtype), (x.T @ x).to(dtype)
+    weight, gram = random_weight(rows, width, seed, torch.float64).to(dtype), (x.T @ x).to(dtype)
     where = "cuda" if device == "cuda" else "cpu"
     return LayerReconstruction(weight.to(where), ((gram + gram.T) / 2).to(where), constraint)
 
 
 def several(
-    constraint: SparseSet, device: str = "cpu", dtype: torch.dtype = torch.float32
+    constraint: SparseSet, device: str = "cpu", dtype: torch.dtype = torch.float32, larger: int = 1
 ) -> list[LayerReconstruction]:
-    return [drawn(seed, constraint, device, dtype, loud=10.0**seed) for seed in range(4)]
+    return [drawn(seed, constraint, device, dtype, 10.0**seed, larger) for seed in range(4)]
+
+
+def same_up_to_rounding(ours: Result, alone: Result) -> None:
+    """In float64: equal supports at every iteration, and so equal penalties and numbers of iterations."""
+    a, b = ours.solution["weight"], alone.solution["weight"]
+    assert torch.equal(a != 0, b != 0)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert (ours.status, ours.iterations, ours.notes) == (alone.status, alone.iterations, alone.notes)
+    assert [(p.iteration, p.rho, p.support_changes) for p in ours.history] == [
+        (p.iteration, p.rho, p.support_changes) for p in alone.history
+    ]
 
 
 def told(result: Result) -> tuple[object, ...]:
@@ -83,26 +108,34 @@ def same(ours: Result, alone: Result) -> None:
 @pytest.mark.parametrize("target", CONSTRAINTS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_problem_ends_as_alone(device, name, target) -> None:
-    problems = several(CONSTRAINTS[target], device)
+    compare, dtype = (same_up_to_rounding, torch.float64) if device == "cuda" else (same, torch.float32)
+    problems = several(CONSTRAINTS[target], device, dtype)
+    alone = [SOLVERS[name].solve(problem) for problem in problems]
+    for ours, theirs in zip(SOLVERS[name].solve_all(problems), alone, strict=True):
+        compare(ours, theirs)
+
+
+@pytest.mark.parametrize("target", ["70%", "2:4"])
+@pytest.mark.parametrize("name", ["default", "gradual"])
+def test_another_order_of_sums_gives_solutions_of_the_same_quality(device, name, target, monkeypatch) -> None:
+    """In float32; in float64 the same supports. On the CPU the other order is emulated: the terms are reversed."""
+
+    def reversed_terms(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        for one, by, into in zip(a, b, out, strict=True):
+            products.multiply(one.flip(-1).contiguous(), by.flip(-2).contiguous(), out=into)
+        return out
+
+    if device != "cuda":
+        monkeypatch.setattr(products, "_multiply_each", reversed_terms)
+    problems = several(CONSTRAINTS[target], device, larger=LARGER)
     alone = [SOLVERS[name].solve(problem) for problem in problems]
     batch = SOLVERS[name].solve_all(problems)
-    if device != "cuda":
-        for ours, theirs in zip(batch, alone, strict=True):
-            same(ours, theirs)
-        return
-    # Products of several matrices may be summed in another order: another support of the same quality.
     ratios = [math.log(ours.objective / theirs.objective) for ours, theirs in zip(batch, alone, strict=True)]
-    assert abs(sum(ratios)) / len(ratios) <= 2e-2
+    assert abs(sum(ratios)) / len(ratios) <= 1e-2
     assert all(problem.constraint.contains(ours.solution) for problem, ours in zip(problems, batch, strict=True))
-
-
-def test_in_float64_the_masks_are_equal(device) -> None:
-    """And the weights to 1e-9, whichever order products are summed in."""
-    problems = several(Unstructured(0.7), device, torch.float64)
-    for ours, theirs in zip(ADMM().solve_all(problems), [ADMM().solve(p) for p in problems], strict=True):
-        a, b = ours.solution["weight"], theirs.solution["weight"]
-        assert torch.equal(a != 0, b != 0)
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    problems = several(CONSTRAINTS[target], device, torch.float64)
+    for ours, theirs in zip(SOLVERS[name].solve_all(problems), map(SOLVERS[name].solve, problems), strict=True):
+        same_up_to_rounding(ours, theirs)
 
 
 def test_they_step_together(monkeypatch) -> None:
@@ -123,16 +156,13 @@ def test_they_step_together(monkeypatch) -> None:
 def test_one_that_stops_is_left_as_it_is_while_others_go_on(device) -> None:
     """With a penalty that does not move they go together to the end: each stops when it is done, not when all are."""
     solver = ADMM(penalty=Constant(1.0, every=2), relaxation=1.0, tolerance=2e-2, max_iterations=60, fast_until=0)
-    problems = several(Unstructured(0.5), device)
+    compare, dtype = (same_up_to_rounding, torch.float64) if device == "cuda" else (same, torch.float32)
+    problems = several(Unstructured(0.5), device, dtype)
     batch, alone = solver.solve_all(problems), [solver.solve(problem) for problem in problems]
     assert len({result.iterations for result in alone}) > 1
     assert {result.status for result in alone} == {Status.SOLVED}
     for ours, theirs in zip(batch, alone, strict=True):
-        if device == "cuda":
-            assert ours.iterations == theirs.iterations
-            torch.testing.assert_close(ours.solution["weight"], theirs.solution["weight"], rtol=1e-3, atol=1e-4)
-        else:
-            same(ours, theirs)
+        compare(ours, theirs)
 
 
 def test_penalties_that_part_part_the_batch(monkeypatch) -> None:

@@ -22,7 +22,9 @@ from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.support_descent import Magnitude, Wanda
 
-SHAPES = {"cpu": ((32, 48), (17, 29)), "device": ((32, 48), (17, 29)), "cuda": ((512, 1024), (1000, 333), (1, 64))}
+SHAPES = {"cpu": ((32, 48), (17, 29)), "device": ((32, 48), (17, 29)), "cuda": ((512, 1024), (1000, 333))}
+# Beside solves in float64 on one core. No single row: one other place in its support is some percent of its error.
+COMPARED = {**SHAPES, "cuda": ((256, 384), (300, 111))}
 SOLVERS: dict[str, tuple[Solver, float]] = {  # with the error that float32 may add, relative
     "magnitude": (Magnitude(), 1e-5),
     "wanda": (Wanda(), 1e-5),
@@ -86,7 +88,7 @@ def pattern(name: str, shape: tuple[int, int]) -> SparseSet:
 def test_a_solve_is_as_good_as_in_float64(device, name, target) -> None:
     """In the geometric mean over fresh layers: which local minimum a search ends in may hang on the last digit."""
     solver, tolerance = SOLVERS[name]
-    for shape in SHAPES[device]:
+    for shape in COMPARED[device]:
         ratios = []
         for seed in range(DRAWS):
             constraint = pattern(target, shape)
@@ -97,6 +99,20 @@ def test_a_solve_is_as_good_as_in_float64(device, name, target) -> None:
             assert exact.constraint.contains(ours.solution)
             assert ours.solution["weight"].device.type == torch_device(device)
         assert abs(math.log(math.prod(ratios))) / DRAWS <= tolerance, f"{shape}: {ratios}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_row_in_float64_has_the_support_that_it_has_on_the_cpu(device, name) -> None:
+    """In float32 a score may cross the threshold by rounding; in float64 none does."""
+    solver, _ = SOLVERS[name]
+    for target in ("70%", "2:4"):
+        constraint = pattern(target, (1, 64))
+        ours = solver.solve(problem((1, 64), constraint, device, torch.float64)).solution["weight"].cpu()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "on_device", lambda x: False)
+            theirs = solver.solve(problem((1, 64), constraint, "cpu", torch.float64)).solution["weight"]
+        assert torch.equal(ours != 0, theirs != 0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.bitwise
@@ -178,7 +194,7 @@ def test_split_products_do_not_move_the_error(device, monkeypatch) -> None:
     monkeypatch.setattr(x_updates, "splits_products", lambda x: x.dtype is torch.float32)
     solver = ADMM(fast_until=0)
     for seed in range(2):
-        shape = SHAPES[device][0]
+        shape = COMPARED[device][0]
         ours = solved(solver, shape, Unstructured(0.7), device, seed)
         exact = problem(shape, Unstructured(0.7), "cpu", torch.float64, seed)
         reference = exact.relative_error(solver.solve(exact).solution)

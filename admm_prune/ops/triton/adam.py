@@ -1,12 +1,24 @@
-"""SparseAdam's step, scores and bit masks in one pass each.
+"""SparseAdam's step and the norms of its gradients, over all tensors at once.
 
-The reference implementations are torch's Adam, the loops of `solvers.elsa` and `ops.bits`. Rounding draws from Philox,
-not from torch's generators: different numbers from the reference's, with the same mean. A program takes STEPS x 256
-entries of one row: 256 entries share a scale in 8 bits.
+The reference implementations are torch's Adam and the loops of `solvers.elsa`.
+
+A table on the device has a row for each tensor: the addresses of what belongs to it, and its numbers. A program takes
+some runs of one tensor, 256 entries of a row each, which share a scale in 8 bits. So a launch serves all tensors whose
+dtypes agree, and each state is read once and written once.
+
+Rounding draws 32 bits for each entry from a hash of its place and the seed (Wellons, Prospecting for hash functions,
+2018), 16 for the weight and 16 for the second moment: other numbers than the reference's, with the same mean. Of the
+generators at hand Philox takes a hundred operations for an entry with 64-bit places, more than the rest of the step.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,38 +28,33 @@ from torch import Tensor
 
 from admm_prune.ops import quantization
 from admm_prune.ops.quantization import Stored
-from admm_prune.ops.triton.places import part_of_row, runs_of_row
+from admm_prune.ops.triton.places import bit_of
 
-_RUNS = 4  # of 256 entries, for each program
-_BYTES, _BLOCK = 128, 1024
-
-
-@triton.jit
-def _bit(bits_at, row, column, packed, there):
-    byte = tl.load(bits_at + row * packed + column // 8, mask=there, other=0).to(tl.int32)
-    return ((byte >> (column % 8)) & 1) != 0
-
-
-@triton.jit
-def _anchor(anchor_at, scale_at, place, row, column, scales, there, CODES: tl.constexpr):
-    anchor = tl.load(anchor_at + place, mask=there, other=0.0).to(tl.float32)
-    if CODES:
-        scale = tl.load(scale_at + row * scales + column // 256, mask=there, other=0.0)
-        anchor = anchor * (scale / 127.0)
-    return anchor
+_RUNS = 4  # of 256 entries, that a program takes at once
+_PROGRAMS, _MOST_TURNS = 4096, 64  # programs that a large model is shared by, at least; turns of one, at most
+_FIELDS = 16  # of a row of the table
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
+FIRST_STEP, SECOND_STEP = (step / math.log(2.0) for step in (quantization.SIGNED_STEP, quantization.UNSIGNED_STEP))
 
 
 @triton.jit
 def _first(codes, scale, STEP: tl.constexpr):
+    """STEP: of the binary logarithm, here and below."""
     size = tl.abs(codes.to(tl.float32))
-    level = tl.where(size > 0.0, tl.exp((size - 127.0) * STEP), 0.0)
+    level = tl.where(size > 0.0, tl.exp2((size - 127.0) * STEP), 0.0)
     return tl.where(codes < 0, -level, level) * scale
 
 
 @triton.jit
-def _root(codes, scale, STEP: tl.constexpr):
+def root_of(codes, scale, STEP: tl.constexpr):
     size = codes.to(tl.float32)
-    return tl.where(size > 0.0, tl.exp((size - 255.0) * STEP), 0.0) * scale
+    return tl.where(size > 0.0, tl.exp2((size - 255.0) * STEP), 0.0) * scale
 
 
 @triton.jit
@@ -60,282 +67,366 @@ def _round_half_even(x):
 
 
 @triton.jit
+def _mixed(x):
+    """A bijection of uint32 in which every bit of x changes every bit of the result with a chance of one half."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def _draws(seed, place):
+    """32 random bits for each place of a tensor, from a seed of 64 bits."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    upper = ((place >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return _mixed(_mixed((place & 0xFFFFFFFF).to(tl.uint32) ^ low) + (high ^ _mixed(upper)))
+
+
+@triton.jit
+def _number(table, field):
+    """A float32 in the lower half of a field."""
+    return tl.load(table + field).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pointer(table, field, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table + field).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _runs(run, width, scales, count, ALIGNED: tl.constexpr):
+    """Of some runs of a tensor: row, columns, which entries there are, and where they lie."""
+    row = run // scales
+    column = (run - row * scales)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    start = row * width
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return row[:, None], column, (column < width) & (run < count)[:, None], start[:, None] + column
+
+
+@triton.jit
+def _gradient(at, bits_at, row, column, packed, place, there, SUPPORT: tl.constexpr):
+    g = tl.load(at + place, mask=there, other=0.0).to(tl.float32)
+    if SUPPORT:
+        g = tl.where(bit_of(bits_at, row, column, packed, there), g, g * 0.0)  # NaN and Inf off the support show
+    return g
+
+
+@triton.jit
 def adam_kernel(
-    x_at,
-    gradient_at,
-    first_at,
-    second_at,
-    first_scale_at,
-    second_scale_at,
-    anchor_at,
-    anchor_scale_at,
-    width,
-    scales,
+    table_at,
+    programs_at,
+    turns,
     factor,
-    rho,
     beta1,
     beta2,
     rest1,
     rest2,
     decay,
-    rate,
-    root_correction,
     eps,
-    seed,
+    X: tl.constexpr,
+    G: tl.constexpr,
     ANCHOR: tl.constexpr,
+    PULLED: tl.constexpr,
     ANCHOR_CODES: tl.constexpr,
+    SUPPORT: tl.constexpr,
     MOMENT_CODES: tl.constexpr,
-    CHANCE: tl.constexpr,
+    FIRST_TYPE: tl.constexpr,
+    SECOND_TYPE: tl.constexpr,
     FIRST_STEP: tl.constexpr,
     SECOND_STEP: tl.constexpr,
-    STEPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
-    row, run, column, there, place = runs_of_row(width, STEPS)
-    x = tl.load(x_at + place, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(gradient_at + place, mask=there, other=0.0).to(tl.float32) * factor
-    if ANCHOR:
-        c = _anchor(anchor_at, anchor_scale_at, place, row, column, scales, there, ANCHOR_CODES)
-        g += rho * (x - c)
-    if MOMENT_CODES:
-        scale_place = row * scales + run
-        scale_there = run < scales
-        m_scale = tl.load(first_scale_at + scale_place, mask=scale_there, other=0.0)
-        v_scale = tl.load(second_scale_at + scale_place, mask=scale_there, other=0.0)
-        m = _first(tl.load(first_at + place, mask=there, other=0), m_scale[:, None], FIRST_STEP)
-        root = _root(tl.load(second_at + place, mask=there, other=0), v_scale[:, None], SECOND_STEP)
-        v = root * root
-    else:
-        m = tl.load(first_at + place, mask=there, other=0.0)
-        v = tl.load(second_at + place, mask=there, other=0.0)
-    x = x * decay
-    m = m + rest1 * (g - m)
-    v = v * beta2 + rest2 * g * g
-    root = tl.sqrt(v)
-    x = x - rate * (m / (root / root_correction + eps))
-    if MOMENT_CODES:
-        tiny = 1.1754943508222875e-38
-        m_scale = tl.max(tl.where(there, tl.abs(m), 0.0), axis=1)
-        v_scale = tl.max(tl.where(there, root, 0.0), axis=1)
-        m_level = tl.log(tl.abs(m) / tl.maximum(m_scale, tiny)[:, None]) / FIRST_STEP + 127.0
-        m_level = tl.where(m == 0.0, 0.0, tl.minimum(tl.maximum(_round_half_even(m_level), 0.0), 127.0))
-        v_level = tl.log(root / tl.maximum(v_scale, tiny)[:, None]) / SECOND_STEP + 255.0
-        v_level = tl.floor(tl.where(root == 0.0, 0.0, v_level) + tl.rand(seed, 2 * place))
-        v_level = tl.where(root == 0.0, 0.0, tl.minimum(tl.maximum(v_level, 1.0), 255.0))
-        tl.store(first_at + place, tl.where(m < 0.0, -m_level, m_level).to(tl.int8), mask=there)
-        tl.store(second_at + place, v_level.to(tl.uint8), mask=there)
-        tl.store(first_scale_at + scale_place, m_scale, mask=scale_there)
-        tl.store(second_scale_at + scale_place, v_scale, mask=scale_there)
-    else:
-        tl.store(first_at + place, m, mask=there)
-        tl.store(second_at + place, v, mask=there)
-    if CHANCE:
-        # Noise below the last kept bit, then a cut: up with the probability of the part cut off.
-        noise = tl.randint(seed, 2 * place + 1).to(tl.int32, bitcast=True) & 0xFFFF
-        bits = (x.to(tl.int32, bitcast=True) + noise) & -65536
-        x = bits.to(tl.float32, bitcast=True)
-    tl.store(x_at + place, x.to(x_at.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def score_kernel(
-    x_at,
-    anchor_at,
-    anchor_scale_at,
-    bits_at,
-    second_at,
-    second_scale_at,
-    score_at,
-    width,
-    packed,
-    scales,
-    lag,
-    bonus,
-    least,
-    ANCHOR: tl.constexpr,
-    ANCHOR_CODES: tl.constexpr,
-    FISHER: tl.constexpr,
-    SECOND_CODES: tl.constexpr,
-    SECOND_STEP: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """|x + u| sqrt(F), times `bonus` in the support; u is -lag c off it."""
-    row, run, column, there, place = runs_of_row(width, STEPS)
-    a = tl.load(x_at + place, mask=there, other=0.0).to(tl.float32)
-    inside = _bit(bits_at, row, column, packed, there)
-    if ANCHOR:
-        c = _anchor(anchor_at, anchor_scale_at, place, row, column, scales, there, ANCHOR_CODES)
-        a -= tl.where(inside, 0.0, c) * lag
-    a = tl.abs(a)
-    a = tl.where(inside, a * bonus, a)
-    if FISHER:
-        if SECOND_CODES:
-            scale = tl.load(second_scale_at + row * scales + run, mask=run < scales, other=0.0)
-            root = _root(tl.load(second_at + place, mask=there, other=0), scale[:, None], SECOND_STEP)
+    table = table_at + tl.load(programs_at + 2 * tl.program_id(0)).to(tl.int64) * 16
+    x_at = _pointer(table, 0, X, ALIGNED)
+    gradient_at = _pointer(table, 1, G, ALIGNED)
+    first_at = _pointer(table, 2, FIRST_TYPE, ALIGNED)
+    second_at = _pointer(table, 3, SECOND_TYPE, ALIGNED)
+    first_scale_at = _pointer(table, 4, tl.float32, False)
+    second_scale_at = _pointer(table, 5, tl.float32, False)
+    anchor_at = _pointer(table, 6, ANCHOR, ALIGNED)
+    anchor_scale_at = _pointer(table, 7, tl.float32, False)
+    bits_at = _pointer(table, 8, tl.uint8, False)
+    width = tl.load(table + 9)
+    count = tl.load(table + 10)
+    packed = tl.load(table + 11)
+    rho = _number(table, 12)
+    rate = _number(table, 13)
+    root_correction = _number(table, 14)
+    seed = tl.load(table + 15)
+    scales = (width + 255) // 256
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    start = tl.load(programs_at + 2 * tl.program_id(0) + 1).to(tl.int64)
+    for turn in range(turns):
+        run = start + turn * RUNS + tl.arange(0, RUNS)
+        run_there = run < count
+        row, column, there, place = _runs(run, width, scales, count, ALIGNED)
+        x = tl.load(x_at + place, mask=there, other=0.0).to(tl.float32)
+        g = _gradient(gradient_at, bits_at, row, column, packed, place, there, SUPPORT) * factor
+        if PULLED:
+            c = tl.load(anchor_at + place, mask=there, other=0.0).to(tl.float32)
+            if ANCHOR_CODES:
+                c *= (tl.load(anchor_scale_at + run, mask=run_there, other=0.0) / 127.0)[:, None]
+            g += rho * (x - c)
+        if MOMENT_CODES:
+            m_scale = tl.load(first_scale_at + run, mask=run_there, other=0.0)
+            v_scale = tl.load(second_scale_at + run, mask=run_there, other=0.0)
+            m = _first(tl.load(first_at + place, mask=there, other=0), m_scale[:, None], FIRST_STEP)
+            root = root_of(tl.load(second_at + place, mask=there, other=0), v_scale[:, None], SECOND_STEP)
+            v = root * root
         else:
-            root = tl.sqrt(tl.load(second_at + place, mask=there, other=0.0))
-        a = a * tl.maximum(root, least)
-    tl.store(score_at + place, a, mask=there)
+            m = tl.load(first_at + place, mask=there, other=0.0)
+            v = tl.load(second_at + place, mask=there, other=0.0)
+        x = x * decay
+        m = m + rest1 * (g - m)
+        v = v * beta2 + rest2 * g * g
+        root = tl.sqrt(v)
+        x = x - rate * (m / (root / root_correction + eps))
+        if MOMENT_CODES or tl.bfloat16 == X:
+            drawn = _draws(seed, place)
+        if MOMENT_CODES:
+            tiny = 1.1754943508222875e-38
+            m_size = tl.abs(m)
+            m_scale = tl.max(tl.where(there, m_size, 0.0), axis=1)
+            v_scale = tl.max(tl.where(there, root, 0.0), axis=1)
+            m_log = tl.log2(tl.maximum(m_scale, tiny))
+            v_log = tl.log2(tl.maximum(v_scale, tiny))
+            m_level = (tl.log2(tl.maximum(m_size, 1e-45)) - m_log[:, None]) / FIRST_STEP + 127.0
+            m_level = tl.where(m == 0.0, 0.0, tl.minimum(tl.maximum(_round_half_even(m_level), 0.0), 127.0))
+            v_level = (tl.log2(tl.maximum(root, 1e-45)) - v_log[:, None]) / SECOND_STEP + 255.0
+            v_level = tl.floor(v_level + (drawn >> 16).to(tl.float32) * (1.0 / 65536.0))
+            v_level = tl.where(root == 0.0, 0.0, tl.minimum(tl.maximum(v_level, 1.0), 255.0))
+            tl.store(first_at + place, tl.where(m < 0.0, -m_level, m_level).to(tl.int8), mask=there)
+            tl.store(second_at + place, v_level.to(tl.uint8), mask=there)
+            tl.store(first_scale_at + run, m_scale, mask=run_there)
+            tl.store(second_scale_at + run, v_scale, mask=run_there)
+        else:
+            tl.store(first_at + place, m, mask=there)
+            tl.store(second_at + place, v, mask=there)
+        if tl.bfloat16 == X:
+            # Noise below the last kept bit, then a cut: up with the probability of the part cut off.
+            noise = (drawn & 0xFFFF).to(tl.int32)
+            x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+        tl.store(x_at + place, x.to(X), mask=there)
 
 
 @triton.jit
-def pack_kernel(mask_at, bits_at, rows, width, packed, BYTES: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
-    position = tl.arange(0, 8)
-    column = byte[:, None] * 8 + position[None, :]
-    entry = tl.load(mask_at + row * width + column, mask=column < width, other=0).to(tl.int32)
-    whole = tl.sum((entry != 0).to(tl.int32) << position[None, :], axis=1)
-    tl.store(bits_at + row * packed + byte, whole.to(tl.uint8), mask=byte < packed)
+def squares_kernel(
+    table_at,
+    programs_at,
+    turns,
+    sums_at,
+    G: tl.constexpr,
+    SUPPORT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """The sum of the squared gradients in the runs of each program."""
+    table = table_at + tl.load(programs_at + 2 * tl.program_id(0)).to(tl.int64) * 16
+    gradient_at = _pointer(table, 1, G, ALIGNED)
+    bits_at = _pointer(table, 8, tl.uint8, False)
+    width = tl.load(table + 9)
+    count = tl.load(table + 10)
+    packed = tl.load(table + 11)
+    scales = (width + 255) // 256
+    if ALIGNED:
+        width = tl.multiple_of(width, 16)
+    start = tl.load(programs_at + 2 * tl.program_id(0) + 1).to(tl.int64)
+    squares = tl.zeros((RUNS, 256), tl.float32)
+    for turn in range(turns):
+        run = start + turn * RUNS + tl.arange(0, RUNS)
+        row, column, there, place = _runs(run, width, scales, count, ALIGNED)
+        g = _gradient(gradient_at, bits_at, row, column, packed, place, there, SUPPORT)
+        squares += g * g
+    tl.store(sums_at + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
 
 
 @triton.jit
-def unpack_kernel(bits_at, mask_at, width, packed, BLOCK: tl.constexpr):
-    row, column, there, place = part_of_row(width, BLOCK)
-    tl.store(mask_at + place, _bit(bits_at, row, column, packed, there).to(tl.uint8), mask=there)
-
-
-@triton.jit
-def restrict_kernel(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
-    """x <- M x."""
-    row, column, there, place = part_of_row(width, BLOCK)
-    x = tl.load(x_at + place, mask=there, other=0.0)
-    inside = _bit(bits_at, row, column, packed, there)
-    tl.store(x_at + place, x * inside.to(x.dtype), mask=there)
+def norms_kernel(sums_at, begin_at, norms_at, BLOCK: tl.constexpr):
+    """The root of the sum over the programs of each tensor, in float64 and in one order."""
+    begin = tl.load(begin_at + tl.program_id(0))
+    end = tl.load(begin_at + tl.program_id(0) + 1)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(begin, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        total += tl.load(sums_at + place, mask=place < end, other=0.0).to(tl.float64)
+    tl.store(norms_at + tl.program_id(0), tl.sqrt(tl.sum(total)))
 
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
-def step_(
-    x: Tensor,
-    gradient: Tensor,
-    first: Stored,
-    second: Stored,
-    *,
-    steps: int,
-    factor: float,
-    pull: tuple[float, Stored] | None,
-    seed: int,
-    settings: dict[str, Any],
-) -> None:
-    """g <- factor g + rho (x - c), then x, m and v as torch's AdamW has them; the gradient is not changed.
+@dataclass(frozen=True)
+class Update:
+    """A tensor and what its step needs.
+
+    Attributes:
+        x: float32, bfloat16 (rounded at random) or float16; contiguous, as everything here is.
+        steps: done, this one included.
+        rho, anchor: the pull rho (x - c); None for none.
+        support: packed, off which the gradient counts as zero; None for everywhere.
+        seed: 56 bits.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    first: Stored | None = None
+    second: Stored | None = None
+    steps: int = 1
+    rho: float = 0.0
+    anchor: Stored | None = None
+    support: Tensor | None = None
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.x.shape[-1] if self.x.ndim else 1
+
+    @property
+    def runs(self) -> int:
+        """Of 256 entries, all of which are in one row."""
+        return self.x.numel() // max(1, self.width) * -(-self.width // quantization.BLOCK)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the updates of one launch agree in."""
+        anchor = None if self.anchor is None else (self.anchor.values.dtype, self.anchor.scales is not None)
+        moments = None if self.first is None else self.first.values.dtype
+        return self.x.dtype, self.gradient.dtype, anchor, moments, self.support is None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether 16 entries can be taken at once: they start at multiples of 16 bytes."""
+        stored = (self.first, self.second, self.anchor)
+        tensors = (self.x, self.gradient, *(one.values for one in stored if one is not None))
+        return self.width % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
+
+    def row(self, rate: float, root_correction: float) -> list[int]:
+        """Of the table."""
+        none = self.x.data_ptr()
+        stored = [none if one is None else one.values.data_ptr() for one in (self.first, self.second, self.anchor)]
+        scales = [
+            none if one is None or one.scales is None else one.scales.data_ptr()
+            for one in (self.first, self.second, self.anchor)
+        ]
+        bits = none if self.support is None else self.support.data_ptr()
+        packed = 0 if self.support is None else self.support.shape[-1]
+        first, second, anchor = stored
+        row = [self.x.data_ptr(), self.gradient.data_ptr(), first, second, scales[0], scales[1], anchor, scales[2]]
+        return [*row, bits, self.width, self.runs, packed, *map(_as_int, (self.rho, rate, root_correction)), self.seed]
+
+
+def _as_int(value: float) -> int:
+    """The bits of a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@lru_cache(maxsize=64)
+def _shared(runs: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """How programs share some tensors, given their numbers of runs: the tensor and the first run of each program, the
+    first program of each tensor and the number of programs, and the turns of a program."""
+    turns = 1
+    while turns < _MOST_TURNS and sum(runs) > _PROGRAMS * _RUNS * 2 * turns:
+        turns *= 2
+    counts = [-(-count // (_RUNS * turns)) for count in runs]
+    begin = [0, *accumulate(counts)]
+    sizes = torch.tensor(counts)
+    tensor = torch.repeat_interleave(torch.arange(len(runs)), sizes)
+    first = (torch.arange(begin[-1]) - torch.tensor(begin[:-1]).repeat_interleave(sizes)) * (_RUNS * turns)
+    programs = torch.stack([tensor, first], dim=1).int().to(device)
+    return programs, torch.tensor(begin, dtype=torch.int64, device=device), turns
+
+
+def _table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """On a device by a copy that the host does not wait for."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _by_kind(updates: Sequence[Update]) -> list[list[Update]]:
+    kinds: dict[tuple[Any, ...], list[Update]] = {}
+    for update in updates:
+        kinds.setdefault(update.kind, []).append(update)
+    return list(kinds.values())
+
+
+def step_(updates: Sequence[Update], *, factor: float, settings: dict[str, Any]) -> None:
+    """g <- factor g + rho (x - c), then x, m and v as torch's AdamW has them; the gradients are not changed.
+
+    One launch for each kind of update.
 
     Args:
-        x: float32, bfloat16 (rounded at random) or float16.
-        steps: done, this one included.
-        pull: rho and c.
         settings: lr, betas, eps and weight_decay.
     """
     beta1, beta2 = settings["betas"]
     lr = float(settings["lr"])
-    anchor = None if pull is None else pull[1]
-    grid, runs, width, scales = _parts(x)
-    adam_kernel[grid](
-        x,
-        gradient,
-        first.values,
-        second.values,
-        _or(first.scales, x),
-        _or(second.scales, x),
-        x if anchor is None else anchor.values,
-        x if anchor is None else _or(anchor.scales, x),
-        width,
-        scales,
-        factor,
-        0.0 if pull is None else pull[0],
-        beta1,
-        beta2,
-        1.0 - beta1,
-        1.0 - beta2,
-        1.0 - lr * settings["weight_decay"],
-        lr / (1.0 - beta1**steps),
-        (1.0 - beta2**steps) ** 0.5,
-        settings["eps"],
-        seed,
-        ANCHOR=anchor is not None,
-        ANCHOR_CODES=anchor is not None and anchor.scales is not None,
-        MOMENT_CODES=first.scales is not None,
-        CHANCE=x.dtype is torch.bfloat16,
-        FIRST_STEP=quantization.SIGNED_STEP,
-        SECOND_STEP=quantization.UNSIGNED_STEP,
-        STEPS=runs,
-    )
+    for group in _by_kind(updates):
+        one = group[0]
+        assert one.first is not None
+        assert one.second is not None
+        rows = [u.row(lr / (1.0 - beta1**u.steps), (1.0 - beta2**u.steps) ** 0.5) for u in group]
+        programs, _, turns = _shared(tuple(u.runs for u in group), one.x.device)
+        adam_kernel[(len(programs),)](
+            _table(rows, one.x.device),
+            programs,
+            turns,
+            factor,
+            beta1,
+            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
+            1.0 - lr * settings["weight_decay"],
+            settings["eps"],
+            X=_TYPES[one.x.dtype],
+            G=_TYPES[one.gradient.dtype],
+            ANCHOR=tl.float32 if one.anchor is None else _TYPES[one.anchor.values.dtype],
+            PULLED=one.anchor is not None,
+            ANCHOR_CODES=one.anchor is not None and one.anchor.scales is not None,
+            SUPPORT=one.support is not None,
+            MOMENT_CODES=one.first.scales is not None,
+            FIRST_TYPE=_TYPES[one.first.values.dtype],
+            SECOND_TYPE=_TYPES[one.second.values.dtype],
+            FIRST_STEP=FIRST_STEP,
+            SECOND_STEP=SECOND_STEP,
+            ALIGNED=all(u.aligned for u in group),
+            RUNS=_RUNS,
+            num_warps=4,
+        )
 
 
-def scores(
-    x: Tensor,
-    anchor: Stored | None,
-    bits: Tensor,
-    second: Stored | None,
-    *,
-    lag: float,
-    bonus: float,
-    least: float,
-) -> Tensor:
-    """|x + u| max(sqrt(F), least), float32, times `bonus` in the support; u = -lag c off it.
-
-    Args:
-        bits: the support, packed.
-        second: F, or in 8 bits its root; None for F = 1.
-    """
-    grid, runs, width, scales = _parts(x)
-    result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    score_kernel[grid](
-        x,
-        x if anchor is None else anchor.values,
-        x if anchor is None else _or(anchor.scales, x),
-        bits,
-        x if second is None else second.values,
-        x if second is None else _or(second.scales, x),
-        result,
-        width,
-        bits.shape[-1],
-        scales,
-        lag,
-        bonus,
-        least,
-        ANCHOR=anchor is not None,
-        ANCHOR_CODES=anchor is not None and anchor.scales is not None,
-        FISHER=second is not None,
-        SECOND_CODES=second is not None and second.scales is not None,
-        SECOND_STEP=quantization.UNSIGNED_STEP,
-        STEPS=runs,
-    )
+def norms(updates: Sequence[Update]) -> Tensor:
+    """The norm of each gradient on its support (n,), float64, on the device: squares summed in float32 by programs,
+    then in float64."""
+    result = torch.empty(len(updates), dtype=torch.float64, device=updates[0].x.device)
+    place = {id(update): i for i, update in enumerate(updates)}
+    for group in _by_kind(updates):
+        one = group[0]
+        programs, begin, turns = _shared(tuple(u.runs for u in group), one.x.device)
+        sums = torch.empty(len(programs), dtype=torch.float32, device=one.x.device)
+        squares_kernel[(len(programs),)](
+            _table([u.row(0.0, 1.0) for u in group], one.x.device),
+            programs,
+            turns,
+            sums,
+            G=_TYPES[one.gradient.dtype],
+            SUPPORT=one.support is not None,
+            ALIGNED=all(u.aligned for u in group),
+            RUNS=_RUNS,
+            num_warps=4,
+        )
+        places = [place[id(u)] for u in group]
+        into = result if places == list(range(len(updates))) else torch.empty_like(result[: len(group)])
+        norms_kernel[(len(group),)](sums, begin, into, BLOCK=256)
+        if into is not result:
+            result[torch.tensor(places, device=result.device)] = into
     return result
-
-
-def _parts(x: Tensor) -> tuple[tuple[int, int], int, int, int]:
-    """The grid, runs for each program, the width of a row, and its number of runs."""
-    width = x.shape[-1] if x.ndim else 1
-    scales = -(-width // quantization.BLOCK)
-    runs = min(_RUNS, 1 << (scales - 1).bit_length())
-    return (x.numel() // max(1, width), -(-scales // runs)), runs, width, scales
-
-
-def _or(x: Tensor | None, other: Tensor) -> Tensor:
-    return other if x is None else x
-
-
-def pack(mask: Tensor, packed: int) -> Tensor:
-    width = mask.shape[-1]
-    rows = mask.numel() // max(1, width)
-    flat = mask.contiguous()
-    bits = torch.empty((*mask.shape[:-1], packed), dtype=torch.uint8, device=mask.device)
-    pack_kernel[(rows, -(-packed // _BYTES))](flat.view(torch.uint8), bits, rows, width, packed, BYTES=_BYTES)
-    return bits
-
-
-def unpack(bits: Tensor, width: int) -> Tensor:
-    mask = torch.empty((*bits.shape[:-1], width), dtype=torch.bool, device=bits.device)
-    unpack_kernel[_grid(mask)](bits, mask.view(torch.uint8), width, bits.shape[-1], BLOCK=_BLOCK)
-    return mask
-
-
-def restrict_(x: Tensor, bits: Tensor) -> None:
-    restrict_kernel[_grid(x)](x, bits, x.shape[-1], bits.shape[-1], BLOCK=_BLOCK)
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    width = x.shape[-1]
-    return x.numel() // max(1, width), -(-width // _BLOCK)

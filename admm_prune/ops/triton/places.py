@@ -21,3 +21,10 @@ def runs_of_row(width, STEPS: tl.constexpr):
     run = tl.program_id(1) * STEPS + tl.arange(0, STEPS)
     column = run[:, None] * 256 + tl.arange(0, 256)[None, :]
     return row, run, column, column < width, row * width + column
+
+
+@triton.jit
+def bit_of(bits_at, row, column, packed, there):
+    """Whether the entries are in a packed support, whose rows have `packed` bytes."""
+    byte = tl.load(bits_at + row * packed + column // 8, mask=there, other=0).to(tl.int32)
+    return ((byte >> (column % 8)) & 1) != 0

@@ -1,5 +1,6 @@
-"""The elementwise steps of ADMM between two matrix products; the reference is `ops.splitting`.
+"""The elementwise steps of ADMM between two matrix products, and the split of a factor into two bfloat16 numbers.
 
+The reference implementations are `ops.splitting` and `ops.precision`.
 A program takes a part of one row; `rows` share a row of the metric.
 """
 
@@ -85,8 +86,45 @@ def settle_kernel(
         before = tl.load(before_at + place, mask=there, other=0)
         tl.store(part, tl.sum(((mask != 0) & (before == 0)).to(tl.int32)).to(tl.float32))
         tl.store(part + 1, tl.sum((mask != 0).to(tl.int32)).to(tl.float32))
+    else:
+        tl.store(part, 0.0)
+        tl.store(part + 1, 0.0)
     tl.store(part + 2, tl.sum(away * away))
     tl.store(part + 3, tl.sum(d * d))
+
+
+@triton.jit
+def measure_kernel(parts_at, measures_at, parts, BLOCK: tl.constexpr):
+    """Adds up the parts of each problem in float64, in one order: counts, and the roots of the sums of squares."""
+    problem = tl.program_id(0).to(tl.int64)
+    field = tl.arange(0, 4)
+    total = tl.zeros((BLOCK, 4), tl.float64)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        place = (problem * parts + part)[:, None] * 4 + field[None, :]
+        total += tl.load(parts_at + place, mask=(part < parts)[:, None], other=0.0).to(tl.float64)
+    sums = tl.sum(total, axis=0)
+    tl.store(measures_at + problem * 4 + field, tl.where(field < 2, sums, tl.sqrt(sums)))
+
+
+@triton.jit
+def _nearest(x):
+    """The bits of the nearest bfloat16 number, as a float32; of two equally near ones that with an even last bit."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, rounded, 0x7FC00000)
+
+
+@triton.jit
+def split_kernel(a_at, into_at, width, BLOCK: tl.constexpr):
+    row, column, there, place = part_of_row(width, BLOCK)
+    a = tl.load(a_at + place, mask=there, other=0.0)
+    high = _nearest(a)
+    low = _nearest(a - high.to(tl.float32, bitcast=True))
+    into_at += row * (3 * width) + column
+    tl.store(into_at, (high >> 16).to(tl.int16), mask=there)
+    tl.store(into_at + width, (high >> 16).to(tl.int16), mask=there)
+    tl.store(into_at + 2 * width, (low >> 16).to(tl.int16), mask=there)
 
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.
@@ -120,7 +158,7 @@ def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, sco
 def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor, root: Tensor | None) -> Tensor:
     """Partial sums of the programs are added up in float64, in one order: no atomics, the same bits every time."""
     grid, block = _parts(z)
-    parts = torch.zeros((*grid, 4), dtype=torch.float32, device=z.device)
+    parts = torch.empty((*grid, 4), dtype=torch.float32, device=z.device)
     settle_kernel[grid](
         z,
         mask.view(torch.uint8),
@@ -135,10 +173,12 @@ def settle(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor,
         ROOT=root is not None,
         BLOCK=block,
     )
-    several = root is not None and root.ndim == 2
-    sums = parts.view(_problems(root), -1, 4).sum(1, dtype=torch.float64)
-    measured = torch.cat([sums[:, :2], sums[:, 2:].sqrt()], dim=1)
-    return measured if several else measured[0]
+    problems = _problems(root)
+    measures = torch.empty(problems, 4, dtype=torch.float64, device=z.device)
+    count = grid[0] * grid[1] // problems
+    block = min(2048, max(32, 1 << (count - 1).bit_length()))
+    measure_kernel[(problems,)](parts, measures, count, BLOCK=block, num_warps=max(1, min(8, block // 128)))
+    return measures if root is not None and root.ndim == 2 else measures[0]
 
 
 def _problems(root: Tensor | None) -> int:
@@ -150,3 +190,13 @@ def _parts(x: Tensor) -> tuple[tuple[int, int], int]:
     rows, width = x.shape
     block = min(_WIDEST, max(16, 1 << (width - 1).bit_length()))
     return (rows, -(-width // block)), block
+
+
+def split(a: Tensor) -> Tensor:
+    """[A1, A1, A2] (..., m, 3 k) in bfloat16, of a contiguous float32 A (..., m, k), in one pass over memory."""
+    width = a.shape[-1]
+    into = torch.empty((*a.shape[:-1], 3 * width), dtype=torch.bfloat16, device=a.device)
+    if a.numel():
+        block = min(_WIDEST, max(16, 1 << (width - 1).bit_length()))
+        split_kernel[(a.numel() // width, -(-width // block))](a, into.view(torch.int16), width, BLOCK=block)
+    return into

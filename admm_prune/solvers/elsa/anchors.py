@@ -157,8 +157,13 @@ class Weight:
         """Whether the support is everything: then there is no pull, because ADMM would pull x to its earlier values."""
         return bool(self.state["kept"] == self.entries)
 
+    @property
+    def packed_mask(self) -> Tensor:
+        """M of the local shard, one bit for each entry."""
+        return local(self.state["mask"])
+
     def mask(self, rows: slice = slice(None)) -> Tensor:
-        return bits.unpack(local(self.state["mask"])[rows], self.parameter.shape[-1])
+        return bits.unpack(self.packed_mask[rows], self.parameter.shape[-1])
 
     def set_mask(self, mask: Tensor) -> None:
         """Sets the mask of the local shard; the caller sets `kept`."""

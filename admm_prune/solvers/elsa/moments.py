@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from admm_prune.errors import UserError
-from admm_prune.ops import backend, library_adam, quantization
+from admm_prune.ops import backend, bits, library_adam, quantization
 from admm_prune.ops.quantization import Stored, generator_on
 from admm_prune.solvers.elsa.anchors import (
     Anchors,
@@ -54,10 +54,16 @@ def seed(parameter: Tensor, *numbers: int) -> int:
 
 @dataclass
 class DeferredGradient:
-    """Changes of the gradients deferred to the kernel: g <- factor g + rho (x - c). The gradients are not changed."""
+    """Changes of the gradients deferred to the kernels: g <- factor M g + rho (x - c). The gradients are not changed.
+
+    Attributes:
+        pulls: rho and c, by the id of the parameter.
+        supports: M packed, likewise; everything where there is none.
+    """
 
     factor: float = 1.0
-    pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)  # rho and c, by id of the parameter
+    pulls: dict[int, tuple[float, Stored]] = field(default_factory=dict)
+    supports: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _fits_kernel(parameter: Tensor) -> bool:
@@ -86,10 +92,12 @@ def fused_scores(weight: Weight, anchor: Stored | None, score: Score, second: St
         return None
     if second is not None and score.power != 0.5:
         return None
-    from admm_prune.ops.triton import adam
+    from admm_prune.ops.triton import supports
 
     lag, bonus = float(weight.state["lag"]), 1.0 + score.hysteresis
-    return adam.scores(x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5)
+    return supports.scores(
+        x, anchor, local(weight.state["mask"]), second, lag=lag, bonus=bonus, least=LEAST_FISHER**0.5
+    )
 
 
 @dataclass(frozen=True)
@@ -203,26 +211,11 @@ class Moments:
             parameters: each with a gradient.
             group: the settings lr, betas, eps, weight_decay, foreach and fused.
             draws: for each parameter, numbers that seed the rounding of narrow states.
-            deferred: if the step is one kernel per parameter, the deferred changes of the gradients.
+            deferred: if kernels take all parameters at once, the deferred changes of the gradients.
         """
         if deferred is not None:
-            from admm_prune.ops.triton import adam as fused
-
-            for x, state, draw in zip(parameters, states, draws, strict=True):
-                if state["step"].is_cuda:  # torch's fused kernel needs it there; this kernel counts on the host
-                    state["step"] = state["step"].cpu()
-                state["step"] += 1
-                fused.step_(
-                    local(x.detach()),
-                    _gradient(x),
-                    self._stored(x, state, "exp_avg"),
-                    self.stored_second(x, state),
-                    steps=int(state["step"]),
-                    factor=deferred.factor,
-                    pull=deferred.pulls.get(id(x)),
-                    seed=seed(x, *draw, _DRAW),
-                    settings=group,
-                )
+            if parameters:
+                self._fused_step(parameters, states, group, draws, deferred)
             return
         narrow = [self.quantizes(x) or working_dtype(x.dtype) != x.dtype for x in parameters]
         wide = [(x, state) for x, state, is_narrow in zip(parameters, states, narrow, strict=True) if not is_narrow]
@@ -240,6 +233,38 @@ class Moments:
                 _library_step(x, state, group, generator(x, *draws[i], _DRAW))
             elif narrow[i]:
                 self._narrow_step(x, state, group, generator(x, *draws[i], _DRAW))
+
+    def _fused_step(
+        self,
+        parameters: Sequence[Tensor],
+        states: Sequence[State],
+        group: dict[str, Any],
+        draws: Sequence[tuple[int, ...]],
+        deferred: DeferredGradient,
+    ) -> None:
+        from admm_prune.ops.triton import adam as fused
+
+        for state in states:
+            if state["step"].is_cuda:  # torch's fused kernel needs it there; these kernels count on the host
+                state["step"] = state["step"].cpu()
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        updates = []
+        for x, state, draw in zip(parameters, states, draws, strict=True):
+            rho, anchor = deferred.pulls.get(id(x), (0.0, None))
+            updates.append(
+                fused.Update(
+                    local(x.detach()),
+                    _gradient(x),
+                    self._stored(x, state, "exp_avg"),
+                    self.stored_second(x, state),
+                    steps=int(state["step"]),
+                    rho=rho,
+                    anchor=anchor,
+                    support=deferred.supports.get(id(x)),
+                    seed=seed(x, *draw, _DRAW),
+                )
+            )
+        fused.step_(updates, factor=deferred.factor, settings=group)
 
     def _narrow_step(self, parameter: Tensor, state: State, group: dict[str, Any], chance: torch.Generator) -> None:
         """Steps some rows at a time: converted to the precision of the computation and written back."""
@@ -353,27 +378,40 @@ def refuse_sparse(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def total_norm(parameters: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """`norms`, and the norm of all gradients together.
+def total_norm(parameters: Sequence[Tensor], deferred: DeferredGradient | None = None) -> tuple[Tensor, float]:
+    """`norms` on the host, and the norm of all gradients together: the only time that the host waits in a step.
 
     Where that overflows in the gradients' own dtype (65504 in float16), it is computed again in float64, so that it is
     finite whenever all gradients are.
     """
-    each = norms(parameters)
+    each = norms(parameters, deferred).cpu()
     norm = float(torch.linalg.vector_norm(each))
     if math.isfinite(norm):
         return each, norm
-    each = norms(parameters, wide=True)
+    if deferred is not None:
+        for parameter in parameters:
+            if id(parameter) in deferred.supports:
+                bits.restrict_(_gradient(parameter), deferred.supports[id(parameter)])
+    each = norms(parameters, wide=True).cpu()
     return each, float(torch.linalg.vector_norm(each))
 
 
-def norms(parameters: Sequence[Tensor], *, wide: bool = False) -> Tensor:
+def norms(parameters: Sequence[Tensor], deferred: DeferredGradient | None = None, *, wide: bool = False) -> Tensor:
     """The Euclidean norm of each parameter's gradient (n,), over all processes, in float64.
 
     Args:
+        deferred: the gradients count on its supports alone.
         wide: squares and sums in float64, in place of the dtype of the gradient.
     """
-    local_norms = torch.stack([_norm(gradient, wide=wide) for gradient in gradients(parameters)])
+    if deferred is None or wide:
+        local_norms = torch.stack([_norm(gradient, wide=wide) for gradient in gradients(parameters)])
+    else:
+        from admm_prune.ops.triton import adam as fused
+
+        supports = deferred.supports
+        local_norms = fused.norms(
+            [fused.Update(local(x.detach()), _gradient(x), support=supports.get(id(x))) for x in parameters]
+        )
     if all(processes_of(parameter) is None for parameter in parameters):
         return local_norms
     return totals(parameters, local_norms.square_()).sqrt_()
