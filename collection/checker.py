@@ -114,12 +114,13 @@ def load_problems(path: Path) -> dict[str, Problem]:
     weight = _real(path, tensors, "weight", 2)
     out, width = weight.shape
     if "hessian_upper" in tensors:
-        packed = _real(path, tensors, "hessian_upper", 1)
-        if len(packed) != width * (width + 1) // 2:
-            raise CheckError(f"{path}: hessian_upper has {len(packed)} entries, not those of {width} x {width}")
-        hessian = np.zeros((width, width))
-        hessian[np.triu_indices(width)] = packed
-        hessian += np.triu(hessian, 1).T
+        packed = _real(path, tensors, "hessian_upper", 1, 2)
+        if packed.shape[-1] != width * (width + 1) // 2:
+            raise CheckError(f"{path}: hessian_upper has {packed.shape[-1]} entries, not those of {width} x {width}")
+        hessian = np.zeros((*packed.shape[:-1], width, width))
+        upper = np.triu_indices(width)
+        hessian[..., upper[0], upper[1]] = packed
+        hessian[..., upper[1], upper[0]] = packed
     else:
         hessian = _real(path, tensors, "hessian", 2, 3)
     if hessian.shape not in ((width, width), (out, width, width)):

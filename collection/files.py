@@ -27,15 +27,14 @@ def write_problem(
 
     Args:
         weight: W (out, in).
-        hessian: H (in, in), of which the upper triangle is stored, or (out, in, in) for a stack of rows.
+        hessian: H (in, in), or (out, in, in) for a stack of rows; the upper triangle is stored.
         sets: by name; the problems have the ids '<layer>/<name>'.
         metadata: origin and protocol.
     """
-    tensors = {"weight": np.ascontiguousarray(weight)}
-    if hessian.ndim == 2:
-        tensors["hessian_upper"] = np.ascontiguousarray(hessian[np.triu_indices(len(hessian))])
-    else:
-        tensors["hessian"] = np.ascontiguousarray(hessian)
+    upper = np.triu_indices(weight.shape[1])
+    fits = hessian.shape[-2:] == (weight.shape[1],) * 2 and np.array_equal(hessian, np.swapaxes(hessian, -1, -2))
+    packed = {"hessian_upper": hessian[..., upper[0], upper[1]]} if fits else {"hessian": hessian}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in {"weight": weight, **packed}.items()}
     stated = {**metadata, "id": layer, "sets": json.dumps(sets, sort_keys=True)}
     _write(path, tensors, {"format": checker.FORMATS["problem"], **stated})
 
