@@ -26,9 +26,16 @@ from numpy.random import Generator
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problems.constraints import Groups, NofM, RowWise, SparseSet, StackedRows, Unstructured
+from admm_prune.problems.constraints import Blocks, Groups, NofM, RowWise, SparseSet, StackedRows, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, lower_bound, perspective_bound
+from admm_prune.solvers.reference import (
+    BranchAndBound,
+    BruteForce,
+    BruteForceGroups,
+    dual_bound,
+    lower_bound,
+    perspective_bound,
+)
 
 DIGITS = 80
 _LEVELS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999999, 1.0)
@@ -129,7 +136,7 @@ def drawn_weights(draw: Generator, kind: str, shape: tuple[int, int]) -> np.ndar
 
 
 def drawn_set(draw: Generator, rows: int, width: int) -> SparseSet:
-    kinds = ["row", "matrix", "groups"] + ["pattern"] * (width % 2 == 0) + ["stacked"] * (rows > 1)
+    kinds = ["row", "matrix", "groups", "tiles"] + ["pattern"] * (width % 2 == 0) + ["stacked"] * (rows > 1)
     kind = str(draw.choice(kinds))
     sparsity = float(draw.choice([0.0, 0.3, 0.5, 0.5, 0.7, 1.0]))
     if kind == "pattern":
@@ -137,6 +144,8 @@ def drawn_set(draw: Generator, rows: int, width: int) -> SparseSet:
         return NofM(int(draw.integers(1, group)), group)
     if kind == "groups":
         return Groups(sparsity, 2 if width % 2 == 0 and draw.random() < 0.5 else 1)
+    if kind == "tiles":
+        return Blocks(sparsity, 2 if rows == 2 else 1, int(draw.choice([w for w in (1, 2, 3) if width % w == 0])))
     if kind == "stacked":
         return StackedRows(((1, RowWise(sparsity)), (rows - 1, RowWise(0.5))))
     return RowWise(sparsity) if kind == "row" else Unstructured(sparsity)
@@ -238,6 +247,8 @@ def best(constraint: SparseSet, least: list[Losses], rows: int, width: int) -> N
         sets = combinations(range(width // constraint.width), keep)
         columns = [tuple(g * constraint.width + i for g in chosen for i in range(constraint.width)) for chosen in sets]
         return min(mpmath.fsum(row[s] for row in least) for s in columns)
+    if isinstance(constraint, Blocks):
+        return best_tiles(constraint, least, rows, width)
     score = Point(weight=torch.arange(1.0, rows * width + 1).view(rows, width))
     support = constraint.select(score)["weight"]
     if isinstance(constraint, Unstructured):
@@ -257,13 +268,31 @@ def best(constraint: SparseSet, least: list[Losses], rows: int, width: int) -> N
     return total
 
 
+def best_tiles(constraint: Blocks, least: list[Losses], rows: int, width: int) -> Number:
+    """The least sum over rows of the supports that keep as many tiles of the matrix as there may be."""
+    height, across = constraint.height, constraint.width
+    tiles = [(i, j) for i in range(0, rows, height) for j in range(0, width, across)]
+    keep = constraint.keep if constraint.keep is not None else round((1 - constraint.sparsity) * len(tiles))
+    found = mpmath.inf
+    for chosen in combinations(tiles, keep):
+        supports = [
+            tuple(c for i, j in chosen if i <= r < i + height for c in range(j, j + across)) for r in range(rows)
+        ]
+        found = min(found, mpmath.fsum(row[s] for row, s in zip(least, supports, strict=True)))
+    return found
+
+
 SOURCES: dict[str, Callable[[LayerReconstruction], float | None]] = {
     "BruteForce": lambda problem: BruteForce().solve(problem).bound,
     "BranchAndBound": lambda problem: BranchAndBound().solve(problem).bound,
     "lower_bound": lambda problem: None if (bound := lower_bound(problem)) is None else bound.value,
+    "dual_bound": lambda problem: None if (bound := dual_bound(problem)) is None else bound.bound.value,
     "BruteForceGroups": lambda problem: BruteForceGroups().solve(problem).bound,
     "perspective_bound": lambda problem: None if (bound := perspective_bound(problem)) is None else bound.value,
 }
+
+
+SLOW = ("dual_bound", "perspective_bound")
 
 
 @dataclass
@@ -297,9 +326,9 @@ def check(case: Case, number: int, tallies: dict[str, Tally], perspective_every:
     floor = problem.value(Point(weight=problem.minimizer))
     for name, source in SOURCES.items():
         grouped = isinstance(problem.constraint, Groups)
-        if (name == "BruteForceGroups") != grouped:
+        if name != "dual_bound" and (name == "BruteForceGroups") != grouped:
             continue
-        if name == "perspective_bound" and (not perspective_every or number % perspective_every):
+        if name in SLOW and (not perspective_every or number % perspective_every):
             continue
         tally = tallies[name]
         try:
@@ -323,7 +352,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--perspective-every", type=int, default=50, help="its programs are slow; 0 for never")
+    parser.add_argument(
+        "--perspective-every", type=int, default=50, help="the perspective relaxations are slower; 0 for never"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     tallies = {name: Tally() for name in SOURCES}

@@ -6,14 +6,17 @@ from admm_prune.solvers.reference.bounds import Bound, lower_bound, perspective_
 from admm_prune.solvers.reference.branch_and_bound import BranchAndBound
 from admm_prune.solvers.reference.brute_force import BruteForce, BruteForceGroups, GroupExact
 from admm_prune.solvers.reference.cvxpy_models import MixedIntegerReference
+from admm_prune.solvers.reference.dual import DualCertificate, dual_bound
 
 __all__ = [
     "Bound",
     "BranchAndBound",
     "BruteForce",
     "BruteForceGroups",
+    "DualCertificate",
     "GroupExact",
     "MixedIntegerReference",
+    "dual_bound",
     "lower_bound",
     "perspective_bound",
 ]
