@@ -42,6 +42,7 @@ catalogue: $(INSTALLED) ## try every solver on every problem and set, and write 
 	$(ONE_THREAD) $(BIN)/python scripts/write_catalogue.py
 	$(BIN)/python scripts/write_reference.py
 	$(BIN)/python -m benchmarks.results_page
+	$(BIN)/python -m collection.page
 
 docs: $(INSTALLED) ## the documentation as a site, in site/
 	$(BIN)/zensical build --strict

@@ -24,7 +24,7 @@ def plot_cost(rows: Sequence[Row], path: Path, error: str = "ratio") -> None:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure, panels = _grid(len(layers))
-    colour = _colours(solvers)
+    colour = colours(solvers)
     for panel, layer in zip(panels, layers, strict=False):
         for row in rows:
             if row["layer"] == layer and row[error] and row["cost"]:
@@ -53,7 +53,7 @@ def plot_curves(curves: Sequence[Row], yardsticks: dict[tuple[str, str], float],
     solvers = list(dict.fromkeys(point["solver"] for point in curves))
     places = [place for place in dict.fromkeys((p["layer"], p["pattern"]) for p in curves) if place in yardsticks]
     figure, panels = _grid(len(places))
-    colour = _colours(solvers)
+    colour = colours(solvers)
     for panel, place in zip(panels, places, strict=False):
         for solver in solvers:
             points = [p for p in curves if (p["layer"], p["pattern"], p["solver"]) == (*place, solver)]
@@ -96,7 +96,7 @@ def _logarithmic(panel: Any, title: str) -> None:
     panel.grid(visible=True, color="0.92")
 
 
-def _colours(names: Sequence[str]) -> dict[str, Any]:
+def colours(names: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
     wheel = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed map has colours

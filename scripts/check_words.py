@@ -94,7 +94,7 @@ def names(path: Path) -> Iterator[tuple[int, str]]:
 
 def main(arguments: list[str]) -> int:
     modules = sorted(PACKAGE.rglob("*.py"))
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "collection/README.md")]
     pages += sorted([*(ROOT / "docs").rglob("*.md"), *(PACKAGE / "assets").rglob("*.md"), *PACKAGE.rglob("*.j2")])
     count = 0
     for option, search, files in (("--phrases", phrases, [*pages, *modules]), ("--names", names, modules)):

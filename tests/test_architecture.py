@@ -52,7 +52,7 @@ MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"__main__"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(
     path
-    for folder in ("admm_prune", "benchmarks", "docs", "examples", "scripts", "tests")
+    for folder in ("admm_prune", "benchmarks", "collection", "docs", "examples", "scripts", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
 

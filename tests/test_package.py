@@ -134,7 +134,7 @@ def wheel_of(place: Path, **environment: str) -> Path:
     shutil.copytree(ROOT / "admm_prune", checkout / "admm_prune", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for folder in ("solvers", "problems"):
         (checkout / folder).symlink_to(f"admm_prune/{folder}")
-    for folder in ("tests", "benchmarks"):
+    for folder in ("tests", "benchmarks", "collection"):
         (checkout / folder).mkdir()
         (checkout / folder / "__init__.py").touch()
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(checkout)]

@@ -1,0 +1,244 @@
+"""Makes the problems of the collection from named models and texts, and compares their hashes with the manifest.
+
+    python -m collection.build [--layers PATTERN] [--subset small] [--model DIR --text FILE]
+                               [--stories-model DIR --stories-text FILE] [--write-manifest]
+
+The embedded model and its text are in the package; SmolLM2-135M-Instruct and stories260K are given by folders. What the
+manifest, `problems.json`, marks as committed is written to `problems/`, the rest to `built/`, beside this file. The
+same machine and versions give the same hashes; where one differs a line says so, and records of others do not apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from admm_prune.errors import UserError
+from collection import checker
+from collection.capture import DAMPING, Layer, dense, retargeted, row_problems
+from collection.files import write_problem
+
+FOLDER = Path(__file__).resolve().parent
+MANIFEST = FOLDER / "problems.json"
+SUBSETS = ("small", "standard", "large")
+SPARSITIES = (50, 70, 90)
+CORE = ("row-50", "unstructured-70", "2of4")  # of every layer
+ROWS = {8: 512, 16: 512, 32: 256, 64: 96}  # entries of a row problem -> rows of each model
+COMMITTED_BELOW = 300_000  # bytes of a layer of the larger models, beyond the story model and the row problems
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and the text that it is calibrated on, and which of its layers are problems.
+
+    Args:
+        blocks: of which every matrix is taken; the second one with every set.
+        retargets: (block, matrices) after a pruned prefix.
+    """
+
+    name: str
+    model: str
+    text: str
+    tokens: int
+    blocks: tuple[int, int, int]
+    retargets: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+def sources(given: argparse.Namespace) -> list[Source]:
+    """Those whose model is given."""
+    matrices = ("q_proj", "gate_proj", "down_proj")
+    found = [Source("embedded", "embedded", "embedded", 8192, (0, 2, 3), ((2, matrices), (3, matrices)))]
+    if given.stories_model:
+        retargets = ((2, matrices), (4, matrices))
+        found.append(Source("stories260k", given.stories_model, given.stories_text, 8192, (0, 2, 4), retargets))
+    if given.model:
+        retargets = ((15, ("q_proj", "gate_proj")),)
+        found.append(Source("smollm2-135m", given.model, given.text, 8192, (0, 15, 29), retargets))
+    return found
+
+
+def sets(rows: int, width: int, names: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
+    """The sets of a matrix (rows, width) by name, with exact counts; those of `names`, or all that fit."""
+    found: dict[str, dict[str, Any]] = {}
+    for percent in SPARSITIES:
+        left = 1 - percent / 100
+        found[f"row-{percent}"] = {"kind": "row", "keep": round(left * width)}
+        found[f"unstructured-{percent}"] = {"kind": "unstructured", "keep": round(left * rows * width)}
+        if rows % 4 == 0 and width % 4 == 0:
+            tiles = rows * width // 16
+            found[f"block4x4-{percent}"] = {"kind": "block", "height": 4, "width": 4, "keep": round(left * tiles)}
+        found[f"columns-{percent}"] = {"kind": "group", "width": 1, "keep": round(left * width)}
+    for keep, of in ((2, 4), (4, 8)):
+        if width % of == 0:
+            found[f"{keep}of{of}"] = {"kind": "N:M", "keep": keep, "of": of}
+    return {name: given for name, given in found.items() if names is None or name in names}
+
+
+def layers_of(source: Source) -> Iterator[tuple[str, dict[str, Any], NDArray[np.float32], NDArray[np.float32]]]:
+    """(id, entry of the manifest without its hash, W, H) for every problem file of a source."""
+    origin = {"model": source.name, "tokens": source.tokens, "ridge": f"{DAMPING:g} of the mean diagonal"}
+    whole: list[Layer] = []
+    for layer in dense(source.model, source.text, source.tokens, source.blocks):
+        whole.append(layer)
+        names = None if layer.block == source.blocks[1] else CORE
+        identity = f"{source.name}.{layer.block}.{layer.module}"
+        yield identity, {**origin, **_entry(layer, sets(*layer.weight.shape, names))}, layer.weight, layer.hessian
+    for width, count in ROWS.items():
+        if source.name == "stories260k":
+            break
+        weight, hessian = row_problems(whole, width, count, seed=width)
+        budgets = {f"row-{p}": {"kind": "row", "keep": round((1 - p / 100) * width)} for p in (50, 70)}
+        entry = {"module": "rows", "block": None, "tokens": source.tokens, "shape": [count, width], "sets": budgets}
+        yield f"{source.name}.rows{width}", {**origin, **entry}, weight, hessian
+    for block, modules in source.retargets:
+        for layer in retargeted(source.model, source.text, source.tokens, block, modules):
+            identity = f"{source.name}.{layer.block}.{layer.module}.retargeted"
+            yield identity, {**origin, **_entry(layer, sets(*layer.weight.shape, CORE))}, layer.weight, layer.hessian
+
+
+def _entry(layer: Layer, budgets: Mapping[str, Any]) -> dict[str, Any]:
+    shape = list(layer.weight.shape)
+    return {"module": layer.module, "block": layer.block, "tokens": layer.tokens, "shape": shape, "sets": budgets}
+
+
+def subset_of(source: str, entry: Mapping[str, Any]) -> tuple[str, bool]:
+    """(subset, whether the file is committed)."""
+    rows, width = entry["shape"]
+    size = 4 * (rows * width + width * (width + 1) // 2)
+    if source == "stories260k" or entry["module"] == "rows":
+        return "small", True
+    if source == "embedded":
+        return ("small", True) if size < COMMITTED_BELOW else ("standard", False)
+    return ("standard" if "proj" in entry["module"] and entry["module"][0] in "qkvo" else "large"), False
+
+
+def manifest() -> dict[str, dict[str, Any]]:
+    """The layers by id."""
+    if not MANIFEST.exists():
+        return {}
+    content: dict[str, dict[str, Any]] = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    return content
+
+
+def problem_ids(subset: str | None = None) -> list[str]:
+    """'<layer>/<set>' for all problems, or those of a subset."""
+    return [
+        f"{layer}/{name}"
+        for layer, entry in manifest().items()
+        if subset in (None, entry["subset"])
+        for name in entry["sets"]
+    ]
+
+
+def place_of(layer: str) -> Path:
+    """Where the file of a layer is, or would be built.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    entry = manifest().get(layer)
+    if entry is None:
+        raise UserError(f"no layer '{layer}' in the collection: {MANIFEST.name} lists them")
+    return FOLDER / ("problems" if entry["committed"] else "built") / f"{layer}.safetensors"
+
+
+def load(problem: str) -> checker.Problem:
+    """A problem of the collection by its id, from its file, whose hash is compared with the manifest.
+
+    Raises:
+        UserError: no such problem, its file is not built, or it has other content.
+    """
+    layer, _, _ = problem.partition("/")
+    path = place_of(layer)
+    if not path.exists():
+        raise UserError(f"{layer} is not built: python -m collection.build --layers {layer}, with its model and text")
+    try:
+        found = checker.load_problems(path).get(problem)
+        tensors, _ = checker.read(path, "problem")
+    except checker.CheckError as error:
+        raise UserError(str(error)) from error
+    if found is None:
+        raise UserError(f"{layer} has no set '{problem.partition('/')[2]}': {', '.join(manifest()[layer]['sets'])}")
+    if checker.tensor_hash(tensors) != manifest()[layer]["sha256"]:
+        raise UserError(
+            f"{path} has another SHA-256 than the manifest: build it again, or on the machine of the records"
+        )
+    return found
+
+
+def build(given: argparse.Namespace) -> tuple[int, list[str]]:
+    """(number of files written, a line for each whose hash is not that of the manifest)."""
+    entries, differing, count = manifest(), [], 0
+    for source in sources(given):
+        wanted = [name for name in entries if name.startswith(f"{source.name}.") and _matches(name, entries, given)]
+        if not wanted and not given.write_manifest:
+            continue
+        for layer, entry, weight, hessian in layers_of(source):
+            if not given.write_manifest and layer not in wanted:
+                continue
+            subset, committed = subset_of(source.name, entry)
+            folder = FOLDER / "problems" if committed else given.out
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{layer}.safetensors"
+            stated = {name: str(entry[name]) for name in ("model", "module", "block", "tokens", "ridge")}
+            known = entries.get(layer, {}).get("sha256")
+            if path.exists() and known and checker.tensor_hash(checker.read(path, "problem")[0]) == known:
+                digest = _hash(weight, hessian)
+            else:
+                write_problem(path, layer, weight, hessian, entry["sets"], stated)
+                digest = checker.tensor_hash(checker.read(path, "problem")[0])
+                count += 1
+            if known not in (None, digest):
+                differing.append(f"{layer}: SHA-256 {digest[:12]}, but {known[:12]} in the manifest")
+            if given.write_manifest:
+                entries[layer] = {**entry, "subset": subset, "committed": committed, "sha256": digest}
+    if given.write_manifest:
+        lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in entries.items()]
+        MANIFEST.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return count, differing
+
+
+def _hash(weight: NDArray[np.float32], hessian: NDArray[np.float32]) -> str:
+    upper = np.triu_indices(weight.shape[1])
+    return checker.tensor_hash({"weight": weight, "hessian_upper": hessian[..., upper[0], upper[1]]})
+
+
+def _matches(name: str, entries: Mapping[str, Any], given: argparse.Namespace) -> bool:
+    return fnmatch(name, given.layers) and given.subset in (None, entries[name]["subset"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="*", help="a pattern of their ids, such as 'embedded.*'")
+    parser.add_argument("--subset", choices=SUBSETS)
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--text", help="its calibration text, the validation text of WikiText-2")
+    parser.add_argument("--stories-model", help="folder of stories260K")
+    parser.add_argument("--stories-text", help="its calibration text, of TinyStories")
+    parser.add_argument("--out", type=Path, default=FOLDER / "built", help="for the files that are not committed")
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="take the hashes found as those of the collection"
+    )
+    given = parser.parse_args(arguments)
+    if bool(given.model) != bool(given.text) or bool(given.stories_model) != bool(given.stories_text):
+        parser.error("a model needs its text")
+    try:
+        count, differing = build(given)
+    except (UserError, checker.CheckError) as error:
+        sys.exit(f"build: {error}")
+    print(*differing, f"{count} files written", sep="\n")
+    if differing:
+        sys.exit(f"build: {len(differing)} layers have other hashes: records of the manifest's do not apply to them")
+
+
+if __name__ == "__main__":
+    main()

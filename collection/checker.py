@@ -1,0 +1,624 @@
+"""Checks a solution and a lower bound of a layer problem. Imports numpy, safetensors and the standard library alone.
+
+    python collection/checker.py PROBLEM SOLUTION [CERTIFICATE]
+
+A problem: minimize f(V) = tr((V - W) H (V - W)^T) over the V (out, in) of a sparse set; in a stack of rows every row
+has a Hessian of its own. From the files alone it recomputes whether V lies in the set, an interval that contains f(V),
+and the bound f(V) >= b for every V of the set that the data of the certificate prove. Nothing that a solution or a
+certificate states about itself is relied on; where it states a value or a bound that does not hold, it is refused. "-"
+in place of SOLUTION checks the certificate alone. Exit status 1 and one line where a file is refused.
+
+Proofs: entries are the numbers that the files hold, as exact reals. Everything is computed in float64 with bounds on
+all rounding errors: u = 2^-53, gamma_k = k u / (1 - k u); a sum of k products, in any order, has an error of at most
+gamma_k times the sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
+The constants below are at least twice what this needs, which covers the rounding of the bounds themselves. `README.md`
+beside this file describes the formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+Array = NDArray[np.float64]
+
+FORMATS = {kind: f"layer-{kind}-1" for kind in ("problem", "solution", "certificate")}
+KINDS = {  # of sets, with the counts that each is defined by
+    "row": ("keep",),
+    "unstructured": ("keep",),
+    "N:M": ("keep", "of"),
+    "block": ("height", "width", "keep"),
+    "group": ("width", "keep"),
+}
+_UNIT = 2.0**-53
+_TINY = 1e-300  # more than the products of one formula lose by underflow
+_LARGEST = 1e60  # magnitude of an entry: no product of three overflows
+_FLOOR = 1e-8  # of the diagonal of H, in place of a multiplier 0 or less
+_SHRINKS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of H, taken off multipliers that are a little too large
+_CLAIM = 1e-9  # relative: a stated value or bound is rounded this much to the safe side
+
+
+class CheckError(ValueError):
+    """A file that is not what it states to be; the message is one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """W (out, in) and H (in, in), or (out, in, in) where every row is a problem of its own, and the sparse set."""
+
+    id: str
+    set: Mapping[str, Any]
+    weight: Array
+    hessian: Array
+    fingerprint: str
+
+    @property
+    def is_stack(self) -> bool:
+        return self.hessian.ndim == 3
+
+    def hessian_of(self, row: int) -> Array:
+        return self.hessian[row] if self.is_stack else self.hessian
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """f(V) lies in [lower, upper]; `rows` (out, 2) are the intervals of the rows, which add up to f."""
+
+    lower: float
+    upper: float
+    rows: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """f(V) >= value for every V of the set; `rows` (out,) are bounds of the rows where each has its own budget."""
+
+    value: float
+    kind: str
+    rows: Array | None = None
+
+
+def gamma(k: int) -> float:
+    return k * _UNIT / (1 - k * _UNIT)
+
+
+# Files
+
+
+def read(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """(tensors, metadata) of a file of one of the three kinds."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckError(f"{path} cannot be read as safetensors: {_one_line(error)}") from error
+    if metadata.get("format") != FORMATS[kind]:
+        raise CheckError(f"{path} is no {kind} of this collection: its format is not '{FORMATS[kind]}'")
+    return tensors, metadata
+
+
+def load_problems(path: Path) -> dict[str, Problem]:
+    """The problems of a file by their ids, '<layer>/<set>': one for each of its sets."""
+    tensors, metadata = read(path, "problem")
+    weight = _real(path, tensors, "weight", 2)
+    out, width = weight.shape
+    if "hessian_upper" in tensors:
+        packed = _real(path, tensors, "hessian_upper", 1, 2)
+        if packed.shape[-1] != width * (width + 1) // 2:
+            raise CheckError(f"{path}: hessian_upper has {packed.shape[-1]} entries, not those of {width} x {width}")
+        hessian = np.zeros((*packed.shape[:-1], width, width))
+        upper = np.triu_indices(width)
+        hessian[..., upper[0], upper[1]] = packed
+        hessian[..., upper[1], upper[0]] = packed
+    else:
+        hessian = _real(path, tensors, "hessian", 2, 3)
+    if hessian.shape not in ((width, width), (out, width, width)):
+        raise CheckError(f"{path}: hessian has the shape {hessian.shape}, which does not fit weight {weight.shape}")
+    if not np.array_equal(hessian, np.swapaxes(hessian, -1, -2)):
+        raise CheckError(f"{path}: hessian is not symmetric")
+    if np.diagonal(hessian, axis1=-2, axis2=-1).min(initial=0.0) < 0:
+        raise CheckError(f"{path}: hessian has a negative diagonal entry")
+    sets = _json(path, metadata.get("sets", ""))
+    name = metadata.get("id")
+    if not name or not isinstance(sets, dict) or not sets:
+        raise CheckError(f"{path} states no id and sets")
+    content = tensor_hash(tensors)
+    problems = {}
+    for label, given in sets.items():
+        check_set(given, out, width)
+        if hessian.ndim == 3 and given["kind"] != "row":
+            raise CheckError(f"{path}: a stack of rows has sets of the kind 'row' alone")
+        identity = json.dumps([FORMATS["problem"], f"{name}/{label}", given, content], sort_keys=True)
+        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        problems[f"{name}/{label}"] = Problem(f"{name}/{label}", given, weight, hessian, fingerprint)
+    return problems
+
+
+def tensor_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype.newbyteorder('<').str} {tensor.shape}\n".encode())
+        total.update(np.ascontiguousarray(tensor).tobytes())
+    return total.hexdigest()
+
+
+def check_set(given: Any, rows: int, width: int) -> None:
+    """Raises CheckError unless `given` describes a set of matrices (rows, width) by exact counts."""
+    kind = given.get("kind") if isinstance(given, dict) else None
+    if kind not in KINDS or set(given) != {"kind", *KINDS[kind]}:
+        raise CheckError(f"a set has one of the kinds {', '.join(KINDS)} and its counts, not {given}")
+    listed = kind == "row" and isinstance(given["keep"], list)
+    keeps = given["keep"] if listed else [given["keep"]]
+    counts = [given[name] for name in KINDS[kind] if name != "keep"]
+    if not all(type(count) is int and count >= 1 for count in counts):
+        raise CheckError(f"the counts of a set are whole numbers, not {given}")
+    height, across = given.get("height", 1), given.get("of", given.get("width", 1))
+    if width % across or rows % height or (listed and len(keeps) != rows):
+        raise CheckError(f"the set {given} does not fit a matrix of {rows} x {width}")
+    cells = {"row": width, "unstructured": rows * width, "N:M": across, "group": width // across}
+    most = cells.get(kind, rows // height * (width // across))
+    if not all(type(keep) is int and 0 <= keep <= most for keep in keeps):
+        raise CheckError(f"the set {given} keeps other than 0 to {most}")
+
+
+def load_weight(path: Path, problem: Problem) -> Array:
+    """V (out, in) of a solution."""
+    tensors, metadata = read(path, "solution")
+    _check_names(path, metadata, problem)
+    return weight_of(tensors, problem, path)
+
+
+def weight_of(tensors: Mapping[str, NDArray[Any]], problem: Problem, path: Path = Path("solution")) -> Array:
+    """V (out, in) from `weight`, or from `values` at the bits of `mask`, row by row."""
+    shape = problem.weight.shape
+    if "weight" in tensors:
+        weight = _real(path, tensors, "weight", 2)
+    else:
+        mask, values = _whole(path, tensors, "mask", 1), _real(path, tensors, "values", 1)
+        if tensors["mask"].dtype != np.uint8:
+            raise CheckError(f"{path}: mask has the dtype {tensors['mask'].dtype}, not uint8")
+        size = math.prod(shape)
+        bits = np.unpackbits(mask.astype(np.uint8)).astype(bool)
+        if len(mask) != -(-size // 8) or bits[size:].any() or bits.sum() != len(values):
+            raise CheckError(f"{path}: mask and values do not fit a matrix of {shape[0]} x {shape[1]}")
+        weight = np.zeros(size)
+        weight[bits[:size]] = values
+        weight = weight.reshape(shape)
+    if weight.shape != shape:
+        raise CheckError(f"{path}: weight has the shape {weight.shape}, not {shape}")
+    return weight
+
+
+def claim(path: Path, kind: str, name: str) -> float | None:
+    """What a file states about itself: a number, to be compared with what was proved, or None."""
+    text = read(path, kind)[1].get(name)
+    try:
+        stated = None if text is None else float(text)
+    except ValueError:
+        stated = math.nan
+    if stated is not None and not math.isfinite(stated):
+        raise CheckError(f"{path}: the {name} that it states is not a number")
+    return stated
+
+
+def _check_names(path: Path, metadata: Mapping[str, str], problem: Problem) -> None:
+    if metadata.get("id") != problem.id:
+        raise CheckError(f"{path} is for the problem '{metadata.get('id')}', not '{problem.id}'")
+    if metadata.get("problem") != problem.fingerprint:
+        raise CheckError(f"{path} was made for another content of {problem.id}: its SHA-256 differs")
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckError(f"{path}: its metadata is not JSON: {_one_line(error)}") from error
+
+
+def _tensor(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, *dimensions: int) -> NDArray[Any]:
+    if name not in tensors:
+        raise CheckError(f"{path} has no tensor '{name}'")
+    tensor = tensors[name]
+    if tensor.ndim not in dimensions or tensor.size == 0:
+        raise CheckError(f"{path}: {name} has the shape {tensor.shape}: not {dimensions[0]} dimensions, or empty")
+    return tensor
+
+
+def _real(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, *dimensions: int) -> Array:
+    tensor = _tensor(path, tensors, name, *dimensions)
+    if tensor.dtype.kind != "f":
+        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, not a real one")
+    numbers = np.asarray(tensor, dtype=np.float64)
+    if not (np.abs(numbers) <= _LARGEST).all():
+        raise CheckError(f"{path}: {name} holds NaN, infinity or a number above {_LARGEST:g}")
+    return numbers
+
+
+def _whole(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, dimensions: int) -> NDArray[np.int64]:
+    tensor = _tensor(path, tensors, name, dimensions)
+    if tensor.dtype.kind not in "iu":
+        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, not one of whole numbers")
+    return tensor.astype(np.int64)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Set and value
+
+
+def cells(entries: Array, given: Mapping[str, Any]) -> tuple[Array, NDArray[np.int64]]:
+    """(the sums over what is kept or removed as one (groups, choices), how many of each group are kept (groups,)).
+
+    Args:
+        entries: (out, in), not negative.
+        given: the set.
+    """
+    out, width = entries.shape
+    match given["kind"]:
+        case "row":
+            table = entries
+        case "unstructured":
+            table = entries.reshape(1, -1)
+        case "N:M":
+            table = entries.reshape(-1, given["of"])
+        case "block":
+            tiles = entries.reshape(out // given["height"], given["height"], width // given["width"], given["width"])
+            table = tiles.sum(axis=(1, 3)).reshape(1, -1)
+        case _:
+            table = entries.sum(axis=0).reshape(1, -1, given["width"]).sum(axis=2)
+    return table, np.broadcast_to(np.asarray(given["keep"], dtype=np.int64), (len(table),))
+
+
+def is_member(weight: Array, given: Mapping[str, Any]) -> bool:
+    """Whether the non-zero entries fit the counts of the set."""
+    counts, keep = cells((weight != 0).astype(np.float64), given)
+    return bool(((counts > 0).sum(axis=1) <= keep).all())
+
+
+def value(problem: Problem, weight: Array) -> Value:
+    """An interval for f(V). E = V - W is rounded once, relative to its entries; see the head of this file."""
+    away = weight - problem.weight
+    sizes = np.abs(away)
+    if problem.is_stack:
+        rows = np.einsum("rj,rj->r", np.einsum("ri,rij->rj", away, problem.hessian), away)
+        terms = np.einsum("rj,rj->r", np.einsum("ri,rij->rj", sizes, np.abs(problem.hessian)), sizes)
+    else:
+        rows = np.einsum("rj,rj->r", away @ problem.hessian, away)
+        terms = np.einsum("rj,rj->r", sizes @ np.abs(problem.hessian), sizes)
+    width = away.shape[1]
+    radius = 2 * gamma(2 * width + 10) * terms + _TINY * (1 + sizes.sum(axis=1))
+    intervals = np.stack([rows - radius, rows + radius], axis=1)
+    below, above = _down(math.fsum(intervals[:, 0])), _up(math.fsum(intervals[:, 1]))
+    return Value(below, above, np.stack([_down(intervals[:, 0]), _up(intervals[:, 1])], axis=1))
+
+
+def energy(problem: Problem) -> float:
+    """tr(W H W^T), the unit of relative values; not proved."""
+    return math.fsum(value(problem, np.zeros_like(problem.weight)).rows.mean(axis=1))
+
+
+def _down(x: Any) -> Any:
+    """Below x by more than two roundings."""
+    return x - 4 * _UNIT * np.abs(x) - _TINY
+
+
+def _up(x: Any) -> Any:
+    return x + 4 * _UNIT * np.abs(x) + _TINY
+
+
+# Bounds
+
+
+def is_semidefinite(hessian: Array, diagonal: Array) -> bool:
+    """True if H - Diag(d) is proved to be positive semidefinite.
+
+    A Cholesky factorization of B, diagonal b, that runs to its end is that of a matrix within phi sqrt(b_i b_j) of B,
+    phi = gamma_(n+1) / (1 - gamma_(n+1)) (Higham, theorem 10.5, after Demmel; Rump, Verification of positive
+    definiteness, 2006), so that B + n phi Diag(b) is semidefinite. B has the diagonal (1 - 2 n phi) (H_jj - d_j).
+    """
+    n = len(hessian)
+    room = np.diagonal(hessian) - diagonal
+    apart = (room == 0) & (np.count_nonzero(hessian, axis=1) <= (np.diagonal(hessian) != 0))
+    if apart.any():  # rows of zeros
+        return is_semidefinite(hessian[~apart][:, ~apart], diagonal[~apart])
+    if not (room > 0).all():
+        return False
+    with np.errstate(all="ignore"):
+        exponents = np.frexp(room)[1] // 2  # scaling by powers of two rounds nothing
+        matrix = np.ldexp(hessian, -(exponents[:, None] + exponents))
+        phi = gamma(2 * n + 20) / (1 - gamma(2 * n + 20))
+        matrix[np.diag_indices(n)] = np.ldexp(room, -2 * exponents) * (1 - 2 * n * phi) - 1e-280
+        try:
+            factor = np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            return False
+    return bool(np.isfinite(factor).all() and (np.diagonal(factor) > 0).all())
+
+
+def proved_diagonal(hessian: Array, diagonal: Array) -> Array:
+    """Multipliers close to d with H - Diag(d) proved to be semidefinite: a little lower, or just above 0.
+
+    Raises:
+        CheckError: none is found.
+    """
+    scale = np.diagonal(hessian)
+    starts = [diagonal] if (diagonal > 0).all() else [np.maximum(diagonal, _FLOOR * scale), diagonal]
+    for start in starts:
+        for shrink in _SHRINKS:
+            multipliers: Array = start - shrink * scale
+            if is_semidefinite(hessian, multipliers):
+                return multipliers
+    raise CheckError("the Hessian less the diagonal of the certificate is not proved to be positive semidefinite")
+
+
+def costs(hessian: Array, multipliers: Array, target: Array, shift: Array) -> tuple[Array, Array, Array]:
+    """(c (rows,), a (rows, in), b (rows, in)): f of a row is at least -c, plus a_j where j is kept, b_j where removed.
+
+    With e = v - w, q = (H - D) s: f = e^T (H - D) e + e^T D e >= 2 q^T e - s^T q + e^T D e, where d_j e_j^2 + 2 q_j e_j
+    is at least -q_j^2 / d_j, and d_j w_j^2 - 2 q_j w_j if v_j = 0. q is computed with an error of at most r.
+    """
+    n = len(multipliers)
+    with np.errstate(all="ignore"):
+        pull = shift @ hessian - shift * multipliers
+        sizes = np.abs(shift) @ np.abs(hessian) + np.abs(shift * multipliers)
+        error = np.where(sizes > 0, 2 * gamma(n + 6) * sizes + _TINY, 0.0)
+        reach = np.abs(pull) + error
+        constant = (shift * pull).sum(axis=1) + (np.abs(shift) * (error + 2 * gamma(n + 6) * reach)).sum(axis=1)
+        ratio = reach / np.sqrt(multipliers)
+        kept = np.where(reach == 0, 0.0, np.where(multipliers > 0, -_up(_up(ratio) ** 2), -np.inf))
+        kept = np.where((multipliers < 0) | np.isnan(kept), -np.inf, kept)
+        first, second, third = multipliers * target**2, 2 * pull * target, 2 * error * np.abs(target)
+        removed = first - second - third - 16 * _UNIT * (np.abs(first) + np.abs(second) + third) - _TINY
+        return _up(constant), np.minimum(kept, removed), removed
+
+
+def least_cost(constant: Array, kept: Array, removed: Array, given: Mapping[str, Any]) -> float:
+    """A lower bound of sum -c + sum_kept a + sum_removed b over the supports of the set: the largest gains are kept."""
+    tile = given.get("height", len(kept)) * given.get("width", 1)
+    gains, keep = cells(_up(removed - kept), given)
+    gains = gains * (1 + 2 * gamma(tile + 4))  # sums over tiles
+    ordered = -np.sort(-gains, axis=1)
+    chosen = ordered[np.arange(ordered.shape[1]) < keep[:, None]]
+    if not np.isfinite(chosen).all():
+        return -math.inf
+    parts = [math.fsum(removed.ravel()), -_up(math.fsum(chosen)), -_up(math.fsum(constant))]
+    return float(_down(sum(parts) - 8 * _UNIT * sum(map(abs, parts))))
+
+
+def dual_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
+    """The bound of the data `diagonal` (g, in), `diagonal_of_row` (out,), `shift` (out, in).
+
+    Raises:
+        CheckError: shapes, or a difference of matrices that is not proved to be semidefinite.
+    """
+    out, width = problem.weight.shape
+    diagonal, shift = _real(path, tensors, "diagonal", 2), _real(path, tensors, "shift", 2)
+    index = _index(path, tensors, "diagonal_of_row", out, len(diagonal))
+    if diagonal.shape[1] != width or shift.shape != (out, width):
+        raise CheckError(f"{path}: diagonal or shift does not fit a matrix of {out} x {width}")
+    _check_multipliers(path, diagonal)
+    constant, kept, removed = np.zeros(out), np.zeros((out, width)), np.zeros((out, width))
+    for rows in _rows_of_each(index, problem.is_stack):
+        hessian = problem.hessian_of(int(rows[0]))
+        multipliers = proved_diagonal(hessian, diagonal[index[rows[0]]])
+        found = costs(hessian, multipliers, problem.weight[rows], shift[rows])
+        constant[rows], kept[rows], removed[rows] = found
+    if problem.set["kind"] != "row":
+        return Bound(least_cost(constant, kept, removed, problem.set), "dual")
+    keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
+    rows = np.array(
+        [
+            least_cost(constant[i : i + 1], kept[i : i + 1], removed[i : i + 1], {"kind": "row", "keep": int(keep[i])})
+            for i in range(out)
+        ]
+    )
+    return Bound(_total(rows), "dual", rows)
+
+
+def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
+    """The bound of the leaves of a binary tree for each row of a row-wise set: the least over its leaves.
+
+    `leaves` (L, in), int8: 1 where a leaf keeps, -1 where it removes, 0 where that is open; `row_of_leaf` (L,);
+    `shift` (L, in); `diagonal` (g, in), `diagonal_of_leaf` (L,). Costs as of `costs`: what is open is kept by gain.
+
+    Raises:
+        CheckError: as `dual_bound`, or leaves that leave out a support.
+    """
+    out, width = problem.weight.shape
+    if problem.set["kind"] != "row":
+        raise CheckError(f"{path}: a tree proves bounds of row-wise sets alone")
+    leaves = _whole(path, tensors, "leaves", 2)
+    diagonal, shift = _real(path, tensors, "diagonal", 2), _real(path, tensors, "shift", 2)
+    row_of = _index(path, tensors, "row_of_leaf", len(leaves), out)
+    index = _index(path, tensors, "diagonal_of_leaf", len(leaves), len(diagonal))
+    if leaves.shape[1] != width or diagonal.shape[1] != width or shift.shape != leaves.shape:
+        raise CheckError(f"{path}: leaves, diagonal or shift do not fit rows of {width}")
+    if not np.isin(leaves, (-1, 0, 1)).all():
+        raise CheckError(f"{path}: leaves hold other numbers than -1, 0 and 1")
+    _check_multipliers(path, diagonal)
+    keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
+    for row in range(out):
+        mine = leaves[row_of == row]
+        if not len(mine) or not covers_all_supports(mine, int(keep[row])):
+            raise CheckError(f"{path}: the leaves of row {row} do not cover every support")
+    rows = np.full(out, np.inf)
+    pairs = index * out + row_of if problem.is_stack else index
+    for group in _rows_of_each(pairs, False):
+        hessian = problem.hessian_of(int(row_of[group[0]]))
+        multipliers = proved_diagonal(hessian, diagonal[index[group[0]]])
+        fixed = leaves[group]
+        constant, kept, removed = costs(hessian, multipliers, problem.weight[row_of[group]], shift[group])
+        base = np.where(fixed > 0, kept, removed)
+        gains = np.where(fixed == 0, _up(removed - kept), 0.0)
+        left = np.maximum(keep[row_of[group]] - (fixed > 0).sum(axis=1), 0)
+        ordered = -np.sort(-gains, axis=1)
+        chosen = np.where(np.arange(width) < left[:, None], ordered, 0.0)
+        with np.errstate(all="ignore"):
+            total = base.sum(axis=1) - chosen.sum(axis=1) - constant
+            sizes = np.abs(base).sum(axis=1) + chosen.sum(axis=1) + np.abs(constant)
+            bound = _down(total - 2 * gamma(2 * width + 8) * sizes)
+        np.minimum.at(rows, row_of[group], np.where(np.isfinite(bound), bound, -np.inf))
+    return Bound(_total(rows), "tree", rows)
+
+
+def covers_all_supports(leaves: NDArray[np.int64], keep: int) -> bool:
+    """Whether every support of `keep` entries agrees with a leaf, shown by splitting on entries that all leaves fix.
+
+    Sides without a support of that size need no leaf: more than `keep` kept, or more than width - keep removed.
+    """
+    width = leaves.shape[1]
+    open_nodes = [(np.arange(len(leaves)), np.zeros(width, dtype=np.int64))]
+    while open_nodes:
+        members, path = open_nodes.pop()
+        if (path > 0).sum() > keep or (path < 0).sum() > width - keep:
+            continue
+        fixed = np.where(path == 0, leaves[members], 0) != 0
+        if len(members) and not fixed.any(axis=1).all():
+            continue  # a leaf that fixes nothing beside the path
+        shared = fixed.all(axis=0) if len(members) else np.zeros(width, dtype=bool)
+        if not shared.any():
+            return False
+        entry = int(shared.argmax())
+        for sign in (-1, 1):
+            side = path.copy()
+            side[entry] = sign
+            open_nodes.append((members[leaves[members, entry] == sign], side))
+    return True
+
+
+def _index(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, count: int, below: int) -> NDArray[np.int64]:
+    """(count,) whole numbers from 0 to below - 1; zeros where the tensor is left out and nothing is to be chosen."""
+    if name not in tensors and below == 1:
+        return np.zeros(count, dtype=np.int64)
+    index = _whole(path, tensors, name, 1)
+    if len(index) != count or index.min() < 0 or index.max() >= below:
+        raise CheckError(f"{path}: {name} is not {count} numbers from 0 to {below - 1}")
+    return index
+
+
+def _check_multipliers(path: Path, diagonal: Array) -> None:
+    if (diagonal < 0).any():
+        raise CheckError(f"{path}: diagonal has a negative entry")
+
+
+def _rows_of_each(index: NDArray[np.int64], separate: bool) -> Iterator[NDArray[np.int64]]:
+    """The positions of equal numbers, or each alone."""
+    if separate:
+        yield from np.arange(len(index))[:, None]
+        return
+    order = np.argsort(index, kind="stable")
+    yield from np.split(order, np.flatnonzero(np.diff(index[order])) + 1)
+
+
+def _total(rows: Array) -> float:
+    return float(_down(math.fsum(rows))) if np.isfinite(rows).all() else -math.inf
+
+
+def bound(problem: Problem, path: Path) -> Bound:
+    """The bound that a certificate proves."""
+    tensors, metadata = read(path, "certificate")
+    _check_names(path, metadata, problem)
+    kinds = {"dual": dual_bound, "tree": tree_bound}
+    if metadata.get("kind") not in kinds:
+        raise CheckError(f"{path}: its kind is '{metadata.get('kind')}', not one of {', '.join(kinds)}")
+    proved = kinds[metadata["kind"]](problem, tensors, path)
+    if not math.isfinite(proved.value):
+        raise CheckError(f"{path} proves no bound: a multiplier of an entry that can be kept is 0")
+    return proved
+
+
+# The command
+
+
+def safe_claim(number: float, kind: str) -> str:
+    """A value rounded up, or a bound rounded down, by 1e-9, so that other machines confirm it."""
+    return repr(float(number + (_CLAIM if kind == "value" else -_CLAIM) * abs(number)))
+
+
+def check(
+    problem_file: Path, solution: Path | None, certificate: Path | None, problem_id: str | None = None
+) -> tuple[Problem, Value | None, Bound | None]:
+    """The problem of the files, the interval of the solution's value and the bound that is proved.
+
+    Args:
+        problem_id: by default what the solution or the certificate is for.
+
+    Raises:
+        CheckError: a file is malformed, for another problem, outside of the set, or states what does not hold.
+    """
+    problems = load_problems(problem_file)
+    if problem_id is None:
+        first, kind = (solution, "solution") if solution is not None else (certificate, "certificate")
+        problem_id = "" if first is None else read(first, kind)[1].get("id", "")
+    if problem_id not in problems:
+        raise CheckError(f"{problem_file} has no problem '{problem_id}': it has {', '.join(problems)}")
+    problem = problems[problem_id]
+    reached = proved = None
+    if solution is not None:
+        weight = load_weight(solution, problem)
+        if not is_member(weight, problem.set):
+            raise CheckError(f"{solution}: more is kept than the set {json.dumps(problem.set)} allows")
+        reached = value(problem, weight)
+        stated = claim(solution, "solution", "value")
+        if stated is not None and stated < reached.lower:
+            raise CheckError(f"{solution} states the value {stated:.9g}, which is below its value {reached.lower:.9g}")
+    if certificate is not None:
+        proved = bound(problem, certificate)
+        stated = claim(certificate, "certificate", "bound")
+        if stated is not None and stated > proved.value:
+            raise CheckError(f"{certificate} states the bound {stated:.9g}, but proves {proved.value:.9g} alone")
+    if reached is not None and proved is not None and proved.value > reached.upper:
+        raise CheckError(f"{certificate} proves a bound above the value of {solution}: an error of this checker")
+    return problem, reached, proved
+
+
+def report(problem: Problem, reached: Value | None, proved: Bound | None) -> Iterator[str]:
+    """The lines that the command prints."""
+    out, width = problem.weight.shape
+    unit = energy(problem) or 1.0
+    each = " rows, each a problem" if problem.is_stack else ""
+    yield f"problem  {problem.id}: {out} x {width}{each}, {json.dumps(problem.set)}"
+    if reached is not None:
+        yield f"value    in [{reached.lower:.15g}, {reached.upper:.15g}], proved; relative {reached.upper / unit:.6g}"
+    if proved is not None:
+        yield f"bound    {proved.value:.15g}, proved ({proved.kind}); relative {proved.value / unit:.6g}"
+    if reached is not None and proved is not None:
+        yield f"gap      {gap(reached.upper, proved.value):.6g}"
+
+
+def gap(upper: float, lower: float) -> float:
+    """1 - bound / value, between 0 and 1; 0 where the value is 0."""
+    return min(1.0, max(0.0, 1 - lower / upper)) if upper > 0 else 0.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) not in (2, 3):
+        print("usage: python checker.py PROBLEM SOLUTION [CERTIFICATE]", file=sys.stderr)
+        return 2
+    solution = None if arguments[1] == "-" else Path(arguments[1])
+    certificate = Path(arguments[2]) if len(arguments) == 3 else None
+    try:
+        lines = list(report(*check(Path(arguments[0]), solution, certificate)))
+    except CheckError as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Writes the three kinds of files that `checker` reads: problems, solutions and certificates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from collection import checker
+from collection.checker import Array, Bound, Problem, Value
+
+
+def write_problem(
+    path: Path,
+    layer: str,
+    weight: NDArray[np.float32],
+    hessian: NDArray[np.float32],
+    sets: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """A layer with its sets.
+
+    Args:
+        weight: W (out, in).
+        hessian: H (in, in), or (out, in, in) for a stack of rows; the upper triangle is stored.
+        sets: by name; the problems have the ids '<layer>/<name>'.
+        metadata: origin and protocol.
+    """
+    upper = np.triu_indices(weight.shape[1])
+    fits = hessian.shape[-2:] == (weight.shape[1],) * 2 and np.array_equal(hessian, np.swapaxes(hessian, -1, -2))
+    packed = {"hessian_upper": hessian[..., upper[0], upper[1]]} if fits else {"hessian": hessian}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in {"weight": weight, **packed}.items()}
+    stated = {**metadata, "id": layer, "sets": json.dumps(sets, sort_keys=True)}
+    _write(path, tensors, {"format": checker.FORMATS["problem"], **stated})
+
+
+def write_solution(path: Path, problem: Problem, weight: Array, metadata: Mapping[str, str]) -> Value:
+    """V as the bits of its mask and its non-zero values, float32, with the value that these have.
+
+    Args:
+        metadata: solver, settings, seconds, date.
+    """
+    rounded = weight.astype(np.float32)
+    reached = checker.value(problem, rounded.astype(np.float64))
+    mask = rounded.ravel() != 0
+    values = rounded.ravel()[mask]
+    # a tensor is never empty
+    tensors = {"mask": np.packbits(mask), "values": values} if len(values) else {"weight": rounded}
+    stated = {**metadata, "value": checker.safe_claim(reached.upper, "value")}
+    _write(path, tensors, {**_names(problem), **stated, "format": checker.FORMATS["solution"]})
+    return reached
+
+
+def write_certificate(
+    path: Path, problem: Problem, kind: str, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> Bound:
+    """The data of a bound, with the bound that they prove.
+
+    Args:
+        kind: "dual" or "tree", whose tensors `checker.dual_bound` and `checker.tree_bound` describe.
+        metadata: solver, settings, seconds, date.
+
+    Raises:
+        CheckError: the data prove nothing.
+    """
+    stated = {**metadata, **_names(problem), "kind": kind, "format": checker.FORMATS["certificate"]}
+    content = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    _write(path, content, stated)
+    proved = checker.bound(problem, path)
+    _write(path, content, {**stated, "bound": checker.safe_claim(proved.value, "bound")})
+    return proved
+
+
+def _names(problem: Problem) -> dict[str, str]:
+    return {"id": problem.id, "problem": problem.fingerprint}
+
+
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Atomically, so that a run that is stopped leaves no part of a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), temporary, dict(metadata))
+    temporary.replace(path)

@@ -1,0 +1,251 @@
+"""The checker against rational arithmetic and brute force, on hostile small problems; and without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from collection import checker
+from collection.checker import CheckError, Problem
+from collection.files import write_certificate, write_problem, write_solution
+from tests.collection import exact, producers
+from tests.collection.producers import SETS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(SETS)
+SHARED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def made(seed: int, name: str, stack: bool = False) -> Problem:
+    """A hostile problem without a file."""
+    weight, hessian = producers.hostile(seed, 2, 4, stack=stack)
+    return Problem(f"tiny/{name}", SETS[name], weight.astype(float), hessian.astype(float), "")
+
+
+def proves(problem: Problem, seed: int, kind: str) -> float | None:
+    """The bound of a certificate drawn by the seed; None where it proves nothing."""
+    draw = np.random.default_rng(seed)
+    tensors = producers.dual(problem, draw) if kind == "dual" else producers.tree(problem, draw)
+    try:
+        return (checker.dual_bound if kind == "dual" else checker.tree_bound)(problem, tensors).value
+    except CheckError:
+        return None  # a singular Hessian
+
+
+@pytest.mark.parametrize("stack", [False, True])
+@SHARED
+@given(seed=st.integers(0, 10**6))
+def test_the_interval_contains_the_exact_value(stack: bool, seed: int) -> None:
+    problem = made(seed, "row", stack)
+    v = np.random.default_rng(seed).standard_normal((2, 4)) * 10.0 ** (seed % 5)
+    reached = checker.value(problem, v)
+    truth = exact.value(problem.weight, problem.hessian, v)
+    assert Fraction(reached.lower) <= truth <= Fraction(reached.upper)
+    assert reached.upper - reached.lower <= 1e-12 * float(truth) + 1e-290
+    assert reached.lower <= reached.rows[:, 0].sum() * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_membership_is_by_exact_counts(name: str) -> None:
+    for code in range(256):
+        mask = np.array([code >> i & 1 for i in range(8)]).reshape(2, 4)
+        assert checker.is_member(mask * 1e-300, SETS[name]) == exact.admissible(mask, SETS[name])
+
+
+def assert_bound_holds(seed: int, name: str, kind: str) -> float:
+    """bound / optimum of a certificate that proves something; 0 of one that does not."""
+    stack = name.startswith("row") and seed % 3 == 0
+    problem = made(seed, name, stack)
+    bound = proves(problem, seed, kind)
+    if bound is None or bound == -np.inf:
+        return 0.0
+    best = exact.optimum(problem.weight, problem.hessian, problem.set)
+    assert Fraction(bound) <= best, (seed, name, kind)
+    return bound / float(best) if best > 0 else 1.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "dual") for name in NAMES), ("row", "tree"), ("rows", "tree")])
+def test_no_bound_is_above_brute_force(name: str, kind: str) -> None:
+    ratios = [assert_bound_holds(seed, name, kind) for seed in range(12)]
+    assert max(ratios) > 0.05, "no certificate proves anything"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [*((name, "dual") for name in NAMES), ("row", "tree"), ("rows", "tree")])
+def test_no_bound_is_above_brute_force_in_10_000_cases(name: str, kind: str) -> None:
+    for seed in range(12, 1262):
+        assert_bound_holds(seed, name, kind)
+
+
+@pytest.mark.parametrize("kind", ["dual", "tree"])
+@SHARED
+@given(seed=st.integers(0, 10**6))
+def test_the_bound_is_what_the_certificate_gives_exactly(kind: str, seed: int) -> None:
+    problem = made(seed, "row", stack=seed % 2 == 0)
+    draw = np.random.default_rng(seed)
+    tensors: dict[str, Any] = producers.dual(problem, draw) if kind == "dual" else producers.tree(problem, draw)
+    tensors["diagonal"] = tensors["diagonal"] * 0.5 + 1e-3 * np.diagonal(problem.hessian_of(0)).min()
+    bound = checker.dual_bound if kind == "dual" else checker.tree_bound
+    total, proved = exact_bound(problem, kind, tensors), None
+    try:
+        proved = bound(problem, tensors)
+    except CheckError:
+        assert total is None or not well_inside(problem, tensors)
+        return
+    if proved.value == -np.inf:
+        assert total is None
+        return
+    assert Fraction(proved.value) <= exact.optimum(problem.weight, problem.hessian, problem.set)
+    if total is not None and well_inside(problem, tensors):  # the multipliers are taken as they are
+        size = float(exact.value(problem.weight, problem.hessian, 0 * problem.weight))
+        assert float(total) - 1e-9 * size <= proved.value
+        assert Fraction(proved.value) <= total
+
+
+def exact_bound(problem: Problem, kind: str, tensors: dict[str, Any]) -> Fraction | None:
+    """What the data prove, for a row-wise set, in rational arithmetic; None for nothing."""
+    out, width = problem.weight.shape
+    keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
+    total = Fraction(0)
+    for i in range(out):
+        if kind == "dual":
+            signs, index, shifts = np.zeros((1, width), int), tensors["diagonal_of_row"][i : i + 1], tensors["shift"][i]
+        else:
+            own = tensors["row_of_leaf"] == i
+            signs, index, shifts = tensors["leaves"][own], tensors["diagonal_of_leaf"][own], tensors["shift"][own]
+        leaves = [
+            (sign.tolist(), exact.rational(tensors["diagonal"][g]), exact.rational(s))
+            for sign, g, s in zip(signs, index, np.atleast_2d(shifts), strict=True)
+        ]
+        h, w = exact.rational(problem.hessian_of(i)), exact.rational(problem.weight[i])
+        row = exact.tree_row(h, w, leaves, int(keep[i]))
+        if row is None:
+            return None
+        total += row
+    return total
+
+
+def well_inside(problem: Problem, tensors: dict[str, Any]) -> bool:
+    """Whether H - D has a margin that float64 can see, so that the checker has to accept it as it is."""
+    for i in range(len(problem.weight)):
+        h = problem.hessian_of(i)
+        scale = np.sqrt(np.diagonal(h))
+        for d in tensors["diagonal"]:
+            if scale.min() == 0 or d.min() <= 0:
+                return False
+            less = (h - np.diag(d)) / scale / scale[:, None]
+            if np.linalg.eigvalsh(less)[0] < 1e-9:
+                return False
+    return True
+
+
+@SHARED
+@given(seed=st.integers(0, 10**6), excess=st.sampled_from([1e-3, 1e-6, 1e-9]))
+def test_a_diagonal_beyond_the_hessian_is_lowered_or_refused(seed: int, excess: float) -> None:
+    problem = made(seed, "row")
+    h = problem.hessian
+    scale = np.maximum(np.sqrt(np.diagonal(h)), 1e-30)
+    least = max(0.0, float(np.linalg.eigvalsh(h / scale / scale[:, None])[0]))
+    try:
+        proved = checker.proved_diagonal(h, (least + excess) * scale**2)
+    except CheckError:
+        return
+    less = exact.rational(h)
+    for j, d in enumerate(proved):
+        less[j][j] -= Fraction(float(d))
+    assert exact.is_semidefinite(less)
+
+
+def test_leaves_have_to_cover_all_supports() -> None:
+    """Against listing them, for random subsets of the leaves of random trees."""
+    draw = np.random.default_rng(0)
+    seen = set()
+    for seed in range(200):
+        problem = made(seed, "row")
+        leaves = producers.tree(problem, np.random.default_rng(seed), depth=int(draw.integers(1, 5)))["leaves"]
+        chosen = leaves[draw.random(len(leaves)) < draw.choice((0.7, 1.0))].astype(np.int64)
+        half = chosen[: len(chosen) // 2] if seed % 2 else chosen  # of two rows, one tree each
+        covered = all(
+            any(((mask == 1) >= (leaf > 0)).all() and ((mask == 0) >= (leaf < 0)).all() for leaf in half)
+            for code in range(16)
+            if (mask := np.array([code >> i & 1 for i in range(4)])).sum() == 2
+        )
+        found = checker.covers_all_supports(half, 2)
+        assert not found or covered
+        seen.add((found, covered))
+    assert {(True, True), (False, False)} <= seen
+
+
+def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    """A problem, a solution and a certificate through the command, in a process where torch and our package raise."""
+    problem = producers.problem(tmp_path, 3, "row")
+    write_solution(tmp_path / "s.safetensors", problem, producers.solution(problem), {})
+    write_certificate(
+        tmp_path / "c.safetensors", problem, "tree", producers.tree(problem, np.random.default_rng(3)), {}
+    )
+    code = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'scipy', 'admm_prune', 'hypothesis'): sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("problem", "s", "c")]
+    command = [sys.executable, "-c", code, str(ROOT / "collection/checker.py"), *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["problem", "value", "bound", "gap"]
+
+
+def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = producers.problem(tmp_path, 3, "row")
+    path = tmp_path / "s.safetensors"
+    write_solution(path, problem, producers.solution(problem), {})
+    path.write_bytes(path.read_bytes()[:-3])
+    assert checker.main([str(tmp_path / "problem.safetensors"), str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("refused: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "row", "keep": 5}, "keeps other than 0 to 4"),
+        ({"kind": "row", "keep": 2.0}, "keeps other than"),
+        ({"kind": "row", "keep": [1]}, "does not fit"),
+        ({"kind": "row"}, "a set has one of the kinds"),
+        ({"kind": "rows", "keep": 2}, "a set has one of the kinds"),
+        ({"kind": "N:M", "keep": 2, "of": 3}, "does not fit"),
+        ({"kind": "N:M", "keep": 2, "of": 0}, "whole numbers"),
+        ({"kind": "block", "height": 4, "width": 2, "keep": 1}, "does not fit"),
+        ({"kind": "group", "width": 2, "keep": 3}, "keeps other than 0 to 2"),
+    ],
+)
+def test_sets_that_do_not_exist_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(CheckError, match=message):
+        checker.check_set(given, 2, 4)
+
+
+def test_a_hessian_that_is_none_is_refused(tmp_path: Path) -> None:
+    weight, hessian = producers.hostile(1, 2, 4, stack=True)
+    path = tmp_path / "problem.safetensors"
+    for change, message in (
+        (np.where(np.eye(4) > 0, -1, hessian), "negative diagonal"),
+        (hessian + np.triu(np.ones((4, 4)), 1), "not symmetric"),
+        (hessian[:, :3, :3], "does not fit"),
+        (hessian * np.nan, "NaN"),
+    ):
+        write_problem(path, "tiny", weight, change.astype(np.float32), {"row": SETS["row"]}, {})
+        with pytest.raises(CheckError, match=message):
+            checker.load_problems(path)
+    write_problem(path, "tiny", weight, hessian, {"group": SETS["group"]}, {})
+    with pytest.raises(CheckError, match="'row' alone"):
+        checker.load_problems(path)

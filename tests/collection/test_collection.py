@@ -1,0 +1,199 @@
+"""The collection as committed: files, hashes, records; and the commands that add to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from admm_prune.errors import UserError
+from admm_prune.point import Point
+from collection import build, checker, page, profiles, record, solve
+from collection.capture import Layer, damped, row_problems
+from collection.checker import Problem
+from collection.files import write_certificate, write_problem, write_solution
+from collection.sets import constraint_of
+from tests.collection import producers
+from tests.collection.producers import SETS
+
+COMMITTED = sorted(name for name, entry in build.manifest().items() if entry["committed"])
+LIMIT = 20 * 10**6
+
+
+def test_the_collection_has_the_layers_it_promises() -> None:
+    entries = build.manifest()
+    layers = {name: entry for name, entry in entries.items() if entry["module"] != "rows"}
+    assert len(layers) >= 40
+    assert {entry["shape"][1] for entry in layers.values()} >= {64, 172, 256, 640}
+    assert sum(entry["shape"][0] for entry in entries.values() if entry["module"] == "rows") > 1000
+    assert sum(name.endswith(".retargeted") for name in layers) >= 10
+    for percent in build.SPARSITIES:
+        named = {given for entry in layers.values() for given in entry["sets"] if given.endswith(f"-{percent}")}
+        assert named == {f"{kind}-{percent}" for kind in ("row", "unstructured", "block4x4", "columns")}
+    assert {"2of4", "4of8"} <= {given for entry in layers.values() for given in entry["sets"]}
+
+
+def test_committed_files_are_small_and_as_in_the_manifest() -> None:
+    files = [path for folder in ("problems", "solutions") for path in (build.FOLDER / folder).rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in files) < LIMIT
+    assert sorted(path.stem for path in (build.FOLDER / "problems").iterdir()) == COMMITTED
+    for layer in COMMITTED:
+        tensors, metadata = checker.read(build.place_of(layer), "problem")
+        entry = build.manifest()[layer]
+        assert checker.tensor_hash(tensors) == entry["sha256"]
+        assert json.loads(metadata["sets"]) == entry["sets"]
+        assert list(tensors["weight"].shape) == entry["shape"]
+
+
+@pytest.mark.parametrize("layer", COMMITTED)
+def test_the_checker_accepts_every_record_of_a_committed_problem(layer: str) -> None:
+    rows = record.records()
+    for name in build.manifest()[layer]["sets"]:
+        row = rows.get(f"{layer}/{name}")
+        if row is None:
+            continue
+        files = [record.place_of(row["id"], kind) for kind in ("solution", "certificate")]
+        given = [path if row[what] else None for path, what in zip(files, ("value", "bound"), strict=True)]
+        _, reached, proved = checker.check(build.place_of(layer), *given, row["id"])
+        for found, what, kind in ((reached, "value", "solution"), (proved, "bound", "certificate")):
+            if found is not None:
+                number = found.upper if what == "value" else found.value
+                assert number == pytest.approx(float(row[what]), rel=1e-8)
+                tensors, _ = checker.read(record.place_of(row["id"], kind), kind)
+                assert checker.tensor_hash(tensors) == row[f"{what}_sha256"]
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run: make catalogue"
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_the_solvers_are_given_the_set_of_the_file(name: str) -> None:
+    draw = np.random.default_rng(0)
+    problem = Problem(f"x/{name}", SETS[name], draw.standard_normal((2, 4)), np.eye(4), "")
+    constraint = constraint_of(problem.set, (2, 4))
+    mask = constraint.select(Point(weight=torch.from_numpy(np.abs(problem.weight))))["weight"].numpy()
+    assert checker.is_member(mask * problem.weight, problem.set)
+    table, keep = checker.cells(mask.astype(float), problem.set)
+    assert ((table > 0).sum(axis=1) == keep).all(), "as much is kept as may be"
+
+
+def test_row_problems_are_restrictions_of_their_layers() -> None:
+    draw = np.random.default_rng(0)
+    x = torch.from_numpy(draw.standard_normal((30, 6)))
+    layer = Layer(0, "q", draw.standard_normal((3, 6)).astype(np.float32), damped(x.T @ x).float().numpy(), 30)
+    weights, hessians = row_problems([layer], 3, 20, seed=1)
+    for w, h in zip(weights, hessians, strict=True):
+        assert w @ h @ w == pytest.approx(1, rel=1e-5)
+        row = next(i for i in range(3) if np.isin(w, layer.weight[i]).all())
+        inputs = [int(np.flatnonzero(layer.weight[row] == entry)[0]) for entry in w]
+        block = layer.hessian[np.ix_(inputs, inputs)]
+        np.testing.assert_allclose(h * (w @ block @ w), block, rtol=1e-4)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A collection of one matrix and one stack of rows, in its own folder."""
+    entries: dict[str, Any] = {}
+    for layer, stack in (("tiny", False), ("tiny.rows", True)):
+        weight, hessian = producers.hostile(5, 2, 4, stack=stack)
+        hessian = hessian + np.eye(4, dtype=np.float32) * 0.1 * np.abs(hessian).max()
+        path = tmp_path / "problems" / f"{layer}.safetensors"
+        write_problem(path, layer, weight, hessian, {"row": SETS["row"]}, {})
+        digest = checker.tensor_hash(checker.read(path, "problem")[0])
+        entry = {"model": "tiny", "module": "rows" if stack else "q", "shape": [2, 4], "sets": {"row": SETS["row"]}}
+        entries[layer] = {**entry, "sha256": digest, "committed": True, "subset": "small"}
+    (tmp_path / "problems.json").write_text(json.dumps(entries))
+    for module, name, value in (
+        *((build, name, value) for name, value in (("FOLDER", tmp_path), ("MANIFEST", tmp_path / "problems.json"))),
+        *((record, "TABLE", tmp_path / "records.csv"), (solve, "RUNS", tmp_path / "runs.csv")),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(record.records, "__defaults__", (tmp_path / "records.csv",))
+    monkeypatch.setattr(record.write_records, "__defaults__", (tmp_path / "records.csv",))
+    return tmp_path
+
+
+def offered(folder: Path, problem: Problem, weight: Any, solver: str, **certificate: Any) -> list[str]:
+    write_solution(folder / "s.safetensors", problem, weight, {"solver": solver})
+    if certificate:
+        write_certificate(folder / "c.safetensors", problem, "dual", certificate, {"solver": solver})
+    return record.offer(problem.id, folder / "s.safetensors", folder / "c.safetensors" if certificate else None)
+
+
+def test_records_only_improve(small: Path) -> None:
+    problem = build.load("tiny/row")
+    good = producers.solution(problem)
+    mask = good != 0
+    assert "value" in offered(small, problem, problem.weight * mask, "first")[0]
+    data = producers.dual(problem, np.random.default_rng(1))
+    lines = offered(small, problem, good, "second", **data)
+    row = record.records()["tiny/row"]
+    assert [line.rpartition(" ")[2] for line in lines] == ["second", "second"]
+    assert float(row["bound"]) <= float(row["value"])
+    assert float(row["gap"]) == pytest.approx(1 - float(row["bound"]) / float(row["value"]), abs=1e-3)
+    before = (small / "records.csv").read_bytes()
+    weaker = {**data, "diagonal": data["diagonal"] * 0.1, "shift": data["shift"] * 0}
+    lines = offered(small, problem, good * 1.01, "third", **weaker)
+    assert "not below" in lines[0]
+    assert "not above" in lines[1]
+    assert (small / "records.csv").read_bytes() == before
+    with pytest.raises(checker.CheckError, match="more is kept"):
+        offered(small, problem, problem.weight + 1, "cheat")
+
+
+def test_the_rows_of_a_stack_are_put_together(small: Path) -> None:
+    problem = build.load("tiny.rows/row")
+    good = producers.solution(problem)
+    data = producers.dual(problem, np.random.default_rng(1))
+    data["shift"] = (good - problem.weight) * 0.1  # so little that it is better than none
+    halves = []
+    for i in range(2):
+        weight, shift = np.zeros_like(good), data["shift"] * 0
+        weight[i], shift[i] = good[i], data["shift"][i]
+        halves.append((weight, {**data, "shift": shift}))
+    for name, (weight, certificate) in zip("ab", halves, strict=True):
+        offered(small, problem, weight, name, **certificate)
+    row = record.records()[problem.id]
+    assert float(row["value"]) == pytest.approx(checker.value(problem, good).upper, rel=1e-6)
+    bounds = [checker.dual_bound(problem, given).rows for given in (data, {**data, "shift": data["shift"] * 0})]
+    assert float(row["bound"]) == pytest.approx(np.max(bounds, axis=0).sum(), rel=1e-6)
+    assert row["value_solver"] == row["bound_solver"] == "a + b"
+    assert float(row["worst_row_gap"]) >= float(row["gap"])
+
+
+def test_a_problem_that_is_missing_or_changed_is_named(small: Path) -> None:
+    with pytest.raises(UserError, match="no layer 'big'"):
+        build.load("big/row")
+    with pytest.raises(UserError, match="has no set 'column'"):
+        build.load("tiny/column")
+    path = small / "problems/tiny.safetensors"
+    write_problem(path, "tiny", np.ones((2, 4), np.float32), np.eye(4, dtype=np.float32), {"row": SETS["row"]}, {})
+    with pytest.raises(UserError, match="another SHA-256"):
+        build.load("tiny/row")
+    path.unlink()
+    with pytest.raises(UserError, match="not built"):
+        build.load("tiny/row")
+
+
+def test_solve_continues_and_offers(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solve.main(["--solvers", "magnitude,admm", "--minutes", "0"])
+    assert "4 runs are left" in capsys.readouterr().out
+    solve.main(["--solvers", "magnitude,admm"])
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    solve.main(["--solvers", "magnitude,admm"])
+    assert capsys.readouterr().out == "all runs are done\n"
+    assert set(record.records()) == {"tiny/row", "tiny.rows/row"}
+
+
+def test_profiles_by_hand(tmp_path: Path) -> None:
+    gap = {"a": {"x": 0.0, "y": 0.02}, "b": {"x": 0.3, "y": 0.0}, "c": {"y": 0.04}}
+    assert profiles.profile(gap, ["x", "y"], (0.0, 0.02, 1.0)) == {"x": [1 / 3, 1 / 3, 2 / 3], "y": [1 / 3, 2 / 3, 1.0]}
+    cost = {"a": {"x": 10.0, "y": 5.0}, "b": {"x": 1.0, "y": 8.0}, "c": {"y": 3.0}}
+    ratios = profiles.performance_ratios(gap, cost, 0.05)
+    assert ratios == {"a": {"x": 2.0, "y": 1.0}, "b": {"y": 1.0}, "c": {"y": 1.0}}
+    assert profiles.profile(ratios, ["x", "y"], (1.0, 2.0)) == {"x": [0.0, 1 / 3], "y": [1.0, 1.0]}
