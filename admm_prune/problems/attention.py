@@ -100,11 +100,11 @@ class AttentionOutput:
     V really gives. It includes the bias b where there is one.
 
     "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
-    the groups of h and h'. Its unconstrained minimum is found by conjugate gradients with products over the tokens: the
-    Hessian is never formed. The inner solver prunes it in the separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h /
-    sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that read row r: its rows are scaled by sqrt(c_r) to
-    the nearest power of two, so that a budget of the whole matrix goes where the output projection reads it. The
-    weights that are left are then fitted to the exact objective.
+    the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
+    where that is too large with products over the tokens; the Hessian itself is never formed. The inner solver prunes
+    it in the separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the
+    heads that read row r: its rows are scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole
+    matrix goes where the output projection reads it. The weights that are left are then fitted to the exact objective.
 
     `Safeguarded`: once both are in their sets, a solution of a block that raises `value` is rejected, so that
     `value` never rises.
@@ -118,7 +118,8 @@ class AttentionOutput:
         biases: of "value" (G e,), which is fixed, and "output" (m,); a name that is missing has none.
         validation: held-out tokens for `validation_loss`; by default the same.
         damped: ridge and damping of each weight, as in `LayerReconstruction`; none where it is missing.
-        tolerance, max_iterations: of conjugate gradients: the residual relative to the right-hand side.
+        tolerance: of conjugate gradients: the residual relative to the right-hand side.
+        max_iterations: of conjugate gradients.
         all_reduce: sums over all processes, each of which has its own tokens.
 
     The separation of attention into given probabilities and a bilinear map is classical; the formulation as a pruning
@@ -126,6 +127,7 @@ class AttentionOutput:
     """
 
     order: tuple[str, ...] = ("value", "output")
+    widest = 8192  # H d up to which [M_h^T M_h'] is held, in place of products over the tokens at every iteration
 
     def __init__(
         self,
@@ -289,28 +291,58 @@ class AttentionOutput:
             damping=damping,
         )
 
+    def _mixed_inputs(self, number: int, inputs: Tensor) -> Tensor:
+        """M_h of a span, of all heads: (n, H, d)."""
+        mixing, size = self.tokens.mixing, self._size
+        groups = len(self.weights["value"]) // size
+        parts = []
+        for columns in inputs.split(size, 1):
+            values = nn.functional.pad(columns, (0, size - columns.shape[1])).repeat(1, groups)
+            heads = mixing.mix(number, values).unflatten(1, (mixing.heads, size))
+            parts.append(heads[:, :, : columns.shape[1]])
+        return torch.cat(parts, 2)
+
+    @cached_property
+    def _mixed_gram(self) -> Tensor | None:
+        """[M_h^T M_h'] (H d, H d); None where it is too large."""
+        width = self.tokens.mixing.heads * self.weights["value"].shape[1]
+        if width > self.widest:
+            return None
+        gram = GramAccumulator(width, self.weights["value"].device, products=self.weights["value"].dtype)
+        for number, inputs, _ in self._chunks(self.tokens):
+            gram.add(self._mixed_inputs(number, inputs).flatten(1))
+        gram.join(self.all_reduce)
+        return gram.gram.to(self.weights["value"])
+
     @cached_property
     def _metric(self) -> Tensor:
         """H (d, d) of the dense O, scaled to all tokens where they are sampled."""
-        mixing, width = self.tokens.mixing, self.weights["value"].shape[1]
-        groups = len(self.weights["value"]) // self._size
-        strength = self.weights["output"].square().sum(0).view(mixing.heads, self._size).sum(1)
-        strength = (strength / strength.sum()).sqrt()[:, None]
+        heads, width = self.tokens.mixing.heads, self.weights["value"].shape[1]
+        strength = self.weights["output"].square().sum(0).view(heads, self._size).sum(1)
+        strength = strength / strength.sum()
+        if self._mixed_gram is not None:
+            blocks = self._mixed_gram.unflatten(0, (heads, width)).unflatten(2, (heads, width))
+            metric: Tensor = torch.einsum("hihj,h->ij", blocks, strength)
+            return (metric + metric.T) / 2
         gram = GramAccumulator(width, self.weights["value"].device)
         for number, inputs, _ in self._chunks(self.tokens):
-            stride = -(-len(inputs) * mixing.heads * width // _MIXED_ENTRIES)
-            parts = []
-            for columns in inputs.split(self._size, 1):
-                values = nn.functional.pad(columns, (0, self._size - columns.shape[1])).repeat(1, groups)
-                heads = mixing.mix(number, values)[::stride].unflatten(1, (mixing.heads, self._size))
-                parts.append((heads * strength)[:, :, : columns.shape[1]] * stride**0.5)
-            gram.add(torch.cat(parts, 2))
+            stride = -(-len(inputs) * heads * width // _MIXED_ENTRIES)
+            mixed = self._mixed_inputs(number, inputs)[::stride]
+            gram.add(mixed * (strength * stride).sqrt()[:, None])
         gram.join(self.all_reduce)
         return gram.gram.to(self.weights["value"])
 
     def value_hessian_times(self, v: Tensor, output: Tensor) -> Tensor:
         """For every group, the sum over its heads h and all heads h' of O_h^T O_h' V_g(h') M_h'^T M_h (G e, d)."""
-        mixing, total, square = self.tokens.mixing, torch.zeros_like(v, dtype=torch.float64), output.T @ output
+        mixing, square, size = self.tokens.mixing, output.T @ output, self._size
+        if self._mixed_gram is not None:
+            per_group = mixing.heads * size // len(v)
+            heads = v.unflatten(0, (-1, size)).repeat_interleave(per_group, 0)
+            pairs = torch.einsum("hikj,kjd->hikd", square.unflatten(0, (-1, size)).unflatten(2, (-1, size)), heads)
+            columns = self._mixed_gram.split(v.shape[1], 1)
+            each = torch.stack([one.flatten(1) @ column for one, column in zip(pairs, columns, strict=True)])
+            return each.view(-1, per_group, size, v.shape[1]).sum(1).flatten(0, 1)
+        total = torch.zeros_like(v, dtype=torch.float64)
         for number, inputs, _ in self._chunks(self.tokens):
             back = mixing.unmix(number, mixing.mix(number, inputs @ v.T) @ square)
             total += (back.T @ inputs).double()

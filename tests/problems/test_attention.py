@@ -139,8 +139,12 @@ def test_unmix_is_the_adjoint_of_mix(groups: int) -> None:
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.5])
+@pytest.mark.parametrize("widest", [0, 8192])
 @pytest.mark.parametrize(("groups", "biases"), FORMS)
-def test_values_solve_the_normal_equations(groups: int, biases: bool, kept: float) -> None:
+def test_values_solve_the_normal_equations(
+    groups: int, biases: bool, widest: int, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AttentionOutput, "widest", widest)  # by products over the tokens, or with the mixed Gram
     problem = attention(groups, biases=biases, noise=0.3, damped={"value": (0.02, 0.003)})
     x = moved(problem)
     mask = torch.rand(x["value"].shape, generator=torch.Generator().manual_seed(4)) < kept
