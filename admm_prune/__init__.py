@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM",
     "Alternating",
+    "AttentionOutput",
+    "AttentionTokens",
     "Blocks",
     "Callback",
     "FeedForward",
@@ -29,6 +31,7 @@ __all__ = [
     "NofM",
     "PackedLinear",
     "Point",
+    "Probabilities",
     "Product",
     "Progress",
     "Refit",
@@ -61,6 +64,7 @@ _MODULES = {
     "methods.callbacks": ("Callback",),
     "models.recovery": ("keep_sparsity", "merge_lora"),
     "point": ("Point",),
+    "problems.attention": ("AttentionOutput", "AttentionTokens", "Probabilities"),
     "problems.constraints": ("Blocks", "Groups", "NofM", "Product", "RowWise", "StackedRows", "Unstructured"),
     "problems.feed_forward": ("FeedForward", "GatedFeedForward"),
     "problems.layer": ("LayerReconstruction",),
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
     from admm_prune.methods.callbacks import Callback
     from admm_prune.models.recovery import keep_sparsity, merge_lora
     from admm_prune.point import Point
+    from admm_prune.problems.attention import AttentionOutput, AttentionTokens, Probabilities
     from admm_prune.problems.constraints import Blocks, Groups, NofM, Product, RowWise, StackedRows, Unstructured
     from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward
     from admm_prune.problems.layer import LayerReconstruction

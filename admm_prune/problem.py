@@ -176,6 +176,18 @@ class Coordinated(Blockwise, Protocol):
 
 
 @runtime_checkable
+class Safeguarded(Coordinated, Protocol):
+    """Blocks solved through a model of the whole, whose solution is checked against the whole itself."""
+
+    def safeguarded(self, before: Point, after: Point, name: str) -> Point:
+        """The better of two feasible points that differ in block `name`, the second improved on its support.
+
+        It is never worse than `before`, where that is in the constraint.
+        """
+        ...
+
+
+@runtime_checkable
 class Refittable(Problem, Protocol):
     def refit(self, mask: Point) -> Point:
         """The exact minimum of value over the points that vanish wherever mask is False."""

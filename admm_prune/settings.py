@@ -123,15 +123,12 @@ def _ridge(typed: str | None) -> Ridge:
 
 
 def _overrides(typed: list[str] | None) -> dict[str, float | str]:
-    overrides: dict[str, float | str] = {}
-    for item in typed or ():
-        pattern, equals, target = item.rpartition("=")
-        if not (equals and pattern and target):
-            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
-        overrides[pattern] = target
-    return overrides
+    from admm_prune.methods.selection import parse_overrides
+
+    return parse_overrides(typed or ())
 
 
+_NAMES = {"in_file": tuple[str, ...], "typed": str | None, "typed_default": None, "parse": lambda typed: typed or ()}
 _DATA = {
     "option": Option(
         help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
@@ -302,6 +299,12 @@ class Settings(TextSettings):
     allocation_passes: int | None = option(
         None, "Forward passes of held-out text in a search; 256 by default.", commands="run compare plan", least=2
     )
+    coordinate: str | Sequence[str] = option(
+        (), "Parts of a block pruned as one problem: attention, its value and output projections.", **_NAMES
+    )
+    refit: str | None = option(
+        None, "block: fit all weights that are left in a block together to its dense output.", choices=("block",)
+    )
     ridge: Ridge = option(
         None,
         "Ridge, relative to diag(H); the solver's own by default; 'auto' selects it on validation tokens.",
@@ -348,10 +351,7 @@ class Settings(TextSettings):
         (),
         "Comma-separated tasks of lm-evaluation-harness, on which the pruned model is evaluated.",
         python="Or a sequence of names.",
-        in_file=tuple[str, ...],
-        typed=str | None,
-        typed_default=None,
-        parse=lambda typed: () if typed is None else typed,
+        **_NAMES,
     )
     task_folder: str | Path | None = _tasks(
         None, "Folder with additional tasks, as YAML files.", in_file=str | None, typed=str | None

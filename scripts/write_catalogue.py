@@ -19,6 +19,7 @@ from admm_prune.methods.registry import RECIPES
 from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems import constraints
+from admm_prune.problems.attention import AttentionOutput, AttentionTokens, Probabilities
 from admm_prune.problems.feed_forward import FeedForward, GatedFeedForward, Network
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.problems.network_output import NetworkOutput
@@ -111,6 +112,10 @@ def _problems() -> dict[type, Callable[[], Any]]:
     plain = Network(ACTIVATIONS["relu"], Point({name: drawn[name] for name in ("up", "down")}))
     gated = Network(ACTIVATIONS["silu"], Point(drawn))
 
+    heads = Point(value=inputs[:4], output=inputs[4:8])
+    mixing = Probabilities([torch.ones(2, len(inputs), len(inputs), dtype=inputs.dtype).tril() / len(inputs)], 2)
+    tokens = AttentionTokens(inputs, mixing.mix(0, inputs @ heads["value"].T) @ heads["output"].T, mixing)
+
     def outputs(network: Network) -> torch.Tensor:
         return network.linear("down", network.weights, network.hidden(network.weights, inputs))
 
@@ -130,6 +135,7 @@ def _problems() -> dict[type, Callable[[], Any]]:
         FeedForward: lambda: FeedForward(plain, inputs, outputs(plain), dict.fromkeys(plain.weights, half)),
         GatedFeedForward: lambda: GatedFeedForward(gated, inputs, outputs(gated), dict.fromkeys(gated.weights, half)),
         NetworkOutput: lambda: NetworkOutput(gated, (inputs, outputs(gated)), dict.fromkeys(gated.weights, half)),
+        AttentionOutput: lambda: AttentionOutput(heads, tokens, dict.fromkeys(heads, half)),
         SurrogateFree: lambda: SurrogateFree(linear(), loss, [inputs], [inputs], half),
     }
 

@@ -17,6 +17,7 @@ from admm_prune.models.streaming import IN_MEMORY, Offloading
 from admm_prune.result import Convergence, Diagnosis
 
 if TYPE_CHECKING:
+    from admm_prune.methods.joint import Joint
     from admm_prune.methods.local import Method
     from admm_prune.methods.parts import ProblemLike, SetLike
 
@@ -256,6 +257,10 @@ class Capabilities(Protocol):
 
     def streaming_obstacle(self) -> str | None:
         """Why a model cannot be pruned one block at a time, from disk; None where it can."""
+        return None
+
+    def with_joint(self, joint: Joint) -> Self | None:
+        """The method with steps on several matrices of a block together; None where it takes none."""
         return None
 
     def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:

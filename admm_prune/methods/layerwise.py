@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
 from admm_prune.methods.parts import ProblemLike, SetLike
@@ -50,6 +51,7 @@ class Layerwise(Capabilities):
 
     method: Method
     samples: int = 128
+    joint: Joint = Joint()
 
     @property
     def name(self) -> str:
@@ -68,20 +70,32 @@ class Layerwise(Capabilities):
             raise UserError(f"{self.name} is a solver itself: give either a method or a solver")
         return replace(self, method=with_parts(self.method, problem, constraint))
 
+    def with_joint(self, joint: Joint) -> Self:
+        return replace(self, joint=joint)
+
     def check(self, model: nn.Module, target: Target) -> None:
         check_target(decoder_blocks(model), self.method, target)
+        self.joint.check(model)
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
+        task = self.joint.task(task, runtime)
 
         def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             chosen = {view.name for view in block.weights if task.target.at(view.name) is not None}
-            inputs = stream.collect(index, chosen) if chosen else []
-            return BlockResult(layers=[*prune_all(inputs, self.method, task, runtime.world), *untouched(block, chosen)])
+            joint = self.joint.begin(stream, index, block, chosen)
+            reports: list[LayerReport] = []
+            outputs = joint.outputs if self.joint.refit else None
+            for names in joint.stages(chosen):
+                inputs = stream.collect(index, names, None if reports else outputs)
+                reports += joint.coordinated(prune_all(inputs, self.method, task, runtime.world), self.method, task)
+            reports = joint.refitted(reports, self.method, task)
+            return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures or None)
 
         block_results = for_each_block(model, task, runtime, prune_block, weighting=self.method.problem.weighting)
         runtime.report_progress(len(block_results), len(block_results))
-        return Outcome(layers=[report for result in block_results for report in result.layers])
+        details = {"joint": [result.details for result in block_results]} if self.joint else {}
+        return Outcome(layers=[report for result in block_results for report in result.layers], details=details)
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:

@@ -11,6 +11,7 @@ from admm_prune.methods.base import Recipe
 from admm_prune.methods.elsa.elsa import TRAINED
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS, Method, method_named, method_names, with_parts
 from admm_prune.methods.parts import ProblemLike, SetLike, check_no_clash
@@ -36,6 +37,7 @@ def composed(
     solver: str | Solver | None = None,
     problem: ProblemLike = None,
     constraint: SetLike = None,
+    joint: Joint | None = None,
 ) -> Recipe:
     """The recipe of a method, with another solver, objective or sparse set inside.
 
@@ -45,10 +47,24 @@ def composed(
         solver: an object, or the name of a layer method, whose ridge, damping and budget are used too.
         problem: a class derived from `LayerReconstruction`, a function with the same arguments, or a name.
         constraint: an object, a class that takes a sparsity, or a name.
+        joint: steps on several matrices of a block together.
 
     Raises:
         UserError: there is no such method, or it has no part of this kind.
     """
+    if joint:
+        recipe = composed(
+            method,
+            steps=steps,
+            distillation=distillation,
+            engine=engine,
+            solver=solver,
+            problem=problem,
+            constraint=constraint,
+        ).with_joint(joint)
+        if recipe is None:
+            raise UserError(f"{method} takes no {joint.label}: it is for methods that prune block by block")
+        return recipe
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:

@@ -150,6 +150,21 @@ class Modules:
         return [*last, *classes, *names]
 
 
+def parse_overrides(items: Iterable[str]) -> dict[str, float | str]:
+    """Targets by pattern, from "PATTERN=TARGET" each.
+
+    Raises:
+        UserError: an item is of another form.
+    """
+    overrides: dict[str, float | str] = {}
+    for item in items:
+        pattern, equals, target = item.rpartition("=")
+        if not (equals and pattern and target):
+            raise UserError(f"an override is PATTERN=TARGET, such as 're:.*down_proj=0.5', not '{item}'")
+        overrides[pattern] = target
+    return overrides
+
+
 def _around(view: WeightView, block: Block, model: nn.Module) -> dict[str, str]:
     classes = {view.module_name: type(view.module).__name__}
     place = view.parameter_name

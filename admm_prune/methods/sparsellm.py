@@ -18,6 +18,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
@@ -104,6 +105,7 @@ class SparseLLM(Capabilities):
     penalties: Penalties = Penalties(alpha=0.1, beta=10.0)
     first_half: bool = False
     samples: int = 128
+    joint: Joint = Joint()
 
     @property
     def budget(self) -> Literal["matrix", "model"]:
@@ -114,8 +116,12 @@ class SparseLLM(Capabilities):
             return None
         return replace(self, method=with_parts(solver or self.method, None, constraint))
 
+    def with_joint(self, joint: Joint) -> Self:
+        return replace(self, joint=joint)
+
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
+        self.joint.check(model)
         if self.method.problem.weighting.weigh is not None:
             raise UserError(f"{self.name} weights all tokens alike: it takes no {self.method.problem.name}")
         check_target(blocks, self.method, target)
@@ -127,6 +133,7 @@ class SparseLLM(Capabilities):
         self.check(model, task.target)
         if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: bitwise equal
             return Layerwise(self.method).prune(model, task, runtime)
+        task = self.joint.task(task, runtime)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
 
@@ -163,16 +170,21 @@ class SparseLLM(Capabilities):
 
         # 1. X and Y as released: before attention is pruned.
         pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
-        # 2. Attention, each W <- prune(W) by the layer solver.
-        block_outputs: dict[str, Tensor] | None = {} if repairs else None  # of the dense block
+        # 2. Attention, each W <- prune(W) by the layer solver; V and O then as one, if coordinated.
+        joint = self.joint.begin(stream, index, block, pruned)
+        block_outputs = joint.outputs if repairs or self.joint.refit else None  # of the dense block
         attention = pruned - {view.name for view in views.weights}
         reports = prune_all(stream.collect(index, attention, block_outputs), self.method, task, world)
+        reports = joint.coordinated(reports, self.method, task)
         if not targets:  # the network is left unpruned
-            return BlockResult(layers=reports + untouched(block, pruned), details=details)
+            reports = joint.refitted(reports, self.method, task)
+            return BlockResult(layers=reports + untouched(block, pruned), details=details | joint.figures)
         # 3. X <- the network's inputs behind the pruned attention;  Y <- block_outputs - residual, or act(X W1^T) W2^T.
         if pairs is None:
-            pairs = stream.pairs(index, views.up, views.down, block_outputs)
+            pairs = stream.pairs(index, views.up, views.down, block_outputs if repairs else None)
         del block_outputs
+        if not self.joint.refit:
+            joint.outputs.clear()
         # 4. W1, W2 <- argmin of the split network.
         try:
             result, figures = self._prune_network(views, targets, pairs, task, stream, world)
@@ -180,7 +192,10 @@ class SparseLLM(Capabilities):
             raise UserError(f"{', '.join(view.name for view in views.weights)}: {error}") from error
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
         reports += _reports(views, result, seconds, stream.places("calibration")[1])
-        return BlockResult(layers=reports + untouched(block, pruned), details=details | figures)
+        # 5. All surviving weights of the block, if they are refitted.
+        del pairs
+        reports = joint.refitted(reports, self.method, task)
+        return BlockResult(layers=reports + untouched(block, pruned), details=details | figures | joint.figures)
 
     def _prune_network(
         self,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
@@ -110,18 +112,24 @@ class BatchState:
         """The present hidden states, on the host."""
         return self._activation_store.get(self.name)
 
-    def replay(self, block: Block, index: int, *, finite: bool = True) -> Tensor:
+    def replay(self, block: Block, index: int, *, finite: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """The hidden states that `block` computes from the present ones.
+
+        Args:
+            dtype: to which all floating-point arguments are converted, where the block is `in_dtype`.
 
         Raises:
             UserError: they are not finite although required to be.
         """
         args, kwargs = self.calls[index]
-        output = block.module(self.hidden, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+        hidden = self.hidden
+        if dtype is not None and hidden.dtype != dtype:
+            hidden, args, kwargs = tree_map(partial(_converted, dtype=dtype), (hidden, args, kwargs))
+        output = block.module(hidden, *args, **kwargs)
+        outputs: Tensor = output[0] if isinstance(output, tuple | list) else output
         if finite:
-            check_finite(hidden, f"the outputs of {block.name}")
-        return hidden
+            check_finite(outputs, f"the outputs of {block.name}")
+        return outputs
 
 
 @torch.no_grad()
@@ -199,6 +207,25 @@ def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Ge
                 del block.module.forward
             else:
                 block.module.forward = forward
+
+
+@contextmanager
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> Generator[None]:
+    """Within it, all floating-point parameters and buffers of a module are copies in another dtype; the others are
+    those of before, and so is all of it afterwards."""
+    tensors = [x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point() and x.dtype != dtype]
+    before = [x.data for x in tensors]
+    try:
+        for x in tensors:
+            x.data = x.data.to(dtype)
+        yield
+    finally:
+        for x, data in zip(tensors, before, strict=True):
+            x.data = data
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def check_finite(values: Tensor, what: str) -> None:

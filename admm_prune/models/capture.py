@@ -313,6 +313,11 @@ class BlockStream:
         """The outputs of block `index` on the first batch, with its current weights; does not advance."""
         return self._states["calibration"][0].replay(self._current_block(index), index)
 
+    def states(self, index: int) -> Mapping[str, list[BatchState]]:
+        """The batches of this process that enter block `index`, for every part of the text."""
+        self._current_block(index)
+        return self._states
+
     @torch.no_grad()
     def energy(self) -> float:
         """||h||_F^2: the squared norms of the current hidden states of all calibration tokens, summed in float64."""

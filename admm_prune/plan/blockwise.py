@@ -23,7 +23,7 @@ from admm_prune.methods.allocation.budget import HELD_OUT, LOSS_TOKENS
 from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
-from admm_prune.methods.base import Recipe, Task
+from admm_prune.methods.base import IN_PROCESS, Recipe, Task
 from admm_prune.methods.elsa.engine import multiplies_in_bfloat16
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
@@ -41,6 +41,7 @@ from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, Work, counted, measured_cost
+from admm_prune.plan.joint import joint_stages
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
@@ -164,6 +165,8 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     plan = plans.get(recipe.stages)
     if plan is None:
         raise UserError(f"{recipe.name}: its cost cannot be estimated")
+    if recipe.stages in ("layers", "networks"):
+        task = cast("Layerwise", recipe).joint.task(task, IN_PROCESS)
     weights = _held_weights(anatomy, stream=stream)
     weighting = cast("Layerwise", recipe).method.problem.weighting if recipe.stages == "layers" else UNWEIGHTED
     scores, scoring = {}, list[Stage]()
@@ -235,8 +238,9 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
-    for _, _, count in block_pass.kinds():
+    for index, block, count in block_pass.kinds():
         yield from _local(block_pass.collect(), recipe.method, task, count, block_pass)
+        yield from _joint(block_pass, recipe, index, block, count, task)
         yield _forward("next inputs", block_pass.advance(), count)
 
 
@@ -320,7 +324,15 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
             )
         )
         yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
+        yield from _joint(block_pass, recipe, index, block, count, task)
         yield _forward("next inputs", block_pass.advance(), count)
+
+
+def _joint(
+    block_pass: BlockPass, recipe: Layerwise | SparseLLM, index: int, block: Block, count: int, task: Task
+) -> Iterator[Stage]:
+    stages = joint_stages(recipe.joint, block_pass.stream, block_pass.counting, index, block, recipe.method, task)
+    yield from (stage.times(count) for stage in stages)
 
 
 def _forward(name: str, cost: Cost, count: float) -> Stage:

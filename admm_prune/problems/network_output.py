@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
+from admm_prune.problems.closing import Closing
 from admm_prune.problems.constraints import Product, SparseSet, StackedRows
 from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, GatedFeedForward, Network, Penalties, correction
 from admm_prune.problems.layer import LayerReconstruction, Share
@@ -22,7 +23,6 @@ _CHUNK = 1024  # tokens that are in the hidden layer at once
 _TOKENS_PER_CHANNEL = 16  # tokens used by the split network, per input channel
 _WHOLE = 64  # tokens: in smaller chunks, kernels round the last few entries differently from the others
 _SAMPLE = 64
-_CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
 
 
 class NetworkOutput:
@@ -132,7 +132,7 @@ class NetworkOutput:
     def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
         weight = solution["weight"]
         if name == "down":
-            bias = {} if self._bias is None or not isinstance(block, _Closing) else {"bias": block.bias(weight)}
+            bias = {} if self._bias is None or not isinstance(block, Closing) else {"bias": block.bias(weight)}
             return Point({**x, "down": weight, **bias})
         parts = weight.split([x[part].shape[0] for part in self._inputs])
         return Point({**x, **dict(zip(self._inputs, parts, strict=True))})
@@ -226,7 +226,7 @@ class NetworkOutput:
         return present @ self._gram + more, energy
 
     def _down(self, x: Point) -> LayerReconstruction:
-        weight, (ridge, damping) = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
+        weight, damped = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
         gram = GramAccumulator(weight.shape[1], weight.device)
         target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
         for inputs, targets in self._chunks(self.tokens):
@@ -235,37 +235,5 @@ class NetworkOutput:
             target.add(hidden, targets)
         gram.join(self.share.all_reduce)
         target.join(self.share.all_reduce)
-        count, mean_input, mean_target = gram.tokens, gram.mean, target.total / max(1, gram.tokens)
-        moments, correlation, energy = gram.gram, target.correlation, target.energy
-        del gram  # twice the size of all that follows
-        if self._bias is not None:
-            before = moments.diagonal().clone()
-            moments.addr_(mean_input, mean_input, alpha=-count)
-            correlation.addr_(mean_target, mean_input, alpha=-count)
-            energy -= count * float(mean_target.square().sum())
-            constant = moments.diagonal() <= _CONSTANT * before  # the bias covers the effect of such a unit
-            moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
-        moments = moments.to(weight)
-        return _Closing(
-            weight,
-            moments,
-            self.constraints["down"],
-            ridge=ridge,
-            damping=damping,
-            correlation=correlation.to(weight),
-            target_energy=energy,
-            means=(mean_input.to(weight), mean_target.to(weight)),
-        )
-
-
-class _Closing(LayerReconstruction):
-    """A layer reconstruction with a bias: of inputs and targets less their means, which the bias absorbs."""
-
-    def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
-        self._means = means
-
-    def bias(self, weight: Tensor) -> Tensor:
-        """The best bias (m,) beside a weight."""
-        mean_input, mean_target = self._means
-        return mean_target - weight @ mean_input
+        bias = self._bias is not None
+        return Closing.of(weight, gram, target, self.constraints["down"], damped, bias=bias)

@@ -20,6 +20,7 @@ from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
+from admm_prune.methods.joint import Joint, names_in
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
@@ -126,7 +127,9 @@ def prune(settings: Settings) -> Report:
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
-    recipe = configured(composed(method, **how, engine=Engine.of(settings), **parts), settings.unit, settings.multiple)
+    joint = Joint(coordinate=names_in(settings.coordinate), refit=settings.refit)
+    recipe = composed(method, **how, engine=Engine.of(settings), **parts, joint=joint)
+    recipe = configured(recipe, settings.unit, settings.multiple)
     target = _target(settings)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     ridge = parse_ridge(settings.ridge)
@@ -166,6 +169,7 @@ def prune(settings: Settings) -> Report:
             ridge=ridge,
             stream=streams,
             selection=selection,
+            coordinate=joint.coordinate,
             tasks=() if tasks is None else tasks.names,
             task_folder=None if settings.task_folder is None else str(settings.task_folder),
             **{name: None if part is None else described(part) for name, part in parts.items()},

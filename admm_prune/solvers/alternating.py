@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from admm_prune.point import Point
-from admm_prune.problem import Coordinated, Minimizable, Problem, fits, require
+from admm_prune.problem import Coordinated, Minimizable, Problem, Safeguarded, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.solvers.refit import Refit
@@ -34,7 +34,7 @@ class Alternating(Iterative[State]):
 
     A block that is `Minimizable` gives its minimum itself, any other is solved by `inner`. The blocks minimize a
     surrogate: after every round the problem computes the validation loss, the best round is returned, and a round
-    without improvement ends the run.
+    without improvement ends the run. A `Safeguarded` problem corrects or rejects the solution of a block.
 
     Args:
         inner: solves blocks with a sparse set.
@@ -124,7 +124,8 @@ class Alternating(Iterative[State]):
         entered = result.solution.map(lambda new, old: (new != 0) & (old == 0), before)
         state.changed += entered.count_nonzero()
         state.notes += [f"{name}: {note}" for note in result.notes]
-        return problem.joined(x, name, block, result.solution)
+        joined = problem.joined(x, name, block, result.solution)
+        return problem.safeguarded(x, joined, name) if fits(problem, Safeguarded) else joined
 
 
 def _with_validation_as_value(problem: Coordinated) -> Coordinated:

@@ -1,0 +1,163 @@
+"""The blockwise refit: all surviving weights of a pruned block together, on its output."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admm_prune.methods.base import LayerReport, Task
+from admm_prune.methods.coordination import renewed
+from admm_prune.methods.local import Method
+from admm_prune.models.activation_store import BatchState, in_dtype
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.structure import Block, WeightView
+from admm_prune.point import Point
+from admm_prune.problem import Constraint
+from admm_prune.problems.constraints import Product
+from admm_prune.solvers.support_descent import SupportDescent
+
+TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """Batches that enter a block, and the targets (n, d) of their real tokens, in order."""
+
+    states: Sequence[BatchState]
+    targets: Tensor
+
+    def targets_of(self, number: int) -> Tensor:
+        sizes = [int(state.mask.sum()) for state in self.states]
+        return self.targets[sum(sizes[:number]) :][: sizes[number]]
+
+
+class BlockOutput:
+    """min sum_t |f(h_t; x) - y_t|^2 / |y_t|^2 over the pruned matrices x of a block f in their sets; `Stochastic`.
+
+    Every token counts relative to its target, as the norm at the start of the next block makes it: else a few tokens
+    of massive activations would be all that counts.
+
+    A point holds every pruned matrix (out, in) by its name, in float32 at least, in which the block computes.
+
+    Args:
+        block: its present matrices are the start.
+        views: the pruned matrices.
+        constraint: their sets.
+        index: of the block.
+        tokens: of which every batch is a sample.
+        validation: held-out ones, on which `value` is taken.
+    """
+
+    curvature = 1.0  # unknown; no solver of stochastic problems on a fixed support reads it
+
+    def __init__(
+        self,
+        block: Block,
+        views: Sequence[WeightView],
+        constraint: Constraint,
+        index: int,
+        tokens: BlockTokens,
+        validation: BlockTokens,
+    ) -> None:
+        self.constraint, self.validation = constraint, validation
+        self._block, self._views, self._index, self._tokens = block, views, index, tokens
+        self._dtype = torch.promote_types(views[0].parameter.dtype, torch.float32)
+        self._order = torch.randperm(len(tokens.states), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def initial(self) -> Point:
+        return Point({view.name: view.read().to(self._dtype, copy=True) for view in self._views})
+
+    @torch.no_grad()
+    def value(self, x: Point) -> float:
+        """The mean over the held-out tokens."""
+        with self._holding(x):
+            losses = [float(self._loss(self.validation, number)) for number in range(len(self.validation.states))]
+        return sum(losses) / len(self.validation.targets)
+
+    def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
+        """Loss and gradient on the draw-th batch of a fixed shuffle."""
+        loss, gradient = self.differentiated(x, self._order[draw % len(self._order)])
+        return float(loss), gradient
+
+    def differentiated(self, x: Point, number: int) -> tuple[Tensor, Point]:
+        """Loss and gradient on a batch."""
+        with self._holding(x) as parameters, torch.enable_grad():
+            loss = self._loss(self._tokens, number)
+            gradients = torch.autograd.grad(loss, parameters)
+        stored = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
+        return loss.detach(), Point({v.name: v.within(stored[id(v.parameter)]).contiguous() for v in self._views})
+
+    @contextmanager
+    def _holding(self, x: Point) -> Generator[list[Tensor]]:
+        """Within it the block computes with x; its parameters require gradients, and are as before afterwards."""
+        parameters = list({id(view.parameter): view.parameter for view in self._views}.values())
+        before = [parameter.data for parameter in parameters]
+        with in_dtype(self._block.module, self._dtype):
+            try:
+                for parameter in parameters:
+                    parameter.data = parameter.data.to(self._dtype, copy=True)
+                for view in self._views:
+                    view.read().copy_(x[view.name])
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+                yield [*parameters]
+            finally:
+                for parameter, data in zip(parameters, before, strict=True):
+                    parameter.requires_grad_(False)
+                    parameter.data = data
+
+    def _loss(self, tokens: BlockTokens, number: int) -> Tensor:
+        state = tokens.states[number]
+        outputs = state.replay(self._block, self._index, finite=False, dtype=self._dtype)[state.mask]
+        targets = tokens.targets_of(number).to(outputs)
+        return ((outputs - targets).square().sum(1) / targets.square().sum(1)).sum()
+
+
+def refit_block(
+    stream: BlockStream,
+    index: int,
+    block: Block,
+    outputs: Mapping[str, Tensor],
+    reports: Sequence[LayerReport],
+    method: Method,
+    task: Task,
+) -> tuple[list[LayerReport], dict[str, Any]]:
+    """Fits all surviving weights of a pruned block together to its dense outputs, in place, on their supports.
+
+    Kept only if it lowers the error on validation tokens.
+
+    Args:
+        outputs: of the dense block, (n, d) for every part of the text.
+        reports: of the pruned matrices.
+
+    Returns:
+        The reports, and the figures, JSON values.
+    """
+    pruned = {report.name for report in reports}
+    views = [view for view in block.weights if view.name in pruned]
+    targets = {view.name: task.target.at(view.name) for view in views}
+    sets = {name: method.constraint(target) for name, target in targets.items() if target is not None}
+    states = stream.states(index)
+    parts = {part: BlockTokens(states[part], outputs[part]) for part in outputs if part != "holdout"}
+    problem = BlockOutput(
+        block, views, Product(sets), index, parts["calibration"], parts.get("validation", parts["calibration"])
+    )
+    start = problem.initial()
+    before = problem.value(start)
+    result = SupportDescent.of(STEPS).solve(problem, start=start)
+    for view in views:
+        view.write(result.solution[view.name])
+    after = problem.value(problem.initial())  # as rounded to the dtype of the model
+    figures = {"before": before, "after": after, "accepted": after < before}
+    if not after < before:
+        for view in views:
+            view.write(start[view.name])
+        return list(reports), figures
+    named = {view.name: view for view in views}
+    return [renewed(report, named[report.name], "all matrices of the block together") for report in reports], figures

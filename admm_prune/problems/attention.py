@@ -1,0 +1,395 @@
+"""The output of an attention block, for given probabilities: value and output projections as one bilinear problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.ops import quadratic
+from admm_prune.point import Point
+from admm_prune.problem import Constraint, Problem
+from admm_prune.problems.closing import Closing
+from admm_prune.problems.constraints import Product, SparseSet, Unstructured
+from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
+from admm_prune.statistics import GramAccumulator, TargetAccumulator
+
+FREE = Unstructured(0.0)  # holds every point
+_MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are in memory at once: fewer tokens are sampled
+_LEAST_SENSITIVITY = 1e-6  # of a row of the value projection, relative to the mean
+
+
+class Mixing(Protocol):
+    """The linear map A from the values of the tokens to the inputs of the output projection, for given probabilities.
+
+    Attributes:
+        spans: consecutive spans of tokens that are mixed together: sequences, or batches of them.
+        heads: the number H of query heads.
+    """
+
+    @property
+    def spans(self) -> Sequence[slice]: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    def mix(self, span: int, values: Tensor) -> Tensor:
+        """Values (n, G e) of the tokens of a span to head outputs (n, H e)."""
+        ...
+
+    def unmix(self, span: int, mixed: Tensor) -> Tensor:
+        """The adjoint: (n, H e) to (n, G e)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """A `Mixing` by explicit probabilities; consecutive query heads read one value head.
+
+    Args:
+        sequences: (H, L, L) for each sequence, row t the weights of the values of all tokens at token t.
+        groups: the number G of value heads, which divides H.
+    """
+
+    sequences: Sequence[Tensor]
+    groups: int
+
+    @property
+    def heads(self) -> int:
+        return len(self.sequences[0])
+
+    @cached_property
+    def spans(self) -> Sequence[slice]:
+        ends = accumulate((one.shape[1] for one in self.sequences), initial=0)
+        return [slice(start, stop) for start, stop in pairwise(ends)]
+
+    def mix(self, span: int, values: Tensor) -> Tensor:
+        probabilities = self.sequences[span]
+        heads = values.unflatten(1, (self.groups, -1)).repeat_interleave(self.heads // self.groups, 1)
+        mixed: Tensor = torch.einsum("hts,she->the", probabilities, heads)
+        return mixed.flatten(1)
+
+    def unmix(self, span: int, mixed: Tensor) -> Tensor:
+        probabilities = self.sequences[span]
+        heads = torch.einsum("hts,the->she", probabilities, mixed.view(len(mixed), self.heads, -1))
+        values: Tensor = heads.reshape(len(mixed), self.groups, -1, heads.shape[2]).sum(2)
+        return values.flatten(1)
+
+
+@dataclass(frozen=True)
+class AttentionTokens:
+    """Inputs X (n, d) of the value projection, targets Y (n, m) of the output projection, and how values are mixed."""
+
+    inputs: Tensor
+    targets: Tensor
+    mixing: Mixing
+
+
+class AttentionOutput:
+    """min |sum_h A_h (X V_g(h)^T + 1 b_g^T) O_h^T + 1 b^T - Y|^2 over V (G e, d) and O (m, H e) in their sets.
+
+    A_h are the probabilities of query head h, which reads the values of group g(h): they do not depend on V and O, so
+    that the objective is exact, and quadratic in each of the two. `Coordinated`:
+
+    "output", for a given V, is the layer reconstruction of Y from the head outputs Z = [A_h (X V_g^T + 1 b_g^T)]_h that
+    V really gives. It includes the bias b where there is one.
+
+    "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
+    the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
+    where that is too large with products over the tokens; the Hessian itself is never formed. The inner solver prunes
+    it in the separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the
+    heads that read row r: its rows are scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole
+    matrix goes where the output projection reads it. The weights that are left are then fitted to the exact objective.
+
+    `Safeguarded`: once both are in their sets, a solution of a block that raises `value` is rejected, so that
+    `value` never rises.
+
+    Points hold "value" (G e, d), "output" (m, H e), and "bias" (m,) where there is one.
+
+    Args:
+        weights: the dense "value" and "output".
+        tokens: of calibration.
+        constraints: a set for each weight.
+        biases: of "value" (G e,), which is fixed, and "output" (m,); a name that is missing has none.
+        validation: held-out tokens for `validation_loss`; by default the same.
+        damped: ridge and damping of each weight, as in `LayerReconstruction`; none where it is missing.
+        tolerance: of conjugate gradients: the residual relative to the right-hand side.
+        max_iterations: of conjugate gradients.
+        all_reduce: sums over all processes, each of which has its own tokens.
+
+    The separation of attention into given probabilities and a bilinear map is classical; the formulation as a pruning
+    problem, and its solution, are ours.
+    """
+
+    order: tuple[str, ...] = ("value", "output")
+    widest = 8192  # H d up to which [M_h^T M_h'] is held, in place of products over the tokens at every iteration
+
+    def __init__(
+        self,
+        weights: Point,
+        tokens: AttentionTokens,
+        constraints: Mapping[str, SparseSet],
+        *,
+        biases: Mapping[str, Tensor] | None = None,
+        validation: AttentionTokens | None = None,
+        damped: Mapping[str, tuple[float, float]] | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int = 40,
+        all_reduce: AllReduce = single_process,
+    ) -> None:
+        self.weights, self.tokens, self.validation = weights, tokens, tokens if validation is None else validation
+        self.constraints, self.damped, self.all_reduce = constraints, damped or {}, all_reduce
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.biases = biases or {}
+        heads = tokens.mixing.heads
+        if weights["output"].shape[1] % heads:
+            raise ValueError(f"{weights['output'].shape[1]} inputs of the output projection are not {heads} heads")
+        self._size = weights["output"].shape[1] // heads
+        if heads * self._size % len(weights["value"]) or len(weights["value"]) % self._size:
+            raise ValueError(f"{len(weights['value'])} values are no heads of {self._size} for {heads} query heads")
+        self.constraint: Constraint = Product({name: constraints.get(name, FREE) for name in self.initial()})
+
+    @cached_property
+    def curvature(self) -> float:
+        """Half the mean diagonal of the Hessian over the weights, at the start."""
+        output = self._output_problem(self.initial())
+        sensitivity = float(self._sensitivity(self.weights["output"]).sum())
+        total = float(output.gram.double().trace()) * len(output.weight)
+        total += sensitivity * float(self._metric.double().trace())
+        count = self.weights.numel()
+        if "output" in self.biases:
+            size = len(self.biases["output"])
+            total, count = total + self._count * size, count + size
+        return total / count
+
+    def initial(self) -> Point:
+        x = Point(value=self.weights["value"], output=self.weights["output"])
+        return Point({**x, "bias": self.biases["output"]}) if "output" in self.biases else x
+
+    def value(self, x: Point) -> float:
+        return self._loss(x, self.tokens)[0]
+
+    def validation_loss(self, x: Point) -> float:
+        """The value on the validation tokens, relative to |Y|^2."""
+        loss, energy = self._loss(x, self.validation)
+        return loss / energy if energy > 0 else 0.0
+
+    def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
+        return self._output_problem(x) if name == "output" else self._value_problem(x)
+
+    def part(self, x: Point, name: str) -> Point:
+        return Point(weight=x["output"] if name == "output" else x["value"] * self._scale(x["output"]))
+
+    def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
+        weight = solution["weight"]
+        if name == "value":
+            return Point({**x, "value": weight / self._scale(x["output"])})
+        bias = {"bias": block.bias(weight)} if "bias" in x and isinstance(block, Closing) else {}
+        return Point({**x, "output": weight, **bias})
+
+    def safeguarded(self, before: Point, after: Point, name: str) -> Point:
+        """`after`, with the values fitted to the exact objective on their support; or `before`, if it is in the sets
+        and its value is less."""
+        if name == "value":
+            value = self.fitted_value(after["output"], after, after["value"], after["value"] != 0)
+            after = Point({**after, "value": value})
+        if self.constraint.contains(before) and not self.value(after) <= self.value(before):
+            return before
+        return after
+
+    def fitted_value(self, output: Tensor, x: Point, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """argmin over V of the value for a given O, plus c_r D_j (V_rj - W_rj)^2 with D as in `LayerReconstruction`.
+
+        Args:
+            output: O (m, H e).
+            x: whose bias is taken.
+            start: of conjugate gradients; the dense weights by default.
+            mask: of the entries of V that may differ from zero; all by default.
+        """
+        dense = self.weights["value"]
+        ridge, damping = self.damped.get("value", (0.0, 0.0))
+        diagonal, rows = self._metric.diagonal(), self._sensitivity(output)[:, None]
+        anchor = rows * (ridge * diagonal + damping * diagonal.mean())
+        preconditioner = rows * diagonal + anchor
+        dead = preconditioner <= 0
+        inverse = preconditioner.masked_fill(dead, 1.0).reciprocal()
+        allowed = ~dead if mask is None else mask & ~dead
+        v = dense if start is None else start
+        if mask is not None:
+            v = v.where(mask, 0)
+        right = self._value_correlation(output, x.get("bias")) + anchor * dense
+
+        def system(v: Tensor) -> Tensor:
+            return self.value_hessian_times(v, output) + anchor * v
+
+        return _conjugate_gradient(system, right, v, allowed, inverse, self.tolerance, self.max_iterations)
+
+    def _scale(self, output: Tensor) -> Tensor:
+        """sqrt(c) (G e, 1), rounded to powers of two: scaling by them is exact."""
+        return self._sensitivity(output).sqrt().log2().round().exp2()[:, None]
+
+    def _sensitivity(self, output: Tensor) -> Tensor:
+        """c_r = sum |O_h e_r|^2 over the heads h that read row r (G e,), positive."""
+        squares = (
+            output.square()
+            .sum(0)
+            .view(-1, self.tokens.mixing.heads * self._size // len(self.weights["value"]), self._size)
+        )
+        sums = squares.sum(1).flatten()
+        return sums.clamp_min(max(_LEAST_SENSITIVITY * float(sums.mean()), torch.finfo(sums.dtype).tiny))
+
+    @cached_property
+    def _count(self) -> int:
+        return int(self.all_reduce(torch.tensor(len(self.tokens.inputs))))
+
+    def _chunks(self, tokens: AttentionTokens) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for number, span in enumerate(tokens.mixing.spans):
+            yield number, tokens.inputs[span].to(self.weights["value"]), tokens.targets[span].to(self.weights["value"])
+
+    def _head_outputs(self, x: Point, tokens: AttentionTokens) -> Iterator[tuple[Tensor, Tensor]]:
+        """Z (n, H e) and Y of every span."""
+        for number, inputs, targets in self._chunks(tokens):
+            values = inputs @ x["value"].T
+            if "value" in self.biases:
+                values += self.biases["value"]
+            yield tokens.mixing.mix(number, values), targets
+
+    def _loss(self, x: Point, tokens: AttentionTokens) -> tuple[float, float]:
+        sums = torch.zeros(2, dtype=torch.float64)
+        for heads, targets in self._head_outputs(x, tokens):
+            missing = heads @ x["output"].T - targets
+            if "bias" in x:
+                missing += x["bias"]
+            sums += torch.stack([part.double().square().sum() for part in (missing, targets)]).cpu()
+        loss, energy = self.all_reduce(sums).tolist()
+        return loss, energy
+
+    def _output_problem(self, x: Point) -> Closing:
+        weight = self.weights["output"]
+        gram = GramAccumulator(weight.shape[1], weight.device)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
+        for heads, targets in self._head_outputs(x, self.tokens):
+            gram.add(heads)
+            target.add(heads, targets)
+        constraint = self.constraints.get("output", FREE)
+        gram.join(self.all_reduce)
+        target.join(self.all_reduce)
+        return Closing.of(weight, gram, target, constraint, self.damped.get("output", (0.0, 0.0)), bias="bias" in x)
+
+    def _value_problem(self, x: Point) -> LayerReconstruction:
+        ridge, damping = self.damped.get("value", (0.0, 0.0))
+        return LayerReconstruction(
+            self.fitted_value(x["output"], x) * self._scale(x["output"]),
+            self._metric,
+            self.constraints.get("value", FREE),
+            ridge=ridge,
+            damping=damping,
+        )
+
+    def _mixed_inputs(self, number: int, inputs: Tensor) -> Tensor:
+        """M_h of a span, of all heads: (n, H, d)."""
+        mixing, size = self.tokens.mixing, self._size
+        groups = len(self.weights["value"]) // size
+        parts = []
+        for columns in inputs.split(size, 1):
+            values = nn.functional.pad(columns, (0, size - columns.shape[1])).repeat(1, groups)
+            heads = mixing.mix(number, values).unflatten(1, (mixing.heads, size))
+            parts.append(heads[:, :, : columns.shape[1]])
+        return torch.cat(parts, 2)
+
+    @cached_property
+    def _mixed_gram(self) -> Tensor | None:
+        """[M_h^T M_h'] (H d, H d); None where it is too large."""
+        width = self.tokens.mixing.heads * self.weights["value"].shape[1]
+        if width > self.widest:
+            return None
+        gram = GramAccumulator(width, self.weights["value"].device, products=self.weights["value"].dtype)
+        for number, inputs, _ in self._chunks(self.tokens):
+            gram.add(self._mixed_inputs(number, inputs).flatten(1))
+        gram.join(self.all_reduce)
+        return gram.gram.to(self.weights["value"])
+
+    @cached_property
+    def _metric(self) -> Tensor:
+        """H (d, d) of the dense O, scaled to all tokens where they are sampled."""
+        heads, width = self.tokens.mixing.heads, self.weights["value"].shape[1]
+        strength = self.weights["output"].square().sum(0).view(heads, self._size).sum(1)
+        strength = strength / strength.sum()
+        if self._mixed_gram is not None:
+            blocks = self._mixed_gram.unflatten(0, (heads, width)).unflatten(2, (heads, width))
+            metric: Tensor = torch.einsum("hihj,h->ij", blocks, strength)
+            return (metric + metric.T) / 2
+        gram = GramAccumulator(width, self.weights["value"].device)
+        for number, inputs, _ in self._chunks(self.tokens):
+            stride = -(-len(inputs) * heads * width // _MIXED_ENTRIES)
+            mixed = self._mixed_inputs(number, inputs)[::stride]
+            gram.add(mixed * (strength * stride).sqrt()[:, None])
+        gram.join(self.all_reduce)
+        return gram.gram.to(self.weights["value"])
+
+    def value_hessian_times(self, v: Tensor, output: Tensor) -> Tensor:
+        """For every group, the sum over its heads h and all heads h' of O_h^T O_h' V_g(h') M_h'^T M_h (G e, d)."""
+        mixing, square, size = self.tokens.mixing, output.T @ output, self._size
+        if self._mixed_gram is not None:
+            per_group = mixing.heads * size // len(v)
+            heads = v.unflatten(0, (-1, size)).repeat_interleave(per_group, 0)
+            pairs = torch.einsum("hikj,kjd->hikd", square.unflatten(0, (-1, size)).unflatten(2, (-1, size)), heads)
+            columns = self._mixed_gram.split(v.shape[1], 1)
+            each = torch.stack([one.flatten(1) @ column for one, column in zip(pairs, columns, strict=True)])
+            return each.view(-1, per_group, size, v.shape[1]).sum(1).flatten(0, 1)
+        total = torch.zeros_like(v, dtype=torch.float64)
+        for number, inputs, _ in self._chunks(self.tokens):
+            back = mixing.unmix(number, mixing.mix(number, inputs @ v.T) @ square)
+            total += (back.T @ inputs).double()
+        return self.all_reduce(total).to(v)
+
+    def _value_correlation(self, output: Tensor, bias: Tensor | None) -> Tensor:
+        """The right-hand side of the normal equations of V, without ridge (G e, d)."""
+        mixing, total = self.tokens.mixing, torch.zeros_like(self.weights["value"], dtype=torch.float64)
+        for number, inputs, targets in self._chunks(self.tokens):
+            if bias is not None:
+                targets = targets - bias
+            if "value" in self.biases:
+                targets = (
+                    targets - mixing.mix(number, self.biases["value"].expand(len(inputs), -1).contiguous()) @ output.T
+                )
+            total += (mixing.unmix(number, targets @ output).T @ inputs).double()
+        return self.all_reduce(total).to(self.weights["value"])
+
+
+def _conjugate_gradient(
+    system: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Tensor:
+    """Solves `system(v) = right` on the entries of a mask, preconditioned by a diagonal `inverse`.
+
+    Stops at a residual of `tolerance` times the right-hand side, both in the norm of the preconditioner.
+    """
+    v = start.clone()
+    residual = (right - system(v)).where(mask, 0)
+    direction = residual * inverse
+    squared = quadratic.inner(residual, direction)
+    limit = tolerance**2 * quadratic.inner(right.where(mask, 0), right * inverse)
+    for _ in range(max_iterations):
+        if squared <= limit:
+            break
+        product = system(direction).where(mask, 0)
+        curvature = quadratic.inner(direction, product)
+        if curvature <= 0:  # rounding: the residual is as small as it gets
+            break
+        v.add_(direction, alpha=squared / curvature)
+        residual.add_(product, alpha=-squared / curvature)
+        preconditioned = residual * inverse
+        before, squared = squared, quadratic.inner(residual, preconditioned)
+        direction.mul_(squared / before).add_(preconditioned)
+    return v

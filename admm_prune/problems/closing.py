@@ -1,0 +1,70 @@
+"""Closing: fits the last weight of a network, with its bias, to the outputs that the network should have."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor
+
+from admm_prune.problem import Constraint
+from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.statistics import GramAccumulator, TargetAccumulator
+
+_CONSTANT = 1e-9  # a unit is constant when its variance is at most this part of its mean square: the rest is rounding
+
+
+class Closing(LayerReconstruction):
+    """min |P V^T + 1 b^T - Y|^2 over V in C and, where there is a bias, b.
+
+    P are the inputs that the weights before really give. A bias absorbs the means of inputs and targets: the layer
+    reconstruction is then of both less their means.
+    """
+
+    def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self._means = means
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        inputs: GramAccumulator,
+        targets: TargetAccumulator,
+        constraint: Constraint,
+        damped: tuple[float, float],
+        *,
+        bias: bool,
+    ) -> Self:
+        """From sums over all tokens.
+
+        Args:
+            weight: the dense weight (m, D), in whose dtype the problem is posed.
+            inputs, targets: of P and of (P, Y).
+            damped: ridge and damping.
+            bias: whether there is one.
+        """
+        count, mean_input, mean_target = inputs.tokens, inputs.mean, targets.total / max(1, inputs.tokens)
+        moments, correlation, energy = inputs.gram, targets.correlation, targets.energy
+        if bias:
+            before = moments.diagonal().clone()
+            moments.addr_(mean_input, mean_input, alpha=-count)
+            correlation.addr_(mean_target, mean_input, alpha=-count)
+            energy -= count * float(mean_target.square().sum())
+            constant = moments.diagonal() <= _CONSTANT * before  # the bias covers the effect of such a unit
+            moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
+        moments = moments.to(weight)
+        return cls(
+            weight,
+            moments,
+            constraint,
+            ridge=damped[0],
+            damping=damped[1],
+            correlation=correlation.to(weight),
+            target_energy=energy,
+            means=(mean_input.to(weight), mean_target.to(weight)),
+        )
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias (m,) beside a weight."""
+        mean_input, mean_target = self._means
+        return mean_target - weight @ mean_input
