@@ -99,11 +99,8 @@ class ModelMixing:
         self._block, self._views, self._states, self._index = block, views, states, index
         self.heads = views.heads
         self.dtype = torch.promote_types(views.value.parameter.dtype, torch.float32)
-
-    @cached_property
-    def spans(self) -> list[slice]:
-        ends = accumulate((int(state.mask.sum()) for state in self._states), initial=0)
-        return [slice(start, stop) for start, stop in pairwise(ends)]
+        ends = accumulate((int(state.mask.sum()) for state in states), initial=0)
+        self.spans: Sequence[slice] = [slice(start, stop) for start, stop in pairwise(ends)]
 
     @torch.no_grad()
     def mix(self, span: int, values: Tensor) -> Tensor:

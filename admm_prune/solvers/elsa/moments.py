@@ -247,7 +247,7 @@ class Moments:
         for state in states:
             if state["step"].is_cuda:  # torch's fused kernel needs it there; these kernels count on the host
                 state["step"] = state["step"].cpu()
-        torch._foreach_add_([state["step"] for state in states], 1.0)
+            state["step"].add_(1.0)
         updates = []
         for x, state, draw in zip(parameters, states, draws, strict=True):
             rho, anchor = deferred.pulls.get(id(x), (0.0, None))
