@@ -76,9 +76,14 @@ def working_bytes(shape: ModelShape, tokens: int, dtype: torch.dtype = torch.bfl
 
 
 def block_work(shape: ModelShape, name: str, tokens: int) -> Work:
-    """A block: two passes of its forward, Grams of its four inputs in float64 (half of a product), and its solves."""
+    """A block: two passes of its forward, Grams of its four inputs (half of a product), and its solves.
+
+    Inputs in bfloat16 are multiplied as they are (`GramAccumulator`): 512 tokens at once in float32, and the products,
+    4 bytes written and read for each entry of half a Gram, are added to a sum in float64, 16 bytes.
+    """
     inputs = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
-    work = Work({"bfloat16": 2 * 2.0 * tokens * shape.block, "float64": float(tokens) * sum(d * d for d in inputs)})
+    entries = float(sum(d * d for d in inputs))
+    work = Work({"bfloat16": 2 * 2.0 * tokens * shape.block + tokens * entries}, tokens / 512 * 12.0 * entries)
     query, key = shape.heads * shape.head, shape.key_heads * shape.head
     stacked = ((query + 2 * key, inputs[0]), (shape.hidden, inputs[1]), (2 * shape.inner, inputs[2]))
     solver = LOCAL_METHODS[name].make()

@@ -4,7 +4,7 @@ Scores become unsigned keys of the same order. A control block of sixteen int64 
 row, so that no step waits for the host.
 
 A large row is searched by its range (`count_range_kernel`): from the bracket of a sample, one read of the scores counts
-what lies above it, at its two ends, and in each of 2^16 (of a single row 2^18) equal parts of it. The part with the
+what lies above it, at its two ends, and in each of 2^16 (of a single row 2^19) equal parts of it. The part with the
 answer is the next range; a part of one key is the answer. If the bracket missed, the next range is all that lies on the
 side of the answer, and two more reads find it. Nothing is read once the answer is known.
 """
@@ -29,7 +29,7 @@ _PROGRAMS = 1056  # that share a read of all scores: eight for each of 132 multi
 _MOST_STEPS = 1000  # of such a program: its counters have ten bits
 _DIRECT = 1 << 21  # up to here three reads of all scores take less time than a sample
 _SAMPLED, _SAMPLE_OF = 1 << 20, 64  # scores sampled for the bracket, at most, and one in how many
-_RANGE_BITS, _RANGE_BITS_ALONE = 16, 18  # of the parts of a range, for several rows and for a single one
+_RANGE_BITS, _RANGE_BITS_ALONE = 16, 19  # of the parts of a range, for several rows and for a single one
 _READS = 3  # of all scores, at most: the bracket; if it missed or has more keys than parts, two for what is left
 _CHUNK = 4096  # parts that one program adds up
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and width: 32 bits in three passes
@@ -354,7 +354,7 @@ def largest(score: Tensor, keep: int, *, direct: int = _DIRECT) -> tuple[Tensor,
     """Marks the `keep` largest, 0 < keep < n; and whether there was a NaN, on the device.
 
     Up to `direct` entries three histograms of all of them find the threshold. Above it a sampled bracket does (Floyd
-    and Rivest, 1975): one read where the bracket has at most 2^18 keys, which it nearly always has, and else two;
+    and Rivest, 1975): one read where the bracket has at most 2^19 keys, which it nearly always has, and else two;
     three or four where it missed. One more read writes the mask, and parts with ties of which some are dropped are read
     again.
     """
