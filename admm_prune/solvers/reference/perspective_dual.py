@@ -192,7 +192,7 @@ def _shrunk(point: Tensor, cells: Cells, penalty: float, slope: Tensor) -> tuple
     parts = cells.table(point)
     sizes = parts.abs()[..., 0] if parts.shape[-1] == 1 else parts.norm(dim=-1)
     keep = cells.keep.to(sizes)
-    slope = _price(sizes, keep, penalty, slope)
+    slope = price(sizes, keep, penalty, slope)
     share = (sizes * slope[:, None] - 1 / penalty).clamp(0, 1)
     full = (keep >= cells.group)[:, None]
     share = torch.where(full, 1.0, torch.where((keep == 0)[:, None], 0.0, share))
@@ -200,7 +200,7 @@ def _shrunk(point: Tensor, cells: Cells, penalty: float, slope: Tensor) -> tuple
     return cells.matrix(parts * factor[..., None]), share, slope
 
 
-def _price(sizes: Tensor, keep: Tensor, penalty: float, slope: Tensor) -> Tensor:
+def price(sizes: Tensor, keep: Tensor, penalty: float, slope: Tensor) -> Tensor:
     """x (groups,) with sum_j clamp(sizes_j x - 1 / penalty, 0, 1) = keep, where there is one."""
     low, high = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     # Where fewer tiles than the budget are not zero, all of them are kept at a large enough x.
