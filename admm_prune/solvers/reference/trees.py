@@ -13,7 +13,7 @@ from admm_prune.ops import precision
 from admm_prune.solvers.reference.cells import Cells
 from admm_prune.solvers.reference.dual import maximized, proved_leaves
 from admm_prune.solvers.reference.perspective_dual import price
-from admm_prune.solvers.reference.rigorous import Array, Form, scaled_form
+from admm_prune.solvers.reference.rigorous import Array, Form, Mask, scaled_form
 from admm_prune.solvers.reference.rows import Row, search
 
 _PENALTY, _RELAXATION = 5.0, 1.6
@@ -86,11 +86,12 @@ def prove_rows(
 ) -> TreeCertificate:
     """min_v (v - w)^T A (v - w) over v with at most keep_i entries, for each row i, to a relative gap.
 
-    The best v of each row comes from greedy elimination, swaps and kicks. A node fixes some entries as kept or removed;
-    its bound is the dual of the perspective relaxation for the diagonal of the root, by ADMM from the state of its
-    parent. A node whose bound is above (1 - gap) of the best value is a leaf; another is split at the entry with the
-    largest v_j^2 (1 / z_j - 1), which is what its relaxation gains by being between kept and removed. The bounds of the
-    leaves are lowered by bounds of all rounding; those of open nodes count where `max_nodes` is reached.
+    The best v of each row comes from greedy elimination, swaps and kicks, or from a node that leaves one support. A
+    node fixes some entries as kept or removed; its bound is the dual of the perspective relaxation for the diagonal of
+    the root, by ADMM from the state of its parent. A node whose bound is above (1 - gap) of the best value is a leaf;
+    another is split at the entry with the largest v_j^2 (1 / z_j - 1), which is what its relaxation gains by being
+    between kept and removed. The bounds of the leaves are lowered by bounds of all rounding; those of open nodes count
+    where `max_nodes` is reached.
 
     Args:
         hessian: A (rows, in, in), positive definite.
@@ -138,6 +139,13 @@ def prove_rows(
         gain = torch.where(free & (share > 0), after.z.square() * (1 / share.clamp_min(1e-9) - 1), 0.0)
         entry = torch.where(free, gain + 1e-300, -1.0).argmax(1)
         split = (bound < goal[some.row]) & free.any(1) & (int(counts.sum()) < max_nodes * rows)
+        for i in (split | ((bound < goal[some.row]) & ~free.any(1))).nonzero()[:, 0].tolist():
+            support, r = _only_support(some.fixed[i], int(keeps[some.row[i]])), int(some.row[i])
+            if support is None:
+                continue
+            v, value = _refitted(scaled[r], w[r].numpy(), support)
+            if value < values[r]:
+                weight[r], values[r], goal[r] = v, value, value * (1 - gap) * (1 + _STRICTER)
         done = ~split
         leaves.append((some.row[done], some.fixed[done], shift[done] / unit[some.row[done]]))
         nodes = _Nodes.joined([rest, *(_child(after.take(split), entry[split], sign, keeps) for sign in (1, -1))])
@@ -176,11 +184,23 @@ def _checked(hessian: Tensor, target: Tensor, keep: Sequence[int]) -> tuple[int,
 
 
 def _best(form: Form, target: Array, keep: int) -> tuple[Array, float]:
-    row = Row(form, target, len(target), keep)
-    support, _ = search(row, (), _KICKS)
-    v = row.refit(support)
+    support, _ = search(Row(form, target, len(target), keep), (), _KICKS)
+    return _refitted(form, target, support)
+
+
+def _refitted(form: Form, target: Array, support: Mask) -> tuple[Array, float]:
+    v = Row(form, target, len(target), int(support.sum())).refit(support)
     away = v - target
     return v, max(0.0, float(away @ form.hessian @ away))
+
+
+def _only_support(fixed: Tensor, keep: int) -> Mask | None:
+    """The support of full size that a node leaves; None where there are several."""
+    inside, free = fixed > 0, fixed == 0
+    left = keep - int(inside.sum())
+    if left == 0:
+        return np.asarray(inside.numpy())
+    return np.asarray((inside | free).numpy()) if int(free.sum()) == left else None
 
 
 def _size(w: Tensor) -> Tensor:
