@@ -7,6 +7,7 @@ from admm_prune.solvers.reference.branch_and_bound import BranchAndBound
 from admm_prune.solvers.reference.brute_force import BruteForce, BruteForceGroups, GroupExact
 from admm_prune.solvers.reference.cvxpy_models import MixedIntegerReference
 from admm_prune.solvers.reference.dual import DualCertificate, dual_bound
+from admm_prune.solvers.reference.trees import TreeCertificate, prove_rows
 
 __all__ = [
     "Bound",
@@ -16,7 +17,9 @@ __all__ = [
     "DualCertificate",
     "GroupExact",
     "MixedIntegerReference",
+    "TreeCertificate",
     "dual_bound",
     "lower_bound",
     "perspective_bound",
+    "prove_rows",
 ]

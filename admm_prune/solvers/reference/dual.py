@@ -27,6 +27,7 @@ from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessia
 
 KIND = "perspective dual"
 _UNDERFLOW = 1e-290  # more than the products of one entry lose by underflow
+_LEAVES = 4096  # whose bounds are computed at a time
 _STEPS_BACK = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of A, where D is a little too large
 _LEAST = 1e-10  # of a unit diagonal: a smaller eigenvalue leaves no diagonal worth a bound
 
@@ -220,19 +221,8 @@ def proved_loss(hessian: Tensor, multipliers: Multipliers, target: Tensor, cells
     that is removed d w^2 - 2 q w - 2 r |w|, each within 8 u of its terms; sums are exact, or within gamma_(2n+16) of
     the sum of the magnitudes.
     """
-    d, s, w = multipliers.diagonal[:, None, :], multipliers.shift, target
-    n = w.shape[-1]
-    pull = s @ hessian - s * d
-    reach = gamma(n + 4) * (s.abs() @ hessian.abs() + s.abs() * d) * (1 + 4 * UNIT) + _UNDERFLOW * (s != 0).any(
-        -1, keepdim=True
-    )
-    sizes = pull.abs() + reach
-    keeping = -(sizes.square() / d) * (1 + 8 * UNIT) - _UNDERFLOW
-    keeping = torch.where(sizes == 0, 0.0, torch.where(d > 0, keeping, -torch.inf))
-    terms = d * w.square() + 2 * sizes * w.abs()
-    removed = d * w.square() - 2 * pull * w - 2 * reach * w.abs() - 16 * UNIT * terms - _UNDERFLOW
-    constant = s * pull + s.abs() * reach
-    constant = constant + 8 * UNIT * (s * pull).abs() + _UNDERFLOW
+    removed, keeping, constant = _costs(hessian, multipliers.diagonal[:, None, :], multipliers.shift, target)
+    n = target.shape[-1]
     flat = [x.reshape(cells.shape) for x in (removed, keeping, constant)]
     gains = (cells.table((flat[0] - flat[1]).clamp_min(0)).sum(-1)) * (1 + gamma(cells.tile[0] * cells.tile[1] + 4))
     largest = cells.largest(gains)
@@ -246,6 +236,54 @@ def proved_loss(hessian: Tensor, multipliers: Multipliers, target: Tensor, cells
     rows = plain - rounding
     rows = torch.where(rows.isfinite(), rows, 0.0).clamp_min(0)
     return rounded_down_sum(rows.tolist()), rows
+
+
+def proved_leaves(
+    hessian: Tensor, diagonal: Tensor, target: Tensor, keep: Tensor, row: Tensor, fixed: Tensor, shift: Tensor
+) -> Tensor:
+    """A lower bound of the loss on each leaf (leaves,), 0 or above, as `proved_loss` of a row with entries fixed.
+
+    Args:
+        hessian: A (rows, in, in).
+        diagonal: D (rows, in), proved.
+        target: W (rows, in).
+        keep: (rows,).
+        row: (leaves,) of each leaf.
+        fixed: (leaves, in): 1 kept, -1 removed, 0 open.
+        shift: S (leaves, in).
+    """
+    n = target.shape[1]
+    parts = []
+    for some in torch.arange(len(row)).split(_LEAVES):
+        i, held = row[some], fixed[some]
+        costs = _costs(hessian[i], diagonal[i][:, None], shift[some][:, None], target[i][:, None])
+        removed, keeping, constant = (x[:, 0] for x in costs)
+        base = torch.where(held > 0, torch.minimum(keeping, removed), removed)
+        gains = torch.where(held == 0, (removed - keeping).clamp_min(0) * (1 + 4 * UNIT), 0.0)
+        left = (keep[i] - (held > 0).sum(1)).clamp_min(0)
+        chosen = torch.where(torch.arange(n) < left[:, None], gains.sort(1, descending=True).values, 0.0)
+        plain = base.sum(1) - chosen.sum(1) - constant.sum(1)
+        rounding = gamma(2 * n + 16) * (base.abs().sum(1) + chosen.sum(1) + constant.abs().sum(1))
+        bound = plain - rounding
+        parts.append(torch.where(bound.isfinite(), bound, 0.0).clamp_min(0))
+    return torch.cat(parts)
+
+
+def _costs(hessian: Tensor, d: Tensor, s: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(the cost of removing each entry, of keeping it, the constant by entries), rounded to the safe side."""
+    n = w.shape[-1]
+    pull = s @ hessian - s * d
+    reach = gamma(n + 4) * (s.abs() @ hessian.abs() + s.abs() * d) * (1 + 4 * UNIT) + _UNDERFLOW * (s != 0).any(
+        -1, keepdim=True
+    )
+    sizes = pull.abs() + reach
+    keeping = -(sizes.square() / d) * (1 + 8 * UNIT) - _UNDERFLOW
+    keeping = torch.where(sizes == 0, 0.0, torch.where(d > 0, keeping, -torch.inf))
+    terms = d * w.square() + 2 * sizes * w.abs()
+    removed = d * w.square() - 2 * pull * w - 2 * reach * w.abs() - 16 * UNIT * terms - _UNDERFLOW
+    constant = s * pull + s.abs() * reach
+    constant = constant + 8 * UNIT * (s * pull).abs() + _UNDERFLOW
+    return removed, keeping, constant
 
 
 def _exact_sum(terms: Tensor) -> float:
