@@ -16,6 +16,7 @@ from admm_prune.verify.recomputation import Array, Budget, Definition
 _WORK = 1 << 36  # multiplications spent on swaps with a refit, about
 _PAIRS = 1 << 28  # entries of the tables of swaps without one, about
 _MOST_ROWS = 64
+_EXACT = 1e-6  # relative residual of an exact refit
 _OPTIMAL = 1e-6  # a gain below this multiple of the loss of the rows it touches is none
 Mask = NDArray[np.bool_]
 _SINGULAR = 1e-15  # the Schur complement of a unit diagonal for a channel that depends on others
@@ -33,6 +34,9 @@ class Certificates:
     Attributes:
         refit_residual: the largest |gradient| on the support of a row over the largest |linear term| there, in
             coordinates where A has a unit diagonal; 0 for least squares on the support, None for an empty support.
+        kkt_residual: the largest |gradient| on the support of a row over |linear term| there, both as Euclidean
+            norms in the same coordinates; 0 where all supports are empty.
+        kkt_exact: the fraction of the rows where that is at most 1e-6.
         unstable_support: the fraction of the kept weights that a projected gradient step of 1 / L would exchange.
         swap_rows: rows examined for swaps with all other weights refitted, drawn at random.
         swap_pairs: all swaps among them, each compared by its exact gain over the refitted rows.
@@ -48,6 +52,8 @@ class Certificates:
     """
 
     refit_residual: float | None
+    kkt_residual: float
+    kkt_exact: float
     unstable_support: float
     swap_rows: int
     swap_pairs: int
@@ -82,6 +88,7 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
     largest = linear.max(1)
     rows = largest > 0
     residual = (np.abs(gradient) * support).max(1)[rows] / largest[rows]
+    kkt = _norm_ratios(gradient * support, linear)
     step = point - gradient / float(np.linalg.eigvalsh(hessian)[-1])
     away = target - point
     loss = np.maximum(0.0, -(gradient * away).sum(1))
@@ -106,6 +113,8 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
         reached[row] = min(reached[row], max(0.0, swaps.loss - max(0.0, swaps.gain)))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
+        kkt_residual=float(kkt.max()),
+        kkt_exact=float((kkt <= _EXACT).mean()),
         unstable_support=_exchanged(np.abs(step), support, budget),
         swap_rows=len(drawn),
         swap_pairs=sum(row.pairs for row in refitted) + pairs,
@@ -117,6 +126,13 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
         fixed_swap_gain_of_rows=None if held is None else held[1],
         reachable=problem.least + float(reached.sum()),
     )
+
+
+def _norm_ratios(left: Array, right: Array) -> Array:
+    """|left_i| / |right_i| of every row; 0 where left_i vanishes."""
+    above, below = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(above > 0, above / below, 0.0)
 
 
 def _best(gains: list[Gain], whole: float) -> tuple[float, float] | None:

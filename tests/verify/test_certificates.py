@@ -197,7 +197,7 @@ def test_nothing_kept_and_nothing_pruned_have_no_swaps() -> None:
 
 
 def test_words_say_how_many_were_tried_and_how_large_the_best_is() -> None:
-    some = Certificates(0.0, 0.0, 8, 1234567, 1.0, 0.0, 0.0, 99, 0.0015, 0.71, 0.0)
+    some = Certificates(0.0, 0.0, 1.0, 0.0, 8, 1234567, 1.0, 0.0, 0.0, 99, 0.0015, 0.71, 0.0)
     fixed, refitted = some.in_words()
     how = "a single swap lowers the error, all other weights fixed"
     assert fixed == f"{how}: by 0.0015 of the layer's loss (0.71 of its rows' loss), the best of 99 pairs tried"
@@ -220,3 +220,20 @@ def test_the_gain_of_one_row_among_many_is_small_for_the_layer() -> None:
     assert told.swap_gain == pytest.approx((before - after) / (before + 39 * after))
     assert told.swap_gain < 0.25 * told.swap_gain_of_rows
     assert f"by {told.swap_gain:.2g} of the layer's loss" in told.in_words()[1]
+
+
+def test_the_residual_of_every_row_is_that_of_the_normal_equations() -> None:
+    problem = layer(0)
+    support = random_support(0, (4, WIDTH), WIDTH)
+    exact = certified(problem, "row", support)
+    assert exact.kkt_residual < 1e-12
+    assert exact.kkt_exact == 1.0
+    v = np.where(support, problem.minimizer, 0.0)
+    rough = certified(problem, "row", support, fit=False)
+    ratios = []
+    for row, inside, target in zip(v, support, problem.minimizer, strict=True):
+        block, right = problem.hessian[np.ix_(inside, inside)], (problem.hessian @ target)[inside]
+        root = np.sqrt(np.diag(problem.hessian)[inside])
+        ratios.append(np.linalg.norm((block @ row[inside] - right) / root) / np.linalg.norm(right / root))
+    assert rough.kkt_residual == pytest.approx(max(ratios))
+    assert rough.kkt_exact == 0.0

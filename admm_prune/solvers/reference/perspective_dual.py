@@ -21,7 +21,7 @@ from torch import Tensor
 
 from admm_prune.solvers.reference.cells import Cells
 
-_FIRST, _FACTOR = 1.0, 0.2  # of the barrier, relative to the mean weight
+_FIRST, _FALL = 1.0, 0.2  # of the barrier, relative to the mean weight; the factor from one to the next
 _NEWTON = 5  # steps at each barrier
 _LIGHTEST, _HEAVIEST = 1e-3, 1e3  # of the weights, relative to their mean
 _SHORTEN, _HALVINGS = 0.5, 20
@@ -29,7 +29,7 @@ _RELAXATION = 1.6
 _PENALTY = 5.0  # in units of D: the first; it is balanced later
 _EVERY = 10  # iterations between evaluations of the dual
 _BALANCED = 20  # iterations between changes of the penalty
-_FACTOR, _UNCHANGED = 5.0, 1.5  # the largest change of the penalty, and the least worth a factorization
+_MOST_CHANGED, _UNCHANGED = 5.0, 1.5  # the largest change of the penalty, and the least worth a factorization
 _PRICE_STEPS = 20
 _PRICE_TOLERANCE = 1e-9
 _FIRST_BARRIER, _LAST_BARRIER = 0.1, 1e-3  # of the diagonals: a diagonal at the boundary overfits the first weights
@@ -136,7 +136,7 @@ def _relaxed(
         change = float((moved - state.z).norm()) * state.penalty
         state.z, state.u = moved, point - moved
         if iteration % _BALANCED == 0 and iteration < iterations and change > 0:
-            factor = min(_FACTOR, max(1 / _FACTOR, (short / change) ** 0.5))
+            factor = min(_MOST_CHANGED, max(1 / _MOST_CHANGED, (short / change) ** 0.5))
             if not 1 / _UNCHANGED < factor < _UNCHANGED:
                 state.penalty *= factor
                 state.u /= factor
@@ -245,7 +245,7 @@ def largest_diagonal(hessian: Tensor, weights: Tensor, start: Tensor, barrier: f
             diagonal = _newton_step(hessian, c / mu, diagonal)
         if mu <= barrier:
             return diagonal
-        mu = max(barrier, mu * _FACTOR)
+        mu = max(barrier, mu * _FALL)
 
 
 def _newton_step(hessian: Tensor, c: Tensor, diagonal: Tensor) -> Tensor:
