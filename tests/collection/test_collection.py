@@ -12,12 +12,12 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.point import Point
-from collection import build, checker, page, profiles, record, solve
+from collection import bounds, build, checker, page, profiles, record, solve
 from collection.capture import Layer, damped, row_problems
 from collection.checker import Problem
 from collection.files import write_certificate, write_problem, write_solution
 from collection.sets import constraint_of
-from tests.collection import producers
+from tests.collection import exact, producers
 from tests.collection.producers import SETS
 
 COMMITTED = sorted(name for name, entry in build.manifest().items() if entry["committed"])
@@ -28,8 +28,8 @@ def test_the_collection_has_the_layers_it_promises() -> None:
     entries = build.manifest()
     layers = {name: entry for name, entry in entries.items() if entry["module"] != "rows"}
     assert len(layers) >= 40
-    assert {entry["shape"][1] for entry in layers.values()} >= {64, 172, 256, 640}
-    assert sum(entry["shape"][0] for entry in entries.values() if entry["module"] == "rows") > 1000
+    assert {entry["shape"][1] for entry in layers.values()} >= {64, 172, 256, 576, 640, 1536}
+    assert sum(entry["shape"][0] for entry in entries.values() if entry["module"] == "rows") > 2000
     assert sum(name.endswith(".retargeted") for name in layers) >= 10
     for percent in build.SPARSITIES:
         named = {given for entry in layers.values() for given in entry["sets"] if given.endswith(f"-{percent}")}
@@ -160,8 +160,8 @@ def test_the_rows_of_a_stack_are_put_together(small: Path) -> None:
         offered(small, problem, weight, name, **certificate)
     row = record.records()[problem.id]
     assert float(row["value"]) == pytest.approx(checker.value(problem, good).upper, rel=1e-6)
-    bounds = [checker.dual_bound(problem, given).rows for given in (data, {**data, "shift": data["shift"] * 0})]
-    assert float(row["bound"]) == pytest.approx(np.max(bounds, axis=0).sum(), rel=1e-6)
+    proved = [checker.dual_bound(problem, given).rows for given in (data, {**data, "shift": data["shift"] * 0})]
+    assert float(row["bound"]) == pytest.approx(np.max(proved, axis=0).sum(), rel=1e-6)
     assert row["value_solver"] == row["bound_solver"] == "a + b"
     assert float(row["worst_row_gap"]) >= float(row["gap"])
 
@@ -188,6 +188,20 @@ def test_solve_continues_and_offers(small: Path, capsys: pytest.CaptureFixture[s
     solve.main(["--solvers", "magnitude,admm"])
     assert capsys.readouterr().out == "all runs are done\n"
     assert set(record.records()) == {"tiny/row", "tiny.rows/row"}
+
+
+def test_bounds_are_offered_and_not_proved_twice(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for problem in ("tiny/row", "tiny.rows/row"):
+        offered(small, build.load(problem), producers.solution(build.load(problem)), "first")
+    arguments = ["--rounds", "2", "--iterations", "20"]
+    bounds.main(arguments)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    for problem, row in record.records().items():
+        loaded = build.load(problem)
+        best = exact.optimum(loaded.weight, loaded.hessian, loaded.set)
+        assert 0.3 * float(best) < float(row["bound"]) <= float(best) * (1 + 1e-9)
+    bounds.main(arguments)
+    assert capsys.readouterr().out == "all proofs are done\n"
 
 
 def test_profiles_by_hand(tmp_path: Path) -> None:
