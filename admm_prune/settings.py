@@ -112,7 +112,7 @@ def _machine(default: T, help: str, **how: Any) -> T:
 
 
 def _patterns(default: T, help: str, **how: Any) -> T:
-    typed = {"typed": list[str] | None, "typed_default": None, "parse": lambda typed: typed or ()}
+    typed = {"typed": list[str] | None, **_NONE_IS_EMPTY}
     return option(default, help, commands="run compare", part_of="selection", **typed | how)
 
 
@@ -128,7 +128,8 @@ def _overrides(typed: list[str] | None) -> dict[str, float | str]:
     return parse_overrides(typed or ())
 
 
-_NAMES = {"in_file": tuple[str, ...], "typed": str | None, "typed_default": None, "parse": lambda typed: typed or ()}
+_NONE_IS_EMPTY: dict[str, Any] = {"typed_default": None, "parse": lambda typed: () if typed is None else typed}
+_NAMES = {"in_file": tuple[str, ...], "typed": str | None, **_NONE_IS_EMPTY}
 _DATA = {
     "option": Option(
         help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "

@@ -2,9 +2,10 @@
 
     python -m collection.bounds [--subset small] [--problems PATTERN] [--rounds 6] [--iterations 40] [--minutes 30]
 
-The multipliers are those of `admm_prune.solvers.reference.dual`; in the certificate the shift is rounded to float16,
-which changes the bound in second order only, and the checker proves the bound of what is stored. A problem that has a
-record with the same settings is left out, so that the same command continues where it stopped.
+Layers get the multipliers of `dual_bound`; stacks of rows the trees of `prove_rows`, whose solutions are offered too.
+In the certificate of a layer the shift is rounded to float16, which changes the bound in second order only, and the
+checker proves the bound of what is stored. A problem that has a record by the same settings is left out, so that the
+same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -16,71 +17,71 @@ import tempfile
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from admm_prune.errors import UserError
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.solvers.reference.cells import Cells
-from admm_prune.solvers.reference.dual import dual_bound, maximized
+from admm_prune.solvers.reference.dual import dual_bound
+from admm_prune.solvers.reference.trees import prove_rows
 from collection import build, checker, record
 from collection.checker import Array, Problem
-from collection.files import write_certificate
+from collection.files import write_certificate, write_solution
 from collection.sets import constraint_of
 
-SOLVER = "dual_bound"
-
-
-def multipliers(problem: Problem, rounds: int, iterations: int) -> dict[str, Array] | None:
-    """`diagonal`, `diagonal_of_row` and `shift` of a dual certificate; None where nothing is proved."""
-    if problem.is_stack:
-        return _of_stack(problem, rounds, iterations)
-    matrices = (torch.from_numpy(x.copy()) for x in (problem.weight, problem.hessian))
-    layer = LayerReconstruction(*matrices, constraint_of(problem.set, problem.weight.shape), ridge=0.0)
-    found = dual_bound(layer, rounds=rounds, iterations=iterations)
-    return None if found is None else dict(found.tensors())
-
-
-def _of_stack(problem: Problem, rounds: int, iterations: int) -> dict[str, Array]:
-    """All rows at once, each with its own diagonal, in coordinates where every Hessian has a unit diagonal."""
-    scale = np.sqrt(np.diagonal(problem.hessian, axis1=1, axis2=2))
-    hessian = torch.from_numpy(problem.hessian / scale[:, :, None] / scale[:, None, :])
-    target = torch.from_numpy((problem.weight * scale)[:, None, :])
-    count = len(scale)
-    keep = np.broadcast_to(np.asarray(problem.set["keep"]), (count,)).tolist()
-    cells = Cells.per_row(problem.weight.shape, keep)
-    found = maximized(hessian, target, cells, device="cpu", rounds=rounds, iterations=iterations)
-    return {
-        "diagonal": found.diagonal.numpy() * scale**2,
-        "diagonal_of_row": np.arange(count, dtype=np.int32),
-        "shift": found.shift[:, 0].numpy() / scale,
-    }
+ROW_GAP = 0.0095  # so that it is at most 1 % with the multipliers rounded
 
 
 def prove(problem: Problem, rounds: int, iterations: int) -> str:
-    """Finds, stores and offers a certificate; a line about it.
+    """Finds, stores and offers a certificate, and of a stack of rows also the solution that it proves; a line about it.
 
     Raises:
         CheckError: what is stored proves nothing.
     """
     began = time.process_time()
-    tensors = multipliers(problem, rounds, iterations)
-    if tensors is None:
+    found = _of_stack(problem) if problem.is_stack else _of_layer(problem, rounds, iterations)
+    if found is None:
         return f"{problem.id}: no bound"
-    below = np.nextafter(tensors["diagonal"].astype(np.float32), np.float32(0))
-    stored = {**tensors, "diagonal": below, "diagonal_of_row": tensors["diagonal_of_row"].astype(np.int32)}
-    stored["shift"] = tensors["shift"].astype(np.float16)
+    kind, weight, tensors = found
+    stored = {**tensors, "diagonal": np.nextafter(tensors["diagonal"].astype(np.float32), np.float32(0))}
+    stored["shift"] = tensors["shift"].astype(np.float32 if problem.is_stack else np.float16)
+    solver, settings = _by(problem, rounds, iterations)
     seconds, date = f"{time.process_time() - began:.3g}", datetime.date.today().isoformat()
-    notes = {"solver": SOLVER, "settings": _settings(rounds, iterations), "seconds": seconds, "date": date}
+    notes = {"solver": solver, "settings": settings, "seconds": seconds, "date": date}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "certificate.safetensors"
-        write_certificate(path, problem, "dual", stored, notes)
-        return record.offer(problem.id, None, path)[0]
+        solution, certificate = (Path(folder) / f"{name}.safetensors" for name in ("solution", "certificate"))
+        write_certificate(certificate, problem, kind, stored, notes)
+        if weight is not None:
+            write_solution(solution, problem, weight, notes)
+        return "; ".join(record.offer(problem.id, None if weight is None else solution, certificate))
 
 
-def _settings(rounds: int, iterations: int) -> str:
-    return f"rounds={rounds}, iterations={iterations}"
+def _by(problem: Problem, rounds: int, iterations: int) -> tuple[str, str]:
+    """The solver that proves a bound, and its settings."""
+    if problem.is_stack:
+        return "prove_rows", f"gap={ROW_GAP}, shift in float32"
+    return "dual_bound", f"rounds={rounds}, iterations={iterations}"
+
+
+def _of_layer(problem: Problem, rounds: int, iterations: int) -> tuple[str, None, dict[str, Any]] | None:
+    weight, hessian = (torch.from_numpy(x.copy()) for x in (problem.weight, problem.hessian))
+    layer = LayerReconstruction(weight, hessian, constraint_of(problem.set, problem.weight.shape), ridge=0.0)
+    found = dual_bound(layer, rounds=rounds, iterations=iterations)
+    if found is None:
+        return None
+    tensors: dict[str, Any] = dict(found.tensors())
+    return "dual", None, {**tensors, "diagonal_of_row": tensors["diagonal_of_row"].astype(np.int32)}
+
+
+def _of_stack(problem: Problem) -> tuple[str, Array, dict[str, Any]]:
+    """The tree of every row, and the best solutions found on the way."""
+    keep = np.broadcast_to(np.asarray(problem.set["keep"]), (len(problem.weight),)).tolist()
+    found = prove_rows(torch.from_numpy(problem.hessian), torch.from_numpy(problem.weight), keep, gap=ROW_GAP)
+    row_of = found.row_of_leaf.astype(np.int32)
+    tree: dict[str, Any] = {"leaves": found.leaves, "row_of_leaf": row_of, "diagonal_of_leaf": row_of}
+    return "tree", found.weight, {**tree, "diagonal": found.diagonal, "shift": found.shift}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,16 +96,23 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * given.minutes
     missing = 0
     for identity in build.problem_ids(given.subset):
+        if not fnmatch(identity, given.problems):
+            continue
+        try:
+            problem = build.load(identity)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
         known = record.records().get(identity, {})
-        done = known.get("bound") and known.get("bound_settings") == _settings(given.rounds, given.iterations)
-        if done or not fnmatch(identity, given.problems):
+        solver, settings = _by(problem, given.rounds, given.iterations)
+        if solver in known.get("bound_solver", "") and settings in known.get("bound_settings", ""):
             continue
         if time.monotonic() > deadline:
             missing += 1
             continue
         try:
-            print(prove(build.load(identity), given.rounds, given.iterations), flush=True)
-        except (UserError, checker.CheckError) as error:
+            print(prove(problem, given.rounds, given.iterations), flush=True)
+        except checker.CheckError as error:
             print(error, file=sys.stderr)
     print(f"{missing} proofs are left" if missing else "all proofs are done")
 

@@ -22,9 +22,16 @@ REFITS = ("block",)
 
 
 def names_in(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of a comma-separated list, or of a sequence, once each."""
+    """The names of a comma-separated list, or of a sequence, once each.
+
+    Raises:
+        UserError: a list without names.
+    """
     items = names.split(",") if isinstance(names, str) else names
-    return tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
+    found = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
+    if not found and (names or isinstance(names, str)):
+        raise UserError(f"coordinate names no part: choose {' or '.join(COORDINATED)}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

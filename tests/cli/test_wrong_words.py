@@ -96,6 +96,9 @@ CASES = [
     (f"{RUN} --tasks piqa --task-limit 0", "'--task-limit'"),
     (f"{RUN} --tasks piqa --task-folder nowhere", "nowhere: there is no such folder of tasks"),
     ("eval MODEL --tasks ''", "name at least one task"),
+    (f"{RUN} --coordinate ''", "coordinate names no part: choose attention"),
+    (f"{RUN} --coordinate attn", "coordinate must be attention, not 'attn' (did you mean 'attention'?)"),
+    (f"{RUN} --refit blocks", "refit must be block, not 'blocks' (did you mean 'block'?)"),
     ("eval MODEL --tasks piqa --task-folder TEXT", "there is no such folder of tasks"),
     ("eval MODEL --tasks piqa --limit none", "'--limit': Input should be a valid integer"),
     # sharing
