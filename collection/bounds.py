@@ -15,14 +15,12 @@ import datetime
 import sys
 import tempfile
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from admm_prune.errors import UserError
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.reference.dual import dual_bound
 from admm_prune.solvers.reference.trees import prove_rows
@@ -95,15 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * given.minutes
     missing = 0
-    for identity in build.problem_ids(given.subset):
-        if not fnmatch(identity, given.problems):
-            continue
-        try:
-            problem = build.load(identity)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
-        known = record.records().get(identity, {})
+    for problem in build.built(given.subset, given.problems):
+        known = record.records().get(problem.id, {})
         solver, settings = _by(problem, given.rounds, given.iterations)
         if solver in known.get("bound_solver", "") and settings in known.get("bound_settings", ""):
             continue

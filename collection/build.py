@@ -141,6 +141,16 @@ def problem_ids(subset: str | None = None) -> list[str]:
     ]
 
 
+def built(subset: str | None, pattern: str) -> Iterator[checker.Problem]:
+    """The problems of a subset whose ids match a pattern; of files that are not built, a line on stderr."""
+    for identity in problem_ids(subset):
+        if fnmatch(identity, pattern):
+            try:
+                yield load(identity)
+            except UserError as error:
+                print(error, file=sys.stderr)
+
+
 def place_of(layer: str) -> Path:
     """Where the file of a layer is, or would be built.
 

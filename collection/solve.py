@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 
 from admm_prune.data.layer_file import LayerFile
-from admm_prune.errors import UserError
 from admm_prune.methods.local import method_named
 from admm_prune.problems.constraints import RowWise, SparseSet
 from admm_prune.problems.layer import LayerReconstruction
@@ -126,19 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * given.minutes
     journal = Journal(RUNS, COLUMNS, KEY)
     missing = 0
-    for identity in build.problem_ids(given.subset):
-        if not fnmatch(identity, given.problems):
-            continue
-        try:
-            problem = build.load(identity)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            continue
+    for problem in build.built(given.subset, given.problems):
         names = given.solvers.split(",") if given.solvers else [*DEFAULT]
         if problem.is_stack and not given.solvers:
             names.append("branch-and-bound")
         for name in names:
-            key = {"id": identity, "solver": name, "settings": repr(solver_named(name))}
+            key = {"id": problem.id, "solver": name, "settings": repr(solver_named(name))}
             if journal.find(key):
                 continue
             if time.monotonic() > deadline:
@@ -146,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             row = run(problem, name)
             journal.add(key, [row])
-            print(identity, name, row["status"], row["relative_error"], flush=True)
+            print(problem.id, name, row["status"], row["relative_error"], flush=True)
     print(f"{missing} runs are left" if missing else "all runs are done")
 
 
