@@ -28,10 +28,10 @@ def names_in(names: str | Sequence[str]) -> tuple[str, ...]:
         UserError: a list without names.
     """
     items = names.split(",") if isinstance(names, str) else names
-    found = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
-    if not found and (names or isinstance(names, str)):
+    parts = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
+    if not parts and (names or isinstance(names, str)):
         raise UserError(f"coordinate names no part: choose {' or '.join(COORDINATED)}")
-    return found
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
