@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -19,19 +19,6 @@ from admm_prune.models.structure import Block, decoder_blocks
 
 COORDINATED = ("attention",)
 REFITS = ("block",)
-
-
-def names_in(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of a comma-separated list, or of a sequence, once each.
-
-    Raises:
-        UserError: a list without names.
-    """
-    items = names.split(",") if isinstance(names, str) else names
-    parts = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
-    if not parts and (names or isinstance(names, str)):
-        raise UserError(f"coordinate names no part: choose {' or '.join(COORDINATED)}")
-    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +42,19 @@ class Joint:
                 raise UserError(
                     f"coordinate must be {' or '.join(COORDINATED)}, not '{name}'{did_you_mean(name, COORDINATED)}"
                 )
+
+    @classmethod
+    def of(cls, coordinate: str | Sequence[str], refit: str | None) -> Self:
+        """From user input: names as a comma-separated list or a sequence, which count once each.
+
+        Raises:
+            UserError: a list without names, or no such step.
+        """
+        items = coordinate.split(",") if isinstance(coordinate, str) else coordinate
+        parts = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
+        if not parts and (coordinate or isinstance(coordinate, str)):
+            raise UserError(f"coordinate names no part: choose {' or '.join(COORDINATED)}")
+        return cls(coordinate=parts, refit=refit)
 
     def __bool__(self) -> bool:
         return bool(self.coordinate or self.refit)

@@ -13,7 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.joint import Joint, names_in
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.struprune.struprune import configured
@@ -150,7 +150,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
-    joint = Joint(coordinate=names_in(settings.coordinate), refit=settings.refit)
+    joint = Joint.of(settings.coordinate, settings.refit)
     recipe = composed(method, engine=Engine.of(settings), **how, joint=joint)
     recipe = configured(recipe, settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:

@@ -20,7 +20,7 @@ from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.joint import Joint, names_in
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
@@ -127,7 +127,7 @@ def prune(settings: Settings) -> Report:
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
-    joint = Joint(coordinate=names_in(settings.coordinate), refit=settings.refit)
+    joint = Joint.of(settings.coordinate, settings.refit)
     recipe = composed(method, **how, engine=Engine.of(settings), **parts, joint=joint)
     recipe = configured(recipe, settings.unit, settings.multiple)
     target = _target(settings)

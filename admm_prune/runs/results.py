@@ -198,6 +198,7 @@ def load_report(folder: str | Path) -> Report:
         seconds = {layer["name"]: times["layers"].get(layer["name"], 0.0) for layer in fields["layers"]}
         layers = [LayerReport.from_json({**layer, "seconds": seconds[layer["name"]]}) for layer in fields["layers"]]
         fields |= {"dense": _evaluation(fields["dense"]), "pruned": _evaluation(fields["pruned"]), "layers": layers}
+        fields["notes"] = tuple(fields["notes"])
         return Report(
             **fields,
             seconds=math.nan if times["seconds"] is None else times["seconds"],

@@ -42,6 +42,7 @@ def test_a_report_reads_back_as_it_was(report: Report) -> None:
     assert json.dumps(finite(again.as_json())) == json.dumps(finite(report.as_json()))
     assert again.timings() == report.timings()
     assert again.dense == report.dense
+    assert again.notes == report.notes
     assert [layer.name for layer in again.layers] == [layer.name for layer in report.layers]
     first, other = report.layers[0], again.layers[0]
     assert (first.convergence, first.diagnosis, first.ridge_trials) == (
