@@ -133,7 +133,7 @@ class GramAccumulator:
         roots = None if weights is None else _roots(weights, flat)
         start = 0
         with precision.full():
-            for length, dtype in self._pieces(flat, lengths):
+            for length, dtype in _pieces(flat, lengths, self._products):
                 x = flat[start : start + length]
                 native = x.is_cuda and x.element_size() == 2 and roots is None and dtype == torch.float32
                 x = x if native else x.to(dtype)
@@ -149,18 +149,6 @@ class GramAccumulator:
                         self._sum[below, panel] += multiply(x[:, below].T, x[:, panel])
                 start += length
         self.tokens += len(flat)
-
-    def _pieces(self, flat: Tensor, lengths: Sequence[int] | None) -> Iterator[tuple[int, torch.dtype]]:
-        """The number of tokens of each piece, and the dtype of its products."""
-        waiting = 0  # tokens of short sequences, which are multiplied together
-        for length in (len(flat),) if lengths is None else lengths:
-            if length < _SHORT or torch.float64 in (self._products, flat.dtype):
-                waiting += length
-                continue
-            yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
-            waiting = 0
-            yield from ((some, torch.float32) for some in _split(length, _PIECE))
-        yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of accumulators in other processes; `total` sums a tensor over all of them, in place."""
@@ -193,6 +181,24 @@ class GramAccumulator:
         return self._channel_sum / max(self.tokens, 1)
 
 
+def pieces(lengths: Sequence[int]) -> list[int]:
+    """Lengths of the pieces of sequences that are multiplied at once in float32."""
+    return [piece for length in lengths for piece in _split(length, _PIECE)]
+
+
+def _pieces(flat: Tensor, lengths: Sequence[int] | None, products: torch.dtype) -> Iterator[tuple[int, torch.dtype]]:
+    """The number of tokens of each piece, and the dtype of its products."""
+    waiting = 0  # tokens of short sequences, which are multiplied together
+    for length in (len(flat),) if lengths is None else lengths:
+        if length < _SHORT or torch.float64 in (products, flat.dtype):
+            waiting += length
+            continue
+        yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
+        waiting = 0
+        yield from ((some, torch.float32) for some in _split(length, _PIECE))
+    yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
+
+
 def _split(tokens: int, most: int) -> list[int]:
     """Lengths of pieces of at most `most` tokens, as equal as possible."""
     count = -(-tokens // most)
@@ -200,26 +206,47 @@ def _split(tokens: int, most: int) -> list[int]:
 
 
 class TargetAccumulator:
-    """C = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, in float64.
+    """C = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, summed in float64.
 
     Args:
         outputs: m, the number of target channels.
         width: d, the number of input channels.
         device: where the sums live.
+        products: the dtype of the products y_t x_t^T, with the accuracy that `GramAccumulator` has: of C, but not of a
+            difference such as C - n mu nu^T.
     """
 
-    def __init__(self, outputs: int, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        outputs: int,
+        width: int,
+        device: torch.device | str = "cpu",
+        *,
+        products: torch.dtype = torch.float64,
+    ) -> None:
         self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = 0.0
+        self._products = products
 
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes."""
-        for some_inputs, some_targets in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
-            y = some_targets.double()
-            self.correlation.addmm_(y.T, some_inputs.double())
-            self.total += y.sum(0)
-            self.energy += float(y.square().sum())
+    def add(self, inputs: Tensor, targets: Tensor, lengths: Sequence[int] | None = None) -> None:
+        """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes.
+
+        Args:
+            lengths: as in `GramAccumulator.add`.
+        """
+        start = 0
+        with precision.full():
+            for length, dtype in _pieces(inputs, lengths, self._products):
+                x, y = (part[start : start + length].to(dtype) for part in (inputs, targets))
+                if dtype == torch.float64:
+                    self.correlation.addmm_(y.T, x)
+                else:
+                    self.correlation += y.T @ x
+                y = y.double()
+                self.total += y.sum(0)
+                self.energy += float(y.square().sum())
+                start += length
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
         """As `GramAccumulator.join`."""

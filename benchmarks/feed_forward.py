@@ -122,7 +122,7 @@ def dense_pairs(loaded: Any, texts: Texts, samples: int) -> Iterator[tuple[str, 
     calibration, evaluation = texts.calibration(samples), texts.evaluation
     stream = BlockStream(loaded.model, blocks, calibration, "cpu", holdout=evaluation)
     for index, (block, views) in enumerate(zip(blocks, networks, strict=True)):
-        pairs = stream.pairs(index, views.up, views.down)
+        pairs = stream.pairs(index, views.weights)
         yield block.name, network_of(views), {part: (x.float(), y.float()) for part, (x, y) in pairs.items()}
         stream.advance(index)
 

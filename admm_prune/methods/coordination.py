@@ -53,7 +53,7 @@ class DenseAttention:
         both = {"value": views.value, "output": views.output}
         weights = Point({name: _wide(view.read()) for name, view in both.items()})
         biases = {name: _wide(view.bias.detach()) for name, view in both.items() if view.bias is not None}
-        return cls(views, weights, biases, stream.pairs(index, views.value, views.output))
+        return cls(views, weights, biases, stream.pairs(index, (views.value, views.output)))
 
     def prunes(self, names: Collection[str]) -> bool:
         """Whether both projections are among the matrices of these names."""

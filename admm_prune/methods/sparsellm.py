@@ -169,7 +169,7 @@ class SparseLLM(Capabilities):
         details: dict[str, Any] = {"block": block.name, "activation": activation, "repairs": repairs}
 
         # 1. X and Y as released: before attention is pruned.
-        pairs = stream.pairs(index, views.up, views.down) if self.target == "before" else None
+        pairs = stream.pairs(index, views.weights) if self.target == "before" else None
         # 2. Attention, each W <- prune(W) by the layer solver; V and O then as one, if coordinated.
         joint = self.joint.begin(stream, index, block, pruned)
         block_outputs = joint.outputs if repairs or self.joint.refit else None  # of the dense block
@@ -181,7 +181,7 @@ class SparseLLM(Capabilities):
             return BlockResult(layers=reports + untouched(block, pruned), details=details | joint.figures)
         # 3. X <- the network's inputs behind the pruned attention;  Y <- block_outputs - residual, or act(X W1^T) W2^T.
         if pairs is None:
-            pairs = stream.pairs(index, views.up, views.down, block_outputs if repairs else None)
+            pairs = stream.pairs(index, views.weights, block_outputs if repairs else None)
         del block_outputs
         if not self.joint.refit:
             joint.outputs.clear()
@@ -191,7 +191,7 @@ class SparseLLM(Capabilities):
         except (ValueError, LinAlgError) as error:
             raise UserError(f"{', '.join(view.name for view in views.weights)}: {error}") from error
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
-        reports += _reports(views, result, seconds, stream.places("calibration")[1])
+        reports += _reports(views, result, seconds, stream.places("calibration")[0])
         # 5. All surviving weights of the block, if they are refitted.
         del pairs
         reports = joint.refitted(reports, self.method, task)
@@ -210,8 +210,8 @@ class SparseLLM(Capabilities):
         network = network_of(views)
         constraints = {name: self.method.constraint(target) for name, target in targets.items()}
         damped = self.damped(network, pairs, task, constraints, world)
-        places, count = stream.places("calibration")
-        share = Share(count, places, world.all_reduce)
+        count, places, lengths = stream.places("calibration")
+        share = Share(count, places, world.all_reduce, lengths)
         result, error, validation_loss = self.solve(network, damped, pairs, constraints, share, world)
         for name, view in views.views.items():
             view.write(result.solution[name])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -229,14 +229,15 @@ class BlockStream:
 
     @torch.no_grad()
     def pairs(
-        self, index: int, first: WeightView, last: WeightView, targets: dict[str, Tensor] | None = None
+        self, index: int, weights: Sequence[WeightView], targets: dict[str, Tensor] | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """The inputs of `first` and the outputs of `last` in block `index`, real tokens only, for every part of the
-        text.
+        """The inputs of the first of some weights of block `index` and the outputs of the last, real tokens only, for
+        every part of the text.
 
         Args:
-            targets: target outputs of the block, from `collect`: the second of a pair is then the output of `last` that
-                gives them, if the block adds it to its residual stream.
+            weights: that follow one another, in an order in which the block calls them.
+            targets: target outputs of the block, from `collect`: the second of a pair is then the output of the last
+                weight that gives them, if the block adds it to its residual stream. The weights are not multiplied.
 
         Returns:
             (n, in) and (n, out) for every part.
@@ -245,22 +246,27 @@ class BlockStream:
             ValueError, UserError: as `advance`.
         """
         block = self._current_block(index)
+        first, last = weights[0].module, weights[-1].module
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for part, states in self._states.items():
             inputs, outputs, done = [], [], 0
             for state in states:
                 seen: list[Tensor] = []
                 with ExitStack() as stack:
-                    stack.enter_context(first.module.register_forward_pre_hook(_keep(seen)))
-                    stack.enter_context(last.module.register_forward_hook(_keep_output(seen)))
+                    stack.enter_context(first.register_forward_pre_hook(_keep(seen)))
+                    if targets is None:
+                        stack.enter_context(last.register_forward_hook(_keep_output(seen)))
+                    else:
+                        stack.enter_context(_zero_outputs(weights))
                     hidden = state.replay(block, index)
                 mask = state.mask.flatten()
-                entering, leaving = (x.reshape(-1, x.shape[-1])[mask] for x in seen)
-                if targets is not None:
-                    leaving = leaving + targets[part][done : done + len(leaving)] - hidden[state.mask]
-                    done += len(leaving)
-                inputs.append(entering)
-                outputs.append(leaving)
+                inputs.append(seen[0].reshape(-1, seen[0].shape[-1])[mask])
+                if targets is None:
+                    outputs.append(seen[1].reshape(-1, seen[1].shape[-1])[mask])
+                else:
+                    residual = hidden[state.mask]
+                    outputs.append(targets[part][done : done + len(residual)] - residual)
+                    done += len(residual)
             if states:
                 pairs[part] = (torch.cat(inputs), torch.cat(outputs))
             else:  # others share the text
@@ -268,17 +274,17 @@ class BlockStream:
                 pairs[part] = (entered[:0], left[:0])
         return pairs
 
-    def places(self, part: str) -> tuple[Tensor | None, int]:
-        """The positions of this process's tokens among all tokens of a part of the text (n,), None if it has all; and
-        the number of all tokens."""
+    def places(self, part: str) -> tuple[int, Tensor | None, list[int]]:
+        """The number of all tokens of a part of the text; the positions among them of this process's tokens (n,), None
+        if it has all; and the lengths of this process's sequences."""
         text = self._texts[part]
-        if self._world.size == 1:
-            return None, text.tokens
         lengths = [len(row.ids) for row in text.rows]
+        if self._world.size == 1:
+            return text.tokens, None, lengths
         starts = accumulate(lengths, initial=0)
         spans = self._world.partition(list(zip(starts, lengths, strict=False)))
         positions = [torch.arange(start, start + length, device=self._device) for start, length in spans]
-        return torch.cat(positions), text.tokens
+        return text.tokens, torch.cat(positions), [length for _, length in spans]
 
     @torch.no_grad()
     def adds(self, index: int, last: WeightView) -> bool:
@@ -336,6 +342,21 @@ class BlockStream:
 
 def _partition(text: Sequences, world: World) -> Sequences:
     return replace(text, rows=tuple(world.partition(text.rows)))
+
+
+@contextmanager
+def _zero_outputs(weights: Sequence[WeightView]) -> Generator[None]:
+    """The modules of these weights return zeros, without multiplying."""
+    with ExitStack() as stack:
+        for view in weights:
+            width = view.parameter.shape[-1 if view.transposed else -2]
+            vars(view.module)["forward"] = partial(_zeros, width)
+            stack.callback(vars(view.module).pop, "forward")
+        yield
+
+
+def _zeros(width: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], width)
 
 
 def _keep(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

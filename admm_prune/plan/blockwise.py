@@ -303,7 +303,7 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
             yield stage.beside(target)
         up, down = network[0], network[-1]
         with measured_cost(block_pass.counting) as pairing:
-            pairs = block_pass.stream.pairs(index, up, down, targets)
+            pairs = block_pass.stream.pairs(index, network, targets)
         tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
         held = {"tokens of the network": pairing.left}
         yield _forward("tokens of the network", pairing, count).beside(target)

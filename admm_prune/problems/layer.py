@@ -5,7 +5,7 @@ Where several processes hold a part of the tokens each, sums over tokens are sum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -292,11 +292,13 @@ class Share:
         count: tokens of all processes.
         places: (n,) ascending, positions of this process's tokens among all; None if it has all.
         all_reduce: sums a tensor over the processes, in place.
+        lengths: of the sequences that this process's tokens belong to, one after the other; None for a single one.
     """
 
     count: int
     places: Tensor | None = None
     all_reduce: AllReduce = single_process
+    lengths: Sequence[int] | None = None
 
     def every(self, stride: int) -> slice | Tensor:
         """The local tokens at positions 0, stride, 2 stride, ..."""
@@ -304,12 +306,19 @@ class Share:
             return slice(None, None, stride)
         return (self.places % stride == 0).nonzero()[:, 0]
 
-    def at(self, places: Tensor) -> Tensor:
-        """The local tokens at these positions, in their order; others are left out."""
+    def taken(self, values: Tensor, places: Tensor) -> Tensor:
+        """The values of the tokens at these positions, in their order, on every process.
+
+        Args:
+            values: (n, ...), of this process's tokens.
+        """
         if self.places is None:
-            return places
+            return values[places]
         local_indices = self._local_index[places]
-        return local_indices[local_indices >= 0]
+        here = local_indices >= 0
+        rows = values.new_zeros(len(places), *values.shape[1:])
+        rows[here] = values[local_indices[here]]
+        return self.all_reduce(rows)
 
     @cached_property
     def _local_index(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from admm_prune.problems.closing import Closing
 from admm_prune.problems.constraints import Product, SparseSet, StackedRows
 from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, GatedFeedForward, Network, Penalties, correction
 from admm_prune.problems.layer import LayerReconstruction, Share
-from admm_prune.statistics import GramAccumulator, TargetAccumulator
+from admm_prune.statistics import GramAccumulator, TargetAccumulator, pieces
 
 Tokens = tuple[Tensor, Tensor]  # inputs (n, d) and targets (n, m), of any float dtype
 _CHUNK = 1024  # tokens that are in the hidden layer at once
@@ -46,7 +46,8 @@ class NetworkOutput:
         sample: tokens of a sampled gradient; by default a 128th of them, at least 64.
         share: which of all tokens these are, if other processes have the rest; all call in the same order.
 
-    Everything is computed in the dtype of the network's weights, and added up over the tokens in float64.
+    Everything is computed in the dtype of the network's weights, and added up over the tokens in float64. Where a bias
+    absorbs means, which are then subtracted from the sums of "down", these are of products in float64.
 
     Source: the split is that of Bai et al., SparseLLM, 2024; restarting it at the current network, and the closing
     step, are ours.
@@ -98,20 +99,20 @@ class NetworkOutput:
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
         """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""
-        count = self.share.count
-        drawn = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
-        local_indices = self.share.at(self._shuffle[drawn])
-        inputs, targets = (part[local_indices].double() for part in self.tokens)
+        weight, count = x["up"], self.share.count
         scale = count / self.sample
-        wide, net = x.map(Tensor.double), self._in_double
-        pre = {name: net.linear(name, wide, inputs) for name in self._inputs}
+        drawn = torch.arange(draw * self.sample, (draw + 1) * self.sample, device=self._shuffle.device) % count
+        # All processes compute the same, from the same tokens: the bits do not depend on which process has which.
+        inputs, targets = (self.share.taken(part, self._shuffle[drawn]).to(weight) for part in self.tokens)
+        net = self._inner
+        pre = {name: net.linear(name, x, inputs) for name in self._inputs}
         act, slope, _ = net.activation.derivatives(pre[self._inputs[0]])
         hidden = act * pre["up"] if net.gated else act
-        missing = net.linear("down", wide, hidden) - targets
+        missing = net.linear("down", x, hidden) - targets
         if self._bias is not None:
-            missing += wide["bias"]
-        back = missing.mul(2 * scale)
-        felt = back @ wide["down"]
+            missing += x["bias"]
+        back = missing * (2 * scale)
+        felt = back @ x["down"]
         gradient = Point(down=back.T @ hidden)
         if net.gated:
             gradient["up"] = (felt * act).T @ inputs
@@ -120,8 +121,7 @@ class NetworkOutput:
             gradient["up"] = (felt * slope).T @ inputs
         if self._bias is not None:
             gradient["bias"] = back.sum(0)
-        loss = float(self.share.all_reduce(missing.square().sum()))
-        return scale * loss, x.map(lambda to, sums: self.share.all_reduce(sums).to(to), gradient)
+        return scale * float(missing.double().square().sum()), gradient
 
     def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
         return self._down(x) if name == "down" else self._up(x)
@@ -137,9 +137,21 @@ class NetworkOutput:
         parts = weight.split([x[part].shape[0] for part in self._inputs])
         return Point({**x, **dict(zip(self._inputs, parts, strict=True))})
 
-    def _chunks(self, tokens: Tokens) -> Iterator[tuple[Tensor, Tensor]]:
-        for inputs, targets in zip(*(part.split(_CHUNK) for part in tokens), strict=True):
+    def _chunks(self, tokens: Tokens, lengths: Sequence[int] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+        """Consecutive tokens in the dtype of the network, so many at once as `lengths` says."""
+        for inputs, targets in zip(*(part.split(list(lengths) or _CHUNK) for part in tokens), strict=True):
             yield inputs.to(self.network.weights["up"]), targets.to(self.network.weights["up"])
+
+    def _calibration(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Chunks of the calibration tokens, and the lengths of their pieces of sequences, which are never divided."""
+        lengths = [len(self.tokens[0])] if self.share.lengths is None else self.share.lengths
+        groups: list[list[int]] = []
+        for piece in pieces(lengths):
+            if not groups or sum(groups[-1]) + piece > _CHUNK:
+                groups.append([])
+            groups[-1].append(piece)
+        chunks = self._chunks(self.tokens, [sum(group) for group in groups])
+        return ((*chunk, group) for chunk, group in zip(chunks, groups, strict=True))
 
     def _loss(self, x: Point, tokens: Tokens) -> tuple[float, float]:
         """|net(X; x) - Y|^2 and |Y|^2 over all tokens, added in float64."""
@@ -153,12 +165,6 @@ class NetworkOutput:
         return loss, energy
 
     @cached_property
-    def _in_double(self) -> Network:
-        """The network for a sampled gradient: in less it would depend on which process has which of the tokens."""
-        biases = {name: bias.double() for name, bias in self._inner.biases.items()}
-        return Network(self._inner.activation, self._inner.weights, biases)
-
-    @cached_property
     def _shuffle(self) -> Tensor:
         """All tokens in a random order, the same for every problem of as many tokens."""
         order = torch.randperm(self.share.count, generator=torch.Generator().manual_seed(0))
@@ -170,9 +176,9 @@ class NetworkOutput:
     @cached_property
     def _gram(self) -> Tensor:
         weight = self.network.weights["up"]
-        gram = GramAccumulator(weight.shape[1], weight.device)
-        for inputs, _ in self._chunks(self.tokens):
-            gram.add(inputs)
+        gram = GramAccumulator(weight.shape[1], weight.device, products=weight.dtype)
+        for inputs, _, lengths in self._calibration():
+            gram.add(inputs, lengths=lengths)
         gram.join(self.share.all_reduce)
         return gram.gram.to(weight)
 
@@ -227,13 +233,14 @@ class NetworkOutput:
 
     def _down(self, x: Point) -> LayerReconstruction:
         weight, damped = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
-        gram = GramAccumulator(weight.shape[1], weight.device)
-        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
-        for inputs, targets in self._chunks(self.tokens):
+        bias = self._bias is not None
+        products = torch.float64 if bias else weight.dtype
+        gram = GramAccumulator(weight.shape[1], weight.device, products=products)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, products=products)
+        for inputs, targets, lengths in self._calibration():
             hidden = self._inner.hidden(x, inputs)
-            gram.add(hidden)
-            target.add(hidden, targets)
+            gram.add(hidden, lengths=lengths)
+            target.add(hidden, targets, lengths)
         gram.join(self.share.all_reduce)
         target.join(self.share.all_reduce)
-        bias = self._bias is not None
         return Closing.of(weight, gram, target, self.constraints["down"], damped, bias=bias)

@@ -104,7 +104,7 @@ def test_pairs_are_what_the_model_computes(family: str, stories: Sequences) -> N
     stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3)
     stream.advance(0)
     parts = dict(zip(("calibration", "validation"), stories.split(0.3), strict=True))
-    pairs = stream.pairs(1, networks[1].up, networks[1].down)
+    pairs = stream.pairs(1, networks[1].weights)
     for part, sequences in parts.items():
         expected = inputs_of(model, networks[1].up.module, one_by_one(sequences))
         assert torch.allclose(pairs[part][0], expected, atol=1e-5)
@@ -125,8 +125,8 @@ def test_the_wanted_output_makes_up_for_what_attention_lost(family: str, stories
             view.write(prune_half(view.read()))
     pruned: dict[str, Tensor] = {}
     stream.collect(0, outputs=pruned)
-    inputs, targets = stream.pairs(0, networks[0].up, networks[0].down, dense)["calibration"]
-    own = stream.pairs(0, networks[0].up, networks[0].down)["calibration"]
+    inputs, targets = stream.pairs(0, networks[0].weights, dense)["calibration"]
+    own = stream.pairs(0, networks[0].weights)["calibration"]
     assert torch.equal(inputs, own[0])
     assert not torch.allclose(pruned["calibration"], dense["calibration"], atol=1e-2)
     assert torch.allclose(pruned["calibration"] - own[1] + targets, dense["calibration"], atol=1e-4)

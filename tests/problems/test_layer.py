@@ -13,7 +13,7 @@ from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic, Refittable
 from admm_prune.problems.constraints import NofM, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.statistics import GramAccumulator, LayerStatistics
+from admm_prune.statistics import GramAccumulator, LayerStatistics, TargetAccumulator
 from tests.catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
 
 seeds = st.integers(0, 10_000)
@@ -176,6 +176,25 @@ def test_products_in_float32_do_not_depend_on_how_sequences_are_batched(seed, le
         apart.add(rows, lengths=[len(rows)])
     assert torch.equal(together.gram.float(), apart.gram.float())
     assert torch.allclose(together.gram, x.double().T @ x.double(), rtol=1e-5, atol=1e-5 * len(x))
+
+
+@pytest.mark.bitwise
+@given(seed=seeds, lengths=st.lists(st.sampled_from([3, 127, 128, 200, 512, 513, 700]), min_size=1, max_size=5))
+def test_correlations_in_float32_do_not_depend_on_how_sequences_are_batched(seed, lengths) -> None:
+    x = correlated_inputs(sum(lengths), 40, seed, torch.float32)
+    y = correlated_inputs(sum(lengths), 24, seed + 1, torch.float32)
+    together, apart, exact = (
+        TargetAccumulator(24, 40, products=products) for products in (torch.float32, torch.float32, torch.float64)
+    )
+    together.add(x, y, lengths)
+    exact.add(x, y)
+    for inputs, targets in reversed(list(zip(x.split(lengths), y.split(lengths), strict=True))):
+        apart.add(inputs, targets, [len(inputs)])
+    assert torch.equal(together.correlation.float(), apart.correlation.float())
+    roots = y.square().sum(0).sqrt()[:, None].double() * x.square().sum(0).sqrt().double()
+    assert float(((together.correlation - exact.correlation).abs() / roots).max()) <= 2e-6
+    assert together.energy == pytest.approx(exact.energy, rel=1e-12)
+    assert torch.allclose(together.total, exact.total, rtol=1e-10, atol=1e-10 * len(x))
 
 
 @pytest.mark.gpu

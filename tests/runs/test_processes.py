@@ -399,10 +399,10 @@ def test_a_share_knows_which_tokens_it_has() -> None:
     share = Share(23, places.nonzero()[:, 0])
     own = tokens[places]
     drawn = torch.randperm(23, generator=torch.Generator().manual_seed(0))[:9]
-    assert torch.equal(own[share.at(drawn)], tokens[drawn][places[drawn]])
+    assert torch.equal(share.taken(own, drawn), tokens[drawn] * places[drawn])  # alone: others would add theirs
     assert torch.equal(own[share.every(5)], tokens[::5][places[::5]])
     whole = Share(23)
-    assert torch.equal(tokens[whole.at(drawn)], tokens[drawn])
+    assert torch.equal(whole.taken(tokens, drawn), tokens[drawn])
     assert torch.equal(tokens[whole.every(5)], tokens[::5])
 
 
