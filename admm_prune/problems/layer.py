@@ -315,9 +315,9 @@ class Share:
         if self.places is None:
             return values[places]
         local_indices = self._local_index[places]
-        here = local_indices >= 0
+        is_local = local_indices >= 0
         rows = values.new_zeros(len(places), *values.shape[1:])
-        rows[here] = values[local_indices[here]]
+        rows[is_local] = values[local_indices[is_local]]
         return self.all_reduce(rows)
 
     @cached_property
