@@ -1,89 +1,103 @@
-"""The exact refit of a model's matrices for a given mask: time, residual, and the ratio to a one-shot solve.
+"""The exact refit of every matrix of a model for a given mask: time, residuals, and the ratio to a one-shot solve.
 
-    admm-prune capture --model DIR --weight NAME --out layer.safetensors
-    python -m benchmarks.refit OUT layer.safetensors:60 ... [--rows 128] [--sparsity 0.5] [--ridge 0.03]
+    python -m benchmarks.refit OUT --model embedded --data embedded [--samples 16] [--length 512] [--sparsity 0.5]
+        [--mask wanda|random] [--ridge 0.03] [--blocks 30]
 
-One layer file of each shape with the number of matrices like it. The first `--rows` rows are refitted for Wanda's
-row-wise mask, and their time is scaled to all rows of all such matrices: an extrapolation, which the report states.
-The one-shot solve is SparseGPT on the whole matrix. Times are of the processor, on one thread. The floor is the
-operations of the factorizations alone, sum |S|^3 / 3, at the speed of a product of two float32 matrices of 1024.
+All matrices are those of the dense model, on its own inputs. Every row of every matrix is refitted, and none is left
+out of the figures: `residual` is the largest of a row, recomputed by NumPy from the weights in float64, `above` the
+number of rows where it is above 1e-6; `stored` and `stored_above` are those of the weights rounded to float32. The
+one-shot solve is SparseGPT. Times are of the processor, on one
+thread. The floor is the operations of the factorizations alone, sum |S|^3 / 3, at the speed of a product of two float32
+matrices of 1024.
 
-OUT receives refit.txt and refit.json.
+OUT receives rows.csv, one row for each matrix, as it is measured; the same command continues where it stopped, and
+writes refit.txt.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from admm_prune.data.layer_file import load_layer_file
-from admm_prune.ops.exact_refit import TOLERANCE, exact_refit, kkt_residual
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.loading import load
+from admm_prune.models.structure import decoder_blocks
+from admm_prune.ops.exact_refit import TOLERANCE, exact_refit
+from admm_prune.point import Point
 from admm_prune.problems.constraints import RowWise
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.runs.texts import Texts
+from admm_prune.settings import TextSettings
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.support_descent import Wanda
+from benchmarks.journal import Journal
 from benchmarks.machine import headline, machine
 
-
-@dataclass(frozen=True)
-class Refitted:
-    """One shape.
-
-    Attributes:
-        matrices: of this shape in the model.
-        rows: that were refitted and timed.
-        seconds, one_shot, floor: of all matrices of the shape; the first and the last scaled from the rows.
-        residual: the largest of a row, in float64, and as stored in float32.
-    """
-
-    layer: str
-    out: int
-    width: int
-    matrices: int
-    rows: int
-    seconds: float
-    one_shot: float
-    floor: float
-    residual: float
-    residual_stored: float
-    above: int
-    minimum_norm: int
+COLUMNS = (
+    *("out", "in", "seconds", "one_shot_seconds", "floor_seconds"),
+    *("residual", "above", "stored", "stored_above", "singular"),
+)
 
 
-def refitted(path: Path, matrices: int, rows: int, sparsity: float, ridge: float, speed: float) -> Refitted:
-    layer = load_layer_file(path)
-    problem = LayerReconstruction(layer.weight, layer.gram, RowWise(sparsity), ridge=ridge)
+def problems(
+    chosen: argparse.Namespace, sparse_set: RowWise, done: set[str]
+) -> Iterator[tuple[str, LayerReconstruction]]:
+    """The layer problems of a model, by the name of the weight; blocks that are done are passed by."""
+    loaded = load(chosen.model, dtype="float32")
+    text = TextSettings(data=chosen.data, samples=chosen.samples, length=chosen.length, eval_samples=1)
+    blocks = decoder_blocks(loaded.model)
+    stream = BlockStream(loaded.model, blocks, Texts(text, loaded).calibration(), "cpu")
+    for index, block in enumerate(blocks[: chosen.blocks]):
+        missing = {view.name for view in block.weights} - done
+        for shared in stream.collect(index, missing) if missing else ():
+            for view in shared.weights:
+                gram = shared.statistics.gram
+                yield view.name, LayerReconstruction(view.read(), gram, sparse_set, ridge=chosen.ridge)
+        stream.advance(index)
+
+
+def refitted(problem: LayerReconstruction, sparse_set: RowWise, mask: str, speed: float) -> dict[str, Any]:
     began = time.process_time()
     SparseGPT().solve(problem)
     one_shot = time.process_time() - began
-    mask = Wanda().solve(problem).solution["weight"][:rows] != 0
-    hessian, minimizer = problem.hessian, problem.minimizer[:rows]
+    if mask == "random":
+        scores = torch.rand(problem.weight.shape, generator=torch.Generator().manual_seed(0))
+        support = sparse_set.select(Point(weight=scores))["weight"]
+    else:
+        support = Wanda().solve(problem).solution["weight"] != 0
+    hessian, minimizer = problem.hessian, problem.minimizer
     began = time.process_time()
-    solved = exact_refit(hessian, minimizer, mask)
+    solved = exact_refit(hessian, minimizer, support)
     seconds = time.process_time() - began
-    stored = kkt_residual(hessian, minimizer, solved.weight.float(), mask)
-    out, width = layer.weight.shape
-    factor = matrices * out / len(mask)
-    return Refitted(
-        layer.metadata.get("weight", path.stem),
-        out,
-        width,
-        matrices,
-        len(mask),
-        seconds * factor,
-        one_shot * matrices,
-        float((mask.sum(1).double() ** 3 / 3).sum()) / speed * factor,
-        float(solved.residual.max()),
-        float(stored.max()),
-        int((solved.residual > TOLERANCE).sum()),
-        solved.minimum_norm,
-    )
+    exact, stored = (residuals(hessian, minimizer, v, support) for v in (solved.weight, solved.weight.float()))
+    return {
+        "out": len(minimizer),
+        "in": len(hessian),
+        "seconds": seconds,
+        "one_shot_seconds": one_shot,
+        "floor_seconds": float((support.sum(1).double() ** 3 / 3).sum()) / speed,
+        "residual": float(exact.max()),
+        "above": int((exact > TOLERANCE).sum()),
+        "stored": float(stored.max()),
+        "stored_above": int((stored > TOLERANCE).sum()),
+        "singular": solved.minimum_norm,
+    }
+
+
+def residuals(hessian: Tensor, minimizer: Tensor, weight: Tensor, support: Tensor) -> np.ndarray[Any, Any]:
+    """|(A (v - w))_S| / |(A w)_S| of every row (out,), where A has a unit diagonal, in float64, by NumPy alone."""
+    a, w, v, s = (x.double().numpy() for x in (hessian, minimizer, weight, support))
+    scale = np.sqrt(np.diag(a))
+    a, w, v = a / scale / scale[:, None], w * scale, v * scale
+    above, below = (np.linalg.norm(x @ a * s, axis=1) for x in (v - w, w))
+    return np.divide(above, below, out=np.zeros_like(above), where=above > 0)
 
 
 def product_speed() -> float:
@@ -96,50 +110,55 @@ def product_speed() -> float:
     return 3 * 2 * 1024**3 / (time.process_time() - began)
 
 
-def table(lines: list[Refitted]) -> str:
-    title = f"{'layer':38}{'shape':>13}{'matrices':>9}{'refit s':>9}{'one-shot s':>11}{'floor s':>9}"
-    title += f"{'residual':>10}{'stored':>9}"
-    rows = [
-        f"{line.layer:38}{f'{line.out} x {line.width}':>13}{line.matrices:>9}{line.seconds:>9.1f}{line.one_shot:>11.1f}"
-        f"{line.floor:>9.1f}{line.residual:>10.1e}{line.residual_stored:>9.1e}"
-        for line in lines
-    ]
-    whole, shot = sum(line.seconds for line in lines), sum(line.one_shot for line in lines)
-    total = (
-        f"all {sum(line.matrices for line in lines)} matrices: {whole:.0f} s, {whole / shot:.2f} times the one-shot "
-        f"solve; {sum(line.above for line in lines)} of {sum(line.rows for line in lines)} rows refitted are above "
-        f"{TOLERANCE:g}, {sum(line.minimum_norm for line in lines)} singular"
-    )
-    return "\n".join([title, *rows, total]) + "\n"
+def report(journal: Journal) -> str:
+    """Every shape of matrix, and all of them."""
+    kinds: dict[tuple[int, int], list[dict[str, float]]] = {}
+    for record in journal.records:
+        row = {name: float(record[name]) for name in COLUMNS}
+        kinds.setdefault((int(row["out"]), int(row["in"])), []).append(row)
+    title = f"{'shape':>12}{'matrices':>9}{'rows':>8}{'refit s':>9}{'one-shot s':>11}{'floor s':>9}"
+    lines = [title + f"{'residual':>10}{'above':>6}{'stored':>9}{'above':>6}{'singular':>9}"]
+    every = {f"{out} x {width}": rows for (out, width), rows in sorted(kinds.items())}
+    for shape, rows in [*every.items(), ("all", [row for some in kinds.values() for row in some])]:
+        total = {name: sum(row[name] for row in rows) for name in COLUMNS}
+        largest = {name: max(row[name] for row in rows) for name in ("residual", "stored")}
+        lines.append(
+            f"{shape:>12}{len(rows):>9}{total['out']:>8.0f}"
+            f"{total['seconds']:>9.1f}{total['one_shot_seconds']:>11.1f}{total['floor_seconds']:>9.1f}"
+            f"{largest['residual']:>10.1e}{total['above']:>6.0f}{largest['stored']:>9.1e}{total['stored_above']:>6.0f}"
+            f"{total['singular']:>9.0f}"
+        )
+    lines.append(f"{total['seconds'] / total['one_shot_seconds']:.1f} times the one-shot solve")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("layers", nargs="+", metavar="LAYER:MATRICES")
-    parser.add_argument("--rows", type=int, default=128, help="of each layer, from the first")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--data", default="embedded")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--mask", choices=("wanda", "random"), default="wanda")
     parser.add_argument("--ridge", type=float, default=0.03)
+    parser.add_argument("--blocks", type=int, help="the first ones; all by default")
     parser.add_argument("--date", help="to put in the report; today by default")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     speed = product_speed()
-    lines = []
-    for text in chosen.layers:
-        path, _, matrices = text.rpartition(":")
-        lines.append(refitted(Path(path), int(matrices), chosen.rows, chosen.sparsity, chosen.ridge, speed))
-    facts: dict[str, Any] = machine(chosen.date)
-    facts["command"] = (
-        f"python -m benchmarks.refit OUT LAYER:MATRICES --rows {chosen.rows} --sparsity {chosen.sparsity:g}"
-    )
     chosen.out.mkdir(parents=True, exist_ok=True)
-    content = {"machine": facts, "layers": [asdict(line) for line in lines]}
-    (chosen.out / "refit.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scaled = f"{chosen.sparsity:.0%} of every row pruned; times scaled from {chosen.rows} rows of a matrix"
-    head = f"{headline(facts)}\n{scaled}"
-    report = f"{head}\n\n{table(lines)}"
-    (chosen.out / "refit.txt").write_text(report, encoding="utf-8")
-    print(report, end="")
+    journal = Journal(chosen.out / "rows.csv", COLUMNS, key=("weight",))
+    sparse_set = RowWise(chosen.sparsity)
+    for name, problem in problems(chosen, sparse_set, {record["weight"] for record in journal.records}):
+        journal.add({"weight": name}, [refitted(problem, sparse_set, chosen.mask, speed)])
+    head = (
+        f"{headline(machine(chosen.date))}\n{chosen.samples} sequences of {chosen.length} tokens, the {chosen.mask} "
+        f"mask with {chosen.sparsity:.0%} of every row pruned, ridge {chosen.ridge:g}; seconds of the processor"
+    )
+    text = f"{head}\n\n{report(journal)}"
+    (chosen.out / "refit.txt").write_text(text, encoding="utf-8")
+    print(text, end="")
 
 
 if __name__ == "__main__":

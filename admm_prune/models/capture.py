@@ -21,7 +21,7 @@ from admm_prune.models.inputs import BatchTokens, Collector, SharedInput
 from admm_prune.models.losses import split_rows, token_scores
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
-from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.structure import Block, WeightView, replaced_forward
 from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
 _APART = 1 << 30  # bytes of sums from which a separate pass of the block is worth it
@@ -350,8 +350,7 @@ def _zero_outputs(weights: Sequence[WeightView]) -> Generator[None]:
     with ExitStack() as stack:
         for view in weights:
             width = view.parameter.shape[-1 if view.transposed else -2]
-            vars(view.module)["forward"] = partial(_zeros, width)
-            stack.callback(vars(view.module).pop, "forward")
+            stack.enter_context(replaced_forward(view.module, partial(_zeros, width)))
         yield
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from admm_prune.data.layer_file import LayerFile
 from benchmarks import layer_bounds, refit, row_trees
@@ -32,12 +34,45 @@ def test_bounds_of_a_layer(layer: Path, tmp_path: Path) -> None:
     assert "some.matrix" in (tmp_path / "out/layer_bounds.txt").read_text()
 
 
-def test_refit_of_a_layer(layer: Path, tmp_path: Path) -> None:
-    refit.main([str(tmp_path / "out"), f"{layer}:7", "--rows", "3", "--date", "2026-11-29"])
-    (line,) = json.loads((tmp_path / "out/refit.json").read_text())["layers"]
-    assert (line["matrices"], line["rows"], line["above"], line["minimum_norm"]) == (7, 3, 0, 0)
-    assert line["residual"] <= 1e-6
-    assert "all 7 matrices" in (tmp_path / "out/refit.txt").read_text()
+def test_refit_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--samples",
+        "4",
+        "--length",
+        "64",
+        "--blocks",
+        "1",
+        "--mask",
+        "random",
+        "--sparsity",
+        "0.9",
+        "--date",
+        "2026-11-29",
+    ]
+    refit.main([str(tmp_path), *options])
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    assert [row["weight"].split(".")[-2] for row in rows] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    assert all(float(row["residual"]) <= 1e-6 and row["above"] == "0" for row in rows)
+    assert all(0 < float(row["stored"]) <= 1e-5 for row in rows)  # as float32 rounds
+    before, last = (tmp_path / "rows.csv").read_bytes(), capsys.readouterr().out
+    refit.main([str(tmp_path), *options])  # nothing is left to do
+    assert (tmp_path / "rows.csv").read_bytes() == before
+    assert capsys.readouterr().out == last == (tmp_path / "refit.txt").read_text()
+
+
+def test_residuals_of_a_refit_against_a_direct_solve() -> None:
+    hessian, minimizer = correlated(16, 0), normal(6, 16, 1)
+    support = normal(6, 16, 2) > 0
+    weight = torch.zeros_like(minimizer)
+    for row, (w, s) in enumerate(zip(minimizer, support, strict=True)):
+        weight[row, s] = torch.linalg.solve(hessian[s][:, s], hessian[s] @ w)
+    assert refit.residuals(hessian, minimizer, weight, support).max() < 1e-12
+    weight[2] *= 1.01
+    changed = refit.residuals(hessian, minimizer, weight, support)
+    assert changed[2] == pytest.approx(0.01, rel=1e-9)
+    assert changed.argmax() == 2
 
 
 def test_rows_of_a_layer(layer: Path, tmp_path: Path) -> None:
