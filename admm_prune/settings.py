@@ -113,7 +113,7 @@ def _machine(default: T, help: str, **how: Any) -> T:
 
 def _patterns(default: T, help: str, **how: Any) -> T:
     typed = {"typed": list[str] | None, **_NONE_IS_EMPTY}
-    return option(default, help, commands="run compare", part_of="selection", **typed | how)
+    return option(default, help, commands="run compare plan", part_of="selection", **typed | how)
 
 
 def _ridge(typed: str | None) -> Ridge:

@@ -234,16 +234,20 @@ class SparseLLM(Capabilities):
         constraints: Mapping[str, SparseSet],
         share: Share | None = None,
         world: World = ALONE,
+        sample: int | None = None,
     ) -> tuple[Result, float, float]:
         """The solved network, and the relative errors of its output on calibration and on validation tokens.
 
         Args:
             share, world: of the calibration tokens, where every process has its own.
+            sample: tokens of a step of the descent; by default as `NetworkOutput`.
         """
         calibration, validation = pairs["calibration"], pairs.get("validation", pairs["calibration"])
         settings: dict[str, Any] = {"penalties": self.penalties, "damped": damped}
         # 1. The problem |net(X; W1, W2) - Y|^2, where W2 is fitted to the P of the pruned W1 (closing).
-        whole = NetworkOutput(network, calibration, constraints, validation=validation, share=share, **settings)
+        whole = NetworkOutput(
+            network, calibration, constraints, validation=validation, share=share, sample=sample, **settings
+        )
         all_reduce = whole.share.all_reduce
         problem: NetworkOutput | FeedForward = whole
         # 2. As published: with the penalties of Z and P, which are variables.

@@ -88,13 +88,15 @@ class BatchState:
     Attributes:
         name: of its hidden states in the store.
         mask: (b, L) bool, its real tokens, on the device.
+        lengths: the number of them in each row.
         calls: every block's arguments other than the hidden states.
     """
 
     def __init__(
-        self, name: str, activation_store: ActivationStore, hidden: Tensor, mask: Tensor, calls: list[Call]
+        self, name: str, activation_store: ActivationStore, hidden: Tensor, batch: Batch, calls: list[Call]
     ) -> None:
-        self.name, self.mask, self.calls = name, mask, calls
+        self.name, self.calls = name, calls
+        self.mask, self.lengths = batch.mask.to(hidden.device), batch.lengths.tolist()
         self._activation_store, self._device = activation_store, hidden.device
         self.hidden = hidden
 
@@ -277,7 +279,7 @@ def _record(
         raise UserError(f"the model never calls {blocks[len(calls)].name}: it cannot be pruned")
     if finite:
         check_finite(entering[0], f"the hidden states that enter {blocks[0].name}")
-    return BatchState(name, activation_store, entering[0], batch.mask.to(device), calls)
+    return BatchState(name, activation_store, entering[0], batch, calls)
 
 
 def _passing(wrap: Wrap, last: Tensor | None) -> Callable[..., Any]:

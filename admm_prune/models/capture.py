@@ -217,7 +217,7 @@ class BlockStream:
                 seen: list[Tensor] = []
                 tokens = self._tokens.get(part)
                 for number, state in enumerate(states):
-                    collector.begin(part, state.mask, None if tokens is None else tokens[number])
+                    collector.begin(part, state.mask, state.lengths, None if tokens is None else tokens[number])
                     try:
                         hidden = state.replay(self._blocks[index], index)
                     except StopForwardError:

@@ -122,11 +122,10 @@ class Collector:
                 )
             yield
 
-    def begin(self, part: str, mask: Tensor, tokens: BatchTokens | None = None) -> None:
-        """The next calls belong to a batch of `part` with these real tokens."""
-        self._part, self._mask, self._seen = part, mask.flatten(), []
+    def begin(self, part: str, mask: Tensor, lengths: list[int], tokens: BatchTokens | None = None) -> None:
+        """The next calls belong to a batch of `part` with these real tokens, so many in each row."""
+        self._part, self._mask, self._lengths, self._seen = part, mask.flatten(), lengths, []
         self._batch, self._context = tokens, None
-        self._lengths = mask.sum(1).tolist()
         if self._passes == 1:
             self._stop = self._stop and all(self._calls[number] == 1 for number in range(len(self._weights)))
         self._passes += 1

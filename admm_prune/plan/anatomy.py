@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from admm_prune.data.hub import quiet
 from admm_prune.data.sequences import GROUP, Row, Sequences, encode
 from admm_prune.data.sources import Document
+from admm_prune.methods.target import Target
 from admm_prune.models.adapters import check_repository
 from admm_prune.models.checkpoint import Checkpoint
 from admm_prune.models.checks import check_causal, check_ids, check_vocabulary
@@ -106,11 +107,12 @@ class Anatomy:
         weight: Tensor = max(self.model.parameters(), key=lambda p: p.numel())
         return weight
 
-    def kinds(self) -> Iterator[tuple[int, int]]:
-        """(first block, count) of every kind of block: those with weights of the same shapes."""
-        kinds: dict[tuple[torch.Size, ...], list[int]] = {}
+    def kinds(self, target: Target) -> Iterator[tuple[int, int]]:
+        """(first block, count) of every kind of block: those with weights of the same shapes and targets."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
-            kinds.setdefault(tuple(p.shape for p in block.module.parameters()), []).append(index)
+            targets = (target.at(view.name) for view in block.weights)
+            kinds.setdefault((*(p.shape for p in block.module.parameters()), *targets), []).append(index)
         return ((members[0], len(members)) for members in kinds.values())
 
     def sequences(self, count: int, length: int | None) -> Sequences:

@@ -3,13 +3,13 @@
 The calibration text is passed through the code that captures statistics, on the meta device, where bytes and operations
 are counted and nothing is computed; solvers are counted on small instances (`trials`).
 
-The stages in which the whole model runs (loading, evaluation, training): their code, run on the meta device.
+Training: its code, run on the meta device.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation.budget import HELD_OUT, LOSS_TOKENS
 from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
@@ -40,16 +39,15 @@ from admm_prune.models.structure import Block, WeightView
 from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
-from admm_prune.plan.counting import Cost, Counting, Stage, Work, counted, measured_cost
+from admm_prune.plan.counting import Cost, Counting, Stage, counted, measured_cost
 from admm_prune.plan.joint import joint_stages
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
+from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
-ACTIVATIONS_PART = "activations between blocks"
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
 SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
-WEIGHTS, CHECKED = "weights", "check of the largest weight"
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
 _TEACHER, _BEST = "teacher", "best weights so far"
@@ -114,6 +112,7 @@ class BlockPass:
                 sparing=stream,
                 weighting=TokenWeighting(needs_outputs=weighting.needs_outputs),
             )
+        self.target = task.target
         self.parts = 2 if len(task.calibration.rows) > 1 else 1  # calibration and validation
         self.position = 0
 
@@ -123,10 +122,14 @@ class BlockPass:
 
     def kinds(self) -> Iterator[tuple[int, Block, int]]:
         """(index, block, count) of each kind of block, with the stream at that block."""
-        for index, count in self.anatomy.kinds():
+        for index, count in self.anatomy.kinds(self.target):
             while self.position < index:
                 self.advance()
             yield index, self.anatomy.blocks[index], count
+
+    def pruned(self, weights: Iterable[WeightView]) -> list[str]:
+        """The names of the weights that are pruned, of those given."""
+        return [view.name for view in weights if self.target.at(view.name) is not None]
 
     def advance(self) -> Cost:
         with measured_cost(self.counting) as cost:
@@ -203,8 +206,8 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
     with counted() as counting:
         if measured.collects:
             block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
-            for _, _, count in block_pass.kinds():
-                collected = block_pass.collect()
+            for _, block, count in block_pass.kinds():
+                collected = block_pass.collect(block_pass.pruned(block.weights))
                 # The levels of fractions are rows of one problem, those of patterns problems of their own.
                 stacked = measured.levels if task.target.pattern is None else 1
                 path = replace(collected, shared=[(views * stacked, width) for views, width in collected.shared])
@@ -239,7 +242,9 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
-        yield from _local(block_pass.collect(), recipe.method, task, count, block_pass)
+        names = block_pass.pruned(block.weights)
+        if names:
+            yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
         yield from _joint(block_pass, recipe, index, block, count, task)
         yield _forward("next inputs", block_pass.advance(), count)
 
@@ -247,20 +252,40 @@ def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator
 def _local(collected: Collected, method: Method, task: Task, count: int, block_pass: BlockPass) -> Iterator[Stage]:
     """Statistics of a block, and a local method on them."""
     yield collected.stage("statistics").times(count)
-    jobs: list[tuple[tuple[int, ...], int, torch.dtype]] = []
+    jobs: list[_Job] = []
     for views, width in collected.shared:
-        rows = tuple(view.shape[0] for view in views)
-        groups = [rows] if method.stacks else [(row,) for row in rows]
-        jobs += [(group, width, views[0].parameter.dtype) for group in groups]
+        stacks: dict[Target | str, list[WeightView]] = {}
+        for view in views:
+            target = None if method.stacks_targets else task.target.at(view.name)
+            stacks.setdefault((target or task.target) if method.stacks else view.name, []).append(view)
+        for stacked in stacks.values():
+            target = task.target.at(stacked[0].name) or task.target
+            rows = tuple(view.shape[0] for view in stacked)
+            jobs.append(_Job(target, rows, width, stacked[0].parameter.dtype))
     solver, several = method.make(), Counter(jobs)
-    for group, width, dtype in jobs:
-        trial = estimated(LayerTrial(method, task.target, task.ridge, group, width, dtype, block_pass.parts > 1))
-        shape = Shape(sum(group), width, torch.float32, block_pass.device, method.constraint(task.target))
-        batch = len(batches(solver, [shape] * several[group, width, dtype])[0])
+    for job in jobs:
+        target, rows, width = job.target, job.rows, job.width
+        trial = estimated(LayerTrial(method, target, task.ridge, rows, width, job.dtype, block_pass.parts > 1))
+        shape = Shape(sum(rows), width, torch.float32, block_pass.device, method.constraint(target))
+        batch = len(batches(solver, [shape] * several[job])[0])
         posed = 2 * shape.rows * width * shape.dtype.itemsize  # the weights as they were, stacked and in float32
         peak = trial.peak if batch == 1 else max(trial.peak, batch * (posed + shape.bytes))
         parts = {GRAMS: collected.cost.left, SOLVER: peak}
         yield Stage(name="solver", parts=parts, work=trial.work * count)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One solve: matrices that share a Gram and a target, stacked.
+
+    Attributes:
+        rows: of each matrix.
+    """
+
+    target: Target
+    rows: tuple[int, ...]
+    width: int
+    dtype: torch.dtype
 
 
 def _struprune(block_pass: BlockPass, recipe: StruPrune, task: Task) -> Iterator[Stage]:
@@ -297,40 +322,64 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         yield _forward("form of the network", looking, count)
         network_names = {view.name for view in network}
         targets: dict[str, Tensor] = {}
-        attention = block_pass.collect([view.name for view in block.weights if view.name not in network_names], targets)
+        names = block_pass.pruned(view for view in block.weights if view.name not in network_names)
+        attention = block_pass.collect(names, targets)
         target = {"targets": sum(x.nbytes for x in targets.values())}
         for stage in _local(attention, recipe.method, task, count, block_pass):
             yield stage.beside(target)
-        up, down = network[0], network[-1]
-        with measured_cost(block_pass.counting) as pairing:
-            pairs = block_pass.stream.pairs(index, network, targets)
-        tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
-        held = {"tokens of the network": pairing.left}
-        yield _forward("tokens of the network", pairing, count).beside(target)
-        del pairs
+        network_target = task.target.at(network[-1].name)
+        if network_target is not None:
+            yield from _network_stages(block_pass, recipe, network, network_target, targets, count, task)
         targets.clear()
-        trial = estimated(
-            NetworkTrial(
-                recipe,
-                task.target,
-                task.ridge,
-                _activation(block_pass.anatomy),
-                len(network) == 3,
-                up.shape[1],
-                up.shape[0],
-                down.shape[0],
-                (tokens[0], tokens[1]),
-                up.parameter.dtype,
-            )
-        )
-        yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
         yield from _joint(block_pass, recipe, index, block, count, task)
         yield _forward("next inputs", block_pass.advance(), count)
+
+
+def _network_stages(
+    block_pass: BlockPass,
+    recipe: SparseLLM,
+    network: Sequence[WeightView],
+    target: Target,
+    targets: dict[str, Tensor],
+    count: int,
+    task: Task,
+) -> Iterator[Stage]:
+    """The tokens of a feed-forward network, and its solve.
+
+    Args:
+        target: of its last weight.
+        targets: of the block's outputs.
+    """
+    up, down = network[0], network[-1]
+    with measured_cost(block_pass.counting) as pairing:
+        pairs = block_pass.stream.pairs(block_pass.position, network, targets)
+    tokens = [len(pairs[part][0]) if part in pairs else 0 for part in ("calibration", "validation")]
+    del pairs
+    held = {"targets": sum(x.nbytes for x in targets.values())}
+    yield _forward("tokens of the network", pairing, count).beside(held)
+    trial = estimated(
+        NetworkTrial(
+            recipe,
+            target,
+            task.ridge,
+            _activation(block_pass.anatomy),
+            len(network) == 3,
+            up.shape[1],
+            up.shape[0],
+            down.shape[0],
+            (tokens[0], tokens[1]),
+            up.parameter.dtype,
+        )
+    )
+    held = {"tokens of the network": pairing.left}
+    yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
 
 
 def _joint(
     block_pass: BlockPass, recipe: Layerwise | SparseLLM, index: int, block: Block, count: int, task: Task
 ) -> Iterator[Stage]:
+    if not block_pass.pruned(block.weights):
+        return
     stages = joint_stages(recipe.joint, block_pass.stream, block_pass.counting, index, block, recipe.method, task)
     yield from (stage.times(count) for stage in stages)
 
@@ -357,49 +406,6 @@ def _activation(anatomy: Anatomy) -> Activation:
     config = anatomy.model.config
     name = next((name for key in families.ACTIVATION if (name := getattr(config, key, None))), "silu")
     return ACTIVATIONS[families.ACTIVATION_NAMES.get(str(name), "gelu-tanh")]
-
-
-def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
-    """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
-    with counted() as counting:
-        weight = torch.empty_like(anatomy.largest)
-        with measured_cost(counting) as check:
-            bool(torch.isfinite(weight).all())
-    held = {"largest weight": weight.nbytes} if stream else {WEIGHTS: anatomy.weight_bytes}
-    size = anatomy.weight_bytes
-    checks = check.work.counts["traffic"] * anatomy.parameters / weight.numel()
-    work = Work.of(disk_read=2 * size if stream else size, traffic=checks, hash=size)
-    return Stage(name="loading", parts={**held, CHECKED: check.peak}, work=work)
-
-
-def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iterator[Stage]:
-    """One evaluation.
-
-    Args:
-        validation: its text, as whole sequences.
-        stream: block by block, with the hidden states of all of the text between them.
-    """
-    batch = validation.batches[0]
-    tokens = sum(len(row.ids) for row in validation.rows)
-    share = tokens / batch.input_ids.numel()
-    with counted() as counting, torch.no_grad():
-        counting.know(*anatomy.model.parameters(), *anatomy.model.buffers())
-        with measured_cost(counting) as cost:
-            cross_entropy(anatomy.model, batch)
-    weights, work = {WEIGHTS: anatomy.weight_bytes}, cost.work * share
-    if stream:
-        work += Work.of(disk_read=anatomy.weight_bytes)
-        width = anatomy.model.get_input_embeddings().weight.shape[-1]
-        element = anatomy.model.get_input_embeddings().weight.element_size()
-        weights = {"weights outside of the blocks": anatomy.outside_bytes, ACTIVATIONS_PART: tokens * width * element}
-    yield Stage(name="evaluation", parts={**weights, "logits": cost.peak}, work=work)
-
-
-def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
-    """Writing the model and reading its files again for their fingerprints; nothing is copied."""
-    size = round(anatomy.weight_bytes * factor)
-    held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
-    return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))
 
 
 def training(anatomy: Anatomy, recipe: Trained, task: Task, device: str = "cpu") -> list[Stage]:

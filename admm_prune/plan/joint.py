@@ -51,7 +51,8 @@ def coordinating(
     }
     for view in (views.value, views.output):
         shape = view.shape
-        trial = LayerTrial(method, task.target, task.ridge, (shape[0],), shape[1], torch.float32, validation=False)
+        target = task.target.at(view.name) or task.target
+        trial = LayerTrial(method, target, task.ridge, (shape[0],), shape[1], torch.float32, validation=False)
         work += estimated(trial).work * (1 + ROUNDS)
     yield Stage(name="attention as one", parts=parts, work=work)
 

@@ -16,13 +16,12 @@ from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.structure import notes_on
-from admm_prune.plan import blockwise
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import (
-    ACTIVATIONS_PART,
     FORWARD,
     GRAMS,
     SCORES,
@@ -33,6 +32,7 @@ from admm_prune.plan.blockwise import (
 )
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
+from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, loading, saving
 from admm_prune.runs.machine import free_bytes, resident_bytes
 from admm_prune.runs.signature import takes
 from admm_prune.settings import PlanSettings
@@ -150,6 +150,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
+    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
     joint = Joint.of(settings.coordinate, settings.refit)
     recipe = composed(method, engine=Engine.of(settings), **how, joint=joint)
     recipe = configured(recipe, settings.unit, settings.multiple)
@@ -159,6 +160,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         raise UserError(f"cannot stream: {obstacle}")
     anatomy = Anatomy.of(model, settings.dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
+    target = selection.applied(anatomy.model, target)
     recipe.check(anatomy.model, target)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     if allocation is not None:
@@ -175,7 +177,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
-        first = {} if stream else {blockwise.WEIGHTS: anatomy.weight_bytes}
+        first = {} if stream else {WEIGHTS: anatomy.weight_bytes}
         work = Work.of(tokenize=reading.characters)
         tokenizing = Stage(name="tokenizer", parts={TEXT: reading.held, **first, TOKENS: reading.peak}, work=work)
         resident = {TEXT: reading.held, TOKENS: reading.left}
@@ -231,14 +233,14 @@ def _stages(
     evaluated: list[Stage] = []
     if validation:
         text = anatomy.sequences(-(-validation // length), length)
-        evaluated = list(blockwise.evaluating(anatomy, text, stream=stream))
+        evaluated = list(evaluating(anatomy, text, stream=stream))
     return [
-        blockwise.loading(anatomy, stream=stream),
+        loading(anatomy, stream=stream),
         *evaluated,
         *(allocating(anatomy, allocation, task, stream=stream, device=device) if allocation is not None else ()),
         *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
         *evaluated,
-        blockwise.saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),
+        saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),
     ]
 
 

@@ -35,6 +35,7 @@ from admm_prune.plan.counting import Cost, counted, measured_cost
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
 from admm_prune.problems.feed_forward import Network
+from admm_prune.problems.network_output import gradient_sample
 from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.statistics import LayerStatistics
 
@@ -172,7 +173,8 @@ class NetworkTrial:
                 network = Network(self.activation, wide)
                 constraints = dict.fromkeys(network.weights, recipe.method.constraint(self.target))
                 damped = recipe.damped(network, pairs, task_for(self.target, self.ridge), constraints)
-                recipe.solve(network, damped, pairs, constraints)
+                sample = _shrunk(gradient_sample(self.tokens[0]), scale)
+                recipe.solve(network, damped, pairs, constraints, sample=sample)
         return cost
 
     @property

@@ -25,6 +25,11 @@ _WHOLE = 64  # tokens: in smaller chunks, kernels round the last few entries dif
 _SAMPLE = 64
 
 
+def gradient_sample(tokens: int) -> int:
+    """The tokens of a sampled gradient, by default."""
+    return max(_SAMPLE, tokens // 128)
+
+
 class NetworkOutput:
     """min |net(X; W1, W2) - Y|^2 over weights in their sets, where net(x) = W2 act(W1 x + b1) + b2, or gated.
 
@@ -71,7 +76,7 @@ class NetworkOutput:
         self.network, self.tokens, self.validation = network, tokens, tokens if validation is None else validation
         self.share = Share(len(tokens[0])) if share is None else share
         count = self.share.count
-        self.sample = min(count, max(_SAMPLE, count // 128) if sample is None else sample)
+        self.sample = min(count, gradient_sample(count) if sample is None else sample)
         self.constraints = constraints
         self.penalties, self.sweeps, self.damped = penalties, sweeps, damped or {}
         self._bias = network.biases.get("down")

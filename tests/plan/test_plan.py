@@ -14,12 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
+from admm_prune.errors import UserError
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import prune_several, prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import RECIPES, recipe_named
+from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import SharedInput
 from admm_prune.models.experts import routed
@@ -28,7 +30,7 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
 from admm_prune.plan.blockwise import _keep_all as keep_all
-from admm_prune.plan.counting import KINDS, Cost, Work, counted, measured_cost
+from admm_prune.plan.counting import KINDS, Cost, Work, by_name, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
 from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
@@ -135,6 +137,40 @@ def test_the_plan_of_a_block_wise_method_is_what_its_run_holds(name: str) -> Non
     assert planned == pytest.approx(held, rel=0.1)
     done = sum((stage.work for stage in stages), Work()).operations
     assert done == pytest.approx(work.operations, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(),
+        Selection.of(targets="mlp"),
+        Selection.of(ignore="layers.0", overrides={"down_proj": 0.25, "q_proj": "2:4", "layers.2.self_attn": "dense"}),
+    ],
+    ids=["all", "targets", "overrides"],
+)
+@pytest.mark.parametrize("name", ["wanda", pytest.param("sparsellm", marks=pytest.mark.slow)])
+def test_the_plan_counts_the_matrices_that_are_pruned(name: str, selection: Selection) -> None:
+    anatomy = Anatomy.of("embedded", "float32")
+    recipe, task = (
+        recipe_named(name),
+        Task(target=selection.applied(anatomy.model, Target(0.5)), calibration=text(8, 256)),
+    )
+    stages = pruning_stages(anatomy, recipe, task, stream=False)
+    held, work = pruned_and_counted(recipe, task)
+    assert max(stage.bytes for stage in stages) == pytest.approx(held, rel=0.1)
+    done = sum((stage.work for stage in stages), Work()).operations
+    assert done == pytest.approx(work.operations, rel=0.05 if name == "wanda" else 0.2)
+
+
+def test_a_plan_takes_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "samples": 8, "length": 256, "eval_samples": 1}
+    rates = dict.fromkeys(KINDS, 1e12)
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    every, some = make_plan("embedded", **how), make_plan("embedded", **how, ignore="mlp")
+    work = [by_name(list(plan.stages))["statistics"].operations for plan in (every, some)]
+    assert work[1] < 0.75 * work[0]  # no Gram of the down projections, and their inputs are not computed
+    with pytest.raises(UserError, match="no module in LlamaForCausalLM's blocks matches 'mpl': did you mean 'mlp'"):
+        make_plan("embedded", **how, targets="mpl")
 
 
 def mixture(family: str, device: str) -> PreTrainedModel:
