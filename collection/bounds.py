@@ -1,11 +1,12 @@
 """Proves bounds of the problems of a subset, and offers their certificates to the records.
 
-    python -m collection.bounds [--subset small] [--problems PATTERN] [--rounds 6] [--iterations 40] [--minutes 30]
+    python -m collection.bounds [--subset small] [--problems PATTERN] [--rounds 6] [--iterations 40]
+                                [--minutes 30] [--again]
 
 Layers get the multipliers of `dual_bound`; stacks of rows the trees of `prove_rows`, whose solutions are offered too.
 In the certificate of a layer the shift is rounded to float16, which changes the bound in second order only, and the
 checker proves the bound of what is stored. A problem that has a record by the same settings is left out, so that the
-same command continues where it stopped.
+same command continues where it stopped; `--again` repeats them, by which a record is reproduced.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def prove(problem: Problem, rounds: int, iterations: int) -> str:
 
 
 def _by(problem: Problem, rounds: int, iterations: int) -> tuple[str, str]:
-    """The solver that proves a bound, and its settings."""
+    """The solver that proves a bound, and the command that finds it again."""
+    command = f"python -m collection.bounds --problems {problem.id}"
     if problem.is_stack:
-        return "prove_rows", f"gap={ROW_GAP}, shift in float32"
-    return "dual_bound", f"rounds={rounds}, iterations={iterations}"
+        return "prove_rows", f"{command} --again"
+    return "dual_bound", f"{command} --rounds {rounds} --iterations {iterations} --again"
 
 
 def _of_layer(problem: Problem, rounds: int, iterations: int) -> tuple[str, None, dict[str, Any]] | None:
@@ -89,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--minutes", type=float, default=30.0, help="no proof is started after them")
+    parser.add_argument("--again", action="store_true", help="also what has a record by the same settings")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * given.minutes
@@ -96,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     for problem in build.built(given.subset, given.problems):
         known = record.records().get(problem.id, {})
         solver, settings = _by(problem, given.rounds, given.iterations)
-        if solver in known.get("bound_solver", "") and settings in known.get("bound_settings", ""):
+        recorded = solver in known.get("bound_solver", "") and settings in known.get("bound_settings", "")
+        if recorded and not given.again:
             continue
         if time.monotonic() > deadline:
             missing += 1

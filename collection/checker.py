@@ -420,13 +420,12 @@ def dual_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path
     if problem.set["kind"] != "row":
         return Bound(least_cost(constant, kept, removed, problem.set), "dual")
     keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
-    rows = np.array(
-        [
-            least_cost(constant[i : i + 1], kept[i : i + 1], removed[i : i + 1], {"kind": "row", "keep": int(keep[i])})
-            for i in range(out)
-        ]
-    )
-    return Bound(_total(rows), "dual", rows)
+    alone = [
+        least_cost(constant[i : i + 1], kept[i : i + 1], removed[i : i + 1], {"kind": "row", "keep": int(keep[i])})
+        for i in range(out)
+    ]
+    each: Array = np.asarray(alone, dtype=np.float64)
+    return Bound(_total(each), "dual", each)
 
 
 def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:

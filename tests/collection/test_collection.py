@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +206,68 @@ def test_bounds_are_offered_and_not_proved_twice(small: Path, capsys: pytest.Cap
         assert 0.3 * float(best) < float(row["bound"]) <= float(best) * (1 + 1e-9)
     bounds.main(arguments)
     assert capsys.readouterr().out == "all proofs are done\n"
+
+
+def test_the_settings_of_a_record_are_the_command_that_finds_it_again(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solve.main(["--problems", "tiny/row", "--solvers", "admm"])
+    bounds.main(["--problems", "tiny/row", "--rounds", "2", "--iterations", "20"])
+    before = record.records()["tiny/row"]
+    runs = (small / "runs.csv").read_bytes()
+    (small / "records.csv").unlink()
+    for command in (before["value_settings"], before["bound_settings"]):
+        words = command.split()
+        assert words[:2] == ["python", "-m"]
+        {"collection.solve": solve, "collection.bounds": bounds}[words[2]].main(words[3:])
+    after = record.records()["tiny/row"]
+    same = {name for name in record.COLUMNS if not name.endswith("_seconds")}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert (small / "runs.csv").read_bytes() == runs
+
+
+def test_two_commands_at_once_lose_no_record(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has read the table before the other writes it, unless one waits."""
+    files = {}
+    for name in ("tiny/row", "tiny.rows/row"):
+        problem = build.load(name)
+        files[name] = small / f"{problem.id.replace('/', '.')}.solution"
+        write_solution(files[name], problem, producers.solution(problem), {"solver": name})
+    write = record.write_records
+
+    def slowly(rows: Mapping[str, record.Row]) -> None:
+        time.sleep(0.3)
+        write(rows, small / "records.csv")
+
+    monkeypatch.setattr(record, "write_records", slowly)
+    threads = [threading.Thread(target=record.offer, args=given) for given in files.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(record.records()) == set(files)
+    assert not list(small.glob("*.tmp"))
+
+
+def test_the_manifest_is_written_for_the_layers_that_are_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.manifest()
+
+    def layers(source: build.Source) -> Iterator[tuple[str, dict[str, Any], Any, Any]]:
+        for name in ("tiny", "tiny.new", "tiny.other"):
+            entry = {"model": "tiny", "module": "q_proj", "block": 0, "tokens": 9, "ridge": "0"}
+            shape = {"shape": [2, 4], "sets": {"row": SETS["row"]}}
+            yield name, {**entry, **shape}, np.ones((2, 4), np.float32), np.eye(4, dtype=np.float32)
+
+    monkeypatch.setattr(build, "sources", lambda _: [build.Source("tiny", "", "", 9, (0, 0, 0), ())])
+    monkeypatch.setattr(build, "layers_of", layers)
+    given = argparse.Namespace(layers="*.new", subset=None, write_manifest=True, out=small / "built")
+    assert build.build(given) == (1, [])
+    after = build.manifest()
+    assert set(after) == {*before, "tiny.new"}
+    assert {name: after[name] for name in before} == before
+    given = argparse.Namespace(layers="*", subset="large", write_manifest=True, out=small / "built")
+    build.build(given)
+    assert build.manifest() == after, "attention is in the subset 'standard'"
 
 
 def test_profiles_by_hand(tmp_path: Path) -> None:
