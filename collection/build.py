@@ -5,7 +5,8 @@
 
 The embedded model and its text are in the package; SmolLM2-135M-Instruct and stories260K are given by folders. What the
 manifest, `problems.json`, marks as committed is written to `problems/`, the rest to `built/`, beside this file. The
-same machine and versions give the same hashes; where one differs a line says so, and records of others do not apply.
+same machine and versions give the same hashes, on one thread; where one differs a line says so, and records of others
+do not apply.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from admm_prune.errors import UserError
@@ -247,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="take the hashes found for these layers as those of the collection",
     )
     given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # sums in another order have other bits
     if bool(given.model) != bool(given.text) or bool(given.stories_model) != bool(given.stories_text):
         parser.error("a model needs its text")
     try:
