@@ -206,6 +206,12 @@ def test_bounds_are_offered_and_not_proved_twice(small: Path, capsys: pytest.Cap
         assert 0.3 * float(best) < float(row["bound"]) <= float(best) * (1 + 1e-9)
     bounds.main(arguments)
     assert capsys.readouterr().out == "all proofs are done\n"
+    before = record.records()["tiny/row"]
+    bounds.main([*arguments, "--kind", "dual"])  # left out: what is weaker
+    assert capsys.readouterr().out == "all proofs are done\n"
+    bounds.main([*arguments, "--kind", "dual", "--again"])
+    assert "tiny/row: the bound" in capsys.readouterr().out
+    assert float(record.records()["tiny/row"]["bound"]) >= float(before["bound"])
 
 
 def test_the_settings_of_a_record_are_the_command_that_finds_it_again(
