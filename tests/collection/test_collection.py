@@ -16,7 +16,7 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.point import Point
-from collection import bounds, build, checker, page, profiles, record, solve
+from collection import bounds, build, checker, long_search, page, profiles, record, solve
 from collection.capture import Layer, damped, row_problems
 from collection.checker import Problem
 from collection.files import write_certificate, write_problem, write_solution
@@ -274,6 +274,46 @@ def test_the_manifest_is_written_for_the_layers_that_are_named(small: Path, monk
     given = argparse.Namespace(layers="*", subset="large", write_manifest=True, out=small / "built")
     build.build(given)
     assert build.manifest() == after, "attention is in the subset 'standard'"
+
+
+def test_a_long_search_reaches_the_optimum_and_says_by_how_much(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(long_search, "LOG", small / "long_search.csv")
+    problem = build.load("tiny/row")
+    offered(small, problem, problem.weight * (producers.solution(problem) != 0), "first")
+    before = float(record.records()[problem.id]["value"])
+    long_search.main(["--problems", "tiny*", "--seconds", "0.5"])
+    row = record.records()[problem.id]
+    best = float(exact.optimum(problem.weight, problem.hessian, problem.set))
+    assert float(row["value"]) == pytest.approx(best, rel=1e-5)
+    assert row["value_solver"] == "long_search"
+    (line,) = capsys.readouterr().out.splitlines()  # stacks of rows are left out
+    assert f"before={before}" in line
+    (logged,) = (small / "long_search.csv").read_text().splitlines()[1:]
+    assert float(logged.split(",")[6]) == pytest.approx(1 - best / before, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("2of4", 1), ("row", 2), ("unstructured", 4), ("group", 2), ("block", 1)])
+def test_a_long_search_stays_in_the_set(name: str, keep: int) -> None:
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((9, 4))
+    problem = Problem(f"x/{name}", SETS[name], draw.standard_normal((2, 4)), x.T @ x + 0.1 * np.eye(4), "")
+    assert problem.set["keep"] == keep
+    found = long_search.search(problem, 0.3, 1)
+    weight = found.weight.numpy()
+    assert checker.is_member(weight, problem.set)
+    assert found.value == pytest.approx(checker.value(problem, weight).upper, rel=1e-9)
+    best = float(exact.optimum(problem.weight, problem.hessian, problem.set))
+    assert best * (1 - 1e-9) <= found.value <= best * 1.2
+
+
+def test_exchanges_keep_the_counts_of_groups() -> None:
+    draw = np.random.default_rng(0)
+    weight = torch.from_numpy(draw.standard_normal((50, 8))) * torch.tensor([1.0, 0, 0, 1] * 2)
+    moved = long_search.exchanged(weight, 4, draw)
+    assert bool(((moved != 0).view(50, 2, 4).sum(2) == 2).all())
+    assert bool(((moved != 0) != (weight != 0)).any(1).float().mean() > 0.8)
 
 
 def test_profiles_by_hand(tmp_path: Path) -> None:
