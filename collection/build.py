@@ -5,7 +5,8 @@
 
 The embedded model and its text are in the package; SmolLM2-135M-Instruct and stories260K are given by folders. What the
 manifest, `problems.json`, marks as committed is written to `problems/`, the rest to `built/`, beside this file. The
-same machine and versions give the same hashes; where one differs a line says so, and records of others do not apply.
+same machine and versions give the same hashes, on one thread; where one differs a line says so, and records of others
+do not apply.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from admm_prune.errors import UserError
@@ -36,6 +38,9 @@ ROWS = {8: 512, 16: 512, 32: 256, 64: 96}  # entries of a row problem -> rows of
 COMMITTED_BELOW = 300_000  # bytes of a layer of the larger models, beyond the story model and the row problems
 
 
+Retargets = tuple[tuple[int, tuple[str, ...]], ...]
+
+
 @dataclass(frozen=True)
 class Source:
     """A model and the text that it is calibrated on, and which of its layers are problems.
@@ -50,7 +55,7 @@ class Source:
     text: str
     tokens: int
     blocks: tuple[int, int, int]
-    retargets: tuple[tuple[int, tuple[str, ...]], ...]
+    retargets: Retargets
 
 
 def sources(given: argparse.Namespace) -> list[Source]:
@@ -58,7 +63,7 @@ def sources(given: argparse.Namespace) -> list[Source]:
     matrices = ("q_proj", "gate_proj", "down_proj")
     found = [Source("embedded", "embedded", "embedded", 8192, (0, 2, 3), ((2, matrices), (3, matrices)))]
     if given.stories_model:
-        retargets = ((2, matrices), (4, matrices))
+        retargets: Retargets = ((2, matrices), (4, matrices))
         found.append(Source("stories260k", given.stories_model, given.stories_text, 8192, (0, 2, 4), retargets))
     if given.model:
         retargets = ((15, ("q_proj", "gate_proj")),)
@@ -66,8 +71,9 @@ def sources(given: argparse.Namespace) -> list[Source]:
     return found
 
 
-def sets(rows: int, width: int, names: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
-    """The sets of a matrix (rows, width) by name, with exact counts; those of `names`, or all that fit."""
+def sets(shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
+    """The sets of a matrix by name, with exact counts; those of `names`, or all that fit its shape (rows, width)."""
+    rows, width = shape
     found: dict[str, dict[str, Any]] = {}
     for percent in SPARSITIES:
         left = 1 - percent / 100
@@ -91,7 +97,7 @@ def layers_of(source: Source) -> Iterator[tuple[str, dict[str, Any], NDArray[np.
         whole.append(layer)
         names = None if layer.block == source.blocks[1] else CORE
         identity = f"{source.name}.{layer.block}.{layer.module}"
-        yield identity, {**origin, **_entry(layer, sets(*layer.weight.shape, names))}, layer.weight, layer.hessian
+        yield identity, {**origin, **_entry(layer, sets(layer.weight.shape, names))}, layer.weight, layer.hessian
     for width, count in ROWS.items():
         if source.name == "stories260k":
             break
@@ -102,7 +108,7 @@ def layers_of(source: Source) -> Iterator[tuple[str, dict[str, Any], NDArray[np.
     for block, modules in source.retargets:
         for layer in retargeted(source.model, source.text, source.tokens, block, modules):
             identity = f"{source.name}.{layer.block}.{layer.module}.retargeted"
-            yield identity, {**origin, **_entry(layer, sets(*layer.weight.shape, CORE))}, layer.weight, layer.hessian
+            yield identity, {**origin, **_entry(layer, sets(layer.weight.shape, CORE))}, layer.weight, layer.hessian
 
 
 def _entry(layer: Layer, budgets: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,26 +197,26 @@ def build(given: argparse.Namespace) -> tuple[int, list[str]]:
     """(number of files written, a line for each whose hash is not that of the manifest)."""
     entries, differing, count = manifest(), [], 0
     for source in sources(given):
-        wanted = [name for name in entries if name.startswith(f"{source.name}.") and _matches(name, entries, given)]
-        if not wanted and not given.write_manifest:
+        known = [name for name in entries if name.startswith(f"{source.name}.")]
+        if not given.write_manifest and not any(_matches(name, entries[name]["subset"], given) for name in known):
             continue
         for layer, entry, weight, hessian in layers_of(source):
-            if not given.write_manifest and layer not in wanted:
-                continue
             subset, committed = subset_of(source.name, entry)
+            if not _matches(layer, subset, given) or not (given.write_manifest or layer in entries):
+                continue
             folder = FOLDER / "problems" if committed else given.out
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{layer}.safetensors"
             stated = {name: str(entry[name]) for name in ("model", "module", "block", "tokens", "ridge")}
-            known = entries.get(layer, {}).get("sha256")
-            if path.exists() and known and checker.tensor_hash(checker.read(path, "problem")[0]) == known:
+            stored = entries.get(layer, {}).get("sha256")
+            if path.exists() and stored and checker.tensor_hash(checker.read(path, "problem")[0]) == stored:
                 digest = _hash(weight, hessian)
             else:
                 write_problem(path, layer, weight, hessian, entry["sets"], stated)
                 digest = checker.tensor_hash(checker.read(path, "problem")[0])
                 count += 1
-            if known not in (None, digest):
-                differing.append(f"{layer}: SHA-256 {digest[:12]}, but {known[:12]} in the manifest")
+            if stored not in (None, digest):
+                differing.append(f"{layer}: SHA-256 {digest[:12]}, but {stored[:12]} in the manifest")
             if given.write_manifest:
                 entries[layer] = {**entry, "subset": subset, "committed": committed, "sha256": digest}
     if given.write_manifest:
@@ -224,8 +230,8 @@ def _hash(weight: NDArray[np.float32], hessian: NDArray[np.float32]) -> str:
     return checker.tensor_hash({"weight": weight, "hessian_upper": hessian[..., upper[0], upper[1]]})
 
 
-def _matches(name: str, entries: Mapping[str, Any], given: argparse.Namespace) -> bool:
-    return fnmatch(name, given.layers) and given.subset in (None, entries[name]["subset"])
+def _matches(layer: str, subset: str, given: argparse.Namespace) -> bool:
+    return fnmatch(layer, given.layers) and given.subset in (None, subset)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -238,9 +244,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stories-text", help="its calibration text, of TinyStories")
     parser.add_argument("--out", type=Path, default=FOLDER / "built", help="for the files that are not committed")
     parser.add_argument(
-        "--write-manifest", action="store_true", help="take the hashes found as those of the collection"
+        "--write-manifest",
+        action="store_true",
+        help="take the hashes found for these layers as those of the collection",
     )
     given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # sums in another order have other bits
     if bool(given.model) != bool(given.text) or bool(given.stories_model) != bool(given.stories_text):
         parser.error("a model needs its text")
     try:

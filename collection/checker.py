@@ -18,6 +18,7 @@ beside this file describes the formats.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -45,6 +46,7 @@ _TINY = 1e-300  # more than the products of one formula lose by underflow
 _LARGEST = 1e60  # magnitude of an entry: no product of three overflows
 _FLOOR = 1e-8  # of the diagonal of H, in place of a multiplier 0 or less
 _SHRINKS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of H, taken off multipliers that are a little too large
+_MOST_SUPPORTS = 4096  # of a block, which are tried one by one
 _CLAIM = 1e-9  # relative: a stated value or bound is rounded this much to the safe side
 
 
@@ -420,13 +422,184 @@ def dual_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path
     if problem.set["kind"] != "row":
         return Bound(least_cost(constant, kept, removed, problem.set), "dual")
     keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
-    rows = np.array(
-        [
-            least_cost(constant[i : i + 1], kept[i : i + 1], removed[i : i + 1], {"kind": "row", "keep": int(keep[i])})
-            for i in range(out)
-        ]
-    )
-    return Bound(_total(rows), "dual", rows)
+    alone = [
+        least_cost(constant[i : i + 1], kept[i : i + 1], removed[i : i + 1], {"kind": "row", "keep": int(keep[i])})
+        for i in range(out)
+    ]
+    each: Array = np.asarray(alone, dtype=np.float64)
+    return Bound(_total(each), "dual", each)
+
+
+def block_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
+    """The bound of a block-diagonal matrix D with H - D semidefinite, for every set; all supports of a block are tried.
+
+    `columns` (g, b): the columns of each block, every column once; `blocks` (g, b, b), the blocks of D, symmetric;
+    `shift` (out, in). With y = D w - q, a row has, in addition to -s^T q,
+
+        e^T D e + 2 q^T e = w^T D w - 2 q^T w + v^T D v - 2 y^T v,
+
+    whose least value over the v with support S in a block is that of v = 0 less y_S^T D_SS^-1 y_S, the gain of S. The
+    gains of rows that are kept together are added up. Of the supports of a block with c choices the largest gain G_c
+    counts, and with any price l >= 0 a budget of k choices admits at most k l + sum_blocks max_c (G_c - l c).
+
+    Raises:
+        CheckError: shapes, blocks across the choices of the set, or matrices that are not proved to be semidefinite.
+    """
+    out, width = problem.weight.shape
+    columns, blocks = _whole(path, tensors, "columns", 2), _real(path, tensors, "blocks", 3)
+    shift = _real(path, tensors, "shift", 2)
+    if problem.is_stack:
+        raise CheckError(f"{path}: blocks are for the problems of one Hessian, not for a stack of rows")
+    if blocks.shape != (*columns.shape, columns.shape[1]) or shift.shape != (out, width):
+        raise CheckError(f"{path}: columns, blocks or shift do not fit a matrix of {out} x {width}")
+    if not np.array_equal(np.sort(columns, axis=None), np.arange(width)):
+        raise CheckError(f"{path}: columns does not name every column once")
+    if not np.array_equal(blocks, np.swapaxes(blocks, 1, 2)):
+        raise CheckError(f"{path}: blocks are not symmetric")
+    supports = supports_of_block(columns, problem.set, path)
+    blocks = proved_blocks(problem.hessian, columns, blocks)
+    height = {"block": problem.set.get("height", 1), "group": out}.get(problem.set["kind"], 1)
+    constant, pull, error = _linear_part(problem, columns, blocks, shift)
+    choices = supports.sum(axis=1) // _unit(problem.set)
+    exact = problem.set["kind"] == "N:M"  # all supports of a block keep what may be kept
+    counts = np.zeros_like(choices) if exact else choices
+    gains = np.zeros((len(columns), out // height, int(counts.max()) + 1))
+    for i, (group, matrix) in enumerate(zip(columns, blocks, strict=True)):
+        found = _gains(matrix, supports, pull[:, group], error[:, group], height)
+        for count in range(gains.shape[2]):
+            gains[i, :, count] = found[:, counts == count].max(axis=1)
+    if problem.set["kind"] == "row":
+        keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
+        gained = np.array([_most_gained(gains[:, row], int(keep[row])) for row in range(out)])
+        each = _down(constant - gained - 8 * _UNIT * (np.abs(constant) + gained))
+        return Bound(_total(each), "block", each)
+    most = math.fsum(gains.ravel()) if exact else _most_gained(gains.reshape(-1, gains.shape[2]), problem.set["keep"])
+    total = [math.fsum(constant), -_up(most)]
+    return Bound(float(_down(sum(total) - 8 * _UNIT * sum(map(abs, total)))), "block")
+
+
+def _unit(given: Mapping[str, Any]) -> int:
+    """The columns that are kept or removed as one."""
+    return int(given["width"]) if given["kind"] in ("block", "group") else 1
+
+
+def supports_of_block(columns: NDArray[np.int64], given: Mapping[str, Any], path: Path) -> NDArray[np.bool_]:
+    """(supports, b): what of a block may be kept; as much as possible of the groups of N:M."""
+    together = given["of"] if given["kind"] == "N:M" else _unit(given)
+    size = columns.shape[1]
+    aligned = columns.reshape(len(columns), -1, together) if size % together == 0 else None
+    if aligned is None or (aligned[..., :1] % together).any() or (np.diff(aligned, axis=2) != 1).any():
+        raise CheckError(f"{path}: a block does not consist of whole groups of {together} consecutive columns")
+    if given["kind"] == "N:M":
+        kept = list(itertools.combinations(range(together), given["keep"]))
+        options = np.zeros((len(kept), together), dtype=bool)
+        for option, chosen in zip(options, kept, strict=True):
+            option[list(chosen)] = True
+    else:
+        options = np.array([[False] * together, [True] * together])
+    parts = size // together
+    if len(options) ** parts > _MOST_SUPPORTS:
+        raise CheckError(f"{path}: a block has more than {_MOST_SUPPORTS} supports")
+    return np.array([np.concatenate(chosen) for chosen in itertools.product(options, repeat=parts)])
+
+
+def proved_blocks(hessian: Array, columns: NDArray[np.int64], blocks: Array) -> Array:
+    """Blocks D, a little lower where necessary, that are proved to be definite, and H - D to be semidefinite.
+
+    H - D is computed with an error of at most u times each entry of it in a block, which is semidefinite with the sums
+    of its rows on the diagonal.
+
+    Raises:
+        CheckError: none is found.
+    """
+    scale = np.diagonal(hessian)
+    places = columns[:, :, None], columns[:, None, :]
+    for shrink in _SHRINKS:
+        lowered: Array = blocks.copy()
+        np.einsum("gii->gi", lowered)[:] -= shrink * scale[columns]
+        if not all(
+            is_semidefinite(block, _FLOOR**2 * scale[group]) for block, group in zip(lowered, columns, strict=True)
+        ):
+            break
+        rest, doubt = hessian.copy(), np.zeros(len(hessian))
+        rest[places] -= lowered
+        doubt[columns] = 4 * _UNIT * np.abs(rest[places]).sum(axis=2)
+        if is_semidefinite(rest, doubt):
+            return lowered
+    raise CheckError("the Hessian less the blocks of the certificate is not proved to be positive semidefinite")
+
+
+def _linear_part(
+    problem: Problem, columns: NDArray[np.int64], blocks: Array, shift: Array
+) -> tuple[Array, Array, Array]:
+    """(a lower bound of -s^T q + w^T D w - 2 q^T w (rows,), y = D w - q (rows, in), a bound of its error)."""
+    width = problem.weight.shape[1]
+    whole = np.zeros((width, width))
+    whole[columns[:, :, None], columns[:, None, :]] = blocks
+    weight, sizes = problem.weight, np.abs(problem.weight)
+    slack = 2 * gamma(2 * width + 10)
+    scaled, scaled_sizes = weight @ whole, sizes @ np.abs(whole)
+    pull = shift @ problem.hessian - shift @ whole
+    pull_sizes = np.abs(shift) @ np.abs(problem.hessian) + np.abs(shift) @ np.abs(whole)
+    tiny = np.where((pull_sizes + scaled_sizes).any(axis=1, keepdims=True), _TINY, 0.0)
+    error = slack * pull_sizes + tiny
+    terms = np.stack([-(shift * pull).sum(axis=1), (weight * scaled).sum(axis=1), -2 * (pull * weight).sum(axis=1)])
+    reach = np.abs(pull) + error
+    sums = (np.abs(shift) * reach + sizes * scaled_sizes + 2 * sizes * reach).sum(axis=1)
+    doubt = (np.abs(shift) * error + 2 * sizes * error).sum(axis=1) + slack * sums
+    constant = _down(terms.sum(axis=0) - _up(doubt) - 8 * _UNIT * np.abs(terms).sum(axis=0))
+    return constant, scaled - pull, _up(error + slack * (scaled_sizes + np.abs(pull)))
+
+
+def _gains(block: Array, supports: NDArray[np.bool_], pull: Array, error: Array, height: int) -> Array:
+    """(groups, supports): an upper bound of sum_rows y_S^T D_SS^-1 y_S over `height` rows each, D definite.
+
+    With X close to D_SS^-1 and |I - D_SS X| <= r < 1 in the maximum norm, the eigenvalues of D^1/2 X D^1/2 are at least
+    1 - r, so that D_SS^-1 <= X / (1 - r), and X is definite. Its form is a norm, in which an error of y adds up.
+    """
+    size = len(block)
+    inside = supports[:, :, None] & supports[:, None, :]
+    single = np.eye(size) * ~supports[:, None, :]
+    matrices = np.where(inside, block, 0.0)
+    with np.errstate(all="ignore"):
+        try:
+            inverse = np.linalg.inv(matrices + single)
+        except np.linalg.LinAlgError:
+            return np.full((len(pull) // height, len(supports)), np.inf)
+        inverse = np.where(inside, (inverse + np.swapaxes(inverse, 1, 2)) / 2, 0.0)
+        rest = np.abs(np.where(inside, np.eye(size), 0.0) - matrices @ inverse)
+        rest += 2 * gamma(size + 4) * (np.abs(matrices) @ np.abs(inverse) + np.eye(size))
+        ratio = _up(rest.sum(axis=2).max(axis=1)) * (1 + 2 * gamma(size + 4))
+        norm = np.abs(inverse).sum(axis=2).max(axis=1) * (1 + 2 * gamma(size + 4))  # of X, at least
+        rows = pull.reshape(-1, height, size)
+        products = np.einsum("ghi,ghj->gij", rows, rows).reshape(len(rows), -1)
+        squares = np.einsum("gii->g", products.reshape(-1, size, size)) * (1 + 2 * gamma(height * size + 4))
+        away = error.reshape(len(rows), -1).max(axis=1) * math.sqrt(height * size) * (1 + 8 * _UNIT)
+        forms = products @ inverse.reshape(len(supports), -1).T
+        forms += 2 * gamma(height + size * size + 8) * squares[:, None] * norm
+        forms += _TINY * (1 + norm) * (rows != 0).any(axis=(1, 2))[:, None]  # what underflows
+        roots = _up(np.sqrt(np.maximum(forms, 0.0))) + _up(np.sqrt(norm) * away[:, None])
+        gains = _up(_up(_up(roots) ** 2) / np.where(ratio < 0.5, _down(1 - ratio), np.nan))
+    return np.where(np.isfinite(gains), gains, np.inf)
+
+
+def _most_gained(gains: Array, keep: int) -> float:
+    """An upper bound of the largest sum of one gain of each line, of c choices at the place c, with `keep` choices."""
+    if not np.isfinite(gains).all():
+        return math.inf
+    counts = np.arange(gains.shape[1])
+    low, high = 0.0, float(gains.max()) + _TINY
+    for _ in range(60):  # any price gives a bound: the best is where the choices fit
+        middle = (low + high) / 2
+        above = int((gains - middle * counts).argmax(axis=1).sum()) > keep
+        low, high = (middle, high) if above else (low, middle)
+    best = math.inf
+    for price in (0.0, low, high):
+        terms = (gains - price * counts).max(axis=1)
+        total = math.fsum(terms) + price * keep
+        doubt = 8 * _UNIT * (math.fsum(np.abs(terms)) + price * keep + len(gains) * price * counts[-1])
+        best = min(best, float(_up(total + doubt)))
+    return best
 
 
 def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
@@ -532,7 +705,7 @@ def bound(problem: Problem, path: Path) -> Bound:
     """The bound that a certificate proves."""
     tensors, metadata = read(path, "certificate")
     _check_names(path, metadata, problem)
-    kinds = {"dual": dual_bound, "tree": tree_bound}
+    kinds = {"dual": dual_bound, "tree": tree_bound, "block": block_bound}
     if metadata.get("kind") not in kinds:
         raise CheckError(f"{path}: its kind is '{metadata.get('kind')}', not one of {', '.join(kinds)}")
     proved = kinds[metadata["kind"]](problem, tensors, path)

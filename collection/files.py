@@ -62,7 +62,7 @@ def write_certificate(
     """The data of a bound, with the bound that they prove.
 
     Args:
-        kind: "dual" or "tree", whose tensors `checker.dual_bound` and `checker.tree_bound` describe.
+        kind: "dual", "tree" or "block", whose tensors `checker.dual_bound` and the like describe.
         metadata: solver, settings, seconds, date.
 
     Raises:

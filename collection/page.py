@@ -11,8 +11,11 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
+
+from benchmarks.journal import Journal, number
 from benchmarks.real_model import markdown_lines
-from collection import build, profiles, record
+from collection import build, checker, long_search, profiles, record
 
 PAGE = build.FOLDER.parent / "docs/reference/collection.md"
 TOLERANCE = 0.05
@@ -37,8 +40,8 @@ shares no code with the solvers. `collection/README.md` describes origin, protoc
 def page() -> str:
     """The whole page."""
     rows = record.records()
-    parts = [HEAD, _overview(rows), _profiles(), _stacks(rows), _layers(rows)]
-    return "\n".join(parts)
+    parts = [HEAD, _overview(rows), _by_set(rows), _long(), _profiles(), _stacks(rows), _layers(rows)]
+    return "\n".join(filter(None, parts))
 
 
 def _overview(rows: dict[str, record.Row]) -> str:
@@ -52,6 +55,70 @@ def _overview(rows: dict[str, record.Row]) -> str:
         figures = [_percent(statistics.median(gaps)), _percent(max(gaps))] if gaps else ["", ""]
         lines.append([subset, *map(str, (len(layers), len(names), *counts)), *figures])
     return f"## Coverage\n\n{markdown_lines(lines)}"
+
+
+def _by_set(rows: dict[str, record.Row]) -> str:
+    """The gaps of the layers of each set."""
+    gaps: dict[str, list[float]] = {}
+    for name, row in rows.items():
+        layer, _, given = name.partition("/")
+        if row["gap"] and build.manifest()[layer]["module"] != "rows":
+            gaps.setdefault(given, []).append(float(row["gap"]))
+    lines = [["set", "layers with a bound", "least gap", "median gap", "largest gap", "bound below half of the value"]]
+    lines.append(["---"] * len(lines[0]))
+    for given, found in sorted(gaps.items()):
+        figures = map(_percent, (min(found), statistics.median(found), max(found)))
+        lines.append([f"`{given}`", str(len(found)), *figures, str(sum(gap > 0.5 for gap in found))])
+    return f"""## Gaps of layers
+
+What is not proved may be the solver's or the bound's. A bound splits the Hessian H = D + (H - D), D diagonal or with
+blocks on the diagonal: D is treated exactly, and the rest as if no weight were removed.
+
+{markdown_lines(lines)}
+{_below_half(rows)}"""
+
+
+def _below_half(rows: dict[str, record.Row]) -> str:
+    """Of committed layers whose bound is below half of the value: what D takes of the Hessian."""
+    lines = [["problem", "bound / value", "part of the trace that D takes"], ["---"] * 3]
+    for name, row in rows.items():
+        layer = name.partition("/")[0]
+        if row["gap"] and float(row["gap"]) > 0.5 and build.manifest()[layer]["committed"]:
+            problem = build.load(name)
+            tensors, _ = checker.read(record.place_of(name, "certificate"), "certificate")
+            scale = np.diagonal(problem.hessian)
+            if "blocks" in tensors:
+                parts = np.einsum("gii->gi", tensors["blocks"]) / scale[tensors["columns"]]
+            else:
+                parts = tensors["diagonal"] / scale
+            lines.append([f"`{name}`", _percent(1 - float(row["gap"])), _percent(float(parts.mean()))])
+    if len(lines) == 2:
+        return ""
+    return f"""Where a bound is below half of the value, D takes little of the trace of H (with a unit diagonal): a few
+directions hold most of it, and H - D must stay semidefinite in all others.
+
+{markdown_lines(lines)}"""
+
+
+def _long() -> str:
+    """What more time finds."""
+    found = Journal(long_search.LOG, long_search.COLUMNS, long_search.KEY).records
+    lines = [["problem", "CPU seconds", "record before, relative", "after", "lowered by"], ["---"] * 5]
+    rows = record.records()
+    for run in found:
+        before, after, lowered = (number(run[what]) for what in ("before", "after", "lowered_by"))
+        if before is not None and after is not None and lowered is not None:
+            energy = float(rows[run["id"]]["energy"])
+            values = [f"{x / energy:.5f}" for x in (before, after)]
+            lines.append([f"`{run['id']}`", run["seconds"], *values, _percent(lowered)])
+    if len(lines) == 2:
+        return ""
+    return f"""## Records against a long search
+
+`python -m collection.long_search` gives a problem a fixed CPU time of restarts and random exchanges, begun without the
+record. A negative figure: it did not reach the record.
+
+{markdown_lines(lines)}"""
 
 
 def _profiles() -> str:

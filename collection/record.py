@@ -5,7 +5,7 @@
 The checker recomputes the value and the bound; only what is better than the record is kept. "-" in place of SOLUTION
 offers a certificate alone. In a stack of rows every row is compared on its own, and the better rows are put together.
 The files of committed problems are kept in `solutions/`; those of others in `built/solutions/`, with their SHA-256 in
-the table: `python -m collection.solve --problems ID --solvers SOLVER` makes them again.
+the table: the command under `settings` makes them again. Several commands may offer records at once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from admm_prune.errors import UserError
@@ -51,7 +53,16 @@ def write_records(rows: Mapping[str, Row], table: Path = TABLE) -> None:
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(rows.values(), key=lambda row: order.get(row["id"], len(order))))
-    table.write_text(buffer.getvalue(), encoding="utf-8")
+    temporary = table.with_name(f".{table.name}.tmp")
+    temporary.write_text(buffer.getvalue(), encoding="utf-8")
+    temporary.replace(table)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time: the others wait for the file."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 def place_of(problem: str, kind: str) -> Path:
@@ -73,17 +84,18 @@ def offer(
     """
     loaded = build.load(problem)
     checker.check(build.place_of(problem.partition("/")[0]), solution, certificate, problem)
-    rows = records()
-    row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
-    row["energy"] = f"{checker.energy(loaded):.10g}"
-    lines = []
-    if solution is not None:
-        lines.append(_offer_solution(loaded, row, solution, holder))
-    if certificate is not None:
-        lines.append(_offer_certificate(loaded, row, certificate, holder))
-    row["gap"], row["worst_row_gap"] = _gaps(loaded, row)
-    if row["value"] or row["bound"]:
-        write_records({**records(), problem: row})
+    with locked(TABLE):  # from the comparison with the record until both the files and the table are replaced
+        rows = records()
+        row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
+        row["energy"] = f"{checker.energy(loaded):.10g}"
+        lines = []
+        if solution is not None:
+            lines.append(_offer_solution(loaded, row, solution, holder))
+        if certificate is not None:
+            lines.append(_offer_certificate(loaded, row, certificate, holder))
+        row["gap"], row["worst_row_gap"] = _gaps(loaded, row)
+        if row["value"] or row["bound"]:
+            write_records({**rows, problem: row})
     return lines
 
 
@@ -134,8 +146,13 @@ def _fill(row: Row, what: str, notes: Mapping[str, str], holder: str, digest: st
 
 def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bool_]) -> dict[str, str]:
     """The notes of rows put together: those of the new file where all rows are its own."""
-    solvers = dict.fromkeys([*filter(None, row[f"{what}_solver"].split(" + ")), notes.get("solver", "")])
-    return dict(notes) if better.all() else {**notes, "solver": " + ".join(solvers)}
+    if better.all():
+        return dict(notes)
+    joined = dict(notes)
+    for name, between in (("solver", " + "), ("settings", " && ")):
+        parts = dict.fromkeys([*row[f"{what}_{name}"].split(between), notes.get(name, "")])
+        joined[name] = between.join(filter(None, parts))
+    return joined
 
 
 def _gaps(problem: Problem, row: Row) -> tuple[str, str]:

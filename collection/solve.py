@@ -1,11 +1,11 @@
 """Runs solvers over a subset of the collection, and offers every solution to the records.
 
-    python -m collection.solve [--subset small] [--problems PATTERN] [--solvers a,b] [--minutes 30]
+    python -m collection.solve [--subset small] [--problems PATTERN] [--solvers a,b] [--minutes 30] [--again]
 
-Each run is a row of `runs.csv`, from which the profiles are made: the same command continues where it stopped, and
-repeats nothing. All solvers are given H as it is stored, with its ridge, and none of their own. `cost` is in products
-H W^T of the layer's shape, by CPU time, measured beside the solve; it is empty for stacks, whose rows are solved one by
-one.
+Each run is a row of `runs.csv`, with the settings of the solver, from which the profiles are made: the same command
+continues where it stopped, and repeats nothing but with `--again`, by which a record is reproduced. All solvers are
+given H as it is stored, with its ridge, and none of their own. `cost` is in products H W^T of the layer's shape, by CPU
+time, measured beside the solve; it is empty for stacks, whose rows are solved one by one.
 """
 
 from __future__ import annotations
@@ -83,8 +83,13 @@ def solve(problem: Problem, name: str) -> tuple[Array, float, str]:
 
 
 def _layer(weight: Array, hessian: Array, constraint: SparseSet, dtype: torch.dtype) -> LayerReconstruction:
-    tensors = (torch.from_numpy(x.copy()).to(dtype) for x in (weight, hessian))
-    return LayerReconstruction(*tensors, constraint, ridge=0.0)
+    w, h = (torch.from_numpy(x.copy()).to(dtype) for x in (weight, hessian))
+    return LayerReconstruction(w, h, constraint, ridge=0.0)
+
+
+def command(problem: str, name: str) -> str:
+    """What finds a solution again: the settings of a record."""
+    return f"python -m collection.solve --problems {problem} --solvers {name} --again"
 
 
 def run(problem: Problem, name: str) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def run(problem: Problem, name: str) -> dict[str, Any]:
         weight, seconds, notes = solve(problem, name)
     except (*FAILURES, NotImplementedError) as error:
         return {**row, "status": "refused", "notes": " ".join(str(error).split())}
-    described = {"solver": name, "settings": repr(solver_named(name)), "seconds": f"{seconds:.3g}", "date": date}
+    described = {"solver": name, "settings": command(problem.id, name), "seconds": f"{seconds:.3g}", "date": date}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "solution.safetensors"
         reached = write_solution(path, problem, weight, described)
@@ -106,8 +111,8 @@ def run(problem: Problem, name: str) -> dict[str, Any]:
     row |= {"status": "solved", "value": f"{reached.upper:.10g}", "cpu_seconds": seconds, "notes": notes}
     row["relative_error"] = reached.upper / (checker.energy(problem) or 1.0)
     if not problem.is_stack:
-        matrices = (torch.from_numpy(x).float() for x in (problem.weight, problem.hessian))
-        product = Product(LayerFile(*matrices))
+        w, h = (torch.from_numpy(x).float() for x in (problem.weight, problem.hessian))
+        product = Product(LayerFile(w, h))
         row["cost"] = seconds / max(float(np.median([lap.cpu for lap in product.sample()])), 1e-9)
     return row
 
@@ -118,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--problems", default="*", help="a pattern of their ids, such as 'stories260k.*/row-50'")
     parser.add_argument("--solvers", help=f"default: {','.join(DEFAULT)}; stacks of rows also branch-and-bound")
     parser.add_argument("--minutes", type=float, default=30.0, help="no run is started after them")
+    parser.add_argument("--again", action="store_true", help="also what has a row in runs.csv, which stays as it is")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * given.minutes
@@ -129,13 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
             names.append("branch-and-bound")
         for name in names:
             key = {"id": problem.id, "solver": name, "settings": repr(solver_named(name))}
-            if journal.find(key):
+            known = bool(journal.find(key))
+            if known and not given.again:
                 continue
             if time.monotonic() > deadline:
                 missing += 1
                 continue
             row = run(problem, name)
-            journal.add(key, [row])
+            if not known:
+                with record.locked(RUNS):
+                    journal.add(key, [row])
             print(problem.id, name, row["status"], row["relative_error"], flush=True)
     print(f"{missing} runs are left" if missing else "all runs are done")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -71,6 +71,10 @@ def solve(
     pattern: Annotated[
         str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")
     ] = None,
+    bound: Annotated[
+        Literal["quick", "dual"],
+        typer.Option(help="Lower bound of the error: 'quick', or the stronger 'dual' in seconds to minutes."),
+    ] = "quick",
     out: Annotated[
         Path | None,
         typer.Option(help="Write the pruned weight and its claims as safetensors, for 'verify'; one file per target."),
@@ -92,7 +96,7 @@ def solve(
     problem, constraint = options.pop("problem"), options.pop("constraint")
     check_one_set(constraint, pattern)
     method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
-    path = solve_path(file, method, targets, out=out, **options)
+    path = solve_path(file, method, targets, bound=bound, out=out, **options)
     if json:
         several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}
         common.emit(path[0].as_json() if len(path) == 1 else several)

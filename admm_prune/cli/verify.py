@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from admm_prune.cli import common
+from admm_prune.errors import UserError
 
 
 @common.logs
@@ -19,6 +20,12 @@ def verify(
     data: Annotated[
         str | None, typer.Option(help="The evaluation text of a run; default: the path used by the run.")
     ] = None,
+    bound: Annotated[
+        Literal["quick", "dual"],
+        typer.Option(
+            help="Lower bound to compute for a solved layer; 'dual' is stronger, and takes seconds to minutes."
+        ),
+    ] = "quick",
     quick: Annotated[bool, typer.Option("--quick", help="Skip the perplexity of a run.")] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
@@ -33,11 +40,13 @@ def verify(
     if target.is_dir():
         from admm_prune.verify.run import verify_folder
 
+        if bound != "quick":
+            raise UserError(f"{target} is a folder: --bound is for a layer that 'admm-prune solve --out' wrote")
         report = verify_folder(target, data=data, quick=quick, device=device)
     else:
         from admm_prune.verify.layer import verify_layer
 
-        report = verify_layer(target, layer, seed=seed)
+        report = verify_layer(target, layer, seed=seed, bound=bound)
     for failure in report.failures:
         print(f"admm-prune: {failure}", file=sys.stderr)
     if json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
-from admm_prune.solvers.reference import Bound, lower_bound
+from admm_prune.solvers.reference import Bound, dual_bound, lower_bound
 
 _WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
+BoundChoice = Literal["quick", "dual"]  # `lower_bound`, or the better of it and `dual_bound`
 
 
 def capture_layer(
@@ -116,6 +117,8 @@ class SolvedLayer:
 
     Attributes:
         target: "0.7" or "2:4".
+        bound: proved for every point of the set, in units of the objective; None where none is proved.
+        gap: 1 - bound / objective: no point of the set is better than this one by a larger fraction.
         seconds, peak_mib: of the solve; the seconds with those of choosing the ridge. Targets that were solved as one
             share its seconds evenly, and have its peak.
         ridge_trials: what "auto" tried, the best one first.
@@ -128,6 +131,7 @@ class SolvedLayer:
     objective: float
     bound: float | None
     bound_kind: str | None
+    gap: float | None
     ridge: float
     damping: float
     ridge_trials: tuple[RidgeTrial, ...]
@@ -152,12 +156,13 @@ def solve_layer_file(
     target: Target,
     *,
     ridge: str | float | None = None,
+    bound: BoundChoice = "quick",
     out: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
 ) -> SolvedLayer:
     """Solves the layer problem in `path` to one target; as `solve_path` otherwise."""
-    return solve_path(path, method, [target], ridge=ridge, out=out, overwrite=overwrite, device=device)[0]
+    return solve_path(path, method, [target], ridge=ridge, bound=bound, out=out, overwrite=overwrite, device=device)[0]
 
 
 def solve_path(
@@ -166,6 +171,7 @@ def solve_path(
     targets: Sequence[Target],
     *,
     ridge: str | float | None = None,
+    bound: BoundChoice = "quick",
     out: Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -180,6 +186,8 @@ def solve_path(
     Args:
         targets: the pruning targets, without duplicates.
         ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
+        bound: "quick": one factorization; "dual": the larger one of this and `dual_bound`, which takes seconds to
+            minutes for each target. A bound that the solver itself proved is kept.
         out: where to write the pruned weight with its claims, as safetensors for `verify`; with several targets,
             OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
         overwrite: replace earlier files of ours there, which is refused otherwise.
@@ -204,7 +212,7 @@ def solve_path(
     try:
         _check_errors(moved, method, targets[0])
         solved = [_rounded(part, layer.gram.dtype) for part in _solve(posed, method, targets, parsed_ridge, place)]
-        reached = [_measured(moved, method, target, part) for target, part in zip(targets, solved, strict=True)]
+        reached = [_measured(moved, method, target, part, bound) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
     except (TypeError, ValueError) as error:  # a solver that does not take the set or the problem
@@ -318,7 +326,7 @@ def _rounded(solved: _Solved, dtype: torch.dtype) -> _Solved:
     return replace(solved, result=replace(solved.result, solution=solution))
 
 
-def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved) -> SolvedLayer:
+def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved, choice: BoundChoice) -> SolvedLayer:
     """The figures of a solution. In float64, the problem is the one that the file and the claims state: D, which in
     float32 is rounded before it is added to H, moves the objective by 1e-8, and the terms of a target from other inputs
     cancel."""
@@ -332,7 +340,7 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
         objective = problem.value(solution)
     holdout = layer.gram_holdout if layer.cross_gram is None else None
     proved = result.bound if solved.problem.gram.dtype is torch.float64 else None
-    bound, notes = _bound(problem, replace(result, objective=objective, bound=proved))
+    bound, notes = _bound(problem, replace(result, objective=objective, bound=proved), choice)
     return SolvedLayer(
         target=str(target),
         relative_error=problem.relative_error(solution),
@@ -343,6 +351,7 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
         objective=objective,
         bound=None if bound is None else bound.value,
         bound_kind=None if bound is None else bound.kind,
+        gap=None if bound is None else proved_gap(objective, bound.value),
         ridge=problem.ridge,
         damping=problem.damping,
         ridge_trials=solved.damping.trials,
@@ -364,21 +373,34 @@ def _measured(layer: LayerFile, method: Method, target: Target, solved: _Solved)
     )
 
 
-def _bound(problem: LayerReconstruction, result: Result) -> tuple[Bound | None, tuple[str, ...]]:
-    """The solver's bound, or else the best inexpensive one, with a note if it is too weak to certify anything."""
+def _bound(problem: LayerReconstruction, result: Result, choice: BoundChoice) -> tuple[Bound | None, tuple[str, ...]]:
+    """The solver's bound, or else the best one of the choice, with a note if it is too weak to certify anything."""
     if result.bound is not None:
         return Bound(min(result.bound, result.objective), "solver"), ()
     if len(problem.hessian) > _WIDEST_BOUND:
         return None, (f"no lower bound: the layer is wider than {_WIDEST_BOUND}",)
-    try:
-        bound = lower_bound(problem, result.objective)
-    except (TypeError, ValueError, LinAlgError) as error:
-        return None, (f"no lower bound: {error}",)
-    if bound is None:
-        return None, ("no lower bound: float64 does not prove the damped Gram definite: raise the ridge",)
-    if bound.vacuous:
-        return bound, (f"the lower bound is {bound.ratio:.1g} of the loss reached: it certifies nothing",)
-    return bound, ()
+    bounds: list[Bound] = []
+    refusals: list[str] = []
+    for one in (lower_bound, *((dual_bound,) if choice == "dual" else ())):
+        try:
+            proved = one(problem, result.objective)
+        except (TypeError, ValueError, LinAlgError) as error:
+            refusals.append(f"no lower bound: {error}")
+            continue
+        if proved is not None:
+            bounds.append(proved if isinstance(proved, Bound) else proved.bound)
+    if not bounds:
+        unproved = "no lower bound: float64 does not prove the damped Gram definite: raise the ridge"
+        return None, tuple(refusals) or (unproved,)
+    best = max(bounds, key=lambda bound: bound.value)
+    if best.vacuous:
+        return best, (f"the lower bound is {best.ratio:.1g} of the loss reached: it certifies nothing",)
+    return best, ()
+
+
+def proved_gap(objective: float, bound: float) -> float:
+    """1 - bound / objective, between 0 and 1; 0 where the objective is 0."""
+    return min(1.0, max(0.0, 1 - bound / objective)) if objective > 0 else 0.0
 
 
 def _claims(

@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,24 +19,31 @@ from admm_prune.methods.local import LOCAL_METHODS, REFERENCES, method_named, wi
 from admm_prune.methods.parts import LAYER, SETS, LayerProblem, declared
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
+from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, layer_sha256, tensor_sha256
-from admm_prune.solvers.reference import lower_bound
+from admm_prune.runs.layer import proved_gap
+from admm_prune.solvers.reference import Bound, dual_bound, lower_bound
+from admm_prune.solvers.reference.dual import KIND
 from admm_prune.verify.certificates import certify
 from admm_prune.verify.recomputation import Array, Budget, Definition, cheap_bounds, define, least_loss, relative_error
 from admm_prune.verify.report import TOLERANCE, Verification, same_fraction, shown
 
 _DOUBTFUL = 1e-3  # relative: a recomputed bound with a larger rounding error is inconclusive
+_ITERATED = 1e-4  # relative: what the iterations of `dual_bound` may end in elsewhere
 _DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
 
 
-def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -> Verification:
+def verify_layer(
+    path: Path, layer_path: Path | None = None, *, seed: int = 0, bound: Literal["quick", "dual"] = "quick"
+) -> Verification:
     """Verifies the output of 'admm-prune solve --out' against the layer problem.
 
     Args:
         path: the solved layer.
         layer_path: the layer problem; by default its recorded path, or beside `path`.
         seed: draws the rows that are examined for swaps.
+        bound: "dual" computes `dual_bound` too, as is always done where the claimed bound is one.
 
     Raises:
         UserError: a file is missing, cannot be read, or is of another kind.
@@ -50,7 +58,8 @@ def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -
     # The weight is checked to lie in the set of its target, and so it does in that of a target that prunes as many
     # weights, or fewer.
     report.by_fingerprint("method", "status", "target", "layer", "bound", "bound_kind", "ridge", "damping")
-    _verify_claims(report, claims, layer, weight, seed)
+    dual = bound == "dual" or claims.bound_kind == KIND
+    _verify_claims(report, claims, layer, weight, seed, dual)
     whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
     report.expect(
         "claims fingerprint",
@@ -60,7 +69,9 @@ def verify_layer(path: Path, layer_path: Path | None = None, *, seed: int = 0) -
     return report
 
 
-def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, seed: int) -> None:
+def _verify_claims(
+    report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, seed: int, dual: bool
+) -> None:
     """Everything but the claims' own fingerprint."""
     aim = claims.aim
     ours, theirs = layer_sha256(layer), claims.layer_sha256
@@ -96,9 +107,10 @@ def _verify_claims(report: Verification, claims: Claims, layer: LayerFile, weigh
         excess = budget.describe_excess(v)
         feasible = report.expect("sparse set", excess is None, f"the weight is not in the sparse set: {excess}")
     if claims.problem == LAYER:
-        _recompute(report, claims, layer, v, budget, feasible, seed)
+        proved = _dual_bound(report, claims, layer, constraint) if dual else None
+        _recompute(report, claims, layer, v, budget, feasible, seed, proved)
     else:
-        _recompute_named(report, claims, layer, weight, constraint)
+        _recompute_named(report, claims, layer, weight, constraint, dual)
 
 
 def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
@@ -156,8 +168,49 @@ def _in_named_set(report: Verification, constraint: SparseSet | None, weight: Te
     )
 
 
+def _posed(claims: Claims, layer: LayerFile, constraint: SparseSet) -> LayerReconstruction:
+    """The claimed problem in float64, of the numbers in the file.
+
+    Raises:
+        UserError: the objective is not available.
+    """
+    cross = layer.cross_gram
+    return LayerProblem.of(claims.problem).build(
+        layer.weight.to(layer.gram.dtype).double(),
+        layer.gram.double(),
+        constraint,
+        ridge=claims.ridge,
+        damping=claims.damping,
+        cross_gram=None if cross is None else cross.to(layer.gram.dtype).double(),
+        target_energy=layer.target_energy,
+    )
+
+
+def _dual_bound(report: Verification, claims: Claims, layer: LayerFile, constraint: SparseSet | None) -> float | None:
+    """The bound of `dual_bound` on the claimed problem; None, with a note, where none is proved."""
+    if constraint is None:
+        report.certificates.append("no dual bound: it is not computed without the sparse set")
+        return None
+    try:
+        certificate = dual_bound(_posed(claims, layer, constraint))
+    except (TypeError, ValueError, LinAlgError) as error:
+        report.certificates.append(f"no dual bound: {error}")
+        return None
+    if certificate is None:
+        report.certificates.append("no dual bound: the Hessian is not proved positive definite in float64")
+        return None
+    return certificate.bound.value
+
+
 def _recompute(
-    report: Verification, claims: Claims, layer: LayerFile, v: Array, budget: Budget | None, feasible: bool, seed: int
+    report: Verification,
+    claims: Claims,
+    layer: LayerFile,
+    v: Array,
+    budget: Budget | None,
+    feasible: bool,
+    seed: int,
+    dual: float | None,
 ) -> None:
     """Errors, objective, bound and certificates of the problem of this package."""
     problem = define(layer, claims.ridge, claims.damping)
@@ -167,7 +220,7 @@ def _recompute(
     report.numbers["objective"] = value
     if budget is None:
         report.certificates.append("no certificates: the sparse set is known to its own code only")
-        _check_bound(report, claims, problem, None, value, value, slack)
+        _check_bound(report, claims, problem, None, value, value, slack, dual)
         return
     try:
         certificates = certify(problem, budget, v, seed)
@@ -178,7 +231,7 @@ def _recompute(
         report.numbers |= asdict(certificates)
         report.certificates += certificates.in_words()
         reachable = certificates.reachable if feasible else value
-    _check_bound(report, claims, problem, budget, value, reachable, slack)
+    _check_bound(report, claims, problem, budget, value, reachable, slack, dual)
 
 
 def _compare_errors(report: Verification, claims: Claims, problem: Definition, layer: LayerFile, v: Array) -> None:
@@ -194,14 +247,19 @@ def _compare_errors(report: Verification, claims: Claims, problem: Definition, l
 
 
 def _recompute_named(
-    report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, constraint: SparseSet | None
+    report: Verification,
+    claims: Claims,
+    layer: LayerFile,
+    weight: Tensor,
+    constraint: SparseSet | None,
+    dual: bool,
 ) -> None:
     """Errors, and the objective of a plug-in by the plug-in's own code in float64; a cheap bound by this package's."""
     _compare_errors(report, claims, define(layer, claims.ridge, claims.damping), layer, weight.double().numpy())
     name = claims.problem
     report.expect("bound kind", (claims.bound is None) == (claims.bound_kind is None), "a bound has a kind")
     try:
-        kind = LayerProblem.of(name)
+        LayerProblem.of(name)
     except UserError as error:
         report.open(f"objective: the problem is not available ({error})")
         if claims.bound is not None:
@@ -210,18 +268,8 @@ def _recompute_named(
     if constraint is None:
         report.open(f"objective: '{name}' is not built without its sparse set")
         return
-    gram = layer.gram.double()
-    cross = layer.cross_gram
     try:
-        problem = kind.build(
-            layer.weight.to(layer.gram.dtype).double(),
-            gram,
-            constraint,
-            ridge=claims.ridge,
-            damping=claims.damping,
-            cross_gram=None if cross is None else cross.to(layer.gram.dtype).double(),
-            target_energy=layer.target_energy,
-        )
+        problem = _posed(claims, layer, constraint)
         value = float(problem.value(Point(weight=weight.double())))
     except Exception as error:  # a plug-in may raise anything
         report.open(f"objective: the problem '{name}' cannot be evaluated ({type(error).__name__}: {error})")
@@ -230,12 +278,16 @@ def _recompute_named(
     rounding = definition.solver_rounding(weight.double().numpy())
     report.compare("objective", claims.objective, value, rounding)
     report.numbers["objective"] = value
+    proved = _dual_bound(report, claims, layer, constraint) if dual else None
+    if proved is not None:
+        report.numbers |= {"bound_recomputed": proved, "bound_recomputed_kind": KIND, "gap": proved_gap(value, proved)}
     if claims.bound is None:
         return
     if not _is_below_value(report, claims.bound, value, rounding):
         return
     try:
-        bound = lower_bound(problem)
+        repeated = None if proved is None else Bound(proved, KIND)
+        bound = repeated if claims.bound_kind == KIND else lower_bound(problem)
     except (TypeError, ValueError, LinAlgError) as error:
         report.open(f"bound: it cannot be recomputed ({error})")
         return
@@ -279,11 +331,13 @@ def _check_bound(
     value: float,
     reachable: float,
     slack: float,
+    dual: float | None,
 ) -> None:
     """Checks that a claimed bound is below every value known to be attained, and not above a recomputed one.
 
-    An inexpensive argument is repeated. Any other bound is compared with the exact optimum if every support can be
-    tried, or with an inexpensive bound above it; otherwise its proof is unchecked.
+    An inexpensive argument is repeated, and that of `dual_bound`, whose value is `dual`. Any other bound is compared
+    with the exact optimum if every support can be tried, or with an inexpensive bound above it; otherwise its proof is
+    unchecked.
     """
     claimed, kind = claims.bound, claims.bound_kind
     report.numbers |= {"bound": claimed, "bound_kind": kind}
@@ -292,8 +346,11 @@ def _check_bound(
     if budget is not None:
         with suppress(np.linalg.LinAlgError):
             bounds, doubt = cheap_bounds(problem, budget)
+    if dual is not None:
+        bounds[KIND] = dual
     best = max(bounds, key=lambda name: bounds[name], default=None)
     report.numbers |= {"bound_recomputed": bounds.get(best or ""), "bound_recomputed_kind": best}
+    report.numbers["gap"] = None if best is None else proved_gap(value, bounds[best])
     if not report.expect(
         "bound kind",
         (claimed is None) == (kind is None),
@@ -318,7 +375,7 @@ def _check_bound(
         return
     if kind in bounds and not report.expect(
         "bound reproduced",
-        below(bounds[kind] - floor, doubt),
+        below(bounds[kind] - floor, max(doubt, _ITERATED) if kind == KIND else doubt),
         f"claimed bound {shown(claimed)} by '{kind}', recomputed {shown(bounds[kind])}",
     ):
         return

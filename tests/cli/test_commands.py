@@ -213,6 +213,32 @@ def test_solve_writes_the_weight_whose_error_it_reports(
     assert "2:4" in table
 
 
+def test_solve_and_verify_prove_a_dual_bound(command: Command, layer_file: Path) -> None:
+    options = ("solve", layer_file, "--sparsity", 0.5, "--json")
+    quick = command(*options).json()
+    solved = command(*options, "--bound", "dual", "--out", "v.safetensors").json()
+    assert solved["bound_kind"] == "perspective dual"
+    assert quick["bound"] < solved["bound"] <= solved["objective"]
+    assert solved["gap"] == pytest.approx(1 - solved["bound"] / solved["objective"])
+    checked = command("verify", "v.safetensors", "--json").json()  # it repeats the argument of the claim
+    assert checked["verified"]
+    assert checked["bound_recomputed"] == pytest.approx(solved["bound"], rel=1e-9)
+    assert checked["gap"] == pytest.approx(solved["gap"], rel=1e-6)
+    assert command(*options, "--bound", "exact").status == 2
+
+
+def test_verify_proves_a_dual_bound_of_a_layer_but_not_of_a_folder(
+    command: Command, place: Path, layer_file: Path
+) -> None:
+    quick = command("solve", layer_file, "--sparsity", 0.5, "--out", "v.safetensors", "--json").json()
+    checked = command("verify", "v.safetensors", "--bound", "dual", "--json").json()
+    assert checked["bound"] == quick["bound"] < checked["bound_recomputed"]
+    assert checked["bound_recomputed_kind"] == "perspective dual"
+    folder = place / "folder"
+    folder.mkdir()
+    assert "--bound is for a layer" in command("verify", "folder", "--bound", "dual").err
+
+
 def test_solve_goes_along_a_path(command: Command, place: Path, layer_file: Path) -> None:
     options = ("solve", layer_file, "--solver", "admm")
     path = command(*options, "--sparsity", "0.75,0.5", "--out", "v.safetensors", "--json").json()["path"]

@@ -120,6 +120,58 @@ def dual_row(
     return -sum((a * b for a, b in zip(q, s, strict=True)), Fraction(0)), kept, removed
 
 
+def block_bound(
+    weight: Array, hessian: Array, given: Mapping[str, Any], columns: np.ndarray, blocks: Array, shift: Array
+) -> Fraction | None:
+    """The bound of a block certificate, over every support of the set; None if D or H - D is indefinite."""
+    out, width = weight.shape
+    h = rational(hessian)
+    d = [[Fraction(0)] * width for _ in range(width)]
+    for group, block in zip(columns.tolist(), rational(blocks), strict=True):
+        for i, row in zip(group, block, strict=True):
+            for j, x in zip(group, row, strict=True):
+                d[i][j] = x
+    less = [[x - y for x, y in zip(a, b, strict=True)] for a, b in zip(h, d, strict=True)]
+    if not is_semidefinite(less) or not is_semidefinite(d):
+        return None
+    best: Fraction | None = None
+    supports = list(product((False, True), repeat=width))
+    costs = []
+    for w, s in zip(rational(weight), rational(shift), strict=True):
+        q = [sum((a * b for a, b in zip(row, s, strict=True)), Fraction(0)) for row in less]
+        # e^T D e + 2 q^T e is the loss of D to the target w - D^-1 q, but for a constant: by least squares on v - w
+        row_costs = []
+        for kept in supports:
+            e = _least(d, q, w, kept)
+            if e is None:
+                return None
+            linear = sum((a * b for a, b in zip(q, e, strict=True)), Fraction(0))
+            row_costs.append(form(d, e, e) + 2 * linear - form(less, s, s))
+        costs.append(row_costs)
+    for chosen in product(range(len(supports)), repeat=out):
+        total = sum((costs[i][c] for i, c in enumerate(chosen)), Fraction(0))
+        if (best is None or total < best) and admissible(np.array([supports[c] for c in chosen]), given):
+            best = total
+    return best
+
+
+def _least(d: Sequence[Rational], q: Rational, w: Rational, kept: Sequence[bool]) -> Rational | None:
+    """argmin e^T D e + 2 q^T e over the e with e_j = -w_j where j is not kept; None where D is singular there."""
+    inside = [j for j, keep in enumerate(kept) if keep]
+    e = [Fraction(0) if keep else -x for x, keep in zip(w, kept, strict=True)]
+    rows = [[d[i][j] for j in inside] + [-q[i] - sum(d[i][j] * e[j] for j in range(len(w)))] for i in inside]
+    for k in range(len(inside)):
+        if rows[k][k] == 0:
+            return None
+        rows[k] = [x / rows[k][k] for x in rows[k]]
+        for r in range(len(inside)):
+            if r != k:
+                rows[r] = [a - rows[r][k] * b for a, b in zip(rows[r], rows[k], strict=True)]
+    for k, j in enumerate(inside):
+        e[j] = rows[k][-1]
+    return e
+
+
 def tree_row(
     h: Sequence[Rational], w: Rational, leaves: Sequence[tuple[Sequence[int], Rational, Rational]], keep: int
 ) -> Fraction | None:

@@ -100,6 +100,28 @@ def dual(problem: Problem, draw: np.random.Generator) -> dict[str, NDArray[Any]]
     }
 
 
+def block(problem: Problem, draw: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """A block certificate: a part of the blocks of H on the diagonal, and a shift towards a good sparse point."""
+    width = problem.weight.shape[1]
+    group = problem.set.get("of", problem.set.get("width", 1))
+    size = int(draw.choice([size for size in (1, 2, 4) if size % group == 0 and width % size == 0]))
+    groups = draw.permutation(np.arange(width).reshape(-1, group))
+    columns = groups.reshape(-1, size)
+    hessian = problem.hessian
+    within = np.zeros_like(hessian)
+    within[columns[:, :, None], columns[:, None, :]] = hessian[columns[:, :, None], columns[:, None, :]]
+    try:
+        root = np.linalg.cholesky(within)
+        scaled = np.linalg.solve(root, np.linalg.solve(root, hessian).T)
+        least = float(np.linalg.eigvalsh((scaled + scaled.T) / 2)[0])
+    except np.linalg.LinAlgError:
+        least = 0.0
+    part = draw.choice((1.0, 1 - 1e-7, 0.9)) * max(0.0, least)
+    blocks = (part * within)[columns[:, :, None], columns[:, None, :]]
+    shift = (solution(problem) - problem.weight) * draw.choice((0.0, 0.3, 0.7, 1.0))
+    return {"columns": columns.astype(np.int32), "blocks": blocks, "shift": shift.astype(np.float64)}
+
+
 def tree(problem: Problem, draw: np.random.Generator, depth: int = 3) -> dict[str, NDArray[Any]]:
     """A tree certificate: splits on random entries down to a depth, and least squares where a leaf decides all."""
     out, width = problem.weight.shape

@@ -21,6 +21,7 @@ from tests.collection.producers import SETS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(SETS)
+CASES = [*((name, kind) for name in NAMES for kind in ("dual", "block")), ("row", "tree"), ("rows", "tree")]
 SHARED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -33,11 +34,12 @@ def made(seed: int, name: str, stack: bool = False) -> Problem:
 def proves(problem: Problem, seed: int, kind: str) -> float | None:
     """The bound of a certificate drawn by the seed; None where it proves nothing."""
     draw = np.random.default_rng(seed)
-    tensors = producers.dual(problem, draw) if kind == "dual" else producers.tree(problem, draw)
+    tensors: dict[str, Any] = getattr(producers, kind)(problem, draw)
     try:
-        return (checker.dual_bound if kind == "dual" else checker.tree_bound)(problem, tensors).value
+        bound: float = getattr(checker, f"{kind}_bound")(problem, tensors).value
     except CheckError:
         return None  # a singular Hessian
+    return bound
 
 
 @pytest.mark.parametrize("stack", [False, True])
@@ -62,7 +64,7 @@ def test_membership_is_by_exact_counts(name: str) -> None:
 
 def assert_bound_holds(seed: int, name: str, kind: str) -> float:
     """bound / optimum of a certificate that proves something; 0 of one that does not."""
-    stack = name.startswith("row") and seed % 3 == 0
+    stack = name.startswith("row") and seed % 3 == 0 and kind != "block"
     problem = made(seed, name, stack)
     bound = proves(problem, seed, kind)
     if bound is None or bound == -np.inf:
@@ -72,14 +74,14 @@ def assert_bound_holds(seed: int, name: str, kind: str) -> float:
     return bound / float(best) if best > 0 else 1.0
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "dual") for name in NAMES), ("row", "tree"), ("rows", "tree")])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_no_bound_is_above_brute_force(name: str, kind: str) -> None:
     ratios = [assert_bound_holds(seed, name, kind) for seed in range(12)]
     assert max(ratios) > 0.05, "no certificate proves anything"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [*((name, "dual") for name in NAMES), ("row", "tree"), ("rows", "tree")])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_no_bound_is_above_brute_force_in_10_000_cases(name: str, kind: str) -> None:
     for seed in range(12, 1262):
         assert_bound_holds(seed, name, kind)
@@ -108,6 +110,73 @@ def test_the_bound_is_what_the_certificate_gives_exactly(kind: str, seed: int) -
         size = float(exact.value(problem.weight, problem.hessian, 0 * problem.weight))
         assert float(total) - 1e-9 * size <= proved.value
         assert Fraction(proved.value) <= total
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(SHARED, max_examples=10)
+@given(seed=st.integers(0, 10**6))
+def test_the_bound_of_blocks_is_what_they_give_exactly(name: str, seed: int) -> None:
+    """But for the price of the budgets, which loses what one block can; N:M has none."""
+    problem = made(seed, name)
+    tensors = producers.block(problem, np.random.default_rng(seed))
+    tensors["blocks"] = tensors["blocks"] * 0.5
+    arguments = problem.weight, problem.hessian, problem.set
+    total = exact.block_bound(*arguments, tensors["columns"], tensors["blocks"], tensors["shift"])
+    try:
+        proved = checker.block_bound(problem, tensors).value
+    except CheckError:
+        proved = -np.inf
+    if total is None:
+        return
+    well_inside = np.linalg.eigvalsh(problem.hessian)[0] > 1e-6 * np.diagonal(problem.hessian).max()
+    assert proved == -np.inf or Fraction(proved) <= total <= exact.optimum(*arguments)
+    if well_inside:
+        size = float(exact.value(problem.weight, problem.hessian, 0 * problem.weight))
+        gap = float(total) - proved
+        assert gap <= 1e-7 * size if name == "2of4" else gap < np.inf
+
+
+def blocks_of(seed: int) -> tuple[Problem, dict[str, Any]]:
+    """A 2of4 problem and blocks of two columns each that prove a bound."""
+    problem = made(seed, "2of4")
+    hessian = np.eye(4) + 0.2
+    problem = Problem(problem.id, problem.set, problem.weight, hessian, "")
+    columns = np.array([[2, 3], [0, 1]], dtype=np.int32)
+    blocks = np.stack([hessian[np.ix_(group, group)] for group in columns]) * 0.7
+    return problem, {"columns": columns, "blocks": blocks, "shift": np.zeros((2, 4))}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("columns", lambda x: x[:, ::-1].copy(), "whole groups of 2 consecutive"),
+        ("columns", lambda x: np.array([[1, 2], [3, 0]]), "whole groups of 2 consecutive"),
+        ("columns", lambda x: np.array([[0, 1], [0, 1]]), "every column once"),
+        ("columns", lambda x: x.reshape(4, 1), "do not fit"),
+        ("columns", lambda x: x.astype(float), "dtype"),
+        ("blocks", lambda x: x * 1.5, "not proved to be positive semidefinite"),
+        ("blocks", lambda x: x - np.eye(2), "not proved to be positive semidefinite"),
+        ("blocks", lambda x: x + np.array([[0, 1e-9], [0, 0]]), "not symmetric"),
+        ("blocks", lambda x: np.full_like(x, np.nan), "NaN"),
+        ("shift", lambda x: x[:1], "do not fit"),
+        ("shift", lambda x: x + np.inf, "NaN, infinity"),
+    ],
+)
+def test_blocks_that_prove_nothing_are_refused(name: str, change: Any, told: str) -> None:
+    problem, tensors = blocks_of(0)
+    assert checker.block_bound(problem, tensors).value > 0
+    with pytest.raises(CheckError, match=told):
+        checker.block_bound(problem, {**tensors, name: change(tensors[name])})
+
+
+def test_blocks_too_many_supports_and_stacks_are_refused() -> None:
+    weight = np.ones((1, 16))
+    problem = Problem("x/unstructured", {"kind": "unstructured", "keep": 8}, weight, np.eye(16), "")
+    data = {"columns": np.arange(16)[None], "blocks": np.eye(16)[None] * 0.5, "shift": weight * 0}
+    with pytest.raises(CheckError, match="more than 4096 supports"):
+        checker.block_bound(problem, data)
+    with pytest.raises(CheckError, match="not for a stack"):
+        checker.block_bound(made(0, "row", stack=True), data)
 
 
 def exact_bound(problem: Problem, kind: str, tensors: dict[str, Any]) -> Fraction | None:

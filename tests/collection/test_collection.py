@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 
 from admm_prune.errors import UserError
 from admm_prune.point import Point
-from collection import bounds, build, checker, page, profiles, record, solve
+from collection import bounds, build, checker, long_search, page, profiles, record, solve
 from collection.capture import Layer, damped, row_problems
 from collection.checker import Problem
 from collection.files import write_certificate, write_problem, write_solution
@@ -202,6 +206,114 @@ def test_bounds_are_offered_and_not_proved_twice(small: Path, capsys: pytest.Cap
         assert 0.3 * float(best) < float(row["bound"]) <= float(best) * (1 + 1e-9)
     bounds.main(arguments)
     assert capsys.readouterr().out == "all proofs are done\n"
+    before = record.records()["tiny/row"]
+    bounds.main([*arguments, "--kind", "dual"])  # left out: what is weaker
+    assert capsys.readouterr().out == "all proofs are done\n"
+    bounds.main([*arguments, "--kind", "dual", "--again"])
+    assert "tiny/row: the bound" in capsys.readouterr().out
+    assert float(record.records()["tiny/row"]["bound"]) >= float(before["bound"])
+
+
+def test_the_settings_of_a_record_are_the_command_that_finds_it_again(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solve.main(["--problems", "tiny/row", "--solvers", "admm"])
+    bounds.main(["--problems", "tiny/row", "--rounds", "2", "--iterations", "20"])
+    before = record.records()["tiny/row"]
+    runs = (small / "runs.csv").read_bytes()
+    (small / "records.csv").unlink()
+    for command in (before["value_settings"], before["bound_settings"]):
+        words = command.split()
+        assert words[:2] == ["python", "-m"]
+        {"collection.solve": solve, "collection.bounds": bounds}[words[2]].main(words[3:])
+    after = record.records()["tiny/row"]
+    same = {name for name in record.COLUMNS if not name.endswith("_seconds")}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert (small / "runs.csv").read_bytes() == runs
+
+
+def test_two_commands_at_once_lose_no_record(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has read the table before the other writes it, unless one waits."""
+    files = {}
+    for name in ("tiny/row", "tiny.rows/row"):
+        problem = build.load(name)
+        files[name] = small / f"{problem.id.replace('/', '.')}.solution"
+        write_solution(files[name], problem, producers.solution(problem), {"solver": name})
+    write = record.write_records
+
+    def slowly(rows: Mapping[str, record.Row]) -> None:
+        time.sleep(0.3)
+        write(rows, small / "records.csv")
+
+    monkeypatch.setattr(record, "write_records", slowly)
+    threads = [threading.Thread(target=record.offer, args=given) for given in files.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(record.records()) == set(files)
+    assert not list(small.glob("*.tmp"))
+
+
+def test_the_manifest_is_written_for_the_layers_that_are_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.manifest()
+
+    def layers(source: build.Source) -> Iterator[tuple[str, dict[str, Any], Any, Any]]:
+        for name in ("tiny", "tiny.new", "tiny.other"):
+            entry = {"model": "tiny", "module": "q_proj", "block": 0, "tokens": 9, "ridge": "0"}
+            shape = {"shape": [2, 4], "sets": {"row": SETS["row"]}}
+            yield name, {**entry, **shape}, np.ones((2, 4), np.float32), np.eye(4, dtype=np.float32)
+
+    monkeypatch.setattr(build, "sources", lambda _: [build.Source("tiny", "", "", 9, (0, 0, 0), ())])
+    monkeypatch.setattr(build, "layers_of", layers)
+    given = argparse.Namespace(layers="*.new", subset=None, write_manifest=True, out=small / "built")
+    assert build.build(given) == (1, [])
+    after = build.manifest()
+    assert set(after) == {*before, "tiny.new"}
+    assert {name: after[name] for name in before} == before
+    given = argparse.Namespace(layers="*", subset="large", write_manifest=True, out=small / "built")
+    build.build(given)
+    assert build.manifest() == after, "attention is in the subset 'standard'"
+
+
+def test_a_long_search_reaches_the_optimum_and_says_by_how_much(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(long_search, "LOG", small / "long_search.csv")
+    problem = build.load("tiny/row")
+    offered(small, problem, problem.weight * (producers.solution(problem) != 0), "first")
+    before = float(record.records()[problem.id]["value"])
+    long_search.main(["--problems", "tiny*", "--seconds", "0.5"])
+    row = record.records()[problem.id]
+    best = float(exact.optimum(problem.weight, problem.hessian, problem.set))
+    assert float(row["value"]) == pytest.approx(best, rel=1e-5)
+    assert row["value_solver"] == "long_search"
+    (line,) = capsys.readouterr().out.splitlines()  # stacks of rows are left out
+    assert f"before={before}" in line
+    (logged,) = (small / "long_search.csv").read_text().splitlines()[1:]
+    assert float(logged.split(",")[6]) == pytest.approx(1 - best / before, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("2of4", 1), ("row", 2), ("unstructured", 4), ("group", 2), ("block", 1)])
+def test_a_long_search_stays_in_the_set(name: str, keep: int) -> None:
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((9, 4))
+    problem = Problem(f"x/{name}", SETS[name], draw.standard_normal((2, 4)), x.T @ x + 0.1 * np.eye(4), "")
+    assert problem.set["keep"] == keep
+    found = long_search.search(problem, 0.3, 1)
+    weight = found.weight.numpy()
+    assert checker.is_member(weight, problem.set)
+    assert found.value == pytest.approx(checker.value(problem, weight).upper, rel=1e-9)
+    best = float(exact.optimum(problem.weight, problem.hessian, problem.set))
+    assert best * (1 - 1e-9) <= found.value <= best * 1.2
+
+
+def test_exchanges_keep_the_counts_of_groups() -> None:
+    draw = np.random.default_rng(0)
+    weight = torch.from_numpy(draw.standard_normal((50, 8))) * torch.tensor([1.0, 0, 0, 1] * 2)
+    moved = long_search.exchanged(weight, 4, draw)
+    assert bool(((moved != 0).view(50, 2, 4).sum(2) == 2).all())
+    assert bool(((moved != 0) != (weight != 0)).any(1).float().mean() > 0.8)
 
 
 def test_profiles_by_hand(tmp_path: Path) -> None:

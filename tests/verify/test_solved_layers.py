@@ -174,6 +174,27 @@ def test_each_lie_has_its_own_message(layer: Path) -> None:
     assert len(set(heads)) >= 7
 
 
+def test_a_dual_bound_is_recomputed_and_a_raised_one_told(layer: Path) -> None:
+    """Also for groups of columns, which no other bound knows."""
+    for method in (method_named("admm"), with_parts(method_named("admm"), None, "groups")):
+        path = layer.with_name("v.safetensors")
+        solve_layer_file(layer, method, HALF, bound="dual", out=path, overwrite=True, device="cpu")
+        report = verify_layer(path)
+        assert report.failures == []
+        assert report.unchecked == []
+        assert "bound reproduced" in report.checked
+        assert report.numbers["bound_recomputed_kind"] == "perspective dual"
+        falsify(path, claim("bound", lambda x: x * 1.001))
+        assert any("by 'perspective dual', recomputed" in failure for failure in verify_layer(path).failures)
+
+
+def test_a_bound_that_is_not_proved_is_none(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("admm_prune.runs.layer._WIDEST_BOUND", 23)
+    result = solve_layer_file(layer, method_named("magnitude"), HALF, bound="dual", device="cpu")
+    assert result.bound is result.gap is None
+    assert any("no lower bound: the layer is wider" in note for note in result.notes)
+
+
 def test_a_bound_that_a_better_point_refutes_is_told_whatever_its_argument(layer: Path) -> None:
     """Magnitude is far from the optimum: a bound just below its value is refuted by a refit and swaps."""
     path = solved(layer, "magnitude")
