@@ -36,6 +36,7 @@ def test_the_counts_are_what_was_asked_for() -> None:
     [
         traffic.training_steps,
         pytest.param(traffic.admm_steps, marks=pytest.mark.slow),
+        pytest.param(traffic.eliminations, marks=pytest.mark.slow),
         pytest.param(traffic.selections, marks=pytest.mark.slow),
     ],
 )

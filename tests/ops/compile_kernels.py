@@ -73,9 +73,10 @@ def launch_all() -> None:
         (columns > 0, 128, (1, 1)),
         (None, 128, (2, 4)),
         (None, 100, (4, 8)),
-        (None, 256, (2, 4)),
+        (None, 256, (3, 12)),
     ):
         sweep.eliminate_(columns, factor, 0, stop, None if keep is None else keep[:stop], pattern)
+    sweep.scores(columns, factor, 0, 128)
 
 
 def launch_packed() -> None:

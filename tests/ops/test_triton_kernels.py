@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
+from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, SparseAdam
 from admm_prune.ops import backend, bits, packed, precision, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
@@ -416,6 +418,29 @@ def test_sparsegpt(device, constraint, scope) -> None:
     theirs = twin(solver.solve, layer_problem(5, 72, constraint, device)).solution["weight"]
     assert torch.equal(ours != 0, theirs != 0)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 34),
+    groups=st.integers(1, 12),
+    block=st.sampled_from([4, 36, 128]),
+    constraint=st.sampled_from([NofM(2, 4), Unstructured(0.5), RowWise(0.5), None]),
+)
+@pytest.mark.skipif(not backend.interpreted(), reason="drawn shapes are for the interpreter")
+def test_panels_of_sparsegpt_in_any_shape(rows, groups, block, constraint) -> None:
+    """Blocks of one panel and of several, of whole and of partial ones; None is a mask that is given. All steps of the
+    reference, in float64."""
+    width, scope = 4 * groups, "layer" if constraint is None else "block"
+    problem = layer_problem(rows, width, constraint or Unstructured(0.5), "cpu")
+    with backend.forced("triton"):
+        ours = SparseGPT(block=block, mask_scope=scope).solve(problem).solution["weight"]
+    exact = LayerReconstruction(
+        problem.minimizer.double(), problem.hessian.double(), constraint or Unstructured(0.5), ridge=0.0
+    )
+    theirs = SparseGPT(block=block, mask_scope=scope).solve(exact).solution["weight"]
+    assert torch.equal(ours != 0, theirs != 0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_admm(device) -> None:
