@@ -220,6 +220,7 @@ SIZES = (5 << 19, 6 << 19)  # of large selections, whose fixed costs are those o
 
 def selections() -> Generator[Row]:
     """Large ones by the difference between two sizes; they are searched as a model's scores are."""
+    from admm_prune.ops.triton import marking
     from admm_prune.ops.triton import selection as fused
 
     direct, fused._DIRECT = fused._DIRECT, 1 << 16
@@ -240,8 +241,8 @@ def selections() -> Generator[Row]:
         fused._DIRECT = direct
     few = large[: 1 << 15].view(32, -1)
     yield row("mask of 2^15 scores", of(partial(fused.largest, few, 9000)), few.numel(), "reads")
-    yield row("row by row", of(partial(fused.largest_per_row, few, 300)), few.numel(), "reads")
-    yield row("2:4", of(partial(fused.largest_per_group, few, 2, 4)), few.numel(), "reads")
+    yield row("row by row", of(partial(marking.largest_per_row, few, 300)), few.numel(), "reads")
+    yield row("2:4", of(partial(marking.largest_per_group, few, 2, 4)), few.numel(), "reads")
 
 
 def admm_steps() -> Generator[Row]:

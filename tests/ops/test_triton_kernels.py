@@ -100,6 +100,19 @@ def test_ties_are_placed_across_the_parts_of_programs(device) -> None:
         assert torch.equal(mask, torch.stack([twin(selection.largest, row, 3100) for row in x]))
 
 
+@pytest.mark.parametrize("keep", [600, 2500, 4999])
+@pytest.mark.parametrize("where", ["first", "last", "middle"])
+def test_ties_that_are_not_spread_evenly(device, keep, where) -> None:
+    """Parts that kept too many or too few of them are set right."""
+    from admm_prune.ops.triton import selection as fused
+
+    x = torch.where(torch.arange(5000) % 2 == 0, 0.5, 2.0).to(device)
+    start = {"first": 0, "last": 3900, "middle": 2000}[where]
+    x[start : start + 1100] = 1.0
+    mask, _ = fused.largest_of_each(x[None], keep, direct=1 << 20)
+    assert torch.equal(mask[0], twin(selection.largest, x, keep))
+
+
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
 @pytest.mark.parametrize(("width", "keep"), [(5, 2), (100, 99)])
 def test_the_largest_of_rows(device, kind, width, keep) -> None:
