@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam, Unstructured
-from admm_prune.ops import backend, splitting
+from admm_prune.ops import backend, quadratic, selection, splitting
 from admm_prune.solvers.obs import SparseGPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,15 +220,16 @@ SIZES = (5 << 19, 6 << 19)  # of large selections, whose fixed costs are those o
 
 def selections() -> Generator[Row]:
     """Large ones by the difference between two sizes; they are searched as a model's scores are."""
-    from admm_prune.ops.triton import selection
+    from admm_prune.ops.triton import marking
+    from admm_prune.ops.triton import selection as fused
 
-    direct, selection._DIRECT = selection._DIRECT, 1 << 16
+    direct, fused._DIRECT = fused._DIRECT, 1 << 16
     large = torch.randn(SIZES[1], generator=torch.Generator().manual_seed(0)).abs_()
     try:
         for name, dtype, select in (
-            ("threshold", torch.float32, selection.threshold),
-            ("mask", torch.float32, partial(selection.largest, direct=1 << 16)),
-            ("mask, bfloat16 with ties", torch.bfloat16, partial(selection.largest, direct=1 << 16)),
+            ("threshold", torch.float32, fused.threshold),
+            ("mask", torch.float32, partial(fused.largest, direct=1 << 16)),
+            ("mask, bfloat16 with ties", torch.bfloat16, partial(fused.largest, direct=1 << 16)),
         ):
             score = large.to(dtype)
             small, whole = (of(partial(select, score[:size], round(0.3 * size))) for size in SIZES)
@@ -237,11 +238,11 @@ def selections() -> Generator[Row]:
             )
             yield row(name, between, (SIZES[1] - SIZES[0]) * dtype.itemsize // 4, "reads")
     finally:
-        selection._DIRECT = direct
+        fused._DIRECT = direct
     few = large[: 1 << 15].view(32, -1)
-    yield row("mask of 2^15 scores", of(partial(selection.largest, few, 9000)), few.numel(), "reads")
-    yield row("row by row", of(partial(selection.largest_per_row, few, 300)), few.numel(), "reads")
-    yield row("2:4", of(partial(selection.largest_per_group, few, 2, 4)), few.numel(), "reads")
+    yield row("mask of 2^15 scores", of(partial(fused.largest, few, 9000)), few.numel(), "reads")
+    yield row("row by row", of(partial(marking.largest_per_row, few, 300)), few.numel(), "reads")
+    yield row("2:4", of(partial(marking.largest_per_group, few, 2, 4)), few.numel(), "reads")
 
 
 def admm_steps() -> Generator[Row]:
@@ -262,7 +263,17 @@ def admm_steps() -> Generator[Row]:
         )
         yield row(f"ADMM: two iterations, {name}", step, 2 * size, "bytes")
         yield row(f"ADMM: default solve, {name}", of(partial(ADMM().solve, problem)), size, "bytes")
+
+
+def eliminations() -> Generator[Row]:
+    """SparseGPT: the elimination from a given factor, and a whole solve, where the Hessian is larger than the layer."""
     for name, constraint in (("50 %", Unstructured(0.5)), ("2:4", NofM(2, 4))):
+        problem = _problem((128, 256), constraint)
+        factor = quadratic.inverse_factor(problem.hessian).contiguous()
+        sweep = partial(SparseGPT()._sweep, problem.minimizer.T.contiguous(), factor, constraint, None)
+        with selection.skip_nan_check():
+            eliminated = of(sweep)
+        yield row(f"SparseGPT: elimination, {name}, 256 columns", eliminated, 128 * 256, "bytes")
         problem = _problem((8, 256), constraint)
         yield row(f"SparseGPT, {name}, 256 columns", of(partial(SparseGPT().solve, problem)), 8 * 256, "bytes")
 
@@ -300,7 +311,7 @@ def training_steps() -> Generator[Row]:
 
 
 def measured() -> list[Row]:
-    return [*selections(), *admm_steps(), *training_steps()]
+    return [*selections(), *admm_steps(), *eliminations(), *training_steps()]
 
 
 def page() -> str:

@@ -104,7 +104,7 @@ def largest_per_row(score: Tensor, keep: int) -> Tensor:
     """Marks the `keep` largest entries of every row of the last dimension."""
     width = score.shape[-1]
     if 0 < keep < width <= _WIDEST_ROW and backend.uses_triton(score, *_TRITON):
-        from admm_prune.ops.triton import selection as fused
+        from admm_prune.ops.triton import marking as fused
 
         return _unless_nan(*fused.largest_per_row(score, keep))
     _refuse_nan(score)
@@ -130,7 +130,7 @@ def largest_per_group(score: Tensor, keep: int, group: int) -> Tensor:
     #{j < i: s_j >= s_i} + #{j > i: s_j > s_i} < keep, which takes group (group - 1) / 2 comparisons and no sort.
     """
     if group <= _WIDEST_GROUP and score.shape[-1] % group == 0 and backend.uses_triton(score, *_TRITON):
-        from admm_prune.ops.triton import selection as fused
+        from admm_prune.ops.triton import marking as fused
 
         return _unless_nan(*fused.largest_per_group(score, keep, group))
     _refuse_nan(score)

@@ -17,7 +17,7 @@ from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
-_WIDEST, _WIDEST_GROUP = 256, 32  # limits of a block and a group for the kernel
+_WIDEST_GROUP = 32  # of the kernel
 
 
 @dataclass(frozen=True)
@@ -76,48 +76,63 @@ class SparseGPT:
         block = panel * max(1, self.block // panel)
         pattern = _pattern(constraint) if group > 1 else None
         known = mask is not None or group == 1 or pattern is not None  # when the block is reached
-        fused = known and block <= _WIDEST and backend.uses_triton(columns, torch.float32)
+        fused = known and backend.uses_triton(columns, torch.float32)
         if fused:
             factor = factor.contiguous()
         for start in range(0, width, block):
             stop = min(start + block, width)
-            rows = columns[start:stop]
             keep = None if mask is None else mask[start:stop]
             if keep is None and group == 1:
-                keep = _choose(rows, factor, constraint, start, stop, width)
+                keep = _choose(columns, factor, constraint, start, stop)
             if fused:
                 from admm_prune.ops.triton.sweep import eliminate_
 
                 errors = eliminate_(columns, factor, start, stop, keep, pattern or (1, 1))
+            else:
+                errors = _eliminate_(columns, factor, constraint, start, stop, keep, panel)
+            if stop < width:
                 columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-                continue
-            errors = torch.empty_like(rows)
-            if keep is None:
-                keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)  # chosen group by group
-            loss = (~keep).to(rows.dtype).div_(factor.diagonal()[start:stop, None])
-            for left in range(start, stop, panel):
-                right = min(left + panel, stop)
-                for j in range(left, right):
-                    i = j - start
-                    if mask is None and group > 1 and (j - left) % group == 0:
-                        keep[i : i + group] = _choose(columns[j : j + group], factor, constraint, j, j + group, width)
-                        torch.div(~keep[i : i + group], factor.diagonal()[j : j + group, None], out=loss[i : i + group])
-                    torch.mul(rows[i], loss[i], out=errors[i])
-                    columns[j + 1 : right].addr_(factor[j, j + 1 : right], errors[i], alpha=-1)
-                columns[right:stop].addmm_(
-                    factor[left:right, right:stop].T, errors[left - start : right - start], alpha=-1
-                )
-            rows.mul_(keep)
-            columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
 
-def _choose(
-    columns: Tensor, factor: Tensor, constraint: SupportConstraint, start: int, stop: int, width: int
+def _eliminate_(
+    columns: Tensor,
+    factor: Tensor,
+    constraint: SupportConstraint,
+    start: int,
+    stop: int,
+    keep: Tensor | None,
+    panel: int,
 ) -> Tensor:
+    """As `ops.triton.sweep.eliminate_`: without a mask, selects one group by group."""
+    rows, group = columns[start:stop], constraint.group_width
+    errors = torch.empty_like(rows)
+    chooses = keep is None
+    keep = torch.empty_like(rows, dtype=torch.bool) if keep is None else keep.contiguous()
+    loss = (~keep).to(rows.dtype).div_(factor.diagonal()[start:stop, None])
+    for left in range(start, stop, panel):
+        right = min(left + panel, stop)
+        for j in range(left, right):
+            i = j - start
+            if chooses and (j - left) % group == 0:
+                keep[i : i + group] = _choose(columns, factor, constraint, j, j + group)
+                torch.div(~keep[i : i + group], factor.diagonal()[j : j + group, None], out=loss[i : i + group])
+            torch.mul(rows[i], loss[i], out=errors[i])
+            columns[j + 1 : right].addr_(factor[j, j + 1 : right], errors[i], alpha=-1)
+        columns[right:stop].addmm_(factor[left:right, right:stop].T, errors[left - start : right - start], alpha=-1)
+    rows.mul_(keep)
+    return errors
+
+
+def _choose(columns: Tensor, factor: Tensor, constraint: SupportConstraint, start: int, stop: int) -> Tensor:
     """The mask (stop - start, out) of some columns, by w^2 / U_jj^2 and their part of the budget."""
-    score = columns.abs() / factor.diagonal()[start:stop, None]
-    share = constraint.column_slice(start, stop, (columns.shape[1], width))
-    return share.select(Point(weight=score.T.contiguous()))["weight"].T.contiguous()
+    if factor.is_contiguous() and backend.uses_triton(columns, torch.float32):
+        from admm_prune.ops.triton.sweep import scores
+
+        score = scores(columns, factor, start, stop)
+    else:
+        score = (columns[start:stop].abs() / factor.diagonal()[start:stop, None]).T.contiguous()
+    part = constraint.column_slice(start, stop, (columns.shape[1], len(columns)))
+    return part.select(Point(weight=score))["weight"].T
 
 
 def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:

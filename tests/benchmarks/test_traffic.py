@@ -22,7 +22,8 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_the_counts_are_what_was_asked_for() -> None:
     assert COMMITTED["threshold"]["bytes"] <= 2
-    assert COMMITTED["mask"]["bytes"] <= 3
+    for name in ("mask", "mask, bfloat16 with ties", "mask of 2^15 scores"):
+        assert COMMITTED[name]["bytes"] <= 3
     for name in traffic.CONFIGURATIONS:
         assert COMMITTED[name]["kernels"] <= 4
         assert COMMITTED[name]["waits"] == 1
@@ -36,6 +37,7 @@ def test_the_counts_are_what_was_asked_for() -> None:
     [
         traffic.training_steps,
         pytest.param(traffic.admm_steps, marks=pytest.mark.slow),
+        pytest.param(traffic.eliminations, marks=pytest.mark.slow),
         pytest.param(traffic.selections, marks=pytest.mark.slow),
     ],
 )

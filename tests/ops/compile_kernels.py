@@ -21,10 +21,10 @@ from triton.runtime import driver, jit
 
 from admm_prune.ops.packed import Packed
 from admm_prune.ops.quantization import Stored
-from admm_prune.ops.triton import adam, packed, selection, splitting, supports, sweep
+from admm_prune.ops.triton import adam, digits, marking, packed, selection, splitting, supports, sweep
 
 # Called by kernels, like everything whose name starts with an underscore.
-HELPERS = {"bit_of", "key_of", "ones_of", "part_of_row", "root_of", "runs_of_row"}
+HELPERS = {"bit_of", "descend", "keeps_ties_of_part", "key_of", "ones_of", "part_of_row", "root_of", "runs_of_row"}
 compiled: dict[str, int] = {}
 
 
@@ -51,15 +51,17 @@ def compile_instead(run: Any) -> Any:
 
 
 def launch_all() -> None:
-    for dtype in selection.DTYPES:
+    for dtype in digits.DTYPES:
         x = torch.randn(70_000).to(dtype)
         selection.threshold(x, 100)
         selection.largest(x, 100, direct=0)
     selection.largest(torch.randn(3 << 20), 1000)
+    selection.largest(torch.randn(1 << 19), 1000)
+    selection.threshold(torch.randn(3 << 20), 1000)
     for width in (512, 4096, 11008, 28672):
-        selection.largest_per_row(torch.randn(2, width), 100)
+        marking.largest_per_row(torch.randn(2, width), 100)
     for group in (2, 4, 8, 12, 32):
-        selection.largest_per_group(torch.randn(4, 10 * group), 1, group)
+        marking.largest_per_group(torch.randn(4, 10 * group), 1, group)
     launch_training()
     launch_packed()
     z, root = torch.randn(4, 1100), torch.ones(1100)
@@ -73,9 +75,10 @@ def launch_all() -> None:
         (columns > 0, 128, (1, 1)),
         (None, 128, (2, 4)),
         (None, 100, (4, 8)),
-        (None, 256, (2, 4)),
+        (None, 256, (3, 12)),
     ):
         sweep.eliminate_(columns, factor, 0, stop, None if keep is None else keep[:stop], pattern)
+    sweep.scores(columns, factor, 0, 128)
 
 
 def launch_packed() -> None:
@@ -121,7 +124,7 @@ def main() -> None:
     launch_all()
     for name, shared in sorted(compiled.items()):
         print(f"{name:12} {shared:6} bytes of shared memory")
-    modules = (adam, packed, selection, splitting, supports, sweep)
+    modules = (adam, digits, marking, packed, selection, splitting, supports, sweep)
     kernels = {name for module in modules for name, x in vars(module).items() if isinstance(x, jit.JITFunction)}
     missing = {name for name in kernels if not name.startswith("_")} - HELPERS - compiled.keys()
     if missing:

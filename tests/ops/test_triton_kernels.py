@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam
+from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, SparseAdam
 from admm_prune.ops import backend, bits, packed, precision, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
@@ -96,6 +98,19 @@ def test_ties_are_placed_across_the_parts_of_programs(device) -> None:
     for direct in (0, 1 << 20):
         mask, _ = fused.largest_of_each(x, 3100, direct=direct)
         assert torch.equal(mask, torch.stack([twin(selection.largest, row, 3100) for row in x]))
+
+
+@pytest.mark.parametrize("keep", [600, 2500, 4999])
+@pytest.mark.parametrize("where", ["first", "last", "middle"])
+def test_ties_that_are_not_spread_evenly(device, keep, where) -> None:
+    """Parts that kept too many or too few of them are set right."""
+    from admm_prune.ops.triton import selection as fused
+
+    x = torch.where(torch.arange(5000) % 2 == 0, 0.5, 2.0).to(device)
+    start = {"first": 0, "last": 3900, "middle": 2000}[where]
+    x[start : start + 1100] = 1.0
+    mask, _ = fused.largest_of_each(x[None], keep, direct=1 << 20)
+    assert torch.equal(mask[0], twin(selection.largest, x, keep))
 
 
 @pytest.mark.parametrize("kind", ["spread", "ties", "bfloat16"])
@@ -416,6 +431,29 @@ def test_sparsegpt(device, constraint, scope) -> None:
     theirs = twin(solver.solve, layer_problem(5, 72, constraint, device)).solution["weight"]
     assert torch.equal(ours != 0, theirs != 0)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.integers(1, 34),
+    groups=st.integers(1, 12),
+    block=st.sampled_from([4, 36, 128]),
+    constraint=st.sampled_from([NofM(2, 4), Unstructured(0.5), RowWise(0.5), None]),
+)
+@pytest.mark.skipif(not backend.interpreted(), reason="drawn shapes are for the interpreter")
+def test_panels_of_sparsegpt_in_any_shape(rows, groups, block, constraint) -> None:
+    """Blocks of one panel and of several, of whole and of partial ones; None is a mask that is given. All steps of the
+    reference, in float64."""
+    width, scope = 4 * groups, "layer" if constraint is None else "block"
+    problem = layer_problem(rows, width, constraint or Unstructured(0.5), "cpu")
+    with backend.forced("triton"):
+        ours = SparseGPT(block=block, mask_scope=scope).solve(problem).solution["weight"]
+    exact = LayerReconstruction(
+        problem.minimizer.double(), problem.hessian.double(), constraint or Unstructured(0.5), ridge=0.0
+    )
+    theirs = SparseGPT(block=block, mask_scope=scope).solve(exact).solution["weight"]
+    assert torch.equal(ours != 0, theirs != 0)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_admm(device) -> None:
