@@ -155,8 +155,33 @@ def test_supports_stay_and_no_step_is_kept_that_raises_its_validation_error(name
         assert attention["accepted"] == (attention["together"] < attention["alone"])
         assert descent["accepted"] == (descent["after"] < descent["before"])
         assert descent["accepted"] or name == "sparsellm", "on a text of this length"
-    if name == "sparsegpt":
-        assert all(report.relative_error is None for report in outcome.layers)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("joint", [BOTH, Joint(coordinate=("attention",))])
+def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(joint: Joint) -> None:
+    """Relative to the dense matrix, on the inputs that it has in the finished block."""
+    model, dense = build("llama", layers=1), build("llama", layers=1)
+    task = Task(target=Target(sparsity=0.5), calibration=text((16,) * 32))
+    outcome = composed("wanda", joint=joint).prune(model, task)
+    fitted = [report for report in outcome.layers if any("fitted again" in note for note in report.notes)]
+    assert len(fitted) == (7 if joint.refit else 2)
+    block, before = (decoder_blocks(one)[0] for one in (model, dense))
+    stream = BlockStream(model, decoder_blocks(model), task.calibration, "cpu")
+    inputs: dict[str, Tensor] = {}
+    for view in block.weights:
+        keep = lambda _, args, name=view.name: inputs.update({name: args[0].flatten(0, -2)})  # noqa: E731
+        view.module.register_forward_pre_hook(keep)
+    found: dict[str, Tensor] = {}
+    for state in (state for states in stream.states(0).values() for state in states):
+        state.replay(block, 0)
+        for view, old in zip(block.weights, before.weights, strict=True):
+            x = inputs[view.name].double()
+            energies = [(x @ w.double().T).square().sum() for w in (view.read() - old.read(), old.read())]
+            found[view.name] = found.get(view.name, torch.zeros(2, dtype=torch.float64)) + torch.stack(energies)
+    for report in fitted:
+        error, energy = found[report.name].tolist()
+        assert report.relative_error == pytest.approx(error / energy, rel=1e-3), report.name
 
 
 def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
