@@ -87,6 +87,10 @@ def option(default: T, help: str, **how: Any) -> T:
     return made
 
 
+def _compared(default: T, help: str, **how: Any) -> T:
+    return option(default, help, commands="run compare plan", **how)
+
+
 def _text(default: T, help: str, *, commands: str = _COMMANDS, **how: Any) -> T:
     return option(default, help, group="Text", commands=commands, **how)
 
@@ -291,19 +295,16 @@ class Settings(TextSettings):
         spelled="override",
         parse=_overrides,
     )
-    allocation: str | None = option(
+    allocation: str | None = _compared(
         None,
         "Rule that distributes the budget over all matrices: uniform, owl, alphapruning, softmax, equal-slope, "
         "fisher, taylor, measured, knapsack, patterns, search or evolutionary.",
-        commands="run compare plan",
     )
-    allocation_passes: int | None = option(
-        None, "Forward passes of held-out text in a search; 256 by default.", commands="run compare plan", least=2
-    )
-    coordinate: str | Sequence[str] = option(
+    allocation_passes: int | None = _compared(None, "Forward passes of a search; 256 by default.", least=2)
+    coordinate: str | Sequence[str] = _compared(
         (), "Parts of a block pruned as one problem: attention, its value and output projections.", **_NAMES
     )
-    refit: str | None = option(
+    refit: str | None = _compared(
         None, "block: fit all weights that are left in a block together to its dense output.", choices=("block",)
     )
     ridge: Ridge = option(

@@ -55,9 +55,14 @@ class DenseAttention:
         biases = {name: _wide(view.bias.detach()) for name, view in both.items() if view.bias is not None}
         return cls(views, weights, biases, stream.pairs(index, (views.value, views.output)))
 
+    @property
+    def names(self) -> set[str]:
+        """Of both projections."""
+        return {self.views.value.name, self.views.output.name}
+
     def prunes(self, names: Collection[str]) -> bool:
         """Whether both projections are among the matrices of these names."""
-        return {self.views.value.name, self.views.output.name} <= set(names)
+        return self.names <= set(names)
 
     def coordinated(
         self,
@@ -129,7 +134,7 @@ class DenseAttention:
 
 
 def renewed(report: LayerReport, view: WeightView | None, note: str) -> LayerReport:
-    """The report of a matrix whose weights were fitted again: an error as a layer of its own no longer applies."""
+    """The report of a matrix whose weights were fitted again: its errors and its bound as a layer no longer apply."""
     if view is None:
         return report
     return replace(

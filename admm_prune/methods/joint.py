@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from admm_prune.methods.refit import TOKENS, refit_block
 from admm_prune.models.attention import attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.point import Point
 
 COORDINATED = ("attention",)
 REFITS = ("block",)
@@ -90,8 +91,12 @@ class Joint:
         Args:
             pruned: the names of its matrices to prune.
         """
-        dense = DenseAttention.of(stream, index, block) if self.coordinate and pruned else None
-        return JointBlock(self, stream, index, block, dense if dense is not None and dense.prunes(pruned) else None)
+        attention = DenseAttention.of(stream, index, block) if self.coordinate and pruned else None
+        if attention is not None and not attention.prunes(pruned):
+            attention = None
+        changed: Collection[str] = pruned if self.refit else () if attention is None else attention.names
+        dense = {view.name: view.read().clone() for view in block.weights if view.name in changed}
+        return JointBlock(self, stream, index, block, dense, attention)
 
 
 @dataclass
@@ -99,17 +104,21 @@ class JointBlock:
     """The steps on one block.
 
     Attributes:
+        dense: the matrices that the steps may change, by their names, before they are pruned.
         outputs: of the dense block, as `BlockStream.collect` fills it in; empty where no refit needs them.
         figures: JSON values.
+        outdated: names of matrices that were fitted again since their errors as layers of their own were measured.
     """
 
     joint: Joint
     stream: BlockStream
     index: int
     block: Block
+    dense: Mapping[str, Tensor]
     attention: DenseAttention | None
     outputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     figures: dict[str, Any] = field(default_factory=dict[str, Any])
+    outdated: set[str] = field(default_factory=set[str])
 
     def stages(self, pruned: Collection[str]) -> list[set[str]]:
         """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where
@@ -126,14 +135,49 @@ class JointBlock:
         renewed, self.figures["attention"] = self.attention.coordinated(
             self.stream, self.index, self.block, reports, method, task
         )
+        self._note(reports, renewed)
         return renewed
 
-    def refitted(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
+    def finished(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
         """The reports of all pruned matrices of the block, whose weights are then refitted, if there is a refit."""
         self.attention = None
-        if not self.joint.refit or not reports:
+        done = list(reports)
+        if self.joint.refit and reports:
+            done, self.figures["refit"] = refit_block(
+                self.stream, self.index, self.block, self.outputs, reports, method, task
+            )
+            self._note(reports, done)
+        return self._measured(done, method, task)
+
+    def _note(self, before: Sequence[LayerReport], after: Sequence[LayerReport]) -> None:
+        for old, new in zip(before, after, strict=True):
+            if old.relative_error is not None and new.relative_error is None:
+                self.outdated.add(old.name)
+
+    def _measured(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
+        """The reports, with the errors of matrices that were fitted again on the inputs that they now have."""
+        if not self.outdated:
             return list(reports)
-        renewed, self.figures["refit"] = refit_block(
-            self.stream, self.index, self.block, self.outputs, reports, method, task
-        )
-        return renewed
+        errors: dict[str, tuple[float, float | None]] = {}
+        by_name = {report.name: report for report in reports}
+        for shared in self.stream.collect(self.index, self.outdated):
+            for view in shared.weights:
+                report, target, statistics = by_name[view.name], task.target.at(view.name), shared.statistics
+                assert target is not None, f"{view.name} is not among the weights to prune"
+                layer = method.problem.posed(
+                    self.dense[view.name],
+                    statistics.gram,
+                    method.constraint(target),
+                    ridge=report.ridge or 0.0,
+                    damping=report.damping or 0.0,
+                )
+                written = Point(weight=view.read().to(layer.weight.dtype))
+                held_out = statistics.validation
+                errors[view.name] = (
+                    layer.relative_error(written),
+                    None if held_out is None else layer.relative_error(written, held_out),
+                )
+        return [
+            replace(report, relative_error=pair[0], relative_error_validation=pair[1]) if pair else report
+            for report, pair in ((report, errors.get(report.name)) for report in reports)
+        ]

@@ -89,7 +89,7 @@ class Layerwise(Capabilities):
             for names in joint.stages(chosen):
                 inputs = stream.collect(index, names, None if reports else outputs)
                 reports += joint.coordinated(prune_all(inputs, self.method, task, runtime.world), self.method, task)
-            reports = joint.refitted(reports, self.method, task)
+            reports = joint.finished(reports, self.method, task)
             return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures or None)
 
         block_results = for_each_block(model, task, runtime, prune_block, weighting=self.method.problem.weighting)

@@ -61,10 +61,8 @@ def composed(
             solver=solver,
             problem=problem,
             constraint=constraint,
-        ).with_joint(joint)
-        if recipe is None:
-            raise UserError(f"{method} takes no {joint.label}: it is for methods that prune block by block")
-        return recipe
+        )
+        return with_joint(recipe, joint)
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:
@@ -77,6 +75,20 @@ def composed(
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
+    return made
+
+
+def with_joint(recipe: Recipe, joint: Joint) -> Recipe:
+    """The recipe with steps on several matrices of a block together.
+
+    Raises:
+        UserError: it takes none.
+    """
+    if not joint:
+        return recipe
+    made = recipe.with_joint(joint)
+    if made is None:
+        raise UserError(f"{recipe.name} takes no {joint.label}: it is for methods that prune block by block")
     return made
 
 

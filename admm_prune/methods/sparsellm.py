@@ -177,7 +177,7 @@ class SparseLLM(Capabilities):
         reports = prune_all(stream.collect(index, attention, block_outputs), self.method, task, world)
         reports = joint.coordinated(reports, self.method, task)
         if not targets:  # the network is left unpruned
-            reports = joint.refitted(reports, self.method, task)
+            reports = joint.finished(reports, self.method, task)
             return BlockResult(layers=reports + untouched(block, pruned), details=details | joint.figures)
         # 3. X <- the network's inputs behind the pruned attention;  Y <- block_outputs - residual, or act(X W1^T) W2^T.
         if pairs is None:
@@ -194,7 +194,7 @@ class SparseLLM(Capabilities):
         reports += _reports(views, result, seconds, stream.places("calibration")[0])
         # 5. All surviving weights of the block, if they are refitted.
         del pairs
-        reports = joint.refitted(reports, self.method, task)
+        reports = joint.finished(reports, self.method, task)
         return BlockResult(layers=reports + untouched(block, pruned), details=details | figures | joint.figures)
 
     def _prune_network(

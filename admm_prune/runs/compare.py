@@ -16,7 +16,8 @@ from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.registry import recipe_named, with_baselines
+from admm_prune.methods.joint import Joint
+from admm_prune.methods.registry import recipe_named, with_baselines, with_joint
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
@@ -98,6 +99,7 @@ class ComparisonSettings:
     text: TextSettings = field(init=False)
     selection: Selection = field(init=False)
     allocation: AllocationRule | None = field(init=False)
+    joint: Joint = field(init=False)
 
     def __post_init__(self) -> None:
         for name, declared in options(Settings).items():
@@ -107,6 +109,7 @@ class ComparisonSettings:
         object.__setattr__(self, "text", run.text(data=check_data(run.data, run.model)))
         object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))
         object.__setattr__(self, "allocation", AllocationRule.named(run.allocation, run.allocation_passes))
+        object.__setattr__(self, "joint", Joint.of(run.coordinate, run.refit))
 
     def recorded(self) -> dict[str, Any]:
         """As the manifest holds them, ready for JSON."""
@@ -116,6 +119,7 @@ class ComparisonSettings:
             model=str(self.run.model),
             text=self.text,
             selection=self.selection,
+            coordinate=self.joint.coordinate,
             methods=self.methods,
             targets=[asdict(target) for target in self.targets],
             baselines=self.baselines,
@@ -153,6 +157,7 @@ def compare(
     run, model_name = settings.run, str(settings.run.model)
     how = (run.steps, Engine.of(run), run.distillation)
     recipes = [recipe_named(r.name, *how) if "steps" in r.options else r for r in recipes]
+    recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
     # Targets are distinguished by their labels in the report and the folder names.

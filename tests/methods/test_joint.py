@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +30,10 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.plan.plan import make_plan
 from admm_prune.problems.constraints import Product, Unstructured
+from admm_prune.runs.compare import ComparisonSettings, compare
+from admm_prune.runs.recipe_file import read_recipe
 from admm_prune.runs.results import Report
+from admm_prune.settings import Settings
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.verify.run import verify_folder
 from tests.models.tiny_models import FAMILIES, VARIANTS, VOCABULARY, build
@@ -151,8 +155,33 @@ def test_supports_stay_and_no_step_is_kept_that_raises_its_validation_error(name
         assert attention["accepted"] == (attention["together"] < attention["alone"])
         assert descent["accepted"] == (descent["after"] < descent["before"])
         assert descent["accepted"] or name == "sparsellm", "on a text of this length"
-    if name == "sparsegpt":
-        assert all(report.relative_error is None for report in outcome.layers)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("joint", [BOTH, Joint(coordinate=("attention",))])
+def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(joint: Joint) -> None:
+    """Relative to the dense matrix, on the inputs that it has in the finished block."""
+    model, dense = build("llama", layers=1), build("llama", layers=1)
+    task = Task(target=Target(sparsity=0.5), calibration=text((16,) * 32))
+    outcome = composed("wanda", joint=joint).prune(model, task)
+    fitted = [report for report in outcome.layers if any("fitted again" in note for note in report.notes)]
+    assert len(fitted) == (7 if joint.refit else 2)
+    block, before = (decoder_blocks(one)[0] for one in (model, dense))
+    stream = BlockStream(model, decoder_blocks(model), task.calibration, "cpu")
+    inputs: dict[str, Tensor] = {}
+    for view in block.weights:
+        keep = lambda _, args, name=view.name: inputs.update({name: args[0].flatten(0, -2)})  # noqa: E731
+        view.module.register_forward_pre_hook(keep)
+    found: dict[str, Tensor] = {}
+    for state in (state for states in stream.states(0).values() for state in states):
+        state.replay(block, 0)
+        for view, old in zip(block.weights, before.weights, strict=True):
+            x = inputs[view.name].double()
+            energies = [(x @ w.double().T).square().sum() for w in (view.read() - old.read(), old.read())]
+            found[view.name] = found.get(view.name, torch.zeros(2, dtype=torch.float64)) + torch.stack(energies)
+    for report in fitted:
+        error, energy = found[report.name].tolist()
+        assert report.relative_error == pytest.approx(error / energy, rel=1e-3), report.name
 
 
 def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,37 +208,59 @@ def test_matrices_that_stay_dense_are_not_touched() -> None:
         assert torch.equal(view.read(), dense[view.name]) == view.name.endswith(names), view.name
 
 
+SPARSITY = 0.57  # of no matrix of the tiny model a whole number of weights
+PATTERN = {"pattern": "2:4", "sparsity": None}
+
+
 @pytest.fixture
 def prune(model_folder: Path, text_file: Path) -> Callable[..., Report]:
-    how = {"data": str(text_file), "samples": 12, "eval_samples": 3, "device": "cpu", "sparsity": 0.5}
+    how = {"data": str(text_file), "samples": 12, "eval_samples": 3, "device": "cpu", "sparsity": SPARSITY}
     return partial(admm_prune.prune, model_folder, **how, coordinate="attention", refit="block")  # type: ignore[arg-type]
 
 
 @pytest.mark.bitwise
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("method", ["sparsegpt", pytest.param("sparsellm", marks=pytest.mark.slow)])
-def test_streamed_and_resumed_runs_are_the_same_to_the_bit(
-    method: str, prune: Callable[..., Report], tmp_path: Path
+@pytest.mark.parametrize(
+    ("how", "stream"),
+    [
+        ({"method": "sparsegpt", "allocation": "owl"}, True),
+        pytest.param({"method": "sparsegpt"}, True, marks=pytest.mark.slow),
+        pytest.param({"method": "sparsegpt", "allocation": "fisher", **PATTERN}, False, marks=pytest.mark.slow),
+        pytest.param({"method": "sparsellm"}, True, marks=pytest.mark.slow),
+        pytest.param({"method": "sparsellm", "allocation": "equal-slope"}, True, marks=pytest.mark.slow),
+        pytest.param({"method": "sparsellm", "allocation": "fisher"}, False, marks=pytest.mark.slow),
+        pytest.param({"method": "admm", "allocation": "search", "allocation_passes": 5}, False, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_streamed_and_repeated_runs_are_the_same_to_the_bit(
+    how: dict[str, Any], stream: bool, prune: Callable[..., Report], tmp_path: Path
 ) -> None:
-    whole = prune(method=method, out=tmp_path / "whole")
+    """With every joint step; a rule that takes gradients or losses of the whole model does not stream."""
+    whole = prune(**how, out=tmp_path / "whole")
+    if "allocation" in how:
+        removed = whole.block_weights - sum(layer.nonzeros for layer in whole.layers)
+        assert removed == whole.details["allocation"]["removed"]
+        if "pattern" not in how:
+            assert removed == whole.block_weights - round((1 - SPARSITY) * whole.block_weights)
+    assert len(whole.details["feed_forward" if how["method"] == "sparsellm" else "joint"]) == 2
     assert list(whole.manifest["settings"]["coordinate"]) == ["attention"]
     assert whole.manifest["settings"]["refit"] == "block"
     assert verify_folder(tmp_path / "whole", device="cpu").failures == []
-    recipe = (tmp_path / "whole/recipe.yaml").read_text()
-    assert "attention" in recipe
-    assert "refit: block" in recipe
 
     def stop(done: int, _: int, at_work: str) -> None:
-        if done == 1 and at_work.startswith("model.layers.1"):
+        if done == 1 and at_work == "model.layers.1":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune(method=method, out=tmp_path / "again", stream=True, progress=stop)
-    streamed = prune(method=method, out=tmp_path / "again", stream=True, resume=True)
-    assert streamed.details == whole.details
-    first, second = (load_weights(tmp_path / name) for name in ("whole", "again"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        prune(**how, out=tmp_path / "again", stream=stream, progress=stop)
+    again = prune(**how, out=tmp_path / "again", stream=stream, resume=True)
+    repeated = admm_prune.prune(**read_recipe(tmp_path / "whole").arguments(), out=tmp_path / "repeated")
+    first = load_weights(tmp_path / "whole")
+    for name, report in (("again", again), ("repeated", repeated)):
+        assert report.details == whole.details
+        weights = load_weights(tmp_path / name)
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(first[key], weights[key]) for key in first)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -218,11 +269,22 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
-@pytest.mark.slow
-def test_it_goes_with_an_allocation(prune: Callable[..., Report], tmp_path: Path) -> None:
-    report = prune(method="sparsegpt", allocation="fisher", out=tmp_path / "out")
-    assert report.sparsity == pytest.approx(0.5, abs=1e-6)
-    assert verify_folder(tmp_path / "out", device="cpu").failures == []
+@pytest.mark.usefixtures("few_steps")
+def test_a_comparison_takes_every_step(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = {"allocation": "owl", "coordinate": "attention", "refit": "block"}
+    run = Settings(str(model_folder), data=str(text_file), samples=12, device="cpu", **steps)  # type: ignore[arg-type]
+    settings = ComparisonSettings(run=run, methods=("wanda",), targets=(Target(0.5),))
+    comparison = compare(settings, tmp_path / "out")
+    recorded = comparison.manifest["settings"]
+    assert (list(recorded["coordinate"]), recorded["refit"], recorded["allocation"]) == (["attention"], "block", "owl")
+    for row in comparison.rows:
+        details = json.loads((tmp_path / "out" / row.folder / "admm_prune.json").read_text())["details"]
+        assert {"allocation", "joint"} <= details.keys()
+        assert all({"attention", "refit"} <= figures.keys() for figures in details["joint"])
+    assert verify_folder(tmp_path / "out", device="cpu", quick=True).failures == []
+    with pytest.raises(UserError, match="struprune takes no --coordinate attention and --refit block"):
+        compare(replace(settings, methods=("wanda", "struprune")), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
