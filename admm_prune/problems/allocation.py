@@ -90,7 +90,7 @@ class Allocation:
         """(loss - bound) / loss."""
         if self.bound is None:
             return None
-        return 0.0 if self.loss == 0 else max(0.0, (self.loss - self.bound) / self.loss)
+        return 0.0 if self.loss == 0 else max((self.loss - self.bound) / self.loss, 0.0)  # NaN stays NaN
 
 
 class Allocator(Protocol):
