@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
+from admm_prune.prunable import kept_count
 
 
 class SparseSet(ABC):
@@ -106,11 +107,6 @@ def _scaled_product(v: Point, metric: Point) -> Point:
         return product.masked_fill(x == 0, 0).masked_fill(x.isinf(), torch.inf)
 
     return left.map(shifted, right, exponent)
-
-
-def kept_count(sparsity: float, total: int) -> int:
-    """round((1 - sparsity) * total), halves rounded to even."""
-    return round((1.0 - sparsity) * total)
 
 
 class FractionalSet(SparseSet):
