@@ -247,7 +247,7 @@ def closed_form(
         status=status,
         objective=run.best_value,
         seconds=seconds,
-        notes=(*getattr(problem, "notes", ()), *notes),
+        notes=tuple(dict.fromkeys((*getattr(problem, "notes", ()), *notes))),  # those of an inner solver begin alike
     )
 
 

@@ -278,3 +278,10 @@ def test_a_direct_computation_that_overflows_gives_the_projected_start_and_says_
     assert torch.equal(result.solution["weight"], problem.constraint.project(problem.initial())["weight"])
     with pytest.raises(ArithmeticError, match="raise the ridge or the precision"):
         closed_form(problem, infinite, 0.0, None)
+
+
+def test_a_note_of_the_problem_is_given_once_also_behind_an_inner_solver() -> None:
+    x, w = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(0)), torch.ones(ROWS, WIDTH)
+    x[:, 0] = 0
+    problem = LayerReconstruction(w, x.T @ x, NofM(2, 4))
+    assert Refit(SparseGPT()).solve(problem).notes.count(problem.notes[0]) == 1

@@ -118,10 +118,12 @@ class FractionalSet(SparseSet):
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity <= 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
+        if self.keep is not None and self.keep < 0:
+            raise ValueError(f"keep is a number of at least 0, not {self.keep}")
 
     def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
+            raise ValueError("a set with an explicit count has no fraction to scale: give a sparsity in place of keep")
         return replace(self, sparsity=self.sparsity * fraction)  # type: ignore[type-var]  # a dataclass
 
     def _count(self, total: int) -> int:
