@@ -193,7 +193,7 @@ class Tasks:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
+            raise UserError(f"tasks need lm-evaluation-harness: pip install 'admm-prune[eval]' ({error})") from error
         # The harness's own tasks are thousands of files: they are not read if the folder has all of the tasks.
         self._manager = TaskManager(include_path=None if place is None else str(place), include_defaults=False)
         if not set(self.names) <= set(self._manager.all_tasks):

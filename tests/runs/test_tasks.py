@@ -138,4 +138,4 @@ def test_without_the_harness_it_says_what_to_install(model_folder: Path) -> None
         f"evaluate_tasks({str(model_folder)!r}, ['piqa'], device='cpu')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "tasks need lm-evaluation-harness: pip install admm-prune[eval]" in done.stderr
+    assert "tasks need lm-evaluation-harness: pip install 'admm-prune[eval]'" in done.stderr

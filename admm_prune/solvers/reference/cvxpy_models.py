@@ -105,7 +105,7 @@ def load_cvxpy(owner: str, solver: str) -> Any:
     Raises:
         ImportError: one of them is missing; the message says how to install it.
     """
-    advice = "pip install admm-prune[reference]"
+    advice = "pip install 'admm-prune[reference]'"
     try:
         cvxpy: Any = importlib.import_module("cvxpy")
     except ImportError:
