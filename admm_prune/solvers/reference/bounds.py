@@ -83,7 +83,8 @@ def lower_bound(candidate: object, objective: float | None = None) -> Bound | No
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
         ValueError: supports of an unknown kind, or a Hessian that is not positive definite.
 
-    Source: this project's methods, local.md, section 8.
+    Sources: the loss of one removal is that of Hassibi and Stork, Optimal Brain Surgeon, 1993; the others are Rayleigh
+    quotients. Their use as bounds over budgets is ours.
     """
     problem = quadratic("lower_bound", candidate)
     form, scale = scaled_hessian("lower_bound", problem)

@@ -46,7 +46,7 @@ class MixedIntegerReference:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
         ValueError: rows too wide, supports of an unknown kind, or a Hessian that is not positive definite.
 
-    Source: this project's methods, local.md, section 8.
+    Source: ours; the model with bounds on v (big-M) is the usual one.
     """
 
     solver: str = "SCIP"
