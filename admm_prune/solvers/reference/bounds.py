@@ -58,7 +58,7 @@ class Bound:
         if objective is None:
             return cls(value, kind)
         lost = objective - floor
-        return cls(value, kind, min(1.0, max(0.0, value - floor) / lost) if lost > 0 else 1.0)
+        return cls(value, kind, 1.0 if lost <= 0 else min(max(0.0, value - floor) / lost, 1.0))  # NaN stays NaN
 
 
 def lower_bound(candidate: object, objective: float | None = None) -> Bound | None:
