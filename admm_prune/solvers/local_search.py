@@ -206,7 +206,7 @@ class Rows:
         return Rows(v, self.residual - moved, self.support ^ (flips > 0), self.value)
 
     def refitted(self, hessian: Tensor, steps: int, done: _Count) -> Rows:
-        """Some conjugate-gradient steps on the support; the residual follows on all columns, one product a step."""
+        """Some conjugate-gradient steps on the support; the residual follows on all columns, one product per step."""
         v, residual = self.v.clone(), self.residual.clone()
         floor = torch.finfo(v.dtype).tiny
         direction = residual * self.support
