@@ -1,4 +1,5 @@
-"""The prunable parameters of a model: the matrices of its linear layers and experts, selected by name."""
+"""The prunable parameters of a model (the matrices of its linear layers and experts, selected by name), and how many of
+their entries a sparsity keeps."""
 
 from __future__ import annotations
 
@@ -36,6 +37,11 @@ class LinearWeight:
     def stacked(self) -> bool:
         """Whether it is one matrix for every expert."""
         return self.parameter.ndim == 3
+
+
+def kept_count(sparsity: float, total: int) -> int:
+    """round((1 - sparsity) * total), halves rounded to even: the rule of every set, target and optimizer."""
+    return round((1.0 - sparsity) * total)
 
 
 def matrices(root: nn.Module) -> Iterator[LinearWeight]:

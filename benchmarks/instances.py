@@ -43,7 +43,7 @@ def instance(rows: int, width: int, seed: int = 0, tokens: int = TOKENS) -> Laye
     Args:
         tokens: of the calibration Gram, whose last 15 % are those of the validation Gram; as many others are held out.
 
-    Source: this project's methods, local.md, section 9. The order of the draws is part of the recipe.
+    Source: ours. The order of the draws is part of the recipe.
     """
     g = torch.Generator().manual_seed(1000003 * seed + 7919 * rows + width)
 

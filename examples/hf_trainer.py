@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 examples/hf_trainer.py --out pruned --fsdp
 
 With --save-steps, the same command with --resume continues after an interruption. Needs accelerate
-(`pip install admm-prune[trainer]`).
+(`pip install 'admm-prune[trainer]'`).
 """
 
 from __future__ import annotations

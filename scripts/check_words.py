@@ -32,7 +32,7 @@ PHRASES = (
     r"for good\b", r"(has|have|had) to go\b", r"nothing is the matter", r"no part in\b", r"whose turn\b",
     r"into being", r"promise is broken", r"broken promise", r"begin anew", r"(one|a) bit a weight",
     r"(bytes?|questions|process|file|message|sequences) a (weight|step|target|task|model|sequence)\b", r"unlike blocks",
-    r"blocks unlike",
+    r"blocks unlike", r"\blocal\.md\b",
 )  # fmt: skip
 
 # Identifiers of the former vocabulary, each with its replacement.

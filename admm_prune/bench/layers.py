@@ -25,7 +25,7 @@ from admm_prune.solvers.base import Solver
 
 SECTION = "layers"
 TARGETS = (Target(0.5), Target(0.7), Target(0.9), Target(pattern=(2, 4)))
-_PASSES = 67  # bytes an iteration of ADMM moves for a weight, beside its product: see `solver_work`
+_PASSES = 67  # bytes that an iteration of ADMM moves per weight, beside its product: see `solver_work`
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def solver_work(name: str, solver: Solver, rows: int, width: int, iterations: in
     Magnitude and Wanda read m d weights and write them and their mask. SparseGPT: m d^2 of the sweep, 2/3 d^3 of the
     factor. ADMM: an iteration is a product 2 m d^2, in bfloat16 or split in three, and 67 m d bytes (target 20, relaxed
     sum 24, selection 9, split 14); a penalty is d^3 (Cholesky and triangular inverse 2/3 d^3, in float32) and a split
-    product 2 d^3; the refit a product an iteration and one more.
+    product 2 d^3; the refit one product per iteration and one more.
     """
     size = float(rows * width)
     if not isinstance(solver, ADMM):

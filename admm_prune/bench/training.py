@@ -218,7 +218,7 @@ def _step_case(shape: ModelShape, blocks: int, how: Configuration, device: torch
 def _training_case(shape: ModelShape, blocks: int, device: torch.device, *, sparse: bool) -> Case:
     """A whole step of training: forward and backward on 2048 random tokens, and the optimizer's.
 
-    Its floor: 6 operations a token for every weight but the embeddings', in float32, attention between tokens left out.
+    Its floor: 6 operations per token for every weight except embeddings, in float32, without attention between tokens.
     """
     tokens = min(2048, 32 * shape.hidden)
     multiplied = blocks * shape.block + shape.vocabulary * shape.hidden

@@ -59,6 +59,7 @@ def evaluate(
             "device": device,
             "dtype": dtype,
             "seed": options["seed"],
+            "trust_remote_code": options["trust_remote_code"],
         }
         content = evaluate_tasks(model, tasks, folder=task_folder, **how)
         if json:

@@ -78,7 +78,7 @@ class Sequences:
         packing: "documents", "windows" or "segments".
         length: the tokens of a full sequence.
         bos: as in `Batch`.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         dropped_sequences: sequences that the packing left out, because they hold no token to score or are a last,
             shorter window where only full ones are used.
     """

@@ -120,7 +120,7 @@ class Task:
         calibration: text to calibrate or train on.
         seed: of every random choice.
         ridge: in place of the method's own; "auto" chooses one for every shared input on a part of the tokens.
-        bounds: prove a lower bound for every layer problem too: seconds a matrix, two eigendecompositions each.
+        bounds: prove a lower bound for every layer problem too: two eigendecompositions, seconds per matrix.
     """
 
     target: Target

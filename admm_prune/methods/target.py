@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from admm_prune.errors import UserError
+from admm_prune.prunable import kept_count
 
 DENSE = "dense"  # the target of a weight that is not pruned
 
@@ -44,7 +45,7 @@ class Target:
 
     def removed_from(self, size: int) -> int:
         """The weights that a matrix of so many loses."""
-        return size - round((1.0 - self.fraction) * size)
+        return size - kept_count(self.fraction, size)
 
     @property
     def varied(self) -> bool:

@@ -48,9 +48,9 @@ class BlockStream:
             of all sequences in all of them; everything else is of a process's own share.
         sparing: large Grams of the widest inputs are accumulated separately, in another pass of the block and before
             those of the others; bitwise the same.
-        weighting: of the tokens in the Grams. Its scores are computed here, by the model as it is now: 4 bytes a token
-            on the host are kept, and of the logits at most 2^25 exist at a time (a row of L x V where the model changes
-            them after its output embedding).
+        weighting: of the tokens in the Grams. Its scores are computed here, by the model as it is now: 4 bytes per
+            token are kept on the host, and of the logits at most 2^25 exist at a time (a row of L x V where the model
+            changes them after its output embedding).
 
     Attributes:
         position: the index of the current block.

@@ -271,7 +271,7 @@ def _check_gguf(source: str, file: Path) -> None:
         if opened.read(4) != b"GGUF":
             raise UserError(f"{source}: not a GGUF file")
     if find_spec("gguf") is None:
-        raise UserError(f"{source}: reading GGUF needs the package gguf: pip install admm-prune[gguf]")
+        raise UserError(f"{source}: reading GGUF needs the package gguf: pip install 'admm-prune[gguf]'")
 
 
 def place_of(location: Path | str) -> tuple[Path | str, dict[str, str]]:

@@ -97,7 +97,9 @@ def cross_entropy(
     for piece in split_rows(model, batch):
         scored = Scored.of(piece, device or _device(model))
         token_losses = torch.zeros(scored.count, dtype=torch.float64, device=scored.targets.device)
-        total += _with_logits(model, scored, _summed(partial(_token_losses, scored.targets, token_losses))).cpu()
+        total += _with_logits(
+            model, scored, _summed(partial(_cross_entropy, scored.targets, token_losses=token_losses))
+        ).cpu()
         if sequence_losses is not None:
             rows, length = scored.ids.shape
             sums = torch.zeros(rows, dtype=torch.float64)
@@ -200,20 +202,19 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _cross_entropy(targets: Tensor, logits: Tensor, chunk: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """d/dlogits of -log softmax(logits)_t is softmax(logits) - e_t."""
+def _cross_entropy(
+    targets: Tensor, logits: Tensor, chunk: slice, gradient: bool, token_losses: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """d/dlogits of -log softmax(logits)_t is softmax(logits) - e_t. The losses of single tokens go to `token_losses`
+    (n,), where it is given."""
     log_p, index = log_softmax(logits, -1, dtype=_wide(logits)), targets[chunk, None]
-    value = log_p.gather(1, index).double().sum().neg()
+    chosen = log_p.gather(1, index).double()
+    if token_losses is not None:
+        token_losses[chunk] = chosen.squeeze(1).neg()
+    value = chosen.sum().neg()
     if not gradient:
         return value, None
     return value, _less_targets(log_p.exp_(), index, 1.0)
-
-
-def _token_losses(targets: Tensor, losses: Tensor, logits: Tensor, chunk: slice, gradient: bool) -> tuple[Tensor, None]:
-    """The sum of -log p over a chunk of tokens, without a gradient; writes that of each token into `losses` (n,)."""
-    log_p = log_softmax(logits, -1, dtype=_wide(logits)).gather(1, targets[chunk, None]).double()
-    losses[chunk] = log_p.squeeze(1).neg()
-    return log_p.sum().neg(), None
 
 
 def _chunk_scores(

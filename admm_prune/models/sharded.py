@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from admm_prune.errors import UserError
 from admm_prune.models.archive import write_tensors
 from admm_prune.models.parallel import World, communicating
 from admm_prune.models.streaming import ModelOnDisk, Offloading
 from admm_prune.models.structure import assign, decoder_blocks
+from admm_prune.ops.sharding import full_tensor, local
 
 
 class ShardedModel(Offloading):
@@ -62,7 +62,7 @@ class ShardedModel(Offloading):
 
         def read_shards() -> None:
             for name, parameter in self.sharded.named_parameters():
-                self._local(parameter).copy_(offloading.read(model, name, self._rows(parameter)))
+                local(parameter.detach()).copy_(offloading.read(model, name, self._rows(parameter)))
 
         world.in_all(read_shards)
 
@@ -87,7 +87,7 @@ class ShardedModel(Offloading):
         """Another sharded module with the same parameters in another dtype, without gradients."""
         other = self._empty(dtype).requires_grad_(False)
         for parameter, source in zip(other.parameters(), self.sharded.parameters(), strict=True):
-            self._local(parameter).copy_(self._local(source))
+            local(parameter).copy_(local(source.detach()))
         return other
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class ShardedModel(Offloading):
             yield
             for name in names:
                 parameter = self.sharded.get_parameter(name)
-                self._local(parameter).copy_(self.model.get_parameter(name)[self._rows(parameter)])
+                local(parameter.detach()).copy_(self.model.get_parameter(name)[self._rows(parameter)])
         finally:
             for name in names:
                 self._set(name, _on_meta(self.model.get_parameter(name), requires_grad=False))
@@ -161,7 +161,7 @@ class ShardedModel(Offloading):
         """A parameter, gathered from all processes."""
         parameter = self.sharded.get_parameter(name).detach()
         with communicating():
-            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            return full_tensor(parameter)
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         for alias in self._aliases[name]:
@@ -171,10 +171,6 @@ class ShardedModel(Offloading):
         """Those in this process, as `Shard(0)` divides them."""
         count = -(-len(parameter) // self._world.size)
         return slice(count * self._world.rank, count * (self._world.rank + 1))
-
-    @staticmethod
-    def _local(parameter: Tensor) -> Tensor:
-        return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _on_meta(parameter: nn.Parameter, requires_grad: bool) -> nn.Parameter:

@@ -215,8 +215,8 @@ def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
     """The savings of removing k = 0..n groups of a sublayer: (n + 1,), float64, nondecreasing.
 
     Args:
-        unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes a token of keys and values;
-            "flops", a token, of the matrices and of attention over half of the context; "latency", seconds that the
+        unit: "parameters", entries of the matrices; "bytes", of these; "kv-cache", bytes per token of keys and values;
+            "flops", per token, of the matrices and of attention over half of the context; "latency", seconds that the
             products of the matrices with `tokens` inputs take less on this machine, measured: where the weights are, or
             on the GPU if there is one and they are on disk; of several processes, by the first one, so that all of them
             decide alike.

@@ -45,7 +45,7 @@ def kkt_residual(hessian: Tensor, minimizer: Tensor, weight: Tensor, mask: Tenso
     target = minimizer.double() * scale
     gradient = ((weight.double() * scale - target) @ unit).mul_(mask).norm(dim=1)
     linear = (target @ unit).mul_(mask).norm(dim=1)
-    return torch.where(gradient > 0, gradient / linear, 0.0)
+    return torch.where(gradient == 0, 0.0, gradient / linear)  # NaN stays NaN
 
 
 def exact_refit(hessian: Tensor, minimizer: Tensor, mask: Tensor, tolerance: float = TOLERANCE) -> ExactRefit:

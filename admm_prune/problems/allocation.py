@@ -45,7 +45,7 @@ class Curve:
 
     def __post_init__(self) -> None:
         if self.losses.shape != self.savings.shape or self.losses.ndim != 1 or len(self.losses) < 2:
-            raise ValueError(f"{self.name}: losses and savings must be two series over 0..n units")
+            raise ValueError(f"{self.name}: losses and savings must be two series of one length, over 0..n groups")
 
     @property
     def count(self) -> int:
@@ -90,7 +90,7 @@ class Allocation:
         """(loss - bound) / loss."""
         if self.bound is None:
             return None
-        return 0.0 if self.loss == 0 else max(0.0, (self.loss - self.bound) / self.loss)
+        return 0.0 if self.loss == 0 else max((self.loss - self.bound) / self.loss, 0.0)  # NaN stays NaN
 
 
 class Allocator(Protocol):

@@ -186,7 +186,7 @@ class LayerReconstruction:
             error = quadratic.energy(v, h, self.weight)
             if error < 0 and error < -_ROUNDINGS * torch.finfo(h.dtype).eps * self._magnitudes(v - self.weight, h):
                 raise ValueError("gram is not positive semidefinite: it is not X^T X")
-            return max(0.0, error) / energy if energy > 0 else 0.0
+            return max(error, 0.0) / energy if energy > 0 else 0.0  # in this order NaN stays NaN
         if gram is not None:
             raise ValueError("an error on other tokens needs their target too")
         whole = self.target_energy
@@ -200,7 +200,7 @@ class LayerReconstruction:
                     f"target_energy {whole:g} is not the squared norm of the target: some weights would have a squared "
                     f"error of {error:g}; take it, the Gram and the cross_gram from the same tokens, in float64"
                 )
-        return max(0.0, error) / whole if whole > 0 else 0.0
+        return max(error, 0.0) / whole if whole > 0 else 0.0
 
     def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
         """(W' A - G (out, in), the magnitudes that it adds up (out, in), those of the value at W'), in float64.

@@ -70,6 +70,7 @@ class SurrogateFree:
         self._weights = {weight.name: weight for weight in linear_weights(model, targets=targets, ignore=ignore)}
         self.constraint: Constraint = Product(dict.fromkeys(self._weights, constraint)) if each else constraint
         self._dense = self.read()
+        self.notes: tuple[str, ...] = ()
 
     def initial(self) -> Point:
         return self._dense.clone()
@@ -102,7 +103,8 @@ class SurrogateFree:
     @cached_property
     def curvature(self) -> float:
         """Half the mean diagonal of the Hessian on the first batch: mean of v . H v over random signs v, by differences
-        of gradients. Where the loss curves downwards on the whole, its absolute value.
+        of gradients. Where the loss curves downwards on the whole, its absolute value; 1, with a note, where that is
+        zero or not finite.
 
         Source: Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990.
         """
@@ -115,8 +117,11 @@ class SurrogateFree:
             signs = self._dense.map(lambda x: (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x))
             slopes = [self.sample_gradient(self._dense + sign * step * signs, 0)[1].dot(signs) for sign in (1.0, -1.0)]
             traces.append((slopes[0] - slopes[1]) / (2 * step))
-        mean = abs(sum(traces)) / _PROBES / self._dense.numel() / 2
-        return mean if math.isfinite(mean) and mean > 0 else 1.0  # a loss that is linear here has no scale of its own
+        mean: float = abs(sum(traces)) / _PROBES / self._dense.numel() / 2
+        if math.isfinite(mean) and mean > 0:
+            return mean
+        self.notes += (f"the curvature of the loss is estimated as {mean:g}: 1 is used as the unit of the penalty",)
+        return 1.0
 
     @torch.no_grad()
     def read(self) -> Point:

@@ -193,7 +193,7 @@ class Tasks:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UserError(f"tasks need lm-evaluation-harness: pip install admm-prune[eval] ({error})") from error
+            raise UserError(f"tasks need lm-evaluation-harness: pip install 'admm-prune[eval]' ({error})") from error
         # The harness's own tasks are thousands of files: they are not read if the folder has all of the tasks.
         self._manager = TaskManager(include_path=None if place is None else str(place), include_defaults=False)
         if not set(self.names) <= set(self._manager.all_tasks):
@@ -283,6 +283,7 @@ def evaluate_tasks(
     dtype: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    trust_remote_code: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
     """Loads a model and evaluates it on tasks of lm-evaluation-harness.
@@ -290,6 +291,7 @@ def evaluate_tasks(
     Args:
         model: a folder, a Hub id or "embedded".
         tasks, seed, batch_size: as for `Tasks`.
+        trust_remote_code: allow running code that comes with the model.
         how: further arguments of `Tasks`.
 
     Returns:
@@ -301,4 +303,5 @@ def evaluate_tasks(
     place = pick_device(device)
     check_dtype(dtype)
     chosen = Tasks(tasks, **how)
-    return chosen.evaluate(load(model, device=place, dtype=dtype), seed=seed, batch_size=batch_size)
+    loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    return chosen.evaluate(loaded, seed=seed, batch_size=batch_size)

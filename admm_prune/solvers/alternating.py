@@ -91,9 +91,12 @@ class Alternating(Iterative[State]):
         return progress.end_to_end_gain is not None and progress.end_to_end_gain < self.tolerance
 
     def solution(self, problem: Coordinated, state: State) -> Point:
-        return state.best
+        # Before a round with a validation loss that is a number, `best` is the start, which may be dense.
+        return state.best if state.best_round else problem.constraint.project(state.best)
 
     def notes(self, state: State) -> tuple[str, ...]:
+        if state.rounds and not state.best_round:
+            return (f"no validation loss of {state.rounds} rounds is a number", *dict.fromkeys(state.notes))
         stalled = state.rounds - state.best_round
         note = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
         return (*note, *dict.fromkeys(state.notes))

@@ -130,6 +130,7 @@ class Iterative(ABC, Generic[StateT]):
 
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
+            ArithmeticError: no point met has a finite value, not even the start's projection.
         """
         self.check(problem)
         began = time.perf_counter()
@@ -191,7 +192,10 @@ class Iterative(ABC, Generic[StateT]):
                 final.offer(unfinished, problem.value(unfinished))
         offer_start(problem, final, self.projected_start(problem, start))
         if final.best is None:
-            raise ArithmeticError("no feasible point of finite value was met, not even the projected start")
+            raise ArithmeticError(
+                "no feasible point of finite value was met, not even the projected start: look for damaged weights, or "
+                "raise the precision"
+            )
         return Result(
             solution=final.best,
             status=status,
@@ -223,20 +227,27 @@ def closed_form(
 
     Args:
         start: None where the computation is itself a projection of the dense weights.
+
+    Returns:
+        Its status is NONFINITE where the computation overflowed and the start's projection took its place.
+
+    Raises:
+        ArithmeticError: neither has a finite value.
     """
     seconds = time.perf_counter() - began
     run: Run[None] = Run(None)
     run.offer(solution, problem.value(solution))
+    status = Status.NONFINITE if run.best is None else Status.CLOSED_FORM
     if start is not None:
         offer_start(problem, run, problem.constraint.project(start))
     if run.best is None:
-        raise ArithmeticError("the solution is not finite")
+        raise ArithmeticError("the solution has no finite value: raise the ridge or the precision")
     return Result(
         solution=run.best,
-        status=Status.CLOSED_FORM,
+        status=status,
         objective=run.best_value,
         seconds=seconds,
-        notes=(*getattr(problem, "notes", ()), *notes),
+        notes=tuple(dict.fromkeys((*getattr(problem, "notes", ()), *notes))),  # those of an inner solver begin alike
     )
 
 

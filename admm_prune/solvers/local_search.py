@@ -44,8 +44,8 @@ class LocalSearch:
         patience: how many single swaps in a row may fail.
 
     Returns (solve):
-        SOLVED if every row has stopped. The notes say how many swaps were made, at how many products (out, in) x (in,
-        in), besides some 5 to 10 inverses of A + g I.
+        SOLVED if every row has stopped; NONFINITE, with the start, if numbers overflowed. The notes say how many swaps
+        were made, at how many products (out, in) x (in, in), besides some 5 to 10 inverses of A + g I.
 
     Raises (solve):
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
@@ -77,23 +77,25 @@ class LocalSearch:
         hessian = (problem.hessian / scale).div_(scale[:, None])
         target = problem.minimizer * scale
         support_size = int(support.sum())
-        run, done = Run(None), _Count()
+        run, done, overflowed = Run(None), _Count(), False
         if 0 < support_size < support.numel():
             gains = Gains(hessian, support_size / len(support), group, self.candidates)
             scaled = point["weight"] * scale
             parts = zip(target.split(_ROWS), scaled.split(_ROWS), support.split(_ROWS), strict=True)
             v = torch.cat([self._search(gains, *rows, done=done) for rows in parts])
             improved = Point(weight=v / scale)
-            if improved.is_finite() and problem.constraint.contains(improved):
+            overflowed = not improved.is_finite()
+            if not overflowed and problem.constraint.contains(improved):
                 run.iteration = done.rounds
                 run.offer(improved, problem.value(improved))
         offer_start(problem, run, point)
         if run.best is None:
-            raise ArithmeticError("the value at the start is not finite")
+            raise ArithmeticError("the value at the start is not finite: look for damaged weights")
         cost = f"{done.swaps} swaps, {done.products / len(support):.1f} products"
+        stopped = Status.MAX_ITERATIONS if done.unfinished else Status.SOLVED
         return Result(
             solution=run.best,
-            status=Status.MAX_ITERATIONS if done.unfinished else Status.SOLVED,
+            status=Status.NONFINITE if overflowed else stopped,
             objective=run.best_value,
             iterations=done.rounds,
             best_iteration=run.best_iteration,
@@ -204,7 +206,7 @@ class Rows:
         return Rows(v, self.residual - moved, self.support ^ (flips > 0), self.value)
 
     def refitted(self, hessian: Tensor, steps: int, done: _Count) -> Rows:
-        """Some conjugate-gradient steps on the support; the residual follows on all columns, one product a step."""
+        """Some conjugate-gradient steps on the support; the residual follows on all columns, one product per step."""
         v, residual = self.v.clone(), self.residual.clone()
         floor = torch.finfo(v.dtype).tiny
         direction = residual * self.support

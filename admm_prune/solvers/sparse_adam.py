@@ -75,8 +75,8 @@ class SparseAdam(Optimizer):
             schedules need it. A shorter or longer run causes a warning.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
         ramp: the fraction of the steps before the freeze in which the sparsity grows.
-        final: the support at the end: the "anchors'", after one more dual update, or that of the largest scores of the
-            "weights" x themselves, as published.
+        final: the support at the end: that of the "anchors" after one more dual update, or that of the largest scores
+            of the "weights" x themselves, as published.
         anchor: how z and u are stored: see `Anchors`. 4.125, 2.125 or 1.14 bytes per weight.
         rounding: how anchors of less than 32 bits are rounded: see `Anchors`.
         moments: how Adam's moments are stored: see `Moments`. 8 bytes per weight, or 2.03 in 8 bits.

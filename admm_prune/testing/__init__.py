@@ -5,7 +5,7 @@
     assert_solver_conforms(MySolver())
 
 A violation raises an AssertionError that names the class, the input, the requirement and the result. Every draw is
-seeded: two runs check the same inputs. Needs hypothesis: `pip install admm-prune[testing]`.
+seeded: two runs check the same inputs. Needs hypothesis: `pip install 'admm-prune[testing]'`.
 """
 
 from __future__ import annotations

@@ -324,7 +324,9 @@ def _check_scaled_to(case: Case, constraint: SupportConstraint, frame: Frame) ->
     sizes = [mask.count_nonzero() for mask in masks]
     case.require(sizes[0] == frame.size, "prune nothing when scaled_to(0)", f"it keeps {sizes[0]} of {frame.size}")
     case.require(same_bits(masks[-1], constraint.select(score)), "be itself when scaled_to(1)")
-    case.require(sizes == sorted(sizes, reverse=True), "shrink as it is tightened", f"{sizes} at {_FRACTIONS}")
+    case.require(
+        sizes == sorted(sizes, reverse=True), "shrink as the fraction of scaled_to rises", f"{sizes} at {_FRACTIONS}"
+    )
     for k in range(1, len(sets)):
         inside = sets[k - 1].contains(masks[k].map(Tensor.double))
         case.require(inside, f"lie inside scaled_to({_FRACTIONS[k - 1]}) when scaled_to({_FRACTIONS[k]})")
@@ -339,7 +341,7 @@ def _check_scaled_to(case: Case, constraint: SupportConstraint, frame: Frame) ->
     for fraction, count in zip(grid, pruned, strict=True):
         case.require(
             abs(count - fraction * pruned[-1]) <= 1.5 * step,  # stacked sets round apart
-            "prune in proportion when tightened",
+            "prune in proportion to the fraction of scaled_to",
             f"scaled_to({fraction}) prunes {count}, the set itself {pruned[-1]}",
         )
 

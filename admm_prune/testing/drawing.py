@@ -13,7 +13,7 @@ try:
     from hypothesis import strategies as st
     from hypothesis.errors import Flaky
 except ImportError as missing:
-    raise ImportError("admm_prune.testing needs hypothesis: pip install admm-prune[testing]") from missing
+    raise ImportError("admm_prune.testing needs hypothesis: pip install 'admm-prune[testing]'") from missing
 
 DrawnT = TypeVar("DrawnT")
 

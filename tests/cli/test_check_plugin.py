@@ -96,4 +96,4 @@ def test_without_hypothesis_it_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("admm_prune.testing", raising=False)
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    refused("admm_prune.testing needs hypothesis: pip install admm-prune[testing]", "check-plugin", "relative")
+    refused("admm_prune.testing needs hypothesis: pip install 'admm-prune[testing]'", "check-plugin", "relative")

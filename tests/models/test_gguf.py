@@ -116,5 +116,5 @@ def test_it_is_not_streamed(gguf_file: Path, text_file: Path, tmp_path: Path) ->
 
 def test_without_its_package_it_says_what_to_install(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("admm_prune.models.loading.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install admm-prune\[gguf\]"):
+    with pytest.raises(UserError, match=r"pip install 'admm-prune\[gguf\]'"):
         load(str(gguf_file))

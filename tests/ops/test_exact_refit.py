@@ -122,3 +122,10 @@ def test_the_solver_refits_exactly_and_notes_the_residual(constraint: RowWise | 
     if isinstance(constraint, RowWise):
         inner = Refit(SparseGPT(), exact=True).solve(problem)
         assert inner.objective <= SparseGPT().solve(problem).objective
+
+
+def test_the_residual_of_weights_with_nan_is_nan() -> None:
+    hessian, weight = correlated(8, 0), normal(3, 8, 0)
+    weight[0, 0] = torch.nan
+    residual = kkt_residual(hessian, normal(3, 8, 0), weight, weight != 0)
+    assert residual.isnan().tolist() == [True] + [False] * (len(weight) - 1)

@@ -305,3 +305,7 @@ def test_the_bound_of_the_knapsack_is_below_every_allocation_in_fractions(seed, 
     assert Fraction(found.bound) <= least
     assert found.bound >= 0.99 * float(least)
     assert found.loss <= float(least) * (1 + 1e-5)
+
+
+def test_the_gap_of_a_loss_of_nan_is_nan() -> None:
+    assert math.isnan(Allocation(removed={}, saved=0.0, loss=math.nan, bound=1.0).gap or 0.0)

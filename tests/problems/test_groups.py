@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from statistics import median
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm_prune.methods.struprune.selectors import SeededADMM
 from admm_prune.ops import group_compensation
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, Unstructured
@@ -284,5 +286,14 @@ def test_groups_refuse_shapes_that_they_do_not_divide() -> None:
         Groups(0.5, 3).project(Point(weight=torch.ones(2, 16)))
     with pytest.raises(ValueError, match="groups of 0 columns are empty"):
         Groups(0.5, 0)
-    with pytest.raises(ValueError, match="a set with an explicit count cannot be tightened"):
+    with pytest.raises(ValueError, match="a set with an explicit count has no fraction to scale: give a sparsity"):
         Groups(0.5, keep=2).scaled_to(0.5)
+    with pytest.raises(ValueError, match="keep is a number of at least 0, not -1"):
+        Groups(0.5, keep=-1)
+
+
+def test_admm_from_structured_obs_keeps_the_notes_of_both(monkeypatch) -> None:
+    problem = layer(Groups(0.5, 2))
+    elimination = group_compensation.eliminate(problem.hessian, problem.minimizer, 2, 4, 1)
+    monkeypatch.setattr(group_compensation, "eliminate", lambda *_: replace(elimination, escalated=True))
+    assert "groups were eliminated in float64" in SeededADMM().solve(problem).notes

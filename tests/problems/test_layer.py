@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -110,6 +111,14 @@ def test_all_zero_inputs_fall_back_to_magnitude() -> None:
     problem = LayerReconstruction(w, torch.zeros(WIDTH, WIDTH, dtype=torch.float64), Unstructured(0.5))
     assert "16 of 16" in problem.notes[0]
     assert problem.relative_error(Point(weight=torch.zeros_like(w))) == 0.0
+
+
+@pytest.mark.parametrize("other_target", [False, True])
+def test_the_error_of_a_point_with_nan_is_nan(other_target) -> None:
+    problem = retargeted(CONSTRAINTS["half"]) if other_target else layer(CONSTRAINTS["half"])
+    broken = problem.weight.clone()
+    broken[0, 0] = math.nan
+    assert math.isnan(problem.relative_error(Point(weight=broken)))
 
 
 @pytest.mark.parametrize(

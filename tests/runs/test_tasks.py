@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import admm_prune
+from admm_prune.cli.app import app
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.runs.evaluate import evaluate_tasks
@@ -138,4 +139,19 @@ def test_without_the_harness_it_says_what_to_install(model_folder: Path) -> None
         f"evaluate_tasks({str(model_folder)!r}, ['piqa'], device='cpu')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "tasks need lm-evaluation-harness: pip install admm-prune[eval]" in done.stderr
+    assert "tasks need lm-evaluation-harness: pip install 'admm-prune[eval]'" in done.stderr
+
+
+@pytest.mark.parametrize("further", [[], ["--trust-remote-code"]])
+def test_eval_runs_code_of_a_model_for_tasks_where_it_is_allowed(further, model_folder, tasks, monkeypatch) -> None:
+    allowed = []
+
+    def loading(source: str, *, trust_remote_code: bool, **how: Any) -> Any:
+        allowed.append(trust_remote_code)
+        return load(source, **how)
+
+    monkeypatch.setattr("admm_prune.runs.evaluate.load", loading)
+    monkeypatch.setattr("admm_prune.runs.evaluate.Tasks.evaluate", lambda *_, **__: {})
+    arguments = ["eval", str(model_folder), "--tasks", "mats", "--task-folder", str(tasks), "--device", "cpu", "--json"]
+    app([*arguments, *further], standalone_mode=False)
+    assert allowed == [bool(further)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -84,6 +85,16 @@ def test_a_round_that_improves_nothing_ends_the_run_and_is_told() -> None:
     assert result.status is Status.SOLVED
     assert result.solution["weight"][0, 0] == 2.0
     assert result.notes == ("stalled: round 2 of 3 was the best",)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_without_a_round_that_can_be_validated_the_projected_start_is_returned(rounds: int) -> None:
+    problem = whole(network("silu", gated=True), constraint=Unstructured(0.7))
+    problem.validation_loss = lambda x: math.nan
+    result = Alternating(inner=SparseGPT(), max_iterations=rounds, tolerance=-1.0).solve(problem)
+    assert problem.constraint.contains(result.solution)
+    assert result.objective == problem.value(problem.constraint.project(problem.initial()))
+    assert (result.notes[:1] == ("no validation loss of 2 rounds is a number",)) == bool(rounds)
 
 
 def test_a_frozen_support_stays() -> None:

@@ -187,3 +187,11 @@ def test_refusals_name_both_sides() -> None:
 
     with pytest.raises(TypeError, match=r"LocalSearch needs a Quadratic problem.*Bare"):
         LocalSearch().solve(Bare())
+
+
+def test_a_search_that_overflows_gives_its_start_and_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(LocalSearch, "_search", lambda _, __, target, *rest, **how: torch.full_like(target, torch.inf))
+    problem = layer(Unstructured(0.5))
+    result = LocalSearch(ADMM()).solve(problem)
+    assert result.status is Status.NONFINITE
+    assert result.objective == ADMM().solve(problem).objective

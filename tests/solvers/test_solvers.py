@@ -16,6 +16,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.solvers import x_updates
 from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.base import closed_form
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
@@ -267,3 +268,20 @@ def test_ill_posed_layers_stay_finite(solver, trouble) -> None:
     # A float32 Gram of rank one has eigenvalues a little below zero.
     assert -1e-6 <= problem.relative_error(result.solution) <= 1.0
     assert trouble not in ("rank one", "dead") or result.notes
+
+
+def test_a_direct_computation_that_overflows_gives_the_projected_start_and_says_so() -> None:
+    problem = layer(CONSTRAINTS["half"])
+    infinite = Point(weight=torch.full_like(problem.weight, torch.inf))
+    result = closed_form(problem, infinite, 0.0, problem.initial())
+    assert result.status is Status.NONFINITE
+    assert torch.equal(result.solution["weight"], problem.constraint.project(problem.initial())["weight"])
+    with pytest.raises(ArithmeticError, match="raise the ridge or the precision"):
+        closed_form(problem, infinite, 0.0, None)
+
+
+def test_a_note_of_the_problem_is_given_once_also_behind_an_inner_solver() -> None:
+    x, w = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(0)), torch.ones(ROWS, WIDTH)
+    x[:, 0] = 0
+    problem = LayerReconstruction(w, x.T @ x, NofM(2, 4))
+    assert Refit(SparseGPT()).solve(problem).notes.count(problem.notes[0]) == 1

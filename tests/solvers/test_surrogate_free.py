@@ -92,6 +92,19 @@ def test_the_curvature_is_half_the_mean_diagonal_of_the_hessian() -> None:
     assert sum(many) / len(many) == pytest.approx(exact, rel=0.15)
 
 
+def test_a_loss_without_curvature_says_that_the_unit_of_the_penalty_is_made_up() -> None:
+    problem = SurrogateFree(
+        nn.Linear(8, 4).double(),
+        lambda model, batch: model(batch[0]).sum() * 0,
+        batches(1, 0),
+        batches(1, 1),
+        RowWise(0.5),
+    )
+    assert problem.curvature == 1.0
+    assert problem.notes == ("the curvature of the loss is estimated as 0: 1 is used as the unit of the penalty",)
+    assert StochasticADMM(total_steps=8, max_iterations=8).solve(problem).notes[: len(problem.notes)] == problem.notes
+
+
 def test_the_model_keeps_who_takes_a_gradient_and_takes_a_solution() -> None:
     model = network(0)
     model[0].weight.requires_grad_(False)

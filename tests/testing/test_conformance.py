@@ -117,4 +117,4 @@ def test_stacked_groups_of_unlike_width() -> None:
 def test_without_hypothesis_it_says_what_to_install() -> None:
     script = "import sys; sys.modules['hypothesis'] = None; import admm_prune.testing"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "ImportError: admm_prune.testing needs hypothesis: pip install admm-prune[testing]" in run.stderr
+    assert "ImportError: admm_prune.testing needs hypothesis: pip install 'admm-prune[testing]'" in run.stderr

@@ -70,7 +70,7 @@ class PrunesMore(Altered):
     def change(self, result, problem, start) -> Result:
         if problem.constraint.contains(problem.initial()) or start is not None:
             return result
-        fewer = Unstructured(0.0, keep=result.solution.count_nonzero() - 1)
+        fewer = Unstructured(0.0, keep=max(0, result.solution.count_nonzero() - 1))
         return evaluated(result, problem, fewer.project(result.solution))
 
 
@@ -304,7 +304,7 @@ def test_an_optimum_that_is_lost() -> None:
 def test_broken_constraints() -> None:
     class KeepsOneTooFew(Unstructured):
         def project(self, v, metric=None) -> Point:
-            return Unstructured(self.sparsity, keep=self._count(v.numel()) - 1).project(v, metric)
+            return Unstructured(self.sparsity, keep=max(0, self._count(v.numel()) - 1)).project(v, metric)
 
     class IgnoresTheMetric(Unstructured):
         def project(self, v, metric=None) -> Point:
@@ -367,7 +367,7 @@ def test_broken_constraints() -> None:
         (ContainsOnlyFullOnes(0.5), "contain"),
         (SharesRoundDown(0.3), "columns cut at .* must have shares that add up"),
         (TightensTooMuch(0.5), r"prune nothing when scaled_to\(0\)"),
-        (TightensBackAndForth(0.5), "shrink as it is tightened"),
+        (TightensBackAndForth(0.5), "shrink as the fraction of scaled_to rises"),
     ]:
         with pytest.raises(AssertionError, match=message) as caught:
             assert_constraint_conforms(broken)
@@ -428,7 +428,7 @@ class ReturnsItsArgument(Unstructured):
         (ByIndexBelowFloat64(0.5), "select in each dtype as in float64|closest|full support"),
         (KeepsTheHigherOfEqualScores(0.5), "select the lowest indices among supports of equal sums"),
         (OneBudgetForAllMatrices(0.5), "select in select_each what select selects"),
-        (TightensByTheSquare(0.5), "prune in proportion when tightened"),
+        (TightensByTheSquare(0.5), "prune in proportion to the fraction of scaled_to"),
         (TightensToAnotherKind(0.5), "be of its own class and group width"),
         (SharesGoToTheFirst(0.5), "share its budget in proportion"),
         (OverlooksNaN(0.5), "count every entry that is not zero in contains; nan"),

@@ -11,7 +11,8 @@ from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.target import Target
-from admm_prune.solvers.elsa.anchors import AnchorFormat, local
+from admm_prune.ops.sharding import local
+from admm_prune.solvers.elsa.anchors import AnchorFormat
 from admm_prune.solvers.elsa.settings import Penalty, Score
 from admm_prune.solvers.sparse_adam import SparseAdam
 

@@ -17,7 +17,7 @@ from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.trainer import MeasuredRate, Trainer
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import WeightView
-from admm_prune.solvers.elsa.anchors import local
+from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.duals import DualUpdate
 
 

@@ -18,7 +18,8 @@ from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.methods.elsa.engine import Engine, replaced_forwards
 from admm_prune.models.losses import cross_entropy, holds_logits, rows_at_once
 from admm_prune.models.parallel import ALONE, World
-from admm_prune.solvers.elsa.anchors import local, totals
+from admm_prune.ops.sharding import local
+from admm_prune.solvers.elsa.anchors import totals
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 

@@ -28,7 +28,12 @@ class SeededADMM:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         seed = _OBS.solve(problem, start=start)
-        return ADMM().solve(problem, start=seed.solution)
+        result = ADMM().solve(problem, start=seed.solution)
+        return replace(
+            result,
+            seconds=seed.seconds + result.seconds,
+            notes=tuple(dict.fromkeys((*seed.notes, *result.notes))),
+        )
 
 
 SELECTORS: Mapping[Selector, Callable[[], Solver]] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
+from admm_prune.prunable import kept_count
 
 
 class SparseSet(ABC):
@@ -108,11 +109,6 @@ def _scaled_product(v: Point, metric: Point) -> Point:
     return left.map(shifted, right, exponent)
 
 
-def kept_count(sparsity: float, total: int) -> int:
-    """round((1 - sparsity) * total), halves rounded to even."""
-    return round((1.0 - sparsity) * total)
-
-
 class FractionalSet(SparseSet):
     """A set that keeps a fraction of the entries, tiles or groups: 1 - sparsity, or the number `keep` where given."""
 
@@ -122,10 +118,12 @@ class FractionalSet(SparseSet):
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity <= 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
+        if self.keep is not None and self.keep < 0:
+            raise ValueError(f"keep is a number of at least 0, not {self.keep}")
 
     def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:
-            raise ValueError("a set with an explicit count cannot be tightened: its fraction is not known")
+            raise ValueError("a set with an explicit count has no fraction to scale: give a sparsity in place of keep")
         return replace(self, sparsity=self.sparsity * fraction)  # type: ignore[type-var]  # a dataclass
 
     def _count(self, total: int) -> int:

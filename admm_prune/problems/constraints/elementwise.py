@@ -11,8 +11,9 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import FractionalSet, SparseSet, kept_count, rows_and_width, slice_budget
+from admm_prune.problems.constraints.base import FractionalSet, SparseSet, rows_and_width, slice_budget
 from admm_prune.problems.constraints.product import StackedRows
+from admm_prune.prunable import kept_count
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from admm_prune.errors import UserError
 from admm_prune.ops import bits, quantization
+from admm_prune.ops.sharding import full_tensor, local
 
 AnchorFormat = Literal["full", "bfloat16", "int8"]
 State = dict[str, Any]
@@ -56,11 +57,6 @@ class Processes:
         return dist.get_rank(self.group)
 
 
-def local(x: Tensor) -> Tensor:
-    """The local shard of x, sharing its memory; x itself if it is not sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def processes_of(x: Tensor) -> Processes | None:
     """The processes over which x is sharded; None if each has all of it.
 
@@ -91,8 +87,7 @@ def sharded_like(parameter: Tensor, shard: Tensor) -> Tensor:
 
 def all_gather(parameter: Tensor, shard: Tensor) -> Tensor:
     """Gathers all rows of the tensor of which `shard` is the local shard."""
-    whole = sharded_like(parameter, shard)
-    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+    return full_tensor(sharded_like(parameter, shard))
 
 
 def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import (
     Anchors,
     State,
     Weight,
-    local,
     local_shard,
     sharded_like,
     totals,
@@ -128,14 +128,6 @@ class DualUpdate:
         return self._sum("entered")
 
     @property
-    def threshold_drift(self) -> float | None:
-        """The median of |theta / theta_before - 1| over the weights; None at the first update."""
-        drifts = sorted(
-            abs(w.threshold / w.threshold_before - 1.0) for w in self.weights.values() if w.threshold_before
-        )
-        return drifts[len(drifts) // 2] if drifts else None
-
-    @property
     def rho(self) -> float:
         """The mean over the pruned entries of the penalty before the update."""
         return self._mean("rho")
@@ -144,11 +136,6 @@ class DualUpdate:
     def tau(self) -> float:
         """The mean over the pruned entries."""
         return self._mean("tau")
-
-    @property
-    def penalty_norm(self) -> float:
-        """The norm of the penalty's gradient, rho |x - c|, before the update."""
-        return math.hypot(*(w.rho * w.pull for w in self.weights.values()))
 
     @property
     def quantization_error(self) -> float:

@@ -20,12 +20,12 @@ from torch.optim.adam import adam
 from admm_prune.errors import UserError
 from admm_prune.ops import backend, bits, library_adam, quantization
 from admm_prune.ops.quantization import Stored, generator_on
+from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import (
     Anchors,
     State,
     Weight,
     chunks,
-    local,
     processes_of,
     sharded_like,
     totals,

@@ -34,7 +34,8 @@ class Target:
         if self.constraint is not None:
             if not isinstance(self.constraint, SupportConstraint):
                 raise UserError(
-                    f"{type(self.constraint).__name__} is no SupportConstraint: it lacks select or tightened"
+                    f"{type(self.constraint).__name__} is no SupportConstraint: derive it from "
+                    "admm_prune.problems.constraints.SparseSet"
                 )
             return Within(self.constraint)
         if self.pattern is not None:

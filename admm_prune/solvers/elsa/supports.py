@@ -13,6 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.ops import histogram, selection
 from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
+from admm_prune.prunable import kept_count
 from admm_prune.solvers.elsa.anchors import Processes, Weight, all_gather, local_shard, processes_of, totals
 from admm_prune.solvers.elsa.settings import Score
 
@@ -94,7 +95,7 @@ class Budget:
 
     def _keep(self, entries: int, fraction: float) -> int:
         sparsity = self.sparsity * fraction
-        return max(round((1.0 - sparsity) * entries), 0 if sparsity == 1.0 else 1)
+        return max(kept_count(sparsity, entries), 0 if sparsity == 1.0 else 1)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Bound:
         if objective is None:
             return cls(value, kind)
         lost = objective - floor
-        return cls(value, kind, min(1.0, max(0.0, value - floor) / lost) if lost > 0 else 1.0)
+        return cls(value, kind, 1.0 if lost <= 0 else min(max(0.0, value - floor) / lost, 1.0))  # NaN stays NaN
 
 
 def lower_bound(candidate: object, objective: float | None = None) -> Bound | None:
@@ -83,7 +83,8 @@ def lower_bound(candidate: object, objective: float | None = None) -> Bound | No
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
         ValueError: supports of an unknown kind, or a Hessian that is not positive definite.
 
-    Source: this project's methods, local.md, section 8.
+    Sources: the loss of one removal is that of Hassibi and Stork, Optimal Brain Surgeon, 1993; the others are Rayleigh
+    quotients. Their use as bounds over budgets is ours.
     """
     problem = quadratic("lower_bound", candidate)
     form, scale = scaled_hessian("lower_bound", problem)

@@ -268,7 +268,7 @@ class BranchAndBound:
         ValueError: the supports are N:M groups or of an unknown kind, a row is wider than `max_width`, or the Hessian
             is not positive definite.
 
-    Sources: this project's methods, local.md, section 8; Furnival and Wilson, Regressions by leaps and bounds, 1974.
+    Source: Furnival and Wilson, Regressions by leaps and bounds, 1974; the bounds of nodes are ours.
     """
 
     time_limit: float = math.inf

@@ -46,7 +46,7 @@ class MixedIntegerReference:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
         ValueError: rows too wide, supports of an unknown kind, or a Hessian that is not positive definite.
 
-    Source: this project's methods, local.md, section 8.
+    Source: ours; the model with bounds on v (big-M) is the usual one.
     """
 
     solver: str = "SCIP"
@@ -105,7 +105,7 @@ def load_cvxpy(owner: str, solver: str) -> Any:
     Raises:
         ImportError: one of them is missing; the message says how to install it.
     """
-    advice = "pip install admm-prune[reference]"
+    advice = "pip install 'admm-prune[reference]'"
     try:
         cvxpy: Any = importlib.import_module("cvxpy")
     except ImportError:

@@ -427,7 +427,7 @@ def swap_gains(hessian: Array, target: Array, inside: Indices, outside: Indices)
     Returns:
         (len(inside), len(outside)).
 
-    Source: this project's methods, local.md, eq. (5).
+    Source: ours, from the inverses of bordered matrices; `tests/solvers/reference` compares it with refits.
     """
     block, cross = hessian[np.ix_(inside, inside)], hessian[np.ix_(inside, outside)]
     factor = scipy.linalg.cho_factor(block)

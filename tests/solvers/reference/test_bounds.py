@@ -82,6 +82,12 @@ def test_vacuous_is_below_a_tenth() -> None:
     assert bound.vacuous
 
 
+def test_an_objective_of_nan_is_not_proved_optimal() -> None:
+    ratio = Bound.above(floor=1.0, value=2.0, kind="removal", objective=math.nan).ratio
+    assert ratio is not None
+    assert math.isnan(ratio)
+
+
 def test_a_hessian_that_is_definite_by_less_than_rounding_has_the_bound_of_its_floor() -> None:
     """Integers prove what float64 cannot."""
     nearly = torch.ones(6, 6, dtype=torch.float64) + 3e-15 * torch.eye(6, dtype=torch.float64)
