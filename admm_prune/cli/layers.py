@@ -72,8 +72,10 @@ def solve(
         str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")
     ] = None,
     bound: Annotated[
-        Literal["quick", "dual"],
-        typer.Option(help="Lower bound of the error: 'quick', or the stronger 'dual' in seconds to minutes."),
+        Literal["quick", "dual", "block"],
+        typer.Option(
+            help="Lower bound of the error: 'quick', or the stronger 'dual' or 'block' in seconds to minutes."
+        ),
     ] = "quick",
     out: Annotated[
         Path | None,

@@ -21,9 +21,9 @@ def verify(
         str | None, typer.Option(help="The evaluation text of a run; default: the path used by the run.")
     ] = None,
     bound: Annotated[
-        Literal["quick", "dual"],
+        Literal["quick", "dual", "block"],
         typer.Option(
-            help="Lower bound to compute for a solved layer; 'dual' is stronger, and takes seconds to minutes."
+            help="Lower bound to prove for a solved layer; 'dual' and 'block' are stronger, in seconds to minutes."
         ),
     ] = "quick",
     quick: Annotated[bool, typer.Option("--quick", help="Skip the perplexity of a run.")] = False,

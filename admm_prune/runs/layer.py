@@ -33,10 +33,15 @@ from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
-from admm_prune.solvers.reference import Bound, dual_bound, lower_bound
+from admm_prune.solvers.reference import BlockCertificate, Bound, DualCertificate, block_bound, dual_bound, lower_bound
 
 _WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
-BoundChoice = Literal["quick", "dual"]  # `lower_bound`, or the better of it and `dual_bound`
+BoundChoice = Literal["quick", "dual", "block"]  # `lower_bound`, or the better of it and another
+_BOUNDS: dict[BoundChoice, tuple[Callable[..., DualCertificate | BlockCertificate | None], ...]] = {
+    "quick": (),
+    "dual": (dual_bound,),
+    "block": (block_bound,),
+}  # beside `lower_bound`
 
 
 def capture_layer(
@@ -187,7 +192,8 @@ def solve_path(
         targets: the pruning targets, without duplicates.
         ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
         bound: "quick": one factorization; "dual": the larger one of this and `dual_bound`, which takes seconds to
-            minutes for each target. A bound that the solver itself proved is kept.
+            minutes for each target; "block": of this and `block_bound`, several times that. A bound that the solver
+            itself proved is kept.
         out: where to write the pruned weight with its claims, as safetensors for `verify`; with several targets,
             OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
         overwrite: replace earlier files of ours there, which is refused otherwise.
@@ -381,7 +387,9 @@ def _bound(problem: LayerReconstruction, result: Result, choice: BoundChoice) ->
         return None, (f"no lower bound: the layer is wider than {_WIDEST_BOUND}",)
     bounds: list[Bound] = []
     refusals: list[str] = []
-    for one in (lower_bound, *((dual_bound,) if choice == "dual" else ())):
+    functions: tuple[Callable[..., Bound | DualCertificate | BlockCertificate | None], ...]
+    functions = (lower_bound, *_BOUNDS[choice])
+    for one in functions:
         try:
             proved = one(problem, result.objective)
         except (TypeError, ValueError, LinAlgError) as error:

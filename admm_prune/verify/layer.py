@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,19 +24,32 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, layer_sha256, tensor_sha256
 from admm_prune.runs.layer import proved_gap
-from admm_prune.solvers.reference import Bound, dual_bound, lower_bound
-from admm_prune.solvers.reference.dual import KIND
+from admm_prune.solvers.reference import (
+    BlockCertificate,
+    Bound,
+    DualCertificate,
+    block_bound,
+    block_dual,
+    dual,
+    dual_bound,
+    lower_bound,
+)
 from admm_prune.verify.certificates import certify
 from admm_prune.verify.recomputation import Array, Budget, Definition, cheap_bounds, define, least_loss, relative_error
 from admm_prune.verify.report import TOLERANCE, Verification, same_fraction, shown
 
 _DOUBTFUL = 1e-3  # relative: a recomputed bound with a larger rounding error is inconclusive
-_ITERATED = 1e-4  # relative: what the iterations of `dual_bound` may end in elsewhere
+_DUALS: dict[str, Callable[[object], DualCertificate | BlockCertificate | None]] = {
+    dual.KIND: dual_bound,
+    block_dual.KIND: block_bound,
+}  # bounds by iterations, by their kind
+_KIND_OF = {"dual": dual.KIND, "block": block_dual.KIND}  # by the option
+_ITERATED = 1e-4  # relative: what the iterations of these may end in elsewhere
 _DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
 
 
 def verify_layer(
-    path: Path, layer_path: Path | None = None, *, seed: int = 0, bound: Literal["quick", "dual"] = "quick"
+    path: Path, layer_path: Path | None = None, *, seed: int = 0, bound: Literal["quick", "dual", "block"] = "quick"
 ) -> Verification:
     """Verifies the output of 'admm-prune solve --out' against the layer problem.
 
@@ -43,7 +57,7 @@ def verify_layer(
         path: the solved layer.
         layer_path: the layer problem; by default its recorded path, or beside `path`.
         seed: draws the rows that are examined for swaps.
-        bound: "dual" computes `dual_bound` too, as is always done where the claimed bound is one.
+        bound: "dual" computes `dual_bound` too, "block" `block_bound`, as is always done for a claimed bound of theirs.
 
     Raises:
         UserError: a file is missing, cannot be read, or is of another kind.
@@ -58,8 +72,8 @@ def verify_layer(
     # The weight is checked to lie in the set of its target, and so it does in that of a target that prunes as many
     # weights, or fewer.
     report.by_fingerprint("method", "status", "target", "layer", "bound", "bound_kind", "ridge", "damping")
-    dual = bound == "dual" or claims.bound_kind == KIND
-    _verify_claims(report, claims, layer, weight, seed, dual)
+    repeated = {kind for kind in _DUALS if kind in (_KIND_OF.get(bound), claims.bound_kind)}
+    _verify_claims(report, claims, layer, weight, seed, repeated)
     whole = metadata.get(CLAIMS_DIGEST) == claims_sha256(metadata)
     report.expect(
         "claims fingerprint",
@@ -70,7 +84,7 @@ def verify_layer(
 
 
 def _verify_claims(
-    report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, seed: int, dual: bool
+    report: Verification, claims: Claims, layer: LayerFile, weight: Tensor, seed: int, repeated: Set[str]
 ) -> None:
     """Everything but the claims' own fingerprint."""
     aim = claims.aim
@@ -107,10 +121,10 @@ def _verify_claims(
         excess = budget.describe_excess(v)
         feasible = report.expect("sparse set", excess is None, f"the weight is not in the sparse set: {excess}")
     if claims.problem == LAYER:
-        proved = _dual_bound(report, claims, layer, constraint) if dual else None
+        proved = _dual_bounds(report, claims, layer, constraint, repeated)
         _recompute(report, claims, layer, v, budget, feasible, seed, proved)
     else:
-        _recompute_named(report, claims, layer, weight, constraint, dual)
+        _recompute_named(report, claims, layer, weight, constraint, repeated)
 
 
 def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
@@ -186,20 +200,25 @@ def _posed(claims: Claims, layer: LayerFile, constraint: SparseSet) -> LayerReco
     )
 
 
-def _dual_bound(report: Verification, claims: Claims, layer: LayerFile, constraint: SparseSet | None) -> float | None:
-    """The bound of `dual_bound` on the claimed problem; None, with a note, where none is proved."""
-    if constraint is None:
-        report.certificates.append("no dual bound: it is not computed without the sparse set")
-        return None
-    try:
-        certificate = dual_bound(_posed(claims, layer, constraint))
-    except (TypeError, ValueError, LinAlgError) as error:
-        report.certificates.append(f"no dual bound: {error}")
-        return None
-    if certificate is None:
-        report.certificates.append("no dual bound: the Hessian is not proved positive definite in float64")
-        return None
-    return certificate.bound.value
+def _dual_bounds(
+    report: Verification, claims: Claims, layer: LayerFile, constraint: SparseSet | None, kinds: Set[str]
+) -> dict[str, float]:
+    """The bounds of some kinds on the claimed problem; a note in place of one that is not proved."""
+    bounds = {}
+    for kind in sorted(kinds):
+        if constraint is None:
+            report.certificates.append(f"no {kind} bound: it is not computed without the sparse set")
+            continue
+        try:
+            certificate = _DUALS[kind](_posed(claims, layer, constraint))
+        except (TypeError, ValueError, LinAlgError) as error:
+            report.certificates.append(f"no {kind} bound: {error}")
+            continue
+        if certificate is None:
+            report.certificates.append(f"no {kind} bound: the Hessian is not proved positive definite in float64")
+            continue
+        bounds[kind] = certificate.bound.value
+    return bounds
 
 
 def _recompute(
@@ -210,7 +229,7 @@ def _recompute(
     budget: Budget | None,
     feasible: bool,
     seed: int,
-    dual: float | None,
+    proved: Mapping[str, float],
 ) -> None:
     """Errors, objective, bound and certificates of the problem of this package."""
     problem = define(layer, claims.ridge, claims.damping)
@@ -220,7 +239,7 @@ def _recompute(
     report.numbers["objective"] = value
     if budget is None:
         report.certificates.append("no certificates: the sparse set is known to its own code only")
-        _check_bound(report, claims, problem, None, value, value, slack, dual)
+        _check_bound(report, claims, problem, None, value, value, slack, proved)
         return
     try:
         certificates = certify(problem, budget, v, seed)
@@ -231,7 +250,7 @@ def _recompute(
         report.numbers |= asdict(certificates)
         report.certificates += certificates.in_words()
         reachable = certificates.reachable if feasible else value
-    _check_bound(report, claims, problem, budget, value, reachable, slack, dual)
+    _check_bound(report, claims, problem, budget, value, reachable, slack, proved)
 
 
 def _compare_errors(report: Verification, claims: Claims, problem: Definition, layer: LayerFile, v: Array) -> None:
@@ -252,7 +271,7 @@ def _recompute_named(
     layer: LayerFile,
     weight: Tensor,
     constraint: SparseSet | None,
-    dual: bool,
+    repeated: Set[str],
 ) -> None:
     """Errors, and the objective of a plug-in by the plug-in's own code in float64; a cheap bound by this package's."""
     _compare_errors(report, claims, define(layer, claims.ridge, claims.damping), layer, weight.double().numpy())
@@ -278,16 +297,19 @@ def _recompute_named(
     rounding = definition.solver_rounding(weight.double().numpy())
     report.compare("objective", claims.objective, value, rounding)
     report.numbers["objective"] = value
-    proved = _dual_bound(report, claims, layer, constraint) if dual else None
-    if proved is not None:
-        report.numbers |= {"bound_recomputed": proved, "bound_recomputed_kind": KIND, "gap": proved_gap(value, proved)}
+    proved = _dual_bounds(report, claims, layer, constraint, repeated)
+    if proved:
+        best = max(proved, key=lambda one: proved[one])
+        report.numbers |= {"bound_recomputed": proved[best], "bound_recomputed_kind": best}
+        report.numbers["gap"] = proved_gap(value, proved[best])
     if claims.bound is None:
         return
     if not _is_below_value(report, claims.bound, value, rounding):
         return
     try:
-        repeated = None if proved is None else Bound(proved, KIND)
-        bound = repeated if claims.bound_kind == KIND else lower_bound(problem)
+        argued = claims.bound_kind or ""
+        same = Bound(proved[argued], argued) if argued in proved else None
+        bound = same if argued in _DUALS else lower_bound(problem)
     except (TypeError, ValueError, LinAlgError) as error:
         report.open(f"bound: it cannot be recomputed ({error})")
         return
@@ -331,11 +353,11 @@ def _check_bound(
     value: float,
     reachable: float,
     slack: float,
-    dual: float | None,
+    proved: Mapping[str, float],
 ) -> None:
     """Checks that a claimed bound is below every value known to be attained, and not above a recomputed one.
 
-    An inexpensive argument is repeated, and that of `dual_bound`, whose value is `dual`. Any other bound is compared
+    An inexpensive argument is repeated, and so are those of `proved`, which is by kind. Any other bound is compared
     with the exact optimum if every support can be tried, or with an inexpensive bound above it; otherwise its proof is
     unchecked.
     """
@@ -346,8 +368,7 @@ def _check_bound(
     if budget is not None:
         with suppress(np.linalg.LinAlgError):
             bounds, doubt = cheap_bounds(problem, budget)
-    if dual is not None:
-        bounds[KIND] = dual
+    bounds |= proved
     best = max(bounds, key=lambda name: bounds[name], default=None)
     report.numbers |= {"bound_recomputed": bounds.get(best or ""), "bound_recomputed_kind": best}
     report.numbers["gap"] = None if best is None else proved_gap(value, bounds[best])
@@ -375,7 +396,7 @@ def _check_bound(
         return
     if kind in bounds and not report.expect(
         "bound reproduced",
-        below(bounds[kind] - floor, max(doubt, _ITERATED) if kind == KIND else doubt),
+        below(bounds[kind] - floor, max(doubt, _ITERATED) if kind in _DUALS else doubt),
         f"claimed bound {shown(claimed)} by '{kind}', recomputed {shown(bounds[kind])}",
     ):
         return

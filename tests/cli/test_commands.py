@@ -213,11 +213,12 @@ def test_solve_writes_the_weight_whose_error_it_reports(
     assert "2:4" in table
 
 
-def test_solve_and_verify_prove_a_dual_bound(command: Command, layer_file: Path) -> None:
+@pytest.mark.parametrize(("bound", "kind"), [("dual", "perspective dual"), ("block", "block-diagonal dual")])
+def test_solve_and_verify_prove_a_strong_bound(command: Command, layer_file: Path, bound: str, kind: str) -> None:
     options = ("solve", layer_file, "--sparsity", 0.5, "--json")
     quick = command(*options).json()
-    solved = command(*options, "--bound", "dual", "--out", "v.safetensors").json()
-    assert solved["bound_kind"] == "perspective dual"
+    solved = command(*options, "--bound", bound, "--out", "v.safetensors").json()
+    assert solved["bound_kind"] == kind
     assert quick["bound"] < solved["bound"] <= solved["objective"]
     assert solved["gap"] == pytest.approx(1 - solved["bound"] / solved["objective"])
     checked = command("verify", "v.safetensors", "--json").json()  # it repeats the argument of the claim

@@ -176,16 +176,21 @@ def test_each_lie_has_its_own_message(layer: Path) -> None:
 
 def test_a_dual_bound_is_recomputed_and_a_raised_one_told(layer: Path) -> None:
     """Also for groups of columns, which no other bound knows."""
-    for method in (method_named("admm"), with_parts(method_named("admm"), None, "groups")):
+    by_columns = with_parts(method_named("admm"), None, "groups")
+    for method, bound, kind in (
+        (method_named("admm"), "dual", "perspective dual"),
+        (by_columns, "dual", "perspective dual"),
+        (by_columns, "block", "block-diagonal dual"),
+    ):
         path = layer.with_name("v.safetensors")
-        solve_layer_file(layer, method, HALF, bound="dual", out=path, overwrite=True, device="cpu")
+        solve_layer_file(layer, method, HALF, bound=bound, out=path, overwrite=True, device="cpu")
         report = verify_layer(path)
         assert report.failures == []
         assert report.unchecked == []
         assert "bound reproduced" in report.checked
-        assert report.numbers["bound_recomputed_kind"] == "perspective dual"
+        assert report.numbers["bound_recomputed_kind"] == kind
         falsify(path, claim("bound", lambda x: x * 1.001))
-        assert any("by 'perspective dual', recomputed" in failure for failure in verify_layer(path).failures)
+        assert any(f"by '{kind}', recomputed" in failure for failure in verify_layer(path).failures)
 
 
 def test_a_bound_that_is_not_proved_is_none(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
