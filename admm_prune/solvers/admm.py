@@ -12,7 +12,7 @@ from torch import Tensor
 
 from admm_prune.ops import backend, selection, splitting
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
+from admm_prune.problem import Problem, Proximable, Quadratic, RunConstraint, SupportConstraint, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.admm_state import Batch, Measured, State, Stepper
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
@@ -168,11 +168,18 @@ class ADMM(Iterative[State]):
             The measures of `splitting.settle_` for every tensor of the point.
         """
         a, z, offset, root = self.relaxation, s.z, s.update.offset, s.update.root
-        d = target = score = s.d  # one buffer with these contents, each in the place of the one before
+        d = score = s.d  # one buffer with these contents, each in the place of the one before; or first the target
         # 2. x <- argmin f(x) + rho |x - target|_D^2  with  target = d - u
-        for name in z:  # and z <- (1 - a) d + u, the rest of step 3
-            splitting.to_target_(z[name], d[name], s.x[name], offset.get(name), s.tau, a)
+        target = Point(  # and z <- (1 - a) d + u, the rest of step 3
+            {
+                name: splitting.to_target_(z[name], d[name], s.x[name], offset.get(name), s.tau, a, s.update.form)
+                for name in z
+            }
+        )
         x = s.x = s.update.minimize(target, out=s.x)
+        in_one = self._choose(problem, s, iteration) if selects else None  # 3. to 5.
+        if in_one is not None:
+            return [in_one]
         # 3. z <- a x + (1 - a) d + u
         for name in z:  # and score = |z sqrt(D)|
             splitting.relax_(z[name], x[name], offset.get(name), root.get(name), score[name], a)
@@ -188,6 +195,21 @@ class ADMM(Iterative[State]):
         if selects:
             s.mask = s.mask.copy_(mask) if self.graphs else mask  # a recording has fixed addresses
         return measures
+
+    def _choose(self, problem: Problem, s: State, iteration: int) -> Tensor | None:
+        """Steps 3 to 5 in one launch, where a kernel chooses the support within short runs of entries; else None."""
+        name, *others = s.z
+        z = s.z[name]
+        if others or z.ndim != 2 or not backend.uses_triton(z, torch.float32):
+            return None
+        constraint = self._constraint(problem, iteration)
+        if not isinstance(constraint, RunConstraint):
+            return None
+        runs = constraint.runs((z.shape[0] // s.problems, z.shape[1]))
+        if runs is None:
+            return None
+        offset, root = s.update.offset.get(name), s.update.root.get(name)
+        return splitting.choose_(z, s.x[name], offset, root, s.mask[name], s.d[name], runs, self.relaxation)
 
     def _ramps(self, iteration: int) -> bool:
         """Whether the sparsity of this iteration is not yet the final one."""
@@ -232,10 +254,15 @@ class ADMM(Iterative[State]):
         unplayed = ("steps were not replayed: a proximal operator is not recorded",) if proximal else ()
         return (*backend.note(state.device), *state.notes, *unplayed)
 
-    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+    def _constraint(self, problem: Problem, iteration: int) -> SupportConstraint:
+        """The constraint at this point of the ramp."""
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
         if self.ramp is not None and self._ramps(iteration):
             constraint = constraint.scaled_to(self.ramp.fraction(iteration))
+        return constraint  # type: ignore[no-any-return]
+
+    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+        constraint: Any = self._constraint(problem, iteration)
         if problems > 1:
             return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))
         chosen: Point = constraint.select(score)
