@@ -23,7 +23,7 @@ def to_target_(
     d: Tensor,
     scratch: Tensor,
     offset: Tensor | None,
-    tau: float,
+    tau: float | Tensor,
     relaxation: float,
     form: Precision = "exact",
 ) -> Tensor:
@@ -33,6 +33,7 @@ def to_target_(
         d: overwritten, unless the target is returned in another form.
         scratch: of the same shape, overwritten.
         offset: subtracted from the target; None for nothing.
+        tau: or a float32 tensor of no dimensions, which a recording reads anew.
         relaxation: a.
         form: of the target as a factor of `precision.multiply`, which Triton writes at once.
 
@@ -44,7 +45,10 @@ def to_target_(
 
         return fused.to_target_(z, d, offset, tau, relaxation, form)
     torch.mul(z, tau, out=scratch)
-    torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
+    if isinstance(tau, Tensor):
+        torch.addcmul(scratch, d, 1.0 - relaxation - tau, out=z)
+    else:
+        torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
     d.mul_(1.0 + tau).sub_(scratch)
     return d if offset is None else d.sub_(offset)
 

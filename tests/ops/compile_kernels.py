@@ -70,7 +70,8 @@ def launch_all() -> None:
     z, root = torch.randn(4, 1100), torch.ones(1100)
     for given in (None, z):
         for form in ("exact", "bfloat16", "bfloat16x3"):
-            splitting.to_target_(z, z, given, 0.7, 1.3, form)
+            for tau in (0.7, torch.tensor(0.7)):
+                splitting.to_target_(z, z, given, tau, 1.3, form)
         for runs in ((2, 4), (5, 11), (300, 1100), (1000, 4400)):
             splitting.choose_(z, z, given, root if given is None else None, z > 0, z, runs, 1.3)
         splitting.relax_(z, z, given, root if given is None else None, z, 1.3)

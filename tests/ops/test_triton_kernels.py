@@ -259,6 +259,19 @@ def test_a_target_is_written_as_it_is_multiplied(device, form) -> None:
     torch.testing.assert_close(given_form, target, rtol=2.0**-digits, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["exact", "bfloat16x3"])
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_a_tau_in_memory_gives_the_same_bits(device, form, kernels) -> None:
+    z, d, offset = (drawn("spread", (3, 40 + i), device)[:, :40].contiguous() for i in range(3))
+    results = []
+    for tau in (0.7, torch.tensor(0.7, device=device)):
+        a, b = z.clone(), d.clone()
+        with backend.forced(kernels):
+            results.append((splitting.to_target_(a, b, torch.empty_like(a), offset, tau, 1.3, form), a))
+    for stored, given_number in zip(*results, strict=True):
+        assert torch.equal(stored, given_number)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (2, 6, 1030)])
 def test_the_second_factor_of_a_product(device, shape) -> None:
     """As it lies in memory, or transposed."""

@@ -32,9 +32,12 @@ def to_target_kernel(
     relaxation,
     OFFSET: tl.constexpr,
     FORM: tl.constexpr,
+    STORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, column, there, place = part_of_row(width, BLOCK)
+    if STORED:
+        tau = tl.load(tau)
     z = tl.load(z_at + place, mask=there)
     d = tl.load(d_at + place, mask=there)
     dual = z * tau
@@ -253,7 +256,9 @@ def choose_runs_kernel(
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 
-def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxation: float, form: Precision) -> Tensor:
+def to_target_(
+    z: Tensor, d: Tensor, offset: Tensor | None, tau: float | Tensor, relaxation: float, form: Precision
+) -> Tensor:
     grid, block = _parts(z)
     rows, width = z.shape
     copies = _FORMS[form]
@@ -268,6 +273,7 @@ def to_target_(z: Tensor, d: Tensor, offset: Tensor | None, tau: float, relaxati
         relaxation,
         OFFSET=offset is not None,
         FORM=copies,
+        STORED=isinstance(tau, Tensor),
         BLOCK=block,
     )
     return into
