@@ -59,6 +59,14 @@ class BatchedConstraint(SupportConstraint, Protocol):
 
 
 @runtime_checkable
+class RunConstraint(SupportConstraint, Protocol):
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """(k, r) where `select` keeps the k largest of every r consecutive entries of a matrix, row-major, and of equal
+        ones the first; None where it does something else for this shape."""
+        ...
+
+
+@runtime_checkable
 class GroupConstraint(SupportConstraint, Protocol):
     """C = {V : at most budget(in) groups of `width` consecutive columns of V (out, in) hold a non-zero}."""
 

@@ -7,8 +7,9 @@ It writes `benchmarks/results/traffic.json` and `docs/reference/kernels.md`, whi
 
 Triton's interpreter runs the kernels on the CPU; every load and store of a kernel is counted, without masked entries.
 Operators of torch count as one launch each, with the bytes of their arguments and results; views and allocations
-count nothing. A wait is a value that the host reads. Atomic additions are counted apart: their targets are small, and
-stay in the cache of a GPU. Bytes are what a kernel asks for: what it asks for twice counts twice, in a cache or not.
+count nothing, and a product of bfloat16 numbers counts as on a GPU, without the conversions that the CPU makes for it.
+A wait is a value that the host reads. Atomic additions are counted apart: their targets are small, and stay in the
+cache of a GPU. Bytes are what a kernel asks for: what it asks for twice counts twice, in a cache or not.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from admm_prune import ADMM, LayerReconstruction, NofM, SparseAdam, Unstructured
-from admm_prune.ops import backend, quadratic, selection, splitting
+from admm_prune.ops import backend, precision, quadratic, selection, splitting
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.x_updates import QuadraticUpdate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reference/kernels.md"
@@ -91,6 +93,7 @@ class _Operators(TorchDispatchMode):
         self._traffic = traffic
         self._on_host: dict[int, Tensor] = {}  # by the address of the memory, which is kept so that it stays theirs
         self.within_kernel = False
+        self.within_product = False  # of bfloat16 numbers, which the CPU converts to float32 first
         for x in on_host:
             self.note_on_host(x)
 
@@ -111,6 +114,10 @@ class _Operators(TorchDispatchMode):
             return result
         if self.within_kernel or name in _NOTHING:
             return result
+        if self.within_product and name == "_to_copy" and given[0].dtype is torch.bfloat16:
+            return result
+        if self.within_product and name == "mm":
+            self._traffic.read -= sum(map(_bytes, given[:2])) // 2
         if name in _WAITS:
             self._traffic.waits += 1
         else:
@@ -142,7 +149,7 @@ def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
     traffic = Traffic()
     operators = _Operators(traffic, on_host)
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
-    tolist, to_host = Tensor.tolist, Tensor.cpu
+    tolist, to_host, multiply = Tensor.tolist, Tensor.cpu, precision.multiply
     load, store, atomic, run = (
         builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw, function.run
     )  # fmt: skip
@@ -180,6 +187,14 @@ def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
 
         return read
 
+    def multiplying(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        operators.within_product = b.dtype is torch.bfloat16
+        try:
+            return multiply(a, b, out)
+        finally:
+            operators.within_product = False
+
+    precision.multiply = multiplying
     Tensor.tolist, Tensor.cpu = reading(tolist), reading(to_host)  # type: ignore[method-assign]
     builder.create_masked_load, builder.create_masked_store = loading, storing
     builder.create_atomic_rmw, function.run = adding, running
@@ -187,6 +202,7 @@ def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
         with backend.forced("triton"), operators:
             yield traffic
     finally:
+        precision.multiply = multiply
         Tensor.tolist, Tensor.cpu = tolist, to_host  # type: ignore[method-assign]
         builder.create_masked_load, builder.create_masked_store = load, store
         builder.create_atomic_rmw, function.run = atomic, run
@@ -255,14 +271,22 @@ def admm_steps() -> Generator[Row]:
     yield row("ADMM: target", of(lambda: splitting.to_target_(z, d, scratch, offset, 1.0, 1.3)), size, "bytes")
     yield row("ADMM: relaxed sum", of(lambda: splitting.relax_(z, x, offset, root, score, 1.3)), size, "bytes")
     yield row("ADMM: split", of(lambda: splitting.settle_(z, mask, mask, d, x, root)), size, "bytes")
+    yield _two_iterations((256, 128), "70 %, 2^15 weights", Unstructured(0.7))
     for name, constraint in (("70 %", Unstructured(0.7)), ("2:4", NofM(2, 4))):
+        yield _two_iterations(shape, name, constraint)
         problem = _problem(shape, constraint)
-        few, more = (of(partial(ADMM(max_iterations=n, refit=False).solve, problem)) for n in (2, 4))  # one penalty
-        step = Traffic(
-            more.launches - few.launches, more.read - few.read, more.written - few.written, 0, more.waits - few.waits
-        )
-        yield row(f"ADMM: two iterations, {name}", step, 2 * size, "bytes")
         yield row(f"ADMM: default solve, {name}", of(partial(ADMM().solve, problem)), size, "bytes")
+    update = QuadraticUpdate(_problem((64, 1024), Unstructured(0.7)))
+    yield row("ADMM: factorization, 64 x 1024", of(partial(update.prepare, 1.0)), 64 * 1024, "bytes")
+
+
+def _two_iterations(shape: tuple[int, int], name: str, constraint: Any) -> Row:
+    problem = _problem(shape, constraint)
+    few, more = (of(partial(ADMM(max_iterations=n, refit=False).solve, problem)) for n in (2, 4))  # one penalty
+    step = Traffic(
+        more.launches - few.launches, more.read - few.read, more.written - few.written, 0, more.waits - few.waits
+    )
+    return row(f"ADMM: two iterations, {name}", step, 2 * shape[0] * shape[1], "bytes")
 
 
 def eliminations() -> Generator[Row]:

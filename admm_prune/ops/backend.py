@@ -145,6 +145,11 @@ class CudaGraphs:
 RECORDERS: dict[str, Recorder] = {"cuda": CudaGraphs()}  # by the type of the device
 
 
+def records(device: torch.device) -> bool:
+    """Whether work on a device can be recorded."""
+    return device.type in RECORDERS
+
+
 class Replayed(Generic[Returned]):
     """A function that is called the first time, recorded the second time, and replayed from then on.
 

@@ -73,6 +73,13 @@ def prepared(b: Tensor, precision: Precision) -> Tensor:
     """B (..., k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (..., 3 k, n)."""
     if precision == "exact":
         return b
+    if precision == "bfloat16x3" and backend.uses_triton(b, torch.float32):
+        from admm_prune.ops.triton import splitting as fused
+
+        if b.is_contiguous():
+            return fused.split(b, second=True, stacked=True)
+        if b.mT.is_contiguous():  # products take a transposed factor as it lies
+            return fused.split(b.mT, second=True).mT
     high = b.to(torch.bfloat16)
     if precision == "bfloat16":
         return high
@@ -81,20 +88,20 @@ def prepared(b: Tensor, precision: Precision) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out <- A B, for A (m, k) and B as `prepared`, whose format follows from its dtype and shape. For several B
-    (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n).
+    (..., k, n) A and the product hold as many matrices: (..., m, k) and (..., m, n). A may be prepared too: in bfloat16
+    if B is, [A1, A1, A2] if B is split.
 
     On the CPU several products have the bits that each has alone.
     """
     if b.ndim == 3:
         return _multiply_each(a, b, out)
-    if b.dtype is a.dtype:
+    if b.dtype is out.dtype:
         return torch.mm(a, b, out=out)
-    is_split = _is_split(a, b)
     if a.is_cuda:
-        return torch.mm(_split(a) if is_split else a.to(b), b, out_dtype=out.dtype, out=out)
+        return torch.mm(_left(a, b), b, out_dtype=out.dtype, out=out)
     for rows, panel in zip(out.split(_PANEL), a.split(_PANEL), strict=True):
-        if is_split:  # no CPU product adds bfloat16 up in float32: the same numbers, taken apart and multiplied there
-            torch.mm(_split(panel).to(out.dtype), b.to(out.dtype), out=rows)
+        if _is_split(a, b) or a.dtype is b.dtype:  # no CPU product adds bfloat16 up in float32: the same numbers there
+            torch.mm(_left(panel, b).to(out.dtype), b.to(out.dtype), out=rows)
         else:
             rows.copy_(panel.to(b) @ b)
     return out
@@ -105,9 +112,16 @@ def _multiply_each(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         for one, by, into in zip(a, b, out, strict=True):
             multiply(one, by, out=into)
         return out
-    if b.dtype is a.dtype:
+    if b.dtype is out.dtype:
         return torch.bmm(a, b, out=out)
-    return torch.bmm(_split(a) if _is_split(a, b) else a.to(b), b, out_dtype=out.dtype, out=out)
+    return torch.bmm(_left(a, b), b, out_dtype=out.dtype, out=out)
+
+
+def _left(a: Tensor, b: Tensor) -> Tensor:
+    """A as it meets B in a product."""
+    if a.dtype is b.dtype:
+        return a
+    return _split(a) if _is_split(a, b) else a.to(b)
 
 
 def _is_split(a: Tensor, b: Tensor) -> bool:
@@ -116,10 +130,13 @@ def _is_split(a: Tensor, b: Tensor) -> bool:
 
 def _split(a: Tensor) -> Tensor:
     """[A1, A1, A2] (..., m, 3 k)."""
-    if a.is_contiguous() and backend.uses_triton(a, torch.float32):
+    if backend.uses_triton(a, torch.float32):
         from admm_prune.ops.triton import splitting as fused
 
-        return fused.split(a)
+        if a.is_contiguous():
+            return fused.split(a)
+        if a.mT.is_contiguous():
+            return fused.split(a.mT, stacked=True).mT
     high = a.to(torch.bfloat16)
     return torch.cat([high, high, (a - high).to(torch.bfloat16)], dim=-1)
 

@@ -121,6 +121,10 @@ def _invert_upper(factor: Tensor) -> None:
     Costs a third of a triangular solve against the identity, which ignores the zeros of the right-hand side.
     """
     width = factor.shape[-1]
+    blocks = 1 << max(0, -(-width // _TRIANGLE) - 1).bit_length()
+    if blocks > 1 and width % blocks == 0 and factor.ndim == 2 and backend.on_device(factor):
+        _invert_blocks(factor, width // blocks)
+        return
     if width <= _TRIANGLE:
         identity = torch.eye(width, dtype=factor.dtype, device=factor.device)
         factor.copy_(torch.linalg.solve_triangular(factor, identity, upper=True))
@@ -130,6 +134,24 @@ def _invert_upper(factor: Tensor) -> None:
     _invert_upper(upper)
     _invert_upper(lower)
     corner.copy_(upper @ corner @ lower).neg_()
+
+
+def _invert_blocks(factor: Tensor, size: int) -> None:
+    """`_invert_upper` by batched products: a few launches for all blocks of one size on the diagonal."""
+    down, across = factor.stride()
+
+    def views(step: int, right: int, below: int) -> Tensor:
+        """The blocks (count, size, size) that lie so far from every `step`-th entry of the diagonal."""
+        place = factor.storage_offset() + right * across + below * down
+        return factor.as_strided((len(factor) // step, size, size), (step * (down + across), down, across), place)
+
+    diagonal, identity = views(size, 0, 0), torch.eye(size, dtype=factor.dtype, device=factor.device)
+    diagonal.copy_(torch.linalg.solve_triangular(diagonal, identity, upper=True))
+    while size < len(factor):
+        corner = views(2 * size, size, 0)
+        product = torch.bmm(views(2 * size, 0, 0), corner)
+        corner.copy_(torch.baddbmm(product, product, views(2 * size, size, size), beta=0, alpha=-1))
+        size *= 2
 
 
 def minimize_on_support(hessian: Tensor, minimizer: Tensor, mask: Tensor) -> Tensor:

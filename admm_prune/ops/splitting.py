@@ -13,28 +13,44 @@ import torch
 from torch import Tensor
 
 from admm_prune.ops import backend
+from admm_prune.ops.precision import Precision
 
 _TRITON = (torch.float32,)
 
 
-def to_target_(z: Tensor, d: Tensor, scratch: Tensor, offset: Tensor | None, tau: float, relaxation: float) -> None:
-    """With u = tau (z - d): d <- d - u - offset, and z <- (1 - a) d + u, to which the relaxed step adds a x.
+def to_target_(
+    z: Tensor,
+    d: Tensor,
+    scratch: Tensor,
+    offset: Tensor | None,
+    tau: float | Tensor,
+    relaxation: float,
+    form: Precision = "exact",
+) -> Tensor:
+    """With u = tau (z - d): the target d - u - offset, and z <- (1 - a) d + u, to which the relaxed step adds a x.
 
     Args:
+        d: overwritten, unless the target is returned in another form.
         scratch: of the same shape, overwritten.
         offset: subtracted from the target; None for nothing.
+        tau: or a float32 tensor of no dimensions, which a recording reads anew.
         relaxation: a.
+        form: of the target as a factor of `precision.multiply`, which Triton writes at once.
+
+    Returns:
+        The target, in that form or in the memory of d.
     """
     if _fused(z, d, scratch, offset):
         from admm_prune.ops.triton import splitting as fused
 
-        return fused.to_target_(z, d, offset, tau, relaxation)
+        return fused.to_target_(z, d, offset, tau, relaxation, form)
     torch.mul(z, tau, out=scratch)
-    torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
+    if isinstance(tau, Tensor):
+        torch.addcmul(scratch, d, 1.0 - relaxation - tau, out=z)
+    else:
+        torch.add(scratch, d, alpha=1.0 - relaxation - tau, out=z)
     d.mul_(1.0 + tau).sub_(scratch)
-    if offset is not None:
-        d.sub_(offset)
-    return None
+    return d if offset is None else d.sub_(offset)
 
 
 def relax_(z: Tensor, x: Tensor, offset: Tensor | None, root: Tensor | None, score: Tensor, relaxation: float) -> None:
@@ -91,6 +107,35 @@ def settle_(z: Tensor, mask: Tensor, before: Tensor | None, d: Tensor, x: Tensor
         return torch.tensor([float(one) for one in measured], dtype=torch.float64)
     # Filled in place: no synchronization and no transfer.
     return torch.stack([torch.zeros_like(norms[0]).add_(one).double() for one in measured], dim=-1)
+
+
+def choose_(
+    z: Tensor,
+    x: Tensor,
+    offset: Tensor | None,
+    root: Tensor | None,
+    mask: Tensor,
+    d: Tensor,
+    runs: tuple[int, int],
+    relaxation: float,
+) -> Tensor | None:
+    """`relax_`, then M <- the k largest scores of every r consecutive ones, then `settle_`, in one launch by Triton.
+
+    Args:
+        mask: M, overwritten.
+        runs: (k, r). Every problem consists of whole runs.
+
+    Returns:
+        The measures, as `settle_`; None where there is no kernel, and nothing was done.
+    """
+    if not _fused(z, x, offset, root, mask, d):
+        return None
+    from admm_prune.ops.triton import splitting as fused
+
+    problems = len(root) if root is not None and root.ndim == 2 else 1
+    if not fused.chooses(runs, z.numel() // problems):
+        return None
+    return fused.choose_(z, x, offset, root, mask, d, runs, relaxation)
 
 
 def _apart(x: Tensor, root: Tensor | None) -> Tensor:

@@ -116,7 +116,8 @@ class LayerReconstruction:
         """
         hessian = self.gram.clone()
         diagonal = hessian.diagonal()
-        diagonal += self.ridge * diagonal + self.damping * diagonal.mean()
+        added = self.ridge * diagonal
+        diagonal += added + self.damping * diagonal.mean() if self.damping else added
         if self._any_dead:
             hessian[self.dead] = 0
             hessian[:, self.dead] = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from admm_prune.ops import backend, selection, splitting
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Proximable, Quadratic, SupportConstraint, fits, require
+from admm_prune.problem import Problem, Proximable, Quadratic, RunConstraint, SupportConstraint, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.admm_state import Batch, Measured, State, Stepper
 from admm_prune.solvers.base import Iterative, projection_in_its_metric
@@ -43,9 +42,9 @@ class ADMM(Iterative[State]):
         freeze_after: iterations after which the support is fixed; None never.
         refit: least-squares refit on the final support, where the problem is Quadratic.
         tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
-        graphs: on CUDA the steps of a penalty after its first are recorded once and replayed, which is faster if
-            matrices are so small that launching kernels takes longer than running them. The numbers are the same;
-            the buffers of a step and the operator stay in memory while the Hessian is factored anew.
+        graphs: on CUDA the steps of a penalty are recorded once, all of them together, and replayed for the next ones,
+            which is faster if matrices are so small that launching kernels takes longer than running them. The numbers
+            are the same; the buffers of a step and the operator stay in memory while the Hessian is factored anew.
 
     Raises:
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
@@ -151,28 +150,54 @@ class ADMM(Iterative[State]):
             s.changed = 0
         if rho != s.rho:
             stepper.set_penalty(rho, fast=iteration < self.fast_until)
-        # 2. to 5., from a recording where these are the same operations as in the iteration before.
-        selects = self.freeze_after is None or iteration < self.freeze_after
-        update = partial(self._update, problem, s, iteration, selects)
-        measures = stepper.run(update, selects, repeats=s.tau == 1.0 and not self._ramps(iteration))
-        s.unread.append(Measured(iteration + 1, s.rho, selects, measures))
+        # 2. to 5., from a recording where these are the same operations as before.
+        if not s.ahead:
+            iterations = range(iteration, iteration + self._together(s, iteration))
+            tau = stepper.tau()
+            taus = [tau, *(1.0 for _ in iterations[1:])]
+            kind = tuple(map(self._selects, iterations))
+            s.ahead = stepper.run(
+                lambda: [self._update(problem, s, i, t) for i, t in zip(iterations, taus, strict=True)],
+                kind,
+                repeats=not self._ramps(iteration),
+            )
+        s.unread.append(Measured(iteration + 1, s.rho, self._selects(iteration), s.ahead.pop(0)))
         s.tau = 1.0
 
-    def _update(self, problem: Quadratic | Proximable, s: State, iteration: int, selects: bool) -> list[Tensor]:
+    def _selects(self, iteration: int) -> bool:
+        """Whether the support may change."""
+        return self.freeze_after is None or iteration < self.freeze_after
+
+    def _together(self, s: State, iteration: int) -> int:
+        """How many iterations are recorded as one: all of a penalty, unless the host reads something between them."""
+        every = self.penalty.every
+        whole = iteration % every == 0 and iteration + every <= self.max_iterations and every <= _UNREAD
+        reads = self.objective_every > 0 or self._ramps(iteration) or not backend.on_device(s.device)
+        return every if self.graphs and whole and not reads and backend.records(s.device) else 1
+
+    def _update(self, problem: Quadratic | Proximable, s: State, iteration: int, tau: float | Tensor) -> list[Tensor]:
         """x, z, the support M and d of an iteration, in place.
 
         Args:
-            selects: whether M may change.
+            tau: of u = tau (1 - M) z.
 
         Returns:
             The measures of `splitting.settle_` for every tensor of the point.
         """
         a, z, offset, root = self.relaxation, s.z, s.update.offset, s.update.root
-        d = target = score = s.d  # one buffer with these contents, each in the place of the one before
+        d = score = s.d  # one buffer with these contents, each in the place of the one before; or first the target
         # 2. x <- argmin f(x) + rho |x - target|_D^2  with  target = d - u
-        for name in z:  # and z <- (1 - a) d + u, the rest of step 3
-            splitting.to_target_(z[name], d[name], s.x[name], offset.get(name), s.tau, a)
+        target = Point(  # and z <- (1 - a) d + u, the rest of step 3
+            {
+                name: splitting.to_target_(z[name], d[name], s.x[name], offset.get(name), tau, a, s.update.form)
+                for name in z
+            }
+        )
         x = s.x = s.update.minimize(target, out=s.x)
+        selects = self._selects(iteration)
+        in_one = self._choose(problem, s, iteration) if selects else None  # 3. to 5.
+        if in_one is not None:
+            return [in_one]
         # 3. z <- a x + (1 - a) d + u
         for name in z:  # and score = |z sqrt(D)|
             splitting.relax_(z[name], x[name], offset.get(name), root.get(name), score[name], a)
@@ -188,6 +213,21 @@ class ADMM(Iterative[State]):
         if selects:
             s.mask = s.mask.copy_(mask) if self.graphs else mask  # a recording has fixed addresses
         return measures
+
+    def _choose(self, problem: Problem, s: State, iteration: int) -> Tensor | None:
+        """Steps 3 to 5 in one launch, where a kernel chooses the support within short runs of entries; else None."""
+        name, *others = s.z
+        z = s.z[name]
+        if others or z.ndim != 2 or not backend.uses_triton(z, torch.float32):
+            return None
+        constraint = self._constraint(problem, iteration)
+        if not isinstance(constraint, RunConstraint):
+            return None
+        runs = constraint.runs((z.shape[0] // s.problems, z.shape[1]))
+        if runs is None:
+            return None
+        offset, root = s.update.offset.get(name), s.update.root.get(name)
+        return splitting.choose_(z, s.x[name], offset, root, s.mask[name], s.d[name], runs, self.relaxation)
 
     def _ramps(self, iteration: int) -> bool:
         """Whether the sparsity of this iteration is not yet the final one."""
@@ -232,10 +272,15 @@ class ADMM(Iterative[State]):
         unplayed = ("steps were not replayed: a proximal operator is not recorded",) if proximal else ()
         return (*backend.note(state.device), *state.notes, *unplayed)
 
-    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+    def _constraint(self, problem: Problem, iteration: int) -> SupportConstraint:
+        """The constraint at this point of the ramp."""
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
         if self.ramp is not None and self._ramps(iteration):
             constraint = constraint.scaled_to(self.ramp.fraction(iteration))
+        return constraint  # type: ignore[no-any-return]
+
+    def _select(self, problem: Problem, score: Point, iteration: int, problems: int = 1) -> Point:
+        constraint: Any = self._constraint(problem, iteration)
         if problems > 1:
             return score.map(lambda s: constraint.select_each(s.view(problems, -1, s.shape[1])).flatten(0, 1))
         chosen: Point = constraint.select(score)

@@ -33,7 +33,9 @@ class State:
     unread: list[Measured] = field(default_factory=list)
     problems: int = 1  # number of stacked problems
     batch: Batch | None = None  # the batch in which it is stepped
-    replayed: tuple[object, Replayed[list[Tensor]]] | None = None  # the replayed step, and what identifies it
+    replayed: tuple[object, Replayed[list[list[Tensor]]]] | None = None  # the replayed steps, and what identifies them
+    stored_tau: Tensor | None = None  # tau where recorded steps read it
+    ahead: list[list[Tensor]] = field(default_factory=list)  # measures of steps that were taken with an earlier one
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -52,7 +54,7 @@ class State:
     def release(self) -> None:
         """Frees all memory that a step would allocate again."""
         self.leave()
-        self.x, self.d, self.replayed = Point(), Point(), None
+        self.x, self.d, self.replayed, self.stored_tau = Point(), Point(), None, None
         self.update.release()
 
     def read(self) -> list[Measured]:
@@ -117,12 +119,22 @@ class Stepper:
             s.x, s.d = Point(), Point()  # frees their memory for the factorization
         s.update.prepare(rho, fast=fast, in_place=self.graphs)
 
-    def run(self, step: Callable[[], list[Tensor]], kind: object, *, repeats: bool) -> list[Tensor]:
-        """The measures of a step that is executed, or replayed.
+    def tau(self) -> float | Tensor:
+        """The tau of the next step; in memory, where a recording reads it anew."""
+        s = self.state
+        if not (self.graphs and backend.records(s.device)):
+            return s.tau
+        if s.stored_tau is None:
+            s.stored_tau = torch.empty((), dtype=torch.float32, device=s.device)
+        return s.stored_tau.fill_(s.tau)
+
+    def run(self, steps: Callable[[], list[list[Tensor]]], kind: object, *, repeats: bool) -> list[list[Tensor]]:
+        """The measures of steps that are executed, or replayed.
 
         Args:
+            steps: may change between calls only in what is in memory, `tau` included.
             kind: steps of one kind are the same operations.
-            repeats: whether this step may be recorded, and replaced by a recorded one of its kind.
+            repeats: whether these steps may be recorded, and replaced by recorded ones of their kind.
         """
         s = self.state
         if not s.d:
@@ -131,11 +143,13 @@ class Stepper:
             s.x = s.z.map(torch.empty_like)
         place = s.update.place
         if not (self.graphs and repeats) or place is None:
-            return step()
-        if s.replayed is None or s.replayed[0] != (kind, place):
-            s.replayed = ((kind, place), Replayed(step, s.device))
+            return steps()
+        if s.replayed is None or s.replayed[0] != (kind, place) or not backend.records(s.device):  # tau is in `steps`
+            s.replayed = ((kind, place), Replayed(steps, s.device))
         replayed = s.replayed[1]
-        measures = [x.clone() for x in replayed()]
+        returned = replayed()
+        copies = iter(torch.stack([x for one in returned for x in one]).unbind())
+        measures = [[next(copies) for _ in one] for one in returned]
         if replayed.note and replayed.note not in s.notes:
             s.notes.append(replayed.note)
         return measures

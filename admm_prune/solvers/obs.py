@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from admm_prune.ops import backend, precision, quadratic, selection
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
+from admm_prune.problem import Quadratic, RunConstraint, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result
 from admm_prune.solvers.base import closed_form
 
@@ -74,7 +73,7 @@ class SparseGPT:
         group = constraint.group_width
         panel = group * max(1, min(_PANEL, self.block) // group)
         block = panel * max(1, self.block // panel)
-        pattern = _pattern(constraint) if group > 1 else None
+        pattern = _pattern(constraint, (columns.shape[1], width)) if group > 1 else None
         known = mask is not None or group == 1 or pattern is not None  # when the block is reached
         fused = known and backend.uses_triton(columns, torch.float32)
         if fused:
@@ -135,14 +134,10 @@ def _choose(columns: Tensor, factor: Tensor, constraint: SupportConstraint, star
     return part.select(Point(weight=score))["weight"].T
 
 
-def _pattern(constraint: SupportConstraint) -> tuple[int, int] | None:
+def _pattern(constraint: SupportConstraint, shape: tuple[int, int]) -> tuple[int, int] | None:
     """(n, m) where every row keeps n of every m consecutive columns; None if that is not known."""
-    parts: Sequence[tuple[int, SupportConstraint]] = getattr(constraint, "parts", ((1, constraint),))
-    patterns = {(getattr(part, "n", None), getattr(part, "m", None)) for _, part in parts}
-    n, m = patterns.pop()
-    if patterns or not isinstance(n, int) or not isinstance(m, int) or m != constraint.group_width or m > _WIDEST_GROUP:
-        return None
-    return n, m
+    runs = constraint.runs(shape) if isinstance(constraint, RunConstraint) else None
+    return runs if runs is not None and runs[1] == constraint.group_width <= _WIDEST_GROUP else None
 
 
 def _inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:

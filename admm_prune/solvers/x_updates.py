@@ -25,6 +25,11 @@ class DenseUpdate(ABC):
     offset: Point
     root: Point
 
+    @property
+    def form(self) -> products.Precision:
+        """The form in which `minimize` multiplies its target, which may be given in it."""
+        return "exact"
+
     @abstractmethod
     def origin(self) -> Point:
         """The unconstrained minimum, or the dense weights if it is not known."""
@@ -50,7 +55,11 @@ class DenseUpdate(ABC):
 
     @abstractmethod
     def minimize(self, target: Point, out: Point) -> Point:
-        """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`."""
+        """argmin_x f(x) + rho |x - target|_D^2, both less the offset; may overwrite `target` and write into `out`.
+
+        Args:
+            target: itself, or as `form` says.
+        """
 
     def unchecked(self) -> list[Tensor]:
         """Flags of errors that occurred on a device since the last call, to be read and given to `check`."""
@@ -88,6 +97,10 @@ class QuadraticUpdate(DenseUpdate):
 
     def origin(self) -> Point:
         return Point(weight=self._minimizer)
+
+    @property
+    def form(self) -> products.Precision:
+        return self._precision
 
     @property
     def place(self) -> object:

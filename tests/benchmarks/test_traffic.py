@@ -28,6 +28,11 @@ def test_the_counts_are_what_was_asked_for() -> None:
         assert COMMITTED[name]["kernels"] <= 4
         assert COMMITTED[name]["waits"] == 1
     assert COMMITTED["SparseAdam"]["bytes"] < 40  # Adam with clipping
+    for name in ("70 %", "2:4"):
+        step, solve = (f"ADMM: {part}, {name}" for part in ("two iterations", "default solve"))
+        assert COMMITTED[step]["launches"] <= 8
+        assert COMMITTED[step]["waits"] == 0
+        assert COMMITTED[solve]["launches"] < BEFORE[solve]["launches"] / 2
     for name, row in COMMITTED.items():
         assert row["waits"] <= BEFORE[name]["waits"]
 

@@ -24,7 +24,10 @@ from admm_prune.ops.quantization import Stored
 from admm_prune.ops.triton import adam, digits, marking, packed, selection, splitting, supports, sweep
 
 # Called by kernels, like everything whose name starts with an underscore.
-HELPERS = {"bit_of", "descend", "keeps_ties_of_part", "key_of", "ones_of", "part_of_row", "root_of", "runs_of_row"}
+HELPERS = {
+    *("bit_of", "descend", "keeps_ties_of_part", "key_of", "largest_of_run"),
+    *("ones_of", "part_of_row", "root_of", "runs_of_row"),
+}
 compiled: dict[str, int] = {}
 
 
@@ -66,10 +69,15 @@ def launch_all() -> None:
     launch_packed()
     z, root = torch.randn(4, 1100), torch.ones(1100)
     for given in (None, z):
-        splitting.to_target_(z, z, given, 0.7, 1.3)
+        for form in ("exact", "bfloat16", "bfloat16x3"):
+            for tau in (0.7, torch.tensor(0.7)):
+                splitting.to_target_(z, z, given, tau, 1.3, form)
+        for runs in ((2, 4), (5, 11), (300, 1100), (1000, 4400)):
+            splitting.choose_(z, z, given, root if given is None else None, z > 0, z, runs, 1.3)
         splitting.relax_(z, z, given, root if given is None else None, z, 1.3)
         splitting.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
     splitting.split(z)
+    splitting.split(z, second=True, stacked=True)
     columns, factor = torch.randn(512, 100), torch.eye(512)
     for keep, stop, pattern in (
         (columns > 0, 128, (1, 1)),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, SparseAdam
-from admm_prune.ops import backend, bits, packed, precision, quantization, selection, splitting
+from admm_prune.ops import backend, bits, packed, precision, quadratic, quantization, selection, splitting
 from admm_prune.ops.quantization import Stored
 from admm_prune.problems.constraints import StackedRows, Unstructured
 from admm_prune.solvers.obs import SparseGPT
@@ -209,6 +209,90 @@ def test_admm_between_two_products_of_several_problems(device) -> None:
         torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "runs"),
+    [((4, 8), (2, 4)), ((2, 1040), (2, 4)), ((4, 36), (5, 12)), ((4, 1050), (300, 1050)), ((6, 40), (70, 120))],
+)
+@pytest.mark.parametrize("problems", [1, 2])
+def test_admm_chooses_in_one_launch(device, shape, runs, problems) -> None:
+    """Groups, rows, and runs of several rows, with ties; of one problem and of several with a metric of their own."""
+    keep, run = runs
+    z, x, d, offset = (drawn("ties", (shape[0], shape[1] + i), device)[:, : shape[1]].contiguous() for i in range(4))
+    roots = drawn("ties", (problems, shape[1]), device).abs() + 1
+    root, before = roots if problems > 1 else roots[0], drawn("spread", shape, device) > 0
+    for added in (offset, None):
+        ours, theirs = [y.clone() for y in (z, x, d)], [y.clone() for y in (z, x, d)]
+        mask = before.clone()
+        measured = splitting.choose_(ours[0], ours[1], added, root, mask, ours[2], runs, 1.5)
+        assert measured is not None
+        with backend.forced("torch"):
+            score = torch.empty_like(z)
+            splitting.relax_(theirs[0], theirs[1], added, root, score, 1.5)
+            expected = selection.largest_per_row(score.view(-1, run), keep).view(shape)
+            numbers = splitting.settle_(theirs[0], expected, before, theirs[2], theirs[1], root)
+        assert torch.equal(mask, expected)
+        torch.testing.assert_close(ours[0], theirs[0])
+        torch.testing.assert_close(ours[2], theirs[2])
+        torch.testing.assert_close(measured.cpu(), numbers.cpu(), rtol=2e-6, atol=2e-6)
+
+
+def test_admm_has_no_such_launch_for_long_runs(device) -> None:
+    z = drawn("spread", (2, 9000), device)
+    before = z.clone()
+    assert splitting.choose_(z, z, None, None, z > 0, z, (100, 18000), 1.5) is None
+    assert splitting.choose_(z, z, None, None, z > 0, z, (4, 4), 1.5) is None
+    assert splitting.choose_(z.double(), z, None, None, z > 0, z, (2, 4), 1.5) is None
+    assert torch.equal(z, before)
+
+
+@pytest.mark.parametrize("form", ["exact", "bfloat16", "bfloat16x3"])
+def test_a_target_is_written_as_it_is_multiplied(device, form) -> None:
+    z, d, offset = (drawn("spread", (3, 1030 + i), device)[:, :1030].contiguous() for i in range(3))
+    target = twin(splitting.to_target_, z.clone(), d.clone(), torch.empty_like(z), offset, 0.7, 1.3)
+    given_form = splitting.to_target_(z, d, torch.empty_like(z), offset, 0.7, 1.3, form).float()
+    if form == "bfloat16x3":
+        high, again, low = given_form.split(1030, dim=1)
+        assert torch.equal(high, again)
+        torch.testing.assert_close(high, target, rtol=2.0**-8, atol=0)
+        given_form = high + low
+    digits = {"exact": 21, "bfloat16": 8, "bfloat16x3": 16}[form]
+    torch.testing.assert_close(given_form, target, rtol=2.0**-digits, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["exact", "bfloat16x3"])
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_a_tau_in_memory_gives_the_same_bits(device, form, kernels) -> None:
+    z, d, offset = (drawn("spread", (3, 40 + i), device)[:, :40].contiguous() for i in range(3))
+    results = []
+    for tau in (0.7, torch.tensor(0.7, device=device)):
+        a, b = z.clone(), d.clone()
+        with backend.forced(kernels):
+            results.append((splitting.to_target_(a, b, torch.empty_like(a), offset, tau, 1.3, form), a))
+    for stored, given_number in zip(*results, strict=True):
+        assert torch.equal(stored, given_number)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 6, 1030)])
+def test_the_second_factor_of_a_product(device, shape) -> None:
+    """As it lies in memory, or transposed."""
+    b = drawn("spread", shape, device)
+    for x in (b, b.mT):
+        ours, theirs = precision.prepared(x, "bfloat16x3"), twin(precision.prepared, x, "bfloat16x3")
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("width", [96, 256, 320, 1200])
+def test_triangles_are_inverted_in_blocks(device, width, monkeypatch) -> None:
+    """Of one size, or, where the width does not halve into them, by halves first."""
+    monkeypatch.setattr(quadratic, "_TRIANGLE", 80)
+    factor = torch.linalg.cholesky(layer_problem(1, width, Unstructured(0.5), device).hessian.double(), upper=True)
+    whole = torch.contiguous_format
+    for x in (factor.clone(memory_format=whole), factor.mT.clone(memory_format=whole).mT):
+        quadratic._invert_upper(x)
+        torch.testing.assert_close(x @ factor, torch.eye(width, dtype=torch.float64, device=device))
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (2, 1030), (2, 3, 40)])
 def test_numbers_are_split_as_torch_rounds_them(device, shape) -> None:
     """Infinities, denormal numbers and numbers halfway between two others included."""
@@ -217,6 +301,8 @@ def test_numbers_are_split_as_torch_rounds_them(device, shape) -> None:
     high = x.to(torch.bfloat16)
     expected = torch.cat([high, high, (x - high).to(torch.bfloat16)], dim=-1)
     torch.testing.assert_close(precision._split(x), expected, rtol=0, atol=0, equal_nan=True)
+    transposed = x.mT.contiguous().mT
+    torch.testing.assert_close(precision._split(transposed), expected, rtol=0, atol=0, equal_nan=True)
     x[..., 1] = math.nan
     assert bool(precision._split(x)[..., 1].isnan().all())
 

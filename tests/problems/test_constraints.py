@@ -41,6 +41,29 @@ def test_ties_go_to_the_lower_index() -> None:
     assert RowWise(0.6).select(ones)["weight"].sum(1).tolist() == [2, 1]  # 3 of 8: the first row takes one more
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        *SETS.values(),
+        StackedRows(((1, NofM(1, 3)), (1, NofM(1, 3)))),
+        StackedRows(((1, RowWise(0.5)), (1, NofM(3, 6)))),
+    ],
+    ids=repr,
+)
+def test_runs_are_what_is_selected(constraint) -> None:
+    """Whole runs, of which the first of the largest are kept; with ties."""
+    runs = None if isinstance(constraint, Product) else constraint.runs((2, 6))
+    if runs is None:
+        assert isinstance(constraint, (Blocks, Product, StackedRows)) or constraint == RowWise(0.6)
+        return
+    keep, run = runs
+    for seed in range(20):
+        score = torch.randint(0, 4, (2, 6), generator=torch.Generator().manual_seed(seed)).float()
+        order = score.view(-1, run).sort(dim=1, descending=True, stable=True).indices[:, :keep]
+        expected = torch.zeros(12 // run, run, dtype=torch.bool).scatter_(1, order, True).view(2, 6)
+        assert torch.equal(constraint.select(Point(weight=score))["weight"], expected)
+
+
 def test_one_budget_over_several_tensors() -> None:
     v = Point(a=torch.tensor([[3.0, 1.0]]), b=torch.tensor([[2.0, -4.0]]))
     z = Unstructured(0.5).project(v)

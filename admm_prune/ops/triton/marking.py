@@ -110,27 +110,31 @@ def place_ties_kernel(
 
 
 @triton.jit
+def largest_of_run(key, there, keep):
+    """The `keep` largest of the keys of a program, the first of equal ones.
+
+    The bits of the threshold are set from the top, each where as many keys reach it. A count needs few registers,
+    unlike a histogram.
+    """
+    level = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        reaching = tl.sum((there & (key >= (level | bit))).to(tl.int32))
+        level = tl.where(reaching >= keep, level | bit, level)
+        bit = bit >> 1
+    above = there & (key > level)
+    tie = (there & (key == level)).to(tl.int32)
+    return above | ((tie > 0) & (tl.cumsum(tie) <= keep - tl.sum(above.to(tl.int32))))
+
+
+@triton.jit
 def mark_rows_kernel(score, selected, width, keep, bad, BLOCK: tl.constexpr):
-    """One row a program: its keep-th largest key by four histograms of eight bits each, then ties by index."""
+    """One row a program."""
     columns = tl.arange(0, BLOCK)
     there = columns < width
     place = tl.program_id(0).to(tl.int64) * width + columns
     x = tl.load(score + place, mask=there, other=0.0).to(tl.float32)
-    key = key_of(x)
-    level = tl.zeros((1,), tl.uint32)
-    need = tl.zeros((1,), tl.int32) + keep
-    bins = tl.arange(0, 256)
-    for step in tl.static_range(4):
-        candidate = there
-        if step > 0:
-            candidate = there & ((key >> (32 - 8 * step)) == level)
-        counts = tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=candidate)
-        from_top = tl.sum(counts) - tl.cumsum(counts) + counts
-        digit = tl.max(tl.where(from_top >= need, bins, 0))
-        need -= tl.sum(tl.where(bins > digit, counts, 0))
-        level = (level << 8) + digit.to(tl.uint32)
-    tie = (there & (key == level)).to(tl.int32)
-    chosen = (there & (key > level)) | ((tie > 0) & (tl.cumsum(tie) <= need))
+    chosen = largest_of_run(key_of(x), there, keep)
     tl.store(selected + place, chosen.to(tl.uint8), mask=there)
     tl.store(bad + tl.program_id(0), tl.max((x != x).to(tl.int32)).to(tl.uint8))
 
@@ -180,7 +184,7 @@ def largest_per_row(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     bad = torch.empty(programs, dtype=torch.bool, device=rows.device)
     block = power_of_2(width)
     if programs:
-        warps = min(16, max(1, block // 512))
+        warps = min(32, max(1, block // 512))
         mark_rows_kernel[(programs,)](
             rows, mask.view(torch.uint8), width, keep, bad.view(torch.uint8), BLOCK=block, num_warps=warps
         )

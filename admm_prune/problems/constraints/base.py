@@ -38,6 +38,11 @@ class SparseSet(ABC):
         """The number of consecutive columns whose selection depends on each other; 1 if they are independent."""
         return 1
 
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """(k, r) where `select` keeps the k largest of every r consecutive entries of a matrix, row-major, and of equal
+        ones the first; None where it does something else for this shape."""
+        return None
+
     @abstractmethod
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> SparseSet:
         """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""

@@ -38,6 +38,10 @@ class Unstructured(FractionalSet):
         parts = selection.largest(flat, keep).split([s.numel() for s in score.values()])
         return Point({name: part.view_as(s) for (name, s), part in zip(score.items(), parts, strict=True)})
 
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int]:
+        entries = shape[0] * shape[1]
+        return self._count(entries), entries
+
     def select_each(self, score: Tensor) -> Tensor:
         return selection.largest_of_each(score, self._count(score[0].numel()))
 
@@ -65,6 +69,10 @@ class RowWise(FractionalSet):
 
     def select(self, score: Point) -> Point:
         return score.map(self._select_matrix)
+
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        keep, longer = self._budget(*shape)
+        return None if longer else (keep, shape[1])
 
     def select_each(self, score: Tensor) -> Tensor:
         keep, longer = self._budget(*score.shape[1:])
@@ -123,6 +131,9 @@ class NofM(SparseSet):
     @property
     def group_width(self) -> int:
         return self.m
+
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        return None if shape[1] % self.m else (self.n, self.m)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> NofM:
         return self

@@ -84,6 +84,11 @@ class StackedRows(SparseSet):
     def select_each(self, score: Tensor) -> Tensor:
         return type(self)(self.parts * len(score))._select_matrix(score.flatten(0, 1)).view(score.shape)
 
+    def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Those of every part, where they are the same."""
+        first, *others = {part.runs((rows, shape[1])) for rows, part in self.parts}
+        return None if others else first
+
     @property
     def group_width(self) -> int:
         return lcm(*(part.group_width for _, part in self.parts))
