@@ -305,7 +305,7 @@ def separate(owner: str, candidate: object, max_width: int | None = None) -> Sep
     if max_width is not None and widest > max_width:
         raise ValueError(
             f"{owner} takes rows of at most {max_width} entries; {type(problem.constraint).__name__} on "
-            f"{type(problem).__name__} makes rows of {widest}"
+            f"{type(problem).__name__} makes rows of {widest}: raise max_width"
         )
     if supports.rows is None:
         stacked = np.asarray(np.kron(np.eye(count), form.hessian), dtype=np.float64)
