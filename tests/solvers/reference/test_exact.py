@@ -360,3 +360,10 @@ def test_rows_of_32_in_time() -> None:
         assert result.status is Status.SOLVED
         seconds.append(result.seconds)
     assert float(np.median(seconds)) < 1.0
+
+
+@pytest.mark.parametrize("offset", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_no_solution_and_has_no_bound(offset) -> None:
+    result = BruteForce().solve(Toy(normal(2, 6, 0), correlated(6, 0), RowWise(0.5), offset=offset))
+    assert result.status is Status.NONFINITE
+    assert result.bound is None
