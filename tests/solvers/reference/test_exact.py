@@ -194,7 +194,7 @@ class TestTimeLimit:
             assert result.status is Status.TIME_LIMIT
             assert 0.0 <= result.bound <= optimum.objective <= result.objective * (1 + TIGHT)
             assert problem.constraint.contains(result.solution)
-            assert "rows were not closed" in result.notes[0]
+            assert "rows are not proved optimal" in result.notes[0]
 
     def test_little_memory_only_changes_the_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = Toy(normal(1, 24, 5), spectral(24, 5), keeping(8, 24))
