@@ -39,7 +39,7 @@ def alps(
     refit: int = 10,
     dtype: torch.dtype = torch.float64,
 ) -> Solution:
-    """ALPS, in one dtype throughout, without TF32: one eigendecomposition, two products and a sort an iteration.
+    """ALPS, in one dtype throughout, without TF32: one eigendecomposition, two products and a sort per iteration.
 
     H <- H + 0.01 mean(diag H) I, scaled to a unit diagonal; then V <- (G + rho (D - U)) (H + rho I)^-1, Z <- V + U,
     D <- P(Z), U <- Z - D, rho raised by 1.3, 1.2 or 1.1 every 3 iterations as the support changed by more than 10 %,
@@ -180,7 +180,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations a second by precision, bytes a second read, and read and written."""
+    """Operations per second by precision; bytes per second read, and copied (read and written)."""
 
     operations: dict[str, float]
     read: float

@@ -44,7 +44,7 @@ _RECIPE = StruPrune()
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """A Llama with gated feed-forward parts of 8/3 of its width, heads of 64, two queries a key."""
+    """A Llama with gated feed-forward parts of 8/3 of its width, heads of 64, two query heads per key head."""
 
     width: int
     depth: int

@@ -17,7 +17,7 @@ from admm_prune.bench.training import SHAPES, ModelShape
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float:
-    """e of y = c x^e, by least squares over logarithms of (x, y), of two x at least."""
+    """e of y = c x^e, by least squares over the logarithms of at least two points (x, y)."""
     x, y = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
     return linear_regression(x, y).slope
 
@@ -74,9 +74,9 @@ def model_of(
 ) -> dict[str, Any]:
     """For every method its fitted line over layers, and predictions for whole models.
 
-    A model's time is its floor (forward passes, Grams, solves) by the fraction that the measured blocks reached, or,
-    where those were not measured, that of the layers. Memory is counted, and scaled by the
-    ratio of measured to counted memory of the blocks; plus the weights of the whole model in bfloat16.
+    A model's time is its floor (forward passes, Grams, solves) divided by the fraction that the measured blocks
+    reached, or, where those were not measured, the layers. Memory is counted, and multiplied by the ratio of measured
+    to counted memory of the blocks; the weights of the whole model in bfloat16 are given separately.
     """
     content: dict[str, Any] = {"layers": {}, "models": [], "structured_peak": power_of(rows)}
     for method in methods:

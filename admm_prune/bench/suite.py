@@ -322,7 +322,8 @@ def claims(rows: Sequence[Measurement], *, applicable: bool = True) -> list[dict
             _ratio(sparse, clipped),
             lambda x: x <= 1.0,
         )
-        for row in (r for r in rows if r.section == training.SECTION and r.case == case and "bits" in r.name):
+        steps = [row for row in rows if row.section == training.SECTION and row.case == case]
+        for row in (r for r in steps if training.EIGHT_BIT in r.name):
             claim(f"floor of {row.name} over its time, {case}", "at least 0.6", row.reached, lambda x: x >= 0.6)
         states = [None if row is None else row.more.get("state bytes per weight") for row in (sparse, adam)]
         beyond = None if states[0] is None or states[1] is None else states[0] - states[1]

@@ -9,6 +9,7 @@ import typer
 
 from admm_prune.cli import common
 from admm_prune.cli.progress import shown_progress
+from admm_prune.errors import UserError
 from admm_prune.settings import TextSettings, names_of
 
 
@@ -52,6 +53,7 @@ def evaluate(
     from admm_prune.runs.evaluate import evaluate_model, evaluate_tasks
 
     device, dtype = options["device"], options["dtype"]
+    _refuse_unused(common.given(ctx), with_tasks=tasks is not None)
     if tasks is not None:
         how: dict[str, Any] = {
             "shots": shots,
@@ -89,3 +91,16 @@ def evaluate(
     row = [Path(model).name, *figures.formatted(), f"{100 * evaluation.sparsity:.2f}%"]
     common.show_table(f"{model}, {figures.tokens:,} tokens", columns, [row])
     print(f"{figures.protocol}; text: {evaluation.text.source}")
+
+
+def _refuse_unused(given: set[str], *, with_tasks: bool) -> None:
+    """Tasks bring their own text; perplexity has no shots."""
+    text = {"data", "documents", "samples", *names_of(text=True)} - {"seed"}
+    unused = sorted(given & (text if with_tasks else {"task_folder", "shots", "limit"}))
+    if unused:
+        option = "--" + unused[0].replace("_", "-")
+        raise UserError(
+            f"{option} is of the text for the perplexity, which --tasks replaces: leave one of them out"
+            if with_tasks
+            else f"{option} is of tasks: name them with --tasks"
+        )

@@ -296,7 +296,7 @@ def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
     targets = {name: one for name, one in every.items() if one is not None}
     if targets and len(targets) < len(every):
         left = next(views.views[name].name for name in every if name not in targets)
-        raise UserError(f"a feed-forward network is pruned as one: {left} cannot be left out")
+        raise UserError(f"a feed-forward network is pruned as one: {left} cannot be left out alone")
     return targets
 
 

@@ -240,4 +240,4 @@ def indexed(folder: Path) -> list[str]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path}: the safetensors weights are damaged or cut short ({first_line(error)})"
+    return f"{path}: the safetensors weights are damaged or cut short ({first_line(error)}): download them again"

@@ -76,7 +76,9 @@ def load(
     # A buffer may hold minus infinity, as masks do.
     for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
+            raise UserError(
+                f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again"
+            )
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     check_causal(source, model)
@@ -347,7 +349,9 @@ def explained(source: str, location: Path | str) -> Generator[None]:
     except UserError:
         raise
     except SafetensorError as error:
-        raise UserError(f"{source}: the safetensors weights are damaged or cut short ({first_line(error)})") from error
+        raise UserError(
+            f"{source}: the safetensors weights are damaged or cut short ({first_line(error)}): download them again"
+        ) from error
     except (
         OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, struct.error,
         StrictDataclassError,

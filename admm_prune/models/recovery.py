@@ -316,7 +316,7 @@ def _sparsity(mask: Tensor | None) -> float:
 def _energy_off(mask: Tensor, change: Tensor) -> float:
     """The fraction of |change|^2 off the mask."""
     whole, off = (float(x.square().sum(dtype=torch.float64)) for x in (change, change.masked_fill(mask, 0)))
-    return off / whole if whole > 0 else 0.0
+    return 0.0 if whole == 0 else off / whole  # NaN stays NaN
 
 
 def _untied(model: nn.Module, layers: list[Any]) -> list[tuple[nn.Module, str, nn.Parameter]]:

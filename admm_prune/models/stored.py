@@ -109,7 +109,7 @@ def check_shape(source: str, name: str, shape: Sequence[int], expected: Sequence
 def check_finite(source: str, name: str, x: Tensor) -> None:
     """Raises UserError where a stored weight has NaN or Inf entries; makes no copy of it."""
     if x.numel() and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):  # NaN is both the least and the greatest
-        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged")
+        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again")
 
 
 def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> None:

@@ -104,7 +104,7 @@ class ComparisonSettings:
     def __post_init__(self) -> None:
         for name, declared in options(Settings).items():
             if "compare" not in declared.commands.split() and getattr(self.run, name) != declared.default:
-                raise UserError(f"a comparison takes no {name}")
+                raise UserError(f"a comparison takes no {name}: leave it out")
         run = self.run
         object.__setattr__(self, "text", run.text(data=check_data(run.data, run.model)))
         object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from admm_prune.point import Point
 from admm_prune.problem import Coordinated, Minimizable, Problem, Safeguarded, fits, require
 from admm_prune.result import Progress
-from admm_prune.solvers.base import Iterative, Solver
+from admm_prune.solvers.base import Iterative, Solver, inner_notes
 from admm_prune.solvers.refit import Refit
 
 
@@ -126,7 +126,7 @@ class Alternating(Iterative[State]):
         result = solver.solve(block, start=before if frozen else None)
         entered = result.solution.map(lambda new, old: (new != 0) & (old == 0), before)
         state.changed += entered.count_nonzero()
-        state.notes += [f"{name}: {note}" for note in result.notes]
+        state.notes += [f"{name}: {note}" for note in inner_notes(result)]
         joined = problem.joined(x, name, block, result.solution)
         return problem.safeguarded(x, joined, name) if fits(problem, Safeguarded) else joined
 

@@ -251,6 +251,13 @@ def closed_form(
     )
 
 
+def inner_notes(result: Result) -> tuple[str, ...]:
+    """The notes of a solver inside another, and its status where that is no success."""
+    if result.status.ok:
+        return result.notes
+    return (*result.notes, f"the inner solver ended as {result.status.name}: {result.status.value}")
+
+
 def _stopping_status(solver: Iterative[Any], progress: Progress, watch: Watch | None, began: float) -> Status | None:
     if progress.primal_residual is not None and not math.isfinite(progress.primal_residual):
         return Status.NONFINITE

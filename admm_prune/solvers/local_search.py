@@ -14,7 +14,7 @@ from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result, Status
-from admm_prune.solvers.base import Run, Solver, offer_start, projection_in_its_metric
+from admm_prune.solvers.base import Run, Solver, inner_notes, offer_start, projection_in_its_metric
 
 _ROWS = 1024  # rows searched together
 _TABLE = 1 << 22  # entries of a table of gains
@@ -69,7 +69,7 @@ class LocalSearch:
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
         if self.inner is not None:
             initial = self.inner.solve(problem, start=start)
-            point, notes = initial.solution, initial.notes
+            point, notes = initial.solution, inner_notes(initial)
         else:
             point = projection_in_its_metric(problem, start)
         support, group = self._support(problem, point)

@@ -15,7 +15,7 @@ from admm_prune.ops.group_compensation import minimize_on_columns
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, checked_constraint, fits
 from admm_prune.result import Result
-from admm_prune.solvers.base import Solver, closed_form
+from admm_prune.solvers.base import Solver, closed_form, inner_notes
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Refit:
         notes: tuple[str, ...] = ()
         if self.inner is not None:
             result = self.inner.solve(problem, start=start)
-            start, notes = result.solution, result.notes
+            start, notes = result.solution, inner_notes(result)
         if start is None:
             raise ValueError("Refit needs an inner solver or a start whose support it refits")
         if not fits(problem, Quadratic):

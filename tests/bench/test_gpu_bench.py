@@ -205,6 +205,18 @@ def test_claims_are_judged_by_the_rows() -> None:
     assert missing["met"] is None
 
 
+def test_steps_with_8_bit_moments_have_a_target() -> None:
+    names = [how.name for how in training.CONFIGURATIONS]
+    measured = [
+        Measurement(section="training", name=name, case="1B", status="measured", seconds=1.0, floor_seconds=0.4)
+        for name in names
+    ]
+    found = {claim["what"]: claim for claim in suite.claims(measured) if claim["what"].startswith("floor of")}
+    assert set(found) == {f"floor of {name} over its time, 1B" for name in names if "8-bit moments" in name}
+    assert len(found) == 2
+    assert all(claim["value"] == 0.4 and claim["met"] is False for claim in found.values())
+
+
 @pytest.mark.parametrize("constraint", [Unstructured(0.7), NofM(2, 4)], ids=["70%", "2:4"])
 def test_the_baselines_do_what_they_say(constraint) -> None:
     """As good as our own implementations of the same algorithms, and feasible."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from pathlib import Path
 
 import peft
@@ -139,6 +140,15 @@ def with_adapters(model: torch.nn.Module, **how: object) -> peft.PeftModel:
     adapted = peft.get_peft_model(model, config)
     train(adapted, torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2))
     return adapted
+
+
+def test_what_a_merge_drops_of_adapters_with_nan_is_nan() -> None:
+    adapted = with_adapters(pruned())
+    name, layer = next((n, m) for n, m in adapted.named_modules() if hasattr(m, "get_delta_weight"))
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(math.nan)
+    dropped = {weight.name: weight.dropped for weight in merge_lora(adapted)[1]}
+    assert math.isnan(dropped[f"{name.removeprefix('base_model.model.')}.weight"])
 
 
 def test_lora_merges_under_the_mask(tmp_path: Path) -> None:

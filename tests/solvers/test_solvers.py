@@ -17,6 +17,7 @@ from admm_prune.result import Status
 from admm_prune.solvers import x_updates
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import closed_form
+from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
@@ -285,3 +286,12 @@ def test_a_note_of_the_problem_is_given_once_also_behind_an_inner_solver() -> No
     x[:, 0] = 0
     problem = LayerReconstruction(w, x.T @ x, NofM(2, 4))
     assert Refit(SparseGPT()).solve(problem).notes.count(problem.notes[0]) == 1
+
+
+@pytest.mark.parametrize("outer", [Refit, LocalSearch])
+def test_an_overflow_of_an_inner_solver_is_noted(outer) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 8, generator=g) * 1e8, torch.randn(3, 8, generator=g) * 1e15
+    problem = LayerReconstruction(w, x.T @ x, Unstructured(0.5))
+    assert ADMM().solve(problem).status is Status.NONFINITE
+    assert any(note.startswith("the inner solver ended as NONFINITE") for note in outer(ADMM()).solve(problem).notes)

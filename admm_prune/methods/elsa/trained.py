@@ -109,13 +109,15 @@ class Trained(Capabilities, ABC):
             raise UserError(f"{self.name} trains all weights to one target: overrides are for layer-wise methods")
         for view in chosen_views(model, target):
             if target.pattern is not None and view.shape[1] % target.pattern[1]:
-                raise UserError(f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs")
+                raise UserError(
+                    f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs: give a sparsity"
+                )
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         """Trains and prunes; returns the model with the least held-out loss among those with the final sparsity."""
         self.check(model, task.target)
         if task.ridge is not None:
-            raise UserError(f"{self.name} takes no ridge: its layer problems keep their own")
+            raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
         if not (runtime.offloading.keeps_changes or runtime.journal.keeps):
             raise ValueError("a model that is not in memory needs a journal, or its pruned weights are lost")
         session = self.run(model, task, runtime)

@@ -32,7 +32,7 @@ def style(i: int) -> dict[str, Any]:
 
 
 def panels(count: int = 1, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """A figure with so many panels one below the other, each of this height in inches: (figure, axes)."""
+    """A figure with `count` panels one below the other, each `height` inches high: (figure, axes)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height * count), layout="constrained", facecolor="none")
@@ -240,7 +240,7 @@ def error_ratios(before: Sequence[Layer], after: Sequence[Layer]) -> str | None:
 
 
 def errors_by_method(runs: Sequence[Mapping[str, Any]]) -> str | None:
-    """The mean error of every block, a line a method, a panel a target."""
+    """The mean error of every block: one line per method, one panel per target."""
     means: dict[str, dict[str, dict[int, list[float]]]] = {}
     for run in (run for run in runs if run["target"] != "0%"):
         for points in by_matrix(run["layers"], "relative_error").values():

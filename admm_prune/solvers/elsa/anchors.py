@@ -181,7 +181,7 @@ def check_masks(masks: Mapping[str, Tensor], weights: Sequence[Weight], *, compl
             raise UserError(f"the mask of {name} must be boolean, of shape {tuple(shape)}")
     missing = [name for name in by_name if complete and name not in masks]
     if missing:
-        raise UserError(f"no mask is given for {missing[0]}: a support is changed as a whole")
+        raise UserError(f"no mask is given for {missing[0]}: give masks of all pruned weights")
 
 
 def check_names(weights: Sequence[Weight]) -> None:

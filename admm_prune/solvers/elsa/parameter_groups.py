@@ -103,7 +103,7 @@ def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
         raise TypeError(f"params must be a model, or a list of parameters or groups, not a {type(params).__name__}")
     items = list(params)
     if not items:
-        raise UserError("SparseAdam got an empty parameter list")
+        raise UserError("SparseAdam got an empty parameter list: give a model or its parameters")
     given = items if isinstance(items[0], dict) else [{"params": items}]
     result = ParameterGroups()
     for number, original in enumerate(given):
@@ -128,7 +128,7 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
         raise UserError(f"a parameter group needs 'params' beside {', '.join(map(str, group)) or 'nothing'}")
     wrong = [name for name in _UNSUPPORTED if group.get(name)]
     if wrong:
-        raise UserError(f"SparseAdam does not support {wrong[0]}={group[wrong[0]]}")
+        raise UserError(f"SparseAdam does not support {wrong[0]}={group[wrong[0]]}: leave it out")
     overrides: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
     support = (Target(**overrides, scope=target.scope) if overrides else target).support()
     parameters = group["params"]

@@ -77,7 +77,7 @@ def check_saved(
             if parameter in pruned:
                 _check_pruned(pruned[parameter], state, next(iter(splittings)), frozen=frozen)
             elif "mask" in state:
-                raise UserError(f"{name} was pruned by the saved optimizer, and is dense in this one")
+                raise _unlike(f"{name} was pruned by the saved optimizer, and is dense in this one")
 
 
 def copy_saved(
@@ -125,20 +125,24 @@ def _check_pruned(weight: Weight, state: Mapping[str, Any], splitting: Splitting
     """Checks that the state has a support and everything a dual update needs, in this optimizer's format."""
     name, shape = weight.name, weight.parameter.shape
     if "mask" not in state:
-        raise UserError(f"{name} is to be pruned, and was dense in the saved optimizer")
+        raise _unlike(f"{name} is to be pruned, and was dense in the saved optimizer")
     if state["mask"].shape != torch.Size((*shape[:-1], bits.packed_width(shape[-1]))):
         raise UserError(f"{name}: the support in the saved optimizer is not one of a weight of shape {tuple(shape)}")
     anchors, moments, held = splitting.anchors, splitting.moments, dict(state)
     if not (anchors.stored(held) and moments.stored(weight.parameter, held)):
-        raise UserError(f"{name}: the saved optimizer keeps anchors or moments in another format")
+        raise _unlike(f"{name}: the saved optimizer keeps anchors or moments in another format")
     if frozen:
         return
     if splitting.held and "anchor" in state:
-        raise UserError(f"{name}: the saved optimizer had a finite penalty, and this one has an infinite one")
+        raise _unlike(f"{name}: the saved optimizer had a finite penalty, and this one has an infinite one")
     if not splitting.held and "anchor" not in state:
-        raise UserError(f"{name}: the saved optimizer had an infinite penalty, and this one has a finite one")
+        raise _unlike(f"{name}: the saved optimizer had an infinite penalty, and this one has a finite one")
     if splitting.score.clean and "fisher" not in state:
-        raise UserError(
+        raise _unlike(
             f"{name}: the saved optimizer keeps no average of squared gradients, which the score of this one, "
             'Score(fisher="clean"), needs'
         )
+
+
+def _unlike(difference: str) -> UserError:
+    return UserError(f"{difference}: construct this optimizer with the settings of the saved one")

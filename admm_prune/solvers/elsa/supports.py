@@ -115,10 +115,14 @@ class Groups:
         for weight in weights:
             scores = score(weight)
             if weight.transposed and processes_of(weight.parameter) is not None:
-                raise UserError(f"{weight.name} is stored transposed and sharded: groups of its inputs are cut apart")
+                raise UserError(
+                    f"{weight.name} is stored transposed and sharded, which cuts its groups apart: give a sparsity"
+                )
             by_rows = scores.mT if weight.transposed else scores
             if by_rows.shape[-1] % self.m:
-                raise UserError(f"{weight.name}: {self.m} does not divide its {by_rows.shape[-1]} inputs")
+                raise UserError(
+                    f"{weight.name}: {self.m} does not divide its {by_rows.shape[-1]} inputs: give a sparsity"
+                )
             mask = selection.largest_per_group(by_rows, n, self.m)
             yield weight, (mask.mT if weight.transposed else mask), scores
 

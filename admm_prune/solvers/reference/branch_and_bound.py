@@ -297,7 +297,9 @@ class BranchAndBound:
             status=Status.TIME_LIMIT if open_rows else Status.SOLVED,
             iterations=sum(row.nodes for row in solved),
             seconds=time.perf_counter() - began,
-            notes=(f"{open_rows} of {len(solved)} rows were not closed in {self.time_limit} s",) if open_rows else (),
+            notes=(f"{open_rows} of {len(solved)} rows are not proved optimal: raise time_limit ({self.time_limit} s)",)
+            if open_rows
+            else (),
         )
 
 

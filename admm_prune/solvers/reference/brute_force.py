@@ -65,7 +65,7 @@ class GroupExact:
         if most > self.max_choices:
             raise ValueError(
                 f"GroupExact tries at most {self.max_choices} supports in a group; {type(problem.constraint).__name__} "
-                f"on {type(problem).__name__} has {most:.3g} in each"
+                f"on {type(problem).__name__} has {most:.3g} in each: raise max_choices"
             )
         solved = [
             self._solve_row(row, row.completed(*known) if known else search(row)[0])
@@ -150,7 +150,8 @@ class BruteForceGroups:
         sets = math.comb(count, min(keep, count))
         if sets > self.max_supports:
             raise ValueError(
-                f"BruteForceGroups tries at most {self.max_supports} sets; {type(constraint).__name__} has {sets:.3g}"
+                f"BruteForceGroups tries at most {self.max_supports} sets; {type(constraint).__name__} has {sets:.3g}: "
+                "raise max_supports"
             )
         form, scale = scaled_hessian(type(self).__name__, problem)
         target = to_array(minimizer) * scale
@@ -209,7 +210,7 @@ class BruteForce:
         if most > self.max_supports:
             raise ValueError(
                 f"BruteForce tries at most {self.max_supports} supports; {type(problem.constraint).__name__} on "
-                f"{type(problem).__name__} has {most:.3g} for one budget"
+                f"{type(problem).__name__} has {most:.3g} for one budget: raise max_supports, or use BranchAndBound"
             )
         best, bounds = [], []
         for row in separated.rows:

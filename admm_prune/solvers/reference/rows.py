@@ -267,9 +267,13 @@ class Separated:
 
         Args:
             row_bounds: proved lower bounds of the losses of the rows.
+
+        Returns:
+            Its status is NONFINITE where the value of the refitted point is not finite.
         """
         solution = self.point(supports)
         objective = self.problem.value(solution)
+        status = status if math.isfinite(objective) else Status.NONFINITE
         if start is not None:
             projected = self.problem.constraint.project(start)
             value = self.problem.value(projected)
@@ -278,7 +282,7 @@ class Separated:
         notes = (*getattr(self.problem, "notes", ()), *notes)
         result = Result(solution, status, objective, iterations=iterations, seconds=seconds, notes=notes)
         bound = None if row_bounds is None else self.bound(row_bounds)
-        return replace(result, bound=None if bound is None else min(objective, bound))
+        return replace(result, bound=None if bound is None or math.isnan(objective) else min(objective, bound))
 
     def bound(self, row_bounds: Sequence[float]) -> float | None:
         """A lower bound of f from proved ones of the rows' losses; None where nothing is proved."""
@@ -305,7 +309,7 @@ def separate(owner: str, candidate: object, max_width: int | None = None) -> Sep
     if max_width is not None and widest > max_width:
         raise ValueError(
             f"{owner} takes rows of at most {max_width} entries; {type(problem.constraint).__name__} on "
-            f"{type(problem).__name__} makes rows of {widest}"
+            f"{type(problem).__name__} makes rows of {widest}: raise max_width"
         )
     if supports.rows is None:
         stacked = np.asarray(np.kron(np.eye(count), form.hessian), dtype=np.float64)

@@ -194,7 +194,7 @@ class TestTimeLimit:
             assert result.status is Status.TIME_LIMIT
             assert 0.0 <= result.bound <= optimum.objective <= result.objective * (1 + TIGHT)
             assert problem.constraint.contains(result.solution)
-            assert "rows were not closed" in result.notes[0]
+            assert "rows are not proved optimal" in result.notes[0]
 
     def test_little_memory_only_changes_the_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
         problem = Toy(normal(1, 24, 5), spectral(24, 5), keeping(8, 24))
@@ -360,3 +360,10 @@ def test_rows_of_32_in_time() -> None:
         assert result.status is Status.SOLVED
         seconds.append(result.seconds)
     assert float(np.median(seconds)) < 1.0
+
+
+@pytest.mark.parametrize("offset", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_no_solution_and_has_no_bound(offset) -> None:
+    result = BruteForce().solve(Toy(normal(2, 6, 0), correlated(6, 0), RowWise(0.5), offset=offset))
+    assert result.status is Status.NONFINITE
+    assert result.bound is None
