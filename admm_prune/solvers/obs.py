@@ -17,6 +17,7 @@ from admm_prune.solvers.base import closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
 _WIDEST_GROUP = 32  # of the kernel
+_ACCURATE = 1e-3  # residual of a factor, above which it is computed in float64
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,14 @@ def _pattern(constraint: SupportConstraint, shape: tuple[int, int]) -> tuple[int
 
 
 def _inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """The factor in the Hessian's own precision, in float64 if that fails, with a note."""
+    """The factor in the Hessian's own precision, or in float64, with a note, where that fails or is not accurate."""
+    note = "the Hessian was factored in float64"
     try:
-        return quadratic.inverse_factor(hessian), ()
+        factor = quadratic.inverse_factor(hessian)
+        residual = 0.0 if hessian.dtype is torch.float64 else quadratic.factor_residual(factor, hessian)
+        if residual <= _ACCURATE:
+            return factor, ()
+        note += f": in {str(hessian.dtype).removeprefix('torch.')} its residual was {residual:.1e}"
     except RuntimeError:  # torch's LinAlgError, under a name that its types export
-        return quadratic.inverse_factor(hessian.double()).to(hessian.dtype), ("the Hessian was factored in float64",)
+        pass
+    return quadratic.inverse_factor(hessian.double()).to(hessian.dtype), (note,)

@@ -18,7 +18,7 @@ from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate
-from benchmarks import batches, gaps, instances, leaderboard, machine, measuring, published, streaming, tables
+from benchmarks import batches, float64, gaps, instances, leaderboard, machine, measuring, published, streaming, tables
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, problem_for, settings_key
 from benchmarks.journal import Journal, write_csv
 from benchmarks.leaderboard import Leaderboard
@@ -275,6 +275,16 @@ def test_a_journal_of_other_columns_is_not_added_to(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"x": 1.0}])
     with pytest.raises(ValueError, match="other columns"):
         Journal(tmp_path / "a.csv", ["y"])
+
+
+def test_fewer_bits_are_measured_against_float64() -> None:
+    row = float64.measured(24, 0.01, rows=6)
+    assert 0 < row["factor float64"] <= row["factor float32"] < 1e-4
+    assert row["objective float32"] < 1e-5
+    assert row["objective bfloat16x3"] < 1e-3
+    lines = float64.table([row]).splitlines()
+    assert lines[0].split()[:2] == ["width", "ridge"]
+    assert lines[1].split()[:2] == ["24", "0.01"]
 
 
 def test_the_geometric_mean() -> None:

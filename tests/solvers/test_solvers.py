@@ -64,6 +64,43 @@ def test_sparsegpt_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     assert torch.allclose(quadratic.inverse_factor(hessian), expected, rtol=1e-9)
 
 
+def nearly_dependent(distance: float) -> LayerReconstruction:
+    """Seven inputs that differ from the first by so much of it: float32 factors the Hessian, but not accurately."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    x[:, 1:8] = x[:, :1] + distance * x[:, 1:8]
+    return LayerReconstruction(torch.randn(8, 16, generator=generator), (x.T @ x).float(), Unstructured(0.5), ridge=0.0)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 5e-3])
+def test_sparsegpt_factors_in_float64_what_is_not_accurate_in_float32(distance) -> None:
+    problem = nearly_dependent(distance)
+    result = SparseGPT().solve(problem)
+    (note,) = result.notes
+    assert note.startswith("the Hessian was factored in float64: in float32 its residual was")
+    exact = LayerReconstruction(problem.weight.double(), problem.hessian.double(), Unstructured(0.5), ridge=0.0)
+    assert result.objective == pytest.approx(SparseGPT().solve(exact).objective, rel=1e-6)
+    assert SparseGPT().solve(nearly_dependent(0.1)).notes == ()
+    assert SparseGPT().solve(exact).notes == ()
+
+
+@given(seed=seeds, error=st.floats(-0.5, 0.5))
+def test_the_residual_of_a_factor(seed, error) -> None:
+    """Of (1 + e) U it is |2 e + e^2|, whatever the Hessian."""
+    hessian = layer(Unstructured(0.5), seed=seed).hessian
+    factor = quadratic.inverse_factor(hessian) * (1 + error)
+    assert quadratic.factor_residual(factor, hessian) == pytest.approx(abs(2 * error + error**2), rel=1e-6, abs=1e-9)
+
+
+@given(seed=seeds)
+def test_the_residual_of_a_float32_factor_is_bounded(seed) -> None:
+    """By a multiple of in eps cond(A), which backward stability of Cholesky and of the triangular inverse promises."""
+    hessian = layer(Unstructured(0.5), seed=seed).hessian.float()
+    residual = quadratic.factor_residual(quadratic.inverse_factor(hessian), hessian)
+    bound = len(hessian) * torch.finfo(torch.float32).eps * float(torch.linalg.cond(hessian.double()))
+    assert residual <= 4 * bound
+
+
 @given(seed=seeds)
 def test_wanda_is_a_projection_in_the_metric_of_the_inputs(seed) -> None:
     problem = layer(RowWise(0.5), seed=seed)
