@@ -53,7 +53,7 @@ def composed(
         UserError: there is no such method, or it has no part of this kind.
     """
     if joint:
-        recipe = composed(
+        alone = composed(
             method,
             steps=steps,
             distillation=distillation,
@@ -61,9 +61,10 @@ def composed(
             solver=solver,
             problem=problem,
             constraint=constraint,
-        ).with_joint(joint)
+        )
+        recipe = alone.with_joint(joint)
         if recipe is None:
-            raise UserError(f"{method} takes no {joint.label}: it is for methods that prune block by block")
+            raise UserError(f"{alone.name} takes no {joint.label}: it is for methods that prune block by block")
         return recipe
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
