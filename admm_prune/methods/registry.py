@@ -53,7 +53,7 @@ def composed(
         UserError: there is no such method, or it has no part of this kind.
     """
     if joint:
-        recipe = composed(
+        alone = composed(
             method,
             steps=steps,
             distillation=distillation,
@@ -62,7 +62,7 @@ def composed(
             problem=problem,
             constraint=constraint,
         )
-        return with_joint(recipe, joint)
+        return with_joint(alone, joint)
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
     if not given:

@@ -50,6 +50,8 @@ class ActivationStore:
             OSError: the file cannot be written.
         """
         self._held.pop(name, None)
+        if self._filed.pop(name, None) is not None:  # a new file, because the earlier one may still be mapped
+            self._path(name).unlink(missing_ok=True)
         tensor = tensor.detach().cpu()
         if self._limit is None or self.held_bytes + tensor.nbytes <= self._limit:
             self._held[name] = tensor

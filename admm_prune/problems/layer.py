@@ -5,6 +5,7 @@ Where several processes hold a part of the tokens each, sums over tokens are sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,8 +52,8 @@ class LayerReconstruction:
         target_energy: ||Y||_F^2; needed with either, without meaning otherwise.
 
     Raises:
-        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a negative ridge;
-            two targets, or one without its energy.
+        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a ridge, damping
+            or energy that is negative or not finite; two targets, or one without its energy.
 
     Attributes:
         token_weights: of a subclass that weights tokens, sum_t s_t |x_t V^T - y_t|^2: a static method, called while the
@@ -92,8 +93,8 @@ class LayerReconstruction:
         if target_energy is None and (cross_gram is not None or correlation is not None):
             given = "correlation" if cross_gram is None else "cross_gram"
             raise ValueError(f"{given} needs target_energy, the squared norm of the target, beside it")
-        if ridge < 0 or damping < 0:
-            raise ValueError(f"ridge and damping must not be negative: {ridge}, {damping}")
+        if not all(0 <= number < math.inf for number in (ridge, damping)):
+            raise ValueError(f"ridge and damping must be finite and not negative: {ridge}, {damping}")
         self.constraint = constraint
         self.weight = weight.detach().to(gram.dtype)
         self.gram = symmetric(gram.detach())
@@ -101,6 +102,11 @@ class LayerReconstruction:
         self.cross_gram = None if cross_gram is None else cross_gram.detach().to(gram.dtype)
         self.correlation = None if correlation is None else correlation.detach().to(gram.dtype)
         self.target_energy = None if cross_gram is None and correlation is None else target_energy
+        if self.target_energy is not None and not 0 <= self.target_energy < math.inf:
+            raise ValueError(
+                f"target_energy {self.target_energy:g} is not the squared norm of the target: it must be finite and "
+                "not negative"
+            )
         self.dead = dead_channels(gram)
         self.notes: tuple[str, ...] = ()
         self._any_dead = bool(self.dead.any())  # once: on a device the host waits for it

@@ -339,10 +339,11 @@ def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_tensors:
     refused("layer.txt is not a safetensors file", "solve", "layer.txt", "--sparsity", "0.5")
     refused("no such layer file: missing", "solve", "missing", "--sparsity", "0.5")
     refused("no such layer file: .", "solve", ".", "--sparsity", "0.5")
-    save_file(
-        layer_tensors | {"cross_gram": layer_tensors["gram"].clone()}, place / "energy", {"target_energy": "much"}
-    )
-    refused("target_energy among the metadata must be a number", "solve", "energy", "--sparsity", "0.5")
+    for energy, why in (("much", "among the metadata must be a number"), ("nan", "must be finite and not negative")):
+        save_file(
+            layer_tensors | {"cross_gram": layer_tensors["gram"].clone()}, place / "energy", {"target_energy": energy}
+        )
+        refused(why, "solve", "energy", "--sparsity", "0.5")
 
 
 def test_a_ridge_that_cannot_be_chosen(refused: Refused, layer_file: Path) -> None:

@@ -132,6 +132,10 @@ def test_the_error_of_a_point_with_nan_is_nan(other_target) -> None:
         ({"gram": torch.eye(WIDTH) + torch.ones(WIDTH, WIDTH).triu(1)}, "not symmetric"),
         ({"gram": -torch.eye(WIDTH)}, "negative diagonal"),
         ({"ridge": -1.0}, "negative"),
+        ({"ridge": float("nan")}, "finite"),
+        ({"damping": float("inf")}, "finite"),
+        ({"cross_gram": torch.eye(WIDTH), "target_energy": float("nan")}, "target_energy nan is not the squared norm"),
+        ({"cross_gram": torch.eye(WIDTH), "target_energy": -1.0}, "must be finite and not negative"),
         ({"cross_gram": torch.eye(WIDTH)}, "target_energy"),
     ],
 )
