@@ -34,6 +34,7 @@ from admm_prune.methods.struprune.struprune import StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models import families
 from admm_prune.models.activation_store import ActivationStore
+from admm_prune.models.attention import attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.losses import cross_entropy
 from admm_prune.models.structure import Block, WeightView
@@ -239,8 +240,11 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
-        yield from _local(block_pass.collect(), recipe.method, task, count, block_pass)
-        yield from _joint(block_pass, recipe, index, block, count, task)
+        layers = {view.name for view in block.weights}
+        first = {view.name for view in attention_views(block)[0].weights} if recipe.joint.coordinate else layers
+        for names in filter(None, (first, layers - first)):
+            yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
+        yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)
 
 
@@ -297,7 +301,8 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         yield _forward("form of the network", looking, count)
         network_names = {view.name for view in network}
         targets: dict[str, Tensor] = {}
-        attention = block_pass.collect([view.name for view in block.weights if view.name not in network_names], targets)
+        layers = {view.name for view in block.weights} - network_names
+        attention = block_pass.collect(layers, targets)
         target = {"targets": sum(x.nbytes for x in targets.values())}
         for stage in _local(attention, recipe.method, task, count, block_pass):
             yield stage.beside(target)
@@ -324,14 +329,21 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
             )
         )
         yield Stage(name="solver of the network", parts={**held, SOLVER: trial.peak}, work=trial.work * count)
-        yield from _joint(block_pass, recipe, index, block, count, task)
+        yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)
 
 
 def _joint(
-    block_pass: BlockPass, recipe: Layerwise | SparseLLM, index: int, block: Block, count: int, task: Task
+    block_pass: BlockPass,
+    recipe: Layerwise | SparseLLM,
+    index: int,
+    block: Block,
+    count: int,
+    task: Task,
+    layers: Collection[str],
 ) -> Iterator[Stage]:
-    stages = joint_stages(recipe.joint, block_pass.stream, block_pass.counting, index, block, recipe.method, task)
+    stream, counting = block_pass.stream, block_pass.counting
+    stages = joint_stages(recipe.joint, stream, counting, index, block, recipe.method, task, layers)
     yield from (stage.times(count) for stage in stages)
 
 
