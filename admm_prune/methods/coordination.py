@@ -96,7 +96,7 @@ class DenseAttention:
             validation=self._tokens(
                 stream, index, block, "validation" if "validation" in self.pairs else "calibration"
             ),
-            damped={name: _damping(by_name[view.name]) for name, view in views.items()},
+            damped={name: damping_of(by_name[view.name]) for name, view in views.items()},
             max_iterations=ITERATIONS,
         )
         solver = Checked.of(method.make())
@@ -154,7 +154,7 @@ def _set(view: WeightView, method: Method, task: Task) -> SparseSet:
     return method.constraint(target)
 
 
-def _damping(report: LayerReport) -> tuple[float, float]:
+def damping_of(report: LayerReport) -> tuple[float, float]:
     """Those of the matrix alone; the defaults where its solver only scores weights."""
     if report.ridge or report.damping:
         return report.ridge or 0.0, report.damping or 0.0

@@ -116,7 +116,11 @@ class BlockOutput:
         state = tokens.states[number]
         outputs = state.replay(self._block, self._index, finite=False, dtype=self._dtype)[state.mask]
         targets = tokens.targets_of(number).to(outputs)
-        return ((outputs - targets).square().sum(1) / targets.square().sum(1)).sum()
+        return ((outputs - targets).square().sum(1) * self.token_weights(targets)).sum()
+
+    def token_weights(self, targets: Tensor) -> Tensor:
+        """1 / |y_t|^2 of the targets (n, d)."""
+        return targets.square().sum(1).reciprocal()
 
 
 def refit_block(

@@ -40,7 +40,7 @@ from admm_prune.models.sublayers import Sublayer, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, counted, measured_cost
-from admm_prune.plan.joint import joint_stages
+from admm_prune.plan.joint import coordinated, joint_stages
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating
 from admm_prune.solvers.together import Shape, batches
@@ -127,9 +127,9 @@ class BlockPass:
                 self.advance()
             yield index, self.anatomy.blocks[index], count
 
-    def pruned(self, weights: Iterable[WeightView]) -> list[str]:
+    def pruned(self, weights: Iterable[WeightView]) -> set[str]:
         """The names of the weights that are pruned, of those given."""
-        return [view.name for view in weights if self.target.at(view.name) is not None]
+        return {view.name for view in weights if self.target.at(view.name) is not None}
 
     def advance(self) -> Cost:
         with measured_cost(self.counting) as cost:
@@ -242,10 +242,11 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
-        names = block_pass.pruned(block.weights)
-        if names:
+        layers = block_pass.pruned(block.weights)
+        first = coordinated(recipe.joint, block, layers) or layers
+        for names in filter(None, (first, layers - first)):
             yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
-        yield from _joint(block_pass, recipe, index, block, count, task)
+        yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)
 
 
@@ -322,8 +323,8 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         yield _forward("form of the network", looking, count)
         network_names = {view.name for view in network}
         targets: dict[str, Tensor] = {}
-        names = block_pass.pruned(view for view in block.weights if view.name not in network_names)
-        attention = block_pass.collect(names, targets)
+        layers = block_pass.pruned(view for view in block.weights if view.name not in network_names)
+        attention = block_pass.collect(layers, targets)
         target = {"targets": sum(x.nbytes for x in targets.values())}
         for stage in _local(attention, recipe.method, task, count, block_pass):
             yield stage.beside(target)
@@ -331,7 +332,7 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         if network_target is not None:
             yield from _network_stages(block_pass, recipe, network, network_target, targets, count, task)
         targets.clear()
-        yield from _joint(block_pass, recipe, index, block, count, task)
+        yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)
 
 
@@ -376,11 +377,18 @@ def _network_stages(
 
 
 def _joint(
-    block_pass: BlockPass, recipe: Layerwise | SparseLLM, index: int, block: Block, count: int, task: Task
+    block_pass: BlockPass,
+    recipe: Layerwise | SparseLLM,
+    index: int,
+    block: Block,
+    count: int,
+    task: Task,
+    layers: Collection[str],
 ) -> Iterator[Stage]:
     if not block_pass.pruned(block.weights):
         return
-    stages = joint_stages(recipe.joint, block_pass.stream, block_pass.counting, index, block, recipe.method, task)
+    stream, counting = block_pass.stream, block_pass.counting
+    stages = joint_stages(recipe.joint, stream, counting, index, block, recipe.method, task, layers)
     yield from (stage.times(count) for stage in stages)
 
 

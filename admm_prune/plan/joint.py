@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from itertools import chain
 
 import torch
+from torch import Tensor, nn
 
 from admm_prune.methods.base import Task
 from admm_prune.methods.coordination import ITERATIONS, ROUNDS
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method
 from admm_prune.methods.refit import STEPS
-from admm_prune.models.attention import attention_views
+from admm_prune.models.activation_store import BatchState, StopForwardError
+from admm_prune.models.attention import AttentionViews, attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block
-from admm_prune.plan.counting import Counting, Stage, Work, measured_cost
+from admm_prune.plan.counting import Cost, Counting, Stage, Work, measured_cost
 from admm_prune.plan.trials import LayerTrial, estimated
 from admm_prune.problems.attention import AttentionOutput
 from admm_prune.statistics import SUM_BYTES
 
 PARTS = "weights, gradients and moments"
 _COPIES = 6  # of the pruned matrices in float32: start, point, gradient, two moments, and those in the block
-_PASSES = 8 + 3 * ROUNDS  # of the attention over all tokens, beside those that mix its inputs
+# Passes of the attention over the tokens of the fit, beside those that mix its inputs: head outputs of dense values,
+# values of the start (twice, as it is given and projected) and of the best point; in a round one value of V, head
+# outputs and one value of O.
+_PASSES = 4 + 3 * ROUNDS
+_HELD_OUT_PASSES = 2 + ROUNDS
+_FITS = 2 * ROUNDS  # of V by conjugate gradients: free and on its support
 _FLOAT = 4  # bytes
 
 
 def coordinating(
     stream: BlockStream, counting: Counting, index: int, block: Block, method: Method, task: Task
 ) -> Iterator[Stage]:
-    """Value and output projections as one; a pass of the attention is counted as one of the block."""
+    """Value and output projections as one."""
     views = attention_views(block)[0]
-    text, inputs = task.calibration, views.value.shape[1]
-    mixed, tokens = views.heads * inputs, text.tokens
+    inputs, states = views.value.shape[1], stream.states(index)
+    first = states["calibration"][0]
+    mixing = _mixing(counting, index, block, views, first, backward=False)
+    mixed, tokens, held_out = (
+        views.heads * inputs,
+        _tokens(states["calibration"]),
+        _tokens(states.get("validation", ())),
+    )
+    batches, held_out_batches = (count / first.mask.numel() for count in (tokens, held_out))
     with measured_cost(counting) as forward:
         stream.preview(index)
     passes = -(-inputs // views.size) + _PASSES
-    batches = -(-len(text.rows) // text.batch_size)
-    work = forward.work * (passes * batches)
+    work = mixing.work * (passes * batches + _HELD_OUT_PASSES * held_out_batches + 3)  # 3: are they linear?
+    work += forward.work * (batches + held_out_batches)  # the dense outputs
     held = 0
+    biases = views.value.bias is not None or views.output.bias is not None
     if mixed <= AttentionOutput.widest:
         held = (SUM_BYTES + 2 * _FLOAT) * mixed**2
-        iterations = 2 * ROUNDS * ITERATIONS * 2 * views.size * mixed**2
+        width = views.output.shape[1]
+        iterations = _FITS * (ITERATIONS + 1) * 2 * (views.size * mixed**2 + width**2 * inputs)
         work += Work.of(products_float32=tokens * mixed**2 * 1.25 + iterations)
-    else:
-        work += forward.work * (2 * ROUNDS * ITERATIONS * 3 * batches)  # mixing and its adjoint
+    if biases or mixed > AttentionOutput.widest:
+        adjoint = _mixing(counting, index, block, views, first, backward=True)
+        work += adjoint.work * (_FITS * batches)
+        if mixed > AttentionOutput.widest:
+            work += (mixing.work + adjoint.work) * (_FITS * (ITERATIONS + 1) * batches)
     parts = {
-        "tokens of the attention": tokens * _FLOAT * (inputs + views.output.shape[0]),
+        "tokens of the attention": (tokens + held_out) * _FLOAT * (inputs + views.output.shape[0]),
         "mixed Gram": held,
         "forward pass of a batch": forward.peak,
     }
@@ -54,30 +75,116 @@ def coordinating(
         target = task.target.at(view.name) or task.target
         trial = LayerTrial(method, target, task.ridge, (shape[0],), shape[1], torch.float32, validation=False)
         work += estimated(trial).work * (1 + ROUNDS)
+    values, outputs = views.value.shape, views.output.shape
+    each = 2 * (values[0] * values[1] + outputs[0] * outputs[1])  # X V^T and Z O^T
+    moments = 2 * (outputs[1] * (outputs[0] + outputs[1] // 2)) * (1 + ROUNDS) + inputs**2
+    work += Work.of(products_float32=tokens * each * _PASSES, products_float64=tokens * moments)
     yield Stage(name="attention as one", parts=parts, work=work)
+
+
+def _mixing(
+    counting: Counting, index: int, block: Block, views: AttentionViews, state: BatchState, *, backward: bool
+) -> Cost:
+    """The cost of the head outputs of a batch for given values, or of their adjoint."""
+    seen: list[Tensor] = []
+
+    def replace_values(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(torch.zeros_like(output).requires_grad_(backward))
+        return seen[0]
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise StopForwardError
+
+    hooks = (
+        views.value.module.register_forward_hook(replace_values),
+        views.output.module.register_forward_pre_hook(stop),
+    )
+    try:
+        with measured_cost(counting) as cost, torch.set_grad_enabled(backward):
+            with suppress(StopForwardError):
+                state.replay(block, index, finite=False)
+            if backward:
+                torch.autograd.grad(seen[1], seen[0], torch.zeros_like(seen[1]))
+            seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cost
+
+
+def _tokens(states: Collection[BatchState]) -> int:
+    return sum(state.mask.numel() for state in states)
 
 
 def refitting(stream: BlockStream, counting: Counting, index: int, block: Block) -> Stage:
     """The descent: forward and backward passes of batches of the block."""
-    state = stream.states(index)["calibration"][0]
+    states = stream.states(index)
+    state = states["calibration"][0]
+    mean = _tokens(states["calibration"]) / (len(states["calibration"]) * state.mask.numel())  # the last may be smaller
     parameters = list({id(view.parameter): view.parameter for view in block.weights}.values())
+    with measured_cost(counting) as forward:
+        stream.preview(index)
     with measured_cost(counting) as cost, torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         torch.autograd.grad(state.replay(block, index, finite=False).square().sum(), parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
+    validation = _tokens(states.get("validation", states["calibration"])) / state.mask.numel()
+    work = cost.work * (STEPS * mean) + forward.work * (2 * validation)
     held = _COPIES * _FLOAT * sum(parameter.numel() for parameter in parameters)
-    return Stage(name="refit", parts={PARTS: held, "activations of a step": cost.peak}, work=cost.work * STEPS)
+    return Stage(name="refit", parts={PARTS: held, "activations of a step": cost.peak}, work=work)
+
+
+def measuring(stream: BlockStream, counting: Counting, index: int, names: Collection[str]) -> Stage:
+    """The errors of matrices that were fitted again: statistics of their inputs, and energies of two differences."""
+    with measured_cost(counting) as cost:
+        shared = stream.collect(index, names)
+        views = list(chain.from_iterable(one.weights for one in shared))
+        del shared
+    parts = 2 if "validation" in stream.states(index) else 1
+    energies = 2 * parts * sum(view.shape[0] * view.shape[1] ** 2 for view in views)
+    work = cost.work + Work.of(products_float64=energies)
+    return Stage(name="errors of fitted matrices", parts={"Grams": cost.peak}, work=work)
+
+
+def coordinated(joint: Joint, block: Block, layers: Collection[str]) -> set[str]:
+    """The names of the matrices of the attention among `layers`, which are pruned before the others, if it is
+    coordinated."""
+    if not joint.coordinate:
+        return set()
+    views = attention_views(block)[0]
+    if not {views.value.name, views.output.name} <= set(layers):
+        return set()
+    return {view.name for view in views.weights} & set(layers)
 
 
 def joint_stages(
-    joint: Joint, stream: BlockStream, counting: Counting, index: int, block: Block, method: Method, task: Task
+    joint: Joint,
+    stream: BlockStream,
+    counting: Counting,
+    index: int,
+    block: Block,
+    method: Method,
+    task: Task,
+    layers: Collection[str],
 ) -> Iterator[Stage]:
-    """The stages of a block beyond those of the method itself."""
-    if joint.coordinate:
+    """The stages of a block beyond those of the method itself.
+
+    Args:
+        layers: the names of the matrices that the method prunes as layers.
+    """
+    fitted: set[str] = set()
+    if coordinated(joint, block, layers):
         yield from coordinating(stream, counting, index, block, method, task)
+        views = attention_views(block)[0]
+        fitted = {views.value.name, views.output.name}
     if joint.refit:
         width = block.weights[0].shape[1]
         outputs = {"targets": task.calibration.tokens * _FLOAT * width}
         yield refitting(stream, counting, index, block).beside(outputs)
+        fitted = {view.name for view in block.weights if task.target.at(view.name) is not None}
+    if fitted:
+        dense = {"dense matrices": sum(view.parameter.nbytes for view in block.weights if view.name in fitted)}
+        yield measuring(stream, counting, index, fitted & set(layers)).beside(dense)

@@ -146,6 +146,8 @@ class AttentionOutput:
         self.constraints, self.damped, self.all_reduce = constraints, damped or {}, all_reduce
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.biases = biases or {}
+        # Known to the next step of an alternation, which would have to run the attention for it.
+        self._accepted: tuple[Point, float] | None = None  # what `safeguarded` returned last, and its value
         heads = tokens.mixing.heads
         if weights["output"].shape[1] % heads:
             raise ValueError(f"{weights['output'].shape[1]} inputs of the output projection are not {heads} heads")
@@ -194,12 +196,20 @@ class AttentionOutput:
 
     def safeguarded(self, before: Point, after: Point, name: str) -> Point:
         """`after`, with the values fitted to the exact objective on their support; or `before`, if it is in the sets
-        and its value is less."""
+        and its value is less.
+
+        What it returns must not be changed in place.
+        """
         if name == "value":
             value = self.fitted_value(after["output"], after, after["value"], after["value"] != 0)
             after = Point({**after, "value": value})
-        if self.constraint.contains(before) and not self.value(after) <= self.value(before):
-            return before
+        reached = self.value(after)
+        if self.constraint.contains(before):
+            accepted = self._accepted
+            known = accepted[1] if accepted is not None and accepted[0] is before else self.value(before)
+            if not reached <= known:
+                after, reached = before, known
+        self._accepted = after, reached
         return after
 
     def fitted_value(self, output: Tensor, x: Point, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -223,11 +233,12 @@ class AttentionOutput:
         if mask is not None:
             v = v.where(mask, 0)
         right = self._value_correlation(output, x.get("bias")) + anchor * dense
+        square = output.T @ output
 
         def system(v: Tensor) -> Tensor:
-            return self.value_hessian_times(v, output) + anchor * v
+            return self._hessian_times(v, square) + anchor * v
 
-        return _conjugate_gradient(system, right, v, allowed, inverse, self.tolerance, self.max_iterations)
+        return conjugate_gradient(system, right, v, allowed, inverse, self.tolerance, self.max_iterations)
 
     def _scale(self, output: Tensor) -> Tensor:
         """sqrt(c) (G e, 1), rounded to powers of two: scaling by them is exact."""
@@ -303,16 +314,23 @@ class AttentionOutput:
         return torch.cat(parts, 2)
 
     @cached_property
-    def _mixed_gram(self) -> Tensor | None:
-        """[M_h^T M_h'] (H d, H d); None where it is too large."""
-        width = self.tokens.mixing.heads * self.weights["value"].shape[1]
+    def _mixed_moments(self) -> tuple[Tensor, Tensor] | None:
+        """[M_h^T M_h'] (H d, H d) and [M_h^T Y] (H d, m); None where they are too large."""
+        width, weight = self.tokens.mixing.heads * self.weights["value"].shape[1], self.weights["value"]
         if width > self.widest:
             return None
-        gram = GramAccumulator(width, self.weights["value"].device, products=self.weights["value"].dtype)
-        for number, inputs, _ in self._chunks(self.tokens):
-            gram.add(self._mixed_inputs(number, inputs).flatten(1))
+        gram = GramAccumulator(width, weight.device, products=weight.dtype)
+        products = torch.zeros(width, len(self.weights["output"]), dtype=torch.float64, device=weight.device)
+        for number, inputs, targets in self._chunks(self.tokens):
+            mixed = self._mixed_inputs(number, inputs).flatten(1)
+            gram.add(mixed)
+            products += mixed.T @ targets
         gram.join(self.all_reduce)
-        return gram.gram.to(self.weights["value"])
+        return gram.gram.to(weight), self.all_reduce(products).to(weight)
+
+    @property
+    def _mixed_gram(self) -> Tensor | None:
+        return None if self._mixed_moments is None else self._mixed_moments[0]
 
     @cached_property
     def _metric(self) -> Tensor:
@@ -334,7 +352,11 @@ class AttentionOutput:
 
     def value_hessian_times(self, v: Tensor, output: Tensor) -> Tensor:
         """For every group, the sum over its heads h and all heads h' of O_h^T O_h' V_g(h') M_h'^T M_h (G e, d)."""
-        mixing, square, size = self.tokens.mixing, output.T @ output, self._size
+        return self._hessian_times(v, output.T @ output)
+
+    def _hessian_times(self, v: Tensor, square: Tensor) -> Tensor:
+        """As `value_hessian_times`, with O^T O."""
+        mixing, size = self.tokens.mixing, self._size
         if self._mixed_gram is not None:
             per_group = mixing.heads * size // len(v)
             heads = v.unflatten(0, (-1, size)).repeat_interleave(per_group, 0)
@@ -349,7 +371,15 @@ class AttentionOutput:
         return self.all_reduce(total).to(v)
 
     def _value_correlation(self, output: Tensor, bias: Tensor | None) -> Tensor:
-        """The right-hand side of the normal equations of V, without ridge (G e, d)."""
+        """The right-hand side of the normal equations of V, without ridge (G e, d).
+
+        Without biases it is sum_h O_h^T Y^T M_h over the heads of a group.
+        """
+        if self._mixed_moments is not None and not self.biases:
+            products = self._mixed_moments[1].unflatten(0, (self.tokens.mixing.heads, -1))
+            heads: Tensor = torch.einsum("mhe,hdm->hed", output.unflatten(1, (-1, self._size)), products)
+            groups: Tensor = heads.unflatten(0, (len(self.weights["value"]) // self._size, -1)).sum(1)
+            return groups.flatten(0, 1)
         mixing, total = self.tokens.mixing, torch.zeros_like(self.weights["value"], dtype=torch.float64)
         for number, inputs, targets in self._chunks(self.tokens):
             if bias is not None:
@@ -362,7 +392,7 @@ class AttentionOutput:
         return self.all_reduce(total).to(self.weights["value"])
 
 
-def _conjugate_gradient(
+def conjugate_gradient(
     system: Callable[[Tensor], Tensor],
     right: Tensor,
     start: Tensor,

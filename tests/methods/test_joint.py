@@ -27,8 +27,11 @@ from admm_prune.methods.registry import composed
 from admm_prune.methods.target import Target
 from admm_prune.models.attention import ModelMixing, attention_of
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.plan.plan import make_plan
+from admm_prune.plan.anatomy import Anatomy
+from admm_prune.plan.blockwise import pruning_stages
+from admm_prune.plan.counting import Work, counted
 from admm_prune.problems.constraints import Product, Unstructured
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.recipe_file import read_recipe
@@ -305,10 +308,16 @@ def test_what_cannot_be_done_is_refused(prune: Callable[..., Report], how: dict[
 
 
 @pytest.mark.slow
-def test_the_plan_counts_both_steps() -> None:
-    plain, both = (
-        make_plan("embedded", method="admm", sparsity=0.5, samples=16, length=128, **how)  # type: ignore[arg-type]
-        for how in ({}, {"coordinate": "attention", "refit": "block"})
-    )
-    names = {stage.name for stage in both.stages} - {stage.name for stage in plain.stages}
-    assert names == {"attention as one", "refit"}
+@pytest.mark.parametrize("joint", [Joint(coordinate=("attention",)), Joint(refit="block")])
+def test_the_plan_counts_what_a_run_does(joint: Joint) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = tuple(Row(torch.randint(4096, (128,), generator=g), 128) for _ in range(12))
+    task = Task(target=Target(sparsity=0.5), calibration=Sequences(rows, "windows", 128, None, 8))
+    recipe, model = composed("wanda", joint=joint), load("embedded", dtype="float32").model
+    stages = pruning_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
+    assert {"attention as one", "refit"} & {stage.name for stage in stages}
+    with counted() as counting:
+        counting.know(*model.parameters(), *model.buffers())
+        recipe.prune(model, task)
+    planned = sum((stage.work for stage in stages), Work()).operations
+    assert planned == pytest.approx(counting.work.operations, rel=0.2)
