@@ -179,7 +179,7 @@ class AttentionOutput:
     def validation_loss(self, x: Point) -> float:
         """The value on the validation tokens, relative to |Y|^2."""
         loss, energy = self._loss(x, self.validation)
-        return loss / energy if energy > 0 else 0.0
+        return 0.0 if energy == 0 else loss / energy
 
     def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
         return self._output_problem(x) if name == "output" else self._value_problem(x)

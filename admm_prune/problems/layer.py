@@ -193,7 +193,7 @@ class LayerReconstruction:
             error = quadratic.energy(v, h, self.weight)
             if error < 0 and error < -_ROUNDINGS * torch.finfo(h.dtype).eps * self._magnitudes(v - self.weight, h):
                 raise ValueError("gram is not positive semidefinite: it is not X^T X")
-            return max(error, 0.0) / energy if energy > 0 else 0.0  # in this order NaN stays NaN
+            return 0.0 if energy <= 0 else max(error, 0.0) / energy  # in this order NaN stays NaN
         if gram is not None:
             raise ValueError("an error on other tokens needs their target too")
         whole = self.target_energy

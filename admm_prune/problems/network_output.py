@@ -100,7 +100,7 @@ class NetworkOutput:
     def validation_loss(self, x: Point) -> float:
         """|net(X; x) - Y|^2 / |Y|^2 on the validation tokens."""
         loss, energy = self._loss(x, self.validation)
-        return loss / energy if energy > 0 else 0.0
+        return 0.0 if energy == 0 else loss / energy
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
         """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""

@@ -110,7 +110,7 @@ def certify(problem: Definition, budget: Budget, v: Array, seed: int) -> Certifi
         best = 0.0, 0.0
     reached = loss.copy()  # summed again: subtracting gains from a large loss would leave rounding errors
     for row, swaps in zip(drawn, refitted, strict=True):
-        reached[row] = min(reached[row], max(0.0, swaps.loss - max(0.0, swaps.gain)))
+        reached[row] = min(reached[row], max(swaps.loss - max(swaps.gain, 0.0), 0.0))
     return Certificates(
         refit_residual=float(residual.max()) if len(residual) else None,
         kkt_residual=float(kkt.max()),
@@ -219,7 +219,7 @@ def refitted_swaps(hessian: Array, target: Array, support: Mask, group: int) -> 
     """
     away = _refit(hessian, target, support)
     pull = hessian @ away
-    loss = max(0.0, float(away @ pull))
+    loss = max(float(away @ pull), 0.0)  # in this order NaN stays NaN
     inside, outside = np.flatnonzero(support), np.flatnonzero(~support)
     if not len(inside):
         return RefittedSwaps(loss, best_add=float(np.square(pull).max()))
@@ -240,7 +240,7 @@ def refitted_swaps(hessian: Array, target: Array, support: Mask, group: int) -> 
     swapped = support.copy()
     swapped[inside[i]], swapped[outside[j]] = False, True
     away = _refit(hessian, target, swapped) if within[i, j] else away
-    gained = max(0.0, loss - max(0.0, float(away @ hessian @ away)))
+    gained = max(loss - max(float(away @ hessian @ away), 0.0), 0.0)
     return RefittedSwaps(loss, gained, int(within.sum()), drop, float((pull[outside] * entry).max()))
 
 

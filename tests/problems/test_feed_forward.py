@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -268,6 +269,14 @@ def test_a_massive_token_and_dead_units_leave_everything_finite(gated: bool) -> 
     assert all(step.end_to_end is not None and step.end_to_end < 1 for step in result.history)
     explicit = FeedForward(net, inputs, targets, sets(net)) if not gated else split(net)
     assert Alternating(inner=SparseGPT(), max_iterations=2).solve(explicit).solution.is_finite()
+
+
+def test_a_target_that_is_nan_is_no_perfect_fit() -> None:
+    net = network("relu", gated=False)
+    inputs, targets = tokens(net)
+    targets[3, 1] = torch.nan
+    problem = NetworkOutput(net, (inputs, targets), sets(net))
+    assert math.isnan(problem.validation_loss(problem.initial()))
 
 
 def test_wrong_input_is_refused() -> None:

@@ -191,7 +191,7 @@ def _best(form: Form, target: Array, keep: int) -> tuple[Array, float]:
 def _refitted(form: Form, target: Array, support: Mask) -> tuple[Array, float]:
     v = Row(form, target, len(target), int(support.sum())).refit(support)
     away = v - target
-    return v, max(0.0, float(away @ form.hessian @ away))
+    return v, max(float(away @ form.hessian @ away), 0.0)  # in this order NaN stays NaN
 
 
 def _only_support(fixed: Tensor, keep: int) -> Mask | None:
