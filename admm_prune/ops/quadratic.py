@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -109,7 +110,8 @@ def factor_residual(factor: Tensor, hessian: Tensor) -> float:
         y += factor[rows].double().T @ v[rows]
     for matrix in (hessian, factor):
         y = torch.cat([matrix[rows].double() @ y for rows in tiles])
-    return float((y - v).norm(dim=0).max()) / len(factor) ** 0.5
+    largest = float(torch.linalg.vector_norm(y - v, dim=0).max())
+    return largest / math.sqrt(len(factor))
 
 
 def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision = "exact") -> Tensor:
