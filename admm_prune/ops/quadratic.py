@@ -110,7 +110,8 @@ def factor_residual(factor: Tensor, hessian: Tensor) -> float:
         y += factor[rows].double().T @ v[rows]
     for matrix in (hessian, factor):
         y = torch.cat([matrix[rows].double() @ y for rows in tiles])
-    return float((y - v).norm(dim=0).max()) / math.sqrt(len(factor))
+    largest = float(torch.linalg.vector_norm(y - v, dim=0).max())
+    return largest / math.sqrt(len(factor))
 
 
 def inverse(matrix: Tensor, failed: list[Tensor], precision: products.Precision = "exact") -> Tensor:
