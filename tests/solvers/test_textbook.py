@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,14 +67,17 @@ def test_sparsegpt(make, seed, block, sparsity) -> None:
 def test_sparsellm(seed, rounds, sparsity) -> None:
     net = network("relu", gated=False, seed=seed)
     problem = split(net, seed=seed, constraint=Unstructured(sparsity))
+    condition = []
 
     def prune(weight: Tensor, hessian: Tensor) -> Tensor:
+        condition.append(float(torch.linalg.cond(hessian)))
         return Wanda().solve(LayerReconstruction(weight, hessian, Unstructured(sparsity))).solution["weight"]
 
     up, down = textbook.sparsellm(
         problem.inputs, problem.targets, *(part[name] for name in ("up", "down") for part in (net.weights, net.biases)),
         prune=prune, rounds=rounds,
     )  # fmt: skip
+    assume(max(condition) < 1e8)  # of units that are never active the textbook takes the least norm
     solver = Alternating(inner=Wanda(), max_iterations=rounds, tolerance=-float("inf"))
     last = solver.solve(problem).state.inner.x
     assert torch.allclose(last["up"], up, rtol=1e-6, atol=1e-8)
