@@ -136,7 +136,7 @@ class _Ascent:
     def run(self, shift: Tensor, iterations: int) -> tuple[float, Tensor, Tensor]:
         """(the dual, S, the moments C (blocks, b, b)) from a start S."""
         start = shift.float()
-        best, highest = self._dual(start), start
+        best, highest, unit = self._dual(start), start, 0.0
         for smoothing in _SMOOTHING:
             unit = smoothing * max(best, 1e-3 * self.energy) / (len(self.forms) * len(self.partition.blocks(start)[0]))
             size, speed, last = 1.0, 1.0, -math.inf
