@@ -45,6 +45,8 @@ def parses(words: list[str]) -> None:
         return
     if words[0] == "python":
         source = (ROOT / f"{words[2].replace('.', '/')}.py").read_text()
+        for shared in re.findall(r"^from (benchmarks\.\w+) import", source, flags=re.MULTILINE):  # that declare options
+            source += (ROOT / f"{shared.replace('.', '/')}.py").read_text()
         assert all(f'"{word}"' in source for word in words[3:] if word.startswith("--")), words
         return
     command: Any = typer.main.get_command(app)
