@@ -5,7 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import combinations
 
-import mpmath
 import numpy as np
 import pytest
 import torch
@@ -21,8 +20,10 @@ from admm_prune.solvers.reference import BruteForce, DualCertificate, dual_bound
 from admm_prune.solvers.reference.cells import Cells, cells_of
 from admm_prune.solvers.reference.dual import semidefinite
 from admm_prune.solvers.reference.perspective_dual import largest_diagonal
-from benchmarks import exact_bounds
+from tests.solvers.reference.hostile import checked
 from tests.solvers.reference.instances import Toy, correlated, normal, spectral
+
+QUICK = {"rounds": 3, "iterations": 20}
 
 SETS: list[SparseSet] = [
     RowWise(0.5),
@@ -131,32 +132,16 @@ def test_close_to_the_optimum_and_above_the_bounds_without_search(constraint: Co
     assert np.median(ratios) > 0.9, ratios
 
 
-def checked(seed: int, number: int) -> tuple[float, float] | None:
-    """(bound, optimum) above the floor of a hostile problem; fails where the bound is above the optimum."""
-    draw = np.random.default_rng((seed, number))
-    try:
-        case = exact_bounds.drawn(draw)
-        certificate = dual_bound(case.problem, rounds=3, iterations=20)
-    except ValueError:
-        return None
-    least = exact_bounds.optimum(case.problem)
-    if certificate is None or least is None:
-        return None
-    assert mpmath.mpf(certificate.bound.value) <= least, case.label
-    floor = case.problem.value(Point(weight=case.problem.minimizer))
-    return certificate.bound.value - floor, float(least - floor)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
 def test_below_the_optimum_of_hostile_problems(number: int) -> None:
-    checked(1, number)
+    checked(1, number, dual_bound, **QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_below_the_optimum_of_10000_hostile_problems(seed: int) -> None:
-    pairs = [pair for number in range(500) if (pair := checked(100 + seed, number)) is not None]
+    pairs = [pair for number in range(500) if (pair := checked(100 + seed, number, dual_bound, **QUICK)) is not None]
     assert len(pairs) > 400
     ratios = [bound / least for bound, least in pairs if least > 0]
     assert np.median(ratios) > 0.9
