@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from admm_prune.ops import precision
+from admm_prune.ops import backend, precision
 
 _CHUNK = 4096  # tokens multiplied at once in float64: bounds the copy of the inputs
 _PIECE = 512  # tokens multiplied at once in float32: bounds the rounding of a sum of that many products
-_SHORT = 128  # tokens: for fewer, adding the product costs as much as forming it
+_SHORT = 128  # tokens: for fewer, adding the product costs as much as forming it in float64
+_SHORT_IF_SLOW = 16  # on devices that are slow in float64
 _PANELS = 4  # column panels of a product, of which only what is on and below the diagonal is computed
 _NARROWEST = 128  # columns of a panel: narrower products are slow
 _TILE = 256  # rows taken from float64 at once
@@ -95,22 +96,35 @@ class GramAccumulator:
 
     With products in float32, pieces of at most 512 tokens are multiplied in float32 and their products added up in
     float64. An entry H_ij is then accurate to about 1e-7 sqrt(H_ii H_jj) / sqrt(number of pieces), which is below the
-    rounding of H itself to float32. That is not sufficient for a difference such as H - n mu mu^T, which may be much
-    smaller than H. Inputs in float64 and sequences of fewer than 128 tokens are always multiplied in float64. On CUDA
-    inputs in bfloat16 and float16 are not converted: tensor cores form their exact products and add them in float32.
+    rounding of H itself to float32. That is not sufficient for C = H - n mu mu^T, which may be much smaller than H:
+    with `centre` each piece is multiplied after its mean c is subtracted, and what c adds is added in float64,
+
+        sum_t s_t x_t x_t^T = sum_t s_t y_t y_t^T + c q^T + q c^T + (sum_t s_t) c c^T,
+        y_t = x_t - c,    q = sum_t s_t y_t.
+
+    The squares of the y_t sum up to at most diag C, so that C_ij is as accurate with respect to sqrt(C_ii C_jj) as H_ij
+    above. Inputs in float64 and sequences of fewer than 128 tokens, or 16 on GPUs that are slow in float64, are always
+    multiplied in float64. On CUDA inputs in bfloat16 and float16 are not converted, unless a mean is subtracted: tensor
+    cores form their exact products and add them in float32.
 
     Args:
         width: d, the number of input channels.
         device: where the sum lives.
         products: the dtype of the products x_t x_t^T.
+        centre: whether H - n mu mu^T is needed too.
     """
 
     def __init__(
-        self, width: int, device: torch.device | str = "cpu", *, products: torch.dtype = torch.float64
+        self,
+        width: int,
+        device: torch.device | str = "cpu",
+        *,
+        products: torch.dtype = torch.float32,
+        centre: bool = False,
     ) -> None:
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)  # lower panels alone are filled
         self._channel_sum = torch.zeros(width, dtype=torch.float64, device=device)
-        self._products = products
+        self._products, self._centre = products, centre
         panel = max(_NARROWEST, -(-width // _PANELS))
         self._panels = [slice(start, min(start + panel, width)) for start in range(0, width, panel)]
         self.tokens = 0
@@ -135,12 +149,16 @@ class GramAccumulator:
         with precision.full():
             for length, dtype in _pieces(flat, lengths, self._products):
                 x = flat[start : start + length]
-                native = x.is_cuda and x.element_size() == 2 and roots is None and dtype == torch.float32
+                root = None if roots is None else roots[start : start + length, None]
+                total = x.sum(0, dtype=torch.float64)
+                self._channel_sum += total
+                if self._centre and dtype == torch.float32:
+                    x, root = self._without_mean(x, total / length, root), None
+                native = x.is_cuda and x.element_size() == 2 and root is None and dtype == torch.float32
                 x = x if native else x.to(dtype)
                 multiply = partial(torch.mm, out_dtype=dtype) if native else torch.mm
-                self._channel_sum += x.sum(0, dtype=torch.float64)
-                if roots is not None:
-                    x = x * roots[start : start + length, None].to(dtype)
+                if root is not None:
+                    x = x * root.to(dtype)
                 for panel in self._panels:
                     below = slice(panel.start, None)
                     if dtype == torch.float64:
@@ -149,6 +167,22 @@ class GramAccumulator:
                         self._sum[below, panel] += multiply(x[:, below].T, x[:, panel])
                 start += length
         self.tokens += len(flat)
+
+    def _without_mean(self, x: Tensor, mean: Tensor, root: Tensor | None) -> Tensor:
+        """sqrt(s_t) y_t of a piece (n, d), in float32; what its mean c adds to H is added to the sum."""
+        c = mean.float()  # as it is subtracted
+        y = x.float() - c
+        if root is None:
+            q = y.sum(0, dtype=torch.float64).add_(c, alpha=len(x) / 2)
+        else:
+            weights = root.square()
+            q = (y * weights).sum(0).addcmul_(c.double(), weights.sum(), value=0.5)
+            y = (y * root).float()
+        c = c.double()
+        for panel in self._panels:
+            below = slice(panel.start, None)
+            self._sum[below, panel].addr_(c[below], q[panel]).addr_(q[below], c[panel])
+        return y
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
         """Adds the sums of accumulators in other processes; `total` sums a tensor over all of them, in place."""
@@ -188,9 +222,10 @@ def pieces(lengths: Sequence[int]) -> list[int]:
 
 def _pieces(flat: Tensor, lengths: Sequence[int] | None, products: torch.dtype) -> Iterator[tuple[int, torch.dtype]]:
     """The number of tokens of each piece, and the dtype of its products."""
+    short = _SHORT_IF_SLOW if backend.slow_in_float64(flat) else _SHORT
     waiting = 0  # tokens of short sequences, which are multiplied together
     for length in (len(flat),) if lengths is None else lengths:
-        if length < _SHORT or torch.float64 in (products, flat.dtype):
+        if length < short or torch.float64 in (products, flat.dtype):
             waiting += length
             continue
         yield from ((some, torch.float64) for some in _split(waiting, _CHUNK))
@@ -206,14 +241,14 @@ def _split(tokens: int, most: int) -> list[int]:
 
 
 class TargetAccumulator:
-    """C = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, summed in float64.
+    """K = sum_t y_t x_t^T, sum_t y_t and sum_t |y_t|^2 over inputs x and their targets y, summed in float64.
 
     Args:
         outputs: m, the number of target channels.
         width: d, the number of input channels.
         device: where the sums live.
-        products: the dtype of the products y_t x_t^T, with the accuracy that `GramAccumulator` has: of C, but not of a
-            difference such as C - n mu nu^T.
+        products: the dtype of the products y_t x_t^T, with the accuracy that `GramAccumulator` has.
+        centre: whether K - n nu mu^T is needed too, for the means mu of the inputs and nu of the targets.
     """
 
     def __init__(
@@ -222,12 +257,13 @@ class TargetAccumulator:
         width: int,
         device: torch.device | str = "cpu",
         *,
-        products: torch.dtype = torch.float64,
+        products: torch.dtype = torch.float32,
+        centre: bool = False,
     ) -> None:
         self.correlation = torch.zeros(outputs, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.energy = 0.0
-        self._products = products
+        self._products, self._centre = products, centre
 
     def add(self, inputs: Tensor, targets: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Adds tokens x (n, d) with their targets y (n, m), of any float dtypes.
@@ -239,14 +275,24 @@ class TargetAccumulator:
         with precision.full():
             for length, dtype in _pieces(inputs, lengths, self._products):
                 x, y = (part[start : start + length].to(dtype) for part in (inputs, targets))
+                wide = y.double()
+                self.total += wide.sum(0)
+                self.energy += float(wide.square().sum())
                 if dtype == torch.float64:
                     self.correlation.addmm_(y.T, x)
                 else:
+                    if self._centre:
+                        x, y = self._without_means(x, y)
                     self.correlation += y.T @ x
-                y = y.double()
-                self.total += y.sum(0)
-                self.energy += float(y.square().sum())
                 start += length
+
+    def _without_means(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece x - c and y - b, less its means; what those add to K is added to the sum."""
+        c, b = (part.mean(0, dtype=torch.float64).float() for part in (x, y))
+        x, y = x - c, y - b
+        from_inputs = x.sum(0, dtype=torch.float64).add_(c, alpha=len(x))
+        self.correlation.addr_(b.double(), from_inputs).addr_(y.sum(0, dtype=torch.float64), c.double())
+        return x, y
 
     def join(self, total: Callable[[Tensor], Tensor]) -> None:
         """As `GramAccumulator.join`."""

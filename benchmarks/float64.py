@@ -7,8 +7,8 @@ ridge:
 
 - the condition of A at unit diagonal; the residual |U A U^T v - v| / |v| of SparseGPT's factor computed in float32,
   and of the one computed in float64 and rounded to float32 (`quadratic.factor_residual`);
-- the relative error of the objective at ADMM's solution, whose product is formed in float32, and in three products of
-  bfloat16, in place of float64.
+- the relative error of the objective at ADMM's solution, whose product is formed in float32, in three products of
+  bfloat16, and in products of 8-bit integers (`ops.integer_energy`), in place of float64.
 
 The results are OUT.txt and OUT.json.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from admm_prune import ADMM, LayerReconstruction, Unstructured
-from admm_prune.ops import precision, quadratic
+from admm_prune.ops import integer_energy, precision, quadratic
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from benchmarks.machine import headline, machine, write_results
 
@@ -50,6 +50,7 @@ def measured(width: int, ridge: float, *, rows: int = ROWS) -> Row:
         "factor float64": quadratic.factor_residual(exact.float(), scaled),
         "objective float32": abs(_energy(error, problem.hessian, "exact") / value - 1),
         "objective bfloat16x3": abs(_energy(error, problem.hessian, "bfloat16x3") / value - 1),
+        "objective integers": abs(float(integer_energy.energy(error, problem.hessian)) / value - 1),
     }
 
 

@@ -119,9 +119,9 @@ def _structured_case(shape: ModelShape, device: torch.device, samples: int, leng
 
 def structured_work(shape: ModelShape, tokens: int) -> Work:
     """StruPrune, all blocks: in the first pass a forward for the statistics and one for the next inputs, in the second
-    one for each sublayer's and one for the next inputs, in float32; Grams of both outputs twice, in float64."""
+    one for each sublayer's and one for the next inputs, in float32; Grams of both outputs twice."""
     grams = (shape.heads * shape.head) ** 2 + shape.inner**2
-    block = Work({"float32": 5 * 2.0 * tokens * shape.block, "float64": 2 * float(tokens) * grams})
+    block = Work({"float32": 5 * 2.0 * tokens * shape.block + 2 * float(tokens) * grams})
     return block * shape.blocks
 
 

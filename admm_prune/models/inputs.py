@@ -265,4 +265,4 @@ class Collector:
         return TokenContext(weight=self._name(number), outputs=outputs, **tensors)
 
     def _accumulator(self, width: int, device: torch.device) -> GramAccumulator:
-        return GramAccumulator(width, device, products=torch.float64 if self._centre else torch.float32)
+        return GramAccumulator(width, device, centre=self._centre)

@@ -25,6 +25,8 @@ from torch import Tensor
 
 CHOICES = ("auto", "torch", "triton")
 
+_FAST_IN_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities: half the rate of float32
+
 _choice = [os.environ.get("ADMM_PRUNE_KERNELS", "auto")]  # a stack: the last entry is in force
 Returned = TypeVar("Returned")
 
@@ -70,6 +72,17 @@ def on_device(x: Tensor | torch.device) -> bool:
     """Whether the host should avoid synchronizing with x's device. Where Triton is forced on the CPU,
     it is treated as such a device, so that what runs on a GPU can be tested without one."""
     return (x.type == "cuda" if isinstance(x, torch.device) else x.is_cuda) or _choice[-1] == "triton"
+
+
+def slow_in_float64(x: Tensor) -> bool:
+    """Whether x is on a device with far fewer operations a second in float64 than in float32, as most GPUs have: a 32nd
+    or a 64th. Where Triton is forced on the CPU, it is treated as such a device.
+
+    Source: CUDA C++ Programming Guide, Throughput of Native Arithmetic Instructions.
+    """
+    if not x.is_cuda:
+        return on_device(x)
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device) not in _FAST_IN_FLOAT64
 
 
 @cache

@@ -282,15 +282,16 @@ class AttentionOutput:
 
     def _output_problem(self, x: Point) -> Closing:
         weight = self.weights["output"]
-        gram = GramAccumulator(weight.shape[1], weight.device)
-        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device)
+        bias = "bias" in x
+        gram = GramAccumulator(weight.shape[1], weight.device, centre=bias)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, centre=bias)
         for heads, targets in self._head_outputs(x, self.tokens):
             gram.add(heads)
             target.add(heads, targets)
         constraint = self.constraints.get("output", FREE)
         gram.join(self.all_reduce)
         target.join(self.all_reduce)
-        return Closing.of(weight, gram, target, constraint, self.damped.get("output", (0.0, 0.0)), bias="bias" in x)
+        return Closing.of(weight, gram, target, constraint, self.damped.get("output", (0.0, 0.0)), bias=bias)
 
     def _value_problem(self, x: Point) -> LayerReconstruction:
         ridge, damping = self.damped.get("value", (0.0, 0.0))
@@ -319,7 +320,7 @@ class AttentionOutput:
         width, weight = self.tokens.mixing.heads * self.weights["value"].shape[1], self.weights["value"]
         if width > self.widest:
             return None
-        gram = GramAccumulator(width, weight.device, products=weight.dtype)
+        gram = GramAccumulator(width, weight.device)
         products = torch.zeros(width, len(self.weights["output"]), dtype=torch.float64, device=weight.device)
         for number, inputs, targets in self._chunks(self.tokens):
             mixed = self._mixed_inputs(number, inputs).flatten(1)

@@ -181,7 +181,7 @@ class NetworkOutput:
     @cached_property
     def _gram(self) -> Tensor:
         weight = self.network.weights["up"]
-        gram = GramAccumulator(weight.shape[1], weight.device, products=weight.dtype)
+        gram = GramAccumulator(weight.shape[1], weight.device)
         for inputs, _, lengths in self._calibration():
             gram.add(inputs, lengths=lengths)
         gram.join(self.share.all_reduce)
@@ -239,9 +239,8 @@ class NetworkOutput:
     def _down(self, x: Point) -> LayerReconstruction:
         weight, damped = self.network.weights["down"], self.damped.get("down", (0.0, 0.0))
         bias = self._bias is not None
-        products = torch.float64 if bias else weight.dtype
-        gram = GramAccumulator(weight.shape[1], weight.device, products=products)
-        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, products=products)
+        gram = GramAccumulator(weight.shape[1], weight.device, centre=bias)
+        target = TargetAccumulator(weight.shape[0], weight.shape[1], weight.device, centre=bias)
         for inputs, targets, lengths in self._calibration():
             hidden = self._inner.hidden(x, inputs)
             gram.add(hidden, lengths=lengths)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm_prune.ops import backend
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic, Refittable
 from admm_prune.problems.constraints import NofM, Unstructured
@@ -150,7 +151,7 @@ def test_refusals(change, message) -> None:
 def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
     x = correlated_inputs(50, WIDTH, seed, torch.float32)
     edges = sorted({0, *cuts, 50})
-    pieces = GramAccumulator(WIDTH)
+    pieces = GramAccumulator(WIDTH, products=torch.float64)
     for start, stop in pairwise(edges):
         pieces.add(x[start:stop])
     exact = x.double().T @ x.double()
@@ -162,7 +163,7 @@ def test_a_gram_does_not_depend_on_the_pieces(seed, cuts) -> None:
 
 def test_products_in_float32_are_accurate_over_many_tokens_with_massive_channels() -> None:
     width, batches = 48, 32
-    exact, fast = GramAccumulator(width), GramAccumulator(width, products=torch.float32)
+    exact, fast = GramAccumulator(width, products=torch.float64), GramAccumulator(width)
     for seed in range(batches):  # 2^20 tokens in all
         x = correlated_inputs(2**15, width, seed, torch.float32)
         x[:, 3] += 1000.0  # nearly constant
@@ -183,12 +184,52 @@ def test_products_in_float32_are_accurate_over_many_tokens_with_massive_channels
 @given(seed=seeds, lengths=st.lists(st.sampled_from([3, 127, 128, 200, 512, 513, 700]), min_size=1, max_size=5))
 def test_products_in_float32_do_not_depend_on_how_sequences_are_batched(seed, lengths) -> None:
     x = correlated_inputs(sum(lengths), 160, seed, torch.float32)  # two panels
-    together, apart = GramAccumulator(160, products=torch.float32), GramAccumulator(160, products=torch.float32)
-    together.add(x, lengths=lengths)
-    for rows in reversed(x.split(lengths)):
-        apart.add(rows, lengths=[len(rows)])
-    assert torch.equal(together.gram.float(), apart.gram.float())
+    for choice in ("auto", "triton"):  # as on a device that is slow in float64
+        together, apart = GramAccumulator(160), GramAccumulator(160)
+        with backend.forced(choice):
+            together.add(x, lengths=lengths)
+            for rows in reversed(x.split(lengths)):
+                apart.add(rows, lengths=[len(rows)])
+        assert torch.equal(together.gram.float(), apart.gram.float())
     assert torch.allclose(together.gram, x.double().T @ x.double(), rtol=1e-5, atol=1e-5 * len(x))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centred_gram_of_products_in_float32_is_accurate_relative_to_itself(dtype, weighted: bool) -> None:
+    width, tokens = 160, 6000
+    x = correlated_inputs(tokens, width, 0, torch.float32)
+    x[:, ::3] += (300.0 if dtype is torch.float32 else 30.0) * x[:, ::3].std(0)
+    x = x.to(dtype)
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) if weighted else None
+    exact, centring, plain = (
+        GramAccumulator(width, products=products, centre=centre)
+        for products, centre in ((torch.float64, True), (torch.float32, True), (torch.float32, False))
+    )
+    for gram in (exact, centring, plain):
+        gram.add(x, weights, lengths=[1024] * 5 + [30] * 20 + [280])
+    mass = tokens if weights is None else float(weights.double().sum())
+    away = x.double() - exact.mean
+    of_tokens = away if weights is None else away * weights.double().sqrt()[:, None]
+    root = of_tokens.square().sum(0).sqrt().clamp_min(1e-6)  # one channel is dead
+
+    def error(gram: GramAccumulator) -> float:
+        shift = mass * gram.mean
+        if weights is None:
+            found = gram.gram - torch.outer(shift, gram.mean)
+        else:  # around the mean of the inputs, which is not that of the weighted ones
+            sums = (x.double() * weights.double()[:, None]).sum(0)
+            found = gram.gram - torch.outer(sums, gram.mean) - torch.outer(gram.mean, sums)
+            found += torch.outer(shift, gram.mean)
+        return float(((found - of_tokens.T @ of_tokens) / root / root[:, None]).abs().max())
+
+    assert error(exact) <= 1e-8
+    assert error(centring) <= 2e-6
+    assert error(plain) > 10 * error(centring)
+    scale = exact.gram.diagonal().sqrt().clamp_min(1e-6)
+    assert float(((centring.gram - exact.gram) / scale / scale[:, None]).abs().max()) <= 2e-6
+    assert torch.equal(centring.gram, centring.gram.T)
+    assert torch.equal(centring.mean, exact.mean)
 
 
 @pytest.mark.bitwise
@@ -210,6 +251,28 @@ def test_correlations_in_float32_do_not_depend_on_how_sequences_are_batched(seed
     assert torch.allclose(together.total, exact.total, rtol=1e-10, atol=1e-10 * len(x))
 
 
+def test_centred_correlations_in_float32_are_accurate_relative_to_themselves() -> None:
+    x, y = correlated_inputs(1500, 40, 0, torch.float32), correlated_inputs(1500, 24, 1, torch.float32)
+    x, y = x + 300 * x.std(0), y + 300 * y.std(0)
+    exact, centring, plain = (
+        TargetAccumulator(24, 40, products=products, centre=centre)
+        for products, centre in ((torch.float64, True), (torch.float32, True), (torch.float32, False))
+    )
+    for sums in (exact, centring, plain):
+        sums.add(x, y, [1024, 30, 446])
+    mean = x.double().mean(0)
+    away = [part.double() - part.double().mean(0) for part in (y, x)]
+    roots = [part.square().sum(0).sqrt().clamp_min(1e-6) for part in away]
+
+    def error(sums: TargetAccumulator) -> float:
+        found = sums.correlation - torch.outer(sums.total, mean)
+        return float(((found - away[0].T @ away[1]) / roots[0][:, None] / roots[1]).abs().max())
+
+    assert error(exact) <= 1e-8
+    assert error(centring) <= 2e-6
+    assert error(plain) > 10 * error(centring)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_of_half_precision_inputs_on_a_device_are_as_accurate(dtype: torch.dtype) -> None:
@@ -224,7 +287,7 @@ def test_products_of_half_precision_inputs_on_a_device_are_as_accurate(dtype: to
 
 def test_weighted_tokens_in_float32() -> None:
     x, weights = correlated_inputs(600, WIDTH, 0, torch.float32), torch.rand(600)
-    gram = GramAccumulator(WIDTH, products=torch.float32)
+    gram = GramAccumulator(WIDTH)
     gram.add(x, weights)
     expected = (x.double() * weights.double()[:, None]).T @ x.double()
     assert torch.allclose(gram.gram, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -1,0 +1,95 @@
+"""The quadratic form tr(E A E^T) from products of integers, for devices that are slow in float64.
+
+Most GPUs do a 32nd or a 64th of their float32 operations a second in float64, and many times those in 8-bit integers,
+whose products and sums are exact. Numbers in [-1, 1] are sums of digits in [-64, 64],
+
+    x = sum_k d_k 2^(1 - 7 k) + r,    |r| <= 2^(-7 s)    for k = 1, ..., s,
+
+and a product of two such matrices is a sum of products of their digits, of which those with k + l <= s + 1 are formed.
+
+Source: Ootomo, Ozaki, Yokota, DGEMM on integer matrix multiplication unit, 2024; the scheme is of Ozaki, Ogita, Oishi,
+Rump, Error-free transformations of matrix multiplication, 2012.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admm_prune.ops import backend
+
+DIGITS = 5  # s
+# int8 to int32, for which torch has no public function
+_integer_product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+_TILE = 2048  # rows and columns at once
+_WHOLE = 32  # rows and columns come in multiples of it: tensor cores need 16, torch more than 16 rows
+_NARROWEST = 1024  # columns: below, launches take more time than a product in float64
+_INTEGER_RATE = (7, 5)  # the first compute capability with 8-bit integers on tensor cores
+
+
+def preferred(v: Tensor, hessian: Tensor) -> bool:
+    """Whether `energy` takes less time than products in float64: for wide matrices, on devices slow in those."""
+    if {v.dtype, hessian.dtype} != {torch.float32} or len(hessian) < _NARROWEST or not backend.slow_in_float64(v):
+        return False
+    return not v.is_cuda or torch.cuda.get_device_capability(v.device) >= _INTEGER_RATE
+
+
+def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
+    """tr(E A E^T) with E = V - W, a float64 scalar on the device; W = 0 where no origin is given.
+
+    A is scaled to a diagonal between 1/2 and 2, and each row of E S to at most 1 by 1 / sigma_i, both by powers of two:
+    the result is wrong by at most 13 in 2^(-7 s) sum_ij sigma_i |E S|_ij, and by far less where errors cancel. Costs 15
+    products of integers with out in^2 products each, and O(out in) operations in float64.
+
+    Args:
+        v: V (out, in), of any float dtype.
+        hessian: A (in, in), symmetric, positive semidefinite.
+        origin: W (out, in).
+    """
+    diagonal = hessian.diagonal()
+    scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).log2().div(2).round())  # S
+    total = torch.zeros((), dtype=torch.float64, device=v.device)
+    for start in range(0, len(v), _TILE):
+        rows = slice(start, start + _TILE)
+        e = v[rows].double()
+        if origin is not None:
+            e = e - origin[rows].double()
+        e = _padded(e * scale)
+        largest = e.abs().amax(1)
+        sigma = torch.exp2(torch.frexp(largest).exponent.double())  # above the largest
+        e /= sigma[:, None]
+        ours = torch.cat(_digits(e), 1)
+        for first in range(0, len(hessian), _TILE):
+            columns = slice(first, first + _TILE)
+            part = hessian[columns] / scale / scale[columns, None] / 2  # rows in place of columns: A is symmetric
+            product = _product(ours, torch.cat(_digits(_padded(part))[::-1], 1))[:, : len(part)]
+            of_rows = (product * e[:, first : first + len(part)]).sum(1)
+            total += of_rows @ torch.where(largest.isfinite(), 2 * sigma.square(), torch.nan)
+    return total
+
+
+def _digits(x: Tensor) -> list[Tensor]:
+    """d_1, ..., d_s of numbers in [-1, 1], as int8: all operations are exact."""
+    digits, x = [], 64 * x
+    for _ in range(DIGITS):
+        digit = x.round()
+        digits.append(digit.to(torch.int8))
+        x = (x - digit).mul_(128)
+    return digits
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A B^T (m, n) in float64, from the digits [A_1, ..., A_s] and [B_s, ..., B_1] along the columns."""
+    width = a.shape[1] // DIGITS
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for count in range(DIGITS, 0, -1):  # the smallest first: k + l = count + 1
+        partners = b[:, (DIGITS - count) * width :]
+        total.add_(_integer_product(a[:, : count * width], partners.T), alpha=2.0 ** (2 - 7 * (count + 1)))
+    return total
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With zeros up to whole tiles of the tensor cores."""
+    return nn.functional.pad(x, (0, -x.shape[1] % _WHOLE, 0, -len(x) % _WHOLE))
