@@ -11,10 +11,10 @@ value and output projections pruned alone on the tokens of the fit, `together` t
 and `after` are the errors of the block's output that the refit lowers.
 
 The rows are `none` (the method without any step), `attention`, `refit`, `both` (of these two), and for every rule of
-`--allocations` also `allocation` and `all`. A row is written to OUT/runs.csv as soon as it is measured, and the same
-command continues where it stopped; a run that was stopped is resumed, and has no seconds. Two commands with other
-targets, methods or rows can share OUT. OUT/joint.txt and OUT/joint.json are written again after every row, and by
-`--report`, which measures nothing.
+`--allocations` also `allocation`, `allocation-refit` (these two) and `all`. A row is written to OUT/runs.csv as soon as
+it is measured, and the same command continues where it stopped; a run that was stopped is resumed, and has no seconds.
+Two commands with other targets, methods or rows can share OUT. OUT/joint.txt and OUT/joint.json are written again after
+every row, and by `--report`, which measures nothing.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ ROWS: dict[str, Steps] = {
     "refit": REFIT,
     "both": ATTENTION | REFIT,
     "allocation": {},
+    "allocation-refit": REFIT,
     "all": ATTENTION | REFIT,
 }
-ALLOCATED = ("allocation", "all")
+ALLOCATED = ("allocation", "allocation-refit", "all")
 UNALLOCATED = ("none", "attention", "refit", "both")
 ABLATION = ("none", "allocation", "attention", "refit", "all")  # by default, where there are allocations
 NO_STEPS = "-"
@@ -264,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if unknown := [name for name in arguments.rows if name not in ROWS]:
         parser.error(f"there is no row {unknown[0]}: choose some of {','.join(ROWS)}")
     if not arguments.allocations and set(ALLOCATED) & set(arguments.rows):
-        parser.error("the rows allocation and all need --allocations")
+        parser.error(f"the rows {', '.join(ALLOCATED)} need --allocations")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         Bench(arguments).run()

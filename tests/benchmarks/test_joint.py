@@ -56,7 +56,10 @@ def test_the_rows_of_an_ablation() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--rows", "none,al"], "there is no row al"), (["--rows", "none,all"], "the rows allocation and all need")],
+    [
+        (["--rows", "none,al"], "there is no row al"),
+        (["--rows", "none,all"], "the rows allocation, allocation-refit, all need"),
+    ],
 )
 def test_rows_that_cannot_be_measured_are_refused(
     tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
