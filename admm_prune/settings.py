@@ -416,7 +416,7 @@ class Settings(TextSettings):
     trust_remote_code: bool = _run(
         False,
         "Run Python code that comes with the model; never run otherwise.",
-        commands="run eval",
+        commands="run eval compare capture",
         saved_in="manifest",
     )
     log: str | Tracker | None = _run(

@@ -93,6 +93,7 @@ def inference(
     threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads; CPU time is summed over them.")] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
+    trust_remote_code: common.TrustRemoteCode = False,
     json: common.Json = False,
 ) -> None:
     """Measure bytes on disk and in memory, prefill and decoding, dense and packed, and report what pruning gains.
@@ -114,6 +115,7 @@ def inference(
         out=out,
         device=device,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     if json:
         common.emit(content)

@@ -77,6 +77,7 @@ Seed = Annotated[int, _typed("seed", _DECLARED["seed"])]
 Device = Annotated[str, _typed("device", _DECLARED["device"])]
 Dtype = Annotated[str | None, _typed("dtype", _DECLARED["dtype"])]
 Overwrite = Annotated[bool, _typed("overwrite", _DECLARED["overwrite"])]
+TrustRemoteCode = Annotated[bool, _typed("trust_remote_code", _DECLARED["trust_remote_code"])]
 
 
 def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Callable[[Callable[..., None]], Any]:

@@ -44,6 +44,7 @@ def capture(
             device=settings.device,
             dtype=settings.dtype,
             problem=problem,
+            trust_remote_code=settings.trust_remote_code,
             overwrite=settings.overwrite,
             progress=progress.step,
         )

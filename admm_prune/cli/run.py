@@ -31,8 +31,6 @@ def run(
 
     Example: admm-prune run --model embedded --method admm --sparsity 0.7 --out pruned
     """
-    from admm_prune.runs.recipe_file import read_recipe
-
     arguments, machine = recipe_and_machine(options)
     if recipe is not None or dry_run:
         given = common.given(ctx)
@@ -43,6 +41,8 @@ def run(
                 {key: arguments[key] for key in ("sparsity", "pattern") if arguments[key] is not None}, "run"
             )
         else:
+            from admm_prune.runs.recipe_file import read_recipe
+
             chosen = read_recipe(recipe)
         chosen = chosen.with_options({name: value for name, value in arguments.items() if name in given})
         arguments = chosen.arguments()
@@ -83,11 +83,12 @@ def carry_out(arguments: dict[str, Any], *, out: Path | None, **machine: Any) ->
         UserError: it cannot be done, or there is no `out`.
     """
     from admm_prune.errors import UserError
+
+    if out is None:  # before what takes seconds to import
+        raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
     from admm_prune.runs.machine import joined
     from admm_prune.runs.prune import prune
 
-    if out is None:
-        raise UserError("name the folder to write with --out, or see what would be run with --dry-run")
     with (
         common.resumable(out),
         joined(arguments.get("device", "auto")) as world,

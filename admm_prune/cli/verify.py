@@ -29,6 +29,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Skip the perplexity of a run.")] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
+    trust_remote_code: common.TrustRemoteCode = False,
     json: common.Json = False,
 ) -> None:
     """Check every field of a run or a solved layer: recompute it, compare its fingerprint, or list it as not checked.
@@ -42,7 +43,7 @@ def verify(
 
         if bound != "quick":
             raise UserError(f"{target} is a folder: --bound is for a layer that 'admm-prune solve --out' wrote")
-        report = verify_folder(target, data=data, quick=quick, device=device)
+        report = verify_folder(target, data=data, quick=quick, device=device, trust_remote_code=trust_remote_code)
     else:
         from admm_prune.verify.layer import verify_layer
 

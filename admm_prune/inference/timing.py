@@ -140,6 +140,7 @@ def bench_inference(
     out: Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measures a model as stored, packed, with torch's sparse kernels for its masks, and its dense model.
 
@@ -150,6 +151,7 @@ def bench_inference(
         batches: numbers of texts that are decoded together.
         repeats: the number of repeats, of which the minimum counts; two or more show a spread.
         out: folder for inference.json and inference.svg, a plot of it; made where it is missing.
+        trust_remote_code: allow running code that comes with the models.
 
     Returns:
         For JSON: "rows" of `Timing`, "sentences" on the gain, "environment".
@@ -161,10 +163,11 @@ def bench_inference(
         raise UserError("batches must be numbers of texts, from 1 on")
     place = pick_device(device)
     check_dtype(dtype)
-    given = load(model, device=place, dtype=dtype)
+    opened = partial(load, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    given = opened(model)
     forms: dict[str, tuple[LoadedModel, str | None]] = {}
     if against is not None:
-        forms["dense"] = (load(against, device=place, dtype=dtype), against)
+        forms["dense"] = (opened(against), against)
     forms["as stored"] = (given, model)
     for _, (loaded, name) in forms.items():
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -172,7 +175,7 @@ def bench_inference(
             raise UserError(f"{name}: its context of {context} tokens is too short: use fewer --tokens or --new-tokens")
     zeros = sparsity(decoder_blocks(given.model))
     if zeros > 0:
-        forms |= {form: (made, None) for form, made in _with_kernels(model, given, place, dtype).items()}
+        forms |= {form: (made, None) for form, made in _with_kernels(partial(opened, model), given, place).items()}
     models = {form: loaded.model for form, (loaded, _) in forms.items()}
     of_prefill = timed(prefill, models, tokens, repeats)
     of_batch = {batch: timed(partial(decode, batch=batch), models, new_tokens, repeats) for batch in batches}
@@ -248,19 +251,19 @@ class _CSRLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _with_kernels(name: str, given: LoadedModel, place: str, dtype: str | None) -> dict[str, LoadedModel]:
+def _with_kernels(opened: Callable[[], LoadedModel], given: LoadedModel, place: str) -> dict[str, LoadedModel]:
     """A copy of the model for every sparse kernel that supports its masks on this device."""
     made = {}
     if given.model.dtype in packed.FLOATS:
         with suppress(UserError):  # where no matrix would become smaller
-            loaded = load(name, device=place, dtype=dtype)
+            loaded = opened()
             made["packed"] = replace(loaded, model=pack_model(loaded.model))
     if given.model.dtype in (torch.float32, torch.float64):
-        made["CSR kernels"] = load(name, device=place, dtype=dtype)
+        made["CSR kernels"] = opened()
         _replace(made["CSR kernels"].model, _CSRLinear)
     halves = given.model.dtype in (torch.float16, torch.bfloat16)
     if place == "cuda" and halves and _fits_two_of_four(given.model):
-        made["2:4 kernels"] = load(name, device=place, dtype=dtype)
+        made["2:4 kernels"] = opened()
         _replace(made["2:4 kernels"].model, _semi_structured)
     return made
 

@@ -363,7 +363,7 @@ def explained(source: str, location: Path | str) -> Generator[None]:
         # The error of a config's validation names the field, and its cause the reason.
         why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
         if "trust_remote_code" in str(error):
-            why = "it needs code that comes with it, which is run only with --trust-remote-code of run and eval"
+            why = "it needs code that comes with it, which is run only with --trust-remote-code"
         where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
         raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def compare(
         raise UserError("give at least one sparsity or pattern")
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
-        loaded = load(model_name, device=device, dtype=run.dtype)
+        opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
+        loaded = opened(model_name, dtype=run.dtype)
         jobs = _jobs(recipes, targets, settings, loaded.model)
         texts = Texts(settings.text, loaded)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision)
@@ -187,7 +189,7 @@ def compare(
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
             # A model without a finished row: the process ended before the row was committed.
             with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as run_journal:
-                model = load(model_name, device=device, dtype=run.dtype)
+                model = opened(model_name, dtype=run.dtype)
                 calibration = texts.calibration(recipe.samples)
                 task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision)
@@ -207,7 +209,7 @@ def compare(
                 with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation, callback)
             with Phases(device, callback=callback)("evaluating the saved model"):
-                saved_model = load(str(place), device=device).model
+                saved_model = opened(str(place)).model
                 again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
             for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
                 if repr(after) != repr(before):  # as text, where nan equals nan

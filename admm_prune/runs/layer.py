@@ -53,6 +53,7 @@ def capture_layer(
     device: str = "auto",
     dtype: str | None = None,
     problem: str = LAYER,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LayerFile:
@@ -60,6 +61,7 @@ def capture_layer(
 
     Args:
         problem: the objective for which the Grams are captured, by name: it may weight the tokens.
+        trust_remote_code: allow running code that comes with the model.
         overwrite: replace an earlier layer file `out`, which is refused otherwise.
         progress: called with (blocks done, number of blocks, name of the current block).
 
@@ -71,7 +73,7 @@ def capture_layer(
     place = pick_device(device)
     weighting = LayerProblem.of(problem).weighting
     check_dtype(dtype)
-    loaded = load(model, device=place, dtype=dtype)
+    loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
     blocks = decoder_blocks(loaded.model)
     home = next((i for i, block in enumerate(blocks) if weight in [view.name for view in block.weights]), None)
     if home is None:

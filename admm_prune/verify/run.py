@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,25 @@ _RECOMPUTED_OF_TABLE = frozenset({
     )),
 })  # fmt: skip
 
+Opened = Callable[[str], LoadedModel]  # loads a folder
+
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError, re.error)
 
 
-def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False, device: str = "auto") -> Verification:
+def verify_folder(
+    folder: Path,
+    *,
+    data: str | None = None,
+    quick: bool = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Verification:
     """Verifies the output of 'admm-prune run' or 'admm-prune compare'.
 
     Args:
         data: the evaluation text, if it is no longer where the run read it.
         quick: skip the checks that need the text: the perplexity, the continuation and the record of the texts.
+        trust_remote_code: allow running code that comes with the models.
 
     Raises:
         UserError: no finished run, or `data` is not the text of the run.
@@ -73,7 +85,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
     if (folder / PACK_MANIFEST).is_file():
         raise UserError(f"{folder} is an archive: restore it with 'admm-prune unpack {folder} OUT' and verify that")
     manifest = read_manifest(folder)
-    place = pick_device(device)
+    opened = partial(load, device=pick_device(device), trust_remote_code=trust_remote_code)
     comparing = "rows" in manifest
     report = Verification(path=folder, kind="comparison" if comparing else "run")
     check = _verify_comparison if comparing else _verify_run
@@ -83,7 +95,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
         elif data is None and not evaluation_text_is_there(manifest):
             report.open("perplexity: its text is not where the run read it; name it with --data")
             quick = True
-        check(report, folder, manifest, data, quick, place)
+        check(report, folder, manifest, data, quick, opened)
     except UserError as error:
         if not report.failures:
             raise
@@ -97,7 +109,7 @@ def verify_folder(folder: Path, *, data: str | None = None, quick: bool = False,
 
 
 def _verify_comparison(
-    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, opened: Opened
 ) -> None:
     check_manifest(report, manifest, COMPARISON_FIELDS)
     named = [str(row["folder"]) for row in manifest["rows"]]
@@ -128,7 +140,7 @@ def _verify_comparison(
     )
     for row in manifest["rows"]:
         if row["folder"] in present:
-            _verify_row(report, folder, manifest, row, data, quick, device)
+            _verify_row(report, folder, manifest, row, data, quick, opened)
 
 
 def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None:
@@ -146,7 +158,7 @@ def _check_methods_and_targets(report: Verification, manifest: Manifest) -> None
 
 
 def _verify_row(
-    report: Verification, folder: Path, manifest: Manifest, row: Manifest, data: str | None, quick: bool, device: str
+    report: Verification, folder: Path, manifest: Manifest, row: Manifest, data: str | None, quick: bool, opened: Opened
 ) -> None:
     """A row of the table against the manifest of its model, and the model itself."""
     report = report.at(f"{row['folder']}: ")
@@ -175,7 +187,7 @@ def _verify_row(
     for name in ("settings", "model_revision", "environment"):
         report.agree(name, content[name], manifest[name])
     report.agree("evaluation text", content["texts"]["evaluation"], manifest["texts"]["evaluation"])
-    loaded = _verify_run(report, folder / row["folder"], content, data, quick, device)
+    loaded = _verify_run(report, folder / row["folder"], content, data, quick, opened)
     if loaded is not None and content["budget"] in ("matrix", "model") and not content["details"].get("units"):
         parameters = sum(p.numel() for p in loaded.model.parameters())
         report.agree("parameters", manifest["parameters"], parameters)
@@ -194,7 +206,7 @@ def _check_seconds(report: Verification, timings: Path, claimed: Any) -> None:
 
 
 def _verify_run(
-    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, device: str
+    report: Verification, folder: Path, manifest: Manifest, data: str | None, quick: bool, opened: Opened
 ) -> LoadedModel | None:
     """A run's folder; returns its model where that could be loaded."""
     check_manifest(report, manifest, RUN_FIELDS)
@@ -209,7 +221,7 @@ def _verify_run(
     if not sound:
         return None  # altered files are not loaded
     try:
-        loaded = load(str(folder), device=device)
+        loaded = opened(str(folder))
     except UserError as error:
         report.expect("model", False, f"the model cannot be loaded: {error}")
         return None
