@@ -2,16 +2,18 @@
 
 python -m benchmarks.results_page
 
-It reads every `benchmarks/results/real-model*/runs.csv` and `benchmarks/references/perplexity.csv`: run it again when a
-row was added. `make catalogue` does so, and a test compares the page with the rows.
+It reads every `benchmarks/results/real-model*/runs.csv` and `benchmarks/references/perplexity.csv`, and beside rows of
+the same model and protocol those of `benchmarks/results/joint*/runs.csv`: run it again when a row was added. `make
+catalogue` does so, and a test compares the page with the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.journal import Journal
+from benchmarks import joint
+from benchmarks.journal import Journal, Record
 from benchmarks.literature import Figure, figures
 from benchmarks.real_model import COLUMNS, KEY, Row, markdown_lines, markdown_table, rows_of, target_label
 
@@ -40,8 +42,9 @@ SparseGPT.
 MEASURED = """## Measured here
 
 The model is SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks), dequantized from 4-bit GGUF. Calibration is on the
-validation text of WikiText-2 and evaluation on its test text, by `python -m benchmarks.real_model`; the papers
-calibrate on another corpus (C4), which is harder. In parentheses: the ratio to `sparsegpt`.
+validation text of WikiText-2 and evaluation on its test text, by `python -m benchmarks.real_model`, and rows with other
+options by `python -m benchmarks.joint`; the papers calibrate on another corpus (C4), which is harder. In parentheses:
+the ratio to `sparsegpt`.
 """
 
 PUBLISHED = """## Published
@@ -60,15 +63,22 @@ SparseGPT on OPT-125M spread by about 4 % at 50 % sparsity.
 def page(results: Path = ROOT / ARCHIVE) -> str:
     """The page, of all archived rows below a folder."""
     sections = [HEAD, MEASURED]
+    steps = [
+        record
+        for archive in sorted(results.glob("joint*/runs.csv"))
+        for record in Journal(archive, joint.COLUMNS, joint.KEY).records
+        if record["steps"] != joint.NO_STEPS
+    ]
     for archive in sorted(results.glob("real-model*/runs.csv")):
-        sections.append(_measured(archive.parent))
+        sections.append(_measured(archive.parent, steps))
     sections += [PUBLISHED, _published(figures()), _sources(figures())]
     return "\n".join(sections)
 
 
-def _measured(folder: Path) -> str:
+def _measured(folder: Path, steps: Sequence[Record]) -> str:
     """The rows of one archive: its protocol, and a table of methods by targets."""
-    rows = rows_of(Journal(folder / "runs.csv", COLUMNS, KEY).records)
+    records = Journal(folder / "runs.csv", COLUMNS, KEY).records
+    rows = rows_of([*records, *_with_steps(records, steps)])
     lines = []
     for settings in dict.fromkeys(row["settings"] for row in rows):
         chosen = [row for row in rows if row["settings"] == settings]
@@ -77,9 +87,22 @@ def _measured(folder: Path) -> str:
             dense += f", BLiMP {100 * chosen[0]['dense_blimp']:.1f} %"
         lines += [f"{settings[0].upper()}{settings[1:]} ({dense}; `{ARCHIVE}/{folder.name}`):", ""]
         targets = list(dict.fromkeys(row["target"] for row in chosen))
-        cells = {(f"`{row['method']}`", row["target"]): _cell(row) for row in chosen}
+        ordered = sorted(chosen, key=lambda row: " " in row["method"])  # with steps last
+        cells = {(f"`{row['method']}`", row["target"]): _cell(row) for row in ordered}
         lines.append(markdown_table(targets, cells))
     return "\n".join(lines)
+
+
+def _with_steps(records: Sequence[Record], steps: Sequence[Record]) -> list[Record]:
+    """Rows of `benchmarks.joint` as records of the archive, where it has a row of sparsegpt at the same place."""
+    same = ("model", "target", "seed", "settings")
+    places = {tuple(record[name] for name in same): record for record in records if record["method"] == "sparsegpt"}
+    figures = ("perplexity", "blimp", "blimp_error")
+    return [
+        {**places[place], **{name: row[name] for name in figures}, "method": f"{row['method']} {row['steps']}"}
+        for row in steps
+        if (place := tuple(row[name] for name in same)) in places
+    ]
 
 
 def _cell(row: Row) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import literature, results_page
+from benchmarks import joint, literature, results_page
+from benchmarks.journal import Journal
 from benchmarks.real_model import PUBLISHED
 
 FULL = "real-model-2026-11-28"
@@ -28,6 +29,19 @@ def test_a_row_that_is_added_appears_with_its_ratio(tmp_path: Path) -> None:
     assert "| `added` | 15.50 (0.50) |" in added
     assert "added" not in results_page.page()
     assert "real-model-few-tokens" not in added
+
+
+def test_rows_with_other_options_stand_beside_those_of_the_same_protocol(tmp_path: Path) -> None:
+    shutil.copytree(results_page.ROOT / results_page.ARCHIVE / FULL, tmp_path / FULL)
+    settings = "64 sequences of 1024 tokens, 24 to evaluate, float32"
+    (tmp_path / "joint").mkdir()
+    journal = Journal(tmp_path / "joint" / "runs.csv", joint.COLUMNS, joint.KEY)
+    for protocol, steps in ((settings, "--refit block"), ("another", "--refit block"), (settings, joint.NO_STEPS)):
+        key = {"model": "smollm2", "target": "0.5", "method": "admm", "steps": steps, "seed": "0", "settings": protocol}
+        journal.add(key, [dict.fromkeys(joint.COLUMNS) | {"perplexity": 15.49788, "blimp": 0.5, "blimp_error": 0.01}])
+    lines = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("| `admm")]
+    assert lines[1] == "| `admm --refit block` | 15.50 (0.50), BLiMP 50.0 ± 1.0 % |  |  |  |"
+    assert len(lines) == 2
 
 
 def test_ratios_are_of_one_model_target_and_source() -> None:
