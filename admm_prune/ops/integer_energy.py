@@ -25,13 +25,13 @@ DIGITS = 5  # s
 _integer_product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 _TILE = 2048  # rows and columns at once
 _WHOLE = 32  # rows and columns come in multiples of it: tensor cores need 16, torch more than 16 rows
-_NARROWEST = 1024  # columns: below, launches take more time than a product in float64
+_NARROWEST = 1024  # rows and columns: below, launches and digits take more time than a product in float64
 _INTEGER_RATE = (7, 5)  # the first compute capability with 8-bit integers on tensor cores
 
 
 def preferred(v: Tensor, hessian: Tensor) -> bool:
-    """Whether `energy` takes less time than products in float64: for wide matrices, on devices slow in those."""
-    if {v.dtype, hessian.dtype} != {torch.float32} or len(hessian) < _NARROWEST or not backend.slow_in_float64(v):
+    """Whether `energy` takes less time than products in float64: for large matrices, on devices slow in those."""
+    if {v.dtype, hessian.dtype} != {torch.float32} or min(v.shape) < _NARROWEST or not backend.slow_in_float64(v):
         return False
     return not v.is_cuda or torch.cuda.get_device_capability(v.device) >= _INTEGER_RATE
 
@@ -49,39 +49,55 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
         origin: W (out, in).
     """
     diagonal = hessian.diagonal()
-    scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).log2().div(2).round())  # S
+    scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).double().log2().div_(2).round_())  # S
     total = torch.zeros((), dtype=torch.float64, device=v.device)
-    for start in range(0, len(v), _TILE):
-        rows = slice(start, start + _TILE)
-        e = v[rows].double()
-        if origin is not None:
-            e = e - origin[rows].double()
-        e = _padded(e * scale)
-        largest = e.abs().amax(1)
+    for rows in _tiles(len(v)):
+        ours, w = v[rows], None if origin is None else origin[rows]
+        largest = (_away(ours, w).abs() * scale).amax(1)
         sigma = torch.exp2(torch.frexp(largest).exponent.double())  # above the largest
-        e /= sigma[:, None]
-        ours = torch.cat(_digits(e), 1)
-        for first in range(0, len(hessian), _TILE):
-            columns = slice(first, first + _TILE)
-            part = hessian[columns] / scale / scale[columns, None] / 2  # rows in place of columns: A is symmetric
-            product = _product(ours, torch.cat(_digits(_padded(part))[::-1], 1))[:, : len(part)]
-            of_rows = (product * e[:, first : first + len(part)]).sum(1)
-            total += of_rows @ torch.where(largest.isfinite(), 2 * sigma.square(), torch.nan)
+        left = digits(ours, 1 / sigma, scale, w)
+        for columns in _tiles(len(hessian)):
+            # Rows of A in place of its columns: it is symmetric.
+            right = digits(hessian[columns], 0.5 / scale[columns], 1 / scale, reverse=True)
+            away = _away(ours[:, columns], None if w is None else w[:, columns]) * scale[columns]
+            of_rows = (_product(left, right)[: len(away), : away.shape[1]] * away).sum(1)
+            total += of_rows @ torch.where(largest.isfinite(), 2 * sigma, torch.nan)
     return total
 
 
-def _digits(x: Tensor) -> list[Tensor]:
-    """d_1, ..., d_s of numbers in [-1, 1], as int8: all operations are exact."""
-    digits, x = [], 64 * x
+def digits(x: Tensor, rows: Tensor, columns: Tensor, origin: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+    """d_1, ..., d_s of numbers in [-1, 1], side by side, as int8: all operations are exact.
+
+    Args:
+        x: (m, n); the numbers are those of x - origin, scaled.
+        rows, columns: (m,) and (n,) float64, powers of two that scale rows and columns.
+        origin: (m, n), of the same dtype.
+        reverse: d_s first.
+
+    Returns:
+        (m', s n'), with zeros up to whole tiles of the tensor cores in rows and in the columns of every digit.
+    """
+    height, width = (-(-size // _WHOLE) * _WHOLE for size in x.shape)
+    if backend.uses_triton(x, torch.float32):
+        from admm_prune.ops.triton import integers as fused
+
+        into = torch.empty(height, DIGITS * width, dtype=torch.int8, device=x.device)
+        return fused.digits(x, rows, columns, origin, into, padded=width, reverse=reverse)
+    left = _away(x, origin) * rows[:, None] * (64 * columns)
+    found = []
     for _ in range(DIGITS):
-        digit = x.round()
-        digits.append(digit.to(torch.int8))
-        x = (x - digit).mul_(128)
-    return digits
+        digit = (left + 0.5).floor()
+        found.append(nn.functional.pad(digit.to(torch.int8), (0, width - x.shape[1], 0, height - len(x))))
+        left = (left - digit).mul_(128)
+    return torch.cat(found[::-1] if reverse else found, 1)
+
+
+def _away(x: Tensor, origin: Tensor | None) -> Tensor:
+    return x.double() if origin is None else x.double() - origin.double()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T (m, n) in float64, from the digits [A_1, ..., A_s] and [B_s, ..., B_1] along the columns."""
+    """A B^T (m, n) in float64, from digits [A_1, ..., A_s] and [B_s, ..., B_1]."""
     width = a.shape[1] // DIGITS
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for count in range(DIGITS, 0, -1):  # the smallest first: k + l = count + 1
@@ -90,6 +106,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _padded(x: Tensor) -> Tensor:
-    """With zeros up to whole tiles of the tensor cores."""
-    return nn.functional.pad(x, (0, -x.shape[1] % _WHOLE, 0, -len(x) % _WHOLE))
+def _tiles(size: int) -> list[slice]:
+    return [slice(start, min(start + _TILE, size)) for start in range(0, size, _TILE)]

@@ -21,7 +21,7 @@ from triton.runtime import driver, jit
 
 from admm_prune.ops.packed import Packed
 from admm_prune.ops.quantization import Stored
-from admm_prune.ops.triton import adam, digits, marking, packed, selection, splitting, supports, sweep
+from admm_prune.ops.triton import adam, digits, integers, marking, packed, selection, splitting, supports, sweep
 
 # Called by kernels, like everything whose name starts with an underscore.
 HELPERS = {
@@ -76,6 +76,9 @@ def launch_all() -> None:
             splitting.choose_(z, z, given, root if given is None else None, z > 0, z, runs, 1.3)
         splitting.relax_(z, z, given, root if given is None else None, z, 1.3)
         splitting.settle(z, z > 0, None if given is None else z > 0, z, z, root if given is None else None)
+    for given, reverse in ((None, True), (z, False)):
+        into = torch.empty(32, 5 * 1120, dtype=torch.int8)
+        integers.digits(z, torch.ones(4).double(), root.double(), given, into, padded=1120, reverse=reverse)
     splitting.split(z)
     splitting.split(z, second=True, stacked=True)
     columns, factor = torch.randn(512, 100), torch.eye(512)

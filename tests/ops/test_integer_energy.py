@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admm_prune.ops import backend, integer_energy, quadratic
@@ -63,6 +63,20 @@ def test_a_solution_is_judged_more_accurately_than_by_products_in_float32() -> N
     assert abs(float(integer_energy.energy(v, a, w)) / truth - 1) <= 1e-9 < abs(in_float32 / truth - 1)
 
 
+@pytest.mark.bitwise
+@settings(max_examples=25)
+@given(seed=seeds, rows=st.integers(1, 40), width=st.integers(1, 70), origin=st.booleans(), reverse=st.booleans())
+def test_the_kernel_gives_the_digits_of_the_reference(seed, rows, width, origin, reverse) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, w = torch.rand(2, rows, 2 * width, generator=g)[:, :, :width]  # rows that lie apart
+    scales = torch.exp2(-torch.randint(0, 3, (rows,), generator=g).double()), torch.ones(width, dtype=torch.float64)
+    expected = integer_energy.digits(x, *scales, w if origin else None, reverse=reverse)
+    with backend.forced("triton"):
+        found = integer_energy.digits(x, *scales, w if origin else None, reverse=reverse)
+    assert torch.equal(found, expected)
+    assert found.abs().max() <= 64
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_gives_nan(value: float) -> None:
     v = torch.ones(3, 40)
@@ -73,7 +87,7 @@ def test_what_is_not_finite_gives_nan(value: float) -> None:
 def test_it_is_taken_on_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer_energy, "_NARROWEST", 64)
     x = correlated_inputs(200, 97, 0).float()
-    a, v = x.T @ x, random_weight(40, 97, 0).float()
+    a, v = x.T @ x, random_weight(70, 97, 0).float()
     calls = []
     energy = integer_energy.energy
     monkeypatch.setattr(integer_energy, "energy", lambda *given: calls.append(given) or energy(*given))
@@ -81,6 +95,7 @@ def test_it_is_taken_on_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
     with backend.forced("triton"):
         assert not integer_energy.preferred(v[:, :50], a[:50, :50])  # too narrow
+        assert not integer_energy.preferred(v[:20], a)  # too few rows
         assert not integer_energy.preferred(v.double(), a.double())
         assert quadratic.energy(v, a) == pytest.approx(on_host, rel=1e-9)
     assert len(calls) == 1
