@@ -84,12 +84,12 @@ def digits(x: Tensor, rows: Tensor, columns: Tensor, origin: Tensor | None = Non
         into = torch.empty(height, DIGITS * width, dtype=torch.int8, device=x.device)
         return fused.digits(x, rows, columns, origin, into, padded=width, reverse=reverse)
     left = _away(x, origin) * rows[:, None] * (64 * columns)
-    found = []
+    separate = []
     for _ in range(DIGITS):
         digit = (left + 0.5).floor()
-        found.append(nn.functional.pad(digit.to(torch.int8), (0, width - x.shape[1], 0, height - len(x))))
+        separate.append(nn.functional.pad(digit.to(torch.int8), (0, width - x.shape[1], 0, height - len(x))))
         left = (left - digit).mul_(128)
-    return torch.cat(found[::-1] if reverse else found, 1)
+    return torch.cat(separate[::-1] if reverse else separate, 1)
 
 
 def _away(x: Tensor, origin: Tensor | None) -> Tensor:
