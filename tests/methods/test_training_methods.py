@@ -19,7 +19,13 @@ from admm_prune.methods.base import Outcome, Task
 from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, stages_of
 from admm_prune.methods.elsa.elsa import TRAINED, Elsa
 from admm_prune.methods.elsa.trained import Trained
-from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
+from admm_prune.methods.elsa.trainer import (
+    DEFAULT_RATE,
+    MeasuredRate,
+    endless_batches,
+    held_out_loss,
+    measured_rate,
+)
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.target import Target, target_named
 from admm_prune.models.loading import load
@@ -164,6 +170,58 @@ def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None
     assert measured.decrease > 0
     assert measured.rate(0.5) == pytest.approx(2.3 * measured.step)
     assert measured.rate(0.25) > measured.rate(0.5) > measured.rate(1.0)
+
+
+def measured_by(sign: float = 1.0, far: float = math.inf, last: float = 1.0) -> tuple[MeasuredRate, Tensor]:
+    """The measured step on `Bend`, and the weights afterwards.
+
+    Args:
+        sign: of the gradient.
+        far: the loss is flat at 1000 for weights further than this from the first ones.
+        last: a factor of the last batch's gradient.
+    """
+    model = Bend()
+    before = model.x.detach().clone()
+    batches = [torch.zeros(1)] * 2 + [torch.ones(1)]
+
+    def backward(batch: Tensor) -> Tensor:
+        (sign * (last if batch else 1.0) * bent(model, batch)).backward()
+        return torch.zeros(())
+
+    def loss() -> float:
+        away = float((model.x.detach() - before).abs().max())
+        return 1000.0 if away > far else float(bent(model, torch.zeros(1)).detach())
+
+    return measured_rate(model, backward, batches, loss), model.x.detach()
+
+
+@pytest.mark.parametrize("far", [1e-3, 2e-4])
+def test_a_loss_that_is_flat_far_away_is_measured_by_smaller_steps(far: float) -> None:
+    measured, x = measured_by(far=far)
+    assert measured.usable
+    assert 0 < measured.step <= far
+    assert torch.equal(x, Bend().x)
+
+
+@pytest.mark.parametrize("how", [{"sign": -1.0}, {"far": 0.0}, {"last": math.nan}, {"last": math.inf}], ids=str)
+def test_what_cannot_be_measured_is_not_used_as_if_it_were(how: dict[str, float]) -> None:
+    """Steps uphill, a loss that no step lowers, and gradients that are not finite."""
+    measured, x = measured_by(**how)
+    assert not measured.usable
+    assert measured.rate(1.0) == measured.rate(0.1) == DEFAULT_RATE == recipe_named("elsa-published").lr
+    assert torch.equal(x, Bend().x)
+
+
+@pytest.mark.parametrize("kind", [Elsa, Staged, Gradual])
+def test_a_rate_that_could_not_be_measured_is_the_default_with_a_note(
+    kind: type[Trained], model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trained.measured_rate", lambda *_: MeasuredRate(0.1, -1.0))
+    _, outcome = pruned(kind(steps=20, batch_size=4, lr_multiplier=2.0), "0.5", model_folder, text_file)
+    assert set(outcome.details["training"]["lr"]) == {2 * DEFAULT_RATE}
+    assert [note for note in outcome.notes if "rate" in note] == [
+        "the learning rate could not be measured, because no step along the gradient lowers the loss: 0.0004 is used"
+    ]
 
 
 def test_batches_of_an_epoch_show_every_sequence_once(model_folder: Path, text_file: Path) -> None:

@@ -128,6 +128,7 @@ class Session:
         self.trainer.go_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
         self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
+        self.notes = values["notes"]
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state, by names that do not depend on the number of processes."""
@@ -158,6 +159,7 @@ class Session:
             "measured": None if self.measured is None else asdict(self.measured),
             "rates": self.rates,
             "stages": self.stages,
+            "notes": self.notes,
             "prepared": self.prepared,
             "history": [update.to_json() for update in optimizer.history],
             "best_loss": None if self.best is None else self.best_loss,

@@ -15,7 +15,7 @@ from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, R
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.engine import Engine, float32_weights, teacher_of
 from admm_prune.methods.elsa.session import Session
-from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, measured_rate, passes, trainable
+from admm_prune.methods.elsa.trainer import DEFAULT_RATE, GRADIENTS, Trainer, measured_rate, passes, trainable
 from admm_prune.methods.layerwise import untouched
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
@@ -41,7 +41,8 @@ class Trained(Capabilities, ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
     The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
-    before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
+    before the first step, and scaled up wherever a projection leaves fewer weights; where it cannot be measured, it is
+    `trainer.DEFAULT_RATE` throughout, with a note. A copy of the best sparse weights
     is kept beside the optimizer's state. Weights are trained in float32 and saved in the model's dtype, in which the
     best ones are chosen. What moves is written to the runtime's journal every few steps and after each
     projection, so that an interrupted run resumes from there, with the same result.
@@ -53,8 +54,8 @@ class Trained(Capabilities, ABC):
     Attributes:
         steps: forward and backward passes over a batch, including those of the learning rate range test.
         batch_size: sequences per step, in epochs without replacement.
-        lr: the peak learning rate, instead of a tuned one.
-        lr_multiplier: a multiplier of the tuned learning rate.
+        lr: the peak learning rate, instead of a measured one.
+        lr_multiplier: a multiplier of the measured learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
         engine: how the model is computed; it changes the result by rounding alone.
@@ -247,6 +248,9 @@ class Trained(Capabilities, ABC):
             session.measured = measured_rate(
                 model, trainer.backward, trainer.take(GRADIENTS), lambda: trainer.held_out_loss(validation)
             )
+            if not session.measured.usable:
+                unusable = "the learning rate could not be measured, because no step along the gradient lowers the loss"
+                session.notes.append(f"{unusable}: {self.lr_multiplier * DEFAULT_RATE:g} is used")
         trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 

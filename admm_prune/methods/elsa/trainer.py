@@ -20,6 +20,7 @@ from admm_prune.models.losses import cross_entropy, holds_logits, rows_at_once
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import totals
+from admm_prune.solvers.elsa.moments import total_norm
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -30,6 +31,7 @@ _WINDOW = 32  # steps that a point of the curve is the mean over
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
 _TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
 GRADIENTS = 3  # batches that the direction is taken from
+DEFAULT_RATE = 2e-4  # where no step lowers the loss, so that none can be measured: that of `SparseAdam.faithful`
 _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
@@ -218,17 +220,25 @@ class MeasuredRate:
     """The step that lowers the loss the most along sign(g).
 
     Attributes:
-        decrease: of the loss by it; not above zero where no step lowers the loss.
+        decrease: of the loss by it; not above zero where no step lowers the loss, NaN where the loss or the gradient
+            is not finite at the weights themselves.
     """
 
     step: float
     decrease: float
 
+    @property
+    def usable(self) -> bool:
+        """Whether the step lowers the loss."""
+        return 0.0 < self.decrease < math.inf
+
     def rate(self, density: float) -> float:
-        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step.
+        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step; `DEFAULT_RATE` if that is not usable.
 
         The fewer weights remain, the larger are the changes they need, while the best single step hardly grows.
         """
+        if not self.usable:
+            return DEFAULT_RATE
         return float(_AT_HALF * self.step * (2.0 * max(density, 1e-3)) ** -_POWER)
 
 
@@ -238,20 +248,24 @@ def measured_rate(
     gradients: Sequence[Batch],
     validation_loss: Callable[[], float],
 ) -> MeasuredRate:
-    """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
-    the loss is scaled.
+    """argmin_eta f(x - eta sign(g)), g the gradient at the weights x: Adam's first step is of this kind, however the
+    loss is scaled.
 
+    Where all steps tried raise f, they may be so large that f is flat or not finite there: smaller ones are tried too.
     What is zero, as pruned weights are, stays zero. The model is restored.
 
     Args:
         model: its parameters that take a gradient move.
-        backward: adds the gradient of f on a batch to that of the parameters.
+        backward: adds the gradient of the training loss on a batch, f or f with distillation, to that of the
+            parameters.
         gradients: batches that g is the mean over.
         validation_loss: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
         backward(batch)
+    active = [parameter for parameter in parameters if parameter.grad is not None]
+    finite = bool(active) and math.isfinite(total_norm(active)[1])
     parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
     moved = [(x, x.clone()) for x in parts]
     directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
@@ -259,24 +273,35 @@ def measured_rate(
         parameter.grad = None
     counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
     square, entries = totals(parameters, torch.stack(counts)).sum(0)
-    scale = math.sqrt(float(square) / float(entries))  # each on its own: a plan answers for single values
+    scale = math.sqrt(float(square) / max(1.0, float(entries)))  # each on its own: a plan answers for single values
 
     def value(step: float) -> float:
         for (part, x), direction in zip(moved, directions, strict=True):
             part.copy_(x - step * direction.to(x.dtype))
         return validation_loss()
 
+    def best(largest: float) -> tuple[float, float, float]:
+        """The exponent of the best step up to the largest, f after it, and the smallest exponent tried."""
+        tried: list[float] = []
+
+        def at(power: float) -> float:
+            tried.append(power)
+            return value(scale * 2.0**power)
+
+        bounds, options = (_SMALLEST, largest), {"maxiter": _TRIALS, "xatol": _EXACT}
+        optimum: Any = minimize_scalar(at, bounds=bounds, method="bounded", options=options)
+        return float(optimum.x), float(optimum.fun), min(tried)
+
     with torch.no_grad():
         start = value(0.0)
-        optimum: Any = minimize_scalar(  # its declared type does not know its own fields
-            lambda power: value(scale * 2.0**power),
-            bounds=(_SMALLEST, _LARGEST),
-            method="bounded",
-            options={"maxiter": _TRIALS, "xatol": _EXACT},
-        )
+        if not (finite and math.isfinite(start)):
+            return MeasuredRate(step=0.0, decrease=math.nan)
+        power, least, smallest = best(_LARGEST)
+        if least > start:
+            power, least, _ = best(smallest)
         for part, x in moved:
             part.copy_(x)
-    return MeasuredRate(step=scale * 2.0 ** float(optimum.x), decrease=start - float(optimum.fun))
+    return MeasuredRate(step=scale * 2.0**power, decrease=start - least)
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
