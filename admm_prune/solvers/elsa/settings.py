@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 
 Shape = Literal["constant", "linear", "cosine", "exponential"]
 Units = Literal["absolute", "relative"]
+Rescale = Literal["immediate", "lagged"]
 Fisher = Literal["none", "adam", "clean"]
 
 
@@ -48,7 +49,7 @@ class Penalty:
     shape: Shape = "constant"
     start: float = 0.0
     units: Units = "relative"
-    rescale: Literal["immediate", "lagged"] = "immediate"
+    rescale: Rescale = "immediate"
     decoupled: bool = False
     balance: float | None = None
     divide_by_world: bool = False
@@ -62,6 +63,9 @@ class Penalty:
             raise UserError("an exponential penalty cannot start at 0: give a start such as 0.01")
         if self.balance is not None and not self.balance > 1.0:
             raise UserError(f"balance compares residuals by a factor above 1, not {self.balance}")
+        check_choice("shape of a penalty", self.shape, Shape)
+        check_choice("unit of a penalty", self.units, Units)
+        check_choice("rescaling of u", self.rescale, Rescale)
 
     def at(self, progress: float) -> float:
         """rho at `progress`, before units and balance."""
@@ -96,6 +100,7 @@ class Score:
     def __post_init__(self) -> None:
         if self.power < 0 or self.hysteresis < 0 or not 0 <= self.decay < 1:
             raise UserError("a score needs a power and a hysteresis of at least 0, and a decay from 0 to below 1")
+        check_choice("Fisher diagonal", self.fisher, Fisher)
 
     @property
     def clean(self) -> bool:
@@ -184,6 +189,12 @@ class Timeline:
         )
 
 
+def check_choice(what: str, value: str, choices: Any) -> None:
+    """Raises UserError for a value that is none of those of a Literal type."""
+    if value not in get_args(choices):
+        raise unknown(what, value, get_args(choices))
+
+
 def check_adam(
     lr: float | Tensor,
     betas: Sequence[float | Tensor],
@@ -192,8 +203,11 @@ def check_adam(
     *,
     foreach: bool | None,
     fused: bool | None,
+    clip: float | None,
 ) -> None:
-    """Raises UserError for what torch's AdamW refuses."""
+    """Raises UserError for what torch's AdamW refuses, and for a norm to clip to that is not positive."""
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip is a norm above 0, or None for no clipping, not {clip}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise UserError(f"lr is one number, not a tensor of {lr.numel()}")
     if isinstance(lr, Tensor) and foreach:
