@@ -5,6 +5,7 @@ Models are in float64, but for their norms, which are computed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ def test_processes_and_micro_batches_share_a_batch_exactly() -> None:
         assert len(set(calls)) == 1  # else processes would wait for each other
         assert float(sum(parts) / 3) == pytest.approx(float(value), rel=1e-6)
         torch.testing.assert_close([g / 3 for g in gradients(model)], plain, rtol=1e-3, atol=1e-6)
+
+
+class Second(World):
+    """The second of two processes, the first of which has computed a loss of 3."""
+
+    def broadcast_from_rank0(self, compute: Callable[[], Any]) -> Any:
+        assert compute() != 3.0
+        return 3.0
+
+
+def test_all_processes_decide_by_the_held_out_loss_of_the_first() -> None:
+    one = trainer(build("llama").requires_grad_(True), Engine(), world=Second(1, 2))
+    assert one.held_out_loss(sequences()) == 3.0
 
 
 def test_distillation_is_the_same_in_micro_batches_with_activations_computed_again() -> None:

@@ -116,9 +116,11 @@ class Trainer:
             yield (int(piece.scored.sum()) * size / scored if chosen else 0.0), piece
 
     def held_out_loss(self, sequences: Sequences) -> float:
-        """`held_out_loss` of the model, computed as in training."""
+        """`held_out_loss` of the model, computed as in training; in all processes that of the first, since they have to
+        agree on what is better, and may round differently."""
         with replaced_forwards(self._blocks), self.engine.autocast(self.device):
-            return held_out_loss(self.model, sequences)
+            loss = held_out_loss(self.model, sequences)
+        return self._world.broadcast_from_rank0(lambda: loss)
 
     def step(self) -> None:
         batch = self.take(1)[0]
