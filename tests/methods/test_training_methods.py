@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import admm_prune
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Task
-from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, stages_of
+from admm_prune.methods.base import Outcome, Runtime, Task
+from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, TunedDense, stages_of
 from admm_prune.methods.elsa.elsa import TRAINED, Elsa
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.elsa.trainer import (
@@ -114,6 +114,59 @@ def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) 
     _, held_out = calibration.split(0.1)
     assert held_out_loss(model, held_out) == outcome.details["stages"][-1]["held_out_loss"]
     assert all(layer.sparsity == 0.5 for layer in outcome.layers)
+
+
+def test_a_dense_model_that_training_makes_worse_is_returned_as_it_was(model_folder: Path, text_file: Path) -> None:
+    dense = load(str(model_folder)).model
+    model, outcome = pruned(TunedDense(steps=8, batch_size=4, lr=3.0), "0", model_folder, text_file)
+    assert any("worse on held-out sequences" in note for note in outcome.notes)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+    better, outcome = pruned(TunedDense(steps=20, batch_size=4), "0", model_folder, text_file)
+    assert outcome.notes == ()
+    assert not torch.equal(better.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+
+
+def test_a_loss_that_is_not_finite_is_noted(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer.held_out_loss", lambda *_: math.inf)
+    _, outcome = pruned(Gradual(steps=4, batch_size=4, lr=1e-3, interval=2), "0.5", model_folder, text_file)
+    assert outcome.notes == ("the loss of the model on held-out sequences is not finite",)
+
+
+@pytest.mark.parametrize("kind", [Elsa, Staged])
+def test_notes_of_layer_problems_reach_the_result(kind: type[Staged], model_folder: Path, text_file: Path) -> None:
+    model = load(str(model_folder)).model
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0.0
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    outcome = kind(steps=4, batch_size=4, lr=1e-6).prune(model, task)
+    stages = outcome.details["stages"]
+    dead = [name for name, notes in stages[0]["notes"].items() if any("channels are dead" in n for n in notes)]
+    assert [name.split(".")[-2] for name in dead[:3]] == ["q_proj", "k_proj", "v_proj"]
+    assert [note.partition(" layer problems have notes")[0] for note in outcome.notes if "layer problems" in note] == [
+        f"projection at step {stage['step']}: {len(stage['notes'])}" for stage in stages if stage["notes"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"), [(1.0, [0.0]), (0.7, [0.0, 0.2, 0.3]), (0.5, [0.0, 0.2, 0.4, 0.5]), (0.6, [0.0, 0.2, 0.4])]
+)
+def test_no_stage_comes_after_the_support_was_fixed(frozen: float, expected: list[float]) -> None:
+    plan = Elsa(frozen=frozen).projections(target_named("0.9"))
+    assert [at for at, _ in plan] == pytest.approx(expected)
+    assert plan[-1][1] == target_named("0.9")
+
+
+def test_the_rate_that_is_recorded_is_that_of_the_step(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer._WINDOW", 3)
+    records: list[tuple[int, float]] = []
+    runtime = Runtime(on_record=lambda figures, step: records.append((step, figures["train/lr"])))
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    Gradual(steps=4, batch_size=2, lr=1e-3).prune(load(str(model_folder)).model, task, runtime)
+    assert records == [(step, pytest.approx(1e-3 * (1 - (step - 1) / 4))) for step in (3, 4)]
 
 
 @pytest.mark.parametrize(

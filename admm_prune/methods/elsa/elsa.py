@@ -53,7 +53,9 @@ class Elsa(Staged):
         return SparseAdam(**how, penalty=penalty, score=score, interval=self.interval, freeze=0.0, anchor=self.anchor)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        return [*super().projections(target), (1.0 - self.frozen, target)]
+        """The stages before the last part of the run, and its beginning."""
+        last = 1.0 - self.frozen
+        return [*(stage for stage in super().projections(target) if stage[0] < last), (last, target)]
 
     def project(self, session: Session, target: Target) -> None:
         """At a stage the layers' solution becomes z, and x stays; at the last one it becomes x too."""

@@ -88,11 +88,13 @@ class Session:
                 x.copy_(exact)
 
     def finish(self) -> None:
-        """Leaves the best sparse weights in the trained model. The last ones are offered too."""
+        """Leaves the best weights in the trained model. The last ones are offered too."""
         if self.offer() > self.best_loss:
             self.restore_best()
-            last = "the last model was worse on held-out sequences than the best sparse model, which is returned"
+            last = "the last model was worse on held-out sequences than an earlier one, which is returned"
             self.notes.append(last)
+        if not math.isfinite(self.best_loss):
+            self.notes.append("the loss of the model on held-out sequences is not finite")
 
     @torch.no_grad()
     def restore_best(self) -> None:

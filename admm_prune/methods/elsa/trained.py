@@ -115,7 +115,8 @@ class Trained(Capabilities, ABC):
                 )
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
-        """Trains and prunes; returns the model with the least held-out loss among those with the final sparsity."""
+        """Trains and prunes; of the last model, and those that a projection gave the final sparsity, the one with the
+        least held-out loss is kept."""
         self.check(model, task.target)
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
@@ -152,7 +153,7 @@ class Trained(Capabilities, ABC):
     def run(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
     ) -> Session:
-        """Trains and prunes to the end, in place, and leaves the best sparse weights in the model.
+        """Trains and prunes to the end, in place, and leaves the best weights of the final sparsity in the model.
 
         Args:
             project: called in place of the method's own.
@@ -228,7 +229,7 @@ class Trained(Capabilities, ABC):
             trainer.step()
             if len(trainer.curve) > reported:
                 step, loss = trainer.curve[-1]
-                runtime.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
+                runtime.record({"train/loss": loss, "train/lr": trainer.last_lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % checkpoint_interval == 0 or trainer.done == trainer.steps:
                 session.keep(checkpoints)
         runtime.report_progress(trainer.steps, trainer.steps)

@@ -38,8 +38,9 @@ _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five 
 class Trainer:
     """Steps of one optimizer on batches of a text, at a learning rate with a short warm-up and linear decay.
 
-    Every sequence is seen once before any is seen again, in an order drawn anew for every epoch. Several processes
-    share every batch: the model is sharded over them, and its gradients are means over the processes.
+    Batches are full, and an epoch shows no sequence twice: in an order drawn anew for every epoch, those after its last
+    full batch are left out. Several processes share every batch: the model is sharded over them, and its gradients are
+    means over the processes.
 
     Attributes:
         objective: the loss of some sequences: a mean over their scored tokens.
@@ -84,6 +85,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = value * factor
 
+    @property
+    def last_lr(self) -> float:
+        """The rate of the last step, by the schedule."""
+        return self.lr * float(self._rates.lr_lambdas[0](max(0, self.done - 1)))
+
     def take(self, count: int) -> list[Batch]:
         """The next batches of the text, to be used otherwise."""
         self._taken += count
@@ -108,7 +114,7 @@ class Trainer:
         """The sequences of this process, a micro-batch at a time, with weights that make the mean over the processes of
         the weighted sum the mean over the scored tokens of the batch."""
         rows, size = self._world.partition(range(len(batch.lengths))), self._world.size
-        scored = int(batch.scored.sum())
+        scored = max(1, int(batch.scored.sum()))
         # All processes take part in every call: one without sequences left runs the first with weight zero.
         for start in range(0, -(-len(batch.lengths) // size), self._rows):
             chosen = rows[start : start + self._rows]
@@ -171,7 +177,8 @@ class Trainer:
 
 
 def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of whole epochs, one after the other, each in an order of its own."""
+    """Batches of epochs, one after the other, each in an order of its own and without its last, incomplete batch; of
+    all sequences, where they are fewer than a batch."""
 
     def collate(rows: list[Row]) -> Batch:
         return sequences.batch([row.ids for row in rows])
