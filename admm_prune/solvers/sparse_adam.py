@@ -62,7 +62,7 @@ class SparseAdam(Optimizer):
         masks: initial supports, by name, such as those of a layer-wise solution; by magnitude where not given.
         lr: the learning rate.
         betas: decay rates of Adam's moments.
-        eps: added to the denominator, as in `torch.optim.AdamW`.
+        eps: added to the denominator, as in `torch.optim.AdamW`; above 0.
         weight_decay: as in `torch.optim.AdamW`, but 0 by default.
         foreach: as in `torch.optim.AdamW`.
         fused: as in `torch.optim.AdamW`.

@@ -150,12 +150,56 @@ def test_notes_of_layer_problems_reach_the_result(kind: type[Staged], model_fold
 
 
 @pytest.mark.parametrize(
-    ("frozen", "expected"), [(1.0, [0.0]), (0.7, [0.0, 0.2, 0.3]), (0.5, [0.0, 0.2, 0.4, 0.5]), (0.6, [0.0, 0.2, 0.4])]
+    ("frozen", "expected"),
+    [(0.0, [0.0, 0.2, 0.4]), (1.0, [0.0]), (0.7, [0.0, 0.2, 0.3]), (0.5, [0.0, 0.2, 0.4, 0.5]), (0.6, [0.0, 0.2, 0.4])],
 )
 def test_no_stage_comes_after_the_support_was_fixed(frozen: float, expected: list[float]) -> None:
     plan = Elsa(frozen=frozen).projections(target_named("0.9"))
     assert [at for at, _ in plan] == pytest.approx(expected)
     assert plan[-1][1] == target_named("0.9")
+
+
+def test_a_short_last_part_has_the_support_of_the_layer_solver(model_folder: Path, text_file: Path) -> None:
+    """Of 6 steps the last hundredth is none: the last step is taken."""
+    _, outcome = pruned(Elsa(steps=6, batch_size=2, lr=1e-5, frozen=0.01), "0.5", model_folder, text_file)
+    stages = outcome.details["stages"]
+    assert [stage["step"] for stage in stages] == [0, 5]
+    assert outcome.details["training"]["held_out_loss"] <= stages[-1]["held_out_loss"]
+
+
+@pytest.mark.parametrize(("name", "part"), [("elsa-published", 1.0), ("gradual", 0.5)])
+def test_the_published_rate_has_no_warm_up(
+    name: str, part: float, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer._WINDOW", 1)
+
+    def first(figures: dict[str, float], step: int) -> None:
+        assert (step, figures["train/lr"]) == (1, pytest.approx(part * 1e-3))
+        raise KeyboardInterrupt
+
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    recipe = replace(recipe_named(name, 40), lr=1e-3, batch_size=2)  # type: ignore[type-var]
+    with pytest.raises(KeyboardInterrupt):
+        recipe.prune(load(str(model_folder)).model, task, Runtime(on_record=first))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"steps": 0}, "steps and batch_size must be at least 1"),
+        ({"batch_size": 0}, "steps and batch_size must be at least 1"),
+        ({"lr": -1.0}, "lr and lr_multiplier must be at least 0"),
+        ({"lr_multiplier": math.nan}, "lr and lr_multiplier must be at least 0"),
+        ({"distillation": 1.5}, "distillation and warm_up are fractions"),
+        ({"warm_up": -0.1}, "distillation and warm_up are fractions"),
+        ({"frozen": 1.5}, "frozen is a fraction of the run"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_in_a_line(how: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        Elsa(**how)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
 
 
 def test_the_rate_that_is_recorded_is_that_of_the_step(

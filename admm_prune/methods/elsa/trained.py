@@ -40,7 +40,7 @@ Projection = Callable[[Session, Target], None]
 class Trained(Capabilities, ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
-    The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
+    The rate rises, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
     before the first step, and scaled up wherever a projection leaves fewer weights; where it cannot be measured, it is
     `trainer.DEFAULT_RATE` throughout, with a note. A copy of the best sparse weights
     is kept beside the optimizer's state. Weights are trained in float32 and saved in the model's dtype, in which the
@@ -54,6 +54,7 @@ class Trained(Capabilities, ABC):
     Attributes:
         steps: forward and backward passes over a batch, including those of the learning rate range test.
         batch_size: sequences per step, in epochs without replacement.
+        warm_up: the part of the run in which the rate rises.
         lr: the peak learning rate, instead of a measured one.
         lr_multiplier: a multiplier of the measured learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
@@ -68,11 +69,21 @@ class Trained(Capabilities, ABC):
     summary: str
     steps: int = 512
     batch_size: int = 8
+    warm_up: float = 0.05
     lr: float | None = None
     lr_multiplier: float = 1.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
     engine: Engine = Engine()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError(f"steps and batch_size must be at least 1, not {self.steps} and {self.batch_size}")
+        if not (self.lr is None or self.lr >= 0) or not self.lr_multiplier >= 0:
+            raise UserError(f"lr and lr_multiplier must be at least 0, not {self.lr} and {self.lr_multiplier}")
+        if not 0 <= self.distillation <= 1 or not 0 <= self.warm_up <= 1:
+            wrong = f"{self.distillation} and {self.warm_up}"
+            raise UserError(f"distillation and warm_up are fractions, 0 to 1, not {wrong}")
 
     @property
     def budget(self) -> Budget:
@@ -187,6 +198,7 @@ class Trained(Capabilities, ABC):
             steps=self.training_steps,
             batch_size=self.batch_size,
             seed=task.seed,
+            warm_up=self.warm_up,
             world=world,
             engine=self.engine,
         )

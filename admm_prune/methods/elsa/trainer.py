@@ -36,7 +36,7 @@ _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five 
 
 
 class Trainer:
-    """Steps of one optimizer on batches of a text, at a learning rate with a short warm-up and linear decay.
+    """Steps of one optimizer on batches of a text, at a learning rate with a warm-up and linear decay.
 
     Batches are full, and an epoch shows no sequence twice: in an order drawn anew for every epoch, those after its last
     full batch are left out. Several processes share every batch: the model is sharded over them, and its gradients are
@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
-        batch_size: int, seed: int, world: World = ALONE, engine: Engine = _ENGINE,
+        batch_size: int, seed: int, warm_up: float = 0.05, world: World = ALONE, engine: Engine = _ENGINE,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.steps, self.engine = model, optimizer, steps, engine
         self.done, self.tokens = 0, 0
@@ -61,7 +61,7 @@ class Trainer:
         self.objective, self._world = loss, world
         self._batches = endless_batches(sequences, batch_size, seed)
         self._taken = 0
-        self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
+        self._rates = LambdaLR(optimizer, warm_up_then_linear(steps, warm_up))
         self._recent: list[Tensor] = []
         self._blocks = engine.blocks(model)
         self.device = next(model.parameters()).device

@@ -205,7 +205,7 @@ def check_adam(
     fused: bool | None,
     clip: float | None,
 ) -> None:
-    """Raises UserError for what torch's AdamW refuses, and for a norm to clip to that is not positive."""
+    """Raises UserError for what torch's AdamW refuses, and for an eps, or a norm to clip to, that is not positive."""
     if clip is not None and not clip > 0:
         raise UserError(f"clip is a norm above 0, or None for no clipping, not {clip}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -214,7 +214,10 @@ def check_adam(
         raise UserError("lr as a tensor needs foreach=False or foreach=None")
     if foreach and fused:
         raise UserError("give foreach=True or fused=True, not both")
-    if not lr >= 0 or not eps >= 0 or not weight_decay >= 0:
-        raise UserError(f"lr, eps and weight_decay are at least 0, not {float(lr)}, {eps} and {weight_decay}")
+    if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
+        raise UserError(
+            f"lr and weight_decay are at least 0, and eps is above it, since both moments of a pruned weight are zero: "
+            f"not {float(lr)}, {weight_decay} and {eps}"
+        )
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas are two numbers from 0 to below 1, not {tuple(map(float, betas))}")
