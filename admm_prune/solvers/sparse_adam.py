@@ -71,7 +71,7 @@ class SparseAdam(Optimizer):
         penalty: rho, or a `Penalty`.
         score: selects the support.
         interval: steps between dual updates.
-        first_update: the step after which the first dual update comes; `interval` by default.
+        first_update: the step, counted from 0, after which the first dual update comes; `interval` by default.
         total_steps: the length of the run in calls of `step`, one for several batches whose gradients are accumulated;
             schedules need it. A shorter or longer run causes a warning.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.

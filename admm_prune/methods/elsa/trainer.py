@@ -216,7 +216,8 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
 
 
 def passes(validation_batches: float) -> int:
-    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third.
+    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third. A second
+    search, of a loss that no step has lowered, is not counted.
 
     Args:
         validation_batches: in one validation.
