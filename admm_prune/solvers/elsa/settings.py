@@ -31,8 +31,8 @@ class Penalty:
         start: the initial rho, as a fraction of `value`.
         units: "absolute" takes `value` as published. "relative" takes it, for each weight matrix, in units of
             rms(clipped gradient of the loss) / rms(weight): at 1 the pull on a weight as far from its target as weights
-            are large equals a typical gradient. Of a decoupled penalty the unit is 1 / rms(weight): the pull then equals
-            a step of Adam, lr.
+            are large equals a typical gradient. Of a decoupled penalty the unit is 1 / rms(weight): the pull then
+            equals a step of Adam, lr.
         rescale: "immediate" rescales u as soon as rho changes, so that the multiplier rho u is constant; "lagged" only
             at the next dual update, as the published code does.
         decoupled: the pull is not a gradient but a separate step after Adam's, x <- x - lr rho (x - z + u), which
