@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import admm_prune
-from admm_prune.data.sequences import Batch
+from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Outcome, Runtime, Task
 from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, TunedDense, stages_of
@@ -181,6 +181,19 @@ def test_the_published_rate_has_no_warm_up(
     recipe = replace(recipe_named(name, 40), lr=1e-3, batch_size=2)  # type: ignore[type-var]
     with pytest.raises(KeyboardInterrupt):
         recipe.prune(load(str(model_folder)).model, task, Runtime(on_record=first))
+
+
+@pytest.mark.parametrize("how", [{"first": 0.0}, {"ratio": 1.0}, {"until": 1.0}, {"ratio": math.nan}], ids=str)
+def test_a_schedule_out_of_range_is_refused(how: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="first, ratio and until of a schedule lie between 0 and 1"):
+        DensitySchedule(**how)
+
+
+def test_held_out_text_without_a_token_to_score_is_refused(model_folder: Path) -> None:
+    rows = tuple(Row(torch.tensor([1, 1 if i == 1 else 5]), 1) for i in range(3))
+    task = Task(target=target_named("0.5"), calibration=Sequences(rows, "documents", 2, 1, 8))
+    with pytest.raises(UserError, match="gradual chooses by held-out text, which has no token to score"):
+        Gradual(steps=2, lr=1e-3).prune(load(str(model_folder)).model, task)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ class DensitySchedule:
     ratio: float = 0.58
     until: float = 0.4
 
+    def __post_init__(self) -> None:
+        if not 0 < self.first <= 1 or not 0 < self.ratio < 1 or not 0 <= self.until < 1:
+            given = f"{self.first}, {self.ratio} and {self.until}"
+            raise UserError(f"first, ratio and until of a schedule lie between 0 and 1, not {given}")
+
     def densities(self, target: float) -> list[float]:
         """From the first to the target's."""
         if not 0.0 < target < self.first:

@@ -181,6 +181,8 @@ class Trained(Capabilities, ABC):
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
+        if not held_out.scored_tokens:
+            raise UserError(f"{self.name} chooses by held-out text, which has no token to score here: give more text")
         target, world = task.target, runtime.world
         sharded = ShardedModel(model, runtime.offloading, world) if world.size > 1 else None
         trained = model if sharded is None else sharded.sharded
