@@ -23,7 +23,7 @@ class Elsa(Staged):
     """min f(x) + I_C(z) over x = z, f the model's own loss, by ADMM with a dual variable u:
 
         x <- Adam's step with the gradient of f at x, then x <- x - lr rho (x - z + u);
-        every `interval` steps   z <- P_C(x + u) in the metric of Adam's second moment,   u <- u + x - z;
+        every `interval` steps   z <- P_C(x + u) in the metric F^(2 power),   u <- u + x - z,   F Adam's second moment;
         at the stages            z <- argmin_{z in C_t} |z - x|_H^2, H the layers' Gram,   u <- 0.
 
     C_t approaches C through a few larger sets, as in `Staged`, but the model stays dense meanwhile: it is x that is
@@ -33,12 +33,12 @@ class Elsa(Staged):
     Attributes:
         rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam.
         interval: steps between two updates of z and u.
-        power: weights of x + u are chosen by |x + u| F^power, F Adam's second moment.
+        power: weights of x + u are chosen by |x + u| F^power.
         frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end, where it is
             restricted to the support of a last dual update.
 
     Sources: ELSA, arXiv 2510.01650, 2026. The stages, the metric of the layers' Gram with its compensation, the
-    penalty outside of Adam's moments and its unit, and the end on a fixed support are ours.
+    penalty outside of Adam's moments and its unit, the power, and the end on a fixed support are ours.
     """
 
     name: str = "elsa"
