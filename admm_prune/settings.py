@@ -317,10 +317,7 @@ class Settings(TextSettings):
         parse=_ridge,
     )
     steps: int | None = _training(
-        None,
-        "Number of training passes over a batch, for methods that train: optimizer steps, and the passes that measure "
-        "the learning rate; by default set by the method.",
-        least=1,
+        None, "Training passes over a batch, learning rate range test included; by default set by the method.", least=1
     )
     distillation: float | None = _training(
         None,
