@@ -317,7 +317,7 @@ class Settings(TextSettings):
         parse=_ridge,
     )
     steps: int | None = _training(
-        None, "Number of optimizer steps, for methods that train; by default set by the method.", least=1
+        None, "Training passes over a batch, learning rate range test included; by default set by the method.", least=1
     )
     distillation: float | None = _training(
         None,

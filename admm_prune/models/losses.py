@@ -74,9 +74,9 @@ def rows_at_once(model: nn.Module, length: int) -> int:
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean of -log p over the scored tokens of a batch, from logits in float32."""
+    """The mean of -log p over the scored tokens of a batch, from logits in float32; 0 where there are none."""
     scored = Scored.of(batch, _device(model))
-    return _with_logits(model, scored, _summed(partial(_cross_entropy, scored.targets))) / scored.count
+    return _with_logits(model, scored, _summed(partial(_cross_entropy, scored.targets))) / max(1, scored.count)
 
 
 @torch.no_grad()
@@ -130,7 +130,8 @@ def token_scores(
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """(1 - weight) cross-entropy + weight T^2 KL(p_teacher || p), means over the scored tokens, at temperature T.
+    """(1 - weight) cross-entropy + weight T^2 KL(p_teacher || p), means over the scored tokens, at temperature T; 0
+    where no token is scored.
 
     The teacher is the dense model: its whole distribution is more informative than the token alone. It runs without
     gradients, about a third of the cost of a training step. It is called within the call of the model, so that the
@@ -159,7 +160,7 @@ class Distillation:
             with torch.no_grad():
                 return _with_logits(self.teacher, scored, at_teachers_head)
 
-        return _with_logits(model, scored, at_head) / scored.count
+        return _with_logits(model, scored, at_head) / max(1, scored.count)
 
     def _chunk(
         self, teacher_logits: Tensor, targets: Tensor, logits: Tensor, chunk: slice, gradient: bool
@@ -304,11 +305,11 @@ def _summed(loss: ChunkLoss) -> AtHead:
 
 
 def _chunks(head: Head, states: Tensor) -> list[slice]:
-    """Runs of tokens with at most `_CHUNK` logits."""
+    """Runs of tokens with at most `_CHUNK` logits; an empty one where there is no token."""
     with torch.enable_grad():  # as later: autocast keeps the weight that it converts first, with or without gradient
         width = head(states[:1].detach()).shape[-1]
     rows = max(_FEWEST, _CHUNK // width)
-    return [slice(start, start + rows) for start in range(0, len(states), rows)]
+    return [slice(start, start + rows) for start in range(0, max(1, len(states)), rows)]
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -84,7 +84,8 @@ class ShardedModel(Offloading):
             yield
 
     def copy(self, dtype: torch.dtype) -> nn.Module:
-        """Another sharded module with the same parameters in another dtype, without gradients."""
+        """Another sharded module with the same parameters in another dtype, without gradients. Buffers keep their
+        dtypes: rotary frequencies in 16 bits would turn distant positions by other angles."""
         other = self._empty(dtype).requires_grad_(False)
         for parameter, source in zip(other.parameters(), self.sharded.parameters(), strict=True):
             local(parameter).copy_(local(source.detach()))
@@ -128,7 +129,10 @@ class ShardedModel(Offloading):
         """A sharded module, with the buffers of `model` and parameters that are allocated, but not initialized."""
         from torch.distributed.fsdp import fully_shard
 
-        sharded = copy.deepcopy(self.model).to(dtype)
+        sharded = copy.deepcopy(self.model)
+        for parameter in sharded.parameters() if dtype is not None else ():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         for block in decoder_blocks(sharded):
             fully_shard(block.module, mesh=self._mesh)
         # Also the root, which FSDP would leave unsharded after an evaluation.

@@ -1,4 +1,4 @@
-"""Tensors in 16 and 8 bits: stochastic rounding to bfloat16, and blocks of 256 entries that share a float32 scale.
+"""Tensors in 16 and 8 bits: stochastic rounding to 16 bits, and blocks of 256 entries that share a float32 scale.
 
 A block is a run of entries of one row, so that a quantized tensor may be cut or sharded between its rows.
 """
@@ -17,6 +17,7 @@ _LINEAR = 127  # levels of either sign
 _SIGNED, _UNSIGNED = 127, 255  # levels above zero
 _SIGNED_DECADES, _UNSIGNED_DECADES = 5.0, 6.0  # from the smallest level to the largest
 _TINY = torch.finfo(torch.float32).tiny
+_HALF_DIGITS, _HALF_LEAST = 11, -24  # binary digits of a float16 number, and the exponent of the least above zero
 
 
 def generator_on(device: torch.device) -> torch.Generator:
@@ -52,6 +53,20 @@ def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, generator=generator, device=x.device)
     # Adding noise below the last kept bit and cutting there rounds up with the probability of the part cut off.
     return noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def to_float16(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x (float32) in float16, up or down at random so that the mean is x.
+
+    Args:
+        x: finite, up to 65504.
+    """
+    exponents = torch.frexp(x).exponent.sub_(_HALF_DIGITS).clamp_(min=_HALF_LEAST)
+    spacing = torch.ldexp(torch.ones_like(x), exponents)  # of the numbers around x
+    levels = x / spacing
+    below = levels.floor()
+    up = torch.rand(x.shape, generator=generator, device=x.device) < levels.sub_(below)
+    return below.add_(up).mul_(spacing).to(torch.float16)
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:

@@ -33,7 +33,7 @@ class SurrogateFree:
 
     Args:
         model: in the state in which its loss is to be taken (`eval()`, where it would drop activations at random).
-        loss: of the model on a batch, a scalar to be differentiated; `models.evaluate` has those of language models.
+        loss: of the model on a batch, a scalar to be differentiated; `models.losses` has those of language models.
         training: batches, anything that `loss` understands.
         validation: the same, for `value`.
         constraint: of the whole point (`Product` where the weights have sets of their own), or, with `each`, of every
@@ -47,7 +47,7 @@ class SurrogateFree:
         UserError: there is no weight to prune, or no batch.
 
     Source: Lee et al., The unseen frontier: pushing the limits of LLM sparsity with surrogate-free ADMM, 2026
-    (arXiv 2510.01650), equation of its section 2.
+    (arXiv 2510.01650).
     """
 
     def __init__(

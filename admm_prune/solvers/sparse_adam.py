@@ -20,10 +20,11 @@ from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
 from admm_prune.solvers.elsa.moments import DeferredGradient, MomentFormat, Moments, clip, refuse_sparse, total_norm
 from admm_prune.solvers.elsa.parameter_groups import Target, group_of, names_of, parameter_groups, unify_names
-from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam
+from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam, check_choice
 from admm_prune.solvers.elsa.state import check_saved, copy_saved, load_atomically
-from admm_prune.solvers.elsa.supports import Support
+from admm_prune.solvers.elsa.supports import Scope, Support
 
+Final = Literal["anchors", "weights"]
 _PENALTY, _SCORE = Penalty(), Score()  # frozen, so that they can be shared
 _PROGRESS = ("steps_done", "skipped", "frozen", "fraction")  # in every group
 _OWN = (
@@ -61,7 +62,7 @@ class SparseAdam(Optimizer):
         masks: initial supports, by name, such as those of a layer-wise solution; by magnitude where not given.
         lr: the learning rate.
         betas: decay rates of Adam's moments.
-        eps: added to the denominator, as in `torch.optim.AdamW`.
+        eps: added to the denominator, as in `torch.optim.AdamW`; above 0.
         weight_decay: as in `torch.optim.AdamW`, but 0 by default.
         foreach: as in `torch.optim.AdamW`.
         fused: as in `torch.optim.AdamW`.
@@ -70,7 +71,7 @@ class SparseAdam(Optimizer):
         penalty: rho, or a `Penalty`.
         score: selects the support.
         interval: steps between dual updates.
-        first_update: the step after which the first dual update comes; `interval` by default.
+        first_update: the step, counted from 0, after which the first dual update comes; `interval` by default.
         total_steps: the length of the run in calls of `step`, one for several batches whose gradients are accumulated;
             schedules need it. A shorter or longer run causes a warning.
         freeze: the fraction of the run, at its end, with a frozen support; 1/4 by default, 0 without `total_steps`.
@@ -95,7 +96,7 @@ class SparseAdam(Optimizer):
         sparsity: float | None = None,
         pattern: tuple[int, int] | None = None,
         constraint: SupportConstraint | None = None,
-        scope: Literal["matrix", "model"] = "matrix",
+        scope: Scope = "matrix",
         targets: Sequence[str] = ("*",),
         ignore: Sequence[str] = HEADS,
         masks: Mapping[str, Tensor] | None = None,
@@ -114,13 +115,14 @@ class SparseAdam(Optimizer):
         total_steps: int | None = None,
         freeze: float | None = None,
         ramp: float = 0.0,
-        final: Literal["anchors", "weights"] = "anchors",
+        final: Final = "anchors",
         anchor: AnchorFormat = "bfloat16",
         rounding: Literal["nearest", "stochastic"] = "nearest",
         moments: MomentFormat = "full",
         seed: int = 0,
     ) -> None:
-        check_adam(lr, betas, eps, weight_decay, foreach=foreach, fused=fused)
+        check_adam(lr, betas, eps, weight_decay, foreach=foreach, fused=fused, clip=clip)
+        check_choice("final support", final, Final)
         target = Target(sparsity, pattern, constraint, scope)
         chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
         self.timeline = Timeline(
@@ -133,7 +135,7 @@ class SparseAdam(Optimizer):
         self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
-        self._scope: Literal["matrix", "model"] = scope
+        self._scope: Scope = scope
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.resolve(moments)
         self._masks, self.moments = dict(masks or {}), str(self._moments)  # the format actually used for the moments
         self.history: list[DualUpdate] = []
@@ -450,7 +452,7 @@ class SparseAdam(Optimizer):
             for splitting, group, weights in self._pruned():
                 for weight in weights:
                     if weight.parameter.grad is not None:
-                        splitting.pull(weight, float(group["lr"]))
+                        splitting.pull(weight, float(group["lr"]), self.steps_done)
 
     def _advance(self) -> None:
         """Counts the step; updates the duals, or freezes, where that is due."""

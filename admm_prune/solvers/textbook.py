@@ -78,7 +78,8 @@ def elsa(
 
         f(x) + rho / 2 |x - z + u|^2,    then    z <- argmin over sparse z of |z - (x + u)|_F^2,    u <- x + u - z,
 
-    where F is the square root of Adam's second moment v, a diagonal estimate of curvature.
+    where |y|_F^2 = sum F y^2 and F is Adam's second moment v, an estimate of the diagonal of the Fisher information: z
+    keeps the entries of x + u with the largest |x + u| sqrt(F).
 
     Args:
         gradient: (x, step) -> a sample of the gradient of f; clipped to norm 1 before the penalty is added.
@@ -89,7 +90,8 @@ def elsa(
     Returns:
         x and the support of z.
 
-    Source: Lee et al., ELSA, 2025, algorithm 1; the order of clipping and penalty is that of the released code.
+    Source: Lee et al., ELSA, arXiv 2510.01650, 2026; the order of clipping, penalty and updates is that of the released
+    code.
     """
     x = x.double().clone()
     mask = select(x.abs())

@@ -5,6 +5,7 @@ Models are in float64, but for their norms, which are computed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,34 @@ def test_processes_and_micro_batches_share_a_batch_exactly() -> None:
         assert len(set(calls)) == 1  # else processes would wait for each other
         assert float(sum(parts) / 3) == pytest.approx(float(value), rel=1e-6)
         torch.testing.assert_close([g / 3 for g in gradients(model)], plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_sequences_without_a_scored_token_change_nothing(distilled: bool) -> None:
+    """Such as those of a text that is nothing but its separator, alone in a micro-batch or beside others."""
+    ids = torch.tensor([[1, 5, 9], [1, 1, 1], [1, 7, 4]])
+    found = []
+    for rows, how in (([0, 2], {}), ([0, 1, 2], {}), ([1, 0, 2], {"micro_batch": 1})):
+        model = build("llama").requires_grad_(True)
+        batch = Batch(ids[rows], torch.tensor([3] * len(rows)), 1)
+        found.append((trainer(model, Engine(**how), distilled=distilled).backward(batch), gradients(model)))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+    alone = Batch(ids[1:2], torch.tensor([3]), 1)
+    assert float(next_token_loss(model, alone).detach()) == float(losses.cross_entropy(model, alone)) == 0.0
+
+
+class Second(World):
+    """The second of two processes, the first of which has computed a loss of 3."""
+
+    def broadcast_from_rank0(self, compute: Callable[[], Any]) -> Any:
+        assert compute() != 3.0
+        return 3.0
+
+
+def test_all_processes_decide_by_the_held_out_loss_of_the_first() -> None:
+    one = trainer(build("llama").requires_grad_(True), Engine(), world=Second(1, 2))
+    assert one.held_out_loss(sequences()) == 3.0
 
 
 def test_distillation_is_the_same_in_micro_batches_with_activations_computed_again() -> None:

@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import admm_prune
-from admm_prune.data.sequences import Batch
+from admm_prune.data.sequences import Batch, Row, Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Outcome, Task
-from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, stages_of
+from admm_prune.methods.base import Outcome, Runtime, Task
+from admm_prune.methods.elsa.baselines import DensitySchedule, Gradual, Staged, TunedDense, stages_of
 from admm_prune.methods.elsa.elsa import TRAINED, Elsa
 from admm_prune.methods.elsa.trained import Trained
-from admm_prune.methods.elsa.trainer import endless_batches, held_out_loss, measured_rate
+from admm_prune.methods.elsa.trainer import (
+    DEFAULT_RATE,
+    MeasuredRate,
+    endless_batches,
+    held_out_loss,
+    measured_rate,
+)
 from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.target import Target, target_named
 from admm_prune.models.loading import load
@@ -110,6 +116,116 @@ def test_training_that_does_harm_is_undone(model_folder: Path, text_file: Path) 
     assert all(layer.sparsity == 0.5 for layer in outcome.layers)
 
 
+def test_a_dense_model_that_training_makes_worse_is_returned_as_it_was(model_folder: Path, text_file: Path) -> None:
+    dense = load(str(model_folder)).model
+    model, outcome = pruned(TunedDense(steps=8, batch_size=4, lr=3.0), "0", model_folder, text_file)
+    assert any("worse on held-out sequences" in note for note in outcome.notes)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+    better, outcome = pruned(TunedDense(steps=20, batch_size=4), "0", model_folder, text_file)
+    assert outcome.notes == ()
+    assert not torch.equal(better.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+
+
+def test_a_loss_that_is_not_finite_is_noted(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer.held_out_loss", lambda *_: math.inf)
+    _, outcome = pruned(Gradual(steps=4, batch_size=4, lr=1e-3, interval=2), "0.5", model_folder, text_file)
+    assert outcome.notes == ("the loss of the model on held-out sequences is not finite",)
+
+
+@pytest.mark.parametrize("kind", [Elsa, Staged])
+def test_notes_of_layer_problems_reach_the_result(kind: type[Staged], model_folder: Path, text_file: Path) -> None:
+    model = load(str(model_folder)).model
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0.0
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    outcome = kind(steps=4, batch_size=4, lr=1e-6).prune(model, task)
+    stages = outcome.details["stages"]
+    dead = [name for name, notes in stages[0]["notes"].items() if any("channels are dead" in n for n in notes)]
+    assert [name.split(".")[-2] for name in dead[:3]] == ["q_proj", "k_proj", "v_proj"]
+    assert [note.partition(" layer problems have notes")[0] for note in outcome.notes if "layer problems" in note] == [
+        f"projection at step {stage['step']}: {len(stage['notes'])}" for stage in stages if stage["notes"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [(0.0, [0.0, 0.2, 0.4]), (1.0, [0.0]), (0.7, [0.0, 0.2, 0.3]), (0.5, [0.0, 0.2, 0.4, 0.5]), (0.6, [0.0, 0.2, 0.4])],
+)
+def test_no_stage_comes_after_the_support_was_fixed(frozen: float, expected: list[float]) -> None:
+    plan = Elsa(frozen=frozen).projections(target_named("0.9"))
+    assert [at for at, _ in plan] == pytest.approx(expected)
+    assert plan[-1][1] == target_named("0.9")
+
+
+def test_a_short_last_part_has_the_support_of_the_layer_solver(model_folder: Path, text_file: Path) -> None:
+    """Of 6 steps the last hundredth is none: the last step is taken."""
+    _, outcome = pruned(Elsa(steps=6, batch_size=2, lr=1e-5, frozen=0.01), "0.5", model_folder, text_file)
+    stages = outcome.details["stages"]
+    assert [stage["step"] for stage in stages] == [0, 5]
+    assert outcome.details["training"]["held_out_loss"] <= stages[-1]["held_out_loss"]
+
+
+@pytest.mark.parametrize(("name", "part"), [("elsa-published", 1.0), ("gradual", 0.5)])
+def test_the_published_rate_has_no_warm_up(
+    name: str, part: float, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer._WINDOW", 1)
+
+    def first(figures: dict[str, float], step: int) -> None:
+        assert (step, figures["train/lr"]) == (1, pytest.approx(part * 1e-3))
+        raise KeyboardInterrupt
+
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    recipe = replace(recipe_named(name, 40), lr=1e-3, batch_size=2)  # type: ignore[type-var]
+    with pytest.raises(KeyboardInterrupt):
+        recipe.prune(load(str(model_folder)).model, task, Runtime(on_record=first))
+
+
+@pytest.mark.parametrize("how", [{"first": 0.0}, {"ratio": 1.0}, {"until": 1.0}, {"ratio": math.nan}], ids=str)
+def test_a_schedule_out_of_range_is_refused(how: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="first, ratio and until of a schedule lie between 0 and 1"):
+        DensitySchedule(**how)
+
+
+def test_held_out_text_without_a_token_to_score_is_refused(model_folder: Path) -> None:
+    rows = tuple(Row(torch.tensor([1, 1 if i == 1 else 5]), 1) for i in range(3))
+    task = Task(target=target_named("0.5"), calibration=Sequences(rows, "documents", 2, 1, 8))
+    with pytest.raises(UserError, match="gradual chooses by held-out text, which has no token to score"):
+        Gradual(steps=2, lr=1e-3).prune(load(str(model_folder)).model, task)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"steps": 0}, "steps and batch_size must be at least 1"),
+        ({"batch_size": 0}, "steps and batch_size must be at least 1"),
+        ({"lr": -1.0}, "lr and lr_multiplier must be at least 0"),
+        ({"lr_multiplier": math.nan}, "lr and lr_multiplier must be at least 0"),
+        ({"distillation": 1.5}, "distillation and warm_up are fractions"),
+        ({"warm_up": -0.1}, "distillation and warm_up are fractions"),
+        ({"frozen": 1.5}, "frozen is a fraction of the run"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_in_a_line(how: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        Elsa(**how)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rate_that_is_recorded_is_that_of_the_step(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trainer._WINDOW", 3)
+    records: list[tuple[int, float]] = []
+    runtime = Runtime(on_record=lambda figures, step: records.append((step, figures["train/lr"])))
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    Gradual(steps=4, batch_size=2, lr=1e-3).prune(load(str(model_folder)).model, task, runtime)
+    assert records == [(step, pytest.approx(1e-3 * (1 - (step - 1) / 4))) for step in (3, 4)]
+
+
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
@@ -164,6 +280,58 @@ def test_the_measured_step_is_the_best_along_the_signs_of_the_gradient() -> None
     assert measured.decrease > 0
     assert measured.rate(0.5) == pytest.approx(2.3 * measured.step)
     assert measured.rate(0.25) > measured.rate(0.5) > measured.rate(1.0)
+
+
+def measured_by(sign: float = 1.0, far: float = math.inf, last: float = 1.0) -> tuple[MeasuredRate, Tensor]:
+    """The measured step on `Bend`, and the weights afterwards.
+
+    Args:
+        sign: of the gradient.
+        far: the loss is flat at 1000 for weights further than this from the first ones.
+        last: a factor of the last batch's gradient.
+    """
+    model = Bend()
+    before = model.x.detach().clone()
+    batches = [torch.zeros(1)] * 2 + [torch.ones(1)]
+
+    def backward(batch: Tensor) -> Tensor:
+        (sign * (last if batch else 1.0) * bent(model, batch)).backward()
+        return torch.zeros(())
+
+    def loss() -> float:
+        away = float((model.x.detach() - before).abs().max())
+        return 1000.0 if away > far else float(bent(model, torch.zeros(1)).detach())
+
+    return measured_rate(model, backward, batches, loss), model.x.detach()
+
+
+@pytest.mark.parametrize("far", [1e-3, 2e-4])
+def test_a_loss_that_is_flat_far_away_is_measured_by_smaller_steps(far: float) -> None:
+    measured, x = measured_by(far=far)
+    assert measured.usable
+    assert 0 < measured.step <= far
+    assert torch.equal(x, Bend().x)
+
+
+@pytest.mark.parametrize("how", [{"sign": -1.0}, {"far": 0.0}, {"last": math.nan}, {"last": math.inf}], ids=str)
+def test_what_cannot_be_measured_is_not_used_as_if_it_were(how: dict[str, float]) -> None:
+    """Steps uphill, a loss that no step lowers, and gradients that are not finite."""
+    measured, x = measured_by(**how)
+    assert not measured.usable
+    assert measured.rate(1.0) == measured.rate(0.1) == DEFAULT_RATE == recipe_named("elsa-published").lr
+    assert torch.equal(x, Bend().x)
+
+
+@pytest.mark.parametrize("kind", [Elsa, Staged, Gradual])
+def test_a_rate_that_could_not_be_measured_is_the_default_with_a_note(
+    kind: type[Trained], model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admm_prune.methods.elsa.trained.measured_rate", lambda *_: MeasuredRate(0.1, -1.0))
+    _, outcome = pruned(kind(steps=20, batch_size=4, lr_multiplier=2.0), "0.5", model_folder, text_file)
+    assert set(outcome.details["training"]["lr"]) == {2 * DEFAULT_RATE}
+    assert [note for note in outcome.notes if "rate" in note] == [
+        "the learning rate could not be measured, because no step along the gradient lowers the loss: 0.0004 is used"
+    ]
 
 
 def test_batches_of_an_epoch_show_every_sequence_once(model_folder: Path, text_file: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.methods.elsa import trained
+from admm_prune.methods.elsa.trainer import MeasuredRate
 
 STEPS = 24
 TIMED = {"timings.json", "report.html"}  # they tell times
@@ -58,6 +59,17 @@ def test_an_interrupted_run_ends_in_the_bytes_of_one_that_was_not(
     assert files(again) == files(tmp_path / "whole")
     assert len(files(again)) >= 4
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "again"}
+
+
+def test_notes_of_a_run_outlast_an_interruption(
+    tmp_path: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "_PART", 6)
+    monkeypatch.setattr(trained, "measured_rate", lambda *_: MeasuredRate(0.1, -1.0))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", model_folder, text_file, "gradual", stop=8)
+    run(tmp_path / "out", model_folder, text_file, "gradual", resume=True)
+    assert "the learning rate could not be measured" in (tmp_path / "out/admm_prune.json").read_text()
 
 
 def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path: Path, model_folder: Path, text_file: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Runtime, Task
+from admm_prune.methods.elsa.engine import teacher_of
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import LoadedModel, fingerprint, load, open_on_disk, save
@@ -89,6 +90,16 @@ def test_both_forms_are_the_model(family: str, folders: Path, alone: World) -> N
             stack.enter_context(sharded.block(index))
         assert torch.equal(logits(sharded.model), logits(whole))
     assert resident(sharded.model) == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_in_another_dtype_is_the_teacher_of_one_process(family: str, folders: Path, alone: World) -> None:
+    whole = load(str(folders / family)).model
+    _, sharded = opened(folders / family, alone)
+    copied, expected = sharded.copy(torch.bfloat16), teacher_of(whole, torch.bfloat16)
+    assert {name: x.dtype for name, x in copied.named_buffers()} == {n: x.dtype for n, x in whole.named_buffers()}
+    assert {x.dtype for x in copied.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(copied), logits(expected))
 
 
 def test_only_what_is_entered_is_gathered(folders: Path, alone: World) -> None:

@@ -66,7 +66,21 @@ def test_eight_bits_keep_within_their_bounds(seed, width, scale) -> None:
     assert bool((root[x != 0] > 0).all())  # it is divided by
 
 
-@pytest.mark.parametrize("to", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_random_leaves_what_is_representable(dtype: torch.dtype) -> None:
+    """All numbers of 16 bits, the smallest too; others become one of their two neighbours."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    rounded = {torch.bfloat16: quantization.to_bfloat16, torch.float16: quantization.to_float16}[dtype]
+    assert torch.equal(rounded(every, random(0)).float(), every)
+    every = every.unique()
+    below, above = every[:-1], every[1:]
+    between = (0.5 * below.double() + 0.5 * above.double()).float()
+    found = rounded(between, random(1)).float()
+    assert bool(((found == below) | (found == above)).all())
+
+
+@pytest.mark.parametrize("to", ["int8", "bfloat16", "float16"])
 def test_rounding_at_random_keeps_the_mean(to) -> None:
     x = torch.full((1, 256), 0.300123)
     x[0, 0] = 1.0  # the scale of the block
@@ -74,7 +88,8 @@ def test_rounding_at_random_keeps_the_mean(to) -> None:
     if to == "int8":
         drawn = [quantization.from_int8(*quantization.to_int8(x, chance)) for _ in range(200)]
     else:
-        drawn = [quantization.to_bfloat16(x, chance).float() for _ in range(200)]
+        rounded = {"bfloat16": quantization.to_bfloat16, "float16": quantization.to_float16}[to]
+        drawn = [rounded(x, chance).float() for _ in range(200)]
     values = torch.cat(drawn)[:, 1:]
     assert values.unique().numel() == 2
     step = float(values.max() - values.min())

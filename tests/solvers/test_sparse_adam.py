@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -388,6 +389,14 @@ def test_masks_to_begin_with_are_kept_until_the_first_update() -> None:
         ({"sparsity": 0.5, "freeze": 0.5}, "total_steps"),
         ({"sparsity": 0.5, "interval": 0}, "interval"),
         ({"sparsity": 0.5, "penalty": math.nan}, "penalty"),
+        ({"sparsity": 0.5, "eps": 0.0}, "eps is above it"),
+        ({"sparsity": 0.5, "clip": 0.0}, "clip is a norm above 0"),
+        ({"sparsity": 0.5, "clip": -1.0}, "clip is a norm above 0"),
+        ({"sparsity": 0.5, "final": "x"}, "unknown final support 'x'"),
+        ({"sparsity": 0.5, "anchor": "int4"}, "unknown format of anchors 'int4'"),
+        ({"sparsity": 0.5, "rounding": "up"}, "unknown rounding of anchors 'up'"),
+        ({"sparsity": 0.5, "moments": "int4"}, "unknown format of moments 'int4'"),
+        ({"sparsity": 0.5, "scope": "layer"}, "unknown scope of a sparsity 'layer'"),
         ({"sparsity": 0.5, "targets": ("*.attention.*",)}, "attention"),
         ({"sparsity": 0.5, "masks": {"nowhere": torch.ones(1, dtype=torch.bool)}}, "nowhere"),
     ],
@@ -397,3 +406,18 @@ def test_wrong_settings_are_refused_in_a_line(wrong, words) -> None:
     with pytest.raises(UserError, match=words) as caught:
         SparseAdam(Net(), **wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "wrong", "words"),
+    [
+        (Penalty, {"shape": "cosin"}, "unknown shape of a penalty 'cosin' (did you mean 'cosine'?)"),
+        (Penalty, {"units": "rms"}, "unknown unit of a penalty 'rms'"),
+        (Penalty, {"rescale": "late"}, "unknown rescaling of u 'late'"),
+        (Score, {"fisher": "adamw"}, "unknown Fisher diagonal 'adamw' (did you mean 'adam'?)"),
+    ],
+    ids=str,
+)
+def test_a_name_that_stands_for_nothing_is_refused_where_it_would_be_taken_for_another(settings_, wrong, words) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        settings_(**wrong)

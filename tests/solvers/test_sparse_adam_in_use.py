@@ -187,6 +187,26 @@ def test_hooks_of_states_see_and_exchange_them_as_with_torch() -> None:
     assert torch.equal(loading.masks()["0.0"], saving.masks()["0.0"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_decoupled_penalty_pulls_weights_of_every_dtype(dtype: torch.dtype) -> None:
+    """In 16 bits a step of 3e-4 of the weight is far below the distance of two numbers."""
+    p = nn.Parameter(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).to(dtype))
+    optimizer = SparseAdam(
+        [p], sparsity=0.5, lr=2e-3, interval=1000, freeze=0.0, anchor="full", betas=(0.0, 0.999),
+        penalty=Penalty(value=0.15, decoupled=True),
+    )  # fmt: skip
+    off = ~next(iter(optimizer.masks().values()))
+    off[0] = False
+    before = p.detach().clone().float()
+    for _ in range(100):
+        p.grad = torch.zeros_like(p)
+        p.grad[0, 0] = 1e-3  # the pull is in units that need a gradient
+        optimizer.step()
+    rate = 2e-3 * 0.15 / float(before.square().mean().sqrt())
+    moved = float(p.detach().float()[off].norm() / before[off].norm())
+    assert moved == pytest.approx((1 - rate) ** 100, abs=1e-6 if dtype is torch.float32 else 2e-3)
+
+
 @pytest.mark.parametrize(
     "how",
     [{"clip_penalty": True}, {"clip": None}, {"penalty": Penalty(value=1e6, units="absolute")},

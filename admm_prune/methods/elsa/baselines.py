@@ -40,6 +40,11 @@ class DensitySchedule:
     ratio: float = 0.58
     until: float = 0.4
 
+    def __post_init__(self) -> None:
+        if not 0 < self.first <= 1 or not 0 < self.ratio < 1 or not 0 <= self.until < 1:
+            given = f"{self.first}, {self.ratio} and {self.until}"
+            raise UserError(f"first, ratio and until of a schedule lie between 0 and 1, not {given}")
+
     def densities(self, target: float) -> list[float]:
         """From the first to the target's."""
         if not 0.0 < target < self.first:
@@ -97,7 +102,8 @@ class Staged(Trained):
             stage["held_out_loss"] = session.offer()
 
     def solve_layers(self, session: Session, target: Target) -> dict[str, Any]:
-        """The model <- its layer-wise projection; returns the record of the stage, which is added to the session's."""
+        """The model <- its layer-wise projection; returns the record of the stage, which is added to the session's, as
+        are the notes of the layer problems."""
         rows = len(session.training.rows)
         calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
         task = Task(target=target, calibration=calibration, seed=session.task.seed)
@@ -106,7 +112,19 @@ class Staged(Trained):
         session.model.requires_grad_(False)
         outcome = Layerwise(self.projection).prune(session.model, task, runtime)
         session.model.requires_grad_(True)
-        stage = {"step": session.trainer.done, "target": str(target), "relative_error": _mean_error(outcome)}
+        notes = _notes(outcome)
+        if notes:
+            name, first = next(iter(notes.items()))
+            session.notes.append(
+                f"projection at step {session.trainer.done}: {len(notes)} layer problems have notes, which are in the "
+                f"details of the stage, such as {name}: {first[0]}"
+            )
+        stage = {
+            "step": session.trainer.done,
+            "target": str(target),
+            "relative_error": _mean_error(outcome),
+            "notes": notes,
+        }
         session.stages.append(stage)
         return stage
 
@@ -148,6 +166,14 @@ class TunedDense(Trained):
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         return SparseAdam(**how, freeze=1.0)
 
+    def projections(self, target: Target) -> list[tuple[float, Target]]:
+        return [(0.0, target)]
+
+    def project(self, session: Session, target: Target) -> None:
+        """The dense model as it is competes with the trained one."""
+        session.trainer.optimizer.masks()  # creates the optimizer's state, which a checkpoint holds
+        session.offer()
+
 
 def stages_of(target: Target, schedule: DensitySchedule | None) -> list[tuple[float, Target]]:
     """(fraction of the run that is done, target of the projection at that point); of a pattern, whole numbers kept of
@@ -168,3 +194,13 @@ def _of_density(target: Target, density: float) -> Target:
 def _mean_error(outcome: Outcome) -> float:
     errors = [layer.relative_error for layer in outcome.layers if layer.relative_error is not None]
     return float(torch.tensor(errors, dtype=torch.float64).mean()) if errors else math.nan
+
+
+def _notes(outcome: Outcome) -> dict[str, list[str]]:
+    """The notes of the layer problems that have some, and what went wrong in them, by the weight's name."""
+    solved = [layer for layer in outcome.layers if layer.status is not None]
+    notes = {
+        layer.name: [*layer.notes, *(one.finding for one in layer.diagnosis if one.severity == "error")]
+        for layer in solved
+    }
+    return {name: lines for name, lines in notes.items() if lines}

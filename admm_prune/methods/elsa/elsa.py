@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from admm_prune.errors import UserError
 from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
@@ -22,7 +23,7 @@ class Elsa(Staged):
     """min f(x) + I_C(z) over x = z, f the model's own loss, by ADMM with a dual variable u:
 
         x <- Adam's step with the gradient of f at x, then x <- x - lr rho (x - z + u);
-        every `interval` steps   z <- P_C(x + u) in the metric of Adam's second moment,   u <- u + x - z;
+        every `interval` steps   z <- P_C(x + u) in the metric F^(2 power),   u <- u + x - z,   F Adam's second moment;
         at the stages            z <- argmin_{z in C_t} |z - x|_H^2, H the layers' Gram,   u <- 0.
 
     C_t approaches C through a few larger sets, as in `Staged`, but the model stays dense meanwhile: it is x that is
@@ -32,11 +33,12 @@ class Elsa(Staged):
     Attributes:
         rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam.
         interval: steps between two updates of z and u.
-        power: weights of x + u are chosen by |x + u| F^power, F Adam's second moment.
-        frozen: the part of the run, at its end, with x = z on a fixed support.
+        power: weights of x + u are chosen by |x + u| F^power.
+        frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end, where it is
+            restricted to the support of a last dual update.
 
     Sources: ELSA, arXiv 2510.01650, 2026. The stages, the metric of the layers' Gram with its compensation, the
-    penalty outside of Adam's moments and its unit, and the end on a fixed support are ours.
+    penalty outside of Adam's moments and its unit, the power, and the end on a fixed support are ours.
     """
 
     name: str = "elsa"
@@ -47,18 +49,26 @@ class Elsa(Staged):
     frozen: float = 0.5
     anchor: AnchorFormat = "full"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.frozen <= 1:
+            raise UserError(f"frozen is a fraction of the run, 0 to 1, not {self.frozen}")
+
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         penalty = Penalty(value=self.rho, decoupled=True)
         score = Score(fisher="adam", power=self.power)
         return SparseAdam(**how, penalty=penalty, score=score, interval=self.interval, freeze=0.0, anchor=self.anchor)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        return [*super().projections(target), (1.0 - self.frozen, target)]
+        """The stages before the last part of the run, and its beginning."""
+        last = 1.0 - self.frozen
+        stages = [stage for stage in super().projections(target) if stage[0] < last]
+        return [*stages, (last, target)] if self.frozen else stages
 
     def project(self, session: Session, target: Target) -> None:
         """At a stage the layers' solution becomes z, and x stays; at the last one it becomes x too."""
         trainer = session.trainer
-        if trainer.done >= round((1.0 - self.frozen) * trainer.steps):
+        if self.frozen and trainer.done >= min(round((1.0 - self.frozen) * trainer.steps), trainer.steps - 1):
             super().project(session, target)
             return
         weights = {view.parameter_name: session.trained.get_parameter(view.parameter_name) for view in session.views}
@@ -76,10 +86,11 @@ class Elsa(Staged):
 
 @dataclass(frozen=True, kw_only=True)
 class Published(Trained):
-    """ELSA as published: see `SparseAdam.faithful`. Its rate and penalty are absolute."""
+    """ELSA as published: see `SparseAdam.faithful`. Its rate, without a warm-up, and its penalty are absolute."""
 
     name: str = "elsa-published"
     summary: str = "ELSA as published: penalty from 0 by a cosine, Fisher-weighted projections, no frozen end"
+    warm_up: float = 0.0
     lr: float | None = 2e-4
     penalty: float = 1e-3
 

@@ -88,11 +88,13 @@ class Session:
                 x.copy_(exact)
 
     def finish(self) -> None:
-        """Leaves the best sparse weights in the trained model. The last ones are offered too."""
+        """Leaves the best weights in the trained model. The last ones are offered too."""
         if self.offer() > self.best_loss:
             self.restore_best()
-            last = "the last model was worse on held-out sequences than the best sparse model, which is returned"
+            last = "the last model was worse on held-out sequences than an earlier one, which is returned"
             self.notes.append(last)
+        if not math.isfinite(self.best_loss):
+            self.notes.append("the loss of the model on held-out sequences is not finite")
 
     @torch.no_grad()
     def restore_best(self) -> None:
@@ -128,6 +130,7 @@ class Session:
         self.trainer.go_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
         self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
+        self.notes = values["notes"]
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the state, by names that do not depend on the number of processes."""
@@ -158,6 +161,7 @@ class Session:
             "measured": None if self.measured is None else asdict(self.measured),
             "rates": self.rates,
             "stages": self.stages,
+            "notes": self.notes,
             "prepared": self.prepared,
             "history": [update.to_json() for update in optimizer.history],
             "best_loss": None if self.best is None else self.best_loss,

@@ -15,7 +15,7 @@ from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, R
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.engine import Engine, float32_weights, teacher_of
 from admm_prune.methods.elsa.session import Session
-from admm_prune.methods.elsa.trainer import GRADIENTS, Trainer, measured_rate, passes, trainable
+from admm_prune.methods.elsa.trainer import DEFAULT_RATE, GRADIENTS, Trainer, measured_rate, passes, trainable
 from admm_prune.methods.layerwise import untouched
 from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
@@ -40,8 +40,9 @@ Projection = Callable[[Session, Target], None]
 class Trained(Capabilities, ABC):
     """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
 
-    The rate rises shortly, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
-    before the first step, and scaled up wherever a projection leaves fewer weights. A copy of the best sparse weights
+    The rate rises, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
+    before the first step, and scaled up wherever a projection leaves fewer weights; where it cannot be measured, it is
+    `trainer.DEFAULT_RATE` throughout, with a note. A copy of the best sparse weights
     is kept beside the optimizer's state. Weights are trained in float32 and saved in the model's dtype, in which the
     best ones are chosen. What moves is written to the runtime's journal every few steps and after each
     projection, so that an interrupted run resumes from there, with the same result.
@@ -53,8 +54,9 @@ class Trained(Capabilities, ABC):
     Attributes:
         steps: forward and backward passes over a batch, including those of the learning rate range test.
         batch_size: sequences per step, in epochs without replacement.
-        lr: the peak learning rate, instead of a tuned one.
-        lr_multiplier: a multiplier of the tuned learning rate.
+        warm_up: the part of the run in which the rate rises.
+        lr: the peak learning rate, instead of a measured one.
+        lr_multiplier: a multiplier of the measured learning rate.
         distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
         moments: of Adam: see `SparseAdam`.
         engine: how the model is computed; it changes the result by rounding alone.
@@ -67,11 +69,21 @@ class Trained(Capabilities, ABC):
     summary: str
     steps: int = 512
     batch_size: int = 8
+    warm_up: float = 0.05
     lr: float | None = None
     lr_multiplier: float = 1.0
     distillation: float = 0.0
     moments: MomentFormat = "full"
     engine: Engine = Engine()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError(f"steps and batch_size must be at least 1, not {self.steps} and {self.batch_size}")
+        if not (self.lr is None or self.lr >= 0) or not self.lr_multiplier >= 0:
+            raise UserError(f"lr and lr_multiplier must be at least 0, not {self.lr} and {self.lr_multiplier}")
+        if not 0 <= self.distillation <= 1 or not 0 <= self.warm_up <= 1:
+            wrong = f"{self.distillation} and {self.warm_up}"
+            raise UserError(f"distillation and warm_up are fractions, 0 to 1, not {wrong}")
 
     @property
     def budget(self) -> Budget:
@@ -114,7 +126,8 @@ class Trained(Capabilities, ABC):
                 )
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
-        """Trains and prunes; returns the model with the least held-out loss among those with the final sparsity."""
+        """Trains and prunes; of the last model, and those that a projection gave the final sparsity, the one with the
+        least held-out loss is kept."""
         self.check(model, task.target)
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
@@ -151,7 +164,7 @@ class Trained(Capabilities, ABC):
     def run(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
     ) -> Session:
-        """Trains and prunes to the end, in place, and leaves the best sparse weights in the model.
+        """Trains and prunes to the end, in place, and leaves the best weights of the final sparsity in the model.
 
         Args:
             project: called in place of the method's own.
@@ -168,6 +181,8 @@ class Trained(Capabilities, ABC):
         if len(sequences.rows) < _LEAST:
             raise UserError(f"{self.name} trains: it needs at least {_LEAST} sequences of text")
         training, held_out = sequences.split(min(_HELD_OUT / len(sequences.rows), 0.1))
+        if not held_out.scored_tokens:
+            raise UserError(f"{self.name} chooses by held-out text, which has no token to score here: give more text")
         target, world = task.target, runtime.world
         sharded = ShardedModel(model, runtime.offloading, world) if world.size > 1 else None
         trained = model if sharded is None else sharded.sharded
@@ -185,6 +200,7 @@ class Trained(Capabilities, ABC):
             steps=self.training_steps,
             batch_size=self.batch_size,
             seed=task.seed,
+            warm_up=self.warm_up,
             world=world,
             engine=self.engine,
         )
@@ -227,7 +243,7 @@ class Trained(Capabilities, ABC):
             trainer.step()
             if len(trainer.curve) > reported:
                 step, loss = trainer.curve[-1]
-                runtime.record({"train/loss": loss, "train/lr": trainer.lr, "train/tokens": trainer.tokens}, step)
+                runtime.record({"train/loss": loss, "train/lr": trainer.last_lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % checkpoint_interval == 0 or trainer.done == trainer.steps:
                 session.keep(checkpoints)
         runtime.report_progress(trainer.steps, trainer.steps)
@@ -247,6 +263,9 @@ class Trained(Capabilities, ABC):
             session.measured = measured_rate(
                 model, trainer.backward, trainer.take(GRADIENTS), lambda: trainer.held_out_loss(validation)
             )
+            if not session.measured.usable:
+                unusable = "the learning rate could not be measured, because no step along the gradient lowers the loss"
+                session.notes.append(f"{unusable}: {self.lr_multiplier * DEFAULT_RATE:g} is used")
         trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 

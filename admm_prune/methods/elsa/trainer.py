@@ -20,6 +20,7 @@ from admm_prune.models.losses import cross_entropy, holds_logits, rows_at_once
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import totals
+from admm_prune.solvers.elsa.moments import total_norm
 from admm_prune.solvers.schedules import warm_up_then_linear
 from admm_prune.solvers.sparse_adam import SparseAdam
 
@@ -30,14 +31,16 @@ _WINDOW = 32  # steps that a point of the curve is the mean over
 _SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
 _TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
 GRADIENTS = 3  # batches that the direction is taken from
+DEFAULT_RATE = 2e-4  # where no step lowers the loss, so that none can be measured: that of `SparseAdam.faithful`
 _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
 class Trainer:
-    """Steps of one optimizer on batches of a text, at a learning rate with a short warm-up and linear decay.
+    """Steps of one optimizer on batches of a text, at a learning rate with a warm-up and linear decay.
 
-    Every sequence is seen once before any is seen again, in an order drawn anew for every epoch. Several processes
-    share every batch: the model is sharded over them, and its gradients are means over the processes.
+    Batches are full, and an epoch shows no sequence twice: in an order drawn anew for every epoch, those after its last
+    full batch are left out. Several processes share every batch: the model is sharded over them, and its gradients are
+    means over the processes.
 
     Attributes:
         objective: the loss of some sequences: a mean over their scored tokens.
@@ -50,7 +53,7 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, optimizer: SparseAdam, loss: Loss, sequences: Sequences, *, steps: int,
-        batch_size: int, seed: int, world: World = ALONE, engine: Engine = _ENGINE,
+        batch_size: int, seed: int, warm_up: float = 0.05, world: World = ALONE, engine: Engine = _ENGINE,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.steps, self.engine = model, optimizer, steps, engine
         self.done, self.tokens = 0, 0
@@ -58,7 +61,7 @@ class Trainer:
         self.objective, self._world = loss, world
         self._batches = endless_batches(sequences, batch_size, seed)
         self._taken = 0
-        self._rates = LambdaLR(optimizer, warm_up_then_linear(steps))
+        self._rates = LambdaLR(optimizer, warm_up_then_linear(steps, warm_up))
         self._recent: list[Tensor] = []
         self._blocks = engine.blocks(model)
         self.device = next(model.parameters()).device
@@ -81,6 +84,11 @@ class Trainer:
         self._rates.base_lrs = [value] * len(self.optimizer.param_groups)
         for group in self.optimizer.param_groups:
             group["lr"] = value * factor
+
+    @property
+    def last_lr(self) -> float:
+        """The rate of the last step, by the schedule."""
+        return self.lr * float(self._rates.lr_lambdas[0](max(0, self.done - 1)))
 
     def take(self, count: int) -> list[Batch]:
         """The next batches of the text, to be used otherwise."""
@@ -106,7 +114,7 @@ class Trainer:
         """The sequences of this process, a micro-batch at a time, with weights that make the mean over the processes of
         the weighted sum the mean over the scored tokens of the batch."""
         rows, size = self._world.partition(range(len(batch.lengths))), self._world.size
-        scored = int(batch.scored.sum())
+        scored = max(1, int(batch.scored.sum()))
         # All processes take part in every call: one without sequences left runs the first with weight zero.
         for start in range(0, -(-len(batch.lengths) // size), self._rows):
             chosen = rows[start : start + self._rows]
@@ -114,9 +122,11 @@ class Trainer:
             yield (int(piece.scored.sum()) * size / scored if chosen else 0.0), piece
 
     def held_out_loss(self, sequences: Sequences) -> float:
-        """`held_out_loss` of the model, computed as in training."""
+        """`held_out_loss` of the model, computed as in training; in all processes that of the first, since they have to
+        agree on what is better, and may round differently."""
         with replaced_forwards(self._blocks), self.engine.autocast(self.device):
-            return held_out_loss(self.model, sequences)
+            loss = held_out_loss(self.model, sequences)
+        return self._world.broadcast_from_rank0(lambda: loss)
 
     def step(self) -> None:
         batch = self.take(1)[0]
@@ -167,7 +177,8 @@ class Trainer:
 
 
 def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of whole epochs, one after the other, each in an order of its own."""
+    """Batches of epochs, one after the other, each in an order of its own and without its last, incomplete batch; of
+    all sequences, where they are fewer than a batch."""
 
     def collate(rows: list[Row]) -> Batch:
         return sequences.batch([row.ids for row in rows])
@@ -205,7 +216,8 @@ def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
 
 
 def passes(validation_batches: float) -> int:
-    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third.
+    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third. A second
+    search, of a loss that no step has lowered, is not counted.
 
     Args:
         validation_batches: in one validation.
@@ -218,17 +230,25 @@ class MeasuredRate:
     """The step that lowers the loss the most along sign(g).
 
     Attributes:
-        decrease: of the loss by it; not above zero where no step lowers the loss.
+        decrease: of the loss by it; not above zero where no step lowers the loss, NaN where the loss or the gradient
+            is not finite at the weights themselves.
     """
 
     step: float
     decrease: float
 
+    @property
+    def usable(self) -> bool:
+        """Whether the step lowers the loss."""
+        return 0.0 < self.decrease < math.inf
+
     def rate(self, density: float) -> float:
-        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step.
+        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step; `DEFAULT_RATE` if that is not usable.
 
         The fewer weights remain, the larger are the changes they need, while the best single step hardly grows.
         """
+        if not self.usable:
+            return DEFAULT_RATE
         return float(_AT_HALF * self.step * (2.0 * max(density, 1e-3)) ** -_POWER)
 
 
@@ -238,20 +258,24 @@ def measured_rate(
     gradients: Sequence[Batch],
     validation_loss: Callable[[], float],
 ) -> MeasuredRate:
-    """argmin_eta f(x - eta sign(g)), g the gradient of f at the weights x: Adam's first step is of this kind, however
-    the loss is scaled.
+    """argmin_eta f(x - eta sign(g)), g the gradient at the weights x: Adam's first step is of this kind, however the
+    loss is scaled.
 
+    Where all steps tried raise f, they may be so large that f is flat or not finite there: smaller ones are tried too.
     What is zero, as pruned weights are, stays zero. The model is restored.
 
     Args:
         model: its parameters that take a gradient move.
-        backward: adds the gradient of f on a batch to that of the parameters.
+        backward: adds the gradient of the training loss on a batch, f or f with distillation, to that of the
+            parameters.
         gradients: batches that g is the mean over.
         validation_loss: computes f for the current model.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
         backward(batch)
+    active = [parameter for parameter in parameters if parameter.grad is not None]
+    finite = bool(active) and math.isfinite(total_norm(active)[1])
     parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
     moved = [(x, x.clone()) for x in parts]
     directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
@@ -259,24 +283,35 @@ def measured_rate(
         parameter.grad = None
     counts = [torch.stack([x.float().square().sum().double(), x.count_nonzero().double()]) for x in parts]
     square, entries = totals(parameters, torch.stack(counts)).sum(0)
-    scale = math.sqrt(float(square) / float(entries))  # each on its own: a plan answers for single values
+    scale = math.sqrt(float(square) / max(1.0, float(entries)))  # each on its own: a plan answers for single values
 
     def value(step: float) -> float:
         for (part, x), direction in zip(moved, directions, strict=True):
             part.copy_(x - step * direction.to(x.dtype))
         return validation_loss()
 
+    def best(largest: float) -> tuple[float, float, float]:
+        """The exponent of the best step up to the largest, f after it, and the smallest exponent tried."""
+        tried: list[float] = []
+
+        def at(power: float) -> float:
+            tried.append(power)
+            return value(scale * 2.0**power)
+
+        bounds, options = (_SMALLEST, largest), {"maxiter": _TRIALS, "xatol": _EXACT}
+        optimum: Any = minimize_scalar(at, bounds=bounds, method="bounded", options=options)
+        return float(optimum.x), float(optimum.fun), min(tried)
+
     with torch.no_grad():
         start = value(0.0)
-        optimum: Any = minimize_scalar(  # its declared type does not know its own fields
-            lambda power: value(scale * 2.0**power),
-            bounds=(_SMALLEST, _LARGEST),
-            method="bounded",
-            options={"maxiter": _TRIALS, "xatol": _EXACT},
-        )
+        if not (finite and math.isfinite(start)):
+            return MeasuredRate(step=0.0, decrease=math.nan)
+        power, least, smallest = best(_LARGEST)
+        if least > start:
+            power, least, _ = best(smallest)
         for part, x in moved:
             part.copy_(x)
-    return MeasuredRate(step=scale * 2.0 ** float(optimum.x), decrease=start - float(optimum.fun))
+    return MeasuredRate(step=scale * 2.0**power, decrease=start - least)
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:

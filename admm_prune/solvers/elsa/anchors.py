@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor, Shard
 from admm_prune.errors import UserError
 from admm_prune.ops import bits, quantization
 from admm_prune.ops.sharding import full_tensor, local
+from admm_prune.solvers.elsa.settings import check_choice
 
 AnchorFormat = Literal["full", "bfloat16", "int8"]
+Rounding = Literal["nearest", "stochastic"]
 State = dict[str, Any]
 _ENTRIES = {"cpu": 1 << 18}  # processed at once, to stay in the cache
 _ENTRIES_ELSEWHERE = 1 << 24
@@ -216,7 +218,11 @@ class Anchors:
     """
 
     format: AnchorFormat
-    rounding: Literal["nearest", "stochastic"]
+    rounding: Rounding
+
+    def __post_init__(self) -> None:
+        check_choice("format of anchors", self.format, AnchorFormat)
+        check_choice("rounding of anchors", self.rounding, Rounding)
 
     def write(self, weight: Weight, anchor: Tensor, generator: torch.Generator) -> None:
         """Stores c (the local shard)."""

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from admm_prune.ops import quantization
 from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import (
     Anchors,
@@ -26,8 +27,9 @@ from admm_prune.solvers.elsa.supports import Support, scores_of
 
 _BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 1000 of the schedule
 _SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
-_DRAW = 1  # distinguishes these random numbers from those of the moments
+_DRAW, _PULL_DRAW = 1, 2  # distinguish these random numbers from those of the moments, and from each other
 _NORMS = ("x", "z", "u", "primal", "dual", "pull", "quantization", "anchor")  # of a record, in the order of `_update`
+_ROUNDINGS = {torch.bfloat16: quantization.to_bfloat16, torch.float16: quantization.to_float16}
 _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
@@ -292,12 +294,19 @@ class Splitting:
                 gradient = weight.gradient[rows]
                 gradient.copy_(torch.add(gradient, away, alpha=rho).clamp_(-largest, largest))
 
-    def pull(self, weight: Weight, lr: float) -> None:
-        """x <- x - lr rho (x - c)."""
-        rate = lr * weight.state["rho"]
-        if rate and not weight.dense:
+    def pull(self, weight: Weight, lr: float, step: int) -> None:
+        """x <- x - lr rho (x - c); in 16 bits up or down at random: to the nearest, x would not move by less than half
+        the distance of two numbers."""
+        rate, x = lr * weight.state["rho"], weight.shard
+        if not rate or weight.dense:
+            return
+        if x.dtype not in _ROUNDINGS:
             for rows, away in self.anchors.away(weight):
-                weight.shard[rows].sub_(away, alpha=rate)
+                x[rows].sub_(away, alpha=rate)
+            return
+        rounded, chance = _ROUNDINGS[x.dtype], generator(weight.parameter, self.seed, step, weight.index, _PULL_DRAW)
+        for rows, away in self.anchors.away(weight):
+            x[rows] = rounded(x[rows].to(away.dtype).sub_(away, alpha=rate), chance)
 
     def scores(self, weight: Weight) -> Tensor:
         """The scores of a = x + u, for the local shard."""

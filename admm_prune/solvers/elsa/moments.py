@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from admm_prune.solvers.elsa.anchors import (
     totals,
     working_dtype,
 )
-from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.elsa.settings import Score, check_choice
 from admm_prune.solvers.elsa.supports import LEAST_FISHER
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,8 +120,7 @@ class Moments:
         Raises:
             UserError: there is no such format.
         """
-        if requested not in get_args(MomentFormat):
-            raise UserError(f"moments are one of {', '.join(get_args(MomentFormat))}, not '{requested}'")
+        check_choice("format of moments", requested, MomentFormat)
         if requested == "bitsandbytes" and library_adam.installed() is None:
             return cls(
                 "int8", ("bitsandbytes is not installed: Adam's moments are kept in this package's 8-bit format",)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import linear_weights, uncompiled
-from admm_prune.solvers.elsa.supports import Budget, Groups, Support, Within
+from admm_prune.solvers.elsa.supports import Budget, Groups, Scope, Support, Within
 
 _TARGETS = ("sparsity", "pattern", "constraint")
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's AdamW
@@ -24,7 +24,7 @@ class Target:
     sparsity: float | None = None
     pattern: tuple[int, int] | None = None
     constraint: SupportConstraint | None = None
-    scope: Literal["matrix", "model"] = "matrix"
+    scope: Scope = "matrix"
 
     def support(self) -> Support | None:
         """Raises UserError where more than one is given, or one is out of range."""

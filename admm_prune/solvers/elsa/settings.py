@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, unknown
 
 Shape = Literal["constant", "linear", "cosine", "exponential"]
 Units = Literal["absolute", "relative"]
+Rescale = Literal["immediate", "lagged"]
 Fisher = Literal["none", "adam", "clean"]
 
 
@@ -29,9 +30,9 @@ class Penalty:
         shape: of the schedule.
         start: the initial rho, as a fraction of `value`.
         units: "absolute" takes `value` as published. "relative" takes it, for each weight matrix, in units of
-            rms(gradient of the loss) / rms(weight): at 1 the pull on a weight as far from its target as weights are
-            large equals a typical gradient. Of a decoupled penalty the unit is 1 / rms(weight): the pull then equals
-            a step of Adam, lr.
+            rms(clipped gradient of the loss) / rms(weight): at 1 the pull on a weight as far from its target as weights
+            are large equals a typical gradient. Of a decoupled penalty the unit is 1 / rms(weight): the pull then
+            equals a step of Adam, lr.
         rescale: "immediate" rescales u as soon as rho changes, so that the multiplier rho u is constant; "lagged" only
             at the next dual update, as the published code does.
         decoupled: the pull is not a gradient but a separate step after Adam's, x <- x - lr rho (x - z + u), which
@@ -48,7 +49,7 @@ class Penalty:
     shape: Shape = "constant"
     start: float = 0.0
     units: Units = "relative"
-    rescale: Literal["immediate", "lagged"] = "immediate"
+    rescale: Rescale = "immediate"
     decoupled: bool = False
     balance: float | None = None
     divide_by_world: bool = False
@@ -62,6 +63,9 @@ class Penalty:
             raise UserError("an exponential penalty cannot start at 0: give a start such as 0.01")
         if self.balance is not None and not self.balance > 1.0:
             raise UserError(f"balance compares residuals by a factor above 1, not {self.balance}")
+        check_choice("shape of a penalty", self.shape, Shape)
+        check_choice("unit of a penalty", self.units, Units)
+        check_choice("rescaling of u", self.rescale, Rescale)
 
     def at(self, progress: float) -> float:
         """rho at `progress`, before units and balance."""
@@ -96,6 +100,7 @@ class Score:
     def __post_init__(self) -> None:
         if self.power < 0 or self.hysteresis < 0 or not 0 <= self.decay < 1:
             raise UserError("a score needs a power and a hysteresis of at least 0, and a decay from 0 to below 1")
+        check_choice("Fisher diagonal", self.fisher, Fisher)
 
     @property
     def clean(self) -> bool:
@@ -184,6 +189,12 @@ class Timeline:
         )
 
 
+def check_choice(what: str, value: str, choices: Any) -> None:
+    """Raises UserError for a value that is none of those of a Literal type."""
+    if value not in get_args(choices):
+        raise unknown(what, value, get_args(choices))
+
+
 def check_adam(
     lr: float | Tensor,
     betas: Sequence[float | Tensor],
@@ -192,15 +203,21 @@ def check_adam(
     *,
     foreach: bool | None,
     fused: bool | None,
+    clip: float | None,
 ) -> None:
-    """Raises UserError for what torch's AdamW refuses."""
+    """Raises UserError for what torch's AdamW refuses, and for an eps, or a norm to clip to, that is not positive."""
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip is a norm above 0, or None for no clipping, not {clip}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise UserError(f"lr is one number, not a tensor of {lr.numel()}")
     if isinstance(lr, Tensor) and foreach:
         raise UserError("lr as a tensor needs foreach=False or foreach=None")
     if foreach and fused:
         raise UserError("give foreach=True or fused=True, not both")
-    if not lr >= 0 or not eps >= 0 or not weight_decay >= 0:
-        raise UserError(f"lr, eps and weight_decay are at least 0, not {float(lr)}, {eps} and {weight_decay}")
+    if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
+        raise UserError(
+            f"lr and weight_decay are at least 0, and eps is above it, since both moments of a pruned weight are zero: "
+            f"not {float(lr)}, {weight_decay} and {eps}"
+        )
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas are two numbers from 0 to below 1, not {tuple(map(float, betas))}")

@@ -15,13 +15,14 @@ from admm_prune.point import Point
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import kept_count
 from admm_prune.solvers.elsa.anchors import Processes, Weight, all_gather, local_shard, processes_of, totals
-from admm_prune.solvers.elsa.settings import Score
+from admm_prune.solvers.elsa.settings import Score, check_choice
 
 # An F that underflowed counts as just under the smallest float32, a power of 2, so that |a| decides, without rounding.
 LEAST_FISHER = 2.0**-152
 _LEAST_FACTOR = 2.0**-100
 _ROUNDING = 1e-9  # of a fraction that is a quotient of two sparsities
 
+Scope = Literal["matrix", "model"]
 Selected = Iterator[tuple[Weight, Tensor, Tensor]]
 ScoreOf = Callable[[Weight], Tensor]
 
@@ -48,9 +49,10 @@ class Budget:
     """
 
     sparsity: float
-    scope: Literal["matrix", "model"] = "matrix"
+    scope: Scope = "matrix"
 
     def __post_init__(self) -> None:
+        check_choice("scope of a sparsity", self.scope, Scope)
         if not 0.0 <= self.sparsity <= 1.0:
             raise UserError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
 
