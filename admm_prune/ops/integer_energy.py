@@ -49,7 +49,8 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
         origin: W (out, in).
     """
     diagonal = hessian.diagonal()
-    scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).log2().div(2).round())  # S
+    # S, in float64 and then rounded: a GPU's exp2 in float32 may be wrong in the last bit
+    scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).double().log2().div(2).round()).to(diagonal.dtype)
     total = torch.zeros((), dtype=torch.float64, device=v.device)
     for start in range(0, len(v), _TILE):
         rows = slice(start, start + _TILE)

@@ -63,6 +63,18 @@ def test_a_solution_is_judged_more_accurately_than_by_products_in_float32() -> N
     assert abs(float(integer_energy.energy(v, a, w)) / truth - 1) <= 1e-9 < abs(in_float32 / truth - 1)
 
 
+def test_scales_are_powers_of_two_where_exp2_in_float32_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which may err in the last bits."""
+    x = correlated_inputs(200, 96, 0).float() * torch.logspace(-3, 3, 96)
+    a, v, real = x.T @ x, random_weight(40, 96, 0).float(), torch.exp2
+
+    def inexact(power: torch.Tensor) -> torch.Tensor:
+        return real(power) * (1 + 2 * torch.finfo(power.dtype).eps)
+
+    monkeypatch.setattr(torch, "exp2", inexact)
+    assert abs(float(integer_energy.energy(v, a)) - exact(v, a)) <= 1e-9 * exact(v, a)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_gives_nan(value: float) -> None:
     v = torch.ones(3, 40)
