@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -586,6 +587,22 @@ def test_what_is_forced_and_cannot_be_done_is_refused(monkeypatch) -> None:
         selection.largest(x, 2)
     with pytest.raises(RuntimeError, match="one of auto, torch, triton"), backend.forced("cuda"):
         pass
+
+
+def test_kernels_run_on_the_current_gpu_alone(monkeypatch) -> None:
+    """Triton would launch on the current one, from which memory of another cannot be read."""
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index, current in ((0, True), (1, False)):
+        gpu = torch.device("cuda", index)
+        x = SimpleNamespace(is_cuda=True, device=gpu, dtype=torch.float32)
+        with backend.forced("auto"):
+            assert backend.uses_triton(x, torch.float32) is current
+            assert backend.records(gpu) is current
+            assert bool(backend.note(gpu)) is not current
+    assert "cuda:1" in backend.Replayed(lambda: None, gpu).note
+    with backend.forced("triton"), pytest.raises(RuntimeError, match=r"torch\.cuda\.set_device"):
+        backend.uses_triton(x)
 
 
 def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
