@@ -26,6 +26,7 @@ _integer_product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, rep
 _TILE = 2048  # rows and columns at once
 _WHOLE = 32  # rows and columns come in multiples of it: tensor cores need 16, torch more than 16 rows
 _NARROWEST = 1024  # columns: below, launches take more time than a product in float64
+_LARGEST = 1.5  # of scaled entries of A
 _INTEGER_RATE = (7, 5)  # the first compute capability with 8-bit integers on tensor cores
 
 
@@ -37,7 +38,8 @@ def preferred(v: Tensor, hessian: Tensor) -> bool:
 
 
 def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
-    """tr(E A E^T) with E = V - W, a float64 scalar on the device; W = 0 where no origin is given.
+    """tr(E A E^T) with E = V - W, a float64 scalar on the device; W = 0 where no origin is given. NaN where an entry is
+    not finite, or one of A is so much larger than those on the diagonal that its digits do not fit into bytes.
 
     A is scaled to a diagonal between 1/2 and 2, and each row of E S to at most 1 by 1 / sigma_i, both by powers of two:
     the result is wrong by at most 13 in 2^(-7 s) sum_ij sigma_i |E S|_ij, and by far less where errors cancel. Costs 15
@@ -52,6 +54,7 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
     # S, in float64 and then rounded: a GPU's exp2 in float32 may be wrong in the last bit
     scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).double().log2().div(2).round()).to(diagonal.dtype)
     total = torch.zeros((), dtype=torch.float64, device=v.device)
+    fits = torch.ones((), dtype=torch.bool, device=v.device)
     for start in range(0, len(v), _TILE):
         rows = slice(start, start + _TILE)
         e = v[rows].double()
@@ -65,14 +68,16 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
         for first in range(0, len(hessian), _TILE):
             columns = slice(first, first + _TILE)
             part = hessian[columns] / scale / scale[columns, None] / 2  # rows in place of columns: A is symmetric
+            if start == 0:
+                fits &= (part.abs() < _LARGEST).all()  # at most 1 where A is semidefinite
             product = _product(ours, torch.cat(_digits(_padded(part))[::-1], 1))[:, : len(part)]
             of_rows = (product * e[:, first : first + len(part)]).sum(1)
             total += of_rows @ torch.where(largest.isfinite(), 2 * sigma.square(), torch.nan)
-    return total
+    return torch.where(fits, total, torch.nan)
 
 
 def _digits(x: Tensor) -> list[Tensor]:
-    """d_1, ..., d_s of numbers in [-1, 1], as int8: all operations are exact."""
+    """d_1, ..., d_s of numbers in [-1, 1], as int8: all operations are exact. Of numbers up to 1.5, d_1 is up to 96."""
     digits, x = [], 64 * x
     for _ in range(DIGITS):
         digit = x.round()
