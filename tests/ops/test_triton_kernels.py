@@ -510,6 +510,7 @@ def test_scores(device, fisher) -> None:
     x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
     mask = drawn("spread", (2, 301), device)[:, :300] > 0
     v = drawn("spread", (2, 302), device)[:, :300].abs().contiguous()
+    v[0, :5] = 1e-40  # denormal
     codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
     second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
     ours = supports.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
