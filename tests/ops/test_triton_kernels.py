@@ -617,7 +617,9 @@ def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
         assert backend.described("cuda").startswith("torch")
 
 
-@pytest.mark.parametrize("how", [pytest.param((), marks=pytest.mark.slow, id="shapes"), pytest.param(("--ones",))])
+@pytest.mark.parametrize(
+    "how", [pytest.param((), marks=pytest.mark.slow, id="shapes"), pytest.param(("--ones",), id="ones")]
+)
 def test_every_kernel_compiles_for_a_gpu(how: tuple[str, ...]) -> None:
     """For sm_90, without one; in a process of its own, where the interpreter is off."""
     command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), *how]
