@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in 12 minutes, in the order of its worth. Each stage has a limit of its own and leaves its
 # file in OUT, whatever happens to it or to another one.
 #
-#     scripts/card.sh [--device cpu --small] [--dry-run] [--model DIR --data FILE --eval-data FILE] [OUT]
+#     scripts/card.sh [--device cpu --small] [--dry-run] [--stages tests,bench,models,elsa]
+#                     [--model DIR --data FILE --eval-data FILE] [OUT]
 #
 # tests.jsonl      a line for each test marked gpu, written when it ends      (tests/gpu_run.py)
 # bench/           admm-prune bench gpu; bench.rows.jsonl if it was stopped
@@ -11,24 +12,30 @@
 # stages.txt       a line for each stage: name, exit status (124: its limit was reached), seconds, limit
 # NAME.log         what a stage printed
 #
-# Without --model it is the embedded model, with its text. With --device cpu --small every stage runs at tiny shapes, to
-# show that it works. PYTHON selects the interpreter; PROCESSES the number of test processes. Compiled kernels are kept
-# in TRITON_CACHE_DIR, by default .triton in the checkout. pydantic, datasets and cvxpy are not needed.
+# Without --model it is the embedded model, with its text. With --stages some of the stages run, and files of others in
+# OUT are kept. With --device cpu --small every stage runs at tiny shapes, to show that it works. PYTHON selects the
+# interpreter; PROCESSES the number of test processes. Compiled kernels are kept in TRITON_CACHE_DIR, by default .triton
+# in the checkout. pydantic, datasets and cvxpy are not needed.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-device=cuda small=0 dry=0 model=embedded data=embedded eval_data= out=card
+device=cuda small=0 dry=0 model=embedded data=embedded eval_data= out=card stages=tests,bench,models,elsa
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2; shift 2 ;;
         --small) small=1; shift ;;
         --dry-run) dry=1; shift ;;
+        --stages) stages=$2; shift 2 ;;
         --model) model=$2; shift 2 ;;
         --data) data=$2; shift 2 ;;
         --eval-data) eval_data=$2; shift 2 ;;
         -*) echo "card.sh: no option $1" >&2; exit 2 ;;
         *) out=$1; shift ;;
     esac
+done
+
+for name in ${stages//,/ }; do
+    case $name in tests | bench | models | elsa) ;; *) echo "card.sh: no stage $name" >&2; exit 2 ;; esac
 done
 
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -39,6 +46,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TRITON_CACHE_DIR=${TRITON_CACHE_DIR
 stage() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 began=$SECONDS status
     shift 2
+    case ,$stages, in *,$name,*) ;; *) return ;; esac
     if [ $dry = 1 ]; then echo "$name $limit $*"; return; fi
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
@@ -57,7 +65,7 @@ fi
 processes=$("$python" -c 'import xdist' 2>/dev/null && echo "-n ${PROCESSES:-$([ $small = 1 ] && echo 0 || echo 8)}")
 
 # shellcheck disable=SC2086  # $processes is no word or two
-[ $dry = 1 ] || rm -f "$out/stages.txt"
+[ $dry = 1 ] || [ "$stages" != tests,bench,models,elsa ] || rm -f "$out/stages.txt"
 stage tests 235 "$python" -m pytest -p tests.gpu_run -p no:cacheprovider --results "$out/tests.jsonl" --limit 60 \
     -m gpu -v $processes ${processes:+--dist worksteal} "${tests[@]}"
 stage bench 240 "$python" -m admm_prune bench gpu --device "$device" "${bench[@]}" --out "$out/bench" --overwrite

@@ -5,6 +5,9 @@
 Each finished test is a line of JSON in FILE, written at once, so that a run that is cut off leaves what it found. A
 test that takes longer than the limit fails. One that does not return to Python, as in a kernel that does not end, takes
 its process down with it after another 15 seconds; pytest-xdist then starts a new one for the other tests.
+
+With `-m gpu` files without such a test are not imported. They may need packages that the machine lacks, and one error
+of an import would keep pytest from running anything.
 """
 
 from __future__ import annotations
@@ -34,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text("", encoding="utf-8")
         config.pluginmanager.register(_Results(results))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("markexpr") != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
 class _Results:

@@ -1,4 +1,4 @@
-"""Selects the implementation of a kernel: Triton's on CUDA tensors, the reference in plain torch otherwise.
+"""Selects the implementation of a kernel: Triton's on the current CUDA device, the reference in plain torch otherwise.
 
 The environment variable ADMM_PRUNE_KERNELS, or `forced`, overrides this: "torch" selects the references on every
 device; "triton" takes Triton's kernels or fails, on the CPU too, which needs Triton's interpreter (TRITON_INTERPRET=1,
@@ -65,7 +65,7 @@ def uses_triton(x: Tensor, *dtypes: torch.dtype) -> bool:
     if selected == "triton":
         _require(x)
         return True
-    return x.is_cuda and installed()
+    return x.is_cuda and installed() and _is_current(x.device)
 
 
 def on_device(x: Tensor | torch.device) -> bool:
@@ -92,9 +92,13 @@ def installed() -> bool:
 
 def note(device: torch.device) -> tuple[str, ...]:
     """A note for results on a CUDA device without Triton's kernels."""
-    if device.type != "cuda" or choice() == "torch" or installed():
+    if device.type != "cuda" or choice() == "torch":
         return ()
-    return ("triton is not installed: plain torch on the GPU in place of fused kernels",)
+    if not installed():
+        return ("triton is not installed: plain torch on the GPU in place of fused kernels",)
+    if not _is_current(device):
+        return (f"plain torch in place of fused kernels: {device} is not the current device (torch.cuda.set_device)",)
+    return ()
 
 
 def described(device: torch.device | str) -> str:
@@ -116,11 +120,21 @@ def interpreted() -> bool:
 def _require(x: Tensor) -> None:
     if not installed():
         raise RuntimeError("ADMM_PRUNE_KERNELS=triton, but triton is not installed: pip install triton, or use 'torch'")
+    if x.is_cuda and not _is_current(x.device):
+        raise RuntimeError(
+            f"ADMM_PRUNE_KERNELS=triton, but a tensor lies on {x.device}, which is not the current device: call "
+            "torch.cuda.set_device"
+        )
     if not x.is_cuda and not interpreted():
         raise RuntimeError(
             f"ADMM_PRUNE_KERNELS=triton, but a tensor lies on the {x.device.type}: Triton needs CUDA, or its "
             "interpreter (TRITON_INTERPRET=1)"
         )
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether it is the CUDA device that Triton launches on and that graphs record, wherever the tensors are."""
+    return device == torch.device("cuda") or device.index == torch.cuda.current_device()  # the current one by default
 
 
 def _checked(name: str) -> str:
@@ -160,7 +174,7 @@ RECORDERS: dict[str, Recorder] = {"cuda": CudaGraphs()}  # by the type of the de
 
 def records(device: torch.device) -> bool:
     """Whether work on a device can be recorded."""
-    return device.type in RECORDERS
+    return device.type in RECORDERS and (device.type != "cuda" or _is_current(device))
 
 
 class Replayed(Generic[Returned]):
@@ -176,11 +190,11 @@ class Replayed(Generic[Returned]):
 
     def __init__(self, function: Callable[[], Returned], device: torch.device) -> None:
         self._function = function
-        self._recorder = RECORDERS.get(device.type)
+        self._recorder = RECORDERS[device.type] if records(device) else None
         self._play: Callable[[], Any] | None = None
         self._returned: Returned | None = None
         self._called = False
-        self.note = "" if self._recorder else f"steps were not replayed: there are no graphs on the {device.type}"
+        self.note = "" if self._recorder else f"steps were not replayed: there are no graphs on the {device}"
 
     def __call__(self) -> Returned:
         """The function's return value; once replayed, tensors that the next call overwrites."""

@@ -26,6 +26,7 @@ _integer_product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, rep
 _TILE = 2048  # rows and columns at once
 _WHOLE = 32  # rows and columns come in multiples of it: tensor cores need 16, torch more than 16 rows
 _NARROWEST = 1024  # rows and columns: below, launches and digits take more time than a product in float64
+_LARGEST = 1.5  # of scaled entries of A
 _INTEGER_RATE = (7, 5)  # the first compute capability with 8-bit integers on tensor cores
 
 
@@ -37,7 +38,8 @@ def preferred(v: Tensor, hessian: Tensor) -> bool:
 
 
 def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
-    """tr(E A E^T) with E = V - W, a float64 scalar on the device; W = 0 where no origin is given.
+    """tr(E A E^T) with E = V - W, a float64 scalar on the device; W = 0 where no origin is given. NaN where an entry is
+    not finite, or one of A is so much larger than those on the diagonal that its digits do not fit into bytes.
 
     A is scaled to a diagonal between 1/2 and 2, and each row of E S to at most 1 by 1 / sigma_i, both by powers of two:
     the result is wrong by at most 13 in 2^(-7 s) sum_ij sigma_i |E S|_ij, and by far less where errors cancel. Costs 15
@@ -51,6 +53,10 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
     diagonal = hessian.diagonal()
     scale = torch.exp2(torch.where(diagonal > 0, diagonal, 1).double().log2().div_(2).round_())  # S
     total = torch.zeros((), dtype=torch.float64, device=v.device)
+    fits = torch.ones((), dtype=torch.bool, device=v.device)
+    for columns in _tiles(len(hessian)):
+        entries = hessian[columns] * (0.5 / scale[columns, None]).to(hessian) * (1 / scale).to(hessian)
+        fits &= (entries.abs() < _LARGEST).all()  # at most 1 where A is semidefinite
     for rows in _tiles(len(v)):
         ours, w = v[rows], None if origin is None else origin[rows]
         largest = (_away(ours, w).abs() * scale).amax(1)
@@ -62,11 +68,12 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> Tensor:
             away = _away(ours[:, columns], None if w is None else w[:, columns]) * scale[columns]
             of_rows = (_product(left, right)[: len(away), : away.shape[1]] * away).sum(1)
             total += of_rows @ torch.where(largest.isfinite(), 2 * sigma, torch.nan)
-    return total
+    return torch.where(fits, total, torch.nan)
 
 
 def digits(x: Tensor, rows: Tensor, columns: Tensor, origin: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """d_1, ..., d_s of numbers in [-1, 1], side by side, as int8: all operations are exact.
+    """d_1, ..., d_s of numbers in [-1, 1], side by side, as int8: all operations are exact. Of numbers up to 1.5, d_1
+    is up to 96.
 
     Args:
         x: (m, n); the numbers are those of x - origin, scaled.

@@ -25,10 +25,12 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
 
     In float64 whatever the dtypes, the difference too, in tiles of bounded memory. Of A only what is above the diagonal
     is multiplied, and counts twice: out in^2 operations. On GPUs that are slow in float64 the products are of integers,
-    and the result is as accurate up to about 1e-9 (`integer_energy`).
+    and the result is as accurate up to about 1e-9 (`integer_energy`), unless A is indefinite or an entry not finite.
     """
     if integer_energy.preferred(v, hessian):
-        return float(integer_energy.energy(v, hessian, origin))
+        value = float(integer_energy.energy(v, hessian, origin))
+        if not math.isnan(value):
+            return value
     tile = _tile(v)
     total = torch.zeros((), dtype=torch.float64, device=v.device)
     for i, rows in enumerate(v.split(tile)):

@@ -43,16 +43,14 @@ class Stored:
 
 
 def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x (float32) in bfloat16: to the nearest, or, with a generator, up or down at random so that the mean is x.
-
-    Args:
-        x: finite.
-    """
+    """x (float32) in bfloat16: to the nearest, or, with a generator, up or down at random so that the mean is x."""
     if generator is None:
         return x.to(torch.bfloat16)
     noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, generator=generator, device=x.device)
-    # Adding noise below the last kept bit and cutting there rounds up with the probability of the part cut off.
-    return noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    # Adding noise below the last kept bit and cutting there rounds up with the probability of the part cut off. Of a
+    # NaN, in which GPUs set all bits but the sign, it would make -0.
+    cut = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return cut.masked_fill_(x.isnan(), torch.nan).to(torch.bfloat16)
 
 
 def to_float16(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -33,7 +33,7 @@ def to_target_(
         d: overwritten, unless the target is returned in another form.
         scratch: of the same shape, overwritten.
         offset: subtracted from the target; None for nothing.
-        tau: or a float32 tensor of no dimensions, which a recording reads anew.
+        tau: or a tensor of no dimensions, of the dtype of z, which a recording reads anew.
         relaxation: a.
         form: of the target as a factor of `precision.multiply`, which Triton writes at once.
 

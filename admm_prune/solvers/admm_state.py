@@ -125,7 +125,7 @@ class Stepper:
         if not (self.graphs and backend.records(s.device)):
             return s.tau
         if s.stored_tau is None:
-            s.stored_tau = torch.empty((), dtype=torch.float32, device=s.device)
+            s.stored_tau = next(iter(s.z.values())).new_empty(())
         return s.stored_tau.fill_(s.tau)
 
     def run(self, steps: Callable[[], list[list[Tensor]]], kind: object, *, repeats: bool) -> list[list[Tensor]]:

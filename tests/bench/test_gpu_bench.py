@@ -47,10 +47,11 @@ from admm_prune import cli
 sys.argv = ["admm-prune", "bench", "gpu", "--small", "--device", "cpu", "--budget", "400", "--out", sys.argv[1]]
 cli.main()
 """
-# Every file with tests for a GPU, collected as pytest would there.
+# As `make gpu` and `scripts/card.sh` do there.
 COLLECT = """
 import pytest
-sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]]))
+words = ["--collect-only", "-q", "-p", "tests.gpu_run", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
+sys.exit(pytest.main([*words, "tests"]))
 """
 
 
@@ -83,7 +84,7 @@ def test_what_runs_on_a_gpu_is_collected_without_them() -> None:
     tests = Path(__file__).parents[1]
     files = [path for path in sorted(tests.rglob("test_*.py")) if path != Path(__file__)]
     marked = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
-    command = [sys.executable, "-c", WITHOUT + COLLECT, *map(str, marked)]
+    command = [sys.executable, "-c", WITHOUT + COLLECT]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     names = {path.name for path in marked}

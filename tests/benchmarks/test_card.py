@@ -41,6 +41,11 @@ def test_the_limits_of_all_stages_are_twelve_minutes(tmp_path: Path) -> None:
     assert all("somewhere" in words for name, _, *words in stages if name in ("models", "elsa"))
     assert not (tmp_path / "out").exists()
     assert card("--sizes").returncode == 2
+    some = card("--dry-run", "--stages", "elsa,tests", str(tmp_path / "out"))
+    assert [line.split()[0] for line in some.stdout.splitlines()] == ["tests", "elsa"]
+    wrong = card("--dry-run", "--stages", "tests,benches", str(tmp_path / "out"))
+    assert wrong.returncode == 2
+    assert "benches" in wrong.stderr
 
 
 @pytest.mark.slow
@@ -60,6 +65,17 @@ def test_every_stage_runs_without_what_a_gpu_machine_lacks(tmp_path: Path) -> No
         first, row = rows(out / f"{name}.jsonl")
         assert first["environment"]["device"].startswith("CPU")
         assert row["perplexity"] > 1
+
+
+def test_files_without_a_test_for_a_gpu_are_not_imported(tmp_path: Path) -> None:
+    marked = "import pytest\n@pytest.mark.{}\ndef test_one(): pass\n".format("gpu")  # this file has no such test
+    (tmp_path / "test_marked.py").write_text(marked, encoding="utf-8")
+    (tmp_path / "test_other.py").write_text("import a_package_that_is_not_there\n", encoding="utf-8")
+    words = ["-p", "tests.gpu_run", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu", "-q"]
+    command = [sys.executable, "-m", "pytest", *words, "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
 
 
 def test_a_test_beyond_its_limit_fails_and_the_others_are_on_record(tmp_path: Path) -> None:

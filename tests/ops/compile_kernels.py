@@ -1,9 +1,13 @@
 """Compiles every Triton kernel, as it is launched, for an sm_90 GPU that need not be there.
 
     python tests/ops/compile_kernels.py
+    python tests/ops/compile_kernels.py --ones
 
 Kernels are not run: their launchers are called on CPU tensors with a driver that only knows what to compile for. Prints
 each kernel with the shared memory it takes, and fails where a kernel of the package was never launched.
+
+With --ones: at sizes and counts of one, of which Triton makes constants, without the methods of a tensor, unlike its
+interpreter. The kernels are then translated to Triton's first representation alone, in milliseconds each.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -51,6 +57,58 @@ def compile_instead(run: Any) -> Any:
         return kernel
 
     return launch
+
+
+def translate_instead(
+    self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
+) -> Any:
+    """In place of `JITFunction._do_compile`."""
+    known, _, target, backend, _ = self.device_caches[device]
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    source = self.ASTSource(self, signature, constants, attributes)
+    source.make_ir(target, options, functions, backend.get_module_map(), context)
+    compiled[self.__name__] = 0
+    known[key] = SimpleNamespace(metadata=SimpleNamespace(shared=0))
+    return known[key]
+
+
+def launch_ones() -> None:
+    for entries in (1, 2):
+        selection.threshold(torch.ones(entries), 1)
+    for direct in (0, 1 << 20):
+        selection.largest(torch.ones(40_000), 1, direct=direct)
+        selection.largest_of_each(torch.ones(1, 2), 1, direct=direct)
+    marking.largest_per_row(torch.ones(1, 2), 1)
+    marking.largest_per_group(torch.ones(1, 2), 1, 1)
+    z, mask, both = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.ones(2, 1)
+    for root in (None, torch.ones(1), z):
+        splitting.to_target_(z, z, z, 1.0, 1.0, "bfloat16x3")
+        splitting.relax_(z, z, z, root, z, 1.0)
+        splitting.settle(z, mask, mask, z, z, root)
+        splitting.choose_(both, both, both, root, both > 0, both, (1, 2), 1.0)
+    splitting.choose_(both.T.contiguous(), both, both, torch.ones(2), both > 0, both, (1, 2), 1.0)
+    for stacked in (False, True):
+        splitting.split(z, stacked=stacked)
+    factor = torch.eye(2)
+    for start in (0, 1):
+        sweep.scores(both, factor, start, start + 1)
+        sweep.eliminate_(both, factor, start, start + 1, mask, (1, 1))
+        sweep.eliminate_(both, factor, start, start + 1, None, (1, 1))
+    packed_bits = supports.pack(mask, 1)
+    supports.unpack(packed_bits, 1)
+    supports.restrict_(z, packed_bits)
+    supports.scores(z, None, packed_bits, None, lag=1.0, bonus=1.0, least=1.0)
+    settings = {"lr": 1.0, "betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0}
+    update = adam.Update(z, z, Stored(z), Stored(z), support=packed_bits, seed=1)
+    adam.step_([update], factor=1.0, settings=settings)
+    adam.norms([update])
+    for offsets in (None, torch.zeros(2, dtype=torch.int32)):
+        for tokens in (1, 2):
+            matrix = Packed(packed_bits, torch.ones(1), offsets, None, 1, 1)
+            packed.linear(torch.ones(tokens, 1), matrix)
 
 
 def launch_all() -> None:
@@ -132,7 +190,11 @@ def launch_training() -> None:
 def main() -> None:
     driver.set_active(NoGPU())
     jit.JITFunction.run = compile_instead(jit.JITFunction.run)
-    launch_all()
+    if "--ones" in sys.argv:
+        jit.JITFunction._do_compile = translate_instead
+        launch_ones()
+    else:
+        launch_all()
     for name, shared in sorted(compiled.items()):
         print(f"{name:12} {shared:6} bytes of shared memory")
     modules = (adam, digits, marking, packed, selection, splitting, supports, sweep)

@@ -77,11 +77,38 @@ def test_the_kernel_gives_the_digits_of_the_reference(seed, rows, width, origin,
     assert found.abs().max() <= 64
 
 
+def test_scales_are_powers_of_two_where_exp2_in_float32_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which may err in the last bits."""
+    x = correlated_inputs(200, 96, 0).float() * torch.logspace(-3, 3, 96)
+    a, v, real = x.T @ x, random_weight(40, 96, 0).float(), torch.exp2
+
+    def inexact(power: torch.Tensor) -> torch.Tensor:
+        return real(power) * (1 + 2 * torch.finfo(power.dtype).eps)
+
+    monkeypatch.setattr(torch, "exp2", inexact)
+    assert abs(float(integer_energy.energy(v, a)) - exact(v, a)) <= 1e-9 * exact(v, a)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_gives_nan(value: float) -> None:
     v = torch.ones(3, 40)
     v[1, 2] = value
-    assert math.isnan(float(integer_energy.energy(v, torch.eye(40))))
+    a = torch.eye(40)
+    assert math.isnan(float(integer_energy.energy(v, a)))
+    a[1, 2] = value
+    assert math.isnan(float(integer_energy.energy(torch.ones(3, 40), a)))
+
+
+@pytest.mark.parametrize("value", [2.9, 3.5, 300.0])
+def test_an_indefinite_matrix_is_multiplied_in_float64_where_its_digits_do_not_fit(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integer_energy, "_NARROWEST", 32)
+    a, v = torch.eye(40), random_weight(40, 40, 0).float()
+    a[0, 1] = a[1, 0] = value
+    assert math.isnan(float(integer_energy.energy(v, a))) is (value > 3)
+    with backend.forced("triton"):
+        assert quadratic.energy(v, a) == pytest.approx(exact(v, a), rel=1e-9)
 
 
 def test_it_is_taken_on_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -486,6 +487,22 @@ def test_bfloat16_weights_are_rounded_at_random(device) -> None:
     assert abs(float(error.mean())) < 4 * 0.5 / 600**0.5
 
 
+def test_a_nan_is_not_rounded_away(device) -> None:
+    """The NaN of a GPU, all of whose bits but the sign are set, by the kernel and by the reference."""
+    from admm_prune.ops.triton import adam
+
+    nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32, device=device).view(torch.float32)
+    gradient = torch.zeros(2, 300, device=device)
+    gradient[:, :2] = nan
+    x, zero = torch.ones(2, 300, dtype=torch.bfloat16, device=device), torch.zeros(2, 300, device=device)
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    update = adam.Update(x, gradient, Stored(zero), Stored(zero.clone()), seed=1)
+    adam.step_([update], factor=1.0, settings=settings)
+    assert torch.equal(x.isnan(), gradient.isnan())
+    chance = torch.Generator(device).manual_seed(0)
+    assert torch.equal(quantization.to_bfloat16(gradient, chance).isnan(), gradient.isnan())
+
+
 @pytest.mark.parametrize("fisher", ["none", "adam", "int8"])
 def test_scores(device, fisher) -> None:
     from admm_prune.ops.triton import supports
@@ -493,6 +510,7 @@ def test_scores(device, fisher) -> None:
     x, c = drawn("spread", (2, 300), device), drawn("ties", (2, 300), device)
     mask = drawn("spread", (2, 301), device)[:, :300] > 0
     v = drawn("spread", (2, 302), device)[:, :300].abs().contiguous()
+    v[0, :5] = 1e-40  # denormal
     codes = Stored(*quantization.to_unsigned_log(v.sqrt()))
     second = {"none": None, "adam": Stored(v), "int8": codes}[fisher]
     ours = supports.scores(x, Stored(c.bfloat16()), bits.pack(mask), second, lag=0.5, bonus=1.2, least=2.0**-76)
@@ -572,6 +590,22 @@ def test_what_is_forced_and_cannot_be_done_is_refused(monkeypatch) -> None:
         pass
 
 
+def test_kernels_run_on_the_current_gpu_alone(monkeypatch) -> None:
+    """Triton would launch on the current one, from which memory of another cannot be read."""
+    monkeypatch.setattr(backend, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index, current in ((0, True), (1, False)):
+        gpu = torch.device("cuda", index)
+        x = SimpleNamespace(is_cuda=True, device=gpu, dtype=torch.float32)
+        with backend.forced("auto"):
+            assert backend.uses_triton(x, torch.float32) is current
+            assert backend.records(gpu) is current
+            assert bool(backend.note(gpu)) is not current
+    assert "cuda:1" in backend.Replayed(lambda: None, gpu).note
+    with backend.forced("triton"), pytest.raises(RuntimeError, match=r"torch\.cuda\.set_device"):
+        backend.uses_triton(x)
+
+
 def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(backend, "installed", lambda: True)
@@ -583,9 +617,11 @@ def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
         assert backend.described("cuda").startswith("torch")
 
 
-@pytest.mark.slow
-def test_every_kernel_compiles_for_a_gpu() -> None:
+@pytest.mark.parametrize(
+    "how", [pytest.param((), marks=pytest.mark.slow, id="shapes"), pytest.param(("--ones",), id="ones")]
+)
+def test_every_kernel_compiles_for_a_gpu(how: tuple[str, ...]) -> None:
     """For sm_90, without one; in a process of its own, where the interpreter is off."""
-    script = Path(__file__).parent / "compile_kernels.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=900)
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), *how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

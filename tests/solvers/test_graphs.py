@@ -153,6 +153,14 @@ def test_what_is_played_back_has_the_same_bits(recorder, target, solver, recorde
 
 
 @pytest.mark.usefixtures("no_asking")
+def test_what_is_played_back_in_float64_has_the_same_bits(recorder) -> None:
+    """The factor of u at a new penalty is stored in float64 too."""
+    task = problem(SETS["rows"], dtype=torch.float64)
+    same(ADMM(graphs=True).solve(task), ADMM().solve(task))
+    assert recorder.played > 0
+
+
+@pytest.mark.usefixtures("no_asking")
 def test_a_batch_is_played_back_too(recorder) -> None:
     problems = [problem(Unstructured(0.7), seed) for seed in range(3)]
     expected = [ADMM().solve(one) for one in problems]

@@ -213,9 +213,11 @@ def adam_kernel(
             tl.store(first_at + place, m, mask=there)
             tl.store(second_at + place, v, mask=there)
         if tl.bfloat16 == X:
-            # Noise below the last kept bit, then a cut: up with the probability of the part cut off.
+            # Noise below the last kept bit, then a cut: up with the probability of the part cut off. Of a NaN, in which
+            # GPUs set all bits but the sign, the noise would make -0.
             noise = (drawn & 0xFFFF).to(tl.int32)
-            x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+            cut = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, cut, x)
         tl.store(x_at + place, x.to(X), mask=there)
 
 

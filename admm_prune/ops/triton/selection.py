@@ -36,6 +36,7 @@ def start_kernel(control, sampled, counts, high_rank, low_rank, most, keep, BITS
     low = tl.where(low_rank <= most, low, 0)
     field = tl.arange(0, 16)
     tl.store(control + field, tl.where(field == 0, keep, tl.where(field == 11, 1, 0)).to(tl.int64))
+    tl.debug_barrier()  # another thread writes some of these fields again
     _set_range(control, low, high, BITS)
 
 
@@ -111,6 +112,7 @@ def narrow_kernel(control, histogram, sums, BITS: tl.constexpr, CHUNK: tl.conste
         at_low = tl.load(control + 10)
         chunks = tl.arange(0, CHUNKS)
         many = tl.load(sums + row * CHUNKS + chunks)
+        tl.debug_barrier()  # all threads have read the control block that one of them writes
         between = tl.sum(many)
         tl.store(control + 11, 0)
         if need <= above:  # the bracket is too low

@@ -147,14 +147,14 @@ def _store_split(a, into_at, apart, there, SECOND: tl.constexpr):
     high = (high >> 16).to(tl.int16)
     tl.store(into_at, high, mask=there)
     tl.store(into_at + apart, low if SECOND else high, mask=there)
-    tl.store(into_at + 2 * apart, high if SECOND else low, mask=there)
+    tl.store(into_at + apart + apart, high if SECOND else low, mask=there)  # 2 * apart may exceed 32 bits
 
 
 @triton.jit
 def split_kernel(a_at, into_at, rows, width, step, apart, SECOND: tl.constexpr, BLOCK: tl.constexpr):
     row, column, there, place = part_of_row(width, BLOCK)
     a = tl.load(a_at + place, mask=there, other=0.0)
-    into_at += row // rows * (3 * rows * width) + row % rows * step + column
+    into_at += row // rows * 3 * rows * width + row % rows * step + column  # in 64 bits, as the row is
     _store_split(a, into_at, apart, there, SECOND)
 
 

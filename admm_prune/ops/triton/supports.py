@@ -58,7 +58,8 @@ def score_kernel(
             scale = tl.load(second_scale_at + row * scales + run, mask=run < scales, other=0.0)
             root = root_of(tl.load(second_at + place, mask=there, other=0), scale[:, None], SECOND_STEP)
         else:
-            root = tl.sqrt(tl.load(second_at + place, mask=there, other=0.0))
+            # `tl.sqrt` of a denormal number is 0 on a GPU.
+            root = tl.sqrt_rn(tl.load(second_at + place, mask=there, other=0.0))
         a = a * tl.maximum(root, least)
     tl.store(score_at + place, a, mask=there)
 

@@ -22,7 +22,6 @@ def sweep_kernel(
     factor_at,
     keep_at,
     errors_at,
-    start,
     count,
     outputs,
     stride,
@@ -37,9 +36,6 @@ def sweep_kernel(
 ):
     out = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     row = tl.arange(0, ROWS)
-    first = start.to(tl.int64)
-    columns_at += first * outputs
-    factor_at += first * stride + first
     for left in range(0, count, PANEL):
         in_panel = (row < PANEL) & (left + row < count)
         there = in_panel[:, None] & (out[None, :] < outputs)
@@ -78,14 +74,13 @@ def sweep_kernel(
 
 
 @triton.jit
-def column_score_kernel(columns_at, factor_at, score_at, start, count, outputs, stride, BLOCK: tl.constexpr):
+def column_score_kernel(columns_at, factor_at, score_at, count, outputs, stride, BLOCK: tl.constexpr):
     """|w_ij| / U_jj of the columns of a block, which lie in rows of `columns`, as rows of outputs."""
     out = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     there = (column[:, None] < count) & (out[None, :] < outputs)
-    first = start.to(tl.int64) + column
-    w = tl.load(columns_at + first[:, None] * outputs + out[None, :], mask=there, other=0.0)
-    diagonal = tl.load(factor_at + first * (stride + 1), mask=column < count, other=1.0)
+    w = tl.load(columns_at + column[:, None] * outputs + out[None, :], mask=there, other=0.0)
+    diagonal = tl.load(factor_at + column * (stride + 1), mask=column < count, other=1.0)
     score = tl.trans(tl.abs(w) / diagonal[:, None])
     tl.store(score_at + out[:, None] * count + column[None, :], score, mask=tl.trans(there))
 
@@ -99,7 +94,7 @@ def scores(columns: Tensor, factor: Tensor, start: int, stop: int) -> Tensor:
     count, outputs = stop - start, columns.shape[1]
     result = torch.empty(outputs, count, dtype=columns.dtype, device=columns.device)
     column_score_kernel[(-(-outputs // 32), -(-count // 32))](
-        columns, factor, result, start, count, outputs, factor.stride(0), BLOCK=32, num_warps=4
+        columns[start:], factor[start:, start:], result, count, outputs, factor.stride(0), BLOCK=32, num_warps=4
     )
     return result
 
@@ -122,11 +117,10 @@ def eliminate_(
     errors = torch.empty(count, outputs, dtype=columns.dtype, device=columns.device)
     mask = columns if keep is None else keep.view(torch.uint8)
     sweep_kernel[(-(-outputs // _OUTPUTS),)](
-        columns,
-        factor,
+        columns[start:],
+        factor[start:, start:],
         mask,
         errors,
-        start,
         count,
         outputs,
         factor.stride(0),
