@@ -72,7 +72,8 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose files have not changed since it was loaded is not loaded again."""
     kept: dict[object, LoadedModel] = {}
 
-    def load(source: str, *, device: str) -> LoadedModel:
+    def load(source: str, *, device: str, trust_remote_code: bool) -> LoadedModel:
+        assert not trust_remote_code
         files = sorted(path for path in Path(source).iterdir() if path.name not in (MANIFEST, TIMINGS))
         state = (source, *((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
         if state not in kept:

@@ -91,7 +91,7 @@ def test_statistics(kernels, dtype, centre) -> None:
 def test_an_energy_by_integers(kernels, monkeypatch) -> None:
     monkeypatch.setattr(integer_energy, "_NARROWEST", 64)
     x = correlated_inputs(200, 97, 0).float()
-    a, v = x.T @ x, random_weight(40, 97, 0).float()
+    a, v = x.T @ x, random_weight(70, 97, 0).float()
     assert integer_energy.preferred(v.to("cuda"), a.to("cuda"))
     assert quadratic.energy(v.to("cuda"), a.to("cuda")) == pytest.approx(quadratic.energy(v, a), rel=1e-9)
 
