@@ -95,7 +95,8 @@ def _below_half(rows: dict[str, record.Row]) -> str:
     if len(lines) == 2:
         return ""
     return f"""Where a bound is below half of the value, D takes little of the trace of H (with a unit diagonal): a few
-directions hold most of it, and H - D must stay semidefinite in all others.
+directions hold most of it, and H - D must stay semidefinite in all others. The table has the layers whose certificates
+are committed.
 
 {markdown_lines(lines)}"""
 
