@@ -73,7 +73,9 @@ def test_the_kernel_gives_the_digits_of_the_reference(seed, rows, width, origin,
     expected = integer_energy.digits(x, *scales, w if origin else None, reverse=reverse)
     with backend.forced("triton"):
         found = integer_energy.digits(x, *scales, w if origin else None, reverse=reverse)
+        transposed = integer_energy.digits(x.T.contiguous().T, *scales, w if origin else None, reverse=reverse)
     assert torch.equal(found, expected)
+    assert torch.equal(transposed, expected)
     assert found.abs().max() <= 64
 
 

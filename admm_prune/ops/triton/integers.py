@@ -60,9 +60,8 @@ def digits(
     padded: int,
     reverse: bool,
 ) -> Tensor:
-    """As the reference, into (padded rows, s padded) int8; x and its origin have consecutive columns."""
-    assert x.stride(1) == 1
-    assert origin is None or origin.stride(1) == 1
+    """As the reference, into (padded rows, s padded) int8."""
+    x, origin = _by_rows(x), None if origin is None else _by_rows(origin)
     digits_kernel[(len(into), triton.cdiv(padded, _BLOCK))](
         x,
         x if origin is None else origin,
@@ -80,3 +79,8 @@ def digits(
         BLOCK=_BLOCK,
     )
     return into
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    """With consecutive columns, as the kernel reads them: solvers return transposed matrices too."""
+    return x if x.stride(1) == 1 else x.contiguous()
