@@ -5,9 +5,9 @@
 
 Layers get the multipliers of `block_bound`, or of `dual_bound` with `--kind dual`; stacks of rows the trees of
 `prove_rows`, whose solutions are offered too. In the certificate of a layer the shift is rounded to float16, which
-changes the bound in second order only, and the checker proves the bound of what is stored. A problem that has a record
-by the same settings, or by a stronger kind, is left out, so that the same command continues where it stopped; `--again`
-repeats them, by which a record is reproduced.
+changes the bound in second order only, and the checker proves the bound of what is stored. A problem whose record is by
+the same settings, or by a stronger kind, is left out, so that the same command continues where it stopped; a proof that
+did not become the record is made again. `--again` repeats all, by which a record is reproduced.
 """
 
 from __future__ import annotations

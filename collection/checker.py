@@ -17,6 +17,7 @@ beside this file describes the formats.
 
 from __future__ import annotations
 
+import decimal
 import hashlib
 import itertools
 import json
@@ -34,6 +35,13 @@ from safetensors import SafetensorError, safe_open
 Array = NDArray[np.float64]
 
 FORMATS = {kind: f"layer-{kind}-1" for kind in ("problem", "solution", "certificate")}
+TENSORS = {  # that a file may have: no others, so that its SHA-256 stands for one content
+    "problem": {"weight", "hessian", "hessian_upper"},
+    "solution": {"weight", "mask", "values"},
+    "certificate": {
+        *("shift", "diagonal", "diagonal_of_row", "leaves", "row_of_leaf", "diagonal_of_leaf", "columns", "blocks"),
+    },
+}
 KINDS = {  # of sets, with the counts that each is defined by
     "row": ("keep",),
     "unstructured": ("keep",),
@@ -56,13 +64,18 @@ class CheckError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """W (out, in) and H (in, in), or (out, in, in) where every row is a problem of its own, and the sparse set."""
+    """W (out, in) and H (in, in), or (out, in, in) where every row is a problem of its own, and the sparse set.
+
+    `content` is the SHA-256 of the tensors, which `problems.json` lists; `fingerprint` that of content, id and set,
+    which solutions and certificates name.
+    """
 
     id: str
     set: Mapping[str, Any]
     weight: Array
     hessian: Array
     fingerprint: str
+    content: str = ""
 
     @property
     def is_stack(self) -> bool:
@@ -107,6 +120,8 @@ def read(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]
         raise CheckError(f"{path} cannot be read as safetensors: {_one_line(error)}") from error
     if metadata.get("format") != FORMATS[kind]:
         raise CheckError(f"{path} is no {kind} of this collection: its format is not '{FORMATS[kind]}'")
+    if unknown := sorted(set(tensors) - TENSORS[kind]):
+        raise CheckError(f"{path}: a {kind} has no tensor '{_one_line(unknown[0])}'")
     return tensors, metadata
 
 
@@ -116,6 +131,8 @@ def load_problems(path: Path) -> dict[str, Problem]:
     weight = _real(path, tensors, "weight", 2)
     out, width = weight.shape
     if "hessian_upper" in tensors:
+        if "hessian" in tensors:
+            raise CheckError(f"{path} has both hessian and hessian_upper")
         packed = _real(path, tensors, "hessian_upper", 1, 2)
         if packed.shape[-1] != width * (width + 1) // 2:
             raise CheckError(f"{path}: hessian_upper has {packed.shape[-1]} entries, not those of {width} x {width}")
@@ -143,7 +160,7 @@ def load_problems(path: Path) -> dict[str, Problem]:
             raise CheckError(f"{path}: a stack of rows has sets of the kind 'row' alone")
         identity = json.dumps([FORMATS["problem"], f"{name}/{label}", given, content], sort_keys=True)
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        problems[f"{name}/{label}"] = Problem(f"{name}/{label}", given, weight, hessian, fingerprint)
+        problems[f"{name}/{label}"] = Problem(f"{name}/{label}", given, weight, hessian, fingerprint, content)
     return problems
 
 
@@ -159,7 +176,7 @@ def tensor_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
 def check_set(given: Any, rows: int, width: int) -> None:
     """Raises CheckError unless `given` describes a set of matrices (rows, width) by exact counts."""
     kind = given.get("kind") if isinstance(given, dict) else None
-    if kind not in KINDS or set(given) != {"kind", *KINDS[kind]}:
+    if not isinstance(kind, str) or kind not in KINDS or set(given) != {"kind", *KINDS[kind]}:
         raise CheckError(f"a set has one of the kinds {', '.join(KINDS)} and its counts, not {given}")
     listed = kind == "row" and isinstance(given["keep"], list)
     keeps = given["keep"] if listed else [given["keep"]]
@@ -255,7 +272,7 @@ def _whole(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, dimension
     return tensor.astype(np.int64)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -490,6 +507,10 @@ def supports_of_block(columns: NDArray[np.int64], given: Mapping[str, Any], path
     aligned = columns.reshape(len(columns), -1, together) if size % together == 0 else None
     if aligned is None or (aligned[..., :1] % together).any() or (np.diff(aligned, axis=2) != 1).any():
         raise CheckError(f"{path}: a block does not consist of whole groups of {together} consecutive columns")
+    parts = size // together
+    choices = math.comb(together, given["keep"]) if given["kind"] == "N:M" else 2
+    if choices**parts > _MOST_SUPPORTS:
+        raise CheckError(f"{path}: a block has more than {_MOST_SUPPORTS} supports")
     if given["kind"] == "N:M":
         kept = list(itertools.combinations(range(together), given["keep"]))
         options = np.zeros((len(kept), together), dtype=bool)
@@ -497,9 +518,6 @@ def supports_of_block(columns: NDArray[np.int64], given: Mapping[str, Any], path
             option[list(chosen)] = True
     else:
         options = np.array([[False] * together, [True] * together])
-    parts = size // together
-    if len(options) ** parts > _MOST_SUPPORTS:
-        raise CheckError(f"{path}: a block has more than {_MOST_SUPPORTS} supports")
     return np.array([np.concatenate(chosen) for chosen in itertools.product(options, repeat=parts)])
 
 
@@ -702,13 +720,27 @@ def _total(rows: Array) -> float:
 
 
 def bound(problem: Problem, path: Path) -> Bound:
-    """The bound that a certificate proves."""
+    """The bound that the file of a certificate proves."""
     tensors, metadata = read(path, "certificate")
     _check_names(path, metadata, problem)
+    return bound_of(problem, metadata.get("kind", ""), tensors, path)
+
+
+def bound_of(
+    problem: Problem, kind: str, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")
+) -> Bound:
+    """The bound that the data of a certificate prove.
+
+    Raises:
+        CheckError: they are malformed, or prove nothing.
+    """
     kinds = {"dual": dual_bound, "tree": tree_bound, "block": block_bound}
-    if metadata.get("kind") not in kinds:
-        raise CheckError(f"{path}: its kind is '{metadata.get('kind')}', not one of {', '.join(kinds)}")
-    proved = kinds[metadata["kind"]](problem, tensors, path)
+    if kind not in kinds:
+        raise CheckError(f"{path}: its kind is '{_one_line(kind)}', not one of {', '.join(kinds)}")
+    try:
+        proved = kinds[kind](problem, tensors, path)
+    except OverflowError as error:
+        raise CheckError(f"{path} proves no bound: its numbers are too large to be added") from error
     if not math.isfinite(proved.value):
         raise CheckError(f"{path} proves no bound: a multiplier of an entry that can be kept is 0")
     return proved
@@ -720,6 +752,13 @@ def bound(problem: Problem, path: Path) -> Bound:
 def safe_claim(number: float, kind: str) -> str:
     """A value rounded up, or a bound rounded down, by 1e-9, so that other machines confirm it."""
     return repr(float(number + (_CLAIM if kind == "value" else -_CLAIM) * abs(number)))
+
+
+def decimal_text(number: float, kind: str, digits: int = 10) -> str:
+    """A value rounded up, or a bound rounded down, to so many significant decimal digits."""
+    rounding = decimal.ROUND_CEILING if kind == "value" else decimal.ROUND_FLOOR
+    rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal_from_float(float(number))
+    return format(rounded.normalize(), f".{digits}g")
 
 
 def check(
@@ -765,17 +804,22 @@ def report(problem: Problem, reached: Value | None, proved: Bound | None) -> Ite
     unit = energy(problem) or 1.0
     each = " rows, each a problem" if problem.is_stack else ""
     yield f"problem  {problem.id}: {out} x {width}{each}, {json.dumps(problem.set)}"
+    yield f"content  SHA-256 {problem.content}: as in problems.json, if it is the problem of the collection"
     if reached is not None:
-        yield f"value    in [{reached.lower:.15g}, {reached.upper:.15g}], proved; relative {reached.upper / unit:.6g}"
+        lower, upper = decimal_text(reached.lower, "bound", 15), decimal_text(reached.upper, "value", 15)
+        yield f"value    in [{lower}, {upper}], proved; relative {reached.upper / unit:.6g}"
     if proved is not None:
-        yield f"bound    {proved.value:.15g}, proved ({proved.kind}); relative {proved.value / unit:.6g}"
+        lower = decimal_text(proved.value, "bound", 15)
+        yield f"bound    {lower}, proved ({proved.kind}); relative {proved.value / unit:.6g}"
     if reached is not None and proved is not None:
         yield f"gap      {gap(reached.upper, proved.value):.6g}"
 
 
 def gap(upper: float, lower: float) -> float:
-    """1 - bound / value, between 0 and 1; 0 where the value is 0."""
-    return min(1.0, max(0.0, 1 - lower / upper)) if upper > 0 else 0.0
+    """1 - bound / value, between 0 and 1; of a value of at most 0, 0 where the bound reaches it and else 1."""
+    if upper <= 0:
+        return 0.0 if lower >= upper else 1.0
+    return min(1.0, max(0.0, 1 - lower / upper))
 
 
 def main(arguments: Sequence[str]) -> int:

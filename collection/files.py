@@ -66,13 +66,14 @@ def write_certificate(
         metadata: solver, settings, seconds, date.
 
     Raises:
-        CheckError: the data prove nothing.
+        CheckError: the data prove nothing; no file is written.
     """
-    stated = {**metadata, **_names(problem), "kind": kind, "format": checker.FORMATS["certificate"]}
     content = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    _write(path, content, stated)
-    proved = checker.bound(problem, path)
-    _write(path, content, {**stated, "bound": checker.safe_claim(proved.value, "bound")})
+    proved = checker.bound_of(problem, kind, content, path)
+    claim = {"bound": checker.safe_claim(proved.value, "bound")}
+    _write(
+        path, content, {**metadata, **_names(problem), **claim, "kind": kind, "format": checker.FORMATS["certificate"]}
+    )
     return proved
 
 

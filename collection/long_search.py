@@ -142,7 +142,7 @@ def _losses(weight: Tensor, layer: LayerReconstruction) -> Tensor:
 
 
 def run(problem: Problem, seconds: float, seed: int) -> dict[str, object]:
-    """Searches from the record, offers what is found, and returns the row of the log."""
+    """Searches without the record, offers what is found, and returns the row of the log."""
     row = record.records().get(problem.id)
     before = float(row["value"]) if row and row["value"] else None
     began, date = time.process_time(), datetime.date.today().isoformat()

@@ -2,7 +2,8 @@
 
     python -m collection.profiles OUT [--tolerance 0.05]
 
-OUT receives `gap.csv` and `performance.csv` (one column for each solver) and `profiles.png`.
+OUT receives `gap.csv` and `performance.csv` (one column for each solver) and `profiles.png`. The problems are those
+that had a long search, or whose gap is at most 1 %: of the others the best value known may be a solver's own.
 
 - gap profile: the fraction of the problems that a solver solves to value / best known - 1 <= t, against t;
 - performance profile: with the cost of a solver that comes within the tolerance of the best known value, and infinite
@@ -16,22 +17,31 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.journal import Journal, number, write_csv
 from benchmarks.plots import colours
-from collection import record
+from collection import long_search, record
 from collection.solve import COLUMNS, KEY, RUNS
 
 Costs = dict[str, dict[str, float]]  # by problem and solver
+_SETTLED = 0.01
 GAPS = (0.0, 1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 RATIOS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0, 1000.0)
 
 
-def gaps(runs: Path = RUNS, table: Path = record.TABLE) -> Costs:
-    """value / best known - 1 by problem and solver; infinite where a solver refuses the problem or fails."""
-    best = {name: float(row["value"]) for name, row in record.records(table).items() if row["value"]}
+def gaps(runs: Path = RUNS, table: Path = record.TABLE, log: Path = long_search.LOG) -> Costs:
+    """value / best known - 1 by problem and solver, where the best value has another source.
+
+    These are the problems of the log of long searches, and those with a gap of at most 1 %. Infinite where a solver
+    refuses a problem or fails.
+    """
+    searched = {run["id"] for run in Journal(log, long_search.COLUMNS, long_search.KEY).records}
+    rows = {name: row for name, row in record.records(table).items() if row["value"]}
+    settled = {name for name, row in rows.items() if row["gap"] and float(row["gap"]) <= _SETTLED}
+    best = {name: float(row["value"]) for name, row in rows.items() if name in searched | settled}
     found: Costs = {}
     for run in Journal(runs, COLUMNS, KEY).records:
         if run["id"] in best:
@@ -59,6 +69,13 @@ def profile(ratios: Costs, solvers: Sequence[str], points: Sequence[float]) -> d
         solver: [sum(row.get(solver, math.inf) <= point for row in ratios.values()) / total for point in points]
         for solver in solvers
     }
+
+
+def solved_by_all(gap: Costs) -> list[str]:
+    """The problems with a finite gap of every solver that was run on at least half of them."""
+    counts = Counter(solver for row in gap.values() for solver in row)
+    usual = [solver for solver, count in counts.items() if 2 * count >= len(gap)]
+    return [problem for problem, row in gap.items() if all(math.isfinite(row.get(s, math.inf)) for s in usual)]
 
 
 def performance_ratios(gap: Costs, cost: Costs, tolerance: float) -> Costs:

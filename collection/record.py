@@ -3,9 +3,10 @@
     python -m collection.record PROBLEM_ID SOLUTION [CERTIFICATE] [--holder NAME]
 
 The checker recomputes the value and the bound; only what is better than the record is kept. "-" in place of SOLUTION
-offers a certificate alone. In a stack of rows every row is compared on its own, and the better rows are put together.
-The files of committed problems are kept in `solutions/`; those of others in `built/solutions/`, with their SHA-256 in
-the table: the command under `settings` makes them again. Several commands may offer records at once.
+offers a certificate alone. In a stack of rows every row is compared on its own, and the better rows are put together;
+where the files of the record are not at hand, their sums are compared. Values are rounded up to ten digits, and bounds
+down. The files of committed problems are kept in `solutions/`; those of others in `built/solutions/`, with their
+SHA-256 in the table: the command under `settings` makes them again. Several commands may offer records at once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from admm_prune.errors import UserError
+from benchmarks.journal import number
 from collection import build, checker
-from collection.checker import Problem
+from collection.checker import Array, Problem
 from collection.files import write_certificate, write_solution
 
 TABLE = build.FOLDER / "records.csv"
@@ -35,7 +39,9 @@ COLUMNS = (
     *(f"value_{name}" for name in (*NOTES, "sha256")),
     *(f"bound_{name}" for name in (*NOTES, "sha256")),
 )
+_KEPT = {"value": "solution", "bound": "certificate"}  # the files behind the columns
 _BETTER = 1e-7  # relative: less is rounding, and no record
+_LONGEST_NOTE = 4000  # characters
 Row = dict[str, str]
 
 
@@ -73,14 +79,32 @@ def place_of(problem: str, kind: str) -> Path:
     return root / layer / f"{name}.{kind}.safetensors"
 
 
-def offer(
-    problem: str, solution: Path | None, certificate: Path | None = None, holder: str = "admm-prune"
-) -> list[str]:
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    """What becomes of a file.
+
+    Attributes:
+        line: says so.
+        rows: values or bounds of the rows, as the record has them afterwards; None where that is not known.
+        changes: of the row of the table; empty where the record stays as it is.
+        write: replaces the kept file.
+    """
+
+    line: str
+    rows: Array | None
+    changes: Row = field(default_factory=dict)
+    write: Callable[[], object] = lambda: None
+
+
+def offer(problem: str, solution: Path | None, certificate: Path | None = None, holder: str | None = None) -> list[str]:
     """Checks the files and keeps what is better than the record; a line for what was done with each.
+
+    Args:
+        holder: by default what the files name, or this project.
 
     Raises:
         UserError: no such problem, or it is not built.
-        CheckError: a file is refused.
+        CheckError: a file is refused; nothing is changed.
     """
     loaded = build.load(problem)
     checker.check(build.place_of(problem.partition("/")[0]), solution, certificate, problem)
@@ -88,85 +112,120 @@ def offer(
         rows = records()
         row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
         row["energy"] = f"{checker.energy(loaded):.10g}"
-        lines = []
-        if solution is not None:
-            lines.append(_offer_solution(loaded, row, solution, holder))
-        if certificate is not None:
-            lines.append(_offer_certificate(loaded, row, certificate, holder))
-        row["gap"], row["worst_row_gap"] = _gaps(loaded, row)
-        if row["value"] or row["bound"]:
+        offers = [
+            None if solution is None else _offer_solution(loaded, row, solution, holder),
+            None if certificate is None else _offer_certificate(loaded, row, certificate, holder),
+        ]
+        for given in filter(None, offers):
+            row |= given.changes
+        row["gap"], row["worst_row_gap"] = _gaps(loaded, row, *offers)
+        better = [
+            (what, given) for what, given in zip(_KEPT, offers, strict=True) if given is not None and given.changes
+        ]
+        for what, given in better:  # nothing above has changed a file
+            given.write()
+            kind = _KEPT[what]
+            row[f"{what}_sha256"] = checker.tensor_hash(checker.read(place_of(problem, kind), kind)[0])
+        if better:
             write_records({**rows, problem: row})
-    return lines
+    return [given.line for given in offers if given is not None]
 
 
-def _offer_solution(problem: Problem, row: Row, path: Path, holder: str) -> str:
+def _offer_solution(problem: Problem, row: Row, path: Path, holder: str | None) -> _Offer:
     kept = place_of(problem.id, "solution")
-    weight, notes = checker.load_weight(path, problem), checker.read(path, "solution")[1]
+    weight, notes = checker.load_weight(path, problem), _named(checker.read(path, "solution")[1], holder)
+    weight = weight.astype(np.float32).astype(np.float64)  # as it is stored
     reached = checker.value(problem, weight)
+    better = not row["value"] or reached.upper < _beyond(float(row["value"]), -1)
     if problem.is_stack and kept.exists():
         known = checker.load_weight(kept, problem)
-        better = reached.rows[:, 1] < checker.value(problem, known).rows[:, 1] * (1 - _BETTER)
-        weight = np.where(better[:, None], weight, known)
-        notes = _joined(notes, row, "value", better)
-        reached = checker.value(problem, weight)
-    if row["value"] and reached.upper >= float(row["value"]) * (1 - _BETTER):
-        return f"{problem.id}: the value {reached.upper:.9g} is not below the record {row['value']}"
-    final = write_solution(kept, problem, weight, notes)
-    row["value"] = f"{final.upper:.10g}"
-    _fill(row, "value", notes, holder, checker.tensor_hash(checker.read(kept, "solution")[0]))
-    return f"{problem.id}: value {row['value']} by {row['value_solver']}"
+        before = checker.value(problem, known).rows[:, 1]
+        of_rows = reached.rows[:, 1] < _beyond(before, -1)
+        weight = np.where(of_rows[:, None], weight, known)
+        notes = _joined(notes, row, "value", of_rows)
+        reached, better = checker.value(problem, weight), bool(of_rows.any())
+    if not better:
+        line = f"{problem.id}: the value {reached.upper:.9g} is not below the record {row['value']}"
+        return _Offer(line, _kept_values(problem))
+    changes = {"value": checker.decimal_text(reached.upper, "value"), **_described("value", notes)}
+    line = f"{problem.id}: value {changes['value']} by {changes['value_solver']}"
+    return _Offer(line, reached.rows[:, 1], changes, partial(write_solution, kept, problem, weight, notes))
 
 
-def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str) -> str:
+def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | None) -> _Offer:
     kept = place_of(problem.id, "certificate")
     tensors, notes = checker.read(path, "certificate")
-    kind, proved = notes["kind"], checker.bound(problem, path)
+    kind, proved, notes = notes["kind"], checker.bound(problem, path), _named(notes, holder)
+    better = not row["bound"] or proved.value > _beyond(float(row["bound"]), 1)
     if problem.is_stack and kept.exists():
         known, before = checker.read(kept, "certificate"), checker.bound(problem, kept)
         assert proved.rows is not None
         assert before.rows is not None
-        better = proved.rows > before.rows * (1 + _BETTER)
-        parts = [(_as_tree(tensors, kind), better), (_as_tree(known[0], known[1]["kind"]), ~better)]
+        of_rows = proved.rows > _beyond(before.rows, 1)
+        parts = [(_as_tree(tensors, kind), of_rows), (_as_tree(known[0], known[1]["kind"]), ~of_rows)]
         kind, tensors = "tree", _merged(parts)
-        notes = _joined(notes, row, "bound", better)
-        proved = checker.tree_bound(problem, tensors)
-    if row["bound"] and proved.value <= float(row["bound"]) * (1 + _BETTER):
-        return f"{problem.id}: the bound {proved.value:.9g} is not above the record {row['bound']}"
+        notes = _joined(notes, row, "bound", of_rows)
+        proved, better = checker.bound_of(problem, kind, tensors, path), bool(of_rows.any())
+    if not better:
+        line = f"{problem.id}: the bound {proved.value:.9g} is not above the record {row['bound']}"
+        return _Offer(line, _kept_bounds(problem))
     stated = {name: notes[name] for name in NOTES if name in notes}
-    final = write_certificate(kept, problem, kind, tensors, stated)
-    row["bound"] = f"{final.value:.10g}"
-    _fill(row, "bound", notes, holder, checker.tensor_hash(checker.read(kept, "certificate")[0]))
-    return f"{problem.id}: bound {row['bound']} by {row['bound_solver']}"
+    changes = {"bound": checker.decimal_text(proved.value, "bound"), **_described("bound", notes)}
+    line = f"{problem.id}: bound {changes['bound']} by {changes['bound_solver']}"
+    return _Offer(line, proved.rows, changes, partial(write_certificate, kept, problem, kind, tensors, stated))
 
 
-def _fill(row: Row, what: str, notes: Mapping[str, str], holder: str, digest: str) -> None:
-    row.update({f"{what}_{name}": notes.get(name, "") for name in NOTES})
-    row[f"{what}_holder"], row[f"{what}_sha256"] = notes.get("holder", holder), digest
+def _beyond(numbers: Any, sign: int) -> Any:
+    """Numbers moved up (1) or down (-1) by what is rounding, and no record."""
+    return numbers + sign * _BETTER * np.abs(numbers)
+
+
+def _kept_values(problem: Problem) -> Array | None:
+    """The values of the rows of the kept solution, where it is at hand."""
+    kept = place_of(problem.id, "solution")
+    return checker.value(problem, checker.load_weight(kept, problem)).rows[:, 1] if kept.exists() else None
+
+
+def _kept_bounds(problem: Problem) -> Array | None:
+    kept = place_of(problem.id, "certificate")
+    return checker.bound(problem, kept).rows if kept.exists() else None
+
+
+def _named(notes: Mapping[str, str], holder: str | None) -> dict[str, str]:
+    return {**notes, "holder": holder or notes.get("holder") or "admm-prune"}
+
+
+def _described(what: str, notes: Mapping[str, str]) -> Row:
+    """The notes of a file as columns: one line of text without the mark that divides the cells of a table."""
+    texts = {name: " ".join(notes.get(name, "").replace("|", "/").split()) for name in NOTES}
+    return {f"{what}_{name}": text[:_LONGEST_NOTE] for name, text in texts.items()}
 
 
 def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bool_]) -> dict[str, str]:
-    """The notes of rows put together: those of the new file where all rows are its own."""
+    """The notes of rows put together, of all that ever took part; those of the new file where all rows are better."""
     if better.all():
         return dict(notes)
     joined = dict(notes)
-    for name, between in (("solver", " + "), ("settings", " && ")):
+    for name, between in (("solver", " + "), ("holder", " + "), ("settings", " && ")):
         parts = dict.fromkeys([*row[f"{what}_{name}"].split(between), notes.get(name, "")])
         joined[name] = between.join(filter(None, parts))
+    seconds = [number(row[f"{what}_seconds"]), number(notes.get("seconds", ""))]
+    joined["seconds"] = "" if None in seconds else f"{sum(filter(None, seconds)):.3g}"
     return joined
 
 
-def _gaps(problem: Problem, row: Row) -> tuple[str, str]:
-    """(gap of the sums, largest gap of a row of a stack); empty where value or bound is missing."""
+def _gaps(problem: Problem, row: Row, solution: _Offer | None, certificate: _Offer | None) -> tuple[str, str]:
+    """(gap of the sums, largest gap of a row of a stack); empty where what it takes is missing, or not at hand."""
     if not row["value"] or not row["bound"]:
         return "", ""
     gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
     if not problem.is_stack:
         return gap, ""
-    reached = checker.value(problem, checker.load_weight(place_of(problem.id, "solution"), problem))
-    proved = checker.bound(problem, place_of(problem.id, "certificate"))
-    assert proved.rows is not None
-    gaps = [checker.gap(upper, lower) for upper, lower in zip(reached.rows[:, 1], proved.rows, strict=True)]
-    return gap, f"{max(gaps):.4g}"
+    reached = _kept_values(problem) if solution is None else solution.rows
+    proved = _kept_bounds(problem) if certificate is None else certificate.rows
+    if reached is None or proved is None:
+        return gap, ""
+    return gap, f"{max(map(checker.gap, reached, proved)):.4g}"
 
 
 def _as_tree(tensors: Mapping[str, NDArray[Any]], kind: str) -> dict[str, NDArray[Any]]:
@@ -211,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("problem", help="id, such as stories260k.2.q_proj/row-50")
     parser.add_argument("solution", help="file, or - for none")
     parser.add_argument("certificate", nargs="?", type=Path)
-    parser.add_argument("--holder", default="admm-prune", help="who is to be named")
+    parser.add_argument("--holder", help="who is to be named; by default whom the files name, or admm-prune")
     given = parser.parse_args(arguments)
     solution = None if given.solution == "-" else Path(given.solution)
     try:

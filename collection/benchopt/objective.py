@@ -23,7 +23,9 @@ class Objective(BaseObjective):
     def evaluate_result(self, weight):
         """The first value is what curves show; `excess` is relative to the best value known."""
         v = np.asarray(weight, dtype=np.float64)
-        value = checker.value(self.problem, v).upper if checker.is_member(v, self.problem.set) else np.inf
+        valid = v.shape == self.problem.weight.shape and np.isfinite(v).all()
+        allowed = valid and checker.is_member(v, self.problem.set)
+        value = checker.value(self.problem, v).upper if allowed else np.inf
         excess = value / self.best_known - 1 if self.best_known else np.nan
         return {"value": value / self.energy, "excess": excess}
 

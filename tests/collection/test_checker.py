@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from collection import checker
 from collection.checker import CheckError, Problem
@@ -175,6 +176,9 @@ def test_blocks_too_many_supports_and_stacks_are_refused() -> None:
     data = {"columns": np.arange(16)[None], "blocks": np.eye(16)[None] * 0.5, "shift": weight * 0}
     with pytest.raises(CheckError, match="more than 4096 supports"):
         checker.block_bound(problem, data)
+    wide = Problem("x/16of32", {"kind": "N:M", "keep": 16, "of": 32}, np.ones((1, 32)), np.eye(32), "")
+    with pytest.raises(CheckError, match="more than 4096 supports"):  # which are not listed first
+        checker.supports_of_block(np.arange(32)[None], wide.set, Path("c"))
     with pytest.raises(CheckError, match="not for a stack"):
         checker.block_bound(made(0, "row", stack=True), data)
 
@@ -270,7 +274,33 @@ def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(ROOT / "collection/checker.py"), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["problem", "value", "bound", "gap"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["problem", "content", "value", "bound", "gap"]
+
+
+def test_numbers_that_overflow_prove_nothing() -> None:
+    large = np.full((1, 4), 1e60)
+    problem = Problem("x/row", {"kind": "row", "keep": 4}, large, 1e60 * np.eye(4), "")
+    data = {"diagonal": np.full((1, 4), 1e-68), "diagonal_of_row": np.zeros(1, int), "shift": large}
+    with pytest.raises(CheckError, match="proves no bound"):
+        checker.bound_of(problem, "dual", data)
+
+
+def test_the_content_of_a_file_is_named_by_all_of_it(tmp_path: Path) -> None:
+    """A file has no tensors beside those of its format, by which two contents could have one SHA-256."""
+    problem = producers.problem(tmp_path, 3, "row")
+    path = tmp_path / "problem.safetensors"
+    tensors, metadata = checker.read(path, "problem")
+    for name, told in (("weight <f4 (2, 4)", "has no tensor"), ("hessian", "both")):
+        save_file({**tensors, name: problem.hessian}, path, metadata)
+        with pytest.raises(CheckError, match=told):
+            checker.load_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "gap"), [(2, 1, 0.5), (1, 2, 0), (1, -3, 1), (0, 0, 0), (0, -1, 1), (-30, -40, 1)]
+)
+def test_gaps(upper: float, lower: float, gap: float) -> None:
+    assert checker.gap(upper, lower) == gap
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +322,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.
         ({"kind": "row", "keep": [1]}, "does not fit"),
         ({"kind": "row"}, "a set has one of the kinds"),
         ({"kind": "rows", "keep": 2}, "a set has one of the kinds"),
+        ({"kind": ["row"], "keep": 2}, "a set has one of the kinds"),
         ({"kind": "N:M", "keep": 2, "of": 3}, "does not fit"),
         ({"kind": "N:M", "keep": 2, "of": 0}, "whole numbers"),
         ({"kind": "block", "height": 4, "width": 2, "keep": 1}, "does not fit"),

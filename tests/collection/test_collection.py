@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from admm_prune.errors import UserError
 from admm_prune.point import Point
@@ -170,6 +171,75 @@ def test_the_rows_of_a_stack_are_put_together(small: Path) -> None:
     assert float(row["worst_row_gap"]) >= float(row["gap"])
 
 
+def test_a_refused_or_worse_file_changes_nothing(small: Path) -> None:
+    """What is stored is compared, which is rounded to float32, and bounds below 0 rise as well."""
+    weight, hessian = np.array([[1, 2, 3, 4], [4, 3, 2, 1]]), 1e4 * np.ones((4, 4)) + 0.01 * np.eye(4)
+    path = small / "problems/tiny.safetensors"
+    write_problem(path, "tiny", weight.astype(np.float32), hessian.astype(np.float32), {"row": SETS["row"]}, {})
+    entries = build.manifest()
+    entries["tiny"]["sha256"] = checker.tensor_hash(checker.read(path, "problem")[0])
+    (small / "problems.json").write_text(json.dumps(entries))
+    problem = build.load("tiny/row")
+    good = producers.solution(problem)
+    draw = np.random.default_rng(0)
+    values = []
+    for _ in range(20):
+        near = np.where(good != 0, good * (1 + 1e-9 * draw.standard_normal(good.shape)), 0)
+        save = {"weight": near}  # float64
+        notes = {"id": problem.id, "problem": problem.fingerprint, "format": checker.FORMATS["solution"]}
+        save_file(save, small / "s.safetensors", notes)
+        record.offer(problem.id, small / "s.safetensors")
+        values.append(float(record.records()[problem.id]["value"]))
+        kept = checker.load_weight(record.place_of(problem.id, "solution"), problem)
+        assert 0 <= values[-1] / checker.value(problem, kept).upper - 1 < 1e-9
+    assert values == sorted(values, reverse=True)
+    data = producers.dual(problem, draw)
+    lower = []
+    for factor in (1e6, 2e6, 1e5):
+        shift = {**data, "shift": np.full((2, 4), factor)}
+        write_certificate(small / "c.safetensors", problem, "dual", shift, {})
+        record.offer(problem.id, None, small / "c.safetensors")
+        lower.append(float(record.records()[problem.id]["bound"]))
+    assert lower[0] < 0
+    assert lower[1] == lower[0] < lower[2]
+
+
+def test_a_stack_whose_files_are_not_at_hand_takes_offers(small: Path) -> None:
+    problem = build.load("tiny.rows/row")
+    good = producers.solution(problem)
+    offered(small, problem, problem.weight * (good != 0), "first", **producers.dual(problem, np.random.default_rng(1)))
+    before = record.records()[problem.id]
+    assert before["worst_row_gap"]
+    for kind in ("solution", "certificate"):
+        record.place_of(problem.id, kind).unlink()
+    assert "not below" in offered(small, problem, good * 1.5, "worse")[0]
+    assert record.records()[problem.id] == before
+    offered(small, problem, good, "second")
+    row = record.records()[problem.id]
+    assert float(row["value"]) < float(before["value"])
+    assert row["value_solver"] == "second"
+    assert (row["bound"], row["worst_row_gap"]) == (before["bound"], "")
+
+
+def test_notes_are_one_line_of_a_table(small: Path) -> None:
+    problem = build.load("tiny/row")
+    notes = {"solver": "a | 0.0 |\nb", "settings": "c" * 9999, "holder": "x"}
+    write_solution(small / "s.safetensors", problem, producers.solution(problem), notes)
+    record.offer(problem.id, small / "s.safetensors", holder="y")
+    row = record.records()[problem.id]
+    assert (row["value_solver"], row["value_holder"]) == ("a / 0.0 / b", "y")
+    assert len(row["value_settings"]) < 9999
+
+
+def test_numbers_are_rounded_to_the_safe_side() -> None:
+    draw = np.random.default_rng(0)
+    for number in [0.0, 5e-324, 1e22, *(draw.standard_normal(200) * 10.0 ** draw.integers(-30, 30, 200)).tolist()]:
+        for digits in (3, 10, 15):
+            upper, lower = (float(checker.decimal_text(number, kind, digits)) for kind in ("value", "bound"))
+            assert lower <= number <= upper
+            assert upper - lower <= abs(number) * 10.0 ** (1 - digits) * 1.01 + 5e-324
+
+
 def test_a_problem_that_is_missing_or_changed_is_named(small: Path) -> None:
     with pytest.raises(UserError, match="no layer 'big'"):
         build.load("big/row")
@@ -323,3 +393,22 @@ def test_profiles_by_hand(tmp_path: Path) -> None:
     ratios = profiles.performance_ratios(gap, cost, 0.05)
     assert ratios == {"a": {"x": 2.0, "y": 1.0}, "b": {"y": 1.0}, "c": {"y": 1.0}}
     assert profiles.profile(ratios, ["x", "y"], (1.0, 2.0)) == {"x": [0.0, 1 / 3], "y": [1.0, 1.0]}
+    assert profiles.solved_by_all(gap) == ["a", "b"]
+    assert profiles.solved_by_all({"a": {"x": 0.0, "y": float("inf")}, "b": {"x": 1.0, "y": 1.0}}) == ["b"]
+
+
+def test_profiles_are_over_problems_whose_best_value_has_another_source(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("runs.csv", "records.csv", "long.csv")]
+    files[0].write_text(
+        "id,solver,settings,status,value,relative_error,cpu_seconds,cost,date,notes\n"
+        + "".join(f"{name},admm,x,solved,2,1,1,1,today,\n" for name in ("own", "searched", "proved"))
+    )
+    rows = [
+        {**dict.fromkeys(record.COLUMNS, ""), "id": name, "value": "1", "gap": "0.4"} for name in ("own", "searched")
+    ]
+    rows.append({**rows[0], "id": "proved", "gap": "0.009"})
+    record.write_records({row["id"]: row for row in rows}, files[1])
+    files[2].write_text(
+        "id,seconds,seed,date,before,after,lowered_by,restarts,kicks\nsearched,10,0,today,2,1,0.5,1,1\n"
+    )
+    assert profiles.gaps(*files) == {"searched": {"admm": 1.0}, "proved": {"admm": 1.0}}

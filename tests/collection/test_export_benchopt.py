@@ -48,7 +48,8 @@ def test_methods_are_compared_by_the_checker(tmp_path: Path, monkeypatch: pytest
             figures[method] = objective.evaluate_result(**run.get_result())
         assert -1e-6 <= figures["admm"]["excess"] < figures["magnitude"]["excess"]
         assert 0 < figures["admm"]["value"] < figures["magnitude"]["value"] < 1
-    assert objective.evaluate_result(objective.problem.weight)["value"] == np.inf
+    for wrong in (objective.problem.weight, np.zeros((1, 2)), np.full_like(objective.problem.weight, np.nan)):
+        assert objective.evaluate_result(wrong)["value"] == np.inf
     assert objective.evaluate_result(**objective.get_one_result())["value"] == pytest.approx(1.0)
 
 
