@@ -302,10 +302,10 @@ class Settings(TextSettings):
     )
     allocation_passes: int | None = _compared(None, "Forward passes of a search; 256 by default.", least=2)
     coordinate: str | Sequence[str] = _compared(
-        (), "Parts of a block pruned as one problem: attention, its value and output projections.", **_NAMES
+        (), "attention: prune the value and output projections of a block together.", **_NAMES
     )
     refit: str | None = _compared(
-        None, "block: fit all weights that are left in a block together to its dense output.", choices=("block",)
+        None, "block: fit the pruned matrices of a block together to its dense output.", choices=("block",)
     )
     ridge: Ridge = option(
         None,

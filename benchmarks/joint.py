@@ -6,9 +6,10 @@
 Without `--model` and `--data` it is the embedded model on its own text. Every row is a run of `admm_prune.prune` on the
 same tokens, in memory: perplexity, weights removed as counted in the pruned model, CPU seconds of allocation and
 pruning, with `--blimp` the accuracy on BLiMP for the first seed, and the figures of the joint steps, averaged over the
-blocks: errors on validation tokens, which no fit reads. `alone` is the relative error of the attention's output with
+blocks: errors on validation tokens. `alone` is the relative error of the attention's output with
 value and output projections pruned alone on the tokens of the fit, `together` that of their common solution; `before`
-and `after` are the errors of the block's output that the refit lowers.
+and `after` are the errors of the block's output that the refit lowers: what it starts from is pruned on all tokens, and
+it is kept only if it lowers them.
 
 The rows are `none` (the method without any step), `attention`, `refit`, `both` (of these two), and for every rule of
 `--allocations` also `allocation`, `allocation-refit` (these two) and `all`. A row is written to OUT/runs.csv as soon as

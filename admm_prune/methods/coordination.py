@@ -1,4 +1,4 @@
-"""Value and output projections of a block as one problem, which improves on both pruned alone."""
+"""Value and output projections of a block as a single problem, which improves on both pruned alone."""
 
 from __future__ import annotations
 
@@ -114,17 +114,19 @@ class DenseAttention:
         if "bias" in result.solution and self.views.output.bias is not None:
             self.views.output.bias.data.copy_(result.solution["bias"])
         names = {view.name: view for view in views.values()}
-        return [renewed(report, names.get(report.name), "values and outputs as one") for report in reports], figures
+        return [
+            renewed(report, names.get(report.name), "value and output projections together") for report in reports
+        ], figures
 
     def _tokens(self, stream: BlockStream, index: int, block: Block, part: str) -> AttentionTokens:
         return AttentionTokens(*self.pairs[part], ModelMixing(block, self.views, stream.states(index)[part], index))
 
     def _alone(self, problem: AttentionOutput, solver: Solver) -> Point:
-        """Both matrices pruned alone on the calibration tokens, the output on the dense values."""
+        """Both pruned as layers on the calibration tokens, the output on dense values and with its dense bias."""
         dense = problem.initial()
         gram = GramAccumulator(dense["value"].shape[1], dense["value"].device)
         gram.add(self.pairs["calibration"][0])
-        grams = {"value": gram.gram.to(dense["value"]), "output": problem.block("output", dense).gram}
+        grams = {"value": gram.gram.to(dense["value"]), "output": problem.head_moments(dense)}
         pruned = {}
         for name, one in grams.items():
             ridge, damping = problem.damped[name]

@@ -12,6 +12,7 @@ from admm_prune.errors import UserError, did_you_mean
 from admm_prune.methods.base import LayerReport, Runtime, Task
 from admm_prune.methods.coordination import DenseAttention
 from admm_prune.methods.local import Method
+from admm_prune.methods.parts import RECONSTRUCTION
 from admm_prune.methods.refit import TOKENS, refit_block
 from admm_prune.models.attention import attention_views
 from admm_prune.models.capture import BlockStream
@@ -20,6 +21,7 @@ from admm_prune.point import Point
 
 COORDINATED = ("attention",)
 REFITS = ("block",)
+STEPS = ("attention", "refit")  # by their figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Joint:
 
     Args:
         coordinate: "attention": value and output projections as one problem, see `AttentionOutput`.
-        refit: "block": all surviving weights of a block on its dense output, see `BlockOutput`; None for none.
+        refit: "block": all pruned matrices of a block on its dense output, on their supports, see `BlockOutput`; None
+            for none.
 
     Raises:
         UserError: there is no such step.
@@ -43,6 +46,10 @@ class Joint:
                 raise UserError(
                     f"coordinate must be {' or '.join(COORDINATED)}, not '{name}'{did_you_mean(name, COORDINATED)}"
                 )
+        if self.refit is not None and self.refit not in REFITS:
+            raise UserError(
+                f"refit must be {' or '.join(REFITS)}, not '{self.refit}'{did_you_mean(str(self.refit), REFITS)}"
+            )
 
     @classmethod
     def of(cls, coordinate: str | Sequence[str], refit: str | None) -> Self:
@@ -66,11 +73,43 @@ class Joint:
         coordinate = f"--coordinate {','.join(self.coordinate)}" if self.coordinate else ""
         return " and ".join(filter(None, [coordinate, f"--refit {self.refit}" if self.refit else ""]))
 
-    def check(self, model: nn.Module) -> None:
-        """Raises UserError for a block whose attention cannot be coordinated; the message names it."""
+    def check(self, model: nn.Module, method: Method) -> None:
+        """Refuses what the steps cannot be taken for.
+
+        Raises:
+            UserError: an objective of the method's own, or a block whose attention cannot be coordinated.
+        """
+        if self and method.problem is not RECONSTRUCTION:
+            raise UserError(f"{self.label} weights all tokens alike: it takes no {method.problem.name}")
         if self.coordinate:
             for block in decoder_blocks(model):
                 attention_views(block)
+
+    def notes(self, blocks: Sequence[Mapping[str, Any]], task: Task) -> tuple[str, ...]:
+        """What a user should know of the steps.
+
+        Args:
+            blocks: the figures of each.
+        """
+        notes = []
+        count = len(blocks)
+        if self.coordinate and (absent := sum("attention" not in figures for figures in blocks)):
+            notes.append(
+                f"attention was not coordinated in {absent} of {count} blocks: their value or output projection is not "
+                "pruned"
+            )
+        for step, what in (("attention", "the common solution of value and output projection"), ("refit", "the refit")):
+            done = [figures[step] for figures in blocks if step in figures]
+            if rejected := sum(not one["accepted"] for one in done):
+                notes.append(f"{what} was rejected in {rejected} of {count} blocks: it raised the held-out error")
+            if failed := sum("status" in one for one in done):
+                notes.append(f"{what} was not finite in {failed} of {count} blocks, which are left as they were")
+        if self and len(task.calibration.rows) == 1:
+            notes.append(
+                "there is one calibration sequence: what the steps on several matrices gain is measured on the tokens "
+                "that they are fitted to"
+            )
+        return tuple(notes)
 
     def task(self, task: Task, runtime: Runtime) -> Task:
         """The task, with batches that are small enough to differentiate a block.
@@ -129,7 +168,7 @@ class JointBlock:
         return [names for names in (first, set(pruned) - first) if names]
 
     def coordinated(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports of matrices just pruned; value and output projections, if among them, are then solved as one."""
+        """The reports of matrices just pruned; value and output projections, if among them, are solved together."""
         if self.attention is None or not self.attention.prunes([report.name for report in reports]):
             return list(reports)
         renewed, self.figures["attention"] = self.attention.coordinated(

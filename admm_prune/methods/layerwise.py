@@ -75,7 +75,7 @@ class Layerwise(Capabilities):
 
     def check(self, model: nn.Module, target: Target) -> None:
         check_target(decoder_blocks(model), self.method, target)
-        self.joint.check(model)
+        self.joint.check(model, self.method)
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
@@ -90,12 +90,16 @@ class Layerwise(Capabilities):
                 inputs = stream.collect(index, names, None if reports else outputs)
                 reports += joint.coordinated(prune_all(inputs, self.method, task, runtime.world), self.method, task)
             reports = joint.finished(reports, self.method, task)
-            return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures or None)
+            return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures)
 
         block_results = for_each_block(model, task, runtime, prune_block, weighting=self.method.problem.weighting)
         runtime.report_progress(len(block_results), len(block_results))
-        details = {"joint": [result.details for result in block_results]} if self.joint else {}
-        return Outcome(layers=[report for result in block_results for report in result.layers], details=details)
+        figures = [result.details or {} for result in block_results]
+        return Outcome(
+            layers=[report for result in block_results for report in result.layers],
+            notes=self.joint.notes(figures, task),
+            details={"joint": figures} if self.joint else {},
+        )
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:

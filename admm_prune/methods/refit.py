@@ -1,15 +1,18 @@
-"""The blockwise refit: all surviving weights of a pruned block together, on its output."""
+"""The blockwise refit: all pruned matrices of a block together, on its output, with their supports kept."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport, Task
 from admm_prune.methods.coordination import renewed
 from admm_prune.methods.local import Method
@@ -23,6 +26,7 @@ from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
 STEPS = 100
+_LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,28 @@ class BlockTokens:
     states: Sequence[BatchState]
     targets: Tensor
 
-    def targets_of(self, number: int) -> Tensor:
-        sizes = [int(state.mask.sum()) for state in self.states]
-        return self.targets[sum(sizes[:number]) :][: sizes[number]]
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((int(state.mask.sum()) for state in self.states), initial=0))
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """1 / |y_t|^2 (n,), bounded: a token whose embedding is zero stays zero through blocks without biases."""
+        energies = torch.cat([part.float().square().sum(1) for part in self.targets.split(TOKENS)])
+        least = _LEAST_ENERGY * energies[energies > 0].median() if bool((energies > 0).any()) else energies.new_ones(())
+        return energies.clamp_min(max(float(least), torch.finfo(energies.dtype).tiny)).reciprocal()
+
+    def of_batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """The targets of the tokens of a batch, and their weights."""
+        tokens = slice(*self._starts[number : number + 2])
+        return self.targets[tokens], self.weights[tokens]
 
 
 class BlockOutput:
     """min sum_t |f(h_t; x) - y_t|^2 / |y_t|^2 over the pruned matrices x of a block f in their sets; `Stochastic`.
 
     Every token counts relative to its target, as the norm at the start of the next block makes it: else a few tokens
-    of massive activations would be all that counts.
+    of massive activations would be all that counts. Of targets close to zero |y_t|^2 is 1e-6 of the median.
 
     A point holds every pruned matrix (out, in) by its name, in float32 at least, in which the block computes.
 
@@ -97,7 +113,7 @@ class BlockOutput:
     def _holding(self, x: Point) -> Generator[list[Tensor]]:
         """Within it the block computes with x; its parameters require gradients, and are as before afterwards."""
         parameters = list({id(view.parameter): view.parameter for view in self._views}.values())
-        before = [parameter.data for parameter in parameters]
+        before = [(parameter.data, parameter.requires_grad) for parameter in parameters]
         with in_dtype(self._block.module, self._dtype):
             try:
                 for parameter in parameters:
@@ -108,19 +124,15 @@ class BlockOutput:
                     parameter.requires_grad_(True)
                 yield [*parameters]
             finally:
-                for parameter, data in zip(parameters, before, strict=True):
-                    parameter.requires_grad_(False)
+                for parameter, (data, required) in zip(parameters, before, strict=True):
                     parameter.data = data
+                    parameter.requires_grad_(required)
 
     def _loss(self, tokens: BlockTokens, number: int) -> Tensor:
         state = tokens.states[number]
         outputs = state.replay(self._block, self._index, finite=False, dtype=self._dtype)[state.mask]
-        targets = tokens.targets_of(number).to(outputs)
-        return ((outputs - targets).square().sum(1) * self.token_weights(targets)).sum()
-
-    def token_weights(self, targets: Tensor) -> Tensor:
-        """1 / |y_t|^2 of the targets (n, d)."""
-        return targets.square().sum(1).reciprocal()
+        targets, weights = (x.to(outputs) for x in tokens.of_batch(number))
+        return ((outputs - targets).square().sum(1) * weights).sum()
 
 
 def refit_block(
@@ -132,7 +144,7 @@ def refit_block(
     method: Method,
     task: Task,
 ) -> tuple[list[LayerReport], dict[str, Any]]:
-    """Fits all surviving weights of a pruned block together to its dense outputs, in place, on their supports.
+    """Fits all pruned matrices of a block together to its dense outputs, in place, on their supports.
 
     Kept only if it lowers the error on validation tokens.
 
@@ -142,6 +154,9 @@ def refit_block(
 
     Returns:
         The reports, and the figures, JSON values.
+
+    Raises:
+        UserError: the pruned block, or its gradients, are not finite.
     """
     pruned = {report.name for report in reports}
     views = [view for view in block.weights if view.name in pruned]
@@ -153,12 +168,17 @@ def refit_block(
         block, views, Product(sets), index, parts["calibration"], parts.get("validation", parts["calibration"])
     )
     start = problem.initial()
-    before = problem.value(start)
-    result = SupportDescent.of(STEPS).solve(problem, start=start)
+    try:
+        before = problem.value(start)
+        result = SupportDescent.of(STEPS).solve(problem, start=start)
+    except ArithmeticError as error:
+        raise UserError(f"the refit of {block.name}: {error}") from error
     for view in views:
         view.write(result.solution[view.name])
     after = problem.value(problem.initial())  # as rounded to the dtype of the model
-    figures = {"before": before, "after": after, "accepted": after < before}
+    figures: dict[str, Any] = {"before": before, "after": after, "accepted": after < before}
+    if not result.status.ok:
+        figures["status"] = result.status.name
     if not after < before:
         for view in views:
             view.write(start[view.name])

@@ -18,7 +18,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
-from admm_prune.methods.joint import Joint
+from admm_prune.methods.joint import STEPS, Joint
 from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
@@ -121,7 +121,7 @@ class SparseLLM(Capabilities):
 
     def check(self, model: nn.Module, target: Target) -> None:
         blocks = decoder_blocks(model)
-        self.joint.check(model)
+        self.joint.check(model, self.method)
         if self.method.problem.weighting.weigh is not None:
             raise UserError(f"{self.name} weights all tokens alike: it takes no {self.method.problem.name}")
         check_target(blocks, self.method, target)
@@ -152,10 +152,14 @@ class SparseLLM(Capabilities):
             )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
+        joint = [{step: figure[step] for step in STEPS if step in figure} for figure in figures]
+        if not self.joint and len(task.calibration.rows) == 1:
+            notes.append("there is one calibration sequence: the round is chosen on the tokens that it was fitted to")
         return Outcome(
             layers=[report for result in results for report in result.layers],
-            notes=tuple(notes),
-            details={"feed_forward": [figure for figure in figures if "rounds" in figure]},
+            notes=(*notes, *self.joint.notes(joint, task)),
+            details={"feed_forward": [figure for figure in figures if "rounds" in figure]}
+            | ({"joint": joint} if self.joint else {}),
         )
 
     def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> BlockResult:
@@ -170,7 +174,7 @@ class SparseLLM(Capabilities):
 
         # 1. X and Y as released: before attention is pruned.
         pairs = stream.pairs(index, views.weights) if self.target == "before" else None
-        # 2. Attention, each W <- prune(W) by the layer solver; V and O then as one, if coordinated.
+        # 2. Attention, each W <- prune(W) by the layer solver; V and O then together, if coordinated.
         joint = self.joint.begin(stream, index, block, pruned)
         block_outputs = joint.outputs if repairs or self.joint.refit else None  # of the dense block
         attention = pruned - {view.name for view in views.weights}
@@ -192,7 +196,7 @@ class SparseLLM(Capabilities):
             raise UserError(f"{', '.join(view.name for view in views.weights)}: {error}") from error
         seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
         reports += _reports(views, result, seconds, stream.places("calibration")[0])
-        # 5. All surviving weights of the block, if they are refitted.
+        # 5. All pruned matrices of the block, if they are refitted.
         del pairs
         reports = joint.finished(reports, self.method, task)
         return BlockResult(layers=reports + untouched(block, pruned), details=details | figures | joint.figures)
@@ -220,7 +224,7 @@ class SparseLLM(Capabilities):
             bias.data.copy_(result.solution["bias"])
         return result, {
             "relative_error": error,
-            "relative_error_validation": validation_loss,
+            "relative_error_validation": validation_loss if "validation" in pairs else None,
             "damped": damped,
             "rounds": [progress.end_to_end for progress in result.history],
             "best_round": result.best_iteration,

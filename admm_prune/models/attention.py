@@ -58,7 +58,8 @@ def attention_views(block: Block) -> tuple[AttentionViews, ...]:
         if size is None:
             continue
         if len(views) == 2:
-            raise UserError(_refusal(block, f"{views[0].name} holds queries, keys and values in one matrix"))
+            joined = max(views, key=lambda view: view.shape[0])
+            raise UserError(_refusal(block, f"{joined.name} holds queries, keys and values in one matrix"))
         if len(views) == 4:
             inner, output = (views[2], *views[:2]), views[3]
             whole = (view for view in inner if output.shape[1] % view.shape[0] == view.shape[0] % size == 0)

@@ -83,7 +83,8 @@ class BlockStream:
         activation_store = activation_store or ActivationStore()
         calibration, validation = sequences.split(validation_fraction)
         parts = {"calibration": calibration, "validation": validation, "holdout": holdout}
-        self._texts = {part: text for part, text in parts.items() if text is not None}
+        # Of a single sequence nothing is held out: there is no validation part then.
+        self._texts = {part: text for part, text in parts.items() if text is not None and text.rows}
         if len(calibration.rows) < world.size:
             count = len(sequences.rows)
             raise UserError(

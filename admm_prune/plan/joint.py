@@ -24,7 +24,9 @@ from admm_prune.problems.attention import AttentionOutput
 from admm_prune.statistics import SUM_BYTES
 
 PARTS = "weights, gradients and moments"
-_COPIES = 6  # of the pruned matrices in float32: start, point, gradient, two moments, and those in the block
+# Of the pruned matrices in float32: start, point, best point, gradient as made and as it is returned, two moments, mask
+# and those in the block.
+_COPIES = 9
 # Passes of the attention over the tokens of the fit, beside those that mix its inputs: head outputs of dense values,
 # values of the start (twice, as it is given and projected) and of the best point; in a round one value of V, head
 # outputs and one value of O.
@@ -37,7 +39,7 @@ _FLOAT = 4  # bytes
 def coordinating(
     stream: BlockStream, counting: Counting, index: int, block: Block, method: Method, task: Task
 ) -> Iterator[Stage]:
-    """Value and output projections as one."""
+    """Value and output projections together."""
     views = attention_views(block)[0]
     inputs, states = views.value.shape[1], stream.states(index)
     first = states["calibration"][0]
@@ -79,7 +81,7 @@ def coordinating(
     each = 2 * (values[0] * values[1] + outputs[0] * outputs[1])  # X V^T and Z O^T
     moments = 2 * (outputs[1] * (outputs[0] + outputs[1] // 2)) * (1 + ROUNDS) + inputs**2
     work += Work.of(products_float32=tokens * each * _PASSES, products_float64=tokens * moments)
-    yield Stage(name="attention as one", parts=parts, work=work)
+    yield Stage(name="coordinated attention", parts=parts, work=work)
 
 
 def _mixing(

@@ -126,12 +126,12 @@ def counts(sizes: Sequence[int], sparsities: Sparsities, budget: int) -> list[in
     return _rounded(below + min(1.0, max(0.0, part)) * (above - below), sizes, budget)
 
 
-def nearest_levels(curves: Sequence[Curve], sparsities: Sequence[float], budget: float) -> Allocation:
+def nearest_levels(curves: Sequence[Curve], removed: Sequence[int], budget: float) -> Allocation:
     """The levels of curves nearest to given sparsities, moved by a common shift until the budget is met.
 
     Args:
         curves: savings are weights removed; the last level of each removes all that it can.
-        sparsities: of the matrices, as fractions of the last savings.
+        removed: the weights that every matrix is to lose.
 
     Raises:
         ValueError: the curves cannot save so much.
@@ -140,7 +140,7 @@ def nearest_levels(curves: Sequence[Curve], sparsities: Sequence[float], budget:
     def price(l: int, middle: Tensor) -> Tensor:
         step = (middle * curves[l].count).long().clamp_max(curves[l].count - 1)
         savings = curves[l].savings
-        return (savings[step] + savings[step + 1]) / (2 * savings[-1]) - sparsities[l]
+        return ((savings[step] + savings[step + 1]) / 2 - removed[l]) / savings[-1]
 
     return take_steps(curves, budget, price)
 
@@ -157,7 +157,7 @@ def interpolated(
         sparsities: ascending, within 0 and 1; the first positive.
         errors: at each, non-negative.
         size: weights of the matrix, of which step k removes round(k n / 200).
-        most: the largest sparsity.
+        most: the largest sparsity; the step that reaches it removes so much.
 
     Raises:
         ValueError: series of other lengths or orders, or errors that are negative or not finite.
@@ -174,6 +174,8 @@ def interpolated(
     knots = torch.tensor(sparsities, dtype=torch.float64)
     heights = torch.tensor(errors, dtype=torch.float64).cummax(0).values
     s = torch.arange(_STEPS + 1, dtype=torch.float64) / _STEPS
+    last = math.ceil(most * _STEPS - 1e-9)  # the step at which the largest sparsity is reached
+    s[last] = most
     right = torch.searchsorted(knots, s).clamp(1, max(1, len(knots) - 1))
     if len(knots) == 1:
         values = heights[0] * (s / knots[0]).square()
@@ -184,8 +186,8 @@ def interpolated(
         values = torch.where(low > 0, logarithmic, part * high)
         values = torch.where(s < knots[0], heights[0] * (s / knots[0]).square(), values)
     savings = torch.tensor([round(k * size / _STEPS) for k in range(_STEPS + 1)], dtype=torch.float64)
-    least = _STEPS - math.floor(most * _STEPS + 1e-9)
-    return Curve(name, values.cummax(0).values, savings, least=max(0, least))
+    savings[last] = min(float(savings[last]), math.floor(most * size + 1e-9))
+    return Curve(name, values.cummax(0).values, savings.cummax(0).values, least=_STEPS - last)
 
 
 def met_exactly(curves: Sequence[Curve], removed: Sequence[int], budget: int) -> list[int]:

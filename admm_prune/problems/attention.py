@@ -181,6 +181,14 @@ class AttentionOutput:
         loss, energy = self._loss(x, self.validation)
         return 0.0 if energy == 0 else loss / energy
 
+    def head_moments(self, x: Point) -> Tensor:
+        """Z^T Z (H e, H e) of the head outputs that V really gives: what the output projection alone is pruned on."""
+        gram = GramAccumulator(self.weights["output"].shape[1], self.weights["output"].device)
+        for heads, _ in self._head_outputs(x, self.tokens):
+            gram.add(heads)
+        gram.join(self.all_reduce)
+        return gram.gram.to(self.weights["output"])
+
     def block(self, name: str, x: Point) -> Any:  # a Problem, as in FeedForward
         return self._output_problem(x) if name == "output" else self._value_problem(x)
 

@@ -6,6 +6,7 @@ Whether a model is taken from disk block by block, or loaded as a whole.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.allocation.rules import AllocationRule
-from admm_prune.methods.base import NOTHING, OnRecord, Recipe, Runtime, Task
+from admm_prune.methods.base import NOTHING, LayerReport, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
@@ -247,6 +248,8 @@ def run_recipe(
         evaluate = partial(tasks.evaluate, replace(loaded, model=model), seed=task.seed)
         with phases("evaluating the tasks"):
             on_tasks = runtime.journal.once("tasks", evaluate)
+    if "allocation" in details:
+        details["allocation"] = details["allocation"] | _removed(details["allocation"], outcome.layers)
     block_weights = sum(layer.shape[0] * layer.shape[1] for layer in outcome.layers)
     return Report(
         method=recipe.name,
@@ -266,6 +269,12 @@ def run_recipe(
         model=model,
         phases=tuple(phases),
     )
+
+
+def _removed(allocated: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, int]:
+    """The weights that the matrices of an allocation have lost, as counted: sets of rows or groups round a target."""
+    zeros = {layer.name: layer.shape[0] * layer.shape[1] - layer.nonzeros for layer in layers}
+    return {"removed": sum(zeros[name] for name in allocated["targets"])}
 
 
 def save_run(

@@ -18,7 +18,9 @@ import admm_prune
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods import refit
+from admm_prune.methods.allocation.measurements import gradients
 from admm_prune.methods.base import IN_PROCESS, Task
+from admm_prune.methods.coordination import DenseAttention
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import LOCAL_METHODS
@@ -33,6 +35,7 @@ from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import pruning_stages
 from admm_prune.plan.counting import Work, counted
 from admm_prune.problems.constraints import Product, Unstructured
+from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.recipe_file import read_recipe
 from admm_prune.runs.results import Report
@@ -42,7 +45,7 @@ from admm_prune.verify.run import verify_folder
 from tests.models.tiny_models import FAMILIES, VARIANTS, VOCABULARY, build
 
 BOTH = Joint(coordinate=("attention",), refit="block")
-ONE_MATRIX = "holds queries, keys and values in one matrix"
+ONE_MATRIX = r"(qkv_proj|c_attn|query_key_value)\.weight holds queries, keys and values in one matrix"
 REFUSED = {
     "phi3": ONE_MATRIX,
     "gpt2": ONE_MATRIX,
@@ -201,6 +204,105 @@ def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.Monkey
     assert all(report.relative_error is not None for report in outcome.layers)
 
 
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("name", ["wanda", "sparsellm"])
+def test_one_sequence_is_fitted_and_judged_on_itself_and_it_is_said(name: str) -> None:
+    model = build("llama", layers=1)
+    outcome = composed(name, joint=BOTH).prune(model, Task(target=Target(sparsity=0.5), calibration=text((16,))))
+    assert any("one calibration sequence" in note for note in outcome.notes)
+    figures = outcome.details["joint"][0]
+    assert 0 < figures["attention"]["alone"] < 1
+    assert figures["refit"]["before"] > 0
+    if name == "sparsellm":
+        (network,) = outcome.details["feed_forward"]
+        assert network["relative_error_validation"] is None
+        assert all(error > 0 for error in network["rounds"])
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_token_without_an_output_does_not_stop_the_refit(held_out: bool) -> None:
+    """Its embedding is zero, as rows of padding tokens are, and no block has biases."""
+    model = build("llama", layers=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = 0
+    sequences = text((16,) * 64)
+    fit, validation = sequences.split(0.15)
+    row = (validation if held_out else fit).rows[0]
+    row.ids[0] = 5
+    outcome = composed("wanda", joint=Joint(refit="block")).prune(
+        model, Task(target=Target(sparsity=0.5), calibration=sequences)
+    )
+    for figures in outcome.details["joint"]:
+        assert figures["refit"]["accepted"]
+        assert figures["refit"]["after"] < figures["refit"]["before"] < 10
+
+
+def test_attention_alone_is_what_layers_give_where_the_output_has_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bias stays dense there: means are not taken out of the head outputs."""
+    model, layerwise = build("opt", layers=1), build("opt", layers=1)
+    with torch.no_grad():
+        for one in (model, layerwise):
+            views = attention_of(decoder_blocks(one)[0], stream_of(one).states(0)["calibration"], 0)
+            bias = views.value.bias
+            assert bias is not None
+            bias += 1.0  # head outputs whose mean is far from zero
+    block = decoder_blocks(layerwise)[0]
+    attention = attention_of(block, stream_of(layerwise).states(0)["calibration"], 0)
+    both = {"value": attention.value, "output": attention.output}
+    names = {view.name for view in both.values()}
+    others = tuple((view.name, "dense") for view in block.weights if view.name not in names)
+    task = Task(target=Target(sparsity=0.5, layers=others), calibration=text((32,)))  # of which nothing is held out
+    found: dict[str, Tensor] = {}
+    alone = DenseAttention._alone
+
+    def kept(*arguments: Any) -> Any:
+        start = alone(*arguments)
+        found.update(start)
+        return start
+
+    monkeypatch.setattr(DenseAttention, "_alone", kept)
+    composed("sparsegpt", joint=Joint(coordinate=("attention",))).prune(model, task)
+    composed("sparsegpt").prune(layerwise, task)
+    for name, view in both.items():
+        torch.testing.assert_close(found[name], view.read(), rtol=1e-3, atol=1e-4)
+
+
+class Weighted(LayerReconstruction):
+    @staticmethod
+    def token_weights(inputs: Tensor) -> Tensor:
+        return inputs.square().sum(1)
+
+
+def test_a_weighted_objective_is_refused() -> None:
+    recipe = replace(Layerwise(LOCAL_METHODS["wanda"]), joint=BOTH)
+    weighted = recipe.with_parts(None, Weighted, None)
+    with pytest.raises(UserError, match="weights all tokens alike"):
+        weighted.check(build("llama", layers=1), Target(sparsity=0.5))
+
+
+def test_what_the_steps_did_not_do_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (("model.layers.0.self_attn.v_proj.weight", "dense"),)
+    task = Task(target=Target(sparsity=0.5, layers=layers), calibration=text())
+    monkeypatch.setattr(refit, "STEPS", 1)
+    of = classmethod(lambda cls, steps: cls(rate=100.0, over=steps, max_iterations=steps))
+    monkeypatch.setattr(SupportDescent, "of", of)
+    outcome = composed("wanda", joint=BOTH).prune(build("llama", layers=1), task)
+    assert any("not coordinated in 1 of 1 blocks" in note for note in outcome.notes)
+    assert any("the refit was rejected in 1 of 1 blocks" in note for note in outcome.notes)
+
+
+def test_parameters_are_left_as_they_were_given() -> None:
+    """requires_grad of a model from Python, and no gradients that nothing clears."""
+    model = build("llama", layers=1).requires_grad_(True)
+    task = Task(target=Target(sparsity=0.5), calibration=text())
+    composed("wanda", joint=Joint(refit="block")).prune(model, task)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    names = frozenset(view.name for view in decoder_blocks(model)[0].weights)
+    gradients(model, task.calibration, names)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
 def test_matrices_that_stay_dense_are_not_touched() -> None:
     model = build("llama", layers=1)
     dense = {view.name: view.read().clone() for view in decoder_blocks(model)[0].weights}
@@ -315,7 +417,7 @@ def test_the_plan_counts_what_a_run_does(joint: Joint) -> None:
     task = Task(target=Target(sparsity=0.5), calibration=Sequences(rows, "windows", 128, None, 8))
     recipe, model = composed("wanda", joint=joint), load("embedded", dtype="float32").model
     stages = pruning_stages(Anatomy.of("embedded", "float32"), recipe, task, stream=False)
-    assert {"attention as one", "refit"} & {stage.name for stage in stages}
+    assert {"coordinated attention", "refit"} & {stage.name for stage in stages}
     with counted() as counting:
         counting.know(*model.parameters(), *model.buffers())
         recipe.prune(model, task)

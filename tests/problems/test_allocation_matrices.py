@@ -207,10 +207,10 @@ def test_an_allocation_that_removes_too_little_cannot_be_met() -> None:
 def test_the_nearest_levels_of_a_pattern_are_those_of_an_exhaustive_search(seed, budget) -> None:
     """min sum_l (level_l - 4 s_l)^2 over all levels 0..3 of 4 that remove as much."""
     g = torch.Generator().manual_seed(seed)
-    target = (4 * torch.rand(6, generator=g, dtype=torch.float64)).tolist()
-    levels = torch.arange(4, dtype=torch.float64)
+    target = torch.randint(0, 401, (6,), generator=g).div(100).tolist()
+    levels = 100 * torch.arange(4, dtype=torch.float64)
     curves = [Curve(str(l), torch.zeros(4, dtype=torch.float64), levels, least=0) for l in range(6)]
-    found = nearest_levels(curves, [x / 3 for x in target], budget)
+    found = nearest_levels(curves, [round(100 * x) for x in target], 100 * budget)
     chosen = [found.removed[c.name] for c in curves]
     assert sum(chosen) == budget
 
@@ -224,5 +224,16 @@ def test_the_nearest_levels_of_a_pattern_are_those_of_an_exhaustive_search(seed,
 def test_uneven_levels_are_compared_by_what_they_remove() -> None:
     savings: Tensor = torch.tensor([0.0, 10.0, 80.0, 100.0], dtype=torch.float64)
     curves = [Curve(name, torch.zeros(4, dtype=torch.float64), savings, least=0) for name in "ab"]
-    found = nearest_levels(curves, [0.1, 0.8], 90)
+    found = nearest_levels(curves, [10, 80], 90)
     assert found.removed == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("most", [0.95, 0.9975, 0.9926, 1.0])
+def test_a_curve_reaches_the_largest_sparsity_exactly(most: float) -> None:
+    """Which lies between two of its steps: rounded down, a budget close to it could not be met."""
+    size = 10_000
+    curve = interpolated("w", [0.5, 0.9, 1.0], [1.0, 3.0, 9.0], size, most=most)
+    levels = curve.levels()
+    assert float(curve.savings[levels[-1]]) == math.floor(most * size + 1e-9)
+    assert bool((curve.savings.diff() >= 0).all())
+    assert EqualSlope().allocate([curve, curve], 2 * math.floor(most * size)).saved == 2 * math.floor(most * size)

@@ -17,7 +17,7 @@ from admm_prune.methods.allocation.search import SearchResult, Space, Table, evo
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.target import DENSE, Target, target_named
 from admm_prune.models.structure import WeightView, decoder_blocks
-from admm_prune.problems.allocation import Curve, EqualSlope, energies, standardized
+from admm_prune.problems.allocation import Curve, EqualSlope, standardized
 from admm_prune.problems.allocation_knapsack import Knapsack
 from admm_prune.problems.allocation_matrices import (
     Sparsities,
@@ -136,10 +136,7 @@ class BudgetProblem:
             return self._fractions(exact), figures
         paths = self._path()
         curves = [self._of_levels(view, size, paths[view.name]) for view, size in self._sized()]
-        fractions = [count / size for count, size in zip(exact, self.sizes, strict=True)]
-        # Not all of a matrix can go: its last level saves less than its size.
-        parts = [x * size / float(c.savings[-1]) for x, size, c in zip(fractions, self.sizes, curves, strict=True)]
-        chosen = nearest_levels(curves, parts, self.budget)
+        chosen = nearest_levels(curves, exact, self.budget)
         return self._level_targets([chosen.removed[curve.name] for curve in curves], paths), figures
 
     def _owl(self) -> tuple[dict[str, str], dict[str, Any]]:
@@ -162,7 +159,11 @@ class BudgetProblem:
 
     def _softmax(self) -> tuple[dict[str, str], dict[str, Any]]:
         curves = self._relative(self._levels(self._path()))
-        standard = torch.tensor(standardized(energies(curves, self.budget)), dtype=torch.float64)
+        errors = []
+        for curve, size in zip(curves, self.sizes, strict=True):
+            level = int((curve.savings - self.fraction * size).abs().argmin())
+            errors.append(float(curve.losses[level]))
+        standard = torch.tensor(standardized(errors), dtype=torch.float64)
         return self._by_features(scaled((-standard).exp(), self.most))
 
     def _per_block(self, values: Mapping[int, float]) -> Tensor:
@@ -277,7 +278,9 @@ class BudgetProblem:
     def _at_levels(self, curve: Curve, levels: Sequence[Target]) -> Curve:
         """A curve at the levels of a path alone."""
         size = float(curve.savings[-1])
-        steps = [0, *(round(level.fraction * curve.count) for level in levels)]
+        levels = [level for level in levels if level.fraction <= self.most]
+        last = curve.count - curve.least
+        steps = [0, *(min(last, round(level.fraction * curve.count)) for level in levels)]
         savings = torch.tensor([0.0, *(round(level.fraction * size) for level in levels)], dtype=torch.float64)
         return Curve(curve.name, curve.losses[steps], savings, least=0)
 

@@ -119,7 +119,8 @@ def levels(
                     gradient = gradients[view.name].double()
                     tensors[f"first/{view.name}"] = torch.stack([(change * gradient).sum() for change in changes]).cpu()
                 if keep:
-                    tensors |= {f"{k}/{view.name}": w.to(original.dtype) for k, w in enumerate(pruned[view.name])}
+                    stored = (w.to(original.dtype).cpu() for w in pruned[view.name])
+                    tensors |= {f"{k}/{view.name}": w for k, w in enumerate(stored)}
                 if loss is not None:
                     view.write(pruned[view.name][reference])
         measured = None
@@ -181,9 +182,11 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
                 means[view.name] = means.get(view.name, torch.zeros_like(part)) + part
         parameter.grad = None
 
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in required:  # no gradients of the others, which nothing would reduce
+        parameter.requires_grad_(id(parameter) in views)
     parameters = [those[0].parameter for those in views.values()]
-    required = [parameter.requires_grad for parameter in parameters]
-    handles = [parameter.requires_grad_().register_post_accumulate_grad_hook(reduce) for parameter in parameters]
+    handles = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in parameters]
     tokens = 0
     try:
         with torch.enable_grad():
@@ -195,7 +198,7 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, before in zip(parameters, required, strict=True):
+        for parameter, before in required:
             parameter.requires_grad_(before)
     return Gradients(squares=squares, means={name: total.div_(tokens) for name, total in means.items()}, tokens=tokens)
 

@@ -133,6 +133,8 @@ class AllocationRule:
             raise UserError(f"the allocation {self.name} is made by one process: start one, or give no allocation")
         if self.name == "patterns" and target.pattern is not None:
             raise UserError("the allocation patterns mixes patterns itself: give a sparsity such as 0.4")
+        if self.name == "patterns" and (sets := getattr(getattr(recipe, "method", None), "sets", None)) is not None:
+            raise UserError(f"the allocation patterns mixes patterns, which are sparse sets: it takes no {sets.name}")
         sharing, _ = budget_of(model, target)
         if self.name == "patterns":
             for _, view in sharing:

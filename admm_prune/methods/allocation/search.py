@@ -85,8 +85,7 @@ class Space:
 
     def levels(self, z: Tensor) -> list[int]:
         """The levels nearest to that."""
-        sparsities = [count / size for count, size in zip(self.removed(z), self.sizes, strict=True)]
-        chosen = nearest_levels(self.curves, sparsities, self.budget)
+        chosen = nearest_levels(self.curves, self.removed(z), self.budget)
         return [chosen.removed[curve.name] for curve in self.curves]
 
 
@@ -97,7 +96,7 @@ class SearchResult:
     Attributes:
         offsets: z of `Space`, (matrices,); None where levels were searched.
         levels: the best allocation, as levels.
-        loss: its held-out loss; `start` that of the first allocation.
+        loss: the held-out loss of these levels; `start` that of the first allocation's.
         passes: forward passes of the held-out text.
     """
 
@@ -118,10 +117,12 @@ class _Counted:
 
     def __call__(self, chosen: Sequence[int]) -> float:
         index, self.count = self.count, self.count + 1
-        if index < len(self._known):
-            return float(self._known[index]["loss"])
+        known = self._known[index] if index < len(self._known) else None
+        if known is not None and known["levels"] == [*chosen]:  # gradients may differ in the last bits after a restart
+            return float(known["loss"])
         value = self._loss(chosen)
-        self._journal.commit(_PART, index, {"loss": value})
+        if known is None:
+            self._journal.commit(_PART, index, {"loss": value, "levels": [*chosen]})
         return value
 
 
