@@ -235,8 +235,10 @@ def claim(path: Path, kind: str, name: str) -> float | None:
 def _check_names(path: Path, metadata: Mapping[str, str], problem: Problem) -> None:
     if metadata.get("id") != problem.id:
         raise CheckError(f"{path} is for the problem '{metadata.get('id')}', not '{problem.id}'")
-    if metadata.get("problem") != problem.fingerprint:
-        raise CheckError(f"{path} was made for another content of {problem.id}: its SHA-256 differs")
+    if "problem" not in metadata:
+        raise CheckError(f"{path} does not name the content of {problem.id}: its 'problem' is {problem.fingerprint}")
+    if metadata["problem"] != problem.fingerprint:
+        raise CheckError(f"{path} was made for another content of {problem.id}, whose SHA-256 is {problem.fingerprint}")
 
 
 def _json(path: Path, text: str) -> Any:

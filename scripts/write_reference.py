@@ -43,7 +43,8 @@ recipe and an HTML report to a folder. In a process group of torch all processes
 and the first one writes. It raises `admm_prune.errors.UserError`, with a message of one line, if something in the
 arguments cannot be used.
 
-Everything but `model` is given by keyword. The commands take the same settings: see the
+Everything but `model` is given by keyword. The commands take the same settings, but
+for `solver`, which `--method` covers: see the
 [command line](../commands.md).
 """
 

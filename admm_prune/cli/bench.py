@@ -13,7 +13,7 @@ from admm_prune.errors import UserError
 
 bench = typer.Typer(
     cls=common.Group,
-    help="Run a scaled benchmark.\n\nExample: admm-prune bench memory --most 1e8 --out memory",
+    help="Measure memory, a GPU, or inference.\n\nExample: admm-prune bench memory --most 1e8 --out memory",
     no_args_is_help=True,
 )
 

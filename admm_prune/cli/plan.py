@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @common.logs
 @common.takes("plan", PlanSettings)
 def plan(json: common.Json = False, **options: Any) -> None:
-    """Say what a run will take, from the model's config alone; refuse one that does not fit.
+    """Estimate memory, disk space and time of a run from the model's config; exit with status 2 if it does not fit.
 
     Example: admm-prune plan --model embedded --method admm --sparsity 0.7
     """

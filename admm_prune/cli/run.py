@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def run(
     ctx: typer.Context,
     recipe: Annotated[
-        Path | None, typer.Option(help="A recipe.yaml, or the folder of a run that has one: options go before it.")
+        Path | None,
+        typer.Option(
+            help="A recipe.yaml, or the folder of a run that has one; options given beside it take precedence."
+        ),
     ] = None,
     dry_run: common.DryRun = False,
     json: common.Json = False,

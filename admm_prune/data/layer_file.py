@@ -72,13 +72,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         temporary.unlink(missing_ok=True)
 
 
-def is_ours(path: Path) -> bool:
-    """True for a safetensors file that `write_tensors` wrote."""
+def is_problem(path: Path) -> bool:
+    """True for a layer file that `write_tensors` wrote."""
+    return "gram" in _tensors_of_ours(path)
+
+
+def is_solution(path: Path) -> bool:
+    """True for a safetensors file that `write_tensors` wrote and that is no layer file."""
+    names = _tensors_of_ours(path)
+    return bool(names) and "gram" not in names
+
+
+def _tensors_of_ours(path: Path) -> frozenset[str]:
+    """The names of the tensors of a file that `write_tensors` wrote; none for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return MARK in (file.metadata() or {})
+            return frozenset(file.keys() if MARK in (file.metadata() or {}) else ())
     except (OSError, SafetensorError):
-        return False
+        return frozenset()
 
 
 def load_layer_file(path: Path) -> LayerFile:
@@ -88,6 +99,8 @@ def load_layer_file(path: Path) -> LayerFile:
         UserError: no such file, not safetensors, a tensor is missing, of a wrong shape or dtype, not finite, or a Gram
             is not symmetric.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a layer file")
     if not path.is_file():
         raise UserError(f"no such layer file: {path}")
     try:

@@ -20,6 +20,10 @@ from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import FLOATS, Checkpoint
 from admm_prune.models.structure import Block, assign, decoder_blocks
 
+# Methods whose weights transformers does not dequantize while it loads.
+_STAY_QUANTIZED = frozenset(
+    {"gptq", "awq", "auto-round", "aqlm", "quanto", "eetq", "hqq", "torchao", "bitnet", "vptq", "spqr"}
+)
 _WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
 
 
@@ -192,8 +196,11 @@ def dequantizer(source: str, config: Any) -> Any:
 
     settings = dict(settings if isinstance(settings, dict) else settings.to_dict())
     method = settings.get("quant_method") or "unknown method"
-    refusal = f"{source}: its weights are quantized ({getattr(method, 'value', method)})"
+    method = str(getattr(method, "value", method))
+    refusal = f"{source}: its weights are quantized ({method})"
     remedy = "prune the original model, or dequantize them and save the result"
+    if method in _STAY_QUANTIZED:  # before transformers asks for a package that would not help
+        raise UserError(f"{refusal}, and only floats can be pruned: {remedy}")
     settings["dequantize"] = True
     try:
         with quiet():

@@ -156,6 +156,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     recipe = configured(recipe, settings.unit, settings.multiple)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
+    if settings.device_memory is not None and gpu is None:
+        raise UserError("--device-memory is that of a GPU: add its kind, or one like it, such as --gpu a100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:
         raise UserError(f"cannot stream: {obstacle}")
     anatomy = Anatomy.of(model, settings.dtype)

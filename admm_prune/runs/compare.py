@@ -27,7 +27,7 @@ from admm_prune.models.loading import fingerprint, load
 from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
 from admm_prune.runs.evaluate import evaluated_dense
-from admm_prune.runs.journal.folder import MANIFEST, finite, write_json
+from admm_prune.runs.journal.folder import MANIFEST, check_apart, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
@@ -165,6 +165,7 @@ def compare(
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
+    check_apart(out, run.model, run.data, run.eval_data)
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
@@ -205,6 +206,7 @@ def compare(
                     its_record,
                     phases,
                     allocation=settings.allocation if recipe.prunes else None,
+                    notes=texts.notes(recipe.samples),
                 )
                 with run_journal.output() as folder:
                     report = prune.save_run(model, report, folder, texts.evaluation, callback)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.data.layer_file import LayerFile, load_layer_file, write_tensors
+from admm_prune.data.layer_file import LayerFile, is_problem, is_solution, load_layer_file, write_tensors
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Ridge, RidgeTrial
 from admm_prune.methods.local import REFERENCES, Method, with_parts
@@ -69,7 +69,7 @@ def capture_layer(
         UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
             cannot be written.
     """
-    check_output_file(out, overwrite=overwrite)
+    check_output_file(out, overwrite=overwrite, ours=is_problem)
     place = pick_device(device)
     weighting = LayerProblem.of(problem).weighting
     check_dtype(dtype)
@@ -214,7 +214,7 @@ def solve_path(
     outs = [_place_of(out, target, len(targets)) for target in targets]
     for file in outs:
         if file is not None:
-            check_output_file(file, overwrite=overwrite)
+            check_output_file(file, overwrite=overwrite, ours=is_solution)
     moved = _mapped(layer, lambda x: x.to(place))
     posed = _in_float64(moved) if method.name in REFERENCES else moved  # their proofs refer to the numbers in the file
     try:
@@ -404,7 +404,7 @@ def _bound(problem: LayerReconstruction, result: Result, choice: BoundChoice) ->
         return None, tuple(refusals) or (unproved,)
     best = max(bounds, key=lambda bound: bound.value)
     if best.vacuous:
-        return best, (f"the lower bound is {best.ratio:.1g} of the loss reached: it certifies nothing",)
+        return best, (f"the lower bound is only {best.ratio:.1g} of the loss reached: --bound dual proves more",)
     return best, ()
 
 

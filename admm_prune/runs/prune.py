@@ -33,12 +33,12 @@ from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
-from admm_prune.models.structure import notes_on
+from admm_prune.models.structure import decoder_blocks, notes_on
 from admm_prune.runs import machine
 from admm_prune.runs.card import CARD, card_of
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
 from admm_prune.runs.evaluate import Tasks, Validation, evaluated, evaluated_dense, task_names
-from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_apart, write_json
 from admm_prune.runs.journal.journal import shared_journal
 from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
 from admm_prune.runs.manifest import Phases, manifest
@@ -53,6 +53,7 @@ from admm_prune.settings import Settings, Stream, recorded
 
 _LOG = logging.getLogger(__name__)
 _COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
+_PRUNED_BEFORE = 0.01  # zeros among the weights of a model, beyond which it is no dense one
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
 _TASKS_IN_MEMORY = "tasks need the whole model in memory: evaluate them afterwards, with 'admm-prune eval --tasks'"
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
@@ -138,6 +139,8 @@ def prune(settings: Settings) -> Report:
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
     if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
+    if out is not None:
+        check_apart(Path(out), model, settings.data, settings.eval_data)
     device, world = pick_device(settings.device), World.current()
     tasks = _tasks(settings, world)
     tracker = tracker_of(settings.log)
@@ -179,6 +182,7 @@ def prune(settings: Settings) -> Report:
         if journal is not None:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         calibration, evaluation = texts.calibration(recipe.samples), texts.evaluation
+        notes = texts.notes(recipe.samples)
         del texts
         task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
         activation_bytes = settings.activation_bytes
@@ -199,7 +203,7 @@ def prune(settings: Settings) -> Report:
             with phases("evaluating the dense model"):
                 dense = evaluated_dense(loaded, evaluation, runtime)
             # 5. Prune, and evaluate the pruned model.
-            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks, allocation)
+            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks, allocation, notes)
             # 6. Write model, manifest and report.
             if journal is not None:
                 written = journal.output(
@@ -222,6 +226,7 @@ def run_recipe(
     phases: Phases | None = None,
     tasks: Tasks | None = None,
     allocation: AllocationRule | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Report:
     """Prunes a loaded model, in place where the recipe does so, and evaluates the result.
 
@@ -231,7 +236,9 @@ def run_recipe(
         phases: before; None for none.
         tasks: on which the pruned model is evaluated too.
         allocation: gives every matrix a target of its own; None for the task's.
+        notes: on the run, beside those of the method.
     """
+    notes += _notes_on_zeros(loaded)
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
     label, details = task.target.label, {}
     if allocation is not None:
@@ -262,13 +269,28 @@ def run_recipe(
         tasks=on_tasks,
         layers=outcome.layers,
         seconds=pruning.seconds,
-        notes=outcome.notes + notes_on(model),
+        notes=(*outcome.notes, *notes, *notes_on(model)),
         details={**outcome.details, **details},
         continuation=dense.beside(pruned),
         manifest=record,
         model=model,
         phases=tuple(phases),
     )
+
+
+def _notes_on_zeros(loaded: LoadedModel) -> tuple[str, ...]:
+    """A note where the model was pruned before, by the zeros in its first, middle and last block."""
+    blocks = decoder_blocks(loaded.model)
+    zeros = total = 0
+    for index in sorted({0, len(blocks) // 2, len(blocks) - 1}):
+        with loaded.offloading.block(index):
+            for view in blocks[index].weights:
+                weight = view.read()
+                zeros, total = zeros + weight.numel() - int(weight.count_nonzero()), total + weight.numel()
+    if zeros <= _PRUNED_BEFORE * total:
+        return ()
+    part = f"{zeros / total:.1%} of the weights in its first, middle and last block are zero"
+    return (f"the model was pruned before: {part}; 'dense' stands for the model as it was given",)
 
 
 def _removed(allocated: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, int]:

@@ -114,6 +114,18 @@ class Texts:
             "evaluation": self.evaluation_record,
         }
 
+    def notes(self, samples: int = DEFAULT_SAMPLES) -> tuple[str, ...]:
+        """Where a text has fewer sequences than the settings ask for; `samples` as for `calibration`."""
+        used = (
+            ("calibration", self._settings.samples, len(self.calibration(samples).rows)),
+            ("evaluation", self._settings.eval_samples, len(self.evaluation.rows)),
+        )
+        return tuple(
+            f"the {role} text has {count} sequences of {self._length} tokens, fewer than the requested {requested}"
+            for role, requested, count in used
+            if requested is not None and count < requested
+        )
+
     @property
     def evaluation_record(self) -> TextRecord:
         return TextRecord.of(self._validation_corpus, self.evaluation)

@@ -180,3 +180,52 @@ def test_a_result_that_came_while_a_run_was_at_work_stays(tmp_path: Path) -> Non
         with journal.output() as folder:
             (folder / MANIFEST).write_text("ours")
     assert (out / MANIFEST).read_text() == "theirs"
+
+
+@pytest.mark.usefixtures("made")
+def test_an_input_is_never_replaced(command: Command, place: Path, text_file: Path, layer_file: Path) -> None:
+    """Not even one that admm-prune wrote: a model, a captured layer, the page of a run that is compared."""
+    layer = place / "captured.safetensors"
+    shutil.copyfile(layer_file, layer)
+    (place / "within").mkdir()
+    shutil.copytree(place / "pruned", place / "within/pruned")
+    shutil.copyfile(place / "pruned" / MANIFEST, place / "within" / MANIFEST)
+    text = place / "pruned/text.txt"
+    shutil.copyfile(text_file, text)
+    before = snapshot(place)
+    methods = ("--methods", "magnitude", "--sparsity", 0.5)
+    for job, said in {
+        run_to("pruned", Path("pruned"), text_file): "pruned is, or holds, the input pruned",
+        run_to("within", Path("within/pruned"), text_file): "within is, or holds, the input within/pruned",
+        run_to("pruned", Path("archive"), text): "is, or holds, the input",
+        ("compare", "--model", "pruned", "--data", text_file, *methods, *QUICK, "--out", "pruned"): "the input pruned",
+        (
+            "solve",
+            layer,
+            "--solver",
+            "magnitude",
+            "--sparsity",
+            0.5,
+            "--out",
+            layer,
+        ): "was not written by admm-prune as",
+        ("report", "pruned", "pruned", "--out", "pruned/report.html"): "is, or holds, the input",
+    }.items():
+        refused = command(*job, "--overwrite")
+        assert refused.status == 2
+        assert said in refused.err
+        assert len(refused.err.splitlines()) == 1
+    assert snapshot(place) == before
+
+
+@pytest.mark.usefixtures("made")
+def test_what_a_user_should_know_of_the_input_is_noted(command: Command, place: Path, text_file: Path) -> None:
+    """A model that was pruned before, and texts that are shorter than asked for."""
+    many = ("--samples", 5000, "--eval-samples", 5000, "--device", "cpu", "--length", 32)
+    again = ("run", "--model", "pruned", "--data", text_file, "--method", "wanda", "--sparsity", 0.3, *many)
+    assert command(*again, "--out", "out").status == 0
+    notes = json.loads((place / "out" / MANIFEST).read_text())["notes"]
+    assert any("pruned before: 50.0% of the weights" in note for note in notes)
+    assert any("the calibration text has" in note and "fewer than the requested 5000" in note for note in notes)
+    assert any("the evaluation text has" in note for note in notes)
+    assert json.loads((place / "pruned" / MANIFEST).read_text())["notes"] == []

@@ -256,7 +256,7 @@ def test_an_output_folder_that_cannot_be(refused: Refused, place: Path, run: tup
         ("link", "link is a file or a link, not a folder"),
         ("file/below", "file is not a writable folder"),
         ("/proc/nonesuch/out", "/proc is not a writable folder"),
-        (run[2], "exists and was not written by admm-prune"),
+        (run[2], "is, or holds, the input"),
     ):
         refused(reason, name, *run[1:], "--sparsity", "0.5", "--out", out)
 
@@ -338,7 +338,7 @@ def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_tensors:
     (place / "layer.txt").write_text("not safetensors at all")
     refused("layer.txt is not a safetensors file", "solve", "layer.txt", "--sparsity", "0.5")
     refused("no such layer file: missing", "solve", "missing", "--sparsity", "0.5")
-    refused("no such layer file: .", "solve", ".", "--sparsity", "0.5")
+    refused(". is a folder, not a layer file", "solve", ".", "--sparsity", "0.5")
     for energy, why in (("much", "among the metadata must be a number"), ("nan", "must be finite and not negative")):
         save_file(
             layer_tensors | {"cross_gram": layer_tensors["gram"].clone()}, place / "energy", {"target_energy": energy}

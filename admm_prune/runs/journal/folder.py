@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.data.hub import expanded
-from admm_prune.data.layer_file import is_ours
 from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST
 
@@ -45,12 +44,30 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     _check_writable(path)
 
 
-def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], bool] = is_ours) -> None:
+def check_apart(out: Path, *inputs: object) -> None:
+    """Refuses, before any work is done, an output that would replace what is read.
+
+    Args:
+        inputs: of which strings and paths are compared, where there is such a file or folder.
+
+    Raises:
+        UserError: the output is one of them, or a folder that holds one.
+    """
+    place = absolute(out).resolve()
+    for given in inputs:
+        if isinstance(given, str | Path):
+            with suppress(OSError):  # a text that is no path
+                source = expanded(str(given))
+                if Path(source).exists() and Path(source).resolve().is_relative_to(place):
+                    raise UserError(f"{out} is, or holds, the input {given}: choose another output")
+
+
+def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], bool]) -> None:
     """Refuses, before any work is done, an output file that could not be written.
 
     Args:
         overwrite: a file that was written by admm-prune may be replaced; no other ever is.
-        ours: whether a file was written by admm-prune.
+        ours: whether a file was written by admm-prune, as an output of this kind.
 
     Raises:
         UserError: the path is a folder, a file that is not ours or is not to be replaced, its folder is missing, or it
@@ -61,7 +78,7 @@ def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Pa
         raise UserError(f"{path} is a folder, not a file: choose another output")
     if place.exists() or place.is_symlink():
         if not ours(place):
-            raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
+            raise UserError(f"{path} exists and was not written by admm-prune as such a file: choose another output")
         if not overwrite:
             raise UserError(f"{path} {_EARLIER}")
     if not place.parent.is_dir():

@@ -15,7 +15,7 @@ from admm_prune.methods.target import DENSE, target_named
 from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.card import task_rows
 from admm_prune.runs.claims import read_json, record_pages
-from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_output_file
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_apart, check_output_file
 from admm_prune.runs.recipe_file import RECIPE
 from admm_prune.runs.report import content, plots
 from admm_prune.runs.report.content import Manifest, Weights, overlap
@@ -58,6 +58,7 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
         if "rows" in manifest:
             raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
     check_output_file(out, overwrite=overwrite, ours=_is_page)
+    check_apart(out, first / REPORT, second / REPORT)
     names = dict.fromkeys(layer["name"] for run in (a, b) for layer in run["layers"])
     common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
     errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))

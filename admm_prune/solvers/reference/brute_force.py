@@ -210,7 +210,7 @@ class BruteForce:
         if most > self.max_supports:
             raise ValueError(
                 f"BruteForce tries at most {self.max_supports} supports; {type(problem.constraint).__name__} on "
-                f"{type(problem).__name__} has {most:.3g} for one budget: raise max_supports, or use BranchAndBound"
+                f"{type(problem).__name__} has {most:.3g} for one budget: raise max_supports, or use branch-and-bound"
             )
         best, bounds = [], []
         for row in separated.rows:
