@@ -3,12 +3,13 @@
 python -m benchmarks.results_page
 
 It reads every `benchmarks/results/real-model*/runs.csv` and `benchmarks/references/perplexity.csv`, and beside rows of
-the same model and protocol those of `benchmarks/results/joint*/runs.csv`: run it again when a row was added. `make
-catalogue` does so, and a test compares the page with the rows.
+the same model and protocol those of `benchmarks/results/joint*/runs.csv`: run it again when a row was added. The table
+of README is of the same rows. `make catalogue` does so, and a test compares both with the rows.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from benchmarks.real_model import COLUMNS, KEY, Row, markdown_lines, markdown_ta
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reference/results.md"
+README = ROOT / "README.md"
 ARCHIVE = "benchmarks/results"
+SUMMARIZED = "real-model-2026-11-28"  # in README
+TABLE_HEAD = "| method | 50 % | 60 % | 70 % | 2:4 |\n| --- | --- | --- | --- | --- |\n"
+_TABLE = re.compile(re.escape(TABLE_HEAD) + r"(?:\|.*\n)*")
 SOURCES = {
     "D2Prune": "[arXiv 2601.09176](https://arxiv.org/abs/2601.09176) and its "
     "[repository](https://github.com/cquxl/D2Prune), April 2026",
@@ -63,16 +68,41 @@ SparseGPT on OPT-125M spread by about 4 % at 50 % sparsity.
 def page(results: Path = ROOT / ARCHIVE) -> str:
     """The page, of all archived rows below a folder."""
     sections = [HEAD, MEASURED]
-    steps = [
+    steps = _steps(results)
+    for archive in sorted(results.glob("real-model*/runs.csv")):
+        sections.append(_measured(archive.parent, steps))
+    sections += [PUBLISHED, _published(figures()), _sources(figures())]
+    return "\n".join(sections)
+
+
+def summary(results: Path = ROOT / ARCHIVE) -> str:
+    """The table of README: perplexities, and their ratios to sparsegpt, of each method at each target."""
+    records = Journal(results / SUMMARIZED / "runs.csv", COLUMNS, KEY).records
+    rows = rows_of([*records, *_with_steps(records, _steps(results))])
+    by_place = {(row["method"], target_label(row["target"])): row for row in rows}
+    targets = [cell.strip() for cell in TABLE_HEAD.splitlines()[0].split("|")[2:-1]]
+    dense = f"{rows[0]['dense']:.2f}"
+    text = f"{TABLE_HEAD}| dense |{f' {dense} |' * len(targets)}\n"
+    for method in sorted(dict.fromkeys(method for method, _ in by_place), key=lambda name: " " in name):
+        cells = [_short(by_place.get((method, target))) for target in targets]
+        text += f"| `{method}` | {' | '.join(cells)} |\n"
+    return text
+
+
+def _short(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['perplexity']:.2f}" if row["ratio"] is None else f"{row['perplexity']:.2f} ({row['ratio']:.2f})"
+
+
+def _steps(results: Path) -> list[Record]:
+    """The rows of `benchmarks.joint` with other options than a method's own."""
+    return [
         record
         for archive in sorted(results.glob("joint*/runs.csv"))
         for record in Journal(archive, joint.COLUMNS, joint.KEY).records
         if record["steps"] != joint.NO_STEPS
     ]
-    for archive in sorted(results.glob("real-model*/runs.csv")):
-        sections.append(_measured(archive.parent, steps))
-    sections += [PUBLISHED, _published(figures()), _sources(figures())]
-    return "\n".join(sections)
 
 
 def _measured(folder: Path, steps: Sequence[Record]) -> str:
@@ -140,4 +170,7 @@ def _sources(rows: Iterable[Figure]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    written, count = _TABLE.subn(summary(), README.read_text(encoding="utf-8"))
+    assert count == 1, f"{README} has {count} tables of results"
+    README.write_text(written, encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")

@@ -19,6 +19,15 @@ def test_the_page_is_up_to_date() -> None:
     assert written == results_page.page(), "run: make catalogue"
 
 
+def test_the_table_of_the_readme_is_up_to_date(tmp_path: Path) -> None:
+    assert results_page.summary() in results_page.README.read_text(encoding="utf-8"), "run: make catalogue"
+    shutil.copytree(results_page.ROOT / results_page.ARCHIVE / FULL, tmp_path / FULL)
+    with (tmp_path / FULL / "runs.csv").open("a") as file:
+        settings = "64 sequences of 1024 tokens, 24 to evaluate, float32"
+        file.write(f'smollm2,2:4,added,0,22.51842,1,0.5,65536,1024,24552,,,,,1000,"{settings}"\n')
+    assert "| `added` |  |  |  | 22.52 (0.50) |\n" in results_page.summary(tmp_path)
+
+
 def test_a_row_that_is_added_appears_with_its_ratio(tmp_path: Path) -> None:
     shutil.copytree(results_page.ROOT / results_page.ARCHIVE / FULL, tmp_path / FULL)
     rows = tmp_path / FULL / "runs.csv"
