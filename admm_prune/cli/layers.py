@@ -68,6 +68,12 @@ def solve(
             autocompletion=lambda: common.names_in("methods") + common.names_in("references"),
         ),
     ] = "admm",
+    solution: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a solver: weights computed elsewhere, the tensor 'weight' of a safetensors file."
+        ),
+    ] = None,
     sparsity: Annotated[str | None, typer.Option(help="Fraction to prune: 0.7, or several: 0.5,0.7,0.9.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="N:M, N weights kept of every M inputs: 2:4, or several: 2:4,4:8.")
@@ -91,14 +97,21 @@ def solve(
 
     Example: admm-prune solve layer.safetensors --solver admm --sparsity 0.5,0.7 --json
     """
-    from admm_prune.methods.local import method_named, with_parts
+    from admm_prune.data.layer_file import load_solution
+    from admm_prune.errors import UserError
+    from admm_prune.methods.local import GIVEN, given, method_named, with_parts
     from admm_prune.methods.parts import check_one_set
     from admm_prune.methods.target import parse_path
     from admm_prune.runs.layer import solve_path
 
     problem, constraint = options.pop("problem"), options.pop("constraint")
     check_one_set(constraint, pattern)
-    method, targets = with_parts(method_named(solver), problem, constraint), parse_path(sparsity, pattern)
+    if solution is not None:
+        if solver != "admm":
+            raise UserError("give either --solver or --solution")
+        solver = GIVEN
+    made_by = method_named(solver) if solution is None else given(load_solution(solution))
+    method, targets = with_parts(made_by, problem, constraint), parse_path(sparsity, pattern)
     path = solve_path(file, method, targets, bound=bound, out=out, **options)
     if json:
         several = {"path": [{"target": solved.target, **solved.as_json()} for solved in path]}

@@ -92,6 +92,26 @@ def _tensors_of_ours(path: Path) -> frozenset[str]:
         return frozenset()
 
 
+def load_solution(path: Path) -> Tensor:
+    """The tensor `weight` of a safetensors file, such as a solver of another package wrote.
+
+    Raises:
+        UserError: no such file, not safetensors, or it has no such tensor of floats.
+    """
+    if not path.is_file():
+        raise UserError(f"no such solution: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "weight" not in file.keys():  # noqa: SIM118  # no mapping
+                raise UserError(f"{path} has no tensor 'weight', which holds a solution")
+            weight: Tensor = file.get_tensor("weight")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise UserError(f"{path}: weight is no matrix of floats")
+    return weight
+
+
 def load_layer_file(path: Path) -> LayerFile:
     """Reads and checks a layer problem file.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
+
+from torch import Tensor
 
 from admm_prune.errors import UserError, unknown
 from admm_prune.methods.part_checks import explained_parts
@@ -25,6 +28,7 @@ from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
+from admm_prune.solvers.given import Given
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.support_descent import Magnitude, Wanda
@@ -137,6 +141,14 @@ REFERENCES: Mapping[str, Method] = {
         Method("group-exact", "every N:M group optimal given the rest", reference.GroupExact),
     )
 }
+
+
+GIVEN = "given"
+
+
+def given(weight: Tensor) -> Method:
+    """A solution that was computed elsewhere, as a method without ridge and damping."""
+    return Method(GIVEN, "weights that were computed elsewhere", partial(Given, weight), ridge=0.0, damping=0.0)
 
 
 def method_names() -> list[str]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.data.layer_file import LayerFile, load_layer_file
 from admm_prune.errors import UserError
-from admm_prune.methods.local import LOCAL_METHODS, REFERENCES, method_named, with_parts
+from admm_prune.methods.local import GIVEN, LOCAL_METHODS, REFERENCES, given, method_named, with_parts
 from admm_prune.methods.parts import LAYER, SETS, LayerProblem, declared
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
@@ -45,7 +46,7 @@ _DUALS: dict[str, Callable[[object], DualCertificate | BlockCertificate | None]]
 }  # bounds by iterations, by their kind
 _KIND_OF = {"dual": dual.KIND, "block": block_dual.KIND}  # by the option
 _ITERATED = 1e-4  # relative: what the iterations of these may end in elsewhere
-_DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force")  # nothing is iterated: always CLOSED_FORM
+_DIRECT = ("magnitude", "wanda", "sparsegpt", "brute-force", GIVEN)  # nothing is iterated: always CLOSED_FORM
 
 
 def verify_layer(
@@ -142,7 +143,7 @@ def _check_sparsity(report: Verification, claims: Claims, v: Array) -> None:
 def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
     """Checks method, budget, set and status against each other; returns the claimed set, None if unavailable."""
     statuses = set(Status.__members__)
-    if claims.method in {*LOCAL_METHODS, *REFERENCES}:
+    if claims.method in {*LOCAL_METHODS, *REFERENCES, GIVEN}:
         direct = claims.method in _DIRECT
         statuses = {name for name in statuses if (name == Status.CLOSED_FORM.name) == direct}
     elif claims.method not in declared("solvers"):
@@ -151,7 +152,8 @@ def _check_method(report: Verification, claims: Claims) -> SparseSet | None:
         "status", claims.status in statuses, f"claimed status {claims.status}, which {claims.method} never ends with"
     )
     try:
-        method = with_parts(method_named(claims.method), None, claims.constraint)
+        made_by = given(torch.empty(0, 0)) if claims.method == GIVEN else method_named(claims.method)
+        method = with_parts(made_by, None, claims.constraint)
         made, cell = method.constraint(claims.aim), method.cell(claims.aim)
     except UserError as error:
         if claims.budget != "set" and (claims.constraint is None or claims.constraint in SETS):

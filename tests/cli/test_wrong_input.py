@@ -334,10 +334,13 @@ def test_a_damaged_layer_file(
     refused(reason, "solve", "layer.safetensors", "--sparsity", "0.5", "--out", "v.safetensors")
 
 
-def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_tensors: Tensors) -> None:
+def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_file: Path, layer_tensors: Tensors) -> None:
     (place / "layer.txt").write_text("not safetensors at all")
     refused("layer.txt is not a safetensors file", "solve", "layer.txt", "--sparsity", "0.5")
     refused("no such layer file: missing", "solve", "missing", "--sparsity", "0.5")
+    refused("no such solution: missing", "solve", layer_file, "--solution", "missing", "--sparsity", "0.5")
+    both = ("--solver", "wanda", "--solution", "missing")
+    refused("give either --solver or --solution", "solve", layer_file, *both, "--sparsity", "0.5")
     refused(". is a folder, not a layer file", "solve", ".", "--sparsity", "0.5")
     for energy, why in (("much", "among the metadata must be a number"), ("nan", "must be finite and not negative")):
         save_file(

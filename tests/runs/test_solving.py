@@ -6,12 +6,15 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from admm_prune.data.layer_file import LayerFile
+from admm_prune.data.layer_file import LayerFile, load_layer_file, load_solution
 from admm_prune.errors import UserError
-from admm_prune.methods.local import LOCAL_METHODS, method_named
+from admm_prune.methods.local import LOCAL_METHODS, given, method_named
 from admm_prune.methods.target import Target, parse_path, target_named
+from admm_prune.problems.constraints import Unstructured
+from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.layer import SolvedLayer, solve_layer_file, solve_path
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from admm_prune.verify.layer import verify_layer
@@ -122,3 +125,47 @@ def test_the_seconds_of_a_path_are_shared_evenly(layer: Path) -> None:
     path = solve_path(layer, method_named("admm"), PATH, device="cpu")
     assert len({solved.seconds for solved in path}) == 1
     assert len({solved.iterations for solved in path}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_solution_from_elsewhere_is_measured_and_verified(layer: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """With the error that the definition gives, and refused outside of the set."""
+    problem = load_layer_file(layer)
+    weight = method_named("wanda").make().solve(layer_problem(problem)).solution["weight"].to(dtype)
+    save_file({"weight": weight, "other": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    out = tmp_path / "checked.safetensors"
+    loaded = load_solution(tmp_path / "theirs.safetensors")
+    solved = solve_layer_file(layer, given(loaded), Target(0.5), bound="dual", out=out, device="cpu")
+    away, gram = (weight.float() - problem.weight).double(), problem.gram.double()
+    errors = [torch.einsum("ij,jk,ik->", x, gram, x) for x in (away, problem.weight.double())]
+    assert solved.relative_error == pytest.approx(float(errors[0] / errors[1]), rel=1e-5)
+    assert solved.objective == pytest.approx(float(errors[0]), rel=1e-4)
+    assert solved.bound is not None
+    assert solved.bound <= solved.objective
+    assert torch.equal(load_file(out)["weight"], weight.float())
+    assert verify_layer(out, layer).failures == []
+    with pytest.raises(UserError, match="keeps more weights than the target allows: 480 of 960"):
+        solve_layer_file(layer, given(loaded), Target(0.6), device="cpu")
+    for wrong, told in (
+        (loaded[:3], "shapes 3 x 40 and 24 x 40"),
+        (loaded * torch.inf, "NaN or Inf"),
+    ):
+        with pytest.raises(UserError, match=told):
+            solve_layer_file(layer, given(wrong), Target(0.5), device="cpu")
+
+
+def test_a_file_that_holds_no_solution_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    with pytest.raises(UserError, match="no such solution"):
+        load_solution(path)
+    path.write_text("text")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_solution(path)
+    for tensors, told in (({"v": torch.ones(2, 2)}, "no tensor 'weight'"), ({"weight": torch.ones(2)}, "no matrix")):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=told):
+            load_solution(path)
+
+
+def layer_problem(layer: LayerFile) -> LayerReconstruction:
+    return LayerReconstruction(layer.weight, layer.gram, Unstructured(0.5), ridge=0.0)

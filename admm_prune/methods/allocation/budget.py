@@ -33,7 +33,7 @@ from admm_prune.problems.allocation_matrices import (
 
 MOST = 0.95  # sparsity of a matrix, unless the whole has more than 0.9
 DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to that of the whole
-STEPS = 5  # levels of a table on either side of the whole's
+LOWER, HIGHER = 8, 3  # levels of a table on either side of the common sparsity s, (1 - s) / (HIGHER + 1) apart
 HELD_OUT = 0.25  # of the calibration sequences, in a search
 LOSS_TOKENS = 4096  # of text that the loss with a pruned block is measured on
 MIXED = ("4:8", "2:4", "1:4")  # the patterns of "patterns", beside dense
@@ -314,10 +314,7 @@ class BudgetProblem:
             )
         finally:
             table.restore()
-        assert result.offsets is not None
-        if self.task.target.pattern is not None:
-            return self._level_targets(result.levels, path), _figures(result)
-        return self._fractions(space.removed(result.offsets)), _figures(result)
+        return self._evaluated(result, space, path), _figures(result)
 
     def _evolutionary(self) -> tuple[dict[str, str], dict[str, Any]]:
         table, space, path = self._table()
@@ -326,10 +323,14 @@ class BudgetProblem:
             result = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
         finally:
             table.restore()
+        return self._evaluated(result, space, path), _figures(result)
+
+    def _evaluated(self, result: SearchResult, space: Space, path: Mapping[str, Sequence[Target]]) -> dict[str, str]:
+        """The targets of the levels that were evaluated, which meet the budget up to a rounding of each matrix."""
         if self.task.target.pattern is not None:
-            return self._level_targets(result.levels, path), _figures(result)
+            return self._level_targets(result.levels, path)
         levels = _removing_enough(space.curves, result.levels, self.budget)
-        return self._fractions(met_exactly(space.curves, levels, self.budget)), _figures(result)
+        return self._fractions(met_exactly(space.curves, levels, self.budget))
 
     def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
         """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
@@ -338,8 +339,8 @@ class BudgetProblem:
             raise UserError("a search needs held-out text: give at least two calibration sequences")
         path = self._path()
         if self.task.target.pattern is None:
-            step = (1.0 - self.fraction) / (STEPS + 1)
-            every = [self.fraction + k * step for k in range(-STEPS, STEPS + 1)]
+            step = (1.0 - self.fraction) / (HIGHER + 1)
+            every = [self.fraction + k * step for k in range(-LOWER, HIGHER + 1)]
             path = {view.name: [Target(sparsity=s) for s in every if s > 0] for view in self.views}
         part = replace(self.task, calibration=text)
         measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")

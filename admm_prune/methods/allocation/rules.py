@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from admm_prune.errors import UserError, unknown
-from admm_prune.methods.allocation.budget import DENSITIES, MIXED, STEPS, BudgetProblem, budget_of, fitting
+from admm_prune.methods.allocation.budget import DENSITIES, HIGHER, LOWER, MIXED, BudgetProblem, budget_of, fitting
 from admm_prune.methods.base import Recipe, Runtime, Task
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
@@ -41,7 +41,7 @@ class Rule:
         return self.gradients or self.losses
 
 
-_CURVES, _TABLE = len(DENSITIES), 2 * STEPS + 1
+_CURVES, _TABLE = len(DENSITIES), LOWER + 1 + HIGHER
 RULES: Mapping[str, Rule] = {
     "uniform": Rule(summary="the same sparsity for every matrix", collects=False),
     "owl": Rule(summary="blocks with more outliers among their scores lose less (OWL)"),

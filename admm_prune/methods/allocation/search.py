@@ -94,13 +94,11 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        offsets: z of `Space`, (matrices,); None where levels were searched.
         levels: the best allocation, as levels.
         loss: the held-out loss of these levels; `start` that of the first allocation's.
         passes: forward passes of the held-out text.
     """
 
-    offsets: Tensor | None
     levels: list[int]
     loss: float
     start: float
@@ -173,7 +171,7 @@ def pattern_search(
                 steps[g] *= _GROWTH if better else -_SHRINKAGE
                 if abs(steps[g]) < _SMALLEST:
                     steps[g] = 0.0
-    return SearchResult(z, list(current), least, start, value.count)
+    return SearchResult(list(current), least, start, value.count)
 
 
 def evolutionary_search(
@@ -200,7 +198,7 @@ def evolutionary_search(
         best = min(range(len(values)), key=values.__getitem__)
         if values[best] < least:
             parent, least = offspring[best], values[best]
-    return SearchResult(None, parent, least, first, value.count)
+    return SearchResult(parent, least, first, value.count)
 
 
 def _mutated(
