@@ -80,6 +80,20 @@ def test_the_page_begins_with_text_samples_and_says_how_to_repeat_and_load(runs:
         assert times["machine"] in page.text
 
 
+def test_options_beyond_the_method_are_named_below_its_name(
+    runs: Path, tmp_path: Path, model_folder: Path, text_file: Path
+) -> None:
+    options = {"allocation": "owl", "refit": "block", "samples": 4, "eval_samples": 2}
+    how: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "data": str(text_file), "device": "cpu", **options}
+    admm_prune.prune(model_folder, out=tmp_path / "out", **how)
+    leads = [
+        [p.text for p in page_of(folder).find_all("p", **{"class": "lead"})]
+        for folder in (tmp_path / "out", runs / "wanda")
+    ]
+    assert leads[0][0] == "With --allocation owl, --refit block."
+    assert not any("With --" in text for text in leads[1])
+
+
 def test_the_csv_table_has_every_layer(runs: Path) -> None:
     (link,) = (a for a in page_of(runs / "admm").find_all("a") if "download" in a.attributes)
     where = link.attributes["href"] or ""

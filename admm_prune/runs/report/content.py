@@ -77,6 +77,13 @@ def label_of(target: str, sparsity: float, selection: Mapping[str, Any]) -> str:
     return f"{100 * sparsity:.1f}%" if any(selection.values()) else target
 
 
+def options_of(settings: Mapping[str, Any]) -> list[str]:
+    """The options by which a run differs from its method alone, as on the command line."""
+    texts = {name: settings.get(name) for name in ("problem", "constraint", "allocation", "coordinate", "refit")}
+    lists = {name: value if isinstance(value, str) else ",".join(value) for name, value in texts.items() if value}
+    return [f"--{name} {text}" for name, text in lists.items()]
+
+
 def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """For each row of a comparison, whether its first primary metric is the best at its target; None is no number."""
     sign = 1 if METRICS[RANKING].lower_is_better else -1

@@ -124,6 +124,7 @@ def _run(folder: Path, run: Manifest) -> str:
         "run.html.j2",
         run=run,
         label=content.label_of(run["target"], run["sparsity"], run["settings"]["selection"]),
+        options=content.options_of(run["settings"]),
         layers=content.worst_first(layers),
         csv=f"data:text/csv;charset=utf-8,{quote(content.as_csv(layers))}",
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
