@@ -12,7 +12,7 @@ from admm_prune.errors import UserError, did_you_mean
 from admm_prune.methods.base import LayerReport, Runtime, Task
 from admm_prune.methods.coordination import DenseAttention
 from admm_prune.methods.local import Method
-from admm_prune.methods.parts import RECONSTRUCTION
+from admm_prune.methods.parts import LAYER
 from admm_prune.methods.refit import TOKENS, refit_block
 from admm_prune.models.attention import attention_views
 from admm_prune.models.capture import BlockStream
@@ -79,7 +79,7 @@ class Joint:
         Raises:
             UserError: an objective of the method's own, or a block whose attention cannot be coordinated.
         """
-        if self and method.problem is not RECONSTRUCTION:
+        if self and method.problem.name != LAYER:
             raise UserError(f"{self.label} weights all tokens alike: it takes no {method.problem.name}")
         if self.coordinate:
             for block in decoder_blocks(model):
@@ -101,7 +101,7 @@ class Joint:
         for step, what in (("attention", "the common solution of value and output projection"), ("refit", "the refit")):
             done = [figures[step] for figures in blocks if step in figures]
             if rejected := sum(not one["accepted"] for one in done):
-                notes.append(f"{what} was rejected in {rejected} of {count} blocks: it raised the held-out error")
+                notes.append(f"{what} was rejected in {rejected} of {count} blocks: no less error on held-out tokens")
             if failed := sum("status" in one for one in done):
                 notes.append(f"{what} was not finite in {failed} of {count} blocks, which are left as they were")
         if self and len(task.calibration.rows) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,12 +24,15 @@ from admm_prune.methods.parts import (
     load_declared,
 )
 from admm_prune.methods.target import Target
+from admm_prune.ops import precision
+from admm_prune.point import Point
+from admm_prune.problem import Problem
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE
+from admm_prune.result import Result
 from admm_prune.solvers import reference
 from admm_prune.solvers.admm import ADMM
-from admm_prune.solvers.base import Solver
-from admm_prune.solvers.given import Given
+from admm_prune.solvers.base import Solver, closed_form
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.support_descent import Magnitude, Wanda
@@ -144,6 +148,37 @@ REFERENCES: Mapping[str, Method] = {
 
 
 GIVEN = "given"
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Weights that were computed elsewhere, as the solution of a problem, if they are in its sparse set.
+
+    Args:
+        weight: V (out, in).
+
+    Raises:
+        ValueError: a weight of another shape, with entries that are not finite, or outside of the set.
+    """
+
+    weight: Tensor
+
+    @precision.full()
+    def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
+        began = time.perf_counter()
+        dense = problem.initial()["weight"]
+        if self.weight.shape != dense.shape:
+            shapes = " and ".join(" x ".join(map(str, shape)) for shape in (self.weight.shape, dense.shape))
+            raise ValueError(f"solution and layer have the shapes {shapes}")
+        if not bool(self.weight.isfinite().all()):
+            raise ValueError("the solution has NaN or Inf entries")
+        solution = Point(weight=self.weight.to(dense))
+        if not problem.constraint.contains(solution):
+            raise ValueError(
+                f"the solution keeps more weights than the target allows: {int(solution['weight'].count_nonzero())} of "
+                f"{dense.numel()} are not zero"
+            )
+        return closed_form(problem, solution, began, start)
 
 
 def given(weight: Tensor) -> Method:

@@ -404,7 +404,7 @@ def _bound(problem: LayerReconstruction, result: Result, choice: BoundChoice) ->
         return None, tuple(refusals) or (unproved,)
     best = max(bounds, key=lambda bound: bound.value)
     if best.vacuous:
-        return best, (f"the lower bound is only {best.ratio:.1g} of the loss reached: --bound dual proves more",)
+        return best, (f"the lower bound is {best.ratio:.1g} of the loss reached, too low to say how good it is",)
     return best, ()
 
 

@@ -85,7 +85,7 @@ PLANS: dict[str, tuple[list[str], str]] = {
     "an unknown method": (["--sparsity", "0.5", "--method", "nonesuch"], "unknown method 'nonesuch'"),
     "an unknown GPU": (["--sparsity", "0.5", "--gpu", "tpu"], "gpu must be h100, h200 or a100, not 'tpu'"),
     "memory of no GPU": (["--sparsity", "0.5", "--device-memory", "24"], "--device-memory is that of a GPU: add"),
-    "GPUs of no kind": (["--sparsity", "0.5", "--gpus", "8"], "say which with --gpu"),
+    "GPUs of no kind": (["--sparsity", "0.5", "--gpus", "8"], "--gpus needs the kind of GPU: add --gpu"),
     "no GPUs": (["--sparsity", "0.5", "--gpus", "0"], "Invalid value for '--gpus'"),
     "no memory": (["--sparsity", "0.5", "--memory", "0"], "Invalid value for '--memory'"),
     "memory that is a word": (["--sparsity", "0.5", "--memory", "much"], "Invalid value for '--memory'"),

@@ -34,6 +34,7 @@ from admm_prune.problems.allocation_matrices import (
 MOST = 0.95  # sparsity of a matrix, unless the whole has more than 0.9
 DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to that of the whole
 LOWER, HIGHER = 8, 3  # levels of a table on either side of the common sparsity s, (1 - s) / (HIGHER + 1) apart
+_ROUNDED = 1e-6  # of the fractions of levels
 HELD_OUT = 0.25  # of the calibration sequences, in a search
 LOSS_TOKENS = 4096  # of text that the loss with a pruned block is measured on
 MIXED = ("4:8", "2:4", "1:4")  # the patterns of "patterns", beside dense
@@ -278,7 +279,7 @@ class BudgetProblem:
     def _at_levels(self, curve: Curve, levels: Sequence[Target]) -> Curve:
         """A curve at the levels of a path alone."""
         size = float(curve.savings[-1])
-        levels = [level for level in levels if level.fraction <= self.most]
+        levels = [level for level in levels if level.fraction <= self.most + _ROUNDED]
         last = curve.count - curve.least
         steps = [0, *(min(last, round(level.fraction * curve.count)) for level in levels)]
         savings = torch.tensor([0.0, *(round(level.fraction * size) for level in levels)], dtype=torch.float64)
