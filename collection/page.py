@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from collection import build, checker, long_search, profiles, record
 
 PAGE = build.FOLDER.parent / "docs/reference/collection.md"
 TOLERANCE = 0.05
+Entry = Mapping[str, Any]  # of the manifest
 _DIGITS = 5
 _CLOSE = (1e-3, 0.01, 0.05, 0.1)
 _RATIOS = (1.0, 2.0, 10.0, 100.0)
@@ -50,9 +53,10 @@ def page() -> str:
 
 def _overview(rows: dict[str, record.Row]) -> str:
     lines = [["subset", "layers", "problems", "with a value", "with a bound", "median gap", "largest gap"], ["---"] * 7]
+    entries = build.manifest()
     for subset in build.SUBSETS:
         for stacks in (False, True):
-            names = [name for name in build.problem_ids(subset) if _is_stack(name) == stacks]
+            names = [name for name in build.problem_ids(subset) if _is_stack(_entry(name, entries)) == stacks]
             if not names:
                 continue
             layers = {name.partition("/")[0] for name in names}
@@ -65,16 +69,21 @@ def _overview(rows: dict[str, record.Row]) -> str:
     return f"## Coverage\n\n{markdown_lines(lines)}"
 
 
-def _is_stack(problem: str) -> bool:
-    return bool(build.manifest()[problem.partition("/")[0]]["module"] == "rows")
+def _entry(problem: str, entries: Mapping[str, Entry]) -> Entry:
+    return entries[problem.partition("/")[0]]
+
+
+def _is_stack(entry: Entry) -> bool:
+    return bool(entry["module"] == "rows")
 
 
 def _by_set(rows: dict[str, record.Row]) -> str:
     """The gaps of the layers of each set."""
     gaps: dict[str, list[float]] = {}
+    entries = build.manifest()
     for name, row in rows.items():
         given = name.partition("/")[2]
-        if row["gap"] and not _is_stack(name):
+        if row["gap"] and not _is_stack(_entry(name, entries)):
             gaps.setdefault(given, []).append(float(row["gap"]))
     lines = [["set", "layers with a bound", "least gap", "median gap", "largest gap", "bound below half of the value"]]
     lines.append(["---"] * len(lines[0]))
@@ -92,9 +101,10 @@ blocks on the diagonal: D is treated exactly, and the rest as if no weight were 
 
 def _below_half(rows: dict[str, record.Row]) -> str:
     """What D takes of the Hessian, of committed layers whose bound is below half, and of as many with small gaps."""
-    known = [name for name, row in rows.items() if row["gap"] and not _is_stack(name)]
+    entries = build.manifest()
+    known = [name for name, row in rows.items() if row["gap"] and not _is_stack(_entry(name, entries))]
     low = [name for name in known if float(rows[name]["gap"]) > 0.5]
-    at_hand = [name for name in known if build.manifest()[name.partition("/")[0]]["committed"]]
+    at_hand = [name for name in known if _entry(name, entries)["committed"]]
     shown = [name for name in at_hand if name in low]
     if not shown:
         return ""
@@ -196,9 +206,10 @@ def _median_percent(found: list[float]) -> str:
 def _stacks(rows: dict[str, record.Row]) -> str:
     lines = [["problem", "rows", "mean value", "mean bound", "gap", "largest gap of a row", "value by", "bound by"]]
     lines.append(["---"] * len(lines[0]))
+    entries = build.manifest()
     for name in build.problem_ids():
-        entry = build.manifest()[name.partition("/")[0]]
-        if entry["module"] == "rows" and name in rows:
+        entry = _entry(name, entries)
+        if _is_stack(entry) and name in rows:
             row, count = rows[name], entry["shape"][0]
             mean = [_rounded(row, what, count) for what in ("value", "bound")]
             gaps = [_percent(float(row[what])) if row[what] else "" for what in ("gap", "worst_row_gap")]
@@ -208,11 +219,12 @@ def _stacks(rows: dict[str, record.Row]) -> str:
 
 def _layers(rows: dict[str, record.Row]) -> str:
     sections = ["## Layers\n"]
-    for source in dict.fromkeys(entry["model"] for entry in build.manifest().values()):
+    entries = build.manifest()
+    for source in dict.fromkeys(entry["model"] for entry in entries.values()):
         lines = [["problem", "shape", "value", "bound", "gap", "value by", "bound by"], ["---"] * 7]
         for name in build.problem_ids():
-            entry = build.manifest()[name.partition("/")[0]]
-            if entry["model"] == source and entry["module"] != "rows" and name in rows:
+            entry = _entry(name, entries)
+            if entry["model"] == source and not _is_stack(entry) and name in rows:
                 row = rows[name]
                 relative = [_rounded(row, what, float(row["energy"])) for what in ("value", "bound")]
                 gap = _percent(float(row["gap"])) if row["gap"] else ""

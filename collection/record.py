@@ -85,13 +85,13 @@ class _Offer:
 
     Attributes:
         line: says so.
-        rows: values or bounds of the rows, as the record has them afterwards; None where that is not known.
+        rows: values or bounds of the rows, as the record then has them; None where it stays as it is.
         changes: of the row of the table; empty where the record stays as it is.
         write: replaces the kept file.
     """
 
     line: str
-    rows: Array | None
+    rows: Array | None = None
     changes: Row = field(default_factory=dict)
     write: Callable[[], object] = lambda: None
 
@@ -116,17 +116,15 @@ def offer(problem: str, solution: Path | None, certificate: Path | None = None, 
             None if solution is None else _offer_solution(loaded, row, solution, holder),
             None if certificate is None else _offer_certificate(loaded, row, certificate, holder),
         ]
-        for given in filter(None, offers):
-            row |= given.changes
-        row["gap"], row["worst_row_gap"] = _gaps(loaded, row, *offers)
-        better = [
-            (what, given) for what, given in zip(_KEPT, offers, strict=True) if given is not None and given.changes
-        ]
-        for what, given in better:  # nothing above has changed a file
-            given.write()
-            kind = _KEPT[what]
-            row[f"{what}_sha256"] = checker.tensor_hash(checker.read(place_of(problem, kind), kind)[0])
+        better = {what: given for what, given in zip(_KEPT, offers, strict=True) if given is not None and given.changes}
         if better:
+            for given in better.values():
+                row |= given.changes
+            row["gap"], row["worst_row_gap"] = _gaps(loaded, row, better)
+            for what, given in better.items():  # nothing above has changed a file
+                given.write()
+                kind = _KEPT[what]
+                row[f"{what}_sha256"] = checker.tensor_hash(checker.read(place_of(problem, kind), kind)[0])
             write_records({**rows, problem: row})
     return [given.line for given in offers if given is not None]
 
@@ -146,7 +144,7 @@ def _offer_solution(problem: Problem, row: Row, path: Path, holder: str | None) 
         reached, better = checker.value(problem, weight), bool(of_rows.any())
     if not better:
         line = f"{problem.id}: the value {reached.upper:.9g} is not below the record {row['value']}"
-        return _Offer(line, _kept_values(problem))
+        return _Offer(line)
     changes = {"value": checker.decimal_text(reached.upper, "value"), **_described("value", notes)}
     line = f"{problem.id}: value {changes['value']} by {changes['value_solver']}"
     return _Offer(line, reached.rows[:, 1], changes, partial(write_solution, kept, problem, weight, notes))
@@ -168,7 +166,7 @@ def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | Non
         proved, better = checker.bound_of(problem, kind, tensors, path), bool(of_rows.any())
     if not better:
         line = f"{problem.id}: the bound {proved.value:.9g} is not above the record {row['bound']}"
-        return _Offer(line, _kept_bounds(problem))
+        return _Offer(line)
     stated = {name: notes[name] for name in NOTES if name in notes}
     changes = {"bound": checker.decimal_text(proved.value, "bound"), **_described("bound", notes)}
     line = f"{problem.id}: bound {changes['bound']} by {changes['bound_solver']}"
@@ -214,15 +212,15 @@ def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bo
     return joined
 
 
-def _gaps(problem: Problem, row: Row, solution: _Offer | None, certificate: _Offer | None) -> tuple[str, str]:
+def _gaps(problem: Problem, row: Row, better: Mapping[str, _Offer]) -> tuple[str, str]:
     """(gap of the sums, largest gap of a row of a stack); empty where what it takes is missing, or not at hand."""
     if not row["value"] or not row["bound"]:
         return "", ""
     gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
     if not problem.is_stack:
         return gap, ""
-    reached = _kept_values(problem) if solution is None else solution.rows
-    proved = _kept_bounds(problem) if certificate is None else certificate.rows
+    reached = better["value"].rows if "value" in better else _kept_values(problem)
+    proved = better["bound"].rows if "bound" in better else _kept_bounds(problem)
     if reached is None or proved is None:
         return gap, ""
     return gap, f"{max(map(checker.gap, reached, proved)):.4g}"

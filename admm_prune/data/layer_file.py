@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -92,6 +95,22 @@ def _tensors_of_ours(path: Path) -> frozenset[str]:
         return frozenset()
 
 
+@contextmanager
+def opened(path: Path) -> Generator[Any]:
+    """An open safetensors file.
+
+    Raises:
+        UserError: it is none, or cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def load_solution(path: Path) -> Tensor:
     """The tensor `weight` of a safetensors file, such as a solver of another package wrote.
 
@@ -100,13 +119,10 @@ def load_solution(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise UserError(f"no such solution: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            if "weight" not in file.keys():  # noqa: SIM118  # no mapping
-                raise UserError(f"{path} has no tensor 'weight', which holds a solution")
-            weight: Tensor = file.get_tensor("weight")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    with opened(path) as file:
+        if "weight" not in file.keys():  # noqa: SIM118  # no mapping
+            raise UserError(f"{path} has no tensor 'weight', which holds a solution")
+        weight: Tensor = file.get_tensor("weight")
     if weight.ndim != 2 or not weight.is_floating_point():
         raise UserError(f"{path}: weight is no matrix of floats")
     return weight
@@ -123,23 +139,18 @@ def load_layer_file(path: Path) -> LayerFile:
         raise UserError(f"{path} is a folder, not a layer file")
     if not path.is_file():
         raise UserError(f"no such layer file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            missing = [name for name in _REQUIRED if name not in names]
-            if missing:
-                present = sorted(names)
-                others = f" and {len(present) - 4} more" if len(present) > 5 else ""
-                raise UserError(
-                    f"{path} has no '{missing[0]}': a layer file holds weight and gram, as 'admm-prune capture' writes "
-                    f"it; there are {', '.join(present[:4] if others else present)}{others}"
-                )
-            tensors = {name: file.get_tensor(name) for name in (*_REQUIRED, *_OPTIONAL) if name in names}
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    with opened(path) as file:
+        names = set(file.keys())
+        missing = [name for name in _REQUIRED if name not in names]
+        if missing:
+            present = sorted(names)
+            others = f" and {len(present) - 4} more" if len(present) > 5 else ""
+            raise UserError(
+                f"{path} has no '{missing[0]}': a layer file holds weight and gram, as 'admm-prune capture' writes "
+                f"it; there are {', '.join(present[:4] if others else present)}{others}"
+            )
+        tensors = {name: file.get_tensor(name) for name in (*_REQUIRED, *_OPTIONAL) if name in names}
+        metadata = dict(file.metadata() or {})
     try:
         check_weight(tensors["weight"])
         for name in tensors.keys() - {"weight"}:

@@ -13,7 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST, PACKED, pack_file, unpack_file
 from admm_prune.runs.card import CARD
-from admm_prune.runs.journal.folder import check_output, output_folder, write_json
+from admm_prune.runs.journal.folder import check_apart, check_output, output_folder, write_json
 
 OnFile = Callable[[int, int, str], None]  # (files done, files, name of the current one)
 
@@ -137,3 +137,4 @@ def _files(folder: Path) -> list[Path]:
 def _keep_apart(folder: Path, out: Path) -> None:
     if out.resolve() == folder.resolve() or out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out} is the folder itself, or in it: choose another place")
+    check_apart(out, folder)

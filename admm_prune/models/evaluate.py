@@ -256,5 +256,6 @@ def _protocol(sequences: Sequences) -> str:
 
 def sparsity(blocks: Iterable[Block]) -> float:
     """The fraction of the prunable weights that are exactly zero."""
-    weights = [view.read() for block in blocks for view in block.weights]
-    return 1.0 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+    weights = (view.read() for block in blocks for view in block.weights)  # one at a time: they may be on disk
+    nonzeros, total = map(sum, zip(*((int(weight.count_nonzero()), weight.numel()) for weight in weights), strict=True))
+    return 1.0 - nonzeros / total

@@ -6,7 +6,7 @@ Whether a model is taken from disk block by block, or loaded as a whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,10 +30,11 @@ from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
+from admm_prune.models.evaluate import sparsity
 from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
-from admm_prune.models.structure import decoder_blocks, notes_on
+from admm_prune.models.structure import Block, decoder_blocks, notes_on
 from admm_prune.runs import machine
 from admm_prune.runs.card import CARD, card_of
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
@@ -280,17 +281,19 @@ def run_recipe(
 
 def _notes_on_zeros(loaded: LoadedModel) -> tuple[str, ...]:
     """A note where the model was pruned before, by the zeros in its first, middle and last block."""
+    zeros = sparsity(_three_blocks(loaded))
+    if zeros <= _PRUNED_BEFORE:
+        return ()
+    part = f"{zeros:.1%} of the weights in its first, middle and last block are zero"
+    return (f"the model was pruned before: {part}; 'dense' stands for the model as it was given",)
+
+
+def _three_blocks(loaded: LoadedModel) -> Iterator[Block]:
+    """The first, the middle and the last block, each in memory until the next is taken."""
     blocks = decoder_blocks(loaded.model)
-    zeros = total = 0
     for index in sorted({0, len(blocks) // 2, len(blocks) - 1}):
         with loaded.offloading.block(index):
-            for view in blocks[index].weights:
-                weight = view.read()
-                zeros, total = zeros + weight.numel() - int(weight.count_nonzero()), total + weight.numel()
-    if zeros <= _PRUNED_BEFORE * total:
-        return ()
-    part = f"{zeros / total:.1%} of the weights in its first, middle and last block are zero"
-    return (f"the model was pruned before: {part}; 'dense' stands for the model as it was given",)
+            yield blocks[index]
 
 
 def _removed(allocated: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, int]:

@@ -11,11 +11,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.data.layer_file import LayerFile, load_layer_file
+from admm_prune.data.layer_file import LayerFile, load_layer_file, opened
 from admm_prune.errors import UserError
 from admm_prune.methods.local import GIVEN, LOCAL_METHODS, REFERENCES, given, method_named, with_parts
 from admm_prune.methods.parts import LAYER, SETS, LayerProblem, declared
@@ -426,17 +425,12 @@ def _read_solved(path: Path) -> tuple[Tensor, dict[str, str], list[str]]:
     """The weight, the metadata, and the names of all tensors."""
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            names = sorted(file.keys())
-            if "weight" not in names:
-                raise UserError(f"{path} holds no 'weight': it is no solved layer")
-            weight: Tensor = file.get_tensor("weight")
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    with opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        names = sorted(file.keys())
+        if "weight" not in names:
+            raise UserError(f"{path} holds no 'weight': it is no solved layer")
+        weight: Tensor = file.get_tensor("weight")
     return weight, metadata, names
 
 

@@ -210,6 +210,7 @@ def test_an_input_is_never_replaced(command: Command, place: Path, text_file: Pa
             layer,
         ): "was not written by admm-prune as",
         ("report", "pruned", "pruned", "--out", "pruned/report.html"): "is, or holds, the input",
+        ("pack", "within/pruned", "within"): "within is, or holds, the input within/pruned",
     }.items():
         refused = command(*job, "--overwrite")
         assert refused.status == 2

@@ -57,8 +57,8 @@ def check_apart(out: Path, *inputs: object) -> None:
     for given in inputs:
         if isinstance(given, str | Path):
             with suppress(OSError):  # a text that is no path
-                source = expanded(str(given))
-                if Path(source).exists() and Path(source).resolve().is_relative_to(place):
+                source = expanded(given)
+                if source.exists() and source.resolve().is_relative_to(place):
                     raise UserError(f"{out} is, or holds, the input {given}: choose another output")
 
 
