@@ -1,10 +1,12 @@
 """What pruning a model costs: the seconds of every phase of a run, each beside its floor.
 
-    python -m benchmarks.pruning_time OUT --model DIR --data FILE [--methods wanda,admm] [--samples 64] [--length 1024]
+    python -m benchmarks.pruning_time OUT --model DIR --data FILE [--methods wanda,admm] [--samples 64] [--blocks 3]
 
-A run is `admm_prune.prune` with an output folder. Its pruning is divided into exclusive phases: `calls` records how
-the model calls its blocks, `passes` computes blocks, `moments` sums up second moments, `solves` are the layer problems,
-`journal` keeps blocks and activations for `--resume`; `other` is what is left of the wall clock. `ratio` is that
+A method may have options of `admm-prune run`: `--methods "admm,admm --refit block"`. `--blocks` cuts the model after so
+many blocks. A run is `admm_prune.prune` with an output folder. Its pruning is divided into exclusive phases: `calls`
+records how the model calls its blocks, `passes` computes blocks, `moments` sums up second moments, `solves` are the
+layer problems, `refit` is the blockwise refit, `journal` keeps blocks and activations for `--resume`; `other` is what
+is left of the wall clock. `ratio` is that
 of the seconds of pruning to those of two forward passes of the model without its head over the same batches, measured
 in the same process: one-shot pruning needs every block on its dense inputs, and pruned, for the inputs of the next.
 
@@ -29,7 +31,7 @@ from unittest.mock import patch
 import torch
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods import layerwise
+from admm_prune.methods import joint, layerwise
 from admm_prune.methods.registry import recipe_named
 from admm_prune.models import capture
 from admm_prune.models.activation_store import BatchState
@@ -45,7 +47,7 @@ from admm_prune.solvers.alternating import Alternating
 from admm_prune.statistics import GramAccumulator
 from benchmarks.machine import headline, machine, write_results
 
-INSIDE = ("calls", "passes", "moments", "solves", "journal")  # of pruning
+INSIDE = ("calls", "passes", "moments", "solves", "refit", "journal")  # of pruning
 _FILE = 1 << 28  # bytes written and read to measure the rates of files
 
 
@@ -89,6 +91,7 @@ class Clock:
                 (Collector, "shared_inputs", "moments"),
                 (layerwise, "prune_several", "solves"),
                 (Alternating, "solve", "solves"),
+                (joint, "refit_block", "refit"),
                 (FolderJournal, "commit", "journal"),
             ):
                 function = getattr(owner, name)
@@ -177,11 +180,25 @@ def floors(loaded: LoadedModel, report: Report, tokens: int, length: int, moment
     }
 
 
-def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+def shortened(model: str, count: int, folder: Path) -> str:
+    """The folder of a model of the first blocks alone."""
+    loaded = load(model)
+    path = decoder_blocks(loaded.model)[0].name.rpartition(".")[0]
+    owner, _, name = path.rpartition(".")
+    setattr(loaded.model.get_submodule(owner), name, loaded.model.get_submodule(path)[:count])  # type: ignore[index]
+    loaded.model.config.num_hidden_layers = count
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def measured(arguments: argparse.Namespace, model: str, words: str) -> dict[str, Any]:
     """The seconds of one run."""
+    method, *options = words.split()
+    steps = {option.removeprefix("--"): value for option, value in zip(options[::2], options[1::2], strict=True)}
     how = {"data": arguments.data, "samples": arguments.samples, "length": arguments.length}
     how |= {"packing": "windows", "eval_samples": arguments.eval_samples}
-    loaded, recipe, clock = load(arguments.model, dtype=arguments.dtype), recipe_named(method), Clock()
+    loaded, recipe, clock = load(model, dtype=arguments.dtype), recipe_named(method), Clock()
     calibration = Texts(TextSettings(**how), loaded).calibration(recipe.samples)
     forward = forward_seconds(loaded, calibration)
     with (
@@ -191,14 +208,14 @@ def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         amount = {"pattern" if ":" in arguments.target else "sparsity": arguments.target}
         began = time.perf_counter()
         report = prune(
-            model=arguments.model, method=method, out=Path(folder) / "pruned", dtype=arguments.dtype, **how, **amount
+            model=model, method=method, out=Path(folder) / "pruned", dtype=arguments.dtype, **how, **amount, **steps
         )
         wall = time.perf_counter() - began
         least = floors(loaded, report, calibration.tokens, calibration.length, clock.operations)
     phases = {phase.name: phase.seconds for phase in report.phases}
     pruning = phases.pop("pruning")
     return {
-        "method": method,
+        "method": words,
         "target": arguments.target,
         "tokens": calibration.tokens,
         "eval_tokens": report.pruned.tokens,
@@ -231,26 +248,27 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--data", default="embedded")
-    parser.add_argument("--methods", default="wanda,admm")
+    parser.add_argument("--methods", default="wanda,admm", help="a comma-separated list, each with its options")
     parser.add_argument("--target", default="0.5")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-samples", type=int, default=8)
     parser.add_argument("--length", type=int)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, help="only the first so many blocks of the model")
     arguments = parser.parse_args(words)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     rows, facts = [], machine()
-    for method in arguments.methods.split(","):
-        rows.append(measured(arguments, method))
-        settings = vars(arguments) | {
-            "out": None,
-            "model": Path(arguments.model).name,
-            "data": Path(arguments.data).name,
-        }
-        content = {"machine": facts, "settings": settings, "rows": rows}
-        write_results(arguments.out, content, text_table(rows, headline(facts)))
+    settings = vars(arguments) | {"out": None, "model": Path(arguments.model).name, "data": Path(arguments.data).name}
+    with tempfile.TemporaryDirectory(dir=arguments.out.parent) as folder:
+        model = arguments.model
+        if arguments.blocks is not None:
+            model = shortened(model, arguments.blocks, Path(folder) / "shortened")
+        for method in arguments.methods.split(","):
+            rows.append(measured(arguments, model, method))
+            content = {"machine": facts, "settings": settings, "rows": rows}
+            write_results(arguments.out, content, text_table(rows, headline(facts)))
 
 
 if __name__ == "__main__":

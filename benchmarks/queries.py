@@ -1,6 +1,6 @@
 """Queries and keys as one problem on the logits: what it would give before coordinated attention; not a method of ours.
 
-    python -m benchmarks.queries OUT [--method sparsegpt] [--target 0.7] [--refit block] [--allocation fisher]
+    python -m benchmarks.queries OUT [--method sparsegpt] [--targets 0.7] [--refit block] [--allocation fisher]
 
 For a block of a Llama (no biases, no norms of queries and keys), with l the logits of head h and l* those of the dense
 projections on the same inputs,
@@ -21,12 +21,10 @@ gradient of the objective gives. OUT/runs.csv has a row per run, OUT/queries.txt
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -42,13 +40,11 @@ from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.problems.attention import conjugate_gradient
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.runs.prune import prune
-from benchmarks.journal import Journal
+from admm_prune.runs.results import Report
 from benchmarks.machine import headline, machine
+from benchmarks.variants import Losses, parser_of, rows
 
 VARIANTS = ("none", "softmax kept", "softmax chosen", "floor kept", "floor chosen", "output kept")
-KEY = ("model", "method", "target", "variant", "settings")
-COLUMNS = ("perplexity", "seconds", "before", "after")
 NAMES = ("query", "key")
 _FLOOR, _ITERATIONS, _TOLERANCE = 0.2, 10, 1e-3
 
@@ -247,48 +243,32 @@ class Queries:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--data", default="embedded")
-    parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--target", type=float, default=0.7)
+    parser = parser_of(__doc__, VARIANTS)
     parser.add_argument("--refit")
     parser.add_argument("--allocation")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--variants", type=lambda text: text.split(","), default=VARIANTS)
     a = parser.parse_args(words)
-    a.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(a.out / "runs.csv", COLUMNS, KEY)
-    steps: dict[str, Any] = {"coordinate": "attention", "refit": a.refit, "allocation": a.allocation}
-    settings = " ".join(f"--{name} {value}" for name, value in steps.items() if value)
-    settings = f"{settings}, {a.samples} sequences of {a.length} tokens, {a.eval_samples} to evaluate"
-    for variant in a.variants:
-        key = {"model": Path(a.model).name, "method": a.method, "target": str(a.target), "variant": variant}
-        key["settings"] = settings
-        if journal.find(key):
-            continue
-        began, queries = time.process_time(), Queries(a.model, variant)
-
-        def coordinated(joint: JointBlock, *how: Any, queries: Queries = queries) -> list[LayerReport]:
-            return queries.coordinated(joint, *how)
-
-        with patch.object(JointBlock, "coordinated", coordinated):
-            report = prune(
-                a.model, data=a.data, method=a.method, sparsity=a.target, samples=a.samples, length=a.length,
-                eval_samples=a.eval_samples, dtype="float32", **steps,
-            )  # fmt: skip
-        before, after = (sum(pair[i] for pair in queries.errors) / max(1, len(queries.errors)) for i in (0, 1))
-        row = {"perplexity": report.pruned.perplexity, "seconds": time.process_time() - began}
-        journal.add(key, [{**row, "before": before or None, "after": after or None}])
+    steps = {"coordinate": "attention", "refit": a.refit, "allocation": a.allocation}
+    records = rows(a, lambda run, variant: measured(a.model, run, variant), steps)
     lines = [headline(machine()), "before, after: error of the attention's output from queries and keys, validation"]
-    for record in journal.records:
+    for record in records:
         figures = f"{float(record['perplexity']):10.3f} {record['before']:>10} {record['after']:>10}"
         lines.append(f"{record['method']:10} {record['target']} {record['variant']:15} {figures}  {record['settings']}")
     (a.out / "queries.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
+
+
+def measured(model: str, run: Callable[..., Report], variant: str) -> tuple[Report, Losses]:
+    queries = Queries(model, variant)
+
+    def coordinated(joint: JointBlock, *how: Any) -> list[LayerReport]:
+        return queries.coordinated(joint, *how)
+
+    with patch.object(JointBlock, "coordinated", coordinated):
+        report = run()
+    if not queries.errors:
+        return report, (None, None)
+    before, after = (mean(pair[i] for pair in queries.errors) for i in (0, 1))
+    return report, (before, after)
 
 
 if __name__ == "__main__":

@@ -119,8 +119,9 @@ def test_a_run_that_was_stopped_is_resumed_and_has_no_times(tmp_path: Path, monk
 def test_phases_cover_the_wall_clock(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
     out = tmp_path / "time"
     words = [str(out), "--model", str(model_folder), "--data", str(text_file), "--samples", "4", "--length", "32"]
-    pruning_time.main([*words, "--methods", "wanda", "--threads", "1"])
+    pruning_time.main([*words, "--methods", "wanda --refit block", "--threads", "1", "--blocks", "1"])
     (row,) = json.loads(Path(f"{out}.json").read_text())["rows"]
+    assert (row["method"], row["tokens"]) == ("wanda --refit block", 4 * 32)
     phases = row["phases"]
     assert {*pruning_time.INSIDE, "opening the model", "writing the model", "loading the folder again"} < set(phases)
     assert all(phases[name] > 0 for name in pruning_time.INSIDE)

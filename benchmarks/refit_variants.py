@@ -1,0 +1,127 @@
+"""The blockwise refit by its number of steps, by the weight of a token, and by whose outputs are the targets.
+
+    python -m benchmarks.refit_variants OUT [--variants none,"relative block"] [--model DIR --data FILE]
+
+    relative   every token counts relative to its target, |f(h_t) - y_t|^2 / |y_t|^2
+    squared    |f(h_t) - y_t|^2
+    block      y_t is the output of the dense block on the inputs h_t that it has behind the pruned blocks
+    model      y_t is the output of the block in the dense model, on dense inputs
+    N          the number of steps, at the end of a variant: "relative block 25"; else that of the method
+
+A row is a run of `admm_prune.prune`; `none` is without a refit. `before` and `after` are the losses that the row
+descends on, per validation token and averaged over the blocks: they are not comparable between losses or targets.
+`seconds` is the CPU time of the run with its evaluation. OUT/runs.csv has the rows, and the same command continues
+where it stopped; OUT/refit_variants.txt is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from statistics import mean
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from admm_prune.methods import joint, refit
+from admm_prune.methods.base import LayerReport, Task
+from admm_prune.methods.local import Method
+from admm_prune.models.capture import BlockStream
+from admm_prune.models.loading import load
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.runs.results import Report
+from benchmarks.machine import headline, machine
+from benchmarks.variants import Losses, parser_of, rows
+
+LOSSES, TARGETS = ("relative", "squared"), ("block", "model")
+VARIANTS = ("none", "relative block", "squared block", "relative model", "relative block 25", "relative block 50")
+_refit_block = refit.refit_block
+
+
+class Squared(refit.BlockTokens):
+    """Every token counts alike."""
+
+    @property
+    def weights(self) -> Tensor:  # type: ignore[override]  # a cached property of the same type
+        return torch.ones(len(self.targets))
+
+
+class DenseStream:
+    """A refit to the outputs of the dense model's own blocks."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model = load(model_name, dtype="float32").model
+        self.stream: BlockStream | None = None
+
+    def refit_block(
+        self,
+        stream: BlockStream,
+        index: int,
+        block: Block,
+        outputs: dict[str, Tensor],
+        reports: Sequence[LayerReport],
+        method: Method,
+        task: Task,
+    ) -> Any:
+        blocks = decoder_blocks(self.model)
+        if self.stream is None:
+            self.stream = BlockStream(self.model, blocks, task.calibration, "cpu")
+        of_dense: dict[str, Tensor] = {}
+        self.stream.collect(index, {blocks[index].weights[0].name}, of_dense)
+        self.stream.advance(index)
+        return _refit_block(stream, index, block, of_dense, reports, method, task)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, VARIANTS)
+    a = parser.parse_args(words)
+    for variant in a.variants:
+        if variant != "none":
+            _parsed(parser, variant)
+    records = rows(a, lambda run, variant: measured(parser, a.model, run, variant))
+    lines = [headline(machine()), "relative: perplexity, to none at the same method, target and settings"]
+    bases = {_place(row): row for row in records if row["variant"] == "none"}
+    for row in records:
+        base, perplexity = bases.get(_place(row)), float(row["perplexity"])
+        relative = f"{perplexity / float(base['perplexity']):6.3f}" if base else f"{'':6}"
+        figures = f"{perplexity:8.3f} {relative} {row['before']:>12} {row['after']:>12} {float(row['seconds']):6.0f} s"
+        lines.append(f"{row['method']:10} {row['target']} {row['variant']:20} {figures}  {row['settings']}")
+    (a.out / "refit_variants.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def measured(
+    parser: argparse.ArgumentParser, model: str, run: Callable[..., Report], variant: str
+) -> tuple[Report, Losses]:
+    if variant == "none":
+        return run(), (None, None)
+    loss, target, steps = _parsed(parser, variant)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(refit, "STEPS", steps))
+        if loss == "squared":
+            stack.enter_context(patch.object(refit, "BlockTokens", Squared))
+        if target == "model":
+            stack.enter_context(patch.object(joint, "refit_block", DenseStream(model).refit_block))
+        report = run(refit="block")
+    figures = [block["refit"] for block in report.details["joint"]]
+    before, after = (mean(one[name] for one in figures) for name in ("before", "after"))
+    return report, (before, after)
+
+
+def _parsed(parser: argparse.ArgumentParser, variant: str) -> tuple[str, str, int]:
+    """The loss, the targets and the number of steps."""
+    loss, target, steps = [*variant.split(), "", "", ""][:3]
+    if loss not in LOSSES or target not in TARGETS or not (steps.isdecimal() or not steps):
+        parser.error(f"there is no variant '{variant}': give none, or {'|'.join(LOSSES)} {'|'.join(TARGETS)} [STEPS]")
+    return loss, target, int(steps or refit.STEPS)
+
+
+def _place(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("model", "method", "target", "settings"))
+
+
+if __name__ == "__main__":
+    main()
