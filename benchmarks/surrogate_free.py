@@ -29,6 +29,7 @@ import torch
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.baselines import Staged
 from admm_prune.methods.elsa.elsa import Elsa
+from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target, parse_targets, target_named
@@ -44,17 +45,43 @@ COLUMNS = ("perplexity", "dense", "sparsity", "tokens", "used_lr", "primal_resid
 RATES = (1e-3, 3e-3, 1e-2, 2e-2)
 BASELINES = ("admm-finetuned", "gradual", "staged")
 
+
+@dataclass(frozen=True, kw_only=True)
+class Apart(Elsa):
+    """The layers' solution becomes z at the stages, and x stays dense."""
+
+    def project(self, session: Session, target: Target) -> None:
+        weights = {view.parameter_name: session.trained.get_parameter(view.parameter_name) for view in session.views}
+        x = {name: weight.detach().clone() for name, weight in weights.items()}
+        super().project(session, target)
+        if not session.trainer.optimizer.frozen:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(x[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersAtTheEnd(Elsa):
+    """The last part has the layers' solution for x, and its support, instead of the support of z."""
+
+    def _fix_support(self, session: Session, target: Target) -> None:
+        Staged.project(self, session, target)
+
+
 # elsa with one of its parts exchanged, or taken away.
 ABLATIONS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
+        Apart(name="elsa, x dense at the stages"),
+        LayersAtTheEnd(name="elsa, layers at the end"),
         Elsa(name="elsa, rho 0", rho=0.0),
         Elsa(name="elsa, a third of rho", rho=Elsa.rho / 3),
         Elsa(name="elsa, three times rho", rho=3 * Elsa.rho),
+        Elsa(name="elsa, ten times rho", rho=10 * Elsa.rho),
         Elsa(name="elsa, updates every step", interval=1),
         Elsa(name="elsa, updates every 32 steps", interval=32),
         Elsa(name="elsa, by magnitude", power=0.0),
-        Elsa(name="elsa, in the metric F", power=0.5),
+        Elsa(name="elsa, in the metric F^(1/2)", power=0.25),
         Elsa(name="elsa, frozen for the last quarter", frozen=0.25),
         Elsa(name="elsa, frozen for the last three quarters", frozen=0.75),
         Elsa(name="elsa, one stage", schedule=None),

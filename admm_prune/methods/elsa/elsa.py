@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from admm_prune.errors import UserError
 from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.target import Target
-from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import AnchorFormat
 from admm_prune.solvers.elsa.settings import Penalty, Score
 from admm_prune.solvers.sparse_adam import SparseAdam
@@ -22,30 +19,29 @@ from admm_prune.solvers.sparse_adam import SparseAdam
 class Elsa(Staged):
     """min f(x) + I_C(z) over x = z, f the model's own loss, by ADMM with a dual variable u:
 
-        x <- Adam's step with the gradient of f at x, then x <- x - lr rho (x - z + u);
-        every `interval` steps   z <- P_C(x + u) in the metric F^(2 power),   u <- u + x - z,   F Adam's second moment;
-        at the stages            z <- argmin_{z in C_t} |z - x|_H^2, H the layers' Gram,   u <- 0.
+        at the stages            z <- argmin_{z in C_t} |z - x|_H^2, H the layers' Gram,   x <- z,   u <- 0;
+        every step               x <- Adam's step with the gradient of f at x, then x <- x - lr rho (x - z + u);
+        every `interval` steps   z <- P_{C_t}(x + u) in the metric F^(2 power),   u <- u + x - z,   F Adam's 2nd moment.
 
-    C_t approaches C through a few larger sets, as in `Staged`, but the model stays dense meanwhile: it is x that is
-    trained, and weights return to the support of z where the loss resists their removal. For the last part of the run x
-    is projected once more by the layer solver, and trained on that support.
+    C_t approaches C through a few larger sets, as in `Staged`, but x is dense between the stages: removed weights are
+    trained too, and return to the support of z where the loss resists their removal more than that of others. For the
+    last part of the run x is restricted to the support of a last update of z, and trained on it.
 
     Attributes:
         rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam.
         interval: steps between two updates of z and u.
         power: weights of x + u are chosen by |x + u| F^power.
-        frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end, where it is
-            restricted to the support of a last dual update.
+        frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end.
 
     Sources: ELSA, arXiv 2510.01650, 2026. The stages, the metric of the layers' Gram with its compensation, the
-    penalty outside of Adam's moments and its unit, the power, and the end on a fixed support are ours.
+    penalty outside of Adam's moments and its unit, and the end on a fixed support are ours.
     """
 
     name: str = "elsa"
     summary: str = "surrogate-free: ADMM on the model's own loss, down to the target in stages"
     rho: float = 0.15
-    interval: int = 8
-    power: float = 0.25
+    interval: int = 4
+    power: float = 0.5
     frozen: float = 0.5
     anchor: AnchorFormat = "full"
 
@@ -66,22 +62,26 @@ class Elsa(Staged):
         return [*stages, (last, target)] if self.frozen else stages
 
     def project(self, session: Session, target: Target) -> None:
-        """At a stage the layers' solution becomes z, and x stays; at the last one it becomes x too."""
-        trainer = session.trainer
+        """At a stage the layers' solution becomes x and z; in the last part x is trained on the support of z."""
+        trainer, final = session.trainer, session.task.target
         if self.frozen and trainer.done >= min(round((1.0 - self.frozen) * trainer.steps), trainer.steps - 1):
+            self._fix_support(session, target)
+            return
+        stage = self.solve_layers(session, target)
+        if str(target) == str(final):
+            stage["held_out_loss"] = session.offer()
+        names = dict.fromkeys(view.parameter_name for view in session.views)
+        z = {name: session.trained.get_parameter(name).detach() for name in names}
+        trainer.optimizer.restart(z, target.fraction / final.fraction if final.fraction else 1.0)
+
+    def _fix_support(self, session: Session, target: Target) -> None:
+        """That of a last update of z, or of the layers' solution where no stage has reached the target yet."""
+        if all(stage["target"] != str(target) for stage in session.stages):
             super().project(session, target)
             return
-        weights = {view.parameter_name: session.trained.get_parameter(view.parameter_name) for view in session.views}
-        x = {name: local(weight.detach()).clone() for name, weight in weights.items()}
-        stage = self.solve_layers(session, target)
-        if str(target) == str(session.task.target):
-            stage["held_out_loss"] = session.offer()
-        z = {name: weight.detach() for name, weight in weights.items()}
-        whole = session.task.target.fraction
-        trainer.optimizer.restart(z, target.fraction / whole if whole else 1.0)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                local(weight).copy_(x[name])
+        session.trainer.optimizer.freeze()
+        stage = {"step": session.trainer.done, "target": str(target), "held_out_loss": session.offer()}
+        session.stages.append(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
