@@ -167,8 +167,11 @@ class Distillation:
     ) -> tuple[Tensor, Tensor | None]:
         """d/dlogits of T^2 KL(p || q), q = softmax(logits / T), is T (q - p)."""
         weight, temperature = self.weight, self.temperature
-        both = (logits, teacher_logits) if temperature == 1.0 else (logits / temperature, teacher_logits / temperature)
-        log_q, log_p = (log_softmax(x, -1, dtype=_wide(logits)) for x in both)
+        wide = _wide(logits)
+        both = [logits, teacher_logits]
+        if temperature != 1.0:
+            both = [x.to(wide) / temperature for x in both]
+        log_q, log_p = (log_softmax(x, -1, dtype=wide) for x in both)
         del both
         p = log_p.exp()
         value = log_p.sub_(log_q).mul_(p).sum(-1).double().sum().mul_(weight * temperature**2)

@@ -50,7 +50,7 @@ def restrict_(x: Tensor, bits: Tensor) -> None:
 
         fused.restrict_(x, bits)
     else:
-        x.mul_(_entries(bits, x.dtype)[..., : x.shape[-1]])
+        x.masked_fill_(_entries(bits.bitwise_not(), torch.bool)[..., : x.shape[-1]], 0)  # 0 times inf is not 0
 
 
 def _entries(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,17 +54,18 @@ def to_bfloat16(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def to_float16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x (float32) in float16, up or down at random so that the mean is x.
-
-    Args:
-        x: finite, up to 65504.
-    """
+    """x (float32) in float16, up or down at random so that the mean is x; to the nearest where x is not finite, or too
+    large for float16."""
     exponents = torch.frexp(x).exponent.sub_(_HALF_DIGITS).clamp_(min=_HALF_LEAST)
     spacing = torch.ldexp(torch.ones_like(x), exponents)  # of the numbers around x
     levels = x / spacing
     below = levels.floor()
     up = torch.rand(x.shape, generator=generator, device=x.device) < levels.sub_(below)
-    return below.add_(up).mul_(spacing).to(torch.float16)
+    rounded = below.add_(up).mul_(spacing)
+    return torch.where(x.abs() <= torch.finfo(torch.float16).max, rounded, x).to(torch.float16)
+
+
+AT_RANDOM = {torch.bfloat16: to_bfloat16, torch.float16: to_float16}  # by the dtype of the result
 
 
 def scales_shape(shape: torch.Size) -> torch.Size:

@@ -80,7 +80,7 @@ class CubicSparsity:
 
 
 def warm_up_then_linear(steps: int, warm_up: float = 0.05) -> Callable[[int], float]:
-    """The factor of a learning rate by the step, for `LambdaLR`: linear from 0 to 1 in `warm_up` of the run, then back.
+    """The factor of a learning rate by the step, for `LambdaLR`: up to 1 in `warm_up` of the run, then down to 0.
 
     Adam's second moment is estimated from few gradients at first, so that its first steps are the least reliable.
 
@@ -89,4 +89,4 @@ def warm_up_then_linear(steps: int, warm_up: float = 0.05) -> Callable[[int], fl
         warm_up: a fraction of it.
     """
     rise = max(1, round(warm_up * steps))
-    return lambda step: min((step + 1) / rise, max(0.0, 1.0 - step / steps))
+    return lambda step: min((step + 1) / rise, max(0.0, (steps - step) / (steps - rise + 1)))

@@ -42,7 +42,7 @@ class SparseAdam(Optimizer):
     z and u are kept as one tensor and one bit per weight, exactly (`solvers.elsa.anchors`). In the last part of the run
     the support is frozen: pruned weights are zero, Adam trains the others, and only the bits are kept. Give
     `total_steps`, and call `finalize` at the end. A step with a non-finite gradient is skipped and counted.
-    The u of a matrix that has had no gradient yet, such as an expert that received no token, stays zero.
+    The u of a matrix that has had no gradient yet, such as that of an expert that received no token, stays zero.
 
     With penalty = inf, x = z throughout: an update permanently prunes the entries with the lowest scores, which with a
     `ramp` is gradual pruning. With freeze = 1 the support is fixed, or set by `change_support`: masked fine-tuning.
@@ -59,7 +59,7 @@ class SparseAdam(Optimizer):
         scope: "model" applies one `sparsity` to all matrices together, comparing scores divided by their mean.
         targets: shell patterns of the names of a model's weights to prune.
         ignore: shell patterns of the names of weights to leave dense; the output head by default.
-        masks: initial supports, by name, such as those of a layer-wise solution; by magnitude where not given.
+        masks: initial supports by name, by magnitude where not given; of the target's size unless freeze = 1.
         lr: the learning rate.
         betas: decay rates of Adam's moments.
         eps: added to the denominator, as in `torch.optim.AdamW`; above 0.
@@ -121,7 +121,6 @@ class SparseAdam(Optimizer):
         moments: MomentFormat = "full",
         seed: int = 0,
     ) -> None:
-        check_adam(lr, betas, eps, weight_decay, foreach=foreach, fused=fused, clip=clip)
         check_choice("final support", final, Final)
         target = Target(sparsity, pattern, constraint, scope)
         chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
@@ -132,22 +131,19 @@ class SparseAdam(Optimizer):
             freeze=(0.25 if total_steps else 0.0) if freeze is None else freeze,
             ramp=ramp,
         )
-        self.penalty = Penalty(value=penalty) if isinstance(penalty, int | float) else penalty
+        self.penalty = penalty if isinstance(penalty, Penalty) else Penalty(value=penalty)
         self.hard = self.penalty.value == math.inf  # x = z at all times
         self.score, self.clip, self.clip_penalty, self.final, self.seed = score, clip, clip_penalty, final, seed
         self._scope: Scope = scope
         self._anchors, self._moments = Anchors(anchor, rounding), Moments.resolve(moments)
         self._masks, self.moments = dict(masks or {}), str(self._moments)  # the format actually used for the moments
         self.history: list[DualUpdate] = []
-        adam = {
-            "lr": lr,
-            "betas": tuple(map(float, betas)),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "fused": fused,
-        }
+        adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        adam |= {"foreach": foreach, "fused": fused}
         # State beyond that of the parameters is stored in the groups, so that it is saved with any torch optimizer.
+        for group in chosen.groups:
+            check_adam({**adam, **group}, clip)
+        adam["betas"] = tuple(map(float, betas))
         super().__init__(chosen.groups, {**adam, "steps_done": 0, "skipped": 0, "frozen": False, "fraction": None})
         self._transposed, self._stacked = chosen.transposed, chosen.stacked
         self._splittings = {number: self._splitting(support) for number, support in chosen.supports.items()}
@@ -160,9 +156,7 @@ class SparseAdam(Optimizer):
         cls, params: nn.Module | Iterable[Any], *, total_steps: int, lr: float = 2e-4, penalty: float = 1e-3, **how: Any
     ) -> Self:
         """ELSA as published: a coupled, absolute penalty, cosine from 0; the projection in the metric of Adam's second
-        moment; u rescaled late; no frozen end; the final support from the weights themselves. `how` overrides any of
-        these settings.
-        """
+        moment; u rescaled late; no frozen end; the final support from the weights. `how` overrides any setting."""
         published: dict[str, Any] = {
             "penalty": Penalty(value=penalty, shape="cosine", units="absolute", rescale="lagged"),
             "score": Score(fisher="adam", power=0.5),
@@ -182,6 +176,10 @@ class SparseAdam(Optimizer):
     def skipped(self) -> int:
         """Steps skipped because of a non-finite gradient."""
         return int(self.param_groups[0]["skipped"])
+
+    @property
+    def _calls(self) -> int:
+        return self.steps_done + self.skipped
 
     @property
     def frozen(self) -> bool:
@@ -301,7 +299,7 @@ class SparseAdam(Optimizer):
 
         Warns if the run did not have `total_steps` steps, the length of its schedules.
         """
-        wrong = self.timeline.wrong_length(self.steps_done + self.skipped)
+        wrong = self.timeline.wrong_length(self._calls)
         if wrong:
             _warn(f"finalize() {wrong}", 4)
         self.freeze()
@@ -359,6 +357,7 @@ class SparseAdam(Optimizer):
             return
         group, support = group_of(param_group, Target(scope=self._scope))
         number, others = len(self.param_groups), self.param_groups
+        check_adam({**self.defaults, **group})
         unify_names(group, number, others)
         super().add_param_group(group | {name: others[0][name] for name in _PROGRESS})
         if support is None:
@@ -410,11 +409,11 @@ class SparseAdam(Optimizer):
         for parameter, group in fresh.items():
             self._moments.create(parameter, self.state[parameter], fused=bool(group["fused"]))
         fixed = self.frozen or self.timeline.frozen_throughout
-        fraction = 1.0 if self.frozen else self._fraction(self.timeline.updated(self.steps_done))
+        fraction = 1.0 if self.frozen else self._fraction(self.timeline.updated(self._calls))
         for splitting, _, weights in self._pruned():
             new = [weight for weight in weights if weight.parameter in fresh]
             if new:
-                splitting.begin(new, fraction, self._masks, anchored=not (fixed or self.hard))
+                splitting.begin(new, fraction, self._masks, fixed=fixed, anchored=not (fixed or self.hard))
             if restrict and (fixed or self.hard):
                 self._restrict(new)
         self._masks = {}
@@ -426,7 +425,7 @@ class SparseAdam(Optimizer):
         """Clips, then adds the penalty; or the other way round."""
         factor = 1.0 if self.clip is None or self.clip_penalty else clip(active, norm, self.clip, deferred)
         squares = dict(zip(active, each.double().mul_(factor).square_().tolist(), strict=True))
-        progress = self.timeline.progress(self.timeline.updated(self.steps_done))
+        progress = self.timeline.progress(self.timeline.updated(self._calls))
         for splitting, _, weights in () if self.frozen else self._pruned():
             for weight in weights:
                 if weight.parameter in squares:
@@ -455,14 +454,14 @@ class SparseAdam(Optimizer):
                         splitting.pull(weight, float(group["lr"]), self.steps_done)
 
     def _advance(self) -> None:
-        """Counts the step; updates the duals, or freezes, where that is due."""
-        step = self.steps_done
-        self._set("steps_done", step + 1)
+        """Counts the step; updates the duals, or freezes, where that is due. The schedule counts skipped steps too."""
+        step = self._calls
+        self._set("steps_done", self.steps_done + 1)
         if step == self.timeline.total:
             _warn(f"step() {self.timeline.wrong_length(step + 1)}", 6)
         if self.frozen:
             return
-        if step + 1 == self.timeline.freeze_at:
+        if step + 1 >= (self.timeline.freeze_at or math.inf):
             self.freeze()
         elif self.timeline.due(step):
             fraction = self._fraction(step)

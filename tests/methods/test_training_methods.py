@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_is_noted(
     model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("admm_prune.methods.elsa.trainer.held_out_loss", lambda *_: math.inf)
-    _, outcome = pruned(Gradual(steps=4, batch_size=4, lr=1e-3, interval=2), "0.5", model_folder, text_file)
+    _, outcome = pruned(Gradual(steps=4, batch_size=4, lr=1e-3, interval=1), "0.5", model_folder, text_file)
     assert outcome.notes == ("the loss of the model on held-out sequences is not finite",)
 
 
@@ -470,3 +470,31 @@ def test_steps_that_were_skipped_are_reported(
     assert any("2 steps skipped" in note for note in outcome.notes)
     assert {round(layer.sparsity, 6) for layer in outcome.layers} == {0.5}
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Elsa(steps=8, batch_size=4, lr=1e-3), "no update of z and u fits into 8 steps of training"),
+        (Gradual(steps=16, batch_size=4, lr=1e-3), "all weights were removed at once, in 16 steps"),
+        (Staged(steps=2, batch_size=4), "one step trained"),
+        (Elsa(steps=24, batch_size=4, lr=1e-3), ""),
+    ],
+    ids=["elsa", "gradual", "staged", "long enough"],
+)
+def test_a_run_too_short_for_its_method_is_noted(
+    recipe: Trained, words: str, model_folder: Path, text_file: Path
+) -> None:
+    _, outcome = pruned(recipe, "0.5", model_folder, text_file)
+    notes = [note for note in outcome.notes if "step" in note and "held-out" not in note]
+    assert bool(notes) == bool(words)
+    assert not words or words in notes[-1]
+
+
+def test_a_loss_that_is_not_finite_is_not_called_one_that_no_step_lowers(model_folder: Path, text_file: Path) -> None:
+    model = load(str(model_folder)).model
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.inf)
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    outcome = TunedDense(steps=20, batch_size=4).prune(model, replace(task, target=target_named("0")))
+    assert any("because the loss or its gradient is not finite: 0.0002 is used" in note for note in outcome.notes)

@@ -13,6 +13,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import Outcome, Recipe, Runtime, Task
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.elsa.trainer import Trainer
 from admm_prune.methods.layerwise import Layerwise, check_target
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.parts import ProblemLike, SetLike
@@ -148,6 +149,12 @@ class Gradual(Trained):
         score = Score(fisher="adam" if self.power else "none", power=self.power)
         settings: dict[str, Any] = {**how, "penalty": math.inf, "score": score, "freeze": 1.0 - self.ramp, "ramp": 1.0}
         return SparseAdam(**settings, interval=self.interval, total_steps=self.training_steps)
+
+    def remarks(self, trainer: Trainer) -> list[str]:
+        notes = super().remarks(trainer)
+        if self.ramp * trainer.steps < 2 * self.interval:
+            notes.append(f"all weights were removed at once, in {trainer.steps} steps of training: give more steps")
+        return notes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.elsa.trainer import Trainer
 from admm_prune.methods.target import Target
 from admm_prune.solvers.elsa.anchors import AnchorFormat
 from admm_prune.solvers.elsa.settings import Penalty, Score
@@ -28,7 +29,9 @@ class Elsa(Staged):
     last part of the run x is restricted to the support of a last update of z, and trained on it.
 
     Attributes:
-        rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam.
+        rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam, is
+            rho d^(3/2), d the density of the target. With one pull for all densities, either few weights return where
+            few remain, or much of the support changes at every update where many do.
         interval: steps between two updates of z and u.
         power: weights of x + u are chosen by |x + u| F^power.
         frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end.
@@ -39,7 +42,7 @@ class Elsa(Staged):
 
     name: str = "elsa"
     summary: str = "surrogate-free: ADMM on the model's own loss, down to the target in stages"
-    rho: float = 0.15
+    rho: float = 10.0
     interval: int = 4
     power: float = 0.5
     frozen: float = 0.5
@@ -51,15 +54,26 @@ class Elsa(Staged):
             raise UserError(f"frozen is a fraction of the run, 0 to 1, not {self.frozen}")
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
-        penalty = Penalty(value=self.rho, decoupled=True)
+        penalty = Penalty(value=self.rho * self._density(how) ** 1.5, decoupled=True)
         score = Score(fisher="adam", power=self.power)
         return SparseAdam(**how, penalty=penalty, score=score, interval=self.interval, freeze=0.0, anchor=self.anchor)
+
+    @staticmethod
+    def _density(how: dict[str, Any]) -> float:
+        n, m = how["pattern"] if "pattern" in how else (1.0 - how["sparsity"], 1)
+        return float(n / m)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
         """The stages before the last part of the run, and its beginning."""
         last = 1.0 - self.frozen
         stages = [stage for stage in super().projections(target) if stage[0] < last]
         return [*stages, (last, target)] if self.frozen else stages
+
+    def remarks(self, trainer: Trainer) -> list[str]:
+        notes = super().remarks(trainer)
+        if self.frozen < 1 and len(trainer.optimizer.history) < 2:  # the last one is at the end
+            notes.append(f"no update of z and u fits into {trainer.steps} steps of training: give more steps")
+        return notes
 
     def project(self, session: Session, target: Target) -> None:
         """At a stage the layers' solution becomes x and z; in the last part x is trained on the support of z."""

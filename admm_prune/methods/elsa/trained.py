@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -109,6 +110,14 @@ class Trained(Capabilities, ABC):
         """Projects the model, and restricts the optimizer to the support found."""
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
 
+    def remarks(self, trainer: Trainer) -> list[str]:
+        """Notes on a run that was too short for what the method does."""
+        if self.steps > self._passes:
+            return []
+        return [
+            f"measuring the learning rate takes {self._passes} steps, and {self.steps} were given: one step trained"
+        ]
+
     def projecting(self, task: Task) -> tuple[Recipe, Task] | None:
         """The method that projects the model, and its task but for the target; None where nothing is projected."""
         return None
@@ -129,6 +138,13 @@ class Trained(Capabilities, ABC):
         """Trains and prunes; of the last model, and those that a projection gave the final sparsity, the one with the
         least held-out loss is kept."""
         self.check(model, task.target)
+        if runtime.world.size > 1 and task.target.pattern is None:
+            for view in chosen_views(model, task.target):
+                if view.parameter.ndim > 2:
+                    raise UserError(
+                        f"{view.parameter_name} holds the matrices of experts, which several processes cannot prune to "
+                        "a sparsity: give a pattern, or run it without torchrun"
+                    )
         if task.ridge is not None:
             raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
         if not (runtime.offloading.keeps_changes or runtime.journal.keeps):
@@ -157,7 +173,7 @@ class Trained(Capabilities, ABC):
         _take(model, session)
         return Outcome(
             layers=trained_reports + other_reports,
-            notes=(*trainer.optimizer.notes, *trainer.notes, *session.notes),
+            notes=(*trainer.optimizer.notes, *trainer.notes, *session.notes, *self.remarks(trainer)),
             details={"training": details, "stages": session.stages},
         )
 
@@ -264,8 +280,12 @@ class Trained(Capabilities, ABC):
                 model, trainer.backward, trainer.take(GRADIENTS), lambda: trainer.held_out_loss(validation)
             )
             if not session.measured.usable:
-                unusable = "the learning rate could not be measured, because no step along the gradient lowers the loss"
-                session.notes.append(f"{unusable}: {self.lr_multiplier * DEFAULT_RATE:g} is used")
+                finite = math.isfinite(session.measured.decrease)
+                why = (
+                    "no step along the gradient lowers the loss" if finite else "the loss or its gradient is not finite"
+                )
+                rate = self.lr_multiplier * DEFAULT_RATE
+                session.notes.append(f"the learning rate could not be measured, because {why}: {rate:g} is used")
         trainer.lr = self.lr_multiplier * session.measured.rate(1.0 - target.fraction)
         session.rates.append(trainer.lr)
 

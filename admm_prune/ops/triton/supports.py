@@ -87,7 +87,7 @@ def restrict_kernel(x_at, bits_at, width, packed, BLOCK: tl.constexpr):
     row, column, there, place = part_of_row(width, BLOCK)
     x = tl.load(x_at + place, mask=there, other=0.0)
     inside = bit_of(bits_at, row, column, packed, there)
-    tl.store(x_at + place, x * inside.to(x.dtype), mask=there)
+    tl.store(x_at + place, tl.where(inside != 0, x, 0.0), mask=there)  # 0 times inf is not 0
 
 
 # A launch passes plain numbers for constants, and options that are not parameters of the kernel.

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from admm_prune.errors import UserError
 from admm_prune.ops import quantization
 from admm_prune.ops.sharding import local
 from admm_prune.solvers.elsa.anchors import (
@@ -29,7 +30,6 @@ _BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 
 _SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
 _DRAW, _PULL_DRAW = 1, 2  # distinguish these random numbers from those of the moments, and from each other
 _NORMS = ("x", "z", "u", "primal", "dual", "pull", "quantization", "anchor")  # of a record, in the order of `_update`
-_ROUNDINGS = {torch.bfloat16: quantization.to_bfloat16, torch.float16: quantization.to_float16}
 _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
@@ -179,11 +179,17 @@ class Splitting:
         """Whether x = z at all times."""
         return self.penalty.value == math.inf
 
-    def begin(self, weights: Sequence[Weight], fraction: float, masks: Mapping[str, Tensor], *, anchored: bool) -> None:
+    def begin(
+        self, weights: Sequence[Weight], fraction: float, masks: Mapping[str, Tensor], *, fixed: bool, anchored: bool
+    ) -> None:
         """u = 0 and z = the projection of x, by magnitude or to given masks (of all rows).
 
         Args:
+            fixed: whether the support never changes, so that a given mask may have any number of entries.
             anchored: whether x will differ from z; otherwise only the mask is stored.
+
+        Raises:
+            UserError: a given mask is not in the family of supports.
         """
 
         def score(weight: Weight) -> Tensor:
@@ -193,8 +199,12 @@ class Splitting:
             chosen = local_shard(weight.parameter, masks[weight.name]).to(magnitude.device)
             return magnitude.div_(1.0 + magnitude).add_(chosen, alpha=_CHOSEN)
 
-        selected = []
+        selected, wrong = [], []
         for weight, mask, _ in self.support.select(weights, score, fraction):
+            if weight.name in masks:
+                given = local_shard(weight.parameter, masks[weight.name]).to(mask.device)
+                wrong.append((weight, torch.count_nonzero(given != mask)))
+                mask = given
             state: State = {"rho": 0.0, "dual_rho": 0.0, "lag": 1.0, "balance": 1.0, "threshold": 0.0}
             weight.state.update(state, gradient_square=math.nan)
             if self.score.clean:
@@ -202,6 +212,14 @@ class Splitting:
                     weight.parameter, torch.zeros_like(weight.shard, dtype=torch.float32)
                 )
             selected.append((weight, mask))
+        if wrong and not fixed:
+            several = totals([weight.parameter for weight, _ in wrong], torch.stack([n[None] for _, n in wrong]))
+            for (weight, _), (entries,) in zip(wrong, several.tolist(), strict=True):
+                if entries:
+                    raise UserError(
+                        f"the mask of {weight.name} is not a support of the target: give one with as many entries, in "
+                        "its pattern, or keep the support fixed (freeze=1)"
+                    )
         norms = totals(
             [weight.parameter for weight, _ in selected],
             torch.stack([torch.stack([_square(w.shard), torch.count_nonzero(mask).double()]) for w, mask in selected]),
@@ -297,20 +315,22 @@ class Splitting:
     def pull(self, weight: Weight, lr: float, step: int) -> None:
         """x <- x - lr rho (x - c); in 16 bits up or down at random: to the nearest, x would not move by less than half
         the distance of two numbers."""
-        rate, x = lr * weight.state["rho"], weight.shard
+        rate, x = min(1.0, lr * weight.state["rho"]), weight.shard  # at 1 it is c
         if not rate or weight.dense:
             return
-        if x.dtype not in _ROUNDINGS:
+        if x.dtype not in quantization.AT_RANDOM:
             for rows, away in self.anchors.away(weight):
                 x[rows].sub_(away, alpha=rate)
             return
-        rounded, chance = _ROUNDINGS[x.dtype], generator(weight.parameter, self.seed, step, weight.index, _PULL_DRAW)
+        rounded = quantization.AT_RANDOM[x.dtype]
+        chance = generator(weight.parameter, self.seed, step, weight.index, _PULL_DRAW)
         for rows, away in self.anchors.away(weight):
             x[rows] = rounded(x[rows].to(away.dtype).sub_(away, alpha=rate), chance)
 
     def scores(self, weight: Weight) -> Tensor:
         """The scores of a = x + u, for the local shard."""
-        if not (self.score.weighted and (self.score.fisher == "clean" or self.moments.format == "bitsandbytes")):
+        library = self.score.fisher == "clean" or self.moments.format == "bitsandbytes" or weight.stacked
+        if not (self.score.weighted and library):
             second = self.moments.stored_second(weight.parameter, weight.state) if self.score.weighted else None
             fused = fused_scores(weight, stored_anchor(weight, self.anchors), self.score, second)
             if fused is not None:
@@ -385,6 +405,9 @@ class Splitting:
         primal = _square(x - z)
         idle = self.idle(weight)
         u = a.zero_() if idle else a.masked_fill_(mask, 0)
+        if weight.stacked:  # experts without a gradient yet
+            second = self.moments.second(weight.parameter, weight.state)
+            u.masked_fill_((second.flatten(1).amax(1) == 0)[:, None, None], 0)
         immediate = self.penalty.rescale == "immediate"
         weight.state["lag"] = 1.0 if immediate or idle else tau
         anchor = torch.sub(z, u, alpha=tau if immediate else 1.0)
@@ -417,6 +440,5 @@ class Splitting:
 
 def _square(x: Tensor) -> Tensor:
     """|x|^2, a float64 scalar."""
-    narrow = x.dtype == torch.float16  # its norms overflow at 65504
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32 if narrow else None)
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
     return norm.double().square()

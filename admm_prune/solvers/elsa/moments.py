@@ -68,7 +68,7 @@ class DeferredGradient:
 
 def _fits_kernel(parameter: Tensor) -> bool:
     x = local(parameter.detach())
-    if not backend.uses_triton(x, *_DTYPES):
+    if x.dtype == torch.float16 or not backend.uses_triton(x, *_DTYPES):  # the kernels round float16 to the nearest
         return False
     gradient = None if parameter.grad is None else local(parameter.grad)
     return gradient is not None and x.is_contiguous() and gradient.is_contiguous() and x.numel() > 0
@@ -322,8 +322,8 @@ def _library_step(parameter: Tensor, state: State, group: dict[str, Any], chance
 
 def _write_weights(x: Tensor, rows: slice, updated: Tensor, chance: torch.Generator) -> None:
     """Writes some rows of x from the precision of the computation; if that is x's dtype, `updated` is x itself."""
-    if x.dtype == torch.bfloat16:
-        x[rows] = quantization.to_bfloat16(updated, chance)
+    if x.dtype in quantization.AT_RANDOM and x.dtype != updated.dtype:
+        x[rows] = quantization.AT_RANDOM[x.dtype](updated, chance)
     elif x.dtype != updated.dtype:
         x[rows] = updated.to(x.dtype)
 
@@ -417,8 +417,8 @@ def norms(parameters: Sequence[Tensor], deferred: DeferredGradient | None = None
 
 
 def _norm(x: Tensor, *, wide: bool) -> Tensor:
-    double = torch.complex128 if x.is_complex() else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=double if wide else None)
+    least = torch.float64 if wide else torch.float32  # a norm in 16 bits has 3 digits, and overflows
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, least))
     return norm.double()
 
 

@@ -14,6 +14,10 @@ from admm_prune.prunable import linear_weights, uncompiled
 from admm_prune.solvers.elsa.supports import Budget, Groups, Scope, Support, Within
 
 _TARGETS = ("sparsity", "pattern", "constraint")
+_SHARED = (
+    "scope", "targets", "ignore", "masks", "clip", "clip_penalty", "penalty", "score", "interval", "first_update",
+    "total_steps", "freeze", "ramp", "final", "anchor", "rounding", "moments", "seed",
+)  # fmt: skip
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of torch's AdamW
 
 
@@ -121,9 +125,11 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
 
     Raises:
         UserError: two targets; a sparsity or a pattern for parameters that are not matrices; an option of torch's AdamW
-            that SparseAdam lacks.
+            that SparseAdam lacks; a setting that all groups share.
     """
     group = dict(given)
+    if shared := [name for name in _SHARED if name in group]:
+        raise UserError(f"{shared[0]} is one setting for all groups: give it to SparseAdam itself")
     if "params" not in group:
         raise UserError(f"a parameter group needs 'params' beside {', '.join(map(str, group)) or 'nothing'}")
     wrong = [name for name in _UNSUPPORTED if group.get(name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -195,17 +195,14 @@ def check_choice(what: str, value: str, choices: Any) -> None:
         raise unknown(what, value, get_args(choices))
 
 
-def check_adam(
-    lr: float | Tensor,
-    betas: Sequence[float | Tensor],
-    eps: float,
-    weight_decay: float,
-    *,
-    foreach: bool | None,
-    fused: bool | None,
-    clip: float | None,
-) -> None:
-    """Raises UserError for what torch's AdamW refuses, and for an eps, or a norm to clip to, that is not positive."""
+def check_adam(settings: Mapping[str, Any], clip: float | None = None) -> None:
+    """Raises UserError for what torch's AdamW refuses, and for an eps, or a norm to clip to, that is not positive.
+
+    Args:
+        settings: lr, betas, eps, weight_decay, foreach and fused of a group of parameters.
+    """
+    lr, betas, eps, weight_decay = (settings[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    foreach, fused = settings["foreach"], settings["fused"]
     if clip is not None and not clip > 0:
         raise UserError(f"clip is a norm above 0, or None for no clipping, not {clip}")
     if isinstance(lr, Tensor) and lr.numel() != 1:

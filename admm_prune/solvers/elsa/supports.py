@@ -44,8 +44,8 @@ class Support(Protocol):
 class Budget:
     """round((1 - sparsity) n) entries of every matrix of n, those of each expert too, or of all together.
 
-    "model" compares scores between matrices after a division by their mean. Matrices sharded by rows are compared by a
-    histogram: only counts are communicated, never scores.
+    "model" compares scores between matrices, those of each expert too, after a division by their mean. Matrices
+    sharded by rows are compared by a histogram: only counts are communicated, never scores.
     """
 
     sparsity: float
@@ -90,7 +90,11 @@ class Budget:
             [weight.parameter for weight in weights], torch.stack([s.sum(dtype=torch.float64) for s in scores])
         )
         for weight, scores_here, total in zip(weights, scores, sums.tolist(), strict=True):
-            scores_here.mul_(weight.entries / total if total > 0 else 1.0)
+            if weight.stacked:  # experts are whole in every process
+                means = scores_here.flatten(1).mean(1, dtype=torch.float64)
+                scores_here.div_(means.where(means > 0, 1.0).to(scores_here)[:, None, None])
+            else:
+                scores_here.mul_(weight.entries / total if total > 0 else 1.0)
         keep = self._keep(sum(weight.entries for weight in weights), fraction)
         (masks,) = histogram.largest([histogram.Budget(scores, keep)], groups.pop() or histogram.Alone())
         yield from zip(weights, masks, scores, strict=True)
@@ -153,12 +157,16 @@ def scores_of(weight: Weight, a: Tensor, score: Score, fisher: Tensor | None) ->
 
     Args:
         a: x + u of the local shard; overwritten.
-        fisher: F >= 0 of the shard, float32; None for F = 1.
+        fisher: F >= 0 of the shard, float32; None for F = 1. Where all F of an expert are 0, since it has had no
+            gradient yet, they count as 1.
     """
     result = a.abs_()
     if score.hysteresis:
         result.mul_(torch.where(weight.mask(), 1.0 + score.hysteresis, 1.0))
     if fisher is None:
         return result
+    if weight.stacked:
+        idle = fisher.flatten(1).amax(1) == 0
+        fisher = fisher.masked_fill(idle[:, None, None], 1.0)
     factor = fisher.sqrt() if score.power == 0.5 else fisher.pow(score.power)
     return result.mul_(factor.clamp_min_(max(LEAST_FISHER**score.power, _LEAST_FACTOR)))
