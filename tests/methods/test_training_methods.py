@@ -32,10 +32,12 @@ from admm_prune.methods.registry import recipe_named, with_baselines
 from admm_prune.methods.target import Target, target_named
 from admm_prune.models.loading import load
 from admm_prune.models.losses import Distillation, next_token_loss
+from admm_prune.models.parallel import World
 from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import Settings, TextSettings
+from tests.models.tiny_models import build
 
 PRUNING = [recipe.name for recipe in TRAINED if recipe.name != "tuned-dense"]
 
@@ -498,3 +500,12 @@ def test_a_loss_that_is_not_finite_is_not_called_one_that_no_step_lowers(model_f
     task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
     outcome = TunedDense(steps=20, batch_size=4).prune(model, replace(task, target=target_named("0")))
     assert any("because the loss or its gradient is not finite: 0.0002 is used" in note for note in outcome.notes)
+
+
+@pytest.mark.parametrize("kind", [Elsa, Staged, Gradual])
+def test_several_processes_refuse_a_sparsity_of_experts_before_any_work(
+    kind: type[Trained], model_folder: Path, text_file: Path
+) -> None:
+    task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
+    with pytest.raises(UserError, match="holds the matrices of experts, which several processes cannot prune"):
+        kind(steps=20).prune(build("mixtral", layers=1), task, Runtime(world=World(size=2)))

@@ -105,6 +105,20 @@ def test_distillation_in_chunks_is_that_of_whole_logits(family: str, weight: flo
         torch.testing.assert_close(Distillation(teacher, weight, temperature)(model, batch()).double(), expected[0])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logits_in_16_bits_are_not_rounded_again(temperature: float) -> None:
+    teacher = trainable("llama", torch.bfloat16).requires_grad_(False)
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        log_q, log_p = (
+            (plain_logits(one, batch())[0].double() / temperature).log_softmax(-1) for one in (model, teacher)
+        )
+        exact = temperature**2 * float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+        assert float(Distillation(teacher, 1.0, temperature)(model, batch())) == pytest.approx(exact, rel=2e-6)
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("scale", ["logit_scale", "logits_scaling"])
 def test_logits_that_are_scaled_after_the_head_are_exact(scale: str) -> None:
