@@ -432,7 +432,8 @@ def training(anatomy: Anatomy, recipe: Trained, task: Task, device: str = "cpu")
     projecting = recipe.projecting(task)
     state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
     if projecting is not None:
-        count = len(recipe.projections(task.target))  # they differ in sparsity, not in cost
+        # They differ in sparsity, not in cost; where a target comes again, `elsa` fixes its support without one.
+        count = len({str(target) for _, target in recipe.projections(task.target)})
         for stage in pruning_stages(anatomy, *projecting, stream=False):
             stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
     return stages

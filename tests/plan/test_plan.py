@@ -270,6 +270,19 @@ def test_the_plan_of_a_method_that_trains_is_what_the_allocator_gives(
 
 
 @pytest.mark.slow
+def test_elsa_solves_the_layer_problems_as_often_as_staged() -> None:
+    """At the end it fixes the support that it has."""
+
+    def work(name: str) -> list[Work]:
+        recipe = replace(recipe_named(name), steps=3, lr=1e-3)
+        assert isinstance(recipe, Trained)
+        task = Task(target=Target(0.9), calibration=text(24, 128))
+        return [stage.work for stage in training(Anatomy.of("embedded", "float32"), recipe, task)[1:]]
+
+    assert work("elsa") == work("staged")
+
+
+@pytest.mark.slow
 def test_a_large_problem_takes_what_small_ones_foretell() -> None:
     trial = LayerTrial(LOCAL_METHODS["admm"], Target(0.5), None, (1024,), 1024, torch.float32, validation=True)
     foretold, counted_ = estimated(trial), trial(1.0, False)
