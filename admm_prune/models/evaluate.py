@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Batch, Sequences
+from admm_prune.errors import UserError
 from admm_prune.models.activation_store import ActivationStore, passed_by, record, returned_form
 from admm_prune.models.losses import cross_entropy, split_rows
 from admm_prune.models.parallel import ALONE, World
@@ -61,7 +62,7 @@ class Metrics:
     bits_per_char: float = _metric(
         "bits per character",
         "%.4f",
-        lambda loss, text: loss.item() / math.log(2) / text.characters,
+        lambda loss, text: loss.item() / math.log(2) / (text.characters or math.nan),
         heading="bits/char",
     )
 
@@ -128,7 +129,12 @@ def evaluate(
         world: processes that share the text; all of them get the figures.
         on_progress: called with (steps done, steps): one for a batch, and for a block if the weights are not in
             memory.
+
+    Raises:
+        UserError: the text has no token to score.
     """
+    if not sequences.scored_tokens:
+        raise UserError("the text to evaluate has no token to score: sequences start with a token that is given")
     pieces = world.partition([piece for batch in sequences.batches for piece in split_rows(model, batch)])
     passes = len(decoder_blocks(model)) if offloading.is_offloaded else 0
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from admm_prune.data.sequences import Sequences, pack
+from admm_prune.data.sequences import Row, Sequences, pack
 from admm_prune.data.sources import Corpus
+from admm_prune.errors import UserError
 from admm_prune.models import evaluate as module
 from admm_prune.models import losses
 from admm_prune.models.evaluate import evaluate, sparsity
@@ -134,3 +135,9 @@ def test_a_continuation_is_the_greedy_one(model: PreTrainedModel) -> None:
         do_sample=False, eos_token_id=None,
     )  # fmt: skip
     assert module.continued(model, prompt, 7).tolist() == ids[0, 5:].tolist()
+
+
+def test_a_text_without_a_token_to_score_is_refused() -> None:
+    rows = tuple(Row(torch.tensor([1, 1, 1]), 3) for _ in range(2))
+    with pytest.raises(UserError, match="no token to score"):
+        evaluate(build("llama"), Sequences(rows, "documents", 3, 1, 2))
