@@ -100,7 +100,7 @@ def measured(
         return run(), (None, None)
     loss, target, steps = _parsed(parser, variant)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(refit, "STEPS", steps))
+        stack.enter_context(patch.object(refit, "DESCENT_STEPS", steps))
         if loss == "squared":
             stack.enter_context(patch.object(refit, "BlockTokens", Squared))
         if target == "model":
@@ -116,7 +116,7 @@ def _parsed(parser: argparse.ArgumentParser, variant: str) -> tuple[str, str, in
     loss, target, steps = [*variant.split(), "", "", ""][:3]
     if loss not in LOSSES or target not in TARGETS or not (steps.isdecimal() or not steps):
         parser.error(f"there is no variant '{variant}': give none, or {'|'.join(LOSSES)} {'|'.join(TARGETS)} [STEPS]")
-    return loss, target, int(steps or refit.STEPS)
+    return loss, target, int(steps or refit.DESCENT_STEPS)
 
 
 def _place(row: dict[str, str]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from admm_prune.problems.constraints import Product
 from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
-STEPS = 100
+DESCENT_STEPS = 100
 _LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
 
 
@@ -170,7 +170,7 @@ def refit_block(
     start = problem.initial()
     try:
         before = problem.value(start)
-        result = SupportDescent.of(STEPS).solve(problem, start=start)
+        result = SupportDescent.of(DESCENT_STEPS).solve(problem, start=start)
     except ArithmeticError as error:
         raise UserError(f"the refit of {block.name}: {error}") from error
     for view in views:

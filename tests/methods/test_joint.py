@@ -140,7 +140,7 @@ def test_the_gradient_of_a_block_is_that_of_differences(family: str) -> None:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "STEPS", 20)
+    monkeypatch.setattr(refit, "DESCENT_STEPS", 20)
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -284,7 +284,7 @@ def test_a_weighted_objective_is_refused() -> None:
 def test_what_the_steps_did_not_do_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = (("model.layers.0.self_attn.v_proj.weight", "dense"),)
     task = Task(target=Target(sparsity=0.5, layers=layers), calibration=text())
-    monkeypatch.setattr(refit, "STEPS", 1)
+    monkeypatch.setattr(refit, "DESCENT_STEPS", 1)
     of = classmethod(lambda cls, steps: cls(rate=100.0, over=steps, max_iterations=steps))
     monkeypatch.setattr(SupportDescent, "of", of)
     outcome = composed("wanda", joint=BOTH).prune(build("llama", layers=1), task)
