@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from admm_prune.data.durable import give_default_mode
+from admm_prune.data.durable import give_default_mode, raising_os_errors
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
@@ -158,13 +158,16 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
     Args:
         folder: made where it is missing; files of a model in it are overwritten.
         metadata: JSON values for the key "admm_prune" of `config.json`.
+
+    Raises:
+        OSError: it cannot be written.
     """
     config = loaded.model.config
     missing = object()
     before = config.__dict__.get(METADATA_KEY, missing)
     setattr(config, METADATA_KEY, metadata)
     try:
-        with quiet():
+        with quiet(), raising_os_errors():
             if isinstance(loaded.offloading, ModelOnDisk):
                 loaded.offloading.save(folder)
             else:
