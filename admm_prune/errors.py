@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _EXTRAS: Mapping[str, tuple[str, ...]] = {
     "models": ("huggingface_hub", "pydantic", "tokenizers", "transformers", "yaml"),
@@ -24,6 +24,15 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. Any other exception is a bug.
     """
+
+
+class WriteError(UserError):
+    """A file of a run cannot be written, as on a full disk; the journal adds what it keeps."""
+
+    @classmethod
+    def of(cls, place: Path, error: OSError) -> Self:
+        """The error of a file or folder, for the reason that the operating system gives."""
+        return cls(f"cannot write to {place}: {error.strerror or error}")
 
 
 class MissingExtraError(UserError, ImportError):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,21 @@ def give_default_mode(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def raising_os_errors() -> Generator[None]:
+    """Raises OSError where safetensors or tokenizers cannot write a file: they raise SafetensorError and Exception."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = re.search(r"\(os error (\d+)\)", str(error))  # as Rust's standard library puts it
+        if reason is None:
+            raise
+        number = int(reason[1])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def file_sha256(path: Path) -> str:

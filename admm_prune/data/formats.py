@@ -280,6 +280,10 @@ def _csv_rows(path: Path, delimiter: str | None) -> Iterator[LocatedRow]:
         if names is None:
             names = row or None
         elif row:
+            if len(row) > len(names):
+                raise UserError(
+                    f"{path}: line {lines.line_num} has {len(row)} fields, the first line {len(names)}: quote the text"
+                )
             yield f"line {lines.line_num}", {**dict.fromkeys(names), **dict(zip(names, row, strict=False))}
 
 

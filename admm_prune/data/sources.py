@@ -253,26 +253,32 @@ def _opened_dataset(repository: str, config: str | None) -> Any:
 def hold_out(corpus: Corpus, fraction: float = 0.1) -> tuple[Corpus, Corpus]:
     """Cuts the last documents off, about `fraction` of them and at least one: (the others, those cut off).
 
-    A text of one document is cut at the last line break before its last `fraction`; one of tokens anywhere.
+    A text of one document is cut at the last line break before its last `fraction`, or the last space where there is no
+    line break within 1 % of the text; where there is no space either, and in one of tokens, anywhere. The names say
+    which part of the documents, or of the only one, was cut off.
     """
     name, documents = corpus.name, corpus.documents
     if len(documents) == 1:
         at, cut = _cut(documents[0], fraction), 1
+        held_out = 1 - at / max(1, len(documents[0]))
         documents = (_part(documents[0], 0, at), _part(documents[0], at, None))
     else:
         cut = len(documents) - max(1, round(len(documents) * fraction))
+        held_out = 1 - cut / max(1, len(documents))
     first, last = documents[:cut], documents[cut:]
     return (
-        replace(corpus, name=f"{name} (all but the last {fraction:.0%})", documents=first),
-        replace(corpus, name=f"{name} (last {fraction:.0%})", documents=last),
+        replace(corpus, name=f"{name} (all but the last {held_out:.0%})", documents=first),
+        replace(corpus, name=f"{name} (last {held_out:.0%})", documents=last),
     )
 
 
 def _cut(document: Document, fraction: float) -> int:
-    at = max(1, round(len(document) * (1 - fraction)))
-    if isinstance(document, str):
-        return document.rfind("\n", 0, at) + 1 or at
-    return at
+    at = max(1, min(len(document) - 1, round(len(document) * (1 - fraction))))
+    if not isinstance(document, str):
+        return at
+    earliest = max(1, at - len(document) // 100)
+    line = document.rfind("\n", earliest - 1, at) + 1
+    return line or max(document.rfind(" ", earliest, at), 0) or at
 
 
 def _part(document: Document, start: int, end: int | None) -> Document:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from admm_prune.data.sequences import Batch
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, WriteError
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block
 
@@ -47,7 +47,7 @@ class ActivationStore:
         """Stores a tensor under a name, replacing an earlier one.
 
         Raises:
-            OSError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         self._held.pop(name, None)
         if self._filed.pop(name, None) is not None:  # a new file, because the earlier one may still be mapped
@@ -57,8 +57,12 @@ class ActivationStore:
             self._held[name] = tensor
             return
         # Written, not mapped: a full disk is then an error, where a mapped page would kill the process.
-        with self._path(name).open("wb") as file:
-            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        path = self._path(name)
+        try:
+            with path.open("wb") as file:
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise WriteError.of(path.parent, error) from error
         self._filed[name] = (tensor.shape, tensor.dtype)
 
     def get(self, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from admm_prune.data.durable import give_default_mode
+from admm_prune.data.durable import give_default_mode, raising_os_errors
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
 from admm_prune.errors import UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
@@ -42,6 +42,7 @@ class LoadedModel:
     """A model in evaluation mode without gradients, its tokenizer, and where they come from.
 
     `revision` is the commit of the Hub repository, None for a local folder. `offloading` is where the weights are.
+    `notes` are on tensors of its files that the model does not use.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class LoadedModel:
     source: str
     revision: str | None = None
     offloading: Offloading = IN_MEMORY
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -70,7 +72,7 @@ def load(
         UserError: there is no such model, or it is incomplete, broken, not causal, or has NaN or Inf entries.
     """
     folder, revision = _folder_of(source, trust_remote_code)
-    model = _load_model(source, folder, dtype, trust_remote_code)
+    model, notes = _load_model(source, folder, dtype, trust_remote_code)
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
     check_vocabulary(source, tokenizer, model)
     # A buffer may hold minus infinity, as masks do.
@@ -82,7 +84,7 @@ def load(
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     check_causal(source, model)
-    return LoadedModel(model, tokenizer, source, revision)
+    return LoadedModel(model, tokenizer, source, revision, notes=notes)
 
 
 def from_module(model: Any, tokenizer: Any) -> LoadedModel:
@@ -136,7 +138,7 @@ def open_on_disk(
     tokenizer = load_tokenizer(source, folder, trust_remote_code)
     check_vocabulary(source, tokenizer, on_disk.model)
     check_causal(source, on_disk.model, on_disk)
-    return LoadedModel(on_disk.model, tokenizer, source, revision, on_disk)
+    return LoadedModel(on_disk.model, tokenizer, source, revision, on_disk, on_disk.notes)
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -156,13 +158,16 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
     Args:
         folder: made where it is missing; files of a model in it are overwritten.
         metadata: JSON values for the key "admm_prune" of `config.json`.
+
+    Raises:
+        OSError: it cannot be written.
     """
     config = loaded.model.config
     missing = object()
     before = config.__dict__.get(METADATA_KEY, missing)
     setattr(config, METADATA_KEY, metadata)
     try:
-        with quiet():
+        with quiet(), raising_os_errors():
             if isinstance(loaded.offloading, ModelOnDisk):
                 loaded.offloading.save(folder)
             else:
@@ -305,16 +310,19 @@ def _complete(source: str, model: Any, information: dict[str, Any]) -> PreTraine
     return loaded
 
 
-def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(
+    source: str, folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and notes on its files."""
     if is_gguf(folder):
-        return _load_gguf(source, folder, dtype)
+        return _load_gguf(source, folder, dtype), ()
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
         quantizer = dequantizer(source, config)
         checkpoint = Checkpoint(folder, torch.device("cpu"))
         outline = shapes(kind, config, trust_remote_code=trust_remote_code)
         checkpoint.adapt(outline, quantizer)
-        check_stored(source, outline, checkpoint, dequantized=quantizer is not None)
+        notes = check_stored(source, outline, checkpoint, dequantized=quantizer is not None)
         remote_code = {} if kind.__module__.startswith("admm_prune") else {"trust_remote_code": trust_remote_code}
         # The declared type of from_pretrained does not know that output_loading_info makes it a pair.
         result: Any = kind.from_pretrained(
@@ -323,7 +331,7 @@ def _load_model(source: str, folder: Path, dtype: torch.dtype | str | None, trus
     model: Any = result[0]
     if quantizer is not None:
         model._weight_conversions = None  # it is saved without quantizing it again
-    return _complete(source, model, result[1])
+    return _complete(source, model, result[1]), notes
 
 
 def kind_of(location: Path | str, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, WriteError
 
 T = TypeVar("T")
 
@@ -100,14 +100,14 @@ class World:
 
     def in_all(self, work: Callable[[], None]) -> None:
         """Does something in every process; the UserError of one is raised in all of them."""
-        message = None
+        failure = None
         try:
             work()
         except UserError as error:
-            message = str(error)
-        messages = [one for one in self.all_gather(message) if one is not None]
-        if messages:
-            raise UserError(messages[0])
+            failure = _plain(error)
+        failures = [one for one in self.all_gather(failure) if one is not None]
+        if failures:
+            raise failures[0]
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """The result of the first process in all processes, or its UserError."""
@@ -118,16 +118,22 @@ class World:
             try:
                 answer[0] = compute()
             except UserError as error:
-                answer[1] = str(error)
+                answer[1] = _plain(error)
         with communicating():
             dist.broadcast_object_list(answer, 0)
         if answer[1] is not None:
-            raise UserError(answer[1])
+            raise answer[1]
         result: T = answer[0]
         return result
 
 
 ALONE = World()
+
+
+def _plain(error: UserError) -> UserError:
+    """An error as it is sent to other processes."""
+    kind = WriteError if isinstance(error, WriteError) else UserError
+    return kind(str(error))
 
 
 @contextmanager

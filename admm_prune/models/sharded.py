@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from admm_prune.errors import UserError
+from admm_prune.errors import WriteError
 from admm_prune.models.archive import write_tensors
 from admm_prune.models.parallel import World, communicating
 from admm_prune.models.streaming import ModelOnDisk, Offloading
@@ -105,7 +105,7 @@ class ShardedModel(Offloading):
             dtypes: in which they are written, by name.
 
         Raises:
-            UserError: it cannot be written.
+            WriteError: it cannot be written.
         """
         for index, block in enumerate(on_disk.blocks):
             path = folder / f"block-{index:05d}.safetensors"
@@ -120,7 +120,7 @@ class ShardedModel(Offloading):
             try:
                 write_tensors(path, tensors)
             except OSError as error:
-                raise UserError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+                raise WriteError.of(path.parent, error) from error
 
         self._world.broadcast_from_rank0(write)
         return path

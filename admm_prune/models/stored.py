@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ _STAY_QUANTIZED = frozenset(
     {"gptq", "awq", "auto-round", "aqlm", "quanto", "eetq", "hqq", "torchao", "bitnet", "vptq", "spqr"}
 )
 _WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
+_MASKED = ".masked_bias"  # the constant -1e4 of causal masks, saved with GPT-2, GPT-Neo and GPT-J by early releases
 
 
 def shapes(kind: Any, config: Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
@@ -116,11 +118,8 @@ def check_finite(source: str, name: str, x: Tensor) -> None:
         raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again")
 
 
-def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> None:
-    """Refuses files whose weights differ from the model's: missing or extra ones, other shapes, no floats.
-
-    Tensors of blocks beyond the model's are refused unless its class says that it does not load them, such as the
-    extra prediction layer of DeepSeek-V3 (`_keys_to_ignore_on_load_unexpected`).
+def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> tuple[str, ...]:
+    """Refuses files whose weights differ from the model's: missing or extra ones in blocks, other shapes, no floats.
 
     Args:
         source: as the user named the model.
@@ -128,19 +127,12 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
         checkpoint: adapted to the model.
         dequantized: the files hold quantized weights, which the checkpoint converts to floats.
 
+    Returns:
+        A note where the files hold weights outside of the blocks that the model does not use.
+
     Raises:
         UserError: the message names the weight.
     """
-    blocks: list[Block] = []
-    with suppress(UserError):  # the command that prunes it reports the reason
-        blocks = decoder_blocks(model)
-    path = blocks[0].name.rpartition(".")[0] if blocks else None
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    for stored, name in checkpoint.surplus.items() if path else ():
-        number = name.removeprefix(f"{path}.").partition(".")[0]
-        beyond = name.startswith(f"{path}.") and number.isdecimal() and int(number) >= len(blocks)
-        if beyond and not any(re.search(pattern, name) for pattern in ignored):
-            raise UserError(f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only")
     expected = model.state_dict()
     headers = _headers({stored for name in expected for stored in checkpoint.sources(name)}, checkpoint.files)
     for name, tensor in sorted(expected.items()):
@@ -161,6 +153,49 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
     absent = sorted(name for name in expected if name not in checkpoint and name not in computed)
     if absent:
         raise UserError(f"{source}: incomplete: the weights lack {absent[0]} ({len(absent)} missing in all)")
+    return _check_surplus(source, model, checkpoint, dequantized=dequantized)
+
+
+def _check_surplus(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool) -> tuple[str, ...]:
+    """Refuses tensors of blocks that the model has no place for: without them it is another model.
+
+    Passed over are those that `from_pretrained` passes over without a warning, such as the extra prediction layer of
+    DeepSeek-V3 (`_keys_to_ignore_on_load_unexpected`) and rotary frequencies; buffers that the class computes; and
+    what quantized weights are stored with. Integers and `masked_bias`, which are of causal masks, are not refused.
+
+    Returns:
+        A note on the tensors that are not refused and not passed over.
+    """
+    unexpected = SimpleNamespace(missing_keys=set(), unexpected_keys=set(checkpoint.surplus.values()))
+    model._adjust_missing_and_unexpected_keys(unexpected)
+    known = {name for name, _ in model.named_buffers()}
+    surplus = {stored: name for stored, name in checkpoint.surplus.items() if name in unexpected.unexpected_keys}
+    surplus = {stored: name for stored, name in surplus.items() if name not in known}
+    if dequantized:
+        surplus = {stored: name for stored, name in surplus.items() if name.endswith(("weight", "bias"))}
+    blocks: list[Block] = []
+    with suppress(UserError):  # the command that prunes it reports the reason
+        blocks = decoder_blocks(model)
+    path = blocks[0].name.rpartition(".")[0] if blocks else None
+    headers = _headers(surplus, checkpoint.files)
+    inside: list[str] = []
+    for stored, name in surplus.items() if path else ():
+        prefixes = (f"{path}.", f"{path}.".removeprefix(f"{model.base_model_prefix}."))
+        number = next((name.removeprefix(p).partition(".")[0] for p in prefixes if name.startswith(p)), "")
+        if not number.isdecimal():
+            continue
+        if int(number) >= len(blocks):
+            raise UserError(f"{source}: the weights hold {stored}, but config.json asks for {len(blocks)} blocks only")
+        if not headers[stored][1].startswith(_WHOLE) and not name.endswith(_MASKED):
+            inside.append(stored)
+    if inside:
+        raise UserError(
+            f"{source}: the weights hold {min(inside)}, for which the model of config.json has no place "
+            f"({len(inside)} such in all): config.json is of another model than the weights"
+        )
+    if not surplus:
+        return ()
+    return (f"{len(surplus)} tensors of the checkpoint are not used by the model, nor saved, such as {min(surplus)}",)
 
 
 def _headers(names: Collection[str], files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -80,6 +80,7 @@ class ModelOnDisk(Offloading):
     Attributes:
         model: of the right class; its parameters are on the meta device unless they are entered.
         outside_names: of the parameters outside the blocks; of tied ones the one that the others are tied to.
+        notes: on tensors of the files that the model does not use.
 
     Raises:
         UserError: a class that cannot be built without weights, or weights that are missing or damaged.
@@ -113,7 +114,7 @@ class ModelOnDisk(Offloading):
             if (folder / "generation_config.json").is_file():
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self._checkpoint.adapt(self.model, quantizer)
-        check_stored(self._source, self.model, self._checkpoint, dequantized=quantizer is not None)
+        self.notes = check_stored(self._source, self.model, self._checkpoint, dequantized=quantizer is not None)
         self.blocks: list[Block] = decoder_blocks(self.model)
         self._settle_buffers()
         inside = tuple(f"{block.name}." for block in self.blocks)

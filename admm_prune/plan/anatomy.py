@@ -50,11 +50,13 @@ class Anatomy:
         source: as the user named it.
         model: in evaluation mode, on the meta device.
         blocks: of it.
+        notes: on tensors of its files that the model does not use.
     """
 
     source: str
     model: Any
     blocks: list[Block]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: str, dtype: str | None = None) -> Anatomy:
@@ -78,15 +80,16 @@ class Anatomy:
                 del config.quantization_config
                 weight_dtype = quantizer.update_dtype(weight_dtype)
             model = shapes(kind, config, weight_dtype)
+            notes: tuple[str, ...] = ()
             if isinstance(location, Path) and any(location.glob("*.safetensors")):
                 checkpoint = Checkpoint(location, torch.device("cpu"))
                 checkpoint.adapt(model, quantizer)
-                check_stored(source, model, checkpoint, dequantized=quantizer is not None)
+                notes = check_stored(source, model, checkpoint, dequantized=quantizer is not None)
         blocks = decoder_blocks(model)
         random_weights = RandomWeights(model)
         if random_weights.fits:
             check_causal(source, random_weights.model, random_weights)
-        return cls(source, model, blocks)
+        return cls(source, model, blocks, notes)
 
     @property
     def parameters(self) -> int:

@@ -172,7 +172,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
-    notes = list(notes_on(anatomy.model))
+    notes = [*anatomy.notes, *notes_on(anatomy.model)]
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, task, validation, allocation, stream=stream, device=device)

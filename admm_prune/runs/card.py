@@ -145,6 +145,7 @@ def _body(report: Report, recipe: str | None) -> Iterator[str]:
         for task, label, value, error in task_rows(report.tasks):
             shots = report.tasks["shots"].get(task, "")
             yield f"| {task} | {label} | {shots} | {value:.4f} | {'' if error is None else f'{error:.4f}'} |"
+    yield from ("\n## Notes\n", *(f"- {note}" for note in dict.fromkeys(report.notes))) if report.notes else ()
     yield from _loading(report, structured)
     yield from _provenance(report, recipe)
 

@@ -239,7 +239,7 @@ def run_recipe(
         allocation: gives every matrix a target of its own; None for the task's.
         notes: on the run, beside those of the method.
     """
-    notes += _notes_on_zeros(loaded)
+    notes += (*loaded.notes, *_notes_on_zeros(loaded))
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
     label, details = task.target.label, {}
     if allocation is not None:

@@ -201,6 +201,12 @@ REFUSED: dict[str, tuple[str, bytes | Callable[[Path], Any], str]] = {
     "rows that are numbers": ("a.json", b"[1, 2]", "row 1 is not a JSON object with the key 'text'"),
     "a number alone": ("a.json", b"3", "holds an array of rows, not one int"),
     "an empty row": ("a.jsonl", b"{}\n", "line 1: no column 'text'; found none"),
+    "commas that are not quoted": (
+        "a.csv",
+        b'text\n"the cat, and a mat"\nthe cat, and a mat\n',
+        "line 3 has 2 fields, the first line 1: quote the text",
+    ),
+    "a tab in a text": ("a.tsv", b"n\ttext\n1\tthe\tcat\n", "line 2 has 3 fields, the first line 2"),
     "an open quote": ("a.csv", b'text\r"a\rb', "a.csv: line "),
     "cut short": ("a.jsonl.gz", gzip.compress(lines(*ROWS) * 99)[:60], "cannot be decompressed: damaged or cut short"),
     "cut short, zstd": ("a.jsonl.zst", zstd(lines(*ROWS) * 99)[:60], "a.jsonl.zst: "),

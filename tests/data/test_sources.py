@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from admm_prune.data import sources
-from admm_prune.data.sources import Corpus, read_corpus
+from admm_prune.data.sources import Corpus, hold_out, read_corpus
 from admm_prune.errors import UserError
 
 STORIES = ("one story", "another\n\nstory", "the third: naïve ☃")
@@ -210,3 +210,32 @@ def test_refusals_of_parquet(tmp_path: Path) -> None:
     assert "holds int" in refusal(path)
     path.write_bytes(b"PAR1 and then nothing")
     assert "not a readable parquet file" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("document", "last"),
+    [
+        ("word " * 1800 + "\n" + "word " * 200, "word " * 200),  # a line break within 1 % before the cut
+        ("A Title\n" + "word " * 2000, None),  # one line beneath a title
+        ("word " * 300 + "\n" + "word " * 2000, None),
+        ("字" * 1000, "字" * 100),  # no space
+        ("\n" + "x" * 999, "x" * 100),
+        ("ab", "b"),
+    ],
+)
+def test_a_tenth_of_a_text_is_held_out_wherever_its_lines_break(document: str, last: str | None) -> None:
+    first, held_out = (part.documents[0] for part in hold_out(Corpus("x", (document,))))
+    assert isinstance(first, str)
+    assert isinstance(held_out, str)
+    assert first + held_out == document
+    if last is None:
+        assert 0.1 <= len(held_out) / len(document) <= 0.11
+        assert held_out.startswith(" word")
+    else:
+        assert held_out == last
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "10%"), (2, "50%"), (7, "14%"), (40, "10%")])
+def test_the_names_of_both_parts_say_how_much_was_held_out(count: int, said: str) -> None:
+    first, held_out = hold_out(Corpus("x", ("abcde fghij\n" * 100,) * count))
+    assert (first.name, held_out.name) == (f"x (all but the last {said})", f"x (last {said})")

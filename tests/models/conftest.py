@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from admm_prune.data.sequences import Sequences, pack
 from admm_prune.data.sources import Corpus
 from tests.models.tiny_models import CONTEXT, FAMILIES, STORIES, VOCABULARY, build
+
+Tensors = dict[str, Tensor]
+Make = Callable[..., Path]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -39,3 +48,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def stories(tokenizer: PreTrainedTokenizerFast) -> Sequences:
     """Seven ragged documents in batches of three."""
     return pack(Corpus("stories", STORIES), tokenizer, length=CONTEXT, packing="documents", batch_size=3)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
+    """A model folder whose tensors and config were changed after it was saved."""
+
+    def make(model: PreTrainedModel, tensors: Callable[[Tensors], Tensors] = dict, **config: object) -> Path:
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        path = folder / "model.safetensors"
+        save_file({n: t.contiguous() for n, t in tensors(load_file(path)).items()}, path, {"format": "pt"})
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | config))
+        return folder
+
+    return make

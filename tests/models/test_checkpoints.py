@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -41,6 +41,7 @@ from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.plan import make_plan
+from tests.models.conftest import Make, Tensors
 from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -54,26 +55,6 @@ SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2,
     "vocab_size": VOCABULARY,
 }  # fmt: skip
-
-Tensors = dict[str, Tensor]
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
-    """A model folder whose tensors and config were changed after it was saved."""
-
-    def make(model: PreTrainedModel, tensors: Callable[[Tensors], Tensors] = dict, **config: object) -> Path:
-        folder = tmp_path / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        path = folder / "model.safetensors"
-        save_file({n: t.contiguous() for n, t in tensors(load_file(path)).items()}, path, {"format": "pt"})
-        content = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(content | config))
-        return folder
-
-    return make
 
 
 def llama(**options: Any) -> LlamaForCausalLM:

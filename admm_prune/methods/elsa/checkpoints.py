@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, WriteError
 from admm_prune.models.parallel import World
 
 _VALUES, _UNFINISHED = "values.json", ".unfinished"
@@ -69,14 +70,14 @@ class Checkpoints:
         saved = {name: (x.size, x.properties.dtype) for name, x in stored if isinstance(x, TensorStorageMetadata)}
         if saved != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
             raise UserError(f"{self._latest} is a checkpoint of another run: delete it to start over")
-        with _quiet():
+        with _unwrapped(), _quiet():
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
 
     def save(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
         """Writes a checkpoint, then drops the one before.
 
         Raises:
-            UserError: it cannot be written. The one before is safe.
+            WriteError: it cannot be written. The one before is safe.
         """
         folder = self._folder
         assert folder is not None
@@ -84,13 +85,33 @@ class Checkpoints:
         new = place.with_name(place.name + _UNFINISHED)
         self._world.broadcast_from_rank0(lambda: _emptied(new))
         try:
-            writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
-            with _quiet():
+            with _writing(folder), _unwrapped(), _quiet():
+                writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
                 state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-        self._world.broadcast_from_rank0(lambda: _complete(new, place, values))
+            self._world.broadcast_from_rank0(lambda: _complete(new, place, values))
+        except BaseException:
+            if self._world.first:  # what is there would take the room of a result
+                shutil.rmtree(new, ignore_errors=True)
+            raise
         self._count += 1
+
+
+@contextmanager
+def _writing(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError.of(folder, error) from error
+
+
+@contextmanager
+def _unwrapped() -> Generator[None]:
+    """Raises what torch wraps in a CheckpointException, which is no Exception: a full disk, an interrupt."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise min(causes, key=lambda cause: isinstance(cause, Exception)) from error
 
 
 @contextmanager
@@ -102,16 +123,14 @@ def _quiet() -> Generator[None]:
 
 
 def _emptied(folder: Path) -> None:
-    try:
+    with _writing(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
 
 
 def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
     """Synchronizes all files before the folder is renamed, and renames it before older checkpoints are deleted."""
-    try:
+    with _writing(place.parent):
         content = {"values": values, "sha256": _fingerprints(new)}
         write_sealed(new / _VALUES, content)
         new.replace(place)
@@ -119,8 +138,6 @@ def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
         for other in place.parent.iterdir():
             if other.name != place.name:
                 shutil.rmtree(other)
-    except OSError as error:
-        raise UserError(f"cannot write to {place.parent}: {error.strerror or error}") from error
 
 
 def _read_latest(folder: Path) -> tuple[str, dict[str, Any]] | None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, WriteError
 from admm_prune.methods.base import Journal
 from admm_prune.models.archive import write_tensors
 from admm_prune.models.parallel import World
@@ -91,7 +91,7 @@ class FolderJournal(Journal):
     def holds_work(self) -> bool:
         """Whether it contains work worth keeping, beyond first measurements."""
         blocks = any(record["tensors"] is not None for records in self._records.values() for record in records)
-        return blocks or any((self.home / "checkpoints").rglob("*.*"))
+        return blocks or _has_files(self.home / "checkpoints")
 
     def finished(self, part: str) -> list[Any]:
         return [record["content"] for record in self._records.get(part, [])]
@@ -215,9 +215,7 @@ class FolderJournal(Journal):
         try:
             yield
         except OSError as error:
-            why = error.strerror or str(error)
-            advice = f": finished work is kept in {self.out}{SUFFIX}; continue with --resume" if self.holds_work else ""
-            raise UserError(f"cannot write to {self.out}: {why}{advice}") from error
+            raise WriteError.of(self.out, error) from error
 
 
 @contextmanager
@@ -261,7 +259,8 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
         journal = FolderJournal(out, resumed=begun, overwrite=overwrite)
         keep = begun
         try:
-            yield journal
+            with _advising(out, lambda: journal.holds_work):
+                yield journal
             keep = False
         except BaseException as error:
             interrupted = not isinstance(error, Exception)
@@ -345,11 +344,28 @@ def shared_journal(
 ) -> Generator[SharedJournal]:
     """`journal_of` in the first process, for all of them."""
     with ExitStack() as stack:
+        if not world.first:
+            stack.enter_context(_advising(out, lambda: _has_files(home_of(out) / "checkpoints")))
         opened: list[FolderJournal] = []
         world.broadcast_from_rank0(
             lambda: opened.append(stack.enter_context(journal_of(out, resume=resume, overwrite=overwrite)))
         )
         yield SharedJournal(out, opened[0] if opened else None, world)
+
+
+@contextmanager
+def _advising(out: Path, holds_work: Callable[[], bool]) -> Generator[None]:
+    """Adds to the error of a file that cannot be written what is kept of the run."""
+    try:
+        yield
+    except WriteError as error:
+        if not holds_work():
+            raise
+        raise UserError(f"{error}: finished work is kept in {out}{SUFFIX}; continue with --resume") from error
+
+
+def _has_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*.*"))
 
 
 def home_of(out: Path) -> Path:
