@@ -46,6 +46,17 @@ class MissingExtraError(UserError, ImportError):
         super().__init__(f"this needs the package {package}: pip install 'admm-prune[{_extra_of(package)}]'")
 
 
+class RemoteCodeError(UserError):
+    """A model or a tokenizer needs code that comes with it, which nobody has permitted to run.
+
+    Args:
+        source: as the user named the model.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"{source}: it needs code that comes with it, which is run only with --trust-remote-code")
+
+
 def named_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
     """The error for a package of an extra that could not be imported; None if it is of none."""
     package = (error.name or "").partition(".")[0]

@@ -15,6 +15,7 @@ from admm_prune.errors import UserError
 
 @common.logs
 def verify(
+    ctx: typer.Context,
     target: Annotated[Path, typer.Argument(help="Output of 'run', 'compare' or 'solve --out'.")],
     layer: Annotated[Path | None, typer.Option(help="The layer problem; default: its path in the solution.")] = None,
     data: Annotated[
@@ -38,11 +39,10 @@ def verify(
 
     Example: admm-prune verify pruned --json
     """
+    _refuse_unused(target, common.given(ctx))
     if target.is_dir():
         from admm_prune.verify.run import verify_folder
 
-        if bound != "quick":
-            raise UserError(f"{target} is a folder: --bound is for a layer that 'admm-prune solve --out' wrote")
         report = verify_folder(target, data=data, quick=quick, device=device, trust_remote_code=trust_remote_code)
     else:
         from admm_prune.verify.layer import verify_layer
@@ -71,6 +71,23 @@ def verify(
         print(report.summary())
     if report.verdict.exit_status:
         raise typer.Exit(report.verdict.exit_status)
+
+
+def _refuse_unused(target: Path, given: set[str]) -> None:
+    """A layer has no model and no text; a run has no layer problems to examine."""
+    if not target.exists():
+        return  # reported by what would read it
+    unused: tuple[str, ...]
+    if target.is_dir():
+        unused, what = ("layer", "bound", "seed"), "a folder: --{} is for a layer that 'admm-prune solve --out' wrote"
+    else:
+        unused = ("data", "quick", "device", "trust_remote_code")
+        what = "a file: --{} is for a folder that 'admm-prune run' or 'compare' wrote"
+    for name in unused:
+        if name in given:
+            raise UserError(f"{target} is {what.format(name.replace('_', '-'))}")
+    if {"data", "quick"} <= given:
+        raise UserError("--data is the text for the perplexity, which --quick skips: leave one of them out")
 
 
 def _grouped(names: list[str]) -> str:

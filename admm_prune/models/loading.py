@@ -18,7 +18,7 @@ from torch import nn
 
 from admm_prune.data.durable import give_default_mode, raising_os_errors
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
-from admm_prune.errors import UserError, named_extra
+from admm_prune.errors import RemoteCodeError, UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
@@ -367,11 +367,11 @@ def explained(source: str, location: Path | str) -> Generator[None]:
         missing = named_extra(error) if isinstance(error, ModuleNotFoundError) else None
         if missing is not None:
             raise missing from error
+        if "trust_remote_code" in str(error):
+            raise RemoteCodeError(source) from error
         # All errors of a wrong config, an unsupported architecture, mismatched shapes or a missing repository.
         # The error of a config's validation names the field, and its cause the reason.
         why = first_line(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error)
-        if "trust_remote_code" in str(error):
-            why = "it needs code that comes with it, which is run only with --trust-remote-code"
         where = "" if isinstance(location, Path) else "no such folder here, and as a Hub id it "
         raise UserError(f"{source}: {where}cannot be loaded as a causal language model ({why})") from error
 
@@ -384,6 +384,8 @@ def load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -
             place, option = place_of(location)
             return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **option)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise RemoteCodeError(source) from error
         raise UserError(f"{source}: no tokenizer could be read: save the model's tokenizer beside it") from error
 
 

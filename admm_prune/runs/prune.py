@@ -126,6 +126,10 @@ def prune(settings: Settings) -> Report:
     model, out, stream = settings.model, settings.out, settings.stream
     if out is not None:
         check_installed(*REPORT_PACKAGES)
+    if settings.tokenizer is not None and isinstance(model, str | Path):
+        raise UserError(
+            f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
+        )
     method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
     check_one_set(settings.constraint, settings.pattern)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})

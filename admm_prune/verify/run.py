@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from admm_prune.errors import UserError
+from admm_prune.errors import MissingExtraError, RemoteCodeError, UserError
 from admm_prune.methods.target import Target
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.evaluate import METRICS
@@ -59,8 +60,10 @@ _RECOMPUTED_OF_TABLE = frozenset({
     )),
 })  # fmt: skip
 
+_LOADING = ("transformers", "torch", "safetensors", "tokenizers")  # packages that load a model
 Opened = Callable[[str], LoadedModel]  # loads a folder
 
+_NOT_HERE = (RemoteCodeError, MissingExtraError)  # what is missing is a permission or a package, not in the folder
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, OSError, re.error)
 
 
@@ -80,7 +83,8 @@ def verify_folder(
         trust_remote_code: allow running code that comes with the models.
 
     Raises:
-        UserError: no finished run, or `data` is not the text of the run.
+        UserError: no finished run, `data` is not the text of the run, or a model needs its own code without
+            `trust_remote_code`.
     """
     if (folder / PACK_MANIFEST).is_file():
         raise UserError(f"{folder} is an archive: restore it with 'admm-prune unpack {folder} OUT' and verify that")
@@ -96,6 +100,10 @@ def verify_folder(
             report.open("perplexity: its text is not where the run read it; name it with --data")
             quick = True
         check(report, folder, manifest, data, quick, opened)
+    except _NOT_HERE as error:
+        if not report.failures:
+            raise
+        report.open(str(error))
     except UserError as error:
         if not report.failures:
             raise
@@ -222,14 +230,27 @@ def _verify_run(
         return None  # altered files are not loaded
     try:
         loaded = opened(str(folder))
+    except _NOT_HERE:
+        raise
     except UserError as error:
-        report.expect("model", False, f"the model cannot be loaded: {error}")
+        _judge_unloadable(report, manifest, error)
         return None
     check_settings(report, loaded.model, manifest)
     _verify_sparsity(report, loaded, manifest)
     if not quick:
         check_text(report, loaded, manifest, data)
     return loaded
+
+
+def _judge_unloadable(report: Verification, manifest: Manifest, error: UserError) -> None:
+    """The model is as it was saved but cannot be loaded: refuted only by the versions that the run loaded it with."""
+    differing = [name for name in _LOADING if manifest["environment"]["versions"].get(name) != version(name)]
+    if not differing:
+        report.expect("model", False, f"the model cannot be loaded: {error}")
+        return
+    name = differing[0]
+    then, now = manifest["environment"]["versions"].get(name), version(name)
+    report.open(f"model: it cannot be loaded with {name} {now}, where the run had {in_full(then)}: {error}")
 
 
 def _verify_config(report: Verification, folder: Path, manifest: Manifest) -> bool:

@@ -46,6 +46,22 @@ def test_every_command_that_loads_a_model(command: Command, model: Path, text_fi
         refused = command(*words)
         assert (refused.status, "with --trust-remote-code" in refused.err) == (2, True), words
         assert command(*words, TRUSTED).status == 0, words
-    assert command("verify", "run").status == 1
-    assert command("verify", "run", TRUSTED).status == 0
-    assert command("verify", "comparison", TRUSTED).status == 0
+    for folder in ("run", "comparison"):
+        refused = command("verify", folder)
+        assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1), "no permission refutes nothing"
+        assert "with --trust-remote-code" in refused.err
+        assert command("verify", folder, TRUSTED).status == 0
+    edited = json.loads(Path("run/config.json").read_text())
+    edited["admm_prune"]["target"] = "90%"
+    Path("run/config.json").write_text(json.dumps(edited))
+    assert command("verify", "run").status == 1, "what is refuted without the model stays so"
+
+
+def test_a_tokenizer_that_needs_its_own_code(command: Command, place: Path, model_folder: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, place / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    refused = command("eval", folder, "--data", folder / "config.json", "--device", "cpu")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "model: it needs code that comes with it, which is run only with --trust-remote-code" in refused.err

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.cli.outcome import Command, Outcome
+from tests.cli.outcome import Command, Outcome, Refused
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -243,6 +243,21 @@ def test_solve_says_what_the_doctor_found(command: Command, layer_file: Path) ->
 def test_a_run_keeps_the_codes_of_the_doctor_for_every_layer(pruned: Path) -> None:
     layers = json.loads((pruned / "admm_prune.json").read_text())["layers"]
     assert all(isinstance(layer["diagnosis"], list) for layer in layers)
+
+
+def test_an_option_that_does_not_apply_is_named(
+    refused: Refused, place: Path, pruned: Path, layer_file: Path, text_file: Path
+) -> None:
+    options: dict[str, tuple[object, ...]] = {
+        "layer": (layer_file,), "bound": ("dual",), "seed": (1,),
+        "data": (text_file,), "quick": (), "device": ("cpu",), "trust-remote-code": (),
+    }  # fmt: skip
+    for name, value in options.items():
+        folder, layer = f"pruned is a folder: --{name} is for", f"layer.safetensors is a file: --{name} is for"
+        of_a_layer = name in ("layer", "bound", "seed")
+        refused(folder if of_a_layer else layer, "verify", pruned if of_a_layer else layer_file, f"--{name}", *value)
+    refused("--data is the text for the perplexity", "verify", pruned, "--quick", "--data", text_file)
+    refused("no such file or folder: missing", "verify", "missing", "--seed", 1)
 
 
 def test_wrong_input(command: Command, place: Path, layer_file: Path, pruned: Path, model_folder: Path) -> None:

@@ -46,6 +46,25 @@ def test_a_comparison(
     verified(tmp_path / "all")
 
 
+def test_a_model_that_cannot_be_loaded_is_refuted_by_the_versions_of_its_run_alone(
+    narrow_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    prune(str(narrow_model), method="wanda", sparsity=0.5, data=str(text_file), out=folder, device="cpu", **FEW)
+    monkeypatch.setattr("admm_prune.verify.run.load", fails_to_load)
+    assert verify_folder(folder).failures == ["the model cannot be loaded: an unknown architecture"]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["environment"]["versions"]["transformers"] = "99.0"
+    (folder / MANIFEST).write_text(json.dumps(with_digest(manifest)))
+    report = verify_folder(folder)
+    assert report.verdict is Verdict.INCOMPLETE
+    assert "where the run had 99.0: an unknown architecture" in report.unchecked[0]
+
+
+def fails_to_load(*_: Any, **__: Any) -> Any:
+    raise UserError("an unknown architecture")
+
+
 def test_a_text_that_moved_keeps_its_notes(narrow_model: Path, text_file: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     documents = [{"body": part} for part in text_file.read_text().split("\n\n")]

@@ -261,6 +261,11 @@ def test_an_output_folder_that_cannot_be(refused: Refused, place: Path, run: tup
         refused(reason, name, *run[1:], "--sparsity", "0.5", "--out", out)
 
 
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_the_root_of_the_file_system_is_no_output(refused: Refused, name: str) -> None:
+    refused("/ is the root of the file system", name, "--model", "embedded", "--sparsity", "0.5", "--out", "/")
+
+
 def test_the_working_folder_is_no_output(refused: Refused, run: tuple[object, ...]) -> None:
     refused(". is the folder you are in, or holds it", *run, "--sparsity", "0.5", "--out", ".")
 

@@ -72,6 +72,7 @@ PRUNE: list[tuple[dict[str, Any], str]] = [
     ({"bounds": "yes"}, "bounds must be True or False, not 'yes'"),
     ({"sparsity": [0.5]}, "sparsity must be a number from 0 to 1, not '[0.5]'"),
     ({"sparsity": None, "pattern": 5}, "pattern must be N:M, N kept of every M such as 2:4, not '5'"),
+    ({"tokenizer": "nowhere"}, "tokenizer is for a model that is passed as a module"),
     ({"problem": 5}, "which builds no problem"),
     ({"problem": torch.nn.Linear(2, 2)}, "the problem Linear failed"),
     ({"problem": Wrapped}, "has needs_outputs, which only token_weights(inputs, context) can read"),

@@ -369,8 +369,14 @@ def _has_files(folder: Path) -> bool:
 
 
 def home_of(out: Path) -> Path:
-    """The folder of the journal of a run that writes to `out`."""
+    """The folder of the journal of a run that writes to `out`.
+
+    Raises:
+        UserError: there is no folder beside it.
+    """
     place = absolute(out)
+    if not place.name:
+        raise UserError(f"{out} is the root of the file system: choose another output")
     return place.with_name(place.name + SUFFIX)
 
 
