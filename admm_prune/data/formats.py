@@ -280,7 +280,7 @@ def _csv_rows(path: Path, delimiter: str | None) -> Iterator[LocatedRow]:
         if names is None:
             names = row or None
         elif row:
-            if len(row) > len(names):
+            if any(row[len(names) :]):  # empty fields at the end are harmless
                 raise UserError(
                     f"{path}: line {lines.line_num} has {len(row)} fields, the first line {len(names)}: quote the text"
                 )
