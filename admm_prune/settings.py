@@ -445,7 +445,7 @@ class PlanSettings(Settings):
         False, "Plan to hold one block in memory at a time.", commands="plan", saved_in="", flags=("--stream",)
     )
     out: str | Path | None = _run(
-        None, "Folder that the run would write; its disk is measured.", typed=Path | None, commands="plan"
+        None, "Folder that the run would write; its disk must have the room.", typed=Path | None, commands="plan"
     )
     gpu: str | None = _machine(None, "Plan for a GPU that this machine does not have: h100, h200 or a100.")
     gpus: int = _machine(1, "Number of GPUs of this kind.", least=1)

@@ -48,7 +48,10 @@ def _show(made: Plan) -> None:
         ["all", f"{sum(t['operations'] for t in content['stages'].values()) / 1e9:,.2f}", f"{made.seconds:,.1f}"]
     )
     common.show_table(f"time on {made.machine.name} ({made.machine.source})", ["stage", "10^9 operations", "s"], rows)
-    common.show_table("disk", ["what", "MB"], [[name, f"{size / 1e6:,.1f}"] for name, size in made.disk.items()])
+    sizes = {**made.disk, "at most": sum(made.disk.values())}
+    if made.free_disk is not None:
+        sizes["free"] = made.free_disk
+    common.show_table("disk", ["what", "MB"], [[name, f"{size / 1e6:,.1f}"] for name, size in sizes.items()])
     if made.seconds >= 3600:
         print(f"{timedelta(seconds=round(made.seconds))} in all; fewer --samples or a smaller --length take less")
     for note in made.notes:

@@ -273,7 +273,7 @@ def hold_out(corpus: Corpus, fraction: float = 0.1) -> tuple[Corpus, Corpus]:
 
 
 def _cut(document: Document, fraction: float) -> int:
-    at = max(1, min(len(document) - 1, round(len(document) * (1 - fraction))))
+    at = max(1, round(len(document) * (1 - fraction)))
     if not isinstance(document, str):
         return at
     earliest = max(1, at - len(document) // 100)

@@ -51,12 +51,14 @@ class Anatomy:
         model: in evaluation mode, on the meta device.
         blocks: of it.
         notes: on tensors of its files that the model does not use.
+        renames: as that of `Checkpoint`; False where there are no files.
     """
 
     source: str
     model: Any
     blocks: list[Block]
     notes: tuple[str, ...] = ()
+    renames: bool = False
 
     @classmethod
     def of(cls, source: str, dtype: str | None = None) -> Anatomy:
@@ -81,15 +83,17 @@ class Anatomy:
                 weight_dtype = quantizer.update_dtype(weight_dtype)
             model = shapes(kind, config, weight_dtype)
             notes: tuple[str, ...] = ()
+            renames = False
             if isinstance(location, Path) and any(location.glob("*.safetensors")):
                 checkpoint = Checkpoint(location, torch.device("cpu"))
                 checkpoint.adapt(model, quantizer)
+                renames = checkpoint.renames
                 notes = check_stored(source, model, checkpoint, dequantized=quantizer is not None)
         blocks = decoder_blocks(model)
         random_weights = RandomWeights(model)
         if random_weights.fits:
             check_causal(source, random_weights.model, random_weights)
-        return cls(source, model, blocks, notes)
+        return cls(source, model, blocks, notes, renames)
 
     @property
     def parameters(self) -> int:

@@ -51,8 +51,9 @@ SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
 _MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
 _STEPS = (1, 2)  # on which the work of a step is counted
 _TEACHER, _BEST = "teacher", "best weights so far"
-STEP = "activations and logits of a step"
+TRAINING, STEP = "training", "activations and logits of a step"
 _STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
+KEPT_IN_CHECKPOINTS = (WEIGHTS, _MOMENTS, _MASKS, _ANCHORS, _BEST)
 
 
 @dataclass(frozen=True)
@@ -471,7 +472,7 @@ def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     known = {WEIGHTS: trained, **parts, "gradients": trained}
     uncounted = sum(p.nbytes for p in model.parameters() if p.dtype.itemsize >= 4)  # there before
     rest = uncounted + peak - sum(known.values())
-    return Stage(name="training", parts={**known, STEP: max(0, rest)}, work=work)
+    return Stage(name=TRAINING, parts={**known, STEP: max(0, rest)}, work=work)
 
 
 def _state(optimizer: Optimizer) -> dict[str, int]:

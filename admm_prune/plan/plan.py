@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +20,24 @@ from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
+from admm_prune.models.loading import locate
 from admm_prune.models.structure import notes_on
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import (
     FORWARD,
     GRAMS,
+    KEPT_IN_CHECKPOINTS,
     SCORES,
     SOLVER,
     STEP,
+    TRAINING,
     allocating,
     pruning_stages,
 )
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, loading, saving
+from admm_prune.runs.journal.folder import check_output, existing_parent
 from admm_prune.runs.machine import free_bytes, resident_bytes
 from admm_prune.runs.signature import takes
 from admm_prune.settings import PlanSettings
@@ -40,6 +45,11 @@ from admm_prune.settings import PlanSettings
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
 _ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TEXT, TOKENS)  # wherever the model computes
+_AT_ONCE = 2  # the one before is deleted when the next is complete, of checkpoints and of activations
+_RECORD = 32 << 10  # of a block: mostly the states of the random generators
+_MATRIX = 8 << 10  # of a pruned matrix: results in the records, the manifest and the report
+_PAGES = 128 << 10  # manifest, card and report without their matrices
+_TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "added_tokens*", "special_tokens*", "chat_template*")
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
 
@@ -52,6 +62,7 @@ class Plan:
         machine: whose rates the time is from.
         limits: available bytes on "host" and, with a GPU, "device".
         disk: upper bounds of the bytes by purpose.
+        free_disk: bytes that are free where the output would be; None where no output is named.
         notes: assumptions, and parts that are not counted.
     """
 
@@ -67,6 +78,7 @@ class Plan:
     machine: Machine
     limits: Mapping[str, int]
     disk: Mapping[str, int]
+    free_disk: int | None = None
     notes: tuple[str, ...] = ()
 
     def peak(self, place: str) -> Stage:
@@ -88,6 +100,13 @@ class Plan:
                     f"there are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
                     f"{self._advice(part, place)}"
                 )
+        needed = sum(self.disk.values())
+        if self.free_disk is not None and needed > self.free_disk:
+            part = max(self.disk, key=lambda name: self.disk[name])
+            return (
+                f"{self.method} does not fit: {needed / _GB:.2f} GB on the disk of --out, {self.free_disk / _GB:.2f} "
+                f"GB there are; {self.disk[part] / _GB:.2f} GB are for {part}: use an --out on another disk"
+            )
         return None
 
     def as_json(self) -> dict[str, Any]:
@@ -104,6 +123,7 @@ class Plan:
                 for place, limit in self.limits.items()
             },
             "disk": dict(self.disk),
+            "free_disk": self.free_disk,
             "stages": {
                 name: {"operations": done.operations, "seconds": self.machine.seconds(done)}
                 for name, done in by_name(list(self.stages)).items()
@@ -160,6 +180,10 @@ def make_plan(settings: PlanSettings) -> Plan:
         raise UserError("--device-memory is that of a GPU: add its kind, or one like it, such as --gpu a100")
     if stream and (obstacle := recipe.streaming_obstacle()) is not None:
         raise UserError(f"cannot stream: {obstacle}")
+    out = None
+    if settings.out is not None:
+        check_output(Path(settings.out), overwrite=True)
+        out = existing_parent(Path(settings.out))
     anatomy = Anatomy.of(model, settings.dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     target = selection.applied(anatomy.model, target)
@@ -169,7 +193,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         allocation.check(recipe, anatomy.model, target, offloaded=stream)
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
-    host = measured_here(None if settings.out is None else Path(settings.out).absolute().parent, _narrow(anatomy))
+    host = measured_here(out, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     notes = [*anatomy.notes, *notes_on(anatomy.model)]
@@ -185,6 +209,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         resident = {TEXT: reading.held, TOKENS: reading.left}
         stages = [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
+    output = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
+    disk = _disk(anatomy, stages, output, stream=stream)
     machine = host if gpu is None else gpu_named(gpu, host)
     if (
         gpu is None
@@ -216,7 +242,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         stages=tuple(stage.beside(libraries) for stage in stages),
         machine=machine,
         limits=limits,
-        disk=_disk(anatomy, recipe, task, stages, stream=stream),
+        disk=disk,
+        free_disk=None if out is None else shutil.disk_usage(out).free,
         notes=tuple(notes),
     )
 
@@ -253,10 +280,40 @@ def _saved_fraction(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
-def _disk(anatomy: Anatomy, recipe: Recipe, task: Task, stages: list[Stage], *, stream: bool) -> dict[str, int]:
-    size = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
-    held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
-    return {"output": size, "journal": 0 if stream else size, "activations in the journal": held}
+def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -> dict[str, int]:
+    """Upper bounds of the bytes by purpose, all of them there at once.
+
+    A method that trains keeps its state in checkpoints: the weights in float32, Adam's moments, masks, anchors, and the
+    best weights so far. Other methods keep every finished block; where a streamed model is stored under the names and
+    in the parts of its files, the output links to them.
+
+    Args:
+        stages: of the run, by a single process.
+        output: bytes of the pruned weights.
+    """
+    training = [stage.parts for stage in stages if stage.name == TRAINING]
+    if training:
+        state = max(sum(parts.get(part, 0) for part in KEPT_IN_CHECKPOINTS) for parts in training)
+        journal = {"checkpoints": _AT_ONCE * state}
+    else:
+        held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
+        linked = stream and not anatomy.renames
+        journal = {"journal": 0 if linked else output, "activations in the journal": _AT_ONCE * held}
+    matrices = sum(len(block.weights) for block in anatomy.blocks)
+    results = _RECORD * (len(anatomy.blocks) + _AT_ONCE) + _MATRIX * matrices + _PAGES
+    others = {"records, report and tokenizer": results + _tokenizer_bytes(anatomy.source)}
+    return {"output": output, **journal, **others}
+
+
+def _tokenizer_bytes(source: str) -> int:
+    """Bytes of the files of a local model's tokenizer."""
+    try:
+        location = locate(source, weights=False)
+    except UserError:  # a model that is not in a folder of its own
+        return 0
+    if not isinstance(location, Path) or not location.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in {path for name in _TOKENIZER for path in location.glob(name)})
 
 
 def _validation_tokens(text: Reading | None, eval_samples: int | None, length: int, notes: list[str]) -> int:

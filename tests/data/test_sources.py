@@ -220,7 +220,6 @@ def test_refusals_of_parquet(tmp_path: Path) -> None:
         ("word " * 300 + "\n" + "word " * 2000, None),
         ("字" * 1000, "字" * 100),  # no space
         ("\n" + "x" * 999, "x" * 100),
-        ("ab", "b"),
     ],
 )
 def test_a_tenth_of_a_text_is_held_out_wherever_its_lines_break(document: str, last: str | None) -> None:

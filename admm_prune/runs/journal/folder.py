@@ -161,11 +161,14 @@ def swap(new: Path, place: Path, old: Path) -> None:
         raise
 
 
+def existing_parent(path: Path) -> Path:
+    """The innermost folder that is there, of those that lead to a file or a folder."""
+    return next(parent for parent in absolute(path).parents if parent.exists())
+
+
 def _check_writable(path: Path) -> None:
     """Tests whether a folder can be written: permission bits do not show read-only, full or virtual file systems."""
-    parent = absolute(path).parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(path)
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".admm-prune-", dir=parent))  # noqa: PTH106  # mkdtemp gives a str
     except OSError as error:
