@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from admm_prune.errors import UserError, WriteError
+
 
 def sync(path: Path) -> None:
     """Synchronizes a file's bytes, or a folder's entries, to disk."""
@@ -33,7 +35,7 @@ def raising_os_errors() -> Generator[None]:
     """Raises OSError where safetensors or tokenizers cannot write a file: they raise SafetensorError and Exception."""
     try:
         yield
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:
         reason = re.search(r"\(os error (\d+)\)", str(error))  # as Rust's standard library puts it
@@ -41,6 +43,16 @@ def raising_os_errors() -> Generator[None]:
             raise
         number = int(reason[1])
         raise OSError(number, os.strerror(number)) from error
+
+
+@contextmanager
+def writing(place: Path) -> Generator[None]:
+    """Raises WriteError where a file or folder cannot be written."""
+    try:
+        with raising_os_errors():
+            yield
+    except OSError as error:
+        raise WriteError.of(place, error) from error
 
 
 def file_sha256(path: Path) -> str:

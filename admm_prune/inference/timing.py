@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from admm_prune.data.durable import writing
 from admm_prune.data.hub import expanded
 from admm_prune.errors import UserError
 from admm_prune.inference.packed_linear import pack_model
@@ -24,7 +25,7 @@ from admm_prune.models.structure import assign, decoder_blocks
 from admm_prune.ops import backend, bits, packed
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM
-from admm_prune.runs.journal.folder import write_json
+from admm_prune.runs.journal.folder import check_writable, write_json
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import environment
 from admm_prune.runs.report.plots import COLOURS, legend, panels, style, svg
@@ -157,10 +158,12 @@ def bench_inference(
         For JSON: "rows" of `Timing`, "sentences" on the gain, "environment".
 
     Raises:
-        UserError: a model cannot be loaded, or its context is shorter than `tokens`.
+        UserError: a model cannot be loaded, its context is shorter than `tokens`, or `out` cannot be written.
     """
     if not batches or min(batches) < 1:
         raise UserError("batches must be numbers of texts, from 1 on")
+    if out is not None:
+        check_writable(out / "inference.json")
     place = pick_device(device)
     check_dtype(dtype)
     opened = partial(load, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -209,9 +212,10 @@ def bench_inference(
         "environment": environment(),
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "inference.json", content)
-        (out / "inference.svg").write_text(_plot(rows), encoding="utf-8")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "inference.json", content)
+            (out / "inference.svg").write_text(_plot(rows), encoding="utf-8")
     return content
 
 

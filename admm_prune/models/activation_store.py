@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from admm_prune.data.durable import writing
 from admm_prune.data.sequences import Batch
-from admm_prune.errors import UserError, WriteError
+from admm_prune.errors import UserError
 from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block
 
@@ -58,11 +59,8 @@ class ActivationStore:
             return
         # Written, not mapped: a full disk is then an error, where a mapped page would kill the process.
         path = self._path(name)
-        try:
-            with path.open("wb") as file:
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise WriteError.of(path.parent, error) from error
+        with writing(path.parent), path.open("wb") as file:
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._filed[name] = (tensor.shape, tensor.dtype)
 
     def get(self, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from admm_prune.errors import WriteError
+from admm_prune.data.durable import writing
 from admm_prune.models.archive import write_tensors
 from admm_prune.models.parallel import World, communicating
 from admm_prune.models.streaming import ModelOnDisk, Offloading
@@ -117,10 +117,8 @@ class ShardedModel(Offloading):
         tensors = {name: self._whole(name).to(dtypes.get(name)) for name in names}
 
         def write() -> None:
-            try:
+            with writing(path.parent):
                 write_tensors(path, tensors)
-            except OSError as error:
-                raise WriteError.of(path.parent, error) from error
 
         self._world.broadcast_from_rank0(write)
         return path

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from admm_prune.errors import UserError, WriteError
+from admm_prune.data.durable import writing
+from admm_prune.errors import UserError
 from admm_prune.plan.counting import Work
 
 _LEAST = 0.2  # seconds of each measurement
@@ -120,10 +121,7 @@ def _rate(run: Callable[[], object], units: float) -> float:
 def _disk(folder: Path | None) -> dict[str, float]:
     """Through the system's cache, as a run reads and writes."""
     data = bytes(_FILE)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            path = Path(place) / "disk"
-            write = _rate(lambda: path.write_bytes(data), _FILE)
-            return {"disk_write": write, "disk_read": _rate(path.read_bytes, _FILE)}
-    except OSError as error:
-        raise WriteError.of(folder or Path(tempfile.gettempdir()), error) from error
+    with writing(folder or Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(dir=folder) as place:
+        path = Path(place) / "disk"
+        write = _rate(lambda: path.write_bytes(data), _FILE)
+        return {"disk_write": write, "disk_read": _rate(path.read_bytes, _FILE)}

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from admm_prune.data.durable import file_sha256
+from admm_prune.data.durable import file_sha256, writing
 from admm_prune.data.layer_file import MARK, LayerFile
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target, target_named
@@ -99,7 +99,8 @@ def record_pages(timings: Path, pages: Iterable[Path]) -> None:
         raise UserError(f"{timings} is not a JSON object")
     sound = not content or has_own_digest(content)
     changed = {**content, "pages": {page.name: file_sha256(page) for page in pages}}
-    write_json(timings, with_digest(changed) if sound else changed)
+    with writing(timings):
+        write_json(timings, with_digest(changed) if sound else changed)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def prune(settings: Settings) -> Report:
         check_apart(Path(out), model, settings.data, settings.eval_data)
     device, world = pick_device(settings.device), World.current()
     tasks = _tasks(settings, world)
-    tracker = tracker_of(settings.log)
+    tracker = tracker_of(settings.log, None if out is None else Path(out))
     callback = Callbacks(settings.callbacks, settings.progress)
     with (
         nullcontext()

@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from admm_prune.data.durable import writing
 from admm_prune.errors import UserError
 from admm_prune.methods.callbacks import Tracker
 from admm_prune.models.evaluate import METRICS
-from admm_prune.runs.journal.folder import flattened
+from admm_prune.runs.journal.folder import absolute, check_writable, flattened
+from admm_prune.runs.journal.journal import home_of
 
 
 def _package(extra: str, module: str) -> Any:
@@ -21,27 +24,45 @@ def _package(extra: str, module: str) -> Any:
         raise UserError(f"--log {extra} needs the package: pip install 'admm-prune[{extra}]'") from error
 
 
+def _checked(folder: Path, out: Path | None) -> Path:
+    """The absolute path of a folder for files beside the output of a run.
+
+    Raises:
+        UserError: it cannot be written, or is in the output or its journal, which are moved or deleted at the end.
+    """
+    place = absolute(folder)
+    for taken in () if out is None else (absolute(out), home_of(out)):
+        if place.resolve().is_relative_to(taken.resolve()):
+            raise UserError(f"log: {folder} is in {taken}, which the run itself writes and replaces: choose another")
+    check_writable(place / "events")
+    return place
+
+
 class TensorBoard:
     """Event files in a folder, by `torch.utils.tensorboard`."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, out: Path | None = None) -> None:
         self._open: Callable[[str], Any] = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter
-        self._folder = folder
         self._writer: Any = None
+        # A place in a network has a writer of its own.
+        self._place = folder if "://" in folder else str(_checked(Path(folder), out))
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        self._writer = self._open(self._folder)
         lines = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-        self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}", 0)
+        with writing(Path(self._place)):
+            self._writer = self._open(self._place)
+            self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}", 0)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(Path(self._place)):
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        for name, value in summary.items():
-            self._writer.add_scalar(name, value, 0)
-        self._writer.close()
+        with writing(Path(self._place)):
+            for name, value in summary.items():
+                self._writer.add_scalar(name, value, 0)
+            self._writer.close()
 
 
 class WandB:
@@ -85,15 +106,18 @@ class Trackio:
 _KINDS: Mapping[str, Callable[[str], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
 
 
-def tracker_of(log: str | Tracker | None) -> Tracker | None:
+def tracker_of(log: str | Tracker | None, out: Path | None = None) -> Tracker | None:
     """The tracker of "tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT", or the object itself.
 
+    Args:
+        out: the output folder of the run.
+
     Raises:
-        UserError: there is none of this kind, nothing after the colon, or its package is not installed; the object has
-            not the methods of a `Tracker`.
+        UserError: there is none of this kind, nothing after the colon, or its package is not installed; the folder
+            cannot be written, or is in the output; the object has not the methods of a `Tracker`.
     """
     if log is None or isinstance(log, str):
-        return None if log is None else _tracker_named(log)
+        return None if log is None else _tracker_named(log, out)
     lacking = [name for name in ("start", "log", "finish") if not callable(getattr(log, name, None))]
     if lacking or isinstance(log, type):
         what = f"the class {log.__name__}" if isinstance(log, type) else f"a {type(log).__name__}"
@@ -101,11 +125,11 @@ def tracker_of(log: str | Tracker | None) -> Tracker | None:
     return log
 
 
-def _tracker_named(text: str) -> Tracker:
+def _tracker_named(text: str, out: Path | None) -> Tracker:
     kind, _, place = text.partition(":")
     if kind not in _KINDS or not place:
         raise UserError(f"log must be tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT, not '{text}'")
-    return _KINDS[kind](place)
+    return TensorBoard(place, out) if kind == "tensorboard" else _KINDS[kind](place)
 
 
 @contextmanager

@@ -441,3 +441,20 @@ def test_a_browser_lays_the_page_out_within_its_width(runs: Path, tmp_path: Path
     assert seen["across"] <= width
     light = [sum(map(int, re.findall(r"\d+", seen[name])[:3])) > 3 * 128 for name in ("paper", "axis")]
     assert light == [not dark, dark], "dark ink on light paper, or light ink on dark"
+
+
+@pytest.mark.parametrize("name", ["report.html", "timings.json"])
+def test_a_page_that_cannot_be_written_is_one_line(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = Path(shutil.copytree(runs / "wanda", tmp_path / "wanda"))
+    write_text = Path.write_text
+
+    def refused(path: Path, *given: Any, **how: Any) -> int:
+        if path.name == name:
+            raise OSError(30, "Read-only file system")
+        return write_text(path, *given, **how)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(UserError, match=rf"^cannot write to {folder}/{name}: Read-only file system$"):
+        write_report(folder)

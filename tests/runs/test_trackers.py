@@ -126,6 +126,41 @@ def test_trackers_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatc
             tracker_of(f"{kind}:x")
 
 
+@pytest.mark.parametrize("folder", ["out", "out/logs", "out.partial/logs", "other/../out/logs"])
+def test_a_tracker_in_the_output_is_refused_before_any_work(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """At the end the output would not be ours to replace."""
+    pytest.importorskip("tensorboard", reason="an extra")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^log: .* is in .*/out.*, which the run itself writes and replaces"):
+        prune(tmp_path / "no model", text_file, method="wanda", log=f"tensorboard:{folder}", out="out")
+    assert not list(tmp_path.iterdir())
+    assert tracker_of("tensorboard:logs", Path("out")) is not None
+    assert tracker_of("tensorboard:outs", Path("out")) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, text_file: Path) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
+    (tmp_path / "file").write_text("a file")
+    for folder in ("/proc/nothing/x", tmp_path / "file", tmp_path / "file/logs"):
+        with pytest.raises(UserError, match=r"^cannot write .* is not a writable folder"):
+            prune(tmp_path / "no model", text_file, method="wanda", log=f"tensorboard:{folder}")
+
+
+def test_events_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="an extra")
+    tracker: Any = tracker_of(f"tensorboard:{tmp_path / 'logs'}")
+    tracker.start({})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracker._writer, "add_scalar", full)
+    with pytest.raises(UserError, match=r"^cannot write to .*/logs: No space left on device$"):
+        tracker.log({"x": 1.0}, 0)
+
+
 def test_settings_are_told_flat() -> None:
     content = {"a": {"b": 1, "c": None, "d": ()}, "e": [1, 2], "f": "x"}
     assert flat(content) == {"a.b": 1, "e": "[1, 2]", "f": "x"}

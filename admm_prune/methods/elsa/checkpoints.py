@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
-from admm_prune.errors import UserError, WriteError
+from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed, writing
+from admm_prune.errors import UserError
 from admm_prune.models.parallel import World
 
 _VALUES, _UNFINISHED = "values.json", ".unfinished"
@@ -85,7 +85,7 @@ class Checkpoints:
         new = place.with_name(place.name + _UNFINISHED)
         self._world.broadcast_from_rank0(lambda: _emptied(new))
         try:
-            with _writing(folder), _unwrapped(), _quiet():
+            with writing(folder), _unwrapped(), _quiet():
                 writer = HuggingFaceStorageWriter(str(new), save_distributed=True)
                 state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
             self._world.broadcast_from_rank0(lambda: _complete(new, place, values))
@@ -94,14 +94,6 @@ class Checkpoints:
                 shutil.rmtree(new, ignore_errors=True)
             raise
         self._count += 1
-
-
-@contextmanager
-def _writing(folder: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError.of(folder, error) from error
 
 
 @contextmanager
@@ -123,14 +115,14 @@ def _quiet() -> Generator[None]:
 
 
 def _emptied(folder: Path) -> None:
-    with _writing(folder.parent):
+    with writing(folder.parent):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
 
 def _complete(new: Path, place: Path, values: dict[str, Any]) -> None:
     """Synchronizes all files before the folder is renamed, and renames it before older checkpoints are deleted."""
-    with _writing(place.parent):
+    with writing(place.parent):
         content = {"values": values, "sha256": _fingerprints(new)}
         write_sealed(new / _VALUES, content)
         new.replace(place)

@@ -41,7 +41,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
             raise UserError(f"{path} is the folder you are in, or holds it: choose another output")
         if ours and not overwrite:
             raise UserError(f"{path} {_EARLIER}")
-    _check_writable(path)
+    check_writable(path)
 
 
 def check_apart(out: Path, *inputs: object) -> None:
@@ -83,7 +83,7 @@ def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Pa
             raise UserError(f"{path} {_EARLIER}")
     if not place.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    _check_writable(path)
+    check_writable(path)
 
 
 @contextmanager
@@ -166,8 +166,12 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in absolute(path).parents if parent.exists())
 
 
-def _check_writable(path: Path) -> None:
-    """Tests whether a folder can be written: permission bits do not show read-only, full or virtual file systems."""
+def check_writable(path: Path) -> None:
+    """Refuses a file or folder that could not be made: permission bits do not show read-only or virtual file systems.
+
+    Raises:
+        UserError: the innermost folder that is there, of those that lead to it, cannot be written.
+    """
     parent = existing_parent(path)
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".admm-prune-", dir=parent))  # noqa: PTH106  # mkdtemp gives a str

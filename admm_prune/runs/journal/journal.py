@@ -26,7 +26,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from safetensors.torch import load_file
 from torch import Tensor
 
-from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed
+from admm_prune.data.durable import file_sha256, read_sealed, sync, write_sealed, writing
 from admm_prune.errors import UserError, WriteError
 from admm_prune.methods.base import Journal
 from admm_prune.models.archive import write_tensors
@@ -212,10 +212,8 @@ class FolderJournal(Journal):
 
     @contextmanager
     def _writing(self) -> Generator[None]:
-        try:
+        with writing(self.out):
             yield
-        except OSError as error:
-            raise WriteError.of(self.out, error) from error
 
 
 @contextmanager

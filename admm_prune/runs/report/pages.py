@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from admm_prune.data.durable import writing
 from admm_prune.errors import UserError
 from admm_prune.methods.target import DENSE, target_named
 from admm_prune.models.evaluate import METRICS, RANKING
@@ -33,11 +34,13 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         UserError: the folder is no finished run, or a file of it cannot be read.
+        WriteError: a file of it cannot be written.
     """
     manifest = read_manifest(folder)
     page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
     path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.write_text(page, encoding="utf-8")
     record_pages(folder / TIMINGS, [path, *(plot for plot in [folder / PLOT] if "rows" in manifest)])
     return path
 
@@ -74,7 +77,8 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
         unlike=content.unlike(a, b),
         advised=[(name, run, content.advice_of(run["layers"])) for name, run in (("A", a), ("B", b))],
     )
-    out.write_text(page, encoding="utf-8")
+    with writing(out):
+        out.write_text(page, encoding="utf-8")
     return {
         "figures": {change.name: {"a": change.a, "b": change.b} for change in figures},
         "supports_in_common": common,

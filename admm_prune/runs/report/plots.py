@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from admm_prune.data.durable import writing
 from admm_prune.models.evaluate import METRICS
 from admm_prune.runs.report.content import TILES, Layer, Weights, place_of
 
@@ -370,7 +371,8 @@ def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = 
     axes.set_ylabel(f"{METRICS[metric].name} (log scale)")
     legend(figure, axes)
     if png is not None:
-        figure.savefig(png, dpi=144, facecolor="white")
+        with writing(png):
+            figure.savefig(png, dpi=144, facecolor="white")
     return svg(figure, metric)
 
 
