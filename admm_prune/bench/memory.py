@@ -132,7 +132,7 @@ def bench_memory(
     points = {name: [(peak.parameters, peak.peak_mib) for peak in peaks if peak.family == name] for name in FAMILIES}
     content = {
         "command": f"admm-prune bench memory --most {most:g} --tokens {tokens} --sparsity {sparsity:g}",
-        "environment": environment(),
+        "environment": environment("cpu"),
         "date": time.strftime("%Y-%m-%d"),
         "recipe": asdict(_RECIPE),
         "exponents": {name: exponent(family_points) for name, family_points in points.items()},

@@ -64,6 +64,8 @@ def verify(
             print(f"checked by fingerprint alone: {_grouped(report.fingerprinted)}")
         for sentence in report.certificates:
             print(sentence)
+        for note in report.notes:
+            print(f"note: {note}")
         for note in report.unchecked:
             print(f"not checked: {note}")
         for note in report.left_out:

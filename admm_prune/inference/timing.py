@@ -209,7 +209,7 @@ def bench_inference(
         "kernels": packed.described() if place == "cpu" else backend.described(place),
         "rows": [asdict(row) for row in rows],
         "sentences": _sentences(rows, repeats, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
-        "environment": environment(),
+        "environment": environment(place),
     }
     if out is not None:
         with writing(out):

@@ -58,20 +58,28 @@ class TextRecord:
         )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files."""
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Versions and the kind of machine; no names, paths or times, so that equal runs write equal files.
+
+    Args:
+        device: on which the model runs.
+    """
     return {
         "versions": {name: _version(name) for name in _PACKAGES if name != "datasets" or find_spec(name)},
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "device": torch.device(device).type,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-def manifest(settings: dict[str, Any], texts: dict[str, TextRecord], revision: str | None) -> dict[str, Any]:
+def manifest(
+    settings: dict[str, Any], texts: dict[str, TextRecord], revision: str | None, device: torch.device | str
+) -> dict[str, Any]:
     """The settings, the model's revision, the texts and the environment, ready for JSON."""
-    described = environment()
+    described = environment(device)
     return {
         "settings": settings,
         "model_revision": revision,

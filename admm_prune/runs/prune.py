@@ -183,7 +183,8 @@ def prune(settings: Settings) -> Report:
             task_folder=None if settings.task_folder is None else str(settings.task_folder),
             **{name: None if part is None else described(part) for name, part in parts.items()},
         )
-        record = manifest(resolved, texts.records(recipe.samples), loaded.revision)
+        place = loaded.offloading.device(loaded.model)
+        record = manifest(resolved, texts.records(recipe.samples), loaded.revision, place)
         if journal is not None:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
         calibration, evaluation = texts.calibration(recipe.samples), texts.evaluation

@@ -48,7 +48,9 @@ class Verification:
             fingerprint.
         failures: a sentence for every claim that does not hold.
         unchecked: claims that could not be checked, and why. The verdict is then at best INCOMPLETE.
-        left_out: checks skipped at the caller's request.
+        left_out: checks that were skipped, and why: at the caller's request, or because they hold in the environment of
+            the run alone.
+        notes: on checks that are not exact.
         certificates: sentences on the weight beyond its claims.
         numbers: recomputed, by name.
         where: put before every failure and note, such as the model of a comparison.
@@ -61,6 +63,7 @@ class Verification:
     failures: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     certificates: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     where: str = ""
@@ -109,6 +112,10 @@ class Verification:
         if note not in self.unchecked:
             self.unchecked.append(note)
 
+    def note(self, note: str) -> None:
+        """Records what a check allowed."""
+        self.notes.append(f"{self.where}{note}")
+
     def summary(self) -> str:
         """The verdict in a line."""
         if self.verdict is Verdict.REJECTED:
@@ -119,7 +126,7 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """Ready for JSON. "verified" is null where the verdict is INCOMPLETE."""
-        lists = ("failures", "checked", "fingerprinted", "unchecked", "left_out", "certificates")
+        lists = ("failures", "checked", "fingerprinted", "unchecked", "left_out", "notes", "certificates")
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -155,7 +162,7 @@ def check_fields(report: Verification, manifest: Manifest) -> None:
         ("settings.text", settings["text"], _names(TextSettings)),
         ("settings.selection", settings["selection"], _names(Selection)),
         *(("a target", target, _names(Target)) for target in settings.get("targets") or [settings["target"]]),
-        ("environment", manifest["environment"], set(environment())),
+        ("environment", manifest["environment"], set(environment("cpu"))),
         ("dense", manifest["dense"], _names(Evaluation)),
         *((f"texts.{role}", record, _names(TextRecord)) for role, record in manifest["texts"].items()),
     ]

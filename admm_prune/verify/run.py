@@ -26,6 +26,7 @@ from admm_prune.runs.journal.folder import MANIFEST, TIMINGS
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.report.content import mean_error
 from admm_prune.runs.report.pages import read_manifest
+from admm_prune.verify.figures import same
 from admm_prune.verify.integrity import check_files, check_manifest, is_number, remaining
 from admm_prune.verify.report import Verification, check_fields, in_full, same_fraction
 from admm_prune.verify.settings import (
@@ -34,7 +35,6 @@ from admm_prune.verify.settings import (
     check_text,
     evaluation_text_is_there,
     made_set,
-    same,
     target_of,
 )
 
@@ -238,7 +238,7 @@ def _verify_run(
     check_settings(report, loaded.model, manifest)
     _verify_sparsity(report, loaded, manifest)
     if not quick:
-        check_text(report, loaded, manifest, data)
+        check_text(report, folder, loaded, manifest, data)
     return loaded
 
 

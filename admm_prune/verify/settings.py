@@ -20,17 +20,15 @@ from admm_prune.methods.registry import RECIPES, composed, recipe_named
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
-from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel
 from admm_prune.problems import constraints
 from admm_prune.problems.constraints import SparseSet
-from admm_prune.runs.evaluate import beginning_continued
 from admm_prune.runs.journal.folder import MANIFEST, finite
 from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.recipe_file import RECIPE, content_of, written
 from admm_prune.runs.texts import Texts, validation_text
 from admm_prune.settings import TextSettings
-from admm_prune.verify.integrity import is_number
+from admm_prune.verify.figures import check_figures, device_of, elsewhere
 from admm_prune.verify.report import Verification, in_full, shown
 
 Manifest = dict[str, Any]
@@ -157,7 +155,7 @@ def evaluation_text_is_there(manifest: Manifest) -> bool:
     return _is_there(text.get("eval_data") or text.get("data") or "")
 
 
-def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, data: str | None) -> None:
+def check_text(report: Verification, folder: Path, loaded: LoadedModel, manifest: Manifest, data: str | None) -> None:
     """The record of the texts, the model's figures and its continuation.
 
     Args:
@@ -192,30 +190,7 @@ def check_text(report: Verification, loaded: LoadedModel, manifest: Manifest, da
         return
     report.expect("evaluation text", True, "")
     _check_records(report, records, manifest, moved)
-    figures = asdict(evaluate(loaded.model, validation))
-    report.expect("figures", figures.keys() == manifest["pruned"].keys(), "the figures are not those that a run writes")
-    for name in (name for name in figures if name in manifest["pruned"]):
-        claimed, recomputed = manifest["pruned"][name], figures[name]
-        report.expect(
-            name,
-            same(claimed, recomputed, tolerance=1e-6),
-            f"claimed {name} {in_full(claimed)}, recomputed {in_full(recomputed)}",
-        )
-        if isinstance(recomputed, float | int):
-            report.numbers[f"{report.where}{name}"] = recomputed
-    if manifest["continuation"]:  # a streamed run has no continuation
-        prompt, continuation = beginning_continued(loaded, validation)
-        report.agree("prompt", manifest["continuation"].get("prompt"), prompt)
-        report.agree("continuation", manifest["continuation"].get("pruned"), continuation)
-
-
-def same(claimed: Any, recomputed: Any, tolerance: float = 1e-12) -> bool:
-    """Whether values are equal, numbers up to a relative tolerance; null for non-finite ones."""
-    if not isinstance(recomputed, float):
-        return bool(claimed == recomputed) and isinstance(claimed, bool) == isinstance(recomputed, bool)
-    if claimed is None:
-        return recomputed - recomputed != 0
-    return is_number(claimed) and bool(abs(claimed - recomputed) <= tolerance * abs(recomputed))
+    check_figures(report, loaded, validation, manifest, elsewhere(manifest, folder, device_of(loaded.model)))
 
 
 @dataclass(frozen=True)

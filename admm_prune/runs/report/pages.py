@@ -134,7 +134,7 @@ def _run(folder: Path, run: Manifest) -> str:
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         remote_code=_needs_code(folder),
         tasks=list(task_rows(run.get("tasks"))),
-        device="CPU" if run["settings"]["device"] == "cpu" else run["environment"]["cuda"] or "CPU",
+        device="CPU" if run["environment"]["device"] == "cpu" else run["environment"]["cuda"],
         mean_error=content.mean_error([layer["relative_error"] for layer in layers]),
         findings=content.advice_of(layers),
         notes=content.notes_of(run),
