@@ -25,6 +25,7 @@ _LOG = logging.getLogger(__name__)
 Ridge = float | Literal["auto"] | None  # None: the method's own
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
+TextUse = Literal["calibration", "training", "measurement"]  # of errors alone: the weights do not depend on the text
 OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end and in an evaluation)
 OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
 
@@ -249,12 +250,17 @@ class Capabilities(Protocol):
             or training of the whole model; None where it cannot be counted beforehand.
         prunes: False for a baseline that leaves the model dense.
         shrinks: whether what it removes is left out of the saved files, rather than stored as zeros.
+        text_use: what the calibration text is for.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
     stages: ClassVar[Stages | None] = None
     prunes: ClassVar[bool] = True
     shrinks: ClassVar[bool] = False
+
+    @property
+    def text_use(self) -> TextUse:
+        return "calibration"
 
     def streaming_obstacle(self) -> str | None:
         """Why a model cannot be pruned one block at a time, from disk; None where it can."""

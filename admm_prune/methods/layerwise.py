@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, LayerReport, Outcome, Ridge, Runtime, Stages, Task
+from admm_prune.methods.base import (
+    IN_PROCESS,
+    Budget,
+    Capabilities,
+    LayerReport,
+    Outcome,
+    Ridge,
+    Runtime,
+    Stages,
+    Task,
+    TextUse,
+)
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method, with_parts
@@ -64,6 +75,10 @@ class Layerwise(Capabilities):
     @property
     def summary(self) -> str:
         return self.method.summary
+
+    @property
+    def text_use(self) -> TextUse:
+        return "calibration" if self.method.reads_inputs or self.joint else "measurement"
 
     def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self:
         if solver is not None:

@@ -52,6 +52,7 @@ class Method:
             on how dense the stack is as a whole.
         problem: the objective.
         sets: a constraint instead of the method's own.
+        reads_inputs: the result depends on the layer's inputs, not on its weight alone.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     stacks_targets: bool = False
     problem: LayerProblem = RECONSTRUCTION
     sets: SetFamily | None = None
+    reads_inputs: bool = True
 
     def constraint(self, target: Target) -> SparseSet:
         """The sparse set that this method aims at for a target.
@@ -93,7 +95,7 @@ class Method:
 LOCAL_METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("magnitude", "largest |w|", Magnitude, ridge=0.0, damping=0.0),
+        Method("magnitude", "largest |w|", Magnitude, ridge=0.0, damping=0.0, reads_inputs=False),
         Method("wanda", "largest |w| ||x|| in each row", Wanda, ridge=0.0, damping=0.0, row_wise=True),
         Method(
             "sparsegpt",

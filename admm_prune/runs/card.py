@@ -40,7 +40,7 @@ def _metadata(report: Report) -> ModelCardData:
 
     settings = report.manifest["settings"]
     model, revision = settings["model"], report.manifest["model_revision"]
-    dataset = _dataset(settings["text"]["data"])[0]
+    dataset = None if report.text_use == "measurement" else _dataset(settings["text"]["data"])[0]
     kind = "structured-pruning" if report.details.get("units") else "sparse"
     return ModelCardData(
         base_model=None if revision is None else model,
@@ -176,8 +176,13 @@ model = load_packed(snapshot_download("{PLACE}"))  # or the path of a folder
 
 def _provenance(report: Report, recipe: str | None) -> Iterator[str]:
     calibration, data = report.manifest["texts"]["calibration"], report.manifest["settings"]["text"]["data"]
+    used = {
+        "calibration": "calibrated on",
+        "training": "trained on",
+        "measurement": "it needs no text; the errors of its layers were measured on",
+    }
     yield (
-        f"\n## How it was made\n\nMethod: `{report.method}`, target {report.target}; calibrated on "
+        f"\n## How it was made\n\nMethod: `{report.method}`, target {report.target}; {used[report.text_use]} "
         f"{calibration['sequences']} sequences of up to {calibration['length']} tokens ({calibration['tokens']:,} "
         f"tokens) of {_text(data, calibration['source'])}."
     )

@@ -27,6 +27,7 @@ from admm_prune.runs.manifest import TextRecord
 from admm_prune.runs.texts import Texts, check_data, validation_text
 from admm_prune.settings import TextSettings
 
+_IN_THE_WORKING_FOLDER = "; a relative path is one in the working folder"
 _PROMPT, _CONTINUED = 24, 24  # tokens
 
 
@@ -117,8 +118,8 @@ def evaluate_model(
         changes: settings of `TextSettings` that override the run's if `text` is None.
 
     Raises:
-        UserError: the model, the text, the device or the dtype cannot be used, or no run wrote the model and there is
-            no text.
+        UserError: the model, the text, the device or the dtype cannot be used, no run wrote the model and there is
+            no text, or what is now where the run read its text is another one.
     """
     place = pick_device(device)
     check_dtype(dtype)
@@ -128,7 +129,7 @@ def evaluate_model(
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
     sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
     if run is not None:
-        texts = Texts(replace(run, **changes), loaded)
+        texts = run.texts(loaded, changes)
         sequences, record = texts.evaluation, texts.evaluation_record
     else:
         assert text is not None
@@ -137,8 +138,35 @@ def evaluate_model(
     return ModelEvaluation(evaluation.evaluate(loaded.model, sequences, on_progress=report), sparsity, record)
 
 
-def text_of_run(model: str) -> TextSettings | None:
-    """The text of the run that wrote a model folder; None where no manifest is in it.
+@dataclass(frozen=True)
+class RunText:
+    """The texts of the run that wrote a model folder, and the fingerprint of the tokens that it was evaluated on."""
+
+    model: str
+    settings: TextSettings
+    token_hash: str
+
+    def texts(self, loaded: LoadedModel, changes: dict[str, Any]) -> Texts:
+        """The texts by the run's settings, with changes.
+
+        Raises:
+            UserError: by the run's own settings the tokens are not those of the run, or a text cannot be used.
+        """
+        texts = Texts(self.settings, loaded)
+        now = texts.evaluation.token_hash
+        if now != self.token_hash:
+            place = str(self.settings.eval_data or self.settings.data)
+            relative = is_file_name(place) and not expanded(place).is_absolute()
+            raise UserError(
+                f"{self.model}: {place} is not the text that its run was evaluated on (token hash "
+                f"{self.token_hash[:12]} became {now[:12]}){_IN_THE_WORKING_FOLDER if relative else ''}: name a text "
+                "with --data"
+            )
+        return Texts(replace(self.settings, **changes), loaded) if changes else texts
+
+
+def text_of_run(model: str) -> RunText | None:
+    """The texts of the run that wrote a model folder; None where no manifest is in it.
 
     Raises:
         UserError: the manifest is damaged, or its text is no longer available.
@@ -148,8 +176,9 @@ def text_of_run(model: str) -> TextSettings | None:
         return None
     known = {field.name for field in fields(TextSettings)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))["settings"]["text"]
-        settings = TextSettings(**{name: value for name, value in content.items() if name in known})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = {name: value for name, value in content["settings"]["text"].items() if name in known}
+        settings, token_hash = TextSettings(**named), str(content["texts"]["evaluation"]["token_hash"])
         places = [Path(place) for place in (settings.data, settings.eval_data) if place is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not say on which text the run evaluated: name one with --data") from error
@@ -157,8 +186,9 @@ def text_of_run(model: str) -> TextSettings | None:
         raise UserError(f"{model}: its run was given the text as a Python object: name a text with --data")
     for place in places:
         if is_file_name(str(place)) and not expanded(place).exists():
-            raise UserError(f"{model}: the text of its run, {place}, is not there any more: name a text with --data")
-    return settings
+            relative = "" if expanded(place).is_absolute() else _IN_THE_WORKING_FOLDER
+            raise UserError(f"{model}: the text of its run, {place}, is not there{relative}: name a text with --data")
+    return RunText(model, settings, token_hash)
 
 
 class Tasks:

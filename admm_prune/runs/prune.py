@@ -268,6 +268,7 @@ def run_recipe(
         method=recipe.name,
         target=label,
         budget=recipe.budget if allocation is None else "model",
+        text_use=recipe.text_use if allocation is None else allocation.text_use(recipe),
         block_weights=block_weights,
         sparsity=1.0 - sum(layer.nonzeros for layer in outcome.layers) / block_weights,
         dense=dense.figures,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from admm_prune.data.hub import expanded
 from admm_prune.errors import UserError
-from admm_prune.methods.base import LayerReport
+from admm_prune.methods.base import LayerReport, TextUse
 from admm_prune.models.evaluate import METRICS, RANKING, Evaluation
 from admm_prune.runs.claims import DIGEST
 from admm_prune.runs.hub import push_to_hub
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONTENT = (
-    *("method", "target", "budget", "block_weights", "sparsity"),
+    *("method", "target", "budget", "text_use", "block_weights", "sparsity"),
     *("dense", "pruned", "tasks", "layers", "notes", "details", "continuation"),
 )
 _STRUCTURED = ("name", "shape", "ridge_trials", "notes", "diagnosis", "convergence")  # of a layer: no plain values
@@ -40,6 +40,7 @@ class Report:
         method: name of the method.
         target: what was requested: "70%" or "2:4".
         budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
+        text_use: what the calibration text was for: "calibration", "training", or the "measurement" of errors alone.
         block_weights: entries of the dense model's block matrices.
         sparsity: the fraction of them that are zero, or gone with their row or column.
         dense: perplexity and other metrics of the dense model on the evaluation text, with their protocol.
@@ -61,6 +62,7 @@ class Report:
     method: str
     target: str
     budget: str
+    text_use: TextUse
     block_weights: int
     sparsity: float
     dense: Evaluation

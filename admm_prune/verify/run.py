@@ -42,15 +42,15 @@ Manifest = dict[str, Any]
 
 _RECORD = {"settings", "model_revision", "texts", "environment", "files", DIGEST}
 RUN_FIELDS = frozenset({
-    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers", "notes", "details",
-    "continuation", "weights", *_RECORD,
+    "method", "target", "budget", "text_use", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers",
+    "notes", "details", "continuation", "weights", *_RECORD,
 })  # fmt: skip
 COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "rows", *_RECORD})
 
 # Fields of a manifest that are recomputed; of texts and figures only where the perplexity is.
 _RECOMPUTED = frozenset({
-    "method", "target", "budget", "block_weights", "sparsity", "layers[].name", "layers[].sparsity", "settings.target",
-    "weights", "files", DIGEST,
+    "method", "target", "budget", "text_use", "block_weights", "sparsity", "layers[].name", "layers[].sparsity",
+    "settings.target", "weights", "files", DIGEST,
 })  # fmt: skip
 _WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.pruned"})
 _RECOMPUTED_OF_TABLE = frozenset({

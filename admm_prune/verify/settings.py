@@ -13,10 +13,12 @@ from torch import nn
 from admm_prune.data.hub import expanded
 from admm_prune.data.sources import PYTHON_OBJECT, is_file_name
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Recipe
+from admm_prune.methods.allocation.rules import AllocationRule
+from admm_prune.methods.base import Recipe, TextUse
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import REFERENCES
 from admm_prune.methods.parts import SetFamily, declared
-from admm_prune.methods.registry import RECIPES, composed, recipe_named
+from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_joint
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
@@ -104,11 +106,12 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest) -
     if strange and strange[0] not in declared("solvers"):
         report.open(f"method: '{shown(strange[0])}' is not among the methods installed here")
     if recipe is None:
-        report.by_fingerprint(f"{MANIFEST}: method", f"{MANIFEST}: budget")
+        report.by_fingerprint(*(f"{MANIFEST}: {name}" for name in ("method", "budget", "text_use")))
     else:
         report.agree("method", manifest["method"], recipe.name)
         allocated = settings.get("allocation") is not None and recipe.prunes
         report.agree("budget", manifest["budget"], "model" if allocated else recipe.budget)
+        report.agree("text_use", manifest["text_use"], _text_use(settings, recipe))
     target = target_of(manifest, model)
     if target is None or "target" not in settings:
         return  # reported elsewhere
@@ -121,6 +124,12 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest) -
         report.expect("selection", False, f"the selection does not fit the model: {error}")
         return
     report.agree("selection", settings["target"]["layers"], [list(pair) for pair in layers])
+
+
+def _text_use(settings: Any, recipe: Recipe) -> TextUse:
+    recipe = with_joint(recipe, Joint.of(settings["coordinate"], settings["refit"]))
+    rule = AllocationRule.named(settings["allocation"], settings["allocation_passes"]) if recipe.prunes else None
+    return recipe.text_use if rule is None else rule.text_use(recipe)
 
 
 def check_recipe_file(report: Verification, folder: Path, manifest: Manifest) -> None:

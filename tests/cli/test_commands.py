@@ -19,8 +19,9 @@ FIGURES = {
     "perplexity_error",
 }  # fmt: skip
 MANIFEST = {
-    "method", "target", "budget", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers", "notes",
-    "details", "continuation", "settings", "model_revision", "texts", "environment", "weights", "files", "sha256",
+    "method", "target", "budget", "text_use", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers",
+    "notes", "details", "continuation", "settings", "model_revision", "texts", "environment", "weights", "files",
+    "sha256",
 }  # fmt: skip
 MATRICES = 14  # 2 blocks of q, k, v, o, gate, up, down
 UP = "model.layers.1.mlp.up_proj.weight"

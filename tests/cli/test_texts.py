@@ -121,6 +121,28 @@ def test_prune_has_no_default_text(model_folder: Path) -> None:
             admm_prune.prune(model_folder, sparsity=0.5, data=text)
 
 
+def test_a_relative_text_is_not_taken_from_another_folder(
+    command: Command,
+    place: Path,
+    model_folder: Path,
+    text_file: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (place / "text.txt").write_text(text_file.read_text())
+    start = ("run", "--model", model_folder, "--method", "magnitude", "--sparsity", 0.5, "--samples", 4)
+    assert command(*start, "--data", "text.txt", "--out", "out", "-q").status == 0
+    assert command("eval", "out").status == 0
+    other = place / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    named = "; a relative path is one in the working folder: name a text with --data"
+    refused(f"the text of its run, text.txt, is not there{named}", "eval", "../out")
+    (other / "text.txt").write_text(text_file.read_text()[::-1])
+    refused(f"){named}", "eval", "../out")
+    assert command("eval", "../out", "--data", "text.txt").status == 0
+
+
 def test_a_run_reads_the_column_and_the_number_of_documents(
     command: Command, place: Path, model_folder: Path, rows: Path, refused: Refused
 ) -> None:
@@ -142,8 +164,12 @@ def test_a_run_reads_the_column_and_the_number_of_documents(
     assert str(rows) in command("eval", "out").out
     whole = command("eval", "out", "--data", rows, "--column", "story", "--documents", "50", "--json").json()
     assert whole["text"]["documents"] == 50
+    content = rows.read_text()
+    rows.write_text("\n".join(content.splitlines()[:49]))  # edited since
+    for more in ((), ("--samples", "2")):
+        refused(f"out: {rows} is not the text that its run was evaluated on (token hash ", "eval", "out", *more)
     rows.unlink()
-    refused(f"the text of its run, {rows}, is not there any more: name a text with --data", "eval", "out")
+    refused(f"the text of its run, {rows}, is not there: name a text with --data", "eval", "out")
     (place / "out/admm_prune.json").write_text('{"settings": 3}')
     refused("does not say on which text the run evaluated: name one with --data", "eval", "out")
 

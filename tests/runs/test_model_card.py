@@ -15,7 +15,11 @@ from huggingface_hub import ModelCard
 
 import admm_prune
 from admm_prune import Report, load_report
+from admm_prune.methods.allocation.rules import RULES, AllocationRule
+from admm_prune.methods.joint import Joint
+from admm_prune.methods.registry import RECIPES, composed, with_joint
 from admm_prune.runs.card import PLACE, card_of, task_rows
+from admm_prune.solvers.support_descent import Magnitude
 
 TASKS = {
     "results": {"mats": {"acc,none": 0.25, "acc_stderr,none": 0.0625, "name": "mats", "exact_match,strict": 0.5}},
@@ -109,6 +113,31 @@ def test_a_model_of_the_hub_is_the_base_model(report: Report) -> None:
     assert result["dataset"]["type"] == "Salesforce/wikitext"
     assert result["dataset"]["config"] == "wikitext-2-raw-v1"
     assert "[org/tiny](https://huggingface.co/org/tiny)" in card.text
+
+
+def test_the_card_says_what_the_text_was_for(report: Report) -> None:
+    text = {**report.manifest["settings"]["text"], "data": "allenai/c4:en"}
+    manifest = {**report.manifest, "settings": {**report.manifest["settings"], "text": text}}
+    said = {
+        "calibration": "target 50%; calibrated on 4 sequences",
+        "training": "target 50%; trained on 4 sequences",
+        "measurement": "target 50%; it needs no text; the errors of its layers were measured on 4 sequences",
+    }
+    for use, words in said.items():
+        card = ModelCard(altered(report, text_use=use, manifest=manifest))
+        assert words in card.text
+        assert card.data.get("datasets") == (None if use == "measurement" else ["allenai/c4"])
+    assert report.text_use == "calibration"
+
+
+def test_only_methods_that_score_weights_alone_need_no_text() -> None:
+    assert [name for name, recipe in RECIPES.items() if recipe.text_use == "measurement"] == ["magnitude"]
+    assert RECIPES["elsa"].text_use == "training"
+    magnitude = composed(None, solver=Magnitude())
+    assert magnitude.text_use == "measurement"
+    assert with_joint(magnitude, Joint(refit="block")).text_use == "calibration"
+    needing = [name for name in RULES if AllocationRule(name).text_use(magnitude) == "calibration"]
+    assert set(RULES) - set(needing) == {"uniform", "alphapruning"}
 
 
 def test_tasks_are_in_text_and_metadata(report: Report) -> None:

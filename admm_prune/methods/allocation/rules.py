@@ -10,7 +10,7 @@ from torch import nn
 
 from admm_prune.errors import UserError, unknown
 from admm_prune.methods.allocation.budget import DENSITIES, HIGHER, LOWER, MIXED, BudgetProblem, budget_of, fitting
-from admm_prune.methods.base import Recipe, Runtime, Task
+from admm_prune.methods.base import Recipe, Runtime, Task, TextUse
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 
@@ -35,6 +35,10 @@ class Rule:
     levels: int = 0
     gradients: bool = False
     losses: bool = False
+
+    @property
+    def reads_text(self) -> bool:
+        return self.collects or self.levels > 0 or self.whole
 
     @property
     def whole(self) -> bool:
@@ -110,6 +114,10 @@ class AllocationRule:
         if name not in RULES:
             raise unknown("allocation", name, RULES)
         return cls(name, PASSES if passes is None else passes)
+
+    def text_use(self, recipe: Recipe) -> TextUse:
+        """What the calibration text is for where the rule gives a method its targets."""
+        return "calibration" if RULES[self.name].reads_text else recipe.text_use
 
     def check(
         self, recipe: Recipe, model: nn.Module, target: Target, *, offloaded: bool = False, world: World = ALONE

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task
+from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task, TextUse
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.engine import Engine, float32_weights, teacher_of
 from admm_prune.methods.elsa.session import Session
@@ -85,6 +85,10 @@ class Trained(Capabilities, ABC):
         if not 0 <= self.distillation <= 1 or not 0 <= self.warm_up <= 1:
             wrong = f"{self.distillation} and {self.warm_up}"
             raise UserError(f"distillation and warm_up are fractions, 0 to 1, not {wrong}")
+
+    @property
+    def text_use(self) -> TextUse:
+        return "training"
 
     @property
     def budget(self) -> Budget:
