@@ -31,12 +31,12 @@ Manifest = dict[str, Any]
 
 _REPEATED = 1e-6  # relative: figures that are recomputed in the environment of the run
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
-# Standard deviations between an honest figure and that of exact arithmetic: one honest run in 15,000 is beyond it. In
-# bfloat16 the loss of a token of SmolLM2-135M is off by 0.07, so that 4 of them are 0.9 % of the perplexity for 1,000
-# tokens, and 0.1 % for 100,000; the standard error of the perplexity, which the text leaves open, is ten times that.
+# Standard deviations between an honest figure and that of exact arithmetic: one honest run in 15,000 is beyond it. For
+# 1,000 tokens of SmolLM2-135M in bfloat16 that is 0.8 to 2 % of the perplexity, where two sets of instructions differ
+# by 0.4 % (`benchmarks/rounding.py`), and falls with the square root of their number. In float32 it is 3e-5.
 _DEVIATIONS = 4.0
 # Relative to the machine precision of the dtype, where rounding cannot be measured: no figure so far off is refuted by
-# less than that. SmolLM2-135M: 0.3 in bfloat16 and 0.1 in float16 on 1,000 tokens.
+# less than that. Those two differ by 0.5 of it in bfloat16.
 _UNMEASURED = 16.0
 _COMPUTING = ("admm-prune", "torch", "transformers")  # packages in which figures are computed
 
