@@ -262,6 +262,14 @@ class Capabilities(Protocol):
     def text_use(self) -> TextUse:
         return "calibration"
 
+    def check_task(self, task: Task) -> None:
+        """Refuses settings of a task that the method has no use for, before any work is done.
+
+        Raises:
+            UserError: the ridge or the bounds.
+        """
+        return
+
     def streaming_obstacle(self) -> str | None:
         """Why a model cannot be pruned one block at a time, from disk; None where it can."""
         return None

@@ -191,6 +191,7 @@ def prune(settings: Settings) -> Report:
         notes = texts.notes(recipe.samples)
         del texts
         task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
+        recipe.check_task(task)
         activation_bytes = settings.activation_bytes
         if loaded.offloading.is_offloaded:
             activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
@@ -276,13 +277,23 @@ def run_recipe(
         tasks=on_tasks,
         layers=outcome.layers,
         seconds=pruning.seconds,
-        notes=(*outcome.notes, *notes, *notes_on(model)),
+        notes=(*outcome.notes, *_notes_on_bounds(outcome.layers, task), *notes, *notes_on(model)),
         details={**outcome.details, **details},
         continuation=dense.beside(pruned),
         manifest=record,
         model=model,
         phases=tuple(phases),
     )
+
+
+def _notes_on_bounds(layers: Sequence[LayerReport], task: Task) -> tuple[str, ...]:
+    """A note where not every pruned matrix has a bound, where bounds were requested."""
+    pruned = [layer for layer in layers if task.target.at(layer.name) is not None]
+    without = [layer.name for layer in pruned if layer.bound is None]
+    if not task.bounds or not without:
+        return ()
+    which = f"{len(without)} of {len(pruned)} pruned matrices, such as {without[0]}"
+    return (f"no lower bound of {which}: not solved as a layer alone, or none is proved for its set or its inputs",)
 
 
 def _notes_on_zeros(loaded: LoadedModel) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from dataclasses import replace
@@ -18,7 +19,19 @@ from admm_prune.methods.target import Target, parse_targets, target_named
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.reference.rows import separate
-from benchmarks import batches, float64, gaps, instances, leaderboard, machine, measuring, published, streaming, tables
+from benchmarks import (
+    batches,
+    float64,
+    gaps,
+    instances,
+    leaderboard,
+    machine,
+    measuring,
+    published,
+    rounding,
+    streaming,
+    tables,
+)
 from benchmarks.configurations import CONFIGURATIONS, YARDSTICK, problem_for, settings_key
 from benchmarks.journal import Journal, write_csv
 from benchmarks.leaderboard import Leaderboard
@@ -361,3 +374,13 @@ def test_batches_are_timed_beside_the_same_problems_alone(tmp_path: Path) -> Non
     ]
     assert all(row["same_bits"] and row["ratio"] > 0 for row in rows)
     assert "16x32" in (tmp_path / "batches.txt").read_text()
+
+
+def test_a_dtype_is_rounded_within_what_is_allowed(model_folder: Path, text_file: Path) -> None:
+    given = argparse.Namespace(model=str(model_folder), data=str(text_file), length=32, sequences=8)
+    narrow, wide = (rounding.evaluated(given, dtype) for dtype in ("bfloat16", "float32"))
+    difference = abs(narrow["perplexity"] / wide["perplexity"] - 1)
+    assert 0 < difference < narrow["allowed"] < 0.05
+    assert wide["allowed"] < 1e-4
+    row = {"dtype": "bfloat16", "difference": difference, "here": narrow, "older": narrow}
+    assert f"{difference:.2g}" in rounding.table([row])

@@ -99,6 +99,26 @@ def test_a_text_from_python_is_named_by_a_file_of_it(narrow_model: Path, text_fi
         verify_folder(tmp_path / "run", data=str(rows), device="cpu")
 
 
+def test_another_text_in_the_place_of_the_runs_refutes_nothing(
+    narrow_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration, evaluation = tmp_path / "calibration.txt", tmp_path / "evaluation.txt"
+    for path in (calibration, evaluation):
+        path.write_text(text_file.read_text())
+    where = {"data": str(calibration), "eval_data": str(evaluation), "out": tmp_path / "run"}
+    prune(str(narrow_model), method="magnitude", sparsity=0.5, device="cpu", **where, **FEW)
+    calibration.write_text(text_file.read_text()[::-1])
+    report = verify_folder(tmp_path / "run", device="cpu")
+    assert report.verdict is Verdict.INCOMPLETE
+    assert report.unchecked == ["texts.calibration: the calibration text is not the recorded one any more"]
+    assert "perplexity" in report.checked
+    evaluation.write_text(text_file.read_text()[::-1])
+    report = verify_folder(tmp_path / "run", device="cpu")
+    assert report.verdict is Verdict.INCOMPLETE
+    assert report.unchecked[0].startswith("perplexity: the evaluation text is not the recorded one: token hash ")
+    assert {f"{MANIFEST}: pruned", f"{MANIFEST}: texts"} <= set(report.fingerprinted)
+
+
 def test_a_calibration_text_that_is_gone_leaves_the_evaluation_text_checked(
     narrow_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -44,9 +44,15 @@ def test_a_run_is_honest_and_can_be_verified(method: str, tmp_path: Path, model_
         data=str(text_file),
         samples=30,
         eval_samples=10,
+        bounds=True,
         out=tmp_path / "out",
     )
     assert [layer.sparsity for layer in report.layers] == [0.5] * 14
+    without = [layer.name for layer in report.layers if layer.bound is None]
+    assert len(without) == 6, "the networks of both blocks; attention is solved layer by layer"
+    assert any(
+        note.startswith(f"no lower bound of 6 of 14 pruned matrices, such as {without[0]}: ") for note in report.notes
+    )
     assert verify_folder(tmp_path / "out", device="cpu").failures == []
     figures = json.loads((tmp_path / "out/admm_prune.json").read_text())["details"]["feed_forward"]
     assert [figure["block"] for figure in figures] == ["model.layers.0", "model.layers.1"]

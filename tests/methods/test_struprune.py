@@ -249,14 +249,15 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(model_folder: Pat
     model = load(str(model_folder)).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def refuses(recipe: StruPrune, message: str, target: Target, **options: str) -> None:
+    def refuses(recipe: StruPrune, message: str, target: Target, **options: Any) -> None:
         with pytest.raises(UserError, match=message):
-            recipe.prune(model, Task(target=target, calibration=calibration, **options))  # type: ignore[arg-type]
+            recipe.prune(model, Task(target=target, calibration=calibration, **options))
 
     refuses(StruPrune(), "struprune removes structured groups: give a sparsity such as 0.3", Target(pattern=(2, 4)))
     refuses(StruPrune(), r"99% of the blocks is to go, and \d+.\d+% can go at most", Target(0.99))
     refuses(StruPrune(allocator=Binomial(most=0.5)), r"70.00% is to go, and 50.00% can go at most", Target(0.7))
     refuses(StruPrune(), "struprune does not choose a ridge: give a number", Target(0.3), ridge="auto")
+    refuses(StruPrune(), "has no layer problems to bound: leave --bounds out", Target(0.3), bounds=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -127,6 +127,16 @@ def test_rounding_that_cannot_be_measured_leaves_a_claim_unchecked(
     assert "even in another environment (cpu_capability" in report.failures[0]
 
 
+def test_a_figure_that_is_finite_in_one_environment_alone_is_not_checked(folder: Path) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["pruned"]["perplexity"] = None
+
+    assert verify_folder(edited(folder, edit, away=False), device="cpu").verdict is Verdict.REJECTED
+    report = verify_folder(edited(folder, edit), device="cpu")
+    assert report.verdict is Verdict.INCOMPLETE
+    assert "the model overflows here or in another environment" in report.unchecked[0]
+
+
 def test_what_makes_another_environment(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     assert elsewhere(manifest, folder, CPU) == ""

@@ -138,6 +138,12 @@ class Trained(Capabilities, ABC):
                     f"{view.name}: {target.pattern[1]} does not divide its {view.shape[1]} inputs: give a sparsity"
                 )
 
+    def check_task(self, task: Task) -> None:
+        if task.ridge is not None:
+            raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
+        if task.bounds:
+            raise UserError(f"{self.name} trains all weights, and has no layer problems to bound: leave --bounds out")
+
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         """Trains and prunes; of the last model, and those that a projection gave the final sparsity, the one with the
         least held-out loss is kept."""
@@ -149,8 +155,7 @@ class Trained(Capabilities, ABC):
                         f"{view.parameter_name} holds the matrices of experts, which several processes cannot prune to "
                         "a sparsity: give a pattern, or run it without torchrun"
                     )
-        if task.ridge is not None:
-            raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
+        self.check_task(task)
         if not (runtime.offloading.keeps_changes or runtime.journal.keeps):
             raise ValueError("a model that is not in memory needs a journal, or its pruned weights are lost")
         session = self.run(model, task, runtime)

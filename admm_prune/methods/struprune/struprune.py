@@ -113,6 +113,12 @@ class StruPrune(Capabilities):
         curves = {sublayer.name: self._curve(model, sublayer) for block in parts for sublayer in block}
         self._allocate(model, parts, curves, target)
 
+    def check_task(self, task: Task) -> None:
+        if task.ridge == "auto":
+            raise UserError(f"{self.name} does not choose a ridge: give a number")
+        if task.bounds:
+            raise UserError(f"{self.name} removes groups, and has no layer problems to bound: leave --bounds out")
+
     def prune(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, curves: Mapping[str, Curve] | None = None
     ) -> Outcome:
@@ -224,8 +230,8 @@ class StruPrune(Capabilities):
         return [reports.get(view.name) or report_of(view, shapes[view.name]) for view in block.weights]
 
     def _pruner(self, task: Task, runtime: Runtime) -> Pruner:
-        if task.ridge == "auto":
-            raise UserError(f"{self.name} does not choose a ridge: give a number")
+        self.check_task(task)
+        assert task.ridge != "auto"
         return Pruner(
             selector=self.selector,
             compensate=self.compensate,
