@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -331,9 +331,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def training_steps() -> Generator[Row]:
+def training_steps(names: Iterable[str] = tuple(CONFIGURATIONS)) -> Generator[Row]:
     """A step of the optimizer between dual updates, on the matrices of two blocks: bytes a weight."""
-    for name, how in CONFIGURATIONS.items():
+    for name in names:
+        how = CONFIGURATIONS[name]
         dtype = how.get("dtype", torch.float32)
         weights = [nn.Parameter(torch.randn(8, 512, dtype=dtype)) for _ in range(PARAMETERS)]
         settings = {key: value for key, value in how.items() if key != "dtype"}

@@ -34,8 +34,14 @@ def test_bounds_of_a_layer(layer: Path, tmp_path: Path) -> None:
     assert "some.matrix" in (tmp_path / "out/layer_bounds.txt").read_text()
 
 
-def test_refit_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refit_of_a_model(
+    tmp_path: Path, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [
+        "--model",
+        str(model_folder),
+        "--data",
+        str(text_file),
         "--samples",
         "4",
         "--length",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 
@@ -40,7 +41,8 @@ def test_the_counts_are_what_was_asked_for() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        traffic.training_steps,
+        pytest.param(partial(traffic.training_steps, ["SparseAdam"]), id="SparseAdam"),
+        pytest.param(traffic.training_steps, marks=pytest.mark.slow),
         pytest.param(traffic.admm_steps, marks=pytest.mark.slow),
         pytest.param(traffic.eliminations, marks=pytest.mark.slow),
         pytest.param(traffic.selections, marks=pytest.mark.slow),

@@ -64,7 +64,7 @@ def test_a_solution_is_judged_more_accurately_than_by_products_in_float32() -> N
 
 
 @pytest.mark.bitwise
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(seed=seeds, rows=st.integers(1, 40), width=st.integers(1, 70), origin=st.booleans(), reverse=st.booleans())
 def test_the_kernel_gives_the_digits_of_the_reference(seed, rows, width, origin, reverse) -> None:
     g = torch.Generator().manual_seed(seed)
