@@ -18,7 +18,7 @@ class Status(Enum):
     STALLED = "Progress stopped before the stopping test was met: try another rho or another start."
     MAX_ITERATIONS = "The planned iterations were used up: the best feasible point is returned; more may improve it."
     TIME_LIMIT = "The time limit was reached: the best feasible point is returned; allow more time to improve it."
-    STOPPED = "The watcher asked to stop: pass `state` back to continue."
+    STOPPED = "A callback requested a stop: pass `state` back to continue."
     NONFINITE = "A number overflowed: the last finite best point is returned; raise the ridge or the precision."
 
     @property

@@ -136,8 +136,8 @@ _NONE_IS_EMPTY: dict[str, Any] = {"typed_default": None, "parse": lambda typed: 
 _NAMES = {"in_file": tuple[str, ...], "typed": str | None, **_NONE_IS_EMPTY}
 _DATA = {
     "option": Option(
-        help="Calibration text: a file (.txt, .jsonl, .json, .csv, .parquet, or .gz), a folder, a Hub id, or "
-        "'embedded', the text that comes with the embedded model and is the default for that model only.",
+        help="Calibration text: a file (.txt, .json, .jsonl, .csv, .tsv, .parquet, or compressed text), a folder, "
+        "a Hub id, or 'embedded', the text that comes with the embedded model and is the default for it only.",
         python="Or text itself: a `datasets.Dataset`, a list of strings, of rows or of token ids, or an iterable of "
         "batches with input_ids.",
         in_file=str | None,
@@ -182,7 +182,7 @@ class TextSettings:
         None, "Evaluation documents to read; by default all, or 20,000 of a Hub data set.", least=1
     )
     samples: int | None = _text(
-        None, "Calibration sequences; by default as many as the method needs.", least=1, commands=_RUNS
+        None, "Calibration sequences; by default 128, or as many as are trained on.", least=1, commands=_RUNS
     )
     eval_samples: int | None = _text(None, "Evaluation sequences; by default the whole text.", least=1, commands=_RUNS)
     length: int | None = _text(
@@ -256,7 +256,7 @@ class Settings(TextSettings):
     )
     constraint: str | SparseSet | type[SparseSet] | None = option(
         None,
-        "Sparse set for a sparsity, a name that 'admm-prune list' prints; the method's own by default.",
+        "Sparse set that --sparsity refers to, a name that 'admm-prune list' prints; the method's own by default.",
         python="Or a sparse set for every matrix, such as `RowWise(0.5)`, which needs no `sparsity`, or its class.",
         commands="run solve",
     )
@@ -317,7 +317,7 @@ class Settings(TextSettings):
         parse=_ridge,
     )
     steps: int | None = _training(
-        None, "Training passes over a batch, learning rate range test included; by default set by the method.", least=1
+        None, "Training steps, those of the learning rate range test included; by default set by the method.", least=1
     )
     distillation: float | None = _training(
         None,

@@ -7,7 +7,7 @@ Without `--model` and `--data` it is the embedded model on its own text. Every r
 same tokens, in memory: perplexity, weights removed as counted in the pruned model, CPU seconds of allocation and
 pruning, with `--blimp` the accuracy on BLiMP for the first seed, and the figures of the joint steps, averaged over the
 blocks: errors on validation tokens. `alone` is the relative error of the attention's output with
-value and output projections pruned alone on the tokens of the fit, `together` that of their common solution; `before`
+value and output projections pruned alone on the tokens of the fit, `together` that of their joint solution; `before`
 and `after` are the errors of the block's output that the refit lowers: what it starts from is pruned on all tokens, and
 it is kept only if it lowers them.
 

@@ -3,7 +3,7 @@
     python -m benchmarks.packed_model OUT.json [--sparsity 0.5,0.7,0.9] [--new-tokens 32] [--batches 1] [--repeats 7]
     python -m benchmarks.packed_model OUT.json --model PRUNED_FOLDER [--dtype float32] [--new-tokens 64]
 
-The default shape has 1.03e9 parameters: 24 blocks of width 2048 and 5632, tied embeddings of 32000 words. One block is
+The default shape has 1.15e9 parameters: 24 blocks of width 2048 and 5632, tied embeddings of 32000 words. One block is
 drawn, pruned and packed, and copied to the others: its values do not matter for the time, only that each has memory of
 its own. With `--model` it is a pruned folder, packed while it is loaded, and the greedy texts of the two are compared.
 Dense and packed model take turns; times are CPU times of the process with one thread, wall-clock with more.

@@ -26,7 +26,9 @@ def capture(
     json: common.Json = False,
     **options: Any,
 ) -> None:
-    """Write the layer problem of one weight of a dense model: weight, Gram, validation Gram, held-out Gram.
+    """Write the layer problem of one weight of a dense model: weight, and Gram matrices of its inputs.
+
+    There is one of calibration, of validation and of held-out tokens.
 
     Example: admm-prune capture --weight model.layers.0.mlp.up_proj.weight --out layer.safetensors
     """

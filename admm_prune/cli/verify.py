@@ -27,7 +27,9 @@ def verify(
             help="Lower bound to prove for a solved layer; 'dual' and 'block' are stronger, in seconds to minutes."
         ),
     ] = "quick",
-    quick: Annotated[bool, typer.Option("--quick", help="Skip the perplexity of a run.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Skip the perplexity of a run, which can then be verified without it.")
+    ] = False,
     seed: common.Seed = 0,
     device: common.Device = "auto",
     trust_remote_code: common.TrustRemoteCode = False,

@@ -98,7 +98,7 @@ class Joint:
                 f"attention was not coordinated in {absent} of {count} blocks: their value or output projection is not "
                 "pruned"
             )
-        for step, what in (("attention", "the common solution of value and output projection"), ("refit", "the refit")):
+        for step, what in (("attention", "the joint solution of value and output projection"), ("refit", "the refit")):
             done = [figures[step] for figures in blocks if step in figures]
             if rejected := sum(not one["accepted"] for one in done):
                 notes.append(f"{what} was rejected in {rejected} of {count} blocks: no less error on held-out tokens")

@@ -19,10 +19,10 @@ Form = Literal["per-layer", "padded"]
 def export(model: nn.Module, blocks: Sequence[Sequence[Sublayer]], form: Form = "per-layer") -> str:
     """Updates the config with the widths of the blocks, in place.
 
-    If all blocks have equal widths that the family's config can express, the stock class loads the model. Otherwise:
+    If all blocks have equal widths that the family's config can express, the standard class loads the model. Otherwise:
     "per-layer" keeps the width of every block, with a class of `modeling_per_layer`, whose file `save_pretrained`
     writes beside the weights (`trust_remote_code=True` to load it without this package); "padded" pads every sublayer
-    to the widest with zeros, so that the stock class loads it: the outputs are the same, the savings partly lost.
+    to the widest with zeros, so that the standard class loads it: the outputs are the same, the savings partly lost.
 
     Args:
         blocks: the sublayers of every block, as they are now.
@@ -71,14 +71,14 @@ def groups_by_block(blocks: Sequence[Sequence[Sublayer]]) -> list[dict[str, int]
 
 
 def admits(config: Any, sublayer: Sublayer, count: int) -> bool:
-    """Whether the stock class of a config supports this number of groups of a kind."""
+    """Whether the standard class of a config supports this number of groups of a kind."""
     if sublayer.kind == "heads":
         return admits_heads(config, count * sublayer.queries, sublayer.size)
     return admits_neurons(config, count)
 
 
 def admits_heads(config: Any, heads: int, size: int) -> bool:
-    """Whether the stock class of a config supports this number of query heads of this size.
+    """Whether the standard class of a config supports this number of query heads of this size.
 
     Where a config does not say how large a head is, it follows from their number; Llama's number must divide its width.
     """
@@ -95,7 +95,7 @@ def admits_heads(config: Any, heads: int, size: int) -> bool:
 
 
 def admits_neurons(config: Any, count: int) -> bool:
-    """Whether the stock class of a config supports this number of neurons: Bloom's is always four times its width."""
+    """Whether the standard class of a config supports this number of neurons; Bloom has four times its width."""
     return any(hasattr(config, name) for name in NEURONS) or bool(count == 4 * config.hidden_size)
 
 
@@ -126,7 +126,7 @@ def _widths(config: Any, block: Sequence[Sublayer]) -> dict[str, int]:
 
 
 def _settle(model: Any, block: Sequence[Sublayer]) -> None:
-    """The stock class, with all blocks as wide as this one."""
+    """The standard class, with all blocks as wide as this one."""
     config = model.config
     if per_layer_class(type(model).__name__) is type(model):  # it was pruned before
         config.per_layer_config = None
@@ -145,7 +145,7 @@ def _keep_head_size(config: Any, block: Sequence[Sublayer]) -> None:
 
 
 def _per_layer(model: Any, blocks: Sequence[Sequence[Sublayer]]) -> None:
-    """Keeps the config's attributes, by which the stock class builds all blocks; our class then slices each block."""
+    """Keeps the config's attributes: the standard class builds all blocks by them, and ours then slices each block."""
     config = model.config
     _keep_head_size(config, blocks[0])
     config.allow_global_per_layer_attribute_access = True

@@ -53,7 +53,7 @@ def sequence_length(config: Any, length: int | None = None) -> int:
 
 
 def per_layer_class(name: str) -> Any:
-    """The class of `modeling_per_layer` of this name, or for the stock class of this name; None without one."""
+    """The class of `modeling_per_layer` of this name, or for the standard class of this name; None without one."""
     from admm_prune.models import modeling_per_layer
 
     return getattr(modeling_per_layer, f"PerLayer{name.removeprefix('PerLayer')}", None)

@@ -153,7 +153,7 @@ def fingerprint(loaded: LoadedModel) -> str:
 
 
 def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
-    """Writes a folder that stock `from_pretrained` loads: safetensors, zeros stored dense, dtype kept.
+    """Writes a folder that standard `from_pretrained` loads: safetensors, zeros stored dense, dtype kept.
 
     Args:
         folder: made where it is missing; files of a model in it are overwritten.

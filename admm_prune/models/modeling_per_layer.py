@@ -1,6 +1,6 @@
 """Decoders whose blocks differ in their numbers of neurons and heads. This file is saved with their weights.
 
-A stock class builds all blocks with equal widths; these then resize each block by its own config,
+A standard class builds all blocks with equal widths; these then resize each block by its own config,
 `config.per_layer_config[i]`: `intermediate_size` (`ffn_dim` in OPT, `n_inner` in GPT-2, `ffn_hidden_size` in Falcon),
 `num_attention_heads`, `num_key_value_heads` (`num_kv_heads` in Falcon), where heads can be removed.
 Written by admm-prune; needs torch and transformers only.

@@ -64,7 +64,7 @@ class StruPrune(Capabilities):
         relative: losses are relative to the energy of the residual stream; otherwise absolute.
         unit: of the budget: the target's fraction is of this.
         inputs: "pruned", the outputs of the pruned blocks before; or "dense", as if all were pruned at once.
-        uniform: every block loses the same number of groups of a kind, which makes a stock model.
+        uniform: every block loses the same number of groups of a kind, which makes a standard model.
         form: how a model with different widths per block is saved.
         multiple: the number of remaining neurons is a multiple of it.
         ridge: of the group problems, relative to diag(H).
@@ -244,7 +244,7 @@ class StruPrune(Capabilities):
         """A curve of savings, without losses."""
         saved = savings(sublayer, self.unit)
         stays: frozenset[int] | None = None
-        if self.uniform:  # the stock class must admit their number
+        if self.uniform:  # the standard class must admit their number
             counts = range(1, sublayer.count + 1)
             admitted = frozenset(n for n in counts if admits(model.config, sublayer, n))
             stays = None if len(admitted) == len(counts) else admitted
@@ -314,11 +314,11 @@ def _statistics(
 STRUCTURED: tuple[StruPrune, ...] = (
     StruPrune(),
     StruPrune(
-        name="struprune-uniform", summary="struprune with equal widths in all blocks: a stock model", uniform=True
+        name="struprune-uniform", summary="struprune with equal widths in all blocks: a standard model", uniform=True
     ),
     StruPrune(
         name="struprune-padded",
-        summary="struprune, padded with zeros to the widest block: a stock model",
+        summary="struprune, padded with zeros to the widest block: a standard model",
         form="padded",
     ),
     StruPrune(
