@@ -1,4 +1,4 @@
-"""The blockwise refit by its number of steps, by the weight of a token, and by whose outputs are the targets.
+"""The blockwise refit by the steps of its descent, by the weight of a token, and by whose outputs are the targets.
 
     python -m benchmarks.refit_variants OUT [--variants none,"relative block"] [--model DIR --data FILE]
 
@@ -6,7 +6,9 @@
     squared    |f(h_t) - y_t|^2
     block      y_t is the output of the dense block on the inputs h_t that it has behind the pruned blocks
     model      y_t is the output of the block in the dense model, on dense inputs
-    N          the number of steps, at the end of a variant: "relative block 25"; else that of the method
+
+The settings of the descent can follow: steps, rate, the second of Adam's betas, and steps of warm-up, as in "relative
+block 100 0.03 0.99 5"; else they are those of the method.
 
 A row is a run of `admm_prune.prune`; `none` is without a refit. `before` and `after` are the losses that the row
 descends on, per validation token and averaged over the blocks: they are not comparable between losses or targets.
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 from unittest.mock import patch
@@ -33,11 +36,17 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.runs.results import Report
+from admm_prune.solvers.support_descent import SupportDescent
 from benchmarks.machine import headline, machine
 from benchmarks.variants import Losses, parser_of, rows
 
 LOSSES, TARGETS = ("relative", "squared"), ("block", "model")
-VARIANTS = ("none", "relative block", "squared block", "relative model", "relative block 25", "relative block 50")
+VARIANTS = (
+    "none",
+    *("relative block", "squared block", "relative model"),
+    *("relative block 50", "relative block 100", "relative block 70 0.03 0.99 5", "relative block 100 0.03 0.99 5"),
+)
+_SETTINGS = (("over", int), ("rate", float), ("betas", lambda text: (0.9, float(text))), ("warm_up", int))
 _refit_block = refit.refit_block
 
 
@@ -88,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> None:
         base, perplexity = bases.get(_place(row)), float(row["perplexity"])
         relative = f"{perplexity / float(base['perplexity']):6.3f}" if base else f"{'':6}"
         figures = f"{perplexity:8.3f} {relative} {row['before']:>12} {row['after']:>12} {float(row['seconds']):6.0f} s"
-        lines.append(f"{row['method']:10} {row['target']} {row['variant']:20} {figures}  {row['settings']}")
+        lines.append(f"{row['method']:10} {row['target']} {row['variant']:32} {figures}  {row['settings']}")
     (a.out / "refit_variants.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
@@ -98,9 +107,9 @@ def measured(
 ) -> tuple[Report, Losses]:
     if variant == "none":
         return run(), (None, None)
-    loss, target, steps = _parsed(parser, variant)
+    loss, target, descent = _parsed(parser, variant)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(refit, "DESCENT_STEPS", steps))
+        stack.enter_context(patch.object(refit, "DESCENT", descent))
         if loss == "squared":
             stack.enter_context(patch.object(refit, "BlockTokens", Squared))
         if target == "model":
@@ -111,12 +120,18 @@ def measured(
     return report, (before, after)
 
 
-def _parsed(parser: argparse.ArgumentParser, variant: str) -> tuple[str, str, int]:
-    """The loss, the targets and the number of steps."""
-    loss, target, steps = [*variant.split(), "", "", ""][:3]
-    if loss not in LOSSES or target not in TARGETS or not (steps.isdecimal() or not steps):
-        parser.error(f"there is no variant '{variant}': give none, or {'|'.join(LOSSES)} {'|'.join(TARGETS)} [STEPS]")
-    return loss, target, int(steps or refit.DESCENT_STEPS)
+def _parsed(parser: argparse.ArgumentParser, variant: str) -> tuple[str, str, SupportDescent]:
+    """The loss, the targets and the descent."""
+    loss, target, *settings = [*variant.split(), "", ""]
+    try:
+        how = {name: parse(text) for (name, parse), text in zip(_SETTINGS, filter(None, settings), strict=False)}
+        descent = replace(refit.DESCENT, **how)
+    except ValueError:
+        loss = ""
+    if loss not in LOSSES or target not in TARGETS:
+        words = f"{'|'.join(LOSSES)} {'|'.join(TARGETS)} [STEPS [RATE [BETA2 [WARM_UP]]]]"
+        parser.error(f"there is no variant '{variant}': give none, or {words}")
+    return loss, target, replace(descent, max_iterations=descent.over)
 
 
 def _place(row: dict[str, str]) -> tuple[str, ...]:

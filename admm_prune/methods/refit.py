@@ -25,7 +25,8 @@ from admm_prune.problems.constraints import Product
 from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
-DESCENT_STEPS = 100
+# Fewer steps, and other rates and memories of Adam: `benchmarks/refit_variants.py`.
+DESCENT = SupportDescent(rate=0.05, warm_up=10, over=70, betas=(0.9, 0.95), max_iterations=70)
 _LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
 
 
@@ -170,7 +171,7 @@ def refit_block(
     start = problem.initial()
     try:
         before = problem.value(start)
-        result = SupportDescent.of(DESCENT_STEPS).solve(problem, start=start)
+        result = DESCENT.solve(problem, start=start)
     except ArithmeticError as error:
         raise UserError(f"the refit of {block.name}: {error}") from error
     for view in views:

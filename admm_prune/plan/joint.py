@@ -13,7 +13,7 @@ from admm_prune.methods.base import Task
 from admm_prune.methods.coordination import ITERATIONS, ROUNDS
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method
-from admm_prune.methods.refit import DESCENT_STEPS
+from admm_prune.methods.refit import DESCENT
 from admm_prune.models.activation_store import BatchState, StopForwardError
 from admm_prune.models.attention import AttentionViews, attention_views
 from admm_prune.models.capture import BlockStream
@@ -134,7 +134,8 @@ def refitting(stream: BlockStream, counting: Counting, index: int, block: Block)
     for parameter in parameters:
         parameter.requires_grad_(False)
     validation = _tokens(states.get("validation", states["calibration"])) / state.mask.numel()
-    work = cost.work * (DESCENT_STEPS * mean) + forward.work * (2 * validation)
+    losses = 4  # before and after the descent, and of the two points between which it chooses
+    work = cost.work * (DESCENT.max_iterations * mean) + forward.work * (losses * validation)
     held = _COPIES * _FLOAT * sum(parameter.numel() for parameter in parameters)
     return Stage(name="refit", parts={PARTS: held, "activations of a step": cost.peak}, work=work)
 

@@ -140,7 +140,7 @@ def test_the_gradient_of_a_block_is_that_of_differences(family: str) -> None:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit, "DESCENT_STEPS", 20)
+    monkeypatch.setattr(refit, "DESCENT", replace(refit.DESCENT, over=20, max_iterations=20))
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -196,8 +196,7 @@ def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.Monkey
     recipe = Layerwise(LOCAL_METHODS["wanda"])
     small = replace(task, calibration=Joint(refit="block").task(task, IN_PROCESS).calibration)
     recipe.prune(alone, small)
-    of = classmethod(lambda cls, steps: cls(rate=100.0, over=steps, max_iterations=steps))
-    monkeypatch.setattr(SupportDescent, "of", of)
+    monkeypatch.setattr(refit, "DESCENT", replace(refit.DESCENT, rate=100.0))
     outcome = replace(recipe, joint=Joint(refit="block")).prune(joint, task)
     assert not outcome.details["joint"][0]["refit"]["accepted"]
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), joint.parameters(), strict=True))
@@ -284,9 +283,7 @@ def test_a_weighted_objective_is_refused() -> None:
 def test_what_the_steps_did_not_do_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = (("model.layers.0.self_attn.v_proj.weight", "dense"),)
     task = Task(target=Target(sparsity=0.5, layers=layers), calibration=text())
-    monkeypatch.setattr(refit, "DESCENT_STEPS", 1)
-    of = classmethod(lambda cls, steps: cls(rate=100.0, over=steps, max_iterations=steps))
-    monkeypatch.setattr(SupportDescent, "of", of)
+    monkeypatch.setattr(refit, "DESCENT", SupportDescent(rate=100.0, over=1, max_iterations=1))
     outcome = composed("wanda", joint=BOTH).prune(build("llama", layers=1), task)
     assert any("not coordinated in 1 of 1 blocks" in note for note in outcome.notes)
     assert any("the refit was rejected in 1 of 1 blocks" in note for note in outcome.notes)
