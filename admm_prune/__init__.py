@@ -79,10 +79,11 @@ _MODULES = {
     "solvers.group_obs": ("GroupOBS",),
     "solvers.local_search": ("LocalSearch",),
     "solvers.obs": ("SparseGPT",),
+    "solvers.one_shot": ("Magnitude", "Wanda"),
     "solvers.refit": ("Refit",),
     "solvers.sparse_adam": ("SparseAdam",),
     "solvers.stochastic_admm": ("StochasticADMM",),
-    "solvers.support_descent": ("Magnitude", "SupportDescent", "Wanda"),
+    "solvers.support_descent": ("SupportDescent",),
     "statistics": ("GramAccumulator", "LayerStatistics", "TokenContext"),
 }
 _HOME = {name: f"admm_prune.{module}" for module, names in _MODULES.items() for name in names}
@@ -109,10 +110,11 @@ if TYPE_CHECKING:
     from admm_prune.solvers.group_obs import GroupOBS
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
+    from admm_prune.solvers.one_shot import Magnitude, Wanda
     from admm_prune.solvers.refit import Refit
     from admm_prune.solvers.sparse_adam import SparseAdam
     from admm_prune.solvers.stochastic_admm import StochasticADMM
-    from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda
+    from admm_prune.solvers.support_descent import SupportDescent
     from admm_prune.statistics import GramAccumulator, LayerStatistics, TokenContext
 else:  # hidden from type checkers, so that a misspelt name stays an error to them
 

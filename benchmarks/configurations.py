@@ -11,8 +11,8 @@ from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Wanda
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.support_descent import Wanda
 
 YARDSTICK = "alps"  # whose errors the ratios are relative to
 

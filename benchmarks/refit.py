@@ -36,7 +36,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.support_descent import Wanda
+from admm_prune.solvers.one_shot import Wanda
 from benchmarks.journal import Journal
 from benchmarks.machine import headline, machine
 

@@ -21,7 +21,7 @@ from admm_prune.problems.constraints import RowWise
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
-from admm_prune.solvers.support_descent import Wanda
+from admm_prune.solvers.one_shot import Wanda
 
 DAMPING = 0.01  # of the mean diagonal, as published for SparseGPT and ALPS: the ridge of every problem
 PREFIX_SPARSITY = 0.5  # of the blocks before a re-targeted layer, by Wanda, row by row

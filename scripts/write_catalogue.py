@@ -31,9 +31,10 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.stochastic_admm import StochasticADMM
-from admm_prune.solvers.support_descent import Magnitude, SupportDescent, Wanda
+from admm_prune.solvers.support_descent import SupportDescent
 
 ROOT = Path(__file__).resolve().parents[1]
 CATALOGUE = ROOT / "admm_prune/assets/catalogue.json"

@@ -12,9 +12,9 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant
-from admm_prune.solvers.support_descent import Magnitude, Wanda
 from admm_prune.testing.instances import (
     CONSTRAINTS,
     PROBLEMS,

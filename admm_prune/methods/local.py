@@ -35,7 +35,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver, closed_form
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.support_descent import Magnitude, Wanda
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,15 @@
-"""Adam on sampled gradients restricted to a fixed support, and the one-shot projections: magnitude and Wanda."""
+"""Adam on sampled gradients, restricted to a fixed support."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic, Stochastic, SupportConstraint, checked_constraint, require
-from admm_prune.result import Progress, Result
-from admm_prune.solvers.base import Iterative, closed_form, projection_in_its_metric
+from admm_prune.problem import Problem, Stochastic, SupportConstraint, checked_constraint, require
+from admm_prune.result import Progress
+from admm_prune.solvers.base import Iterative
 
 _TINY = 1e-12  # makes 0 / 0 off the support 0; gradients are those of a sum over all tokens
 
@@ -87,32 +85,3 @@ class SupportDescent(Iterative[State]):
 
     def solution(self, problem: Stochastic, state: State) -> Point:
         return state.x.map(lambda part, mask: part.where(mask, 0), state.mask)
-
-
-@dataclass(frozen=True)
-class Magnitude:
-    """Projects the dense weights: keeps the largest |w|. Accepts every problem."""
-
-    @precision.full()
-    def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
-        began = time.perf_counter()
-        return closed_form(problem, problem.constraint.project(problem.initial()), began, start)
-
-
-@dataclass(frozen=True)
-class Wanda:
-    """Projects the unconstrained minimum in the metric diag(A): keeps the largest |w_ij| ||x_j||.
-
-    As published the budget is per row (`RowWise`); any constraint is accepted.
-
-    Raises:
-        TypeError: the problem is not Quadratic.
-
-    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2023.
-    """
-
-    @precision.full()
-    def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
-        require(self, problem, Quadratic, "the norms of its inputs are its metric")
-        began = time.perf_counter()
-        return closed_form(problem, projection_in_its_metric(problem), began, start)

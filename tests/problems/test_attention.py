@@ -18,7 +18,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.support_descent import Magnitude, Wanda
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.testing import assert_problem_conforms
 
 WIDTH, SIZE, HEADS, OUTPUTS = 8, 3, 4, 5

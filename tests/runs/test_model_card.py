@@ -19,7 +19,7 @@ from admm_prune.methods.allocation.rules import RULES, AllocationRule
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.registry import RECIPES, composed, with_joint
 from admm_prune.runs.card import PLACE, card_of, task_rows
-from admm_prune.solvers.support_descent import Magnitude
+from admm_prune.solvers.one_shot import Magnitude
 
 TASKS = {
     "results": {"mats": {"acc,none": 0.25, "acc_stderr,none": 0.0625, "name": "mats", "exact_match,strict": 0.5}},

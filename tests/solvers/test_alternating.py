@@ -16,7 +16,8 @@ from admm_prune.result import Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.support_descent import Magnitude, SupportDescent
+from admm_prune.solvers.one_shot import Magnitude
+from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.testing import assert_solver_conforms
 from tests.catalogue import CONSTRAINTS, layer
 from tests.networks import damped, network, split, whole

@@ -15,8 +15,8 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.diagnostics import diagnose
+from admm_prune.solvers.one_shot import Wanda
 from admm_prune.solvers.schedules import Constant, LogSpaced
-from admm_prune.solvers.support_descent import Wanda
 from tests.catalogue import CONSTRAINTS, layer
 
 SETS: dict[str, SparseSet] = {"half": Unstructured(0.5), "four fifths": Unstructured(0.8), "2:4": NofM(2, 4)}

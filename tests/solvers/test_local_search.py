@@ -16,9 +16,9 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.local_search import Gains, LocalSearch, Rows, _Count, resolvent
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.reference.brute_force import BruteForce
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.support_descent import Magnitude, Wanda
 from tests.catalogue import CONSTRAINTS, PROBLEMS, ROWS, WIDTH, layer
 from tests.third_party import Bare
 

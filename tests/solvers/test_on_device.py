@@ -19,8 +19,8 @@ from admm_prune.result import Result
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.support_descent import Magnitude, Wanda
 
 SHAPES = {"cpu": ((32, 48), (17, 29)), "device": ((32, 48), (17, 29)), "cuda": ((512, 1024), (1000, 333))}
 # Beside solves in float64 on one core. No single row: one other place in its support is some percent of its error.

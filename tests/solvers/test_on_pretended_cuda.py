@@ -14,8 +14,8 @@ from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Wanda
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.support_descent import Wanda
 from admm_prune.statistics import GramAccumulator, LayerStatistics, TargetAccumulator
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from tests.pretended_cuda import OnDevice, pretended

@@ -19,9 +19,9 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import closed_form
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
-from admm_prune.solvers.support_descent import Magnitude, Wanda
 from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 from tests.third_party import Bare
 

@@ -16,8 +16,8 @@ from admm_prune.solvers import textbook
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Wanda
 from admm_prune.solvers.schedules import LogSpaced
-from admm_prune.solvers.support_descent import Wanda
 from tests.catalogue import CONSTRAINTS, WIDTH, layer, retargeted
 from tests.networks import network, split
 

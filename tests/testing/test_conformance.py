@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from admm_prune.problems.constraints import Groups, NofM, Product, RowWise, StackedRows, Unstructured
+from admm_prune.solvers.one_shot import Wanda
 from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, GroupExact
-from admm_prune.solvers.support_descent import Wanda
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import VIEWS
 from tests.catalogue import CONSTRAINTS, PROBLEMS, SOLVERS, layer, retargeted

@@ -17,7 +17,7 @@ from admm_prune.problem import Quadratic
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
-from admm_prune.solvers.support_descent import Magnitude
+from admm_prune.solvers.one_shot import Magnitude
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.supports import OnlyStochastic
 from tests.catalogue import layer, random_weight

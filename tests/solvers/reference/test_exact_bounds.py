@@ -18,10 +18,10 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceGroups, GroupExact, lower_bound
 from admm_prune.solvers.reference.rigorous import Form, gamma, least_eigenvalue, scaled_form
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.support_descent import Magnitude, Wanda
 from benchmarks import exact_bounds
 from tests.solvers.reference.instances import Toy, correlated, keeping, normal
 
