@@ -38,6 +38,7 @@ def test_a_row_that_is_added_appears_with_its_ratio(tmp_path: Path) -> None:
     assert "| `added` | 15.50 (0.50) |" in added
     assert "added" not in results_page.page()
     assert "real-model-few-tokens" not in added
+    assert "by more than two standard errors" in added
 
 
 def test_rows_with_other_options_stand_beside_those_of_the_same_protocol(tmp_path: Path) -> None:
@@ -48,7 +49,11 @@ def test_rows_with_other_options_stand_beside_those_of_the_same_protocol(tmp_pat
     for protocol, steps in ((settings, "--refit block"), ("another", "--refit block"), (settings, joint.NO_STEPS)):
         key = {"model": "smollm2", "target": "0.5", "method": "admm", "steps": steps, "seed": "0", "settings": protocol}
         journal.add(key, [dict.fromkeys(joint.COLUMNS) | {"perplexity": 15.49788, "blimp": 0.5, "blimp_error": 0.01}])
-    lines = [line for line in results_page.page(tmp_path).splitlines() if line.startswith("| `admm")]
+    page = results_page.page(tmp_path)
+    assert (
+        "0.5: sparsellm 0.703 is above admm --refit block 0.500 on BLiMP, at a perplexity of 24.3 against 15.5" in page
+    )
+    lines = [line for line in page.splitlines() if line.startswith("| `admm")]
     assert lines[1] == "| `admm --refit block` | 15.50 (0.50), BLiMP 50.0 ± 1.0 % |  |  |  |"
     assert len(lines) == 2
 
