@@ -44,7 +44,12 @@ LOSSES, TARGETS = ("relative", "squared"), ("block", "model")
 VARIANTS = (
     "none",
     *("relative block", "squared block", "relative model"),
-    *("relative block 50", "relative block 100", "relative block 70 0.03 0.99 5", "relative block 100 0.03 0.99 5"),
+    *(
+        "relative block 50",
+        "relative block 70 0.05 0.95",
+        "relative block 70 0.03 0.99 5",
+        "relative block 100 0.03 0.99 5",
+    ),
 )
 _SETTINGS = (("over", int), ("rate", float), ("betas", lambda text: (0.9, float(text))), ("warm_up", int))
 _refit_block = refit.refit_block

@@ -25,8 +25,8 @@ from admm_prune.problems.constraints import Product
 from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
-# Fewer steps, and other rates and memories of Adam: `benchmarks/refit_variants.py`.
-DESCENT = SupportDescent(rate=0.05, warm_up=10, over=70, betas=(0.9, 0.95), max_iterations=70)
+# The same as a hundred steps with the default memory and warm-up: `benchmarks/refit_variants.py`.
+DESCENT = SupportDescent(warm_up=10, over=70, betas=(0.9, 0.9), max_iterations=70)
 _LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
 
 
