@@ -341,14 +341,14 @@ def _write(
                 weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
             )
         written = Point(weight=view.read().to(layer.weight.dtype))
-        validation = statistics.validation
+        held_out = None if method.reads_inputs else statistics.validation  # part of the Gram that is solved
         reports.append(
             LayerReport(
                 name=view.name,
                 shape=view.shape,
                 sparsity=written.sparsity(),
                 relative_error=layer.relative_error(written),
-                relative_error_validation=None if validation is None else layer.relative_error(written, validation),
+                relative_error_validation=None if held_out is None else layer.relative_error(written, held_out),
                 status=result.status.name,
                 iterations=result.iterations,
                 seconds=seconds * weight.numel() / stacked.numel(),
