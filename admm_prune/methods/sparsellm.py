@@ -34,7 +34,7 @@ from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
-from admm_prune.problems.layer import AllReduce, Share
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, AllReduce, Share
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result
 from admm_prune.solvers.alternating import Alternating
@@ -149,6 +149,12 @@ class SparseLLM(Capabilities):
         if self.target == "block" and not all(figure["repairs"] for figure in figures):
             notes.append(
                 "the blocks do not add the networks' outputs to a residual: errors of attention are not compensated"
+            )
+        held_out = [figure.get("relative_error_validation") for figure in figures]
+        if failed := sum(error is not None and not error < 1 for error in held_out):
+            notes.append(
+                f"the relative error of {failed} of {chosen} feed-forward networks is 1 or more on held-out tokens, as "
+                "large as without their outputs: give more calibration text or a larger --ridge"
             )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
@@ -276,7 +282,13 @@ class SparseLLM(Capabilities):
     def damped(
         self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
-        """Ridge and damping for every weight; selected on validation tokens for "auto"."""
+        """Ridge and damping for every weight; selected on validation tokens for "auto".
+
+        Weights are fitted before they are pruned, also where the method only scores them and has no ridge of its own:
+        then with the defaults.
+        """
+        if task.ridge is None and not self.method.damped:
+            return dict.fromkeys(network.weights, (DEFAULT_RIDGE, DEFAULT_DAMPING))
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None
