@@ -104,6 +104,23 @@ def test_a_sparsity_in_patterns_mixes_dense_and_sparse_matrices() -> None:
     assert details["gap"] < 0.01
 
 
+@pytest.mark.parametrize(
+    ("rule", "target", "level"),
+    [(name, Target(pattern=(1, 4)), "1:4") for name in RULES if name != "patterns"]
+    + [("patterns", Target(sparsity=0.75), "1:4"), ("fisher", Target(sparsity=1.0), "1.0")],
+)
+def test_a_budget_at_the_last_level_needs_no_measurement(
+    rule: str, target: Target, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evolutionary search ended in an IndexError there."""
+    monkeypatch.delattr(measurements, "levels")
+    monkeypatch.delattr(measurements, "gradients")
+    model = build("llama", layers=2)
+    allocated = AllocationRule(rule, passes=6).applied(model, task(target), IN_PROCESS)
+    assert allocated.details["targets"] == dict.fromkeys(weights(model), level)
+    assert allocated.details["removed"] == allocated.details["budget"]
+
+
 def test_uniform_is_the_run_without_an_allocation_up_to_a_weight_of_each_matrix() -> None:
     allocated = AllocationRule("uniform").applied(build("llama", layers=2), task(Target(sparsity=0.7)), IN_PROCESS)
     model = build("llama", layers=2)
@@ -271,6 +288,18 @@ def test_the_pattern_search_ends_where_no_move_is_better() -> None:
     removed = [float(x) for x in space.curves[0].savings]
     least = min(loss(choice) for choice in product(levels, repeat=4) if sum(removed[k] for k in choice) >= space.budget)
     assert found.loss <= 1.05 * least, "of all allocations"
+
+
+@pytest.mark.parametrize("kind", ["pattern", "evolutionary"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_search_ends_where_no_other_allocation_is_left(kind: str, share: float) -> None:
+    """At their last levels no matrix can lose more; of two unlike matrices none can lose it for the other."""
+    savings = torch.tensor([0.0, 100, 200]).double()
+    curves = [Curve(f"m{l}", savings.clone(), scale * savings, least=0) for l, scale in enumerate((1, 3))]
+    space = Space([400, 1200], curves, round(share * 800))
+    found = searches(space, lambda levels: float(sum(levels)), 1000)[kind](NOTHING)
+    assert found.levels == ([2, 2] if share == 1 else [1, 1])
+    assert found.passes == 1 or kind == "pattern"
 
 
 @pytest.mark.parametrize("kind", ["pattern", "evolutionary"])

@@ -61,6 +61,18 @@ def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightV
     return sharing, budget
 
 
+def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
+    """The level of every matrix that removes most: without a pattern all of it."""
+    if rule == "patterns":
+        return [fitting(view)[-1] for view in views]
+    return [Target(sparsity=1.0) if target.pattern is None else Target(pattern=(1, target.pattern[1]))] * len(views)
+
+
+def most_removed(last: Sequence[Target], sizes: Sequence[int]) -> int:
+    """The weights that matrices lose together at their last levels."""
+    return sum(level.removed_from(size) for level, size in zip(last, sizes, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetProblem:
     """A model and its budget.
@@ -124,8 +136,12 @@ class BudgetProblem:
             "search": self._search,
             "evolutionary": self._evolutionary,
         }
-        decided = self.budget in (0, sum(self.sizes))  # nothing, or everything
-        targets, figures = solve["uniform" if decided else rule]()
+        last = last_levels(rule, self.views, self.task.target)
+        if self.budget == most_removed(last, self.sizes):  # there is one allocation: nothing is measured
+            figures: dict[str, Any] = {}
+            targets = {view.name: str(level) for view, level in zip(self.views, last, strict=True)}
+        else:
+            targets, figures = solve["uniform" if self.budget == 0 else rule]()
         removed = sum(target_named(targets[view.name]).removed_from(size) for view, size in self._sized())
         return {"rule": rule, "budget": self.budget, "removed": removed, **figures, "targets": targets}
 
