@@ -121,6 +121,35 @@ def test_a_budget_at_the_last_level_needs_no_measurement(
     assert allocated.details["removed"] == allocated.details["budget"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "target", "message"),
+    [
+        ("patterns", Target(sparsity=0.8), r"patterns: 80% of .* to go, and 75% can go at most, at 1:4: prune less$"),
+        (
+            "fisher",
+            Target(pattern=(1, 4), layers=(("model.layers.0.mlp.up_proj.weight", "3:4"),)),
+            r"fisher: 8\d\.\d+% of .* to go, and 75% can go at most, at 1:4",
+        ),
+    ],
+)
+def test_a_budget_beyond_the_last_levels_is_refused_before_any_work(rule: str, target: Target, message: str) -> None:
+    model = build("llama", layers=2)
+    recipe, rule_named = recipe_named("sparsegpt"), AllocationRule(rule)
+    with pytest.raises(UserError, match=message):
+        rule_named.check(recipe, model, target)
+    with pytest.raises(UserError, match=message):
+        rule_named.applied(model, task(target), IN_PROCESS)
+
+
+@pytest.mark.parametrize("rule", ["search", "evolutionary"])
+def test_a_search_without_held_out_text_is_refused_before_any_work(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(measurements, "levels")
+    monkeypatch.delattr(measurements, "gradients")
+    asked = Task(target=Target(sparsity=0.5), calibration=text(rows=1))
+    with pytest.raises(UserError, match="a search needs held-out text: give at least two calibration sequences"):
+        AllocationRule(rule).applied(build("llama", layers=2), asked, IN_PROCESS)
+
+
 def test_uniform_is_the_run_without_an_allocation_up_to_a_weight_of_each_matrix() -> None:
     allocated = AllocationRule("uniform").applied(build("llama", layers=2), task(Target(sparsity=0.7)), IN_PROCESS)
     model = build("llama", layers=2)
@@ -378,6 +407,10 @@ def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -
     [
         ({"allocation": "owls"}, "unknown allocation 'owls' (did you mean 'owl'?): choose one of uniform, "),
         ({"allocation": "owl", "allocation_passes": 9}, "allocation passes are for the allocations search and evol"),
+        (
+            {"sparsity": 0.8, "allocation": "patterns"},
+            "the allocation patterns: 80% of the weights that share the budget",
+        ),
         ({"allocation": "fisher", "stream": True}, "needs the whole model in memory: use --no-stream, or one of uni"),
         ({"method": "struprune", "allocation": "owl"}, "struprune allocates its budget itself"),
         ({"method": "elsa", "allocation": "owl"}, "elsa trains all weights to one target"),

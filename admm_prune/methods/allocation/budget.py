@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
 from admm_prune.methods.allocation.measurements import Gradients, Levels
@@ -315,6 +316,7 @@ class BudgetProblem:
     # Searches
 
     def _search(self) -> tuple[dict[str, str], dict[str, Any]]:
+        self._split()
         curves = self._sensitive(order=2)
         estimated, _ = self._by_slopes(curves)
         fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
@@ -349,11 +351,20 @@ class BudgetProblem:
         levels = _removing_enough(space.curves, result.levels, self.budget)
         return self._fractions(met_exactly(space.curves, levels, self.budget))
 
-    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
-        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+    def _split(self) -> tuple[Sequences, Sequences]:
+        """The text that matrices are pruned on, and that which a search measures on.
+
+        Raises:
+            UserError: there is one sequence.
+        """
         text, held_out = self.task.calibration.split(HELD_OUT)
         if not held_out.rows:
             raise UserError("a search needs held-out text: give at least two calibration sequences")
+        return text, held_out
+
+    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
+        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+        text, held_out = self._split()
         path = self._path()
         if self.task.target.pattern is None:
             step = (1.0 - self.fraction) / (HIGHER + 1)
