@@ -19,7 +19,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.joint import STEPS, Joint
-from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
+from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched, uses_ridge
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
 from admm_prune.methods.parts import ProblemLike, SetLike
@@ -132,7 +132,7 @@ class SparseLLM(Capabilities):
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
         if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: bitwise equal
-            return Layerwise(self.method).prune(model, task, runtime)
+            return Layerwise(self.method).prune(model, self.attention_task(task), runtime)
         task = self.joint.task(task, runtime)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
@@ -168,6 +168,10 @@ class SparseLLM(Capabilities):
             | ({"joint": joint} if self.joint else {}),
         )
 
+    def attention_task(self, task: Task) -> Task:
+        """The task of the matrices outside of the networks, without a ridge where nothing depends on it."""
+        return task if uses_ridge(self.method, self.joint, bounds=task.bounds) else replace(task, ridge=None)
+
     def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> BlockResult:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
@@ -184,7 +188,8 @@ class SparseLLM(Capabilities):
         joint = self.joint.begin(stream, index, block, pruned)
         block_outputs = joint.outputs if repairs or self.joint.refit else None  # of the dense block
         attention = pruned - {view.name for view in views.weights}
-        reports = prune_all(stream.collect(index, attention, block_outputs), self.method, task, world)
+        inputs = stream.collect(index, attention, block_outputs)
+        reports = prune_all(inputs, self.method, self.attention_task(task), world)
         reports = joint.coordinated(reports, self.method, task)
         if not targets:  # the network is left unpruned
             reports = joint.finished(reports, self.method, task)
