@@ -310,7 +310,7 @@ class Settings(TextSettings):
     ridge: Ridge = option(
         None,
         "Ridge, relative to diag(H); the solver's own by default; 'auto' selects it on validation tokens.",
-        python="With 'auto', the damping is selected too, once for all matrices with the same input.",
+        python="'auto' selects the damping too, once for all matrices of one input. Wanda and magnitude take no ridge.",
         commands="run plan solve",
         in_file=float | Literal["auto"] | None,
         typed=str | None,

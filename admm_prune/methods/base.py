@@ -176,8 +176,10 @@ class LayerReport:
     Attributes:
         shape: (out, in) of the dense weight.
         sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
-        relative_error, relative_error_validation: None where no layer problem was solved. Of a matrix that a step on
+        relative_error: on all calibration tokens; None where no layer problem was solved. Of a matrix that a step on
             several matrices fitted again, on the inputs that it has after that step.
+        relative_error_validation: likewise on those of the calibration tokens that the weight was not fitted to; None
+            where it was fitted to all, as by every method that reads the inputs of one layer at a time.
         objective, bound: of the weights and of all others in the same sparse set, with ridge and damping, relative as
             the errors are; None unless `bounds` is set.
         tokens: that the layer's inputs were taken from.

@@ -147,6 +147,7 @@ class JointBlock:
         outputs: of the dense block, as `BlockStream.collect` fills it in; empty where no refit needs them.
         figures: JSON values.
         outdated: names of matrices that were fitted again since their errors as layers of their own were measured.
+        held_out: names of matrices that were fitted without the validation tokens.
     """
 
     joint: Joint
@@ -158,6 +159,7 @@ class JointBlock:
     outputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     figures: dict[str, Any] = field(default_factory=dict[str, Any])
     outdated: set[str] = field(default_factory=set[str])
+    held_out: set[str] = field(default_factory=set[str])
 
     def stages(self, pruned: Collection[str]) -> list[set[str]]:
         """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where
@@ -175,6 +177,8 @@ class JointBlock:
             self.stream, self.index, self.block, reports, method, task
         )
         self._note(reports, renewed)
+        if self.figures["attention"]["accepted"]:  # solved from the dense weights, on the other tokens
+            self.held_out |= self.attention.names
         return renewed
 
     def finished(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
@@ -211,7 +215,8 @@ class JointBlock:
                     damping=report.damping or 0.0,
                 )
                 written = Point(weight=view.read().to(layer.weight.dtype))
-                held_out = statistics.validation
+                apart = view.name in self.held_out or not method.reads_inputs
+                held_out = statistics.validation if apart else None
                 errors[view.name] = (
                     layer.relative_error(written),
                     None if held_out is None else layer.relative_error(written, held_out),

@@ -92,8 +92,13 @@ class Layerwise(Capabilities):
         check_target(decoder_blocks(model), self.method, target)
         self.joint.check(model, self.method)
 
+    def check_task(self, task: Task) -> None:
+        if task.ridge is not None and not uses_ridge(self.method, self.joint, bounds=task.bounds):
+            raise UserError(f"{self.name} only scores weights, whatever the ridge: leave --ridge out")
+
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
+        self.check_task(task)
         task = self.joint.task(task, runtime)
 
         def prune_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
@@ -115,6 +120,12 @@ class Layerwise(Capabilities):
             notes=self.joint.notes(figures, task),
             details={"joint": figures} if self.joint else {},
         )
+
+
+def uses_ridge(method: Method, joint: Joint, *, bounds: bool) -> bool:
+    """Whether anything depends on the ridge of the layer problems: of methods that only score weights, bounds and the
+    joint solution of attention do, and an objective of a third party may."""
+    return method.damped or bounds or bool(joint.coordinate) or is_foreign(method.problem.build)
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:
@@ -333,6 +344,7 @@ def _write(
         ridge_matters=method.damped,
     )
     seconds += posed.seconds + time.perf_counter() - began
+    regularized = method.damped or problem.ridge > 0 or problem.damping > 0
     reports: list[LayerReport] = []
     for view, weight, part in zip(job.weights, stacked.split(sizes), job.parts, strict=True):
         layer = problem
@@ -341,20 +353,20 @@ def _write(
                 weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
             )
         written = Point(weight=view.read().to(layer.weight.dtype))
-        validation = statistics.validation
+        held_out = None if method.reads_inputs else statistics.validation  # part of the Gram that is solved
         reports.append(
             LayerReport(
                 name=view.name,
                 shape=view.shape,
                 sparsity=written.sparsity(),
                 relative_error=layer.relative_error(written),
-                relative_error_validation=None if validation is None else layer.relative_error(written, validation),
+                relative_error_validation=None if held_out is None else layer.relative_error(written, held_out),
                 status=result.status.name,
                 iterations=result.iterations,
                 seconds=seconds * weight.numel() / stacked.numel(),
                 tokens=statistics.tokens,
-                ridge=problem.ridge,
-                damping=problem.damping,
+                ridge=problem.ridge if regularized else None,
+                damping=problem.damping if regularized else None,
                 ridge_trials=damping.trials,
                 notes=(*statistics.notes, *result.notes),
                 diagnosis=diagnosis,

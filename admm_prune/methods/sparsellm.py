@@ -19,7 +19,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.joint import STEPS, Joint
-from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched
+from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched, uses_ridge
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
 from admm_prune.methods.parts import ProblemLike, SetLike
@@ -34,7 +34,7 @@ from admm_prune.ops.activations import ACTIVATIONS
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
-from admm_prune.problems.layer import AllReduce, Share
+from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, AllReduce, Share
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result
 from admm_prune.solvers.alternating import Alternating
@@ -132,7 +132,7 @@ class SparseLLM(Capabilities):
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
         if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: bitwise equal
-            return Layerwise(self.method).prune(model, task, runtime)
+            return Layerwise(self.method).prune(model, self.attention_task(task), runtime)
         task = self.joint.task(task, runtime)
         count = len(decoder_blocks(model))
         chosen = (count + 1) // 2 if self.first_half else count
@@ -150,6 +150,12 @@ class SparseLLM(Capabilities):
             notes.append(
                 "the blocks do not add the networks' outputs to a residual: errors of attention are not compensated"
             )
+        held_out = [figure.get("relative_error_validation") for figure in figures]
+        if failed := sum(error is not None and not error < 1 for error in held_out):
+            notes.append(
+                f"the relative error of {failed} of {chosen} feed-forward networks is 1 or more on held-out tokens, as "
+                "large as without their outputs: give more calibration text or a larger --ridge"
+            )
         if chosen < count:
             notes.append(f"only the first {chosen} of {count} blocks were pruned")
         joint = [{step: figure[step] for step in STEPS if step in figure} for figure in figures]
@@ -161,6 +167,10 @@ class SparseLLM(Capabilities):
             details={"feed_forward": [figure for figure in figures if "rounds" in figure]}
             | ({"joint": joint} if self.joint else {}),
         )
+
+    def attention_task(self, task: Task) -> Task:
+        """The task of the matrices outside of the networks, without a ridge where nothing depends on it."""
+        return task if uses_ridge(self.method, self.joint, bounds=task.bounds) else replace(task, ridge=None)
 
     def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> BlockResult:
         began = time.perf_counter()
@@ -178,7 +188,8 @@ class SparseLLM(Capabilities):
         joint = self.joint.begin(stream, index, block, pruned)
         block_outputs = joint.outputs if repairs or self.joint.refit else None  # of the dense block
         attention = pruned - {view.name for view in views.weights}
-        reports = prune_all(stream.collect(index, attention, block_outputs), self.method, task, world)
+        inputs = stream.collect(index, attention, block_outputs)
+        reports = prune_all(inputs, self.method, self.attention_task(task), world)
         reports = joint.coordinated(reports, self.method, task)
         if not targets:  # the network is left unpruned
             reports = joint.finished(reports, self.method, task)
@@ -276,7 +287,13 @@ class SparseLLM(Capabilities):
     def damped(
         self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
-        """Ridge and damping for every weight; selected on validation tokens for "auto"."""
+        """Ridge and damping for every weight; selected on validation tokens for "auto".
+
+        Weights are fitted before they are pruned, also where the method only scores them and has no ridge of its own:
+        then with the defaults.
+        """
+        if task.ridge is None and not self.method.damped:
+            return dict.fromkeys(network.weights, (DEFAULT_RIDGE, DEFAULT_DAMPING))
         damped = {}
         for name, weight in network.weights.items():
             gram, validation = torch.empty(0), None

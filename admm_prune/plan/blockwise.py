@@ -327,7 +327,7 @@ def _sparsellm(block_pass: BlockPass, recipe: SparseLLM, task: Task) -> Iterator
         layers = block_pass.pruned(view for view in block.weights if view.name not in network_names)
         attention = block_pass.collect(layers, targets)
         target = {"targets": sum(x.nbytes for x in targets.values())}
-        for stage in _local(attention, recipe.method, task, count, block_pass):
+        for stage in _local(attention, recipe.method, recipe.attention_task(task), count, block_pass):
             yield stage.beside(target)
         network_target = task.target.at(network[-1].name)
         if network_target is not None:

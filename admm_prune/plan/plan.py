@@ -192,10 +192,11 @@ def make_plan(settings: PlanSettings) -> Plan:
     if allocation is not None:
         allocation.check(recipe, anatomy.model, target, offloaded=stream)
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
+    task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
+    recipe.check_task(task)
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(out, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
-    task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     notes = [*anatomy.notes, *notes_on(anatomy.model)]
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"

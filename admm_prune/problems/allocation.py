@@ -3,7 +3,7 @@
 Sublayers are coupled only through curves: the cost and the saving of removing k groups. Every rule here gives each
 step of each curve a price, which rises along the curve; steps are taken in the order of their prices, all sublayers
 together, until the budget is met. So a larger budget never takes less from any sublayer, and the budget is exceeded by
-less than the last step.
+less than the last step. Where that is too much, `refined` gives up the first property.
 
 These formulas are a reconstruction, derived from the public description of STRUPRUNE (arXiv 2510.03246): energies, an
 entropy by Stirling's formula, a softmax; the paper's own equations are not public.
@@ -12,8 +12,8 @@ entropy by Stirling's formula, a softmax; the paper's own equations are not publ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -76,6 +76,8 @@ class Allocation:
         loss: the sum of the curves' losses.
         price: of the last step taken; its meaning depends on the rule.
         bound: a proven lower bound of the loss of every allocation that saves as much; None without a proof.
+        order: the steps of all curves, as names and the groups removed after each, in the order of their prices; empty
+            where the rule has none.
     """
 
     removed: dict[str, int]
@@ -84,6 +86,7 @@ class Allocation:
     price: float | None = None
     bound: float | None = None
     notes: tuple[str, ...] = ()
+    order: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
     @property
     def gap(self) -> float | None:
@@ -230,12 +233,76 @@ def take_steps(curves: Sequence[Curve], budget: float, price: Price, most: float
             steps += [(float(p), to / curve.count, l, to) for p, to in zip(prices, levels[1:], strict=True)]
     removed = [0] * len(curves)
     saved, needed, last = 0.0, required_saving(curves, budget), None
-    for worth, _, l, to in sorted(steps):
+    steps.sort()
+    for worth, _, l, to in steps:
         if saved >= needed:
             break
         saved += float(curves[l].savings[to] - curves[l].savings[removed[l]])
         removed[l], last = to, worth
-    return allocation(curves, removed, price=last)
+    order = tuple((curves[l].name, to) for _, _, l, to in steps)
+    return replace(allocation(curves, removed, price=last), order=order)
+
+
+def refined(curves: Sequence[Curve], start: Allocation, budget: float, tolerance: float) -> Allocation:
+    """An allocation with less surplus, where it saves more than the budget by more than a tolerance.
+
+    A step of a curve with few groups may be larger than all that is missing. Two remedies are tried: steps before it
+    are undone, the dearest by the rule first, as long as the budget is met; or the steps that save too much are left
+    out, for those of the other curves that come next. Of those within the tolerance the one of less loss is taken,
+    otherwise the one of less surplus.
+
+    Args:
+        start: by `take_steps`; an allocation without an order is returned as it is.
+        tolerance: in units of the budget.
+    """
+    needed = required_saving(curves, budget)
+    if not start.order or start.saved <= needed + tolerance:
+        return start
+    named = {curve.name: curve for curve in curves}
+    tried = [
+        allocation(curves, [removed[curve.name] for curve in curves], price=start.price)
+        for removed in (start.removed, _undone(named, start, needed), _without(named, start, needed, tolerance))
+        if removed is not None
+    ]
+    best = min(tried, key=lambda one: (max(one.saved - needed, tolerance), one.loss, one.saved))
+    return replace(best, order=start.order)
+
+
+def _undone(curves: Mapping[str, Curve], start: Allocation, needed: float) -> dict[str, int]:
+    """What is removed without the dearest steps that the budget can spare."""
+    before, last = _levels_before(start.order), dict(start.removed)
+    surplus = start.saved - needed
+    for name, to in reversed(start.order):
+        if last[name] == to:  # steps below one that stays are not undone
+            width = float(curves[name].savings[to] - curves[name].savings[before[name, to]])
+            if width <= surplus:
+                surplus -= width
+                last[name] = before[name, to]
+    return last
+
+
+def _without(curves: Mapping[str, Curve], start: Allocation, needed: float, tolerance: float) -> dict[str, int] | None:
+    """What is removed where curves end before a step that saves too much; None where that does not meet the budget."""
+    before, removed, saved = _levels_before(start.order), dict.fromkeys(curves, 0), 0.0
+    for name, to in start.order:
+        if saved >= needed:
+            break
+        if removed[name] == before[name, to]:  # none of its steps was left out
+            width = float(curves[name].savings[to] - curves[name].savings[removed[name]])
+            if saved + width <= needed + tolerance:
+                saved += width
+                removed[name] = to
+    return removed if saved >= needed else None
+
+
+def _levels_before(order: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """The groups removed before every step, which come in ascending order for each curve."""
+    at: dict[str, int] = {}
+    before: dict[tuple[str, int], int] = {}
+    for name, to in order:
+        before[name, to] = at.get(name, 0)
+        at[name] = to
+    return before
 
 
 def energies(curves: Sequence[Curve], budget: float) -> list[float]:

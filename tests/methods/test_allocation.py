@@ -104,6 +104,52 @@ def test_a_sparsity_in_patterns_mixes_dense_and_sparse_matrices() -> None:
     assert details["gap"] < 0.01
 
 
+@pytest.mark.parametrize(
+    ("rule", "target", "level"),
+    [(name, Target(pattern=(1, 4)), "1:4") for name in RULES if name != "patterns"]
+    + [("patterns", Target(sparsity=0.75), "1:4"), ("fisher", Target(sparsity=1.0), "1.0")],
+)
+def test_a_budget_at_the_last_level_needs_no_measurement(
+    rule: str, target: Target, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evolutionary search ended in an IndexError there."""
+    monkeypatch.delattr(measurements, "levels")
+    monkeypatch.delattr(measurements, "gradients")
+    model = build("llama", layers=2)
+    allocated = AllocationRule(rule, passes=6).applied(model, task(target), IN_PROCESS)
+    assert allocated.details["targets"] == dict.fromkeys(weights(model), level)
+    assert allocated.details["removed"] == allocated.details["budget"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "target", "message"),
+    [
+        ("patterns", Target(sparsity=0.8), r"patterns: 80% of .* to go, and 75% can go at most, at 1:4: prune less$"),
+        (
+            "fisher",
+            Target(pattern=(1, 4), layers=(("model.layers.0.mlp.up_proj.weight", "3:4"),)),
+            r"fisher: 8\d\.\d+% of .* to go, and 75% can go at most, at 1:4",
+        ),
+    ],
+)
+def test_a_budget_beyond_the_last_levels_is_refused_before_any_work(rule: str, target: Target, message: str) -> None:
+    model = build("llama", layers=2)
+    recipe, rule_named = recipe_named("sparsegpt"), AllocationRule(rule)
+    with pytest.raises(UserError, match=message):
+        rule_named.check(recipe, model, target)
+    with pytest.raises(UserError, match=message):
+        rule_named.applied(model, task(target), IN_PROCESS)
+
+
+@pytest.mark.parametrize("rule", ["search", "evolutionary"])
+def test_a_search_without_held_out_text_is_refused_before_any_work(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(measurements, "levels")
+    monkeypatch.delattr(measurements, "gradients")
+    asked = Task(target=Target(sparsity=0.5), calibration=text(rows=1))
+    with pytest.raises(UserError, match="a search needs held-out text: give at least two calibration sequences"):
+        AllocationRule(rule).applied(build("llama", layers=2), asked, IN_PROCESS)
+
+
 def test_uniform_is_the_run_without_an_allocation_up_to_a_weight_of_each_matrix() -> None:
     allocated = AllocationRule("uniform").applied(build("llama", layers=2), task(Target(sparsity=0.7)), IN_PROCESS)
     model = build("llama", layers=2)
@@ -274,6 +320,18 @@ def test_the_pattern_search_ends_where_no_move_is_better() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pattern", "evolutionary"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_search_ends_where_no_other_allocation_is_left(kind: str, share: float) -> None:
+    """At their last levels no matrix can lose more; of two unlike matrices none can lose it for the other."""
+    savings = torch.tensor([0.0, 100, 200]).double()
+    curves = [Curve(f"m{l}", savings.clone(), scale * savings, least=0) for l, scale in enumerate((1, 3))]
+    space = Space([400, 1200], curves, round(share * 800))
+    found = searches(space, lambda levels: float(sum(levels)), 1000)[kind](NOTHING)
+    assert found.levels == ([2, 2] if share == 1 else [1, 1])
+    assert found.passes == 1 or kind == "pattern"
+
+
+@pytest.mark.parametrize("kind", ["pattern", "evolutionary"])
 def test_a_search_that_is_resumed_is_the_one_that_was_not_interrupted(kind: str) -> None:
     space, loss = synthetic()
     whole = searches(space, loss, 50)[kind](NOTHING)
@@ -349,6 +407,10 @@ def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -
     [
         ({"allocation": "owls"}, "unknown allocation 'owls' (did you mean 'owl'?): choose one of uniform, "),
         ({"allocation": "owl", "allocation_passes": 9}, "allocation passes are for the allocations search and evol"),
+        (
+            {"sparsity": 0.8, "allocation": "patterns"},
+            "the allocation patterns: 80% of the weights that share the budget",
+        ),
         ({"allocation": "fisher", "stream": True}, "needs the whole model in memory: use --no-stream, or one of uni"),
         ({"method": "struprune", "allocation": "owl"}, "struprune allocates its budget itself"),
         ({"method": "elsa", "allocation": "owl"}, "elsa trains all weights to one target"),

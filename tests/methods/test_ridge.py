@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,20 +10,25 @@ import pytest
 import torch
 from torch import nn
 
-from admm_prune.data.sequences import Sequences
+from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Task
+from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.registry import composed
 from admm_prune.methods.ridge import GRID, choose_ridge, parse_ridge
+from admm_prune.methods.sparsellm import SPARSELLM
 from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
+from admm_prune.plan.plan import make_plan
 from admm_prune.problems.constraints import Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.statistics import LayerStatistics
 from tests.catalogue import correlated_inputs, random_weight
+from tests.models.tiny_models import VOCABULARY, build
 
 TEXT = Sequences((), "windows", 8, None, 1)
 
@@ -114,3 +120,47 @@ def test_a_ridge_that_is_none_is_refused(wrong: str | float) -> None:
 
 def test_a_ridge_is_read() -> None:
     assert [parse_ridge(text) for text in (None, "auto", "0.1", 0, 1e-3)] == [None, "auto", 0.1, 0.0, 1e-3]
+
+
+@pytest.mark.parametrize("name", ["wanda", "magnitude"])
+@pytest.mark.parametrize("ridge", [0.3, "auto"])
+def test_a_ridge_that_changes_nothing_is_refused_before_any_work(name: str, ridge: float | str) -> None:
+    """It was reported as used; with "auto" every matrix was solved seven times to choose it."""
+    model, task = build("llama", layers=1), Task(target=Target(0.5), calibration=TEXT, ridge=ridge)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"^{name} only scores weights, whatever the ridge: leave --ridge out$"):
+        composed(name).check_task(task)
+    with pytest.raises(UserError, match="leave --ridge out"):
+        composed(name).prune(model, task)
+    with pytest.raises(UserError, match="leave --ridge out"):
+        make_plan("embedded", method=name, sparsity=0.5, samples=2, length=32, ridge=ridge)
+
+
+@pytest.mark.parametrize("name", [*LOCAL_METHODS, *(recipe.name for recipe in SPARSELLM)])
+def test_a_ridge_is_taken_where_anything_depends_on_it(name: str) -> None:
+    task = Task(target=Target(0.5), calibration=TEXT, ridge=0.3)
+    recipe, taken = composed(name), name not in ("wanda", "magnitude")
+    with nullcontext() if taken else pytest.raises(UserError):
+        recipe.check_task(task)
+    composed(name, joint=Joint(coordinate=("attention",))).check_task(task)
+    recipe.check_task(replace(task, bounds=True))
+    recipe.check_task(replace(task, ridge=None))
+
+
+@pytest.mark.parametrize(("name", "ridge"), [("wanda", None), ("admm", 0.03)])
+def test_only_a_ridge_that_was_used_is_reported(name: str, ridge: float | None) -> None:
+    x = correlated_inputs(300, 48, 0, torch.float32)
+    layer = nn.Linear(48, 16, bias=False).requires_grad_(False)
+    shared = SharedInput((WeightView("0.weight", layer),), LayerStatistics(gram=x.T @ x, tokens=300))
+    (report,) = prune_shared(shared, LOCAL_METHODS[name], Task(target=Target(0.5), calibration=TEXT))
+    assert report.ridge == ridge
+    assert (report.damping is None) == (ridge is None)
+
+
+@pytest.mark.parametrize("solver", ["wanda", "magnitude"])
+def test_matrices_outside_of_the_networks_have_no_ridge_where_it_changes_nothing(solver: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = tuple(Row(torch.randint(1, VOCABULARY, (24,), generator=g), 24) for _ in range(6))
+    task = Task(target=Target(0.5), calibration=Sequences(rows, "windows", 24, None, 4), ridge="auto")
+    outcome = composed("sequential", solver=solver).prune(build("llama", layers=1), task)
+    assert {(report.ridge, report.ridge_trials) for report in outcome.layers} == {(None, ())}
+    assert outcome.details["feed_forward"][0]["damped"]["down"] in map(list, GRID)

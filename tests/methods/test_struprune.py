@@ -226,6 +226,24 @@ def test_a_budget_that_is_not_of_weights_is_recorded_and_left_unchecked(
     assert any("a fraction of the flops" in what for what in verified.unchecked)
 
 
+@pytest.mark.parametrize("recipe", [StruPrune(uniform=True), StruPrune()], ids=["uniform", "free"])
+@pytest.mark.parametrize("sparsity", [0.15, 0.35, 0.45])
+def test_a_group_of_every_block_does_not_miss_the_budget(
+    recipe: StruPrune, sparsity: float, model_folder: Path, calibration: Sequences
+) -> None:
+    """Of the embedded model 40 % was to go, and 49.89 % went."""
+    outcome, _ = pruned(model_folder, recipe, calibration, sparsity)
+    assert sparsity - 1e-9 <= outcome.details["saved"] <= sparsity + 0.01
+    assert outcome.notes == ()
+
+
+def test_a_budget_that_large_groups_miss_is_a_note(model_folder: Path, calibration: Sequences) -> None:
+    outcome, _ = pruned(model_folder, StruPrune(uniform=True, unit="kv-cache"), calibration, 0.3)
+    assert outcome.notes == ("50.00% is saved, where 30% was to go: every step takes a group of each block",)
+    outcome, _ = pruned(model_folder, StruPrune(unit="kv-cache"), calibration, 0.3)
+    assert outcome.notes == ("50.00% is saved, where 30% was to go: the groups are large",)
+
+
 # Refusals
 
 

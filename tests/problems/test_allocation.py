@@ -24,6 +24,7 @@ from admm_prune.problems.allocation import (
     Uniform,
     convex_slopes,
     energies,
+    refined,
     standardized,
     together,
 )
@@ -309,3 +310,47 @@ def test_the_bound_of_the_knapsack_is_below_every_allocation_in_fractions(seed, 
 
 def test_the_gap_of_a_loss_of_nan_is_nan() -> None:
     assert math.isnan(Allocation(removed={}, saved=0.0, loss=math.nan, bound=1.0).gap or 0.0)
+
+
+# Budgets between coarse steps
+
+
+@pytest.mark.parametrize("name", PRICED)
+@settings(max_examples=15)
+@given(seed=seeds, share=budgets)
+def test_a_surplus_is_refined_to_one_fine_step(name, seed, share) -> None:
+    curves = network(seed)
+    budget = share * total(curves)
+    rule = RULES[name].allocate(curves, budget)
+    found = refined(curves, rule, budget, tolerance=1.0)
+    assert budget - 1e-9 * total(curves) <= found.saved <= rule.saved
+    assert found.saved == sum(float(c.savings[found.removed[c.name]]) for c in curves)
+    assert all(found.removed[c.name] in c.levels() for c in curves)
+    if share >= 0.1:  # as many neurons as a step of heads saves have gone, or can still go
+        assert found.saved <= budget + 1.0
+    if rule.saved <= budget + 1.0:
+        assert found is rule
+
+
+def test_a_coarse_step_is_left_out_or_kept_whichever_loses_less() -> None:
+    """Heads in steps of 50, neurons of 1: 60 go after 20 neurons, where the rule takes the second step of heads."""
+
+    def case(heads: list[float], last: float) -> tuple[list[Curve], Allocation]:
+        steps = torch.cat([torch.full((20,), 0.1), torch.full((180,), last)]).double().cumsum(0)
+        neurons = Curve("neurons", torch.cat([torch.zeros(1).double(), steps]), torch.arange(201.0).double())
+        curves = [Curve("heads", torch.tensor(heads).double(), 50.0 * torch.arange(3.0).double(), least=0), neurons]
+        return curves, EqualSlope().allocate(curves, 60.0)
+
+    curves, rule = case([0.0, 10.0, 200.0], last=0.3)  # a slope of 0.2, then 3.8; of neurons 0.1, then 0.3
+    assert rule.removed == {"heads": 1, "neurons": 20}
+    assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 1, "neurons": 10}  # 11.0; 14.0 without heads
+    curves, rule = case([0.0, 10.0, 200.0], last=0.201)  # 10.04 without heads
+    assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 0, "neurons": 60}
+    curves, rule = case([0.0, 10.0, 200.0], last=math.inf)
+    assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 1, "neurons": 10}
+
+
+def test_steps_that_are_all_coarse_stay_as_they_are() -> None:
+    heads = Curve("heads", torch.tensor([0.0, 1, 3]).double(), torch.tensor([0.0, 50, 100]).double(), least=0)
+    rule = Uniform().allocate([heads], 60.0)
+    assert refined([heads], rule, 60.0, 1.0).removed == rule.removed == {"heads": 2}

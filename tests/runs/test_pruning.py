@@ -62,6 +62,14 @@ def test_a_layer_error_is_measured_against_the_dense_weight(model_folder: Path, 
         assert first.relative_error_validation == pytest.approx(error, abs=1e-12)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_an_error_on_tokens_that_a_weight_was_fitted_to_is_no_validation_error(
+    method: str, model_folder: Path, text_file: Path
+) -> None:
+    report = admm_prune.prune(model_folder, method=method, sparsity=0.5, data=str(text_file), samples=4)
+    assert all(layer.relative_error and layer.relative_error_validation is None for layer in report.layers)
+
+
 def test_a_target_that_one_weight_does_not_admit_leaves_all_of_them_alone(model_folder: Path, text_file: Path) -> None:
     loaded = load(str(model_folder))
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}

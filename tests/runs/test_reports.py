@@ -49,11 +49,12 @@ def drawings(page: Element) -> set[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
-    """Finished runs by four kinds of method."""
+    """Finished runs by five kinds of method."""
     place = tmp_path_factory.mktemp("runs")
     common: dict[str, Any] = {"data": str(text_file), "device": "cpu"}
     admm_prune.prune(model_folder, method="admm", sparsity=0.7, out=place / "admm", bounds=True, **common)
     admm_prune.prune(model_folder, method="wanda", sparsity=0.5, out=place / "wanda", **common)
+    admm_prune.prune(model_folder, method="magnitude", sparsity=0.5, out=place / "magnitude", **common)
     admm_prune.prune(model_folder, method="struprune", sparsity=0.4, out=place / "struprune", **common)
     admm_prune.prune(model_folder, method="sparsellm", sparsity=0.5, out=place / "sparsellm", **common)
     admm_prune.prune(model_folder, method="elsa-published", sparsity=0.5, steps=40, out=place / "trained", **common)
@@ -128,11 +129,13 @@ def test_a_note_that_is_advised_already_is_not_repeated() -> None:
 
 
 def test_every_layer_is_in_the_page_with_the_numbers_of_the_manifest(runs: Path) -> None:
-    for name in ("admm", "wanda", "struprune", "sparsellm", "trained"):
+    for name in ("admm", "wanda", "magnitude", "struprune", "sparsellm", "trained"):
         manifest, page = manifest_of(runs / name), page_of(runs / name)
         rows = {row.attributes["data-layer"]: row for row in page.find_all("tr") if "data-layer" in row.attributes}
         assert list(rows) == [layer["name"] for layer in content.worst_first(manifest["layers"])]
-        fields = ["relative_error", "relative_error_validation"] + ["objective", "bound"] * (name == "admm")
+        fields = ["relative_error"] + ["objective", "bound"] * (name == "admm")
+        fields += ["relative_error_validation"] * (name == "magnitude")
+        assert ("error, validation" in page.text) == (name == "magnitude"), "the others are fitted to these tokens too"
         for layer in manifest["layers"]:
             for field in fields:
                 (cell,) = rows[layer["name"]].find_all("td", data_field=field)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
 from admm_prune.methods.allocation.measurements import Gradients, Levels
@@ -59,6 +60,18 @@ def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightV
             f"the overrides alone leave no way to {target.label} of all matrices: change them or the sparsity"
         )
     return sharing, budget
+
+
+def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
+    """The level of every matrix that removes most: without a pattern all of it."""
+    if rule == "patterns":
+        return [fitting(view)[-1] for view in views]
+    return [Target(sparsity=1.0) if target.pattern is None else Target(pattern=(1, target.pattern[1]))] * len(views)
+
+
+def most_removed(last: Sequence[Target], sizes: Sequence[int]) -> int:
+    """The weights that matrices lose together at their last levels."""
+    return sum(level.removed_from(size) for level, size in zip(last, sizes, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +137,12 @@ class BudgetProblem:
             "search": self._search,
             "evolutionary": self._evolutionary,
         }
-        decided = self.budget in (0, sum(self.sizes))  # nothing, or everything
-        targets, figures = solve["uniform" if decided else rule]()
+        last = last_levels(rule, self.views, self.task.target)
+        if self.budget == most_removed(last, self.sizes):  # there is one allocation: nothing is measured
+            figures: dict[str, Any] = {}
+            targets = {view.name: str(level) for view, level in zip(self.views, last, strict=True)}
+        else:
+            targets, figures = solve["uniform" if self.budget == 0 else rule]()
         removed = sum(target_named(targets[view.name]).removed_from(size) for view, size in self._sized())
         return {"rule": rule, "budget": self.budget, "removed": removed, **figures, "targets": targets}
 
@@ -299,6 +316,7 @@ class BudgetProblem:
     # Searches
 
     def _search(self) -> tuple[dict[str, str], dict[str, Any]]:
+        self._split()
         curves = self._sensitive(order=2)
         estimated, _ = self._by_slopes(curves)
         fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
@@ -333,11 +351,20 @@ class BudgetProblem:
         levels = _removing_enough(space.curves, result.levels, self.budget)
         return self._fractions(met_exactly(space.curves, levels, self.budget))
 
-    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
-        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+    def _split(self) -> tuple[Sequences, Sequences]:
+        """The text that matrices are pruned on, and that which a search measures on.
+
+        Raises:
+            UserError: there is one sequence.
+        """
         text, held_out = self.task.calibration.split(HELD_OUT)
         if not held_out.rows:
             raise UserError("a search needs held-out text: give at least two calibration sequences")
+        return text, held_out
+
+    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
+        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+        text, held_out = self._split()
         path = self._path()
         if self.task.target.pattern is None:
             step = (1.0 - self.fraction) / (HIGHER + 1)

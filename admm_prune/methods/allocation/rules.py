@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from admm_prune.errors import UserError, unknown
-from admm_prune.methods.allocation.budget import DENSITIES, HIGHER, LOWER, MIXED, BudgetProblem, budget_of, fitting
+from admm_prune.methods.allocation.budget import (
+    DENSITIES,
+    HIGHER,
+    LOWER,
+    MIXED,
+    BudgetProblem,
+    budget_of,
+    last_levels,
+    most_removed,
+)
 from admm_prune.methods.base import Recipe, Runtime, Task, TextUse
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
+from admm_prune.models.structure import WeightView
 
 SEARCHES = ("search", "evolutionary")
 PASSES = 256  # forward passes of a search, by default
@@ -143,10 +154,20 @@ class AllocationRule:
             raise UserError("the allocation patterns mixes patterns itself: give a sparsity such as 0.4")
         if self.name == "patterns" and (sets := getattr(getattr(recipe, "method", None), "sets", None)) is not None:
             raise UserError(f"the allocation patterns mixes patterns, which are sparse sets: it takes no {sets.name}")
-        sharing, _ = budget_of(model, target)
-        if self.name == "patterns":
-            for _, view in sharing:
-                fitting(view)
+        sharing, budget = budget_of(model, target)
+        self._check_budget([view for _, view in sharing], budget, target)
+
+    def _check_budget(self, views: Sequence[WeightView], budget: int, target: Target) -> None:
+        """Raises UserError where the levels of some matrices do not remove so much."""
+        sizes = [math.prod(view.shape) for view in views]
+        last = last_levels(self.name, views, target)
+        most, total = most_removed(last, sizes), sum(sizes)
+        if budget > most:
+            levels = ", ".join(sorted({str(level) for level in last}))
+            raise UserError(
+                f"the allocation {self.name}: {100 * budget / total:.4g}% of the weights that share the budget is to "
+                f"go, and {100 * most / total:.4g}% can go at most, at {levels}: prune less"
+            )
 
     def applied(self, model: nn.Module, task: Task, runtime: Runtime) -> Allocated:
         """Distributes the target's budget over the matrices that have no target of their own; the model stays dense.
@@ -158,6 +179,7 @@ class AllocationRule:
             UserError: the budget cannot be met, or the text or a matrix cannot be used.
         """
         problem = BudgetProblem.of(model, task, runtime, self.passes)
+        self._check_budget(problem.views, problem.budget, task.target)
         if task.target.fraction == 0 or not problem.views:
             return Allocated(target=task.target, details={"rule": self.name, "targets": {}})
         try:

@@ -181,7 +181,7 @@ def evolutionary_search(
 
     Every generation has 16 offspring of the best allocation so far. A mutation raises the level of one matrix and
     lowers that of another of the same size; there are min(u, v) of them, u and v uniform in 1, 2, 3. Selection has one
-    step, on the whole held-out text, by the loss.
+    step, on the whole held-out text, by the loss. The search ends early where no such pair is left.
 
     Source: Sieberling et al., EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024,
     algorithm 1 and section 3.3, whose selection has several steps on growing texts, by the KL divergence.
@@ -194,6 +194,10 @@ def evolutionary_search(
     least = first = value(parent)
     while value.count < passes:
         offspring = [_mutated(parent, space.sizes, alike, space.curves, generator) for _ in range(_OFFSPRING)]
+        if all(child == parent for child in offspring):
+            if not any(_partners(parent, i, space.sizes, alike, space.curves) for i in _raisable(parent, space.curves)):
+                break
+            continue
         values = [value(child) for child in offspring[: passes - value.count]]
         best = min(range(len(values)), key=values.__getitem__)
         if values[best] < least:
@@ -211,17 +215,36 @@ def _mutated(
     child = list(parent)
     switches = min(generator.randint(1, _MOST_SWITCHES), generator.randint(1, _MOST_SWITCHES))
     for _ in range(switches):
-        raised = generator.choice([i for i in range(len(child)) if child[i] < curves[i].count])
-        step = _step(curves[raised], child[raised] + 1)
-        others = [
-            i
-            for i in alike[sizes[raised]]
-            if i != raised and child[i] > 0 and abs(_step(curves[i], child[i]) - step) <= 1  # up to rounding
-        ]
+        raisable = _raisable(child, curves)
+        if not raisable:  # all matrices are at their last level
+            break
+        raised = generator.choice(raisable)
+        others = _partners(child, raised, sizes, alike, curves)
         if others:
             child[raised] += 1
             child[generator.choice(others)] -= 1
     return child
+
+
+def _raisable(levels: Sequence[int], curves: Sequence[Curve]) -> list[int]:
+    """The matrices that can lose more."""
+    return [i for i in range(len(levels)) if levels[i] < curves[i].count]
+
+
+def _partners(
+    levels: Sequence[int],
+    raised: int,
+    sizes: Sequence[int],
+    alike: Mapping[int, Sequence[int]],
+    curves: Sequence[Curve],
+) -> list[int]:
+    """The matrices whose level can be lowered in exchange for one more of another."""
+    step = _step(curves[raised], levels[raised] + 1)
+    return [
+        i
+        for i in alike[sizes[raised]]
+        if i != raised and levels[i] > 0 and abs(_step(curves[i], levels[i]) - step) <= 1  # up to rounding
+    ]
 
 
 def _step(curve: Curve, level: int) -> float:

@@ -36,9 +36,10 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits, check_exportable, export, groups_by_block
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.models.sublayers import UNITS, Sublayer, Unit, heads_stay, keep_groups, savings, sublayers
-from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, together
+from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, refined, together
 from admm_prune.statistics import LayerStatistics
 
+_SURPLUS = 0.01  # of the whole, which a budget may be exceeded by without another allocation or a note
 RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
 
 
@@ -287,12 +288,17 @@ class StruPrune(Capabilities):
         kinds: dict[str, list[Curve]] = {}
         for sublayer in (sublayer for block in parts for sublayer in block):
             kinds.setdefault(sublayer.kind, []).append(curves[sublayer.name])
+        posed = [together(kind, alike) for kind, alike in kinds.items()] if self.uniform else list(curves.values())
         try:
-            if not self.uniform:
-                return self.allocator.allocate(list(curves.values()), budget)
-            allocation = self.allocator.allocate([together(kind, alike) for kind, alike in kinds.items()], budget)
+            allocation = refined(posed, self.allocator.allocate(posed, budget), budget, _SURPLUS * weight)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
+        if allocation.saved > budget + _SURPLUS * weight:
+            steps = "every step takes a group of each block" if self.uniform else "the groups are large"
+            note = f"{allocation.saved / weight:.2%} is saved, where {target.label} was to go: {steps}"
+            allocation = replace(allocation, notes=(*allocation.notes, note))
+        if not self.uniform:
+            return allocation
         removed = {curve.name: allocation.removed[kind] for kind, alike in kinds.items() for curve in alike}
         return replace(allocation, removed=removed)
 

@@ -140,6 +140,7 @@ def _run(folder: Path, run: Manifest) -> str:
         notes=content.notes_of(run),
         map=plots.sparsity_map(layers, Weights(folder, layers)),
         errors=plots.layer_errors(layers),
+        validated=any(layer.get("relative_error_validation") is not None for layer in layers),
         bounded=any(layer["bound"] is not None for layer in layers),
         own_targets=_own_targets(run),
         allocated=details.get("allocation"),
