@@ -231,6 +231,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                     ratios.append(float(record["perplexity"]) / min(rivals))
             first = next(iter(by_seed.values()))
             values = [float(record["perplexity"]) for record in by_seed.values()]
+            seconds = [float(record["seconds"]) for record in by_seed.values() if record["seconds"]]
             rows.append(
                 {
                     **dict(zip(("model", "target", "steps", "distillation"), place, strict=True)),
@@ -245,7 +246,7 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
                     "primal_residual": number(first["primal_residual"]),
                     "dense": float(first["dense"]),
                     "ratio": mean(ratios) if ratios else None,
-                    "seconds": mean(float(record["seconds"]) for record in by_seed.values()),
+                    "seconds": mean(seconds) if seconds else None,  # of runs that were not suspended
                 }
             )
     return rows
@@ -282,7 +283,7 @@ def text_table(rows: Sequence[Row], head: str) -> str:
             lines.append(
                 f"{row['target']:7}{row['method']:40}{row['distillation']:>4}{row['perplexity']:11.3f}"
                 f"{row['spread']:9.3f}{row['seeds']:6}{ratio:>8}{int(row['tokens'] or 0):9}{primal:>8}"
-                f"{row['seconds']:9.0f}  {rate}"
+                f"{'' if row['seconds'] is None else round(row['seconds']):>9}  {rate}"
             )
     return "\n".join(lines) + "\n"
 
