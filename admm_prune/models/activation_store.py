@@ -152,7 +152,8 @@ def record(
 ) -> list[BatchState]:
     """Calls the model on every batch, to record how it calls its blocks.
 
-    No block is computed: each returns its input, because its other arguments do not depend on what blocks compute.
+    No block is computed: each returns its input, because its other arguments do not depend on what blocks compute:
+    `check_causal` refuses models where they do.
 
     Args:
         batches: with the names of their hidden states.
