@@ -114,6 +114,8 @@ def for_each_block(
     if stream is not None:
         if saved is not None and rerun is None:
             stream.resume(len(block_results), saved)
+        # Where blocks read what others wrote, a resumed run needs more than activations.
+        saves = runtime.world.size == 1 and not stream.shares_state
         for index in range(len(block_results), len(blocks)):
             block = blocks[index]
             runtime.report_progress(before + index, total, f"{block.name}{note}")
@@ -127,7 +129,7 @@ def for_each_block(
                     index,
                     {"layers": [layer.as_json() for layer in result.layers], "details": result.details},
                     tensors=_weights(block) if changes else result.tensors,
-                    activations=stream.activations if runtime.world.size == 1 else None,
+                    activations=stream.activations if saves else None,
                 )
             if changes and not offloading.keeps_changes:
                 offloading.restore(index, block, journal.tensor_file(part, index))

@@ -7,7 +7,7 @@ mapped into memory when they are read.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -117,6 +117,18 @@ class BatchState:
     def stored(self) -> Tensor:
         """The present hidden states, on the host."""
         return self._activation_store.get(self.name)
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether several blocks are called with one mapping, to which they may write, such as shared keys and values:
+        what a block computes then depends on the blocks that ran before, not on their outputs alone."""
+        mappings = [
+            id(value)
+            for args, kwargs in self.calls
+            for value in (*args, *kwargs.values())
+            if isinstance(value, MutableMapping)
+        ]
+        return len(set(mappings)) < len(mappings)
 
     def replay(self, block: Block, index: int, *, finite: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """The hidden states that `block` computes from the present ones.

@@ -19,8 +19,6 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
     GptOssConfig,
@@ -49,7 +47,7 @@ from admm_prune.models.loading import LoadedModel, load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.plan import make_plan
 from tests.models.conftest import Make, Tensors
-from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build
+from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build, shared_keys
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WAYS: tuple[Callable[[str], object], ...] = (load, open_on_disk, Anatomy.of)  # run and eval, run --stream, plan
@@ -194,22 +192,8 @@ def test_hidden_states_that_change_between_blocks_are_refused() -> None:
         check_causal("XLM", model)
 
 
-def shared_keys() -> Gemma4ForCausalLM:
-    """Blocks that read the keys and values of earlier ones, from a mapping that all of them are called with."""
-    torch.manual_seed(0)
-    config = Gemma4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=CONTEXT, sliding_window=8, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY, initializer_range=0.3, bos_token_id=0,
-        eos_token_id=0, pad_token_id=0, layer_types=["sliding_attention", "full_attention"] * 2,
-    )  # fmt: skip
-    return Gemma4ForCausalLM(config).eval()
-
-
-def test_blocks_that_write_to_a_mapping_in_common_are_replayed(saved: Make) -> None:
-    folder = saved(shared_keys())
-    for way in WAYS:
-        way(str(folder))
+def test_blocks_that_write_to_a_mapping_in_common_are_replayed(saved: Make, text_file: Path) -> None:
+    run_both_ways(saved(shared_keys()), text_file)
 
 
 def test_shapes_are_checked_under_other_names_too(saved: Make) -> None:

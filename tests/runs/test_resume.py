@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
@@ -27,6 +28,7 @@ from admm_prune.runs.journal.folder import TIMINGS
 from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
 from admm_prune.runs.journal.world import random_state, restore_random_state
 from admm_prune.runs.report import REPORT
+from tests.models.tiny_models import shared_keys
 from tests.runs.interruption import Interruption
 
 RUNS = [
@@ -90,6 +92,20 @@ def test_a_run_without_saved_activations_ends_in_the_same_files(
     with monkeypatch.context() as patch:
         patch.setattr(FolderJournal, "resume_point", lambda *_: None)
         prune(model_folder, out, text_file, resume=True, **how)
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+
+
+def test_a_run_goes_on_where_blocks_read_what_others_wrote(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys and values that blocks share are those of the finished blocks, which run again."""
+    folder = tmp_path / "model"
+    shared_keys().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    how: dict[str, Any] = {"method": "wanda", "stream": False}
+    prune(folder, tmp_path / "whole", text_file, **how)
+    out = broken_off(folder, text_file, tmp_path, monkeypatch, after=4, **how)  # the last block is missing
+    prune(folder, out, text_file, resume=True, **how)
     assert fingerprints(out) == fingerprints(tmp_path / "whole")
 
 
