@@ -164,10 +164,13 @@ def test_supports_stay_and_no_step_is_kept_that_raises_its_validation_error(name
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("joint", [BOTH, Joint(coordinate=("attention",))])
-def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(joint: Joint) -> None:
-    """Relative to the dense matrix, on the inputs that it has in the finished block."""
-    model, dense = build("llama", layers=1), build("llama", layers=1)
+@pytest.mark.parametrize(
+    ("family", "joint"),
+    [("llama", BOTH), ("llama", Joint(coordinate=("attention",))), ("opt", Joint(coordinate=("attention",)))],
+)
+def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(family: str, joint: Joint) -> None:
+    """Relative to the dense matrix, on the inputs that it has in the finished block, with the bias fitted with it."""
+    model, dense = build(family, layers=1), build(family, layers=1)
     task = Task(target=Target(sparsity=0.5), calibration=text((16,) * 32))
     outcome = composed("wanda", joint=joint).prune(model, task)
     fitted = [report for report in outcome.layers if any("fitted again" in note for note in report.notes)]
@@ -179,15 +182,28 @@ def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_en
         keep = lambda _, args, name=view.name: inputs.update({name: args[0].flatten(0, -2)})  # noqa: E731
         view.module.register_forward_pre_hook(keep)
     found: dict[str, Tensor] = {}
+    found_held_out: dict[str, Tensor] = {}
     for state in (state for states in stream.states(0).values() for state in states):
         state.replay(block, 0)
         for view, old in zip(block.weights, before.weights, strict=True):
             x = inputs[view.name].double()
-            energies = [(x @ w.double().T).square().sum() for w in (view.read() - old.read(), old.read())]
-            found[view.name] = found.get(view.name, torch.zeros(2, dtype=torch.float64)) + torch.stack(energies)
+            moved = 0 if view.bias is None or old.bias is None else (view.bias - old.bias).double()
+            error = x @ (view.read() - old.read()).double().T + moved
+            energies = [error.square().sum(), (x @ old.read().double().T).square().sum()]
+            for place in (found, found_held_out) if state in stream.states(0)["validation"] else (found,):
+                place[view.name] = place.get(view.name, torch.zeros(2, dtype=torch.float64)) + torch.stack(energies)
     for report in fitted:
-        error, energy = found[report.name].tolist()
-        assert report.relative_error == pytest.approx(error / energy, rel=1e-3), report.name
+        for reported, measured in (
+            (report.relative_error, found), (report.relative_error_validation, found_held_out)
+        ):  # fmt: skip
+            error, energy = measured[report.name].tolist()
+            assert reported == pytest.approx(error / energy, rel=1e-3), report.name
+    moves = [
+        float((a.bias - b.bias).abs().max())
+        for a, b in zip(block.weights, before.weights, strict=True)
+        if a.bias is not None and b.bias is not None
+    ]
+    assert (max(moves, default=0.0) > 1e-3) == (family == "opt")
 
 
 def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
