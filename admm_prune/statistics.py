@@ -307,8 +307,9 @@ class LayerStatistics:
 
     `gram` is over all calibration tokens, `validation` over a part of the same tokens (a solver may choose its ridge
     with it), `holdout` over other tokens (for reporting only: no solver reads it). `mean` (in,), float64, is the mean
-    input of the calibration tokens. `centred` is H - n mu mu^T of the calibration tokens, subtracted in float64: the
-    rounding of `gram` may exceed it. `notes` are remarks on how the statistics were collected.
+    input of the calibration tokens, and `validation_mean` that of the validation tokens. `centred` is H - n mu mu^T of
+    the calibration tokens, subtracted in float64: the rounding of `gram` may exceed it. `notes` are remarks on how the
+    statistics were collected.
     """
 
     gram: Tensor
@@ -318,6 +319,7 @@ class LayerStatistics:
     holdout: Tensor | None = None
     holdout_tokens: int = 0
     mean: Tensor | None = None
+    validation_mean: Tensor | None = None
     centred: Tensor | None = None
     notes: tuple[str, ...] = ()
 
@@ -359,6 +361,7 @@ class LayerStatistics:
             holdout=apart[1],
             holdout_tokens=0 if holdout is None else holdout.tokens,
             mean=mean,
+            validation_mean=None if validation is None else validation.mean,
             centred=centred_gram,
         )
 

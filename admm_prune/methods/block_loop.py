@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from admm_prune.methods.base import LayerReport, Runtime, Task
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.streaming import Offloading
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.statistics import UNWEIGHTED, TokenWeighting
 
@@ -45,6 +46,7 @@ def for_each_block(
     *,
     part: str = "blocks",
     changes: bool = True,
+    dense_inputs: bool = False,
     reshape: Callable[[int], None] | None = None,
     steps: tuple[int, int] | None = None,
     note: str = "",
@@ -58,6 +60,8 @@ def for_each_block(
         part: under which the journal keeps it.
         changes: the visitor changes the blocks: their weights are kept. A block's weights in the journal are the only
             copy where the model is not in memory.
+        dense_inputs: the visitor advances the stream before it changes a block. Finished blocks that run again, because
+            no activations were saved, then run before they are restored.
         reshape: brings a block that was finished earlier, by its index, into the shapes that it was given then.
         steps: (done before, in all) of the whole recipe, for its progress.
         note: added to the name of the current block in progress messages.
@@ -95,14 +99,23 @@ def for_each_block(
             sparing=offloading.is_offloaded,
             weighting=weighting,
         )
-    if changes:
-        for index in range(len(block_results)):
+    saved = journal.resume_point(part) if stream is not None and block_results else None
+    # Activations are saved and used by single-process runs only: the sequences are distributed differently otherwise.
+    rerun = stream if saved is None or runtime.world.size > 1 else None
+    for index, block in enumerate(blocks[: len(block_results)]):
+        if dense_inputs and rerun is not None:
+            _advance(rerun, offloading, index)
+        if changes:
             if reshape is not None:
                 reshape(index)
-            offloading.restore(index, blocks[index], journal.tensor_file(part, index))
+            offloading.restore(index, block, journal.tensor_file(part, index))
+        if not dense_inputs and rerun is not None:
+            _advance(rerun, offloading, index)
     if stream is not None:
-        if block_results:
-            _catch_up(stream, runtime, journal.resume_point(part), len(block_results))
+        if saved is not None and rerun is None:
+            stream.resume(len(block_results), saved)
+        # Where blocks read what others wrote, a resumed run needs more than activations.
+        saves = runtime.world.size == 1 and not stream.shares_state
         for index in range(len(block_results), len(blocks)):
             block = blocks[index]
             runtime.report_progress(before + index, total, f"{block.name}{note}")
@@ -116,7 +129,7 @@ def for_each_block(
                     index,
                     {"layers": [layer.as_json() for layer in result.layers], "details": result.details},
                     tensors=_weights(block) if changes else result.tensors,
-                    activations=stream.activations if runtime.world.size == 1 else None,
+                    activations=stream.activations if saves else None,
                 )
             if changes and not offloading.keeps_changes:
                 offloading.restore(index, block, journal.tensor_file(part, index))
@@ -126,17 +139,9 @@ def for_each_block(
     return block_results
 
 
-def _catch_up(stream: BlockStream, runtime: Runtime, activations: dict[str, Tensor] | None, index: int) -> None:
-    """Advances a stream to block `index`: from saved activations, or through the finished blocks.
-
-    Activations are saved and used by single-process runs only: the sequences are distributed differently otherwise.
-    """
-    if activations is not None and runtime.world.size == 1:
-        stream.resume(index, activations)
-        return
-    for finished in range(index):
-        with runtime.offloading.block(finished):
-            stream.advance(finished)
+def _advance(stream: BlockStream, offloading: Offloading, index: int) -> None:
+    with offloading.block(index):
+        stream.advance(index)
 
 
 def _figures(layers: list[LayerReport]) -> dict[str, float]:

@@ -16,7 +16,8 @@ from admm_prune.methods.parts import LAYER
 from admm_prune.methods.refit import TOKENS, refit_block
 from admm_prune.models.attention import attention_views
 from admm_prune.models.capture import BlockStream
-from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.structure import Block, WeightView, decoder_blocks
+from admm_prune.ops import quadratic
 from admm_prune.point import Point
 
 COORDINATED = ("attention",)
@@ -135,7 +136,12 @@ class Joint:
             attention = None
         changed: Collection[str] = pruned if self.refit else () if attention is None else attention.names
         dense = {view.name: view.read().clone() for view in block.weights if view.name in changed}
-        return JointBlock(self, stream, index, block, dense, attention)
+        biases = {
+            view.name: view.bias.detach().clone()
+            for view in block.weights
+            if view.name in changed and view.bias is not None
+        }
+        return JointBlock(self, stream, index, block, dense, biases, attention)
 
 
 @dataclass
@@ -143,7 +149,8 @@ class JointBlock:
     """The steps on one block.
 
     Attributes:
-        dense: the matrices that the steps may change, by their names, before they are pruned.
+        dense, biases: the matrices that the steps may change, by their names, before they are pruned; and the biases of
+            those that have one.
         outputs: of the dense block, as `BlockStream.collect` fills it in; empty where no refit needs them.
         figures: JSON values.
         outdated: names of matrices that were fitted again since their errors as layers of their own were measured.
@@ -155,6 +162,7 @@ class JointBlock:
     index: int
     block: Block
     dense: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
     attention: DenseAttention | None
     outputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     figures: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -215,13 +223,31 @@ class JointBlock:
                     damping=report.damping or 0.0,
                 )
                 written = Point(weight=view.read().to(layer.weight.dtype))
+                bias = self._bias_error(view, statistics.gram, statistics.mean, statistics.tokens)
+                error = max(layer.relative_error(written) + bias, 0.0)  # in this order NaN stays NaN
                 apart = view.name in self.held_out or not method.reads_inputs
-                held_out = statistics.validation if apart else None
-                errors[view.name] = (
-                    layer.relative_error(written),
-                    None if held_out is None else layer.relative_error(written, held_out),
-                )
+                held_out, held_out_error = statistics.validation if apart else None, None
+                if held_out is not None:
+                    mean, tokens = statistics.validation_mean, statistics.validation_tokens
+                    bias = self._bias_error(view, held_out, mean, tokens)
+                    held_out_error = max(layer.relative_error(written, held_out) + bias, 0.0)
+                errors[view.name] = (error, held_out_error)
         return [
             replace(report, relative_error=pair[0], relative_error_validation=pair[1]) if pair else report
             for report, pair in ((report, errors.get(report.name)) for report in reports)
         ]
+
+    def _bias_error(self, view: WeightView, gram: Tensor, mean: Tensor | None, tokens: int) -> float:
+        """What a bias that was fitted with its matrix adds to the relative error:
+
+        |X E^T + 1 d^T|^2 = tr(E H E^T) + 2 n d^T E mu + n |d|^2,    E = V - W, d = b_V - b_W, mu the mean input.
+        """
+        if view.name not in self.biases or view.bias is None:
+            return 0.0
+        change = view.bias.double() - self.biases[view.name].double()
+        energy = quadratic.energy(self.dense[view.name], gram)
+        if energy <= 0 or not bool(change.any()):
+            return 0.0
+        assert mean is not None, "collected statistics have it"
+        shift = (view.read().double() - self.dense[view.name].double()) @ mean.to(change)
+        return tokens * float(change @ (2 * shift + change)) / energy

@@ -7,7 +7,7 @@ mapped into memory when they are read.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,18 @@ class BatchState:
         """The present hidden states, on the host."""
         return self._activation_store.get(self.name)
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether several blocks are called with one mapping, to which they may write, such as shared keys and values:
+        what a block computes then depends on the blocks that ran before, not on their outputs alone."""
+        mappings = [
+            id(value)
+            for args, kwargs in self.calls
+            for value in (*args, *kwargs.values())
+            if isinstance(value, MutableMapping)
+        ]
+        return len(set(mappings)) < len(mappings)
+
     def replay(self, block: Block, index: int, *, finite: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """The hidden states that `block` computes from the present ones.
 
@@ -152,7 +164,8 @@ def record(
 ) -> list[BatchState]:
     """Calls the model on every batch, to record how it calls its blocks.
 
-    No block is computed: each returns its input, because its other arguments do not depend on what blocks compute.
+    No block is computed: each returns its input, because its other arguments do not depend on what blocks compute:
+    `check_causal` refuses models where they do.
 
     Args:
         batches: with the names of their hidden states.

@@ -147,6 +147,12 @@ class BlockStream:
         states = {state.name: state for state in self._all_states()}
         return Lazy(list(states), lambda name: states[name].stored)
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether blocks may read what earlier ones wrote, see `BatchState.shares_state`: a stream then cannot
+        `resume`, it has to `advance` through all blocks."""
+        return any(state.shares_state for state in self._all_states())
+
     def resume(self, index: int, activations: Mapping[str, Tensor]) -> None:
         """Continues at block `index` with earlier `activations` of it.
 

@@ -96,9 +96,18 @@ def _recorded_calls(views: Iterable[WeightView], run: Callable[[], object]) -> _
     return calls
 
 
-def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
+def check_no_mixture(block: Block) -> None:
+    """Refuses a block with several networks, between which a router chooses.
+
+    Raises:
+        UserError: it is a mixture of experts.
+    """
     if any(view.expert is not None for view in block.weights):
         raise UserError(f"{block.name} is a mixture of experts, not one feed-forward network: use a layer-wise method")
+
+
+def _feed_forward(block: Block, calls: _Calls) -> FeedForwardViews:
+    check_no_mixture(block)
     used = [view for view in block.weights if id(view) in calls]
     networks = [match for down in used if (match := _match(down, used, calls)) is not None]
     if len(networks) != 1:

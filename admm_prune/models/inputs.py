@@ -192,7 +192,7 @@ class Collector:
         if not bool(statistics.gram.any()) and statistics.mean is not None and bool(statistics.mean.any()):
             raise UserError(f"{name}: its weighted Gram is zero: the token weights are zero, or too small")
         if statistics.validation is not None and not bool(statistics.validation.any()):
-            statistics = replace(statistics, validation=None, validation_tokens=0)
+            statistics = replace(statistics, validation=None, validation_tokens=0, validation_mean=None)
         if statistics.holdout is not None and not bool(statistics.holdout.any()):
             statistics = replace(statistics, holdout=None, holdout_tokens=0)
         return statistics

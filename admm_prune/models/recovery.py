@@ -20,44 +20,66 @@ from admm_prune.prunable import uncompiled
 class _Masked:
     """A pruned parameter and its mask, one bit per weight.
 
+    The parameter is looked up where it was, in all modules that share it: `load_state_dict(assign=True)` replaces it,
+    in each of them by another one.
+
     Its methods are the hooks of a module's `state_dict`: a deep copy or a pickle of the module copies them too, and
     they then refer to the copy's own parameter.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.name, self.parameter = name, parameter
+    def __init__(self, name: str, parameter: nn.Parameter, places: list[tuple[nn.Module, str]]) -> None:
+        self.name, self.places, self._parameter = name, places, parameter
+        self.shape = parameter.shape
         self._mask_bits = bits.pack(parameter.detach().flatten() != 0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are there now; the first one where none is, because another module holds it by now."""
+        present = [dict(owner.named_parameters(recurse=False)).get(attribute) for owner, attribute in self.places]
+        return list({id(p): p for p in present if p is not None}.values()) or [self._parameter]
 
     @property
     def mask(self) -> Tensor:
         """True where a weight is kept."""
-        packed = self._mask_bits.to(self.parameter.device)
-        return bits.unpack(packed, self.parameter.numel()).view(self.parameter.shape)
+        return self._mask_on(self.parameters[0].device)
+
+    def _mask_on(self, device: torch.device) -> Tensor:
+        return bits.unpack(self._mask_bits.to(device), self.shape.numel()).view(self.shape)
 
     def check(self, *_: object) -> None:
-        alive = int((self.parameter.detach() != 0).logical_and_(~self.mask).count_nonzero())
-        if alive:
-            raise UserError(
-                f"{self.name}: {alive} pruned weights are no longer zero: something wrote to them beside the optimizer "
-                "that keep_sparsity was given (a copy of the model needs keep_sparsity with its own optimizer)"
-            )
+        for parameter in self.parameters:
+            if parameter.shape != self.shape:
+                raise UserError(
+                    f"{self.name}: it was replaced by a parameter of shape {tuple(parameter.shape)}, which the mask of "
+                    f"shape {tuple(self.shape)} does not fit: call keep_sparsity with the new model"
+                )
+            alive = int((parameter.detach() != 0).logical_and_(~self._mask_on(parameter.device)).count_nonzero())
+            if alive:
+                raise UserError(
+                    f"{self.name}: {alive} pruned weights are no longer zero: something wrote to them beside the "
+                    "optimizer that keep_sparsity was given (a copy of the model needs keep_sparsity with its own "
+                    "optimizer)"
+                )
 
     def restrict_gradient(self, *_: object) -> None:
-        gradient = self.parameter.grad
-        if gradient is None:
-            return
-        if gradient.is_sparse:
-            gradient = gradient.coalesce()
-            values = gradient.values() * self.mask[tuple(gradient.indices())]
-            self.parameter.grad = torch.sparse_coo_tensor(
-                gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
-            )
-        else:
-            gradient.masked_fill_(~self.mask, 0)
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            mask = self._mask_on(parameter.device)
+            if gradient.is_sparse:
+                gradient = gradient.coalesce()
+                values = gradient.values() * mask[tuple(gradient.indices())]
+                parameter.grad = torch.sparse_coo_tensor(
+                    gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+                )
+            else:
+                gradient.masked_fill_(~mask, 0)
 
     def restrict_weight(self) -> None:
-        if self.parameter.requires_grad or self.parameter.grad is not None:  # else no optimizer writes to it
-            self.parameter.masked_fill_(~self.mask, 0)
+        for parameter in self.parameters:
+            if parameter.requires_grad or parameter.grad is not None:  # else no optimizer writes to it
+                parameter.masked_fill_(~self._mask_on(parameter.device), 0)
 
 
 class KeptSparsity:
@@ -66,7 +88,8 @@ class KeptSparsity:
     As a gradient is accumulated its entries at pruned weights are set to zero, so that moments, clipping and reported
     norms are those of the kept weights; after every step of the optimizer the pruned weights are. Whenever the state
     of the model, or of a part of it, is taken (`state_dict`, and with it `save_pretrained` and a trainer's
-    checkpoints) the mask is asserted. The mask takes one bit per weight.
+    checkpoints) the mask is asserted. The mask takes one bit per weight. It applies to the
+    parameter that is now in the place of the pruned one, such as one that `load_state_dict(assign=True)` put there.
 
     A deep copy of the model, or one that was pickled, asserts its own mask. Copied together with the model and the
     optimizer, as `copy.deepcopy((model, optimizer, kept))`, this object holds the copies.
@@ -74,13 +97,16 @@ class KeptSparsity:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._masked = [_Masked(name, parameter) for name, parameter in _pruned(model)]
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for owner in model.modules():
+            for attribute, parameter in owner.named_parameters(recurse=False):
+                places.setdefault(id(parameter), []).append((owner, attribute))
+        self._masked = [_Masked(name, parameter, places[id(parameter)]) for name, parameter in _pruned(model)]
         if not self._masked:
             raise UserError("the model has no zeros to keep: prune it first")
-        owners = {id(p): owner for owner in model.modules() for p in owner.parameters(recurse=False)}
-        # Registered at the module that owns the parameter, so that it also works for wrappers and submodules.
+        # Registered at the modules that own the parameter, so that it also works for wrappers and submodules.
         self._checks: list[Any] = [
-            owners[id(masked.parameter)].register_state_dict_pre_hook(masked.check) for masked in self._masked
+            owner.register_state_dict_pre_hook(masked.check) for masked in self._masked for owner, _ in masked.places
         ]
         self._hooks: list[Any] = []
         self._attach()
@@ -93,14 +119,15 @@ class KeptSparsity:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros in the matrices that are held."""
-        sizes = sum(masked.parameter.numel() for masked in self._masked)
+        sizes = sum(masked.shape.numel() for masked in self._masked)
         return 1 - sum(int(masked.mask.count_nonzero()) for masked in self._masked) / sizes
 
     def check(self) -> None:
         """Asserts the mask.
 
         Raises:
-            UserError: a pruned weight is no longer zero; the message names its matrix.
+            UserError: a pruned weight is no longer zero, or a parameter was replaced by one of another shape; the
+                message names its matrix.
         """
         for masked in self._masked:
             masked.check()
@@ -114,8 +141,7 @@ class KeptSparsity:
 
     def _attach(self) -> None:
         for masked in self._masked:
-            if masked.parameter.is_floating_point():
-                self._hooks.append(_after_accumulation(masked))
+            self._hooks += [_after_accumulation(masked, p) for p in masked.parameters if p.is_floating_point()]
         self._hooks.append(self._optimizer.register_step_pre_hook(self._restrict_gradients))
         self._hooks.append(self._optimizer.register_step_post_hook(self._restrict_weights))
 
@@ -174,9 +200,9 @@ def _pruned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield uncompiled(name), parameter
 
 
-def _after_accumulation(masked: _Masked) -> Any:
+def _after_accumulation(masked: _Masked, parameter: nn.Parameter) -> Any:
     """Registers the hook; of a frozen parameter too, which may be trained later."""
-    parameter, trained = masked.parameter, masked.parameter.requires_grad
+    trained = parameter.requires_grad
     parameter.requires_grad_(True)
     try:
         return parameter.register_post_accumulate_grad_hook(masked.restrict_gradient)

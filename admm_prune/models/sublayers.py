@@ -79,6 +79,16 @@ def sublayers(block: Block) -> tuple[Sublayer, ...]:
     return tuple(part for part in _read(block) if isinstance(part, Sublayer))
 
 
+def feed_forward_part(block: Block) -> Sublayer | None:
+    """The first feed-forward part of a block, whatever its other modules are; None if it has none."""
+    for name, views in _by_module(block).items():
+        module = _owner(block, name)
+        part = _neurons(name, module, views) if _head_size(module) is None else None
+        if part is not None:
+            return part
+    return None
+
+
 def heads_stay(block: Block) -> str | None:
     """Why the heads of a block cannot be removed, in words; None if they can."""
     return next((part for part in _read(block) if isinstance(part, str)), None)
@@ -87,15 +97,16 @@ def heads_stay(block: Block) -> str | None:
 def _read(block: Block) -> list[Sublayer | str]:
     parts: list[Sublayer | str] = []
     for name, views in _by_module(block).items():
-        module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
+        module = _owner(block, name)
         if any(view.expert is not None for view in views):
             raise UserError(
                 f"{name} is a mixture of experts, which has no structured groups: use a method that prunes weights"
             )
-        sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
-        size = next((size for size in sizes if isinstance(size, int)), None)
+        size = _head_size(module)
         if size is None:
-            read: Sublayer | str | None = _neurons(name, module, views, module_is_block=module is block.module)
+            read: Sublayer | str | None = _neurons(name, module, views)
+            if read is not None and module is not block.module:
+                _check_no_other_entries(name, module, views)
         else:
             read = _heads(name, module, views, size)
         if read is None:
@@ -107,6 +118,17 @@ def _read(block: Block) -> list[Sublayer | str]:
     return parts
 
 
+def _owner(block: Block, name: str) -> nn.Module:
+    """The module of a block by its full name."""
+    return block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """The size of a head, as an attention has it; None for other modules."""
+    sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
 def _by_module(block: Block) -> dict[str, list[WeightView]]:
     """The matrices by the name of the module that holds them, in the order of the block."""
     grouped: dict[str, list[WeightView]] = {}
@@ -116,19 +138,22 @@ def _by_module(block: Block) -> dict[str, list[WeightView]]:
     return grouped
 
 
-def _neurons(name: str, module: nn.Module, views: list[WeightView], *, module_is_block: bool) -> Sublayer | None:
+def _neurons(name: str, module: nn.Module, views: list[WeightView]) -> Sublayer | None:
     *inner, output = views
     width, columns = output.shape
     if len(inner) == 1 and inner[0].shape[0] == 2 * columns:
         inner = [replace(inner[0], part=(i, i + 1, 2)) for i in range(2)]
     if not 1 <= len(inner) <= 2 or any(view.shape != (columns, width) for view in inner):
         return None
-    if not module_is_block:
-        known = {id(p) for view in views for p in view.module.parameters(recurse=False)}
-        for other, parameter in module.named_parameters():
-            if id(parameter) not in known and columns in parameter.shape:
-                raise UserError(f"cannot read the structured groups of {name}: {other} has an entry for every neuron")
     return Sublayer(name, "neurons", module, tuple(inner), output, 1, 1)
+
+
+def _check_no_other_entries(name: str, module: nn.Module, views: list[WeightView]) -> None:
+    """Refuses a feed-forward part in which something beside its matrices belongs to neurons."""
+    known = {id(p) for view in views for p in view.module.parameters(recurse=False)}
+    for other, parameter in module.named_parameters():
+        if id(parameter) not in known and views[-1].shape[1] in parameter.shape:
+            raise UserError(f"cannot read the structured groups of {name}: {other} has an entry for every neuron")
 
 
 def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublayer | str | None:

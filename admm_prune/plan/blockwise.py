@@ -34,9 +34,10 @@ from admm_prune.methods.target import Target
 from admm_prune.models import families
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.feed_forward import check_no_mixture
 from admm_prune.models.losses import cross_entropy
 from admm_prune.models.structure import Block, WeightView
-from admm_prune.models.sublayers import Sublayer, sublayers
+from admm_prune.models.sublayers import Sublayer, feed_forward_part, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, counted, measured_cost
@@ -405,10 +406,11 @@ def _group_trial(recipe: StruPrune, sublayer: Sublayer, removed: float | None) -
 
 def _network(block: Block) -> tuple[WeightView, ...]:
     """The weights of the feed-forward network: those into it, up first, and the one out of it."""
-    for sublayer in sublayers(block):
-        if sublayer.kind == "neurons":
-            return (*reversed(sublayer.inner), sublayer.output)
-    raise UserError(f"cannot read the feed-forward network of {block.name}: use a layer-wise method")
+    check_no_mixture(block)
+    network = feed_forward_part(block)
+    if network is None:
+        raise UserError(f"cannot read the feed-forward network of {block.name}: use a layer-wise method")
+    return (*reversed(network.inner), network.output)
 
 
 def _activation(anatomy: Anatomy) -> Activation:

@@ -164,10 +164,13 @@ def test_supports_stay_and_no_step_is_kept_that_raises_its_validation_error(name
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("joint", [BOTH, Joint(coordinate=("attention",))])
-def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(joint: Joint) -> None:
-    """Relative to the dense matrix, on the inputs that it has in the finished block."""
-    model, dense = build("llama", layers=1), build("llama", layers=1)
+@pytest.mark.parametrize(
+    ("family", "joint"),
+    [("llama", BOTH), ("llama", Joint(coordinate=("attention",))), ("opt", Joint(coordinate=("attention",)))],
+)
+def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_end(family: str, joint: Joint) -> None:
+    """Relative to the dense matrix, on the inputs that it has in the finished block, with the bias fitted with it."""
+    model, dense = build(family, layers=1), build(family, layers=1)
     task = Task(target=Target(sparsity=0.5), calibration=text((16,) * 32))
     outcome = composed("wanda", joint=joint).prune(model, task)
     fitted = [report for report in outcome.layers if any("fitted again" in note for note in report.notes)]
@@ -185,18 +188,28 @@ def test_reported_errors_are_those_of_the_matrices_as_they_were_fitted_in_the_en
             state.replay(block, 0)
             for view, old in zip(block.weights, before.weights, strict=True):
                 x = inputs[view.name].double()
-                energies = [(x @ w.double().T).square().sum() for w in (view.read() - old.read(), old.read())]
-                sums[view.name] = sums.get(view.name, torch.zeros(2, dtype=torch.float64)) + torch.stack(energies)
+                moved = 0 if view.bias is None or old.bias is None else (view.bias - old.bias).double()
+                error = x @ (view.read() - old.read()).double().T + moved
+                energies = torch.stack([error.square().sum(), (x @ old.read().double().T).square().sum()])
+                sums[view.name] = sums.get(view.name, torch.zeros(2, dtype=torch.float64)) + energies
     for report in fitted:
         error, energy = sum(sums[report.name] for sums in measured.values())
         assert report.relative_error == pytest.approx(float(error / energy), rel=1e-3), report.name
     # Value and output projections alone are solved without the validation tokens.
     apart = {report.name for report in outcome.layers if report.relative_error_validation is not None}
-    assert apart == {view.name for view in block.weights if view.name.endswith(("v_proj.weight", "o_proj.weight"))}
+    assert apart == {
+        view.name for view in block.weights if view.name.endswith(("v_proj.weight", "o_proj.weight", "out_proj.weight"))
+    }
     for report in fitted:
         if report.name in apart:
             error, energy = measured["validation"][report.name].tolist()
             assert report.relative_error_validation == pytest.approx(error / energy, rel=1e-3), report.name
+    moves = [
+        float((a.bias - b.bias).abs().max())
+        for a, b in zip(block.weights, before.weights, strict=True)
+        if a.bias is not None and b.bias is not None
+    ]
+    assert (max(moves, default=0.0) > 1e-3) == (family == "opt")
 
 
 def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

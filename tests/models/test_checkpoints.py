@@ -19,6 +19,8 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     HrmTextConfig,
@@ -32,17 +34,20 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.models.checks import check_causal
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.plan import make_plan
 from tests.models.conftest import Make, Tensors
-from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build
+from tests.models.tiny_models import CONTEXT, LLAMA, VOCABULARY, build, shared_keys
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WAYS: tuple[Callable[[str], object], ...] = (load, open_on_disk, Anatomy.of)  # run and eval, run --stream, plan
@@ -164,6 +169,31 @@ def test_blocks_that_are_called_several_times_are_refused(saved: Make) -> None:
     folder = saved(two_stacks(H_cycles=2, L_cycles=3, L_bp_cycles=[3]))
     message = one_refusal(folder)
     assert "HrmTextForCausalLM calls model.L_module.layers.0 6 times in a forward pass" in message
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(saved: Make) -> None:
+    """Here the tokens that a block's indexer chose, which the next block attends to."""
+    torch.manual_seed(0)
+    options = DEEPSEEK | {"num_key_value_heads": 4, "head_dim": 4, "num_hidden_layers": 2}
+    config = GlmMoeDsaConfig(
+        **options, index_topk=6, index_head_dim=8, index_n_heads=2, indexer_types=["full", "shared"]
+    )
+    model = GlmMoeDsaForCausalLM(config).eval()
+    for parameter in model.parameters():  # its class leaves some uninitialized
+        nn.init.normal_(parameter, std=0.1)
+    message = one_refusal(saved(model))
+    assert "GlmMoeDsaForCausalLM calls blocks with what model.layers.0 computes beside the hidden states" in message
+
+
+def test_hidden_states_that_change_between_blocks_are_refused() -> None:
+    torch.manual_seed(0)
+    model = XLMWithLMHeadModel(XLMConfig(vocab_size=VOCABULARY, emb_dim=16, n_layers=2, n_heads=4, causal=True)).eval()
+    with pytest.raises(UserError, match=r"^XLM: XLM\w+ changes the hidden states between \S+\.0 and \S+\.1: such"):
+        check_causal("XLM", model)
+
+
+def test_blocks_that_write_to_a_mapping_in_common_are_replayed(saved: Make, text_file: Path) -> None:
+    run_both_ways(saved(shared_keys()), text_file)
 
 
 def test_shapes_are_checked_under_other_names_too(saved: Make) -> None:

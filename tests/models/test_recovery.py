@@ -106,6 +106,41 @@ def test_whoever_writes_beside_the_optimizer_is_found_at_the_save(tmp_path: Path
     model.save_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_mask_is_that_of_parameters_put_in_the_place_of_others(family: str) -> None:
+    """`assign` replaces parameters, and parts those that an embedding and a head share; the optimizer has the old."""
+    model = build(family).requires_grad_(True)
+    dense = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for weight in (model.get_output_embeddings().weight, decoder_blocks(model)[0].weights[0].parameter):
+            weight[::2] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_sparsity(model, optimizer)
+    sparse = copy.deepcopy(model.state_dict())
+    model.load_state_dict(sparse, assign=True)
+    kept.check()
+    model.load_state_dict({**sparse, "lm_head.weight": dense["lm_head.weight"]}, assign=True)
+    for check in (kept.check, model.state_dict):
+        with pytest.raises(UserError, match=r"^\S+: \d+ pruned weights are no longer zero"):
+            check()
+    model.load_state_dict(dense, assign=True)
+    with pytest.raises(UserError, match=r"pruned weights are no longer zero"):
+        model.state_dict()
+    optimizer.step()
+    kept.check()
+    assert 0.4 < kept.sparsity < 0.6
+
+
+def test_a_parameter_of_another_shape_is_refused() -> None:
+    model = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[0] = 0
+    kept = keep_sparsity(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.weight = torch.nn.Parameter(torch.ones(2, 4))
+    with pytest.raises(UserError, match=r"weight: it was replaced by a parameter of shape \(2, 4\).*\(4, 4\)"):
+        kept.check()
+
+
 def test_a_dense_model_is_refused() -> None:
     model = torch.nn.Linear(3, 3)
     with pytest.raises(UserError, match="no zeros to keep"):

@@ -138,6 +138,17 @@ def family_model(family: str, layers: int) -> PreTrainedModel:
     return model
 
 
+def shared_keys() -> PreTrainedModel:
+    """Blocks of which the last two read keys and values of earlier ones, from a mapping that all are called with."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(
+        **LLAMA, head_dim=8, global_head_dim=8, sliding_window=8, vocab_size=VOCABULARY, num_hidden_layers=4,
+        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Gemma4ForCausalLM(config).eval()
+
+
 def is_mixture(family: str) -> bool:
     """Whether its blocks have experts."""
     return "num_experts_per_tok" in FAMILIES[family][1]

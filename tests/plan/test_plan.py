@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from transformers import OlmoHybridConfig, OlmoHybridForCausalLM, PreTrainedModel
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
@@ -25,8 +26,10 @@ from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import SharedInput
 from admm_prune.models.experts import routed
+from admm_prune.models.feed_forward import feed_forwards
 from admm_prune.models.losses import next_token_loss
-from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.structure import Block, decoder_blocks
+from admm_prune.models.sublayers import feed_forward_part
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
 from admm_prune.plan.blockwise import _keep_all as keep_all
@@ -35,6 +38,7 @@ from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
 from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
 from admm_prune.statistics import LayerStatistics
+from tests.models.tiny_models import FAMILIES, build, is_mixture
 
 
 def text(rows: int, length: int) -> Sequences:
@@ -171,6 +175,45 @@ def test_a_plan_takes_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     assert work[1] < 0.75 * work[0]  # no Gram of the down projections, and their inputs are not computed
     with pytest.raises(UserError, match=r"matches 'mpl' .*'mlp'"):
         make_plan("embedded", **how, targets="mpl")
+
+
+def hybrid() -> PreTrainedModel:
+    """A block of linear attention, which has no structured groups, and one of attention, with a network each."""
+    torch.manual_seed(0)
+    config = OlmoHybridConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], max_position_embeddings=64,
+        initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return OlmoHybridForCausalLM(config).eval()
+
+
+def test_sparsellm_is_planned_wherever_a_run_reads_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(KINDS, 1e9)
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    monkeypatch.setattr("admm_prune.plan.blockwise.estimated", lambda _: Cost(peak=1))  # not what is tested
+    model = hybrid()
+    model.save_pretrained(tmp_path)
+    networks = feed_forwards(model, decoder_blocks(model))
+    assert [network_names(block) for block in decoder_blocks(model)] == [
+        {view.name for view in network.weights} for network in networks
+    ]
+    plan = make_plan(model=str(tmp_path), method="sparsellm", sparsity=0.5, samples=4, length=16, eval_samples=2)
+    assert "solver of the network" in {stage.name for stage in plan.stages}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not is_mixture(family)])
+def test_the_network_of_a_plan_is_that_of_a_run(family: str) -> None:
+    model = build(family, layers=1)
+    (block,) = decoder_blocks(model)
+    assert network_names(block) == {view.name for view in feed_forwards(model, [block])[0].weights}
+
+
+def network_names(block: Block) -> set[str]:
+    part = feed_forward_part(block)
+    assert part is not None
+    return {view.name for view in (*part.inner, part.output)}
 
 
 def mixture(family: str, device: str) -> PreTrainedModel:

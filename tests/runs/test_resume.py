@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
 from admm_prune.methods.base import LayerReport, RidgeTrial
 from admm_prune.result import Convergence, Diagnosis
 from admm_prune.runs.journal.folder import TIMINGS
-from admm_prune.runs.journal.journal import home_of, journal_of
+from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
 from admm_prune.runs.journal.world import random_state, restore_random_state
 from admm_prune.runs.report import REPORT
+from tests.models.tiny_models import shared_keys
 from tests.runs.interruption import Interruption
 
 RUNS = [
@@ -77,6 +79,36 @@ def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.parametrize(
+    ("method", "stream"), [("struprune", False), ("structured-global", False), ("structured-global", True)]
+)
+def test_a_run_without_saved_activations_ends_in_the_same_files(
+    method: str, stream: bool, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes save none: the finished blocks run again, dense where the next block reads dense inputs."""
+    how: dict[str, Any] = {"method": method, "stream": stream}
+    prune(model_folder, tmp_path / "whole", text_file, **how)
+    out = broken_off(model_folder, text_file, tmp_path, monkeypatch, after=5, **how)  # one pruned block is missing
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderJournal, "resume_point", lambda *_: None)
+        prune(model_folder, out, text_file, resume=True, **how)
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+
+
+def test_a_run_goes_on_where_blocks_read_what_others_wrote(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys and values that blocks share are those of the finished blocks, which run again."""
+    folder = tmp_path / "model"
+    shared_keys().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    how: dict[str, Any] = {"method": "wanda", "stream": False}
+    prune(folder, tmp_path / "whole", text_file, **how)
+    out = broken_off(folder, text_file, tmp_path, monkeypatch, after=4, **how)  # the last block is missing
+    prune(folder, out, text_file, resume=True, **how)
+    assert fingerprints(out) == fingerprints(tmp_path / "whole")
+
+
 def test_files_of_a_kill_in_the_middle_of_a_record_do_no_harm(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +148,11 @@ def test_a_kill_between_the_last_renames_loses_neither_the_old_nor_the_new(
 def broken_off(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **how: Any
 ) -> Path:
-    """The place of a run of wanda that was interrupted after so many records."""
+    """The place of a run, of wanda by default, that was interrupted after so many records."""
     with monkeypatch.context() as patch:
         Interruption(patch, after=after)
         with pytest.raises(KeyboardInterrupt):
-            prune(model_folder, tmp_path / "out", text_file, method="wanda", **how)
+            prune(model_folder, tmp_path / "out", text_file, **{"method": "wanda", **how})
     return tmp_path / "out"
 
 

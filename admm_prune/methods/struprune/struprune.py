@@ -163,7 +163,10 @@ class StruPrune(Capabilities):
                     keep_groups(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
-        results = for_each_block(model, task, runtime, prune_block, reshape=reshape, steps=(count, 2 * count))
+        dense = self.inputs == "dense"
+        results = for_each_block(
+            model, task, runtime, prune_block, dense_inputs=dense, reshape=reshape, steps=(count, 2 * count)
+        )
         layers = [report for result in results for report in result.layers]
         runtime.report_progress(2 * count, 2 * count)
         if task.target.fraction == 0:
