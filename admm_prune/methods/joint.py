@@ -190,7 +190,8 @@ class JointBlock:
         return renewed
 
     def finished(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports of all pruned matrices of the block, whose weights are then refitted, if there is a refit."""
+        """The reports of all pruned matrices of the block, whose weights are then refitted, if there is a refit. The
+        stream may advance to the next block."""
         self.attention = None
         done = list(reports)
         if self.joint.refit and reports:
@@ -206,12 +207,13 @@ class JointBlock:
                 self.outdated.add(old.name)
 
     def _measured(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports, with the errors of matrices that were fitted again on the inputs that they now have."""
+        """The reports, with the errors of matrices that were fitted again on the inputs that they now have. These are
+        collected while the stream advances."""
         if not self.outdated:
             return list(reports)
         errors: dict[str, tuple[float, float | None]] = {}
         by_name = {report.name: report for report in reports}
-        for shared in self.stream.collect(self.index, self.outdated):
+        for shared in self.stream.collect(self.index, self.outdated, advance=True):
             for view in shared.weights:
                 report, target, statistics = by_name[view.name], task.target.at(view.name), shared.statistics
                 assert target is not None, f"{view.name} is not among the weights to prune"

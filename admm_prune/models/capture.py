@@ -174,6 +174,7 @@ class BlockStream:
         outputs: dict[str, Tensor] | None = None,
         *,
         centre: bool = False,
+        advance: bool = False,
     ) -> list[SharedInput]:
         """The inputs of block `index`, in the order of its weights; pads are left out.
 
@@ -181,6 +182,7 @@ class BlockStream:
             only: names of weights, if not all are needed: Grams are the largest tensors.
             outputs: receives the outputs of the block, (n, hidden size) for every part of the text.
             centre: the statistics include centred Grams (`LayerStatistics.centred`).
+            advance: then advances to the next block, where possible with the same pass over the text.
 
         Raises:
             ValueError: another block is current.
@@ -190,15 +192,22 @@ class BlockStream:
         block = self._current_block(index)
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
-        for some in self._apart(weights):
+        groups = self._apart(weights)
+        one_pass = len(groups) == 1 and all(view.expert is None for view in weights)  # experts may need a second one
+        for some in groups:
             receiving = None if shared else outputs  # of the first pass alone
-            collector = Collector(some, self._weighting, centre=centre, stop=receiving is None)
-            self._observe(collector, index, receiving)
+            advancing = advance and one_pass
+            collector = Collector(some, self._weighting, centre=centre, stop=receiving is None and not advancing)
+            self._observe(collector, index, receiving, advance=advancing)
             collector.join(tuple(self._states), self._world)
             if collector.starving():
                 self._observe(collector, index)
                 collector.join(tuple(self._states), self._world)
             shared += collector.shared_inputs()
+        if advance and one_pass:
+            self.position += 1
+        elif advance:
+            self.advance(index)
         places = {view.name: place for place, view in enumerate(weights)}
         return sorted(shared, key=lambda one: min(places[view.name] for view in one.weights))
 
@@ -217,8 +226,10 @@ class BlockStream:
         narrow = tuple(view for view in weights if view.shape[1] < widest)
         return [wide, narrow]  # while the widest are accumulated nothing else is held
 
-    def _observe(self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None) -> None:
-        """One run of the block over all batches."""
+    def _observe(
+        self, collector: Collector, index: int, outputs: dict[str, Tensor] | None = None, *, advance: bool = False
+    ) -> None:
+        """One run of the block over all batches, whose outputs become the hidden states if it is to advance."""
         with collector.watching():
             for part, states in self._states.items():
                 seen: list[Tensor] = []
@@ -231,6 +242,8 @@ class BlockStream:
                         continue
                     if outputs is not None:
                         seen.append(hidden[state.mask])
+                    if advance:
+                        state.hidden = hidden
                 if outputs is not None:
                     outputs[part] = torch.cat(seen) if seen else outputs["calibration"][:0]
 

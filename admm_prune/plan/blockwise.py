@@ -135,7 +135,8 @@ class BlockPass:
 
     def advance(self) -> Cost:
         with measured_cost(self.counting) as cost:
-            self.stream.advance(self.position)
+            if self.stream.position == self.position:  # else it advanced while it collected
+                self.stream.advance(self.position)
         self.position += 1
         return cost
 

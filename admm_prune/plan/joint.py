@@ -141,12 +141,13 @@ def refitting(stream: BlockStream, counting: Counting, index: int, block: Block)
 
 
 def measuring(stream: BlockStream, counting: Counting, index: int, names: Collection[str]) -> Stage:
-    """The errors of matrices that were fitted again: statistics of their inputs, and energies of two differences."""
+    """The errors of matrices that were fitted again: statistics of their inputs, collected while the stream advances,
+    and energies of two differences."""
+    parts = 2 if "validation" in stream.states(index) else 1
     with measured_cost(counting) as cost:
-        shared = stream.collect(index, names)
+        shared = stream.collect(index, names, advance=True)
         views = list(chain.from_iterable(one.weights for one in shared))
         del shared
-    parts = 2 if "validation" in stream.states(index) else 1
     energies = 2 * parts * sum(view.shape[0] * view.shape[1] ** 2 for view in views)
     work = cost.work + Work.of(products_float64=energies)
     return Stage(name="errors of fitted matrices", parts={"Grams": cost.peak}, work=work)

@@ -107,7 +107,7 @@ def test_wide_grams_apart_are_the_same_to_the_bit(
     blocks = decoder_blocks(model)
     runs: list[int] = []
     observe = BlockStream._observe
-    monkeypatch.setattr(BlockStream, "_observe", lambda *a: (runs.append(len(a)), observe(*a))[1])
+    monkeypatch.setattr(BlockStream, "_observe", lambda *a, **how: (runs.append(len(a)), observe(*a, **how))[1])
     found = []
     for sparing in (False, True):
         stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3, sparing=sparing)
@@ -121,6 +121,30 @@ def test_wide_grams_apart_are_the_same_to_the_bit(
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.statistics.gram, other.statistics.gram)
         assert torch.equal(*(torch.as_tensor(shared.statistics.validation) for shared in (one, other)))
+
+
+@pytest.mark.parametrize("sparing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_statistics_collected_while_it_advances_are_the_same_to_the_bit(
+    family: str, sparing: bool, stories: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "_APART", 0)
+    model = build(family)
+    blocks = decoder_blocks(model)
+    apart, together = (
+        BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3, sparing=sparing) for _ in range(2)
+    )
+    for index in range(len(blocks)):
+        expected, outputs = apart.collect(index), {}
+        apart.advance(index)
+        collected = together.collect(index, outputs=outputs, advance=True)
+        assert together.position == index + 1
+        for one, other in zip(collected, expected, strict=True):
+            assert torch.equal(one.statistics.gram, other.statistics.gram)
+            assert torch.equal(one.statistics.validation, other.statistics.validation)
+        assert sum(map(len, outputs.values())) == stories.tokens
+        for name, hidden in apart.activations.items():
+            assert torch.equal(hidden, together.activations[name])
 
 
 def test_batching_changes_nothing(stories: Sequences, tokenizer: PreTrainedTokenizerFast) -> None:
