@@ -47,7 +47,8 @@ class Result:
     """A feasible point and how it was found.
 
     `solution` lies in the constraint, is the best such point seen by `problem.value`, and is never worse than the
-    start. `objective` is that value. `bound`, where known, is a proven lower bound of the optimum. `state` continues
+    start. `objective` is that value, and `start_objective` that of the start's projection, None where a method without
+    iterations has no start. `bound`, where known, is a proven lower bound of the optimum. `state` continues
     an iterative solver. `notes` lists automatic corrections of a solver (damping, fallback, precision).
     """
 
@@ -61,6 +62,7 @@ class Result:
     seconds: float = 0.0
     state: Any = field(default=None, repr=False, compare=False)
     notes: tuple[str, ...] = ()
+    start_objective: float | None = None
 
     @property
     def gap(self) -> float | None:

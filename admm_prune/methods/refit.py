@@ -170,13 +170,15 @@ def refit_block(
     )
     start = problem.initial()
     try:
-        before = problem.value(start)
         result = DESCENT.solve(problem, start=start)
     except ArithmeticError as error:
         raise UserError(f"the refit of {block.name}: {error}") from error
     for view in views:
         view.write(result.solution[view.name])
-    after = problem.value(problem.initial())  # as rounded to the dtype of the model
+    before, after = result.start_objective, result.objective
+    assert before is not None, "an iterative solver has a start"
+    if any(view.parameter.dtype != start[view.name].dtype for view in views):
+        after = problem.value(problem.initial())  # of weights rounded to the dtype of the model
     figures: dict[str, Any] = {"before": before, "after": after, "accepted": after < before}
     if not result.status.ok:
         figures["status"] = result.status.name

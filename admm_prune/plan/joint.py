@@ -134,7 +134,7 @@ def refitting(stream: BlockStream, counting: Counting, index: int, block: Block)
     for parameter in parameters:
         parameter.requires_grad_(False)
     validation = _tokens(states.get("validation", states["calibration"])) / state.mask.numel()
-    losses = 4  # before and after the descent, and of the two points between which it chooses
+    losses = 2 if all(parameter.dtype is torch.float32 for parameter in parameters) else 3  # the rounded weights too
     work = cost.work * (DESCENT.max_iterations * mean) + forward.work * (losses * validation)
     held = _COPIES * _FLOAT * sum(parameter.numel() for parameter in parameters)
     return Stage(name="refit", parts={PARTS: held, "activations of a step": cost.peak}, work=work)

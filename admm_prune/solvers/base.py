@@ -190,7 +190,7 @@ class Iterative(ABC, Generic[StateT]):
             if final.best is not finished:
                 unfinished = self.solution(problem, run.inner)
                 final.offer(unfinished, problem.value(unfinished))
-        offer_start(problem, final, self.projected_start(problem, start))
+        start_objective = offer_start(problem, final, self.projected_start(problem, start))
         if final.best is None:
             raise ArithmeticError(
                 "no feasible point of finite value was met, not even the projected start: look for damaged weights, or "
@@ -206,6 +206,7 @@ class Iterative(ABC, Generic[StateT]):
             seconds=seconds,
             state=run,
             notes=(*getattr(problem, "notes", ()), *self.notes(run.inner)),
+            start_objective=start_objective,
         )
 
     def _observe(self, problem: Any, run: Run[StateT], seconds: float) -> list[Progress]:
@@ -238,8 +239,7 @@ def closed_form(
     run: Run[None] = Run(None)
     run.offer(solution, problem.value(solution))
     status = Status.NONFINITE if run.best is None else Status.CLOSED_FORM
-    if start is not None:
-        offer_start(problem, run, problem.constraint.project(start))
+    start_objective = None if start is None else offer_start(problem, run, problem.constraint.project(start))
     if run.best is None:
         raise ArithmeticError("the solution has no finite value: raise the ridge or the precision")
     return Result(
@@ -248,6 +248,7 @@ def closed_form(
         objective=run.best_value,
         seconds=seconds,
         notes=tuple(dict.fromkeys((*getattr(problem, "notes", ()), *notes))),  # those of an inner solver begin alike
+        start_objective=start_objective,
     )
 
 
@@ -276,8 +277,9 @@ def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> 
     return problem.constraint.project(Point(weight=problem.minimizer) if point is None else point, Point(weight=metric))
 
 
-def offer_start(problem: Problem, run: Run[Any], point: Point) -> None:
-    """Makes the projected start a candidate, so that no result is worse than it."""
+def offer_start(problem: Problem, run: Run[Any], point: Point) -> float:
+    """Makes the projected start a candidate, so that no result is worse than it, and returns its value."""
     value = problem.value(point)
     if value <= run.best_value:
         run.best, run.best_value, run.best_iteration = point, value, 0
+    return value

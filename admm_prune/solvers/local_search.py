@@ -88,7 +88,7 @@ class LocalSearch:
             if not overflowed and problem.constraint.contains(improved):
                 run.iteration = done.rounds
                 run.offer(improved, problem.value(improved))
-        offer_start(problem, run, point)
+        start_objective = offer_start(problem, run, point)
         if run.best is None:
             raise ArithmeticError("the value at the start is not finite: look for damaged weights")
         cost = f"{done.swaps} swaps, {done.products / len(support):.1f} products"
@@ -101,6 +101,7 @@ class LocalSearch:
             best_iteration=run.best_iteration,
             seconds=time.perf_counter() - began,
             notes=(*notes, f"local search: {cost if run.best_iteration else 'no swap improved the start'}"),
+            start_objective=start_objective,
         )
 
     def _support(self, problem: Quadratic, point: Point) -> tuple[Tensor, int]:

@@ -51,6 +51,12 @@ def check_result(case: Case, problem: Problem, result: Result, *, fills: bool, w
         case.require(
             result.bound <= limit, "give a bound not above its objective", f"{result.bound} > {result.objective}"
         )
+    if result.start_objective is not None:
+        case.require(
+            not result.objective > result.start_objective,
+            "return nothing worse than its start",
+            f"{result.objective} > {result.start_objective}",
+        )
     case.require(isinstance(result.status, Status), "end with a Status", f"{result.status!r}")
     case.require(watched or result.status is not Status.STOPPED, "say STOPPED only where a watcher asked")
     case.require(math.isfinite(result.seconds) and result.seconds >= 0, "report its seconds", f"{result.seconds}")

@@ -187,6 +187,7 @@ def test_history_tells_the_truth(seed) -> None:
     d = solver.solution(problem, result.state.inner)
     assert result.history[-1].objective == problem.value(d)
     assert result.best_iteration <= result.iterations
+    assert result.start_objective == problem.value(solver.projected_start(problem, None))
 
 
 class OnlyProximable:

@@ -156,6 +156,11 @@ class MissedItsBest(Altered):
         return replace(result, iterations=1, history=(Progress(1, objective=result.objective - 1e-3),))
 
 
+class IsWorseThanItsStart(Altered):
+    def change(self, result, problem, start) -> Result:
+        return replace(result, start_objective=result.objective - 1e-3)
+
+
 class CountsFromTwo(Altered):
     def change(self, result, problem, start) -> Result:
         return replace(result, iterations=2, history=(Progress(2), Progress(1)))
@@ -270,6 +275,7 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (SaysItStalled, "end with an ok status on a well-posed problem"),
     (SaysItWasStopped, "say STOPPED only where a watcher asked"),
     (MissedItsBest, "return the best point that it measured"),
+    (IsWorseThanItsStart, "return nothing worse than its start"),
     (CountsFromTwo, "number its history"),
     (RefusesEverything, "must solve something; it refused everything: RefusesEverything can not do"),
     (RefusesWithoutAName, "name the solver and the problem .*; it raised TypeError: unsupported operand"),
