@@ -96,14 +96,14 @@ _NETWORKS = Limit(
 _FIXED = Limit(
     "no",
     "0% can go at most",
-    "The stock class always has four times as many neurons as its hidden size.",
+    "The standard class always has four times as many neurons as its hidden size.",
     refused=True,
 )
 
 _FOLLOWS = Limit(
     "neurons",
     "",
-    "Only neurons are removed: the stock class derives the head size from the number of heads.",
+    "Only neurons are removed: the standard class derives the head size from the number of heads.",
 )
 _ONE_HEAD = Limit("neurons", "", "Only neurons are removed: all query heads share one key head.")
 
@@ -121,7 +121,7 @@ LIMITS: dict[tuple[str, str], Limit] = {
 _OPENING = """# Model families
 
 Every cell is tested by `tests/models/test_family_table.py` on a small model with random weights, built from the
-config class of the family: it is pruned, saved and reloaded with stock `from_pretrained`, and the logits must be
+config class of the family: it is pruned, saved and reloaded with standard `from_pretrained`, and the logits must be
 bitwise equal. Where something does not apply, the test checks that it is refused, or skipped with a note.
 Only "structured, per block" needs `trust_remote_code=True` to load. `make test` runs one method of
 most columns for every family, `make test-all` all of them.
@@ -152,7 +152,9 @@ models (Mamba, Qwen3-Next, Falcon-H1, Jamba, Granite 4): a note names them. An e
 calibration tokens than one of its matrices has inputs is pruned on all tokens of its block, and
 the report says so. Other decoders with this structure are supported too. Decoders that store their weights
 differently, encoders, encoder-decoders and multimodal models are refused; the message names the class and
-the first block that could not be read.
+the first block that could not be read. Refused too are models that cannot be replayed block by block: those that
+call a block several times, that hand more than hidden states from block to block (`glm_moe_dsa`: the tokens that an
+indexer chose), or that change the hidden states between blocks (XLM).
 """
 
 if __name__ == "__main__":
