@@ -25,6 +25,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -294,20 +295,22 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def inversions(rows: Sequence[Row]) -> list[str]:
     """Pairs of methods in another order by BLiMP than by perplexity, whose accuracies differ by two standard errors."""
-    found = []
+    return [
+        f"{better['target']}: {worse['method']} {worse['blimp']:.3f} is above {better['method']} "
+        f"{better['blimp']:.3f} on BLiMP, at a perplexity of {worse['perplexity']:.1f} against "
+        f"{better['perplexity']:.1f}"
+        for better, worse in pairs_of(rows)
+        if worse["blimp"] - better["blimp"] > 2 * (better["blimp_error"] ** 2 + worse["blimp_error"] ** 2) ** 0.5
+    ]
+
+
+def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The pairs of methods with an accuracy on BLiMP at the same target, that of less perplexity first."""
+    pairs = []
     for target in dict.fromkeys(row["target"] for row in rows):
         measured = [row for row in rows if row["target"] == target and row["blimp"] is not None]
-        ordered = sorted(measured, key=lambda row: float(row["perplexity"]))
-        for i, better in enumerate(ordered):
-            for worse in ordered[i + 1 :]:
-                noise = 2 * (better["blimp_error"] ** 2 + worse["blimp_error"] ** 2) ** 0.5
-                if worse["blimp"] - better["blimp"] > noise:
-                    found.append(
-                        f"{target}: {worse['method']} {worse['blimp']:.3f} is above {better['method']} "
-                        f"{better['blimp']:.3f} on BLiMP, at a perplexity of {worse['perplexity']:.1f} against "
-                        f"{better['perplexity']:.1f}"
-                    )
-    return found
+        pairs += combinations(sorted(measured, key=lambda row: float(row["perplexity"])), 2)
+    return pairs
 
 
 def text_table(rows: Sequence[Row], head: str) -> str:

@@ -16,7 +16,17 @@ from pathlib import Path
 from benchmarks import joint
 from benchmarks.journal import Journal, Record
 from benchmarks.literature import Figure, figures
-from benchmarks.real_model import COLUMNS, KEY, Row, inversions, markdown_lines, markdown_table, rows_of, target_label
+from benchmarks.real_model import (
+    COLUMNS,
+    KEY,
+    Row,
+    inversions,
+    markdown_lines,
+    markdown_table,
+    pairs_of,
+    rows_of,
+    target_label,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reference/results.md"
@@ -125,17 +135,11 @@ def _measured(folder: Path, steps: Sequence[Record]) -> str:
 
 def _order(rows: Sequence[Row]) -> list[str]:
     """Whether BLiMP puts the methods at a target in the order of perplexity, where it was measured."""
-    measured = [row for row in rows if row["blimp"] is not None]
-    pairs = [
-        (one, other)
-        for one in measured
-        for other in measured
-        if one["target"] == other["target"] and one["perplexity"] < other["perplexity"]
-    ]
+    pairs = pairs_of(rows)
     if not pairs:
         return []
-    inverted = sum(one["blimp"] < other["blimp"] for one, other in pairs)
-    beyond = inversions(measured)
+    inverted = sum(better["blimp"] < worse["blimp"] for better, worse in pairs)
+    beyond = inversions(rows)
     errors = "; ".join(beyond) if beyond else "none of these by more than two standard errors of the difference"
     counts = (
         f"Of {len(pairs)} pairs of methods at the same target, BLiMP puts {inverted} in another order than perplexity"

@@ -247,8 +247,10 @@ class JointBlock:
         if view.name not in self.biases or view.bias is None:
             return 0.0
         change = view.bias.double() - self.biases[view.name].double()
+        if not bool(change.any()):
+            return 0.0
         energy = quadratic.energy(self.dense[view.name], gram)
-        if energy <= 0 or not bool(change.any()):
+        if energy <= 0:
             return 0.0
         assert mean is not None, "collected statistics have it"
         shift = (view.read().double() - self.dense[view.name].double()) @ mean.to(change)

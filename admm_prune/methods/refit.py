@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -26,7 +26,7 @@ from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
 # The same as a hundred steps with the default memory and warm-up: `benchmarks/refit_variants.py`.
-DESCENT = SupportDescent(warm_up=10, over=70, betas=(0.9, 0.9), max_iterations=70)
+DESCENT = replace(SupportDescent.of(70), warm_up=10, betas=(0.9, 0.9))
 _LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
 
 

@@ -193,10 +193,10 @@ class BlockStream:
         weights = block.weights if only is None else tuple(view for view in block.weights if view.name in only)
         shared: list[SharedInput] = []
         groups = self._apart(weights)
-        one_pass = len(groups) == 1 and all(view.expert is None for view in weights)  # experts may need a second one
+        # In one pass: experts may need a second one.
+        advancing = advance and len(groups) == 1 and all(view.expert is None for view in weights)
         for some in groups:
             receiving = None if shared else outputs  # of the first pass alone
-            advancing = advance and one_pass
             collector = Collector(some, self._weighting, centre=centre, stop=receiving is None and not advancing)
             self._observe(collector, index, receiving, advance=advancing)
             collector.join(tuple(self._states), self._world)
@@ -204,7 +204,7 @@ class BlockStream:
                 self._observe(collector, index)
                 collector.join(tuple(self._states), self._world)
             shared += collector.shared_inputs()
-        if advance and one_pass:
+        if advancing:
             self.position += 1
         elif advance:
             self.advance(index)

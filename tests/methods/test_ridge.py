@@ -12,7 +12,7 @@ from torch import nn
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.base import Task
+from admm_prune.methods.base import Ridge, Task
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import prune_shared
 from admm_prune.methods.local import LOCAL_METHODS
@@ -124,9 +124,9 @@ def test_a_ridge_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["wanda", "magnitude"])
 @pytest.mark.parametrize("ridge", [0.3, "auto"])
-def test_a_ridge_that_changes_nothing_is_refused_before_any_work(name: str, ridge: float | str) -> None:
+def test_a_ridge_that_changes_nothing_is_refused_before_any_work(name: str, ridge: Ridge) -> None:
     """It was reported as used; with "auto" every matrix was solved seven times to choose it."""
-    model, task = build("llama", layers=1), Task(target=Target(0.5), calibration=TEXT, ridge=ridge)  # type: ignore[arg-type]
+    model, task = build("llama", layers=1), Task(target=Target(0.5), calibration=TEXT, ridge=ridge)
     with pytest.raises(UserError, match=f"^{name} only scores weights, whatever the ridge: leave --ridge out$"):
         composed(name).check_task(task)
     with pytest.raises(UserError, match="leave --ridge out"):

@@ -64,6 +64,10 @@ def total(curves: list[Curve]) -> float:
     return sum(float(c.savings[-1]) for c in curves)
 
 
+def saving(found: Allocation, curves: list[Curve]) -> float:
+    return sum(float(c.savings[found.removed[c.name]]) for c in curves)
+
+
 def fractions(found: Allocation, curves: list[Curve]) -> Tensor:
     return torch.tensor([found.removed[c.name] / c.count for c in curves], dtype=torch.float64)
 
@@ -77,7 +81,7 @@ def test_the_budget_is_met_within_one_group(name, seed, share) -> None:
     found = RULES[name].allocate(curves, budget)
     assert budget - 1e-9 * total(curves) <= found.saved
     assert found.saved < budget + 8 or found.saved == 0, "less than the largest unit too much"
-    assert found.saved == sum(float(c.savings[found.removed[c.name]]) for c in curves)
+    assert found.saved == saving(found, curves)
     assert found.loss == pytest.approx(sum(float(c.losses[found.removed[c.name]]) for c in curves), rel=1e-12)
     assert all(c.count - found.removed[c.name] >= c.least for c in curves)
 
@@ -324,7 +328,7 @@ def test_a_surplus_is_refined_to_one_fine_step(name, seed, share) -> None:
     rule = RULES[name].allocate(curves, budget)
     found = refined(curves, rule, budget, tolerance=1.0)
     assert budget - 1e-9 * total(curves) <= found.saved <= rule.saved
-    assert found.saved == sum(float(c.savings[found.removed[c.name]]) for c in curves)
+    assert found.saved == saving(found, curves)
     assert all(found.removed[c.name] in c.levels() for c in curves)
     if share >= 0.1:  # as many neurons as a step of heads saves have gone, or can still go
         assert found.saved <= budget + 1.0
