@@ -46,7 +46,7 @@ from admm_prune.models.loading import load
 from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.ops import backend
 from admm_prune.plan.anatomy import Anatomy
-from admm_prune.plan.blockwise import training
+from admm_prune.plan.training import training_stages
 from admm_prune.solvers import sparse_adam
 from benchmarks.machine import headline, machine, write_results
 
@@ -219,7 +219,7 @@ def memory(arguments: argparse.Namespace, engine: Engine) -> dict[str, float]:
     anatomy = Anatomy.of(arguments.model, "float32")
     text = random_text(anatomy.model.config.vocab_size, 4 * arguments.batch_size, arguments.length)
     task = Task(target=Target(_SPARSITY), calibration=text)
-    planned = training(anatomy, recipe, task, arguments.device)[0]
+    planned = training_stages(anatomy, recipe, task, arguments.device)[0]
     model = load(arguments.model, dtype="float32", device=arguments.device).model
     weights = sum(p.nbytes for p in model.parameters())
 

@@ -2,8 +2,6 @@
 
 The calibration text is passed through the code that captures statistics, on the meta device, where bytes and operations
 are counted and nothing is computed; solvers are counted on small instances (`trials`).
-
-Training: its code, run on the meta device.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation.budget import HELD_OUT, LOSS_TOKENS
@@ -23,9 +20,6 @@ from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
 from admm_prune.methods.base import IN_PROCESS, Recipe, Task
-from admm_prune.methods.elsa.engine import multiplies_in_bfloat16
-from admm_prune.methods.elsa.session import Session
-from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import Method
 from admm_prune.methods.sparsellm import SparseLLM
@@ -49,12 +43,6 @@ from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
 SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
-_MOMENTS, _MASKS, _ANCHORS = "Adam's moments", "masks", "anchors"
-_STEPS = (1, 2)  # on which the work of a step is counted
-_TEACHER, _BEST = "teacher", "best weights so far"
-TRAINING, STEP = "training", "activations and logits of a step"
-_STATE = (_MOMENTS, _MASKS, _ANCHORS, _TEACHER, _BEST)
-KEPT_IN_CHECKPOINTS = (WEIGHTS, _MOMENTS, _MASKS, _ANCHORS, _BEST)
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ class BlockPass:
 
 
 def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
-    """Every stage of a method but for those that all methods have in common.
+    """Every stage of a blockwise method but for those that all methods have in common.
 
     Args:
         stream: one block in memory at a time.
@@ -161,8 +149,6 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     Raises:
         UserError: the work of the method cannot be counted beforehand.
     """
-    if recipe.stages == "training":
-        return training(anatomy, cast("Trained", recipe), task, device)
     plans: dict[str | None, Callable[[BlockPass, Any, Task], Iterator[Stage]]] = {
         "layers": _layerwise,
         "networks": _sparsellm,
@@ -418,83 +404,3 @@ def _activation(anatomy: Anatomy) -> Activation:
     config = anatomy.model.config
     name = next((name for key in families.ACTIVATION if (name := getattr(config, key, None))), "silu")
     return ACTIVATIONS[families.ACTIVATION_NAMES.get(str(name), "gelu-tanh")]
-
-
-def training(anatomy: Anatomy, recipe: Trained, task: Task, device: str = "cpu") -> list[Stage]:
-    """All of a recipe that trains: the recipe itself, run on the meta device for a few steps, without its projections.
-
-    A step takes the same bytes and operations at all times, so that the work of all is that of the first and as many of
-    the second's as there are more.
-
-    Args:
-        device: on which it is to run, in bfloat16 where that is the default there.
-    """
-    half = device == "cuda" or multiplies_in_bfloat16(torch.device(device))
-    if recipe.engine.precision == "auto":
-        recipe = replace(recipe, engine=replace(recipe.engine, precision="bf16" if half else "float32"))
-    stages = [_trained(anatomy, recipe, task)]
-    projecting = recipe.projecting(task)
-    state = {name: size for name, size in stages[0].parts.items() if name in _STATE}
-    if projecting is not None:
-        # They differ in sparsity, not in cost; where a target comes again, `elsa` fixes its support without one.
-        count = len({str(target) for _, target in recipe.projections(task.target)})
-        for stage in pruning_stages(anatomy, *projecting, stream=False):
-            stages.append(replace(stage, name=f"projection: {stage.name}").beside(state).times(count))
-    return stages
-
-
-def _trained(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
-    model = anatomy.model
-    least = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
-    works, peak, parts = [], 0, dict[str, int]()
-
-    def read_state(optimizer: Optimizer, *_: Any) -> None:
-        parts.update(_state(optimizer))  # the anchors too, which are dropped at the end
-
-    def project(session: Session, target: Target) -> None:
-        _keep_all(session, target)
-        parts[_BEST] = sum(x.nbytes for x in (session.best or {}).values())  # without stages, held after the last step
-
-    for steps in _STEPS:
-        short = replace(recipe, steps=least + steps)
-        with counted() as counting, register_optimizer_step_post_hook(read_state):
-            counting.know(*model.parameters(), *model.buffers())
-            with measured_cost(counting) as cost:
-                session = short.run(model, task, project=project)
-            works.append(cost.work)
-            peak = max(peak, cost.peak)
-            teacher = getattr(session.trainer.objective, "teacher", None)
-            if teacher is not None:
-                parts[_TEACHER] = sum(p.nbytes for p in teacher.parameters())
-            for parameter in model.parameters():
-                parameter.grad = None
-            del session
-    step = works[1] + works[0] * -1.0
-    work = works[0] + step * (recipe.steps - least - _STEPS[0])
-    trained = sum(p.numel() * max(4, p.dtype.itemsize) for p in model.parameters())  # in float32, weights and gradients
-    known = {WEIGHTS: trained, **parts, "gradients": trained}
-    uncounted = sum(p.nbytes for p in model.parameters() if p.dtype.itemsize >= 4)  # there before
-    rest = uncounted + peak - sum(known.values())
-    return Stage(name=TRAINING, parts={**known, STEP: max(0, rest)}, work=work)
-
-
-def _state(optimizer: Optimizer) -> dict[str, int]:
-    state: dict[str, int] = {}
-    for entries in optimizer.state.values():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                of_adam = name == "step" or name.startswith("exp_avg")
-                kind = _MASKS if name == "mask" else _MOMENTS if of_adam else _ANCHORS
-                state[kind] = state.get(kind, 0) + value.nbytes
-    return state
-
-
-def _keep_all(session: Session, target: Target) -> None:
-    """In place of a projection: keeps every weight. Where x and z are apart they stay so, with all of their state."""
-    optimizer = session.trainer.optimizer
-    masks = {name: torch.ones_like(mask) for name, mask in optimizer.masks().items()}
-    if optimizer.frozen:
-        optimizer.change_support(masks)
-    else:
-        optimizer.restart({view.parameter_name: view.parameter.detach() for view in session.views})
-    session.offer()

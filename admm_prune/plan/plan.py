@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.engine import Engine
+from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.registry import DEFAULT, composed
 from admm_prune.methods.ridge import parse_ridge
@@ -26,16 +27,14 @@ from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import (
     FORWARD,
     GRAMS,
-    KEPT_IN_CHECKPOINTS,
     SCORES,
     SOLVER,
-    STEP,
-    TRAINING,
     allocating,
     pruning_stages,
 )
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
 from admm_prune.plan.machine import Machine, gpu_named, measured_here
+from admm_prune.plan.training import KEPT_IN_CHECKPOINTS, STEP, TRAINING, training_stages
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, loading, saving
 from admm_prune.runs.journal.folder import check_output, existing_parent
 from admm_prune.runs.machine import free_bytes, resident_bytes
@@ -264,11 +263,15 @@ def _stages(
     if validation:
         text = anatomy.sequences(-(-validation // length), length)
         evaluated = list(evaluating(anatomy, text, stream=stream))
+    if recipe.stages == "training":
+        pruning = training_stages(anatomy, cast("Trained", recipe), task, device)
+    else:
+        pruning = pruning_stages(anatomy, recipe, task, stream=stream, device=device)
     return [
         loading(anatomy, stream=stream),
         *evaluated,
         *(allocating(anatomy, allocation, task, stream=stream, device=device) if allocation is not None else ()),
-        *pruning_stages(anatomy, recipe, task, stream=stream, device=device),
+        *pruning,
         *evaluated,
         saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),
     ]

@@ -31,11 +31,12 @@ from admm_prune.models.losses import next_token_loss
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.models.sublayers import feed_forward_part
 from admm_prune.plan.anatomy import Anatomy
-from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
-from admm_prune.plan.blockwise import _keep_all as keep_all
+from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages
 from admm_prune.plan.counting import KINDS, Cost, Work, by_name, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
+from admm_prune.plan.training import _keep_all as keep_all
+from admm_prune.plan.training import training_stages
 from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
 from admm_prune.statistics import LayerStatistics
 from tests.models.tiny_models import FAMILIES, build, is_mixture
@@ -269,7 +270,7 @@ def test_the_plan_of_a_method_that_trains_is_what_its_run_holds(name: str) -> No
     recipe = recipe_named(name, steps=16)
     assert isinstance(recipe, Trained)
     task = Task(target=Target(0.5), calibration=text(24, 64))
-    stages = training(Anatomy.of("embedded", "float32"), recipe, task)
+    stages = training_stages(Anatomy.of("embedded", "float32"), recipe, task)
     planned = max(stage.bytes for stage in stages)
     held, _ = pruned_and_counted(recipe, task)
     assert planned == pytest.approx(held, rel=0.1)
@@ -302,7 +303,7 @@ def test_the_plan_of_a_method_that_trains_is_what_the_allocator_gives(
     assert isinstance(recipe, Trained)
     recipe = replace(recipe, steps=3, lr=1e-3)
     task = Task(target=Target(0.5), calibration=text(24, 128))
-    planned = training(Anatomy.of("embedded", dtype), recipe, task)[0]
+    planned = training_stages(Anatomy.of("embedded", dtype), recipe, task)[0]
     model: Any = embedded().to(getattr(torch, dtype))
     weights = sum(p.nbytes for p in model.parameters())
     assert planned.bytes == pytest.approx(
@@ -313,6 +314,21 @@ def test_the_plan_of_a_method_that_trains_is_what_the_allocator_gives(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["elsa", "gradual", "staged"])
+def test_the_plan_of_a_method_that_trains_counts_the_products_of_all_its_steps(name: str) -> None:
+    """Also of the evaluations after its projections, of which the trial of three steps has fewer."""
+    recipe = recipe_named(name)
+    assert isinstance(recipe, Trained)
+    recipe = replace(recipe, steps=12, lr=1e-3)
+    task = Task(target=Target(0.9), calibration=text(24, 64))
+    planned = training_stages(Anatomy.of("embedded", "float32"), recipe, task)[0].work
+    with counted() as counting:
+        recipe.run(embedded(), task, project=keep_all)
+    assert planned.counts["products_float32"] == pytest.approx(counting.work.counts["products_float32"], rel=1e-3)
+    assert planned.counts["traffic"] == pytest.approx(counting.work.counts["traffic"], rel=0.2)
+
+
+@pytest.mark.slow
 def test_elsa_solves_the_layer_problems_as_often_as_staged() -> None:
     """At the end it fixes the support that it has."""
 
@@ -320,7 +336,7 @@ def test_elsa_solves_the_layer_problems_as_often_as_staged() -> None:
         recipe = replace(recipe_named(name), steps=3, lr=1e-3)
         assert isinstance(recipe, Trained)
         task = Task(target=Target(0.9), calibration=text(24, 128))
-        return [stage.work for stage in training(Anatomy.of("embedded", "float32"), recipe, task)[1:]]
+        return [stage.work for stage in training_stages(Anatomy.of("embedded", "float32"), recipe, task)[1:]]
 
     assert work("elsa") == work("staged")
 
