@@ -156,8 +156,8 @@ def compare(
     names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
-    how = (run.steps, Engine.of(run), run.distillation)
-    recipes = [recipe_named(r.name, *how) if "steps" in r.options else r for r in recipes]
+    training: dict[str, Any] = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
+    recipes = [recipe_named(r.name, **training) if "steps" in r.options else r for r in recipes]
     recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
     if not recipes:
         raise UserError("give at least one method, such as --methods wanda,admm")
