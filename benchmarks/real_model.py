@@ -306,7 +306,7 @@ def inversions(rows: Sequence[Row]) -> list[str]:
 
 def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The pairs of methods with an accuracy on BLiMP at the same target, that of less perplexity first."""
-    pairs = []
+    pairs: list[tuple[Row, Row]] = []
     for target in dict.fromkeys(row["target"] for row in rows):
         measured = [row for row in rows if row["target"] == target and row["blimp"] is not None]
         pairs += combinations(sorted(measured, key=lambda row: float(row["perplexity"])), 2)
