@@ -166,7 +166,7 @@ def measured(rank: int, processes: int, folder: Path, model: Path, how: Run) -> 
         meeting = f"file://{folder}/meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     world = World.current()
-    recipe = recipe_named("elsa", how.steps)
+    recipe = recipe_named("elsa", steps=how.steps)
     assert isinstance(recipe, Elsa)
     recipe = replace(recipe, lr=1e-3, batch_size=BATCH, projection=LOCAL_METHODS["wanda"])
     text = TextSettings(data=str(model / "text.txt"), length=LENGTH, packing="windows", eval_samples=BATCH)

@@ -1,4 +1,4 @@
-"""The protocol of a pruning method: it is given a Task and a Runtime, and returns an Outcome with layer reports."""
+"""The protocol of a pruning method: `Recipe.prune` takes a model, a Task and a Runtime, and returns an Outcome."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ if TYPE_CHECKING:
     from admm_prune.methods.parts import ProblemLike, SetLike
 
 _LOG = logging.getLogger(__name__)
-Ridge = float | Literal["auto"] | None  # None: the method's own
+Ridge = float | Literal["auto"] | None  # None: the default of the method
 Stages = Literal["layers", "networks", "groups", "training"]
 Budget = Literal["matrix", "model", "kv-cache", "flops", "latency"]
-TextUse = Literal["calibration", "training", "measurement"]  # of errors alone: the weights do not depend on the text
-OnProgress = Callable[[int, int, str], None]  # (steps done, steps, what is at work; "" at the end and in an evaluation)
-OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, the block or the step that they are of)
+# "measurement": the text is used to measure errors only; the pruned weights do not depend on it.
+TextUse = Literal["calibration", "training", "measurement"]
+# (steps done, all steps, name of the part being processed; "" at the end and during an evaluation)
+OnProgress = Callable[[int, int, str], None]
+OnRecord = Callable[[dict[str, float], int], None]  # (figures by name, index of their block or training step)
 
 
 class Journal:
-    """Records of finished work, by part of the run and number; this one keeps nothing.
+    """Records of finished work, identified by the part of the run and a number. This base class stores nothing;
+    `runs.journal.journal` stores the records in files.
 
-    `runs.journal.journal` keeps files.
-
-    A record is complete or absent. Its content is restored exactly: JSON values with their floats, tensors, and the
-    state of the random generators. A run that is resumed does the same steps in the same order as one that was never
-    interrupted; where a step has a record it takes the record instead.
+    A record is complete or absent. Its content is restored exactly: JSON values including their floats, tensors, and
+    the state of the random number generators. A resumed run takes the same steps in the same order as an uninterrupted
+    one; a step that has a record is replaced by the record.
     """
 
-    keeps = False  # whether what is committed can be had again
+    keeps = False  # whether committed records can be read back
 
     def finished(self, part: str) -> list[Any]:
-        """The contents of the records 0, 1, ... of a part, as JSON gives them back."""
+        """The contents of the records 0, 1, ... of a part, as JSON values."""
         return []
 
     def tensor_file(self, part: str, index: int) -> Path:
@@ -51,10 +52,10 @@ class Journal:
         raise LookupError(f"there is no record {index} of {part}")
 
     def resume_point(self, part: str) -> dict[str, Tensor] | None:
-        """The activations of the last record of a part, None if it went without; puts the random generators into the
-        state that they had then.
+        """The activations of the last record of a part, or None if it was committed without activations. Also restores
+        the random number generators to their state at that record.
 
-        Only the latest activations of a run are kept: ask for those of a part before another part begins.
+        Only the latest activations of a run are kept: read those of a part before another part begins.
         """
         raise LookupError(f"there is no record of {part}")
 
@@ -67,18 +68,19 @@ class Journal:
         tensors: Mapping[str, Tensor] | None = None,
         activations: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes the next record of a part, whole or not at all.
+        """Writes the next record of a part atomically.
 
         Args:
             content: JSON values; floats may be inf or nan.
-            activations: with them the activations of all records before are dropped.
+            tensors: by name, for `tensor_file`.
+            activations: for `resume_point`; they replace those of all earlier records.
 
         Raises:
-            UserError: it cannot be written. What was committed before is safe.
+            UserError: the record cannot be written. Earlier records are unaffected.
         """
 
     def once(self, part: str, compute: Callable[[], Any]) -> Any:
-        """The result of `compute`, which is called on the first request of the part: JSON values."""
+        """The recorded result of a part. If there is none, commits and returns that of `compute`, as JSON values."""
         records = self.finished(part)
         if records:
             return records[0]
@@ -87,16 +89,17 @@ class Journal:
         return content
 
     def checkpoints(self, name: str) -> Path | None:
-        """A folder for what a recipe keeps in files of its own, whole or not at all; None where nothing is kept.
+        """A folder for files that a method writes itself, such as training checkpoints; None if nothing is stored.
 
-        It is there, with all that is in it, when the run is resumed, and goes when the run is finished. The recipe
-        makes its files atomic (write under another name, then rename), says in them how far it was, and keeps the
-        state of the random generators in them.
+        The folder survives an interruption and is deleted when the run is finished. The method writes its files
+        atomically (under another name, then renamed), and stores its position and the state of the random number
+        generators in them.
         """
         return None
 
     def scratch(self) -> Path | None:
-        """A folder for temporary files beside the output, emptied when the run is resumed; None for anywhere."""
+        """A folder for temporary files next to the output, emptied when the run is resumed; None if they may be
+        anywhere."""
         return None
 
 
@@ -105,7 +108,7 @@ NOTHING = Journal()
 
 @dataclass(frozen=True)
 class RidgeTrial:
-    """A ridge and a damping (both of `LayerReconstruction`), and the error on validation tokens that they led to."""
+    """A ridge and a damping, as in `LayerReconstruction`, and the relative error on validation tokens with them."""
 
     ridge: float
     damping: float
@@ -114,14 +117,15 @@ class RidgeTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a method is to do to a model: all that its result depends on.
+    """What a method is to do with a model: everything that the result depends on.
 
     Args:
         target: the sparsity to reach.
-        calibration: text to calibrate or train on.
-        seed: of every random choice.
-        ridge: in place of the method's own; "auto" chooses one for every shared input on a part of the tokens.
-        bounds: prove a lower bound for every layer problem too: two eigendecompositions, seconds per matrix.
+        calibration: the text to calibrate or train on.
+        seed: the seed of all random choices.
+        ridge: replaces the default of the method; "auto" selects a ridge for every input on validation tokens.
+        bounds: also prove a lower bound for every layer problem, at the cost of two eigendecompositions, which take
+            seconds per matrix.
     """
 
     target: Target
@@ -133,15 +137,16 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where and how a task is carried out. By default in this process and in memory, without a record.
+    """Where and how a task is carried out: by default in this process, in memory and without a journal.
 
     Args:
-        offloading: where the model's weights are.
+        offloading: where the weights of the model are.
         world: the processes of the run; all of them have the same task.
-        journal: keeps what is finished, and what an earlier run finished.
+        journal: stores finished work, and has that of an interrupted run.
         on_progress: called at every step.
-        on_record: called with the figures of every block that is finished, and of training.
-        activation_bytes: of activations between blocks that are held in memory, the others on disk; None for all.
+        on_record: called with the figures of every finished block, and with those of training.
+        activation_bytes: the bytes of activations between blocks that are held in memory; the rest is on disk. None
+            holds all of them in memory.
     """
 
     offloading: Offloading = IN_MEMORY
@@ -171,22 +176,24 @@ IN_PROCESS = Runtime()
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """What became of one weight. Errors are relative, undamped, in float64, of the weights as written back.
+    """The result for one weight W, pruned to V.
+
+    Errors are |X (V - W)^T|^2 / |X W^T|^2 of the weights as stored, in float64 and without ridge or damping.
 
     Attributes:
         shape: (out, in) of the dense weight.
-        sparsity: the fraction of the dense weight's entries that are zero, or gone with their row or column.
-        relative_error: on all calibration tokens; None where no layer problem was solved. Of a matrix that a step on
-            several matrices fitted again, on the inputs that it has after that step.
-        relative_error_validation: likewise on those of the calibration tokens that the weight was not fitted to; None
-            where it was fitted to all, as by every method that reads the inputs of one layer at a time.
-        objective, bound: of the weights and of all others in the same sparse set, with ridge and damping, relative as
-            the errors are; None unless `bounds` is set.
-        tokens: that the layer's inputs were taken from.
-        ridge, damping: of the layer problem, as used in the end; None where there was none.
-        ridge_trials: what "auto" tried, the best one first.
-        diagnosis: what `solvers.diagnostics` finds.
-        convergence: of the solve; of several weights that were solved as one, with the first.
+        sparsity: the fraction of the dense weight's entries that are zero, or were removed with their row or column.
+        relative_error: on all calibration tokens; None if no layer problem was solved. If a joint step on several
+            matrices changed the weight again, X are the inputs after that step.
+        relative_error_validation: the same on the calibration tokens that V was not fitted to; None if it was fitted to
+            all of them, as by every method that reads the inputs of one layer at a time.
+        objective, bound: the objective of V, including ridge and damping, and a lower bound of it over the same sparse
+            set, both relative to |X W^T|^2; None unless `Task.bounds` is set.
+        tokens: the number of tokens in X.
+        ridge, damping: the values used in the layer problem; None if there was none.
+        ridge_trials: the trials of the ridge "auto", best first.
+        diagnosis: the findings of `solvers.diagnostics`.
+        convergence: of the solve; if several weights were solved together, only the first one has it.
     """
 
     name: str
@@ -209,7 +216,7 @@ class LayerReport:
 
     @property
     def nonzeros(self) -> int:
-        """Entries that are left, and not zero."""
+        """The number of entries of V that are not zero."""
         return round((1.0 - self.sparsity) * self.shape[0] * self.shape[1])
 
     def as_json(self) -> dict[str, Any]:
@@ -217,7 +224,7 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
-        """What `as_json` gave, after it was JSON."""
+        """The report that `as_json` described, after a round trip through JSON."""
         columns = content["convergence"]
         parts: dict[str, Any] = {name: tuple(content[name]) for name in ("shape", "notes")}
         parts["ridge_trials"] = tuple(RidgeTrial(**trial) for trial in content["ridge_trials"])
@@ -231,10 +238,10 @@ class Outcome:
     """The result of a method.
 
     Attributes:
-        layers: a report of every pruned weight.
+        layers: a report for every weight.
         notes: deviations from the task.
         details: further results (a training curve, an allocation), as JSON values.
-        model: the new model, where the old one was not pruned in place.
+        model: the pruned model, if the given one was not pruned in place.
     """
 
     layers: list[LayerReport]
@@ -244,15 +251,15 @@ class Outcome:
 
 
 class Capabilities(Protocol):
-    """What the rest of the package asks about a method, in place of its class; a method overrides what differs.
+    """Properties of a method that the rest of the package asks for instead of testing its class, with their defaults.
 
     Attributes:
-        options: settings of a run that only some methods have, and that this one takes, such as "steps" or "unit".
-        stages: what its work is made of, by which `plan` counts it: layers, feed-forward networks, structured groups,
-            or training of the whole model; None where it cannot be counted beforehand.
+        options: the method-specific settings that it accepts, such as "steps" or "unit".
+        stages: the unit of its work, from which `plan` estimates the cost: layers, feed-forward networks, structured
+            groups, or training of the whole model; None if the cost cannot be estimated.
         prunes: False for a baseline that leaves the model dense.
-        shrinks: whether what it removes is left out of the saved files, rather than stored as zeros.
-        text_use: what the calibration text is for.
+        shrinks: whether removed weights are left out of the saved files, rather than stored as zeros.
+        text_use: what the calibration text is used for.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
@@ -265,23 +272,23 @@ class Capabilities(Protocol):
         return "calibration"
 
     def check_task(self, task: Task) -> None:
-        """Refuses settings of a task that the method has no use for, before any work is done.
+        """Rejects settings of a task that the method does not support, before any work is done.
 
         Raises:
-            UserError: the ridge or the bounds.
+            UserError: the method does not support the ridge or the bounds.
         """
         return
 
     def streaming_obstacle(self) -> str | None:
-        """Why a model cannot be pruned one block at a time, from disk; None where it can."""
+        """Why the method cannot prune a model one block at a time from disk; None if it can."""
         return None
 
     def with_joint(self, joint: Joint) -> Self | None:
-        """The method with steps on several matrices of a block together; None where it takes none."""
+        """The method with joint steps on several matrices of a block; None if it does not support them."""
         return None
 
     def with_parts(self, solver: Method | None, problem: ProblemLike, constraint: SetLike) -> Self | None:
-        """The method with other parts inside, None leaves its own; None where it has no such parts.
+        """The method with other parts in place of its own, where they are not None; None if it has no such parts.
 
         Raises:
             UserError: a part cannot be used.
@@ -290,36 +297,38 @@ class Capabilities(Protocol):
 
 
 class Recipe(Capabilities, Protocol):
-    """A way to prune a whole model, ready to use by name. A frozen configuration."""
+    """A method for whole models, available by name: a frozen dataclass of settings."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def summary(self) -> str:
-        """A line for `admm-prune list`."""
+        """One line for `admm-prune list`."""
         ...
 
     @property
     def samples(self) -> int:
-        """Calibration sequences, where the user names no number."""
+        """The default number of calibration sequences."""
         ...
 
     @property
     def budget(self) -> Budget:
-        """What meets the target: every matrix of the blocks, all of them together, or something else of the model."""
+        """The scope of the target: every matrix of the blocks by itself, all of them together, or another quantity of
+        the model, such as its FLOPs."""
         ...
 
     def check(self, model: nn.Module, target: Target) -> None:
-        """Refuses what cannot be done, before anything is touched.
+        """Rejects a model or target that the method cannot prune, before any weight is changed.
 
         Raises:
-            UserError: the model has no decoder blocks that can be read, or a weight, named, does not admit the target.
+            UserError: the model has no decoder blocks that can be read, or a weight does not admit the target; the
+                message names the weight.
         """
         ...
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
-        """Prunes the model, which is in evaluation mode and without gradients, in place where it can.
+        """Prunes the model in place if possible. The model is in evaluation mode, and without gradients.
 
         Raises:
             UserError: as `check`; the text or the ridge cannot be used.

@@ -1,4 +1,4 @@
-"""The loop over the blocks of a model: load a block, process it, commit the result, advance."""
+"""The loop over the blocks of a model: load a block, process it, commit the result, advance to the next one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from admm_prune.methods.base import LayerReport, Runtime, Task
+from admm_prune.methods.base import Journal, LayerReport, Runtime, Task
 from admm_prune.models.activation_store import ActivationStore
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.streaming import Offloading
@@ -23,9 +23,9 @@ class BlockResult:
     """The result of one block.
 
     Attributes:
-        layers: a report of each of its weights.
-        details: JSON values.
-        tensors: data of the block that is needed later, beside its weights.
+        layers: a report for each of its weights.
+        details: further results, as JSON values.
+        tensors: measurements of the block, by name; kept in the journal where the block itself is not changed.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -33,110 +33,155 @@ class BlockResult:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-# Processes one block, which is loaded: prunes it in place, or measures it. It may advance the stream itself, if the
-# next block is to see the outputs of this one before it was changed.
-Visitor = Callable[[BlockStream, int, Block], BlockResult]
+# Prunes or measures one block, whose weights are loaded. It may advance the stream before it changes the block, so that
+# the next block reads the outputs of the unchanged one; otherwise `for_each_block` advances it afterwards.
+ProcessBlock = Callable[[BlockStream, int, Block], BlockResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPass:
+    """The settings of one pass over the blocks.
+
+    Args:
+        part: the name of the pass in the journal.
+        changes: whether blocks are changed. Their weights are then written to the journal, which holds the only copy
+            where the model is not in memory.
+        dense_inputs: whether `process_block` advances the stream before it changes a block. A resumed run without saved
+            activations then replays finished blocks before it restores their weights, not after.
+        reshape: called with the index of a finished block, to give it the shapes that it had when it was saved.
+        steps: (steps done by earlier passes, steps of the whole method), for the progress; by default (0, blocks).
+        note: appended to the name of the block in progress messages.
+        weighting: the weights of the tokens in the Gram matrices.
+    """
+
+    part: str = "blocks"
+    changes: bool = True
+    dense_inputs: bool = False
+    reshape: Callable[[int], None] | None = None
+    steps: tuple[int, int] | None = None
+    note: str = ""
+    weighting: TokenWeighting = UNWEIGHTED
+
+
+DEFAULT_PASS = BlockPass()
 
 
 def for_each_block(
     model: nn.Module,
     task: Task,
     runtime: Runtime,
-    process_block: Visitor,
-    *,
-    part: str = "blocks",
-    changes: bool = True,
-    dense_inputs: bool = False,
-    reshape: Callable[[int], None] | None = None,
-    steps: tuple[int, int] | None = None,
-    note: str = "",
-    weighting: TokenWeighting = UNWEIGHTED,
+    process_block: ProcessBlock,
+    settings: BlockPass = DEFAULT_PASS,
 ) -> list[BlockResult]:
-    """Visits every block in order, on what the blocks before put out, and hands each to the runtime's journal.
+    """Processes the blocks in order, each on the outputs of the blocks before it, and commits every result.
 
-    Blocks that the journal has already are not visited again.
+    Blocks whose results are already in the journal are restored from it, and not processed again.
 
-    Args:
-        part: under which the journal keeps it.
-        changes: the visitor changes the blocks: their weights are kept. A block's weights in the journal are the only
-            copy where the model is not in memory.
-        dense_inputs: the visitor advances the stream before it changes a block. Finished blocks that run again, because
-            no activations were saved, then run before they are restored.
-        reshape: brings a block that was finished earlier, by its index, into the shapes that it was given then.
-        steps: (done before, in all) of the whole recipe, for its progress.
-        note: added to the name of the current block in progress messages.
-        weighting: of the tokens in Grams.
+    Returns:
+        The result of every block, in order.
 
     Raises:
-        UserError: the text or a block cannot be used, or the journal not be written.
+        UserError: the text or a block cannot be used, or the journal cannot be written.
     """
     blocks = decoder_blocks(model)
     offloading, journal = runtime.offloading, runtime.journal
-    if changes and not (offloading.keeps_changes or journal.keeps):
+    if settings.changes and not (offloading.keeps_changes or journal.keeps):
         raise ValueError("a model that is not in memory needs a journal, or its pruned blocks are lost")
-    block_results = [
+    results = _finished(journal, settings)
+    done, total = settings.steps or (0, len(blocks))
+    stream = None
+    if len(results) < len(blocks):
+        if settings.weighting.score is not None:
+            runtime.report_progress(done + len(results), total, "token scores")
+        # Before the finished blocks are restored: token scores are computed with the weights that the model has now.
+        stream = _stream(model, blocks, task, runtime, settings.weighting)
+    _restore(blocks[: len(results)], stream, runtime, settings)
+    if stream is None:
+        return results
+    for index in range(len(results), len(blocks)):
+        runtime.report_progress(done + index, total, f"{blocks[index].name}{settings.note}")
+        result = _process(process_block, stream, index, blocks[index], runtime, settings)
+        results.append(result)
+        if result.layers:
+            runtime.record(_figures(result.layers), index)
+    return results
+
+
+def _finished(journal: Journal, settings: BlockPass) -> list[BlockResult]:
+    """The results that an interrupted run has committed."""
+    return [
         BlockResult(
             layers=[LayerReport.from_json(layer) for layer in content["layers"]],
             details=content["details"],
-            tensors={} if changes else load_file(journal.tensor_file(part, index)),
+            tensors={} if settings.changes else load_file(journal.tensor_file(settings.part, index)),
         )
-        for index, content in enumerate(journal.finished(part))
+        for index, content in enumerate(journal.finished(settings.part))
     ]
-    before, total = steps or (0, len(blocks))
-    stream = None
-    if len(block_results) < len(blocks):
-        if weighting.score is not None:
-            runtime.report_progress(before + len(block_results), total, "token scores")
-        # Before the finished blocks are restored: token scores are those of the model as it was.
-        stream = BlockStream(
-            model,
-            blocks,
-            task.calibration,
-            offloading.device(model),
-            offloading=offloading,
-            activation_store=ActivationStore(runtime.activation_bytes, journal.scratch()),
-            world=runtime.world,
-            sparing=offloading.is_offloaded,
-            weighting=weighting,
+
+
+def _stream(
+    model: nn.Module, blocks: list[Block], task: Task, runtime: Runtime, weighting: TokenWeighting
+) -> BlockStream:
+    offloading = runtime.offloading
+    return BlockStream(
+        model,
+        blocks,
+        task.calibration,
+        offloading.device(model),
+        offloading=offloading,
+        activation_store=ActivationStore(runtime.activation_bytes, runtime.journal.scratch()),
+        world=runtime.world,
+        sparing=offloading.is_offloaded,
+        weighting=weighting,
+    )
+
+
+def _restore(blocks: list[Block], stream: BlockStream | None, runtime: Runtime, settings: BlockPass) -> None:
+    """Restores the weights of the finished blocks, and advances the stream, if there is one, to the block after them.
+
+    The stream continues from the saved activations, or replays the finished blocks where none were saved.
+    """
+    offloading, journal = runtime.offloading, runtime.journal
+    saved = journal.resume_point(settings.part) if stream is not None and blocks else None
+    # Saved activations fit a single process only: several processes distribute the sequences differently.
+    if runtime.world.size > 1:
+        saved = None
+    replayed = stream if saved is None else None
+    for index, block in enumerate(blocks):
+        if settings.dense_inputs and replayed is not None:
+            _advance(replayed, offloading, index)
+        if settings.changes:
+            if settings.reshape is not None:
+                settings.reshape(index)
+            offloading.restore(index, block, journal.tensor_file(settings.part, index))
+        if not settings.dense_inputs and replayed is not None:
+            _advance(replayed, offloading, index)
+    if stream is not None and saved is not None:
+        stream.resume(len(blocks), saved)
+
+
+def _process(
+    process_block: ProcessBlock, stream: BlockStream, index: int, block: Block, runtime: Runtime, settings: BlockPass
+) -> BlockResult:
+    """Processes one block, advances the stream beyond it and commits the result."""
+    offloading, journal = runtime.offloading, runtime.journal
+    # Where blocks read state that earlier ones wrote, activations alone do not suffice to resume a run.
+    saves_activations = runtime.world.size == 1 and not stream.shares_state
+    with offloading.block(index):
+        result = process_block(stream, index, block)
+        result = replace(result, details=json.loads(json.dumps(result.details)))  # as a resumed run reads them
+        if stream.position == index:
+            stream.advance(index)
+        journal.commit(
+            settings.part,
+            index,
+            {"layers": [layer.as_json() for layer in result.layers], "details": result.details},
+            tensors=_weights(block) if settings.changes else result.tensors,
+            activations=stream.activations if saves_activations else None,
         )
-    saved = journal.resume_point(part) if stream is not None and block_results else None
-    # Activations are saved and used by single-process runs only: the sequences are distributed differently otherwise.
-    rerun = stream if saved is None or runtime.world.size > 1 else None
-    for index, block in enumerate(blocks[: len(block_results)]):
-        if dense_inputs and rerun is not None:
-            _advance(rerun, offloading, index)
-        if changes:
-            if reshape is not None:
-                reshape(index)
-            offloading.restore(index, block, journal.tensor_file(part, index))
-        if not dense_inputs and rerun is not None:
-            _advance(rerun, offloading, index)
-    if stream is not None:
-        if saved is not None and rerun is None:
-            stream.resume(len(block_results), saved)
-        # Where blocks read what others wrote, a resumed run needs more than activations.
-        saves = runtime.world.size == 1 and not stream.shares_state
-        for index in range(len(block_results), len(blocks)):
-            block = blocks[index]
-            runtime.report_progress(before + index, total, f"{block.name}{note}")
-            with offloading.block(index):
-                result = process_block(stream, index, block)
-                result = replace(result, details=json.loads(json.dumps(result.details)))  # as it would be read back
-                if stream.position == index:
-                    stream.advance(index)
-                journal.commit(
-                    part,
-                    index,
-                    {"layers": [layer.as_json() for layer in result.layers], "details": result.details},
-                    tensors=_weights(block) if changes else result.tensors,
-                    activations=stream.activations if saves else None,
-                )
-            if changes and not offloading.keeps_changes:
-                offloading.restore(index, block, journal.tensor_file(part, index))
-            block_results.append(result)
-            if result.layers:
-                runtime.record(_figures(result.layers), index)
-    return block_results
+    if settings.changes and not offloading.keeps_changes:
+        offloading.restore(index, block, journal.tensor_file(settings.part, index))
+    return result
 
 
 def _advance(stream: BlockStream, offloading: Offloading, index: int) -> None:

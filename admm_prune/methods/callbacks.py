@@ -1,4 +1,4 @@
-"""What follows a run from outside: trackers of its figures, and callbacks at its phases and blocks."""
+"""Observers of a run: trackers, which log its figures, and callbacks for its phases and blocks."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from admm_prune.errors import UserError
 
 
 class Tracker(Protocol):
-    """Receives the figures of a run. Names are as "block/relative_error", "train/loss", "pruned/perplexity"."""
+    """Receives the figures of a run, under names such as "block/relative_error", "train/loss", "pruned/perplexity"."""
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """The run begins; its settings are as in the manifest, flat: "target.sparsity"."""
+        """Called when the run begins, with the settings of its manifest under flat names such as "target.sparsity"."""
         ...
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of one block or of one step of training, counted from 0; steps never fall."""
+        """Called with the figures of a block or of a training step. `step` is its index from 0, and never decreases."""
         ...
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        """The run is over: its figures as a whole; empty where it broke off."""
+        """Called at the end with the figures of the whole run; they are empty if it failed."""
         ...
 
 
 class Callback:
-    """Receives the events of a run; override the methods of the events you need.
+    """Receives the events of a run. Override the methods for the events you need.
 
-    An exception that a method raises ends the run, which `resume=True` continues if it has `out`. In a process group
-    the methods are called in every process.
+    An exception raised by a method ends the run; `resume=True` continues it if it has `out`. In a process group the
+    methods are called in every process.
     """
 
     def on_phase_begin(self, name: str) -> None:
-        """A phase begins, such as "evaluating the dense model" or "pruning"."""
+        """Called when a phase begins, such as "evaluating the dense model" or "pruning"."""
 
     def on_phase_end(self, name: str, seconds: float, peak_mib: float) -> None:
-        """A phase is over; `peak_mib` is its peak memory beyond that at its start."""
+        """Called when a phase ends. `peak_mib` is its peak memory in MiB beyond the memory at its start."""
 
     def on_progress(self, done: int, total: int, name: str) -> None:
-        """So many of all steps of the phase are done: blocks or steps of training, batches of an evaluation.
+        """Called when `done` of `total` steps of a phase are done: blocks, training steps or batches of an evaluation.
 
         Args:
-            name: of the part that is being processed; empty at the end and in an evaluation.
+            name: of the part that is being processed; empty at the end and during an evaluation.
         """
 
     def on_figures(self, figures: Mapping[str, float], step: int) -> None:
-        """Figures of one block or of one step of training, as `Tracker.log` receives them."""
+        """Called with the figures of a block or of a training step, as `Tracker.log`."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in their order.
+    """Calls several callbacks in order.
 
     Args:
         callbacks: one or several.
-        progress: a function in place of a callback that has `on_progress` alone.
+        progress: a function that is called as `on_progress`.
 
     Raises:
-        UserError: an object is no `Callback`, or `progress` no function.
+        UserError: an object is not a `Callback`, or `progress` is not callable.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Value and output projections of a block as a single problem, which improves on both pruned alone."""
+"""Joint pruning of the value and output projections of an attention module, starting from both pruned alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
@@ -17,24 +16,28 @@ from admm_prune.methods.part_checks import Checked
 from admm_prune.models.attention import AttentionViews, ModelMixing, attention_of
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView
+from admm_prune.ops.precision import at_least_float32
 from admm_prune.point import Point
 from admm_prune.problems.attention import AttentionOutput, AttentionTokens
-from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.base import Solver
 from admm_prune.statistics import GramAccumulator
 
-ROUNDS, ITERATIONS = 2, 15  # of the alternation, and of conjugate gradients in each of its fits
+ROUNDS = 2  # of the alternation between the two projections
+ITERATIONS = 15  # of conjugate gradients in each of its least-squares fits
 
 
 @dataclass(frozen=True)
 class DenseAttention:
-    """The value and output projections of a block before they are pruned, with what enters and leaves them.
+    """The value and output projections of a block before they are pruned, with their inputs and outputs.
 
     Attributes:
-        pairs: inputs (n, d) of the value projection and outputs (n, m) of the output projection, by the part of the
-            text.
+        views: the projections in the model.
+        weights: copies of their dense matrices, "value" and "output", in at least float32.
+        biases: copies of their biases, if they have one.
+        pairs: for each part of the text, the inputs (n, d) of the value projection and the outputs (n, m) of the output
+            projection.
     """
 
     views: AttentionViews
@@ -44,24 +47,24 @@ class DenseAttention:
 
     @classmethod
     def of(cls, stream: BlockStream, index: int, block: Block) -> DenseAttention:
-        """Reads a block that is not pruned yet.
+        """Reads the projections of a block that is still dense.
 
         Raises:
-            UserError: it has no attention whose value and output projections can be found.
+            UserError: the block has no attention module whose value and output projections can be identified.
         """
         views = attention_of(block, stream.states(index)["calibration"], index)
         both = {"value": views.value, "output": views.output}
-        weights = Point({name: _wide(view.read()) for name, view in both.items()})
-        biases = {name: _wide(view.bias.detach()) for name, view in both.items() if view.bias is not None}
+        weights = Point({name: at_least_float32(view.read()) for name, view in both.items()})
+        biases = {name: at_least_float32(view.bias.detach()) for name, view in both.items() if view.bias is not None}
         return cls(views, weights, biases, stream.pairs(index, (views.value, views.output)))
 
     @property
     def names(self) -> set[str]:
-        """Of both projections."""
+        """The names of both projections."""
         return {self.views.value.name, self.views.output.name}
 
     def prunes(self, names: Collection[str]) -> bool:
-        """Whether both projections are among the matrices of these names."""
+        """Whether both projections are among these names of matrices."""
         return self.names <= set(names)
 
     def coordinated(
@@ -75,19 +78,19 @@ class DenseAttention:
     ) -> tuple[list[LayerReport], dict[str, Any]]:
         """Replaces the pruned value and output projections of a block by the solution of `AttentionOutput`, in place.
 
-        The target is the dense output of the attention; the probabilities are those of the pruned queries and keys.
-        The alternation starts at both matrices pruned alone, on the same tokens. Its
+        The target is the output of the dense attention module; the attention probabilities are those of the pruned
+        queries and keys. The alternation starts from both matrices pruned separately on the same tokens, and its
         solution is rejected unless it lowers the error on validation tokens.
 
         Args:
-            reports: of the matrices pruned alone.
+            reports: of the matrices, pruned separately.
 
         Returns:
-            The reports, and the figures, JSON values.
+            The updated reports, and the errors before and after as JSON values.
         """
         views = {"value": self.views.value, "output": self.views.output}
         by_name = {report.name: report for report in reports}
-        constraints = {name: _set(view, method, task) for name, view in views.items()}
+        constraints = {name: method.constraint(task.target.of_pruned(view.name)) for name, view in views.items()}
         problem = AttentionOutput(
             self.weights,
             self._tokens(stream, index, block, "calibration"),
@@ -122,7 +125,8 @@ class DenseAttention:
         return AttentionTokens(*self.pairs[part], ModelMixing(block, self.views, stream.states(index)[part], index))
 
     def _alone(self, problem: AttentionOutput, solver: Solver) -> Point:
-        """Both pruned as layers on the calibration tokens, the output on dense values and with its dense bias."""
+        """Both matrices pruned separately, as layers on the calibration tokens: the output projection on the dense
+        values, and with its dense bias."""
         dense = problem.initial()
         gram = GramAccumulator(dense["value"].shape[1], dense["value"].device)
         gram.add(self.pairs["calibration"][0])
@@ -136,7 +140,12 @@ class DenseAttention:
 
 
 def renewed(report: LayerReport, view: WeightView | None, note: str) -> LayerReport:
-    """The report of a matrix whose weights were fitted again: its errors and its bound as a layer no longer apply."""
+    """The report of a matrix that was changed again: its errors and its bound as a layer no longer apply.
+
+    Args:
+        view: the matrix; None if it was not changed.
+        note: what changed it.
+    """
     if view is None:
         return report
     return replace(
@@ -150,18 +159,8 @@ def renewed(report: LayerReport, view: WeightView | None, note: str) -> LayerRep
     )
 
 
-def _set(view: WeightView, method: Method, task: Task) -> SparseSet:
-    target = task.target.at(view.name)
-    assert target is not None, f"{view.name} is not among the weights to prune"
-    return method.constraint(target)
-
-
 def damping_of(report: LayerReport) -> tuple[float, float]:
-    """Those of the matrix alone; the defaults where its solver only scores weights."""
+    """The ridge and damping with which the matrix was pruned, or the defaults if its solver only scores weights."""
     if report.ridge or report.damping:
         return report.ridge or 0.0, report.damping or 0.0
     return DEFAULT_RIDGE, DEFAULT_DAMPING
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)

@@ -1,4 +1,4 @@
-"""What is done to several matrices of a block together, beside a method's own work: coordination and refit."""
+"""Joint steps on several matrices of a block, in addition to pruning each of them: coordination and refit."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
+from admm_prune.statistics import LayerStatistics
 
 COORDINATED = ("attention",)
 REFITS = ("block",)
-STEPS = ("attention", "refit")  # by their figures
+STEPS = ("attention", "refit")  # the keys of their figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """The steps on several matrices of a block together.
+    """The joint steps that a run takes.
 
     Args:
-        coordinate: "attention": value and output projections as one problem, see `AttentionOutput`.
-        refit: "block": all pruned matrices of a block on its dense output, on their supports, see `BlockOutput`; None
-            for none.
+        coordinate: ("attention",) to prune value and output projections as one problem, see `AttentionOutput`.
+        refit: "block" to fit all pruned matrices of a block, on their supports, to its dense output, see `BlockOutput`.
 
     Raises:
-        UserError: there is no such step.
+        UserError: an unknown step.
     """
 
     coordinate: tuple[str, ...] = ()
@@ -54,10 +54,10 @@ class Joint:
 
     @classmethod
     def of(cls, coordinate: str | Sequence[str], refit: str | None) -> Self:
-        """From user input: names as a comma-separated list or a sequence, which count once each.
+        """From user input: the names to coordinate as a comma-separated list or a sequence; duplicates are ignored.
 
         Raises:
-            UserError: a list without names, or no such step.
+            UserError: a list without names, or an unknown step.
         """
         items = coordinate.split(",") if isinstance(coordinate, str) else coordinate
         parts = tuple(dict.fromkeys(filter(None, (item.strip() for item in items))))
@@ -70,15 +70,15 @@ class Joint:
 
     @property
     def label(self) -> str:
-        """The options that ask for it."""
+        """The command-line options that select the steps, for messages."""
         coordinate = f"--coordinate {','.join(self.coordinate)}" if self.coordinate else ""
         return " and ".join(filter(None, [coordinate, f"--refit {self.refit}" if self.refit else ""]))
 
     def check(self, model: nn.Module, method: Method) -> None:
-        """Refuses what the steps cannot be taken for.
+        """Rejects methods and models that the steps do not support.
 
         Raises:
-            UserError: an objective of the method's own, or a block whose attention cannot be coordinated.
+            UserError: the method has an objective of its own, or the attention of a block cannot be coordinated.
         """
         if self and method.problem.name != LAYER:
             raise UserError(f"{self.label} weights all tokens alike: it takes no {method.problem.name}")
@@ -87,10 +87,10 @@ class Joint:
                 attention_views(block)
 
     def notes(self, blocks: Sequence[Mapping[str, Any]], task: Task) -> tuple[str, ...]:
-        """What a user should know of the steps.
+        """Notes for the user on steps that were skipped, rejected or failed.
 
         Args:
-            blocks: the figures of each.
+            blocks: the figures of every block.
         """
         notes = []
         count = len(blocks)
@@ -113,10 +113,10 @@ class Joint:
         return tuple(notes)
 
     def task(self, task: Task, runtime: Runtime) -> Task:
-        """The task, with batches that are small enough to differentiate a block.
+        """The task, with batches that are small enough to backpropagate through a block.
 
         Raises:
-            UserError: there are several processes.
+            UserError: the run has several processes.
         """
         if not self:
             return task
@@ -126,10 +126,10 @@ class Joint:
         return replace(task, calibration=replace(text, batch_size=max(1, min(text.batch_size, TOKENS // text.length))))
 
     def begin(self, stream: BlockStream, index: int, block: Block, pruned: Collection[str]) -> JointBlock:
-        """Reads what is needed of a block before it is pruned.
+        """Stores what the steps need of a block before it is pruned.
 
         Args:
-            pruned: the names of its matrices to prune.
+            pruned: the names of the matrices that will be pruned.
         """
         attention = DenseAttention.of(stream, index, block) if self.coordinate and pruned else None
         if attention is not None and not attention.prunes(pruned):
@@ -146,14 +146,14 @@ class Joint:
 
 @dataclass
 class JointBlock:
-    """The steps on one block.
+    """The joint steps on one block.
 
     Attributes:
-        dense, biases: the matrices that the steps may change, by their names, before they are pruned; and the biases of
-            those that have one.
-        outputs: of the dense block, as `BlockStream.collect` fills it in; empty where no refit needs them.
-        figures: JSON values.
-        outdated: names of matrices that were fitted again since their errors as layers of their own were measured.
+        dense, biases: copies of the dense matrices that the steps may change, by name, and of their biases.
+        attention: the dense value and output projections; None if they are not coordinated.
+        outputs: of the dense block, filled in by `BlockStream.collect`; empty unless the block is refitted.
+        figures: the results of the steps, as JSON values.
+        outdated: names of matrices that a step changed after their errors as layers were measured.
         held_out: names of matrices that were fitted without the validation tokens.
     """
 
@@ -170,28 +170,28 @@ class JointBlock:
     held_out: set[str] = field(default_factory=set[str])
 
     def stages(self, pruned: Collection[str]) -> list[set[str]]:
-        """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where
-        it is coordinated."""
+        """The matrices to prune, in groups whose inputs are collected one after the other. If attention is coordinated
+        its matrices come first, so that the others are pruned on its final outputs."""
         if self.attention is None:
             return [set(pruned)] if pruned else []
         first = {view.name for view in self.attention.views.weights} & set(pruned)
         return [names for names in (first, set(pruned) - first) if names]
 
     def coordinated(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports of matrices just pruned; value and output projections, if among them, are solved together."""
+        """Coordinates the value and output projections if both have just been pruned; returns the updated reports."""
         if self.attention is None or not self.attention.prunes([report.name for report in reports]):
             return list(reports)
         renewed, self.figures["attention"] = self.attention.coordinated(
             self.stream, self.index, self.block, reports, method, task
         )
         self._note(reports, renewed)
-        if self.figures["attention"]["accepted"]:  # solved from the dense weights, on the other tokens
+        if self.figures["attention"]["accepted"]:  # fitted to the calibration tokens without the validation tokens
             self.held_out |= self.attention.names
         return renewed
 
     def finished(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports of all pruned matrices of the block, whose weights are then refitted, if there is a refit. The
-        stream may advance to the next block."""
+        """Refits the pruned block, if the run has a refit, and returns the updated reports with the errors of all
+        matrices that were changed again. The stream may advance to the next block."""
         self.attention = None
         done = list(reports)
         if self.joint.refit and reports:
@@ -207,40 +207,43 @@ class JointBlock:
                 self.outdated.add(old.name)
 
     def _measured(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
-        """The reports, with the errors of matrices that were fitted again on the inputs that they now have. These are
-        collected while the stream advances."""
+        """The reports, with the errors of the outdated matrices measured on their present inputs, which are collected
+        while the stream advances."""
         if not self.outdated:
             return list(reports)
         errors: dict[str, tuple[float, float | None]] = {}
         by_name = {report.name: report for report in reports}
         for shared in self.stream.collect(self.index, self.outdated, advance=True):
             for view in shared.weights:
-                report, target, statistics = by_name[view.name], task.target.at(view.name), shared.statistics
-                assert target is not None, f"{view.name} is not among the weights to prune"
-                layer = method.problem.posed(
-                    self.dense[view.name],
-                    statistics.gram,
-                    method.constraint(target),
-                    ridge=report.ridge or 0.0,
-                    damping=report.damping or 0.0,
-                )
-                written = Point(weight=view.read().to(layer.weight.dtype))
-                bias = self._bias_error(view, statistics.gram, statistics.mean, statistics.tokens)
-                error = max(layer.relative_error(written) + bias, 0.0)  # in this order NaN stays NaN
-                apart = view.name in self.held_out or not method.reads_inputs
-                held_out, held_out_error = statistics.validation if apart else None, None
-                if held_out is not None:
-                    mean, tokens = statistics.validation_mean, statistics.validation_tokens
-                    bias = self._bias_error(view, held_out, mean, tokens)
-                    held_out_error = max(layer.relative_error(written, held_out) + bias, 0.0)
-                errors[view.name] = (error, held_out_error)
+                errors[view.name] = self._errors(view, shared.statistics, by_name[view.name], method, task)
         return [
             replace(report, relative_error=pair[0], relative_error_validation=pair[1]) if pair else report
             for report, pair in ((report, errors.get(report.name)) for report in reports)
         ]
 
+    def _errors(
+        self, view: WeightView, statistics: LayerStatistics, report: LayerReport, method: Method, task: Task
+    ) -> tuple[float, float | None]:
+        """The relative errors of a matrix and its bias on all tokens, and on the validation tokens (None if the matrix
+        was fitted to them)."""
+        layer = method.problem.posed(
+            self.dense[view.name],
+            statistics.gram,
+            method.constraint(task.target.of_pruned(view.name)),
+            ridge=report.ridge or 0.0,
+            damping=report.damping or 0.0,
+        )
+        written = Point(weight=view.read().to(layer.weight.dtype))
+        bias = self._bias_error(view, statistics.gram, statistics.mean, statistics.tokens)
+        error = max(layer.relative_error(written) + bias, 0.0)  # in this order NaN stays NaN
+        validation = statistics.validation
+        if validation is None or (view.name not in self.held_out and method.reads_inputs):
+            return error, None
+        bias = self._bias_error(view, validation, statistics.validation_mean, statistics.validation_tokens)
+        return error, max(layer.relative_error(written, validation) + bias, 0.0)
+
     def _bias_error(self, view: WeightView, gram: Tensor, mean: Tensor | None, tokens: int) -> float:
-        """What a bias that was fitted with its matrix adds to the relative error:
+        """The last two terms of the squared error with a changed bias, relative to tr(W H W^T):
 
         |X E^T + 1 d^T|^2 = tr(E H E^T) + 2 n d^T E mu + n |d|^2,    E = V - W, d = b_V - b_W, mu the mean input.
         """

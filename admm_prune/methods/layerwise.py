@@ -1,4 +1,4 @@
-"""Layer-wise pruning: every weight by its own local problem, block after block, on the outputs of the pruned blocks."""
+"""Layer-wise pruning: a problem for every weight, block after block, on the outputs of the pruned blocks before it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from admm_prune.methods.base import (
     Task,
     TextUse,
 )
-from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
@@ -52,10 +52,15 @@ from admm_prune.statistics import LayerStatistics
 
 @dataclass(frozen=True)
 class Layerwise(Capabilities):
-    """A recipe that solves the layer problem of every matrix in the decoder blocks by one method.
+    """Solves the layer problem of every matrix in the decoder blocks by one layer method.
 
-    For each block: replay it on the outputs of the pruned blocks before it, capture one Gram per shared input, solve
-    the layer problems, write back, replay the pruned block to get the next block's inputs.
+    For each block: run it on the outputs of the pruned blocks before it, accumulate one Gram matrix for each input that
+    matrices share, solve the layer problems, write the solutions, and run the pruned block for the inputs of the next.
+
+    Args:
+        method: the solver of the layer problems, with its regularization.
+        samples: the default number of calibration sequences.
+        joint: joint steps on several matrices of a block.
     """
 
     stages: ClassVar[Stages | None] = "layers"
@@ -112,7 +117,9 @@ class Layerwise(Capabilities):
             reports = joint.finished(reports, self.method, task)
             return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures)
 
-        block_results = for_each_block(model, task, runtime, prune_block, weighting=self.method.problem.weighting)
+        block_results = for_each_block(
+            model, task, runtime, prune_block, BlockPass(weighting=self.method.problem.weighting)
+        )
         runtime.report_progress(len(block_results), len(block_results))
         figures = [result.details or {} for result in block_results]
         return Outcome(
@@ -123,13 +130,13 @@ class Layerwise(Capabilities):
 
 
 def uses_ridge(method: Method, joint: Joint, *, bounds: bool) -> bool:
-    """Whether anything depends on the ridge of the layer problems: of methods that only score weights, bounds and the
-    joint solution of attention do, and an objective of a third party may."""
+    """Whether any result depends on the ridge of the layer problems. For methods that only score weights it matters to
+    bounds, to coordinated attention, and possibly to a third-party objective."""
     return method.damped or bounds or bool(joint.coordinate) or is_foreign(method.problem.build)
 
 
 def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: World = ALONE) -> list[LayerReport]:
-    """Prunes the weights of a block: several processes distribute the solves and broadcast the results."""
+    """Prunes the weights of a block in place. Several processes share the solves and broadcast their results."""
     pieces = inputs if method.stacks else [SharedInput((v,), one.statistics) for one in inputs for v in one.weights]
     reports = world.divided(
         [_cost(piece) for piece in pieces],
@@ -140,16 +147,16 @@ def prune_all(inputs: list[SharedInput], method: Method, task: Task, world: Worl
 
 
 def _cost(piece: SharedInput) -> float:
-    """The relative cost of a solve: a factorization, and products with its inverse."""
+    """The relative cost of a solve: a factorization of the Gram matrix, and products of weights with its inverse."""
     width = float(piece.weights[0].shape[1])
     return width**3 + width**2 * sum(view.shape[0] for view in piece.weights)
 
 
 def check_target(blocks: Iterable[Block], method: Method, target: Target) -> None:
-    """Refuses a target before any weight is touched.
+    """Rejects a target that cannot be reached, before any weight is changed.
 
     Raises:
-        UserError: a weight does not admit it; the message names the weight.
+        UserError: a weight does not admit the target; the message names the weight.
     """
     tried: set[tuple[str, tuple[int, int]]] = set()
     weighting = method.problem.weighting
@@ -160,7 +167,7 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
                 check_tokens_known([view], weighting)
                 constraint = method.constraint(layer_target)
                 with explained_parts(constraint=type(constraint)):
-                    _try(constraint, view.shape)
+                    _check_shape(constraint, view.shape)
                 if (str(layer_target), view.shape) not in tried:
                     check_set(constraint, view.shape, layer_target.fraction)
                     tried.add((str(layer_target), view.shape))
@@ -171,7 +178,7 @@ def check_target(blocks: Iterable[Block], method: Method, target: Target) -> Non
 
 
 def _check_parts(method: Method, target: Target) -> None:
-    """Tries a third-party solver or objective on a small random problem, so that errors show before any work.
+    """Tries a third-party solver or objective on a small random problem, so that errors appear before any work.
 
     Raises:
         UserError: a part fails, or violates its protocol.
@@ -192,32 +199,35 @@ def _check_parts(method: Method, target: Target) -> None:
         check_result(result, posed, solver, [Part(len(weight), constraint, target.fraction)])
 
 
-def _try(constraint: Constraint, shape: tuple[int, int]) -> None:
-    """Raises ValueError where matrices of this shape do not admit the set; one row suffices for all but tiles."""
+def _check_shape(constraint: Constraint, shape: tuple[int, int]) -> None:
+    """Raises ValueError if the set does not admit matrices of this shape."""
     try:
-        constraint.contains(Point(weight=torch.zeros(1, shape[1])))
-    except ValueError:
+        constraint.contains(Point(weight=torch.zeros(1, shape[1])))  # inexpensive, and enough for most sets
+    except ValueError:  # blocks of several rows need the whole matrix
         constraint.contains(Point(weight=torch.zeros(()).expand(shape)))
 
 
 def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
-    """Reports of the weights of a block that were not among those to prune."""
+    """Reports for the weights of a block that are not selected for pruning."""
     left = [view for view in block.weights if view.name not in pruned]
     return [replace(report_of(view, view.shape), notes=("not selected: left unchanged",)) for view in left]
 
 
 def prune_shared(shared: SharedInput, method: Method, task: Task) -> list[LayerReport]:
-    """Prunes the weights that read one input, in place: see `prune_several`."""
+    """Prunes the weights that read one input, in place, as `prune_several` does for several inputs."""
     return prune_several([shared], method, task)[0]
 
 
 def prune_several(inputs: Sequence[SharedInput], method: Method, task: Task) -> list[list[LayerReport]]:
-    """Prunes the weights that read each of some inputs, in place.
+    """Prunes the weights that read the given inputs, in place.
 
-    If the method supports it, weights that share an input are solved stacked, each within its own budget: the Gram of
-    q, k and v is factored once. Status, iterations, notes and diagnosis are then those of the joint solve, and its
-    seconds are divided by the number of entries, so that the seconds of all weights add up to the total. Problems of
-    equal shape, such as the experts of a mixture, may be solved in one batch, each with its own result.
+    If the method supports it, the weights that share an input are stacked into one problem, each within its own budget,
+    so that the Gram matrix of q, k and v is factored once. Their reports then have the status, iterations, notes and
+    diagnosis of the stacked solve, and its seconds in proportion to their sizes. Problems of equal shape, such as those
+    of the experts of a mixture, may be solved in one batch, each with a result of its own.
+
+    Returns:
+        For each input, the reports of its weights.
 
     Raises:
         UserError: a weight cannot be pruned; the message names it.
@@ -236,11 +246,12 @@ def prune_several(inputs: Sequence[SharedInput], method: Method, task: Task) -> 
 
 @dataclass(frozen=True)
 class _Job:
-    """Weights that are solved as one, the statistics of their inputs, and the sparse set of each.
+    """Weights that are solved as one problem.
 
     Attributes:
-        parts: rows, set and fraction of each weight, in the order of the weights.
-        constraint: of all rows, stacked.
+        statistics: of their shared inputs.
+        parts: the rows, the sparse set and the sparsity of each weight, in order.
+        constraint: the sparse set of the stacked rows.
     """
 
     weights: tuple[WeightView, ...]
@@ -255,11 +266,10 @@ class _Job:
 
 
 def _jobs(shared: SharedInput, method: Method, target: Target) -> Iterator[_Job]:
-    """The weights that read one input, by what is solved as one."""
+    """The jobs of one input: all of its weights in one job, or one for each target or weight."""
     groups: dict[object, list[tuple[WeightView, Target]]] = {}
     for view in shared.weights:
-        layer_target = target.at(view.name)
-        assert layer_target is not None, f"{view.name} is not among the weights to prune"
+        layer_target = target.of_pruned(view.name)
         alike = None if method.stacks_targets else layer_target
         groups.setdefault(alike if method.stacks else view.name, []).append((view, layer_target))
     for group in groups.values():
@@ -272,7 +282,7 @@ def _jobs(shared: SharedInput, method: Method, target: Target) -> Iterator[_Job]
 
 @dataclass(frozen=True)
 class _Posed:
-    """A problem, its damping, the dense weights, and the seconds spent on building it."""
+    """The problem of a job, with its ridge and damping, the dense weights, and the seconds spent on building it."""
 
     problem: LayerReconstruction
     damping: Damping
@@ -281,7 +291,7 @@ class _Posed:
 
 
 def _prune(jobs: Sequence[_Job], method: Method, solver: Solver, task: Task) -> list[list[LayerReport]]:
-    """Prunes the weights of some jobs, each by one solve, or all by one batch of solves."""
+    """Prunes the weights of some jobs, by one solve each or all in one batch."""
     posed = [_pose(job, method, task.ridge) for job in jobs]
     began = time.perf_counter()
     parts = {"solver": type(solver), "constraint": type(jobs[0].parts[0].constraint), "problem": type(posed[0].problem)}
@@ -299,7 +309,7 @@ def _prune(jobs: Sequence[_Job], method: Method, solver: Solver, task: Task) -> 
 
 @contextmanager
 def _naming(job: _Job) -> Generator[None]:
-    """Names the weights in errors of their problem."""
+    """Context that puts the names of the job's weights before the message of an error."""
     try:
         yield
     except (ValueError, LinAlgError) as error:
@@ -307,6 +317,7 @@ def _naming(job: _Job) -> Generator[None]:
 
 
 def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
+    """Builds the problem of a job."""
     began = time.perf_counter()
     statistics, first = job.statistics, job.parts[0].constraint
     # A copy: `read` returns a view of the parameter, which is about to be overwritten.
@@ -322,11 +333,11 @@ def _pose(job: _Job, method: Method, ridge: Ridge) -> _Posed:
 def _write(
     job: _Job, posed: _Posed, result: Result, seconds: float, method: Method, *, bounds: bool
 ) -> list[LayerReport]:
-    """Writes the solution of a job to its weights, and yields their reports.
+    """Writes the solution of a job to its weights, and returns their reports.
 
     Args:
-        seconds: that the solve took.
-        bounds: prove a lower bound of each.
+        seconds: the duration of the solve.
+        bounds: whether to prove a lower bound for each weight.
     """
     began = time.perf_counter()
     problem, damping, stacked, statistics = posed.problem, posed.damping, posed.stacked, job.statistics
@@ -353,7 +364,8 @@ def _write(
                 weight, statistics.gram, part.constraint, ridge=problem.ridge, damping=problem.damping
             )
         written = Point(weight=view.read().to(layer.weight.dtype))
-        held_out = None if method.reads_inputs else statistics.validation  # part of the Gram that is solved
+        # A method that reads the inputs is fitted to the validation tokens too: they are part of its Gram matrix.
+        held_out = None if method.reads_inputs else statistics.validation
         reports.append(
             LayerReport(
                 name=view.name,
@@ -378,9 +390,9 @@ def _write(
 
 
 def _bound(problem: LayerReconstruction, written: Point) -> dict[str, float]:
-    """The objective reached and a lower bound of all that can be, both relative to tr(W H W^T).
+    """The objective of the written weights and a lower bound on the optimum, both relative to tr(W H W^T).
 
-    Empty where nothing is proven: the layer is never used, or the bound does not support the constraint.
+    Empty if there is no bound: the layer is never used, or no bound is known for the constraint.
     """
     energy = quadratic.energy(problem.weight, problem.gram)
     try:

@@ -1,4 +1,4 @@
-"""The solvers of layer problems by name, each with the damping and the budget it is published with."""
+"""The solvers of layer problems by name, each with the regularization and the budget that it was published with."""
 
 from __future__ import annotations
 
@@ -40,19 +40,21 @@ from admm_prune.solvers.one_shot import Magnitude, Wanda
 
 @dataclass(frozen=True)
 class Method:
-    """A solver of layer problems, ready to use by name.
+    """A solver of layer problems with its settings, available by name.
 
     Args:
+        name: on the command line.
+        summary: one line for `admm-prune list`.
         make: builds the solver.
-        ridge, damping: of the layer problem it is given.
-        row_wise: an unstructured budget is spread evenly over the output rows, not over the whole layer.
-        stacks: weights that share their inputs are solved as one, each within its own budget, because the solver
-            factors their Gram and knows `StackedRows`.
-        stacks_targets: so are copies of one weight with different targets, because nothing that the solver does depends
-            on how dense the stack is as a whole.
+        ridge, damping: the regularization of the layer problem, see `LayerReconstruction`.
+        row_wise: an unstructured budget is the same for every output row, not one for the whole matrix.
+        stacks: weights that share their inputs are solved as one problem with `StackedRows`, so that the solver factors
+            their Gram matrix once.
+        stacks_targets: weights with different targets may be stacked too. Only for a solver whose work on a row does
+            not depend on the density of the whole stack.
         problem: the objective.
-        sets: a constraint instead of the method's own.
-        reads_inputs: the result depends on the layer's inputs, not on its weight alone.
+        sets: a family of constraints that replaces the default.
+        reads_inputs: whether the result depends on the inputs of the layer; otherwise on its weight alone.
     """
 
     name: str
@@ -68,17 +70,17 @@ class Method:
     reads_inputs: bool = True
 
     def constraint(self, target: Target) -> SparseSet:
-        """The sparse set that this method aims at for a target.
+        """The sparse set of this method for a target.
 
         Raises:
-            UserError: the sets given have no such member.
+            UserError: the family of constraints has no such member.
         """
         default = SetFamily("row-wise", RowWise) if self.row_wise else SetFamily("unstructured", Unstructured)
         return (self.sets or default).at(target)
 
     @property
     def damped(self) -> bool:
-        """Whether the result depends on the ridge: not for methods that only score weights."""
+        """Whether the result depends on the ridge; that of methods that only score weights does not."""
         return self.ridge > 0 or self.damping > 0
 
     def cell(self, target: Target) -> Literal["matrix", "row", "group", "set"]:
@@ -127,7 +129,7 @@ LOCAL_METHODS: Mapping[str, Method] = {
     )
 }
 
-# For small layers: they refuse problems for which they cannot prove optimality.
+# For small layers: they reject problems for which they cannot prove optimality.
 REFERENCES: Mapping[str, Method] = {
     method.name: method
     for method in (
@@ -154,13 +156,13 @@ GIVEN = "given"
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Weights that were computed elsewhere, as the solution of a problem, if they are in its sparse set.
+    """A solver that returns given weights, computed elsewhere.
 
     Args:
         weight: V (out, in).
 
     Raises:
-        ValueError: a weight of another shape, with entries that are not finite, or outside of the set.
+        ValueError: by `solve`: V has another shape than the layer, has NaN or Inf entries, or violates the constraint.
     """
 
     weight: Tensor
@@ -184,20 +186,20 @@ class Given:
 
 
 def given(weight: Tensor) -> Method:
-    """A solution that was computed elsewhere, as a method without ridge and damping."""
+    """The method that returns a given weight (out, in), without ridge and damping."""
     return Method(GIVEN, "weights that were computed elsewhere", partial(Given, weight), ridge=0.0, damping=0.0)
 
 
 def method_names() -> list[str]:
-    """All names that `method_named` knows: ours, then those of installed packages."""
+    """All names that `method_named` accepts: the built-in ones, then those declared by installed packages."""
     return [*LOCAL_METHODS, *REFERENCES, *sorted(declared("solvers"))]
 
 
 def method_named(name: str) -> Method:
-    """The method of this name, ours or one that an installed package declares under `admm_prune.solvers`.
+    """The method of this name, built in or declared by an installed package under `admm_prune.solvers`.
 
     Raises:
-        UserError: no such method (the message lists those there are), or a plug-in that cannot be used.
+        UserError: there is no such method (the message lists the known ones), or the plug-in cannot be used.
     """
     ours = {**LOCAL_METHODS, **REFERENCES}
     check_no_clash("solvers", name, ours)
@@ -231,7 +233,7 @@ def method_named(name: str) -> Method:
 
 
 def with_parts(method: Method, problem: ProblemLike = None, constraint: SetLike = None) -> Method:
-    """The method with another objective or another sparse set, by name or as it is; None leaves its own.
+    """The method with another objective or constraint, each a name or an object; None leaves the method's own.
 
     Raises:
         UserError: there is no part of that name, or it cannot be used.

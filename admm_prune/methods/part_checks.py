@@ -20,12 +20,17 @@ from admm_prune.problems.constraints import SparseSet
 from admm_prune.result import Result, Status
 from admm_prune.solvers.base import Solver
 
-_SLACK = 0.005  # of a sparsity, beside the rounding of the set
+_SLACK = 0.005  # tolerated difference between two sparsities, beyond the rounding of the set
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stack's rows that are in a set of their own, and the fraction of them that is to be zero."""
+    """Consecutive rows of a stacked matrix with their own constraint.
+
+    Attributes:
+        rows: their number.
+        fraction: of their entries that must be zero.
+    """
 
     rows: int
     constraint: SparseSet
@@ -33,27 +38,27 @@ class Part:
 
 
 def is_foreign(part: object) -> bool:
-    """Whether a part, a class or an object, is not of this package."""
+    """Whether a part, a class or an object, is defined outside this package."""
     module = getattr(part, "__module__", None) or type(part).__module__
     return module.partition(".")[0] != "admm_prune"
 
 
 def title_of(part: object) -> str:
-    """The class of a part, in a message."""
+    """The name of a part's class, for messages."""
     name = getattr(part, "__qualname__", None)
     return str(name) if name is not None else type(part).__qualname__
 
 
 @contextmanager
 def explained_parts(**parts: object) -> Generator[None]:
-    """Turns an exception in third-party code into a UserError that names the part; our own exceptions pass.
+    """Context that turns an exception in third-party code into a UserError that names the part. Errors with which a
+    part rejects its input (ValueError, LinAlgError, OutOfMemoryError) and those of this package pass unchanged.
 
     Args:
         parts: by kind: `solver`, `constraint`, `problem`.
 
     Raises:
-        UserError: a foreign part failed. The exception is its cause.
-        ValueError: as it was raised.
+        UserError: a third-party part failed; the exception is its cause.
     """
     try:
         yield
@@ -64,12 +69,12 @@ def explained_parts(**parts: object) -> Generator[None]:
         if not foreign:
             raise
         who = ", ".join(f"the {kind} {title_of(part)}" for kind, part in foreign.items())
-        raise UserError(f"{who} failed{_place_of(error)}: {_words(error)}") from error
+        raise UserError(f"{who} failed{_place_of(error)}: {_first_line(error)}") from error
 
 
 @contextmanager
 def suppress_refusals() -> Generator[None]:
-    """Ends a trial where a part refuses the random problem: it may accept the real ones."""
+    """Context that ends a trial without an error if a part rejects the random problem: it may accept the real ones."""
     try:
         yield
     except UserError:
@@ -83,11 +88,11 @@ def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) ->
 
     Args:
         shape: (out, in) of the matrix.
-        fraction: of the entries that are to be zero.
+        fraction: of the entries that must be zero.
 
     Raises:
-        UserError: the set fails, or its projection is infeasible or breaks the budget.
-        ValueError: matrices of this shape do not admit the set.
+        UserError: the constraint fails, or its projection is infeasible or misses the budget.
+        ValueError: the constraint does not admit matrices of this shape.
     """
     if not is_foreign(type(constraint)):
         return
@@ -110,13 +115,13 @@ def check_set(constraint: SparseSet, shape: tuple[int, int], fraction: float) ->
 
 
 def check_result(result: object, problem: Any, solver: object, parts: Sequence[Part]) -> None:
-    """Checks the result of a solver: a finite point of the constraint, with the target sparsity.
+    """Checks the result of a solver: a finite point in the constraint, with the target sparsity.
 
     Args:
-        parts: the rows of the problem's matrix; without any, the constraint is not checked.
+        parts: the rows of the problem's matrix; if there are none the constraint is not checked.
 
     Raises:
-        UserError: the message names solver and set.
+        UserError: a check fails; the message names the solver and the constraint.
     """
     name = title_of(solver) if isinstance(solver, type) else title_of(type(solver))
     who = f"the solver {name}"
@@ -151,7 +156,7 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
 
 @dataclass(frozen=True)
 class Checked:
-    """A solver inside another, each of whose results is checked."""
+    """A solver that checks the results of another one, for use inside a third solver."""
 
     inner: Solver
 
@@ -172,7 +177,7 @@ class Checked:
 
 
 def _check_point(what: str, point: Any, like: Point) -> None:
-    """Raises UserError unless `point` has the tensors of `like`, finite."""
+    """Raises UserError unless `point` has finite tensors with the names, shapes, dtypes and devices of `like`."""
     if not isinstance(point, Point):
         raise UserError(f"{what} is {_kind(point)}, not an admm_prune.Point")
     if point.keys() != like.keys():
@@ -191,7 +196,7 @@ def _check_point(what: str, point: Any, like: Point) -> None:
 
 
 def _slack(constraint: SparseSet, shape: tuple[int, int]) -> float:
-    """By how much a set may miss a fraction: one row or one group of columns, which it keeps or drops as a whole."""
+    """The tolerated difference to a sparsity: one row or one group of columns, which a set may have to keep whole."""
     return max(_SLACK, 1 / shape[0], constraint.group_width / shape[1])
 
 
@@ -199,7 +204,8 @@ def _kind(thing: object) -> str:
     return "None" if thing is None else f"a {type(thing).__name__}"
 
 
-def _words(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -1,13 +1,14 @@
-"""Objectives and constraints of a layer: built-in, declared by other packages, or passed as objects.
+"""Objectives and constraints of a layer: built in, declared by other packages, or passed as objects.
 
 Other packages declare names for their parts as entry points:
 
     [project.entry-points."admm_prune.solvers"]
     projected-gradient = "their_package:ProjectedGradient"
 
-The groups are `admm_prune.solvers` (called without arguments; see `methods.local`), `admm_prune.problems`
-(a subclass of `LayerReconstruction`, called in the same way) and `admm_prune.constraints` (a `SparseSet`, called with
-the fraction of the weights to remove). A plug-in is imported only when its name is used.
+The groups are `admm_prune.solvers` (a class that is called without arguments; see `methods.local`),
+`admm_prune.problems` (a subclass of `LayerReconstruction`, called with the same arguments) and
+`admm_prune.constraints` (a `SparseSet`, called with the fraction of the weights to remove). A plug-in is imported only
+when its name is used.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.statistics import UNWEIGHTED, TokenContext, TokenWeighting, check_token_values
 
 Kind = Literal["solvers", "problems", "constraints"]
-Objective = Callable[..., LayerReconstruction]  # takes what `LayerReconstruction` takes
-ProblemLike = str | Objective | None  # by name, or as it is; None for a method's own
+Objective = Callable[..., LayerReconstruction]  # with the arguments of `LayerReconstruction`
+ProblemLike = str | Objective | None  # a name or an object; None for the one of the method
 SetLike = str | SparseSet | type[SparseSet] | None
-# Constraints described by a fraction; N:M is selected by a pattern.
+# Constraints with a sparsity as parameter; N:M is selected by a pattern.
 SETS: Mapping[str, Callable[[float], SparseSet]] = {"unstructured": Unstructured, "row-wise": RowWise, "groups": Groups}
 LAYER = "layer"
 _HOOKS = ("token_weights", "token_scores")
@@ -42,12 +43,12 @@ LAYER_PROBLEMS: Mapping[str, type[LayerReconstruction]] = {LAYER: LayerReconstru
 
 
 def declared(kind: Kind) -> dict[str, EntryPoint]:
-    """The declarations of installed packages, by name."""
+    """The parts of this kind that installed packages declare, by name."""
     return {point.name: point for point in entry_points(group=f"admm_prune.{kind}")}
 
 
 def all_declared() -> list[dict[str, str]]:
-    """All plug-ins of all kinds: name, kind, object and package."""
+    """All plug-ins of all kinds: kind, name, object and package of each."""
     return [
         {
             "kind": kind,
@@ -61,10 +62,10 @@ def all_declared() -> list[dict[str, str]]:
 
 
 def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
-    """Refuses a name that stands for two parts.
+    """Rejects an ambiguous name.
 
     Raises:
-        UserError: a package declares a built-in name, or two packages declare the same name.
+        UserError: a package declares the name of a built-in part, or two packages declare the same name.
     """
     declarations = {point.value: point for point in entry_points(group=f"admm_prune.{kind}") if point.name == name}
     points = declarations.values()
@@ -76,10 +77,10 @@ def check_no_clash(kind: Kind, name: str, ours: Collection[str]) -> None:
 
 
 def load_declared(kind: Kind, name: str) -> Any:
-    """The object behind a declared name.
+    """Imports the object that is declared under a name.
 
     Raises:
-        UserError: its package cannot be imported, or lacks it.
+        UserError: its package cannot be imported, or does not have the object.
     """
     point = declared(kind)[name]
     try:
@@ -93,14 +94,14 @@ def load_declared(kind: Kind, name: str) -> Any:
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """The objective of a layer: its name, and the function that builds the problem."""
+    """The objective of a layer: its name, and the class or function that builds the problem."""
 
     name: str
     build: Objective
 
     @property
     def weighting(self) -> TokenWeighting:
-        """The weights of the tokens in Grams."""
+        """How the objective weights the tokens in Gram matrices, from its hooks; their results are checked."""
         weigh, score = (self._hook(name) for name in _HOOKS)
         if weigh is None:
             return UNWEIGHTED
@@ -128,11 +129,18 @@ class LayerProblem:
         return TokenWeighting(weighed, needs_context, needs_outputs, None if score is None else scored)
 
     def trial_weights(self, inputs: Tensor, weight: Tensor) -> Tensor | None:
-        """The weights of the first n of 64 random tokens, for inputs (n, in) of a matrix (out, in); None for equal.
+        """Calls the token weighting for the first n of 64 random tokens.
+
+        Args:
+            inputs: (n, in).
+            weight: W (out, in).
+
+        Returns:
+            The weights (n,); None if all tokens have equal weight.
 
         Raises:
-            UserError: what computes them fails, or gives something else.
-            ValueError: it refuses these inputs.
+            UserError: the weighting fails, or does not return weights.
+            ValueError: the weighting rejects these inputs.
         """
         weighting = self.weighting
         if weighting.weigh is None:
@@ -154,10 +162,10 @@ class LayerProblem:
         return weighting.weigh(inputs, context)
 
     def posed(self, *arguments: Any, **settings: Any) -> LayerReconstruction:
-        """The problem, as `LayerReconstruction` takes its arguments.
+        """Builds the problem from the arguments of `LayerReconstruction`.
 
         Raises:
-            UserError: what builds it fails, or builds something else.
+            UserError: building fails, or the result is not a `LayerReconstruction`.
             ValueError: the arguments cannot be used.
         """
         with explained_parts(problem=self.build):
@@ -174,12 +182,15 @@ class LayerProblem:
         return problem
 
     def __post_init__(self) -> None:
-        """Raises UserError where what builds the problem, or weights its tokens, does not take the arguments."""
+        """Raises UserError if the function that builds the problem, or one of its hooks, cannot be called as needed."""
         if not callable(self.build):
             raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
         _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
         if inspect.isabstract(self.build):
             raise UserError(f"the problem '{self.name}' lacks methods: {_abstract(self.build)}")
+        self._check_hooks()
+
+    def _check_hooks(self) -> None:
         for name in _HOOKS:
             hook, what = self._hook(name), f"{name} of the problem '{self.name}'"
             if hook is None:
@@ -202,7 +213,7 @@ class LayerProblem:
 
     @property
     def _part(self) -> Any:
-        """What builds the problem, without arguments that are bound to it."""
+        """The class or function that builds the problem, without `functools.partial` around it."""
         part: Any = self.build
         while isinstance(part, partial):
             part = part.func
@@ -212,7 +223,7 @@ class LayerProblem:
         return getattr(self._part, name, None)
 
     def _check_values(self, name: str, values: object, of: Tensor) -> None:
-        """Raises UserError unless a hook returned one real number for each row."""
+        """Raises UserError unless a hook returned one real number for each row of `of`."""
         try:
             check_token_values(f"{name} of the problem '{self.name}'", values, len(of), of.device)
         except ValueError as error:
@@ -220,10 +231,10 @@ class LayerProblem:
 
     @classmethod
     def of(cls, part: str | Objective) -> LayerProblem:
-        """From the name of a built-in or a plug-in, or from an object.
+        """From the name of a built-in part or a plug-in, or from an object.
 
         Raises:
-            UserError: there is none of this name, or the plug-in is no subclass of `LayerReconstruction`.
+            UserError: there is no part of this name, or the plug-in is not a subclass of `LayerReconstruction`.
         """
         if not isinstance(part, str):
             return cls(described(part), part)
@@ -243,10 +254,10 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class SetFamily:
-    """A family of constraints that differ only in how much they prune.
+    """A family of constraints that differ only in their sparsity.
 
     Attributes:
-        member: one of them, whose other settings apply to all; or a function of the fraction.
+        member: a constraint whose other settings apply to the whole family; or a function from a sparsity to a member.
     """
 
     name: str
@@ -254,10 +265,10 @@ class SetFamily:
 
     @classmethod
     def of(cls, part: str | SparseSet | Callable[[float], SparseSet]) -> SetFamily:
-        """From the name of a built-in or a plug-in, from a class, or from a member.
+        """From the name of a built-in part or a plug-in, from a class, or from a member.
 
         Raises:
-            UserError: there is none of this name, or it makes no `SparseSet` of a fraction.
+            UserError: there is no part of this name, or it makes no `SparseSet` from a sparsity.
         """
         if isinstance(part, SparseSet):
             return cls(described(part), part)
@@ -272,20 +283,20 @@ class SetFamily:
         else:
             raise unknown("constraint", part, [*SETS, *declared("constraints")])
         if not isinstance(family.member, SparseSet):
-            family._made(0.5)
+            family._with_sparsity(0.5)
         return family
 
     def at(self, target: Target) -> SparseSet:
-        """The member that prunes so much; for a pattern N of M itself.
+        """The member with the sparsity of a target; `NofM` for a pattern.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such member.
         """
         if isinstance(self.member, SparseSet) and target == target_of(self.member):
             return self.member
-        return NofM(*target.pattern) if target.pattern is not None else self._made(target.fraction)
+        return NofM(*target.pattern) if target.pattern is not None else self._with_sparsity(target.fraction)
 
-    def _made(self, sparsity: float) -> SparseSet:
+    def _with_sparsity(self, sparsity: float) -> SparseSet:
         member = cast("Any", self.member)
         if inspect.isabstract(member):
             raise UserError(f"the constraint '{self.name}' lacks methods of a SparseSet: {_abstract(member)}")
@@ -295,7 +306,7 @@ class SetFamily:
             made: Any = replace(member, sparsity=sparsity) if isinstance(self.member, SparseSet) else member(sparsity)
         except UserError:
             raise
-        except Exception as error:  # whatever the code of another package raises
+        except Exception as error:  # code of another package may raise anything
             if not isinstance(error, TypeError | ValueError):
                 raise UserError(f"the constraint '{self.name}' failed: {type(error).__name__}: {error}") from error
             kind = type(member).__name__ if isinstance(member, SparseSet) else getattr(member, "__name__", self.name)
@@ -309,7 +320,7 @@ class SetFamily:
 
 
 def target_of(constraint: SparseSet) -> Target | None:
-    """The target of a constraint, if it states one; None if it has neither a sparsity nor N:M."""
+    """The target that a constraint states; None if it has neither a sparsity nor a pattern."""
     if isinstance(constraint, NofM):
         return Target(pattern=(constraint.n, constraint.m))
     sparsity = getattr(constraint, "sparsity", None)
@@ -317,13 +328,13 @@ def target_of(constraint: SparseSet) -> Target | None:
 
 
 def check_one_set(constraint: object, pattern: str | None) -> None:
-    """Raises UserError where both are given: a pattern is a sparse set of its own."""
+    """Raises UserError if both a constraint and a pattern are given, because a pattern is a constraint too."""
     if constraint is not None and pattern is not None:
         raise UserError(f"the pattern {pattern} is a sparse set of its own: give the constraint a sparsity instead")
 
 
 def described(part: object) -> str:
-    """The description of a part in a manifest: its name, or its settings."""
+    """The description of a part in a manifest: its name, or its class and settings."""
     if isinstance(part, str):
         return part
     if isinstance(part, partial):
@@ -338,7 +349,7 @@ def _check_call(what: str, function: Any, positional: int, **named: object) -> N
     """Raises UserError if a function does not accept this number of positional arguments and these keywords."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError) as error:  # of C code, which has none to read
+    except (TypeError, ValueError) as error:  # functions implemented in C may have no signature
         if isinstance(function, partial):
             raise UserError(f"{what} does not take the arguments that are bound to it: {error}") from error
         return
@@ -352,7 +363,7 @@ def _takes_context(weigh: Any) -> bool:
     """Whether `token_weights` has a second parameter without a default."""
     try:
         signature = inspect.signature(weigh)
-    except (TypeError, ValueError):  # of C code, which has none to read
+    except (TypeError, ValueError):  # functions implemented in C may have no signature
         return False
     for arguments in (("inputs",), ("inputs", "context")):
         try:

@@ -1,4 +1,4 @@
-"""The blockwise refit: all pruned matrices of a block together, on its output, with their supports kept."""
+"""The blockwise refit: fits all pruned matrices of a block jointly to its dense output, on their supports."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from admm_prune.problem import Constraint
 from admm_prune.problems.constraints import Product
 from admm_prune.solvers.support_descent import SupportDescent
 
-TOKENS = 1024  # of a batch on which a block is differentiated: bounds its activations
-# The same as a hundred steps with the default memory and warm-up: `benchmarks/refit_variants.py`.
+TOKENS = 1024  # in a batch that is backpropagated through a block: bounds the memory of its activations
+# As good as a hundred steps with the default betas and warm-up: `benchmarks/refit_variants.py`.
 DESCENT = replace(SupportDescent.of(70), warm_up=10, betas=(0.9, 0.9))
-_LEAST_ENERGY = 1e-6  # |y_t|^2 of a token, relative to the median: less counts as so much
+_LEAST_ENERGY = 1e-6  # lower bound of |y_t|^2 in the weight of a token, relative to the median
 
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """Batches that enter a block, and the targets (n, d) of their real tokens, in order."""
+    """The batches that enter a block, and the targets (n, d) of their tokens without padding, in order."""
 
     states: Sequence[BatchState]
     targets: Tensor
@@ -43,7 +43,7 @@ class BlockTokens:
 
     @cached_property
     def weights(self) -> Tensor:
-        """1 / |y_t|^2 (n,), bounded: a token whose embedding is zero stays zero through blocks without biases."""
+        """1 / |y_t|^2 (n,), bounded because y_t may be zero: a zero embedding stays zero in blocks without biases."""
         energies = torch.cat([part.float().square().sum(1) for part in self.targets.split(TOKENS)])
         least = _LEAST_ENERGY * energies[energies > 0].median() if bool((energies > 0).any()) else energies.new_ones(())
         return energies.clamp_min(max(float(least), torch.finfo(energies.dtype).tiny)).reciprocal()
@@ -57,18 +57,18 @@ class BlockTokens:
 class BlockOutput:
     """min sum_t |f(h_t; x) - y_t|^2 / |y_t|^2 over the pruned matrices x of a block f in their sets; `Stochastic`.
 
-    Every token counts relative to its target, as the norm at the start of the next block makes it: else a few tokens
-    of massive activations would be all that counts. Of targets close to zero |y_t|^2 is 1e-6 of the median.
+    Errors are relative for every token, because the normalization at the start of the next block rescales every token;
+    otherwise a few tokens with massive activations would dominate the sum. |y_t|^2 is at least 1e-6 of its median.
 
-    A point holds every pruned matrix (out, in) by its name, in float32 at least, in which the block computes.
+    A point has the pruned matrices (out, in) by name, in at least float32, the dtype in which the block is computed.
 
     Args:
-        block: its present matrices are the start.
-        views: the pruned matrices.
-        constraint: their sets.
-        index: of the block.
-        tokens: of which every batch is a sample.
-        validation: held-out ones, on which `value` is taken.
+        block: the pruned block; its current matrices are the start.
+        views: its pruned matrices.
+        constraint: their sparse sets.
+        index: of the block in the model.
+        tokens: the calibration tokens; each of their batches is a sample for `sample_gradient`.
+        validation: the tokens for `value`.
     """
 
     curvature = 1.0  # unknown; no solver of stochastic problems on a fixed support reads it
@@ -92,7 +92,7 @@ class BlockOutput:
 
     @torch.no_grad()
     def value(self, x: Point) -> float:
-        """The mean over the held-out tokens."""
+        """The mean loss per validation token."""
         with self._holding(x):
             losses = [float(self._loss(self.validation, number)) for number in range(len(self.validation.states))]
         return sum(losses) / len(self.validation.targets)
@@ -103,7 +103,7 @@ class BlockOutput:
         return float(loss), gradient
 
     def differentiated(self, x: Point, number: int) -> tuple[Tensor, Point]:
-        """Loss and gradient on a batch."""
+        """Loss, as a tensor that stays on its device, and gradient on batch `number`."""
         with self._holding(x) as parameters, torch.enable_grad():
             loss = self._loss(self._tokens, number)
             gradients = torch.autograd.grad(loss, parameters)
@@ -112,7 +112,7 @@ class BlockOutput:
 
     @contextmanager
     def _holding(self, x: Point) -> Generator[list[Tensor]]:
-        """Within it the block computes with x; its parameters require gradients, and are as before afterwards."""
+        """Context in which the block computes with x and its parameters require gradients; restores both afterwards."""
         parameters = list({id(view.parameter): view.parameter for view in self._views}.values())
         before = [(parameter.data, parameter.requires_grad) for parameter in parameters]
         with in_dtype(self._block.module, self._dtype):
@@ -145,24 +145,23 @@ def refit_block(
     method: Method,
     task: Task,
 ) -> tuple[list[LayerReport], dict[str, Any]]:
-    """Fits all pruned matrices of a block together to its dense outputs, in place, on their supports.
+    """Fits all pruned matrices of a block jointly to its dense outputs, in place and on their supports.
 
-    Kept only if it lowers the error on validation tokens.
+    The fit is kept only if it lowers the error on validation tokens.
 
     Args:
-        outputs: of the dense block, (n, d) for every part of the text.
+        outputs: the outputs (n, d) of the dense block, for every part of the text.
         reports: of the pruned matrices.
 
     Returns:
-        The reports, and the figures, JSON values.
+        The updated reports, and the errors before and after as JSON values.
 
     Raises:
-        UserError: the pruned block, or its gradients, are not finite.
+        UserError: the outputs of the pruned block, or its gradients, are not finite.
     """
     pruned = {report.name for report in reports}
     views = [view for view in block.weights if view.name in pruned]
-    targets = {view.name: task.target.at(view.name) for view in views}
-    sets = {name: method.constraint(target) for name, target in targets.items() if target is not None}
+    sets = {view.name: method.constraint(task.target.of_pruned(view.name)) for view in views}
     states = stream.states(index)
     parts = {part: BlockTokens(states[part], outputs[part]) for part in outputs if part != "holdout"}
     problem = BlockOutput(
@@ -178,7 +177,7 @@ def refit_block(
     before, after = result.start_objective, result.objective
     assert before is not None, "an iterative solver has a start"
     if any(view.parameter.dtype != start[view.name].dtype for view in views):
-        after = problem.value(problem.initial())  # of weights rounded to the dtype of the model
+        after = problem.value(problem.initial())  # the weights were rounded to the dtype of the model
     figures: dict[str, Any] = {"before": before, "after": after, "accepted": after < before}
     if not result.status.ok:
         figures["status"] = result.status.name

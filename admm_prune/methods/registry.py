@@ -1,4 +1,4 @@
-"""The pruning methods by name, and methods composed of objects: another solver, objective or sparse set."""
+"""The pruning methods by name, and methods composed of other solvers, objectives or constraints."""
 
 from __future__ import annotations
 
@@ -39,50 +39,39 @@ def composed(
     constraint: SetLike = None,
     joint: Joint | None = None,
 ) -> Recipe:
-    """The recipe of a method, with another solver, objective or sparse set inside.
+    """The recipe of a method with other parts: a solver, an objective, a constraint, or joint steps.
 
     Args:
-        method: a name; None for layer-wise pruning with the solver, or with `admm` if there is none.
+        method: its name; None for layer-wise pruning with `solver`, or with `admm` if that is None too.
         steps, distillation, engine: as in `recipe_named`.
         solver: an object, or the name of a layer method, whose ridge, damping and budget are used too.
         problem: a class derived from `LayerReconstruction`, a function with the same arguments, or a name.
-        constraint: an object, a class that takes a sparsity, or a name.
-        joint: steps on several matrices of a block together.
+        constraint: an object, a class that is called with a sparsity, or a name.
+        joint: joint steps on several matrices of a block.
 
     Raises:
-        UserError: there is no such method, or it has no part of this kind.
+        UserError: there is no such method or part, or the method has no part of this kind.
     """
-    if joint:
-        alone = composed(
-            method,
-            steps=steps,
-            distillation=distillation,
-            engine=engine,
-            solver=solver,
-            problem=problem,
-            constraint=constraint,
-        )
-        return with_joint(alone, joint)
     parts = {"solver": solver, "problem": problem, "constraint": constraint}
     given = " and ".join(name for name, part in parts.items() if part is not None)
-    if not given:
-        return recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
     if getattr(constraint, "keep", None) is not None:
         raise UserError(f"{constraint} counts weights, which is for one matrix: give a sparsity")
     if method is None and solver is not None:
-        return Layerwise(with_parts(_method_of(solver), problem, constraint))
-    recipe = recipe_named(DEFAULT if method is None else method, steps, engine, distillation)
+        return with_joint(Layerwise(with_parts(_method_of(solver), problem, constraint)), joint)
+    recipe = recipe_named(DEFAULT if method is None else method, steps=steps, distillation=distillation, engine=engine)
+    if not given:
+        return with_joint(recipe, joint)
     made = recipe.with_parts(None if solver is None else _method_of(solver), problem, constraint)
     if made is None:
         raise UserError(f"{recipe.name} takes no {given}: it is for layer-wise methods")
-    return made
+    return with_joint(made, joint)
 
 
-def with_joint(recipe: Recipe, joint: Joint) -> Recipe:
-    """The recipe with steps on several matrices of a block together.
+def with_joint(recipe: Recipe, joint: Joint | None) -> Recipe:
+    """The recipe with joint steps on several matrices of a block, if there are any.
 
     Raises:
-        UserError: it takes none.
+        UserError: the recipe does not support them.
     """
     if not joint:
         return recipe
@@ -93,7 +82,8 @@ def with_joint(recipe: Recipe, joint: Joint) -> Recipe:
 
 
 def _method_of(solver: str | Solver) -> Method:
-    """The method of a solver: the ridge, damping and budget of ours of the same class, defaults for others."""
+    """The method of a solver: with the ridge, damping and budget of the built-in method of the same class, if there is
+    one, otherwise with the defaults."""
     if isinstance(solver, str):
         return method_named(solver)
     if isinstance(solver, type) or not callable(getattr(solver, "solve", None)):
@@ -106,16 +96,16 @@ def _method_of(solver: str | Solver) -> Method:
 
 
 def recipe_named(
-    name: str, steps: int | None = None, engine: Engine = _ENGINE, distillation: float | None = None
+    name: str, *, steps: int | None = None, distillation: float | None = None, engine: Engine = _ENGINE
 ) -> Recipe:
-    """The recipe of this name; solvers of layer problems are applied layer by layer.
+    """The recipe of this name. Layer methods are applied to a model layer by layer.
 
     Args:
-        steps, distillation: of a recipe that trains, in place of its own.
-        engine: of a recipe that trains.
+        steps, distillation, engine: settings that replace those of a recipe that trains.
 
     Raises:
-        UserError: no such recipe; the message lists those there are. It does not train, and has none of these.
+        UserError: there is no such recipe (the message lists the known ones), or it does not train and has none of
+            these settings.
     """
     check_no_clash("solvers", name, RECIPES)
     if name not in RECIPES and name not in method_names():
@@ -135,6 +125,6 @@ def recipe_named(
 
 
 def with_baselines(names: Iterable[str]) -> list[str]:
-    """The names without duplicates, and those of the baselines of methods that train."""
+    """The names without duplicates, followed by the baselines of methods that train, if one of them is named."""
     unique = list(dict.fromkeys(names))
     return list(dict.fromkeys([*unique, *(_BASELINES if set(unique) & set(_COMPARED) else ())]))

@@ -1,4 +1,4 @@
-"""The ridge of a layer problem, given by the user, or selected on validation tokens."""
+"""The ridge of a layer problem: given by the user, or selected on validation tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.together import solve_all
 
-# (ridge, damping): relative to each H_jj, best where all channels matter equally, or to their mean, which regularizes a
-# few massive channels less and the many small ones more.
+# (ridge, damping): a ridge is relative to each H_jj, which is best where all channels matter equally; a damping is
+# relative to their mean, which regularizes a few massive channels less and the many small ones more.
 GRID = (*((ridge, 0.0) for ridge in (0.003, 0.03, 0.3)), *((0.0, damping) for damping in (0.003, 0.01, 0.03, 0.1)))
 _ROWS = 128
-# One factorization per trial: a rough solution ranks them as well as an accurate one.
+# One factorization per trial: rough solutions rank the settings as well as accurate ones.
 _PROBE = ADMM(penalty=Constant(1.2), max_iterations=10)
 
 
 @dataclass(frozen=True)
 class Damping:
-    """The ridge and damping of a layer problem, and the trials by which they were selected, best first.
-
-    `seconds` is the time of the selection.
-    """
+    """The ridge and damping of a layer problem, the trials that selected them, best first, and their seconds."""
 
     ridge: float
     damping: float
@@ -40,10 +37,10 @@ class Damping:
 
 
 def parse_ridge(ridge: str | float | None) -> Ridge:
-    """A ridge from the user's input: a number, "auto", or None.
+    """A ridge from user input: a number, "auto", or None.
 
     Raises:
-        UserError: neither "auto" nor a finite number that is not negative.
+        UserError: the input is neither "auto" nor a finite non-negative number.
     """
     if ridge is None or ridge == "auto":
         return "auto" if ridge else None
@@ -59,7 +56,13 @@ def parse_ridge(ridge: str | float | None) -> Ridge:
 def settle_ridge(
     ridge: Ridge, method: Method, weight: Tensor, gram: Tensor, validation: Tensor | None, constraint: Constraint
 ) -> Damping:
-    """The given ridge with the method's own damping; with "auto" the best of both by `choose_ridge`.
+    """The ridge and damping to use: a number replaces the ridge of the method, "auto" selects both by `choose_ridge`.
+
+    Args:
+        weight: W (out, in).
+        gram: H (in, in) of all calibration tokens.
+        validation: the part of H from the validation tokens; None if there are none.
+        constraint: as for `choose_ridge`.
 
     Raises:
         UserError: "auto" without validation tokens.
@@ -81,20 +84,21 @@ def choose_ridge(
     grid: Sequence[tuple[float, float]] = GRID,
     objective: Callable[..., LayerReconstruction] = LayerReconstruction,
 ) -> tuple[RidgeTrial, ...]:
-    """Tries ridges and dampings: the undamped relative error on the validation tokens, solved on all the others.
+    """Solves the layer problem on the tokens that are not validation tokens, once for every (ridge, damping) of a grid,
+    and ranks the settings by the unregularized relative error on the validation tokens.
 
-    At most 128 evenly spaced rows represent the layer; the problem is then solved on all tokens with the best setting.
+    At most 128 evenly spaced rows represent the layer. The layer itself is solved later, on all tokens.
 
     Args:
         weight: W (out, in).
         gram: H (in, in) of all calibration tokens.
-        validation: the part of H that comes from the validation tokens.
-        constraint: a set that fits a matrix of fewer rows too, such as `Unstructured`, `RowWise`, `NofM`.
-        grid: (ridge, damping) of the problem.
-        objective: what builds it.
+        validation: the part of H from the validation tokens.
+        constraint: a set that also admits matrices with fewer rows, such as `Unstructured`, `RowWise` or `NofM`.
+        grid: the settings (ridge, damping) to try.
+        objective: builds the problem, from the arguments of `LayerReconstruction`.
 
     Returns:
-        All trials, the best one first.
+        All trials, best first.
     """
     rows = weight[:: -(-len(weight) // _ROWS)]
     training = gram - validation

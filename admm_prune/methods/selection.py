@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned: patterns for the names and classes of modules."""
+"""The selection of the weights to prune, by patterns for the names and classes of modules."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ LISTING = "'admm-prune list modules --model MODEL' lists the names"
 
 @dataclass(frozen=True)
 class Selection:
-    """Patterns for weights. A pattern is one of
+    """Patterns that select weights. A pattern is one of
 
-        "q_proj", "mlp.up_proj"        the last part of a module's name, or several: the weights in every such module,
-        "model.layers.0.mlp.up_proj"   the whole name of a module or of its parameter,
-        "Linear", "LlamaMLP"           a class of modules,
-        "re:.*down_proj"               a regular expression that the name of the module begins with, as `re.match` does.
+        "q_proj", "mlp.up_proj"        the last component of a module's name, or the last few,
+        "model.layers.0.mlp.up_proj"   the full name of a module or of its parameter,
+        "Linear", "LlamaMLP"           the class of a module,
+        "re:.*down_proj"               a regular expression that matches the start of a module's name (`re.match`).
 
-    A name or a class stands for the weights of the module itself and of all modules in it, up to the decoder block:
-    "mlp" and "layers.0" are patterns too.
+    It selects the weights of the module and of all modules inside it, up to a whole decoder block: "mlp" and "layers.0"
+    are patterns too.
 
     Attributes:
-        targets: a weight is pruned if it matches one of them; all where there are none.
+        targets: a weight is pruned if it matches one of them; without targets every weight is.
         ignore: a weight that matches one of them is not pruned.
-        overrides: (pattern, "0.5" or "2:4" or "dense"): targets that replace the run's; of several matches, the last
-            counts.
+        overrides: (pattern, "0.5" or "2:4" or "dense"): targets that replace that of the run. If several match a
+            weight, the last one counts.
     """
 
     targets: tuple[str, ...] = ()
@@ -43,10 +43,10 @@ class Selection:
     def of(
         cls, targets: str | Sequence[str] = (), ignore: str | Sequence[str] = (), overrides: Mapping[str, object] = {}
     ) -> Selection:
-        """From user input: one pattern or several; {pattern: 0.5} or {pattern: "2:4"}.
+        """From user input: one pattern or several, and overrides such as {pattern: 0.5} or {pattern: "2:4"}.
 
         Raises:
-            UserError: a pattern is no regular expression, or an override no target.
+            UserError: a pattern is not a valid regular expression, or an override is not a target.
         """
         if not isinstance(overrides, Mapping):
             raise UserError(f"overrides must be a mapping such as {{'up_proj': 0.5}}, not a {type(overrides).__name__}")
@@ -66,11 +66,11 @@ class Selection:
         return bool(self.targets or self.ignore or self.overrides)
 
     def applied(self, model: nn.Module, target: Target) -> Target:
-        """The target, including those of the weights whose target differs.
+        """The target of the run, with entries in `Target.layers` for all weights whose target differs.
 
         Raises:
-            UserError: a pattern matches no weight, or is ambiguous; an override matches none that is pruned; nothing is
-                left to prune.
+            UserError: a pattern matches no weight or is ambiguous, an override matches no weight that is pruned, or
+                nothing is left to prune.
         """
         if not self:
             return target
@@ -93,11 +93,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Modules:
-    """The weights of a model's blocks by name, each with the modules that it is in.
+    """The weights in the blocks of a model, each with the modules that contain it.
 
     Attributes:
-        model: the name of its class.
-        classes: {name of a weight: {name of a module: its class}}, from the weight's own module out to the block.
+        model: the class name of the model.
+        classes: {name of a weight: {name of a module: class name}}, from the module of the weight outwards.
     """
 
     model: str
@@ -109,10 +109,10 @@ class Modules:
         return cls(type(model).__name__, classes)
 
     def matching(self, pattern: str) -> set[str]:
-        """The names of the weights that a pattern stands for.
+        """The names of the weights that a pattern selects.
 
         Raises:
-            UserError: there is none, or the pattern is ambiguous; the message names what was probably meant.
+            UserError: the pattern matches nothing or is ambiguous; the message suggests a name.
         """
         if pattern.startswith(_REGULAR):
             expression = re.compile(pattern.removeprefix(_REGULAR))
@@ -125,7 +125,8 @@ class Modules:
         return names
 
     def _named(self, pattern: str) -> set[str]:
-        """A whole name counts before the end of others; what is both a name and a class is ambiguous."""
+        """The weights in modules with a full name, the end of a name, or a class. A full name has precedence; a pattern
+        that is both the end of a name and a class is ambiguous."""
         whole = {weight for weight, places in self.classes.items() if pattern == weight or pattern in places}
         if whole:
             return whole
@@ -143,7 +144,7 @@ class Modules:
         return set(ends) or of_class
 
     def _names(self) -> list[str]:
-        """What is near to a misspelt pattern: last parts of names, classes, whole names."""
+        """All patterns to suggest for a misspelt one: the last components of names, classes, full names."""
         names = dict.fromkeys(name for places in self.classes.values() for name in places)
         last = dict.fromkeys(name.rpartition(".")[2] for name in names)
         classes = dict.fromkeys(kind for places in self.classes.values() for kind in places.values())
@@ -151,10 +152,10 @@ class Modules:
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, float | str]:
-    """Targets by pattern, from "PATTERN=TARGET" each.
+    """{pattern: target} from items "PATTERN=TARGET".
 
     Raises:
-        UserError: an item is of another form.
+        UserError: an item has another form.
     """
     overrides: dict[str, float | str] = {}
     for item in items:

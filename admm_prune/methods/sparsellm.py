@@ -1,6 +1,6 @@
-"""SparseLLM: attention layer by layer, then the feed-forward network as one, towards the dense block's output.
+"""SparseLLM: prunes attention layer by layer, then the feed-forward network of each block as one problem.
 
-With several processes, each has a part of the tokens, and all continue from the same point.
+Several processes each have a part of the tokens, and continue from the same point after every solve.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from admm_prune.models.feed_forward import FeedForwardViews, feed_forward, feed_
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import Block, decoder_blocks
 from admm_prune.ops.activations import ACTIVATIONS
+from admm_prune.ops.precision import at_least_float32
 from admm_prune.point import Point
 from admm_prune.problems.constraints import SparseSet
 from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties
@@ -42,15 +43,15 @@ from admm_prune.solvers.base import Solver
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.statistics import GramAccumulator
 
-Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs and targets, by the part of the text
+Pairs = dict[str, tuple[Tensor, Tensor]]  # inputs X and targets Y for each part of the text
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """A solver that broadcasts the solution of the first process.
+    """A solver that broadcasts the solution of the first process to all others.
 
-    All processes solve the same problem, with the statistics of all tokens; the broadcast removes differences in
-    rounding, which could lead to different supports.
+    All processes solve the same problem, from the statistics of all tokens. The broadcast removes differences by
+    rounding, which could otherwise lead to different supports.
     """
 
     inner: Solver
@@ -63,29 +64,33 @@ class Agreed:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseLLM(Capabilities):
-    """A method that prunes attention layer by layer and the feed-forward network of a block as one problem:
+    """Prunes attention layer by layer, and the feed-forward network of a block as one problem:
 
         min alpha |X W1^T + b1 - Z|^2 + gamma |P - act(Z)|^2 + beta |P W2^T + b2 - Y|^2   over sparse W1, W2 and Z, P,
 
-    in turns, where a gate Wg has a pre-activation S of its own, and act(Z) is act(S) * Z:
+    by alternating minimization. A gate Wg has a pre-activation S of its own, and act(Z) then stands for act(S) * Z:
 
         W1 <- prune(argmin |X W1^T + b1 - Z|^2),    Wg likewise on S,
         W2 <- prune(argmin |P W2^T + b2 - Y|^2),    with closing on P = act(X W1^T + b1) of the pruned W1,
         P  <- argmin gamma |P - act(Z)|^2 + beta |P W2^T + b2 - Y|^2,
         Z  <- argmin alpha |X W1^T + b1 - Z|^2 + gamma |P - act(Z)|^2,    then S.
 
-    Every round with closing ends with steps on all weights together, on their supports. The best round on validation
-    tokens is returned.
+    With closing, every round ends with gradient steps on all weights jointly, on their supports. The result is the best
+    round on validation tokens.
 
     Args:
-        method: prunes attention, and is the inner solver of every block of weights.
-        rounds: the maximum number; 1 is "sequential + closing".
-        closing: False is the objective as published: W2 is fitted to the auxiliary P alone.
-        descent: steps with all weights together in every round; 0 for none.
-        target: Y: "block" restores the block's dense output, so that it compensates for attention too; "network" is
-            the network's dense output; "before" is that too, with X from before attention was pruned, as released.
+        method: prunes attention, and is the inner solver for each matrix of the network.
+        rounds: the maximum number of rounds; one round is the method "sequential".
+        closing: fit W2 to the outputs of the pruned W1. False is the published objective, which fits it to the
+            auxiliary variable P.
+        descent: gradient steps on all weights jointly in every round; 0 for none.
+        target: the target Y: "block" is what restores the dense output of the block, which also compensates for the
+            pruned attention; "network" is the dense output of the network; "before" is the same with X from before
+            attention was pruned, as in the released code.
         penalties: alpha, beta and gamma.
-        first_half: prune only the first half of the blocks, as the published tables did.
+        first_half: prune only the first half of the blocks, as in the published tables.
+        samples: the default number of calibration sequences.
+        joint: joint steps on several matrices of a block.
 
     Reference implementation: `textbook.sparsellm`.
 
@@ -125,13 +130,13 @@ class SparseLLM(Capabilities):
         if self.method.problem.weighting.weigh is not None:
             raise UserError(f"{self.name} weights all tokens alike: it takes no {self.method.problem.name}")
         check_target(blocks, self.method, target)
-        if not blocks[0].weights[0].parameter.is_meta:  # otherwise a block is read once its weights are loaded
+        if not blocks[0].weights[0].parameter.is_meta:  # the networks of a streamed model are checked block by block
             for views in feed_forwards(model, blocks):
                 _targets(views, target)
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)
-        if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: bitwise equal
+        if task.target.fraction == 0 and not task.target.layers:  # nothing to prune: the weights stay bitwise equal
             return Layerwise(self.method).prune(model, self.attention_task(task), runtime)
         task = self.joint.task(task, runtime)
         count = len(decoder_blocks(model))
@@ -169,13 +174,14 @@ class SparseLLM(Capabilities):
         )
 
     def attention_task(self, task: Task) -> Task:
-        """The task of the matrices outside of the networks, without a ridge where nothing depends on it."""
+        """The task for the matrices outside the networks, without a ridge if nothing depends on it."""
         return task if uses_ridge(self.method, self.joint, bounds=task.bounds) else replace(task, ridge=None)
 
     def _prune_block(self, stream: BlockStream, index: int, block: Block, task: Task, world: World) -> BlockResult:
         began = time.perf_counter()
         views = feed_forward(block, lambda: stream.preview(index))
-        activation = world.broadcast_from_rank0(lambda: views.activation.name)  # two may agree up to rounding
+        # The activation is identified from outputs, and two may agree up to rounding: all processes use the same one.
+        activation = world.broadcast_from_rank0(lambda: views.activation.name)
         views = replace(views, activation=ACTIVATIONS[activation])
         targets = _targets(views, task.target)
         pruned = {view.name for view in block.weights if task.target.at(view.name) is not None}
@@ -221,7 +227,11 @@ class SparseLLM(Capabilities):
         stream: BlockStream,
         world: World,
     ) -> tuple[Result, dict[str, Any]]:
-        """Prunes a network in place; also returns its figures, JSON values."""
+        """Prunes a network in place.
+
+        Returns:
+            The result of the solver, and the figures of the network as JSON values.
+        """
         network = network_of(views)
         constraints = {name: self.method.constraint(target) for name, target in targets.items()}
         damped = self.damped(network, pairs, task, constraints, world)
@@ -251,11 +261,17 @@ class SparseLLM(Capabilities):
         world: World = ALONE,
         sample: int | None = None,
     ) -> tuple[Result, float, float]:
-        """The solved network, and the relative errors of its output on calibration and on validation tokens.
+        """Solves the problem of one network.
 
         Args:
-            share, world: of the calibration tokens, where every process has its own.
-            sample: tokens of a step of the descent; by default as `NetworkOutput`.
+            damped: ridge and damping for each weight, see `damped`.
+            pairs: inputs X and targets Y for each part of the text.
+            constraints: the sparse set of each weight.
+            share, world: the share of the calibration tokens that this process has, and all processes.
+            sample: the number of tokens in a step of the descent; by default that of `NetworkOutput`.
+
+        Returns:
+            The result, and the relative errors of the network's output on calibration and on validation tokens.
         """
         calibration, validation = pairs["calibration"], pairs.get("validation", pairs["calibration"])
         settings: dict[str, Any] = {"penalties": self.penalties, "damped": damped}
@@ -287,10 +303,10 @@ class SparseLLM(Capabilities):
     def damped(
         self, network: Network, pairs: Pairs, task: Task, constraints: Mapping[str, SparseSet], world: World = ALONE
     ) -> dict[str, tuple[float, float]]:
-        """Ridge and damping for every weight; selected on validation tokens for "auto".
+        """Ridge and damping for each weight of a network; for the ridge "auto" selected on validation tokens.
 
-        Weights are fitted before they are pruned, also where the method only scores them and has no ridge of its own:
-        then with the defaults.
+        A method that only scores weights has no ridge. The defaults apply then, because the weights are fitted to Z and
+        P before they are pruned.
         """
         if task.ridge is None and not self.method.damped:
             return dict.fromkeys(network.weights, (DEFAULT_RIDGE, DEFAULT_DAMPING))
@@ -308,7 +324,7 @@ class SparseLLM(Capabilities):
 
 
 def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
-    """The target of every matrix of a network; empty if it is not pruned.
+    """The target of every matrix of a network; empty if the network is not pruned.
 
     Raises:
         UserError: only some of its matrices are selected for pruning.
@@ -322,7 +338,7 @@ def _targets(views: FeedForwardViews, target: Target) -> dict[str, Target]:
 
 
 def _reports(views: FeedForwardViews, result: Result, seconds: float, tokens: int) -> list[LayerReport]:
-    """A report of every matrix of a solved network, which share its seconds by their sizes."""
+    """A report for each matrix of a solved network, with seconds in proportion to its size."""
     entries = sum(view.read().numel() for view in views.weights)
     return [
         LayerReport(
@@ -340,18 +356,14 @@ def _reports(views: FeedForwardViews, result: Result, seconds: float, tokens: in
 
 
 def network_of(views: FeedForwardViews) -> Network:
-    """The network's weights and biases as they are now, copied, in float32 at least."""
-    weights = {name: _wide(view.read()) for name, view in views.views.items()}
-    biases = {name: _wide(view.bias.detach()) for name, view in views.views.items() if view.bias is not None}
+    """A copy of the current weights and biases of the network, in at least float32."""
+    weights = {name: at_least_float32(view.read()) for name, view in views.views.items()}
+    biases = {name: at_least_float32(view.bias.detach()) for name, view in views.views.items() if view.bias is not None}
     return Network(views.activation, Point(weights), biases)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-
-
 def _gram(network: Network, name: str, inputs: Tensor, all_reduce: AllReduce) -> Tensor:
-    """The Gram H of the inputs of a weight of the dense network."""
+    """The Gram matrix H of the inputs of one weight in the dense network."""
     gram = GramAccumulator(network.weights[name].shape[1], inputs.device)
     for chunk in inputs.split(1024):
         x = chunk.to(network.weights[name])

@@ -12,10 +12,10 @@ DENSE = "dense"  # the target of a weight that is not pruned
 
 @dataclass(frozen=True)
 class Target:
-    """A pruning target: a sparsity, or N kept of every M.
+    """A pruning target: a sparsity, or a pattern N:M that keeps N of every M consecutive weights.
 
     Attributes:
-        layers: (name, "0.5" or "2:4" or "dense") of every weight that has a target of its own, or none.
+        layers: (name, "0.5" or "2:4" or "dense") for every weight with a target of its own; "dense" is not pruned.
     """
 
     sparsity: float | None = None
@@ -23,17 +23,17 @@ class Target:
     layers: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """In full, "0.7" or "2:4", from which `target_named` restores it exactly."""
+        """ "0.7" or "2:4", without rounding: `target_named` restores the target exactly."""
         return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else repr(self.sparsity)
 
     @property
     def label(self) -> str:
-        """ "50%", "2:4"."""
+        """For messages and tables: "50%" or "2:4"."""
         return str(self) if self.pattern else f"{100 * (self.sparsity or 0.0):g}%"
 
     @property
     def fraction(self) -> float:
-        """The fraction of the weights to remove, 0 to 1, for a pattern too."""
+        """The fraction of the weights to remove, 0 to 1; 1 - N/M for a pattern."""
         return 1 - self.pattern[0] / self.pattern[1] if self.pattern else self.sparsity or 0.0
 
     def at(self, name: str) -> Target | None:
@@ -43,13 +43,19 @@ class Target:
             return replace(self, layers=())
         return None if text == DENSE else target_named(text)
 
+    def of_pruned(self, name: str) -> Target:
+        """The target of a weight that must be among those to prune."""
+        target = self.at(name)
+        assert target is not None, f"{name} is not among the weights to prune"
+        return target
+
     def removed_from(self, size: int) -> int:
-        """The weights that a matrix of so many loses."""
+        """The number of weights to remove from a matrix of `size` entries."""
         return size - kept_count(self.fraction, size)
 
     @property
     def varied(self) -> bool:
-        """Whether some weights have other targets than the rest of those that are pruned."""
+        """Whether some of the pruned weights have targets of their own."""
         return any(text != DENSE for _, text in self.layers)
 
 
@@ -57,7 +63,7 @@ def target_named(text: str) -> Target:
     """The target that "0.7" or "2:4" stands for.
 
     Raises:
-        UserError: neither a number from 0 to 1 nor N:M with 1 <= N <= M.
+        UserError: the text is neither a number from 0 to 1 nor N:M with 1 <= N <= M.
     """
     return _pattern(text) if ":" in text else _sparsity(text)
 
@@ -66,7 +72,8 @@ def parse_target(sparsity: str | float | None, pattern: str | None) -> Target:
     """One target from user input.
 
     Raises:
-        UserError: neither or both are given; not a number from 0 to 1; not N:M with 1 <= N <= M.
+        UserError: neither or both are given, the sparsity is not a number from 0 to 1, or the pattern is not N:M with
+            1 <= N <= M.
     """
     _check_one(sparsity, pattern)
     return _sparsity(sparsity) if sparsity is not None else _pattern(str(pattern))
@@ -76,7 +83,7 @@ def parse_targets(sparsity: str | None, pattern: str | None) -> list[Target]:
     """Targets from comma-separated lists: sparsities first, then patterns.
 
     Raises:
-        UserError: both lists are empty, or an item is wrong.
+        UserError: both lists are empty, or an item is not a target.
     """
     targets = [_sparsity(item) for item in (sparsity or "").split(",") if item.strip()]
     targets += [_pattern(item) for item in (pattern or "").split(",") if item.strip()]
@@ -86,10 +93,10 @@ def parse_targets(sparsity: str | None, pattern: str | None) -> list[Target]:
 
 
 def parse_path(sparsity: str | None, pattern: str | None) -> list[Target]:
-    """The targets of one list, sparsities or patterns, once each.
+    """The targets of one comma-separated list, of sparsities or of patterns, without duplicates.
 
     Raises:
-        UserError: neither or both lists are given, or an item is wrong.
+        UserError: neither or both lists are given, or an item is not a target.
     """
     _check_one(sparsity, pattern)
     return list(dict.fromkeys(parse_targets(sparsity, pattern)))

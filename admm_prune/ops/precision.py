@@ -69,6 +69,11 @@ def _legacy_precision() -> str | None:
         return None
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """A copy of x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
 def prepared(b: Tensor, precision: Precision) -> Tensor:
     """B (..., k, n), as `multiply` takes it: itself; in bfloat16; or [B1; B2; B1] (..., 3 k, n)."""
     if precision == "exact":

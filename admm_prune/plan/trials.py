@@ -31,6 +31,7 @@ from admm_prune.methods.target import Target
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView
 from admm_prune.ops.activations import Activation
+from admm_prune.ops.precision import at_least_float32
 from admm_prune.plan.counting import Cost, counted, measured_cost
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
@@ -167,10 +168,7 @@ class NetworkTrial:
         with counted() as counting, torch.no_grad():
             counting.know(*weights.values(), *(x for pair in pairs.values() for x in pair))
             with measured_cost(counting) as cost:
-                wide = Point(
-                    {name: w.to(torch.promote_types(w.dtype, torch.float32), copy=True) for name, w in weights.items()}
-                )
-                network = Network(self.activation, wide)
+                network = Network(self.activation, Point(weights).map(at_least_float32))
                 constraints = dict.fromkeys(network.weights, recipe.method.constraint(self.target))
                 damped = recipe.damped(network, pairs, task_for(self.target, self.ridge), constraints)
                 sample = _shrunk(gradient_sample(self.tokens[0]), scale)

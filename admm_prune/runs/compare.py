@@ -1,9 +1,9 @@
-"""Several methods on one model and one text, side by side."""
+"""The comparison of several methods on one model and one text."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from admm_prune.methods.selection import Selection
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
-from admm_prune.models.loading import fingerprint, load
+from admm_prune.models.loading import LoadedModel, fingerprint, load
 from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
-from admm_prune.runs.evaluate import evaluated_dense
+from admm_prune.runs.evaluate import Validation, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, check_apart, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
@@ -43,7 +43,7 @@ _MODELS = "models"
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Metrics):
-    """One pruned model: its figures, and the perplexity of the copy that was saved and loaded again."""
+    """The figures of one pruned model, and its perplexity after it was saved and loaded again."""
 
     method: str
     target: str
@@ -67,7 +67,7 @@ class Comparison:
     manifest: dict[str, Any]
 
     def is_best(self, row: Row) -> bool:
-        """True where no other method reached a better perplexity at the row's target."""
+        """Whether no other method reached a better perplexity at the target of the row."""
         return best_of_target([finite(asdict(other)) for other in self.rows])[self.rows.index(row)]
 
     def as_json(self) -> dict[str, Any]:
@@ -85,12 +85,15 @@ class ComparisonSettings:
     """The settings of a comparison.
 
     Args:
-        run: what all runs have in common: the settings that `compare` has options for.
-        baselines: with ELSA, also compare its baselines: the dense model trained as long, masked fine-tuning,
-            gradual pruning.
+        run: the settings that all runs share; only those for which `compare` has options.
+        methods: the names of the methods.
+        targets: every method prunes to each of them.
+        baselines: if ELSA is among the methods, also compare its baselines: the dense model trained for as long, masked
+            fine-tuning, and gradual pruning.
 
     Raises:
-        UserError: the model has no text, a pattern is no regular expression, or `run` has another setting.
+        UserError: no text is given for the model, a pattern is not a regular expression, or `run` has a setting that
+            `compare` does not support.
     """
 
     run: Settings
@@ -113,7 +116,7 @@ class ComparisonSettings:
         object.__setattr__(self, "joint", Joint.of(run.coordinate, run.refit))
 
     def recorded(self) -> dict[str, Any]:
-        """As the manifest holds them, ready for JSON."""
+        """The settings for the manifest, as JSON values."""
         return recorded(
             self.run,
             "compare",
@@ -136,35 +139,29 @@ def compare(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Comparison:
-    """Prunes the model by every method to every target, from the same text, and writes all of it to `out`.
+    """Prunes the model by every method to every target, on the same text, and writes models and report to `out`.
 
-    Where the settings name no number of calibration sequences, every method is given its own.
-
-    Every pruned model is saved, loaded again from its folder and evaluated again: the two perplexities must be equal.
+    Without a number of calibration sequences in the settings, every method uses its default. Every pruned model is
+    saved, loaded from its folder and evaluated again; the two perplexities must be equal.
 
     Args:
-        progress: called with (runs done, runs, name of the current one).
-        callbacks: of the evaluation of the dense model and of the runs, as those of `prune`.
-        resume: continue an interrupted comparison from the journal beside `out`, with the same settings.
-        overwrite: replace an earlier result in `out`, which is refused otherwise.
+        out: the output folder.
+        progress: called with (runs done, all runs, name of the current run).
+        callbacks: for the evaluation of the dense model and for the runs, as in `prune`.
+        resume: continue an interrupted comparison from the journal next to `out`, with the same settings.
+        overwrite: replace an earlier result in `out`, which is an error otherwise.
 
     Raises:
-        UserError: the model, a method, a target, the text or `out` cannot be used; a saved model does not give the
+        UserError: the model, a method, a target, the text or `out` cannot be used, or a saved model does not have the
             figures that it had in memory.
     """
     check_installed(*REPORT_PACKAGES)
-    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
-    recipes = [recipe_named(name) for name in names]
-    run, model_name = settings.run, str(settings.run.model)
-    how = (run.steps, Engine.of(run), run.distillation)
-    recipes = [recipe_named(r.name, *how) if "steps" in r.options else r for r in recipes]
-    recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
-    if not recipes:
-        raise UserError("give at least one method, such as --methods wanda,admm")
+    recipes = _recipes(settings)
     # Targets are distinguished by their labels in the report and the folder names.
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
+    run, model_name = settings.run, str(settings.run.model)
     check_apart(out, run.model, run.data, run.eval_data)
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
@@ -179,46 +176,16 @@ def compare(
         with Phases(device, callback=callback)("evaluating the dense model"):
             runtime = Runtime(journal=journal, on_progress=callback.on_progress)
             dense = evaluated_dense(loaded, texts.evaluation, runtime)
+        runs = _Runs(settings, texts, opened, loaded.revision, weights, dense, device, callback)
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(saved, models) for saved in journal.finished("rows")]
-        for done, (recipe, target) in enumerate(jobs):
-            if done < len(rows):
-                continue
+        for done, (recipe, target) in enumerate(jobs[len(rows) :], start=len(rows)):
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            # A model without a finished row: the process ended before the row was committed.
-            with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as run_journal:
-                model = opened(model_name, dtype=run.dtype)
-                calibration = texts.calibration(recipe.samples)
-                task = Task(target=target, calibration=calibration, seed=settings.text.seed)
-                its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision, device)
-                run_journal.begin({**its_record, "weights": weights})
-                runtime = Runtime(journal=run_journal, on_progress=callback.on_progress)
-                phases = Phases(device, callback=callback)
-                report = prune.run_recipe(
-                    recipe,
-                    task,
-                    runtime,
-                    model,
-                    dense,
-                    its_record,
-                    phases,
-                    allocation=settings.allocation if recipe.prunes else None,
-                    notes=texts.notes(recipe.samples),
-                )
-                with run_journal.output() as folder:
-                    report = prune.save_run(model, report, folder, texts.evaluation, callback)
-            with Phases(device, callback=callback)("evaluating the saved model"):
-                saved_model = opened(str(place)).model
-                again = evaluation.evaluate(saved_model, texts.evaluation, on_progress=runtime.report_progress)
-            for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
-                if repr(after) != repr(before):  # as text, where nan equals nan
-                    raise UserError(
-                        f"{recipe.name} {target.label}: nothing was saved: loaded again, the model has the {name} "
-                        f"{after}, not {before}; report this"
-                    )
+            report = runs.pruned(recipe, target, place)
+            again = runs.evaluated_again(report, place)
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
         parameters = sum(p.numel() for p in loaded.model.parameters())
@@ -235,10 +202,89 @@ def compare(
     return comparison
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """What the runs of a comparison share.
+
+    Attributes:
+        opened: loads a model from a name or folder.
+        revision: of the dense model.
+        weights: the fingerprint of the dense model.
+        dense: the evaluation of the dense model.
+    """
+
+    settings: ComparisonSettings
+    texts: Texts
+    opened: Callable[..., LoadedModel]
+    revision: str | None
+    weights: Any
+    dense: Validation
+    device: str
+    callback: Callbacks
+
+    def pruned(self, recipe: Recipe, target: Target, place: Path) -> Report:
+        """Prunes a copy of the model and writes it to a folder, or resumes an interrupted run there."""
+        settings, texts = self.settings, self.texts
+        # A folder without a finished row: the process ended before the row was committed.
+        with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as journal:
+            model = self.opened(str(settings.run.model), dtype=settings.run.dtype)
+            task = Task(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed)
+            record = manifest(settings.recorded(), texts.records(recipe.samples), self.revision, self.device)
+            journal.begin({**record, "weights": self.weights})
+            report = prune.run_recipe(
+                recipe,
+                task,
+                Runtime(journal=journal, on_progress=self.callback.on_progress),
+                model,
+                self.dense,
+                record,
+                Phases(self.device, callback=self.callback),
+                allocation=settings.allocation if recipe.prunes else None,
+                notes=texts.notes(recipe.samples),
+            )
+            with journal.output() as folder:
+                return prune.save_run(model, report, folder, texts.evaluation, self.callback)
+
+    def evaluated_again(self, report: Report, place: Path) -> Evaluation:
+        """Evaluates the saved model.
+
+        Raises:
+            UserError: it does not have the figures that the model had in memory.
+        """
+        with Phases(self.device, callback=self.callback)("evaluating the saved model"):
+            saved_model = self.opened(str(place)).model
+            on_progress = Runtime(on_progress=self.callback.on_progress).report_progress
+            again = evaluation.evaluate(saved_model, self.texts.evaluation, on_progress=on_progress)
+        for (name, before), after in zip(vars(report.pruned).items(), vars(again).values(), strict=True):
+            if repr(after) != repr(before):  # as text, where nan equals nan
+                raise UserError(
+                    f"{report.method} {report.target}: nothing was saved: loaded again, the model has the {name} "
+                    f"{after}, not {before}; report this"
+                )
+        return again
+
+
+def _recipes(settings: ComparisonSettings) -> list[Recipe]:
+    """The methods of a comparison, with the settings of the run.
+
+    Raises:
+        UserError: there is none, or one does not exist or does not support the settings.
+    """
+    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
+    run = settings.run
+    training: dict[str, Any] = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
+    recipes = [recipe_named(name) for name in names]
+    recipes = [recipe_named(r.name, **training) if "steps" in r.options else r for r in recipes]
+    recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
+    if not recipes:
+        raise UserError("give at least one method, such as --methods wanda,admm")
+    return recipes
+
+
 def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], settings: ComparisonSettings, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
-    """Every recipe with every target, checked; methods that prune nothing have a single row."""
+    """Every recipe with every target, checked; a baseline that prunes nothing has a single run."""
     applied = [settings.selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
     jobs += [(recipe, target) for target in applied for recipe in recipes if recipe.prunes]
@@ -250,10 +296,10 @@ def _jobs(
 
 
 def _known(record: dict[str, Any], models: Path) -> Row:
-    """A row that an earlier process finished.
+    """A row that an interrupted comparison has committed.
 
     Raises:
-        UserError: its model is not what was written then.
+        UserError: its model has been changed or deleted since.
     """
     row = Row(**record["row"])
     place = models / Path(row.folder).name
@@ -263,15 +309,15 @@ def _known(record: dict[str, Any], models: Path) -> Row:
 
 
 def _linked(source: str, destination: str) -> None:
-    """Links a file, so that both the journal and the output have it at any time."""
+    """Links a file, so that the journal and the output share it; copies it if the file system has no links."""
     try:
         Path(destination).hardlink_to(source)
-    except OSError:  # a file system without links
+    except OSError:
         shutil.copyfile(source, destination)
 
 
 def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
-    """The texts of all recipes, by their role, with the recipe's name if the calibration texts differ."""
+    """The records of all texts by role; by role and recipe if the recipes use different calibration texts."""
     records = {recipe.name: texts.records(recipe.samples) for recipe in recipes}
     users: dict[TextRecord, list[str]] = {}
     for name, record in records.items():

@@ -1,4 +1,4 @@
-"""A model evaluated on a text (perplexity, sparsity, a continuation), or on tasks of lm-evaluation-harness."""
+"""Evaluation of a model on a text (perplexity, sparsity, a continuation), or on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from admm_prune.runs.texts import Texts, check_data, validation_text
 from admm_prune.settings import TextSettings
 
 _IN_THE_WORKING_FOLDER = "; a relative path is one in the working folder"
-_PROMPT, _CONTINUED = 24, 24  # tokens
+_PROMPT, _CONTINUED = 24, 24  # tokens of the prompt and of its continuation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The figures of a model on the evaluation text, dense or pruned.
+    """The evaluation of a dense or pruned model.
 
     Attributes:
         text: the evaluation text.
+        figures: perplexity and the other metrics.
         prompt: the beginning of the text.
-        continuation: the model's greedy continuation. Both are empty if the model is not in memory, because every
+        continuation: the greedy continuation of the prompt. Both are empty if the model is not in memory, because every
             generated token needs all weights.
     """
 
@@ -48,7 +49,7 @@ class Validation:
     continuation: str
 
     def beside(self, pruned: Validation) -> dict[str, str]:
-        """The prompt, and both continuations; empty where there are none."""
+        """The prompt, and the continuations by this dense and by a pruned model; empty if there are none."""
         written = {"prompt": self.prompt, "dense": self.continuation, "pruned": pruned.continuation}
         return written if self.prompt and pruned.prompt else {}
 
@@ -64,14 +65,14 @@ def evaluated(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validat
 
 
 def beginning_continued(loaded: LoadedModel, text: Sequences) -> tuple[str, str]:
-    """The beginning of a text, and how a model in memory continues it greedily."""
+    """The beginning of a text, and its greedy continuation by a model in memory."""
     ids = text.rows[0].ids[:_PROMPT]
     continuation = continued(loaded.model, ids, _CONTINUED)
     return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(continuation))
 
 
 def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> Validation:
-    """A model before it is pruned, from the runtime's journal where that has it."""
+    """The evaluation of the model before it is pruned; in a resumed run from the journal."""
 
     def compute() -> dict[str, object]:
         dense = evaluated(loaded, text, runtime)
@@ -111,15 +112,16 @@ def evaluate_model(
     """Loads a model and evaluates it on a text.
 
     Args:
-        text: settings of the evaluation text; None for the evaluation text of the run that wrote the model, from its
-            manifest. The embedded model has the embedded text.
+        model: a folder, a Hub id or "embedded".
+        text: the settings of the evaluation text. None uses the evaluation text of the run that wrote the model, from
+            its manifest, or the embedded text for the embedded model.
         trust_remote_code: allow running code that comes with the model.
         on_progress: called at every batch.
-        changes: settings of `TextSettings` that override the run's if `text` is None.
+        changes: settings of `TextSettings` that override those of the run if `text` is None.
 
     Raises:
-        UserError: the model, the text, the device or the dtype cannot be used, no run wrote the model and there is
-            no text, or what is now where the run read its text is another one.
+        UserError: the model, the text, the device or the dtype cannot be used; no text is given and no run wrote the
+            model; or the text of the run has changed since.
     """
     place = pick_device(device)
     check_dtype(dtype)
@@ -140,17 +142,17 @@ def evaluate_model(
 
 @dataclass(frozen=True)
 class RunText:
-    """The texts of the run that wrote a model folder, and the fingerprint of the tokens that it was evaluated on."""
+    """The texts of the run that wrote a model folder, and the hash of the tokens on which it was evaluated."""
 
     model: str
     settings: TextSettings
     token_hash: str
 
     def texts(self, loaded: LoadedModel, changes: dict[str, Any]) -> Texts:
-        """The texts by the run's settings, with changes.
+        """The texts with the settings of the run, some of which may be changed.
 
         Raises:
-            UserError: by the run's own settings the tokens are not those of the run, or a text cannot be used.
+            UserError: without changes the tokens differ from those of the run, or a text cannot be used.
         """
         texts = Texts(self.settings, loaded)
         now = texts.evaluation.token_hash
@@ -166,7 +168,7 @@ class RunText:
 
 
 def text_of_run(model: str) -> RunText | None:
-    """The texts of the run that wrote a model folder; None where no manifest is in it.
+    """The texts of the run that wrote a model folder; None if the folder has no manifest.
 
     Raises:
         UserError: the manifest is damaged, or its text is no longer available.
@@ -195,13 +197,13 @@ class Tasks:
     """Tasks of lm-evaluation-harness, with their data.
 
     Args:
-        names: of the harness or of `folder`, also comma-separated in one text.
-        folder: of additional tasks, as YAML.
-        shots: examples before each question; the task's own number by default.
-        limit: on the questions of each task, for a quick check: such figures are not comparable.
+        names: tasks of the harness or of `folder`, as a sequence or in a comma-separated string.
+        folder: a folder with additional tasks in YAML files.
+        shots: the number of examples before each question; by default that of the task.
+        limit: the maximum number of questions per task, for a quick check: such figures are not comparable.
 
     Raises:
-        UserError: lm_eval is not installed, a task is unknown or needs data that are not there.
+        UserError: lm_eval is not installed, a task is unknown, or its data are not available.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class Tasks:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise UserError(f"tasks need lm-evaluation-harness: pip install 'admm-prune[eval]' ({error})") from error
-        # The harness's own tasks are thousands of files: they are not read if the folder has all of the tasks.
+        # The harness has thousands of task files, which are not read if the folder has all of the tasks.
         self._manager = TaskManager(include_path=None if place is None else str(place), include_defaults=False)
         if not set(self.names) <= set(self._manager.all_tasks):
             self._manager = TaskManager(include_path=None if place is None else str(place))
@@ -234,7 +236,7 @@ class Tasks:
                 f"lm_eval {lm_eval.__version__} knows no task '{unknown[0]}'; tasks of your own: --task-folder"
             )
         self._shots, self._limit = shots, limit
-        with self._explained():  # loads the data, so that what is missing shows before the work
+        with self._explained():  # loads the data now, so that errors appear before any work
             manager: Any = self._manager
             find = getattr(manager, "load", None) or manager.load_task_or_group  # the latter before lm_eval 0.4.11
             find([*self.names])
@@ -243,12 +245,12 @@ class Tasks:
         """Evaluates a model in memory.
 
         Args:
-            seed: of all random choices of the harness.
-            batch_size: of the requests.
+            seed: the seed of all random choices of the harness.
+            batch_size: the number of requests in a batch.
 
         Returns:
-            For JSON: "results" by task and metric with their standard errors, as the harness names them ("acc,none",
-            "acc_norm,none"), "versions" of the tasks, "shots", "limit", and the version of "lm_eval".
+            JSON values: "results" by task and metric with their standard errors, under the names of the harness
+            ("acc,none", "acc_norm,none"), the "versions" of the tasks, "shots", "limit", and the version of "lm_eval".
 
         Raises:
             UserError: a task cannot be evaluated.
@@ -258,7 +260,7 @@ class Tasks:
 
         model_of: Any = HFLM
         simple_evaluate: Any = lm_eval.simple_evaluate
-        # A copy of the tokenizer: the harness gives it a padding token, which is not to be saved with the model.
+        # A copy of the tokenizer, because the harness adds a padding token, which must not be saved with the model.
         tokenizer = copy.deepcopy(loaded.tokenizer)
         harness = model_of(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size)
         with self._explained():
@@ -275,7 +277,7 @@ class Tasks:
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        # Beside metrics, such as "acc,none", a row has the name of its task and the number of its samples.
+        # In addition to metrics such as "acc,none", a row has the name of its task and the number of its samples.
         rows = {task: {k: v for k, v in row.items() if "," in k} for task, row in results["results"].items()}
         return {
             "results": rows,
@@ -294,10 +296,10 @@ class Tasks:
 
 
 def task_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of tasks, from a sequence or from a comma-separated text.
+    """The names of tasks, from a sequence or a comma-separated string.
 
     Raises:
-        UserError: they are neither.
+        UserError: the argument is neither.
     """
     listed: Any = names.split(",") if isinstance(names, str) else names
     if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):

@@ -1,4 +1,4 @@
-"""One layer of a dense model captured as a layer problem file, and such a file solved, measured and written."""
+"""Layer problem files: capturing one layer of a dense model in a file, and solving such a file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import BlockCertificate, Bound, DualCertificate, block_bound, dual_bound, lower_bound
 
-_WIDEST_BOUND = 4096  # inputs: two eigendecompositions of so many take minutes
-BoundChoice = Literal["quick", "dual", "block"]  # `lower_bound`, or the better of it and another
+_WIDEST_BOUND = 4096  # inputs above which no bound is computed: two eigendecompositions of this size take minutes
+BoundChoice = Literal["quick", "dual", "block"]  # `lower_bound`, or the larger one of it and another bound
 _BOUNDS: dict[BoundChoice, tuple[Callable[..., DualCertificate | BlockCertificate | None], ...]] = {
     "quick": (),
     "dual": (dual_bound,),
     "block": (block_bound,),
-}  # beside `lower_bound`
+}  # in addition to `lower_bound`
 
 
 def capture_layer(
@@ -57,16 +57,20 @@ def capture_layer(
     overwrite: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LayerFile:
-    """Writes the problem of one weight, all blocks dense, and returns it.
+    """Captures the layer problem of one weight of a dense model, writes it to a file, and returns it.
 
     Args:
-        problem: the objective for which the Grams are captured, by name: it may weight the tokens.
+        model: a folder, a Hub id or "embedded".
+        weight: the name of the weight.
+        text: the settings of the calibration text, and of the holdout text for `gram_holdout`.
+        out: the file to write.
+        problem: the name of the objective for which the Gram matrices are captured, which may weight the tokens.
         trust_remote_code: allow running code that comes with the model.
-        overwrite: replace an earlier layer file `out`, which is refused otherwise.
+        overwrite: replace an earlier layer file `out`, which is an error otherwise.
         progress: called with (blocks done, number of blocks, name of the current block).
 
     Raises:
-        UserError: the model has no such block matrix, no such problem, the text cannot be used, the file
+        UserError: the model has no such block matrix, there is no such problem, the text cannot be used, or the file
             cannot be written.
     """
     check_output_file(out, overwrite=overwrite, ours=is_problem)
@@ -120,15 +124,15 @@ def capture_layer(
 
 @dataclass(frozen=True, kw_only=True)
 class SolvedLayer:
-    """The result of a solver on a layer file. Errors are relative, undamped, in float64.
+    """The result of a solver on a layer file. Errors are relative, without ridge or damping, in float64.
 
     Attributes:
         target: "0.7" or "2:4".
-        bound: proved for every point of the set, in units of the objective; None where none is proved.
-        gap: 1 - bound / objective: no point of the set is better than this one by a larger fraction.
-        seconds, peak_mib: of the solve; the seconds with those of choosing the ridge. Targets that were solved as one
-            share its seconds evenly, and have its peak.
-        ridge_trials: what "auto" tried, the best one first.
+        bound: a proved lower bound of the objective over the sparse set; None if none is proved.
+        gap: 1 - bound / objective: no feasible point is better by a larger fraction.
+        seconds, peak_mib: time and peak memory of the solve; the time includes the selection of the ridge. Targets that
+            were solved together share the time evenly, and have the same peak.
+        ridge_trials: the trials of the ridge "auto", best first.
     """
 
     target: str
@@ -157,21 +161,6 @@ class SolvedLayer:
         return content
 
 
-def solve_layer_file(
-    path: Path,
-    method: Method,
-    target: Target,
-    *,
-    ridge: str | float | None = None,
-    bound: BoundChoice = "quick",
-    out: Path | None = None,
-    overwrite: bool = False,
-    device: str = "auto",
-) -> SolvedLayer:
-    """Solves the layer problem in `path` to one target; as `solve_path` otherwise."""
-    return solve_path(path, method, [target], ridge=ridge, bound=bound, out=out, overwrite=overwrite, device=device)[0]
-
-
 def solve_path(
     path: Path,
     method: Method,
@@ -183,26 +172,32 @@ def solve_path(
     overwrite: bool = False,
     device: str = "auto",
 ) -> list[SolvedLayer]:
-    """Solves the layer problem in `path` to several targets.
+    """Solves the layer problem in a file to one or several targets.
 
-    If the method supports it (`Method.stacks_targets`), they are solved as one problem with stacked copies of the
-    weight, each within its own budget, so that factorizations are shared; the results equal those of separate solves.
-    No target starts from the solution of another: ADMM's schedule starts with so small a penalty that the start does
-    not matter, and shorter ones of 12 iterations or more gave the same (0.2 % on the embedded model and stories260K).
+    If the method supports it (`Method.stacks_targets`), the targets are solved as one problem with stacked copies of
+    the weight, each within its own budget, so that factorizations are shared; the results equal those of separate
+    solves. No target starts from the solution of another: ADMM's schedule starts with so small a penalty that the start
+    does not matter, and shorter schedules of 12 iterations or more gave the same errors (within 0.2 % on the embedded
+    model and stories260K).
 
     Args:
+        path: the layer problem file.
         targets: the pruning targets, without duplicates.
-        ridge: in place of the method's own; "auto" chooses it with the damping, for each target, on `gram_validation`.
-        bound: "quick": one factorization; "dual": the larger one of this and `dual_bound`, which takes seconds to
-            minutes for each target; "block": of this and `block_bound`, several times that. A bound that the solver
-            itself proved is kept.
-        out: where to write the pruned weight with its claims, as safetensors for `verify`; with several targets,
+        ridge: replaces the default of the method; "auto" selects ridge and damping for each target on
+            `gram_validation`.
+        bound: "quick" computes `lower_bound`, at the cost of one factorization; "dual" the larger one of this and
+            `dual_bound`, which takes seconds to minutes per target; "block" the larger one of this and `block_bound`,
+            which takes several times longer. If the solver proved a larger bound itself, that is returned.
+        out: the file for the pruned weight and its claims, which `verify` reads; with several targets,
             OUT-0.5.safetensors, OUT-2of4.safetensors and so on.
-        overwrite: replace earlier files of ours there, which is refused otherwise.
+        overwrite: replace earlier results there, which is an error otherwise.
+
+    Returns:
+        The result for each target.
 
     Raises:
-        UserError: the file is no layer problem, its weight does not admit a target, there is no `gram_validation` to
-            choose a ridge on, or `out` cannot be written.
+        UserError: the file is not a layer problem, its weight does not admit a target, there is no `gram_validation` to
+            select a ridge on, or `out` cannot be written.
     """
     parsed_ridge = parse_ridge(ridge)
     place = pick_device(device)
@@ -223,7 +218,7 @@ def solve_path(
         reached = [_measured(moved, method, target, part, bound) for target, part in zip(targets, solved, strict=True)]
     except LinAlgError as error:
         raise UserError(f"{path}: gram cannot be factored, it is not X^T X: give a larger --ridge") from error
-    except (TypeError, ValueError) as error:  # a solver that does not take the set or the problem
+    except (TypeError, ValueError) as error:  # the solver does not support the constraint or the problem
         raise UserError(f"{path}: {error}") from error
     for target, file, part, figures in zip(targets, outs, solved, reached, strict=True):
         if file is not None:
@@ -241,7 +236,11 @@ def _check_errors(layer: LayerFile, method: Method, target: Target) -> None:
 
 @dataclass(frozen=True)
 class _Solved:
-    """The problem and the result of one target, and the solve they belong to."""
+    """The problem and the result of one target.
+
+    Attributes:
+        whole: the result of the solve of all targets that were stacked with this one.
+    """
 
     problem: LayerReconstruction
     result: Result
@@ -251,7 +250,7 @@ class _Solved:
 
 
 def _solve(layer: LayerFile, method: Method, targets: Sequence[Target], ridge: Ridge, place: str) -> list[_Solved]:
-    """Solves all targets, together where the method supports it."""
+    """Solves all targets, stacked if the method supports it."""
     rows, width = layer.weight.shape
     parts = [Part(rows, method.constraint(target), target.fraction) for target in targets]
     dampings: list[Damping] = []
@@ -304,7 +303,7 @@ def _fitted(method: Method, path: Path, layer: LayerFile) -> Method:
 def _problem(
     layer: LayerFile, constraints: Sequence[SparseSet], damping: Damping, method: Method
 ) -> LayerReconstruction:
-    """The layer's problem; with several constraints the weight is stacked upon itself, a copy for each."""
+    """The problem of the layer; with several constraints, the weight is stacked with one copy for each of them."""
     rows, copies = len(layer.weight), len(constraints)
     energy = layer.target_energy
     return method.problem.posed(
@@ -319,7 +318,7 @@ def _problem(
 
 
 def _in_float64(layer: LayerFile) -> LayerFile:
-    """The layer with the numbers that it has in the dtype of its Gram, in float64."""
+    """The layer in float64, after rounding all tensors to the dtype of its Gram matrix."""
     return _mapped(layer, lambda x: x.to(layer.gram.dtype).double())
 
 

@@ -1,6 +1,6 @@
-"""One run: a model, a method and a target in; a pruned model, its figures and its folder out.
+"""A pruning run: from a model, a method and a target to a pruned model, its figures and its folder.
 
-Whether a model is taken from disk block by block, or loaded as a whole.
+Decides whether the model is streamed from disk block by block, or loaded as a whole.
 """
 
 from __future__ import annotations
@@ -16,18 +16,12 @@ from typing import Any
 
 from admm_prune.data.hub import expanded
 from admm_prune.data.sequences import Sequences
-from admm_prune.errors import UserError, check_installed
+from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
-from admm_prune.methods.base import NOTHING, LayerReport, OnRecord, Recipe, Runtime, Task
-from admm_prune.methods.callbacks import Callback, Callbacks, Tracker
-from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.joint import Joint
-from admm_prune.methods.parts import check_one_set, described, target_of
-from admm_prune.methods.registry import DEFAULT, composed
-from admm_prune.methods.ridge import parse_ridge
-from admm_prune.methods.selection import Selection
-from admm_prune.methods.struprune.struprune import configured
-from admm_prune.methods.target import Target, parse_target
+from admm_prune.methods.base import NOTHING, Journal, LayerReport, OnRecord, Recipe, Runtime, Task
+from admm_prune.methods.callbacks import Callback, Tracker
+from admm_prune.methods.parts import described
+from admm_prune.methods.registry import DEFAULT
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
@@ -38,24 +32,25 @@ from admm_prune.models.structure import Block, decoder_blocks, notes_on
 from admm_prune.runs import machine
 from admm_prune.runs.card import CARD, card_of
 from admm_prune.runs.claims import files_sha256, weights_sha256, with_digest
-from admm_prune.runs.evaluate import Tasks, Validation, evaluated, evaluated_dense, task_names
-from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_apart, write_json
-from admm_prune.runs.journal.journal import shared_journal
-from admm_prune.runs.machine import free_bytes, pick_device, return_freed_memory
+from admm_prune.runs.evaluate import Tasks, Validation, evaluated, evaluated_dense
+from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
+from admm_prune.runs.journal.journal import SharedJournal, shared_journal
+from admm_prune.runs.machine import free_bytes, return_freed_memory
 from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
-from admm_prune.runs.report import REPORT_PACKAGES, write_report
+from admm_prune.runs.report import write_report
+from admm_prune.runs.resolved import ResolvedRun, resolved
 from admm_prune.runs.results import Report
 from admm_prune.runs.signature import takes
-from admm_prune.runs.texts import Texts, check_data, passed_from_python
-from admm_prune.runs.trackers import figures_of, followed, tracker_of
+from admm_prune.runs.texts import Texts
+from admm_prune.runs.trackers import figures_of, followed
 from admm_prune.settings import Settings, Stream, recorded
 
 _LOG = logging.getLogger(__name__)
-_COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
-_PRUNED_BEFORE = 0.01  # zeros among the weights of a model, beyond which it is no dense one
-_COMPARED = 64  # tokens on which a model and its saved folder are compared
+_WEIGHT_FRACTION = 0.5  # of the free memory that weights may occupy: statistics and activations need the rest
+_PRUNED_BEFORE = 0.01  # fraction of zeros above which a model counts as pruned before
+_COMPARED = 64  # tokens on which a model is compared with its saved folder
 _TASKS_IN_MEMORY = "tasks need the whole model in memory: evaluate them afterwards, with 'admm-prune eval --tasks'"
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
@@ -63,14 +58,14 @@ _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its
 def decide(
     stream: Stream, model: object, recipe: Recipe, written: bool, device: str, tasks: Tasks | None = None
 ) -> bool:
-    """Whether to stream.
+    """Whether to stream the model from disk.
 
     Args:
-        stream: what the user says; "auto" streams a folder whose weights would not fit comfortably.
+        stream: the setting; "auto" streams a folder whose weights would take more than half of the free memory.
         model: a name, a folder, or a module.
-        written: the result goes to a folder.
-        device: where the weights would go.
-        tasks: on which the pruned model is evaluated.
+        written: whether the result is written to a folder.
+        device: the device for the weights.
+        tasks: the tasks on which the pruned model is evaluated.
 
     Raises:
         UserError: `stream` is True and the method or the model cannot be streamed.
@@ -82,23 +77,24 @@ def decide(
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
         return stream
-    return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free_bytes(device)
+    return why is None and weight_bytes(expanded(str(model))) > _WEIGHT_FRACTION * free_bytes(device)
 
 
 def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
-    """Whether no process is to hold the whole model, as where several processes train one that can stay on disk."""
+    """Whether the processes shard the weights, so that none holds the whole model: they train it together, and it can
+    stay on disk."""
     if world.size == 1 or recipe.stages != "training" or settings.stream != "auto":
         return False
     return _why_in_memory(settings.model, settings.out is not None, settings.tasks) is None
 
 
 def default_activation_bytes() -> int:
-    """A quarter of what is free on the host, where activations live whatever the device."""
+    """A quarter of the free memory of the host, where activations are stored on every device."""
     return free_bytes("cpu") // 4
 
 
 def _why_in_memory(model: object, written: bool, tasks: object) -> str | None:
-    """Why the whole model must be in memory; None where it can stay on disk."""
+    """Why the whole model must be in memory; None if it can stay on disk."""
     if tasks:
         return _TASKS_IN_MEMORY
     if not isinstance(model, str | Path):
@@ -122,105 +118,110 @@ def prune(settings: Settings) -> Report:
     Raises:
         UserError: something in the arguments cannot be used; the message is one line.
     """
-    # 1. Resolve the settings, so that errors in them show before anything is read.
-    model, out, stream = settings.model, settings.out, settings.stream
-    if out is not None:
-        check_installed(*REPORT_PACKAGES)
-    if settings.tokenizer is not None and isinstance(model, str | Path):
-        raise UserError(
-            f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
-        )
-    method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
-    check_one_set(settings.constraint, settings.pattern)
-    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
-    joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(method, **how, engine=Engine.of(settings), **parts, joint=joint)
-    recipe = configured(recipe, settings.unit, settings.multiple)
-    target = _target(settings)
-    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
-    ridge = parse_ridge(settings.ridge)
-    passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
-    text = settings.text(data=check_data(source, model), eval_data=eval_source)
-    if settings.resume and out is None:
-        raise UserError("only a run with --out can be resumed: its journal is beside that folder")
-    if out is not None:
-        check_apart(Path(out), model, settings.data, settings.eval_data)
-    device, world = pick_device(settings.device), World.current()
-    tasks = _tasks(settings, world)
-    tracker = tracker_of(settings.log, None if out is None else Path(out))
-    callback = Callbacks(settings.callbacks, settings.progress)
+    # 1. Resolve the settings, so that errors in them appear before anything is read.
+    run = resolved(settings)
     with (
         nullcontext()
-        if out is None
-        else shared_journal(Path(out), world, resume=settings.resume, overwrite=settings.overwrite) as journal
+        if run.out is None
+        else shared_journal(run.out, run.world, resume=settings.resume, overwrite=settings.overwrite) as journal
     ):
-        # 2. Open the model: block by block where its weights would not fit.
-        if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
-            stream = bool(journal.begun_with("stream"))
-        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device, tasks))
-        phases = Phases(device, callback=callback)
+        # 2. Open the model: block by block if its weights do not fit in memory.
+        phases = Phases(run.device, callback=run.callback)
+        streams = _streams(settings, run, journal)
         with phases("opening the model"):
-            loaded = _opened(settings, device, on_disk=streams or shards_weights(settings, recipe, world))
-        target = selection.applied(loaded.model, target)
-        recipe.check(loaded.model, target)
-        if allocation is not None:
-            allocation.check(recipe, loaded.model, target, offloaded=loaded.offloading.is_offloaded, world=world)
+            on_disk = streams or shards_weights(settings, run.recipe, run.world)
+            loaded = _opened(settings, run.device, on_disk=on_disk)
+        target = run.selection.applied(loaded.model, run.target)
+        run.recipe.check(loaded.model, target)
+        if run.allocation is not None:
+            offloaded = loaded.offloading.is_offloaded
+            run.allocation.check(run.recipe, loaded.model, target, offloaded=offloaded, world=run.world)
         # 3. Read the text; from here on the run can be described completely.
         with phases("reading the text"):
-            texts = Texts(text, loaded, passed)
-        resolved = recorded(
-            settings,
-            model=loaded.source,
-            method=method or (DEFAULT if settings.solver is None else None),
-            target=target,
-            text=text,
-            ridge=ridge,
-            stream=streams,
-            selection=selection,
-            coordinate=joint.coordinate,
-            tasks=() if tasks is None else tasks.names,
-            task_folder=None if settings.task_folder is None else str(settings.task_folder),
-            **{name: None if part is None else described(part) for name, part in parts.items()},
-        )
+            texts = Texts(run.text, loaded, run.passed)
+        content = _recorded(settings, run, model=loaded.source, target=target, stream=streams)
         place = loaded.offloading.device(loaded.model)
-        record = manifest(resolved, texts.records(recipe.samples), loaded.revision, place)
+        record = manifest(content, texts.records(run.recipe.samples), loaded.revision, place)
         if journal is not None:
             journal.begin(lambda: {**record, "weights": fingerprint(loaded)})
-        calibration, evaluation = texts.calibration(recipe.samples), texts.evaluation
-        notes = texts.notes(recipe.samples)
+        calibration, evaluation = texts.calibration(run.recipe.samples), texts.evaluation
+        notes = texts.notes(run.recipe.samples)
         del texts
-        task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=ridge, bounds=settings.bounds)
-        recipe.check_task(task)
-        activation_bytes = settings.activation_bytes
-        if loaded.offloading.is_offloaded:
-            activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
-            return_freed_memory()
-        tracker = tracker if world.rank == 0 else None  # several processes are one run
-        runtime = Runtime(
-            offloading=loaded.offloading,
-            world=world,
-            journal=journal or NOTHING,
-            on_progress=callback.on_progress,
-            on_record=_recorders(tracker, callback),
-            activation_bytes=activation_bytes,
-        )
-        with followed(tracker, record["settings"]) as summary:
+        task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=run.ridge, bounds=settings.bounds)
+        run.recipe.check_task(task)
+        runtime = _runtime(settings, run, loaded, journal or NOTHING)
+        with followed(run.tracker, record["settings"]) as summary:
             # 4. Evaluate the dense model.
             with phases("evaluating the dense model"):
                 dense = evaluated_dense(loaded, evaluation, runtime)
             # 5. Prune, and evaluate the pruned model.
-            report = run_recipe(recipe, task, runtime, loaded, dense, record, phases, tasks, allocation, notes)
-            # 6. Write model, manifest and report.
+            report = run_recipe(
+                run.recipe,
+                task,
+                runtime,
+                loaded,
+                dense,
+                record,
+                phases,
+                tasks=run.tasks,
+                allocation=run.allocation,
+                notes=notes,
+            )
+            # 6. Write the model, the manifest and the report.
             if journal is not None:
                 written = journal.output(
-                    lambda folder: _as_written(save_run(loaded, report, folder, evaluation, callback))
+                    lambda folder: _as_written(save_run(loaded, report, folder, evaluation, run.callback))
                 )
                 report = replace(report, out=journal.out, **written)
             summary |= figures_of(report.as_json())
     for note in dict.fromkeys(report.notes):
         _LOG.info("note: %s", note)
     return report
+
+
+def _streams(settings: Settings, run: ResolvedRun, journal: SharedJournal | None) -> bool:
+    """Whether the model is streamed; a resumed run repeats the decision of the interrupted one."""
+    stream = settings.stream
+    if stream == "auto" and journal is not None and journal.resumed:  # the free memory may have changed since
+        stream = bool(journal.begun_with("stream"))
+    return run.world.broadcast_from_rank0(
+        lambda: decide(stream, settings.model, run.recipe, run.out is not None, run.device, run.tasks)
+    )
+
+
+def _recorded(settings: Settings, run: ResolvedRun, **opened: Any) -> dict[str, Any]:
+    """The settings as the manifest holds them.
+
+    Args:
+        opened: the settings that depend on the opened model.
+    """
+    return recorded(
+        settings,
+        method=settings.method or (DEFAULT if settings.solver is None else None),
+        text=run.text,
+        ridge=run.ridge,
+        selection=run.selection,
+        coordinate=run.joint.coordinate,
+        tasks=() if run.tasks is None else run.tasks.names,
+        task_folder=None if settings.task_folder is None else str(settings.task_folder),
+        **opened,
+        **{name: None if part is None else described(part) for name, part in run.parts.items()},
+    )
+
+
+def _runtime(settings: Settings, run: ResolvedRun, loaded: LoadedModel, journal: Journal) -> Runtime:
+    activation_bytes = settings.activation_bytes
+    if loaded.offloading.is_offloaded:
+        activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
+        return_freed_memory()
+    return Runtime(
+        offloading=loaded.offloading,
+        world=run.world,
+        journal=journal,
+        on_progress=run.callback.on_progress,
+        on_record=_recorders(run.tracker, run.callback),
+        activation_bytes=activation_bytes,
+    )
 
 
 def run_recipe(
@@ -231,19 +232,20 @@ def run_recipe(
     dense: Validation,
     record: dict[str, Any],
     phases: Phases | None = None,
+    *,
     tasks: Tasks | None = None,
     allocation: AllocationRule | None = None,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """Prunes a loaded model, in place where the recipe does so, and evaluates the result.
+    """Prunes a loaded model, in place if the recipe does so, and evaluates the result.
 
     Args:
-        dense: evaluation of the dense model.
+        dense: the evaluation of the dense model.
         record: the manifest of the run.
-        phases: before; None for none.
-        tasks: on which the pruned model is evaluated too.
-        allocation: gives every matrix a target of its own; None for the task's.
-        notes: on the run, beside those of the method.
+        phases: the phases so far; None if there are none.
+        tasks: tasks on which the pruned model is also evaluated.
+        allocation: distributes the target over the matrices; None gives all of them the same.
+        notes: notes on the run, in addition to those of the method.
     """
     notes += (*loaded.notes, *_notes_on_zeros(loaded))
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
@@ -287,7 +289,7 @@ def run_recipe(
 
 
 def _notes_on_bounds(layers: Sequence[LayerReport], task: Task) -> tuple[str, ...]:
-    """A note where not every pruned matrix has a bound, where bounds were requested."""
+    """A note if bounds were requested and some pruned matrices have none."""
     pruned = [layer for layer in layers if task.target.at(layer.name) is not None]
     without = [layer.name for layer in pruned if layer.bound is None]
     if not task.bounds or not without:
@@ -297,7 +299,7 @@ def _notes_on_bounds(layers: Sequence[LayerReport], task: Task) -> tuple[str, ..
 
 
 def _notes_on_zeros(loaded: LoadedModel) -> tuple[str, ...]:
-    """A note where the model was pruned before, by the zeros in its first, middle and last block."""
+    """A note if the model was pruned before, according to the zeros in its first, middle and last block."""
     zeros = sparsity(_three_blocks(loaded))
     if zeros <= _PRUNED_BEFORE:
         return ()
@@ -306,7 +308,7 @@ def _notes_on_zeros(loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _three_blocks(loaded: LoadedModel) -> Iterator[Block]:
-    """The first, the middle and the last block, each in memory until the next is taken."""
+    """The first, the middle and the last block; each is in memory until the next one is requested."""
     blocks = decoder_blocks(loaded.model)
     for index in sorted({0, len(blocks) // 2, len(blocks) - 1}):
         with loaded.offloading.block(index):
@@ -314,7 +316,8 @@ def _three_blocks(loaded: LoadedModel) -> Iterator[Block]:
 
 
 def _removed(allocated: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, int]:
-    """The weights that the matrices of an allocation have lost, as counted: sets of rows or groups round a target."""
+    """The number of weights that the matrices of an allocation have actually lost: constraints on rows or groups round
+    their targets."""
     zeros = {layer.name: layer.shape[0] * layer.shape[1] - layer.nonzeros for layer in layers}
     return {"removed": sum(zeros[name] for name in allocated["targets"])}
 
@@ -322,20 +325,20 @@ def _removed(allocated: Mapping[str, Any], layers: Sequence[LayerReport]) -> dic
 def save_run(
     loaded: LoadedModel, report: Report, folder: Path, text: Sequences, callback: Callback | None = None
 ) -> Report:
-    """Writes the model as a plain `save_pretrained` folder; beside it the manifest, with fingerprints, and the report.
+    """Writes the model as a `save_pretrained` folder, with a manifest that contains fingerprints, and a report.
 
-    The folder is loaded again and compared with the model before anything is said of it: by `from_pretrained` where the
-    memory that is free holds the weights once more, else one block at a time.
+    Before the manifest is written the folder is loaded again and compared with the model: by `from_pretrained` if the
+    free memory holds the weights a second time, otherwise one block at a time.
 
     Args:
-        text: its first sequence is what the two are compared on.
+        text: the two models are compared on its first sequence.
         callback: as for `Phases`.
 
     Returns:
         The report as written.
 
     Raises:
-        UserError: it cannot be loaded again, or is another model.
+        UserError: the folder cannot be loaded, or gives another model.
     """
     assert report.model is not None
     pruned, settings = replace(loaded, model=report.model), report.manifest["settings"]
@@ -352,7 +355,7 @@ def save_run(
             trust_remote_code=settings.get("trust_remote_code", False),
         )
     recipe = None
-    if "target" in settings:  # a comparison is none of many runs
+    if "target" in settings:  # only a single run has a recipe; the manifest of a comparison has several targets
         recipe = written_recipe(content_of(settings))
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
     (folder / CARD).write_text(card_of(report, recipe), encoding="utf-8")
@@ -369,7 +372,7 @@ def save_run(
 
 
 def _recorders(tracker: Tracker | None, callback: Callback) -> OnRecord:
-    """Passes figures to a tracker and a callback."""
+    """A function that passes figures to a tracker and a callback."""
 
     def record(figures: dict[str, float], step: int) -> None:
         if tracker is not None:
@@ -380,30 +383,8 @@ def _recorders(tracker: Tracker | None, callback: Callback) -> OnRecord:
 
 
 def _as_written(report: Report) -> dict[str, Any]:
-    """What writing adds to a report."""
+    """The fields of a report that `save_run` changes."""
     return {"manifest": report.manifest, "phases": report.phases}
-
-
-def _tasks(settings: Settings, world: World) -> Tasks | None:
-    names = task_names(settings.tasks)
-    if not names:
-        if isinstance(settings.tasks, str) or settings.tasks:  # empty, or blanks and commas alone
-            raise UserError("name at least one task, such as piqa,arc_easy")
-        unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
-        if unused:
-            raise UserError(f"{unused[0]} is of tasks: name them with tasks")
-        return None
-    if world.size > 1:
-        raise UserError("tasks are evaluated by one process: evaluate them afterwards, with 'admm-prune eval --tasks'")
-    return Tasks(names, folder=settings.task_folder, shots=settings.shots, limit=settings.task_limit)
-
-
-def _target(settings: Settings) -> Target:
-    """The sparsity or pattern that is given, else that of the constraint."""
-    constraint = settings.constraint
-    if settings.sparsity is None and settings.pattern is None and not isinstance(constraint, str | type | None):
-        return target_of(constraint) or parse_target(None, None)
-    return parse_target(settings.sparsity, settings.pattern)
 
 
 def _opened(settings: Settings, device: str, *, on_disk: bool) -> LoadedModel:

@@ -30,26 +30,27 @@ if TYPE_CHECKING:
 
 
 DEFAULT_SAMPLES = 128
-_LONGEST = 255  # characters of a name that is taken to be one without a look
+_LONGEST = 255  # characters; a longer string is checked to be a path
 
 _LOG = logging.getLogger(__name__)
 
 
 def check_data(data: str | None, model: object) -> str:
-    """The calibration text of a run: the embedded text is the default of the embedded model alone.
+    """The name of the calibration text of a run. Only the embedded model has a default, the embedded text.
 
     Args:
-        model: as of a run.
+        data: the name that the user gave, if any.
+        model: the model of the run.
 
     Raises:
-        UserError: there is no such model, or another model than the embedded one has no default.
+        UserError: no text is given for another model, or there is no such model.
     """
     if data is not None:
         return data
     if isinstance(model, str | Path) and str(model) == EMBEDDED:
         return EMBEDDED
     if isinstance(model, str | Path):
-        locate(str(model))  # a wrong name of the model is what has to be mended first
+        locate(str(model))  # an error in the name of the model is reported first
     named = f"{model}: " if isinstance(model, str | Path) else ""
     raise UserError(
         f"{named}name the text with --data: a file, a folder or a Hub dataset, such as --data wikitext2 "
@@ -58,10 +59,13 @@ def check_data(data: str | None, model: object) -> str:
 
 
 def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple[str | None, str | None]]:
-    """The texts passed as objects, by their role; and the names for `TextSettings`.
+    """Separates texts that are passed as objects from names of texts.
+
+    Returns:
+        The objects by role, "data" or "eval_data", and the two names for `TextSettings`.
 
     Raises:
-        UserError: it cannot be text.
+        UserError: an object cannot be a text.
     """
     passed: dict[str, Any] = {}
     names: list[str | None] = []
@@ -79,13 +83,14 @@ def passed_from_python(data: Any, eval_data: Any) -> tuple[dict[str, Any], tuple
 
 
 class Texts:
-    """Both texts of a run, read once and packed for the model's tokenizer and context.
+    """The calibration and the evaluation text of a run, read once and packed for the tokenizer and the context length
+    of the model.
 
     Args:
-        passed: objects passed from Python instead of a path or a Hub id, by "data" and "eval_data".
+        passed: texts that were passed as objects instead of a path or a Hub id, by role, "data" or "eval_data".
 
     Raises:
-        UserError: a text cannot be used, or the length is beyond the model's context.
+        UserError: a text cannot be used, or the sequences are longer than the context of the model.
     """
 
     def __init__(self, settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, Any] | None = None) -> None:
@@ -94,10 +99,13 @@ class Texts:
         self._calibration_corpus, self._validation_corpus = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
         self.evaluation = _pack_validation(self._validation_corpus, settings, self._length, loaded)
-        _tell(self._calibration_corpus, self._validation_corpus)
+        _log_notes(self._calibration_corpus, self._validation_corpus)
 
     def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
-        """The calibration text: so many sequences, unless the settings name another number.
+        """The calibration text.
+
+        Args:
+            samples: the number of sequences, if the settings name none.
 
         Raises:
             UserError: the text is shorter than one sequence.
@@ -115,7 +123,7 @@ class Texts:
         }
 
     def notes(self, samples: int = DEFAULT_SAMPLES) -> tuple[str, ...]:
-        """Where a text has fewer sequences than the settings ask for; `samples` as for `calibration`."""
+        """Notes on texts with fewer sequences than the settings request; `samples` as for `calibration`."""
         used = (
             ("calibration", self._settings.samples, len(self.calibration(samples).rows)),
             ("evaluation", self._settings.eval_samples, len(self.evaluation.rows)),
@@ -132,15 +140,16 @@ class Texts:
 
 
 def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
-    """The evaluation text alone: all of a local file, the held-out part of other sources.
+    """The evaluation text, without reading a calibration text: a local file as a whole, the held-out split of other
+    sources.
 
     Raises:
-        UserError: the text cannot be used, or the length is beyond the model's context.
+        UserError: the text cannot be used, or the sequences are longer than the context of the model.
     """
     length = sequence_length(loaded.model.config, settings.length)
     corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
-    _tell(corpus)
+    _log_notes(corpus)
     sequences = _pack_validation(corpus, settings, length, loaded)
     return sequences, TextRecord.of(corpus, sequences)
 
@@ -156,7 +165,7 @@ def _pack(corpus: Corpus, settings: TextSettings, length: int, loaded: LoadedMod
 
 
 def is_local(settings: TextSettings) -> bool:
-    """True where no text is a Hub id."""
+    """Whether both texts are local, not on the Hub."""
     places = [place for place in (settings.data, settings.eval_data) if place is not None and place != EMBEDDED]
     return all(is_file_name(place) or expanded(place).exists() for place in places)
 
@@ -177,11 +186,11 @@ def _sources(settings: TextSettings, loaded: LoadedModel, passed: Mapping[str, A
 
 @dataclass(frozen=True)
 class _Sources:
-    """Where both texts come from.
+    """Reads the two texts from their sources.
 
     Attributes:
-        vocabulary: the number of tokens that the model has.
-        plain: the roles of the texts read so far without columns, where `settings.column` names one.
+        vocabulary: the number of tokens of the model; None if it is unknown.
+        plain: the roles of texts that have no columns, although `settings.column` names one.
     """
 
     settings: TextSettings
@@ -209,7 +218,7 @@ class _Sources:
         """The evaluation text; None if it is not set and the calibration text has no split for it.
 
         Args:
-            whole: the calibration text is not read: if it has a single split, that split is used for evaluation.
+            whole: no calibration text is read. If the source has a single split, that is used for evaluation.
         """
         settings = self.settings
         role = "data" if settings.eval_data is None else "eval_data"
@@ -237,7 +246,7 @@ class _Sources:
         source = self._source(role)
         assert source is not None
         path = expanded(source)
-        # A folder that happens to be called "embedded" is not meant by the name.
+        # The name stands for the embedded text, even if there is a folder of this name.
         return source == EMBEDDED or not path.exists() or has_splits(path)
 
     def _read(self, role: str, split: str, limit: int | None) -> Corpus:
@@ -251,7 +260,7 @@ class _Sources:
                 raise
             if error.plain:
                 self.plain.append(role)
-            return self._corpus(role, **how)  # the column is that of the other text
+            return self._corpus(role, **how)  # the column refers to the other text
 
     def _corpus(self, role: str, **how: Any) -> Corpus:
         if role in self.passed:
@@ -266,8 +275,8 @@ class _Sources:
         return read_corpus(source, **how)
 
 
-def _tell(*corpora: Corpus) -> None:
-    """Logs assumptions and replacements made in reading, in one process only."""
+def _log_notes(*corpora: Corpus) -> None:
+    """Logs assumptions and replacements made in reading texts, in one process only."""
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
             _LOG.warning("note: %s", note)

@@ -25,10 +25,10 @@ def _package(extra: str, module: str) -> Any:
 
 
 def _checked(folder: Path, out: Path | None) -> Path:
-    """The absolute path of a folder for files beside the output of a run.
+    """The absolute path of a folder for log files.
 
     Raises:
-        UserError: it cannot be written, or is in the output or its journal, which are moved or deleted at the end.
+        UserError: the folder cannot be written, or is inside the output or its journal, which the run moves or deletes.
     """
     place = absolute(folder)
     for taken in () if out is None else (absolute(out), home_of(out)):
@@ -44,7 +44,7 @@ class TensorBoard:
     def __init__(self, folder: str, out: Path | None = None) -> None:
         self._open: Callable[[str], Any] = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter
         self._writer: Any = None
-        # A place in a network has a writer of its own.
+        # Remote locations, such as gs://, are written by TensorBoard's file system layer.
         self._place = folder if "://" in folder else str(_checked(Path(folder), out))
 
     def start(self, settings: Mapping[str, Any]) -> None:
@@ -113,8 +113,8 @@ def tracker_of(log: str | Tracker | None, out: Path | None = None) -> Tracker | 
         out: the output folder of the run.
 
     Raises:
-        UserError: there is none of this kind, nothing after the colon, or its package is not installed; the folder
-            cannot be written, or is in the output; the object has not the methods of a `Tracker`.
+        UserError: the kind is unknown, nothing follows the colon, or its package is not installed; the folder cannot be
+            written, or is inside the output; or the object lacks methods of a `Tracker`.
     """
     if log is None or isinstance(log, str):
         return None if log is None else _tracker_named(log, out)
@@ -134,7 +134,7 @@ def _tracker_named(text: str, out: Path | None) -> Tracker:
 
 @contextmanager
 def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[dict[str, float]]:
-    """Context of a run; yields a dictionary to be filled with its overall figures, logged at the end."""
+    """Context of a tracked run. Yields a dictionary for the figures of the whole run, which are logged at the end."""
     summary: dict[str, float] = {}
     if tracker is None:
         yield summary
@@ -149,7 +149,7 @@ def followed(tracker: Tracker | None, settings: Mapping[str, Any]) -> Generator[
 
 
 def flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`flattened`, values that are no numbers as text, without those that are None or empty."""
+    """`flattened`, without values that are None or empty, and with other values than numbers as strings."""
     return {
         name: value if isinstance(value, str | int | float | bool) else str(value)
         for name, value in flattened(content).items()
@@ -158,7 +158,7 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a run as a whole, from its manifest: non-finite values are left out."""
+    """The finite figures of a whole run, from its manifest."""
     figures = {"sparsity": report["sparsity"]}
     figures |= {f"{which}/{name}": report[which][name] for which in ("dense", "pruned") for name in METRICS}
     for task, row in ((report["tasks"] or {}).get("results") or {}).items():

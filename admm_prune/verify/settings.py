@@ -45,7 +45,7 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
         if "methods" in settings:
             recipe = recipe_named(manifest["method"])
             steps = settings["steps"] if "steps" in recipe.options else None
-            return recipe_named(manifest["method"], steps)
+            return recipe_named(manifest["method"], steps=steps)
         parts = {name: settings[name] for name in _PARTS}
         if any(part is not None and not re.fullmatch(r"[\w-]+", part) for part in parts.values()):
             return None

@@ -19,7 +19,7 @@ from admm_prune.inference.packing import pack, unpack
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.journal.journal import home_of, journal_of
-from admm_prune.runs.layer import capture_layer, solve_layer_file, solve_path
+from admm_prune.runs.layer import capture_layer, solve_path
 from admm_prune.runs.report.pages import write_difference
 from tests.cli.outcome import Command
 
@@ -102,7 +102,6 @@ def test_solve_asks_for_each_of_several_files(command: Command, place: Path, lay
         compare,
         capture_layer,
         solve_path,
-        solve_layer_file,
         pack,
         unpack,
         bench_memory,

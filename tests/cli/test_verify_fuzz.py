@@ -30,7 +30,7 @@ from admm_prune.models import loading
 from admm_prune.models.loading import LoadedModel
 from admm_prune.runs.card import CARD
 from admm_prune.runs.claims import CLAIMS_DIGEST, claims_sha256, with_digest
-from admm_prune.runs.layer import solve_layer_file
+from admm_prune.runs.layer import solve_path
 from admm_prune.verify import run
 from admm_prune.verify.layer import verify_layer
 from admm_prune.verify.report import Verdict, Verification
@@ -334,7 +334,7 @@ def test_every_claim_of_a_solved_layer(
             "target_energy": repr(2 * float((tensors["weight"] @ tensors["gram"]).mul(tensors["weight"]).sum()))
         }
     save_file(tensors, layer, metadata)
-    solve_layer_file(layer, method_named(name), target, out=path, device="cpu")
+    solve_path(layer, method_named(name), [target], out=path, device="cpu")
     assert verify_layer(path).verdict is Verdict.VERIFIED
     with safe_open(path, framework="pt") as file:
         claims = dict(file.metadata())

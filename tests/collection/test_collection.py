@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import threading
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -303,19 +303,20 @@ def test_the_settings_of_a_record_are_the_command_that_finds_it_again(
 
 
 def test_two_commands_at_once_lose_no_record(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has read the table before the other writes it, unless one waits."""
+    """Without the lock, both would have read the table before either writes it."""
     files = {}
     for name in ("tiny/row", "tiny.rows/row"):
         problem = build.load(name)
         files[name] = small / f"{problem.id.replace('/', '.')}.solution"
         write_solution(files[name], problem, producers.solution(problem), {"solver": name})
-    write = record.write_records
+    write, both_have_read = record.write_records, threading.Barrier(2)
 
-    def slowly(rows: Mapping[str, record.Row]) -> None:
-        time.sleep(0.3)
+    def write_after_both_have_read(rows: Mapping[str, record.Row]) -> None:
+        with suppress(threading.BrokenBarrierError):  # with the lock the other one waits before it reads
+            both_have_read.wait(timeout=0.3)
         write(rows, small / "records.csv")
 
-    monkeypatch.setattr(record, "write_records", slowly)
+    monkeypatch.setattr(record, "write_records", write_after_both_have_read)
     threads = [threading.Thread(target=record.offer, args=given) for given in files.items()]
     for thread in threads:
         thread.start()

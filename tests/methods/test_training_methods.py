@@ -60,7 +60,7 @@ def pruned(
 def test_every_matrix_meets_the_target_exactly_and_all_else_is_trained(
     name: str, target: str, model_folder: Path, text_file: Path
 ) -> None:
-    recipe = replace(recipe_named(name, 24), batch_size=2)
+    recipe = replace(recipe_named(name, steps=24), batch_size=2)
     dense = dict(load(str(model_folder)).model.named_parameters())
     model, outcome = pruned(recipe, target, model_folder, text_file)
     views = [view for block in decoder_blocks(model) for view in block.weights]
@@ -206,7 +206,7 @@ def test_the_published_rate_has_no_warm_up(
         raise KeyboardInterrupt
 
     task = Task(target=target_named("0.5"), calibration=texts(model_folder, text_file).calibration(40))
-    recipe = replace(recipe_named(name, 40), lr=1e-3, batch_size=2)  # type: ignore[type-var]
+    recipe = replace(recipe_named(name, steps=40), lr=1e-3, batch_size=2)  # type: ignore[type-var]
     with pytest.raises(KeyboardInterrupt):
         recipe.prune(load(str(model_folder)).model, task, Runtime(on_record=first))
 

@@ -205,7 +205,7 @@ def trained_in(
 
     loaded = load(str(model))
     calibration = Texts(TextSettings(data=str(text), length=32, packing="windows"), loaded).calibration(41)
-    recipe = recipe_named(how.method, how.steps, how.engine)
+    recipe = recipe_named(how.method, steps=how.steps, engine=how.engine)
     assert isinstance(recipe, Trained)
     kept = f"{folder}/kept" if stop is not None or Path(folder, "kept").is_dir() else None
     task = Task(target=Target(how.sparsity), calibration=calibration, seed=how.seed)

@@ -83,7 +83,7 @@ def test_every_paper_is_packaged_with_its_protocol() -> None:
         assert (text.data, text.eval_data, text.eval_split, text.length) == ("c4", "wikitext2", "test", 2048)
         assert text.samples == (32768 if name == "elsa" else 128)
         assert recipe.method is not None
-        assert recipe_named(recipe.method, recipe.steps).name == recipe.method
+        assert recipe_named(recipe.method, steps=recipe.steps).name == recipe.method
         assert validated(yaml.safe_load(written(recipe.as_content())), name) == recipe
     with pytest.raises(UserError, match="unknown recipe 'nonesuch': choose one of admm-gradual, alps"):
         read_packaged("nonesuch")

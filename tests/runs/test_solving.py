@@ -15,7 +15,7 @@ from admm_prune.methods.local import LOCAL_METHODS, given, method_named
 from admm_prune.methods.target import Target, parse_path, target_named
 from admm_prune.problems.constraints import Unstructured
 from admm_prune.problems.layer import LayerReconstruction
-from admm_prune.runs.layer import SolvedLayer, solve_layer_file, solve_path
+from admm_prune.runs.layer import SolvedLayer, solve_path
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from admm_prune.verify.layer import verify_layer
 
@@ -53,7 +53,7 @@ def test_a_path_gives_what_separate_solves_give(layer: Path, method: str) -> Non
     path = solve_path(layer, method_named(method), PATH, device="cpu")
     assert [solved.target for solved in path] == ["0.9", "0.5", "0.7"]
     for solved, target in zip(path, PATH, strict=True):
-        alone = solve_layer_file(layer, method_named(method), target, device="cpu")
+        (alone,) = solve_path(layer, method_named(method), [target], device="cpu")
         assert solved.sparsity == alone.sparsity
         assert figures(solved) == pytest.approx(figures(alone), rel=1e-4)
         assert (solved.status, solved.bound_kind) == (alone.status, alone.bound_kind)
@@ -91,19 +91,20 @@ def test_auto_chooses_for_each_target_and_says_by_what(tmp_path: Path, layer: Pa
             "damping": best.damping,
             "error": best.error,
         }
-        alone = solve_layer_file(layer, method_named("admm"), target_named(solved.target), ridge="auto", device="cpu")
+        (alone,) = solve_path(layer, method_named("admm"), [target_named(solved.target)], ridge="auto", device="cpu")
         assert figures(solved) == pytest.approx(figures(alone), rel=1e-4)
         assert verify_layer(tmp_path / f"v-{solved.target}.safetensors").failures == []
-    assert "ridge_trials" not in solve_layer_file(layer, method_named("admm"), PATH[0], device="cpu").as_json()
+    (untried,) = solve_path(layer, method_named("admm"), PATH[:1], device="cpu")
+    assert "ridge_trials" not in untried.as_json()
 
 
 def test_auto_without_what_it_chooses_on_is_refused(tmp_path: Path) -> None:
     bare = layer_file(tmp_path / "bare.safetensors", validation=False)
     with pytest.raises(UserError, match="it has no gram_validation, which --ridge auto cannot choose on"):
-        solve_layer_file(bare, method_named("admm"), PATH[0], ridge="auto")
+        solve_path(bare, method_named("admm"), PATH[:1], ridge="auto")
     crossed = layer_file(tmp_path / "crossed.safetensors", cross=True)
     with pytest.raises(UserError, match="it has a target from other inputs, which --ridge auto cannot choose on"):
-        solve_layer_file(crossed, method_named("admm"), PATH[0], ridge="auto")
+        solve_path(crossed, method_named("admm"), PATH[:1], ridge="auto")
 
 
 def test_no_file_of_a_path_is_written_over_what_is_not_ours(tmp_path: Path, layer: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_solution_from_elsewhere_is_measured_and_verified(layer: Path, tmp_pat
     save_file({"weight": weight, "other": torch.zeros(1)}, tmp_path / "theirs.safetensors")
     out = tmp_path / "checked.safetensors"
     loaded = load_solution(tmp_path / "theirs.safetensors")
-    solved = solve_layer_file(layer, given(loaded), Target(0.5), bound="dual", out=out, device="cpu")
+    (solved,) = solve_path(layer, given(loaded), [Target(0.5)], bound="dual", out=out, device="cpu")
     away, gram = (weight.float() - problem.weight).double(), problem.gram.double()
     errors = [torch.einsum("ij,jk,ik->", x, gram, x) for x in (away, problem.weight.double())]
     assert solved.relative_error == pytest.approx(float(errors[0] / errors[1]), rel=1e-5)
@@ -145,13 +146,13 @@ def test_a_solution_from_elsewhere_is_measured_and_verified(layer: Path, tmp_pat
     assert torch.equal(load_file(out)["weight"], weight.float())
     assert verify_layer(out, layer).failures == []
     with pytest.raises(UserError, match="keeps more weights than the target allows: 480 of 960"):
-        solve_layer_file(layer, given(loaded), Target(0.6), device="cpu")
+        solve_path(layer, given(loaded), [Target(0.6)], device="cpu")
     for wrong, told in (
         (loaded[:3], "shapes 3 x 40 and 24 x 40"),
         (loaded * torch.inf, "NaN or Inf"),
     ):
         with pytest.raises(UserError, match=told):
-            solve_layer_file(layer, given(wrong), Target(0.5), device="cpu")
+            solve_path(layer, given(wrong), [Target(0.5)], device="cpu")
 
 
 def test_a_file_that_holds_no_solution_is_refused(tmp_path: Path) -> None:

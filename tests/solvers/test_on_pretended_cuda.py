@@ -122,4 +122,7 @@ def test_a_packed_product(kernels) -> None:
 def test_wanda_in_float64(kernels) -> None:
     task = problem(SETS["70%"])
     wide = LayerReconstruction(task.weight.double(), task.gram.double(), task.constraint)
-    assert isinstance(Wanda().solve(wide).solution["weight"], OnDevice)
+    weight = Wanda().solve(wide).solution["weight"]
+    assert isinstance(weight, OnDevice)
+    on_host = LayerReconstruction(task.weight.double().cpu(), task.gram.double().cpu(), task.constraint)
+    assert torch.equal(weight.cpu(), Wanda().solve(on_host).solution["weight"])

@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.local import LOCAL_METHODS, method_named, with_parts
 from admm_prune.methods.target import Target, target_named
 from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_sha256
-from admm_prune.runs.layer import solve_layer_file
+from admm_prune.runs.layer import solve_path
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from admm_prune.verify.layer import verify_layer
 from admm_prune.verify.recomputation import Budget, define, least_loss, relative_error
@@ -57,7 +57,7 @@ HALF = TARGETS["0.5"]
 
 def solved(layer: Path, method: str = "admm", target: Target = HALF, **options: float) -> Path:
     out = layer.with_name("v.safetensors")
-    solve_layer_file(layer, method_named(method), target, out=out, overwrite=True, device="cpu", **options)
+    solve_path(layer, method_named(method), [target], out=out, overwrite=True, device="cpu", **options)
     return out
 
 
@@ -183,7 +183,7 @@ def test_a_dual_bound_is_recomputed_and_a_raised_one_told(layer: Path) -> None:
         (by_columns, "block", "block-diagonal dual"),
     ):
         path = layer.with_name("v.safetensors")
-        solve_layer_file(layer, method, HALF, bound=bound, out=path, overwrite=True, device="cpu")
+        solve_path(layer, method, [HALF], bound=bound, out=path, overwrite=True, device="cpu")
         report = verify_layer(path)
         assert report.failures == []
         assert report.unchecked == []
@@ -195,7 +195,7 @@ def test_a_dual_bound_is_recomputed_and_a_raised_one_told(layer: Path) -> None:
 
 def test_a_bound_that_is_not_proved_is_none(layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("admm_prune.runs.layer._WIDEST_BOUND", 23)
-    result = solve_layer_file(layer, method_named("magnitude"), HALF, bound="dual", device="cpu")
+    (result,) = solve_path(layer, method_named("magnitude"), [HALF], bound="dual", device="cpu")
     assert result.bound is result.gap is None
     assert any("no lower bound: the layer is wider" in note for note in result.notes)
 
@@ -323,10 +323,10 @@ def test_honest_files_of_every_solver_set_and_kind_are_verified(
         out = tmp_path / "v.safetensors"
         used = with_parts(method_named(method), None, constraint)
         try:
-            solve_layer_file(
+            solve_path(
                 layer,
                 used,
-                SMALL[target],
+                [SMALL[target]],
                 out=out,
                 overwrite=True,
                 device="cpu",

@@ -1,4 +1,4 @@
-"""One budget over the matrices of a model, and the targets that each rule gives them."""
+"""The budget that the matrices of a model share, and the targets that each allocation rule derives from it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ from admm_prune.problems.allocation_matrices import (
     shifted,
 )
 
-MOST = 0.95  # sparsity of a matrix, unless the whole has more than 0.9
-DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to that of the whole
-LOWER, HIGHER = 8, 3  # levels of a table on either side of the common sparsity s, (1 - s) / (HIGHER + 1) apart
-_ROUNDED = 1e-6  # of the fractions of levels
-HELD_OUT = 0.25  # of the calibration sequences, in a search
-LOSS_TOKENS = 4096  # of text that the loss with a pruned block is measured on
-MIXED = ("4:8", "2:4", "1:4")  # the patterns of "patterns", beside dense
+MOST = 0.95  # largest sparsity of a matrix, unless the sparsity of the whole exceeds 0.9
+DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to the density of the whole
+LOWER, HIGHER = 8, 3  # levels of a table below and above the common sparsity s, (1 - s) / (HIGHER + 1) apart
+_ROUNDED = 1e-6  # rounding of the fractions of levels
+HELD_OUT = 0.25  # fraction of the calibration sequences that a search evaluates on
+LOSS_TOKENS = 4096  # tokens on which the loss with a pruned block is measured
+MIXED = ("4:8", "2:4", "1:4")  # the levels of the rule "patterns", in addition to dense
 
 
 def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightView]], int]:
-    """The matrices that share a budget, with the indices of their blocks, and the weights that they lose together.
+    """The matrices that share the budget, those without a target of their own.
+
+    Returns:
+        (index of the block, matrix) for each of them, and the number of weights to remove from all of them together.
 
     Raises:
-        UserError: the targets of the other matrices leave no way to the whole's.
+        UserError: with the targets of the other matrices, the target of the whole cannot be reached.
     """
     overrides = dict(target.layers)
     placed = [(i, view) for i, block in enumerate(decoder_blocks(model)) for view in block.weights]
@@ -63,25 +66,27 @@ def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightV
 
 
 def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
-    """The level of every matrix that removes most: without a pattern all of it."""
+    """The level of each matrix that removes the most weights: 1:M for a pattern N:M, otherwise all of them."""
     if rule == "patterns":
         return [fitting(view)[-1] for view in views]
     return [Target(sparsity=1.0) if target.pattern is None else Target(pattern=(1, target.pattern[1]))] * len(views)
 
 
 def most_removed(last: Sequence[Target], sizes: Sequence[int]) -> int:
-    """The weights that matrices lose together at their last levels."""
+    """The number of weights that matrices of these sizes lose together at their last levels."""
     return sum(level.removed_from(size) for level, size in zip(last, sizes, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetProblem:
-    """A model and its budget.
+    """The allocation of a budget over the matrices of a model.
 
     Attributes:
+        passes: the number of forward passes in a search.
         views: the matrices that share the budget.
-        blocks: the index of the block of each.
-        budget: weights that they lose together.
+        blocks: for each matrix, the index of its block.
+        sizes: for each matrix, the number of its weights.
+        budget: the number of weights to remove from all of them together.
     """
 
     model: nn.Module
@@ -122,7 +127,7 @@ class BudgetProblem:
         return max(MOST, (1 + self.fraction) / 2)
 
     def solved(self, rule: str) -> dict[str, Any]:
-        """The targets, and the figures of the rule, as JSON values."""
+        """Applies a rule; returns the target of each matrix and the figures of the rule, as JSON values."""
         solve: dict[str, Callable[[], tuple[dict[str, str], dict[str, Any]]]] = {
             "uniform": lambda: self._by_features(shifted(torch.zeros(len(self.views), dtype=torch.float64))),
             "owl": self._owl,
@@ -138,7 +143,7 @@ class BudgetProblem:
             "evolutionary": self._evolutionary,
         }
         last = last_levels(rule, self.views, self.task.target)
-        if self.budget == most_removed(last, self.sizes):  # there is one allocation: nothing is measured
+        if self.budget == most_removed(last, self.sizes):  # only one allocation is feasible: nothing is measured
             figures: dict[str, Any] = {}
             targets = {view.name: str(level) for view, level in zip(self.views, last, strict=True)}
         else:
@@ -190,7 +195,11 @@ class BudgetProblem:
     # Rules by curves
 
     def _path(self, *, mixed: bool = False) -> dict[str, list[Target]]:
-        """The levels of every matrix, ascending in what they remove; dense is not among them."""
+        """The levels of each matrix in order of increasing sparsity, without the dense level.
+
+        Args:
+            mixed: the levels of the rule "patterns".
+        """
         pattern = self.task.target.pattern
         if mixed:
             return {view.name: fitting(view) for view in self.views}
@@ -218,16 +227,19 @@ class BudgetProblem:
     def _sensitive(
         self, *, order: int, measured: bool = False, path: dict[str, list[Target]] | None = None
     ) -> list[Curve]:
-        """Curves of the estimated rise of the loss per token, in nats.
+        """Curves of the estimated increase of the loss, in nats per token.
 
-        To second order, 1/2 sum_ti d_ti^2 (x_t . dw_i)^2 / tokens, where d_ti = dL / dy_ti is the gradient by the
-        output of row i at token t: the diagonal of the empirical Fisher information of the outputs. With d independent
-        of x it is 1/2 sum_i F_i |X dw_i|^2 / (tr(H) tokens), F_i = sum_j g_ij^2 summed over sequences, which needs
-        gradients g by the weights alone. To first order |<g, dW>| is added, g of the mean loss.
+        The second-order term is 1/2 sum_ti d_ti^2 (x_t . dw_i)^2 / tokens, where d_ti = dL / dy_ti is the gradient with
+        respect to output i at token t: the diagonal of the empirical Fisher information of the outputs. If d is
+        independent of x it is 1/2 sum_i F_i |X dw_i|^2 / (tr(H) tokens) with F_i = sum_j g_ij^2, summed over the
+        sequences, which needs only the gradients g with respect to the weights. The first-order term is |<g, dW>|, with
+        g the gradient of the mean loss.
 
         Args:
-            order: 1 for both orders, 2 for the second alone.
-            measured: the curves of a block are scaled so that their sum is the measured rise at the whole's sparsity.
+            order: 2 for the second-order term alone, 1 for the sum of both terms.
+            measured: scale the curves of each block, so that their sum at the sparsity of the whole is the increase
+                measured with this block pruned.
+            path: the levels of each matrix; by default those of `_path`.
         """
         path = path or self._path()
         reference = self._reference(path)
@@ -255,12 +267,13 @@ class BudgetProblem:
         return self._curves(errors, path)
 
     def _reference(self, path: Mapping[str, Sequence[Target]]) -> int:
-        """The index of the level nearest to the whole's sparsity, the same for every matrix."""
+        """The index of the level nearest to the sparsity of the whole, the same for all matrices."""
         levels = next(iter(path.values()))
         return min(range(len(levels)), key=lambda k: abs(levels[k].fraction - self.fraction))
 
     def _curves(self, errors: Mapping[str, Tensor], path: Mapping[str, Sequence[Target]]) -> list[Curve]:
-        """Curves through the errors at the levels and at 1: of fractions, or over the levels of a pattern."""
+        """A curve for each matrix: over all counts of weights, interpolated between the errors at its levels and at
+        sparsity 1; for patterns over the levels alone."""
         curves = []
         for view, size in self._sized():
             levels, values = path[view.name], errors[view.name].tolist()
@@ -274,7 +287,7 @@ class BudgetProblem:
     def _of_levels(
         self, view: WeightView, size: int, levels: Sequence[Target], errors: Sequence[float] | None = None
     ) -> Curve:
-        """A curve over levels alone; without errors of zero losses."""
+        """A curve over levels alone; its losses are zero if no errors are given."""
         removed = [0, *(level.removed_from(size) for level in levels)]
         losses = torch.tensor([0.0, *(errors or [0.0] * len(levels))], dtype=torch.float64).cummax(0).values
         return Curve(view.name, losses, torch.tensor(removed, dtype=torch.float64), least=0)
@@ -285,7 +298,8 @@ class BudgetProblem:
         return self._met(curves, removed, self._path()), {"loss": allocation.loss}
 
     def _knapsack(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """Among the levels of the path, with the surplus given back; the gap is that of the levels."""
+        """The knapsack over the levels of the path, after which surplus weights are restored. The gap is that of the
+        levels."""
         path = self._path()
         curves = self._sensitive(order=2)
         if self.task.target.pattern is None:
@@ -294,7 +308,7 @@ class BudgetProblem:
         return self._met(curves, removed, path), figures
 
     def _at_levels(self, curve: Curve, levels: Sequence[Target]) -> Curve:
-        """A curve at the levels of a path alone."""
+        """A curve restricted to the levels of a path."""
         size = float(curve.savings[-1])
         levels = [level for level in levels if level.fraction <= self.most + _ROUNDED]
         last = curve.count - curve.least
@@ -308,7 +322,7 @@ class BudgetProblem:
         return self._level_targets(removed, path), figures
 
     def _least_loss(self, curves: Sequence[Curve]) -> tuple[list[int], dict[str, Any]]:
-        """The level of every curve by the knapsack, and its figures."""
+        """The level of each curve with the least total loss, by the knapsack, and the figures of the solution."""
         allocation = Knapsack().allocate(curves, self.budget)
         figures = {"loss": allocation.loss, "bound": allocation.bound, "gap": allocation.gap}
         return [allocation.removed[curve.name] for curve in curves], figures
@@ -345,17 +359,18 @@ class BudgetProblem:
         return self._evaluated(result, space, path), _figures(result)
 
     def _evaluated(self, result: SearchResult, space: Space, path: Mapping[str, Sequence[Target]]) -> dict[str, str]:
-        """The targets of the levels that were evaluated, which meet the budget up to a rounding of each matrix."""
+        """The targets of the best levels of a search. Levels of fractions are adjusted to the budget, which they miss
+        by the rounding of each matrix."""
         if self.task.target.pattern is not None:
             return self._level_targets(result.levels, path)
         levels = _removing_enough(space.curves, result.levels, self.budget)
         return self._fractions(met_exactly(space.curves, levels, self.budget))
 
     def _split(self) -> tuple[Sequences, Sequences]:
-        """The text that matrices are pruned on, and that which a search measures on.
+        """The text on which matrices are pruned, and the held-out text on which a search evaluates.
 
         Raises:
-            UserError: there is one sequence.
+            UserError: there is only one sequence.
         """
         text, held_out = self.task.calibration.split(HELD_OUT)
         if not held_out.rows:
@@ -363,7 +378,11 @@ class BudgetProblem:
         return text, held_out
 
     def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
-        """Every matrix at evenly spaced levels, pruned on a part of the calibration text; the rest is held out."""
+        """Prunes each matrix to evenly spaced levels, on the part of the calibration text that is not held out.
+
+        Returns:
+            The pruned matrices, the space of allocations over them, and their levels by name.
+        """
         text, held_out = self._split()
         path = self._path()
         if self.task.target.pattern is None:
@@ -377,9 +396,10 @@ class BudgetProblem:
         return table, Space(self.sizes, curves, self.budget, self.most), path
 
     def _groups(self) -> list[list[int]]:
-        """Groups of matrices, coarse first: kinds, parts of the depth, blocks, single matrices."""
+        """Groups of matrices for a pattern search, coarse ones first: matrices of one kind, ranges of blocks, blocks,
+        single matrices."""
         names = [block.name for block in decoder_blocks(self.model)]
-        kinds: dict[str, list[int]] = {}  # by the place in the block; experts are of one kind
+        kinds: dict[str, list[int]] = {}  # by the name in the block; all experts are of one kind
         for i, (view, block) in enumerate(zip(self.views, self.blocks, strict=True)):
             kinds.setdefault(view.parameter_name.removeprefix(names[block]), []).append(i)
         count = max(self.blocks) + 1
@@ -400,7 +420,7 @@ class BudgetProblem:
     def _met(
         self, curves: Sequence[Curve], levels: Sequence[int], path: Mapping[str, Sequence[Target]]
     ) -> dict[str, str]:
-        """The targets of levels that remove at least the budget: of fractions, the surplus is given back."""
+        """The targets of levels that remove at least the budget; for fractions, surplus weights are restored."""
         if self.task.target.pattern is not None:
             return self._level_targets(levels, path)
         return self._fractions(met_exactly(curves, levels, self.budget))
@@ -430,13 +450,14 @@ def fitting(view: WeightView) -> list[Target]:
 
 
 def _dense(levels: Sequence[Target]) -> str:
-    """The target that keeps every weight: M:M, so that a matrix is still among those that are pruned."""
+    """The target that keeps every weight: 0.0 or M:M and not "dense", so that the matrix still counts as pruned."""
     pattern = levels[0].pattern
     return "0.0" if pattern is None else f"{pattern[1]}:{pattern[1]}"
 
 
 def _removing_enough(curves: Sequence[Curve], levels: Sequence[int], budget: int) -> list[int]:
-    """Levels that remove the budget, of which they lack at most a few weights by rounding: small matrices lose more."""
+    """Levels that remove at least the budget, from levels that may miss it by a few weights due to rounding: raises the
+    levels of the smallest matrices first."""
     levels = list(levels)
     for l in sorted(range(len(curves)), key=lambda l: float(curves[l].savings[-1])):
         if sum(float(curve.savings[k]) for curve, k in zip(curves, levels, strict=True)) >= budget:
@@ -446,7 +467,7 @@ def _removing_enough(curves: Sequence[Curve], levels: Sequence[int], budget: int
 
 
 def _estimated(name: str, levels: Levels, slopes: Gradients) -> Tensor:
-    """The estimated rise of the loss per token at every level of a matrix: see `_sensitive`."""
+    """The estimated increase of the loss per token at each level of a matrix: see `_sensitive`."""
     trace = levels.traces[name]
     if trace <= 0:  # never used
         return torch.zeros(len(levels.rows[name]), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What allocation rules measure on the dense model: outliers, spectra, errors along a path of levels, gradients."""
+"""Measurements of the dense model for allocation rules: outliers, spectra, errors at several sparsities, gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Runtime, Task
-from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
@@ -23,12 +23,12 @@ from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.problems.allocation_matrices import outlier_fraction, tail_exponent
 from admm_prune.problems.constraints import StackedRows
 
-SOLVER = LOCAL_METHODS["sparsegpt"]  # of the levels: its errors rank matrices as those of slower solvers do
-GRADIENT_SEQUENCES = 16  # of calibration text that gradients are taken of
+SOLVER = LOCAL_METHODS["sparsegpt"]  # prunes to the levels: its errors rank matrices as those of slower solvers do
+GRADIENT_SEQUENCES = 16  # calibration sequences for gradients
 
 
 def outliers(model: nn.Module, task: Task, runtime: Runtime, names: frozenset[str]) -> list[float]:
-    """D of `owl_offsets` for every block; 0 for a block without any of the matrices."""
+    """The outlier fraction D of each block, see `owl_offsets`; 0 for a block without any of the named matrices."""
 
     def measure(stream: BlockStream, index: int, block: Block) -> BlockResult:
         chosen = {view.name for view in block.weights if view.name in names}
@@ -44,7 +44,7 @@ def outliers(model: nn.Module, task: Task, runtime: Runtime, names: frozenset[st
 
 
 def exponents(model: nn.Module, runtime: Runtime, names: frozenset[str]) -> dict[str, float]:
-    """alpha of `alpha_rates` for every matrix."""
+    """The tail exponent alpha of each named matrix, see `alpha_rates`."""
     measured: dict[str, float] = {}
     for index, block in enumerate(decoder_blocks(model)):
         with runtime.offloading.block(index):
@@ -56,15 +56,16 @@ def exponents(model: nn.Module, runtime: Runtime, names: frozenset[str]) -> dict
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """The errors of every matrix along a path of levels, on dense inputs.
+    """The errors of each matrix at the levels of its path, on the inputs of the dense model; by name.
 
     Attributes:
-        rows: by name, (levels + 1, out) float64: the squared output errors of every row, summed over the tokens; the
-            last entry is that of removing everything.
-        traces: by name, the squared norms of the inputs, summed over the tokens.
-        weights: by name, the pruned matrix at every level; empty unless they are kept.
-        first_order: by name, (levels + 1,): the sums of gradient times change; empty without gradients.
-        losses: of the text with one block alone pruned to the reference level; empty unless they are measured.
+        rows: (levels + 1, out) float64: the squared output error of each row, summed over the tokens. The last entry is
+            the error of removing the whole matrix.
+        traces: tr(H), the squared norms of the inputs, summed over the tokens.
+        weights: the pruned matrix at each level; empty unless they are kept.
+        first_order: (levels + 1,): <g, dW>, the sum of gradient times change; empty without gradients.
+        losses: for each block, the loss of the model with only this block pruned, to the reference level; empty unless
+            they are measured.
     """
 
     rows: dict[str, Tensor]
@@ -86,15 +87,17 @@ def levels(
     reference: int = 0,
     part: str = "levels",
 ) -> Levels:
-    """Prunes every matrix to every level of its path by one solve, block after block, and leaves it dense.
+    """Prunes each matrix to all levels of its path by one solve, block after block, and measures the errors. The model
+    is dense again afterwards.
 
     Args:
         path: the targets of the levels, by the name of the matrix.
-        keep: keep the pruned matrices, a copy of the model's matrices for every level.
+        keep: whether to keep the pruned matrices: one copy of the model's matrices per level.
         gradients: of the loss, by name.
-        loss: called with one block at its reference level and all others dense, for every block.
-        reference: the index of that level.
-        part: of the journal.
+        loss: computes the loss of the model; called for each block, with this block at its reference level and all
+            others dense.
+        reference: the index of the reference level.
+        part: the name of this measurement in the journal.
 
     Raises:
         UserError: a matrix cannot be pruned; the message names it.
@@ -144,12 +147,12 @@ def levels(
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Gradients of the loss, the sum over the tokens, by the weights of the dense model.
+    """Gradients g of the loss, summed over the tokens of a sequence, at the weights of the dense model; by name.
 
     Attributes:
-        squares: by name, (out,) float64: sum_j g_ij^2, summed over the sequences.
-        means: by name, (out, in): the gradient of the mean loss; empty unless they are kept.
-        tokens: of the sequences.
+        squares: (out,) float64: sum_j g_ij^2, summed over the sequences.
+        means: (out, in): the gradient of the mean loss per token; empty unless they are kept.
+        tokens: the number of tokens in all sequences.
     """
 
     squares: dict[str, Tensor]
@@ -158,9 +161,9 @@ class Gradients:
 
 
 def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep: bool = False) -> Gradients:
-    """One backward pass for each of up to 16 sequences. The model is in memory.
+    """Gradients from one backward pass for each of up to 16 sequences. The model must be in memory.
 
-    A parameter's gradient is reduced as soon as it is complete, so that one at a time is held, unless they are kept.
+    The gradient of a parameter is reduced as soon as it is complete, so that only one is held at a time unless `keep`.
     """
     rows = text.rows[:: -(-len(text.rows) // GRADIENT_SEQUENCES)]
     views: dict[int, list[WeightView]] = {}
@@ -205,7 +208,8 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, text: Sequences) -> float:
-    """The mean cross-entropy of a text, in nats; infinite where the model overflows. The model is in memory."""
+    """The mean cross-entropy of a text, in nats per token; infinite if the model overflows. The model must be in
+    memory."""
     loss = sum(float(cross_entropy(model, batch)) for batch in text.batches) / text.scored_tokens
     return loss if math.isfinite(loss) else math.inf
 
@@ -217,12 +221,14 @@ def _pass(
     measure: Callable[[BlockStream, int, Block], BlockResult],
     what: str,
 ) -> list[BlockResult]:
-    """A pass over the blocks on dense inputs that leaves them as they are."""
-    return for_each_block(model, task, runtime, measure, part=f"allocation-{what}", changes=False, note=f", {what}")
+    """A pass over the dense blocks that does not change them."""
+    settings = BlockPass(part=f"allocation-{what}", changes=False, note=f", {what}")
+    return for_each_block(model, task, runtime, measure, settings)
 
 
 def _pruned(shared: SharedInput, path: Mapping[str, Sequence[Target]]) -> dict[str, list[Tensor]]:
-    """Every matrix that reads one input at all levels of its path: one factorization, where levels are fractions."""
+    """The matrices that read one input, each pruned to all levels of its path; by one factorization, unless a level is
+    a pattern."""
     jobs = [(view, k, target) for view in shared.weights for k, target in enumerate(path[view.name])]
     together = [jobs] if all(target.pattern is None for _, _, target in jobs) else [[job] for job in jobs]
     solved: dict[str, list[Tensor]] = {view.name: [] for view in shared.weights}

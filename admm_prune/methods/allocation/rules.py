@@ -1,4 +1,4 @@
-"""Allocation rules by name, and what each of them measures."""
+"""Allocation rules by name, and the measurements that each of them needs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PASSES = 256  # forward passes of a search, by default
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule by name, and what it measures, by which `plan` counts its cost.
+    """The measurements that a rule needs, from which `plan` estimates its cost.
 
     Attributes:
-        summary: a line for the documentation.
-        collects: statistics of the inputs of every matrix, in a pass over the blocks.
-        levels: at which every matrix is pruned.
-        gradients: of the calibration loss. They need the whole model in memory.
-        losses: of the whole model with pruned blocks or matrices, which need it in memory too.
+        summary: one line for the documentation.
+        collects: whether it needs statistics of the inputs of every matrix, from a pass over the blocks.
+        levels: the number of levels to which every matrix is pruned.
+        gradients: whether it needs gradients of the calibration loss, which need the whole model in memory.
+        losses: whether it needs losses of the model with pruned blocks or matrices, which also need it in memory.
     """
 
     summary: str
@@ -49,10 +49,12 @@ class Rule:
 
     @property
     def reads_text(self) -> bool:
+        """Whether the rule depends on the calibration text."""
         return self.collects or self.levels > 0 or self.whole
 
     @property
     def whole(self) -> bool:
+        """Whether the rule needs the whole model in memory."""
         return self.gradients or self.losses
 
 
@@ -89,10 +91,10 @@ RULES: Mapping[str, Rule] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Allocated:
-    """The targets of all matrices.
+    """The result of a rule.
 
     Attributes:
-        target: with the target of every matrix.
+        target: the target of the run, with an entry in `Target.layers` for each matrix.
         details: the rule, its figures, and the targets, as JSON values.
     """
 
@@ -102,10 +104,11 @@ class Allocated:
 
 @dataclass(frozen=True)
 class AllocationRule:
-    """A rule, ready to use by name.
+    """An allocation rule with its settings.
 
     Args:
-        passes: forward passes of the held-out text, for searches.
+        name: a key of `RULES`.
+        passes: the number of forward passes over the held-out text, for rules that search.
     """
 
     name: str
@@ -113,10 +116,10 @@ class AllocationRule:
 
     @classmethod
     def named(cls, name: str | None, passes: int | None = None) -> AllocationRule | None:
-        """The rule of this name; None without a name.
+        """The rule of this name; None if `name` is None.
 
         Raises:
-            UserError: no such rule, or passes for a rule that does not search.
+            UserError: there is no such rule, or passes are given for a rule that does not search.
         """
         if passes is not None and name not in SEARCHES:
             raise UserError(f"allocation passes are for the allocations {' and '.join(SEARCHES)}")
@@ -127,18 +130,18 @@ class AllocationRule:
         return cls(name, PASSES if passes is None else passes)
 
     def text_use(self, recipe: Recipe) -> TextUse:
-        """What the calibration text is for where the rule gives a method its targets."""
+        """What the calibration text is used for by a method whose targets come from this rule."""
         return "calibration" if RULES[self.name].reads_text else recipe.text_use
 
     def check(
         self, recipe: Recipe, model: nn.Module, target: Target, *, offloaded: bool = False, world: World = ALONE
     ) -> None:
-        """Refuses what cannot be allocated.
+        """Rejects a method, model or target that the rule does not support.
 
         Raises:
-            UserError: a method that trains or allocates itself; a rule that needs the whole model in memory, or one
-                process; a budget that cannot be met; patterns for a target that is a pattern, or a matrix that
-                fits none.
+            UserError: the method trains, or allocates its budget itself; the model is offloaded or there are several
+                processes, and the rule needs the whole model in one; the budget cannot be met; or the rule mixes
+                patterns and the target is a pattern, or a matrix fits none of them.
         """
         if recipe.stages not in ("layers", "networks"):
             why = "allocates its budget itself" if recipe.stages == "groups" else "trains all weights to one target"
@@ -158,7 +161,7 @@ class AllocationRule:
         self._check_budget([view for _, view in sharing], budget, target)
 
     def _check_budget(self, views: Sequence[WeightView], budget: int, target: Target) -> None:
-        """Raises UserError where the levels of some matrices do not remove so much."""
+        """Raises UserError if the matrices cannot reach the budget at their last levels."""
         sizes = [math.prod(view.shape) for view in views]
         last = last_levels(self.name, views, target)
         most, total = most_removed(last, sizes), sum(sizes)
@@ -170,10 +173,11 @@ class AllocationRule:
             )
 
     def applied(self, model: nn.Module, task: Task, runtime: Runtime) -> Allocated:
-        """Distributes the target's budget over the matrices that have no target of their own; the model stays dense.
+        """Distributes the budget of the target over the matrices that have no target of their own. The model stays
+        dense.
 
-        The matrices that are pruned lose round(s n) of their n weights together, to one weight; with patterns at least
-        as many, by less than one step of one matrix. Matrices with a target of their own keep it, and count.
+        The pruned matrices, including those with a target of their own, lose exactly round(s n) of their n weights
+        together; with patterns at least as many, and less than one step of one matrix more.
 
         Raises:
             UserError: the budget cannot be met, or the text or a matrix cannot be used.

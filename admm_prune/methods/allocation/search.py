@@ -1,7 +1,8 @@
-"""Allocation by the loss of the pruned model on held-out calibration text: a pattern search, and an evolutionary one.
+"""Searches for the allocation with the least loss on held-out calibration text: a pattern search and an evolutionary
+one.
 
-Both evaluate allocations on a table of pruned matrices, every matrix at a few levels, as EvoPress does: an evaluation
-is a forward pass over the held-out text. The method of the run then prunes to the allocation that was found.
+As in EvoPress, both evaluate allocations from a table that has each matrix pruned to a few levels: an evaluation is one
+forward pass over the held-out text. The method of the run then prunes the model to the best allocation.
 """
 
 from __future__ import annotations
@@ -20,22 +21,27 @@ from admm_prune.models.structure import WeightView
 from admm_prune.problems.allocation import Curve
 from admm_prune.problems.allocation_matrices import counts, nearest_levels
 
-_STEP = 0.5  # of a first move, in logits
-_GROWTH, _SHRINKAGE = 1.5, 0.5  # of a step after a move that is accepted, or not
-_SMALLEST, _LARGEST = 0.06, 8.0  # steps, at which a group of matrices is left alone
+_STEP = 0.5  # first step of a group, in logits
+_GROWTH, _SHRINKAGE = 1.5, 0.5  # factors of the step after an accepted and after a rejected move
+_SMALLEST, _LARGEST = 0.06, 8.0  # steps beyond which a group is no longer moved
 _OFFSPRING = 16
 _MOST_SWITCHES = 3
-_PART = "allocation-search"  # of the journal
+_PART = "allocation-search"  # name of the search in the journal
 
-Loss = Callable[[Sequence[int]], float]  # the level of every matrix -> the loss
+Loss = Callable[[Sequence[int]], float]  # from the level of each matrix to the loss
 
 
 @dataclass(eq=False)
 class Table:
-    """The loss of a model with every matrix at a level of its path; level 0 is dense.
+    """The loss of a model as a function of the level of each matrix; level 0 is dense.
 
     Args:
-        weights: by the index of the matrix, its levels behind the first.
+        text: on which the loss is measured.
+        views: the matrices.
+        weights: for each matrix, its pruned weights at levels 1, 2, ...
+
+    Attributes:
+        current: the level at which each matrix is now.
     """
 
     model: nn.Module
@@ -65,13 +71,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Space:
-    """Allocations of one budget: s_l = sigma(z_l + t), the level t from the budget, rounded to levels of the table.
+    """Allocations s_l = most * sigma(z_l + t), parameterized by z; t is determined by the budget.
 
     Args:
-        sizes: weights of every matrix.
-        curves: with the weights that each level removes as savings.
-        budget: weights to remove.
-        most: the largest sparsity.
+        sizes: the number of weights of each matrix.
+        curves: whose savings are the weights that each level of a matrix removes.
+        budget: the number of weights to remove.
+        most: the largest sparsity of a matrix.
     """
 
     sizes: Sequence[int]
@@ -80,11 +86,11 @@ class Space:
     most: float = 1.0
 
     def removed(self, z: Tensor) -> list[int]:
-        """The weights that every matrix loses, budget in all."""
+        """The number of weights that each matrix loses; they add up to the budget."""
         return counts(self.sizes, lambda t: (z + t).sigmoid() * self.most, self.budget)
 
     def levels(self, z: Tensor) -> list[int]:
-        """The levels nearest to that."""
+        """The levels of the table nearest to `removed`."""
         chosen = nearest_levels(self.curves, self.removed(z), self.budget)
         return [chosen.removed[curve.name] for curve in self.curves]
 
@@ -94,9 +100,10 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        levels: the best allocation, as levels.
-        loss: the held-out loss of these levels; `start` that of the first allocation's.
-        passes: forward passes of the held-out text.
+        levels: the level of each matrix in the best allocation.
+        loss: the held-out loss of that allocation.
+        start: the held-out loss of the first allocation.
+        passes: the number of forward passes over the held-out text.
     """
 
     levels: list[int]
@@ -106,7 +113,7 @@ class SearchResult:
 
 
 class _Counted:
-    """A loss that counts its evaluations, and takes those that the journal has from there."""
+    """A loss that counts its evaluations, and reads those of an interrupted run from the journal."""
 
     def __init__(self, loss: Loss, journal: Journal) -> None:
         self._loss, self._journal = loss, journal
@@ -127,18 +134,19 @@ class _Counted:
 def pattern_search(
     space: Space, loss: Loss, starts: Sequence[Tensor], groups: Sequence[Sequence[int]], passes: int, journal: Journal
 ) -> SearchResult:
-    """Moves budget between a group of matrices and all others; a move is accepted if the held-out loss falls.
+    """The coordinate search of Hooke and Jeeves along groups of matrices: moves budget between a group and all other
+    matrices, and accepts a move if the held-out loss decreases.
 
-    Groups are taken in turn, with a step of their own in z: half as long and in the other direction after a failure,
-    half as long again after a success. This is the coordinate search of Hooke and Jeeves along groups, from coarse
-    (the matrices of one kind, parts of the depth) to fine (one block, one matrix), so that few evaluations settle what
-    most of the loss depends on. When all steps have become short they are reset, until no move is accepted. Every
-    evaluation is committed to the journal.
+    The groups take turns, each with its own step in z, which is multiplied by 1.5 after an accepted move, and by -0.5
+    after a rejected one. They are ordered from coarse (matrices of one kind, ranges of blocks) to fine (one block, one
+    matrix), so that the first evaluations decide what most of the loss depends on. Once all steps are short they are
+    reset, until a round accepts no move. Every evaluation is committed to the journal.
 
     Args:
-        starts: offsets z, of which the best is taken.
-        groups: indices of matrices, coarse first.
-        passes: evaluations at most, those of the starts included.
+        starts: values of z; the search begins at the best one.
+        groups: the indices of their matrices, coarse groups first.
+        passes: the maximum number of evaluations, including those of the starts.
+        journal: of the run.
     """
     value = _Counted(loss, journal)
     values = [value(space.levels(z)) for z in starts[:passes]]
@@ -177,11 +185,11 @@ def pattern_search(
 def evolutionary_search(
     space: Space, loss: Loss, start: Sequence[int], passes: int, journal: Journal, seed: int = 0
 ) -> SearchResult:
-    """EvoPress's search, the baseline: level switches between matrices of one size; the best offspring survives.
+    """The search of EvoPress, a baseline: level switches between matrices of equal size; the best offspring survives.
 
-    Every generation has 16 offspring of the best allocation so far. A mutation raises the level of one matrix and
-    lowers that of another of the same size; there are min(u, v) of them, u and v uniform in 1, 2, 3. Selection has one
-    step, on the whole held-out text, by the loss. The search ends early where no such pair is left.
+    Each generation has 16 offspring of the best allocation so far. A mutation raises the level of one matrix and lowers
+    that of another one of the same size; an offspring has min(u, v) mutations, u and v uniform in {1, 2, 3}.
+    Selection is one step, by the loss on the whole held-out text. The search ends early if no mutation is possible.
 
     Source: Sieberling et al., EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024,
     algorithm 1 and section 3.3, whose selection has several steps on growing texts, by the KL divergence.
@@ -227,7 +235,7 @@ def _mutated(
 
 
 def _raisable(levels: Sequence[int], curves: Sequence[Curve]) -> list[int]:
-    """The matrices that can lose more."""
+    """The indices of the matrices that have a higher level."""
     return [i for i in range(len(levels)) if levels[i] < curves[i].count]
 
 
@@ -238,7 +246,7 @@ def _partners(
     alike: Mapping[int, Sequence[int]],
     curves: Sequence[Curve],
 ) -> list[int]:
-    """The matrices whose level can be lowered in exchange for one more of another."""
+    """The indices of the matrices whose level can be lowered when that of another one is raised, at equal cost."""
     step = _step(curves[raised], levels[raised] + 1)
     return [
         i
@@ -248,5 +256,5 @@ def _partners(
 
 
 def _step(curve: Curve, level: int) -> float:
-    """The weights that a level removes beyond the one before it."""
+    """The number of weights that a level removes in addition to the one below it."""
     return float(curve.savings[level] - curve.savings[level - 1])

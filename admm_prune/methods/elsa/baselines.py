@@ -1,4 +1,4 @@
-"""The methods that train beside ELSA, without a dual variable: in stages, gradually, or without pruning."""
+"""Methods that train without a dual variable: in stages, gradually, or without pruning."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ _CALIBRATION = 128  # sequences for the layer problems
 
 @dataclass(frozen=True)
 class DensitySchedule:
-    """The densities on the way to a sparse target: `first` at once, then in equal ratios.
+    """The densities on the way to a sparse target: first `first`, then decreasing by equal ratios.
 
-    A target of density `first` or more is reached at once. Below, a layer-wise projection of the dense model loses more
-    than training recovers; the projection of a model trained at slightly less than twice the density does not.
+    A target of density `first` or more is reached by one projection. A layer-wise projection of the dense model to a
+    lower density loses more than training recovers; that of a model trained at slightly less than twice the density
+    does not.
 
     Args:
-        ratio: of a density to the one before, at the least.
-        until: the part of the run after which the target is reached; the stages before are of equal length.
+        first: the density of the first projection.
+        ratio: the smallest ratio of a density to the one before.
+        until: the fraction of the run after which the target is reached; the stages before are of equal length.
     """
 
     first: float = 0.25
@@ -47,7 +49,7 @@ class DensitySchedule:
             raise UserError(f"first, ratio and until of a schedule lie between 0 and 1, not {given}")
 
     def densities(self, target: float) -> list[float]:
-        """From the first to the target's."""
+        """The densities of all projections, the last of which is the target."""
         if not 0.0 < target < self.first:
             return [target]
         stages = math.ceil(math.log(self.first / target) / -math.log(self.ratio))
@@ -61,12 +63,13 @@ class Staged(Trained):
         at the stages:   x <- argmin_{z in C_t} |z - x|_H^2,   H the layers' Gram on the model as it is now;
         in between:      x <- Adam's step with the gradient of f, restricted to the support.
 
-    x = z between the projections: there is no dual variable, and the state beyond Adam's is one bit per weight. The
-    support changes only at the stages. With a single stage it is one-shot pruning followed by masked training.
+    x = z between the projections: there is no dual variable, and the only state in addition to Adam's is one bit per
+    weight. The support changes only at the stages. With a single stage this is one-shot pruning followed by training on
+    a fixed mask.
 
     Attributes:
-        schedule: None projects to the target at once.
-        projection: a solver of layer problems.
+        schedule: the densities of the projections; None projects to the target at once.
+        projection: the solver of the layer problems.
     """
 
     name: str = "staged"
@@ -103,8 +106,12 @@ class Staged(Trained):
             stage["held_out_loss"] = session.offer()
 
     def solve_layers(self, session: Session, target: Target) -> dict[str, Any]:
-        """The model <- its layer-wise projection; returns the record of the stage, which is added to the session's, as
-        are the notes of the layer problems."""
+        """Replaces the model by its layer-wise projection, and adds the record of the stage and the notes of the layer
+        problems to the session.
+
+        Returns:
+            The record of the stage, as JSON values.
+        """
         rows = len(session.training.rows)
         calibration = session.training.split(_CALIBRATION / rows)[1] if rows > _CALIBRATION else session.training
         task = Task(target=target, calibration=calibration, seed=session.task.seed)
@@ -132,9 +139,14 @@ class Staged(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(Trained):
-    """Gradual pruning: every `interval` steps the smallest |w| F^power of the remaining weights are removed.
+    """Gradual pruning: every `interval` steps, the remaining weights with the smallest |w| F^power are removed.
 
-    The sparsity rises by 1 - (1 - s)^3 of the target over the first `ramp` of the run.
+    After a fraction s of the first part of the run, the sparsity is 1 - (1 - s)^3 of that of the target.
+
+    Attributes:
+        interval: the number of steps between two removals.
+        ramp: the length of the first part, as a fraction of the run.
+        power: of F, Adam's second moment; 0 removes the smallest weights.
 
     Source: Zhu and Gupta, To prune, or not to prune, 2017.
     """
@@ -159,7 +171,7 @@ class Gradual(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class TunedDense(Trained):
-    """The dense model trained on the same text for as long, to separate the gain of training from that of pruning."""
+    """The dense model, trained on the same text for as long: separates the effect of training from that of pruning."""
 
     prunes: ClassVar[bool] = False
 
@@ -177,14 +189,14 @@ class TunedDense(Trained):
         return [(0.0, target)]
 
     def project(self, session: Session, target: Target) -> None:
-        """The dense model as it is competes with the trained one."""
+        """Makes the untrained dense model a candidate for the result."""
         session.trainer.optimizer.masks()  # creates the optimizer's state, which a checkpoint holds
         session.offer()
 
 
 def stages_of(target: Target, schedule: DensitySchedule | None) -> list[tuple[float, Target]]:
-    """(fraction of the run that is done, target of the projection at that point); of a pattern, whole numbers kept of
-    every M, rounded up."""
+    """The projections of a run: (fraction of the run after which it is due, its target). For a pattern N:M, the earlier
+    ones keep a whole number of every M weights, rounded up."""
     densities = [] if schedule is None else schedule.densities(1.0 - target.fraction)[:-1]
     before = [_of_density(target, density) for density in densities]
     stages = list(dict.fromkeys([*before, target]))
@@ -204,7 +216,7 @@ def _mean_error(outcome: Outcome) -> float:
 
 
 def _notes(outcome: Outcome) -> dict[str, list[str]]:
-    """The notes of the layer problems that have some, and what went wrong in them, by the weight's name."""
+    """The notes and the errors of the layer problems that have any, by the name of the weight."""
     solved = [layer for layer in outcome.layers if layer.status is not None]
     notes = {
         layer.name: [*layer.notes, *(one.finding for one in layer.diagnosis if one.severity == "error")]

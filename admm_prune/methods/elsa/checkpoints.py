@@ -1,4 +1,4 @@
-"""Checkpoints of a run that trains: torch.distributed.checkpoint in safetensors, read by any number of processes."""
+"""Checkpoints of training, by torch.distributed.checkpoint in safetensors; any number of processes can read them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _VALUES, _UNFINISHED = "values.json", ".unfinished"
 class Checkpoints:
     """The latest checkpoint in a folder, written atomically.
 
-    Every process writes its shards to its own files, under a temporary name; the first one writes the single values
-    and the fingerprints of all files, and renames the folder.
+    Every process writes its shards to its own files in a folder with a temporary name. The first process then writes
+    the other values and the fingerprints of all files, and renames the folder.
 
     Args:
-        folder: for checkpoints only, the same in all processes; None saves nothing.
+        folder: a folder for checkpoints only, the same in all processes; None saves nothing.
         world: the processes.
     """
 
@@ -43,10 +43,10 @@ class Checkpoints:
         return self._folder is not None
 
     def latest(self) -> dict[str, Any] | None:
-        """The single values of the latest checkpoint; None where there is none.
+        """The values of the latest checkpoint other than tensors; None if there is no checkpoint.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the checkpoint is damaged.
         """
         folder = self._folder
         if folder is None:
@@ -62,7 +62,7 @@ class Checkpoints:
         """Loads the tensors of the latest checkpoint into these, which may be sharded differently.
 
         Raises:
-            UserError: it has not all of them, or in other shapes.
+            UserError: the checkpoint has other tensors, shapes or dtypes.
         """
         assert self._latest is not None
         reader = HuggingFaceStorageReader(str(self._latest))
@@ -74,10 +74,10 @@ class Checkpoints:
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=self._world.size == 1)
 
     def save(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
-        """Writes a checkpoint, then drops the one before.
+        """Writes a checkpoint, then deletes the one before.
 
         Raises:
-            WriteError: it cannot be written. The one before is safe.
+            WriteError: the checkpoint cannot be written. The one before is unaffected.
         """
         folder = self._folder
         assert folder is not None
@@ -90,7 +90,7 @@ class Checkpoints:
                 state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._world.size == 1)
             self._world.broadcast_from_rank0(lambda: _complete(new, place, values))
         except BaseException:
-            if self._world.first:  # what is there would take the room of a result
+            if self._world.first:  # an incomplete checkpoint would take up disk space
                 shutil.rmtree(new, ignore_errors=True)
             raise
         self._count += 1
@@ -98,7 +98,7 @@ class Checkpoints:
 
 @contextmanager
 def _unwrapped() -> Generator[None]:
-    """Raises what torch wraps in a CheckpointException, which is no Exception: a full disk, an interrupt."""
+    """Context that raises the cause of a CheckpointException, which is not an Exception: a full disk, an interrupt."""
     try:
         yield
     except CheckpointException as error:
@@ -108,7 +108,7 @@ def _unwrapped() -> Generator[None]:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Suppresses torch's warning about a single process."""
+    """Context that suppresses torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,4 +1,4 @@
-"""ELSA, surrogate-free pruning of a whole model by ADMM, and the methods that train beside it."""
+"""ELSA, surrogate-free pruning of a whole model by ADMM, and the list of all methods that train."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ class Elsa(Staged):
         every `interval` steps   z <- P_{C_t}(x + u) in the metric F^(2 power),   u <- u + x - z,   F Adam's 2nd moment.
 
     C_t approaches C through a few larger sets, as in `Staged`, but x is dense between the stages: removed weights are
-    trained too, and return to the support of z where the loss resists their removal more than that of others. For the
-    last part of the run x is restricted to the support of a last update of z, and trained on it.
+    trained too, and return to the support of z if their removal raises the loss more than that of others. In the last
+    part of the run x is restricted to the support of one more update of z, and trained on it.
 
     Attributes:
-        rho: the pull of a weight as far from z - u as weights are large (root mean square), in steps of Adam, is
-            rho d^(3/2), d the density of the target. With one pull for all densities, either few weights return where
-            few remain, or much of the support changes at every update where many do.
-        interval: steps between two updates of z and u.
-        power: weights of x + u are chosen by |x + u| F^power.
-        frozen: the part of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end.
+        rho: the strength of the penalty. A weight whose distance from z - u equals the root mean square of the weights
+            is pulled towards it by rho d^(3/2) steps of Adam, where d is the density of the target. With a strength
+            that does not depend on d, few weights would return at low densities, or much of the support would change at
+            every update at high ones.
+        interval: the number of steps between two updates of z and u.
+        power: weights of x + u are selected by |x + u| F^power.
+        frozen: the fraction of the run, at its end, with x = z on a fixed support; 0 leaves x dense to the end.
+        anchor: the format in which z and u are stored, see `SparseAdam`.
 
     Sources: ELSA, arXiv 2510.01650, 2026. The stages, the metric of the layers' Gram with its compensation, the
     penalty outside of Adam's moments and its unit, and the end on a fixed support are ours.
@@ -64,7 +66,7 @@ class Elsa(Staged):
         return float(n / m)
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        """The stages before the last part of the run, and its beginning."""
+        """The stages before the last part of the run, and the projection at its beginning."""
         last = 1.0 - self.frozen
         stages = [stage for stage in super().projections(target) if stage[0] < last]
         return [*stages, (last, target)] if self.frozen else stages
@@ -76,7 +78,7 @@ class Elsa(Staged):
         return notes
 
     def project(self, session: Session, target: Target) -> None:
-        """At a stage the layers' solution becomes x and z; in the last part x is trained on the support of z."""
+        """At a stage, sets x and z to the solution of the layer problems; at the last one, fixes the support of x."""
         trainer, final = session.trainer, session.task.target
         if self.frozen and trainer.done >= min(round((1.0 - self.frozen) * trainer.steps), trainer.steps - 1):
             self._fix_support(session, target)
@@ -89,7 +91,8 @@ class Elsa(Staged):
         trainer.optimizer.restart(z, target.fraction / final.fraction if final.fraction else 1.0)
 
     def _fix_support(self, session: Session, target: Target) -> None:
-        """That of a last update of z, or of the layers' solution where no stage has reached the target yet."""
+        """Fixes the support of one more update of z, or of the solution of the layer problems if no stage has reached
+        the target yet."""
         if all(stage["target"] != str(target) for stage in session.stages):
             super().project(session, target)
             return
@@ -100,7 +103,8 @@ class Elsa(Staged):
 
 @dataclass(frozen=True, kw_only=True)
 class Published(Trained):
-    """ELSA as published: see `SparseAdam.faithful`. Its rate, without a warm-up, and its penalty are absolute."""
+    """ELSA as published, see `SparseAdam.faithful`: with an absolute learning rate without warm-up, and an absolute
+    penalty."""
 
     name: str = "elsa-published"
     summary: str = "ELSA as published: penalty from 0 by a cosine, Fisher-weighted projections, no frozen end"

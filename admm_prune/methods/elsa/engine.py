@@ -1,4 +1,4 @@
-"""How a model is computed while it is trained: its precision, and what is kept or computed again."""
+"""How forward and backward passes of training are computed: precision, micro-batches, recomputation, compilation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")  # features of processors that mul
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Settings of the computation that change the result by rounding alone.
+    """Settings of training that change its result by rounding only.
 
-    The weights that are trained, their gradients and what Adam keeps are in float32, whatever the model's dtype; the
-    model is computed from them in float32, or in bfloat16 by autocast.
+    The trained weights, their gradients and Adam's moments are in float32, whatever the dtype of the model; the forward
+    pass is computed in float32, or in bfloat16 by autocast.
 
     Attributes:
-        precision: "bf16" (autocast), "float32", or "auto": bf16 on devices that multiply in it.
-        micro_batch: sequences in one forward and backward pass, whose gradients are summed up over the batch.
-        gradient_checkpointing: activations in a block are computed again in the backward pass: a third more
-            operations.
-        compile: the blocks, by torch.compile.
+        precision: "bf16" (autocast), "float32", or "auto": bf16 on devices with bfloat16 matrix products.
+        micro_batch: the number of sequences in one forward and backward pass; their gradients are accumulated over the
+            batch. None for the whole batch.
+        gradient_checkpointing: recompute the activations inside a block in the backward pass, which takes a third more
+            operations and less memory.
+        compile: compile the blocks by `torch.compile`.
     """
 
     precision: Precision = "auto"
@@ -49,18 +50,16 @@ class Engine:
 
     @classmethod
     def of(cls, settings: object) -> Self:
-        """The engine of a run's settings, which have fields of the same names."""
+        """The engine from the settings of a run, which have fields of the same names."""
         return cls(**{one.name: getattr(settings, one.name) for one in fields(cls)})
 
     def changed(self) -> list[str]:
-        """The names of the settings that are not the defaults."""
+        """The names of the settings that differ from their defaults."""
         return [one.name for one in fields(self) if getattr(self, one.name) != one.default]
 
     def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of matrix products.
-
-        On the meta device "auto" is float32: a plan replaces it by what its device has.
-        """
+        """The dtype of matrix products. On the meta device "auto" is float32; `plan` replaces it for the device of the
+        run."""
         half = self.precision == "bf16" or (self.precision == "auto" and multiplies_in_bfloat16(device))
         return torch.bfloat16 if half else torch.float32
 
@@ -69,7 +68,7 @@ class Engine:
         return autocast(device, self.dtype(device))
 
     def blocks(self, model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The blocks of a model, and what they call in place of their forward."""
+        """The blocks of a model, each with the function that replaces its forward."""
         replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
         device = next(model.parameters()).device
         for block in decoder_blocks(model) if self.gradient_checkpointing or self.compile else ():
@@ -78,16 +77,16 @@ class Engine:
                 forward = torch.compile(forward)
             if self.gradient_checkpointing:
                 how: dict[str, Any] = {"use_reentrant": False}
-                if device.type == "meta":  # where autocast is a mode too, and kernels are those of another device
+                if device.type == "meta":  # a plan runs in function modes, which the recomputation must enter too
                     how["context_fn"] = lambda: (nullcontext(), function_modes())
-                # Not that of transformers, which is for models in training mode: these train without dropout.
+                # Not the checkpointing of transformers, which needs training mode: these models train without dropout.
                 forward = partial(checkpoint, forward, **how)
             replacements.append((block.module, forward))
         return replacements
 
 
 def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16."""
+    """Whether a device has instructions for bfloat16 products."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
@@ -98,7 +97,7 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def replaced_forwards(blocks: list[tuple[nn.Module, Callable[..., Any]]]) -> Generator[None]:
-    """Within it the blocks call what `Engine.blocks` made."""
+    """Context in which the blocks call the functions from `Engine.blocks`."""
     with ExitStack() as stack:
         for module, forward in blocks:
             stack.enter_context(replaced_forward(module, forward))
@@ -107,12 +106,11 @@ def replaced_forwards(blocks: list[tuple[nn.Module, Callable[..., Any]]]) -> Gen
 
 @contextmanager
 def float32_weights(model: nn.Module) -> Generator[dict[str, torch.dtype]]:
-    """Within it weights and buffers narrower than float32 are in float32; afterwards rounded to what they were.
+    """Context in which weights and buffers narrower than float32 are converted to float32; rounds them to their dtypes
+    afterwards. Zeros stay zeros. Only one tensor at a time exists in both dtypes.
 
-    What is zero stays zero. One tensor at a time is there in both.
-
-    Returns:
-        The dtypes of the parameters before, by name.
+    Yields:
+        The original dtypes of the parameters, by name.
     """
     narrow = [(x, x.dtype) for x in _floats(model) if x.dtype.itemsize < 4]
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -126,7 +124,8 @@ def float32_weights(model: nn.Module) -> Generator[dict[str, torch.dtype]]:
 
 
 def teacher_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model without gradients, its floating-point weights in `dtype`; one weight at a time is in both."""
+    """A copy of a model without gradients, with its floating-point weights in `dtype`. They are converted one at a
+    time."""
     converted: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
         for parameter in model.parameters()

@@ -1,4 +1,4 @@
-"""One run of a method that trains: its model and data, its state, and how it is resumed."""
+"""The state of one run of a method that trains, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ class Session:
     Attributes:
         model: the model for everything but training; its weights are loaded within the contexts of `offloading`.
         trained: the model that is trained: `model` itself, or the same weights sharded over the processes.
-        offloading: where the weights of `model` are; changes of them are changes of `trained`.
+        offloading: where the weights of `model` are; changes to them also change `trained`.
         views: the weights of `model` that are pruned.
-        dtypes: of the parameters as they are saved, by name; they are trained in float32.
-        prepared: the step before which all projections and rate changes are done.
-        best: the best parameters of `trained` so far, in these dtypes.
+        training, held_out: the sequences to train on, and those on which the best model is selected.
+        dtypes: the dtypes in which the parameters are saved, by name; they are trained in float32.
+        measured: the result of the learning rate range test.
+        rates: the learning rates so far.
+        stages: a record of each projection, as JSON values.
+        prepared: the step whose projection and learning rate are already done.
+        best: the best parameters of `trained` so far, in the dtypes of `dtypes`.
+        best_loss: their loss on the held-out sequences.
     """
 
     model: nn.Module
@@ -54,10 +59,11 @@ class Session:
     best_loss: float = math.inf
 
     def offer(self) -> float:
-        """Keeps the model's state if its loss on the held-out sequences is the least so far; returns that loss.
+        """Computes the loss on the held-out sequences, with weights rounded to the dtypes in which they are saved, and
+        keeps a copy of the weights if it is the lowest so far. Only for models that have their final sparsity.
 
-        The loss is that of the weights in the dtypes in which they are saved. Call it only when the model has its final
-        sparsity.
+        Returns:
+            The loss.
         """
         with self._rounded():
             loss = self.trainer.held_out_loss(self.held_out)
@@ -68,14 +74,14 @@ class Session:
         return loss
 
     def _empty(self) -> dict[str, Tensor]:
-        """Of the shapes of the parameters, in the dtypes in which they are saved."""
+        """Uninitialized tensors with the shapes of the parameters, in the dtypes in which they are saved."""
         return {
             name: torch.empty_like(x.detach(), dtype=self.dtypes[name]) for name, x in self.trained.named_parameters()
         }
 
     @contextmanager
     def _rounded(self) -> Generator[None]:
-        """Within it the parameters are rounded to the dtypes in which they are saved."""
+        """Context in which the parameters are rounded to the dtypes in which they are saved."""
         shards = [(local(x.detach()), self.dtypes[name]) for name, x in self.trained.named_parameters()]
         before = [(x, x.clone()) for x, dtype in shards if dtype != x.dtype]
         for x, dtype in shards:
@@ -88,7 +94,7 @@ class Session:
                 x.copy_(exact)
 
     def finish(self) -> None:
-        """Leaves the best weights in the trained model. The last ones are offered too."""
+        """Copies the best weights, which may be the current ones, to the trained model."""
         if self.offer() > self.best_loss:
             self.restore_best()
             last = "the last model was worse on held-out sequences than an earlier one, which is returned"
@@ -102,13 +108,13 @@ class Session:
         for name, parameter in self.trained.named_parameters():
             local(parameter).copy_(local(self.best[name]))
 
-    def keep(self, checkpoints: Checkpoints) -> None:
+    def save(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint of the complete state."""
         if checkpoints.enabled:
             checkpoints.save(self._tensors(), self._values())
 
-    def go_on(self, checkpoints: Checkpoints) -> None:
-        """Resumes from the latest checkpoint, if there is one."""
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Restores the state of the latest checkpoint, if there is one."""
         values = checkpoints.latest()
         if values is None:
             return
@@ -127,13 +133,13 @@ class Session:
             for key, number in values["states"][name].items():
                 state[key] = torch.full_like(state[key], number) if isinstance(state.get(key), Tensor) else number
         optimizer.history = [DualUpdate.from_json(update) for update in values["history"]]
-        self.trainer.go_to(values["trainer"])
+        self.trainer.move_to(values["trainer"])
         self.measured = None if values["measured"] is None else MeasuredRate(**values["measured"])
         self.rates, self.stages, self.prepared = values["rates"], values["stages"], values["prepared"]
         self.notes = values["notes"]
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state, by names that do not depend on the number of processes."""
+        """The tensors of the state, under names that do not depend on the number of processes."""
         tensors = {"random": torch.get_rng_state()}
         for name, parameter in self.trained.named_parameters():
             tensors[f"model/{name}"] = parameter.detach()
@@ -143,7 +149,7 @@ class Session:
         return tensors | {f"best/{name}": x for name, x in (self.best or {}).items()}
 
     def _values(self) -> dict[str, Any]:
-        """The scalars of the state: JSON values."""
+        """The rest of the state, as JSON values."""
         optimizer = self.trainer.optimizer
         states = {
             name: {

@@ -28,39 +28,41 @@ from admm_prune.ops import backend
 from admm_prune.solvers.elsa.moments import MomentFormat
 from admm_prune.solvers.sparse_adam import SparseAdam
 
-_HELD_OUT = 16  # sequences not trained on: they select the best model of a run
-_JUDGES = 8  # of them, for the learning rate range test
-_LEAST = 2  # least number of sequences to train on
-_UPDATE = ("step", "primal_residual", "dual_residual", "churn", "rho", "sparsity")  # reported of a dual update
-_STEPS, _PART = 32, 8  # between two checkpoints: steps, or this fraction of a short run
+_HELD_OUT = 16  # sequences that are not trained on, and select the best model of a run
+_RATE_TEST = 8  # of the held-out sequences, for the learning rate range test
+_LEAST = 2  # smallest number of sequences to train on
+_UPDATE = ("step", "primal_residual", "dual_residual", "churn", "rho", "sparsity")  # reported for each dual update
+_STEPS, _PART = 32, 8  # checkpoints are written every 32 steps, or every eighth of a shorter run
 
 Projection = Callable[[Session, Target], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Capabilities, ABC):
-    """A recipe that trains all parameters of the model on its text, and ends with sparse weights.
+    """A method that trains all parameters of the model on the calibration text, and ends with sparse weights.
 
-    The rate rises, then falls linearly to zero. Its height is measured on the model (`methods.elsa.trainer`)
-    before the first step, and scaled up wherever a projection leaves fewer weights; where it cannot be measured, it is
-    `trainer.DEFAULT_RATE` throughout, with a note. A copy of the best sparse weights
-    is kept beside the optimizer's state. Weights are trained in float32 and saved in the model's dtype, in which the
-    best ones are chosen. What moves is written to the runtime's journal every few steps and after each
-    projection, so that an interrupted run resumes from there, with the same result.
+    The learning rate increases linearly, then decreases linearly to zero. Its peak is measured on the model before the
+    first step (`trainer.measured_rate`), and increased whenever a projection leaves fewer weights; if it cannot be
+    measured it is `trainer.DEFAULT_RATE`, with a note. Weights are trained in float32 and saved in the dtype of the
+    model. A copy of the best sparse weights, in this dtype, is kept in addition to the state of the optimizer. The
+    complete state is written to the journal every few steps and after each projection, so that an interrupted run
+    continues from there, with the same result.
 
     Several processes shard the trained parameters, their gradients, Adam's moments and the teacher (FSDP2), and share
-    every batch. A model on disk is never whole in any of them: each reads its shards, projections and the result gather
-    one block at a time, and the result is written to files. Of a model in memory each holds its own copy beside them.
+    every batch. No process ever holds the whole of a model that is on disk: each reads its shards, projections and the
+    result gather one block at a time, and the result is written to files. If the model is in memory, each process holds
+    its own copy in addition to the shards.
 
     Attributes:
-        steps: forward and backward passes over a batch, including those of the learning rate range test.
-        batch_size: sequences per step, in epochs without replacement.
-        warm_up: the part of the run in which the rate rises.
-        lr: the peak learning rate, instead of a measured one.
-        lr_multiplier: a multiplier of the measured learning rate.
-        distillation: the weight of the distillation loss, 0 to 1; a copy of the dense model stays in memory.
-        moments: of Adam: see `SparseAdam`.
-        engine: how the model is computed; it changes the result by rounding alone.
+        steps: the number of forward and backward passes over a batch, including those of the learning rate range test.
+        batch_size: the number of sequences per step, drawn in epochs without replacement.
+        warm_up: the fraction of the run in which the learning rate increases.
+        lr: the peak learning rate; None to measure it.
+        lr_multiplier: multiplies the measured learning rate.
+        distillation: the weight of the distillation loss, 0 to 1; if it is not 0, a copy of the dense model stays in
+            memory.
+        moments: the format of Adam's moments, see `SparseAdam`.
+        engine: how passes are computed; it changes the result by rounding only.
     """
 
     options: ClassVar[tuple[str, ...]] = ("steps", "distillation", *(one.name for one in fields(Engine)))
@@ -103,19 +105,20 @@ class Trained(Capabilities, ABC):
         """The optimizer of a run.
 
         Args:
-            how: the model, dense and trainable, as `params`; the pruning target; the initial rate.
+            how: arguments of `SparseAdam`: the dense and trainable model as `params`, the pruning target, the initial
+                learning rate, and so on.
         """
 
     def projections(self, target: Target) -> list[tuple[float, Target]]:
-        """(fraction of the run that is done, target of the projection at that point); none by default."""
+        """The projections of a run: (fraction of the run after which it is due, its target). None by default."""
         return []
 
     def project(self, session: Session, target: Target) -> None:
-        """Projects the model, and restricts the optimizer to the support found."""
+        """Projects the model onto a target, and restricts the optimizer to the resulting support."""
         raise NotImplementedError(f"{type(self).__name__} plans projections that it cannot do")
 
     def remarks(self, trainer: Trainer) -> list[str]:
-        """Notes on a run that was too short for what the method does."""
+        """Notes on a run that was too short for the method."""
         if self.steps > self._passes:
             return []
         return [
@@ -123,7 +126,7 @@ class Trained(Capabilities, ABC):
         ]
 
     def projecting(self, task: Task) -> tuple[Recipe, Task] | None:
-        """The method that projects the model, and its task but for the target; None where nothing is projected."""
+        """The method for projections, and its task except for the target; None if the model is never projected."""
         return None
 
     def streaming_obstacle(self) -> str | None:
@@ -145,8 +148,8 @@ class Trained(Capabilities, ABC):
             raise UserError(f"{self.name} trains all weights, and has no layer problems to bound: leave --bounds out")
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
-        """Trains and prunes; of the last model, and those that a projection gave the final sparsity, the one with the
-        least held-out loss is kept."""
+        """Trains and prunes the model. The result has the least held-out loss of the last model and of those that were
+        just projected to the final sparsity."""
         self.check(model, task.target)
         if runtime.world.size > 1 and task.target.pattern is None:
             for view in chosen_views(model, task.target):
@@ -179,7 +182,7 @@ class Trained(Capabilities, ABC):
                 chosen = [view for view in block.weights if view.name in pruned]
                 trained_reports += [replace(report_of(view, view.shape), tokens=trainer.tokens) for view in chosen]
                 other_reports += untouched(block, pruned)
-        _take(model, session)
+        _gather_result(model, session)
         return Outcome(
             layers=trained_reports + other_reports,
             notes=(*trainer.optimizer.notes, *trainer.notes, *session.notes, *self.remarks(trainer)),
@@ -189,10 +192,10 @@ class Trained(Capabilities, ABC):
     def run(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, project: Projection | None = None
     ) -> Session:
-        """Trains and prunes to the end, in place, and leaves the best weights of the final sparsity in the model.
+        """Trains and prunes in place, and leaves the best weights of the final sparsity in the model.
 
         Args:
-            project: called in place of the method's own.
+            project: replaces `project` of the method.
         """
         with float32_weights(model) as dtypes, trainable(model):
             session = self._session(model, task, runtime, dtypes)
@@ -233,7 +236,7 @@ class Trained(Capabilities, ABC):
         return Session(plain, trained, offloading, views, task, runtime, training, held_out, trainer, dtypes)
 
     def _teacher(self, model: nn.Module, sharded: ShardedModel | None) -> nn.Module:
-        """The dense model, in the dtype that products are computed in."""
+        """A copy of the dense model, in the dtype of its matrix products."""
         if sharded is not None:
             return sharded.copy(self.engine.dtype(sharded.device(model)))
         return teacher_of(model, self.engine.dtype(next(model.parameters()).device))
@@ -246,7 +249,7 @@ class Trained(Capabilities, ABC):
     @property
     def _passes(self) -> int:
         """Steps of the learning rate range test."""
-        return 0 if self.lr is not None else passes(_JUDGES / self.batch_size)
+        return 0 if self.lr is not None else passes(_RATE_TEST / self.batch_size)
 
     def _train(self, session: Session, project: Projection) -> None:
         trainer, task, runtime = session.trainer, session.task, session.runtime
@@ -255,7 +258,7 @@ class Trained(Capabilities, ABC):
         every = max(1, trainer.steps // 50)  # the interval of progress lines without a progress bar
         checkpoint_interval = max(1, min(_STEPS, trainer.steps // _PART))
         checkpoints = Checkpoints(runtime.journal.checkpoints("training"), runtime.world)
-        session.go_on(checkpoints)
+        session.resume(checkpoints)
         while trainer.done < trainer.steps:
             if trainer.done % every == 0:
                 runtime.report_progress(trainer.done, trainer.steps, self.name)
@@ -263,18 +266,18 @@ class Trained(Capabilities, ABC):
                 self._prepare(session, plan, project)
                 session.prepared = trainer.done
                 if trainer.done in plan:
-                    session.keep(checkpoints)
+                    session.save(checkpoints)
             reported = len(trainer.curve)
             trainer.step()
             if len(trainer.curve) > reported:
                 step, loss = trainer.curve[-1]
                 runtime.record({"train/loss": loss, "train/lr": trainer.last_lr, "train/tokens": trainer.tokens}, step)
             if trainer.done % checkpoint_interval == 0 or trainer.done == trainer.steps:
-                session.keep(checkpoints)
+                session.save(checkpoints)
         runtime.report_progress(trainer.steps, trainer.steps)
 
     def _prepare(self, session: Session, plan: dict[int, Target], project: Projection) -> None:
-        """Before a step: a projection and a new learning rate, where they are due."""
+        """Projects the model and sets the learning rate, if this is due before the next step."""
         done = session.trainer.done
         if done in plan:
             project(session, plan[done])
@@ -284,7 +287,7 @@ class Trained(Capabilities, ABC):
     def _set_rate(self, session: Session, target: Target) -> None:
         model, trainer = session.trained, session.trainer
         if session.measured is None:
-            validation = replace(session.held_out, rows=session.held_out.rows[-_JUDGES:])
+            validation = replace(session.held_out, rows=session.held_out.rows[-_RATE_TEST:])
             session.measured = measured_rate(
                 model, trainer.backward, trainer.take(GRADIENTS), lambda: trainer.held_out_loss(validation)
             )
@@ -303,7 +306,7 @@ def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
     """The weights that are pruned.
 
     Raises:
-        UserError: only some of the matrices that are one parameter.
+        UserError: only some of the matrices in one parameter are selected.
     """
     views = [view for block in decoder_blocks(model) for view in block.weights]
     chosen = [view for view in views if target.at(view.name) is not None]
@@ -314,8 +317,8 @@ def chosen_views(model: nn.Module, target: Target) -> list[WeightView]:
     return chosen
 
 
-def _take(model: nn.Module, session: Session) -> None:
-    """Copies the trained weights of a sharded model into the given one, in memory or in files."""
+def _gather_result(model: nn.Module, session: Session) -> None:
+    """Copies the trained weights of a sharded model to the given one, in memory or in files."""
     sharded, runtime = session.offloading, session.runtime
     if not isinstance(sharded, ShardedModel):
         return

@@ -1,4 +1,4 @@
-"""The training loop that the trained methods share, and a learning rate range test."""
+"""The training loop of all methods that train, and a learning rate range test."""
 
 from __future__ import annotations
 
@@ -27,28 +27,27 @@ from admm_prune.solvers.sparse_adam import SparseAdam
 Loss = Callable[[nn.Module, Batch], Tensor]
 _ENGINE = Engine()
 
-_WINDOW = 32  # steps that a point of the curve is the mean over
-_SMALLEST, _LARGEST = -14.0, -2.0  # steps tried: powers of two, in units of the root mean square of the weights
+_WINDOW = 32  # steps per point of the loss curve
+_SMALLEST, _LARGEST = -14.0, -2.0  # exponents of 2 of the trial steps, in units of the root mean square of the weights
 _TRIALS, _EXACT = 7, 0.4  # maximum number of trials; precision of the exponent
-GRADIENTS = 3  # batches that the direction is taken from
-DEFAULT_RATE = 2e-4  # where no step lowers the loss, so that none can be measured: that of `SparseAdam.faithful`
+GRADIENTS = 3  # batches whose gradients give the direction
+DEFAULT_RATE = 2e-4  # if none can be measured, because no step lowers the loss: the rate of `SparseAdam.faithful`
 _AT_HALF, _POWER = 2.3, 0.75  # the best rates of a grid, on two models at five densities: see `rate`
 
 
 class Trainer:
-    """Steps of one optimizer on batches of a text, at a learning rate with a warm-up and linear decay.
+    """Training steps of one optimizer on batches of a text, with warm-up and linear decay of the learning rate.
 
-    Batches are full, and an epoch shows no sequence twice: in an order drawn anew for every epoch, those after its last
-    full batch are left out. Several processes share every batch: the model is sharded over them, and its gradients are
-    means over the processes.
+    All batches are full: every epoch has a new random order, and leaves out the sequences after its last full batch.
+    Several processes share every batch: the model is sharded over them, and gradients are averaged over the processes.
 
     Attributes:
-        objective: the loss of some sequences: a mean over their scored tokens.
-        engine, device: how and where the model is computed.
-        notes: of a model that needs whole logits.
-        steps, done: of the run; done so far.
-        tokens: trained on so far.
-        curve: (steps done, mean loss of the steps since the last point).
+        objective: the loss of a batch, a mean over its scored tokens.
+        engine, device: how and where passes are computed.
+        notes: a note if the model needs whole logits.
+        steps, done: the steps of the run, and those done so far.
+        tokens: the number of tokens trained on so far.
+        curve: the points (steps done, mean loss of the steps since the last point).
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The highest rate, before the schedule."""
+        """The peak learning rate, which the schedule scales."""
         return float(self._rates.base_lrs[0])
 
     @lr.setter
@@ -87,19 +86,19 @@ class Trainer:
 
     @property
     def last_lr(self) -> float:
-        """The rate of the last step, by the schedule."""
+        """The learning rate of the last step."""
         return self.lr * float(self._rates.lr_lambdas[0](max(0, self.done - 1)))
 
     def take(self, count: int) -> list[Batch]:
-        """The next batches of the text, to be used otherwise."""
+        """The next batches of the text, which are then not trained on."""
         self._taken += count
         return [next(self._batches) for _ in range(count)]
 
     def backward(self, batch: Batch) -> Tensor:
-        """Adds the gradient of the loss of a batch to that of the parameters.
+        """Adds the gradient of the loss of a batch to the gradients of the parameters.
 
         Returns:
-            The part of the loss from this process's share: the mean over the processes is the loss.
+            The contribution of this process; the loss is its mean over the processes.
         """
         total = torch.zeros((), device=self.device)
         with replaced_forwards(self._blocks):
@@ -111,8 +110,8 @@ class Trainer:
         return total
 
     def _shares(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
-        """The sequences of this process, a micro-batch at a time, with weights that make the mean over the processes of
-        the weighted sum the mean over the scored tokens of the batch."""
+        """The micro-batches of this process, with weights. The mean over the processes of their weighted losses is the
+        mean loss over the scored tokens of the batch."""
         rows, size = self._world.partition(range(len(batch.lengths))), self._world.size
         scored = max(1, int(batch.scored.sum()))
         # All processes take part in every call: one without sequences left runs the first with weight zero.
@@ -122,8 +121,8 @@ class Trainer:
             yield (int(piece.scored.sum()) * size / scored if chosen else 0.0), piece
 
     def held_out_loss(self, sequences: Sequences) -> float:
-        """`held_out_loss` of the model, computed as in training; in all processes that of the first, since they have to
-        agree on what is better, and may round differently."""
+        """`held_out_loss` of the model, computed as in training. All processes return the value of the first one: they
+        may round differently, and have to agree on the best model."""
         with replaced_forwards(self._blocks), self.engine.autocast(self.device):
             loss = held_out_loss(self.model, sequences)
         return self._world.broadcast_from_rank0(lambda: loss)
@@ -141,7 +140,7 @@ class Trainer:
             self._recent = []
 
     def position(self) -> dict[str, Any]:
-        """The position of the run, without model and optimizer: JSON values, equal in all processes."""
+        """The state of the loop, without model and optimizer, as JSON values that are equal in all processes."""
         return {
             "done": self.done,
             "tokens": self.tokens,
@@ -151,8 +150,8 @@ class Trainer:
             "recent": self._all_recent().tolist(),
         }
 
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Resumes from a `position`; the batches before it are skipped."""
+    def move_to(self, position: dict[str, Any]) -> None:
+        """Continues from a `position`; the batches before it are skipped."""
         self.done, self.tokens = position["done"], position["tokens"]
         self.curve = [(step, loss) for step, loss in position["curve"]]
         self.take(position["taken"] - self._taken)
@@ -162,7 +161,7 @@ class Trainer:
         self._recent = list(torch.tensor(position["recent"], device=device))
 
     def _all_recent(self) -> Tensor:
-        """The losses since the last point of the curve, (n,), the means over the processes."""
+        """The losses (n,) since the last point of the curve, averaged over the processes."""
         return (
             self._world.all_reduce(torch.stack(self._recent)).div_(self._world.size) if self._recent else torch.zeros(0)
         )
@@ -177,8 +176,8 @@ class Trainer:
 
 
 def endless_batches(sequences: Sequences, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of epochs, one after the other, each in an order of its own and without its last, incomplete batch; of
-    all sequences, where they are fewer than a batch."""
+    """Batches of an endless series of epochs, each in its own random order and without the last, incomplete batch. If
+    there are fewer sequences than a batch, every batch has all of them."""
 
     def collate(rows: list[Row]) -> Batch:
         return sequences.batch([row.ids for row in rows])
@@ -209,29 +208,29 @@ def trainable(model: nn.Module) -> Generator[None]:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, sequences: Sequences) -> float:
-    """The mean cross-entropy over the scored tokens, in float64; inf where it is not a number."""
+    """The mean cross-entropy over the scored tokens, in float64; inf if it is not finite."""
     total = sum(float(cross_entropy(model, batch)) for batch in sequences.batches)
     mean = total / sequences.scored_tokens
     return mean if math.isfinite(mean) else math.inf
 
 
 def passes(validation_batches: float) -> int:
-    """The cost of a range test in forward and backward passes over a batch; a forward pass counts as a third. A second
-    search, of a loss that no step has lowered, is not counted.
+    """The cost of a range test, in forward and backward passes over a batch; a forward pass alone counts as a third.
+    The second search that follows if no step lowers the loss is not counted.
 
     Args:
-        validation_batches: in one validation.
+        validation_batches: the number of batches in one validation.
     """
     return GRADIENTS + math.ceil((_TRIALS + 1) * validation_batches / 3)
 
 
 @dataclass(frozen=True)
 class MeasuredRate:
-    """The step that lowers the loss the most along sign(g).
+    """The step along -sign(g) that lowers the loss the most.
 
     Attributes:
-        decrease: of the loss by it; not above zero where no step lowers the loss, NaN where the loss or the gradient
-            is not finite at the weights themselves.
+        decrease: by how much it lowers the loss. Not positive if no step lowers the loss; NaN if the loss or the
+            gradient is not finite at the weights themselves.
     """
 
     step: float
@@ -243,9 +242,10 @@ class MeasuredRate:
         return 0.0 < self.decrease < math.inf
 
     def rate(self, density: float) -> float:
-        """A rate for Adam at a density d to come: 2.3 (2 d)^-3/4 times the step; `DEFAULT_RATE` if that is not usable.
+        """The learning rate of Adam for training at density d: 2.3 (2 d)^-3/4 times the step, or `DEFAULT_RATE` if that
+        is not usable.
 
-        The fewer weights remain, the larger are the changes they need, while the best single step hardly grows.
+        The fewer weights remain, the larger the changes that they need, while the best single step hardly grows.
         """
         if not self.usable:
             return DEFAULT_RATE
@@ -258,25 +258,25 @@ def measured_rate(
     gradients: Sequence[Batch],
     validation_loss: Callable[[], float],
 ) -> MeasuredRate:
-    """argmin_eta f(x - eta sign(g)), g the gradient at the weights x: Adam's first step is of this kind, however the
-    loss is scaled.
+    """argmin_eta f(x - eta sign(g)), with g the gradient at the weights x: the first step of Adam has this form,
+    however the loss is scaled.
 
-    Where all steps tried raise f, they may be so large that f is flat or not finite there: smaller ones are tried too.
-    What is zero, as pruned weights are, stays zero. The model is restored.
+    If all trial steps raise f, they may be so large that f is flat or not finite there, and smaller ones are tried.
+    Zeros, such as pruned weights, stay zeros. The weights are restored afterwards.
 
     Args:
-        model: its parameters that take a gradient move.
-        backward: adds the gradient of the training loss on a batch, f or f with distillation, to that of the
+        model: whose parameters with `requires_grad` are moved.
+        backward: adds the gradient of the training loss of a batch, f or f with distillation, to the gradients of the
             parameters.
-        gradients: batches that g is the mean over.
-        validation_loss: computes f for the current model.
+        gradients: the batches over which g is averaged.
+        validation_loss: computes f for the current weights.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for batch in gradients:
         backward(batch)
     active = [parameter for parameter in parameters if parameter.grad is not None]
     finite = bool(active) and math.isfinite(total_norm(active)[1])
-    parts = [local(parameter.detach()) for parameter in parameters]  # in this process; moved in place
+    parts = [local(parameter.detach()) for parameter in parameters]  # the shards of this process, moved in place
     moved = [(x, x.clone()) for x in parts]
     directions = [_direction(parameter.grad, x) for parameter, x in zip(parameters, parts, strict=True)]
     for parameter in parameters:
@@ -291,7 +291,8 @@ def measured_rate(
         return validation_loss()
 
     def best(largest: float) -> tuple[float, float, float]:
-        """The exponent of the best step up to the largest, f after it, and the smallest exponent tried."""
+        """The exponent of the best step that is not larger than 2^largest, f after it, and the smallest exponent
+        tried."""
         tried: list[float] = []
 
         def at(power: float) -> float:
@@ -315,6 +316,6 @@ def measured_rate(
 
 
 def _direction(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """The sum over the local shard."""
+    """sign(g) of the local shard, as int8; zero where x is zero."""
     slope = torch.zeros_like(x) if gradient is None else local(gradient)
     return (slope.sign() * (x != 0)).to(torch.int8)

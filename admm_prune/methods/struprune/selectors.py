@@ -1,4 +1,4 @@
-"""Structured groups to keep in one matrix: by structured OBS, by ADMM or by a mask."""
+"""The selection of the structured groups to keep in one matrix: by structured OBS, by ADMM or by a score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OBS = GroupOBS(batch=None)
 
 
 class SeededADMM:
-    """ADMM that starts from the groups of structured OBS, and is never worse than those."""
+    """ADMM that starts from the solution of structured OBS, and is never worse than that."""
 
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
@@ -47,9 +47,9 @@ SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
 
 @precision.full()
 def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
-    """The loss when k = 0..n groups are removed in the selector's order: (n + 1,), float64, on the CPU.
+    """The loss when k = 0, ..., n groups are removed in the order of the selector: (n + 1,), float64, on the CPU.
 
-    The loss of removing all groups is included: the whole energy of the output.
+    The last entry, the loss without any group, is the energy of the whole output.
     """
     count = problem.minimizer.shape[1] // width
     if compensate:
@@ -63,14 +63,14 @@ def losses(problem: GroupReconstruction, width: int, selector: Selector, compens
 
 @precision.full()
 def solve(problem: GroupReconstruction, selector: Selector, compensate: bool) -> tuple[Result, Tensor]:
-    """The groups that the selector keeps: with the least-squares weights on them, or with the dense weights.
+    """Selects the groups to keep; their weights are refitted by least squares if `compensate`, otherwise dense.
 
     Returns:
-        The result, and a boolean mask (in,) of the columns kept.
+        The result, and a boolean mask (in,) of the columns that are kept.
     """
     result = SELECTORS[selector]().solve(problem)
     assert isinstance(problem.constraint, SupportConstraint)
-    mask = problem.constraint.select(result.solution.map(torch.abs))  # of full size, also where weights kept are zero
+    mask = problem.constraint.select(result.solution.map(torch.abs))  # of full size even if remaining weights are zero
     dense = problem.initial()
     solution = problem.refit(mask) if compensate else dense.map(lambda w, m: w.where(m, 0), mask)
     return replace(result, solution=solution, objective=problem.value(solution), state=None), mask["weight"][0]

@@ -1,9 +1,9 @@
-"""Structured pruning of a whole model in two passes that hold the statistics of one block at a time.
+"""Structured pruning of a whole model in two passes, which hold the statistics of one block at a time.
 
 STRUPRUNE (arXiv 2510.03246) splits global structured pruning into problems of single modules, with an allocation from
 energies and an entropy. Its equations are not public: this is a reconstruction from the published description.
 
-STRUCTURED has the structured methods by name: one class in several configurations.
+STRUCTURED lists the structured methods: one class in several configurations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from admm_prune.methods.base import (
     Stages,
     Task,
 )
-from admm_prune.methods.block_loop import BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_slicing, report_of
 from admm_prune.methods.target import Target
@@ -39,35 +39,39 @@ from admm_prune.models.sublayers import UNITS, Sublayer, Unit, heads_stay, keep_
 from admm_prune.problems.allocation import Allocation, Allocator, Curve, EqualSlope, Uniform, refined, together
 from admm_prune.statistics import LayerStatistics
 
-_SURPLUS = 0.01  # of the whole, which a budget may be exceeded by without another allocation or a note
+_SURPLUS = 0.01  # tolerated surplus over the budget, as a fraction of the whole, without a refinement or a note
 RECONSTRUCTION = "a reconstruction of STRUPRUNE (arXiv 2510.03246), whose equations are not public"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StruPrune(Capabilities):
-    """Removes neurons and groups of heads, chosen over the whole model, which results in a smaller model.
+    """Removes neurons and groups of attention heads, selected over the whole model; the result is a smaller model.
 
-    A sublayer, attention or feed-forward, has an output matrix V (d, D) with inputs A (n, D), and structured groups of
-    its columns: neurons, or heads that share a key and a value. c is the saving by a group, in the budget's unit:
+    A sublayer l, attention or feed-forward, has an output matrix V (d, D) with inputs A (n, D). Its structured groups
+    are sets of columns of V: neurons, or heads that share a key and a value. c_l is what removing one group saves, in
+    the unit of the budget B:
 
-        E_l(k) = min |A V^T - A V_0^T|^2 / |h_l|^2   over V without k groups, h_l the residual stream behind the block,
+        E_l(k) = min |A V^T - A V_0^T|^2 / |h_l|^2   over V without k groups, h_l the residual stream after the block,
         k_l <- argmin sum_l E_l(k_l) - T * entropy   over sum_l c_l k_l = B,
-        V <- V_0 (H + Lambda)_{:S} ((H + Lambda)_SS)^-1   with H = A^T A, on the columns S of the groups that stay,
-        b <- b + (V_0 - V) mean(A)   where there is a bias; H is then centred.
+        V <- V_0 (H + Lambda)_{:S} ((H + Lambda)_SS)^-1   with H = A^T A, on the columns S of the remaining groups,
+        b <- b + (V_0 - V) mean(A)   if the output has a bias; H is then centred.
 
-    E_l comes from the dense model, the last two from the outputs of the pruned blocks before, attention first.
+    E_l is measured on the dense model. V and b are computed on the outputs of the pruned blocks before it, those of
+    attention before those of the feed-forward network.
 
     Args:
-        selector: which structured groups are removed, see `selectors.SELECTORS`.
-        compensate: least squares on the remaining columns; otherwise they are unchanged.
-        fold_bias: the bias of the output, if there is one, absorbs the mean of the error.
-        allocator: from curves E_l to counts k_l.
+        samples: the default number of calibration sequences.
+        selector: how the groups to remove are selected, see `selectors.SELECTORS`.
+        compensate: refit the remaining columns by least squares; otherwise they are unchanged.
+        fold_bias: if the output has a bias, it absorbs the mean of the error.
+        allocator: computes the counts k_l from the curves E_l.
         relative: losses are relative to the energy of the residual stream; otherwise absolute.
-        unit: of the budget: the target's fraction is of this.
-        inputs: "pruned", the outputs of the pruned blocks before; or "dense", as if all were pruned at once.
-        uniform: every block loses the same number of groups of a kind, which makes a standard model.
-        form: how a model with different widths per block is saved.
-        multiple: the number of remaining neurons is a multiple of it.
+        unit: the unit of the budget, to which the fraction of the target refers.
+        inputs: "pruned" computes V on the outputs of the pruned blocks before it; "dense" on those of the dense model,
+            as if all blocks were pruned at once.
+        uniform: remove the same number of groups from every block, which gives a standard model.
+        form: how a model whose blocks have different widths is saved.
+        multiple: the number of remaining neurons is a multiple of this.
         ridge: of the group problems, relative to diag(H).
     """
 
@@ -123,10 +127,10 @@ class StruPrune(Capabilities):
     def prune(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, curves: Mapping[str, Curve] | None = None
     ) -> Outcome:
-        """As `Recipe.prune`.
+        """See `Recipe.prune`.
 
         Args:
-            curves: the result of `measure` on the same model and text, for any target; None to measure now.
+            curves: the result of `measure` on the same model and text, for any target; None to measure them now.
         """
         self.check(model, task.target)
         if self.form == "padded" and runtime.offloading.is_offloaded:
@@ -146,7 +150,7 @@ class StruPrune(Capabilities):
             # 1. E_l(k), k = 0..n: the loss of each sublayer l without k of its groups, on the dense model.
             measured = self.measure(model, task, runtime) if curves is None else curves
             # 2. k_l <- argmin sum_l E_l(k_l) over sum_l c_l k_l = B, with the allocator's entropy.
-            # Committed to the journal, because a latency budget is measured again by every run.
+            # From the journal in a resumed run, which would measure other latencies.
             allocation = runtime.journal.once(
                 "allocation",
                 lambda: runtime.world.broadcast_from_rank0(lambda: self._summary(model, parts, measured, task.target)),
@@ -163,10 +167,8 @@ class StruPrune(Capabilities):
                     keep_groups(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
-        dense = self.inputs == "dense"
-        results = for_each_block(
-            model, task, runtime, prune_block, dense_inputs=dense, reshape=reshape, steps=(count, 2 * count)
-        )
+        settings = BlockPass(dense_inputs=self.inputs == "dense", reshape=reshape, steps=(count, 2 * count))
+        results = for_each_block(model, task, runtime, prune_block, settings)
         layers = [report for result in results for report in result.layers]
         runtime.report_progress(2 * count, 2 * count)
         if task.target.fraction == 0:
@@ -180,7 +182,7 @@ class StruPrune(Capabilities):
         return Outcome(layers=layers, notes=notes, details={**details, "units": units, "removed": removed})
 
     def measure(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> dict[str, Curve]:
-        """Pass 1: the loss curve of every prunable sublayer, block after block, on dense inputs.
+        """The first pass: the loss curve of every prunable sublayer, block after block, on dense inputs.
 
         Raises:
             UserError: as `Recipe.check` and `Recipe.prune`.
@@ -194,8 +196,8 @@ class StruPrune(Capabilities):
             scale = stream.energy() if self.relative else 1.0
             return BlockResult(tensors={name: curve / scale for name, curve in losses.items()})
 
-        options: dict[str, Any] = {"part": "curves", "note": ", curves", "changes": False, "steps": (0, 2 * len(parts))}
-        results = for_each_block(model, task, runtime, measure_block, **options)
+        settings = BlockPass(part="curves", note=", curves", changes=False, steps=(0, 2 * len(parts)))
+        results = for_each_block(model, task, runtime, measure_block, settings)
         losses = {name: curve for result in results for name, curve in result.tensors.items()}
         return {
             sublayer.name: self._curve(model, sublayer, losses[sublayer.name]) for block in parts for sublayer in block
@@ -218,7 +220,7 @@ class StruPrune(Capabilities):
         removed: Mapping[str, int],
         pruner: Pruner,
     ) -> list[LayerReport]:
-        """Pass 2, one block."""
+        """The second pass on one block."""
         shapes = {view.name: view.shape for view in block.weights}
         losing = [sublayer for sublayer in parts if removed.get(sublayer.name, 0) > 0]
         solved: list[LayerReport] = []
@@ -245,7 +247,7 @@ class StruPrune(Capabilities):
         )
 
     def _curve(self, model: Any, sublayer: Sublayer, losses: Tensor | None = None) -> Curve:
-        """A curve of savings, without losses."""
+        """The curve of a sublayer: its savings, and its losses if they are given, otherwise zeros."""
         saved = savings(sublayer, self.unit)
         stays: frozenset[int] | None = None
         if self.uniform:  # the standard class must admit their number
@@ -263,7 +265,8 @@ class StruPrune(Capabilities):
         )
 
     def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:
-        """The reference of a target's fraction: all matrices of the blocks, including those of heads; or all groups."""
+        """The total to which the fraction of the target refers: all matrices of the blocks for parameters and bytes,
+        all structured groups for other units."""
         if self.unit in ("parameters", "bytes"):
             matrices = [view.read() for block in decoder_blocks(model) for view in block.weights]
             return float(sum(w.numel() * (w.element_size() if self.unit == "bytes" else 1) for w in matrices))
@@ -272,10 +275,10 @@ class StruPrune(Capabilities):
     def _allocate(
         self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
     ) -> Allocation:
-        """The number of structured groups to remove from every sublayer, by the target's fraction.
+        """The number of structured groups to remove from each sublayer.
 
         Raises:
-            UserError: this much cannot be removed.
+            UserError: the target cannot be reached.
         """
         weight = self._weight(model, curves)
         if weight == 0:
@@ -309,7 +312,7 @@ class StruPrune(Capabilities):
 def _statistics(
     stream: BlockStream, index: int, parts: Sequence[Sublayer], fold_bias: bool
 ) -> dict[str, LayerStatistics]:
-    """Statistics of the inputs of some sublayers' output matrices, by the name of the sublayer."""
+    """The statistics of the inputs of the output matrices, by the name of the sublayer."""
     if not parts:
         return {}
     names = {sublayer.output.name: sublayer.name for sublayer in parts}
@@ -349,10 +352,10 @@ STRUCTURED: tuple[StruPrune, ...] = (
 
 
 def configured(recipe: Recipe, unit: str | None = None, multiple: int | None = None) -> Recipe:
-    """The recipe with another unit of the budget, or with multiples of neurons, if given.
+    """The recipe with another unit of the budget or multiple of neurons, where they are not None.
 
     Raises:
-        UserError: the recipe is not structured; no such unit; a multiple below 1.
+        UserError: the recipe is not structured, the unit is unknown, or the multiple is below 1.
     """
     if unit is None and multiple is None:
         return recipe

@@ -1,4 +1,4 @@
-"""Structured pruning of one sublayer of a block: its problem, the selection, the compensation, the slicing."""
+"""Structured pruning of one sublayer of a block: selection of its groups, compensation, and slicing of its matrices."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from admm_prune.problems.constraints import Groups
 from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.statistics import LayerStatistics
 
-_TRIED = 8  # tokens
-_CHANGE = 1e-3  # tolerated change of a block's outputs by slicing, relative to the largest, in float32
+_TRIAL_TOKENS = 8
+_CHANGE = 1e-3  # tolerated change of a block's outputs by slicing in float32, relative to the largest output
 
 Outputs = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """How sublayers are pruned; see `StruPrune` for the settings.
+    """Prunes sublayers with given statistics; see `StruPrune` for the settings.
 
-    Several processes, with the same statistics, solve one sublayer each and exchange the results.
+    Several processes have the same statistics, share the sublayers, and exchange the results.
     """
 
     selector: Selector
@@ -48,7 +48,7 @@ class Pruner:
     world: World = ALONE
 
     def problem(self, sublayer: Sublayer, statistics: LayerStatistics, keep: int) -> GroupReconstruction:
-        """The group problem of a sublayer with a given number of groups to keep.
+        """The group problem of a sublayer, with `keep` groups to keep.
 
         Raises:
             UserError: the statistics cannot be used; the message names the weight.
@@ -68,7 +68,7 @@ class Pruner:
             raise UserError(f"{sublayer.output.name}: {error}") from error
 
     def losses(self, parts: Sequence[Sublayer], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
-        """E(k), the loss of every sublayer without k = 0..n of its groups: (n + 1,), by the sublayer's name."""
+        """E(k), the loss without k = 0, ..., n groups, (n + 1,) for each sublayer, by its name."""
 
         def of(sublayer: Sublayer) -> Tensor:
             problem = self.problem(sublayer, statistics[sublayer.name], sublayer.count)
@@ -92,17 +92,17 @@ class Pruner:
 
         Args:
             statistics: of the inputs of the output matrix, by the name of the sublayer.
-            removed: number of groups to remove, by the name of the sublayer.
-            outputs: runs the block on some inputs: slicing off zeros must not change them.
+            removed: the number of groups to remove, by the name of the sublayer.
+            outputs: runs the block on some inputs, to check that slicing off zeros does not change its outputs.
 
         Raises:
-            UserError: the least-squares problem cannot be solved, or the block has another structure than its shapes
-                suggest.
+            UserError: the least-squares problem cannot be solved, or slicing changes the outputs because the block is
+                not structured as its shapes suggest.
         """
         solved = self.world.divided(
             [_cost(sublayer) for sublayer in parts],
             lambda indices: [self._solve(parts[i], statistics[parts[i].name], removed[parts[i].name]) for i in indices],
-            lambda i: _answering(parts[i]),
+            lambda i: _solution(parts[i]),
         )
         for sublayer, (_, remaining) in zip(parts, solved, strict=True):
             masked = outputs() if outputs is not None else None
@@ -112,7 +112,11 @@ class Pruner:
         return [report for report, _ in solved]
 
     def _solve(self, sublayer: Sublayer, statistics: LayerStatistics, count: int) -> tuple[LayerReport, list[int]]:
-        """Writes the V and b that compensate for the removed groups; also returns the groups that remain."""
+        """Writes V and b, which compensate for `count` removed groups.
+
+        Returns:
+            The report of V, and the indices of the remaining groups.
+        """
         began = time.perf_counter()
         output, dense_shape = sublayer.output, sublayer.output.shape
         problem = self.problem(sublayer, statistics, sublayer.count - count)
@@ -142,17 +146,17 @@ class Pruner:
 
 @torch.no_grad()
 def check_slicing(model: nn.Module, blocks: list[Block], offloading: Offloading, losing: Set[str]) -> None:
-    """Checks on a copy of every kind of block that removing zero groups does not change its outputs on a few tokens.
+    """Checks, on a copy of each kind of block, that removing groups of zeros does not change its outputs.
 
     Args:
-        losing: the names of the sublayers to be pruned.
+        losing: the names of the sublayers that will be pruned.
 
     Raises:
-        UserError: they change, or the block cannot be called without them; the message names the module.
+        UserError: the outputs change, or the block cannot be called without the groups; the message names the module.
     """
     device = offloading.device(model)
     size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers
-    batch = Batch((torch.arange(_TRIED) * 7919 % size)[None], torch.tensor([_TRIED]))
+    batch = Batch((torch.arange(_TRIAL_TOKENS) * 7919 % size)[None], torch.tensor([_TRIAL_TOKENS]))
     (flow,) = record(
         model,
         blocks,
@@ -172,11 +176,11 @@ def check_slicing(model: nn.Module, blocks: list[Block], offloading: Offloading,
             tried = copy.deepcopy(block)
         for sublayer in sublayers(tried):
             if sublayer.name in losing:
-                _try(sublayer, partial(flow.replay, tried, index))
+                _check_sublayer(sublayer, partial(flow.replay, tried, index))
 
 
-def _try(sublayer: Sublayer, outputs: Outputs) -> None:
-    """Removes every other group of a sublayer, including the first."""
+def _check_sublayer(sublayer: Sublayer, outputs: Outputs) -> None:
+    """Zeroes every other group of a sublayer, including the first, then removes them and compares the outputs."""
     remaining = torch.arange(sublayer.count)[1::2]
     if not len(remaining):
         return
@@ -201,20 +205,21 @@ def _cost(sublayer: Sublayer) -> float:
     return float(sublayer.output.shape[1]) ** 3
 
 
-def _answering(sublayer: Sublayer) -> Iterator[Tensor]:
-    """The solution that compensates for the removed groups."""
+def _solution(sublayer: Sublayer) -> Iterator[Tensor]:
+    """The tensors that `Pruner` writes, for the exchange between processes: V, and b if there is a bias."""
     yield sublayer.output.read()
     if sublayer.output.bias is not None:
         yield sublayer.output.bias.detach()
 
 
 def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
-    """The report of a matrix for which no problem was solved: it lost rows, or nothing."""
+    """The report of a matrix for which no problem was solved, such as one that lost rows or is unchanged."""
     left = int(view.read().count_nonzero())
     return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
 
 
 def _check_unchanged(sublayer: Sublayer, masked: Tensor, sliced: Tensor) -> None:
+    """Raises UserError if the outputs with zeroed groups differ from those without the groups beyond rounding."""
     scale = float(masked.abs().max())
     change = float((masked - sliced).abs().max())
     allowed = max(_CHANGE, 16 * torch.finfo(masked.dtype).eps) * scale

@@ -1,4 +1,4 @@
-"""Output folders: written beside their place and moved there atomically, never over other files."""
+"""Output folders: written next to their destination and moved there atomically; they never replace foreign files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TIMINGS = "timings.json"  # separate from the manifest, which is identical in eq
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Refuses, before any work is done, an output folder that could not be written.
+    """Rejects, before any work is done, an output folder that could not be written.
 
     Args:
-        overwrite: a folder that was written by admm-prune may be replaced; no other ever is.
+        overwrite: whether a folder written by admm-prune may be replaced; others never are.
 
     Raises:
-        UserError: the path is a file, the working folder, a folder that holds something and is not ours, an earlier
-            result that is not to be replaced, or cannot be written.
+        UserError: the path is a file, the working folder, a folder with other content, an earlier result that must not
+            be replaced, or it cannot be written.
     """
     place = absolute(path)
     if place.is_symlink() or (place.exists() and not place.is_dir()):
@@ -37,7 +37,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         ours = any((place / name).is_file() for name in (MANIFEST, PACK_MANIFEST))
         if any(place.iterdir()) and not ours:
             raise UserError(f"{path} exists and was not written by admm-prune: choose another output")
-        if Path.cwd().is_relative_to(place.resolve()):  # it would be replaced while the caller is in it
+        if Path.cwd().is_relative_to(place.resolve()):  # replacing it would leave the caller in a deleted folder
             raise UserError(f"{path} is the folder you are in, or holds it: choose another output")
         if ours and not overwrite:
             raise UserError(f"{path} {_EARLIER}")
@@ -45,32 +45,32 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 def check_apart(out: Path, *inputs: object) -> None:
-    """Refuses, before any work is done, an output that would replace what is read.
+    """Rejects, before any work is done, an output that would replace an input.
 
     Args:
-        inputs: of which strings and paths are compared, where there is such a file or folder.
+        inputs: those that are strings or paths of existing files or folders are compared with the output.
 
     Raises:
-        UserError: the output is one of them, or a folder that holds one.
+        UserError: the output is one of the inputs, or contains one.
     """
     place = absolute(out).resolve()
     for given in inputs:
         if isinstance(given, str | Path):
-            with suppress(OSError):  # a text that is no path
+            with suppress(OSError):  # a string that is not a path
                 source = expanded(given)
                 if source.exists() and source.resolve().is_relative_to(place):
                     raise UserError(f"{out} is, or holds, the input {given}: choose another output")
 
 
 def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Path], bool]) -> None:
-    """Refuses, before any work is done, an output file that could not be written.
+    """Rejects, before any work is done, an output file that could not be written.
 
     Args:
-        overwrite: a file that was written by admm-prune may be replaced; no other ever is.
-        ours: whether a file was written by admm-prune, as an output of this kind.
+        overwrite: whether a file written by admm-prune may be replaced; others never are.
+        ours: tells whether a file was written by admm-prune as an output of this kind.
 
     Raises:
-        UserError: the path is a folder, a file that is not ours or is not to be replaced, its folder is missing, or it
+        UserError: the path is a folder, a foreign file or one that must not be replaced, its folder is missing, or it
             cannot be written.
     """
     place = absolute(path)
@@ -90,13 +90,13 @@ def check_output_file(path: Path, *, overwrite: bool = False, ours: Callable[[Pa
 def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
     """Yields an empty folder that replaces `path` if the block succeeds, and is deleted otherwise.
 
-    An earlier result is moved aside, and deleted only when the new one is in its place.
+    An earlier result is moved aside, and deleted only after the new one has replaced it.
 
     Args:
         overwrite: as for `check_output`.
 
     Raises:
-        UserError: the output cannot be written, or could not be written to the end.
+        UserError: the output cannot be written.
     """
     check_output(path, overwrite=overwrite)
     place = absolute(path)
@@ -114,7 +114,7 @@ def output_folder(path: Path, *, overwrite: bool = False) -> Generator[Path]:
 
 @contextmanager
 def removing_new_parents(place: Path) -> Generator[None]:
-    """Makes the folders that lead to `place`; if the block fails, those that were made are removed where empty."""
+    """Creates the parent folders of `place`; if the block fails, those of them that are empty are removed again."""
     made = [parent for parent in place.parents if not parent.exists()]  # the innermost first
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -127,12 +127,12 @@ def removing_new_parents(place: Path) -> Generator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON: numbers that are not finite become null."""
+    """Writes standard JSON, with null for numbers that are not finite."""
     path.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for every number that JSON cannot hold."""
+    """A copy of JSON values, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -141,7 +141,7 @@ def finite(value: Any) -> Any:
 
 
 def flattened(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"target.sparsity": 0.7} of {"target": {"sparsity": 0.7}}."""
+    """Flattens nested mappings: {"target": {"sparsity": 0.7}} becomes {"target.sparsity": 0.7}."""
     entries: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -162,15 +162,16 @@ def swap(new: Path, place: Path, old: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The innermost folder that is there, of those that lead to a file or a folder."""
+    """The innermost existing folder among the parents of a path."""
     return next(parent for parent in absolute(path).parents if parent.exists())
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file or folder that could not be made: permission bits do not show read-only or virtual file systems.
+    """Rejects a file or folder that could not be created, by a trial: permission bits do not show that a file system is
+    read-only or virtual.
 
     Raises:
-        UserError: the innermost folder that is there, of those that lead to it, cannot be written.
+        UserError: the innermost existing parent folder is not writable.
     """
     parent = existing_parent(path)
     try:
@@ -180,5 +181,6 @@ def check_writable(path: Path) -> None:
 
 
 def absolute(path: Path) -> Path:
-    """An absolute path without "..", links kept, independent of later changes of the working folder."""
+    """The absolute path, without ".." and with links unresolved. It does not depend on later changes of the working
+    folder."""
     return Path(os.path.abspath(expanded(path)))  # noqa: PTH100  # Path.absolute keeps ".."

@@ -1,17 +1,19 @@
-"""The journal of a run in a folder beside its place: atomic records of finished work, one lock, one rename at the end.
+"""The journal of a run in a folder next to its output: atomic records of finished work, one lock, and one rename that
+publishes the output.
 
     OUT.partial/
       lock            held while a run is active
       header          what the run depends on: arguments, weights, texts, versions
-      records/        a file for each record: fingerprint, content, state of the random generators, files it goes with
-      tensors/        safetensors, one file a record
-      activations/    of the latest record that has any
-      checkpoints/    files managed by the recipe
-      scratch/        temporary
+      records/        one file per record: fingerprint, content, state of the random generators, names of its tensors
+      tensors/        one safetensors file per record
+      activations/    those of the latest record that has any
+      checkpoints/    files managed by the method
+      scratch/        temporary files
       model/          the finished folder while it is written; it becomes OUT
-      old/            the earlier OUT, until then
+      old/            the earlier OUT, until it is replaced
 
-A record's other files are synchronized to disk before the record is renamed into place, so that records are complete.
+The tensors of a record are synchronized to disk before the record is renamed to its final name, so that every record is
+complete.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class FolderJournal(Journal):
     """A journal in a folder. `journal_of` opens and closes it.
 
     Attributes:
-        home: its folder.
-        resumed: an earlier run began it.
+        out: the output folder of the run.
+        home: the folder of the journal.
+        resumed: whether it belongs to an interrupted run that is being resumed.
     """
 
     keeps = True
@@ -61,7 +64,7 @@ class FolderJournal(Journal):
         self._count = 0
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Records what the run depends on, or checks that it is the same as at the start of the run.
+        """Records what the run depends on; in a resumed run checks that it has not changed.
 
         Args:
             facts: JSON values: a manifest, and everything else that must not change.
@@ -75,7 +78,7 @@ class FolderJournal(Journal):
             _check_same(self.home, _unseal(path), content)
         else:
             with self._writing():
-                for name in _FOLDERS:  # left by a kill before the header was written, or after it was deleted
+                for name in _FOLDERS:  # left by a run killed before the header was written, or after it was deleted
                     shutil.rmtree(self.home / name, ignore_errors=True)
                     (self.home / name).mkdir()
                 write_sealed(path, content)
@@ -84,12 +87,12 @@ class FolderJournal(Journal):
             self._read()
 
     def begun_with(self, setting: str) -> Any:
-        """A setting of the run that is resumed."""
+        """A setting of the interrupted run, from the header."""
         return _unseal(self.home / _HEADER)["settings"].get(setting)
 
     @property
     def holds_work(self) -> bool:
-        """Whether it contains work worth keeping, beyond first measurements."""
+        """Whether it has finished blocks or checkpoints, which are worth keeping; measurements are not."""
         blocks = any(record["tensors"] is not None for records in self._records.values() for record in records)
         return blocks or _has_files(self.home / "checkpoints")
 
@@ -152,7 +155,7 @@ class FolderJournal(Journal):
         """Yields an empty folder that becomes the output if the block succeeds.
 
         Raises:
-            UserError: it could not be written. Finished work stays in the journal.
+            UserError: the output cannot be written. Finished work stays in the journal.
         """
         new, old, place = self.home / "model", self.home / "old", absolute(self.out)
         with self._writing():
@@ -164,7 +167,7 @@ class FolderJournal(Journal):
                     sync(path)
             sync(new)
             check_output(self.out, overwrite=self._overwrite)  # it may have been created since the run began
-            if place.exists() and old.exists():  # killed after the last rename: `place` is the newer one
+            if place.exists() and old.exists():  # a run was killed after the last rename: `place` is the newer one
                 shutil.rmtree(old)
             swap(new, place, old)
             sync(place.parent)
@@ -180,7 +183,7 @@ class FolderJournal(Journal):
         return {"name": name, "sha256": digest}
 
     def _read(self) -> None:
-        """All records of an earlier run, each checked against its fingerprint."""
+        """Reads the records of an interrupted run, and checks each against its fingerprint."""
         shutil.rmtree(self.home / "scratch", ignore_errors=True)
         paths = sorted(path for path in (self.home / "records").iterdir() if not path.name.endswith(".unfinished"))
         for number, path in enumerate(paths):
@@ -218,24 +221,24 @@ class FolderJournal(Journal):
 
 @contextmanager
 def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> Generator[FolderJournal]:
-    """The journal of a run that writes to `out`, open and locked.
+    """Opens and locks the journal of a run that writes to `out`.
 
-    If the block succeeds, the journal is deleted; the output must be in its place by then. Otherwise the journal is
-    kept if it holds finished work, and deleted if not, together with parent folders created for it.
+    If the block succeeds, the journal is deleted; the output must have been written by then. Otherwise the journal is
+    kept if it has finished work, or else deleted together with the parent folders that were created for it.
 
     Args:
         resume: continue with an existing journal.
-        overwrite: an earlier result in `out` may be replaced.
+        overwrite: whether an earlier result in `out` may be replaced.
 
     Raises:
-        UserError: `out` cannot be used, another run is active, there is no journal to resume, or there is one without
-            `resume`.
+        UserError: `out` cannot be used, another run is active, there is no journal to resume, or there is one and
+            `resume` is False.
     """
     home = home_of(out)
     if resume and not home.is_dir():
         finished = f"{out} is finished" if (absolute(out) / MANIFEST).is_file() else f"there is no {home}"
         raise UserError(f"nothing to resume: {finished}; leave --resume out")
-    # A run that was killed after its last rename, before its journal was deleted, replaces its output by the same.
+    # A run that was killed between its last rename and the deletion of its journal may replace its own output.
     overwrite = overwrite or (resume and _wrote(home, out))
     check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
@@ -270,7 +273,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
 
 
 def _forwarded(method: Callable[Concatenate[FolderJournal, P], T]) -> Any:
-    """The method called in the first process alone, with the type that `Journal` declares."""
+    """A method of `SharedJournal` that calls this one in the first process only."""
 
     def call(self: SharedJournal, /, *arguments: P.args, **how: P.kwargs) -> T:
         def called(journal: FolderJournal) -> T:
@@ -283,13 +286,13 @@ def _forwarded(method: Callable[Concatenate[FolderJournal, P], T]) -> Any:
 
 
 class SharedJournal(Journal):
-    """One journal for all processes of a run, which make the same calls: those of the first process are carried out,
-    and their results and errors are broadcast.
+    """One journal for all processes of a run. All processes make the same calls; the first one carries them out, and
+    broadcasts results and errors.
 
-    The folder must be visible to all processes: they read each other's files in it.
+    The folder must be visible to all processes, because they read each other's files in it.
 
     Args:
-        journal: that of the first process; None in the others.
+        journal: the journal in the first process; None in the others.
         world: the processes.
     """
 
@@ -313,7 +316,7 @@ class SharedJournal(Journal):
     scratch = _forwarded(FolderJournal.scratch)
 
     def begin(self, facts: Callable[[], dict[str, Any]]) -> None:
-        """As `FolderJournal.begin`; the facts are computed where they are needed."""
+        """See `FolderJournal.begin`; the facts are computed in the first process only."""
         self.in_first_process(lambda journal: journal.begin(facts()))
 
     @property
@@ -323,11 +326,11 @@ class SharedJournal(Journal):
     def resume_point(self, part: str) -> dict[str, Tensor] | None:
         if self._world.size == 1:
             return self.in_first_process(lambda journal: journal.resume_point(part))
-        return None  # activations are used by single-process runs only, and several processes draw nothing at random
+        # Only single-process runs use saved activations, and nothing that several processes do is random.
+        return None
 
     def output(self, write: Callable[[Path], T]) -> T:
-        """The result of `write`, which writes the output into an empty folder in the first process; the folder is then
-        moved into its place."""
+        """Calls `write` in the first process, with an empty folder that then becomes the output; returns its result."""
 
         def written(journal: FolderJournal) -> T:
             with journal.output() as folder:
@@ -340,7 +343,7 @@ class SharedJournal(Journal):
 def shared_journal(
     out: Path, world: World, *, resume: bool = False, overwrite: bool = False
 ) -> Generator[SharedJournal]:
-    """`journal_of` in the first process, for all of them."""
+    """Opens the journal by `journal_of` in the first process, and yields it to all of them."""
     with ExitStack() as stack:
         if not world.first:
             stack.enter_context(_advising(out, lambda: _has_files(home_of(out) / "checkpoints")))
@@ -353,7 +356,7 @@ def shared_journal(
 
 @contextmanager
 def _advising(out: Path, holds_work: Callable[[], bool]) -> Generator[None]:
-    """Adds to the error of a file that cannot be written what is kept of the run."""
+    """Adds advice on resuming to the error of a file that cannot be written, if there is finished work."""
     try:
         yield
     except WriteError as error:
@@ -370,7 +373,7 @@ def home_of(out: Path) -> Path:
     """The folder of the journal of a run that writes to `out`.
 
     Raises:
-        UserError: there is no folder beside it.
+        UserError: `out` is the root of the file system, which has no folder next to it.
     """
     place = absolute(out)
     if not place.name:
@@ -379,7 +382,7 @@ def home_of(out: Path) -> Path:
 
 
 def _wrote(home: Path, out: Path) -> bool:
-    """Whether `out` was written by the run of this journal, judging by what both depend on."""
+    """Whether `out` was written by the run of this journal: both have the same settings, texts and environment."""
     header, manifest = read_sealed(home / _HEADER) if (home / _HEADER).is_file() else None, absolute(out) / MANIFEST
     try:
         content = json.loads(manifest.read_bytes())
@@ -389,7 +392,7 @@ def _wrote(home: Path, out: Path) -> bool:
 
 
 def _remove(home: Path) -> None:
-    """Deletes the header last, except for the lock: a kill leaves either a journal or nothing."""
+    """Deletes a journal, the header and the lock last, so that a run killed meanwhile leaves a journal or nothing."""
     for path in home.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -400,7 +403,7 @@ def _remove(home: Path) -> None:
 
 
 def _only_ours(home: Path) -> bool:
-    """Removes the remains of a journal that was killed before it had a header."""
+    """Whether a folder without a header has only files of a journal, left by a run that was killed early."""
     known = {*_FOLDERS, _LOCK, f"{_HEADER}.unfinished", "scratch", "model", "old"}
     return all(path.name in known for path in home.iterdir())
 

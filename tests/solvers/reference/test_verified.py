@@ -11,7 +11,7 @@ from admm_prune.data.layer_file import LayerFile
 from admm_prune.errors import UserError
 from admm_prune.methods.local import method_named
 from admm_prune.methods.target import Target
-from admm_prune.runs.layer import solve_layer_file
+from admm_prune.runs.layer import solve_path
 from admm_prune.verify.layer import verify_layer
 
 
@@ -37,7 +37,7 @@ def test_a_solved_layer_is_verified(tmp_path: Path, dtype: torch.dtype, method: 
     """The bound was the value of the rounded point, which a refit in float64 went below."""
     for seed in range(8):
         path, out = layer(tmp_path / "layer.safetensors", seed, dtype, shift=shift), tmp_path / "v.safetensors"
-        solved = solve_layer_file(path, method_named(method), Target(0.5), out=out, device="cpu", overwrite=seed > 0)
+        (solved,) = solve_path(path, method_named(method), [Target(0.5)], out=out, device="cpu", overwrite=seed > 0)
         assert solved.bound is not None
         found = verify_layer(out)
         assert found.verified, found.failures
@@ -48,5 +48,5 @@ def test_a_solved_layer_is_verified(tmp_path: Path, dtype: torch.dtype, method: 
 def test_an_energy_that_is_too_small_is_refused_before_any_work(tmp_path: Path) -> None:
     path, out = layer(tmp_path / "layer.safetensors", 0, torch.float32, shift=1e-4, energy=0.9), tmp_path / "v"
     with pytest.raises(UserError, match=r"layer.safetensors: target_energy .* is not the squared norm of the target"):
-        solve_layer_file(path, method_named("magnitude"), Target(0.5), out=out, device="cpu")
+        solve_path(path, method_named("magnitude"), [Target(0.5)], out=out, device="cpu")
     assert not out.exists()

@@ -1,0 +1,132 @@
+"""The settings of a run, parsed and checked before the model and the texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from admm_prune.errors import UserError, check_installed
+from admm_prune.methods.allocation.rules import AllocationRule
+from admm_prune.methods.base import Recipe, Ridge
+from admm_prune.methods.callbacks import Callbacks, Tracker
+from admm_prune.methods.elsa.engine import Engine
+from admm_prune.methods.joint import Joint
+from admm_prune.methods.parts import check_one_set, target_of
+from admm_prune.methods.registry import composed
+from admm_prune.methods.ridge import parse_ridge
+from admm_prune.methods.selection import Selection
+from admm_prune.methods.struprune.struprune import configured
+from admm_prune.methods.target import Target, parse_target
+from admm_prune.models.parallel import World
+from admm_prune.runs.evaluate import Tasks, task_names
+from admm_prune.runs.journal.folder import check_apart
+from admm_prune.runs.machine import pick_device
+from admm_prune.runs.report import REPORT_PACKAGES
+from admm_prune.runs.texts import check_data, passed_from_python
+from admm_prune.runs.trackers import tracker_of
+from admm_prune.settings import Settings, TextSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """The settings of a run, parsed and checked as far as possible without its model and texts.
+
+    Attributes:
+        recipe: the method with all of its parts.
+        parts: solver, problem and constraint as the user gave them.
+        target: before the selection of weights is applied to a model.
+        text: the settings of the texts, which name them.
+        passed: the texts that were passed as objects, by their role.
+        tracker: in the first process, which logs for all of them.
+    """
+
+    recipe: Recipe
+    parts: Mapping[str, Any]
+    joint: Joint
+    target: Target
+    selection: Selection
+    allocation: AllocationRule | None
+    ridge: Ridge
+    text: TextSettings
+    passed: dict[str, Any]
+    out: Path | None
+    device: str
+    world: World
+    tasks: Tasks | None
+    tracker: Tracker | None
+    callback: Callbacks
+
+
+def resolved(settings: Settings) -> ResolvedRun:
+    """Parses and checks the settings.
+
+    Raises:
+        UserError: a setting cannot be used, alone or with the others.
+    """
+    model, out = settings.model, None if settings.out is None else Path(settings.out)
+    if out is not None:
+        check_installed(*REPORT_PACKAGES)
+    if settings.tokenizer is not None and isinstance(model, str | Path):
+        raise UserError(
+            f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
+        )
+    parts = {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
+    check_one_set(settings.constraint, settings.pattern)
+    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
+    training: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
+    joint = Joint.of(settings.coordinate, settings.refit)
+    recipe = composed(settings.method, **training, engine=Engine.of(settings), **parts, joint=joint)
+    recipe = configured(recipe, settings.unit, settings.multiple)
+    target = _target(settings)
+    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
+    ridge = parse_ridge(settings.ridge)
+    passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
+    text = settings.text(data=check_data(source, model), eval_data=eval_source)
+    if settings.resume and out is None:
+        raise UserError("only a run with --out can be resumed: its journal is beside that folder")
+    if out is not None:
+        check_apart(out, model, settings.data, settings.eval_data)
+    device, world = pick_device(settings.device), World.current()
+    tasks = _tasks(settings, world)
+    tracker = tracker_of(settings.log, out)
+    return ResolvedRun(
+        recipe=recipe,
+        parts=parts,
+        joint=joint,
+        target=target,
+        selection=selection,
+        allocation=allocation,
+        ridge=ridge,
+        text=text,
+        passed=passed,
+        out=out,
+        device=device,
+        world=world,
+        tasks=tasks,
+        tracker=tracker if world.first else None,
+        callback=Callbacks(settings.callbacks, settings.progress),
+    )
+
+
+def _tasks(settings: Settings, world: World) -> Tasks | None:
+    names = task_names(settings.tasks)
+    if not names:
+        if isinstance(settings.tasks, str) or settings.tasks:  # an empty string, or blanks and commas alone
+            raise UserError("name at least one task, such as piqa,arc_easy")
+        unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
+        if unused:
+            raise UserError(f"{unused[0]} is of tasks: name them with tasks")
+        return None
+    if world.size > 1:
+        raise UserError("tasks are evaluated by one process: evaluate them afterwards, with 'admm-prune eval --tasks'")
+    return Tasks(names, folder=settings.task_folder, shots=settings.shots, limit=settings.task_limit)
+
+
+def _target(settings: Settings) -> Target:
+    """The target from the sparsity or the pattern, or from the constraint if neither is given."""
+    constraint = settings.constraint
+    if settings.sparsity is None and settings.pattern is None and not isinstance(constraint, str | type | None):
+        return target_of(constraint) or parse_target(None, None)
+    return parse_target(settings.sparsity, settings.pattern)
