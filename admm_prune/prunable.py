@@ -48,8 +48,9 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
 
     Experts are a module with `num_experts` and parameters (num_experts, ., .), as in transformers. Excluded are the
-    routers of a mixture, which are linear layers beside its experts with one output or one for each expert, and the
-    projection of a state space model's time step (`dt_proj` beside `A_log`), which its mixer applies without a call.
+    routers of a mixture, which are linear layers beside its experts with one output or one for each expert, or in a
+    module beside them that ends in such a layer, and the projection of a state space model's time step (`dt_proj`
+    beside `A_log`), which its mixer applies without a call.
     """
     excluded: set[nn.Module] = set()
     for module in root.modules():
@@ -57,8 +58,8 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
         if isinstance(projection, nn.Linear) and "A_log" in dict(module.named_parameters(recurse=False)):
             excluded.add(projection)
         counts = {count for child in module.children() if (count := _experts(child)) is not None}
-        if counts:
-            excluded |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in counts | {1}}
+        for child in module.children() if counts else ():
+            excluded |= _router(child, counts)
     for name, module in root.named_modules():
         prefix = uncompiled(f"{name}." if name else "")
         if isinstance(module, nn.Linear) or _stores_inputs_first(module):
@@ -69,6 +70,21 @@ def matrices(root: nn.Module) -> Iterator[LinearWeight]:
                 if parameter.ndim == 3 and parameter.shape[0] == count:
                     transposed = bool(getattr(module, "is_transposed", False))
                     yield LinearWeight(f"{prefix}{attribute}", module, attribute, transposed)
+
+
+def _router(module: nn.Module, experts: set[int]) -> set[nn.Module]:
+    """The linear layers of a module beside the experts of a mixture, if it is their router; else none.
+
+    Args:
+        experts: numbers of experts.
+    """
+    if isinstance(module, nn.Linear):
+        return {module} if module.out_features in experts | {1} else set()
+    linears = [inner for inner in module.modules() if isinstance(inner, nn.Linear)]
+    # An attention or a shared expert gives as many outputs as it has inputs.
+    if not linears or linears[-1].out_features == linears[0].in_features:
+        return set()
+    return set(linears) if linears[-1].out_features in experts else set()
 
 
 def uncompiled(name: str) -> str:

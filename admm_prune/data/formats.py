@@ -194,7 +194,8 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Locate
 
 
 def _json_rows(path: Path) -> Iterator[LocatedRow]:
-    """Rows of an array, of the one array in an object ({"data": [...]}), or of lines, as many .json files hold them."""
+    """Rows of an array, of the one array in an object ({"data": [...]}), or of lines, as many .json files hold them; an
+    object with a text of its own is one row, whatever lists it has beside."""
     lines = _lines(path)
     head: list[tuple[int, str]] = []
     begun: list[str] = []  # the first two lines that are not blank
@@ -213,7 +214,10 @@ def _json_rows(path: Path) -> Iterator[LocatedRow]:
     content = _parsed(text, f"{path}: the file")
     if isinstance(content, dict):
         inner = [value for value in content.values() if _is_table(value)]
-        content = content["data"] if _is_table(content.get("data")) else inner[0] if len(inner) == 1 else [content]
+        if isinstance(content.get(TEXT), str):
+            content = [content]
+        else:
+            content = content["data"] if _is_table(content.get("data")) else inner[0] if len(inner) == 1 else [content]
     if not isinstance(content, list):
         raise UserError(f"{path}: a .json file holds an array of rows, not one {type(content).__name__}")
     for number, row in enumerate(content, start=1):

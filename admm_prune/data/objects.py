@@ -114,7 +114,9 @@ def _is_dataset(data: object) -> bool:
 
 
 def _has_tokens(data: Any, column: str | None) -> bool:
-    names = data.column_names or ()
+    names = data.column_names
+    if names is None:  # of a streamed dataset after map(): its rows alone tell
+        names = next(iter(data.take(1)), {})
     return "input_ids" in names and (column == "input_ids" or (column is None and "text" not in names))
 
 
@@ -186,10 +188,11 @@ def _token_rows(item: Any) -> list[list[int]] | None:
         if "input_ids" not in item:
             return None
         rows, mask = _token_rows(item["input_ids"]), item.get("attention_mask")
-        mask_rows = None if mask is None else _token_rows(mask)
-        if rows is None or mask_rows is None:
+        if rows is None or mask is None:
             return rows
-        if [len(row) for row in rows] != [len(row) for row in mask_rows]:
+        mask_rows = _token_rows(_whole_numbers(mask))
+        # Without its mask the padding of a batch would be read as text.
+        if mask_rows is None or [len(row) for row in rows] != [len(row) for row in mask_rows]:
             return None
         return [[t for t, real in zip(*pair, strict=True) if real] for pair in zip(rows, mask_rows, strict=True)]
     if isinstance(item, Tensor):
@@ -208,6 +211,17 @@ def _token_rows(item: Any) -> list[list[int]] | None:
     if all(rows is not None and len(rows) <= 1 for rows in nested):
         return [rows[0] for rows in nested if rows]
     return None
+
+
+def _whole_numbers(mask: Any) -> Any:
+    """An attention mask as whole numbers: it may also consist of booleans or floats."""
+    if isinstance(mask, Tensor):
+        return (mask != 0).long()
+    if isinstance(mask, np.ndarray):
+        return (mask != 0).astype(np.int64)
+    if isinstance(mask, Sequence) and not isinstance(mask, str | bytes):
+        return [_whole_numbers(part) for part in mask]
+    return int(bool(mask)) if isinstance(mask, bool | int | float | np.generic) else mask
 
 
 def _rows_of(ids: np.ndarray[Any, Any]) -> list[list[int]] | None:

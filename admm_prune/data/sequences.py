@@ -189,7 +189,7 @@ def pack(
     if packing == "auto":
         packing = "documents" if tokens <= length * len(documents) else "windows"
     if packing == "segments":
-        rows = _segments(joined(corpus.documents, tokenizer), _first_token(tokenizer), length)
+        rows = _segments(joined(corpus.documents, tokenizer), _first_token(tokenizer), bos, length)
         usable = [row for row in rows if len(row.ids) == length]
     elif packing == "documents":
         rows = [_document(document, bos, length) for document in documents]
@@ -218,8 +218,15 @@ def _document(document: EncodedDocument, bos: int | None, length: int) -> Row:
     given = 0 if bos is not None else 1  # tokens of the text that are given, not scored
     end = min(len(document.ids), length - 1 + given)
     ids = document.ids[:end] if bos is None else torch.cat([torch.tensor([bos]), document.ids[:end]])
-    characters = int(document.bounds[end] - document.bounds[min(given, end)])
+    characters = _scored_characters(document, min(given, end), end, bos)
     return Row(ids, characters, truncated=len(document.ids) - end)
+
+
+def _scored_characters(document: EncodedDocument, start: int, end: int, bos: int | None) -> int:
+    """The characters that tokens start to end stand for, without those that a BOS in the text spells: it is not scored,
+    as in the turns of a conversation or between documents that were joined before they came here."""
+    shares = document.bounds[start : end + 1].diff()
+    return int(shares.sum() if bos is None else shares[document.ids[start:end] != bos].sum())
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -228,14 +235,15 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return int(ids[0]) if len(ids) > 0 and ids[0] == tokenizer.bos_token_id else None
 
 
-def _segments(document: EncodedDocument, first: int | None, length: int) -> list[Row]:
-    ids, bounds = document.ids, document.bounds
+def _segments(document: EncodedDocument, first: int | None, bos: int | None, length: int) -> list[Row]:
     if first is not None:
-        ids, bounds = torch.cat([torch.tensor([first]), ids]), torch.cat([torch.tensor([0]), bounds])
+        document = EncodedDocument(
+            torch.cat([torch.tensor([first]), document.ids]), torch.cat([torch.tensor([0]), document.bounds])
+        )
     rows = []
-    for start in range(0, len(ids), length):
-        end = min(start + length, len(ids))
-        rows.append(Row(ids[start:end], int(bounds[end] - bounds[min(start + 1, end)])))
+    for start in range(0, len(document.ids), length):
+        end = min(start + length, len(document.ids))
+        rows.append(Row(document.ids[start:end], _scored_characters(document, min(start + 1, end), end, bos)))
     return rows
 
 
@@ -243,18 +251,19 @@ def _windows(documents: list[EncodedDocument], bos: int | None, length: int) -> 
     documents = [document for document in documents if len(document.ids) > 0]
     if not documents:
         return []
-    ids, bounds = _stream(documents, bos)
+    stream = _stream(documents, bos)
+    ids = stream.ids
     step = length - 1  # tokens scored in a full window
     rows = []
     for start in range(0 if bos is not None else 1, len(ids), step):
         end = min(start + step, len(ids))
         given = ids[start - 1 : start] if bos is None else torch.tensor([bos])
-        rows.append(Row(torch.cat([given, ids[start:end]]), int(bounds[end] - bounds[start])))
+        rows.append(Row(torch.cat([given, ids[start:end]]), _scored_characters(stream, start, end, bos)))
     return rows
 
 
-def _stream(documents: list[EncodedDocument], bos: int | None) -> tuple[Tensor, Tensor]:
-    """All documents as one, BOS between them: ids (n,) and bounds (n + 1,) in the characters of all documents."""
+def _stream(documents: list[EncodedDocument], bos: int | None) -> EncodedDocument:
+    """All documents as one, BOS between them; the bounds are in the characters of all documents."""
     ids: list[Tensor] = []
     bounds: list[Tensor] = []
     characters = 0
@@ -265,7 +274,7 @@ def _stream(documents: list[EncodedDocument], bos: int | None) -> tuple[Tensor, 
         ids.append(document.ids)
         bounds.append(document.bounds[:-1] + characters)
         characters += int(document.bounds[-1])
-    return torch.cat(ids), torch.cat([*bounds, torch.tensor([characters])])
+    return EncodedDocument(torch.cat(ids), torch.cat([*bounds, torch.tensor([characters])]))
 
 
 @dataclass(frozen=True)
@@ -333,7 +342,7 @@ def joined(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) ->
 def _located(document: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> EncodedDocument:
     """Ids with the characters that each adds to the decoded text; a tokenizer that decodes a token in other ways beside
     others gives every token an equal share."""
-    ids = list(document[1:] if document[0] == tokenizer.bos_token_id else document)
+    ids = list(document[1:] if document[:1] == (tokenizer.bos_token_id,) else document)
     stream = DecodeStream(skip_special_tokens=False)
     backend = cast("Tokenizer", tokenizer.backend_tokenizer)
     bounds = [0]

@@ -57,9 +57,14 @@ def attention_views(block: Block) -> tuple[AttentionViews, ...]:
         size = next((size for size in sizes if isinstance(size, int)), None)
         if size is None:
             continue
+        if "A_log" in dict(module.named_parameters(recurse=False)):
+            continue  # a state space model with heads
         if len(views) == 2:
             joined = max(views, key=lambda view: view.shape[0])
-            raise UserError(_refusal(block, f"{joined.name} holds queries, keys and values in one matrix"))
+            why = f"{joined.name} holds queries, keys and values in one matrix"
+            if views[0].shape == views[1].shape[::-1]:
+                why = f"{name} has no keys and values of its own, it reads those of another block"
+            raise UserError(_refusal(block, why))
         if len(views) == 4:
             inner, output = (views[2], *views[:2]), views[3]
             whole = (view for view in inner if output.shape[1] % view.shape[0] == view.shape[0] % size == 0)

@@ -200,8 +200,8 @@ class Checkpoint:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all safetensors files of a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    """Bytes of the safetensors files of a folder that `from_pretrained` reads; 0 where there is none."""
+    return sum((folder / name).stat().st_size for name in _weight_names(folder) if (folder / name).is_file())
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -210,13 +210,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there is none, the index cannot be read, or a file is missing or damaged.
     """
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = _weight_names(folder)
     if not names or not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder: it has no config.json or no safetensors weights")
-    if SINGLE in names:
-        names = [SINGLE]
-    elif (folder / INDEX).is_file():
-        names = indexed(folder)
     files: dict[str, Path] = {}
     for name in names:
         try:
@@ -225,6 +221,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(folder / name, error)) from error
     return files
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """The safetensors files of a folder that `from_pretrained` reads; others, such as `consolidated.safetensors`, may
+    hold the same weights once more."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE in names:
+        return [SINGLE]
+    return indexed(folder) if names and (folder / INDEX).is_file() else names
 
 
 def indexed(folder: Path) -> list[str]:

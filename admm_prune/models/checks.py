@@ -166,7 +166,7 @@ def _try(model: Any, block: Block, device: torch.device) -> str | None:
     leaving: list[Tensor] = []
     for last in (_IDS[-1], _IDS[-1] + 1):
         hidden, used = _output(model, block, _token_ids(model, device, last))
-        leaving.append(hidden[..., :-1, :].double())
+        leaving.append(hidden[:, :-1].double())
         unused = [view.name for view in block.weights if view.module not in used and not _is_chosen(block, view)]
         if unused:
             return f"{unused[0]} is never used by {type(model).__name__} on text alone: it cannot be pruned"
@@ -189,7 +189,7 @@ def _is_chosen(block: Block, view: WeightView) -> bool:
 
 
 def _output(model: nn.Module, block: Block, ids: Tensor) -> tuple[Tensor, set[nn.Module]]:
-    """The hidden states (1, n, d) that a block returns, and the modules in it that were called."""
+    """The hidden states (1, n, ...) that a block returns, and the modules in it that were called."""
     used: set[nn.Module] = set()
     with ExitStack() as stack:
         for module in {view.module for view in block.weights}:

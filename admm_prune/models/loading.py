@@ -9,7 +9,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +23,7 @@ from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
 from admm_prune.models.checks import check_causal, check_vocabulary, embedding_rows
 from admm_prune.models.families import per_layer_class
+from admm_prune.models.gguf_file import check_all_read, check_gguf, dequantized, is_gguf, place_of
 from admm_prune.models.stored import check_stored, dequantizer, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Offloading
 
@@ -196,7 +196,7 @@ def locate(source: str, *, weights: bool = True) -> Path | str:
     folder = Path(str(files("admm_prune") / "assets" / EMBEDDED)) if source == EMBEDDED else expanded(source)
     if not folder.is_dir():
         if is_gguf(folder) and folder.is_file():
-            _check_gguf(source, folder)
+            check_gguf(source, folder)
             return folder
         if folder.exists():
             raise UserError(f"{source}: a file, not a model folder")
@@ -267,38 +267,12 @@ def _check_reachable(source: str) -> None:
         ) from error
 
 
-def is_gguf(path: Path) -> bool:
-    """True where the name of a file ends as that of a GGUF file."""
-    return path.suffix.lower() == ".gguf"
-
-
-def _check_gguf(source: str, file: Path) -> None:
-    """Raises UserError where a file does not begin as GGUF does, or the package that reads it is missing."""
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise UserError(f"{source}: not a GGUF file")
-    if find_spec("gguf") is None:
-        raise UserError(f"{source}: reading GGUF needs the package gguf: pip install 'admm-prune[gguf]'")
-
-
-def place_of(location: Path | str) -> tuple[Path | str, dict[str, str]]:
-    """The folder or Hub id for a `from_pretrained` of transformers, and its option that names a GGUF file."""
-    if isinstance(location, Path) and is_gguf(location):
-        return location.parent, {"gguf_file": location.name}
-    return location, {}
-
-
-def _load_gguf(source: str, file: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+def _load_gguf(source: str, file: Path, dtype: torch.dtype | str | None) -> tuple[PreTrainedModel, tuple[str, ...]]:
     with explained(source, file), quiet():
-        from transformers import AutoModelForCausalLM
-
-        place, option = place_of(file)
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or torch.float32, output_loading_info=True, **option
-        )
-    model: Any = result[0]
-    model.hf_quantizer.remove_quantization_config(model)  # the weights are dequantized, and saved as they are
-    return _complete(source, model, result[1])
+        model, information = dequantized(file, dtype)
+        _complete(source, model, information)
+        notes = check_all_read(source, file, model, information)
+    return model, notes
 
 
 def _complete(source: str, model: Any, information: dict[str, Any]) -> PreTrainedModel:
@@ -315,7 +289,7 @@ def _load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model, and notes on its files."""
     if is_gguf(folder):
-        return _load_gguf(source, folder, dtype), ()
+        return _load_gguf(source, folder, dtype)
     with explained(source, folder), quiet():
         config, kind = kind_of(folder, trust_remote_code)
         quantizer = dequantizer(source, config)
@@ -383,9 +357,13 @@ def load_tokenizer(source: str, location: Path | str, trust_remote_code: bool) -
         with quiet():
             place, option = place_of(location)
             return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **option)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain exceptions
         if "trust_remote_code" in str(error):
             raise RemoteCodeError(source) from error
+        if isinstance(location, Path) and any(location.glob("tokenizer*")):
+            raise UserError(
+                f"{source}: no tokenizer could be read from the files there ({first_line(error)})"
+            ) from error
         raise UserError(f"{source}: no tokenizer could be read: save the model's tokenizer beside it") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,10 +22,6 @@ from admm_prune.errors import UserError
 from admm_prune.models.checkpoint import FLOATS, Checkpoint
 from admm_prune.models.structure import Block, assign, decoder_blocks
 
-# Methods whose weights transformers does not dequantize while it loads.
-_STAY_QUANTIZED = frozenset(
-    {"gptq", "awq", "auto-round", "aqlm", "quanto", "eetq", "hqq", "torchao", "bitnet", "vptq", "spqr"}
-)
 _WHOLE = ("I", "U", "BOOL")  # prefixes of the names of dtypes that are not floats
 _MASKED = ".masked_bias"  # the constant -1e4 of causal masks, saved with GPT-2, GPT-Neo and GPT-J by early releases
 
@@ -234,7 +231,7 @@ def dequantizer(source: str, config: Any) -> Any:
     method = str(getattr(method, "value", method))
     refusal = f"{source}: its weights are quantized ({method})"
     remedy = "prune the original model, or dequantize them and save the result"
-    if method in _STAY_QUANTIZED:  # before transformers asks for a package that would not help
+    if _stays_quantized(method):  # before transformers asks for a package that would not help
         raise UserError(f"{refusal}, and only floats can be pruned: {remedy}")
     settings["dequantize"] = True
     try:
@@ -248,3 +245,11 @@ def dequantizer(source: str, config: Any) -> Any:
         raise UserError(f"{refusal}, and only floats can be pruned: {remedy}")
     config.quantization_config = settings
     return quantizer
+
+
+def _stays_quantized(method: str) -> bool:
+    """Whether transformers knows a method, and cannot dequantize its weights while it loads."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KINDS
+
+    kind = KINDS.get(method, KINDS.get(f"{method}_4bit"))  # bitsandbytes has two names for one method
+    return kind is not None and "dequantize" not in signature(kind).parameters

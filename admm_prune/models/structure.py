@@ -109,8 +109,9 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
 
     Raises:
         UserError: there is no such list, or a block has no such matrix, or keeps weights in another form (a
-            convolution over several channels), which would stay dense unnoticed; the model has an encoder, or reads
-            more than text. The message names the model's class, and the first block that cannot be read.
+            convolution over several channels, or most of its entries in plain parameters), which would stay dense
+            unnoticed; the model has an encoder, or reads more than text. The message names the model's class, and the
+            first block that cannot be read.
     """
     kind = type(model).__name__
     _check_decoder(model)
@@ -129,19 +130,40 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     for name, module in names.items():
         everything = _views(module, name)
         known = {id(view.parameter) for view in everything}
-        for inner, parameter in module.named_parameters():
-            is_vector = sum(size > 1 for size in parameter.shape) <= 1
-            if parameter.ndim > 2 and not is_vector and id(parameter) not in known and not _is_depthwise(module, inner):
-                form = f"{name}.{inner} {tuple(parameter.shape)}"
-                raise UserError(
-                    f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D, nor of experts"
-                )
+        unread = _in_another_form(module, known)
+        if unread is not None:
+            form = f"{name}.{unread} {tuple(module.get_parameter(unread).shape)}"
+            raise UserError(
+                f"{kind}: cannot read block {name}: {form} is not the matrix of a Linear or Conv1D, nor of experts"
+            )
         views = [view for view in everything if id(view.parameter) not in taken]
         if not views:
             raise UserError(f"{kind}: cannot read block {name}: it has no Linear, Conv1D or expert matrix of its own")
         taken |= {id(view.parameter) for view in views}
         blocks.append(Block(name, module, tuple(views)))
     return blocks
+
+
+def _in_another_form(block: nn.Module, known: set[int]) -> str | None:
+    """The name of a parameter of a block that should be pruned and is in no form that can be; None without one.
+
+    Routers, state matrices and the like are small beside the matrices of a block: plain parameters of two dimensions
+    are such weights where they hold more entries than all that can be pruned, such as the stacked experts of DBRX.
+
+    Args:
+        known: the `id` of every parameter that can be pruned.
+    """
+    plain: dict[str, int] = {}
+    for name, parameter in block.named_parameters():
+        is_vector = sum(size > 1 for size in parameter.shape) <= 1
+        if is_vector or id(parameter) in known or _is_depthwise(block, name):
+            continue
+        if parameter.ndim > 2:
+            return name
+        if not isinstance(block.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Embedding):
+            plain[name] = parameter.numel()
+    read = sum(parameter.numel() for parameter in block.parameters() if id(parameter) in known)
+    return max(plain, key=lambda name: plain[name]) if sum(plain.values()) > read > 0 else None
 
 
 def assign(root: nn.Module, name: str, value: Any) -> None:

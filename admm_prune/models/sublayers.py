@@ -162,6 +162,10 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
     if len(inner) not in (1, 3):
         return None
     if len(inner) == 1:
+        if "A_log" in dict(module.named_parameters(recurse=False)):
+            return f"{name} is a state space model"
+        if inner[0].shape == output.shape[::-1]:
+            return f"{name} has no keys and values of its own, it reads those of another block"
         if type(module).__name__ not in GROUPED_BY_KEY_HEAD:
             return f"{name} keeps queries, keys and values in one matrix"
         keys = (inner[0].shape[0] - columns) // 2 // size

@@ -34,7 +34,7 @@ from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
 from admm_prune.runs.results import Report
-from admm_prune.runs.texts import Texts, check_data
+from admm_prune.runs.texts import Texts, check_data, log_notes
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
 
 RECORDED = recorded_names("compare") | {"methods", "targets", "baselines"}  # of the settings in the manifest
@@ -167,6 +167,7 @@ def compare(
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
         loaded = opened(model_name, dtype=run.dtype)
+        log_notes(loaded)
         jobs = _jobs(recipes, targets, settings, loaded.model)
         texts = Texts(settings.text, loaded)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)

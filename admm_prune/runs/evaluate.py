@@ -24,7 +24,7 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import TextRecord
-from admm_prune.runs.texts import Texts, check_data, validation_text
+from admm_prune.runs.texts import Texts, check_data, log_notes, validation_text
 from admm_prune.settings import TextSettings
 
 _IN_THE_WORKING_FOLDER = "; a relative path is one in the working folder"
@@ -89,14 +89,23 @@ def evaluated_dense(loaded: LoadedModel, text: Sequences, runtime: Runtime) -> V
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """The perplexity of a model on the text, and the fraction of zeros in its block matrices."""
+    """The perplexity of a model on the text, and the fraction of zeros in its block matrices.
+
+    `notes` are on tensors of its files that the model does not use.
+    """
 
     figures: Evaluation
     sparsity: float
     text: TextRecord
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self.figures), "sparsity": self.sparsity, "text": asdict(self.text)}
+        return {
+            **asdict(self.figures),
+            "sparsity": self.sparsity,
+            "text": asdict(self.text),
+            "notes": list(self.notes),
+        }
 
 
 def evaluate_model(
@@ -129,6 +138,7 @@ def evaluate_model(
     if text is None and run is None:
         text = TextSettings(data=check_data(None, model), **changes)
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    log_notes(loaded)
     sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
     if run is not None:
         texts = run.texts(loaded, changes)
@@ -137,7 +147,8 @@ def evaluate_model(
         assert text is not None
         sequences, record = validation_text(text, loaded)
     report = Runtime(on_progress=on_progress).report_progress
-    return ModelEvaluation(evaluation.evaluate(loaded.model, sequences, on_progress=report), sparsity, record)
+    figures = evaluation.evaluate(loaded.model, sequences, on_progress=report)
+    return ModelEvaluation(figures, sparsity, record, loaded.notes)
 
 
 @dataclass(frozen=True)
@@ -336,4 +347,5 @@ def evaluate_tasks(
     check_dtype(dtype)
     chosen = Tasks(tasks, **how)
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    log_notes(loaded)
     return chosen.evaluate(loaded, seed=seed, batch_size=batch_size)

@@ -30,7 +30,7 @@ from admm_prune.result import Diagnosis, Result
 from admm_prune.runs.claims import Claims, layer_sha256, tensor_sha256
 from admm_prune.runs.journal.folder import check_output_file
 from admm_prune.runs.machine import PeakMemory, check_dtype, pick_device
-from admm_prune.runs.texts import Texts
+from admm_prune.runs.texts import Texts, log_notes
 from admm_prune.settings import TextSettings
 from admm_prune.solvers.diagnostics import diagnose
 from admm_prune.solvers.reference import BlockCertificate, Bound, DualCertificate, block_bound, dual_bound, lower_bound
@@ -78,6 +78,7 @@ def capture_layer(
     weighting = LayerProblem.of(problem).weighting
     check_dtype(dtype)
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    log_notes(loaded)
     blocks = decoder_blocks(loaded.model)
     home = next((i for i, block in enumerate(blocks) if weight in [view.name for view in block.weights]), None)
     if home is None:

@@ -25,7 +25,8 @@ from admm_prune.methods.registry import DEFAULT
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.evaluate import sparsity
-from admm_prune.models.loading import LoadedModel, fingerprint, from_module, is_gguf, load, open_on_disk, save
+from admm_prune.models.gguf_file import is_gguf
+from admm_prune.models.loading import LoadedModel, fingerprint, from_module, load, open_on_disk, save
 from admm_prune.models.parallel import World
 from admm_prune.models.reloading import check_reloaded
 from admm_prune.models.structure import Block, decoder_blocks, notes_on

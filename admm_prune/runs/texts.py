@@ -99,7 +99,7 @@ class Texts:
         self._calibration_corpus, self._validation_corpus = _sources(settings, loaded, passed or {}).both()
         self._packed: dict[int, Sequences] = {}
         self.evaluation = _pack_validation(self._validation_corpus, settings, self._length, loaded)
-        _log_notes(self._calibration_corpus, self._validation_corpus)
+        log_notes(self._calibration_corpus, self._validation_corpus)
 
     def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
         """The calibration text.
@@ -149,7 +149,7 @@ def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequen
     length = sequence_length(loaded.model.config, settings.length)
     corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
-    _log_notes(corpus)
+    log_notes(corpus)
     sequences = _pack_validation(corpus, settings, length, loaded)
     return sequences, TextRecord.of(corpus, sequences)
 
@@ -275,8 +275,8 @@ class _Sources:
         return read_corpus(source, **how)
 
 
-def _log_notes(*corpora: Corpus) -> None:
-    """Logs assumptions and replacements made in reading texts, in one process only."""
+def log_notes(*annotated: Corpus | LoadedModel) -> None:
+    """Logs assumptions and replacements made in reading texts or a model, in one process only."""
     if os.environ.get("RANK", "0") == "0":
-        for note in dict.fromkeys(note for corpus in corpora for note in corpus.notes):
+        for note in dict.fromkeys(note for one in annotated for note in one.notes):
             _LOG.warning("note: %s", note)

@@ -119,6 +119,7 @@ def test_eval_of_a_pruned_folder_finds_the_figures_of_its_run(
     outcome = command("eval", "pruned", "--data", "judge.txt", "--json")
     content = outcome.json()
     assert content.pop("text")["source"] == "judge.txt"
+    assert content.pop("notes") == []
     assert set(content) == FIGURES | {"sparsity"}
     assert content == {**pruned["pruned"], "sparsity": pruned["sparsity"]}
     assert outcome.err == ""

@@ -69,6 +69,12 @@ def test_every_kind_of_file_gives_its_documents(tmp_path: Path, name: str) -> No
     assert read_corpus(str(tmp_path / name)) == Corpus(str(tmp_path / name), STORIES)
 
 
+@pytest.mark.parametrize("beside", [{"tags": ["a", "b"]}, {"data": [{"text": "other"}]}])
+def test_an_object_with_a_text_is_one_row_whatever_lists_it_has(tmp_path: Path, beside: dict[str, object]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"title": "t", "text": STORIES[0], **beside}))
+    assert read_corpus(str(tmp_path / "a.json")).documents == STORIES[:1]
+
+
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
 def test_tables_give_the_column_of_text(tmp_path: Path, name: str, delimiter: str) -> None:
     plain = tmp_path / "plain"

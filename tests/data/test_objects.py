@@ -52,6 +52,15 @@ TEXTS: dict[str, Any] = {
     "splits": datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": STORIES})),
 }
 TOKENS: dict[str, Any] = {
+    "a mask of truth values": PADDED | {"attention_mask": PADDED["attention_mask"].bool()},
+    "a mask of fractions": PADDED | {"attention_mask": PADDED["attention_mask"].half()},
+    "a mask of truth values in lists": [
+        {"input_ids": [*IDS[0], 0], "attention_mask": [True, True, True, False]},
+        {"input_ids": [0, *IDS[1]], "attention_mask": np.array([False, True, True, True])},
+    ],
+    "a streamed dataset after map": datasets.Dataset.from_dict({"text": STORIES})
+    .to_iterable_dataset()
+    .map(lambda row: {"input_ids": IDS[STORIES.index(row["text"])]}, remove_columns=["text"]),
     "lists": [list(ids) for ids in IDS],
     "a list of tensors": list(TENSOR),
     "arrays": [np.array(ids, dtype=np.uint16) for ids in IDS],
@@ -114,6 +123,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "text and tokens": (["a", [1, 2]], "text and tokens are mixed"),
     "text after rows": ([{"text": "a"}, 3], "item 2 is not a JSON object with the key 'text'"),
     "a mask of another shape": ([{"input_ids": [1, 2], "attention_mask": [[1], [1]]}], "neither text nor tokens"),
+    "a mask that is none": ([{"input_ids": [1, 2], "attention_mask": "11"}], "neither text nor tokens"),
     "two columns": (datasets.Dataset.from_dict({"a": STORIES, "b": STORIES}), "no column 'text'; found a, b"),
     "no such split": (datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": STORIES})), "no split 'train'"),
 }
@@ -174,6 +184,23 @@ def test_characters_of_tokens_add_up_to_the_text(tokenizer: PreTrainedTokenizerF
     assert found.bounds[0] == 0
     assert found.bounds[-1] == len(text)
     assert found.bounds.diff().min() >= 0
+
+
+@pytest.mark.parametrize("packing", ["documents", "windows", "segments"])
+def test_characters_of_a_begin_within_a_text_are_not_counted(tokenizer: PreTrainedTokenizerFast, packing: Any) -> None:
+    """It is given, not scored: bits per character would divide by three characters too many."""
+    one, other = (tuple(document.ids.tolist()) for document in encode(("the cat", "a mat"), tokenizer))
+    whole = (*one, 0, 0, *other)  # "<s>" twice
+    given = packing == "segments"  # the first token of a segment, here without a BOS before it
+    found = pack(Corpus("x", (whole,)), tokenizer, length=len(whole) + (not given), packing=packing)
+    assert found.scored_tokens == len(one + other) - given
+    assert found.characters == len("the cat" + "a mat") - given * len(tokenizer.decode(one[:1]))
+
+
+def test_a_text_of_one_token_holds_nothing_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    _, last = hold_out(corpus_of([[5]]))
+    with pytest.raises(UserError, match="no document has a token to score"):
+        pack(last, tokenizer, length=8)
 
 
 def test_tokens_are_held_out_by_documents_or_within_one() -> None:

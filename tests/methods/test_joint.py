@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import admm_prune
 from admm_prune.data.sequences import Row, Sequences
@@ -27,10 +28,11 @@ from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.refit import BlockOutput, BlockTokens
 from admm_prune.methods.registry import composed
 from admm_prune.methods.target import Target
-from admm_prune.models.attention import ModelMixing, attention_of
+from admm_prune.models.attention import ModelMixing, attention_of, attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
+from admm_prune.models.sublayers import heads_stay
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import pruning_stages
 from admm_prune.plan.counting import Work, counted
@@ -42,7 +44,7 @@ from admm_prune.runs.results import Report
 from admm_prune.settings import Settings
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.verify.run import verify_folder
-from tests.models.tiny_models import FAMILIES, VARIANTS, VOCABULARY, build
+from tests.models.tiny_models import FAMILIES, VARIANTS, VOCABULARY, build, shared_keys
 
 BOTH = Joint(coordinate=("attention",), refit="block")
 ONE_MATRIX = r"(qkv_proj|c_attn|query_key_value)\.weight holds queries, keys and values in one matrix"
@@ -96,6 +98,22 @@ def test_head_outputs_are_those_of_the_model_and_the_adjoint_is_theirs(family: s
         one, two = torch.randn(values.shape, generator=g), torch.randn(heads.shape, generator=g)
         left, right = (mixing.mix(number, one) * two).sum(), (one * mixing.unmix(number, two)).sum()
         assert float(left) == pytest.approx(float(right), rel=1e-3, abs=1e-3)
+
+
+def test_attentions_without_keys_of_their_own_and_state_spaces_are_named_as_what_they_are() -> None:
+    """Two matrices in a module with heads are not always queries, keys and values in one, and the output."""
+    reading = decoder_blocks(shared_keys())[-1]
+    with pytest.raises(UserError, match=r"model\.layers\.3\.self_attn has no keys and values of its own") as refusal:
+        attention_views(reading)
+    assert "in one matrix" not in str(refusal.value)
+    assert "has no keys and values of its own" in str(heads_stay(reading))
+    sizes = {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 4}
+    (mamba,) = decoder_blocks(
+        Mamba2ForCausalLM(Mamba2Config(hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY, **sizes))
+    )
+    with pytest.raises(UserError, match="0 of its modules have queries, keys, values and an output"):
+        attention_views(mamba)
+    assert str(heads_stay(mamba)).endswith("is a state space model")
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -41,6 +41,7 @@ from transformers import (
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
+from admm_prune.models.checkpoint import weight_bytes
 from admm_prune.models.checks import check_causal
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
@@ -293,6 +294,8 @@ def test_fp8_without_a_word_in_the_config_is_refused(saved: Make) -> None:
             {"quant_method": "compressed-tensors", "config_groups": {}, "format": "float-quantized"},
             "compressed-tensors",
         ),
+        ({"quant_method": "higgs"}, "higgs"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
         ({"quant_method": "nonesuch"}, "nonesuch"),
         ({"load_in_4bit": True}, "unknown method"),
     ],
@@ -301,7 +304,23 @@ def test_other_quantization_is_refused_by_its_name(saved: Make, settings: dict[s
     message = one_refusal(saved(llama(), quantization_config=settings))
     assert f"its weights are quantized ({method})" in message
     assert "dequantize them and save the result" in message
-    assert "pip install" not in message or method in ("bitsandbytes", "compressed-tensors")
+    # A package to install would not help: the weights would stay quantized.
+    assert method == "compressed-tensors" or "pip install" not in message
+    assert method in ("compressed-tensors", "nonesuch", "unknown method") or "only floats can be pruned" in message
+
+
+def test_the_size_on_disk_is_that_of_the_files_that_are_loaded(tmp_path: Path) -> None:
+    """Mistral publishes `consolidated.safetensors` beside the shards: the same weights once more."""
+    model = llama()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for name in ("whole", "shards"):
+        shards = list((tmp_path / name).glob("*.safetensors"))
+        assert len(shards) == 1 if name == "whole" else len(shards) > 2
+        size = sum(path.stat().st_size for path in shards)
+        (tmp_path / name / "consolidated.safetensors").write_bytes(bytes(size))
+        assert weight_bytes(tmp_path / name) == size
+    assert weight_bytes(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize(

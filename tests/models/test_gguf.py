@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.models.gguf_file import dequantized
 from admm_prune.models.loading import load
 
 IDS = torch.tensor([[1, 7, 80, 200, 3, 41]])
@@ -27,11 +30,14 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def gguf_file(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama of `model_folder` as a GGUF file in float32."""
+    return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model_folder)
+
+
+def write(path: Path, model_folder: Path, more: Callable[[gguf.GGUFWriter], None] = lambda _: None) -> Path:
+    """The tiny Llama of `model_folder` as a GGUF file in float32, with what `more` adds."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_folder)
     config = model.config
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -70,6 +76,7 @@ def gguf_file(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         elif name != "lm_head.weight":
             key = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
             writer.add_tensor(key, value)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -115,6 +122,72 @@ def test_it_is_not_streamed(gguf_file: Path, text_file: Path, tmp_path: Path) ->
 
 
 def test_without_its_package_it_says_what_to_install(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("admm_prune.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("admm_prune.models.gguf_file.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'admm-prune\[gguf\]'"):
         load(str(gguf_file))
+
+
+def tensor(name: str, *values: float) -> Callable[[gguf.GGUFWriter], None]:
+    return lambda writer: writer.add_tensor(name, np.array(values, dtype=np.float32))
+
+
+def scaled(kind: str, factor: float) -> Callable[[gguf.GGUFWriter], None]:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", kind)
+        writer.add_float32("llama.rope.scaling.factor", factor)
+
+    return more
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (tensor("blk.1.attn_q.bias", *range(32)), r"no place for blk\.1\.attn_q\.bias \(1 such in all\)"),
+        (tensor("rope_freqs.weight", 1, 1, 8, 8), r"its positions are scaled \(rope_freqs\.weight\)"),  # Llama 3.1
+        (scaled("yarn", 4.0), r"its positions are scaled \(rope\.scaling\.type yarn\)"),
+    ],
+)
+def test_what_transformers_leaves_out_of_a_model_is_refused(
+    model_folder: Path, tmp_path: Path, more: Callable[[gguf.GGUFWriter], None], message: str
+) -> None:
+    """Figures of what is left would be of another model."""
+    with pytest.raises(UserError, match=message):
+        load(str(write(tmp_path / "more.gguf", model_folder, more)))
+
+
+@pytest.mark.parametrize(
+    ("more", "notes"),
+    [
+        (
+            tensor("v.patch_embd.bias", 1, 2),
+            ("1 tensors of the file are not used by the model, nor saved, such as v.patch_embd.bias",),
+        ),
+        (tensor("rope_freqs.weight", 1, 1, 1, 1), ()),
+        (scaled("linear", 1.0), ()),
+        (scaled("none", 4.0), ()),
+    ],
+)
+def test_what_makes_no_difference_is_at_most_noted(
+    model_folder: Path, tmp_path: Path, more: Callable[[gguf.GGUFWriter], None], notes: tuple[str, ...]
+) -> None:
+    loaded = load(str(write(tmp_path / "more.gguf", model_folder, more)))
+    assert loaded.notes == notes
+    assert torch.allclose(loaded.model(IDS).logits, load(str(model_folder)).model(IDS).logits, atol=1e-5)
+
+
+def test_its_weights_are_dequantized_whatever_kernels_there_are(gguf_file: Path) -> None:
+    """With a kernel for packed weights, transformers would leave them packed in layers that are not linear."""
+    asked: list[dict[str, Any]] = []
+    loads = AutoModelForCausalLM.from_pretrained
+
+    def spied(*place: Any, **how: Any) -> Any:
+        asked.append(how)
+        return loads(*place, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", spied)
+        model, _ = dequantized(gguf_file, None)
+    if hasattr(transformers, "GgufConfig"):  # releases that have kernels for packed weights
+        assert asked[0]["quantization_config"].dequantize
+    assert getattr(model.config, "quantization_config", None) is None
+    assert getattr(model, "hf_quantizer", None) is None

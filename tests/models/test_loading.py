@@ -175,6 +175,14 @@ def test_a_model_without_tokenizer(folder: Path) -> None:
     assert "no tokenizer could be read" in refusal(folder)
 
 
+def test_a_tokenizer_that_is_there_and_cannot_be_read_is_not_called_missing(folder: Path) -> None:
+    """Such as one of a later release of tokenizers."""
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    message = refusal(folder)
+    assert "no tokenizer could be read from the files there (" in message
+    assert "save the model's tokenizer" not in message
+
+
 @pytest.mark.parametrize("opens", [load, open_on_disk])
 @pytest.mark.parametrize("known", [False, True])
 def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 
 from admm_prune.models.loading import load, open_on_disk
 from admm_prune.plan.anatomy import Anatomy
+from admm_prune.runs.evaluate import evaluate_model
+from admm_prune.settings import TextSettings
 from tests.models.conftest import Make, Tensors
 from tests.models.test_checkpoints import FP8, in_blocks_of_8_bits, llama, one_refusal, run_both_ways
 from tests.models.tiny_models import CONTEXT, VOCABULARY
@@ -49,6 +52,18 @@ def test_weights_outside_of_the_blocks_are_said_in_report_and_card(saved: Make, 
     for out in (folder.parent / "out-False", folder.parent / "out-True"):
         assert note in json.loads((out / "admm_prune.json").read_text())["notes"]
         assert f"\n- {note}\n" in (out / "README.md").read_text()
+
+
+def test_weights_without_a_place_are_said_where_a_model_is_evaluated(
+    saved: Make, text_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(llama(), lambda tensors: tensors | {"lm_head.bias": torch.randn(VOCABULARY)})
+    with caplog.at_level(logging.WARNING, "admm_prune"):
+        found = evaluate_model(str(folder), TextSettings(data=str(text_file), length=32, eval_samples=2), device="cpu")
+    (note,) = found.notes
+    assert "such as lm_head.bias" in note
+    assert found.as_json()["notes"] == [note]
+    assert f"note: {note}" in caplog.text
 
 
 def gpt2() -> PreTrainedModel:
