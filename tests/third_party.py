@@ -58,6 +58,28 @@ class Logarithmic:
         return value, away.map(lambda d: 2 * d / (1 + d.square()))
 
 
+class Huber:
+    """sum_ti h((x_t V^T - y_t)_i), h(e) = e^2 / 2 up to |e| = 1, |e| - 1 / 2 beyond: of residuals, which cancel."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.inputs, self.weight = (torch.randn(n, 8, generator=g, dtype=torch.float64).to(dtype) for n in (64, 4))
+        self.targets = self.inputs @ self.weight.T
+        self.constraint = Unstructured(0.5)
+        self.curvature = float(self.inputs.double().square().mean()) * len(self.inputs) / 2
+
+    def initial(self) -> Point:
+        return Point(weight=self.weight)
+
+    def value(self, x: Point) -> float:
+        return self.value_and_gradient(x)[0]
+
+    def value_and_gradient(self, x: Point) -> tuple[float, Point]:
+        away = self.inputs @ x["weight"].T - self.targets
+        loss = torch.nn.functional.huber_loss(away.double(), torch.zeros_like(away.double()), reduction="sum")
+        return float(loss), Point(weight=away.clamp(-1, 1).T @ self.inputs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HardThresholding(Iterative[list[Point]]):
     """z <- P_C(z - gradient / (2 step)): a third party's solver."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -26,6 +27,10 @@ def check_plugin(
         typer.Option(help="solver, problem or constraint; default: as declared, or as its class says."),
     ] = None,
     sparsity: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sparsity at which a constraint is checked.")] = 0.5,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Matrix OUTxIN on which a constraint is checked, repeatable. Default: 3x4 and 6x16."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Number of random instances.")] = 15,
     json: common.Json = False,
 ) -> None:
@@ -37,11 +42,12 @@ def check_plugin(
     """
     from admm_prune.errors import UserError
 
+    shapes = _SHAPES if shape is None else tuple(map(_shape_of, shape))
     part, checked_kind = _resolved(name, kind)
     check = {"solvers": _check_solver, "problems": _check_problem, "constraints": _check_constraint}[checked_kind]
     violation, details = None, {}
     try:
-        details = check(part, sparsity, examples)
+        details = check(part, Trial(sparsity, shapes, examples))
     except UserError:
         raise
     except AssertionError as error:
@@ -57,6 +63,24 @@ def check_plugin(
         print(f"{name} does not conform: {violation}")
     if violation is not None:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a part is checked on: a sparsity and matrices (out, in) for a constraint, a number of random instances."""
+
+    sparsity: float
+    shapes: tuple[tuple[int, int], ...]
+    examples: int
+
+
+def _shape_of(text: str) -> tuple[int, int]:
+    from admm_prune.errors import UserError
+
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise UserError(f"--shape is OUTxIN, such as 6x16, not '{text}'")
+    return int(rows), int(columns)
 
 
 def _resolved(name: str, requested: str | None) -> tuple[Any, Kind]:
@@ -115,18 +139,22 @@ def _kind_of(name: str, part: Any) -> Kind:
         return "problems"
     if hasattr(part, "solve") or hasattr(part, "make"):
         return "solvers"
+    if isinstance(part, type) and hasattr(part, "initial") and hasattr(part, "value"):
+        raise UserError(
+            f"{name} is no LayerReconstruction: check it in Python, by admm_prune.testing.assert_problem_conforms"
+        )
     raise UserError(f"{name} is no solver, LayerReconstruction or SparseSet: say which it is to be with --kind")
 
 
-def _check_solver(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
+def _check_solver(part: Any, trial: Trial) -> dict[str, Any]:
     from admm_prune.methods.local import method_named
 
     solver = method_named(part).make() if isinstance(part, str) else _built(part)
-    conformance = _kit().assert_solver_conforms(solver, examples=examples)
+    conformance = _kit().assert_solver_conforms(solver, examples=trial.examples)
     return {"solved": len(conformance.solved), "refused": len(conformance.refused)}
 
 
-def _check_problem(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
+def _check_problem(part: Any, trial: Trial) -> dict[str, Any]:
     import torch
 
     from admm_prune.errors import UserError
@@ -152,18 +180,32 @@ def _check_problem(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
             assert same, "token_weights: the weight of a token depends on which other tokens are in the call"
         return posed
 
-    kit.assert_problem_conforms(make, examples=examples)
-    return {"instances": examples}
+    kit.assert_problem_conforms(make, examples=trial.examples)
+    return {"instances": trial.examples}
 
 
-def _check_constraint(part: Any, sparsity: float, examples: int) -> dict[str, Any]:
+def _check_constraint(part: Any, trial: Trial) -> dict[str, Any]:
+    import torch
+
+    from admm_prune.errors import UserError
+    from admm_prune.methods.part_checks import explained_parts
     from admm_prune.methods.parts import SetFamily
     from admm_prune.methods.target import Target
+    from admm_prune.point import Point
 
-    constraint, kit = SetFamily.of(part).at(Target(sparsity)), _kit()
-    for shape in _SHAPES:
-        kit.assert_constraint_conforms(constraint, shape=shape, examples=examples)
-    return {"sparsity": sparsity, "shapes": " and ".join(f"{rows} x {columns}" for rows, columns in _SHAPES)}
+    constraint, kit = SetFamily.of(part).at(Target(trial.sparsity)), _kit()
+    for rows, columns in trial.shapes:
+        with explained_parts(constraint=type(constraint)):
+            try:
+                constraint.project(Point(weight=torch.ones(rows, columns)))
+            except ValueError as error:
+                kind = type(constraint).__name__
+                raise UserError(
+                    f"the constraint {kind} refuses a matrix of {rows} x {columns} ({error}): give shapes that it "
+                    "admits with --shape"
+                ) from error
+        kit.assert_constraint_conforms(constraint, shape=(rows, columns), examples=trial.examples)
+    return {"sparsity": trial.sparsity, "shapes": " and ".join(f"{r} x {c}" for r, c in trial.shapes)}
 
 
 def _built(part: Any) -> Any:

@@ -185,6 +185,11 @@ class LayerProblem:
         """Raises UserError if the function that builds the problem, or one of its hooks, cannot be called as needed."""
         if not callable(self.build):
             raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
+        if inspect.isclass(self._part) and not issubclass(self._part, LayerReconstruction):
+            raise UserError(
+                f"the problem '{self.name}' is {_kind_of(self._part)}, which is no admm_prune.LayerReconstruction: any "
+                "other objective is solved from Python, by solver.solve(problem)"
+            )
         _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
         if inspect.isabstract(self.build):
             raise UserError(f"the problem '{self.name}' lacks methods: {_abstract(self.build)}")

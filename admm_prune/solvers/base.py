@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from admm_prune.errors import UserError
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
@@ -26,7 +27,10 @@ class Solver(Protocol):
 
 @dataclass
 class Run(Generic[StateT]):
-    """The state of a solve. Passed back as `state`, it continues exactly where it stopped."""
+    """The state of a solve. Passed back as `state`, it continues exactly where it stopped.
+
+    `start` is where it began, None for the dense weights: its projection competes for the best point in every call.
+    """
 
     inner: StateT
     iteration: int = 0
@@ -34,6 +38,7 @@ class Run(Generic[StateT]):
     best_value: float = math.inf
     best_iteration: int = 0
     history: list[Progress] = field(default_factory=list)
+    start: Point | None = None
 
     def offer(self, point: Point, value: float) -> None:
         """Keeps the point if it is finite and the best so far."""
@@ -43,11 +48,10 @@ class Run(Generic[StateT]):
 
 @dataclass
 class _Solve(Generic[StateT]):
-    """One call of `solve`: the problem, the state, the start, and why it stopped."""
+    """One call of `solve`: the problem, the state, and why it stopped."""
 
     problem: Any
     run: Run[StateT]
-    start: Point | None
     stop: Status | None = None
 
 
@@ -122,19 +126,22 @@ class Iterative(ABC, Generic[StateT]):
 
         Args:
             start: where to begin; the dense weights by default. Its projection competes for the best point.
-            state: `Result.state` of an earlier call on the same problem, to continue it.
-            watch: called with each Progress; returns True to stop.
+            state: `Result.state` of an earlier call on the same problem, to continue it, from the start of that call.
+            watch: called with each Progress, the last one too; returns True to stop.
 
         Returns:
             The best feasible point seen, never worse than the start's projection.
 
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
+            UserError: both a start and a state.
             ArithmeticError: no point met has a finite value, not even the start's projection.
         """
         self.check(problem)
+        if start is not None and state is not None:
+            raise UserError("a state continues from its own start: give a start or a state, not both")
         began = time.perf_counter()
-        solve = _Solve(problem, Run(self.init(problem, start)) if state is None else state, start)
+        solve = _Solve(problem, Run(self.init(problem, start), start=start) if state is None else state)
         self._iterate([solve], watch, began)
         return self._result(solve, began)
 
@@ -151,7 +158,7 @@ class Iterative(ABC, Generic[StateT]):
         for problem in problems:
             self.check(problem)
         began = time.perf_counter()
-        solves = [_Solve(problem, Run(self.init(problem, None)), None) for problem in problems]
+        solves = [_Solve(problem, Run(self.init(problem, None))) for problem in problems]
         self._iterate(solves, None, began)
         share = (time.perf_counter() - began) / max(1, len(solves))
         return [self._result(solve, time.perf_counter() - share) for solve in solves]
@@ -169,12 +176,13 @@ class Iterative(ABC, Generic[StateT]):
                 solve.run.iteration += 1
                 news = self._observe(solve.problem, solve.run, time.perf_counter() - began)
                 solve.run.history += news
-                solve.stop = next((status for p in news if (status := _stopping_status(self, p, watch, began))), None)
+                statuses = [_stopping_status(self, progress, watch, began) for progress in news]
+                solve.stop = next((status for status in statuses if status is not None), None)
             going = [solve for solve in going if solve.stop is None and solve.run.iteration < self.max_iterations]
 
     def _result(self, solve: _Solve[StateT], began: float) -> Result:
         """Ends a solve that has stopped."""
-        problem, run, start = solve.problem, solve.run, solve.start
+        problem, run = solve.problem, solve.run
         status = solve.stop or Status.MAX_ITERATIONS
         finished = self.solution(problem, run.inner)
         finite = finished.is_finite()
@@ -190,7 +198,7 @@ class Iterative(ABC, Generic[StateT]):
             if final.best is not finished:
                 unfinished = self.solution(problem, run.inner)
                 final.offer(unfinished, problem.value(unfinished))
-        start_objective = offer_start(problem, final, self.projected_start(problem, start))
+        start_objective = offer_start(problem, final, self.projected_start(problem, run.start))
         if final.best is None:
             raise ArithmeticError(
                 "no feasible point of finite value was met, not even the projected start: look for damaged weights, or "
@@ -260,11 +268,12 @@ def inner_notes(result: Result) -> tuple[str, ...]:
 
 
 def _stopping_status(solver: Iterative[Any], progress: Progress, watch: Watch | None, began: float) -> Status | None:
+    watched = watch is not None and watch(progress)  # first: it sees the iteration that ends the run too
     if progress.primal_residual is not None and not math.isfinite(progress.primal_residual):
         return Status.NONFINITE
     if solver.converged(progress):
         return Status.SOLVED
-    if watch is not None and watch(progress):
+    if watched:
         return Status.STOPPED
     if solver.time_limit is not None and time.perf_counter() - began > solver.time_limit:
         return Status.TIME_LIMIT

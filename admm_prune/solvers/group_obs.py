@@ -40,7 +40,7 @@ class GroupMask:
         began = time.perf_counter()
         dense = problem.minimizer
         if constraint.contains(Point(weight=dense)):
-            return closed_form(problem, Point(weight=dense), began, start)
+            return closed_form(problem, Point(weight=dense.clone()), began, start)
         width, columns = constraint.width, dense.shape[1]
         q = group_compensation.interactions(problem.hessian, dense, width)
         keep = constraint.budget(columns)
@@ -87,7 +87,7 @@ class GroupOBS:
         began = time.perf_counter()
         dense = Point(weight=problem.minimizer)
         if constraint.contains(dense):  # nothing to prune: the weights are returned bitwise unchanged
-            return closed_form(problem, dense, began, start)
+            return closed_form(problem, dense.clone(), began, start)
         width, columns = constraint.width, problem.minimizer.shape[1]
         count = columns // width
         elimination = group_compensation.eliminate(

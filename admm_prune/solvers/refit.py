@@ -27,7 +27,7 @@ class Refit:
     problem must be Refittable and refits itself.
 
     Args:
-        inner: chooses the support; None to refit the support of `start`.
+        inner: chooses the support; None to refit that of `start`, or of its projection where it is not in the set.
         tolerance: relative residual at which conjugate gradients stop.
         exact: solve a Quadratic problem by factorizations in place of conjugate gradients, every row to a residual of
             1e-6 in float64 (`ops.exact_refit`), and note the largest residual, before and after V is rounded to its
@@ -50,7 +50,7 @@ class Refit:
                 f"Refit needs a Quadratic or a Refittable problem; {type(problem).__name__} has neither a "
                 "hessian nor a refit"
             )
-        checked_constraint(self, problem, SupportConstraint, "the refitted weights cannot leave it")
+        constraint = checked_constraint(self, problem, SupportConstraint, "the refitted weights cannot leave it")
         began = time.perf_counter()
         notes: tuple[str, ...] = ()
         if self.inner is not None:
@@ -58,6 +58,8 @@ class Refit:
             start, notes = result.solution, inner_notes(result)
         if start is None:
             raise ValueError("Refit needs an inner solver or a start whose support it refits")
+        if not constraint.contains(start):
+            start = constraint.project(start)
         if not fits(problem, Quadratic):
             return closed_form(problem, problem.refit(start.map(lambda x: x != 0)), began, start, notes)
         if self.exact:

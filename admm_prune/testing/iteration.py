@@ -137,6 +137,19 @@ def _check_continuation(case: Case, solver: Iterative[Any], problem: Problem) ->
             f"objective {rest.objective} after {rest.iterations}, not {whole.objective} after {whole.iterations}",
         )
         subcase.require(_without_seconds(rest) == _without_seconds(whole), "continue its history as without a stop")
+    _check_start_is_kept(case.narrow("from a good start"), solver, short, problem, whole.solution)
+
+
+def _check_start_is_kept(
+    case: Case, solver: Iterative[Any], short: Iterative[Any], problem: Problem, start: Point
+) -> None:
+    part = _run(case, short, problem, start=start)
+    rest = _run(case.narrow("continued"), solver, problem, state=part.state)
+    case.require(
+        rest.objective <= part.objective,
+        "return nothing worse when continued",
+        f"{rest.objective} after {part.objective}",
+    )
 
 
 def _run(case: Case, solver: Iterative[Any], problem: Problem, **how: Any) -> Result:

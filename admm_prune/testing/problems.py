@@ -156,9 +156,11 @@ def _value(case: Case, problem: Problem, x: Point) -> float:
 def _check_gradients(case: Case, problem: Differentiable, points: list[Point], seed: int) -> None:
     for k, x in enumerate(points):
         value, gradient = _repeated(case, "value_and_gradient", problem.value_and_gradient, x)
-        close = 100 * precision(x) * max(abs(value), abs(problem.value(x)))
+        # Where residuals are small differences, a value is rounded like the terms that cancel in it.
+        size = max(abs(value), abs(problem.value(x)), problem.curvature * float(x.norm()) ** 2)
+        close = 100 * precision(x) * size
         case.require(abs(value - problem.value(x)) <= close, "give the value that `value` gives", f"{value}")
-        _check_gradient(case, problem.value, x, gradient, seed + k)
+        _check_gradient(case, problem.value, x, gradient, problem.curvature, seed + k)
 
 
 def _check_samples(case: Case, problem: Stochastic, points: list[Point], seed: int) -> None:
@@ -169,17 +171,20 @@ def _check_samples(case: Case, problem: Stochastic, points: list[Point], seed: i
         def loss(x: Point, draw: int = draw) -> float:
             return problem.sample_gradient(x, draw)[0]
 
-        _check_gradient(subcase, loss, points[1], gradient, seed + draw)
+        _check_gradient(subcase, loss, points[1], gradient, problem.curvature, seed + draw)
     check_sampled_losses(case, problem, points)
 
 
-def _check_gradient(case: Case, value: Callable[[Point], float], x: Point, gradient: Point, seed: int) -> None:
+def _check_gradient(
+    case: Case, value: Callable[[Point], float], x: Point, gradient: Point, curvature: float, seed: int
+) -> None:
     case.require(same_form(gradient, x), "give a gradient of the form of the point")
     case.require(not any(g.requires_grad for g in gradient.values()), "return a gradient without a graph")
+    strength = max(gradient.norm(), curvature * x.norm())  # the gradient vanishes at the minimum, its rounding does not
     for k in range(_DIRECTIONS):
         d = random_like(x, seed + 100 * k + 1)
         difference, predicted = slope(value, x, d), gradient.dot(d)
-        allowed = difference.rounding + 10 * precision(x) ** 0.5 * float(gradient.norm() * d.norm())
+        allowed = difference.rounding + 10 * precision(x) ** 0.5 * float(strength * d.norm())
         case.require(
             abs(difference.value - predicted) <= allowed,
             "give a gradient that equals central differences of its value",

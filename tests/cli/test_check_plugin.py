@@ -15,7 +15,7 @@ __all__ = ["plugged_in"]  # a fixture
 BROKEN = '''
 from dataclasses import dataclass
 
-from admm_prune import LayerReconstruction, Magnitude, Unstructured
+from admm_prune import LayerReconstruction, Magnitude, StackedRows, Unstructured
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,43 @@ class Overfull(Unstructured):
 class Negative(LayerReconstruction):
     def value(self, point):
         return -1.0
+
+
+@dataclass(frozen=True)
+class InPairs(Unstructured):
+    """Pairs of rows, each with a budget of its own."""
+
+    def select(self, score):
+        return self.stacked(score).select(score)
+
+    def contains(self, z):
+        return self.stacked(z).contains(z)
+
+    def column_slice(self, start, stop, shape):
+        return self.pairs(shape[0]).column_slice(start, stop, shape)
+
+    def select_each(self, score):
+        return self.pairs(score.shape[1]).select_each(score)
+
+    runs = None
+
+    def stacked(self, x):
+        return self.pairs(len(x["weight"]))
+
+    def pairs(self, rows):
+        if rows % 2:
+            raise ValueError("an odd number of rows has no pairs")
+        return StackedRows(((2, Unstructured(self.sparsity)),) * (rows // 2))
+
+
+class Bounded:
+    """An objective that is no LayerReconstruction."""
+
+    def initial(self):
+        raise NotImplementedError
+
+    def value(self, point):
+        return 0.0
 
 
 class NeverFeasible:
@@ -77,6 +114,20 @@ def test_a_violation_is_named_in_a_line(broken: Path, command: Command, attribut
     assert reason in outcome.out
     assert outcome.out.count("\n") == 1
     assert outcome.err == ""
+
+
+def test_a_set_is_checked_on_shapes_that_it_admits(broken: Path, command: Command, refused: Refused) -> None:
+    name = ("check-plugin", "broken_parts:InPairs", "--examples", 2)
+    refused("refuses a matrix of 3 x 4 (an odd number of rows has no pairs): give shapes", *name)
+    refused("--shape is OUTxIN, such as 6x16, not '4'", *name, "--shape", "4")
+    refused("--shape is OUTxIN, such as 6x16, not '0x4'", *name, "--shape", "0x4")
+    content = command(*name, "--shape", "2x4", "--shape", "4x6", "--json").json()
+    assert (content["conforms"], content["shapes"]) == (True, "2 x 4 and 4 x 6")
+
+
+def test_another_objective_is_referred_to_python(broken: Path, refused: Refused) -> None:
+    refused("by admm_prune.testing.assert_problem_conforms", "check-plugin", "broken_parts:Bounded")
+    refused("is solved from Python, by solver", "check-plugin", "broken_parts:Bounded", "--kind", "problem")
 
 
 def test_wrong_names_are_refused(broken: Path, refused: Refused, plugged_in: Path) -> None:

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
-from admm_prune.problems.constraints import NofM, RowWise, Unstructured
+from admm_prune.problems.constraints import Groups, NofM, RowWise, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Status
 from admm_prune.solvers import x_updates
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import closed_form
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude, Wanda
+from admm_prune.solvers.reference import BruteForceGroups
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
 from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
@@ -169,6 +171,25 @@ def test_a_watcher_sees_every_iteration_and_can_stop() -> None:
     assert seen == list(range(1, 8))
     assert result.status is Status.STOPPED
     assert result.iterations == 7
+
+
+def test_a_watcher_sees_the_iteration_that_converges_too() -> None:
+    seen = []
+    result = ADMM(tolerance=1e9).solve(layer(CONSTRAINTS["half"]), watch=lambda p: seen.append(p.iteration))
+    assert result.status is Status.SOLVED
+    assert seen == list(range(1, result.iterations + 1))
+
+
+def test_continued_from_a_start_the_result_is_never_worse_than_that_start() -> None:
+    problem = layer(CONSTRAINTS["half"])
+    good = LocalSearch(ADMM.best()).solve(problem)
+    part = ADMM(max_iterations=3).solve(problem, start=good.solution)
+    joined = ADMM(max_iterations=6).solve(problem, state=part.state)
+    whole = ADMM(max_iterations=6).solve(problem, start=good.solution)
+    assert joined.objective == whole.objective <= good.objective
+    assert joined.start_objective == whole.start_objective
+    with pytest.raises(ValueError, match="give a start or a state, not both"):
+        ADMM().solve(problem, start=good.solution, state=part.state)
 
 
 def test_a_time_limit_still_gives_a_feasible_point() -> None:
@@ -324,6 +345,21 @@ def test_a_note_of_the_problem_is_given_once_also_behind_an_inner_solver() -> No
     x[:, 0] = 0
     problem = LayerReconstruction(w, x.T @ x, NofM(2, 4))
     assert Refit(SparseGPT()).solve(problem).notes.count(problem.notes[0]) == 1
+
+
+def test_a_start_outside_the_set_is_projected_before_it_is_refitted() -> None:
+    problem = layer(CONSTRAINTS["half"])
+    result = Refit().solve(problem, start=problem.initial())
+    assert problem.constraint.contains(result.solution)
+    assert result.objective == Refit(Magnitude()).solve(problem).objective
+
+
+@pytest.mark.parametrize("solver", [GroupMask(), GroupOBS(), BruteForceGroups(), Magnitude(), Wanda(), ADMM()], ids=str)
+def test_a_result_with_nothing_to_prune_has_memory_of_its_own(solver) -> None:
+    problem = layer(Groups(0.0))
+    before = problem.weight.clone()
+    solver.solve(problem).solution.mul_(0.0)
+    assert torch.equal(problem.weight, before)
 
 
 @pytest.mark.parametrize("outer", [Refit, LocalSearch])

@@ -14,7 +14,7 @@ from admm_prune.solvers.reference import BranchAndBound, BruteForce, BruteForceG
 from admm_prune.testing import assert_constraint_conforms, assert_problem_conforms, assert_solver_conforms
 from admm_prune.testing.instances import VIEWS
 from tests.catalogue import CONSTRAINTS, PROBLEMS, SOLVERS, layer, retargeted
-from tests.third_party import Box, HardThresholding, Logarithmic
+from tests.third_party import Box, HardThresholding, Huber, Logarithmic
 
 NO_GROUPS = [name for name, constraint in CONSTRAINTS.items() if not isinstance(constraint, Groups)]
 REFUSES = {
@@ -96,6 +96,12 @@ def test_a_set_that_is_no_family_of_supports() -> None:
 
 def test_a_logarithmic_loss() -> None:
     assert_problem_conforms(Logarithmic)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_of_residuals_that_vanish_at_the_dense_weights(dtype: torch.dtype) -> None:
+    """Its gradient is exactly zero there, and the rounding of its value is that of the terms that cancel."""
+    assert_problem_conforms(lambda seed: Huber(seed, dtype), examples=5)
 
 
 def test_a_solver_of_fifteen_lines() -> None:

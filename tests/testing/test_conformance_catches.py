@@ -257,6 +257,19 @@ class StopsEarly(HardThresholding):
         return super(StopsEarly, half).solve(problem, start=start, state=state, watch=watch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForgetsItsStart(HardThresholding):
+    """Begins at zero, so that a good start stays the best point; continued, it knows the start no more."""
+
+    def init(self, problem, start) -> list[Point]:
+        (point,) = super().init(problem, start)
+        return [point if start is None else point.zeros_like()]
+
+    def solve(self, problem, *, start=None, state=None, watch=None) -> Result:
+        result = super().solve(problem, start=start, state=state, watch=watch)
+        return replace(result, state=replace(result.state, start=None))
+
+
 BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (LiesAboutItsObjective, "report as objective exactly the value of its solution"),
     (ReturnsTheDenseWeights, "on layer, half must keep no more weights than the constraint admits; 96 of 48"),
@@ -287,6 +300,7 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (SaysClosedFormOfIterations, "not say CLOSED_FORM of what it iterated"),
     (SaysItWasOutOfTime, "say TIME_LIMIT only where there is a limit"),
     (StopsEarly, "say MAX_ITERATIONS only where all were used up"),
+    (ForgetsItsStart, "from a good start must return nothing worse when continued"),
     (IsFeasibleOnlyAtTheEnd, "= 1 must keep no more weights than the constraint admits"),
 ]
 

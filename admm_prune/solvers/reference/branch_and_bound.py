@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -320,6 +320,17 @@ def solve_row(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: flo
         gap: relative to the loss.
         deadline: in the time of `time.perf_counter`.
     """
+    # By a power of two, which rounds nothing: the tree has numbers such as `_NEVER` that fit entries of about 1.
+    exponent = int(np.frexp(np.abs(row.target).max())[1])
+    scaled = replace(row, target=np.ldexp(row.target, -exponent))
+    solved = _solve_scaled(scaled, (incumbent[0], float(np.ldexp(incumbent[1], -2 * exponent))), gap, deadline)
+    bound = float(np.ldexp(solved.bound, 2 * exponent))
+    normal = bound >= np.finfo(np.float64).tiny  # less may have been rounded up
+    return solved._replace(loss=float(np.ldexp(solved.loss, 2 * exponent)), bound=bound if normal else 0.0)
+
+
+def _solve_scaled(row: Row, incumbent: tuple[Mask, float], gap: float, deadline: float) -> Solved:
+    """`solve_row` where the largest entry of w is about 1."""
     support, loss = incumbent
     if row.removals in (0, row.width):
         return Solved(support, loss, row.least(support[None])[1], 0, True)

@@ -155,7 +155,7 @@ class BruteForceGroups:
             )
         form, scale = scaled_hessian(type(self).__name__, problem)
         target = to_array(minimizer) * scale
-        best, least, bound = Point(weight=minimizer), math.inf, 0.0
+        best, least, bound = Point(weight=minimizer.clone()), math.inf, 0.0
         if not constraint.contains(best):
             bound = math.inf
             for groups in combinations(range(count), keep):

@@ -119,6 +119,20 @@ def test_one_budget_over_a_matrix(sparsity: float) -> None:
     agree(Toy(normal(3, 5, 1), correlated(5, 1), Unstructured(sparsity)))
 
 
+@pytest.mark.parametrize("power", [-400, 400])
+@pytest.mark.parametrize("constraint", [RowWise(0.5), Unstructured(0.5)], ids=str)
+def test_branch_and_bound_scales_with_the_hessian(constraint: RowWise | Unstructured, power: int) -> None:
+    """By powers of four, which round nothing: entries of the targets beyond 1e100 reach no padding of the tree."""
+    plain = BranchAndBound().solve(Toy(normal(2, 8, 0), correlated(8, 0), constraint))
+    scaled = Toy(normal(2, 8, 0), torch.ldexp(correlated(8, 0), torch.tensor(2 * power)), constraint)
+    result = BranchAndBound().solve(scaled)
+    assert constraint.contains(result.solution)
+    assert torch.equal(result.solution["weight"], plain.solution["weight"])
+    assert result.objective == math.ldexp(plain.objective, 2 * power)
+    assert plain.bound is not None
+    assert result.bound == math.ldexp(plain.bound, 2 * power)
+
+
 def test_brute_force_is_the_least_over_least_squares() -> None:
     problem = Toy(normal(1, 8, 3), correlated(8, 3), NofM(2, 4))
     best = math.inf
