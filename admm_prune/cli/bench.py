@@ -84,16 +84,21 @@ def inference(
     model: common.Model,
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of prefill tokens.")] = 256,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Number of decoded tokens.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Number of decoded tokens, after a prompt of 16 whose time counts.")
+    ] = 16,
     batches: Annotated[
         str, typer.Option(help="Comma-separated numbers of texts that are decoded together.")
     ] = "1,4,16",
     repeats: Annotated[int, typer.Option(min=1, help="Number of repeats, of which the minimum counts.")] = 7,
     out: Annotated[Path | None, typer.Option(help="Folder for inference.json and a plot, inference.svg.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads; CPU time is summed over them.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Number of CPU threads; CPU time with one, else elapsed time.")
+    ] = 1,
     device: common.Device = "auto",
     dtype: common.Dtype = None,
     trust_remote_code: common.TrustRemoteCode = False,
+    overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
     """Measure bytes on disk and in memory, prefill and decoding, dense and packed, and report what pruning gains.
@@ -116,6 +121,7 @@ def inference(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
     )
     if json:
         common.emit(content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from admm_prune.data.hub import expanded, first_line, quiet
 from admm_prune.errors import UserError
 from admm_prune.inference.packed_linear import (
     Values,
+    check_packable,
     check_values,
     compressed,
     oriented,
@@ -33,13 +34,14 @@ from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import BITS, PACK_MANIFEST, PACKED, VALUES, unpacked_entries
 from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed, tensor_files
 from admm_prune.models.loading import explained, kind_of
-from admm_prune.models.stored import check_finite, check_shape, fill_buffers, shapes
+from admm_prune.models.stored import check_finite, check_shape, check_stored, fill_buffers, shapes
 from admm_prune.models.structure import assign
 from admm_prune.ops import bits, packed
 from admm_prune.ops.packed import Packed
 from admm_prune.prunable import LinearWeight
 
 STRANDED = ("sparse-bitmask", "sparse-24-bitmask")
+_METHOD = "compressed-tensors"
 _FEW = 0.02  # of the values of a matrix
 _PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")  # of a weight in those formats
 
@@ -48,7 +50,7 @@ def load_packed(
     folder: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     values: Values | None = None,
     group: int | None = None,
     trust_remote_code: bool = False,
@@ -68,9 +70,13 @@ def load_packed(
         A causal language model of transformers in evaluation mode, without gradients.
 
     Raises:
-        UserError: no such folder; weights that are missing, damaged, quantized, or not finite.
+        UserError: no such folder; weights that are missing, damaged, quantized, of another model than the config, or
+            not finite in the dtype; a dtype that cannot be packed.
     """
     check_values(values, group)
+    named: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if named is not None:
+        check_packable(named)
     path, source = expanded(str(folder)), str(folder)
     if not (path / "config.json").is_file():
         raise UserError(f"{source}: not a model folder: it has no config.json")
@@ -82,11 +88,12 @@ def load_packed(
         config, kind = kind_of(path, trust_remote_code)
         if hasattr(config, "quantization_config"):  # of masks alone: `_open` has checked it
             del config.quantization_config
-        config_dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        config_dtype = named or getattr(config, "dtype", None) or torch.float32
         model = shapes(kind, config, config_dtype, trust_remote_code=trust_remote_code)
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
         checkpoint.adapt(model)
+        check_stored(source, model, checkpoint)
     _fill(source, model, checkpoint, values, group)
     _fill_buffers(source, model, checkpoint, torch.device(device))
     with quiet():
@@ -127,6 +134,14 @@ class _MaskedCheckpoint(Checkpoint):
             return packed.from_parts(mask.view(masked.shape[0], -1), values.flatten(), masked.shape[1])
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {stored[0]} is damaged ({first_line(error)})") from error
+
+    def headers(self, names: Collection[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        headers = super().headers([name for name in names if name not in self._masked])
+        for name in self._masked.keys() & set(names):
+            masked = self._masked[name]
+            with safe_open(masked.file, framework="pt") as file:
+                headers[name] = masked.shape, str(file.get_slice(masked.values).get_dtype())
+        return headers
 
     def _stored(self, name: str, rows: slice | None = None) -> Tensor:
         masked = self._masked.get(name)
@@ -208,6 +223,9 @@ def _stranded_format(source: str, folder: Path) -> str | None:
     settings = content.get("quantization_config") or content.get("compression_config")
     if not settings:
         return None
+    method = settings.get("quant_method", _METHOD)
+    if method != _METHOD:
+        raise UserError(f"{source}: its weights are quantized ({method}): only floats can be packed")
     sparsity = settings.get("sparsity_config") or {}
     kind = sparsity.get("format") or settings.get("format")
     if settings.get("config_groups") or kind not in (*STRANDED, "dense", None):
@@ -239,8 +257,6 @@ def _fill(source: str, model: Any, checkpoint: _MaskedCheckpoint, values: Values
     ties = getattr(model, "all_tied_weights_keys", {})
     for name in list(dict.fromkeys(ties.get(name, name) for name, _ in model.named_parameters())):
         parameter = model.get_parameter(name)
-        if name not in checkpoint:
-            raise UserError(f"{source}: incomplete: the weights lack {name}")
         weights = layers.get(id(parameter), [])
         matrix = checkpoint.packed(name) if weights and not weights[0].transposed and not weights[0].stacked else None
         if matrix is not None and values is None and pays(parameter, [matrix]):
@@ -268,10 +284,8 @@ def _place(model: nn.Module, weights: Sequence[LinearWeight], parts: Sequence[Pa
 
 
 def _check(source: str, name: str, x: Tensor, parameter: Tensor, shape: Sequence[int]) -> None:
-    check_shape(source, name, shape, parameter.shape)
-    if not x.is_floating_point():
-        raise UserError(f"{source}: the weight {name} is stored as integers ({x.dtype}), not as floats")
-    check_finite(source, name, x)
+    check_shape(source, name, shape, parameter.shape)  # of a converted weight: `check_stored` sees its parts
+    check_finite(source, name, x, parameter.dtype)
 
 
 def _fill_buffers(source: str, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from admm_prune.prunable import LinearWeight, matrices, parameters_elsewhere
 Values = Literal["int8"]
 _PARTS = ("bits", "values", "offsets", "scales")
 _LAYERS = ("Linear", "Conv1D", "FalconLinear")  # whose forward is x W^T + b; other subclasses may do more
+_NOT_PACKED = "weights of {} cannot be packed, only float32, bfloat16 and float16"
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -122,12 +123,17 @@ class PackedLinear(PackedWeight):
     Args:
         matrix: its tensors are not copied.
         bias: b (out,).
+
+    Raises:
+        ValueError: the bias has another shape.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, matrix: Packed, bias: Tensor | None = None) -> None:
         super().__init__(matrix)
+        if bias is not None and tuple(bias.shape) != (matrix.rows,):
+            raise ValueError(f"a bias {tuple(bias.shape)} for a matrix of {matrix.rows} rows")
         parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
         self.register_parameter("bias", parameter)
 
@@ -155,12 +161,18 @@ def pack_model(model: Any, *, values: Values | None = None, group: int | None = 
         The model.
 
     Raises:
-        UserError: no weight would become smaller; a `group` without "int8", or that is no multiple of 32.
+        UserError: no weight would become smaller; NaN or Inf entries, for which int8 has no code; a `group` without
+            "int8", or that is no multiple of 32.
     """
     check_values(values, group)
+    weights = list(packable(model))
+    if values is not None:  # before a layer is replaced
+        for weight in weights:
+            if not bool(weight.parameter.isfinite().all()):
+                raise UserError(f"{type(model).__name__}: {weight.name} has NaN or Inf entries, which int8 cannot hold")
     taken: dict[int, Packed | None] = {}
     replaced = False
-    for weight in packable(model):
+    for weight in weights:
         parameter = weight.parameter
         if weight.stacked:
             experts = [compressed(oriented(matrix, weight.transposed), values, group) for matrix in parameter]
@@ -176,8 +188,17 @@ def pack_model(model: Any, *, values: Values | None = None, group: int | None = 
             place_linear(model, weight, shared)
             replaced = True
     if not replaced:
+        kinds = {weight.parameter.dtype for weight in matrices(model)}
+        if not weights and kinds and not kinds & {*packed.FLOATS}:
+            raise UserError(f"{type(model).__name__}: {_NOT_PACKED.format(min(map(str, kinds)))}")
         raise UserError(f"{type(model).__name__}: no linear layer has enough zeros to become smaller: prune it first")
     return model
+
+
+def check_packable(dtype: object) -> None:
+    """Raises UserError where no weight of a dtype can be packed."""
+    if dtype not in packed.FLOATS:
+        raise UserError(_NOT_PACKED.format(dtype))
 
 
 def packable(model: nn.Module) -> Iterator[LinearWeight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from admm_prune.models.structure import assign, decoder_blocks
 from admm_prune.ops import backend, bits, packed
 from admm_prune.point import Point
 from admm_prune.problems.constraints import NofM
-from admm_prune.runs.journal.folder import check_writable, write_json
+from admm_prune.runs.journal.folder import check_output_file, check_writable, write_json
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import environment
 from admm_prune.runs.report.plots import COLOURS, legend, panels, style, svg
@@ -40,7 +41,7 @@ class Timing:
     Attributes:
         form: "dense", "as stored", "packed", "CSR kernels" or "2:4 kernels".
         disk_bytes: of the safetensors; None if this form is never saved.
-        packed_bytes: of its tensors as 'admm-prune pack' would store them.
+        packed_bytes: of its parameters as 'admm-prune pack' would store them, in the dtype of this form.
         memory_bytes: of parameters and buffers.
         prefill: of all requested tokens.
         decoding: of each batch size.
@@ -102,7 +103,10 @@ def prefill(model: Any, tokens: int) -> None:
 
 @torch.no_grad()
 def decode(model: Any, tokens: int, batch: int = 1) -> None:
-    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16, of a batch of texts."""
+    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16, of a batch of texts.
+
+    The prompt gives the first of them, so that its time counts: the fewer tokens, the more.
+    """
     ids = torch.arange(16, device=model.device).repeat(batch, 1) % model.config.get_text_config().vocab_size
     model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
@@ -112,14 +116,14 @@ def decode(model: Any, tokens: int, batch: int = 1) -> None:
 def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
     """The times of each model; the models alternate, with one warm-up round.
 
-    On the CPU it is the CPU time of the process, so that other load on the machine does not count; use
-    it with one thread. On CUDA it is the time until the device is done.
+    On the CPU it is the CPU time of the process, so that other load on the machine does not count, and the elapsed time
+    with several threads, whose CPU times add up. On CUDA it is the elapsed time until the device is done.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
             cuda = model.device.type == "cuda"
-            clock = time.perf_counter if cuda else time.process_time
+            clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
             if cuda:
                 torch.cuda.synchronize()
             began = clock()
@@ -142,6 +146,7 @@ def bench_inference(
     device: str = "auto",
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measures a model as stored, packed, with torch's sparse kernels for its masks, and its dense model.
 
@@ -153,6 +158,7 @@ def bench_inference(
         repeats: the number of repeats, of which the minimum counts; two or more show a spread.
         out: folder for inference.json and inference.svg, a plot of it; made where it is missing.
         trust_remote_code: allow running code that comes with the models.
+        overwrite: replace both files of an earlier result in `out`, which is refused otherwise.
 
     Returns:
         For JSON: "rows" of `Timing`, "sentences" on the gain, "environment".
@@ -163,7 +169,7 @@ def bench_inference(
     if not batches or min(batches) < 1:
         raise UserError("batches must be numbers of texts, from 1 on")
     if out is not None:
-        check_writable(out / "inference.json")
+        _check_out(out, overwrite=overwrite)
     place = pick_device(device)
     check_dtype(dtype)
     opened = partial(load, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -177,8 +183,11 @@ def bench_inference(
         if context is not None and max(tokens, 16 + new_tokens) > context:
             raise UserError(f"{name}: its context of {context} tokens is too short: use fewer --tokens or --new-tokens")
     zeros = sparsity(decoder_blocks(given.model))
+    remarks = _of_dtypes({form: loaded.model.dtype for form, (loaded, _) in forms.items()})
     if zeros > 0:
-        forms |= {form: (made, None) for form, made in _with_kernels(partial(opened, model), given, place).items()}
+        made, of_kernels = _with_kernels(partial(opened, model), given, place)
+        forms |= {form: (loaded, None) for form, loaded in made.items()}
+        remarks += of_kernels
     models = {form: loaded.model for form, (loaded, _) in forms.items()}
     of_prefill = timed(prefill, models, tokens, repeats)
     of_batch = {batch: timed(partial(decode, batch=batch), models, new_tokens, repeats) for batch in batches}
@@ -208,7 +217,10 @@ def bench_inference(
         "new_tokens": new_tokens,
         "kernels": packed.described() if place == "cpu" else backend.described(place),
         "rows": [asdict(row) for row in rows],
-        "sentences": _sentences(rows, repeats, two_of_four=_fits_two_of_four(given.model), cuda=place == "cuda"),
+        "sentences": [
+            *_sentences(rows, repeats, given.model, cuda=place == "cuda"),
+            *remarks,
+        ],
         "environment": environment(place),
     }
     if out is not None:
@@ -217,6 +229,27 @@ def bench_inference(
             write_json(out / "inference.json", content)
             (out / "inference.svg").write_text(_plot(rows), encoding="utf-8")
     return content
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuses a folder whose files could not be written, or are not to be replaced."""
+
+    def is_result(path: Path) -> bool:
+        with suppress(OSError, ValueError):
+            content = json.loads(path.read_bytes())
+            return isinstance(content, dict) and {"rows", "sentences", "kernels"} <= content.keys()
+        return False
+
+    def is_plot(path: Path) -> bool:
+        with suppress(OSError):
+            return b'id="inference-' in path.read_bytes()
+        return False
+
+    if not out.is_dir():
+        check_writable(out / "inference.json")
+        return
+    check_output_file(out / "inference.json", overwrite=overwrite, ours=is_result)
+    check_output_file(out / "inference.svg", overwrite=overwrite, ours=is_plot)
 
 
 def _plot(rows: Sequence[Timing]) -> str:
@@ -255,21 +288,45 @@ class _CSRLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _with_kernels(opened: Callable[[], LoadedModel], given: LoadedModel, place: str) -> dict[str, LoadedModel]:
-    """A copy of the model for every sparse kernel that supports its masks on this device."""
-    made = {}
+def _with_kernels(
+    opened: Callable[[], LoadedModel], given: LoadedModel, place: str
+) -> tuple[dict[str, LoadedModel], list[str]]:
+    """A copy of the model for every sparse kernel that supports its masks on this device; and sentences on kernels that
+    take a part of its matrices, or none."""
+    made: dict[str, LoadedModel] = {}
+    remarks: list[str] = []
+
+    def add(form: str, make: Callable[[nn.Linear], nn.Module]) -> None:
+        loaded = opened()
+        matrices = [view for block in decoder_blocks(loaded.model) for view in block.weights]
+        replaced = _replace(loaded.model, make)
+        if replaced:
+            made[form] = loaded
+        others = sorted({type(view.module).__name__ for view in matrices if type(view.module) is not nn.Linear})
+        if others:
+            remarks.append(
+                f"{form} take {replaced} of the {len(matrices)} matrices of the blocks: they are for linear layers, "
+                f"not for {' or '.join(others)}."
+            )
+
     if given.model.dtype in packed.FLOATS:
         with suppress(UserError):  # where no matrix would become smaller
             loaded = opened()
             made["packed"] = replace(loaded, model=pack_model(loaded.model))
     if given.model.dtype in (torch.float32, torch.float64):
-        made["CSR kernels"] = opened()
-        _replace(made["CSR kernels"].model, _CSRLinear)
+        add("CSR kernels", _CSRLinear)
     halves = given.model.dtype in (torch.float16, torch.bfloat16)
     if place == "cuda" and halves and _fits_two_of_four(given.model):
-        made["2:4 kernels"] = opened()
-        _replace(made["2:4 kernels"].model, _semi_structured)
-    return made
+        add("2:4 kernels", _semi_structured)
+    return made, remarks
+
+
+def _of_dtypes(dtypes: dict[str, torch.dtype]) -> list[str]:
+    """A sentence where the models are compared in different dtypes."""
+    if len(set(dtypes.values())) < 2:
+        return []
+    listed = ", ".join(f"{form} in {str(dtype).removeprefix('torch.')}" for form, dtype in dtypes.items())
+    return [f"The models are not compared in one data type ({listed}): give --dtype."]
 
 
 def _semi_structured(linear: nn.Linear) -> nn.Linear:
@@ -278,11 +335,16 @@ def _semi_structured(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> int:
+    """Replaces the linear layers of the blocks that hold their matrices; returns their number."""
+    replaced = 0
     for block in decoder_blocks(model):
+        matrices = {view.module for view in block.weights}
         for path, module in list(block.module.named_modules()):
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and module in matrices:
                 assign(block.module, path, make(module))
+                replaced += 1
+    return replaced
 
 
 def _fits_two_of_four(model: nn.Module) -> bool:
@@ -315,7 +377,8 @@ def _packed_bytes(model: nn.Module) -> int:
     total = 0
     for x in model.parameters():
         dense = x.numel() * x.element_size()
-        total += min(dense, int(x.count_nonzero()) * x.element_size() + bits.packed_width(x.numel()))
+        stored = int(((x != 0) | x.signbit()).count_nonzero())  # of zeros those below, whose sign is kept
+        total += min(dense, stored * x.element_size() + bits.packed_width(x.numel()))
     return total
 
 
@@ -323,7 +386,7 @@ def _disk_bytes(name: str) -> int | None:
     return weight_bytes(expanded(name)) or None
 
 
-def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: bool) -> list[str]:
+def _sentences(rows: list[Timing], repeats: int, model: nn.Module, *, cuda: bool) -> list[str]:
     """Sentences on the gains, and on what brings none."""
     first, stored = rows[0], next(row for row in rows if row.form == "as stored")
     said = []
@@ -337,15 +400,20 @@ def _sentences(rows: list[Timing], repeats: int, *, two_of_four: bool, cuda: boo
         said.append("A single repeat shows no spread, so that a difference in speed may be noise: use more --repeats.")
     if stored.zeros > 0 and stored.parameters == first.parameters:
         said.append(
-            f"{100 * stored.zeros:.0f} % of the block weights are zeros that are stored and multiplied like any other "
-            "number: as stored, the mask does not make the model smaller. admm_prune.load_packed does."
+            f"{100 * stored.zeros:.3g} % of the block weights are zeros that are stored and multiplied like any other "
+            "number: as stored, the mask does not make the model smaller."
+            + (" admm_prune.load_packed does." if any(row.form == "packed" for row in rows) else "")
         )
-        if stored.packed_bytes is not None:
-            dense = stored.parameters and stored.packed_bytes / max(1, stored.memory_bytes)
-            said.append(f"'admm-prune pack' would store it in {dense:.2f} of its size.")
+        dense = sum(x.nbytes for x in model.parameters())
+        if stored.packed_bytes is not None and stored.packed_bytes < dense:
+            kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+            said.append(
+                f"'admm-prune pack' would store its parameters, in {kind}, in {stored.packed_bytes / dense:.2f} of "
+                "their bytes."
+            )
     if stored.parameters < first.parameters:
         said.append(f"{1 - stored.parameters / first.parameters:.1%} of the parameters were removed.")
-    if two_of_four and stored.zeros > 0 and not any(row.form == "2:4 kernels" for row in rows):
+    if stored.zeros > 0 and not any(row.form == "2:4 kernels" for row in rows) and _fits_two_of_four(model):
         why = "they take float16 and bfloat16" if cuda else "they need a CUDA device"
         said.append(f"The weights are 2:4; kernels for that were not measured here: {why}.")
     return said

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ class Checkpoint:
         if name in self._parts or name in self._converted_as:
             return [stored for stored, _ in self._parts[self._converted_as.get(name, name)]]
         return [name] if name in self.files else []
+
+    def headers(self, names: Collection[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of stored tensors, and the name of their dtype in safetensors, by their stored names."""
+        headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in dict.fromkeys(self.files.values()):
+            with safe_open(path, framework="pt") as file:
+                for name in (name for name in names if self.files[name] == path):
+                    stored = file.get_slice(name)
+                    headers[name] = tuple(stored.get_shape()), str(stored.get_dtype())
+        return headers
 
     def is_converted(self, name: str) -> bool:
         """Whether a parameter is merged from several tensors, so that its shape is not that of a stored one."""

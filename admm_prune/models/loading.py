@@ -78,8 +78,9 @@ def load(
     # A buffer may hold minus infinity, as masks do.
     for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
+            large = "" if dtype is None else f", or its numbers are too large for {str(dtype).removeprefix('torch.')}"
             raise UserError(
-                f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again"
+                f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again{large}"
             )
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]

@@ -6,15 +6,13 @@ Quantized weights are dequantized while they are read, or refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from admm_prune.data.hub import first_line, quiet
@@ -109,10 +107,19 @@ def check_shape(source: str, name: str, shape: Sequence[int], expected: Sequence
         raise UserError(f"{source}: the weight {name} has shape {tuple(shape)}, config.json asks for {tuple(expected)}")
 
 
-def check_finite(source: str, name: str, x: Tensor) -> None:
-    """Raises UserError where a stored weight has NaN or Inf entries; makes no copy of it."""
-    if x.numel() and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):  # NaN is both the least and the greatest
+def check_finite(source: str, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raises UserError where a stored weight has NaN or Inf entries, or would have them in a dtype; makes no copy."""
+    if not x.numel():
+        return
+    extremes = torch.stack(x.aminmax())  # NaN is both the least and the greatest
+    if not bool(extremes.isfinite().all()):
         raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again")
+    if dtype is not None and not bool(extremes.to(dtype).isfinite().all()):  # rounding is monotone
+        largest, kind = float(extremes.abs().max()), str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source}: the weight {name} has entries up to {largest:.3g}, too large for {kind}: "
+            "choose bfloat16 or float32"
+        )
 
 
 def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> tuple[str, ...]:
@@ -131,7 +138,7 @@ def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized
         UserError: the message names the weight.
     """
     expected = model.state_dict()
-    headers = _headers({stored for name in expected for stored in checkpoint.sources(name)}, checkpoint.files)
+    headers = checkpoint.headers({stored for name in expected for stored in checkpoint.sources(name)})
     for name, tensor in sorted(expected.items()):
         for stored in checkpoint.sources(name):
             shape, dtype = headers[stored]
@@ -174,7 +181,7 @@ def _check_surplus(source: str, model: Any, checkpoint: Checkpoint, *, dequantiz
     with suppress(UserError):  # the command that prunes it reports the reason
         blocks = decoder_blocks(model)
     path = blocks[0].name.rpartition(".")[0] if blocks else None
-    headers = _headers(surplus, checkpoint.files)
+    headers = checkpoint.headers(surplus)
     inside: list[str] = []
     for stored, name in surplus.items() if path else ():
         prefixes = (f"{path}.", f"{path}.".removeprefix(f"{model.base_model_prefix}."))
@@ -193,17 +200,6 @@ def _check_surplus(source: str, model: Any, checkpoint: Checkpoint, *, dequantiz
     if not surplus:
         return ()
     return (f"{len(surplus)} tensors of the checkpoint are not used by the model, nor saved, such as {min(surplus)}",)
-
-
-def _headers(names: Collection[str], files: Mapping[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of stored tensors."""
-    headers: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in dict.fromkeys(files.values()):
-        with safe_open(path, framework="pt") as file:
-            for name in (name for name in names if files[name] == path):
-                stored = file.get_slice(name)
-                headers[name] = tuple(stored.get_shape()), str(stored.get_dtype())
-    return headers
 
 
 def dequantizer(source: str, config: Any) -> Any:

@@ -250,7 +250,7 @@ class ModelOnDisk(Offloading):
         tensor = self._checkpoint.read(name, rows)
         # The files may keep it in parts, or under another name.
         check_shape(self._source, name, tensor.shape, (parameter if rows is None else parameter[rows]).shape)
-        check_finite(self._source, name, tensor)
+        check_finite(self._source, name, tensor, parameter.dtype)
         return tensor.to(parameter.dtype)
 
     def _settle_buffers(self) -> None:

@@ -49,7 +49,11 @@ class Packed:
     scales: Tensor | None
     width: int
     group: int
-    struct: Any = field(default=None, init=False, repr=False)  # for the library, made at the first product
+    struct: Any = field(default=None, init=False, repr=False)  # for the library: the pointers, and what holds them
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: pointers are of this process and of these tensors."""
+        return {**vars(self), "struct": None}
 
     @property
     def rows(self) -> int:
@@ -112,10 +116,12 @@ def quantize(matrix: Packed, group: int | None = None) -> Packed:
         group: columns that share a scale, a multiple of 32; None gives every row one.
 
     Raises:
-        ValueError: the group is no positive multiple of 32.
+        ValueError: the group is no positive multiple of 32; a value is NaN or Inf, for which int8 has no code.
     """
     if group is not None and (group <= 0 or group % LANES):
         raise ValueError(f"a group of {group} columns: it must be a multiple of {LANES}")
+    if not bool(matrix.values.isfinite().all()):
+        raise ValueError("NaN and Inf cannot be rounded to int8")
     size = max(1, matrix.width) if group is None else group
     groups = max(1, -(-matrix.width // size))
     rows, columns = bits.unpack(matrix.bits, matrix.width).nonzero(as_tuple=True)
@@ -233,6 +239,8 @@ class _Library:
 
     def linear(self, x: Tensor, matrix: Packed, bias: Tensor | None) -> Tensor:
         """x (tokens, width), contiguous -> (tokens, rows)."""
+        if bias is not None and (tuple(bias.shape) != (matrix.rows,) or bias.device.type != "cpu"):
+            raise ValueError(f"a bias {tuple(bias.shape)} on {bias.device} for {matrix.rows} rows on the CPU")
         out = x.new_empty(x.shape[0], matrix.rows)
         if out.numel():
             pointers = x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
@@ -253,16 +261,24 @@ class _Library:
 
     @staticmethod
     def _struct(matrix: Packed) -> Any:
-        if matrix.struct is not None:
-            return matrix.struct
-        octets, count = matrix.bits.numel(), matrix.values.numel()
         offsets, scales = matrix.offsets, matrix.scales
-        matrix.struct = ctypes.byref(
+        pointers = (
+            matrix.bits.data_ptr(),
+            matrix.values.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+        )
+        # The same tensors can move, as by `share_memory_`.
+        if matrix.struct is not None and matrix.struct[0] == pointers:
+            return matrix.struct[1]
+        if matrix.bits.device.type != "cpu":  # the library would read the memory of another device
+            raise RuntimeError(
+                f"the inputs are on the CPU, the packed weights on {matrix.bits.device}: move one of them"
+            )
+        octets, count = matrix.bits.numel(), matrix.values.numel()
+        struct = ctypes.byref(
             _Matrix(
-                matrix.bits.data_ptr(),
-                matrix.values.data_ptr(),
-                None if offsets is None else offsets.data_ptr(),
-                None if scales is None else scales.data_ptr(),
+                *pointers,
                 matrix.rows,
                 matrix.width,
                 count,
@@ -272,7 +288,8 @@ class _Library:
                 count // octets if offsets is None and octets else 0,
             )
         )
-        return matrix.struct
+        matrix.struct = pointers, struct
+        return struct
 
     @staticmethod
     def _check(status: int) -> None:
@@ -308,6 +325,10 @@ def _torch_unpack(matrix: Packed, dtype: torch.dtype) -> Tensor:
 
 def _dense_dtype(x: Tensor) -> torch.dtype:
     """In which the CPU multiplies a long prompt: in float32 where it has no products of the inputs' dtype."""
+    if x.dtype == torch.float32:
+        return x.dtype
+    if not torch.backends.mkldnn.is_available():  # builds without it, as for macOS, lack the operators below
+        return torch.float32
     if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
     if x.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from admm_prune.errors import UserError
 from admm_prune.inference import timing
+from admm_prune.inference.packing import pack
 from admm_prune.inference.timing import Speed, _CSRLinear, bench_inference, prefill, timed
-from admm_prune.models.loading import load
+from admm_prune.models.loading import LoadedModel, load
+from admm_prune.prunable import matrices
 from admm_prune.runs.prune import prune
+from tests.models.tiny_models import build
 
 QUICK = {"tokens": 16, "new_tokens": 2, "repeats": 1, "batches": (1,), "device": "cpu"}
 
@@ -74,6 +82,70 @@ def test_the_kernels_compute_the_same(folders: dict[str, str]) -> None:
         linear.weight[:, ::2] = 0
     x = torch.randn(2, 3, 16)
     torch.testing.assert_close(_CSRLinear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "others"), [("gpt2", "0 of the 12", "Conv1D"), ("mixtral", "12 of the 36", "MixtralExperts")]
+)
+def test_kernels_that_take_a_part_of_the_matrices_say_so(family: str, count: str, others: str) -> None:
+    """A form whose layers are all dense would be timed, and named, as what it is not."""
+    model = build(family).eval().requires_grad_(False)
+    for weight in matrices(model):
+        weight.parameter.mul_(torch.rand(weight.parameter.shape, generator=torch.Generator().manual_seed(0)) > 0.7)
+    given = LoadedModel(model, None, family)  # type: ignore[arg-type]
+    made, remarks = timing._with_kernels(lambda: replace(given, model=copy.deepcopy(model)), given, "cpu")
+    assert list(made) == (["packed"] if family == "gpt2" else ["packed", "CSR kernels"])
+    assert remarks == [
+        f"CSR kernels take {count} matrices of the blocks: they are for linear layers, not for {others}."
+    ]
+
+
+def test_few_zeros_are_not_said_to_make_it_smaller(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "few")
+    tensors = load_file(tmp_path / "few/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, :4] = 0
+    save_file(tensors, tmp_path / "few/model.safetensors", {"format": "pt"})
+    content = bench_inference(str(tmp_path / "few"), **QUICK)
+    assert [row["form"] for row in content["rows"]] == ["as stored", "CSR kernels"]
+    (sentence,) = (s for s in content["sentences"] if "of the block weights are zeros" in s)
+    assert sentence.startswith("0.0")
+    assert not any("load_packed" in s or "would store" in s for s in content["sentences"])
+
+
+def test_what_pack_would_store_is_that_of_the_parameters(folders: dict[str, str], tmp_path: Path) -> None:
+    """Beside the bytes of the same parameters, without the buffers of the rotary embedding; -0.0 is stored."""
+    packing = pack(Path(folders["mask"]), tmp_path / "archive")
+    content = bench_inference(folders["mask"], **QUICK)
+    tensors = load_file(Path(folders["mask"]) / "model.safetensors")
+    ratio = content["rows"][0]["packed_bytes"] / sum(x.nbytes for x in tensors.values())
+    assert f"in float32, in {ratio:.2f} of their bytes" in " ".join(content["sentences"])
+    assert packing.tensors
+    x = torch.nn.Linear(64, 64, bias=False)
+    x.weight.data = torch.zeros(64, 64)
+    assert timing._packed_bytes(x) == 64 * 64 // 8
+    x.weight.data[0] = -0.0
+    assert timing._packed_bytes(x) == 64 * 64 // 8 + 64 * 4
+
+
+def test_models_in_two_dtypes(folders: dict[str, str], tmp_path: Path) -> None:
+    half = load(folders["mask"], dtype="bfloat16")
+    half.model.save_pretrained(tmp_path / "half")
+    half.tokenizer.save_pretrained(tmp_path / "half")
+    unlike = "The models are not compared in one data type (dense in float32, as stored in bfloat16): give --dtype."
+    content = bench_inference(str(tmp_path / "half"), folders["mask"], **QUICK)
+    assert unlike in content["sentences"]
+    content = bench_inference(str(tmp_path / "half"), folders["mask"], **QUICK, dtype="float32")
+    assert not any("data type" in sentence for sentence in content["sentences"])
+
+
+def test_several_threads_are_timed_by_the_clock(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their CPU times add up, so that tokens per second would be too few."""
+    model = load(str(model_folder), device="cpu").model
+    asleep = partial(timed, lambda *_: time.sleep(0.05), {"a": model}, 1, repeats=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert asleep()["a"][0] < 0.04
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert asleep()["a"][0] >= 0.05
 
 
 def test_models_take_turns(model_folder: Path) -> None:
@@ -139,6 +211,12 @@ def test_batches_and_the_plot(folders: dict[str, str], tmp_path: Path) -> None:
     plot = (tmp_path / "out/inference.svg").read_text()
     assert "<svg" in plot
     assert all(text in plot for text in ("packed", "tokens per second"))
+    with pytest.raises(UserError, match="holds an earlier result: replace it with --overwrite"):
+        bench_inference(folders["mask"], **QUICK, out=tmp_path / "out")
+    bench_inference(folders["mask"], **QUICK, out=tmp_path / "out", overwrite=True)
+    (tmp_path / "out/inference.json").write_text("{}")
+    with pytest.raises(UserError, match="was not written by admm-prune as such a file"):
+        bench_inference(folders["mask"], **QUICK, out=tmp_path / "out", overwrite=True)
     with pytest.raises(UserError, match="batches must be numbers of texts"):
         bench_inference(folders["mask"], **QUICK | {"batches": (0,)})
 

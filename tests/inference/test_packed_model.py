@@ -264,6 +264,63 @@ def test_wrong_input(model: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "quantized/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its weights are quantized"):
         load_packed(tmp_path / "quantized")
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "quantized/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"its weights are quantized \(fp8\): only floats can be packed"):
+        load_packed(tmp_path / "quantized")
+    with pytest.raises(UserError, match=r"weights of torch.float64 cannot be packed, only float32"):
+        load_packed(folder, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"weights of torch\.float64 cannot be packed, only float32"):
+        pack_model(copy.deepcopy(model).double())
+    infinite = copy.deepcopy(model)
+    infinite.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN or Inf entries, which int8 cannot"):
+        pack_model(infinite, values="int8")
+    assert not any(isinstance(module, PackedLinear) for module in infinite.modules())
+    with pytest.raises(ValueError, match=r"a bias \(3,\) for a matrix of 4 rows"):
+        PackedLinear(packed.pack(torch.eye(4)), torch.ones(3))
+
+
+def test_weights_of_another_model_than_the_config(folder: Path, tmp_path: Path) -> None:
+    """Refused as by the loader of dense models: tensors without a place, float8, and numbers that overflow."""
+    shutil.copytree(folder, tmp_path / "other")
+    file = tmp_path / "other/model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    stored = load_file(folder / "model.safetensors")
+
+    def refused(message: str, changes: dict[str, Tensor], **how: Any) -> None:
+        save_file({**stored, **changes}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_packed(tmp_path / "other", **how)
+
+    refused("up_proj.bias, for which the model of config.json has no place", {f"{name[:-6]}bias": torch.ones(640)})
+    refused(r"up_proj.weight is stored quantized \(F8_E4M3\)", {name: stored[name].to(torch.float8_e4m3fn)})
+    refused("up_proj.weight is stored as integers", {name: stored[name].int()})
+    large = stored[name].clone()
+    large[0, 0] = 1e6
+    refused("up_proj.weight has entries up to 1e.06, too large for float16", {name: large}, dtype=torch.float16)
+    assert load_packed(tmp_path / "other").model.layers[0].mlp.up_proj.weight[0, 0] == 1e6
+
+
+def test_a_packed_layer_is_copied_and_saved_after_it_was_used(tmp_path: Path) -> None:
+    """The library keeps pointers to its tensors, which are those of one process."""
+    g = torch.Generator().manual_seed(0)
+    layer = PackedLinear(packed.pack(torch.randn(8, 40, generator=g).relu()), torch.ones(8))
+    x = torch.randn(3, 40, generator=g)
+    expected = layer(x)
+    torch.save(layer, tmp_path / "layer.pt")
+    for other in (copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        assert torch.equal(other(x), expected)
+
+
+def test_a_packed_layer_that_moves_within_the_memory() -> None:
+    """`share_memory` keeps the tensor objects, and replaces their storage."""
+    layer = PackedLinear(packed.pack(torch.eye(40)))
+    x = torch.arange(40.0)[None]
+    layer(x)
+    layer.share_memory()
+    layer.values.fill_(2.0)
+    assert torch.equal(layer(x), 2 * x)
 
 
 def test_stock_transformers_reads_the_same_dense_model(model: Any, folder: Path) -> None:

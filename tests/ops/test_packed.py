@@ -212,6 +212,31 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         packed.pack(torch.ones(2, 2, dtype=torch.float64))
 
 
+@needs_library
+def test_what_the_library_would_read_beyond_its_tensors_is_refused() -> None:
+    matrix, x = packed.pack(masked(4, 40, 0.5)), inputs(2, 40)
+    with pytest.raises(ValueError, match=r"a bias \(3,\) on cpu for 4 rows"):
+        packed.linear(x, matrix, torch.ones(3))
+    elsewhere = packed.Packed(matrix.bits.to("meta"), matrix.values.to("meta"), None, None, 40, 40)
+    with pytest.raises(RuntimeError, match="the inputs are on the CPU, the packed weights on meta"):
+        packed.linear(x, elsewhere)
+
+
+def test_int8_has_no_code_for_nan() -> None:
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="NaN and Inf cannot be rounded"):
+            packed.quantize(packed.pack(torch.tensor([[1.0, value, 0.0]])))
+
+
+@needs_library
+def test_a_build_of_torch_without_mkldnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for macOS: it lacks the operators that tell which products a processor has."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    x = inputs(2, 40, torch.bfloat16)
+    assert packed.linear(x, packed.pack(masked(4, 40, 0.5, torch.bfloat16))).dtype == torch.bfloat16
+
+
 def test_bytes() -> None:
     w = masked(64, 512, 0.9, torch.bfloat16)
     matrix = packed.pack(w)
