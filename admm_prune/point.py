@@ -1,4 +1,4 @@
-"""Point: named tensors that behave like one vector."""
+"""`Point`: named tensors with the arithmetic of one vector."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Point(dict[str, Tensor]):
-    """x = (x_1, ..., x_n): tensors under names, with the arithmetic of one vector.
+    """x = (x_1, ..., x_n): tensors by name, with the arithmetic of one vector.
 
-    Every operation keeps names, shapes, dtypes and devices; two points of one operation must have the same names.
-    Sums over entries (`dot`, `norm`) are taken in float64 whatever the dtype of the tensors.
+    Operations preserve names, shapes, dtypes and devices; the operands of an operation must have the same names. Sums
+    over entries (`dot`, `norm`) are computed in float64, whatever the dtype of the tensors.
     """
 
     def map(self, function: Callable[..., Tensor], *others: Point) -> Point:
@@ -34,7 +34,7 @@ class Point(dict[str, Tensor]):
         return self.map(torch.sub, other)
 
     def __mul__(self, other: Point | float) -> Point:
-        """Entry by entry with a point, or scaled by a number."""
+        """x * y, entry by entry for a point y; y may also be a number."""
         if isinstance(other, Point):
             return self.map(torch.mul, other)
         return self.map(lambda x: x * other)

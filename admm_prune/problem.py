@@ -1,4 +1,4 @@
-"""The protocols between problems and solvers. A solver requires the narrowest protocol that is sufficient."""
+"""The protocols through which problems and solvers communicate. A solver requires the narrowest one that suffices."""
 
 from __future__ import annotations
 
@@ -17,91 +17,96 @@ CapabilityT = TypeVar("CapabilityT")
 
 @runtime_checkable
 class Constraint(Protocol):
-    """A closed set C with an exact projection; almost never convex."""
+    """A closed set C with an exact projection. Most sparse sets are not convex."""
 
     def project(self, v: Point, metric: Point | None = None) -> Point:
         """argmin_{z in C} sum_i metric_i (z_i - v_i)^2, with metric_i > 0 (1 by default)."""
         ...
 
-    def contains(self, z: Point) -> bool: ...
+    def contains(self, z: Point) -> bool:
+        """Whether z lies in C."""
+        ...
 
 
 @runtime_checkable
 class SupportConstraint(Constraint, Protocol):
-    """C = {z : supp(z) in a family of supports}. Scaling an entry by a positive number never leaves C."""
+    """C = {z : supp(z) in a family of supports}, so that scaling an entry by a positive number never leaves C."""
 
     def select(self, score: Point) -> Point:
-        """The admissible support of the largest total squared score, as booleans.
+        """The admissible support with the largest sum of squared scores, as booleans.
 
-        Scores are not negative. The support has the full size that C admits, also where scores are zero.
+        Scores are non-negative. The support has the full size that C admits, even if it includes zero scores.
         """
         ...
 
     @property
     def group_width(self) -> int:
-        """The number of consecutive columns whose selection depends on each other: M of N:M, else 1."""
+        """The number of consecutive columns that are selected jointly: M for N:M, otherwise 1."""
         ...
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> SupportConstraint:
-        """The constraint on the columns start..stop of a matrix of this shape; the budgets of a partition add up."""
+        """The constraint on the columns start, ..., stop - 1 of a matrix of this shape. The budgets of slices that
+        partition the matrix add up to its budget."""
         ...
 
     def scaled_to(self, fraction: float) -> Self:
-        """The set of the same kind that prunes only `fraction` of what this one prunes."""
+        """The constraint of the same kind with `fraction` times this sparsity."""
         ...
 
 
 @runtime_checkable
 class BatchedConstraint(SupportConstraint, Protocol):
     def select_each(self, score: Tensor) -> Tensor:
-        """`select` for several matrices (matrices, out, in), each under the whole constraint."""
+        """`select` for a stack of matrices (matrices, out, in), each of which has the whole budget."""
         ...
 
 
 @runtime_checkable
 class RunConstraint(SupportConstraint, Protocol):
     def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
-        """(k, r) where `select` keeps the k largest of every r consecutive entries of a matrix, row-major, and of equal
-        ones the first; None where it does something else for this shape."""
+        """(k, r) if `select` keeps the k largest of every r consecutive entries of a matrix of this shape, in row-major
+        order, and the first of equal ones; otherwise None."""
         ...
 
 
 @runtime_checkable
 class GroupConstraint(SupportConstraint, Protocol):
-    """C = {V : at most budget(in) groups of `width` consecutive columns of V (out, in) hold a non-zero}."""
+    """C = {V : at most budget(in) groups of `width` consecutive columns of V (out, in) contain a non-zero}."""
 
     @property
     def width(self) -> int: ...
 
     def budget(self, columns: int) -> int:
-        """The number of groups that a matrix with `columns` columns may keep."""
+        """The maximum number of groups that a matrix with this many columns may keep."""
         ...
 
 
 @runtime_checkable
 class Problem(Protocol):
-    """minimize value(x) subject to x in constraint."""
+    """minimize value(x) over x in constraint."""
 
     @property
     def constraint(self) -> Constraint: ...
 
     @property
     def curvature(self) -> float:
-        """The unit of rho: half the mean diagonal of the Hessian of value; mean(diag A) of a Quadratic problem."""
+        """The unit of rho: half the mean diagonal of the Hessian of `value`; mean(diag A) of a Quadratic problem."""
         ...
 
     def initial(self) -> Point:
         """The dense weights."""
         ...
 
-    def value(self, x: Point) -> float: ...
+    def value(self, x: Point) -> float:
+        """The objective at x."""
+        ...
 
 
 @runtime_checkable
 class Quadratic(Problem, Protocol):
-    """f(V) = tr(V A V^T) - 2 tr(V G^T) + c: one matrix V (out, in) whose rows share one Hessian.
+    """f(V) = tr(V A V^T) - 2 tr(V G^T) + c for one matrix V (out, in): all of its rows have the same Hessian.
 
-    A point of such a problem holds one tensor, named "weight".
+    A point of such a problem has one tensor, named "weight".
     """
 
     @property
@@ -116,17 +121,21 @@ class Quadratic(Problem, Protocol):
 
     @property
     def minimizer(self) -> Tensor:
-        """G A^-1 (out, in), the minimum of f without the constraint."""
+        """G A^-1 (out, in), the minimizer of f without the constraint."""
         ...
 
 
 @runtime_checkable
 class Fitted(Quadratic, Protocol):
-    """A Quadratic problem whose minimizer comes from a solve, and differs from G A^-1 by rounding."""
+    """A Quadratic problem whose minimizer is computed by a solve, and differs from G A^-1 by rounding."""
 
     def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
-        """In float64: (minimizer A - G (out, in), the magnitudes that it adds up (out, in), those of the value at the
-        minimizer); None where the minimizer is exact."""
+        """The residual of the minimizer, in float64; None if the minimizer is exact.
+
+        Returns:
+            minimizer A - G (out, in); the sum of the magnitudes of its terms (out, in); and that of the terms of the
+            value at the minimizer.
+        """
         ...
 
 
@@ -139,58 +148,62 @@ class Proximable(Problem, Protocol):
 
 @runtime_checkable
 class Differentiable(Problem, Protocol):
-    def value_and_gradient(self, x: Point) -> tuple[float, Point]: ...
+    def value_and_gradient(self, x: Point) -> tuple[float, Point]:
+        """The objective and its gradient at x."""
+        ...
 
 
 @runtime_checkable
 class Stochastic(Problem, Protocol):
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
-        """Loss and gradient on the sample numbered `draw`; the same number is the same sample."""
+        """The loss at x and its gradient on sample number `draw`; equal numbers give the same sample."""
         ...
 
 
 @runtime_checkable
 class Blockwise(Problem, Protocol):
     @property
-    def order(self) -> tuple[str, ...]: ...
+    def order(self) -> tuple[str, ...]:
+        """The names of the blocks, in the order in which they are minimized."""
+        ...
 
     def block(self, name: str, x: Point) -> Problem:
-        """The problem in block `name` alone, with all other blocks fixed at x."""
+        """The problem over block `name`, with all other blocks fixed at x."""
         ...
 
 
 @runtime_checkable
 class Minimizable(Problem, Protocol):
     def minimize(self) -> Point:
-        """argmin of value over the constraint, directly."""
+        """argmin of `value` over the constraint, in closed form."""
         ...
 
 
 @runtime_checkable
 class Coordinated(Blockwise, Protocol):
-    """Blocks whose points may have other names than the whole's, and a validation loss of the whole."""
+    """A problem whose blocks may have tensors of other names than the whole, and a validation loss of the whole."""
 
     def part(self, x: Point, name: str) -> Point:
-        """x as a point of its block `name`."""
+        """The part of x that is a point of block `name`."""
         ...
 
     def joined(self, x: Point, name: str, block: Problem, solution: Point) -> Point:
-        """x with the solution of its block `name` in place."""
+        """x with its part for block `name` replaced by a solution of that block."""
         ...
 
     def validation_loss(self, x: Point) -> float:
-        """The validation loss of the whole, on held-out data if there are any."""
+        """The loss of the whole, on held-out data if there are any."""
         ...
 
 
 @runtime_checkable
 class Safeguarded(Coordinated, Protocol):
-    """Blocks solved through a model of the whole, whose solution is checked against the whole itself."""
+    """A problem whose blocks minimize a model of the whole objective, and are checked against the objective itself."""
 
     def safeguarded(self, before: Point, after: Point, name: str) -> Point:
-        """The better of two feasible points that differ in block `name`, the second improved on its support.
+        """The better one of `before` and `after`, which differs in block `name` and is first improved on its support.
 
-        It is never worse than `before`, where that is in the constraint.
+        Never worse than `before`, if that is feasible.
         """
         ...
 
@@ -198,23 +211,28 @@ class Safeguarded(Coordinated, Protocol):
 @runtime_checkable
 class Refittable(Problem, Protocol):
     def refit(self, mask: Point) -> Point:
-        """The exact minimum of value over the points that vanish wherever mask is False."""
+        """The exact minimizer of `value` over the points that are zero wherever mask is False."""
         ...
 
 
 def fits(problem: object, capability: type[CapabilityT]) -> TypeIs[CapabilityT]:
-    """Whether the problem has all members of a capability.
+    """Whether a problem has all members of a capability, one of the protocols above.
 
-    They are looked up, not read: up to Python 3.11 `isinstance` reads each property, and `linear` costs a product.
+    Members are looked up without reading them: `isinstance` reads every property up to Python 3.11, and `linear`, for
+    example, computes a matrix product.
     """
     return not _missing(problem, capability)
 
 
 def require(solver: object, problem: object, capability: type, why: str) -> None:
-    """Refuses a pair that does not fit.
+    """Checks that a problem has the capability that a solver needs.
+
+    Args:
+        why: for the message, what the solver needs it for.
 
     Raises:
-        TypeError: `problem` lacks members of `capability`; the message names both sides and each missing member.
+        TypeError: `problem` lacks members of `capability`; the message names the solver, the problem and each missing
+            member.
     """
     missing = _missing(problem, capability)
     if missing:
@@ -228,7 +246,7 @@ def checked_constraint(solver: object, problem: Problem, kind: type[CapabilityT]
     """The constraint of a problem, which must be of the kind that a solver needs.
 
     Raises:
-        TypeError: it is of another kind; the message names both sides and each missing member.
+        TypeError: it is of another kind; the message names the solver, the problem and each missing member.
     """
     constraint = problem.constraint
     if isinstance(constraint, kind):
@@ -240,7 +258,7 @@ def checked_constraint(solver: object, problem: Problem, kind: type[CapabilityT]
 
 
 def _missing(thing: object, capability: type) -> list[str]:
-    """The public members of a protocol that a thing lacks."""
+    """The public members of a protocol that an object lacks."""
     kinds = (kind for kind in capability.__mro__ if kind not in (object, Protocol, Generic))
     members = {name for kind in kinds for name in vars(kind) if not name.startswith("_")}
     absent = object()

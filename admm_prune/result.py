@@ -1,4 +1,4 @@
-"""What a solver returns: Status, Progress, Result; and what a report keeps of it: Convergence, Diagnosis."""
+"""The result of a solver: Status, Progress, Result; and what a report records of it: Convergence, Diagnosis."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Status(Enum):
 
     @property
     def ok(self) -> bool:
-        """False if the returned point should not be used without inspecting the history."""
+        """Whether the returned point can be used without inspecting the history."""
         return self not in (Status.STALLED, Status.NONFINITE)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of a solver's history. None where it was not measured, because measuring costs as much as a step."""
+    """The measures of one iteration in the history of a solver; None if a measure was not computed."""
 
     iteration: int
     objective: float | None = None  # of the feasible point of this iteration
@@ -44,12 +44,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """A feasible point and how it was found.
+    """A feasible point, and how a solver found it.
 
-    `solution` lies in the constraint, is the best such point seen by `problem.value`, and is never worse than the
-    start. `objective` is that value, and `start_objective` that of the start's projection, None where a method without
-    iterations has no start. `bound`, where known, is a proven lower bound of the optimum. `state` continues
-    an iterative solver. `notes` lists automatic corrections of a solver (damping, fallback, precision).
+    Attributes:
+        solution: the best feasible point that the solver evaluated; never worse than the start.
+        status: why the solver stopped.
+        objective: `problem.value` of the solution.
+        iterations: the number of iterations, including those of earlier calls with the same `state`.
+        best_iteration: the iteration of the solution; 0 for the projection of the start.
+        history: the measures of the iterations.
+        bound: a proved lower bound of the optimum; None if there is none.
+        seconds: the duration of the solve, without evaluations of the objective.
+        state: continues an iterative solver.
+        notes: automatic corrections by the solver (damping, fallback, precision).
+        start_objective: `problem.value` of the projection of the start; None for a method without iterations or start.
     """
 
     solution: Point
@@ -66,7 +74,8 @@ class Result:
 
     @property
     def gap(self) -> float | None:
-        """(objective - bound) / objective, the proven relative distance to the optimum; None without a bound."""
+        """(objective - bound) / |objective|, a proved bound of the relative distance to the optimum; None without a
+        bound."""
         if self.bound is None:
             return None
         return 0.0 if self.objective == 0.0 else (self.objective - self.bound) / abs(self.objective)
@@ -74,13 +83,14 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Convergence:
-    """Columns of equal length, a line for each reported iteration; None where a solver does not measure one.
+    """The history of a solver in columns of equal length, one entry for each reported iteration; None if a measure was
+    not computed.
 
     Attributes:
-        iteration: counted from 0, as in `Progress`.
+        iteration: as in `Progress`.
         objective: of the feasible point of the iteration.
         primal_residual: |x - z| / |z|.
-        support_changes: entries that entered the support.
+        support_changes: the number of entries that entered the support.
         rho: the penalty, in units of the problem's curvature.
     """
 
@@ -92,7 +102,7 @@ class Convergence:
 
     @classmethod
     def of(cls, history: Sequence[Progress], most: int = 64) -> Self | None:
-        """The history, at most about `most` lines of it at even distances, the last one always; None without any."""
+        """About `most` iterations at even distances, including the last one; None if the history is empty."""
         if not history:
             return None
         stride = -(-len(history) // most)
@@ -102,12 +112,12 @@ class Convergence:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A finding.
+    """A finding about a solve, for the user.
 
     Args:
-        code: short and stable.
-        finding: a sentence with the numbers it rests on.
-        advice: what to do; empty where nothing needs to be done.
+        code: a short identifier that does not change between releases.
+        finding: one sentence, with the numbers that it is based on.
+        advice: what to do; empty if nothing needs to be done.
     """
 
     code: str

@@ -39,7 +39,7 @@ ProcessBlock = Callable[[BlockStream, int, Block], BlockResult]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockPass:
+class PassSettings:
     """The settings of one pass over the blocks.
 
     Args:
@@ -63,7 +63,7 @@ class BlockPass:
     weighting: TokenWeighting = UNWEIGHTED
 
 
-DEFAULT_PASS = BlockPass()
+DEFAULT_PASS = PassSettings()
 
 
 def for_each_block(
@@ -71,7 +71,7 @@ def for_each_block(
     task: Task,
     runtime: Runtime,
     process_block: ProcessBlock,
-    settings: BlockPass = DEFAULT_PASS,
+    settings: PassSettings = DEFAULT_PASS,
 ) -> list[BlockResult]:
     """Processes the blocks in order, each on the outputs of the blocks before it, and commits every result.
 
@@ -107,7 +107,7 @@ def for_each_block(
     return results
 
 
-def _finished(journal: Journal, settings: BlockPass) -> list[BlockResult]:
+def _finished(journal: Journal, settings: PassSettings) -> list[BlockResult]:
     """The results that an interrupted run has committed."""
     return [
         BlockResult(
@@ -136,7 +136,7 @@ def _stream(
     )
 
 
-def _restore(blocks: list[Block], stream: BlockStream | None, runtime: Runtime, settings: BlockPass) -> None:
+def _restore(blocks: list[Block], stream: BlockStream | None, runtime: Runtime, settings: PassSettings) -> None:
     """Restores the weights of the finished blocks, and advances the stream, if there is one, to the block after them.
 
     The stream continues from the saved activations, or replays the finished blocks where none were saved.
@@ -161,7 +161,7 @@ def _restore(blocks: list[Block], stream: BlockStream | None, runtime: Runtime, 
 
 
 def _process(
-    process_block: ProcessBlock, stream: BlockStream, index: int, block: Block, runtime: Runtime, settings: BlockPass
+    process_block: ProcessBlock, stream: BlockStream, index: int, block: Block, runtime: Runtime, settings: PassSettings
 ) -> BlockResult:
     """Processes one block, advances the stream beyond it and commits the result."""
     offloading, journal = runtime.offloading, runtime.journal

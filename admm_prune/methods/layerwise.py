@@ -25,7 +25,7 @@ from admm_prune.methods.base import (
     Task,
     TextUse,
 )
-from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
@@ -118,7 +118,7 @@ class Layerwise(Capabilities):
             return BlockResult(layers=[*reports, *untouched(block, chosen)], details=joint.figures)
 
         block_results = for_each_block(
-            model, task, runtime, prune_block, BlockPass(weighting=self.method.problem.weighting)
+            model, task, runtime, prune_block, PassSettings(weighting=self.method.problem.weighting)
         )
         runtime.report_progress(len(block_results), len(block_results))
         figures = [result.details or {} for result in block_results]

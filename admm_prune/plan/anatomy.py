@@ -1,6 +1,6 @@
-"""A model from its config alone, on the meta device: its parts, and the cost of reading and tokenizing the text.
+"""A model built from its config, on the meta device, and the cost of reading and tokenizing a text.
 
-To examine its class, one block at a time is given random weights.
+To check that the model is causal, one block at a time gets random weights.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from admm_prune.settings import TextSettings
 
 BATCH = 8  # as `data.sequences.pack` makes them
 _MIB = 2**20
-_IDS = 16  # bytes of a token and of where it ends, both int64
-_ROWS = 64  # of large embeddings that are drawn: no id beyond is tried out
-_LARGE = 1 << 24  # entries of an embedding: 64 MiB
-_MOST = 1 << 27  # entries of a block: 512 MiB
+_IDS = 16  # bytes per token: its id and its end in the text, both int64
+_ROWS = 64  # rows of a large embedding that get random weights; larger ids are not used
+_LARGE = 1 << 24  # entries above which an embedding is large: 64 MiB
+_MOST = 1 << 27  # entries above which a block gets no random weights: 512 MiB
 _SCALE = 0.02
 
 
@@ -47,11 +47,11 @@ class Anatomy:
     """A model without weights.
 
     Attributes:
-        source: as the user named it.
+        source: the name that the user gave.
         model: in evaluation mode, on the meta device.
-        blocks: of it.
-        notes: on tensors of its files that the model does not use.
-        renames: as that of `Checkpoint`; False where there are no files.
+        blocks: its decoder blocks.
+        notes: on tensors in its files that the model does not use.
+        renames: whether tensors have other names in its files, as `Checkpoint.renames`; False without files.
     """
 
     source: str
@@ -66,10 +66,10 @@ class Anatomy:
 
         Args:
             source: "embedded", a folder with a config.json, or a Hub id.
-            dtype: instead of the config's.
+            dtype: replaces the dtype of the config.
 
         Raises:
-            UserError: there is no such model, or it has no decoder blocks that can be read.
+            UserError: there is no such model, or it has no decoder blocks that can be identified.
         """
         location = locate(source, weights=False)
         with explained(source, location), quiet():
@@ -105,7 +105,7 @@ class Anatomy:
 
     @property
     def outside_bytes(self) -> int:
-        """Bytes of the weights outside the blocks: embeddings, the last norm, the head."""
+        """Bytes of the weights outside the blocks: embeddings, the final normalization, the head."""
         return self.weight_bytes - sum(map(block_bytes, self.blocks))
 
     @property
@@ -115,7 +115,7 @@ class Anatomy:
         return weight
 
     def kinds(self, target: Target) -> Iterator[tuple[int, int]]:
-        """(first block, count) of every kind of block: those with weights of the same shapes and targets."""
+        """(index of the first block, count) for each kind of block, all of which have the same shapes and targets."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, block in enumerate(self.blocks):
             targets = (target.at(view.name) for view in block.weights)
@@ -126,7 +126,7 @@ class Anatomy:
         """`count` full sequences of a length, by default that of a run.
 
         Raises:
-            UserError: the length is beyond the model's context.
+            UserError: the length exceeds the context of the model.
         """
         length = sequence_length(self.model.config, length)
         row = Row(torch.zeros(length, dtype=torch.long), length)
@@ -134,21 +134,21 @@ class Anatomy:
 
 
 def block_bytes(block: Block) -> int:
-    """Bytes of all of its weights."""
+    """The bytes of all weights of a block."""
     return sum(p.nbytes for p in block.module.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The text of a run.
+    """The sizes of the text of a run, and the cost of tokenizing it.
 
     Attributes:
-        characters, validation: of the whole text; of the evaluation part.
-        held: bytes of the text.
-        lists: bytes of a tokenizer's lists for as much as it encodes at once.
-        left: bytes that remain allocated afterwards.
-        tokens: of all of the text.
-        rate: characters tokenized a second.
+        characters, validation: the characters of the whole text, and of the evaluation text in it.
+        held: the bytes of the text.
+        lists: the bytes of the tokenizer's lists for the text that it encodes at once.
+        left: the bytes that remain allocated afterwards.
+        tokens: the tokens of the whole text.
+        rate: characters tokenized per second.
     """
 
     characters: int
@@ -165,20 +165,20 @@ class Reading:
 
     @property
     def peak(self) -> int:
-        """Bytes while the last piece is encoded, beside the text."""
+        """The bytes while the last piece is encoded, without the text."""
         return self.lists + _IDS * self.tokens
 
 
 def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
-    """Refuses a tokenizer with ids for which the model has no embedding, as a run does.
+    """Rejects a tokenizer with ids for which the model has no embedding, as a run does.
 
     Args:
-        source: as the user named the model: of a folder, the tokenizer in it.
-        model: its shapes.
-        required: whether the plan needs a tokenizer, so that a folder without one is refused.
+        source: the model as the user named it.
+        model: the model on the meta device.
+        required: whether the plan needs a tokenizer; otherwise a folder may have none.
 
     Raises:
-        UserError: it does not fit the model, or cannot be read.
+        UserError: the tokenizer does not fit the model, or cannot be read.
     """
     location = locate(source, weights=False)
     if required or (isinstance(location, Path) and any(location.glob("*token*"))):
@@ -186,12 +186,15 @@ def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
 
 
 def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Reading | None:
-    """Reads the text of a run, and encodes a piece of the size that is encoded at once.
+    """Reads the text of a run, and measures the tokenizer on as much of it as a run encodes at once.
 
     Args:
-        text: as of a run; None is returned if it is not on this disk.
-        source, model: as `check_tokenizer`.
-        stream: the run returns freed memory to the system, as streaming runs do.
+        text: the settings of the text.
+        source, model: as for `check_tokenizer`.
+        stream: whether freed memory is returned to the system, as streaming runs do.
+
+    Returns:
+        The measurements; None if the text is not on this disk.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
@@ -237,10 +240,10 @@ def _piece(documents: list[Document], characters: int) -> list[Document]:
 
 
 class RandomWeights(Offloading):
-    """Random weights for a model on the meta device; large embeddings have their first rows alone.
+    """Random weights for a model on the meta device; large embeddings are cut to their first rows.
 
     Args:
-        model: of shapes alone; it is copied.
+        model: on the meta device; it is copied.
 
     Attributes:
         model: the copy.

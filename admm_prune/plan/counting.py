@@ -1,7 +1,7 @@
-"""Operations and bytes of code, counted while it runs on real tensors or on the meta device, and the stages of a run.
+"""Counting the operations and bytes of code while it runs, on real tensors or on the meta device; the stages of a run.
 
-The meta device has no values. Where code needs one, it gets the value for well-formed input: a check
-of all entries holds, a search for any bad one finds none, a mask selects everything.
+Tensors on the meta device have no values. If code reads one, it gets the value of well-formed input: a check of all
+entries succeeds, a search for invalid entries finds none, a mask selects everything.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ LIBRARIES = "interpreter and libraries"  # always on the host
 
 @dataclass(frozen=True)
 class Work:
-    """Counts by kind.
+    """Amounts of work by kind:
 
-    products_*: operations of matrix products and attention, two for a multiplication and its addition, by the dtype
-    that is multiplied; factor_*: of Cholesky factorizations, their inverses and triangular solves; select: entries that
-    a sort or a selection looks at; traffic: bytes that everything else reads and writes; disk_*, hash: bytes; tokenize:
-    characters; calls: of operators, each with its own overhead.
+    products_*: operations of matrix products and attention, two per multiply-add, by the dtype of the factors;
+    factor_*: operations of Cholesky factorizations, their inverses and triangular solves;
+    select: entries that are sorted or selected from;
+    traffic: bytes read and written by all other operators;
+    disk_read, disk_write, hash: bytes;
+    tokenize: characters;
+    calls: operator calls, each of which has an overhead.
     """
 
     counts: Counter[str] = field(default_factory=Counter[str])
@@ -70,9 +73,8 @@ class Work:
         return Work(Counter({kind: factor * count for kind, count in self.counts.items()}))
 
     def scaled(self, scale: float) -> Work:
-        """The work of a problem `scale` times as large in all of its dimensions, with as many calls.
-
-        Products and factorizations grow with the cube, what touches every entry once with the square.
+        """The work of a problem whose dimensions are all `scale` times as large: products and factorizations scale with
+        the cube, operations on every entry with the square, and the number of calls is the same.
         """
         cubic = ("products", "factor")
         power = {kind: 3 if kind.startswith(cubic) else 0 if kind == "calls" else 2 for kind in self.counts}
@@ -80,17 +82,17 @@ class Work:
 
     @property
     def operations(self) -> float:
-        """All of products and factorizations."""
+        """The operations of all products and factorizations."""
         return sum(count for kind, count in self.counts.items() if kind.startswith(("products", "factor")))
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations, and the bytes of tensors that were made within it and are still there.
+    """Counts operations, and the bytes of tensors that were created in this mode and still exist.
 
     Workspace inside kernels is not counted.
 
     Attributes:
-        live, peak: bytes now, and at most so far.
+        live, peak: the bytes now, and their maximum so far.
     """
 
     def __init__(self) -> None:
@@ -105,12 +107,12 @@ class Counting(TorchDispatchMode):
         return Work(Counter(self._counts))
 
     def rest(self) -> None:
-        """Starts a new measurement: the peak is the current memory, and no operation was done."""
+        """Starts a new measurement: resets the peak to the current memory, and the counts to zero."""
         self.peak = self.live
         self._counts.clear()
 
     def know(self, *tensors: Tensor) -> None:
-        """Tensors that were there before, and do not count."""
+        """Excludes existing tensors from the count of bytes."""
         for tensor in tensors:
             self._remember(tensor, 0)
 

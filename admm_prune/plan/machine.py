@@ -23,11 +23,11 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in units a second, by the kinds of `Work`.
+    """The rates of a machine for the kinds of `Work`, in units per second.
 
     Attributes:
-        source: where they come from.
-        memory: bytes of the device; None where it is the host's.
+        source: where the rates come from.
+        memory: the memory of the device in bytes; None if that is the memory of the host.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Machine:
     memory: int | None = None
 
     def seconds(self, work: Work) -> float:
-        """All of the work, one kind after the other: nothing overlaps."""
+        """The time of the work, if no two kinds of it overlap."""
         return sum(count / self.rates[kind] for kind, count in work.counts.items())
 
 
 # NVIDIA's data sheets (H100 SXM and H200: dense bfloat16, TF32 not used, FP64 tensor cores; A100 SXM 80 GB).
 _SHEETS: Mapping[str, tuple[float, float, float, float, float]] = {
-    # bfloat16, float32, float64 operations a second, bytes of memory traffic a second, bytes of memory
+    # operations per second in bfloat16, float32 and float64; bytes of memory traffic per second; bytes of memory
     "h100": (989e12, 67e12, 67e12, 3.35e12, 80e9),
     "h200": (989e12, 67e12, 67e12, 4.8e12, 141e9),
     "a100": (312e12, 19.5e12, 19.5e12, 2.039e12, 80e9),
@@ -51,10 +51,10 @@ GPUS = tuple(_SHEETS)
 
 
 def gpu_named(name: str, host: Machine) -> Machine:
-    """Another GPU, at half of the peak rates of its data sheet; disk and calls as measured on the host.
+    """A GPU by name, at half of the peak rates in its data sheet, with the rates of disk and calls of the host.
 
     Raises:
-        UserError: no such GPU is known.
+        UserError: the GPU is unknown.
     """
     if name not in _SHEETS:
         raise UserError(f"gpu must be {', '.join(GPUS[:-1])} or {GPUS[-1]}, not '{name}'")
@@ -78,11 +78,11 @@ def gpu_named(name: str, host: Machine) -> Machine:
 
 
 def measured_here(folder: Path | None = None, half: torch.dtype = torch.bfloat16) -> Machine:
-    """This machine's processor, with the threads that torch has, in about three seconds.
+    """Measures the processor of this machine, with the number of threads of torch, in about three seconds.
 
     Args:
-        folder: whose disk is measured; the system's place for temporary files by default.
-        half: the narrow dtype that is multiplied.
+        folder: a folder on the disk to measure; by default that for temporary files.
+        half: the 16-bit dtype whose products are measured.
     """
     rates: dict[str, float] = {}
     for kind, dtype in (("float64", torch.float64), ("float32", torch.float32), ("half", half)):
@@ -107,7 +107,7 @@ def measured_here(folder: Path | None = None, half: torch.dtype = torch.bfloat16
 
 
 def _rate(run: Callable[[], object], units: float) -> float:
-    """Units a second: the mean over a fifth of a second, after one call that does not count."""
+    """Units per second: the mean over at least a fifth of a second, after one call to warm up."""
     run()
     began, done = time.perf_counter(), 0
     while True:
@@ -119,7 +119,7 @@ def _rate(run: Callable[[], object], units: float) -> float:
 
 
 def _disk(folder: Path | None) -> dict[str, float]:
-    """Through the system's cache, as a run reads and writes."""
+    """The rates of writing and reading a file through the page cache, as a run does."""
     data = bytes(_FILE)
     with writing(folder or Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(dir=folder) as place:
         path = Path(place) / "disk"

@@ -1,4 +1,4 @@
-"""The plan of a run: bytes by part, disk, operations and time by stage; and whether it fits."""
+"""The plan of a run: memory by part, disk space, operations and time by stage, and whether the run fits."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from admm_prune.settings import PlanSettings
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TEXT, TOKENS)  # wherever the model computes
-_AT_ONCE = 2  # the one before is deleted when the next is complete, of checkpoints and of activations
-_RECORD = 32 << 10  # of a block: mostly the states of the random generators
-_MATRIX = 8 << 10  # of a pruned matrix: results in the records, the manifest and the report
-_PAGES = 128 << 10  # manifest, card and report without their matrices
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TEXT, TOKENS)  # parts on the host, whatever the device
+_AT_ONCE = 2  # checkpoints, and activations, on disk at once: the old ones are deleted when the new ones are complete
+_RECORD = 32 << 10  # bytes per block in the journal, mostly states of the random number generators
+_MATRIX = 8 << 10  # bytes per pruned matrix in the records, the manifest and the report
+_PAGES = 128 << 10  # bytes of the manifest, the card and the report in addition to those of the matrices
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "added_tokens*", "special_tokens*", "chat_template*")
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
@@ -57,11 +57,11 @@ class Plan:
     """The estimated cost of a run.
 
     Attributes:
-        stages: in their order.
-        machine: whose rates the time is from.
+        stages: the stages of the run, in order.
+        machine: the machine whose rates give the time.
         limits: available bytes on "host" and, with a GPU, "device".
         disk: upper bounds of the bytes by purpose.
-        free_disk: bytes that are free where the output would be; None where no output is named.
+        free_disk: free bytes on the disk of the output; None if no output is named.
         notes: assumptions, and parts that are not counted.
     """
 
@@ -89,7 +89,7 @@ class Plan:
         return sum(map(self.machine.seconds, (stage.work for stage in self.stages)))
 
     def refusal(self) -> str | None:
-        """Why it cannot be run, and what would help; None where it fits."""
+        """Why the run does not fit, and what would help; None if it fits."""
         for place, limit in self.limits.items():
             stage = self.peak(place)
             if stage.bytes > limit:
@@ -156,33 +156,30 @@ class Plan:
 
 @takes(PlanSettings, "plan")
 def make_plan(settings: PlanSettings) -> Plan:
-    """Plans a run from the model's config alone.
+    """Estimates the cost of a run from the config of the model, without its weights.
 
     Args:
         {options}
 
     Raises:
-        UserError: something in the arguments cannot be used.
+        UserError: an argument cannot be used.
     """
+    # 1. The method, and the settings that do not depend on the model.
     model, method, stream = str(settings.model), settings.method or DEFAULT, settings.stream
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
-    target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
-    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
+    target = parse_target(settings.sparsity, settings.pattern)
+    parts: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
     joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(method, engine=Engine.of(settings), **how, joint=joint)
+    recipe = composed(method, engine=Engine.of(settings), **parts, joint=joint)
     recipe = configured(recipe, settings.unit, settings.multiple)
-    if gpus > 1 and gpu is None:
-        raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
-    if settings.device_memory is not None and gpu is None:
-        raise UserError("--device-memory is that of a GPU: add its kind, or one like it, such as --gpu a100")
-    if stream and (obstacle := recipe.streaming_obstacle()) is not None:
-        raise UserError(f"cannot stream: {obstacle}")
+    _check_options(settings, recipe)
     out = None
     if settings.out is not None:
         check_output(Path(settings.out), overwrite=True)
         out = existing_parent(Path(settings.out))
+    # 2. The model, and what the method does with it.
     anatomy = Anatomy.of(model, settings.dtype)
     check_tokenizer(model, anatomy.model, required=text is not None)
     target = selection.applied(anatomy.model, target)
@@ -193,6 +190,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     recipe.check_task(task)
+    # 3. The text, the rates of the machine, and the stages.
     reading = None if text is None else read(text, model, anatomy.model, stream=stream)
     host = measured_here(out, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
@@ -203,25 +201,13 @@ def make_plan(settings: PlanSettings) -> Plan:
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
-        first = {} if stream else {WEIGHTS: anatomy.weight_bytes}
-        work = Work.of(tokenize=reading.characters)
-        tokenizing = Stage(name="tokenizer", parts={TEXT: reading.held, **first, TOKENS: reading.peak}, work=work)
-        resident = {TEXT: reading.held, TOKENS: reading.left}
-        stages = [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
+        stages = _with_text(stages, reading, {} if stream else {WEIGHTS: anatomy.weight_bytes})
         host = replace(host, rates={**host.rates, "tokenize": reading.rate})
     output = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
     disk = _disk(anatomy, stages, output, stream=stream)
     machine = host if gpu is None else gpu_named(gpu, host)
-    if (
-        gpu is None
-        and next(anatomy.model.parameters()).dtype.itemsize == 2
-        and host.rates["products_half"] < host.rates["products_float32"]
-    ):
-        share = host.rates["products_half"] / host.rates["products_float32"]
-        notes.append(
-            f"16-bit products run at {share:.2f} of the rate of float32 here: --dtype float32 is faster, with "
-            "twice the memory for weights and activations"
-        )
+    if gpu is None:
+        notes += _notes_on_dtype(anatomy, host)
     if gpus > 1:
         stages = [_shared_out(stage, gpus) for stage in stages]
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
@@ -246,6 +232,38 @@ def make_plan(settings: PlanSettings) -> Plan:
         free_disk=None if out is None else shutil.disk_usage(out).free,
         notes=tuple(notes),
     )
+
+
+def _check_options(settings: PlanSettings, recipe: Recipe) -> None:
+    """Raises UserError for options that need another one, or a method that the recipe is not."""
+    if settings.gpus > 1 and settings.gpu is None:
+        raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
+    if settings.device_memory is not None and settings.gpu is None:
+        raise UserError("--device-memory is that of a GPU: add its kind, or one like it, such as --gpu a100")
+    if settings.stream and (obstacle := recipe.streaming_obstacle()) is not None:
+        raise UserError(f"cannot stream: {obstacle}")
+
+
+def _with_text(stages: list[Stage], reading: Reading, weights: dict[str, int]) -> list[Stage]:
+    """The stages with one that tokenizes the text after the first, and with the text in memory from then on.
+
+    Args:
+        weights: in memory while the text is tokenized.
+    """
+    parts = {TEXT: reading.held, **weights, TOKENS: reading.peak}
+    tokenizing = Stage(name="tokenizer", parts=parts, work=Work.of(tokenize=reading.characters))
+    resident = {TEXT: reading.held, TOKENS: reading.left}
+    return [stages[0], tokenizing, *(stage.beside(resident) for stage in stages[1:])]
+
+
+def _notes_on_dtype(anatomy: Anatomy, host: Machine) -> list[str]:
+    """A note if the processor multiplies in the dtype of the model more slowly than in float32."""
+    narrow = next(anatomy.model.parameters()).dtype.itemsize == 2
+    ratio = host.rates["products_half"] / host.rates["products_float32"]
+    if not narrow or ratio >= 1:
+        return []
+    faster = "--dtype float32 is faster, with twice the memory for weights and activations"
+    return [f"16-bit products run at {ratio:.2f} of the rate of float32 here: {faster}"]
 
 
 def _stages(
@@ -278,21 +296,21 @@ def _stages(
 
 
 def _saved_fraction(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
-    """The part of the bytes that a saved model keeps: masks are stored dense."""
+    """The size of the saved model relative to the dense one: 1 if zeros are stored."""
     if not recipe.shrinks:
         return 1.0
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
 def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -> dict[str, int]:
-    """Upper bounds of the bytes by purpose, all of them there at once.
+    """Upper bounds of the bytes on disk by purpose, which are all in use at the same time.
 
-    A method that trains keeps its state in checkpoints: the weights in float32, Adam's moments, masks, anchors, and the
-    best weights so far. Other methods keep every finished block; where a streamed model is stored under the names and
-    in the parts of its files, the output links to them.
+    A method that trains writes its state to checkpoints: the weights in float32, Adam's moments, masks, anchors, and
+    the best weights so far. Other methods write every finished block to the journal; if the files of a streamed model
+    have its parameters under the same names, the output links to those.
 
     Args:
-        stages: of the run, by a single process.
+        stages: of a run in a single process.
         output: bytes of the pruned weights.
     """
     training = [stage.parts for stage in stages if stage.name == TRAINING]
@@ -310,10 +328,10 @@ def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -
 
 
 def _tokenizer_bytes(source: str) -> int:
-    """Bytes of the files of a local model's tokenizer."""
+    """Bytes of the tokenizer's files in a local model folder; 0 for other models."""
     try:
         location = locate(source, weights=False)
-    except UserError:  # a model that is not in a folder of its own
+    except UserError:
         return 0
     if not isinstance(location, Path) or not location.is_dir():
         return 0
@@ -330,7 +348,7 @@ def _validation_tokens(text: Reading | None, eval_samples: int | None, length: i
 
 
 def _shared_out(stage: Stage, gpus: int) -> Stage:
-    """On one of several GPUs: tokens and sharded state are divided, one block is whole at a time."""
+    """The stage on one of several GPUs, which share the tokens and shard the state of training."""
     divided = (*_SHARDED, ACTIVATIONS_PART) if "Adam's moments" in stage.parts else (ACTIVATIONS_PART,)
     parts = {name: -(-size // gpus) if name in divided else size for name, size in stage.parts.items()}
     return replace(stage, parts=parts, work=stage.work * (1 / gpus))

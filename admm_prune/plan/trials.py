@@ -1,14 +1,15 @@
-"""The cost of a solver, from a small instance that is solved while operations are counted.
+"""The cost of a solver, extrapolated from a small instance that is solved while operations are counted.
 
-All tensors of a blockwise method have the size of a weight (out x in), of a Gram (in x in) or of the activations of
-some tokens (tokens x width), or works through these in pieces of a fixed number of rows. Shrink out, in and the tokens
-by the same factor s: bytes of the first kind shrink by s^2, of the second by s; products (out x in x in) and
-factorizations (in^3) by s^3, what touches every entry by s^2, and the number of calls not at all. So
+The tensors of a blockwise method have the size of a weight (out x in), of a Gram matrix (in x in), of the activations
+of some tokens (tokens x width), or of a fixed number of their rows. If out, in and the number of tokens are multiplied
+by a factor s, the bytes of whole tensors scale by s^2 and those of a fixed number of rows by s; the operations of
+products (out x in x in) and factorizations (in^3) scale by s^3, those on every entry by s^2; and the number of calls is
+constant. Therefore
 
     bytes(1) = a + b,   with   bytes(s) = a s^2 + b s   at two values of s,
 
-and no solver needs a cost model of its own. An iterative solver needs the same memory in its first iterations as later,
-so that bytes are counted on a few iterations, operations on all.
+and no solver needs a cost model of its own. The first iterations of a solver need as much memory as later ones, so
+bytes are counted over a few iterations, and operations over all.
 """
 
 from __future__ import annotations
@@ -40,28 +41,28 @@ from admm_prune.problems.network_output import gradient_sample
 from admm_prune.problems.structured_groups import GroupReconstruction
 from admm_prune.statistics import LayerStatistics
 
-_BYTES_AT = (1 << 20, 1 << 21)  # entries on which bytes are counted: larger than the tiles that code works in
-_WORK_AT = 1 << 16  # and operations
-_FEW = 4  # iterations that reach the peak: every schedule of a penalty has set its first by then
+_BYTES_AT = (1 << 20, 1 << 21)  # entries of the instances for bytes: more than code works on at once
+_WORK_AT = 1 << 16  # entries of the instance for operations
+_FEW = 4  # iterations that reach the peak memory: every schedule has set its first penalty by then
 _ITERATIONS = ("max_iterations", "rounds")
 
 
 class Trial(Protocol):
-    """A problem whose cost can be counted at a smaller scale."""
+    """A problem whose cost can be measured at a smaller scale."""
 
     @property
     def entries(self) -> int:
-        """Entries of its largest tensor."""
+        """The number of entries of its largest tensor."""
         ...
 
     def __call__(self, scale: float, whole: bool) -> Cost:
-        """Counts the cost with all sizes multiplied by `scale`, of all iterations or, if not `whole`, of a few."""
+        """The cost with all sizes multiplied by `scale`: of all iterations if `whole`, otherwise of a few."""
         ...
 
 
 @lru_cache(maxsize=256)  # blocks have equal shapes
 def estimated(trial: Trial) -> Cost:
-    """The cost of a problem, extrapolated from smaller ones if it is large."""
+    """The cost of a problem, extrapolated from smaller instances if it is large."""
     entries = trial.entries
     if entries <= 2 * _WORK_AT:
         return trial(1.0, True)
@@ -78,7 +79,7 @@ def estimated(trial: Trial) -> Cost:
 
 
 def _at_full_size(small: float, at_small: int, large: float, at_large: int) -> int:
-    """a + b of bytes(s) = a s^2 + b s."""
+    """a + b for the a and b with bytes(s) = a s^2 + b s at both scales."""
     a = (at_large / large - at_small / small) / (large - small)
     b = at_large / large - a * large
     return round(a + max(b, 0.0)) if b > 0 else round(at_large / large**2)
@@ -86,13 +87,13 @@ def _at_full_size(small: float, at_small: int, large: float, at_large: int) -> i
 
 @dataclass(frozen=True)
 class LayerTrial:
-    """The layer problems of weights that share an input, by a local method.
+    """The layer problems of weights that share an input, solved by a layer method.
 
     Args:
-        rows: of every weight.
+        rows: the number of rows of each weight.
         width: of the input.
         dtype: of the weights.
-        validation: whether there are statistics of validation tokens too.
+        validation: whether there are also statistics of validation tokens.
     """
 
     method: Method
@@ -122,17 +123,17 @@ class LayerTrial:
 
     @property
     def entries(self) -> int:
-        """Entries of all weights together, or of their Gram, whichever is larger."""
+        """The entries of all weights together or of their Gram matrix, whichever are more."""
         return max(sum(self.rows), self.width) * self.width
 
 
 @dataclass(frozen=True)
 class NetworkTrial:
-    """A feed-forward network as one, by `SparseLLM`, with the tokens that it is fitted to.
+    """The problem of one feed-forward network, solved by `SparseLLM` on given numbers of tokens.
 
     Args:
-        inputs, hidden, outputs: widths.
-        tokens: of calibration, and of validation (0 without).
+        inputs, hidden, outputs: the widths of the network.
+        tokens: the numbers of calibration and of validation tokens, the latter possibly 0.
         dtype: of the weights and the activations.
     """
 
@@ -182,14 +183,14 @@ class NetworkTrial:
 
 @dataclass(frozen=True)
 class GroupTrial:
-    """The group problem of a sublayer, by the settings of `StruPrune`: its curve, or its least squares.
+    """The group problem of a sublayer with the settings of `StruPrune`: its loss curve, or its solution.
 
     Args:
-        outputs, columns: of its output matrix.
-        unit: columns of a unit.
-        removed: fraction of the groups to remove; None for the curve.
+        outputs, columns: the shape of its output matrix.
+        unit: the number of columns in a structured group.
+        removed: the fraction of the groups to remove; None for the loss curve.
         dtype: of the weight.
-        centred: the output has a bias, which takes the mean.
+        centred: whether the output has a bias, which absorbs the mean of the error.
     """
 
     recipe: StruPrune
@@ -234,7 +235,7 @@ def _shortened_method(method: Method) -> Method:
 
 
 def shortened(solver: Any) -> Any:
-    """The solver, with a few iterations; solvers inside of it too."""
+    """The solver with a few iterations, also of the solvers inside it."""
     if not is_dataclass(solver) or isinstance(solver, type):
         return solver
     changes: dict[str, Any] = {}
@@ -253,7 +254,7 @@ def task_for(target: Target, ridge: Ridge) -> Task:
 
 
 def view_of(weight: Tensor) -> WeightView:
-    """A weight as that of a model."""
+    """A view of a matrix as the weight of a linear layer."""
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
     return WeightView("trial.weight", module)

@@ -16,7 +16,7 @@ WEIGHTS, CHECKED = "weights", "check of the largest weight"
 
 
 def loading(anatomy: Anatomy, *, stream: bool) -> Stage:
-    """Reading the weights, looking for damage in each (|x| and two masks of the largest), their fingerprint."""
+    """Reading the weights, checking that each is finite (which makes |x| and two masks), and hashing them."""
     with counted() as counting:
         weight = torch.empty_like(anatomy.largest)
         with measured_cost(counting) as check:
@@ -32,8 +32,8 @@ def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iter
     """One evaluation.
 
     Args:
-        validation: its text, as whole sequences.
-        stream: block by block, with the hidden states of all of the text between them.
+        validation: the text, in full sequences.
+        stream: whether it runs block by block, with the hidden states of the whole text between blocks.
     """
     batch = validation.batches[0]
     tokens = sum(len(row.ids) for row in validation.rows)
@@ -52,7 +52,7 @@ def evaluating(anatomy: Anatomy, validation: Sequences, *, stream: bool) -> Iter
 
 
 def saving(anatomy: Anatomy, *, stream: bool, factor: float = 1.0) -> Stage:
-    """Writing the model and reading its files again for their fingerprints; nothing is copied."""
+    """Writing the model, and reading its files to hash them; no weight is copied in memory."""
     size = round(anatomy.weight_bytes * factor)
     held = {"largest weight": anatomy.largest.nbytes} if stream else {WEIGHTS: size}
     return Stage(name="saving", parts=held, work=Work.of(disk_write=size, disk_read=size, hash=size))

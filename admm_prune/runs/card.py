@@ -1,4 +1,4 @@
-"""The model card of a pruned model: the README.md beside its weights, as the Hugging Face Hub reads it."""
+"""The model card of a pruned model: the README.md in its folder, which the Hugging Face Hub displays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LICENSE = ("license", "license_name", "license_link", "language")  # what a der
 
 
 def card_of(report: Report, recipe: str | None) -> str:
-    """The text of the card: equal runs have equal cards.
+    """The text of the model card. Equal runs have equal cards.
 
     Args:
         recipe: the content of `recipe.yaml`; None for a model of a comparison.
@@ -55,7 +55,7 @@ def _metadata(report: Report) -> ModelCardData:
 
 
 def _inherited(model: str, revision: str | None) -> dict[str, Any]:
-    """License and language of the model that was pruned, from its own card, where it has one."""
+    """The license and language of the dense model, from its own card, if it has one."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     path: Any
@@ -73,7 +73,7 @@ def _inherited(model: str, revision: str | None) -> dict[str, Any]:
 
 
 def _results(report: Report) -> Iterator[EvalResult]:
-    """Metrics and tasks for the model index; those that are not finite are left out."""
+    """The finite metrics and task results, for the model index."""
     from huggingface_hub import EvalResult
 
     common: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
@@ -97,7 +97,7 @@ def _results(report: Report) -> Iterator[EvalResult]:
 
 
 def task_rows(tasks: dict[str, Any] | None) -> Iterator[tuple[str, str, float, float | None]]:
-    """(task, metric, value, standard error) of results of lm-evaluation-harness, such as ("piqa", "acc", 0.7, 0.01)."""
+    """Results of lm-evaluation-harness as (task, metric, value, standard error), such as ("piqa", "acc", 0.7, 0.01)."""
     for task, row in (tasks or {"results": {}})["results"].items():
         for key, value in row.items():
             metric, _, variant = key.partition(",")
@@ -209,11 +209,11 @@ def _evaluated_on(report: Report) -> str:
 
 
 def _text(name: str, source: str) -> str:
-    """A text in words, without the folders of a path.
+    """A description of a text, without the folders of a path.
 
     Args:
-        name: in the settings.
-        source: in the record of the text, which adds the part of it that is read.
+        name: of the text in the settings.
+        source: of the text in its record, which also names the part that was read.
     """
     repository, config = _dataset(name)
     if repository is not None:
@@ -225,14 +225,14 @@ def _text(name: str, source: str) -> str:
 
 
 def _dataset(name: str) -> tuple[str | None, str | None]:
-    """(Hub id, config) of a text of this name; (None, None) of a local one."""
+    """(Hub id, config) of a text; (None, None) for a local one."""
     repository, _, config = SHORT_NAMES.get(name, name).partition(":")
     local = name in (EMBEDDED, PYTHON_OBJECT) or is_file_name(name) or expanded(name).exists()
     return (None, None) if local or not is_repository(repository) else (repository, config or None)
 
 
 def _short(name: str) -> str:
-    """The last part of a path or an id."""
+    """The last component of a path or an id."""
     return Path(name).name or name
 
 

@@ -1,6 +1,6 @@
-"""Claims of a finished file: metadata of a solved layer, fingerprints of tensors and files.
+"""The claims of a solved layer, and fingerprints of tensors and files.
 
-A fingerprint detects an alteration; it does not authenticate: whoever alters a file on purpose can recompute it.
+A fingerprint detects accidental alterations only: whoever alters a file on purpose can recompute the fingerprint.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _OPTIONAL = {"relative_error_holdout", "bound", "bound_kind", "constraint"}
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """sha256 of an object's canonical JSON (sorted keys, no spaces), its own fingerprint left out."""
-    plain = json.loads(json.dumps(finite(content)))  # as it will be read: no tuples, all keys text
+    """The SHA-256 of the canonical JSON (sorted keys, no spaces) of an object, without the key for the fingerprint."""
+    plain = json.loads(json.dumps(finite(content)))  # as it will be read: lists for tuples, strings for keys
     plain.pop(DIGEST, None)
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its fingerprint as the last key."""
+    """The object with its fingerprint under an additional last key."""
     plain = {key: value for key, value in content.items() if key != DIGEST}
     return {**plain, DIGEST: digest_of(plain)}
 
 
 def has_own_digest(content: Mapping[str, Any]) -> bool:
-    """Whether an object agrees with its fingerprint."""
+    """Whether an object has the fingerprint that it states."""
     try:
         return content.get(DIGEST) == digest_of(content)
     except RecursionError:  # nested more deeply than any file of this package
@@ -54,10 +54,10 @@ def has_own_digest(content: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a strict JSON file: no key twice in an object, no number that is not finite.
+    """The content of a JSON file. Objects with duplicate keys and numbers that are not finite are errors.
 
     Raises:
-        UserError: it cannot be read, or is no such file.
+        UserError: the file cannot be read, or is not such JSON.
     """
     try:
         return json.loads(
@@ -90,9 +90,9 @@ def entries(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def record_pages(timings: Path, pages: Iterable[Path]) -> None:
-    """Writes the fingerprints of pages, which show times, into the file of times.
+    """Writes the fingerprints of pages that show times into the file of times.
 
-    A file of times that was altered keeps its old fingerprint, which reveals the alteration.
+    If the file of times was altered it keeps its old fingerprint, which reveals the alteration.
     """
     content = read_json(timings) if timings.is_file() else {}
     if not isinstance(content, dict):
@@ -125,14 +125,14 @@ class Claims:
     """All claims of a solved layer file.
 
     Attributes:
-        target: "0.7", the fraction pruned, or "2:4".
-        budget: "matrix", "row" or "group": the scope of the budget; "set": defined by the constraint alone.
-        constraint: the sparse set, by name, where it is not the method's own.
-        problem: the objective, by name.
-        bound_kind: the kind of argument of the bound.
-        ridge, damping: as used in the end.
-        layer: path of the layer problem.
-        layer_sha256, weight_sha256: of the layer problem, tensors and metadata, and of the pruned weight.
+        target: "0.7", the fraction to prune, or "2:4".
+        budget: the scope of the budget, "matrix", "row" or "group"; "set" if only the constraint defines it.
+        constraint: the name of the constraint, if it is not that of the method.
+        problem: the name of the objective.
+        bound_kind: how the bound was proved.
+        ridge, damping: the values used by the solver.
+        layer: the path of the layer problem.
+        layer_sha256, weight_sha256: fingerprints of the layer problem, tensors and metadata, and of the pruned weight.
     """
 
     method: str
@@ -154,7 +154,7 @@ class Claims:
     weight_sha256: str
 
     def metadata(self) -> dict[str, str]:
-        """As strings from which every number is restored exactly, without None, and with a fingerprint of all."""
+        """The claims that are not None as strings, from which numbers are restored exactly, with a fingerprint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         content = {_KIND: "1", MARK: "1"} | {name: str(value) for name, value in values.items() if value is not None}
         return {**content, CLAIMS_DIGEST: claims_sha256(content)}
@@ -164,7 +164,7 @@ class Claims:
         """Reads the claims back.
 
         Raises:
-            UserError: no solved layer, or a claim is missing or no number.
+            UserError: the file is not a solved layer, or a claim is missing or not a number.
         """
         if _KIND not in metadata:
             raise UserError(
@@ -183,31 +183,31 @@ class Claims:
 
     @classmethod
     def unknown(cls, metadata: dict[str, str]) -> list[str]:
-        """The keys of the metadata that are not claims, and the marks of the file that were altered."""
+        """The keys of the metadata that are not claims, and the marks of the kind of file, if they were altered."""
         known = {field.name for field in fields(cls)} | {_KIND, MARK, CLAIMS_DIGEST}
         return sorted((metadata.keys() - known) | {mark for mark in (_KIND, MARK) if metadata.get(mark) != "1"})
 
     @property
     def aim(self) -> Target:
-        """The target, parsed; raises UserError where it is none."""
+        """The parsed target; raises UserError if it is not a target."""
         return target_named(self.target)
 
 
 def claims_sha256(metadata: dict[str, str]) -> str:
-    """sha256 over the metadata of a solved layer, its own fingerprint left out."""
+    """The SHA-256 of the metadata of a solved layer, without the key for this fingerprint."""
     content = {name: value for name, value in metadata.items() if name != CLAIMS_DIGEST}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 over dtype, shape and bytes."""
+    """The SHA-256 of dtype, shape and bytes of a tensor."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def layer_sha256(layer: LayerFile) -> str:
-    """sha256 over the metadata of a layer problem and its tensors, by name."""
+    """The SHA-256 of the metadata and the named tensors of a layer problem."""
     names = ("weight", "gram", "gram_validation", "gram_holdout", "cross_gram")
     digest = hashlib.sha256(f"{sorted(layer.metadata.items())!r} ".encode())
     for name in names:
@@ -218,7 +218,7 @@ def layer_sha256(layer: LayerFile) -> str:
 
 
 def weights_sha256(folder: Path) -> dict[str, dict[str, Any]]:
-    """For every safetensors file of a folder: {"sha256": of the file, "tensors": {name: sha256}}."""
+    """{file name: {"sha256": of the file, "tensors": {name: SHA-256}}} for the safetensors files in a folder."""
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -27,25 +27,26 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Uploads all files of a run's folder, or of an archive of one, in one commit; creates the repository if needed.
+    """Uploads all files of a run's folder or archive in one commit; creates the repository if needed.
 
-    In the model card, the repository is put in the place of the path in the snippets, unless the card was edited.
-    Other files of an existing repository stay.
+    In the code of the model card, the id of the repository replaces the path of the folder, unless the card was edited.
+    Other files in an existing repository are not changed.
 
     Args:
         folder: written by `prune(out=...)`, 'admm-prune run' or 'admm-prune pack'.
         repo_id: "owner/name", or "name" in the account of the token.
-        private: of a repository that is created; by default as the account has it.
+        private: whether a new repository is private; by default as the account is configured.
         revision: the branch; "main" by default.
-        create_pr: open a pull request instead of a commit to the branch.
-        token: by default that of 'hf auth login' or of the environment variable HF_TOKEN.
+        create_pr: open a pull request instead of committing to the branch.
+        commit_message: by default one that names this package.
+        token: by default that of 'hf auth login', or of the environment variable HF_TOKEN.
 
     Returns:
         The URL of the repository, or of the pull request.
 
     Raises:
-        UserError: no such folder, an argument of another type, or the Hub refuses or cannot be reached; the message is
-            one line.
+        UserError: there is no such folder, an argument has a wrong type, or the Hub rejects the upload or cannot be
+            reached; the message is one line.
     """
     for name, kind, value in (
         ("repo_id", "str", repo_id),
@@ -64,7 +65,7 @@ def push_to_hub(
     _show_progress(sys.stderr.isatty())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the metadata: they name no fault of the folder
+            warnings.simplefilter("ignore")  # about missing metadata, which are not errors
             repository = api.create_repo(repo_id, private=private, exist_ok=True)
             name = repository.repo_id
             operations = [
@@ -77,16 +78,16 @@ def push_to_hub(
                 revision=revision,
                 create_pr=create_pr,
             )
-    except Exception as error:  # releases of the client differ in the errors that they raise
+    except Exception as error:  # the errors differ between releases of the client
         raise UserError(f"cannot push to {repo_id}: {_reason(error)}") from error
     return str(commit.pr_url if create_pr else repository)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files that are uploaded.
+    """The files to upload.
 
     Raises:
-        UserError: no run wrote the folder, or it holds a link.
+        UserError: the folder was not written by a run, or contains a link.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
@@ -111,7 +112,7 @@ def _content(folder: Path, path: Path, repository: str) -> Path | bytes:
 
 
 def _is_unedited(folder: Path) -> bool:
-    """Whether the model card is still that of the run."""
+    """Whether the model card is the one that the run wrote."""
     try:
         content: Any = read_json(folder / MANIFEST)
         return bool(content["files"].get(CARD) == file_sha256(folder / CARD))
@@ -126,7 +127,7 @@ def _show_progress(shown: bool) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line on why the Hub refused, with what to do."""
+    """One line with the reason for a failed upload, and the remedy."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind = type(error).__name__
     if status == 401 or kind in ("LocalTokenNotFoundError", "RepositoryNotFoundError"):

@@ -1,4 +1,4 @@
-"""The device and its numbers, the peak of memory, and the processes that torchrun started."""
+"""The device, its memory, and the processes that torchrun has started."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _DEVICES = ("auto", "cpu", "cuda")
 _MIB = 2**20
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _PATIENCE = timedelta(hours=12)  # one process may solve a large layer while the others wait
-_store: Any = None  # of torchrun, which outlives any of its processes
+_store: Any = None  # the key-value store of torchrun, which outlives its processes
 
 
 def pick_device(name: str) -> str:
-    """Resolves "auto".
+    """The device of this name; for "auto" "cuda" if there is a CUDA device, otherwise "cpu".
 
     Raises:
-        UserError: no such device here.
+        UserError: there is no such device.
     """
     if name not in _DEVICES:
         raise UserError(f"device must be auto, cpu or cuda, not '{name}'")
@@ -45,24 +45,27 @@ def pick_device(name: str) -> str:
 
 
 def check_dtype(name: str | None) -> None:
-    """Raises UserError unless `name` is a dtype that models are stored in, or None."""
+    """Raises UserError unless `name` is None or a dtype in which models are stored."""
     options(Settings)["dtype"].check("dtype", name)
 
 
 class PeakMemory:
-    """Measures the peak memory of a `with` block, beyond that at its start.
+    """Measures the peak memory of a `with` block, beyond the memory at its start.
 
-    On CUDA it is what torch allocated on the device. Elsewhere it is resident memory: exact on Linux, where the
-    kernel's high-water mark can be reset; a lower bound elsewhere, where the mark only ever rises.
+    On CUDA it is the memory that torch has allocated on the device. On the CPU it is resident memory: exact on Linux,
+    where the high-water mark of the kernel can be reset; a lower bound on other systems, where the mark never falls.
+
+    Attributes:
+        extra_mib: the result in MiB, after the block.
     """
 
     extra_mib: float = 0.0
-    highest: ClassVar[int] = 0  # the kernel's high-water mark of this process, of times before it was reset
+    highest: ClassVar[int] = 0  # the largest high-water mark of this process before a reset
     _measuring: ClassVar[list[PeakMemory]] = []
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._seen = 0  # the mark at its highest, of times before someone else reset it
+        self._seen = 0  # the largest mark before a reset by another measurement
 
     def __enter__(self) -> Self:
         if self._device.type == "cuda":
@@ -86,18 +89,18 @@ class PeakMemory:
 
     @classmethod
     def keep(cls, mark: int) -> None:
-        """Records a mark that is about to be reset, and informs all active measurements."""
+        """Records a mark that is about to be reset, for all active measurements."""
         cls.highest = max(cls.highest, mark)
         for one in cls._measuring:
             one._seen = max(one._seen, mark)
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Available bytes: of a CUDA device, or of the host within the limit of its control group."""
+    """The available bytes of a CUDA device, or of the host within the limit of the control group."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = [_meminfo("MemAvailable:")]
-    with suppress(OSError, ValueError):  # no such limit, or none that can be read
+    with suppress(OSError, ValueError):  # there is no limit, or it cannot be read
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
         available.append(int((group / "memory.max").read_text()) - used)
@@ -105,7 +108,7 @@ def free_bytes(device: torch.device | str) -> int:
 
 
 def described() -> str:
-    """Kind of processor, number of cores that this process may use, memory, system and GPU; no names."""
+    """A description of the machine: GPU, processor, cores available to this process, memory, system; no host name."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
@@ -115,7 +118,7 @@ def described() -> str:
 
 
 def processor() -> str:
-    """The kind of processor; its architecture where the system does not say more."""
+    """The model name of the processor, or its architecture if the system does not report the name."""
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -124,15 +127,16 @@ def processor() -> str:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process in memory."""
+    """The resident memory of this process in bytes."""
     return _proc_bytes(Path("/proc/self/status"), "VmRSS:") or peak_resident_bytes()
 
 
 def return_freed_memory() -> None:
-    """Makes the C library return freed memory to the system, now and from now on.
+    """Makes the C library return freed memory to the system, now and in the future.
 
-    glibc raises its own threshold to 32 MiB as it goes, and keeps memory freed below it: a process that takes one
-    block after the other would come to hold more and more of blocks that are gone. Elsewhere nothing happens.
+    glibc raises the size above which it does so up to 32 MiB while a process runs, and keeps smaller pieces: a process
+    that loads one block after the other would accumulate the memory of blocks that it has freed. No effect with other
+    C libraries.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -145,7 +149,7 @@ def _meminfo(field: str) -> int:
 
 
 def _proc_bytes(path: Path, field: str) -> int | None:
-    """A line of kB of a file of the system's, in bytes."""
+    """The value in kB of a line of a file in /proc, in bytes; None if there is no such line."""
     with suppress(OSError):
         for line in path.read_text().splitlines():
             if line.startswith(field):
@@ -168,24 +172,26 @@ def _high_water() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Bytes of this process that were resident at its peak, libraries and mapped files included, since it began."""
+    """The peak resident memory of this process in bytes, including libraries and mapped files."""
     return max(PeakMemory.highest, _high_water())
 
 
 def started() -> tuple[int, int]:
-    """(the rank of this process, how many there are), as torchrun says it; (0, 1) without it."""
+    """(rank of this process, number of processes) from the environment of torchrun; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def joined(device: str) -> Generator[World]:
-    """All processes of torchrun, as one world: over gloo on the CPU, over NCCL on CUDA devices, one a process.
+    """Context that joins all processes of torchrun into one world: over gloo on the CPU, and over NCCL on CUDA devices,
+    of which each process has one.
 
     Args:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: there is no such device; within it, `LostProcessError` where another process ended.
+        UserError: there is no such device.
+        LostProcessError: another process ended during the context.
     """
     global _store  # noqa: PLW0603  # one group per process, whose failures are reported after it is destroyed
     if started()[1] == 1:
@@ -209,11 +215,11 @@ def joined(device: str) -> Generator[World]:
 
 
 def speaks(error: Exception | None) -> bool:
-    """Whether this process reports why the run has failed: the first to notice."""
+    """Whether this process reports why the run has failed: the first one that notices."""
     rank, size = started()
     if size == 1 or _store is None:
         return rank == 0
     try:
         return int(_store.add("said", 1)) == 1
-    except RuntimeError:  # the process of the store has exited too
+    except RuntimeError:  # the process of the store has also exited
         return isinstance(error, LostProcessError)

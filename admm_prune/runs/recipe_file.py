@@ -1,4 +1,4 @@
-"""Recipe files: the settings of a run in YAML, saved beside its weights, to be edited and run again."""
+"""Recipe files: the settings of a run in YAML, saved with its weights, which can be edited and run again."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PARTS = ("method", "solver", "problem", "constraint")
 
 
 def content_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a run, from the settings in its manifest; what stands at its default is left out.
+    """The content of a recipe, from the settings in the manifest of a run; settings with default values are left out.
 
-    Parts and texts that were given as objects cannot be named in a file: they are described under "objects".
+    Parts and texts that were passed as objects cannot be named in a file; they are described under "objects".
     """
     target, selection = settings["target"], settings["selection"]
     parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
@@ -49,23 +49,23 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(content: dict[str, Any]) -> str:
-    """YAML, in the order of the content."""
+    """The recipe as YAML, with keys in the order of the content."""
     import yaml
 
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
 
 def packaged_names() -> list[str]:
-    """The recipes that come with the package."""
+    """The names of the recipes in the package."""
     paths = files("admm_prune").joinpath("assets/recipes").iterdir()
     return sorted(path.name.removesuffix(".yaml") for path in paths if path.name.endswith(".yaml"))
 
 
 def read_packaged(name: str) -> Recipe:
-    """A recipe that comes with the package.
+    """Reads a recipe of the package.
 
     Raises:
-        UserError: there is none of this name; the message lists those there are.
+        UserError: there is no recipe of this name; the message lists the names.
     """
     if name not in packaged_names():
         raise unknown("recipe", name, packaged_names(), "or give a file to run --recipe")
@@ -73,10 +73,10 @@ def read_packaged(name: str) -> Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a file, or from the folder of a run.
+    """Reads a recipe from a file, or from the folder of a run.
 
     Raises:
-        UserError: there is no such file, or it is no recipe; the message names the first field that is wrong.
+        UserError: there is no such file, or it is not a recipe; the message names the first invalid field.
     """
     path = path / RECIPE if path.is_dir() else path
     try:
@@ -88,7 +88,7 @@ def read_recipe(path: Path) -> Recipe:
 
 @cache
 def _loader() -> Any:
-    """YAML's safe loader, to which 2:4 is a text, not 124, two and four in base 60; and 1e-3 a number."""
+    """A safe YAML loader that reads 2:4 as a string, not as 124 (2 and 4 in base 60), and 1e-3 as a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml declares no types
@@ -108,12 +108,12 @@ def _loader() -> Any:
 
 
 def _is_set(value: Any) -> bool:
-    """False for what stands at its default; 0 and 0.0 are values."""
+    """Whether a value differs from the defaults None, False and empty sequences; 0 and 0.0 do."""
     return value is not None and value is not False and value not in ((), [])
 
 
 def _plain(text: str) -> float | str:
-    """A number where it is one."""
+    """The text as a number if possible, otherwise the text."""
     try:
         return float(text)
     except ValueError:

@@ -27,36 +27,38 @@ _CONTENT = (
     *("method", "target", "budget", "text_use", "block_weights", "sparsity"),
     *("dense", "pruned", "tasks", "layers", "notes", "details", "continuation"),
 )
-_STRUCTURED = ("name", "shape", "ridge_trials", "notes", "diagnosis", "convergence")  # of a layer: no plain values
+_STRUCTURED = ("name", "shape", "ridge_trials", "notes", "diagnosis", "convergence")  # fields that are not numbers
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
-    """The result of a run. `model` is the pruned model itself; the rest is written to the manifest.
+    """The result of a run. All of it except `model` is written to the manifest.
 
-    A notebook shows it as a table; `to_pandas` gives the layers as a data frame.
+    Notebooks display it as a table; `to_pandas` returns the layers as a data frame.
 
     Attributes:
-        method: name of the method.
-        target: what was requested: "70%" or "2:4".
-        budget: what met the target: every "matrix" of the blocks, the "model" (all of them together), or a `Budget`.
-        text_use: what the calibration text was for: "calibration", "training", or the "measurement" of errors alone.
-        block_weights: entries of the dense model's block matrices.
-        sparsity: the fraction of them that are zero, or gone with their row or column.
+        method: the name of the method.
+        target: the requested target, "70%" or "2:4".
+        budget: the scope of the target: every "matrix" of the blocks by itself, the "model" (all of them together), or
+            another quantity (see `methods.base.Budget`).
+        text_use: what the calibration text was used for: "calibration", "training", or "measurement" of errors only.
+        block_weights: the number of entries in the matrices of the dense model's blocks.
+        sparsity: the fraction of them that are zero, or were removed with their row or column.
         dense: perplexity and other metrics of the dense model on the evaluation text, with their protocol.
-        pruned: the same of the pruned model.
+        pruned: the same for the pruned model.
         tasks: results of the pruned model on tasks of lm-evaluation-harness, as `eval --tasks` returns them; None
             without tasks.
-        layers: one report for every pruned matrix.
-        seconds: of the pruning alone, in this process; NaN where the folder has no times.
-        notes: of the method.
-        details: of the method, by name.
-        continuation: how the dense and the pruned model go on after the beginning of the evaluation text, greedily:
-            "prompt", "dense", "pruned"; empty where the weights were streamed, or sharded over processes.
+        layers: one report for each matrix of the blocks.
+        seconds: the duration of pruning in this process, without evaluations; NaN if the folder has no times.
+        notes: notes on the run and by the method.
+        details: further results of the method, by name.
+        continuation: greedy continuations of the beginning of the evaluation text, "prompt", by the "dense" and the
+            "pruned" model; empty if the weights were streamed, or sharded over processes.
         manifest: settings, texts, versions and fingerprints.
-        model: without weights where they were: they are in `out`. None in a report that `load_report` read.
+        model: the pruned model. It has no weights if they were streamed or sharded, because they are in `out`; None in
+            a report from `load_report`.
         phases: time and memory of the parts of the run.
-        out: the folder that was written; None without one.
+        out: the folder that was written; None if there is none.
     """
 
     method: str
@@ -79,14 +81,14 @@ class Report:
     tasks: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The manifest: equal runs have equal ones, also where one of them was interrupted."""
+        """The content of the manifest. Equal runs have equal manifests, even if one of them was interrupted."""
         layers = [{key: x for key, x in layer.as_json().items() if key != "seconds"} for layer in self.layers]
         content = {name: getattr(self, name) for name in _CONTENT}
         content |= {"dense": asdict(self.dense), "pruned": asdict(self.pruned), "layers": layers}
         return content | self.manifest
 
     def timings(self) -> dict[str, Any]:
-        """Seconds: of the pruning in this process, of every layer in whichever process pruned it, of the phases."""
+        """The seconds of pruning in this process, of each layer in the process that pruned it, and of the phases."""
         return {
             "seconds": round(self.seconds, 3),
             "layers": {layer.name: round(layer.seconds, 4) for layer in self.layers},
@@ -101,7 +103,7 @@ class Report:
             options: `private`, `revision`, `create_pr`, `commit_message`, `token`, as in `huggingface_hub.HfApi`.
 
         Raises:
-            UserError: the run was not written to a folder, or the Hub refuses or cannot be reached.
+            UserError: the run was not written to a folder, or the Hub rejects it or cannot be reached.
         """
         if self.out is None:
             raise UserError("this run was not written to a folder: call prune with out=")
@@ -150,7 +152,7 @@ class Report:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the metrics of both models, and a summary of the layers."""
+        """The HTML that notebooks display: the metrics of both models, and a summary of the layers."""
         rows = []
         for name, metric in METRICS.items():
             dense, pruned = getattr(self.dense, name), getattr(self.pruned, name)
@@ -172,7 +174,7 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The target; with `targets`, `ignore` or `overrides`, the fraction of all weights pruned, as "4.7%"."""
+        """The target; if only some weights are selected, the fraction of all weights that is pruned, such as "4.7%"."""
         return label_of(self.target, self.sparsity, self.manifest["settings"]["selection"])
 
     @property
@@ -181,13 +183,13 @@ class Report:
 
 
 def load_report(folder: str | Path) -> Report:
-    """The report of a finished run, from the files in its folder; without the model, which `from_pretrained` loads.
+    """Reads the report of a finished run from its folder; without the model, which `from_pretrained` loads.
 
     Args:
-        folder: output of `prune` or 'admm-prune run', or one of the models of a comparison.
+        folder: the output of `prune` or 'admm-prune run', or a model in the output of a comparison.
 
     Raises:
-        UserError: the folder is no finished run, or its manifest is damaged or of another release.
+        UserError: the folder is not a finished run, or its manifest is damaged or from another release.
     """
     place = expanded(folder)
     content = read_run(place)
@@ -215,7 +217,7 @@ def load_report(folder: str | Path) -> Report:
 
 
 def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    """Figures from JSON, where null stands for a metric that is not finite."""
+    """An evaluation from JSON, in which null stands for a metric that is not finite."""
     figures: dict[str, Any] = {
         name: math.nan if value is None and name in METRICS else value for name, value in content.items()
     }

@@ -1,4 +1,4 @@
-"""Functions of settings with the signature and the documentation of the fields of their settings."""
+"""Functions with the signature and the documentation of the fields of a settings class."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ R = TypeVar("R")
 
 
 def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:
-    """A function of settings as a function of their fields, with a line of each in its docstring for "{options}".
+    """Decorator that turns a function of settings into a function of their fields. In its docstring, one line for each
+    field replaces "{options}".
 
     Args:
         kind: the class of the settings.
-        command: describe the options of this command alone.
+        command: document only the fields that are options of this command.
     """
     declared = options(kind)
 

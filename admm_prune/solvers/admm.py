@@ -1,4 +1,4 @@
-"""ADMM for sparsity-constrained problems."""
+"""ADMM, the alternating direction method of multipliers, for problems with a sparsity constraint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
 from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
 
-_UNREAD = 16  # iterations, at most, whose measures stay on the device
+_UNREAD = 16  # maximum number of iterations whose measures stay on the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +28,26 @@ class ADMM(Iterative[State]):
 
         x <- argmin f(x) + rho |x - (d - u)|_D^2,    z <- a x + (1 - a) d + u,    d <- P_C(z),    u <- z - d.
 
-    C is a union of supports, so d and u never overlap and z with one bit per weight is the whole state. Distances and
-    the projection are taken in the metric D = diag(A) of a Quadratic problem; any Proximable one has D = 1 and rho in
-    units of its curvature. u is rescaled whenever rho changes, so that rho u is kept.
+    C is determined by supports, so d and u never overlap, and z with one bit per weight is the whole state. For a
+    Quadratic problem, distances and the projection are in the metric D = diag(A); for any other Proximable one D = 1,
+    and rho is in units of its curvature. u is rescaled whenever rho changes, so that rho u stays the same.
 
     Args:
         penalty: the schedule of rho.
-        relaxation: a, from 1 (the textbook) to below 2. Above 1 it saves iterations, but the support only becomes
-            stable with a higher final penalty: at 1.5 it cycles on real layers where 0.65 is enough on synthetic ones.
-        ramp: prune gradually, along this sparsity schedule; None prunes fully from the start.
-        fast_until: a penalty set before this iteration has its products in bfloat16, if the problem is in float32 and
-            the machine is faster in it. Only the support depends on them; later penalties use full precision.
-        freeze_after: iterations after which the support is fixed; None never.
-        refit: least-squares refit on the final support, where the problem is Quadratic.
-        tolerance: stop when nothing changed in the support and |x - d|_D / |d|_D is at most this.
-        graphs: on CUDA the steps of a penalty are recorded once, all of them together, and replayed for the next ones,
-            which is faster if matrices are so small that launching kernels takes longer than running them. The numbers
-            are the same; the buffers of a step and the operator stay in memory while the Hessian is factored anew.
+        relaxation: a, from 1 (as in textbooks) to below 2. Values above 1 save iterations, but the support only becomes
+            stable at a higher final penalty: with a = 1.5 it cycles on real layers at 0.65, which suffices on synthetic
+            ones.
+        ramp: the schedule of the sparsity, to prune gradually; None prunes to the target from the start.
+        fast_until: steps at a penalty that was set before this iteration multiply in bfloat16, if the problem is in
+            float32 and the machine is faster in bfloat16. Only the support depends on them; later penalties use full
+            precision.
+        freeze_after: the number of iterations after which the support is fixed; None never fixes it.
+        refit: whether to end with a least-squares refit on the support, if the problem is Quadratic.
+        refit_iterations: the maximum number of conjugate gradient iterations of the refit.
+        tolerance: stop when the support has not changed and |x - d|_D / |d|_D is at most this.
+        graphs: on CUDA, record all steps at one penalty as a CUDA graph, and replay it at the following penalties. This
+            is faster if matrices are so small that launching kernels takes longer than running them. The numbers are
+            the same; the buffers of a step and the operator stay in memory while the Hessian is factored.
 
     Raises:
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
@@ -70,19 +73,19 @@ class ADMM(Iterative[State]):
 
     @classmethod
     def fast(cls) -> ADMM:
-        """Less than half the work of the default, 1 to 6 % more error on the synthetic layers of `benchmarks`."""
+        """Less than half the work of the default; 1 to 6 % more error on the synthetic layers of `benchmarks`."""
         penalty = LogSpaced(0.3, 1.6, over=12, every=4)
         return cls(penalty=penalty, relaxation=1.5, fast_until=12, max_iterations=12, refit_iterations=2)
 
     @classmethod
     def best(cls) -> ADMM:
-        """Some two times the work of the default, about 1 % less error on the same layers."""
+        """About twice the work of the default; about 1 % less error on the same layers."""
         penalty = LogSpaced(0.1, 1.0, over=60, every=5)
         return cls(penalty=penalty, relaxation=1.0, fast_until=50, max_iterations=60, refit_iterations=10)
 
     @classmethod
     def alps(cls) -> ADMM:
-        """The controller as published; its damping, 0.01 mean(diag H), belongs to the problem."""
+        """ALPS with its published penalty controller; its damping, 0.01 mean(diag H), is a setting of the problem."""
         return cls(
             penalty=SupportDriven(),
             relaxation=1.0,
@@ -94,7 +97,7 @@ class ADMM(Iterative[State]):
 
     @classmethod
     def gradual(cls) -> ADMM:
-        """As published, with the schedule that its released code computes but does not use."""
+        """Gradual ADMM as published, with the schedule that its released code computes but does not use."""
         return cls(
             penalty=Constant(1.0),
             relaxation=1.0,
@@ -128,7 +131,7 @@ class ADMM(Iterative[State]):
         self._step(problem, state, iteration, self._rho(state, iteration))
 
     def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[State], iteration: int) -> None:
-        """Quadratic problems of one shape and set take their steps stacked while their penalties are the same."""
+        """Steps Quadratic problems of equal shape and constraint as one stacked batch, while their penalties agree."""
         rho, *others = {self._rho(state, iteration) for state in states}
         batch = None if others else Batch.of(problems, states)
         if batch is None:
@@ -150,7 +153,7 @@ class ADMM(Iterative[State]):
             s.changed = 0
         if rho != s.rho:
             stepper.set_penalty(rho, fast=iteration < self.fast_until)
-        # 2. to 5., from a recording where these are the same operations as before.
+        # 2. to 5., replayed from a recording if the operations are the same as before.
         if not s.ahead:
             iterations = range(iteration, iteration + self._together(s, iteration))
             tau = stepper.tau()
@@ -165,27 +168,27 @@ class ADMM(Iterative[State]):
         s.tau = 1.0
 
     def _selects(self, iteration: int) -> bool:
-        """Whether the support may change."""
+        """Whether the support may change in this iteration."""
         return self.freeze_after is None or iteration < self.freeze_after
 
     def _together(self, s: State, iteration: int) -> int:
-        """How many iterations are recorded as one: all of a penalty, unless the host reads something between them."""
+        """The number of iterations recorded as one: all at a penalty, unless the host reads something between them."""
         every = self.penalty.every
         whole = iteration % every == 0 and iteration + every <= self.max_iterations and every <= _UNREAD
         reads = self.objective_every > 0 or self._ramps(iteration) or not backend.on_device(s.device)
         return every if self.graphs and whole and not reads and backend.records(s.device) else 1
 
     def _update(self, problem: Quadratic | Proximable, s: State, iteration: int, tau: float | Tensor) -> list[Tensor]:
-        """x, z, the support M and d of an iteration, in place.
+        """Updates x, z, the support M and d in place.
 
         Args:
-            tau: of u = tau (1 - M) z.
+            tau: the factor in u = tau (1 - M) z.
 
         Returns:
-            The measures of `splitting.settle_` for every tensor of the point.
+            The measures of `splitting.settle_` for each tensor of the point.
         """
         a, z, offset, root = self.relaxation, s.z, s.update.offset, s.update.root
-        d = score = s.d  # one buffer with these contents, each in the place of the one before; or first the target
+        d = score = s.d  # one buffer, which holds d, then the target or the score, then the new d
         # 2. x <- argmin f(x) + rho |x - target|_D^2  with  target = d - u
         target = Point(  # and z <- (1 - a) d + u, the rest of step 3
             {
@@ -215,7 +218,8 @@ class ADMM(Iterative[State]):
         return measures
 
     def _choose(self, problem: Problem, s: State, iteration: int) -> Tensor | None:
-        """Steps 3 to 5 in one launch, where a kernel chooses the support within short runs of entries; else None."""
+        """Steps 3 to 5 in one launch of a kernel that selects the support within short runs of entries; None if the
+        constraint or the device does not allow it."""
         name, *others = s.z
         z = s.z[name]
         if others or z.ndim != 2 or not backend.uses_triton(z, torch.float32):
@@ -234,8 +238,8 @@ class ADMM(Iterative[State]):
         return self.ramp is not None and iteration + 1 < self.ramp.over
 
     def measures(self, state: State, iteration: int) -> Sequence[Progress]:
-        """Reads the measures of the steps: on the CPU after each, on a device when the penalty may change and at the
-        end, so that the host does not wait for every step."""
+        """Reads the measures of the steps: on the CPU after each step; on a device only when the penalty may change and
+        at the end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
         evaluates = self.objective_every and iteration % self.objective_every == 0
         waits = iteration % every and iteration < self.max_iterations and not evaluates
@@ -256,7 +260,7 @@ class ADMM(Iterative[State]):
         return d if self.ramp is None else problem.constraint.project(d)
 
     def projected_start(self, problem: Quadratic | Proximable, start: Point | None) -> Point:
-        """The projection in the metric of the solver's coordinates: diag(A), where the problem is Quadratic."""
+        """The projection in the metric of the solver: diag(A) if the problem is Quadratic."""
         if not fits(problem, Quadratic):
             return super().projected_start(problem, start)
         return projection_in_its_metric(problem, start)
@@ -273,7 +277,7 @@ class ADMM(Iterative[State]):
         return (*backend.note(state.device), *state.notes, *unplayed)
 
     def _constraint(self, problem: Problem, iteration: int) -> SupportConstraint:
-        """The constraint at this point of the ramp."""
+        """The constraint of this iteration, which depends on the ramp."""
         constraint: Any = problem.constraint  # a SupportConstraint: `check` has seen to it
         if self.ramp is not None and self._ramps(iteration):
             constraint = constraint.scaled_to(self.ramp.fraction(iteration))

@@ -1,4 +1,4 @@
-"""The loop of all iterative solvers, and the base of all solvers."""
+"""The protocol of a solver, and the loop that all iterative solvers share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ StateT = TypeVar("StateT")
 
 
 class Solver(Protocol):
-    """A frozen configuration; everything that changes is in the state of a solve."""
+    """A frozen dataclass of settings; everything that changes during a solve is in its state."""
 
     def solve(self, problem: Any, *, start: Point | None = None) -> Result: ...
 
 
 @dataclass
 class Run(Generic[StateT]):
-    """The state of a solve. Passed back as `state`, it continues exactly where it stopped.
+    """The state of a solve. A call of `solve` with it as `state` continues exactly where the solve stopped.
 
-    `start` is where it began, None for the dense weights: its projection competes for the best point in every call.
+    `start` is where it began, None for the dense weights: its projection is a candidate for the result in every call.
     """
 
     inner: StateT
@@ -41,14 +41,14 @@ class Run(Generic[StateT]):
     start: Point | None = None
 
     def offer(self, point: Point, value: float) -> None:
-        """Keeps the point if it is finite and the best so far."""
+        """Keeps the point if its value is finite and the lowest so far."""
         if value < self.best_value:
             self.best, self.best_value, self.best_iteration = point, value, self.iteration
 
 
 @dataclass
 class _Solve(Generic[StateT]):
-    """One call of `solve`: the problem, the state, and why it stopped."""
+    """One call of `solve`: the problem, the state, and the reason why it stopped."""
 
     problem: Any
     run: Run[StateT]
@@ -57,13 +57,13 @@ class _Solve(Generic[StateT]):
 
 @dataclass(frozen=True, kw_only=True)
 class Iterative(ABC, Generic[StateT]):
-    """A solver that repeats a step. Subclasses implement the step; `solve` is implemented here.
+    """A solver that repeats a step. Subclasses implement the step, this class implements `solve`.
 
     Args:
-        max_iterations: over the whole run, including earlier calls.
+        max_iterations: the maximum number of iterations, including those of earlier calls with the same state.
         time_limit: seconds for one call of `solve`; None for no limit.
-        objective_every: evaluate the feasible point every so many iterations as a candidate for the best; 0
-            only at the end. An evaluation costs about as much as a step.
+        objective_every: the number of iterations between evaluations of the feasible point as a candidate for the best
+            one; 0 evaluates it at the end only. An evaluation costs about as much as a step.
     """
 
     batched: ClassVar[bool] = False  # whether `step_all` is faster for several problems at once
@@ -74,17 +74,18 @@ class Iterative(ABC, Generic[StateT]):
 
     @abstractmethod
     def check(self, problem: Problem) -> None:
-        """Raises TypeError, naming both sides, if the problem lacks a capability that the solver needs."""
+        """Raises TypeError, naming solver and problem, if the problem lacks a capability that the solver needs."""
 
     @abstractmethod
-    def init(self, problem: Any, start: Point | None) -> StateT: ...
+    def init(self, problem: Any, start: Point | None) -> StateT:
+        """The state before the first iteration; it starts from the dense weights if `start` is None."""
 
     @abstractmethod
     def step(self, problem: Any, state: StateT, iteration: int) -> None:
         """One iteration, in place."""
 
     def step_all(self, problems: Sequence[Any], states: Sequence[StateT], iteration: int) -> None:
-        """The same iteration of several solves, in place; a solver may share work between them."""
+        """One iteration of several solves, in place. A solver may share work between them."""
         for problem, state in zip(problems, states, strict=True):
             self.step(problem, state, iteration)
 
@@ -93,49 +94,50 @@ class Iterative(ABC, Generic[StateT]):
         """Inexpensive measures of the last iteration."""
 
     def measures(self, state: StateT, iteration: int) -> Sequence[Progress]:
-        """The measures since the last call. A solver that measures on a device may read several iterations at once:
-        until then there are none, and the run is not stopped."""
+        """The measures since the last call. On a device a solver may read those of several iterations at once, to wait
+        for the device less often; in between it returns none, and the solve cannot stop."""
         return (self.measure(state, iteration),)
 
     @abstractmethod
-    def converged(self, progress: Progress) -> bool: ...
+    def converged(self, progress: Progress) -> bool:
+        """Whether the measures of an iteration meet the stopping test."""
 
     @abstractmethod
     def solution(self, problem: Any, state: StateT) -> Point:
-        """The feasible point of the iteration just done."""
+        """The feasible point of the last iteration."""
 
     def projected_start(self, problem: Any, start: Point | None) -> Point:
-        """The feasible point to begin from, which the result is never worse than."""
+        """The projection of the start onto the constraint; the result is never worse than this point."""
         point: Point = problem.constraint.project(problem.initial() if start is None else start)
         return point
 
     def finish(self, problem: Any, state: StateT, point: Point) -> Point:
-        """A final improvement of a feasible point that keeps it feasible; may overwrite it. By default the point
-        itself."""
+        """Improves the feasible point of the last iteration and keeps it feasible; may overwrite it. Does nothing by
+        default."""
         return point
 
     def notes(self, state: StateT) -> tuple[str, ...]:
-        """Automatic corrections, for the result's notes."""
+        """Automatic corrections by the solver, for `Result.notes`."""
         return ()
 
     @precision.full()
     def solve(
         self, problem: Any, *, start: Point | None = None, state: Run[StateT] | None = None, watch: Watch | None = None
     ) -> Result:
-        """Iterates until converged, out of iterations or time, or asked to stop.
+        """Iterates until the solver converges, iterations or time are used up, or `watch` requests a stop.
 
         Args:
-            start: where to begin; the dense weights by default. Its projection competes for the best point.
-            state: `Result.state` of an earlier call on the same problem, to continue it, from the start of that call.
-            watch: called with each Progress, the last one too; returns True to stop.
+            start: where to start; by default at the dense weights. Its projection is a candidate for the result.
+            state: `Result.state` of an earlier call on the same problem, to continue it from the start of that call.
+            watch: called with each Progress, also the last; returns True to stop.
 
         Returns:
-            The best feasible point seen, never worse than the start's projection.
+            The best feasible point that was evaluated, never worse than the projection of the start.
 
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
             UserError: both a start and a state.
-            ArithmeticError: no point met has a finite value, not even the start's projection.
+            ArithmeticError: no feasible point has a finite value, not even the projection of the start.
         """
         self.check(problem)
         if start is not None and state is not None:
@@ -147,10 +149,11 @@ class Iterative(ABC, Generic[StateT]):
 
     @precision.full()
     def solve_all(self, problems: Sequence[Any]) -> list[Result]:
-        """Solves several problems concurrently, from their dense weights: on the CPU with the bits of `solve`, on a GPU
-        up to the order in which products are summed.
+        """Solves several problems in lockstep, from their dense weights. On the CPU the results are bitwise those of
+        `solve`; on a GPU they are equal up to the order of summation in products.
 
-        A solve that stops is not changed while others continue. `seconds` is the total time divided by their number.
+        A solve that has stopped is not changed while others continue. `seconds` is the total time divided by the number
+        of problems.
 
         Raises:
             TypeError: a problem lacks a capability that the solver needs.
@@ -164,7 +167,7 @@ class Iterative(ABC, Generic[StateT]):
         return [self._result(solve, time.perf_counter() - share) for solve in solves]
 
     def _iterate(self, solves: Sequence[_Solve[StateT]], watch: Watch | None, began: float) -> None:
-        """The loop. All solves are at the same iteration."""
+        """The loop of all solves, which are always at the same iteration."""
         going = [solve for solve in solves if solve.run.iteration < self.max_iterations]
         while going:
             iteration = going[0].run.iteration
@@ -181,7 +184,7 @@ class Iterative(ABC, Generic[StateT]):
             going = [solve for solve in going if solve.stop is None and solve.run.iteration < self.max_iterations]
 
     def _result(self, solve: _Solve[StateT], began: float) -> Result:
-        """Ends a solve that has stopped."""
+        """The result of a solve that has stopped."""
         problem, run = solve.problem, solve.run
         status = solve.stop or Status.MAX_ITERATIONS
         finished = self.solution(problem, run.inner)
@@ -189,7 +192,7 @@ class Iterative(ABC, Generic[StateT]):
         if finite:
             finished = self.finish(problem, run.inner, finished)
         seconds = time.perf_counter() - began  # the time excludes the evaluation of the objective
-        # Candidates from here on belong to this result, not to the run: a continued run must not see them.
+        # Later candidates belong to this result, not to the run: continuing the run must not depend on them.
         final = replace(run)
         if not finite:
             status = Status.NONFINITE
@@ -231,14 +234,14 @@ class Iterative(ABC, Generic[StateT]):
 def closed_form(
     problem: Problem, solution: Point, began: float, start: Point | None, notes: tuple[str, ...] = ()
 ) -> Result:
-    """The result of a direct computation, or the start's projection where that is better. The time excludes the
-    evaluation of both.
+    """The result of a solver without iterations: its solution, or the projection of the start if that is better.
 
     Args:
-        start: None where the computation is itself a projection of the dense weights.
+        began: when the solve started, by `time.perf_counter`; the evaluation of the points is not part of its time.
+        start: None if the solution is itself a projection of the dense weights.
 
     Returns:
-        Its status is NONFINITE where the computation overflowed and the start's projection took its place.
+        The result; its status is NONFINITE if the solution overflowed and the projection of the start replaces it.
 
     Raises:
         ArithmeticError: neither has a finite value.
@@ -261,7 +264,7 @@ def closed_form(
 
 
 def inner_notes(result: Result) -> tuple[str, ...]:
-    """The notes of a solver inside another, and its status where that is no success."""
+    """The notes of a solver inside another one, and its status unless that is a success."""
     if result.status.ok:
         return result.notes
     return (*result.notes, f"the inner solver ended as {result.status.name}: {result.status.value}")
@@ -281,13 +284,13 @@ def _stopping_status(solver: Iterative[Any], progress: Progress, watch: Watch | 
 
 
 def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> Point:
-    """The projection of a point, by default of the unconstrained minimum, in the metric diag(A)."""
+    """The projection of a point, by default of the unconstrained minimizer, in the metric diag(A)."""
     metric = problem.hessian.diagonal().clone().expand_as(problem.minimizer)  # the Hessian itself can be freed
     return problem.constraint.project(Point(weight=problem.minimizer) if point is None else point, Point(weight=metric))
 
 
 def offer_start(problem: Problem, run: Run[Any], point: Point) -> float:
-    """Makes the projected start a candidate, so that no result is worse than it, and returns its value."""
+    """Makes the projection of the start a candidate, so that the result is never worse, and returns its value."""
     value = problem.value(point)
     if value <= run.best_value:
         run.best, run.best_value, run.best_iteration = point, value, 0

@@ -13,7 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Runtime, Task
-from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
@@ -222,7 +222,7 @@ def _pass(
     what: str,
 ) -> list[BlockResult]:
     """A pass over the dense blocks that does not change them."""
-    settings = BlockPass(part=f"allocation-{what}", changes=False, note=f", {what}")
+    settings = PassSettings(part=f"allocation-{what}", changes=False, note=f", {what}")
     return for_each_block(model, task, runtime, measure, settings)
 
 

@@ -28,7 +28,7 @@ from admm_prune.methods.base import (
     Stages,
     Task,
 )
-from admm_prune.methods.block_loop import BlockPass, BlockResult, for_each_block
+from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.methods.struprune.sublayer import Pruner, check_slicing, report_of
 from admm_prune.methods.target import Target
@@ -167,7 +167,7 @@ class StruPrune(Capabilities):
                     keep_groups(sublayer, torch.arange(sublayer.count - removed[sublayer.name]))
 
         count = len(blocks)
-        settings = BlockPass(dense_inputs=self.inputs == "dense", reshape=reshape, steps=(count, 2 * count))
+        settings = PassSettings(dense_inputs=self.inputs == "dense", reshape=reshape, steps=(count, 2 * count))
         results = for_each_block(model, task, runtime, prune_block, settings)
         layers = [report for result in results for report in result.layers]
         runtime.report_progress(2 * count, 2 * count)
@@ -196,7 +196,7 @@ class StruPrune(Capabilities):
             scale = stream.energy() if self.relative else 1.0
             return BlockResult(tensors={name: curve / scale for name, curve in losses.items()})
 
-        settings = BlockPass(part="curves", note=", curves", changes=False, steps=(0, 2 * len(parts)))
+        settings = PassSettings(part="curves", note=", curves", changes=False, steps=(0, 2 * len(parts)))
         results = for_each_block(model, task, runtime, measure_block, settings)
         losses = {name: curve for result in results for name, curve in result.tensors.items()}
         return {
