@@ -110,9 +110,13 @@ def check_shape(source: str, name: str, shape: Sequence[int], expected: Sequence
 
 
 def check_finite(source: str, name: str, x: Tensor) -> None:
-    """Raises UserError where a stored weight has NaN or Inf entries; makes no copy of it."""
-    if x.numel() and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):  # NaN is both the least and the greatest
-        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again")
+    """Raises UserError where a weight, in the dtype of the model, has NaN or Inf entries; makes no copy of it."""
+    if not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all()):  # NaN is both the least and the greatest
+        return
+    remedy = "the file is damaged, download it again"
+    if x.dtype == torch.float16:
+        remedy = "they are beyond the range of float16, take another dtype; or the file is damaged, download it again"
+    raise UserError(f"{source}: the weight {name} has NaN or Inf entries: {remedy}")
 
 
 def check_stored(source: str, model: Any, checkpoint: Checkpoint, *, dequantized: bool = False) -> tuple[str, ...]:

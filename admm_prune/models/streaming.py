@@ -250,8 +250,9 @@ class ModelOnDisk(Offloading):
         tensor = self._checkpoint.read(name, rows)
         # The files may keep it in parts, or under another name.
         check_shape(self._source, name, tensor.shape, (parameter if rows is None else parameter[rows]).shape)
+        tensor = tensor.to(parameter.dtype)  # which may not have its range
         check_finite(self._source, name, tensor)
-        return tensor.to(parameter.dtype)
+        return tensor
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""
