@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _KEYS = (("role", "content"), ("from", "value"))  # of the OpenAI form, and of ShareGPT's
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # of ShareGPT
+_CALLS = {"tool_calls", "function_call"}  # of the OpenAI form
 
 Message = dict[str, Any]
 
@@ -28,7 +29,7 @@ def conversation_of(value: object) -> list[Message] | None:
 
     Args:
         value: a list of {"role", "content"} or of {"from", "value"}; or a mapping of such keys to lists, as `datasets`
-            gives for a sequence of structures.
+            gives for a sequence of structures. A message that calls a tool may have no content.
     """
     if isinstance(value, Mapping):
         for keys in _KEYS:
@@ -42,13 +43,18 @@ def conversation_of(value: object) -> list[Message] | None:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return None
     for role, content in _KEYS:
-        if all(isinstance(message.get(role), str) and content in message for message in value):
+        if all(isinstance(message.get(role), str) for message in value) and _have_content(value, content):
             others = [{key: item for key, item in m.items() if key not in (role, content)} for m in value]
             return [
-                {"role": _ROLES.get(message[role], message[role]), "content": message[content], **other}
+                {"role": _ROLES.get(message[role], message[role]), "content": message.get(content), **other}
                 for message, other in zip(value, others, strict=True)
             ]
     return None
+
+
+def _have_content(messages: list[Message], content: str) -> bool:
+    without = [message for message in messages if content not in message]
+    return len(without) < len(messages) and all(_CALLS & message.keys() for message in without)
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:

@@ -206,11 +206,17 @@ def _token_rows(item: Any) -> list[list[int]] | None:
     if all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in item):
         return [[int(token) for token in item]]
     if isinstance(item[0], Tensor) and item[0].ndim == 2:  # (ids, labels), as loaders of tensors give
-        return _token_rows(item[0])
+        # The padding that a mask without its name marks would be read as text.
+        return None if any(map(_is_mask, item[1:])) else _token_rows(item[0])
     nested = [_token_rows(row) for row in item]
     if all(rows is not None and len(rows) <= 1 for rows in nested):
         return [rows[0] for rows in nested if rows]
     return None
+
+
+def _is_mask(x: Any) -> bool:
+    """Zeros and ones, both of them."""
+    return isinstance(x, Tensor) and set(x.unique().tolist()) == {0, 1}
 
 
 def _whole_numbers(mask: Any) -> Any:

@@ -158,8 +158,8 @@ class Checkpoint:
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the first stored floating-point tensor."""
-        for name, path in sorted(self.files.items()):
+        """The dtype of the first floating-point tensor in the first file that has one, which `from_pretrained` takes."""
+        for name, path in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())
             if stored in FLOATS:

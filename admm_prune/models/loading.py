@@ -24,7 +24,7 @@ from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
 from admm_prune.models.checks import check_causal, check_vocabulary, embedding_rows
 from admm_prune.models.families import per_layer_class
 from admm_prune.models.gguf_file import check_all_read, check_gguf, dequantized, is_gguf, place_of
-from admm_prune.models.stored import check_stored, dequantizer, shapes
+from admm_prune.models.stored import check_finite, check_stored, dequantizer, shapes
 from admm_prune.models.streaming import IN_MEMORY, ModelOnDisk, Offloading
 
 if TYPE_CHECKING:
@@ -77,11 +77,7 @@ def load(
     check_vocabulary(source, tokenizer, model)
     # A buffer may hold minus infinity, as masks do.
     for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            large = "" if dtype is None else f", or its numbers are too large for {str(dtype).removeprefix('torch.')}"
-            raise UserError(
-                f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again{large}"
-            )
+        check_finite(source, name, tensor)
     model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     check_causal(source, model)

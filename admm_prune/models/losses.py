@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, pad
 
 from admm_prune.data.sequences import Batch
 from admm_prune.models.structure import replaced_forward
@@ -254,8 +254,10 @@ def _with_logits(model: nn.Module, scored: Scored, then: AtHead) -> Tensor:
 
 def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
     """What `then` computes from the hidden states (b, L, d), in place of the output embedding, within a call of the
-    model: hooks of its modules, such as those of FSDP2, see an ordinary call. The value takes the place of the logits,
-    through which its gradient goes back, and is returned if the model returns it unchanged; else None."""
+    model: hooks of its modules, such as those of FSDP2, see an ordinary call. The value takes the place of the logits
+    of one token, followed by zeros up to their number, and its gradient goes back through them. The value is returned
+    if the model returns that tensor unchanged; else, as of a model that scales, fills or cuts off some of its logits,
+    None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     values: list[Tensor] = []
     if not isinstance(head, nn.Module):
@@ -271,7 +273,7 @@ def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
         # A tensor of its own, not a view, for hooks of the outputs. Without a gradient the value may be of a dtype
         # that the model would convert.
         value = values[-1] if values[-1].requires_grad else values[-1].new_zeros((), dtype=torch.float32)
-        output = value.view(1, 1, 1).clone()
+        output = pad(value.view(1, 1, 1), (0, _width(head, forward, states) - 1))
         outputs.append((output, output._version))
         return output
 
@@ -284,14 +286,22 @@ def _at_head(model: nn.Module, ids: Tensor, then: AtHead) -> Tensor | None:
     return logits.sum() if logits.requires_grad else values[0]  # the gradient passes through the model's output
 
 
+def _width(head: nn.Module, forward: Head, states: Tensor) -> int:
+    """The number of logits of a token."""
+    if isinstance(head, nn.Linear):
+        return head.weight.shape[0]
+    with torch.no_grad():
+        return forward(states[:1, :1].detach()).shape[-1]
+
+
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
 
 def _is(x: Tensor, value: Tensor, version: int) -> bool:
-    """Whether x has the memory of a value, and nothing has been written to it since the value had this version."""
-    same: bool = x.untyped_storage()._cdata == value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    """Whether x is all of a value in its memory, and nothing has been written there since it had this version."""
+    same: bool = x.shape == value.shape and x.untyped_storage()._cdata == value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
     return same and value._version == version
 
 

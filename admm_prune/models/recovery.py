@@ -89,7 +89,8 @@ class KeptSparsity:
     norms are those of the kept weights; after every step of the optimizer the pruned weights are. Whenever the state
     of the model, or of a part of it, is taken (`state_dict`, and with it `save_pretrained` and a trainer's
     checkpoints) the mask is asserted. The mask takes one bit per weight. It applies to the
-    parameter that is now in the place of the pruned one, such as one that `load_state_dict(assign=True)` put there.
+    parameter that is now in the place of the pruned one, such as one that `load_state_dict(assign=True)` put there; its
+    gradient is masked as it is accumulated from the next step of the optimizer on, and before that at the step.
 
     A deep copy of the model, or one that was pickled, asserts its own mask. Copied together with the model and the
     optimizer, as `copy.deepcopy((model, optimizer, kept))`, this object holds the copies.
@@ -109,6 +110,7 @@ class KeptSparsity:
             owner.register_state_dict_pre_hook(masked.check) for masked in self._masked for owner, _ in masked.places
         ]
         self._hooks: list[Any] = []
+        self._on_gradients: dict[int, tuple[nn.Parameter, Any]] = {}  # by the `id` of the parameter that has the hook
         self._attach()
 
     @property
@@ -134,19 +136,29 @@ class KeptSparsity:
 
     def remove(self) -> None:
         """Removes all hooks from the model and the optimizer."""
-        for hook in (*self._hooks, *self._checks):
+        for hook in (*self._hooks, *self._checks, *(hook for _, hook in self._on_gradients.values())):
             hook.remove()
         self._hooks.clear()
+        self._on_gradients.clear()
         self._checks.clear()
 
     def _attach(self) -> None:
-        for masked in self._masked:
-            self._hooks += [_after_accumulation(masked, p) for p in masked.parameters if p.is_floating_point()]
+        self._attach_to_gradients()
         self._hooks.append(self._optimizer.register_step_pre_hook(self._restrict_gradients))
         self._hooks.append(self._optimizer.register_step_post_hook(self._restrict_weights))
 
+    def _attach_to_gradients(self) -> None:
+        """Registers hooks at the parameters that are there now, and removes those of replaced ones."""
+        present = {id(p): (masked, p) for masked in self._masked for p in masked.parameters if p.is_floating_point()}
+        for number in self._on_gradients.keys() - present.keys():
+            self._on_gradients.pop(number)[1].remove()
+        for number, (masked, parameter) in present.items():
+            if number not in self._on_gradients:
+                self._on_gradients[number] = parameter, _after_accumulation(masked, parameter)
+
     def _restrict_gradients(self, *_: object) -> None:
         """For gradients that were assigned, not accumulated."""
+        self._attach_to_gradients()
         for masked in self._masked:
             masked.restrict_gradient()
 
@@ -158,7 +170,7 @@ class KeptSparsity:
     # Parameters and optimizers are copied and pickled without their hooks, modules with them.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": [], "attached": bool(self._hooks)}
+        return {**self.__dict__, "_hooks": [], "_on_gradients": {}, "attached": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("attached")
@@ -249,7 +261,8 @@ def merge_lora(model: nn.Module) -> tuple[nn.Module, list[MergedWeight]]:
 
     Raises:
         UserError: no LoRA layers; adapters that are disabled or merged already, that are no plain sum (DoRA) or come
-            with a bias; other adapters than LoRA. Nothing was merged then.
+            with a bias; other adapters than LoRA. Nothing was merged then. Or a merged weight overflows in its dtype:
+            those before it, in the order of the modules, are changed.
     """
     layers = list(tuner_layers(model))
     if not layers:
@@ -314,7 +327,13 @@ def _merge(name: str, layer: Any) -> MergedWeight:
     if mask is not None:
         dropped = _energy_off(mask, change)
         change.masked_fill_(~mask, 0)
-    weight.copy_((weight.float() + change).to(weight.dtype))
+    merged = (weight.float() + change).to(weight.dtype)
+    if bool(change.isfinite().all()) and not bool(merged.isfinite().all()):
+        raise UserError(
+            f"{name}: the merged weight is beyond the range of {merged.dtype}: load the model in another dtype and "
+            "merge there"
+        )
+    weight.copy_(merged)
     return MergedWeight(f"{name}.{_weight_name(layer)}", _sparsity(mask), dropped)
 
 

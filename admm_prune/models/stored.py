@@ -108,12 +108,15 @@ def check_shape(source: str, name: str, shape: Sequence[int], expected: Sequence
 
 
 def check_finite(source: str, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raises UserError where a stored weight has NaN or Inf entries, or would have them in a dtype; makes no copy."""
+    """Raises UserError where a weight has NaN or Inf entries, or would have them in a dtype; makes no copy of it."""
     if not x.numel():
         return
     extremes = torch.stack(x.aminmax())  # NaN is both the least and the greatest
     if not bool(extremes.isfinite().all()):
-        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: the file is damaged, download it again")
+        remedy = "the file is damaged, download it again"
+        if x.dtype == torch.float16:
+            remedy = f"they are beyond the range of float16, choose bfloat16 or float32; or {remedy}"
+        raise UserError(f"{source}: the weight {name} has NaN or Inf entries: {remedy}")
     if dtype is not None and not bool(extremes.to(dtype).isfinite().all()):  # rounding is monotone
         largest, kind = float(extremes.abs().max()), str(dtype).removeprefix("torch.")
         raise UserError(

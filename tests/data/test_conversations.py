@@ -109,6 +109,14 @@ def test_without_a_template_the_messages_are_plain_text(tmp_path: Path, tokenize
         read_corpus(str(path), tokenizer=tokenizer)
 
 
+def test_a_message_that_calls_a_tool_may_have_no_content() -> None:
+    """As files for the API of OpenAI leave it out."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function"}]}
+    assert conversation_of([MESSAGES[0], call]) == [MESSAGES[0], {**call, "content": None}]
+    assert conversation_of([call]) is None
+    assert conversation_of([MESSAGES[0], {"role": "assistant"}]) is None
+
+
 def test_a_sequence_of_structures_is_a_conversation() -> None:
     assert conversation_of({"role": ["user", "assistant"], "content": ["the cat", "sat on"]}) == MESSAGES
     assert conversation_of({"from": ["human"], "value": ["the cat"]}) == MESSAGES[:1]

@@ -124,6 +124,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "text after rows": ([{"text": "a"}, 3], "item 2 is not a JSON object with the key 'text'"),
     "a mask of another shape": ([{"input_ids": [1, 2], "attention_mask": [[1], [1]]}], "neither text nor tokens"),
     "a mask that is none": ([{"input_ids": [1, 2], "attention_mask": "11"}], "neither text nor tokens"),
+    "a mask without its name": ([tuple(PADDED.values())], "neither text nor tokens"),
     "two columns": (datasets.Dataset.from_dict({"a": STORIES, "b": STORIES}), "no column 'text'; found a, b"),
     "no such split": (datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": STORIES})), "no split 'train'"),
 }

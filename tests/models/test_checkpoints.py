@@ -41,7 +41,7 @@ from transformers import (
 import admm_prune
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
-from admm_prune.models.checkpoint import weight_bytes
+from admm_prune.models.checkpoint import Checkpoint, weight_bytes
 from admm_prune.models.checks import check_causal
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, open_on_disk
@@ -114,6 +114,23 @@ def test_a_head_of_its_own_beside_a_config_that_ties_is_kept(saved: Make, text_f
     assert not torch.equal(files[HEAD], files[EMBEDDING])
     stock = AutoModelForCausalLM.from_pretrained(folder.parent / "out-True")
     assert torch.equal(stock.lm_head.weight, head)
+
+
+def test_where_the_config_names_no_dtype_it_is_that_of_the_first_file(tmp_path: Path) -> None:
+    """As `from_pretrained` does: the head is the first by name, and in the last shard."""
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    holding = next(path for path in shards if HEAD in load_file(path))
+    assert holding != shards[0]
+    for path in shards:
+        if path != holding:
+            save_file({name: x.bfloat16() for name, x in load_file(path).items()}, path, {"format": "pt"})
+    assert Checkpoint(tmp_path, torch.device("cpu")).dtype() == torch.bfloat16
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", use_safetensors=True)
+    assert stock.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("held", [(EMBEDDING, HEAD), (EMBEDDING,), (HEAD,)])

@@ -169,6 +169,26 @@ def test_weights_that_are_not_finite(folder: Path, bad: float) -> None:
     assert "the weight model.layers.1.mlp.up_proj.weight has NaN or Inf" in refusal(folder)
 
 
+@pytest.mark.parametrize("opens", [load, open_on_disk])
+def test_weights_beyond_the_range_of_the_dtype_asked_for_are_refused_for_that(
+    folder: Path, opens: Callable[..., LoadedModel]
+) -> None:
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = {own: tensor.float() for own, tensor in load_file(path).items()}
+    tensors[name][3, 4] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} has .* float16"):
+        entered(opens(str(folder), dtype="float16"))
+    entered(opens(str(folder), dtype="bfloat16"))
+
+
+def entered(loaded: LoadedModel) -> None:
+    """Reads every block."""
+    for index in range(2):
+        with loaded.offloading.block(index):
+            pass
+
+
 def test_a_model_without_tokenizer(folder: Path) -> None:
     for path in folder.glob("*token*"):
         path.unlink()

@@ -161,11 +161,30 @@ class Clipped(Wrapped):
         return out
 
 
+class Cut(Clipped):
+    """A model that leaves out the logits of the rows by which its vocabulary was padded: a view of the head's."""
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.inside(**inputs)
+        out.logits = out.logits[..., : VOCABULARY - 20]
+        return out
+
+
+class Filled(Clipped):
+    """A model that never predicts some tokens."""
+
+    def forward(self, **inputs: Any) -> Any:
+        out = self.inside(**inputs)
+        out.logits = out.logits.index_fill(-1, torch.tensor([VOCABULARY - 1]), -1e4)
+        return out
+
+
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("kind", [Clipped, Wrapped])
+@pytest.mark.parametrize("kind", [Clipped, Wrapped, Cut, Filled])
 def test_a_model_whose_logits_are_not_its_heads_is_noticed(kind: type[Wrapped]) -> None:
-    model = kind(trainable("llama"))
-    torch.testing.assert_close(gradients(model, next_token_loss, batch()), gradients(model, plain, batch()))
+    model, text = kind(trainable("llama")), batch()
+    text = Batch(text.input_ids.clamp(max=VOCABULARY - 21), text.lengths)
+    torch.testing.assert_close(gradients(model, next_token_loss, text), gradients(model, plain, text))
     assert holds_logits(model)
 
 
@@ -206,7 +225,8 @@ def test_the_gradient_passes_through_the_output_of_the_model(distilled: bool) ->
     model.register_forward_hook(watch)
     (Distillation(teacher) if distilled else next_token_loss)(model, batch()).backward()
     assert [is_view for is_view, _ in seen] == [False]
-    assert float(seen[0][1]) == pytest.approx(1 / int(batch().scored.sum()))
+    assert seen[0][1].shape == (1, 1, VOCABULARY)
+    assert float(seen[0][1][0, 0, 0]) == pytest.approx(1 / int(batch().scored.sum()))
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

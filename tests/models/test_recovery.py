@@ -131,6 +131,45 @@ def test_the_mask_is_that_of_parameters_put_in_the_place_of_others(family: str) 
     assert 0.4 < kept.sparsity < 0.6
 
 
+def test_the_gradient_of_a_parameter_put_in_the_place_of_another_is_masked_as_it_is_accumulated() -> None:
+    """Clipping would see the pruned weights; the parameter that was there is left alone from then on."""
+    model = torch.nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight[::2] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_sparsity(model, optimizer)
+    old = model.weight
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model.weight.requires_grad_(True)
+    optimizer.param_groups[0]["params"] = [model.weight]
+    optimizer.step()
+    x = torch.ones(3, 8)
+    model(x).square().sum().backward()
+    assert model.weight.grad is not None
+    assert int(model.weight.grad[::2].count_nonzero()) == 0
+    assert int(model.weight.grad[1::2].count_nonzero()) > 0
+    (x @ (old + 1).T).square().sum().backward()
+    assert old.grad is not None
+    assert int(old.grad[::2].count_nonzero()) > 0
+    kept.remove()
+    model.weight.grad = None
+    (x @ (model.weight + 1).T).square().sum().backward()
+    assert model.weight.grad is not None
+    assert int(model.weight.grad[::2].count_nonzero()) > 0
+
+
+def test_a_merge_beyond_the_range_of_float16_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)).half()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"]))  # type: ignore[arg-type]
+    layer = adapted.base_model.model[0]  # type: ignore[index]
+    with torch.no_grad():
+        layer.weight.fill_(6e4)
+        layer.lora_A["default"].weight.fill_(100)
+        layer.lora_B["default"].weight.fill_(100)
+    with pytest.raises(UserError, match=r"^0: the merged weight is beyond the range of torch\.float16"):
+        merge_lora(adapted)
+
+
 def test_a_parameter_of_another_shape_is_refused() -> None:
     model = torch.nn.Linear(4, 4)
     with torch.no_grad():
