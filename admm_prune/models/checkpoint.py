@@ -158,7 +158,7 @@ class Checkpoint:
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating-point tensor in the first file that has one, which `from_pretrained` takes."""
+        """The dtype that `from_pretrained` takes: of the first floating-point tensor in the first file that has one."""
         for name, path in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())

@@ -177,9 +177,9 @@ class AttentionOutput:
         return self._loss(x, self.tokens)[0]
 
     def validation_loss(self, x: Point) -> float:
-        """The value on the validation tokens, relative to |Y|^2."""
+        """The value on the validation tokens, relative to |Y|^2; the value itself where all targets are zero."""
         loss, energy = self._loss(x, self.validation)
-        return 0.0 if energy == 0 else loss / energy
+        return loss / (energy or 1.0)
 
     def head_moments(self, x: Point) -> Tensor:
         """Z^T Z (H e, H e) of the head outputs that V really gives: what the output projection alone is pruned on."""
@@ -343,10 +343,10 @@ class AttentionOutput:
 
     @cached_property
     def _metric(self) -> Tensor:
-        """H (d, d) of the dense O, scaled to all tokens where they are sampled."""
+        """H (d, d) of the dense O, scaled to all tokens where they are sampled; of equal heads where O is zero."""
         heads, width = self.tokens.mixing.heads, self.weights["value"].shape[1]
         strength = self.weights["output"].square().sum(0).view(heads, self._size).sum(1)
-        strength = strength / strength.sum()
+        strength = strength / strength.sum() if bool(strength.any()) else torch.full_like(strength, 1 / heads)
         if self._mixed_gram is not None:
             blocks = self._mixed_gram.unflatten(0, (heads, width)).unflatten(2, (heads, width))
             metric: Tensor = torch.einsum("hihj,h->ij", blocks, strength)

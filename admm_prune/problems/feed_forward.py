@@ -164,7 +164,8 @@ class FeedForward:
         return Point({**x, name: solution["weight"] if "weight" in solution else solution[name]})
 
     def validation_loss(self, x: Point) -> float:
-        """|net(X; x) - Y|^2 / |Y|^2 of the network itself, independent of Z and P, on the validation tokens."""
+        """|net(X; x) - Y|^2 / |Y|^2 of the network itself, independent of Z and P, on the validation tokens; the error
+        itself where all targets are zero."""
         inputs, targets = self.validation
         outputs = self.network.linear("down", x, self.network.hidden(x, inputs))
         return self._energy(outputs - targets) / (self._energy(targets) or 1.0)

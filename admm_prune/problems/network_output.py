@@ -98,9 +98,9 @@ class NetworkOutput:
         return self._loss(x, self.tokens)[0]
 
     def validation_loss(self, x: Point) -> float:
-        """|net(X; x) - Y|^2 / |Y|^2 on the validation tokens."""
+        """|net(X; x) - Y|^2 / |Y|^2 on the validation tokens; the error itself where all targets are zero."""
         loss, energy = self._loss(x, self.validation)
-        return 0.0 if energy == 0 else loss / energy
+        return loss / (energy or 1.0)
 
     def sample_gradient(self, x: Point, draw: int) -> tuple[float, Point]:
         """Loss and gradient on the draw-th tokens of a fixed shuffle, scaled up to all tokens."""

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from admm_prune.errors import UserError
 from admm_prune.ops import backend, selection, splitting
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, RunConstraint, SupportConstraint, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.admm_state import Batch, Measured, State, Stepper
-from admm_prune.solvers.base import Iterative, projection_in_its_metric
+from admm_prune.solvers.base import Iterative, check_at_least, projection_in_its_metric
 from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
 from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
@@ -50,6 +51,7 @@ class ADMM(Iterative[State]):
             the same; the buffers of a step and the operator stay in memory while the Hessian is factored.
 
     Raises:
+        UserError: a setting out of range.
         TypeError: the problem is neither Quadratic nor Proximable, or its constraint is no SupportConstraint.
 
     Reference implementation: `textbook.admm`.
@@ -70,6 +72,12 @@ class ADMM(Iterative[State]):
     tolerance: float = 1e-6
     graphs: bool = False
     max_iterations: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, freeze_after=0, refit_iterations=0)
+        if not 0 < self.relaxation < 2:
+            raise UserError(f"relaxation of ADMM must lie between 0 and 2, not {self.relaxation}")
 
     @classmethod
     def fast(cls) -> ADMM:

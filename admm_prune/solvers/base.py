@@ -72,6 +72,9 @@ class Iterative(ABC, Generic[StateT]):
     time_limit: float | None = None
     objective_every: int = 0
 
+    def __post_init__(self) -> None:
+        check_at_least(self, max_iterations=0, time_limit=0, objective_every=0)
+
     @abstractmethod
     def check(self, problem: Problem) -> None:
         """Raises TypeError, naming solver and problem, if the problem lacks a capability that the solver needs."""
@@ -136,13 +139,14 @@ class Iterative(ABC, Generic[StateT]):
 
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
-            UserError: both a start and a state.
+            UserError: both a start and a state; a start of another form than the dense weights.
             ArithmeticError: no feasible point has a finite value, not even the projection of the start.
         """
         self.check(problem)
         if start is not None and state is not None:
             raise UserError("a state continues from its own start: give a start or a state, not both")
         began = time.perf_counter()
+        start = checked_start(problem, start)
         solve = _Solve(problem, Run(self.init(problem, start), start=start) if state is None else state)
         self._iterate([solve], watch, began)
         return self._result(solve, began)
@@ -231,6 +235,35 @@ class Iterative(ABC, Generic[StateT]):
         return news
 
 
+def check_at_least(settings: object, **least: float) -> None:
+    """Raises UserError where a setting is less than its least value, or NaN; None is no value."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= lowest:
+            raise UserError(f"{name} of {type(settings).__name__} must be at least {lowest:g}, not {value}")
+
+
+def checked_start(problem: Problem, start: Any) -> Point | None:
+    """The start in the dtypes of the dense weights.
+
+    Raises:
+        UserError: its tensors have other names or shapes, or hold NaN or Inf.
+    """
+    if start is None:
+        return None
+    dense = problem.initial()
+    forms = [
+        {name: tuple(getattr(x, "shape", ())) for name, x in point.items()} if isinstance(point, Point) else None
+        for point in (start, dense)
+    ]
+    if forms[0] != forms[1]:
+        given = f"a {type(start).__name__}" if forms[0] is None else f"one with {forms[0]}"
+        raise UserError(f"a start for {type(problem).__name__} is a Point with {forms[1]}, not {given}")
+    if not start.is_finite():
+        raise UserError("the start holds NaN or Inf")
+    return dense.map(lambda x, begin: begin.to(x.dtype), start)
+
+
 def closed_form(
     problem: Problem, solution: Point, began: float, start: Point | None, notes: tuple[str, ...] = ()
 ) -> Result:
@@ -244,9 +277,11 @@ def closed_form(
         The result; its status is NONFINITE if the solution overflowed and the projection of the start replaces it.
 
     Raises:
+        UserError: a start of another form than the dense weights.
         ArithmeticError: neither has a finite value.
     """
     seconds = time.perf_counter() - began
+    start = checked_start(problem, start)
     run: Run[None] = Run(None)
     run.offer(solution, problem.value(solution))
     status = Status.NONFINITE if run.best is None else Status.CLOSED_FORM

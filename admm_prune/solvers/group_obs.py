@@ -12,7 +12,7 @@ from admm_prune.ops import group_compensation, precision, selection
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Quadratic, checked_constraint, require
 from admm_prune.result import Result
-from admm_prune.solvers.base import closed_form
+from admm_prune.solvers.base import check_at_least, closed_form
 
 _UPDATES = 128  # updates of the scores, where the batch is not given
 _LARGEST_BATCH = 32
@@ -72,6 +72,7 @@ class GroupOBS:
             for about 128 updates, at most 32 groups at a time.
 
     Raises:
+        UserError: a negative batch.
         TypeError: the problem is not Quadratic, or its constraint no GroupConstraint.
 
     Sources: Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon, 1993; for groups,
@@ -79,6 +80,9 @@ class GroupOBS:
     """
 
     batch: int | None = 1
+
+    def __post_init__(self) -> None:
+        check_at_least(self, batch=0)
 
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:

@@ -14,7 +14,15 @@ from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result, Status
-from admm_prune.solvers.base import Run, Solver, inner_notes, offer_start, projection_in_its_metric
+from admm_prune.solvers.base import (
+    Run,
+    Solver,
+    check_at_least,
+    checked_start,
+    inner_notes,
+    offer_start,
+    projection_in_its_metric,
+)
 
 _ROWS = 1024  # rows searched together
 _TABLE = 1 << 22  # entries of a table of gains
@@ -47,6 +55,9 @@ class LocalSearch:
         SOLVED if every row has stopped; NONFINITE, with the start, if numbers overflowed. The notes say how many swaps
         were made, at how many products (out, in) x (in, in), besides some 5 to 10 inverses of A + g I.
 
+    Raises:
+        UserError: a setting out of range.
+
     Raises (solve):
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
             group of it, violate its constraint, as with Blocks.
@@ -62,10 +73,14 @@ class LocalSearch:
     refits: int = 6
     patience: int = 3
 
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=0, swaps=1, candidates=1, refits=0, patience=1)
+
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its gains are those of a quadratic")
         began = time.perf_counter()
+        start = checked_start(problem, start)
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
         if self.inner is not None:
             initial = self.inner.solve(problem, start=start)

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from admm_prune.errors import unknown
 from admm_prune.ops import backend, precision, quadratic, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, RunConstraint, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result
-from admm_prune.solvers.base import closed_form
+from admm_prune.solvers.base import check_at_least, closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
 _WIDEST_GROUP = 32  # of the kernel
@@ -37,6 +38,7 @@ class SparseGPT:
             w_ij^2 / (A^-1)_jj.
 
     Raises:
+        UserError: a block of no column, or an unknown scope.
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
 
     Reference implementation: `textbook.sparsegpt`.
@@ -46,6 +48,11 @@ class SparseGPT:
 
     block: int = 128
     mask_scope: Literal["block", "layer"] = "block"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, block=1)
+        if self.mask_scope not in ("block", "layer"):
+            raise unknown("mask_scope", self.mask_scope, ("block", "layer"))
 
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:

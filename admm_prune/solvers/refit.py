@@ -15,7 +15,7 @@ from admm_prune.ops.group_compensation import minimize_on_columns
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic, Refittable, SupportConstraint, checked_constraint, fits
 from admm_prune.result import Result
-from admm_prune.solvers.base import Solver, closed_form, inner_notes
+from admm_prune.solvers.base import Solver, checked_start, closed_form, inner_notes
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Refit:
             )
         constraint = checked_constraint(self, problem, SupportConstraint, "the refitted weights cannot leave it")
         began = time.perf_counter()
+        start = checked_start(problem, start)
         notes: tuple[str, ...] = ()
         if self.inner is not None:
             result = self.inner.solve(problem, start=start)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from admm_prune.errors import UserError
 
 
 class PenaltySchedule(Protocol):
@@ -24,12 +27,25 @@ class PenaltySchedule(Protocol):
         ...
 
 
+def _check_schedule(schedule: PenaltySchedule, *penalties: str) -> None:
+    """Raises UserError unless its penalties are positive and finite, and it changes at intervals of at least 1."""
+    for name in penalties:
+        value = getattr(schedule, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} of {type(schedule).__name__} must be positive and finite, not {value}")
+    if schedule.every < 1:
+        raise UserError(f"every of {type(schedule).__name__} must be at least 1, not {schedule.every}")
+
+
 @dataclass(frozen=True)
 class Constant:
     """rho_t = value."""
 
     value: float
     every: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        _check_schedule(self, "value")
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         return self.value
@@ -43,6 +59,9 @@ class LogSpaced:
     stop: float = 1.0
     over: int = 30
     every: int = 3
+
+    def __post_init__(self) -> None:
+        _check_schedule(self, "start", "stop")
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         return float(self.start * (self.stop / self.start) ** min(1.0, iteration / max(1, self.over - 1)))
@@ -59,6 +78,9 @@ class SupportDriven:
     limit: float = 1e6
     every: int = 3
 
+    def __post_init__(self) -> None:
+        _check_schedule(self, "start", "limit")
+
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         if previous == 0.0:
             return self.start
@@ -74,6 +96,10 @@ class CubicSparsity:
     """
 
     over: int = 15
+
+    def __post_init__(self) -> None:
+        if self.over < 1:
+            raise UserError(f"over of CubicSparsity must be at least 1, not {self.over}")
 
     def fraction(self, iteration: int) -> float:
         return float(1.0 - max(0.0, 1.0 - (iteration + 1) / self.over) ** 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,9 +10,9 @@ from torch import Tensor
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Stochastic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Progress
-from admm_prune.solvers.base import Iterative
+from admm_prune.solvers.base import Iterative, check_at_least
 
-_TINY = 1e-12  # makes 0 / 0 off the support 0; gradients are those of a sum over all tokens
+_TINY = 1e-12  # makes 0 / 0 off the support 0; relative to the largest entry of the first gradient
 
 
 @dataclass
@@ -23,6 +24,7 @@ class State:
     first: Point
     second: Point
     scale: dict[str, float]  # the unit of each tensor's learning rate
+    unit: float = 0.0  # the power of two that brings the first gradient to about 1; 0 before one that is not zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class SupportDescent(Iterative[State]):
         betas: of Adam.
 
     Raises:
+        UserError: a schedule of no step.
         TypeError: the problem is not Stochastic, or its constraint no SupportConstraint.
 
     Source: Kingma and Ba, Adam, 2015.
@@ -47,6 +50,10 @@ class SupportDescent(Iterative[State]):
     over: int = 200
     betas: tuple[float, float] = (0.9, 0.99)
     max_iterations: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, warm_up=1, over=1)
 
     @classmethod
     def of(cls, steps: int) -> SupportDescent:
@@ -67,6 +74,10 @@ class SupportDescent(Iterative[State]):
     def step(self, problem: Stochastic, state: State, iteration: int) -> None:
         _, gradient = problem.sample_gradient(state.x, iteration)
         gradient.mul_(state.mask)
+        if state.unit == 0.0:
+            largest = max(float(part.abs().max()) for part in gradient.values() if part.numel())
+            state.unit = math.ldexp(1.0, -math.frexp(largest)[1]) if largest else 0.0
+        gradient.mul_(state.unit)
         rate = self.rate * min(1.0, (iteration + 1) / self.warm_up) * max(0.0, 1.0 - iteration / self.over)
         b1, b2 = self.betas
         rate /= 1 - b1 ** (iteration + 1)

@@ -277,3 +277,19 @@ def test_other_shapes_are_refused() -> None:
         weights = Point({**problem.weights, name: torch.zeros(shape, dtype=torch.float64)})
         with pytest.raises(ValueError, match=message):
             AttentionOutput(weights, problem.tokens, {})
+
+
+def test_an_output_projection_of_zeros_and_targets_of_zeros() -> None:
+    """No head is stronger than another where all are cut off; what V does then changes no output."""
+    plain = attention()
+    weights = Point({**plain.weights, "output": torch.zeros_like(plain.weights["output"])})
+    sets = {"value": Unstructured(0.5), "output": Unstructured(0.5)}
+    problem = AttentionOutput(weights, plain.tokens, sets, validation=plain.validation)
+    result = Alternating(inner=Wanda(), max_iterations=1).solve(problem)
+    assert problem.constraint.contains(result.solution)
+    problem.validation = AttentionTokens(
+        plain.validation.inputs, torch.zeros_like(plain.validation.targets), plain.validation.mixing
+    )
+    assert problem.validation_loss(plain.weights) == pytest.approx(
+        float(predicted(plain.weights, {}, plain.validation).square().sum())
+    )

@@ -76,6 +76,10 @@ def test_one_budget_over_several_tensors() -> None:
     [
         (lambda: Unstructured(1.2), "between 0 and 1"),
         (lambda: RowWise(-0.1), "between 0 and 1"),
+        (lambda: Unstructured(0.5, keep=2.5), "keep is a whole number of at least 0, not 2.5"),
+        (lambda: StackedRows(()), "stacked sets are at least one"),
+        (lambda: StackedRows(((0, RowWise(0.5)), (2, RowWise(0.5)))), "each of at least 1 row"),
+        (lambda: StackedRows(((2, RowWise(0.5)), (2, RowWise(0.5)))).project(Point(weight=torch.ones(4))), "matrices"),
         (lambda: NofM(5, 4), "5:4"),
         (lambda: NofM(0, 4), "0:4"),
         (lambda: NofM(2, 4).project(Point(weight=torch.ones(2, 6))), "4 divides, not 6"),
@@ -180,3 +184,21 @@ def test_nan_is_refused_in_the_point_and_in_the_metric(name) -> None:
         kept(ONE_OF_TWO[name], ones, bad)
     with pytest.raises(ValueError, match="NaN"):
         ONE_OF_TWO[name].select(Point(weight=bad[None]))
+
+
+@pytest.mark.parametrize("constraint", [*SETS.values(), Groups(0.5)], ids=str)
+def test_a_negative_metric_is_refused_and_one_of_zero_drops_its_entry(constraint) -> None:
+    v, metric = (Point(weight=torch.ones(2, 6)) for _ in range(2))
+    metric["weight"][:, -1] = 0.0
+    assert constraint.project(v, metric)["weight"].count_nonzero() == constraint.project(v)["weight"].count_nonzero()
+    metric["weight"][0, 0] = -1.0
+    with pytest.raises(ValueError, match="the metric holds NaN or negative numbers"):
+        constraint.project(v, metric)
+
+
+@pytest.mark.parametrize("constraint", [Unstructured(0.5), RowWise(0.5), NofM(1, 2), Blocks(0.5, 1, 2), Groups(0.5, 2)])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_a_matrix_without_entries_is_its_own_projection(constraint, shape) -> None:
+    empty = Point(weight=torch.ones(shape))
+    assert constraint.contains(empty)
+    assert constraint.project(empty)["weight"].shape == shape

@@ -288,7 +288,7 @@ def test_groups_refuse_shapes_that_they_do_not_divide() -> None:
         Groups(0.5, 0)
     with pytest.raises(ValueError, match="a set with an explicit count has no fraction to scale: give a sparsity"):
         Groups(0.5, keep=2).scaled_to(0.5)
-    with pytest.raises(ValueError, match="keep is a number of at least 0, not -1"):
+    with pytest.raises(ValueError, match="keep is a whole number of at least 0, not -1"):
         Groups(0.5, keep=-1)
 
 

@@ -11,6 +11,7 @@ import torch
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.problems.constraints import Unstructured
+from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.problems.network_output import NetworkOutput
 from admm_prune.result import Result, Status
 from admm_prune.solvers.admm import ADMM
@@ -19,6 +20,7 @@ from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.testing import assert_solver_conforms
+from admm_prune.testing.supports import OnlyStochastic
 from tests.catalogue import CONSTRAINTS, layer
 from tests.networks import damped, network, split, whole
 
@@ -123,6 +125,28 @@ def test_descent_keeps_the_support_and_lowers_the_value() -> None:
     result = SupportDescent().solve(problem, start=start)
     assert result.objective < 0.8 * problem.value(start)
     assert all(not (result.solution[name][x == 0]).any() for name, x in start.items() if name != "bias")
+
+
+@pytest.mark.parametrize("power", [-80, 80])
+def test_descent_does_not_depend_on_the_scale_of_the_loss(power: int) -> None:
+    """By powers of two, which round nothing."""
+    plain = layer(Unstructured(0.5))
+    scaled = LayerReconstruction(
+        plain.weight, torch.ldexp(plain.gram, torch.tensor(power)), plain.constraint, ridge=plain.ridge
+    )
+    solver = SupportDescent.of(20)
+    weights = [solver.solve(OnlyStochastic(problem)).solution["weight"] for problem in (plain, scaled)]
+    assert torch.equal(*weights)
+
+
+def test_a_loss_of_targets_that_are_zero_is_not_zero() -> None:
+    for problem in (whole(network("relu", gated=False)), split(network("relu", gated=False))):
+        inputs, targets = problem.validation
+        problem.validation = inputs, torch.zeros_like(targets)
+        outputs = problem.network.hidden(problem.initial(), inputs) @ problem.initial()["down"].T
+        bias = problem.network.biases.get("down")
+        expected = float((outputs if bias is None else outputs + bias).square().sum())
+        assert problem.validation_loss(problem.initial()) == pytest.approx(expected)
 
 
 def test_both_refuse_what_they_cannot_do() -> None:

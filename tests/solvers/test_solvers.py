@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm_prune.errors import UserError
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, NofM, RowWise, Unstructured
@@ -21,9 +22,10 @@ from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude, Wanda
-from admm_prune.solvers.reference import BruteForceGroups
+from admm_prune.solvers.reference import BranchAndBound, BruteForceGroups
 from admm_prune.solvers.refit import Refit
-from admm_prune.solvers.schedules import Constant, LogSpaced, SupportDriven
+from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, SupportDriven
+from admm_prune.solvers.support_descent import SupportDescent
 from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 from tests.third_party import Bare
 
@@ -295,6 +297,47 @@ def test_refusals_name_both_sides() -> None:
     assert Magnitude().solve(layer(Ball())).solution.norm() == pytest.approx(1.0)
     with pytest.raises(ValueError, match="inner solver or a start"):
         Refit().solve(layer(Unstructured(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ADMM(max_iterations=-1), "max_iterations of ADMM must be at least 0, not -1"),
+        (lambda: ADMM(time_limit=float("nan")), "time_limit of ADMM must be at least 0, not nan"),
+        (lambda: ADMM(relaxation=2.0), "relaxation of ADMM must lie between 0 and 2, not 2.0"),
+        (lambda: Constant(0.0), "value of Constant must be positive and finite, not 0.0"),
+        (lambda: LogSpaced(0.0), "start of LogSpaced must be positive"),
+        (lambda: LogSpaced(every=0), "every of LogSpaced must be at least 1, not 0"),
+        (lambda: SupportDriven(limit=float("inf")), "limit of SupportDriven must be positive and finite"),
+        (lambda: CubicSparsity(0), "over of CubicSparsity must be at least 1, not 0"),
+        (lambda: SparseGPT(block=0), "block of SparseGPT must be at least 1, not 0"),
+        (lambda: SparseGPT(mask_scope="layers"), r"unknown mask_scope 'layers' \(did you mean 'layer'\?\)"),
+        (lambda: GroupOBS(batch=-1), "batch of GroupOBS must be at least 0, not -1"),
+        (lambda: LocalSearch(candidates=0), "candidates of LocalSearch must be at least 1, not 0"),
+        (lambda: SupportDescent(warm_up=0), "warm_up of SupportDescent must be at least 1, not 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_a_solve(make, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+ANY_START = [Magnitude(), Wanda(), SparseGPT(), ADMM(), LocalSearch(), Refit(Wanda()), BranchAndBound()]
+
+
+@pytest.mark.parametrize("solver", ANY_START, ids=lambda solver: type(solver).__name__)
+def test_a_start_of_another_form_is_refused_in_a_line(solver) -> None:
+    problem = layer(RowWise(0.5))
+    for start, message in (
+        (Point(w=problem.weight), r"is a Point with \{'weight': \(6, 16\)\}, not one with \{'w': \(6, 16\)\}"),
+        (Point(weight=problem.weight[:2]), r"not one with \{'weight': \(2, 16\)\}"),
+        (problem.weight, "a start for LayerReconstruction is a Point .* not a Tensor"),
+        (Point(weight=problem.weight * torch.nan), "the start holds NaN or Inf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            solver.solve(problem, start=start)
+    narrow = solver.solve(problem, start=Point(weight=problem.weight.half()))
+    assert narrow.solution["weight"].dtype is torch.float64
 
 
 def test_schedules() -> None:

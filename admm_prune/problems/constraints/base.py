@@ -64,17 +64,18 @@ class SparseSet(ABC):
 
         Args:
             v: the point to project. An infinite entry has an infinite score, whatever the metric.
-            metric: positive weights of the same shapes, 1 by default.
+            metric: positive weights of the same shapes, 1 by default; an entry of weight 0 is the first to be dropped.
 
         Returns:
             A new point with v's dtypes and devices.
 
         Raises:
-            ValueError: v or the metric holds NaN, or the shapes do not admit this set.
+            ValueError: v holds NaN, the metric NaN or a negative number, or the shapes do not admit this set.
         """
-        for name, point in (("the point", v), ("the metric", metric)):
-            if point is not None and any(x.numel() and bool(torch.isnan(x.amax())) for x in point.values()):
-                raise ValueError(f"{name} holds NaN: there is no closest point")
+        if any(x.numel() and bool(torch.isnan(x.amax())) for x in v.values()):
+            raise ValueError("the point holds NaN: there is no closest point")
+        if metric is not None and not all(bool(m.amin() >= 0) for m in metric.values() if m.numel()):  # NaN is not
+            raise ValueError("the metric holds NaN or negative numbers: there is no closest point")
         score = v.map(torch.abs) if metric is None else _weighted(v, metric)
         return v.map(lambda x, mask: x.where(mask, 0), self.select(score))
 
@@ -123,8 +124,8 @@ class FractionalSet(SparseSet):
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity <= 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, not {self.sparsity}")
-        if self.keep is not None and self.keep < 0:
-            raise ValueError(f"keep is a number of at least 0, not {self.keep}")
+        if self.keep is not None and not (hasattr(self.keep, "__index__") and self.keep >= 0):
+            raise ValueError(f"keep is a whole number of at least 0, not {self.keep}")
 
     def scaled_to(self, fraction: float) -> Self:
         if self.keep is not None:

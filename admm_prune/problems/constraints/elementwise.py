@@ -98,8 +98,8 @@ class RowWise(FractionalSet):
 
     def _budget(self, rows: int, width: int) -> tuple[int, int]:
         """(k, r): every row keeps k, the first r rows k + 1."""
-        if self.keep is not None:
-            return self.keep, 0
+        if self.keep is not None or rows == 0:
+            return self.keep or 0, 0
         return divmod(kept_count(self.sparsity, rows * width), rows)
 
     def _row_budgets(self, x: Tensor) -> Tensor:

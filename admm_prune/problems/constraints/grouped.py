@@ -137,4 +137,4 @@ class Groups(FractionalSet):
         rows, columns = rows_and_width(x, "Groups")
         if columns % self.width:
             raise ValueError(f"groups of {self.width} columns do not divide a matrix of {columns} columns")
-        return Blocks(self.sparsity, rows, self.width, self.budget(columns))
+        return Blocks(self.sparsity, max(1, rows), self.width, self.budget(columns))

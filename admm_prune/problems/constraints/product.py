@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problems.constraints.base import SparseSet
+from admm_prune.problems.constraints.base import SparseSet, rows_and_width
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,14 @@ class StackedRows(SparseSet):
         parts: (number of rows, set) from the top; the numbers add up to the rows of the matrix.
 
     Raises:
-        ValueError: the matrix has another number of rows.
+        ValueError: there is no part, or one of fewer than 1 row; a tensor is no matrix, or has another number of rows.
     """
 
     parts: tuple[tuple[int, SparseSet], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or min(rows for rows, _ in self.parts) < 1:
+            raise ValueError(f"stacked sets are at least one, each of at least 1 row, not {self.parts}")
 
     def select(self, score: Point) -> Point:
         pieces = self._split(score)
@@ -73,7 +77,7 @@ class StackedRows(SparseSet):
         start = 0
         for (rows, part), alike in groupby(self.parts):
             count = len(list(alike))
-            pieces = score[start : start + count * rows].view(count, rows, -1)
+            pieces = score[start : start + count * rows].view(count, rows, score.shape[1])
             if count > 1 and isinstance(part, SparseSet):
                 masks.append(part.select_each(pieces).flatten(0, 1))
             else:
@@ -105,7 +109,8 @@ class StackedRows(SparseSet):
     def _split(self, x: Point) -> list[tuple[SparseSet, Point]]:
         sizes = [rows for rows, _ in self.parts]
         for name, tensor in x.items():
-            if tensor.shape[0] != sum(sizes):
-                raise ValueError(f"stacked sets cover {sum(sizes)} rows, {name} has {tensor.shape[0]}")
+            rows, _ = rows_and_width(tensor, "StackedRows")
+            if rows != sum(sizes):
+                raise ValueError(f"stacked sets cover {sum(sizes)} rows, {name} has {rows}")
         pieces = {name: tensor.split(sizes) for name, tensor in x.items()}
         return [(part, Point({name: pieces[name][i] for name in x})) for i, (_, part) in enumerate(self.parts)]

@@ -29,6 +29,7 @@ from torch import Tensor
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Fitted, Quadratic, SupportConstraint, fits
 from admm_prune.result import Result, Status
+from admm_prune.solvers.base import checked_start
 from admm_prune.solvers.reference.rigorous import (
     Array,
     Floor,
@@ -247,6 +248,7 @@ class Separated:
 
     def starts(self, start: Point | None) -> list[tuple[Row, tuple[Mask, ...]]]:
         """Every row with the support of a feasible start, in a tuple; an empty tuple without one."""
+        start = checked_start(self.problem, start)
         if start is None or not self.problem.constraint.contains(start):
             return [(row, ()) for row in self.rows]
         masks = (to_array(start["weight"]) != 0).reshape(len(self.rows), -1)
@@ -271,6 +273,7 @@ class Separated:
         Returns:
             Its status is NONFINITE where the value of the refitted point is not finite.
         """
+        start = checked_start(self.problem, start)
         solution = self.point(supports)
         objective = self.problem.value(solution)
         status = status if math.isfinite(objective) else Status.NONFINITE
