@@ -174,7 +174,8 @@ def bench_gpu(
 ) -> dict[str, Any]:
     """Runs the sections, and writes the rows as JSON and as a table to the folder `out`.
 
-    Until then each row is a line of `out`.rows.jsonl beside it, which a run that is stopped leaves behind.
+    Until then each row is a line of `out`.rows.jsonl beside it, which a run that is stopped leaves behind, and which
+    only `overwrite` replaces.
 
     Args:
         device: "cuda", or "cpu" to try everything without a GPU.
@@ -189,6 +190,9 @@ def bench_gpu(
         UserError: `out` cannot be used; no such section; full size on a CPU.
     """
     check_output(out, overwrite=overwrite)
+    so_far = out.with_name(f"{out.name}.rows.jsonl")
+    if so_far.exists() and not overwrite:
+        raise UserError(f"{so_far} has the rows of a run that was stopped: replace it with --overwrite, or move it")
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise UserError(f"no section '{unknown[0]}': choose from {', '.join(SECTIONS)}")
@@ -200,7 +204,6 @@ def bench_gpu(
     progress(0, 0, "measuring the ceilings of the device")
     ceilings = measured(where, width=size.ceiling_width, entries=size.ceiling_entries)
     heard: list[Measurement] = []
-    so_far = out.with_name(f"{out.name}.rows.jsonl")
     so_far.unlink(missing_ok=True)
 
     def tell(row: Measurement) -> None:

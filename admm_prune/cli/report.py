@@ -43,4 +43,6 @@ def report(
         for name, pair in difference["figures"].items()
     ]
     common.show_table(f"A: {folder}   B: {other}", ["figure", "A", "B"], rows)
+    if not difference["same_text"]:
+        print("The runs were evaluated on different texts: their perplexities are not comparable.")
     print(f"report: {path}")

@@ -14,7 +14,7 @@ from admm_prune.methods.coordination import DenseAttention
 from admm_prune.methods.local import Method
 from admm_prune.methods.parts import LAYER
 from admm_prune.methods.refit import TOKENS, refit_block
-from admm_prune.models.attention import attention_views
+from admm_prune.models.attention import AttentionViews, attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.ops import quadratic
@@ -125,15 +125,24 @@ class Joint:
         text = task.calibration
         return replace(task, calibration=replace(text, batch_size=max(1, min(text.batch_size, TOKENS // text.length))))
 
+    def attention(self, block: Block, pruned: Collection[str]) -> AttentionViews | None:
+        """The attention of a block whose value and output projections are solved together; None where they are not.
+
+        Args:
+            pruned: the names of the block's matrices to prune.
+        """
+        if not self.coordinate:
+            return None
+        views = attention_views(block)[0]
+        return views if {views.value.name, views.output.name} <= set(pruned) else None
+
     def begin(self, stream: BlockStream, index: int, block: Block, pruned: Collection[str]) -> JointBlock:
         """Stores what the steps need of a block before it is pruned.
 
         Args:
             pruned: the names of the matrices that will be pruned.
         """
-        attention = DenseAttention.of(stream, index, block) if self.coordinate and pruned else None
-        if attention is not None and not attention.prunes(pruned):
-            attention = None
+        attention = None if self.attention(block, pruned) is None else DenseAttention.of(stream, index, block)
         changed: Collection[str] = pruned if self.refit else () if attention is None else attention.names
         dense = {view.name: view.read().clone() for view in block.weights if view.name in changed}
         biases = {
@@ -142,6 +151,13 @@ class Joint:
             if view.name in changed and view.bias is not None
         }
         return JointBlock(self, stream, index, block, dense, biases, attention)
+
+
+def in_stages(attention: AttentionViews | None, pruned: Collection[str]) -> list[set[str]]:
+    """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where it
+    is coordinated."""
+    first = set() if attention is None else {view.name for view in attention.weights} & set(pruned)
+    return [names for names in (first, set(pruned) - first) if names]
 
 
 @dataclass
@@ -170,12 +186,8 @@ class JointBlock:
     held_out: set[str] = field(default_factory=set[str])
 
     def stages(self, pruned: Collection[str]) -> list[set[str]]:
-        """The matrices to prune, in groups whose inputs are collected one after the other. If attention is coordinated
-        its matrices come first, so that the others are pruned on its final outputs."""
-        if self.attention is None:
-            return [set(pruned)] if pruned else []
-        first = {view.name for view in self.attention.views.weights} & set(pruned)
-        return [names for names in (first, set(pruned) - first) if names]
+        """As `in_stages`."""
+        return in_stages(None if self.attention is None else self.attention.views, pruned)
 
     def coordinated(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
         """Coordinates the value and output projections if both have just been pruned; returns the updated reports."""

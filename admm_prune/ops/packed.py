@@ -415,7 +415,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed_bits, values, offsets, scales = ctx.saved_tensors
         matrix = Packed(packed_bits, values, offsets, scales, ctx.width, ctx.group)
         of_x = gradient @ unpack(matrix, gradient.dtype)
-    of_bias = gradient.flatten(0, -2).sum(0) if ctx.bias and ctx.needs_input_grad[5] else None
+    of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.bias and ctx.needs_input_grad[5] else None
     return of_x, None, None, None, None, of_bias, None, None
 
 

@@ -20,6 +20,7 @@ from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
 from admm_prune.methods.base import IN_PROCESS, Recipe, Task
+from admm_prune.methods.joint import in_stages
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import Method
 from admm_prune.methods.sparsellm import SparseLLM
@@ -35,7 +36,7 @@ from admm_prune.models.sublayers import Sublayer, feed_forward_part, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, counted, measured_cost
-from admm_prune.plan.joint import coordinated, joint_stages
+from admm_prune.plan.joint import joint_stages
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating
 from admm_prune.solvers.together import Shape, batches
@@ -232,8 +233,7 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
         layers = block_pass.pruned(block.weights)
-        first = coordinated(recipe.joint, block, layers) or layers
-        for names in filter(None, (first, layers - first)):
+        for names in in_stages(recipe.joint.attention(block, layers), layers):
             yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
         yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)

@@ -18,8 +18,10 @@ from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
-from admm_prune.methods.registry import recipe_named, with_baselines, with_joint
+from admm_prune.methods.parts import check_one_set, described
+from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_baselines
 from admm_prune.methods.selection import Selection
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
@@ -117,6 +119,7 @@ class ComparisonSettings:
 
     def recorded(self) -> dict[str, Any]:
         """The settings for the manifest, as JSON values."""
+        parts = {"problem": self.run.problem, "constraint": self.run.constraint}
         return recorded(
             self.run,
             "compare",
@@ -124,6 +127,7 @@ class ComparisonSettings:
             text=self.text,
             selection=self.selection,
             coordinate=self.joint.coordinate,
+            **{name: None if part is None else described(part) for name, part in parts.items()},
             methods=self.methods,
             targets=[asdict(target) for target in self.targets],
             baselines=self.baselines,
@@ -156,12 +160,14 @@ def compare(
             figures that it had in memory.
     """
     check_installed(*REPORT_PACKAGES)
+    run, model_name = settings.run, str(settings.run.model)
     recipes = _recipes(settings)
     # Targets are distinguished by their labels in the report and the folder names.
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
-    run, model_name = settings.run, str(settings.run.model)
+    for target in targets:
+        check_one_set(run.constraint, str(target) if target.pattern else None)
     check_apart(out, run.model, run.data, run.eval_data)
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
@@ -170,6 +176,9 @@ def compare(
         log_notes(loaded)
         jobs = _jobs(recipes, targets, settings, loaded.model)
         texts = Texts(settings.text, loaded)
+        tasks = [_task(settings, texts, recipe, target) for recipe, target in jobs]
+        for (recipe, _), task in zip(jobs, tasks, strict=True):
+            recipe.check_task(task)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
@@ -185,7 +194,7 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            report = runs.pruned(recipe, target, place)
+            report = runs.pruned(recipe, tasks[done], place)
             again = runs.evaluated_again(report, place)
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
@@ -223,13 +232,12 @@ class _Runs:
     device: str
     callback: Callbacks
 
-    def pruned(self, recipe: Recipe, target: Target, place: Path) -> Report:
+    def pruned(self, recipe: Recipe, task: Task, place: Path) -> Report:
         """Prunes a copy of the model and writes it to a folder, or resumes an interrupted run there."""
         settings, texts = self.settings, self.texts
         # A folder without a finished row: the process ended before the row was committed.
         with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as journal:
             model = self.opened(str(settings.run.model), dtype=settings.run.dtype)
-            task = Task(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed)
             record = manifest(settings.recorded(), texts.records(recipe.samples), self.revision, self.device)
             journal.begin({**record, "weights": self.weights})
             report = prune.run_recipe(
@@ -266,20 +274,34 @@ class _Runs:
 
 
 def _recipes(settings: ComparisonSettings) -> list[Recipe]:
-    """The methods of a comparison, with the settings of the run.
+    """The methods of a comparison, each with the settings of training and of structured groups that it supports.
+
+    The parts and the joint steps are passed to all methods that prune.
 
     Raises:
-        UserError: there is none, or one does not exist or does not support the settings.
+        UserError: there is no method, or one does not exist or does not support a part; or no method supports one of
+            the settings.
     """
-    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
     run = settings.run
-    training: dict[str, Any] = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
-    recipes = [recipe_named(name) for name in names]
-    recipes = [recipe_named(r.name, **training) if "steps" in r.options else r for r in recipes]
-    recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
-    if not recipes:
+    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
+    if not names:
         raise UserError("give at least one method, such as --methods wanda,admm")
-    return recipes
+    recipes = [recipe_named(name) for name in names]
+    declared, used = options(Settings), {name for recipe in recipes for name in recipe.options}
+    for name in {name: None for recipe in RECIPES.values() for name in recipe.options}:
+        if name not in used and getattr(run, name) != declared[name].default:
+            takers = ", ".join(recipe.name for recipe in RECIPES.values() if name in recipe.options)
+            raise UserError(f"no method of this comparison takes --{name.replace('_', '-')}: it is for {takers}")
+    made: list[Recipe] = []
+    for recipe in recipes:
+        how: dict[str, Any] = {}
+        if "steps" in recipe.options:
+            how = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
+        if recipe.prunes:
+            how |= {"problem": run.problem, "constraint": run.constraint, "joint": settings.joint}
+        one = composed(recipe.name, **how)
+        made.append(configured(one, run.unit, run.multiple) if "unit" in recipe.options else one)
+    return made
 
 
 def _jobs(
@@ -294,6 +316,11 @@ def _jobs(
         if settings.allocation is not None and recipe.prunes:
             settings.allocation.check(recipe, model, target)
     return jobs
+
+
+def _task(settings: ComparisonSettings, texts: Texts, recipe: Recipe, target: Target) -> Task:
+    bounds = settings.run.bounds and recipe.prunes
+    return Task(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed, bounds=bounds)
 
 
 def _known(record: dict[str, Any], models: Path) -> Row:

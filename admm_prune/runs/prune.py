@@ -56,16 +56,14 @@ _TASKS_IN_MEMORY = "tasks need the whole model in memory: evaluate them afterwar
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
 
-def decide(
-    stream: Stream, model: object, recipe: Recipe, written: bool, device: str, tasks: Tasks | None = None
-) -> bool:
+def decide(stream: Stream, model: object, recipe: Recipe, written: bool, free: int, tasks: Tasks | None = None) -> bool:
     """Whether to stream the model from disk.
 
     Args:
         stream: the setting; "auto" streams a folder whose weights would take more than half of the free memory.
         model: a name, a folder, or a module.
         written: whether the result is written to a folder.
-        device: the device for the weights.
+        free: bytes of free memory on the device for the weights.
         tasks: the tasks on which the pruned model is evaluated.
 
     Raises:
@@ -78,7 +76,7 @@ def decide(
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
         return stream
-    return why is None and weight_bytes(expanded(str(model))) > _WEIGHT_FRACTION * free_bytes(device)
+    return why is None and weight_bytes(expanded(str(model))) > _WEIGHT_FRACTION * free
 
 
 def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
@@ -186,7 +184,7 @@ def _streams(settings: Settings, run: ResolvedRun, journal: SharedJournal | None
     if stream == "auto" and journal is not None and journal.resumed:  # the free memory may have changed since
         stream = bool(journal.begun_with("stream"))
     return run.world.broadcast_from_rank0(
-        lambda: decide(stream, settings.model, run.recipe, run.out is not None, run.device, run.tasks)
+        lambda: decide(stream, settings.model, run.recipe, run.out is not None, free_bytes(run.device), run.tasks)
     )
 
 

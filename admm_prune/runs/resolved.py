@@ -28,6 +28,8 @@ from admm_prune.runs.texts import check_data, passed_from_python
 from admm_prune.runs.trackers import tracker_of
 from admm_prune.settings import Settings, TextSettings
 
+_PARTS = ("solver", "problem", "constraint")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
@@ -72,13 +74,8 @@ def resolved(settings: Settings) -> ResolvedRun:
         raise UserError(
             f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
         )
-    parts = {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
-    check_one_set(settings.constraint, settings.pattern)
+    recipe = recipe_of(settings)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    training: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
-    joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(settings.method, **training, engine=Engine.of(settings), **parts, joint=joint)
-    recipe = configured(recipe, settings.unit, settings.multiple)
     target = _target(settings)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     ridge = parse_ridge(settings.ridge)
@@ -93,8 +90,8 @@ def resolved(settings: Settings) -> ResolvedRun:
     tracker = tracker_of(settings.log, out)
     return ResolvedRun(
         recipe=recipe,
-        parts=parts,
-        joint=joint,
+        parts={name: getattr(settings, name) for name in _PARTS},
+        joint=Joint.of(settings.coordinate, settings.refit),
         target=target,
         selection=selection,
         allocation=allocation,
@@ -108,6 +105,33 @@ def resolved(settings: Settings) -> ResolvedRun:
         tracker=tracker if world.first else None,
         callback=Callbacks(settings.callbacks, settings.progress),
     )
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """The method of a run with its parts.
+
+    Raises:
+        UserError: the method or a part does not exist, or the method does not support a setting.
+    """
+    check_one_set(settings.constraint, settings.pattern)
+    names = ("steps", "distillation", *_PARTS)
+    given: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    joint = Joint.of(settings.coordinate, settings.refit)
+    recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=joint)
+    return configured(recipe, settings.unit, settings.multiple)
+
+
+def check_settings(settings: Settings) -> None:
+    """Rejects settings with which no model can be pruned; reads neither a model nor a text.
+
+    Raises:
+        UserError: as `resolved`.
+    """
+    recipe_of(settings)
+    Selection.of(settings.targets, settings.ignore, settings.overrides or {})
+    AllocationRule.named(settings.allocation, settings.allocation_passes)
+    parse_ridge(settings.ridge)
+    _target(settings)
 
 
 def _tasks(settings: Settings, world: World) -> Tasks | None:

@@ -114,6 +114,34 @@ def case(run, **how) -> Case:
     return Case(section="s", name="n", case="c", run=run, **how)
 
 
+def test_baselines_are_timed_like_the_solvers(monkeypatch) -> None:
+    """The faster of two runs, since the first may load libraries and compile kernels; a long one is not repeated."""
+    calls: list[str] = []
+    for name in ("alps", "sparsegpt"):
+        solve = getattr(baselines, name)
+        monkeypatch.setattr(
+            baselines, name, lambda *a, solve=solve, name=name, **how: (calls.append(name), solve(*a, **how))[1]
+        )
+    cases = {
+        case.name: case for case in layers.cases([(8, 16)], CPU, targets=(layers.Target(0.5),), baseline_rows=True)
+    }
+    for name, count in (("SparseGPT, straightforward", 2), ("ALPS, straightforward float32", 2)):
+        calls.clear()
+        cases[name].run()
+        assert len(calls) == count
+    seconds = iter((2.5, 0.1))
+    assert layers._fastest(lambda: Figures(seconds=next(seconds))).seconds == 2.5
+    assert next(seconds) == 0.1
+
+
+def test_rows_of_a_run_that_was_stopped_are_kept(tmp_path: Path) -> None:
+    rows_so_far = tmp_path / "gpu.rows.jsonl"
+    rows_so_far.write_text("{}")
+    with pytest.raises(UserError, match=r"gpu\.rows\.jsonl has the rows of a run that was stopped"):
+        suite.bench_gpu(tmp_path / "gpu", device="cpu", small=True)
+    assert rows_so_far.read_text() == "{}"
+
+
 def test_a_row_that_fails_is_a_row(monkeypatch) -> None:
     def singular() -> Figures:
         raise torch.linalg.LinAlgError("not positive definite\nmore")

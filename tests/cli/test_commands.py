@@ -350,9 +350,14 @@ def test_report_writes_a_page_again_and_one_on_the_difference(run: Any, command:
     content = command("report", "magnitude", "wanda", "--out", "page.html", "--json").json()
     assert content["out"] == "page.html"
     assert content["unlike"] == ["settings.method"]
+    assert content["same_text"]
     assert "magnitude" in (place / "page.html").read_text()
     outcome = command("report", "magnitude", "wanda", "--out", "page.html", "--overwrite")
     assert "perplexity, pruned" in outcome.out
+    assert "different texts" not in outcome.out
+    assert run("--method", "wanda", "--sparsity", 0.5, "--eval-samples", 1, "--out", "shorter").status == 0
+    outcome = command("report", "wanda", "shorter", "--out", "page.html", "--overwrite")
+    assert "evaluated on different texts: their perplexities are not comparable" in outcome.out
     refused = command("report", "wanda", "--out", "page.html")
     assert (refused.status, refused.out) == (2, "")
     assert "--out is for the difference of two runs" in refused.err

@@ -16,6 +16,7 @@ from admm_prune.models.archive import PACK_MANIFEST, pack_file, unpack_file
 from admm_prune.models.loading import load
 from admm_prune.runs.claims import weights_sha256
 from admm_prune.runs.prune import prune
+from admm_prune.runs.report import write_difference, write_report
 
 
 def masked(shape: tuple[int, ...], sparsity: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -82,6 +83,10 @@ def test_a_run_comes_back_with_its_fingerprints(model_folder: Path, text_file: P
     assert weights_sha256(tmp_path / "back") == claimed
     with pytest.raises(UserError, match="an archive, not a model folder: restore it with 'admm-prune unpack"):
         load(str(tmp_path / "archive"))
+    for report in (write_report, lambda archive: write_difference(archive, archive, tmp_path / "page.html")):
+        with pytest.raises(UserError, match="is an archive: restore it with 'admm-prune unpack"):
+            report(tmp_path / "archive")  # another page than the one that was packed
+    unpack(tmp_path / "archive", tmp_path / "again")
     with pytest.raises(UserError, match="packed already"):
         pack(tmp_path / "archive", tmp_path / "twice")
 

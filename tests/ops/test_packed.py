@@ -212,6 +212,14 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         packed.pack(torch.ones(2, 2, dtype=torch.float64))
 
 
+def test_gradients_of_a_single_vector() -> None:
+    x, bias = inputs(1, 40)[0].requires_grad_(), torch.zeros(4, requires_grad=True)
+    w = masked(4, 40, 0.5)
+    packed.linear(x, packed.pack(w), bias).sum().backward()
+    torch.testing.assert_close(x.grad, w.sum(0))
+    assert torch.equal(bias.grad, torch.ones(4))
+
+
 @needs_library
 def test_what_the_library_would_read_beyond_its_tensors_is_refused() -> None:
     matrix, x = packed.pack(masked(4, 40, 0.5)), inputs(2, 40)

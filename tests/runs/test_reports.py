@@ -283,6 +283,7 @@ def test_the_difference_of_two_runs(runs: Path, tmp_path: Path) -> None:
         common = float((kept & also).sum() / (kept | also).sum())
         assert row.find_all("td", data_field="common")[0].number == pytest.approx(100 * common, rel=1e-6)
     assert {"settings.method", "settings.target.sparsity", "settings.bounds"} == set(figures["unlike"])
+    assert figures["same_text"]
     assert "settings.target.sparsity" in page.text
     same = write_difference(runs / "admm", runs / "admm", tmp_path / "page.html", overwrite=True)
     assert set(same["supports_in_common"].values()) == {1.0}
@@ -375,6 +376,14 @@ def test_the_page_shows_every_row_and_names_every_method_once(tmp_path: Path, ta
     legend = text[text.index('id="perplexity-legend_1"') : text.index("</svg>")]
     assert re.findall(r">([^<>\n]+)</text>", legend) == ["magnitude", "&lt;admm&gt;", "dense"]
     assert (tmp_path / "perplexity.png").stat().st_size > 10_000
+
+
+def test_every_unpruned_model_is_drawn(tmp_path: Path) -> None:
+    """A comparison at sparsity 0 has more of them than one baseline."""
+    write_report(written(tmp_path, ("a", "0%", 5.0), ("b", "0%", 6.0), ("c", "0%", 7.0), ("d", "50%", 9.0)))
+    text = (tmp_path / "report.html").read_text()
+    legend = text[text.index('id="perplexity-legend_1"') : text.index("</svg>")]
+    assert set(re.findall(r">([^<>\n]+)</text>", legend)) == {"a", "b", "c", "d", "dense"}
 
 
 @pytest.mark.filterwarnings("error")

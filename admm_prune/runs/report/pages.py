@@ -13,6 +13,7 @@ from urllib.parse import quote
 from admm_prune.data.durable import writing
 from admm_prune.errors import UserError
 from admm_prune.methods.target import DENSE, target_named
+from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.card import task_rows
 from admm_prune.runs.claims import read_json, record_pages
@@ -33,9 +34,10 @@ def write_report(folder: Path) -> Path:
     Of a comparison also `perplexity.png`, and no page of its models, which have their own.
 
     Raises:
-        UserError: the folder is no finished run, or a file of it cannot be read.
+        UserError: the folder is no finished run, or an archive, or a file of it cannot be read.
         WriteError: a file of it cannot be written.
     """
+    _check_not_packed(folder)
     manifest = read_manifest(folder)
     page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
     path = folder / REPORT
@@ -54,8 +56,10 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
         overwrite: replace an earlier page there, which is refused otherwise.
 
     Raises:
-        UserError: a folder is no run, or `out` is not ours to write.
+        UserError: a folder is no run, or an archive, or `out` is not ours to write.
     """
+    for folder in (first, second):
+        _check_not_packed(folder)
     a, b = (read_run(folder) for folder in (first, second))
     for folder, manifest in ((first, a), (second, b)):
         if "rows" in manifest:
@@ -66,11 +70,12 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
     common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
     errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))
     figures = content.figures_of(a, b)
+    same_text = a["texts"]["evaluation"]["token_hash"] == b["texts"]["evaluation"]["token_hash"]
     page = _rendered(
         "difference.html.j2",
         a=a,
         b=b,
-        same_text=a["texts"]["evaluation"]["token_hash"] == b["texts"]["evaluation"]["token_hash"],
+        same_text=same_text,
         figures=figures,
         ratios=plots.error_ratios(a["layers"], b["layers"]),
         layers=[(e, s, common.get(e.name)) for e, s in zip(errors, sparsities, strict=True)],
@@ -81,6 +86,7 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
         out.write_text(page, encoding="utf-8")
     return {
         "figures": {change.name: {"a": change.a, "b": change.b} for change in figures},
+        "same_text": same_text,
         "supports_in_common": common,
         "unlike": [name for name, _, _ in content.unlike(a, b)],
     }
@@ -109,6 +115,12 @@ def read_run(folder: Path) -> Manifest:
         raise UserError(f"{path} is not a JSON object")
     manifest["timings"] = {"seconds": None, "layers": {}, "phases": [], "finished": None, "machine": None} | times
     return manifest
+
+
+def _check_not_packed(folder: Path) -> None:
+    """Raises UserError for an archive: it has no weights to draw, and its files are those that were packed."""
+    if (folder / PACK_MANIFEST).is_file():
+        raise UserError(f"{folder} is an archive: restore it with 'admm-prune unpack {folder} OUT' and report on that")
 
 
 def _is_page(path: Path) -> bool:

@@ -362,8 +362,8 @@ def over_targets(comparison: Mapping[str, Any], metric: str, png: Path | None = 
         axes.plot(alone, [figures[targets[j]] for j in alone], linestyle="none", **style(i))
     if comparison["dense"][metric] is not None:
         axes.axhline(comparison["dense"][metric], color=INK, linestyle="--", label="dense")
-    for row, line in zip(flat, (":", "-."), strict=False):
-        axes.axhline(row[metric], color=INK, linestyle=line, label=row["method"])
+    for i, row in enumerate(flat):
+        axes.axhline(row[metric], color=INK, linestyle=(":", "-.")[i % 2], label=row["method"])
     logarithmic(axes)
     axes.set_xticks(range(len(targets)), targets)
     axes.set_xlim(-0.3, max(len(targets), 1) - 0.7)
