@@ -148,7 +148,7 @@ class Checkpoint:
         self._tied.pop(name, None)
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating-point tensor of the first file that has one, as `from_pretrained` takes it."""
+        """The dtype of the first floating-point tensor of the first file with one, as `from_pretrained` takes it."""
         for name, path in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
             with safe_open(path, framework="pt") as file:
                 stored = str(file.get_slice(name).get_dtype())

@@ -168,6 +168,8 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
             if isinstance(loaded.offloading, ModelOnDisk):
                 loaded.offloading.save(folder)
             else:
+                for parameter in loaded.model.parameters():  # transformers can save no others that are tied
+                    parameter.data = parameter.data.contiguous()
                 loaded.model.save_pretrained(folder)
                 for path in folder.glob("*.safetensors"):
                     give_default_mode(path)
