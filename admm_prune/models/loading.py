@@ -168,6 +168,8 @@ def save(loaded: LoadedModel, folder: Path, metadata: dict[str, Any]) -> None:
             if isinstance(loaded.offloading, ModelOnDisk):
                 loaded.offloading.save(folder)
             else:
+                for parameter in loaded.model.parameters():  # transformers can save no others that are tied
+                    parameter.data = parameter.data.contiguous()
                 loaded.model.save_pretrained(folder)
                 for path in folder.glob("*.safetensors"):
                     give_default_mode(path)
@@ -412,7 +414,12 @@ def _check_head(kind: str, model: Any) -> None:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         logits = None
     vocabulary_sizes = {embedding_rows(model), getattr(model.config.get_text_config(), "vocab_size", None)} - {None}
-    if logits is None or logits.ndim != 3 or (vocabulary_sizes and logits.shape[-1] not in vocabulary_sizes):
+    if (
+        logits is None
+        or logits.ndim != 3
+        or logits.shape[:2] != ids.shape
+        or (vocabulary_sizes and logits.shape[-1] not in vocabulary_sizes)
+    ):
         raise UserError(
             f"{kind} gives no logits for the next token: load the model with AutoModelForCausalLM.from_pretrained"
         )

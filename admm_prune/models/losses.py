@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from admm_prune.data.sequences import Batch
+from admm_prune.errors import UserError
 from admm_prune.models.structure import replaced_forward
 
 _CHUNK = 2**25  # logits of a chunk of tokens: 128 MiB in float32
@@ -241,14 +242,24 @@ def _less_targets(slope: Tensor, index: Tensor, weight: float) -> Tensor:
 
 def _with_logits(model: nn.Module, scored: Scored, then: AtHead) -> Tensor:
     """What `then` computes at the model's output embedding; of a model that changes its logits afterwards, from these,
-    with the identity in place of the embedding."""
+    with the identity in place of the embedding.
+
+    Raises:
+        UserError: it does not give logits for every token.
+    """
 
     def chosen(head: Head, parameters: Sequence[nn.Parameter], states: Tensor) -> Tensor:
         return then(head, parameters, states.flatten(0, 1).index_select(0, scored.positions))
 
     value = _at_head(model, scored.ids, chosen) if _ends_at_head.get(model, True) else None
     if value is None:
-        value = chosen(lambda logits: logits, (), _logits(model, scored.ids))
+        logits = _logits(model, scored.ids)
+        if logits.shape[:-1] != scored.ids.shape:
+            raise UserError(
+                f"{type(model).__name__} gives logits {tuple(logits.shape)} for tokens {tuple(scored.ids.shape)}, not "
+                "for each of them: its predictions cannot be scored"
+            )
+        value = chosen(lambda logits: logits, (), logits)
     return value
 
 

@@ -189,6 +189,19 @@ def entered(loaded: LoadedModel) -> None:
             pass
 
 
+def test_a_tied_weight_in_another_layout_is_saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A module from Python may hold a transposed view; the layout is no part of its weights."""
+    model = build("llama", layers=1)
+    weight = model.get_output_embeddings().weight
+    before = weight.clone()
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    save(LoadedModel(model, tokenizer, "x"), tmp_path, {})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, before)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
 def test_a_model_without_tokenizer(folder: Path) -> None:
     for path in folder.glob("*token*"):
         path.unlink()

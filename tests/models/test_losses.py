@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from admm_prune.data.sequences import Batch
+from admm_prune.errors import UserError
 from admm_prune.models import losses
 from admm_prune.models.losses import Distillation, cross_entropy, holds_logits, next_token_loss
 from admm_prune.plan.counting import counted
@@ -186,6 +187,15 @@ def test_a_model_whose_logits_are_not_its_heads_is_noticed(kind: type[Wrapped]) 
     text = Batch(text.input_ids.clamp(max=VOCABULARY - 21), text.lengths)
     torch.testing.assert_close(gradients(model, next_token_loss, text), gradients(model, plain, text))
     assert holds_logits(model)
+
+
+def test_a_model_that_gives_the_logits_of_its_last_token_alone_is_refused() -> None:
+    class Last(Clipped):
+        def forward(self, **inputs: Any) -> Any:
+            return self.inside(**inputs, logits_to_keep=1)
+
+    with pytest.raises(UserError, match=r"Last gives logits \(4, 1, 300\) for tokens \(4, 12\), not for each of them"):
+        cross_entropy(Last(build("llama")), batch())
 
 
 def test_the_head_is_as_before_after_an_error() -> None:
