@@ -1,15 +1,15 @@
-"""Structured methods on a real language model: perplexity, size on disk, prefill and decoding beside the dense model.
+"""Structured methods on a real language model: perplexity, size, prefill and decoding compared with the dense model.
 
     python -m benchmarks.structured_model OUT --data wikitext2-valid.txt --eval-data wikitext2-test.txt [--model DIR]
 
 The model and the windows of the texts are those of `benchmarks.real_model`. All methods calibrate on the same tokens,
-and a target is a fraction of the same parameters, those of the matrices of all blocks. Rows of quality are measured
-first, the times of inference last, by `admm-prune bench inference` with the dense model in the same run. Methods
-that need the same curves of losses share them, kept in OUT/curves; the seconds of each row include them.
+and a target is a fraction of the parameters in the matrices of all blocks. Perplexities are measured first; the times
+of inference afterwards by `admm-prune bench inference`, together with the dense model. Methods with the same loss
+curves share them in OUT/curves; the seconds of each row include the time of its curves.
 
-Each row is written as soon as it is measured, and the same command continues where it stopped. OUT holds quality.csv,
-inference.csv, structured_model.json and structured_model.txt, and the models; `--report` writes the JSON and the text
-again and measures nothing, `--no-inference` leaves out the times.
+Each row is written as soon as it is measured, and the same command continues where it stopped. OUT has quality.csv,
+inference.csv, structured_model.json, structured_model.txt and the models; `--report` only writes the JSON and the text
+again, `--no-inference` leaves out the times.
 """
 
 from __future__ import annotations
