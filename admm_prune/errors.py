@@ -1,4 +1,4 @@
-"""The errors that the user can correct."""
+"""Errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
-_EXTRAS: Mapping[str, tuple[str, ...]] = {
+_EXTRAS: Mapping[str, tuple[str, ...]] = {  # the packages of each extra, under the names by which they are imported
     "models": ("huggingface_hub", "pydantic", "tokenizers", "transformers", "yaml"),
     "text": ("datasets", "pyarrow"),
     "plots": ("jinja2", "matplotlib"),
@@ -27,11 +27,11 @@ class UserError(ValueError):
 
 
 class WriteError(UserError):
-    """A file of a run cannot be written, as on a full disk; the journal adds what it keeps."""
+    """A file of a run cannot be written, for example on a full disk. The journal adds what work it has kept."""
 
     @classmethod
     def of(cls, place: Path, error: OSError) -> Self:
-        """The error of a file or folder, for the reason that the operating system gives."""
+        """The error for a file or folder, with the reason that the operating system gives."""
         return cls(f"cannot write to {place}: {error.strerror or error}")
 
 
@@ -39,7 +39,7 @@ class MissingExtraError(UserError, ImportError):
     """A package of an extra is not installed; the message names the extra.
 
     Args:
-        package: the name under which it is imported.
+        package: the name by which it is imported.
     """
 
     def __init__(self, package: str) -> None:
@@ -47,10 +47,10 @@ class MissingExtraError(UserError, ImportError):
 
 
 class RemoteCodeError(UserError):
-    """A model or a tokenizer needs code that comes with it, which nobody has permitted to run.
+    """A model or a tokenizer needs code that comes with it, and the user has not permitted to run it.
 
     Args:
-        source: as the user named the model.
+        source: the model as the user named it.
     """
 
     def __init__(self, source: str) -> None:
@@ -58,20 +58,20 @@ class RemoteCodeError(UserError):
 
 
 def named_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
-    """The error for a package of an extra that could not be imported; None if it is of none."""
+    """The error for a package that could not be imported; None if it does not belong to an extra."""
     package = (error.name or "").partition(".")[0]
     return MissingExtraError(package) if _extra_of(package) else None
 
 
 def check_installed(*packages: str) -> None:
-    """Raises MissingExtraError if one of these packages of extras is not installed; imports nothing."""
+    """Raises MissingExtraError if one of these packages is not installed; imports nothing."""
     for package in packages:
         if find_spec(package) is None:
             raise MissingExtraError(package)
 
 
 def optional_module(name: str) -> Any:
-    """Imports a module of a package of an extra.
+    """Imports a module that needs the package of an extra.
 
     Raises:
         MissingExtraError: the package is not installed.
@@ -87,7 +87,7 @@ def _extra_of(package: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'sparsegpt'?)" for a misspelt name, to be put into a message; empty where no name is near."""
+    """ " (did you mean 'sparsegpt'?)" for a misspelled name, to insert into a message; empty if no name is similar."""
     by_lower = {one.lower(): one for one in known}
     matches = get_close_matches(name.lower(), by_lower, n=3)
     ratios = [SequenceMatcher(None, name.lower(), match).ratio() for match in matches]
@@ -96,11 +96,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> UserError:
-    """The error for a name that is none of those there are; it lists them, and the one that is near.
+    """The error for an unknown name, which lists the known names and suggests a similar one.
 
     Args:
-        what: such as "method".
-        otherwise: what else can be done, at the end of the message.
+        what: what the name is for, such as "method".
+        otherwise: an alternative to the known names, for the end of the message.
     """
     if re.fullmatch(r"[\w.]+:\w+", name):
         return UserError(
@@ -112,7 +112,7 @@ def unknown(what: str, name: str, known: Iterable[str], otherwise: str = "") -> 
     return UserError(f"unknown {what} '{name}'{did_you_mean(name, names)}: choose one of {listed}")
 
 
-_TYPES: Mapping[str, tuple[type, str]] = {  # of the parts of an annotation, and what they are called
+_TYPES: Mapping[str, tuple[type, str]] = {  # the parts of an annotation: their types, and their names in messages
     "bool": (bool, "True or False"),
     "int": (Integral, "an integer"),
     "float": (Real, "a number"),
@@ -124,7 +124,7 @@ _TYPES: Mapping[str, tuple[type, str]] = {  # of the parts of an annotation, and
 
 
 def check_type(name: str, annotation: str, value: object) -> None:
-    """Raises UserError for a value of another type than its annotation, where that has plain types alone."""
+    """Raises UserError if a value does not have the annotated type. Only annotations with plain types are checked."""
     parts = annotation.split(" | ")
     if not all(part in _TYPES for part in parts):
         return

@@ -1,5 +1,5 @@
-"""The prunable parameters of a model (the matrices of its linear layers and experts, selected by name), and how many of
-their entries a sparsity keeps."""
+"""The prunable parameters of a model, the matrices of its linear layers and experts, selected by name; and the number
+of their entries that a sparsity keeps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 
 from admm_prune.errors import UserError
 
-HEADS = ("*lm_head*",)  # of models without get_output_embeddings
+HEADS = ("*lm_head*",)  # names of the output head in models without get_output_embeddings
 
 
 @dataclass(frozen=True, eq=False)
 class LinearWeight:
-    """A matrix W (out, in) of y = W x, or those of all experts of a mixture (experts, out, in) in one parameter.
+    """A matrix W (out, in) of y = W x, or the matrices of all experts of a mixture (experts, out, in) in one parameter.
 
     Attributes:
-        name: of the parameter, dotted from the root; the same where `torch.compile` wraps modules on the way.
+        name: of the parameter, dotted from the root, without the wrappers of `torch.compile`.
         module, attribute: the module that holds the parameter, and its name there.
-        transposed: whether W^T is stored, as transformers' `Conv1D` does.
+        transposed: whether W^T is stored, as in `Conv1D` of transformers.
     """
 
     name: str
@@ -35,22 +35,22 @@ class LinearWeight:
 
     @property
     def stacked(self) -> bool:
-        """Whether it is one matrix for every expert."""
+        """Whether the parameter has one matrix for each expert."""
         return self.parameter.ndim == 3
 
 
 def kept_count(sparsity: float, total: int) -> int:
-    """round((1 - sparsity) * total), halves rounded to even: the rule of every set, target and optimizer."""
+    """round((1 - sparsity) * total), with halves rounded to even: the rule of all sets, targets and optimizers."""
     return round((1.0 - sparsity) * total)
 
 
 def matrices(root: nn.Module) -> Iterator[LinearWeight]:
     """The weights of all `nn.Linear`, `Conv1D` and mixtures of experts under `root`, in the order of the modules.
 
-    Experts are a module with `num_experts` and parameters (num_experts, ., .), as in transformers. Excluded are the
-    routers of a mixture, which are linear layers beside its experts with one output or one for each expert, or in a
-    module beside them that ends in such a layer, and the projection of a state space model's time step (`dt_proj`
-    beside `A_log`), which its mixer applies without a call.
+    A module of experts has `num_experts` and parameters (num_experts, ., .), as in transformers. Routers are excluded:
+    they are linear layers next to experts with one output or one for each expert, or in a module next to experts that
+    ends in such a layer. So is the projection of the time step in a state space model (`dt_proj` next to `A_log`),
+    because its mixer uses the weight without calling it.
     """
     excluded: set[nn.Module] = set()
     for module in root.modules():
@@ -88,24 +88,24 @@ def _router(module: nn.Module, experts: set[int]) -> set[nn.Module]:
 
 
 def uncompiled(name: str) -> str:
-    """A name below modules that `torch.compile` wraps, as it is without the wrappers."""
+    """The name of a parameter or module without the wrappers of `torch.compile`."""
     return name.replace("_orig_mod.", "")
 
 
 def linear_weights(
     model: nn.Module, *, targets: Sequence[str] = ("*",), ignore: Sequence[str] = HEADS
 ) -> list[LinearWeight]:
-    """The `matrices` of a model.
+    """The `matrices` of a model, selected by name.
 
-    Left out are the module that gives the logits (`get_output_embeddings`) and every parameter that a module of
-    another kind shares, such as an embedding. A weight shared by several linear layers is listed once.
+    The output head (`get_output_embeddings`) is left out, and so is every parameter that a module of another kind
+    shares, such as an embedding. A weight that several linear layers share is listed once.
 
     Args:
         targets: shell patterns of parameter names ("*.mlp.*"); a weight must match one of them.
         ignore: patterns of names to leave out.
 
     Raises:
-        UserError: no weight is left; a target matches none.
+        UserError: a target matches no weight.
     """
     output_embeddings = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if callable(output_embeddings) else None
@@ -125,8 +125,8 @@ def linear_weights(
 
 
 def parameters_elsewhere(model: nn.Module, weights: Sequence[LinearWeight]) -> set[int]:
-    """The ids of the parameters that modules hold under other names than those of these weights, such as an embedding
-    that shares one of them."""
+    """The ids of all parameters that modules hold in other places than these weights, such as an embedding that shares
+    one of them."""
     listed = {(id(weight.module), weight.attribute) for weight in weights}
     return {
         id(parameter)
@@ -141,12 +141,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:
-    # transformers' Conv1D, recognized by its attribute: this module must not import transformers.
+    # Conv1D of transformers, recognized by its attribute, because this module must not import transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _experts(module: nn.Module) -> int | None:
-    """The number of experts that a module holds as stacks of matrices; None where it holds none."""
+    """The number of experts that a module holds as stacked matrices; None if it holds none."""
     count = getattr(module, "num_experts", None)
     if not isinstance(count, int) or isinstance(module, nn.Linear):
         return None

@@ -1,10 +1,10 @@
-"""ADMM on problems of one shape in a batch, over one after the other: the ratio of their times, by size.
+"""The time of ADMM on a batch of problems of equal shape, relative to solving them one after the other, by size.
 
     python -m benchmarks.batches OUT [--count 16] [--repeats 5] [--shapes 16x32,64x64]
 
-Every problem has a Gram of its own, as the experts of a mixture have. Both ways take turns, in CPU time of the process;
-a ratio is the median over the turns. Whether every result has the bits that it has alone is checked in the same run.
-`chosen` is whether `solvers.together` takes such problems in a batch by itself. Writes OUT.json and OUT.txt.
+Every problem has its own Gram matrix, as for the experts of a mixture. The two ways are timed in alternation, in CPU
+time of the process; a ratio is the median over the repeats. The run also checks that every result is bitwise equal to
+that of a separate solve. `chosen` tells whether `solvers.together` would use a batch. Writes OUT.json and OUT.txt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def problems(rows: int, width: int, constraint: SparseSet, count: int) -> list[L
 
 
 def measure(rows: int, width: int, target: str, count: int, repeats: int) -> dict[str, Any]:
-    """Both ways on the same problems, in turns."""
+    """Times both ways on the same problems, in alternation."""
     solver, drawn = ADMM(), problems(rows, width, SETS[target], count)
     laps: list[tuple[float, float]] = []
     same = True

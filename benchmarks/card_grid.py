@@ -1,11 +1,11 @@
-"""Methods and targets on one model in one process, each row written as it is measured: for minutes on a GPU.
+"""Methods and targets on one model in a single process, for a few minutes on a GPU; rows are written one by one.
 
     python -m benchmarks.card_grid OUT.jsonl --model DIR --data FILE --eval-data FILE --methods admm --sparsity 0.5,0.7
     python -m benchmarks.card_grid OUT.jsonl --methods elsa,admm-finetuned --sparsity 0.9 --steps 256
 
-Nothing of a pruned model is kept. A row that fails is a row with its error, and the next one is run; the exit status
-is then 1. The first line has the versions, the device and the settings. `benchmarks.real_model` and
-`benchmarks.surrogate_free` measure the same with several draws, and continue where they stopped.
+Pruned models are not kept. If a run fails, its row has the error, the next one is run, and the exit status is 1. The
+first line has the versions, the device and the settings. `benchmarks.real_model` and `benchmarks.surrogate_free` do
+the same with several samples of text, and can be interrupted.
 """
 
 from __future__ import annotations

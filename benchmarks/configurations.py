@@ -33,12 +33,12 @@ CONFIGURATIONS: Mapping[str, Method] = {
 
 
 def settings(method: Method) -> str:
-    """All that decides what a method does, but its code."""
+    """Everything that determines what a method does, except its code."""
     return f"{method.make()!r}, ridge={method.ridge:g}, damping={method.damping:g}, row_wise={method.row_wise}"
 
 
 def settings_key(method: Method) -> str:
-    """Eight hexadecimal digits of `settings`: a row measured with others is not taken for the method's own."""
+    """Eight hexadecimal digits that identify `settings`, so that rows measured with other settings are not reused."""
     return hashlib.sha256(settings(method).encode()).hexdigest()[:8]
 
 

@@ -1,10 +1,10 @@
-"""Every lower bound of the exact references against the optimum in 80 digits, over random hostile problems.
+"""The lower bounds of the exact references compared with the optimum in 80 digits, over random ill-posed problems.
 
     python -m benchmarks.exact_bounds --count 20000
 
-Prints, for every source of bounds, how many it gave, how many lay above the optimum (0 is right), and how much of the
-optimum they are: a bound that is never wrong because it is always 0 would show there. The exit status is 1 where one
-lies above.
+Prints, for every source of bounds, how many bounds it gave, how many of them exceed the optimum (0 is correct), and
+their ratio to the optimum, which reveals bounds that are trivially small. The exit status is 1 if a bound exceeds the
+optimum.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ SLOW = ("dual_bound", "perspective_bound")
 
 @dataclass
 class Tally:
-    """What came of one source."""
+    """The counts for one source of bounds."""
 
     given: int = 0
     none: int = 0

@@ -1,13 +1,13 @@
-"""Feed-forward networks pruned as one: output errors with all ablations, perplexity, time.
+"""Feed-forward networks pruned as one problem: output errors with all ablations, perplexity, time.
 
     python -m benchmarks.feed_forward OUT --model embedded --data embedded [--eval-data FILE] [--label NAME]
 
-Two tables, each row on disk as soon as it is measured; the same command goes on where it stopped.
+There are two tables. Each row is written as soon as it is measured, and the same command continues where it stopped.
 
-- `errors`: the feed-forward network of every block alone, on what the dense model feeds it. |net(X) - Y|^2 / |Y|^2 on
-  tokens of the evaluation text, CPU seconds, after each setting of `SETTINGS`.
-- `perplexity`: whole models by the methods of `--methods`, over `--seeds` draws of the calibration text, with the
-  seconds of CPU that pruning took.
+- `errors`: for each setting in `SETTINGS` and the feed-forward network of each block, on its inputs in the dense model:
+  |net(X) - Y|^2 / |Y|^2 on tokens of the evaluation text, and CPU seconds.
+- `perplexity`: whole models pruned by the methods of `--methods`, over `--seeds` samples of the calibration text, with
+  the CPU seconds of pruning.
 """
 
 from __future__ import annotations

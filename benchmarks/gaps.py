@@ -1,11 +1,11 @@
-"""How far ADMM lands from the proven optimum, over many small rows.
+"""The distance of ADMM from the proved optimum, over many small rows.
 
     python -m benchmarks.gaps OUT [--rows 200] [--width 32] [--families spectral,wishart] [--time-limit 30]
 
 Each row has its own Hessian and weights, and keeps half of its entries. Branch and bound proves the optimum of each;
 the gap of a method is its objective relative to that, minus 1. Families: `spectral`, a spectrum log-spaced over 1e6 in
-a random basis, no ridge; `wishart`, correlated inputs of uneven channels, ridge 0.01. Everything in float64. Beside
-ADMM as it is stand what could close its gap: an exact refit, 1-swaps, kicks, and a penalty that starts far lower.
+a random basis, no ridge; `wishart`, correlated inputs of uneven channels, ridge 0.01. Everything is in float64. ADMM is
+compared with variants that may close its gap: an exact refit, 1-swaps, kicks, and a much lower initial penalty.
 
 OUT receives gaps.csv, gaps.txt, gaps.json and gaps.png.
 """

@@ -1,21 +1,20 @@
-"""What allocation, coordinated attention and the blockwise refit give: each alone, and all together.
+"""The effects of allocation, coordinated attention and the blockwise refit, separately and combined.
 
     python -m benchmarks.joint OUT [--methods admm,sparsellm] [--targets 0.5,0.6] [--allocations fisher] [--seeds 0,1]
     python -m benchmarks.joint OUT --model DIR --data FILE --eval-data FILE [--rows none,all] [--blimp blimp.tar.xz]
 
-Without `--model` and `--data` it is the embedded model on its own text. Every row is a run of `admm_prune.prune` on the
-same tokens, in memory: perplexity, weights removed as counted in the pruned model, CPU seconds of allocation and
-pruning, with `--blimp` the accuracy on BLiMP for the first seed, and the figures of the joint steps, averaged over the
-blocks: errors on validation tokens. `alone` is the relative error of the attention's output with
-value and output projections pruned alone on the tokens of the fit, `together` that of their joint solution; `before`
-and `after` are the errors of the block's output that the refit lowers: what it starts from is pruned on all tokens, and
-it is kept only if it lowers them.
+By default the embedded model is pruned on its own text. Every row is a run of `admm_prune.prune` on the same tokens, in
+memory. It has the perplexity, the weights removed as counted in the pruned model, the CPU seconds of allocation and
+pruning, with `--blimp` the accuracy on BLiMP for the first seed, and errors on validation tokens, averaged over the
+blocks: `alone` and `together` are the relative errors of the attention output with value and output projections pruned
+separately (on the tokens of the fit) and jointly; `before` and `after` are the errors of the block output before and
+after the refit, which starts from matrices pruned on all tokens and is kept only if it lowers the error.
 
-The rows are `none` (the method without any step), `attention`, `refit`, `both` (of these two), and for every rule of
-`--allocations` also `allocation`, `allocation-refit` (these two) and `all`. A row is written to OUT/runs.csv as soon as
-it is measured, and the same command continues where it stopped; a run that was stopped is resumed, and has no seconds.
-Two commands with other targets, methods or rows can share OUT. OUT/joint.txt and OUT/joint.json are written again after
-every row, and by `--report`, which measures nothing.
+The rows are `none` (the method without these steps), `attention`, `refit`, `both` (of these two), and for every rule of
+`--allocations` also `allocation`, `allocation-refit` and `all`. A row is written to OUT/runs.csv as soon as it is
+measured, and the same command continues where it stopped; an interrupted run is resumed, and has no seconds. Commands
+with other targets, methods or rows can share OUT. OUT/joint.txt and OUT/joint.json are written after every row, and by
+`--report`, which measures nothing.
 """
 
 from __future__ import annotations

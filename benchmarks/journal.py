@@ -1,4 +1,4 @@
-"""A csv file that rows are added to as they are measured, so that a run that stopped goes on where it was."""
+"""A CSV file to which rows are added as soon as they are measured, so that an interrupted benchmark can continue."""
 
 from __future__ import annotations
 

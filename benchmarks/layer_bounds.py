@@ -1,14 +1,14 @@
-"""The proved gap of whole layers: the value that ADMM reaches beside the dual bound, at 50, 70, 90 % and 2:4.
+"""The proved gap of whole layers: the objective that ADMM reaches and the dual bound, at 50, 70, 90 % and 2:4.
 
     admm-prune capture --weight NAME --out layer.safetensors
     python -m benchmarks.layer_bounds OUT layer.safetensors ... [--rows 64] [--ridge 0.03] [--method admm]
 
-Rows are independent under row-wise and N:M targets, so that the first `--rows` of a layer are a problem of its own kind
-at a fraction of the time. Bound and value refer to the Hessian with the ridge. Where a bound is below half of the
-value, the share of the Hessian's trace that a diagonal D with A - D semidefinite can take says why: what is left of the
-Hessian is treated as if no weight were removed.
+Rows are independent under row-wise and N:M targets, so that the first `--rows` rows of a layer are representative, at a
+fraction of the time. Bound and objective refer to the Hessian A with the ridge. If a bound is below half of the
+objective, the fraction of the trace of A in a diagonal D with A - D semidefinite explains it: the bound treats the rest
+of the Hessian as if no weight were removed.
 
-OUT receives layer_bounds.txt and layer_bounds.json. Times are of the processor.
+OUT receives layer_bounds.txt and layer_bounds.json. Times are CPU times.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python -m benchmarks.leaderboard LAYERS OUT [--sparsity 0.5,0.7,0.9] [--pattern 2:4] [--solvers a,b]
                                                 [--memory] [--curves]
 
-Each row is written as it is measured; the same command goes on where it stopped, and with nothing left to measure it
-only writes the tables again. A row counts for the file and the settings it was measured with, not for the solver's
-code: start a new folder when that changes.
+Each row is written as soon as it is measured; the same command continues where it stopped, and only writes the tables
+again if nothing is left to measure. A row is identified by the layer file and the settings of the solver, not by its
+code: use a new folder when the code changes.
 
-OUT holds solves.csv, memory.csv and curves.csv as measured; leaderboard.csv with ratios; leaderboard.txt;
+OUT has solves.csv, memory.csv and curves.csv as measured; leaderboard.csv with ratios; leaderboard.txt;
 leaderboard.json with the machine; cost.png, cost-holdout.png and curves.png.
 """
 

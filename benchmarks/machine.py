@@ -1,4 +1,4 @@
-"""What a measurement was made on, and its files."""
+"""A description of the machine that a measurement was made on, and the files of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One solve, measured: the clock stops while the objective is evaluated, and its unit is measured beside it."""
+"""The measurement of one solve, without evaluations of the objective, together with the unit of its cost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Lap(NamedTuple):
 
 
 class Clocked(LayerReconstruction):
-    """A layer problem that knows how long its evaluations took."""
+    """A layer problem that records the time spent on evaluations of its objective."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

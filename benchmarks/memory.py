@@ -1,9 +1,10 @@
-"""The extra memory at the peak of one solve, in a process of its own.
+"""The additional memory at the peak of one solve, measured in a separate process.
 
     python -m benchmarks.memory LAYER_FILE SOLVER TARGET
 
-TARGET is a sparsity (0.7) or a pattern (2:4). Prints MiB over what was resident with the weight and the Gram loaded and
-the solver tried on a tiny layer: building the problem, the solve, the evaluation of its result.
+TARGET is a sparsity (0.7) or a pattern (2:4). Prints the MiB that building the problem, solving it and evaluating the
+result take in addition to what is resident after the weight and the Gram matrix were loaded and the solver was run on a
+tiny layer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.network_memory [--width 2048] [--hidden 8192] [--tokens 131072] [--rounds 2] [--descent 100]
 
-Inputs and targets are there before the measurement begins and are counted apart: 2 x width x 2 bytes a token, in
-bfloat16. Everything else is in the peak: weights in float32, statistics, solver, chunks.
+Inputs and targets exist before the measurement begins, and are reported separately: 2 x width x 2 bytes per token, in
+bfloat16. Everything else is part of the peak: weights in float32, statistics, the solver, and pieces of the tokens.
 """
 
 from __future__ import annotations

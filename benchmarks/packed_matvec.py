@@ -1,13 +1,13 @@
-"""Products with packed matrices beside torch's: dense in the same dtype, dense in float32, and CSR; with bytes.
+"""Products with packed matrices compared with those of torch: dense in the same dtype, dense in float32, and CSR.
 
     python -m benchmarks.packed_matvec OUT.json [--shape 4096x4096] [--sparsity 0.5,0.7,0.9] [--tokens 1,4,16]
         [--threads 1,2]
 
-Every kind multiplies by its own `--layers` matrices in turn, so that none is in a cache, and the kinds take turns in
-every repeat, as do the numbers of threads. With one thread alone, times are the CPU time of the process; otherwise
-wall-clock times. Beside each time is the floor of its bytes at the rate at which this machine sums a large vector in
-the same minute; beside several threads, what as many processes reach that share nothing, each with a matrix in its
-cache: two hardware threads of one core do not do twice the work of one.
+Every kind multiplies by `--layers` matrices of its own in turn, so that none of them is in a cache; the kinds and the
+numbers of threads are interleaved in every repeat. With `--threads 1` times are CPU times of the process, otherwise
+wall-clock times. Each time is compared with a lower bound: the bytes of the matrix at the rate at which this machine
+sums a large vector. With several threads, the scaling of as many independent processes is measured too, each with a
+matrix in its cache, because two hardware threads of one core do not do twice the work of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +38,7 @@ def masked(shape: tuple[int, int], sparsity: float, dtype: torch.dtype, device: 
 
 
 def kinds_of(weights: Sequence[Tensor], which: Sequence[str]) -> dict[str, tuple[list[Callable[[Tensor], Any]], int]]:
-    """Products of each kind, and the bytes of one matrix."""
+    """For each kind, the products by its matrices and the bytes of one of them."""
     first = weights[0]
     kinds: dict[str, tuple[list[Callable[[Tensor], Any]], int]] = {}
     if "packed" in which:
@@ -66,7 +66,7 @@ def measured(
     clock: Callable[[], float],
     threads: Sequence[int],
 ) -> dict[tuple[int, str], list[float]]:
-    """Seconds of a product by (threads, kind), in every repeat; the first round is not counted."""
+    """Seconds of a product in every repeat, by (threads, kind); the first round is a warm-up."""
     seconds: dict[tuple[int, str], list[float]] = {(count, name): [] for count in threads for name in kinds}
     with torch.no_grad():
         for _ in range(repeats + 1):
@@ -88,7 +88,7 @@ def median_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, list[fl
 
 
 def products_per_second(start: Barrier, seconds: float) -> float:
-    """The rate of products of one token by a packed matrix of 1 MB, once all processes have come to the start."""
+    """Products per second of one token by a packed matrix of 1 MB, measured once all processes have started."""
     torch.set_num_threads(1)
     matrix, x = packed.pack(masked((512, 4096), 0.5, torch.bfloat16, "cpu")), torch.randn(1, 4096).bfloat16()
     packed.linear(x, matrix)
@@ -101,7 +101,7 @@ def products_per_second(start: Barrier, seconds: float) -> float:
 
 
 def scaling_of_processes(count: int, seconds: float = 2.0) -> float:
-    """The products per second of so many processes at once, over those of one alone."""
+    """The products per second of `count` concurrent processes, relative to those of a single one."""
     rates = []
     for processes in (1, count):
         with get_context("spawn").Manager() as manager, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -111,7 +111,7 @@ def scaling_of_processes(count: int, seconds: float = 2.0) -> float:
 
 
 def memory_rate(clock: Callable[[], float], device: str) -> float:
-    """Bytes per second of a sum of 256 MiB, the best of five."""
+    """Bytes per second of a sum over 256 MiB, the best of five."""
     x = torch.ones(1 << 26, device=device)
     best = float("inf")
     for _ in range(5):
@@ -119,6 +119,57 @@ def memory_rate(clock: Callable[[], float], device: str) -> float:
         x.sum()
         best = min(best, clock() - began)
     return x.nbytes / best
+
+
+def clock_for(device: str, threads: Sequence[int]) -> Callable[[], float]:
+    """CPU time for a single thread, wall-clock time for several threads and for a GPU, after its work is done."""
+
+    def synchronized() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if device == "cuda":
+        return synchronized
+    return time.process_time if list(threads) == [1] else time.perf_counter
+
+
+def rows_of(
+    seconds: Mapping[tuple[int, str], list[float]], sizes: Mapping[str, int], rate: float, first: int
+) -> Iterator[dict[str, Any]]:
+    """A row of figures for each number of threads and kind.
+
+    Args:
+        sizes: the bytes of one matrix, by kind.
+        rate: the bytes per second of the memory.
+        first: the number of threads that others are compared with.
+    """
+    for (count, name), values in seconds.items():
+        ratio, ratio_range = median_ratio(seconds.get((count, "dense"), values), values)
+        scaling, scaling_range = median_ratio(seconds[first, name], values)
+        yield {
+            "kind": name,
+            "threads": count,
+            "bytes": sizes[name],
+            "seconds": statistics.median(values),
+            "range": [min(values), max(values)],
+            "floor_seconds": sizes[name] / rate,
+            "times_as_fast_as_dense": ratio,
+            "ratio_range": ratio_range,
+            "times_as_fast_as_first_threads": scaling,
+            "scaling_range": scaling_range,
+        }
+
+
+def line_of(row: Mapping[str, Any], dense_bytes: int, threads: Sequence[int]) -> str:
+    """A row as one line of text."""
+    low, high = row["ratio_range"]
+    scaling = f", {row['times_as_fast_as_first_threads']:.2f} times {threads[0]} thread" if len(threads) > 1 else ""
+    return (
+        f"{row['sparsity']:.0%} {row['tokens']:3} tokens {row['kind']:14} {row['threads']} threads "
+        f"{1000 * row['seconds']:8.3f} ms (floor {1000 * row['floor_seconds']:.3f}), "
+        f"{row['times_as_fast_as_dense']:.2f} times as fast as dense ({low:.2f} to {high:.2f}), "
+        f"{row['bytes'] / dense_bytes:.3f} of its bytes{scaling}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,53 +190,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-    def synchronized() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    cpu = time.process_time if threads == [1] else time.perf_counter
-    clock = synchronized if given.device == "cuda" else cpu
+    clock = clock_for(given.device, threads)
     rows, columns = map(int, given.shape.split("x"))
     dtype = getattr(torch, given.dtype)
     results: list[dict[str, Any]] = []
     for sparsity in map(float, given.sparsity.split(",")):
         weights = [masked((rows, columns), sparsity, dtype, given.device) for _ in range(given.layers)]
         kinds = kinds_of(weights, given.kinds.split(","))
+        sizes = {name: size for name, (_, size) in kinds.items()}
         for tokens in map(int, given.tokens.split(",")):
             x = torch.randn(tokens, columns, device=given.device).to(dtype)
             rate = memory_rate(clock, given.device)
             seconds = measured(kinds, x, given.repeats, clock, threads)
-            for (count, name), values in seconds.items():
-                floor, of_dense = kinds[name][1] / rate, kinds[name][1] / weights[0].nbytes
-                ratio, ratio_range = median_ratio(seconds.get((count, "dense"), values), values)
-                scaling, scaling_range = median_ratio(seconds[threads[0], name], values)
-                row = {
-                    "sparsity": sparsity,
-                    "tokens": tokens,
-                    "kind": name,
-                    "threads": count,
-                    "bytes": kinds[name][1],
-                    "seconds": statistics.median(values),
-                    "range": [min(values), max(values)],
-                    "floor_seconds": floor,
-                    "times_as_fast_as_dense": ratio,
-                    "ratio_range": ratio_range,
-                    "times_as_fast_as_first_threads": scaling,
-                    "scaling_range": scaling_range,
-                }
-                results.append(row)
-                scaled = f", {scaling:.2f} times {threads[0]} thread" if len(threads) > 1 else ""
-                print(
-                    f"{sparsity:.0%} {tokens:3} tokens {name:14} {count} threads {1000 * row['seconds']:8.3f} ms "
-                    f"(floor {1000 * floor:.3f}), {ratio:.2f} times as fast as dense ({ratio_range[0]:.2f} to "
-                    f"{ratio_range[1]:.2f}), {of_dense:.3f} of its bytes{scaled}",
-                    flush=True,
-                )
+            for row in rows_of(seconds, sizes, rate, threads[0]):
+                results.append({"sparsity": sparsity, "tokens": tokens, **row})
+                print(line_of(results[-1], weights[0].nbytes, threads), flush=True)
     content: dict[str, Any] = {"command": vars(given) | {"out": str(given.out)}, "kernels": packed.described()}
     if max(threads) > 1:
         content["scaling_of_processes"] = {count: scaling_of_processes(count) for count in threads if count > 1}
         for count, scaling in content["scaling_of_processes"].items():
-            print(f"{count} processes that share nothing: {scaling:.2f} times one")
+            print(f"{count} independent processes: {scaling:.2f} times one")
     content["rows"] = results
     given.out.write_text(json.dumps(content | {"machine": machine()}, indent=1) + "\n", encoding="utf-8")
 

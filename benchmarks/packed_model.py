@@ -1,12 +1,12 @@
-"""Decoding with packed weights, end to end: a Llama of random weights beside the same model dense, with bytes.
+"""Decoding with packed weights compared with the same model dense: a Llama with random weights, or a pruned model.
 
     python -m benchmarks.packed_model OUT.json [--sparsity 0.5,0.7,0.9] [--new-tokens 32] [--batches 1] [--repeats 7]
     python -m benchmarks.packed_model OUT.json --model PRUNED_FOLDER [--dtype float32] [--new-tokens 64]
 
-The default shape has 1.15e9 parameters: 24 blocks of width 2048 and 5632, tied embeddings of 32000 words. One block is
-drawn, pruned and packed, and copied to the others: its values do not matter for the time, only that each has memory of
-its own. With `--model` it is a pruned folder, packed while it is loaded, and the greedy texts of the two are compared.
-Dense and packed model take turns; times are CPU times of the process with one thread, wall-clock with more.
+The default shape has 1.15e9 parameters: 24 blocks of width 2048 and 5632, and tied embeddings of 32000 tokens. One
+block is drawn at random, pruned, packed and copied to the others: for the time its values do not matter, only that
+every block has its own memory. With `--model` the model is a pruned folder, which is packed while it is loaded, and the
+greedy continuations of both models are compared. The models are timed in alternation, in CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def nbytes(module: nn.Module) -> int:
 
 
 def repeated(model: Any, blocks: int) -> Any:
-    """The model with copies of its only block, each with memory of its own."""
+    """The model with `blocks` copies of its only block, each in its own memory."""
     model.model.layers = nn.ModuleList(copy.deepcopy(model.model.layers[0]) for _ in range(blocks))
     for i, block in enumerate(model.model.layers):
         block.self_attn.layer_idx = i
@@ -64,13 +64,13 @@ def models(given: argparse.Namespace, sparsity: float) -> dict[str, Any]:
 
 
 def of_folder(folder: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The model of a pruned folder, dense by transformers and packed."""
+    """The model in a pruned folder, loaded dense by transformers, and packed."""
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     return {"dense": dense, "packed": load_packed(folder, dtype=dtype)}
 
 
 def greedy_texts(pair: dict[str, Any], new_tokens: int) -> dict[str, list[int]]:
-    """The tokens that follow a short prompt, without an end."""
+    """The greedy continuations of a short prompt, with a fixed number of tokens."""
     ids = torch.arange(1, 17)[None]
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     return {name: model.generate(ids, **settings, do_sample=False)[0, 16:].tolist() for name, model in pair.items()}

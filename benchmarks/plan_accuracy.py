@@ -1,12 +1,12 @@
-"""What `admm-prune plan` said of runs, and what they took: peak resident memory and time, a fresh process for each.
+"""The estimates of `admm-prune plan` compared with runs: peak resident memory and time, each in a fresh process.
 
     python -m benchmarks.plan_accuracy OUT --date DATE [--cases embedded,memory,stream,experts,part,whole] [--only M]
 
 Models are random Llamas with the embedded model's tokenizer, or the embedded model; "part" is two blocks of TinyLlama's
 shape with its whole vocabulary, "whole" all 22; "experts" is a Mixtral. Text is a megabyte of Python's own library.
-Memory is the high-water mark of the whole process (VmHWM), and that less what was resident in the run's process when
-its libraries were loaded; time is that of the run on the clock, and of the processor. The plan is made right before the
-run: on a machine with other work both share it.
+Memory is the high-water mark of the whole process (VmHWM), with and without what was resident once its libraries were
+loaded; time is wall-clock and CPU time. The plan is made right before the run, so that other work on the machine
+affects both.
 """
 
 from __future__ import annotations

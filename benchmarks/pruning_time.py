@@ -1,19 +1,20 @@
-"""What pruning a model costs: the seconds of every phase of a run, each beside its floor.
+"""The time of pruning a model: the seconds of each phase of a run, compared with a lower bound.
 
     python -m benchmarks.pruning_time OUT --model DIR --data FILE [--methods wanda,admm] [--samples 64] [--blocks 3]
 
-A method may have options of `admm-prune run`: `--methods "admm,admm --refit block"`. `--blocks` cuts the model after so
-many blocks. A run is `admm_prune.prune` with an output folder. Its pruning is divided into exclusive phases: `calls`
-records how the model calls its blocks, `passes` computes blocks, `moments` sums up second moments, `solves` are the
-layer problems, `refit` is the blockwise refit, `journal` keeps blocks and activations for `--resume`; `other` is what
-is left of the wall clock. `ratio` is that
-of the seconds of pruning to those of two forward passes of the model without its head over the same batches, measured
-in the same process: one-shot pruning needs every block on its dense inputs, and pruned, for the inputs of the next.
+A method may have options of `admm-prune run`: `--methods "admm,admm --refit block"`. `--blocks` cuts the model after
+this many blocks. A run is a call of `admm_prune.prune` with an output folder. The time of its pruning is divided into
+disjoint phases: `calls` records how the model calls its blocks, `passes` computes blocks, `moments` accumulates second
+moments, `solves` solves the layer problems, `refit` is the blockwise refit, `journal` writes blocks and activations for
+`--resume`, and `other` is the rest of the wall-clock time. `ratio` is the time of pruning relative to two forward
+passes of the model without its head over the same batches, measured in the same process: one-shot pruning computes
+every block on its dense inputs, and once more after it is pruned, for the inputs of the next block.
 
-A floor is what the operations or the bytes of a phase take at the rates measured in the same process. Operations, at
-the rate of a float32 product: of passes, two for each weight and token, and those of causal attention; of second
-moments, d (d + 1) for each token and input of d channels; of solves, the products H W^T of their iterations. Bytes, at
-the rate of writing a file and of reading it from the page cache. OUT.json and OUT.txt.
+The lower bound of a phase is the time that its operations or bytes take at rates measured in the same process.
+Operations are counted at the rate of a float32 product: for passes two per weight and token, and those of causal
+attention; for second moments d (d + 1) per token and input of d channels; for solves the products H W^T of their
+iterations. Bytes are counted at the rates of writing a file and of reading it from the page cache. Writes OUT.json and
+OUT.txt.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _FILE = 1 << 28  # bytes written and read to measure the rates of files
 
 
 class Clock:
-    """Seconds of nested functions, each without those inside it, and what they computed."""
+    """The seconds of nested functions, each without those inside it, and the operations that they computed."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(INSIDE, 0.0)
@@ -82,7 +83,7 @@ class Clock:
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """Within it the functions of the phases are timed."""
+        """Context in which the functions of the phases are timed."""
         with ExitStack() as stack:
             for owner, name, phase in (
                 (capture, "record", "calls"),
@@ -141,7 +142,7 @@ def file_rates(folder: Path) -> tuple[float, float]:
 
 
 def _best(action: Callable[[], object], times: int = 5) -> float:
-    """The least seconds of some calls, after one that is not counted."""
+    """The minimum seconds of some calls, after one to warm up."""
     best = float("inf")
     for call in range(times + 1):
         began = time.perf_counter()
@@ -152,7 +153,7 @@ def _best(action: Callable[[], object], times: int = 5) -> float:
 
 
 def floors(loaded: LoadedModel, report: Report, tokens: int, length: int, moments: int) -> dict[str, float]:
-    """Seconds that each phase takes at least; phases that need not take any are left out."""
+    """The lower bound of the seconds of each phase that has one."""
     assert report.out is not None
     model, blocks = loaded.model, decoder_blocks(loaded.model)
     config: Any = model.config
@@ -181,7 +182,7 @@ def floors(loaded: LoadedModel, report: Report, tokens: int, length: int, moment
 
 
 def shortened(model: str, count: int, folder: Path) -> str:
-    """The folder of a model of the first blocks alone."""
+    """A folder with the model cut to its first blocks."""
     loaded = load(model)
     path = decoder_blocks(loaded.model)[0].name.rpartition(".")[0]
     owner, _, name = path.rpartition(".")

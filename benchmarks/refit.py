@@ -3,15 +3,14 @@
     python -m benchmarks.refit OUT --model embedded --data embedded [--samples 16] [--length 512] [--sparsity 0.5]
         [--mask wanda|random] [--ridge 0.03] [--blocks 30]
 
-All matrices are those of the dense model, on its own inputs. Every row of every matrix is refitted, and none is left
-out of the figures: `residual` is the largest of a row, recomputed by NumPy from the weights in float64, `above` the
-number of rows where it is above 1e-6; `stored` and `stored_above` are those of the weights rounded to float32. The
-one-shot solve is SparseGPT. Times are of the processor, on one
-thread. The floor is the operations of the factorizations alone, sum |S|^3 / 3, at the speed of a product of two float32
-matrices of 1024.
+All matrices are those of the dense model, on its own inputs. Every row of every matrix is refitted and counts in the
+figures: `residual` is the largest residual of a row, recomputed by NumPy from the weights in float64, and `above` the
+number of rows whose residual is above 1e-6; `stored` and `stored_above` are the same for weights rounded to float32.
+The one-shot solve is SparseGPT. Times are CPU times of one thread. The floor is the time of the operations of the
+factorizations alone, sum |S|^3 / 3, at the rate of a product of two float32 matrices of order 1024.
 
-OUT receives rows.csv, one row for each matrix, as it is measured; the same command continues where it stopped, and
-writes refit.txt.
+OUT/rows.csv has one row for each matrix, written as soon as it is measured; the same command continues where it
+stopped, and writes OUT/refit.txt.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""The blockwise refit by the steps of its descent, by the weight of a token, and by whose outputs are the targets.
+"""Variants of the blockwise refit: its number of steps, the weights of tokens, and its targets.
 
     python -m benchmarks.refit_variants OUT [--variants none,"relative block"] [--model DIR --data FILE]
 
-    relative   every token counts relative to its target, |f(h_t) - y_t|^2 / |y_t|^2
-    squared    |f(h_t) - y_t|^2
-    block      y_t is the output of the dense block on the inputs h_t that it has behind the pruned blocks
+    relative   the error of a token is relative to its target, |f(h_t) - y_t|^2 / |y_t|^2
+    squared    the error of a token is |f(h_t) - y_t|^2
+    block      y_t is the output of the dense block on the outputs h_t of the pruned blocks before it
     model      y_t is the output of the block in the dense model, on dense inputs
 
-The settings of the descent can follow: steps, rate, the second of Adam's betas, and steps of warm-up, as in "relative
-block 100 0.03 0.99 5"; else they are those of the method.
+Settings of the descent may follow: the number of steps, the learning rate, the second beta of Adam, and the number of
+warm-up steps, as in "relative block 100 0.03 0.99 5"; the defaults are those of the method.
 
-A row is a run of `admm_prune.prune`; `none` is without a refit. `before` and `after` are the losses that the row
-descends on, per validation token and averaged over the blocks: they are not comparable between losses or targets.
-`seconds` is the CPU time of the run with its evaluation. OUT/runs.csv has the rows, and the same command continues
-where it stopped; OUT/refit_variants.txt is the table.
+A row is a run of `admm_prune.prune`; `none` has no refit. `before` and `after` are the loss that is minimized, per
+validation token and averaged over the blocks; they cannot be compared between different losses or targets. `seconds` is
+the CPU time of the run with its evaluation. OUT/runs.csv has the rows, and the same command continues where it stopped;
+OUT/refit_variants.txt has the table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _refit_block = refit.refit_block
 
 
 class Squared(refit.BlockTokens):
-    """Every token counts alike."""
+    """The loss with equal weights for all tokens."""
 
     @property
     def weights(self) -> Tensor:  # type: ignore[override]  # a cached property of the same type

@@ -1,12 +1,12 @@
-"""Peak memory of each process that trains, where 1, 2 or 4 processes share a model.
+"""The peak memory of each process when 1, 2 or 4 processes train one model together.
 
     python -m benchmarks.sharded_memory OUT.json [--processes 1 2 4] [--blocks 30] [--steps 2] [--whole]
 
 The model has random weights in float32, the shape of SmolLM2-135M (30 blocks of width 576, a vocabulary of 49152, the
 head tied to the embedding), and the tokenizer of the embedded model. Every process counts the bytes of all tensors that
 are alive, before and after every operation of torch, while it opens the model, evaluates it, prunes it by `elsa`
-(layer-wise projection, training with a teacher, the best model kept), evaluates it again and saves it. Resident memory
-is measured beside it, by the kernel's high-water mark. With --whole every process loads the whole model, as with
+(layer-wise projection, training with a teacher, a copy of the best model), evaluates it again and saves it. Resident
+memory is also measured, by the high-water mark of the kernel. With --whole every process loads the whole model, as with
 `run --no-stream`.
 """
 

@@ -1,10 +1,10 @@
-"""How much faster a structurally pruned model is: prefill and decoding, beside the dense model in the same run.
+"""The speed-up of a structurally pruned model in prefill and decoding, compared with the dense model in the same run.
 
     python -m benchmarks.speed OUT [--width 1024 --blocks 8] [--sparsity 0.3,0.5] [--tokens 256] [--decode 16]
 
-A Llama of random weights (97 M parameters by default) is pruned to widths that are multiples of 64;
-dense and pruned models then take turns. The ideal ratio is that of their operations: matrices, attention, head. Times
-are CPU times of one thread, the least of the repeats: other work on the machine does not enter them.
+A Llama with random weights (97 M parameters by default) is pruned to widths that are multiples of 64, and timed in
+alternation with the dense model. The ideal ratio is that of their operations in matrices, attention and head. Times are
+CPU times of one thread, the minimum over the repeats, so that other work on the machine hardly affects them.
 
 OUT receives speed.json and speed.txt.
 """
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,48 @@ RECIPE = StruPrune(multiple=64)
 
 
 def operations(model: Any, tokens: int) -> float:
-    """A token, at a context of so many tokens, half of it seen on average."""
+    """Operations per token, averaged over a context of this many tokens, in which half of it is visible on average."""
     parts = [sublayer for block in decoder_blocks(model) for sublayer in sublayers(block)]
     head = 2 * model.get_output_embeddings().weight.numel()
     return head + sum(float(savings(sublayer, "flops", tokens=tokens)[-1]) for sublayer in parts)
 
 
-def main() -> None:
+def pruned_models(shape: LlamaShape, sparsities: Sequence[str]) -> dict[str, Any]:
+    """A random model, "dense", and copies of it pruned to each sparsity, by that."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(shape.config()).eval().requires_grad_(False)
+    models: dict[str, Any] = {"dense": dense}
+    for sparsity in sparsities:
+        task = Task(target=Target(float(sparsity)), calibration=random_tokens(256))
+        copied = copy.deepcopy(dense)
+        models[sparsity] = RECIPE.prune(copied, task).model or copied
+    return models
+
+
+def measured(
+    name: str, run: Callable[..., Any], models: dict[str, Any], tokens: int, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each pruned model: its time for a task, compared with that of the dense model."""
+    times = {model: min(seconds) for model, seconds in timed(run, models, tokens, repeats).items()}
+    for sparsity in (model for model in models if model != "dense"):
+        ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
+        faster = times["dense"] / times[sparsity]
+        yield {
+            "task": name,
+            "tokens": tokens,
+            "pruned": float(sparsity),
+            "parameters": sum(p.numel() for p in models[sparsity].parameters()),
+            "dense_seconds": times["dense"],
+            "pruned_seconds": times[sparsity],
+            "speedup": faster,
+            "ideal": ideal,
+            "of_ideal": faster / ideal,
+        }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--width", type=int, default=1024)
@@ -53,32 +87,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     shape = LlamaShape(given.width, given.blocks)
-    rows = []
-    torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(shape.config()).eval().requires_grad_(False)
-    models: dict[str, Any] = {"dense": dense}
-    for sparsity in given.sparsity.split(","):
-        task = Task(target=Target(float(sparsity)), calibration=random_tokens(256))
-        copied = copy.deepcopy(dense)
-        models[sparsity] = RECIPE.prune(copied, task).model or copied
-    for task, run, tokens in (("prefill", prefill, given.tokens), ("decoding", decode, given.decode)):
-        times = {name: min(seconds) for name, seconds in timed(run, models, tokens, given.repeats).items()}
-        for sparsity in given.sparsity.split(","):
-            ideal = operations(models["dense"], tokens) / operations(models[sparsity], tokens)
-            faster = times["dense"] / times[sparsity]
-            rows.append(
-                {
-                    "task": task,
-                    "tokens": tokens,
-                    "pruned": float(sparsity),
-                    "parameters": sum(p.numel() for p in models[sparsity].parameters()),
-                    "dense_seconds": times["dense"],
-                    "pruned_seconds": times[sparsity],
-                    "speedup": faster,
-                    "ideal": ideal,
-                    "of_ideal": faster / ideal,
-                }
-            )
+    models = pruned_models(shape, given.sparsity.split(","))
+    rows = [
+        *measured("prefill", prefill, models, given.tokens, given.repeats),
+        *measured("decoding", decode, models, given.decode, given.repeats),
+    ]
     content = {
         "machine": machine(),
         "command": f"python -m benchmarks.speed {' '.join(sys.argv[1:])}",

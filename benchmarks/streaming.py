@@ -178,7 +178,7 @@ def _run_in_this_process(arguments: list[str], *, cold: bool) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Has the system drop what it holds of a folder's files in memory."""
+    """Removes the files of a folder from the page cache of the system."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,9 +1,10 @@
-"""Perplexity of structured methods: which units go, what answers, how the budget is spread.
+"""Perplexity of structured methods: selection of groups, compensation, and allocation of the budget.
 
     python -m benchmarks.structured OUT --model DIR [--data FILE --eval-data FILE] [--sparsity 0.2,0.3,0.5]
 
-Every row is one configuration of the recipe `StruPrune`, on the same calibration and evaluation text. "saved" is the
-fraction of the parameters of the blocks that went: units are whole, so it may exceed what was asked by less than one.
+Every row is one configuration of `StruPrune`, on the same calibration and evaluation text. "saved" is the fraction of
+the parameters of the blocks that was removed; because groups are removed as a whole, it may exceed the target by less
+than one group.
 
 OUT receives structured.json and structured.txt; a second model is added to what is there.
 """

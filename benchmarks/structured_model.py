@@ -1,37 +1,40 @@
-"""Structured methods on a real language model: perplexity, size on disk, prefill and decoding beside the dense model.
+"""Structured methods on a real language model: perplexity, size, prefill and decoding compared with the dense model.
 
     python -m benchmarks.structured_model OUT --data wikitext2-valid.txt --eval-data wikitext2-test.txt [--model DIR]
 
 The model and the windows of the texts are those of `benchmarks.real_model`. All methods calibrate on the same tokens,
-and a target is a fraction of the same parameters, those of the matrices of all blocks. Rows of quality are measured
-first, the times of inference last, by `admm-prune bench inference` with the dense model in the same run. Methods
-that need the same curves of losses share them, kept in OUT/curves; the seconds of each row include them.
+and a target is a fraction of the parameters in the matrices of all blocks. Perplexities are measured first; the times
+of inference afterwards by `admm-prune bench inference`, together with the dense model. Methods with the same loss
+curves share them in OUT/curves; the seconds of each row include the time of its curves.
 
-Each row is written as soon as it is measured, and the same command continues where it stopped. OUT holds quality.csv,
-inference.csv, structured_model.json and structured_model.txt, and the models; `--report` writes the JSON and the text
-again and measures nothing, `--no-inference` leaves out the times.
+Each row is written as soon as it is measured, and the same command continues where it stopped. OUT has quality.csv,
+inference.csv, structured_model.json, structured_model.txt and the models; `--report` only writes the JSON and the text
+again, `--no-inference` leaves out the times.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from admm_prune.methods.base import Task
 from admm_prune.methods.struprune.struprune import STRUCTURED, StruPrune
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import evaluate
 from admm_prune.models.loading import LoadedModel, load, save
+from admm_prune.problems.allocation import Curve
 from admm_prune.runs.manifest import Phases
 from admm_prune.runs.texts import Texts
 from admm_prune.settings import TextSettings
@@ -43,6 +46,7 @@ RECIPES = {recipe.name: recipe for recipe in STRUCTURED}
 METHODS = ("struprune", "structured-global", "structured-wanda")
 KEY = ("model", "target", "method")
 RUNS = ("prefill", "decode")
+_SERIES = ("losses", "savings")  # the tensors of a curve
 QUALITY = (
     "perplexity", "parameters", "removed", "removed_of_blocks", "bytes", "tokens", "eval_tokens", "curve_seconds",
     "pruning_seconds", "peak_mib", "settings",
@@ -132,22 +136,20 @@ class Bench:
         self.quality.add(key, [row])
         print(f"{key} {row['perplexity']:.3f} ({row['pruning_seconds']:.0f} s)", file=sys.stderr, flush=True)
 
-    def _curves(self, recipe: StruPrune, task: Task) -> tuple[Any, float]:
-        """The curves of losses of a recipe, measured once for all targets and methods that have the same, and seconds.
+    def _curves(self, recipe: StruPrune, task: Task) -> tuple[dict[str, Curve], float]:
+        """The loss curves of a recipe, and the seconds that measuring them took.
 
-        The curves depend on the dense model and on these fields of the recipe alone.
+        The curves depend on the dense model and on the fields of the recipe below, so that they are measured once for
+        all targets and methods with equal fields.
         """
         fields = (recipe.selector, recipe.compensate, recipe.relative, recipe.uniform, recipe.ridge)
-        path = self.out / "curves" / f"{'-'.join(map(str, fields))}.pickle"
+        path = self.out / "curves" / f"{'-'.join(map(str, fields))}.safetensors"
         if not path.is_file():
             began = time.perf_counter()
-            measured = recipe.measure(self._load().model, task)
+            curves = recipe.measure(self._load().model, task)
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(pickle.dumps((measured, time.perf_counter() - began)))
-            partial.rename(path)
-        curves, seconds = pickle.loads(path.read_bytes())  # written above
-        return curves, seconds
+            write_curves(path, curves, time.perf_counter() - began)
+        return read_curves(path)
 
     def _measure_inference(self, target: str, method: str) -> None:
         """Prefill and decoding by turns with the dense model, unless it is done. CPU seconds of one thread."""
@@ -186,6 +188,39 @@ class Bench:
 
 def _parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def write_curves(path: Path, curves: Mapping[str, Curve], seconds: float) -> None:
+    """Writes curves atomically, as safetensors, with the seconds that they took in the metadata."""
+    tensors = {f"{part}/{name}": getattr(curve, part).clone() for name, curve in curves.items() for part in _SERIES}
+    limits = {
+        name: {
+            "least": curve.least,
+            "multiple": curve.multiple,
+            "stays": None if curve.stays is None else sorted(curve.stays),
+        }
+        for name, curve in curves.items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, {"limits": json.dumps(limits), "seconds": repr(seconds)})
+    partial.rename(path)
+
+
+def read_curves(path: Path) -> tuple[dict[str, Curve], float]:
+    """The curves of `write_curves`, and their seconds."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        curves = {
+            name: Curve(
+                name,
+                *(file.get_tensor(f"{part}/{name}") for part in _SERIES),
+                least=limits["least"],
+                multiple=limits["multiple"],
+                stays=None if limits["stays"] is None else frozenset(limits["stays"]),
+            )
+            for name, limits in json.loads(metadata["limits"]).items()
+        }
+    return curves, float(metadata["seconds"])
 
 
 def rows_of(quality: Journal, inference: Journal) -> list[dict[str, Any]]:

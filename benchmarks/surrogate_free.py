@@ -1,14 +1,14 @@
-"""ELSA beside what it has to beat, at an equal number of passes over the same text, on the same loss.
+"""ELSA compared with its baselines, with the same number of passes over the same text and the same loss.
 
     python -m benchmarks.surrogate_free OUT --model embedded --steps 256 [--sparsity 0.5,0.9] [--pattern 2:4,4:8]
     python -m benchmarks.surrogate_free OUT --model DIR --data FILE --eval-data FILE --steps 512 --seeds 3
 
-ELSA runs with its defaults. Baselines get the best of their measured rate and of four others, found with seed 0
-(downhill from the middle of the grid, until the rates on both sides are worse) and taken for the other seeds.
-`--distillation 0,0.5` trains every method with each of these weights of the distillation loss. A seed draws the text,
-its order and the random rounding of bfloat16 models. Each row is written as it is measured, and the same command goes
-on where it stopped: start a new folder where the code has changed. OUT holds runs.csv, surrogate_free.txt and
-surrogate_free.json; `--report` writes the last two again and measures nothing.
+ELSA runs with its defaults. Baselines use the best of their measured learning rate and four others. It is searched with
+seed 0 (downhill from the middle of the grid, until the rates on both sides are worse) and used for the other seeds.
+`--distillation 0,0.5` trains every method with each of these weights of the distillation loss. The seed determines the
+sample of text, its order and the random rounding of bfloat16 models. Each row is written as soon as it is measured, and
+the same command continues where it stopped; use a new folder if the code has changed. OUT has runs.csv,
+surrogate_free.txt and surrogate_free.json; `--report` only writes the last two again.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -137,10 +137,10 @@ def _bytes(x: Any) -> int:
 
 @contextmanager
 def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
-    """Counts what runs within it, in Triton's interpreter.
+    """Context that counts the traffic of what runs in it, in Triton's interpreter.
 
     Args:
-        on_host: tensors that would not be on the GPU.
+        on_host: tensors that would be on the host, not on the GPU.
 
     Raises:
         RuntimeError: the interpreter is off.
@@ -152,7 +152,7 @@ def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
     traffic = Traffic()
     operators = _Operators(traffic, on_host)
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
-    tolist, to_host, multiply = Tensor.tolist, Tensor.cpu, precision.multiply
+    multiply = precision.multiply
     load, store, atomic, run = (
         builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw, function.run
     )  # fmt: skip
@@ -197,18 +197,21 @@ def counted(on_host: Sequence[Tensor] = ()) -> Generator[Traffic]:
         finally:
             operators.within_product = False
 
-    precision.multiply = multiplying
-    Tensor.tolist, Tensor.cpu = reading(tolist), reading(to_host)  # type: ignore[method-assign]
-    builder.create_masked_load, builder.create_masked_store = loading, storing
-    builder.create_atomic_rmw, function.run = adding, running
-    try:
-        with backend.forced("triton"), operators:
-            yield traffic
-    finally:
-        precision.multiply = multiply
-        Tensor.tolist, Tensor.cpu = tolist, to_host  # type: ignore[method-assign]
-        builder.create_masked_load, builder.create_masked_store = load, store
-        builder.create_atomic_rmw, function.run = atomic, run
+    replacements = (
+        (precision, "multiply", multiplying),
+        (Tensor, "tolist", reading(Tensor.tolist)),
+        (Tensor, "cpu", reading(Tensor.cpu)),
+        (builder, "create_masked_load", loading),
+        (builder, "create_masked_store", storing),
+        (builder, "create_atomic_rmw", adding),
+        (function, "run", running),
+    )
+    with ExitStack() as stack:
+        for owner, name, replacement in replacements:
+            stack.enter_context(patch.object(owner, name, replacement))
+        stack.enter_context(backend.forced("triton"))
+        stack.enter_context(operators)
+        yield traffic
 
 
 def of(call: Callable[[], Any], on_host: Sequence[Tensor] = ()) -> Traffic:

@@ -2,14 +2,16 @@
 
     python -m benchmarks.training_engine OUT [--model DIR] [--batch-size 4] [--length 256] [--repeats 5]
 
-The plain loop is the model's call, the cross-entropy of its logits, `clip_grad_norm_` and `AdamW(fused=True)`, with the
-same model, batches and autocast. The engine runs `Trainer.step` with SparseAdam: on a fixed support ("masked"), and
-while ADMM couples x and z ("admm"). All take turns in one process, a step each, from their own copy of the weights;
-dual updates, one every 32 steps, are timed apart. Times are of the processor on a CPU, which other work disturbs least,
-and of the clock on a GPU. Steps by phase are measured afterwards, with the device synchronized at every phase.
+The plain loop calls the model, computes the cross-entropy of its logits, and uses `clip_grad_norm_` and
+`AdamW(fused=True)`, with the same model, batches and autocast. The engine runs `Trainer.step` with SparseAdam: on a
+fixed support ("masked"), and while ADMM couples x and z ("admm"). Their steps alternate in one process, each on its own
+copy of the weights; dual updates, one every 32 steps, are timed separately. Times are CPU times on a CPU, which other
+work affects least, and wall-clock times on a GPU. The phases of a step are measured afterwards, with the device
+synchronized at every phase.
 
-Floors of a phase: its operations at the rate of this device's large products in the precision used, and its bytes at
-that of a copy. Memory: of a run of a method, at its peak, by torch's allocator, and as `admm-prune plan` counts it.
+The floor of a phase is the time of its operations at the rate of large products of this device in the precision used,
+or of its bytes at the rate of a copy. The memory is the peak of a run of a method according to torch's allocator,
+compared with the estimate of `admm-prune plan`.
 """
 
 from __future__ import annotations

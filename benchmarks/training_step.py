@@ -1,11 +1,11 @@
-"""What SparseAdam costs beside torch's Adam: time of a step, peak memory of a step, projections, bytes of state.
+"""The cost of SparseAdam compared with torch's Adam: time and peak memory of a step, dual updates, bytes of state.
 
     python -m benchmarks.training_step OUT.json [--model embedded] [--length 128] [--batch-size 8]
 
-A step is a forward and a backward pass on random tokens, in float32, and the optimizer's own step, in CPU time.
-Optimizers take turns, a step each, and ratios are those of medians. Peaks are of all that torch allocates in the first
-three steps, in a fresh process each, the model itself left out. Dual updates: their share of a run with one every
-32 steps.
+A step is a forward and a backward pass on random tokens in float32, and the step of the optimizer, in CPU time. The
+steps of the optimizers alternate, and ratios are ratios of medians. Peaks are those of all allocations of torch in the
+first three steps without the model, each in a fresh process. For dual updates the table has their fraction of the time
+of a run with one every 32 steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Variants of a step of pruning on the same text: the options, the rows and the loop of such a benchmark."""
+"""The options, rows and loop of benchmarks that compare variants of a pruning step on the same text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Measure = Callable[[Callable[..., Report], str], tuple[Report, Losses]]
 
 
 def parser_of(description: str | None, variants: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that all have; a variant not in `variants` is left to the benchmark to refuse."""
+    """The common options. Variants that are not in `variants` are left to the benchmark to validate."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="embedded")

@@ -5,9 +5,9 @@
 
 Layers get the multipliers of `block_bound`, or of `dual_bound` with `--kind dual`; stacks of rows the trees of
 `prove_rows`, whose solutions are offered too. In the certificate of a layer the shift is rounded to float16, which
-changes the bound in second order only, and the checker proves the bound of what is stored. A problem whose record is by
-the same settings, or by a stronger kind, is left out, so that the same command continues where it stopped; a proof that
-did not become the record is made again. `--again` repeats all, by which a record is reproduced.
+changes the bound in second order only, and the checker proves the bound from what is stored. A problem whose record has
+the same settings, or a stronger kind, is left out, so that the same command continues where it stopped; proofs that did
+not become the record are repeated. `--again` repeats all proofs, to reproduce a record.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from collection.checker import Array, Problem
 from collection.files import write_certificate, write_solution
 from collection.sets import constraint_of
 
-ROW_GAP = 0.0095  # so that it is at most 1 % with the multipliers rounded
-_ROUNDED = 1e-6  # of the diagonal of H: more than the blocks lose in float32
+ROW_GAP = 0.0095  # stays below 1 % when the multipliers are rounded
+_ROUNDED = 1e-6  # of the diagonal of H: more than the rounding of the blocks to float32
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What is spent on a layer: the options of the command."""
+    """The effort for a layer: options of the command."""
 
     kind: str
     width: int
@@ -47,10 +47,13 @@ class Effort:
 
 
 def prove(problem: Problem, effort: Effort) -> str:
-    """Finds, stores and offers a certificate, and of a stack of rows also the solution that it proves; a line about it.
+    """Finds, stores and offers a certificate, and for a stack of rows also the solution that it proves optimal.
+
+    Returns:
+        One line about the outcome.
 
     Raises:
-        CheckError: what is stored proves nothing.
+        CheckError: the stored data prove nothing.
     """
     began = time.process_time()
     found = _of_stack(problem) if problem.is_stack else _of_layer(problem, effort)
@@ -124,8 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=32, help="columns of a block, at most")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=30.0, help="no proof is started after them")
-    parser.add_argument("--again", action="store_true", help="also what has a record by the same settings")
+    parser.add_argument("--minutes", type=float, default=30.0, help="after which no proof is started")
+    parser.add_argument("--again", action="store_true", help="repeat proofs that have a record with the same settings")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     effort = Effort(given.kind, given.width, given.rounds, given.iterations)

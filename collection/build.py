@@ -3,10 +3,10 @@
     python -m collection.build [--layers PATTERN] [--subset small] [--model DIR --text FILE]
                                [--stories-model DIR --stories-text FILE] [--write-manifest]
 
-The embedded model and its text are in the package; SmolLM2-135M-Instruct and stories260K are given by folders. What the
-manifest, `problems.json`, marks as committed is written to `problems/`, the rest to `built/`, beside this file. The
-same machine and versions give the same hashes, on one thread; where one differs a line says so, and records of others
-do not apply.
+The embedded model and its text are in the package; SmolLM2-135M-Instruct and stories260K are given as folders. Files
+that the manifest `problems.json` marks as committed are written to `problems/`, the others to `built/`, next to this
+module. On the same machine, with the same versions and one thread, the hashes are the same; if one differs, the command
+reports it, and existing records do not apply.
 """
 
 from __future__ import annotations

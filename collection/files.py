@@ -23,7 +23,7 @@ def write_problem(
     sets: Mapping[str, Mapping[str, Any]],
     metadata: Mapping[str, str],
 ) -> None:
-    """A layer with its sets.
+    """Writes a layer with its sparse sets.
 
     Args:
         weight: W (out, in).
@@ -40,7 +40,7 @@ def write_problem(
 
 
 def write_solution(path: Path, problem: Problem, weight: Array, metadata: Mapping[str, str]) -> Value:
-    """V as the bits of its mask and its non-zero values, float32, with the value that these have.
+    """Writes V as the bits of its mask and its non-zero values in float32, with the objective of what is stored.
 
     Args:
         metadata: solver, settings, seconds, date.
@@ -49,7 +49,7 @@ def write_solution(path: Path, problem: Problem, weight: Array, metadata: Mappin
     reached = checker.value(problem, rounded.astype(np.float64))
     mask = rounded.ravel() != 0
     values = rounded.ravel()[mask]
-    # a tensor is never empty
+    # Tensors must not be empty.
     tensors = {"mask": np.packbits(mask), "values": values} if len(values) else {"weight": rounded}
     stated = {**metadata, "value": checker.safe_claim(reached.upper, "value")}
     _write(path, tensors, {**_names(problem), **stated, "format": checker.FORMATS["solution"]})
@@ -59,10 +59,10 @@ def write_solution(path: Path, problem: Problem, weight: Array, metadata: Mappin
 def write_certificate(
     path: Path, problem: Problem, kind: str, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
 ) -> Bound:
-    """The data of a bound, with the bound that they prove.
+    """Writes the data of a certificate, with the bound that they prove.
 
     Args:
-        kind: "dual", "tree" or "block", whose tensors `checker.dual_bound` and the like describe.
+        kind: "dual", "tree" or "block"; `checker.dual_bound`, `tree_bound` and `block_bound` describe the tensors.
         metadata: solver, settings, seconds, date.
 
     Raises:
@@ -82,7 +82,7 @@ def _names(problem: Problem) -> dict[str, str]:
 
 
 def _write(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Atomically, so that a run that is stopped leaves no part of a file."""
+    """Writes a file atomically, so that an interrupted run leaves no partial file."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors), temporary, dict(metadata))

@@ -1,12 +1,12 @@
-"""The table of records: the least value known and the largest bound proved of every problem, each checked first.
+"""The table of records: the least known value and the largest proved bound of every problem, checked before entry.
 
     python -m collection.record PROBLEM_ID SOLUTION [CERTIFICATE] [--holder NAME]
 
-The checker recomputes the value and the bound; only what is better than the record is kept. "-" in place of SOLUTION
-offers a certificate alone. In a stack of rows every row is compared on its own, and the better rows are put together;
-where the files of the record are not at hand, their sums are compared. Values are rounded up to ten digits, and bounds
-down. The files of committed problems are kept in `solutions/`; those of others in `built/solutions/`, with their
-SHA-256 in the table: the command under `settings` makes them again. Several commands may offer records at once.
+The checker recomputes the value and the bound, and only improvements of the record are kept. "-" in place of SOLUTION
+offers a certificate alone. In a stack of rows every row is compared separately, and the better rows are combined; if
+the files of the record are not available, the sums are compared instead. Values are rounded up to ten digits, and
+bounds down. The files of committed problems are in `solutions/`, those of others in `built/solutions/`, with their
+SHA-256 in the table; the command under `settings` makes them again. Several commands may offer records concurrently.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def records(table: Path = TABLE) -> dict[str, Row]:
 
 
 def write_records(rows: Mapping[str, Row], table: Path = TABLE) -> None:
-    """In the order of the manifest."""
+    """Writes the table atomically, with rows in the order of the manifest."""
     order = {problem: place for place, problem in enumerate(build.problem_ids())}
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
@@ -66,13 +66,13 @@ def write_records(rows: Mapping[str, Row], table: Path = TABLE) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time: the others wait for the file."""
+    """Context that one process at a time can enter; others wait."""
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
 def place_of(problem: str, kind: str) -> Path:
-    """Where the solution or the certificate of a record is."""
+    """The path of the solution or the certificate of a record."""
     layer, _, name = problem.partition("/")
     committed = build.manifest()[layer]["committed"]
     root = build.FOLDER / ("solutions" if committed else "built/solutions")
@@ -81,13 +81,13 @@ def place_of(problem: str, kind: str) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class _Offer:
-    """What becomes of a file.
+    """The outcome of comparing a file with the record.
 
     Attributes:
-        line: says so.
-        rows: values or bounds of the rows, as the record then has them; None where it stays as it is.
-        changes: of the row of the table; empty where the record stays as it is.
-        write: replaces the kept file.
+        line: a description of the outcome.
+        rows: the values or bounds of the rows in the new record; None if the record does not change.
+        changes: the new columns in the row of the table; empty if the record does not change.
+        write: replaces the file of the record.
     """
 
     line: str
@@ -97,14 +97,17 @@ class _Offer:
 
 
 def offer(problem: str, solution: Path | None, certificate: Path | None = None, holder: str | None = None) -> list[str]:
-    """Checks the files and keeps what is better than the record; a line for what was done with each.
+    """Checks the files, and keeps those that are better than the record.
 
     Args:
-        holder: by default what the files name, or this project.
+        holder: the name to record; by default that in the files, or this project.
+
+    Returns:
+        One line for each file about what was done with it.
 
     Raises:
-        UserError: no such problem, or it is not built.
-        CheckError: a file is refused; nothing is changed.
+        UserError: there is no such problem, or it is not built.
+        CheckError: a file is rejected; nothing is changed.
     """
     loaded = build.load(problem)
     checker.check(build.place_of(problem.partition("/")[0]), solution, certificate, problem)
@@ -174,12 +177,12 @@ def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | Non
 
 
 def _beyond(numbers: Any, sign: int) -> Any:
-    """Numbers moved up (1) or down (-1) by what is rounding, and no record."""
+    """Numbers moved up (sign 1) or down (sign -1) by a tolerance for rounding, which an improvement must exceed."""
     return numbers + sign * _BETTER * np.abs(numbers)
 
 
 def _kept_values(problem: Problem) -> Array | None:
-    """The values of the rows of the kept solution, where it is at hand."""
+    """The values of the rows of the record's solution, if its file is available."""
     kept = place_of(problem.id, "solution")
     return checker.value(problem, checker.load_weight(kept, problem)).rows[:, 1] if kept.exists() else None
 
@@ -194,13 +197,13 @@ def _named(notes: Mapping[str, str], holder: str | None) -> dict[str, str]:
 
 
 def _described(what: str, notes: Mapping[str, str]) -> Row:
-    """The notes of a file as columns: one line of text without the mark that divides the cells of a table."""
+    """The notes of a file as columns of the table, each on one line and without "|"."""
     texts = {name: " ".join(notes.get(name, "").replace("|", "/").split()) for name in NOTES}
     return {f"{what}_{name}": text[:_LONGEST_NOTE] for name, text in texts.items()}
 
 
 def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bool_]) -> dict[str, str]:
-    """The notes of rows put together, of all that ever took part; those of the new file where all rows are better."""
+    """The notes for combined rows: of all files that contributed, or of the new file if all its rows are better."""
     if better.all():
         return dict(notes)
     joined = dict(notes)
@@ -213,7 +216,7 @@ def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bo
 
 
 def _gaps(problem: Problem, row: Row, better: Mapping[str, _Offer]) -> tuple[str, str]:
-    """(gap of the sums, largest gap of a row of a stack); empty where what it takes is missing, or not at hand."""
+    """(gap of the sums, largest gap of a row in a stack); each is empty if a value or bound for it is missing."""
     if not row["value"] or not row["bound"]:
         return "", ""
     gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
@@ -227,7 +230,7 @@ def _gaps(problem: Problem, row: Row, better: Mapping[str, _Offer]) -> tuple[str
 
 
 def _as_tree(tensors: Mapping[str, NDArray[Any]], kind: str) -> dict[str, NDArray[Any]]:
-    """The leaves of a certificate of a stack; a dual one has one leaf in each row, in which all is open."""
+    """The leaves of a certificate of a stack; a dual one has one leaf per row, in which no entry is fixed."""
     if kind == "tree":
         found = dict(tensors)
         for name in ("row_of_leaf", "diagonal_of_leaf"):
@@ -244,7 +247,7 @@ def _as_tree(tensors: Mapping[str, NDArray[Any]], kind: str) -> dict[str, NDArra
 
 
 def _merged(parts: list[tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]]) -> dict[str, NDArray[Any]]:
-    """One tree certificate with some rows of each."""
+    """One tree certificate, with the given rows of each of the parts."""
     names = ("leaves", "row_of_leaf", "diagonal", "diagonal_of_leaf", "shift")
     chosen: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     count = 0
@@ -268,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("problem", help="id, such as stories260k.2.q_proj/row-50")
     parser.add_argument("solution", help="file, or - for none")
     parser.add_argument("certificate", nargs="?", type=Path)
-    parser.add_argument("--holder", help="who is to be named; by default whom the files name, or admm-prune")
+    parser.add_argument("--holder", help="the name to record; by default that in the files, or admm-prune")
     given = parser.parse_args(arguments)
     solution = None if given.solution == "-" else Path(given.solution)
     try:

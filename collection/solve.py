@@ -2,10 +2,10 @@
 
     python -m collection.solve [--subset small] [--problems PATTERN] [--solvers a,b] [--minutes 30] [--again]
 
-Each run is a row of `runs.csv`, with the settings of the solver, from which the profiles are made: the same command
-continues where it stopped, and repeats nothing but with `--again`, by which a record is reproduced. All solvers are
-given H as it is stored, with its ridge, and none of their own. `cost` is in products H W^T of the layer's shape, by CPU
-time, measured beside the solve; it is empty for stacks, whose rows are solved one by one.
+Each run is a row of `runs.csv`, with the settings of the solver, from which the profiles are drawn. The same command
+continues where it stopped; `--again` repeats runs, to reproduce a record. All solvers use H as it is stored, with its
+ridge, and no ridge of their own. `cost` is CPU time in units of products H W^T of the layer's shape, measured next to
+the solve; it is empty for stacks, whose rows are solved one by one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def solve(problem: Problem, name: str) -> tuple[Array, float, str]:
     """(V, CPU seconds, notes) of a solver.
 
     Raises:
-        one of FAILURES: its refusal.
+        one of FAILURES: the solver rejects the problem.
     """
     solver, constraint = solver_named(name), constraint_of(problem.set, problem.weight.shape)
     dtype = torch.float64 if name in EXTRA else torch.float32
@@ -88,7 +88,7 @@ def _layer(weight: Array, hessian: Array, constraint: SparseSet, dtype: torch.dt
 
 
 def command(problem: str, name: str) -> str:
-    """What finds a solution again: the settings of a record."""
+    """The command that reproduces a solution, which is recorded as its settings."""
     return f"python -m collection.solve --problems {problem} --solvers {name} --again"
 
 
@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subset", choices=build.SUBSETS)
     parser.add_argument("--problems", default="*", help="a pattern of their ids, such as 'stories260k.*/row-50'")
     parser.add_argument("--solvers", help=f"default: {','.join(DEFAULT)}; stacks of rows also branch-and-bound")
-    parser.add_argument("--minutes", type=float, default=30.0, help="no run is started after them")
-    parser.add_argument("--again", action="store_true", help="also what has a row in runs.csv, which stays as it is")
+    parser.add_argument("--minutes", type=float, default=30.0, help="after which no run is started")
+    parser.add_argument("--again", action="store_true", help="repeat runs that have a row in runs.csv; the row stays")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * given.minutes

@@ -1,4 +1,4 @@
-"""Shared by the commands: options, progress on stderr, results on stdout."""
+"""Code that the commands share: options, logging to stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _typed(name: str, declared: Option) -> Any:
 
 
 def catalogue() -> dict[str, Any]:
-    """The parts that come with the package, as `make catalogue` writes them down: reading it needs no heavy imports."""
+    """The built-in parts, from the file that `make catalogue` writes, which can be read without heavy imports."""
     text = files("admm_prune").joinpath("assets/catalogue.json").read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text)
     return content
 
 
 def names_in(kind: str) -> list[str]:
-    """The names that an option takes for parts of a kind: "methods", "references", "problems", "constraints"."""
+    """The names that an option accepts for a kind of parts: "methods", "references", "problems" or "constraints"."""
     named = (one.get("option", one["name"]) for one in catalogue()[kind])
     return [name for name in named if name]
 
@@ -75,7 +75,7 @@ def check_names(kind: str, *names: str) -> None:
 
 
 class _FlagsWithoutTypes:
-    """Shows flags without a type in the help: they take no value."""
+    """Hides the type of flags in the help, because they take no value."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of a command
@@ -105,12 +105,14 @@ TrustRemoteCode = Annotated[bool, _typed("trust_remote_code", _DECLARED["trust_r
 
 
 def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Callable[[Callable[..., None]], Any]:
-    """Gives a command, in place of its `**options`, the options of the settings that name it.
+    """Decorator that replaces the `**options` of a command by the settings whose declarations name the command.
 
-    The command receives them by the names of their fields, parsed.
+    The command receives their parsed values by the names of the fields.
 
     Args:
-        replaces: options that a recipe holds default to None.
+        command: the name of the command.
+        kind: the class of the settings.
+        replaces: whether settings that a recipe can have default to None.
     """
     declared = {name: one for name, one in options(kind).items() if command in one.commands.split()}
 
@@ -138,14 +140,14 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
 
 
 def _own_parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
-    """The parameters of a command but its `**options`, with their annotations resolved."""
+    """The parameters of a command without its `**options`, with resolved annotations."""
     hints = get_type_hints(function, vars(sys.modules[function.__module__]), include_extras=True)
     named = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return [_keyword(p.name, hints[p.name], p.default) for p in named]
 
 
 def _with_parameters(call: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
-    """A command as typer is to see it."""
+    """The command with these parameters as its signature, which typer reads."""
     made: Any = call
     made.__signature__ = inspect.Signature(parameters)
     made.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -157,7 +159,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 class _Stderr(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is at the time, which a progress bar replaces."""
+    """Writes to the current `sys.stderr`, which a progress bar replaces temporarily."""
 
     @property
     def stream(self) -> Any:
@@ -168,10 +170,9 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 def logs(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options -v and -q, which set what the logger "admm_prune" writes to stderr.
-
-    Notes by default; with -v also phases and the figures of every block, with -vv everything, with -q nothing. Of
-    several processes the first one logs.
+    """Decorator that adds the options -v and -q to a command, which control what the logger "admm_prune" writes to
+    stderr: notes by default, with -v also phases and the figures of blocks, with -vv everything, with -q nothing. Only
+    the first of several processes logs.
     """
     options = {
         "verbose": Annotated[
@@ -205,7 +206,7 @@ def logs(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def resumable(out: Path) -> Generator[None]:
-    """Adds advice on resuming to errors that interrupt a run with a journal beside `out`."""
+    """Context that adds advice on resuming to errors that interrupt a run with a journal next to `out`."""
     from admm_prune.models.parallel import LostProcessError
     from admm_prune.runs.journal.journal import home_of
 
@@ -221,7 +222,7 @@ def resumable(out: Path) -> Generator[None]:
 
 
 def given(ctx: typer.Context, **renamed: str) -> set[str]:
-    """The fields of the options that were given, not left at their defaults; some under another name."""
+    """The settings that were given on the command line; `renamed` maps options to fields with other names."""
     renamed |= {one.spelled: name for name, one in _DECLARED.items() if one.spelled != name}
     names = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
     return {renamed.get(name, name) for name in names}
@@ -231,7 +232,7 @@ _WIDEST = 10_000  # columns of text
 
 
 def emit(content: dict[str, Any]) -> None:
-    """One JSON object on one line of stdout; numbers that are not finite become null."""
+    """Prints a JSON object on one line, with null for numbers that are not finite."""
     from admm_prune.runs.journal.folder import finite
 
     print(json.dumps(finite(content), allow_nan=False))
@@ -240,13 +241,13 @@ def emit(content: dict[str, Any]) -> None:
 def show_table(
     title: str, columns: list[str], rows: list[list[str]], *, mark: set[int] | None = None, prose: bool = False
 ) -> None:
-    """A table on stdout; the first column is left-aligned, figures are right-aligned.
+    """Prints a table with a left-aligned first column and right-aligned figures.
 
-    Nothing but prose is wrapped or cut: names and paths stay whole, on narrow terminals and in pipes too.
+    Names and paths are never wrapped or truncated, even on narrow terminals.
 
     Args:
-        mark: rows in bold.
-        prose: the other columns hold text: they are left-aligned, and the last one wraps on a terminal.
+        mark: the rows to print in bold.
+        prose: whether the other columns contain text; they are then left-aligned, and the last one wraps on a terminal.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -270,7 +271,7 @@ def show_table(
 
 
 def show_tasks(model: str, content: dict[str, Any]) -> None:
-    """Results on tasks of lm-evaluation-harness, as a table on stdout."""
+    """Prints the results on tasks of lm-evaluation-harness as a table."""
     from admm_prune.runs.card import task_rows
 
     shots = content["shots"]

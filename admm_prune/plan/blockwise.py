@@ -1,7 +1,7 @@
 """The stages of blockwise methods.
 
-The calibration text is passed through the code that captures statistics, on the meta device, where bytes and operations
-are counted and nothing is computed; solvers are counted on small instances (`trials`).
+The code that captures statistics runs on the meta device, where bytes and operations are counted
+and nothing is computed; solvers are measured on small instances (`trials`).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
 
 @dataclass(frozen=True)
 class Collected:
-    """Statistics of a block: the shared inputs, the cost of collecting them, their sizes.
+    """The statistics of a block, and the cost of collecting them.
 
     Attributes:
-        shared: the weights with one Gram, those that read one input, and their width.
-        sums: bytes of the sums of Grams, all there when the last token was seen, unless memory is spared.
+        shared: for each input, the weights that read it and its width.
+        sums: bytes of the sums of all Gram matrices, which exist at the same time unless memory is spared.
     """
 
     shared: list[tuple[tuple[WeightView, ...], int]]
@@ -79,7 +79,7 @@ class _ActivationStore(ActivationStore):
 
 
 class BlockPass:
-    """A text on its way through a model on the meta device, as `BlockStream` takes it."""
+    """A `BlockStream` on the meta device, whose operations are counted."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class BlockPass:
             yield index, self.anatomy.blocks[index], count
 
     def pruned(self, weights: Iterable[WeightView]) -> set[str]:
-        """The names of the weights that are pruned, of those given."""
+        """The names of those of the given weights that are pruned."""
         return {view.name for view in weights if self.target.at(view.name) is not None}
 
     def advance(self) -> Cost:
@@ -141,14 +141,14 @@ class BlockPass:
 
 
 def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
-    """Every stage of a blockwise method but for those that all methods have in common.
+    """The stages of a blockwise method, without those that all methods have in common.
 
     Args:
-        stream: one block in memory at a time.
-        device: on which it is to run.
+        stream: whether one block at a time is in memory.
+        device: the device of the run.
 
     Raises:
-        UserError: the work of the method cannot be counted beforehand.
+        UserError: the cost of the method cannot be estimated.
     """
     plans: dict[str | None, Callable[[BlockPass, Any, Task], Iterator[Stage]]] = {
         "layers": _layerwise,
@@ -183,8 +183,8 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
 
 
 def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
-    """What an allocation measures: a pass over the blocks on dense inputs with solves at every level, gradients, and
-    the losses of the search's held-out text.
+    """The stages of an allocation rule: a pass over the blocks on dense inputs with solves at all levels, gradients,
+    and losses on the held-out text of a search.
 
     Args:
         stream, device: as for `pruning_stages`.
@@ -224,7 +224,7 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
 
 
 def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
-    """Those of the model, or of its largest block where the model stays on disk."""
+    """The weights in memory: those of the model, or of its largest block if the model stays on disk."""
     if stream:
         return {"weights of a block": max(map(block_bytes, anatomy.blocks))}
     return {WEIGHTS: anatomy.weight_bytes}
@@ -240,7 +240,7 @@ def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator
 
 
 def _local(collected: Collected, method: Method, task: Task, count: int, block_pass: BlockPass) -> Iterator[Stage]:
-    """Statistics of a block, and a local method on them."""
+    """The statistics of a block, and the solves of a layer method."""
     yield collected.stage("statistics").times(count)
     jobs: list[_Job] = []
     for views, width in collected.shared:
@@ -266,10 +266,10 @@ def _local(collected: Collected, method: Method, task: Task, count: int, block_p
 
 @dataclass(frozen=True)
 class _Job:
-    """One solve: matrices that share a Gram and a target, stacked.
+    """One solve, of stacked matrices that share their inputs.
 
     Attributes:
-        rows: of each matrix.
+        rows: the number of rows of each matrix.
     """
 
     target: Target
@@ -334,11 +334,11 @@ def _network_stages(
     count: int,
     task: Task,
 ) -> Iterator[Stage]:
-    """The tokens of a feed-forward network, and its solve.
+    """The stages that collect the tokens of a feed-forward network and solve its problem.
 
     Args:
-        target: of its last weight.
-        targets: of the block's outputs.
+        target: the pruning target of its last weight.
+        targets: the outputs of the dense block.
     """
     up, down = network[0], network[-1]
     with measured_cost(block_pass.counting) as pairing:
@@ -392,7 +392,7 @@ def _group_trial(recipe: StruPrune, sublayer: Sublayer, removed: float | None) -
 
 
 def _network(block: Block) -> tuple[WeightView, ...]:
-    """The weights of the feed-forward network: those into it, up first, and the one out of it."""
+    """The weights of the feed-forward network: up, the gate if there is one, and down."""
     check_no_mixture(block)
     network = feed_forward_part(block)
     if network is None:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from admm_prune.methods.struprune.struprune import StruPrune
+from admm_prune.problems.allocation import Curve
 from benchmarks import structured_model
 from benchmarks.journal import Journal
 from benchmarks.structured_model import INFERENCE, KEY, QUALITY
@@ -39,6 +41,24 @@ def test_ratios_are_to_the_dense_model_and_to_struprune_at_the_same_target(tmp_p
     table = structured_model.text_table(rows, "head", "OUT")
     assert "1.250 " in table
     assert "1.000~" in table, "a speed-up within the spread is marked"
+
+
+@pytest.mark.bitwise
+def test_curves_are_restored_exactly(tmp_path: Path) -> None:
+    savings = torch.arange(4, dtype=torch.float64)
+    curves = {
+        "0.mlp": Curve("0.mlp", savings / 3, savings, least=2, multiple=2),
+        "0.attention": Curve("0.attention", savings / 7, savings, stays=frozenset({1, 2})),
+    }
+    structured_model.write_curves(tmp_path / "curves.safetensors", curves, 1 / 3)
+    restored, seconds = structured_model.read_curves(tmp_path / "curves.safetensors")
+    assert seconds == 1 / 3
+    assert restored.keys() == curves.keys()
+    for name, curve in curves.items():
+        assert torch.equal(restored[name].losses, curve.losses)
+        assert torch.equal(restored[name].savings, curve.savings)
+        limits = [(one.least, one.multiple, one.stays) for one in (restored[name], curve)]
+        assert limits[0] == limits[1]
 
 
 @pytest.mark.slow

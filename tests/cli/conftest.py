@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from admm_prune import cli
-from tests.cli.outcome import Command, Outcome, Refused
+from tests.cli.outcome import Command, Outcome, Refused, snapshot
 
 
 @pytest.fixture
@@ -70,10 +70,6 @@ def refused(command: Command, place: Path) -> Refused:
         assert snapshot(place) == before
 
     return check
-
-
-def snapshot(root: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""What a caller of a command sees."""
+"""The outcome of a command, as its caller sees it, and the files that it leaves."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -28,3 +29,8 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 Refused = Callable[..., None]
+
+
+def snapshot(root: Path) -> dict[str, bytes | None]:
+    """The files below a folder with their contents, and its subfolders with None, by relative path."""
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}

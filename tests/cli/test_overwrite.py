@@ -21,12 +21,7 @@ from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.layer import capture_layer, solve_path
 from admm_prune.runs.report.pages import write_difference
-from tests.cli.outcome import Command
-
-
-def snapshot(root: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
-
+from tests.cli.outcome import Command, snapshot
 
 QUICK = ("--samples", 4, "--eval-samples", 2, "--device", "cpu")
 

@@ -14,7 +14,7 @@ from hypothesis import Phase, settings
 
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic
-from admm_prune.problems.constraints import Blocks, NofM, RowWise, Unstructured
+from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.one_shot import Magnitude
@@ -321,77 +321,95 @@ def test_an_optimum_that_is_lost() -> None:
         assert_solver_conforms(ForgetsGoodStarts())
 
 
-def test_broken_constraints() -> None:
-    class KeepsOneTooFew(Unstructured):
-        def project(self, v, metric=None) -> Point:
-            return Unstructured(self.sparsity, keep=max(0, self._count(v.numel()) - 1)).project(v, metric)
+class KeepsOneTooFew(Unstructured):
+    def project(self, v, metric=None) -> Point:
+        return Unstructured(self.sparsity, keep=max(0, self._count(v.numel()) - 1)).project(v, metric)
 
-    class IgnoresTheMetric(Unstructured):
-        def project(self, v, metric=None) -> Point:
-            return super().project(v)
 
-    class ComparesSquaresOfTheMetric(RowWise):
-        def project(self, v, metric=None) -> Point:
-            return super().project(v, None if metric is None else metric * metric)
+class IgnoresTheMetric(Unstructured):
+    def project(self, v, metric=None) -> Point:
+        return super().project(v)
 
-    class WritesIntoItsArgument(Unstructured):
-        def project(self, v, metric=None) -> Point:
-            return v.copy_(super().project(v, metric))
 
-    class RoundsWhatItKeeps(NofM):
-        def project(self, v, metric=None) -> Point:
-            return super().project(v, metric).map(lambda x: x.float().to(x.dtype))
+class ComparesSquaresOfTheMetric(RowWise):
+    def project(self, v, metric=None) -> Point:
+        return super().project(v, None if metric is None else metric * metric)
 
-    class AnswersInFloat64(NofM):
-        def project(self, v, metric=None) -> Point:
-            return super().project(v, metric).map(torch.Tensor.double)
 
-    class TakesNaN(Unstructured):
-        def project(self, v, metric=None) -> Point:
-            return super().project(v.map(torch.nan_to_num), metric)
+class WritesIntoItsArgument(Unstructured):
+    def project(self, v, metric=None) -> Point:
+        return v.copy_(super().project(v, metric))
 
-    class LeavesZerosOut(RowWise):
-        def select(self, score) -> Point:
-            return super().select(score).map(lambda kept, s: kept & (s > 0), score)
 
-    class ContainsTooMuch(RowWise):
-        def contains(self, z) -> bool:
-            return Unstructured(self.sparsity).contains(z)
+class RoundsWhatItKeeps(NofM):
+    def project(self, v, metric=None) -> Point:
+        return super().project(v, metric).map(lambda x: x.float().to(x.dtype))
 
-    class ContainsOnlyFullOnes(Unstructured):
-        def contains(self, z) -> bool:
-            return z.count_nonzero() == self._count(z.numel())
 
-    class SharesRoundDown(Unstructured):
-        def column_slice(self, start, stop, shape) -> Unstructured:
-            return Unstructured(0.0, keep=int(self._count(shape[0] * shape[1]) * (stop - start) / shape[1]))
+class AnswersInFloat64(NofM):
+    def project(self, v, metric=None) -> Point:
+        return super().project(v, metric).map(torch.Tensor.double)
 
-    class TightensTooMuch(Unstructured):
-        def scaled_to(self, fraction) -> Unstructured:
-            return type(self)(self.sparsity * fraction**0.5 + 0.1 * (1 - fraction))
 
-    class TightensBackAndForth(Unstructured):
-        def scaled_to(self, fraction) -> Unstructured:
-            return type(self)(self.sparsity * {0.3: 0.9, 0.7: 0.4}.get(fraction, fraction))
+class TakesNaN(Unstructured):
+    def project(self, v, metric=None) -> Point:
+        return super().project(v.map(torch.nan_to_num), metric)
 
-    for broken, message in [
-        (KeepsOneTooFew(0.5), "closest point of all supports|full support"),
-        (IgnoresTheMetric(0.5), "closest point of all supports that it admits; its projection costs"),
-        (ComparesSquaresOfTheMetric(0.5), "closest point of all supports"),
-        (WritesIntoItsArgument(0.5), "not modify the arguments of project"),
-        (RoundsWhatItKeeps(2, 3), "keep the entries of v that it does not drop, bitwise|closest point"),
-        (AnswersInFloat64(2, 3), "float16 must keep names, shapes, dtypes"),
-        (TakesNaN(0.5), "refuse a point that holds NaN"),
-        (LeavesZerosOut(0.5), "full size, also where scores are zero"),
-        (ContainsTooMuch(0.5), "closest point of all supports|full size"),
-        (ContainsOnlyFullOnes(0.5), "contain"),
-        (SharesRoundDown(0.3), "columns cut at .* must have shares that add up"),
-        (TightensTooMuch(0.5), r"prune nothing when scaled_to\(0\)"),
-        (TightensBackAndForth(0.5), "shrink as the fraction of scaled_to rises"),
-    ]:
-        with pytest.raises(AssertionError, match=message) as caught:
-            assert_constraint_conforms(broken)
-        assert type(broken).__name__ in str(caught.value)
+
+class LeavesZerosOut(RowWise):
+    def select(self, score) -> Point:
+        return super().select(score).map(lambda kept, s: kept & (s > 0), score)
+
+
+class ContainsTooMuch(RowWise):
+    def contains(self, z) -> bool:
+        return Unstructured(self.sparsity).contains(z)
+
+
+class ContainsOnlyFullOnes(Unstructured):
+    def contains(self, z) -> bool:
+        return z.count_nonzero() == self._count(z.numel())
+
+
+class SharesRoundDown(Unstructured):
+    def column_slice(self, start, stop, shape) -> Unstructured:
+        return Unstructured(0.0, keep=int(self._count(shape[0] * shape[1]) * (stop - start) / shape[1]))
+
+
+class TightensTooMuch(Unstructured):
+    def scaled_to(self, fraction) -> Unstructured:
+        return type(self)(self.sparsity * fraction**0.5 + 0.1 * (1 - fraction))
+
+
+class TightensBackAndForth(Unstructured):
+    def scaled_to(self, fraction) -> Unstructured:
+        return type(self)(self.sparsity * {0.3: 0.9, 0.7: 0.4}.get(fraction, fraction))
+
+
+BROKEN_CONSTRAINTS = [
+    (KeepsOneTooFew(0.5), "closest point of all supports|full support"),
+    (IgnoresTheMetric(0.5), "closest point of all supports that it admits; its projection costs"),
+    (ComparesSquaresOfTheMetric(0.5), "closest point of all supports"),
+    (WritesIntoItsArgument(0.5), "not modify the arguments of project"),
+    (RoundsWhatItKeeps(2, 3), "keep the entries of v that it does not drop, bitwise|closest point"),
+    (AnswersInFloat64(2, 3), "float16 must keep names, shapes, dtypes"),
+    (TakesNaN(0.5), "refuse a point that holds NaN"),
+    (LeavesZerosOut(0.5), "full size, also where scores are zero"),
+    (ContainsTooMuch(0.5), "closest point of all supports|full size"),
+    (ContainsOnlyFullOnes(0.5), "contain"),
+    (SharesRoundDown(0.3), "columns cut at .* must have shares that add up"),
+    (TightensTooMuch(0.5), r"prune nothing when scaled_to\(0\)"),
+    (TightensBackAndForth(0.5), "shrink as the fraction of scaled_to rises"),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), BROKEN_CONSTRAINTS, ids=[type(broken).__name__ for broken, _ in BROKEN_CONSTRAINTS]
+)
+def test_broken_constraints(broken: SparseSet, message: str) -> None:
+    with pytest.raises(AssertionError, match=message) as caught:
+        assert_constraint_conforms(broken)
+    assert type(broken).__name__ in str(caught.value)
 
 
 class ByIndexBelowFloat64(RowWise):
