@@ -125,24 +125,15 @@ class Joint:
         text = task.calibration
         return replace(task, calibration=replace(text, batch_size=max(1, min(text.batch_size, TOKENS // text.length))))
 
-    def attention(self, block: Block, pruned: Collection[str]) -> AttentionViews | None:
-        """The attention of a block whose value and output projections are solved together; None where they are not.
-
-        Args:
-            pruned: the names of the block's matrices to prune.
-        """
-        if not self.coordinate:
-            return None
-        views = attention_views(block)[0]
-        return views if {views.value.name, views.output.name} <= set(pruned) else None
-
     def begin(self, stream: BlockStream, index: int, block: Block, pruned: Collection[str]) -> JointBlock:
         """Stores what the steps need of a block before it is pruned.
 
         Args:
             pruned: the names of the matrices that will be pruned.
         """
-        attention = None if self.attention(block, pruned) is None else DenseAttention.of(stream, index, block)
+        attention = DenseAttention.of(stream, index, block) if self.coordinate and pruned else None
+        if attention is not None and not attention.prunes(pruned):
+            attention = None
         changed: Collection[str] = pruned if self.refit else () if attention is None else attention.names
         dense = {view.name: view.read().clone() for view in block.weights if view.name in changed}
         biases = {

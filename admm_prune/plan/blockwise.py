@@ -36,7 +36,7 @@ from admm_prune.models.sublayers import Sublayer, feed_forward_part, sublayers
 from admm_prune.ops.activations import ACTIVATIONS, Activation
 from admm_prune.plan.anatomy import Anatomy, block_bytes
 from admm_prune.plan.counting import Cost, Counting, Stage, counted, measured_cost
-from admm_prune.plan.joint import joint_stages
+from admm_prune.plan.joint import coordinated, joint_stages
 from admm_prune.plan.trials import GroupTrial, LayerTrial, NetworkTrial, estimated
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating
 from admm_prune.solvers.together import Shape, batches
@@ -233,7 +233,7 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
         layers = block_pass.pruned(block.weights)
-        for names in in_stages(recipe.joint.attention(block, layers), layers):
+        for names in in_stages(coordinated(recipe.joint, block, layers), layers):
             yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
         yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)

@@ -153,6 +153,20 @@ def measuring(stream: BlockStream, counting: Counting, index: int, names: Collec
     return Stage(name="errors of fitted matrices", parts={"Grams": cost.peak}, work=work)
 
 
+def coordinated(joint: Joint, block: Block, layers: Collection[str]) -> AttentionViews | None:
+    """The attention of a block whose value and output projections are solved together; None where they are not.
+
+    Which projection gives the values, a run tells by their numbers: here it is the first that can be.
+
+    Args:
+        layers: the names of the matrices to prune.
+    """
+    if not joint.coordinate:
+        return None
+    views = attention_views(block)[0]
+    return views if {views.value.name, views.output.name} <= set(layers) else None
+
+
 def joint_stages(
     joint: Joint,
     stream: BlockStream,
@@ -169,7 +183,7 @@ def joint_stages(
         layers: the names of the matrices that the method prunes as layers.
     """
     fitted: set[str] = set()
-    views = joint.attention(block, layers)
+    views = coordinated(joint, block, layers)
     if views is not None:
         yield from coordinating(stream, counting, index, block, method, task)
         fitted = {views.value.name, views.output.name}
