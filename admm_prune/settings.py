@@ -27,6 +27,7 @@ T = TypeVar("T")
 Stream = Literal["auto"] | bool
 _RUNS = "run reproduce compare plan"
 _COMMANDS = f"{_RUNS} capture"
+_NO_LIMIT = 1e9  # GB: no machine has as much, and infinity is no number of bytes
 SAME: Any = object()  # a default of the command line that is the field's own
 
 
@@ -72,9 +73,9 @@ class Option:
         """Raises UserError for a value out of range; what is a part of another setting is checked with it."""
         if value is None or self.part_of is not None:
             return
-        if self.least is not None and value < self.least:
+        if self.least is not None and not value >= self.least:  # NaN is neither
             raise UserError(f"{name} must be at least {self.least}, not {value}")
-        if self.most is not None and value > self.most:
+        if self.most is not None and not value <= self.most:
             raise UserError(f"{name} must be at most {self.most}, not {value}")
         if self.choices and value not in self.choices:
             choices = " or ".join(", ".join(self.choices).rsplit(", ", 1))
@@ -104,7 +105,7 @@ def _training(default: T, help: str, **how: Any) -> T:
 
 
 def _structured(default: T, help: str, **how: Any) -> T:
-    return option(default, help, group="Structured pruning", **how)
+    return option(default, help, group="Structured pruning", commands="run compare plan", **how)
 
 
 def _tasks(default: T, help: str, **how: Any) -> T:
@@ -120,19 +121,20 @@ def _patterns(default: T, help: str, **how: Any) -> T:
     return option(default, help, commands="run compare plan", part_of="selection", **typed | how)
 
 
-def _ridge(typed: str | None) -> Ridge:
+def _ridge(typed: str) -> Ridge:
     from admm_prune.methods.ridge import parse_ridge
 
     return parse_ridge(typed)
 
 
-def _overrides(typed: list[str] | None) -> dict[str, float | str]:
+def _overrides(typed: list[str]) -> dict[str, float | str]:
     from admm_prune.methods.selection import parse_overrides
 
-    return parse_overrides(typed or ())
+    return parse_overrides(typed)
 
 
 _NONE_IS_EMPTY: dict[str, Any] = {"typed_default": None, "parse": lambda typed: () if typed is None else typed}
+_GIGABYTES: dict[str, Any] = {"least": 0.001, "most": _NO_LIMIT}
 _NAMES = {"in_file": tuple[str, ...], "typed": str | None, **_NONE_IS_EMPTY}
 _DATA = {
     "option": Option(
@@ -197,7 +199,7 @@ class TextSettings:
         "cut into windows), 'segments' (as in the code of GPTQ and Wanda), or 'auto' (documents if they fit in a "
         "sequence on average, else windows).",
         choices=("auto", "documents", "windows", "segments"),
-        commands="run compare capture eval",
+        commands="run compare plan capture eval",
     )
     seed: int = _text(
         0,
@@ -252,13 +254,13 @@ class Settings(TextSettings):
         None,
         "Objective of the layer problems, a name that 'admm-prune list' prints; the method's own by default.",
         python="Or a callable that builds the layer problems, such as `LayerReconstruction`.",
-        commands="run solve plan",
+        commands="run compare solve plan",
     )
     constraint: str | SparseSet | type[SparseSet] | None = option(
         None,
         "Sparse set that --sparsity refers to, a name that 'admm-prune list' prints; the method's own by default.",
         python="Or a sparse set for every matrix, such as `RowWise(0.5)`, which needs no `sparsity`, or its class.",
-        commands="run solve",
+        commands="run compare solve plan",
     )
     sparsity: float | None = option(
         None,
@@ -293,7 +295,7 @@ class Settings(TextSettings):
         python='Here a mapping from patterns to 0.5, "2:4" or "dense".',
         in_file=dict[str, float | str] | None,
         spelled="override",
-        parse=_overrides,
+        parse=lambda typed: _overrides(typed) if typed else {},
     )
     allocation: str | None = _compared(
         None,
@@ -314,7 +316,7 @@ class Settings(TextSettings):
         commands="run plan solve",
         in_file=float | Literal["auto"] | None,
         typed=str | None,
-        parse=_ridge,
+        parse=lambda typed: None if typed is None else _ridge(typed),  # which imports torch
     )
     steps: int | None = _training(
         None, "Training steps, those of the learning rate range test included; by default set by the method.", least=1
@@ -346,8 +348,8 @@ class Settings(TextSettings):
     multiple: int | None = _structured(
         None, "Make the number of neurons that a structured method keeps a multiple of this, such as 64.", least=1
     )
-    bounds: bool = option(
-        False, "Also compute a proven lower bound of every layer's error; takes seconds per matrix.", commands="run"
+    bounds: bool = _compared(
+        False, "Also compute a proven lower bound of every layer's error; takes seconds per matrix."
     )
     tasks: str | Sequence[str] = _tasks(
         (),
@@ -396,7 +398,7 @@ class Settings(TextSettings):
         "auto",
         "Read the model from its folder block by block; by default only if the whole model would fill the memory.",
         python="Every pruned block is written to `out` before the next is read.",
-        commands="run",
+        commands="run plan",
         saved_in="manifest",
         typed=bool | None,
         typed_default=None,
@@ -411,12 +413,12 @@ class Settings(TextSettings):
         least=0,
         typed=float | None,
         spelled="activation_memory",
-        parse=lambda typed: None if typed is None else round(typed * 2**30),
+        parse=lambda typed: None if typed is None else round(min(typed, _NO_LIMIT) * 2**30),
     )
     trust_remote_code: bool = _run(
         False,
         "Run Python code that comes with the model; never run otherwise.",
-        commands="run eval compare capture",
+        commands="run eval compare plan capture",
         saved_in="manifest",
     )
     log: str | Tracker | None = _run(
@@ -441,16 +443,13 @@ class Settings(TextSettings):
 class PlanSettings(Settings):
     """What `make_plan` takes: the settings of the run, and the machine that it is planned for."""
 
-    stream: bool = _run(
-        False, "Plan to hold one block in memory at a time.", commands="plan", saved_in="", flags=("--stream",)
-    )
     out: str | Path | None = _run(
         None, "Folder that the run would write; its disk must have the room.", typed=Path | None, commands="plan"
     )
     gpu: str | None = _machine(None, "Plan for a GPU that this machine does not have: h100, h200 or a100.")
     gpus: int = _machine(1, "Number of GPUs of this kind.", least=1)
-    device_memory: float | None = _machine(None, "Memory of each GPU in GB; by default its own.", least=0.001)
-    memory: float | None = _machine(None, "Memory of the host in GB; by default the free memory.", least=0.001)
+    device_memory: float | None = _machine(None, "Memory of each GPU in GB; by default its own.", **_GIGABYTES)
+    memory: float | None = _machine(None, "Memory of the host in GB; by default the free memory.", **_GIGABYTES)
 
 
 def options(kind: Any) -> dict[str, Option]:

@@ -96,8 +96,8 @@ def test_a_field_is_in_the_manifest_of_a_comparison(found: tuple[Path, dict[str,
 
 
 def test_a_comparison_takes_the_settings_that_compare_has_options_for() -> None:
-    run = Settings("embedded", bounds=True)
-    with pytest.raises(UserError, match="a comparison takes no bounds"):
+    run = Settings("embedded", ridge=0.1)
+    with pytest.raises(UserError, match="a comparison takes no ridge"):
         ComparisonSettings(run=run, methods=("wanda",), targets=(Target(0.5),))
 
 
@@ -116,6 +116,8 @@ def test_prune_takes_the_fields_of_its_settings_and_no_others() -> None:
     assert next(iter(parameters)) == "model"
     with pytest.raises(TypeError, match="unexpected keyword argument 'sparsty'"):
         admm_prune.prune("embedded", sparsty=0.5)
+    with pytest.raises(UserError, match="distillation must be at least 0"):
+        admm_prune.prune("embedded", method="elsa", sparsity=0.5, distillation=float("nan"))
     with pytest.raises(UserError, match="length must be at least 2, not 1"):
         make_plan("embedded", sparsity=0.5, length=1)
 

@@ -25,6 +25,9 @@ def main() -> None:
             raise
         print(f"admm-prune: {missing}", file=sys.stderr)
         _leave(_WRONG_INPUT)
+    except KeyboardInterrupt:  # while the command line itself is imported
+        print("admm-prune: interrupted", file=sys.stderr)
+        _leave(_INTERRUPTED)
 
 
 def _run() -> None:

@@ -21,6 +21,12 @@ from admm_prune.cli import interrupts
 from admm_prune.settings import Option, Settings, options
 
 _DECLARED = options(Settings)
+# The options that name parts: the group of their entry points, and their lists in the catalogue.
+_NAMED = {
+    "method": ("solvers", "methods", "references"),
+    "problem": ("problems", "problems"),
+    "constraint": ("constraints", "constraints"),
+}
 
 
 def _typed(name: str, declared: Option) -> Any:
@@ -48,6 +54,24 @@ def names_in(kind: str) -> list[str]:
     """The names that an option takes for parts of a kind: "methods", "references", "problems", "constraints"."""
     named = (one.get("option", one["name"]) for one in catalogue()[kind])
     return [name for name in named if name]
+
+
+def check_names(kind: str, *names: str) -> None:
+    """Refuses a name that no part has, built in or of a plug-in, before the seconds that importing torch takes.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    from importlib.metadata import entry_points
+
+    from admm_prune.errors import unknown
+
+    group, *listed = _NAMED[kind]
+    plugins = sorted(point.name for point in entry_points(group=f"admm_prune.{group}"))
+    known = list(dict.fromkeys([*(name for one in listed for name in names_in(one)), *plugins]))
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, known)
 
 
 class _FlagsWithoutTypes:
@@ -93,6 +117,9 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def call(**given: Any) -> None:
+            for part in _NAMED.keys() & declared.keys():  # first: parsing may import torch
+                if given[part] is not None:
+                    check_names(part, given[part])
             values: dict[str, Any] = {}
             for name, one in declared.items():
                 value = given.pop(one.spelled)

@@ -29,13 +29,15 @@ def compare(
 
     Example: admm-prune compare --methods magnitude,sparsegpt,admm --sparsity 0.5,0.7 --pattern 2:4 --out compared
     """
+    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    common.check_names("method", *names)
     from admm_prune.methods.target import parse_targets
     from admm_prune.models.evaluate import headings
     from admm_prune.runs import compare as comparisons
 
     settings = comparisons.ComparisonSettings(
         run=Settings(**options),
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        methods=names,
         targets=tuple(parse_targets(sparsity, pattern)),
         baselines=baselines,
     )

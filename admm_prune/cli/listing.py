@@ -28,8 +28,10 @@ def list_(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Of modules: 'embedded', a from_pretrained folder, or a Hub id.")
-    ] = "embedded",
+        str | None,
+        typer.Option(help="Of modules: 'embedded', the default, a from_pretrained folder, or a Hub id."),
+    ] = None,
+    trust_remote_code: common.TrustRemoteCode = False,
     why: Annotated[bool, typer.Option("--why", help="Of solvers: also say why a solver refuses a problem.")] = False,
     json: common.Json = False,
 ) -> None:
@@ -44,8 +46,10 @@ def list_(
     if why and kind not in (None, "solvers"):
         raise UserError(f"--why is for the solvers, not for {kind}: give 'list solvers --why'")
     if kind == "modules":
-        _list_modules(model, json)
+        _list_modules(model or "embedded", json, trust_remote_code)
         return
+    if model is not None or trust_remote_code:
+        raise UserError("a model is for its modules: give 'list modules --model ...'")
     content = _catalogue()
     if json:
         keys = (kind,) if kind in ("methods", "references", "problems", "constraints", "plugins") else ("pairs", "fits")
@@ -96,11 +100,11 @@ def _show_fits(title: str, tried: list[dict[str, Any]], column: str, why: bool) 
             print(f"{pair[0]}, {pair[1]}: {fit['why']}")
 
 
-def _list_modules(source: str, json: bool) -> None:
+def _list_modules(source: str, json: bool, trust_remote_code: bool) -> None:
     """The modules that --targets, --ignore and --override select from; weights are not read."""
     from admm_prune.plan.anatomy import Anatomy
 
-    blocks = Anatomy.of(source).blocks
+    blocks = Anatomy.of(source, trust_remote_code=trust_remote_code).blocks
     modules = [
         {
             "name": view.module_name,

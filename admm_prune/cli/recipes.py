@@ -77,9 +77,11 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
 
     Example: admm-prune recipe check pruned
     """
+    from admm_prune.runs.prune import check_settings
     from admm_prune.runs.recipe_file import read_recipe
+    from admm_prune.settings import Settings
 
-    read_recipe(file).arguments()
+    check_settings(Settings(**read_recipe(file).arguments()))
     print(f"{file}: a recipe that can be run")
 
 
@@ -106,7 +108,7 @@ def reproduce(
     protocol = read_packaged(name)
     recipe = protocol.with_options(given)
     if dry_run:
-        show_plan(recipe.as_content(), machine["out"], json)
+        show_plan(recipe, machine["out"], json)
         return
     report = carry_out(recipe.arguments(), **machine)
     if report is None:

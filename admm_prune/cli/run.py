@@ -13,6 +13,7 @@ from admm_prune.cli import common
 from admm_prune.cli.progress import Shown, shown_progress
 
 if TYPE_CHECKING:
+    from admm_prune.runs.recipe_schema import Recipe
     from admm_prune.runs.results import Report
 
 
@@ -50,7 +51,7 @@ def run(
         chosen = chosen.with_options({name: value for name, value in arguments.items() if name in given})
         arguments = chosen.arguments()
         if dry_run:
-            show_plan(chosen.as_content(), machine["out"], json)
+            show_plan(chosen, machine["out"], json)
             return
     report = carry_out(arguments, **machine)
     if report is not None:
@@ -64,10 +65,17 @@ def recipe_and_machine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return recipe, {name: value for name, value in options.items() if name not in recipe}
 
 
-def show_plan(content: dict[str, Any], out: Path | None, json: bool) -> None:
-    """Prints the recipe that would be run, and where it would go; nothing is loaded."""
+def show_plan(recipe: Recipe, out: Path | None, json: bool) -> None:
+    """Prints the recipe that would be run, and where it would go; nothing is loaded.
+
+    Raises:
+        UserError: it cannot be run.
+    """
+    from admm_prune.runs.prune import check_settings
     from admm_prune.runs.recipe_file import written
 
+    check_settings(settings.Settings(**recipe.arguments()))
+    content = recipe.as_content()
     if json:
         common.emit({"recipe": content, "out": None if out is None else str(out)})
         return

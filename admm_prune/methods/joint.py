@@ -14,7 +14,7 @@ from admm_prune.methods.coordination import DenseAttention
 from admm_prune.methods.local import Method
 from admm_prune.methods.parts import LAYER
 from admm_prune.methods.refit import TOKENS, refit_block
-from admm_prune.models.attention import attention_views
+from admm_prune.models.attention import AttentionViews, attention_views
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
 from admm_prune.ops import quadratic
@@ -144,6 +144,13 @@ class Joint:
         return JointBlock(self, stream, index, block, dense, biases, attention)
 
 
+def in_stages(attention: AttentionViews | None, pruned: Collection[str]) -> list[set[str]]:
+    """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where it
+    is coordinated."""
+    first = set() if attention is None else {view.name for view in attention.weights} & set(pruned)
+    return [names for names in (first, set(pruned) - first) if names]
+
+
 @dataclass
 class JointBlock:
     """The steps on one block.
@@ -170,12 +177,8 @@ class JointBlock:
     held_out: set[str] = field(default_factory=set[str])
 
     def stages(self, pruned: Collection[str]) -> list[set[str]]:
-        """The matrices to prune, in the stages in which their inputs are collected: attention before all others, where
-        it is coordinated."""
-        if self.attention is None:
-            return [set(pruned)] if pruned else []
-        first = {view.name for view in self.attention.views.weights} & set(pruned)
-        return [names for names in (first, set(pruned) - first) if names]
+        """As `in_stages`."""
+        return in_stages(None if self.attention is None else self.attention.views, pruned)
 
     def coordinated(self, reports: Sequence[LayerReport], method: Method, task: Task) -> list[LayerReport]:
         """The reports of matrices just pruned; value and output projections, if among them, are solved together."""

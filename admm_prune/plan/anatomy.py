@@ -61,12 +61,13 @@ class Anatomy:
     renames: bool = False
 
     @classmethod
-    def of(cls, source: str, dtype: str | None = None) -> Anatomy:
+    def of(cls, source: str, dtype: str | None = None, *, trust_remote_code: bool = False) -> Anatomy:
         """Builds the model that a config describes.
 
         Args:
             source: "embedded", a folder with a config.json, or a Hub id.
             dtype: instead of the config's.
+            trust_remote_code: allow running code that comes with the model.
 
         Raises:
             UserError: there is no such model, or it has no decoder blocks that can be read.
@@ -75,13 +76,13 @@ class Anatomy:
         with explained(source, location), quiet():
             if isinstance(location, str):
                 check_repository(location)
-            config, kind = kind_of(location, trust_remote_code=False)
+            config, kind = kind_of(location, trust_remote_code)
             weight_dtype = getattr(torch, dtype) if dtype else getattr(config, "dtype", None) or torch.float32
             quantizer = dequantizer(source, config)
             if quantizer is not None:
                 del config.quantization_config
                 weight_dtype = quantizer.update_dtype(weight_dtype)
-            model = shapes(kind, config, weight_dtype)
+            model = shapes(kind, config, weight_dtype, trust_remote_code=trust_remote_code)
             notes: tuple[str, ...] = ()
             renames = False
             if isinstance(location, Path) and any(location.glob("*.safetensors")):
@@ -169,28 +170,31 @@ class Reading:
         return self.lists + _IDS * self.tokens
 
 
-def check_tokenizer(source: str, model: Any, *, required: bool) -> None:
+def check_tokenizer(source: str, model: Any, *, required: bool, trust_remote_code: bool = False) -> None:
     """Refuses a tokenizer with ids for which the model has no embedding, as a run does.
 
     Args:
         source: as the user named the model: of a folder, the tokenizer in it.
         model: its shapes.
         required: whether the plan needs a tokenizer, so that a folder without one is refused.
+        trust_remote_code: allow running code that comes with the model.
 
     Raises:
         UserError: it does not fit the model, or cannot be read.
     """
     location = locate(source, weights=False)
     if required or (isinstance(location, Path) and any(location.glob("*token*"))):
-        check_vocabulary(source, load_tokenizer(source, location, False), model)
+        check_vocabulary(source, load_tokenizer(source, location, trust_remote_code), model)
 
 
-def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Reading | None:
+def read(
+    text: TextSettings, source: str, model: Any, *, stream: bool, trust_remote_code: bool = False
+) -> Reading | None:
     """Reads the text of a run, and encodes a piece of the size that is encoded at once.
 
     Args:
         text: as of a run; None is returned if it is not on this disk.
-        source, model: as `check_tokenizer`.
+        source, model, trust_remote_code: as `check_tokenizer`.
         stream: the run returns freed memory to the system, as streaming runs do.
 
     Raises:
@@ -198,7 +202,7 @@ def read(text: TextSettings, source: str, model: Any, *, stream: bool) -> Readin
     """
     if not is_local(text):
         return None
-    tokenizer = load_tokenizer(source, locate(source, weights=False), False)
+    tokenizer = load_tokenizer(source, locate(source, weights=False), trust_remote_code)
     corpora = read_corpora(text, tokenizer)
     documents = [document for corpus in corpora for document in corpus.documents]
     encode([documents[0][:1000]], tokenizer)  # costs of the first call only

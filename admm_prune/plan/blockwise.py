@@ -26,6 +26,7 @@ from admm_prune.methods.base import IN_PROCESS, Recipe, Task
 from admm_prune.methods.elsa.engine import multiplies_in_bfloat16
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
+from admm_prune.methods.joint import in_stages
 from admm_prune.methods.layerwise import Layerwise
 from admm_prune.methods.local import Method
 from admm_prune.methods.sparsellm import SparseLLM
@@ -246,8 +247,7 @@ def _held_weights(anatomy: Anatomy, *, stream: bool) -> dict[str, int]:
 def _layerwise(block_pass: BlockPass, recipe: Layerwise, task: Task) -> Iterator[Stage]:
     for index, block, count in block_pass.kinds():
         layers = block_pass.pruned(block.weights)
-        first = coordinated(recipe.joint, block, layers) or layers
-        for names in filter(None, (first, layers - first)):
+        for names in in_stages(coordinated(recipe.joint, block, layers), layers):
             yield from _local(block_pass.collect(names), recipe.method, task, count, block_pass)
         yield from _joint(block_pass, recipe, index, block, count, task, layers)
         yield _forward("next inputs", block_pass.advance(), count)

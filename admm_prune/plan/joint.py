@@ -153,15 +153,18 @@ def measuring(stream: BlockStream, counting: Counting, index: int, names: Collec
     return Stage(name="errors of fitted matrices", parts={"Grams": cost.peak}, work=work)
 
 
-def coordinated(joint: Joint, block: Block, layers: Collection[str]) -> set[str]:
-    """The names of the matrices of the attention among `layers`, which are pruned before the others, if it is
-    coordinated."""
+def coordinated(joint: Joint, block: Block, layers: Collection[str]) -> AttentionViews | None:
+    """The attention of a block whose value and output projections are solved together; None where they are not.
+
+    Which projection gives the values, a run tells by their numbers: here it is the first that can be.
+
+    Args:
+        layers: the names of the matrices to prune.
+    """
     if not joint.coordinate:
-        return set()
+        return None
     views = attention_views(block)[0]
-    if not {views.value.name, views.output.name} <= set(layers):
-        return set()
-    return {view.name for view in views.weights} & set(layers)
+    return views if {views.value.name, views.output.name} <= set(layers) else None
 
 
 def joint_stages(
@@ -180,9 +183,9 @@ def joint_stages(
         layers: the names of the matrices that the method prunes as layers.
     """
     fitted: set[str] = set()
-    if coordinated(joint, block, layers):
+    views = coordinated(joint, block, layers)
+    if views is not None:
         yield from coordinating(stream, counting, index, block, method, task)
-        views = attention_views(block)[0]
         fitted = {views.value.name, views.output.name}
     if joint.refit:
         width = block.weights[0].shape[1]

@@ -50,15 +50,25 @@ _SHEETS: Mapping[str, tuple[float, float, float, float, float]] = {
 GPUS = tuple(_SHEETS)
 
 
-def gpu_named(name: str, host: Machine) -> Machine:
-    """Another GPU, at half of the peak rates of its data sheet; disk and calls as measured on the host.
+def gpu_memory(name: str) -> int:
+    """Bytes of memory of a GPU, by its data sheet.
 
     Raises:
         UserError: no such GPU is known.
     """
     if name not in _SHEETS:
         raise UserError(f"gpu must be {', '.join(GPUS[:-1])} or {GPUS[-1]}, not '{name}'")
-    half, single, double, traffic, memory = _SHEETS[name]
+    return int(_SHEETS[name][-1])
+
+
+def gpu_named(name: str, host: Machine) -> Machine:
+    """Another GPU, at half of the peak rates of its data sheet; disk and calls as measured on the host.
+
+    Raises:
+        UserError: no such GPU is known.
+    """
+    memory = gpu_memory(name)
+    half, single, double, traffic, _ = _SHEETS[name]
     rates = {
         "products_half": _ATTAINED * half,
         "products_float32": _ATTAINED * single,
@@ -74,7 +84,7 @@ def gpu_named(name: str, host: Machine) -> Machine:
         },
     }
     source = f"NVIDIA's data sheet, at {_ATTAINED:.0%} of the peak; not measured"
-    return Machine(name, source, rates, int(memory))
+    return Machine(name, source, rates, memory)
 
 
 def measured_here(folder: Path | None = None, half: torch.dtype = torch.bfloat16) -> Machine:

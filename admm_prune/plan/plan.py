@@ -13,12 +13,9 @@ import torch
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
-from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.joint import Joint
-from admm_prune.methods.registry import DEFAULT, composed
+from admm_prune.methods.registry import DEFAULT, RECIPES
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.selection import Selection
-from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
 from admm_prune.models.loading import locate
 from admm_prune.models.structure import notes_on
@@ -35,10 +32,11 @@ from admm_prune.plan.blockwise import (
     pruning_stages,
 )
 from admm_prune.plan.counting import LIBRARIES, Stage, Work, by_name
-from admm_prune.plan.machine import Machine, gpu_named, measured_here
+from admm_prune.plan.machine import Machine, gpu_memory, gpu_named, measured_here
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, loading, saving
 from admm_prune.runs.journal.folder import check_output, existing_parent
 from admm_prune.runs.machine import free_bytes, resident_bytes
+from admm_prune.runs.prune import decide, recipe_of
 from admm_prune.runs.signature import takes
 from admm_prune.settings import PlanSettings
 
@@ -140,9 +138,11 @@ class Plan:
         return replace(stage, parts={name: n for name, n in stage.parts.items() if (name in _ON_HOST) == host})
 
     def _advice(self, part: str, place: str) -> str:
-        if part == "weights" and not self.stream and "Adam's moments" not in self.peak(place).parts:
+        recipe = RECIPES.get(self.method)  # None of a plug-in, which prunes layer by layer
+        streams = recipe is None or recipe.streaming_obstacle() is None
+        if part == "weights" and streams and not self.stream and "Adam's moments" not in self.peak(place).parts:
             return "use --stream, which holds one block at a time"
-        if part == "Adam's moments" and self.method == "elsa":
+        if part == "Adam's moments" and recipe is not None and _keeps_full_moments(recipe):
             return "use elsa-l, whose moments take a quarter, or more --gpus"
         if part in (ACTIVATIONS_PART, "tokens of the network", "targets"):
             return "use fewer --samples or a shorter --length"
@@ -165,27 +165,28 @@ def make_plan(settings: PlanSettings) -> Plan:
     Raises:
         UserError: something in the arguments cannot be used.
     """
-    model, method, stream = str(settings.model), settings.method or DEFAULT, settings.stream
+    model, method, trusts = str(settings.model), settings.method or DEFAULT, settings.trust_remote_code
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
     target = parse_target(settings.sparsity, settings.pattern)  # as typed: parsed, and refused, in one place
-    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation", "problem")}
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(method, engine=Engine.of(settings), **how, joint=joint)
-    recipe = configured(recipe, settings.unit, settings.multiple)
+    recipe = recipe_of(settings)
     if gpus > 1 and gpu is None:
         raise UserError("--gpus needs the kind of GPU: add --gpu, such as --gpu h100")
     if settings.device_memory is not None and gpu is None:
         raise UserError("--device-memory is that of a GPU: add its kind, or one like it, such as --gpu a100")
-    if stream and (obstacle := recipe.streaming_obstacle()) is not None:
-        raise UserError(f"cannot stream: {obstacle}")
+    limits = {"host": int(settings.memory * _GB) if settings.memory else free_bytes("cpu") + resident_bytes()}
+    if gpu is not None:
+        limits["device"] = int(settings.device_memory * _GB) if settings.device_memory else gpu_memory(gpu)
+    # As a run decides, which writes to a folder, by what is free where the weights would go.
+    free = limits.get("device", limits["host"] if settings.memory else free_bytes("cpu"))
+    stream = decide(settings.stream, model, recipe, True, free)
     out = None
     if settings.out is not None:
         check_output(Path(settings.out), overwrite=True)
         out = existing_parent(Path(settings.out))
-    anatomy = Anatomy.of(model, settings.dtype)
-    check_tokenizer(model, anatomy.model, required=text is not None)
+    anatomy = Anatomy.of(model, settings.dtype, trust_remote_code=trusts)
+    check_tokenizer(model, anatomy.model, required=text is not None, trust_remote_code=trusts)
     target = selection.applied(anatomy.model, target)
     recipe.check(anatomy.model, target)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
@@ -194,10 +195,17 @@ def make_plan(settings: PlanSettings) -> Plan:
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
     recipe.check_task(task)
-    reading = None if text is None else read(text, model, anatomy.model, stream=stream)
+    reading = None if text is None else read(text, model, anatomy.model, stream=stream, trust_remote_code=trusts)
     host = measured_here(out, _narrow(anatomy))
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     notes = [*anatomy.notes, *notes_on(anatomy.model)]
+    if stream and settings.stream == "auto":
+        notes.append(
+            "the run would read the model block by block (--stream), since its weights would fill the memory; "
+            "--no-stream plans it in memory"
+        )
+    if settings.bounds:
+        notes.append("the time of --bounds is not counted: seconds for every matrix")
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
     device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, task, validation, allocation, stream=stream, device=device)
@@ -228,9 +236,6 @@ def make_plan(settings: PlanSettings) -> Plan:
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
     if gpu is not None:
         notes.append(f"time of {gpu}: {machine.source}")
-    limits = {"host": int(settings.memory * _GB) if settings.memory else free_bytes("cpu") + resident_bytes()}
-    if machine.memory is not None:
-        limits["device"] = int(settings.device_memory * _GB) if settings.device_memory else machine.memory
     return Plan(
         model=model,
         method=method,
@@ -247,6 +252,11 @@ def make_plan(settings: PlanSettings) -> Plan:
         free_disk=None if out is None else shutil.disk_usage(out).free,
         notes=tuple(notes),
     )
+
+
+def _keeps_full_moments(recipe: Recipe) -> bool:
+    """Whether a method that prunes keeps Adam's moments in full."""
+    return recipe.prunes and getattr(recipe, "moments", None) == "full"
 
 
 def _stages(

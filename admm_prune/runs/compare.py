@@ -18,8 +18,10 @@ from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
-from admm_prune.methods.registry import recipe_named, with_baselines, with_joint
+from admm_prune.methods.parts import check_one_set, described
+from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_baselines
 from admm_prune.methods.selection import Selection
+from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
 from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
@@ -114,6 +116,7 @@ class ComparisonSettings:
 
     def recorded(self) -> dict[str, Any]:
         """As the manifest holds them, ready for JSON."""
+        parts = {"problem": self.run.problem, "constraint": self.run.constraint}
         return recorded(
             self.run,
             "compare",
@@ -121,6 +124,7 @@ class ComparisonSettings:
             text=self.text,
             selection=self.selection,
             coordinate=self.joint.coordinate,
+            **{name: None if part is None else described(part) for name, part in parts.items()},
             methods=self.methods,
             targets=[asdict(target) for target in self.targets],
             baselines=self.baselines,
@@ -153,18 +157,14 @@ def compare(
             figures that it had in memory.
     """
     check_installed(*REPORT_PACKAGES)
-    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
-    recipes = [recipe_named(name) for name in names]
     run, model_name = settings.run, str(settings.run.model)
-    how = (run.steps, Engine.of(run), run.distillation)
-    recipes = [recipe_named(r.name, *how) if "steps" in r.options else r for r in recipes]
-    recipes = [with_joint(recipe, settings.joint) if recipe.prunes else recipe for recipe in recipes]
-    if not recipes:
-        raise UserError("give at least one method, such as --methods wanda,admm")
+    recipes = _recipes(settings)
     # Targets are distinguished by their labels in the report and the folder names.
     targets = list({target.label: target for target in settings.targets}.values())
     if not targets:
         raise UserError("give at least one sparsity or pattern")
+    for target in targets:
+        check_one_set(run.constraint, str(target) if target.pattern else None)
     check_apart(out, run.model, run.data, run.eval_data)
     device = pick_device(run.device)
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
@@ -172,6 +172,9 @@ def compare(
         loaded = opened(model_name, dtype=run.dtype)
         jobs = _jobs(recipes, targets, settings, loaded.model)
         texts = Texts(settings.text, loaded)
+        tasks = [_task(settings, texts, recipe, target) for recipe, target in jobs]
+        for (recipe, _), task in zip(jobs, tasks, strict=True):
+            recipe.check_task(task)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
@@ -191,15 +194,13 @@ def compare(
             # A model without a finished row: the process ended before the row was committed.
             with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as run_journal:
                 model = opened(model_name, dtype=run.dtype)
-                calibration = texts.calibration(recipe.samples)
-                task = Task(target=target, calibration=calibration, seed=settings.text.seed)
                 its_record = manifest(settings.recorded(), texts.records(recipe.samples), loaded.revision, device)
                 run_journal.begin({**its_record, "weights": weights})
                 runtime = Runtime(journal=run_journal, on_progress=callback.on_progress)
                 phases = Phases(device, callback=callback)
                 report = prune.run_recipe(
                     recipe,
-                    task,
+                    tasks[done],
                     runtime,
                     model,
                     dense,
@@ -235,6 +236,36 @@ def compare(
     return comparison
 
 
+def _recipes(settings: ComparisonSettings) -> list[Recipe]:
+    """The methods, each with those settings of training and of structured groups that it takes.
+
+    Parts and steps of blocks are given to all methods that prune.
+
+    Raises:
+        UserError: there is no such method, no method takes one of the settings, or one does not take a part.
+    """
+    run = settings.run
+    names = with_baselines(settings.methods) if settings.baselines else list(dict.fromkeys(settings.methods))
+    if not names:
+        raise UserError("give at least one method, such as --methods wanda,admm")
+    recipes = [recipe_named(name) for name in names]
+    declared, used = options(Settings), {name for recipe in recipes for name in recipe.options}
+    for name in {name: None for recipe in RECIPES.values() for name in recipe.options}:
+        if name not in used and getattr(run, name) != declared[name].default:
+            takers = ", ".join(recipe.name for recipe in RECIPES.values() if name in recipe.options)
+            raise UserError(f"no method of this comparison takes --{name.replace('_', '-')}: it is for {takers}")
+    made: list[Recipe] = []
+    for recipe in recipes:
+        how: dict[str, Any] = {}
+        if "steps" in recipe.options:
+            how = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
+        if recipe.prunes:
+            how |= {"problem": run.problem, "constraint": run.constraint, "joint": settings.joint}
+        one = composed(recipe.name, **how)
+        made.append(configured(one, run.unit, run.multiple) if "unit" in recipe.options else one)
+    return made
+
+
 def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], settings: ComparisonSettings, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
@@ -247,6 +278,11 @@ def _jobs(
         if settings.allocation is not None and recipe.prunes:
             settings.allocation.check(recipe, model, target)
     return jobs
+
+
+def _task(settings: ComparisonSettings, texts: Texts, recipe: Recipe, target: Target) -> Task:
+    bounds = settings.run.bounds and recipe.prunes
+    return Task(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed, bounds=bounds)
 
 
 def _known(record: dict[str, Any], models: Path) -> Row:

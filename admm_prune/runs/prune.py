@@ -56,20 +56,19 @@ _LOG = logging.getLogger(__name__)
 _COMFORT = 0.5  # fraction of the free memory that weights may take: statistics and activations need the rest
 _PRUNED_BEFORE = 0.01  # zeros among the weights of a model, beyond which it is no dense one
 _COMPARED = 64  # tokens on which a model and its saved folder are compared
+_PARTS = ("solver", "problem", "constraint")
 _TASKS_IN_MEMORY = "tasks need the whole model in memory: evaluate them afterwards, with 'admm-prune eval --tasks'"
 _ROOM = 1.25  # free memory needed for a second copy of a model, relative to its weights
 
 
-def decide(
-    stream: Stream, model: object, recipe: Recipe, written: bool, device: str, tasks: Tasks | None = None
-) -> bool:
+def decide(stream: Stream, model: object, recipe: Recipe, written: bool, free: int, tasks: Tasks | None = None) -> bool:
     """Whether to stream.
 
     Args:
         stream: what the user says; "auto" streams a folder whose weights would not fit comfortably.
         model: a name, a folder, or a module.
         written: the result goes to a folder.
-        device: where the weights would go.
+        free: bytes of memory where the weights would go.
         tasks: on which the pruned model is evaluated.
 
     Raises:
@@ -82,7 +81,34 @@ def decide(
         raise UserError(f"cannot stream: {why}")
     if stream != "auto":
         return stream
-    return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free_bytes(device)
+    return why is None and weight_bytes(expanded(str(model))) > _COMFORT * free
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """The method of a run with its parts.
+
+    Raises:
+        UserError: there is no such method or part, or the method does not take what is given.
+    """
+    check_one_set(settings.constraint, settings.pattern)
+    names = ("steps", "distillation", *_PARTS)
+    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    joint = Joint.of(settings.coordinate, settings.refit)
+    recipe = composed(settings.method, **how, engine=Engine.of(settings), joint=joint)
+    return configured(recipe, settings.unit, settings.multiple)
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses settings with which no model can be pruned; reads neither a model nor a text.
+
+    Raises:
+        UserError: as `prune`.
+    """
+    recipe_of(settings)
+    Selection.of(settings.targets, settings.ignore, settings.overrides or {})
+    AllocationRule.named(settings.allocation, settings.allocation_passes)
+    parse_ridge(settings.ridge)
+    _target(settings)
 
 
 def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
@@ -130,13 +156,9 @@ def prune(settings: Settings) -> Report:
         raise UserError(
             f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
         )
-    method, parts = settings.method, {name: getattr(settings, name) for name in ("solver", "problem", "constraint")}
-    check_one_set(settings.constraint, settings.pattern)
+    method, parts = settings.method, {name: getattr(settings, name) for name in _PARTS}
+    recipe = recipe_of(settings)
     selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    how: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "distillation")}
-    joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(method, **how, engine=Engine.of(settings), **parts, joint=joint)
-    recipe = configured(recipe, settings.unit, settings.multiple)
     target = _target(settings)
     allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     ridge = parse_ridge(settings.ridge)
@@ -158,7 +180,9 @@ def prune(settings: Settings) -> Report:
         # 2. Open the model: block by block where its weights would not fit.
         if stream == "auto" and journal is not None and journal.resumed:  # another run has freed or taken memory since
             stream = bool(journal.begun_with("stream"))
-        streams = world.broadcast_from_rank0(lambda: decide(stream, model, recipe, out is not None, device, tasks))
+        streams = world.broadcast_from_rank0(
+            lambda: decide(stream, model, recipe, out is not None, free_bytes(device), tasks)
+        )
         phases = Phases(device, callback=callback)
         with phases("opening the model"):
             loaded = _opened(settings, device, on_disk=streams or shards_weights(settings, recipe, world))
@@ -178,7 +202,7 @@ def prune(settings: Settings) -> Report:
             ridge=ridge,
             stream=streams,
             selection=selection,
-            coordinate=joint.coordinate,
+            coordinate=Joint.of(settings.coordinate, settings.refit).coordinate,
             tasks=() if tasks is None else tasks.names,
             task_folder=None if settings.task_folder is None else str(settings.task_folder),
             **{name: None if part is None else described(part) for name, part in parts.items()},

@@ -45,12 +45,16 @@ def recipe_of(manifest: Manifest) -> Recipe | None:
         if "methods" in settings:
             recipe = recipe_named(manifest["method"])
             steps = settings["steps"] if "steps" in recipe.options else None
-            return recipe_named(manifest["method"], steps)
-        parts = {name: settings[name] for name in _PARTS}
+            parts = {name: settings.get(name) for name in _PARTS if recipe.prunes}
+            unit, multiple = (settings[name] if name in recipe.options else None for name in ("unit", "multiple"))
+            name = recipe.name
+        else:
+            parts = {name: settings[name] for name in _PARTS}
+            steps, unit, multiple = (settings[name] for name in ("steps", "unit", "multiple"))
+            name = settings["method"]
         if any(part is not None and not re.fullmatch(r"[\w-]+", part) for part in parts.values()):
             return None
-        recipe = composed(settings["method"], steps=settings["steps"], **parts)
-        return configured(recipe, settings["unit"], settings["multiple"])
+        return configured(composed(name, steps=steps, **parts), unit, multiple)
     except UserError:
         return None
 

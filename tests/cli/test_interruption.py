@@ -33,6 +33,12 @@ def breaks(error: BaseException) -> object:
     return fail
 
 
+def test_an_interrupt_while_the_command_line_is_imported(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("admm_prune.cli._run", breaks(KeyboardInterrupt()))
+    outcome = command("list")
+    assert (outcome.status, outcome.out, outcome.err) == (130, "", "admm-prune: interrupted\n")
+
+
 @pytest.fixture
 def arguments(model_folder: Path, text_file: Path) -> tuple[object, ...]:
     return ("--model", model_folder, "--data", text_file, "--samples", 8, "--out", "deep/out", "--sparsity", "0.5")

@@ -170,5 +170,16 @@ def test_recipes_are_listed_shown_and_checked(command: Command, place: Path) -> 
         assert refused.status == 2
         assert "mine.yaml: expected.tolerance: " in refused.err
         assert reason in refused.err
+    for wrong, reason in (  # what only a run would refuse is no recipe that can be run
+        ("method: sparsgpt\nsparsity: 0.5", "unknown method 'sparsgpt' (did you mean 'sparsegpt'?)"),
+        ("method: wanda\nsteps: 8\nsparsity: 0.5", "wanda does not train: --steps is for"),
+        ("constraint: row-wise\npattern: '2:4'", "the pattern 2:4 is a sparse set of its own"),
+        ("allocation: owll\nsparsity: 0.5", "did you mean 'owl'?"),
+    ):
+        (place / "mine.yaml").write_text(f"model: embedded\n{wrong}\n")
+        for words in (("recipe", "check", "mine.yaml"), ("run", "--recipe", "mine.yaml", "--dry-run")):
+            refused = command(*words)
+            assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1)
+            assert reason in refused.err
     schema: Any = command("recipe", "schema").json()
     assert {"overrides", "expected"} <= schema["properties"].keys()

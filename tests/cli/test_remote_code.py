@@ -40,6 +40,8 @@ def test_every_command_that_loads_a_model(command: Command, model: Path, text_fi
         ("compare", "--model", model, *wanda, "--out", "comparison", *text),
         ("capture", "--model", model, *weight, "--out", "layer.safetensors", *text),
         ("eval", model, *text),
+        ("plan", "--model", model, "--method", "wanda", "--sparsity", 0.5),
+        ("list", "modules", "--model", model),
         ("bench", "inference", model, "--tokens", 8, "--new-tokens", 2, "--batches", 1, "--repeats", 1),
     )
     for words in commands:

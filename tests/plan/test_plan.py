@@ -33,10 +33,11 @@ from admm_prune.models.sublayers import feed_forward_part
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import SOLVER, Collected, _local, pruning_stages, training
 from admm_prune.plan.blockwise import _keep_all as keep_all
-from admm_prune.plan.counting import KINDS, Cost, Work, by_name, counted, measured_cost
+from admm_prune.plan.counting import KINDS, Cost, Stage, Work, by_name, counted, measured_cost
 from admm_prune.plan.machine import GPUS, Machine, measured_here
 from admm_prune.plan.plan import make_plan
 from admm_prune.plan.trials import LayerTrial, estimated, random_gram, view_of
+from admm_prune.runs.prune import decide
 from admm_prune.statistics import LayerStatistics
 from tests.models.tiny_models import FAMILIES, build, is_mixture
 
@@ -372,6 +373,67 @@ def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: p
     assert eight.peak("device").bytes < one.peak("device").bytes
     assert eight.seconds == pytest.approx(one.seconds / 8)
     assert one.peak("host").parts.keys() <= {"interpreter and libraries", "activations between blocks"}
+
+
+def test_a_model_is_planned_as_a_run_would_read_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block from the folder whose weights would fill the memory, unless that is chosen."""
+    rates = dict.fromkeys(KINDS, 1e9)
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    how: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "samples": 4}
+    weights = (model_folder / "model.safetensors").stat().st_size
+    for free, streams in ((1.9 * weights, True), (2.1 * weights, False)):
+        monkeypatch.setattr("admm_prune.plan.plan.free_bytes", lambda _, free=free: round(free))
+        monkeypatch.setattr("admm_prune.runs.prune.free_bytes", lambda _, free=free: round(free))
+        plan = make_plan(model_folder, **how)
+        assert plan.stream == streams == decide("auto", model_folder, recipe_named("wanda"), True, round(free))
+        assert any("--no-stream" in note for note in plan.notes) == streams
+        chosen = {choice: make_plan(model_folder, **how, stream=choice) for choice in (True, False)}
+        assert [one.stream for one in chosen.values()] == [True, False]
+        assert not any("--no-stream" in note for one in chosen.values() for note in one.notes)
+    assert not make_plan(model_folder, **how | {"method": "struprune-padded"}, gpu="h100", device_memory=0.001).stream
+    monkeypatch.setattr("admm_prune.runs.prune.weight_bytes", lambda _: 10**6)
+    assert [make_plan(model_folder, **how, gpu="h100", device_memory=gb).stream for gb in (0.001, 0.003)] == [
+        True,
+        False,
+    ]
+
+
+def test_parts_that_a_run_takes_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = dict.fromkeys(KINDS, 1e9)
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    how: dict[str, Any] = {"method": "admm", "sparsity": 0.5, "samples": 4, "length": 32}
+    plan = make_plan("embedded", **how, constraint="row-wise", bounds=True)
+    assert any("--bounds is not counted" in note for note in plan.notes)
+    with pytest.raises(UserError, match="struprune takes no constraint"):
+        make_plan("embedded", **how | {"method": "struprune"}, constraint="row-wise")
+
+
+@pytest.mark.parametrize(
+    ("method", "advises"),
+    [
+        ("elsa", True),
+        ("staged", True),
+        ("gradual", True),
+        ("elsa-published", True),
+        ("elsa-l", False),
+        ("tuned-dense", False),
+    ],
+)
+def test_less_state_is_advised_where_a_method_has_moments_in_full(method: str, advises: bool) -> None:
+    stage = Stage(name="training", parts={"weights": 4, "Adam's moments": 8}, work=Work.of())
+    plan = replace(make_plan("embedded", method="wanda", sparsity=0.5, samples=1, length=32), method=method)
+    refused = replace(plan, stages=(stage,), limits={"host": 1}).refusal()
+    assert refused is not None
+    assert ("use elsa-l" in refused) == advises
+
+
+@pytest.mark.parametrize(("method", "advises"), [("wanda", True), ("struprune", True), ("struprune-padded", False)])
+def test_streaming_is_advised_where_a_method_streams(method: str, advises: bool) -> None:
+    stage = Stage(name="statistics", parts={"weights": 8}, work=Work.of())
+    plan = replace(make_plan("embedded", method="wanda", sparsity=0.5, samples=1, length=32), method=method)
+    refused = replace(plan, stages=(stage,), limits={"host": 1}).refusal()
+    assert refused is not None
+    assert ("use --stream, which" in refused) == advises
 
 
 def test_what_does_not_fit_is_told_with_its_part_and_what_helps() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
@@ -16,6 +17,8 @@ from admm_prune.models.evaluate import Evaluation
 from admm_prune.runs import compare as comparison
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.settings import Settings
+from admm_prune.verify.report import Verdict
+from admm_prune.verify.run import verify_folder
 from tests.runs.interruption import Interruption
 
 DENSE = Evaluation(
@@ -137,6 +140,31 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
         "magnitude",
         "sparsegpt",
     ] * 2
+
+
+def test_a_comparison_in_another_sparse_set_with_bounds(tmp_path: Path, settings: ComparisonSettings) -> None:
+    """Every method has the set, a bound of every layer, and both in its manifest; `verify` agrees."""
+    run = replace(settings.run, constraint="row-wise", bounds=True, problem="layer")
+    compare(replace(settings, run=run, targets=settings.targets[:1]), tmp_path / "out")
+    for method in settings.methods:
+        place = tmp_path / f"out/models/{method}-50"
+        content = json.loads((place / "admm_prune.json").read_text())
+        chosen = {name: content["settings"][name] for name in ("constraint", "problem", "bounds")}
+        assert chosen == {"constraint": "row-wise", "problem": "layer", "bounds": True}
+        assert all(0 <= layer["bound"] <= layer["objective"] for layer in content["layers"])
+        weights = load_file(place / "model.safetensors")
+        for layer in content["layers"]:
+            kept = (weights[layer["name"]] != 0).sum(1)
+            assert set(kept.tolist()) == {layer["shape"][1] // 2}
+    assert verify_folder(tmp_path / "out", quick=True).verdict is not Verdict.REJECTED
+
+
+def test_settings_of_structured_groups_in_a_comparison(tmp_path: Path, settings: ComparisonSettings) -> None:
+    run = replace(settings.run, unit="bytes", multiple=8)
+    methods = ("magnitude", "struprune-uniform")
+    compare(replace(settings, run=run, methods=methods, targets=settings.targets[:1]), tmp_path / "out")
+    details = json.loads((tmp_path / "out/models/struprune-uniform-50/admm_prune.json").read_text())["details"]
+    assert details["unit"] == "bytes"
 
 
 def test_a_comparison_of_chosen_weights(tmp_path: Path, settings: ComparisonSettings) -> None:
