@@ -146,6 +146,7 @@ def linear(x: Tensor, matrix: Packed, bias: Tensor | None = None) -> Tensor:
         torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     ):
         # The same function without the dispatcher, whose overhead is a good part of a small product.
+        bias = None if bias is None else bias.to(x.dtype)
         return _linear_cpu(x.reshape(-1, matrix.width), matrix, bias).view(*x.shape[:-1], matrix.rows)
     parts = (matrix.bits, matrix.values, matrix.offsets, matrix.scales)
     result: Tensor = torch.ops.admm_prune.packed_linear(x, *parts, bias, matrix.width, matrix.group)
@@ -343,7 +344,7 @@ def _linear_cpu(x: Tensor, matrix: Packed, bias: Tensor | None) -> Tensor:
     dtype = _dense_dtype(x)
     native = PREFILL_TOKENS if dtype == torch.float32 else PREFILL_TOKENS_NATIVE
     if len(x) < (native if dtype == x.dtype else PREFILL_TOKENS_16_BITS):
-        bias = None if bias is None else bias.to(x.dtype).contiguous()
+        bias = None if bias is None else bias.contiguous()
         return library.linear(x.contiguous(), matrix, bias)
     # Blocks of rows, so that the dense matrix is never in memory.
     inputs, out = x.to(dtype), x.new_empty(len(x), matrix.rows)
@@ -377,7 +378,7 @@ def _linear_impl(
     matrix = Packed(packed_bits, values, offsets, scales, width, group)
     flat = x.reshape(-1, width)
     implementation = _linear_cuda if backend.uses_triton(x) else _linear_cpu
-    return implementation(flat, matrix, bias).view(*x.shape[:-1], matrix.rows)
+    return implementation(flat, matrix, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], matrix.rows)
 
 
 def _unpack_impl(

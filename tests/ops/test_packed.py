@@ -212,6 +212,20 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         packed.pack(torch.ones(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("tokens", [2, 200])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_bias_in_another_dtype_than_the_inputs(tokens: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model whose norms and biases are kept in float32: the result is in the dtype of the inputs."""
+    if kernels == "torch":
+        monkeypatch.setattr(packed, "_usable", lambda: None)
+    w, bias = masked(4, 40, 0.5), torch.arange(4.0)
+    for dtype in (torch.float64, torch.bfloat16):
+        x = inputs(tokens, 40, dtype)
+        y = packed.linear(x, packed.pack(w), bias)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), x.double() @ w.double().T + bias, rtol=2**-6, atol=2**-4)  # bfloat16
+
+
 def test_gradients_of_a_single_vector() -> None:
     x, bias = inputs(1, 40)[0].requires_grad_(), torch.zeros(4, requires_grad=True)
     w = masked(4, 40, 0.5)

@@ -19,6 +19,7 @@ from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.settings import Settings
 from admm_prune.verify.report import Verdict
 from admm_prune.verify.run import verify_folder
+from tests.runs.html_page import read_page
 from tests.runs.interruption import Interruption
 
 DENSE = Evaluation(
@@ -165,6 +166,8 @@ def test_settings_of_structured_groups_in_a_comparison(tmp_path: Path, settings:
     compare(replace(settings, run=run, methods=methods, targets=settings.targets[:1]), tmp_path / "out")
     details = json.loads((tmp_path / "out/models/struprune-uniform-50/admm_prune.json").read_text())["details"]
     assert details["unit"] == "bytes"
+    page = read_page((tmp_path / "out/report.html").read_text()).text
+    assert "Of struprune-uniform, zeros are the weights of the units that were removed" in " ".join(page.split())
 
 
 def test_a_comparison_of_chosen_weights(tmp_path: Path, settings: ComparisonSettings) -> None:

@@ -193,6 +193,7 @@ def _comparison(folder: Path, comparison: Manifest) -> str:
         comparison=comparison,
         runs=runs,
         tuned=tuned[0] if tuned else None,
+        structured=list(dict.fromkeys(run["method"] for run in runs if run["details"].get("units"))),
         best=[
             is_best and row["target"] != "0%"  # no comparison for what prunes nothing
             for is_best, row in zip(content.best_of_target(rows), rows, strict=True)
