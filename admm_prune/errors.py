@@ -26,6 +26,10 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteError(UserError, ArithmeticError):
+    """Of all points that a solver met, none has a finite value."""
+
+
 class WriteError(UserError):
     """A file of a run cannot be written, as on a full disk; the journal adds what it keeps."""
 

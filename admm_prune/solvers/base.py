@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from admm_prune.errors import UserError
+from admm_prune.errors import NonFiniteError, UserError
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
@@ -41,8 +41,8 @@ class Run(Generic[StateT]):
     start: Point | None = None
 
     def offer(self, point: Point, value: float) -> None:
-        """Keeps the point if it is finite and the best so far."""
-        if value < self.best_value:
+        """Keeps the point if its value is finite and the best so far."""
+        if value < self.best_value and math.isfinite(value):
             self.best, self.best_value, self.best_iteration = point, value, self.iteration
 
 
@@ -105,7 +105,8 @@ class Iterative(ABC, Generic[StateT]):
 
     @abstractmethod
     def solution(self, problem: Any, state: StateT) -> Point:
-        """The feasible point of the iteration just done."""
+        """The feasible point of the iteration just done, which no later step may change: a copy, where steps are in
+        place."""
 
     def projected_start(self, problem: Any, start: Point | None) -> Point:
         """The feasible point to begin from, which the result is never worse than."""
@@ -138,7 +139,7 @@ class Iterative(ABC, Generic[StateT]):
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
             UserError: both a start and a state; a start of another form than the dense weights.
-            ArithmeticError: no point met has a finite value, not even the start's projection.
+            NonFiniteError: no point met has a finite value, not even the start's projection.
         """
         self.check(problem)
         if start is not None and state is not None:
@@ -204,7 +205,7 @@ class Iterative(ABC, Generic[StateT]):
                 final.offer(unfinished, problem.value(unfinished))
         start_objective = offer_start(problem, final, self.projected_start(problem, run.start))
         if final.best is None:
-            raise ArithmeticError(
+            raise NonFiniteError(
                 "no feasible point of finite value was met, not even the projected start: look for damaged weights, or "
                 "raise the precision"
             )
@@ -275,7 +276,7 @@ def closed_form(
 
     Raises:
         UserError: a start of another form than the dense weights.
-        ArithmeticError: neither has a finite value.
+        NonFiniteError: neither has a finite value.
     """
     seconds = time.perf_counter() - began
     start = checked_start(problem, start)
@@ -284,7 +285,7 @@ def closed_form(
     status = Status.NONFINITE if run.best is None else Status.CLOSED_FORM
     start_objective = None if start is None else offer_start(problem, run, problem.constraint.project(start))
     if run.best is None:
-        raise ArithmeticError("the solution has no finite value: raise the ridge or the precision")
+        raise NonFiniteError("the solution has no finite value: raise the ridge or the precision")
     return Result(
         solution=run.best,
         status=status,
@@ -324,6 +325,6 @@ def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> 
 def offer_start(problem: Problem, run: Run[Any], point: Point) -> float:
     """Makes the projected start a candidate, so that no result is worse than it, and returns its value."""
     value = problem.value(point)
-    if value <= run.best_value:
+    if value <= run.best_value and math.isfinite(value):
         run.best, run.best_value, run.best_iteration = point, value, 0
     return value

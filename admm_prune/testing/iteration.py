@@ -145,10 +145,9 @@ def _check_start_is_kept(
 ) -> None:
     part = _run(case, short, problem, start=start)
     rest = _run(case.narrow("continued"), solver, problem, state=part.state)
+    limit = problem.value(problem.constraint.project(start))
     case.require(
-        rest.objective <= part.objective,
-        "return nothing worse when continued",
-        f"{rest.objective} after {part.objective}",
+        rest.objective <= limit, "return nothing worse than it when continued", f"{rest.objective} after {limit}"
     )
 
 
