@@ -203,7 +203,7 @@ class Refittable(Problem, Protocol):
 
 
 def fits(problem: object, capability: type[CapabilityT]) -> TypeIs[CapabilityT]:
-    """Whether the problem has all members of a capability.
+    """Whether the problem has all members of a capability; one that is None is none.
 
     They are looked up, not read: up to Python 3.11 `isinstance` reads each property, and `linear` costs a product.
     """
@@ -240,8 +240,10 @@ def checked_constraint(solver: object, problem: Problem, kind: type[CapabilityT]
 
 
 def _missing(thing: object, capability: type) -> list[str]:
-    """The public members of a protocol that a thing lacks."""
+    """The public members of a protocol that a thing lacks, or has as None."""
     kinds = (kind for kind in capability.__mro__ if kind not in (object, Protocol, Generic))
     members = {name for kind in kinds for name in vars(kind) if not name.startswith("_")}
-    absent = object()
-    return sorted(name for name in members if inspect.getattr_static(thing, name, absent) is absent)
+    missing = {name for name in members if inspect.getattr_static(thing, name, None) is None}
+    if missing and hasattr(type(thing), "__getattr__"):  # it may pass them on from another object
+        missing = {name for name in missing if getattr(thing, name, None) is None}
+    return sorted(missing)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from admm_prune.point import Point
-from admm_prune.problem import Problem, Quadratic
+from admm_prune.problem import Problem, Quadratic, fits
 from admm_prune.result import Progress, Result, Status
 from admm_prune.solvers.base import Iterative, Solver
 from admm_prune.testing.instances import CONSTRAINTS, PROBLEMS, VIEWS, Maker
@@ -88,7 +88,7 @@ def _names(solver: object) -> set[str]:
 def _tensors(problem: Problem) -> dict[str, Tensor]:
     """All public and private tensors of a problem."""
     contents: dict[str, Any] = {f"initial {name}": x for name, x in problem.initial().items()}
-    if isinstance(problem, Quadratic):
+    if fits(problem, Quadratic):
         contents |= {name: getattr(problem, name) for name in ("hessian", "linear", "minimizer")}
     return contents | {name: x for name, x in vars(problem).items() if isinstance(x, Tensor)}
 

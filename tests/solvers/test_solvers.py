@@ -300,6 +300,28 @@ def test_refusals_name_both_sides() -> None:
         Refit().solve(layer(Unstructured(0.5)))
 
 
+def test_a_member_that_is_none_is_missing_and_one_that_is_passed_on_is_there() -> None:
+    class Dropped(LayerReconstruction):
+        hessian = None
+        refit = None
+
+    class Passing:
+        def __init__(self, inside: LayerReconstruction) -> None:
+            self.inside = inside
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inside, name)
+
+    problem = layer(CONSTRAINTS["half"])
+    dropped = Dropped.__new__(Dropped)
+    vars(dropped).update(vars(problem))
+    with pytest.raises(TypeError, match=r"Wanda needs a Quadratic problem .* Dropped lacks hessian$"):
+        Wanda().solve(dropped)
+    with pytest.raises(TypeError, match="Dropped has neither a hessian nor a refit"):
+        Refit(Magnitude()).solve(dropped)
+    assert ADMM().solve(Passing(problem)).objective == ADMM().solve(problem).objective
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
