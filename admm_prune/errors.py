@@ -26,6 +26,10 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteError(UserError, ArithmeticError):
+    """Of all points that a solver met, none has a finite value."""
+
+
 class WriteError(UserError):
     """A file of a run cannot be written, for example on a full disk. The journal adds what work it has kept."""
 

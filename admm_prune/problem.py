@@ -216,7 +216,7 @@ class Refittable(Problem, Protocol):
 
 
 def fits(problem: object, capability: type[CapabilityT]) -> TypeIs[CapabilityT]:
-    """Whether a problem has all members of a capability, one of the protocols above.
+    """Whether a problem has all members of a capability, one of the protocols above; one that is None counts as absent.
 
     Members are looked up without reading them: `isinstance` reads every property up to Python 3.11, and `linear`, for
     example, computes a matrix product.
@@ -258,8 +258,10 @@ def checked_constraint(solver: object, problem: Problem, kind: type[CapabilityT]
 
 
 def _missing(thing: object, capability: type) -> list[str]:
-    """The public members of a protocol that an object lacks."""
+    """The public members of a protocol that an object lacks, or has as None."""
     kinds = (kind for kind in capability.__mro__ if kind not in (object, Protocol, Generic))
     members = {name for kind in kinds for name in vars(kind) if not name.startswith("_")}
-    absent = object()
-    return sorted(name for name in members if inspect.getattr_static(thing, name, absent) is absent)
+    missing = {name for name in members if inspect.getattr_static(thing, name, None) is None}
+    if missing and hasattr(type(thing), "__getattr__"):  # it may pass them on from another object
+        missing = {name for name in missing if getattr(thing, name, None) is None}
+    return sorted(missing)

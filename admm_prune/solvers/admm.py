@@ -14,7 +14,7 @@ from admm_prune.ops import backend, selection, splitting
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, RunConstraint, SupportConstraint, fits, require
 from admm_prune.result import Progress
-from admm_prune.solvers.admm_state import Batch, Measured, State, Stepper
+from admm_prune.solvers.admm_state import ADMMState, Batch, Measured, Stepper
 from admm_prune.solvers.base import Iterative, check_at_least, projection_in_its_metric
 from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
@@ -24,7 +24,7 @@ _UNREAD = 16  # maximum number of iterations whose measures stay on the device
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADMM(Iterative[State]):
+class ADMM(Iterative[ADMMState]):
     """min f(x) + indicator_C(d), x = d, with scaled dual u:
 
         x <- argmin f(x) + rho |x - (d - u)|_D^2,    z <- a x + (1 - a) d + u,    d <- P_C(z),    u <- z - d.
@@ -127,18 +127,18 @@ class ADMM(Iterative[State]):
                 f"{type(problem.constraint).__name__} of {type(problem).__name__} lacks select"
             )
 
-    def init(self, problem: Quadratic | Proximable, start: Point | None) -> State:
+    def init(self, problem: Quadratic | Proximable, start: Point | None) -> ADMMState:
         update = QuadraticUpdate(problem) if fits(problem, Quadratic) else ProximalUpdate(problem)
         z = (update.origin() if start is None else start).map(_contiguous_copy)
         root = update.root
         score = Point({name: x.abs() if name not in root else (x * root[name]).abs_() for name, x in z.items()})
-        return State(update, z, self._select(problem, score, 0))
+        return ADMMState(update, z, self._select(problem, score, 0))
 
-    def step(self, problem: Quadratic | Proximable, state: State, iteration: int) -> None:
+    def step(self, problem: Quadratic | Proximable, state: ADMMState, iteration: int) -> None:
         state.leave()
         self._step(problem, state, iteration, self._rho(state, iteration))
 
-    def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[State], iteration: int) -> None:
+    def step_all(self, problems: Sequence[Quadratic | Proximable], states: Sequence[ADMMState], iteration: int) -> None:
         """Steps Quadratic problems of equal shape and constraint as one stacked batch, while their penalties agree."""
         rho, *others = {self._rho(state, iteration) for state in states}
         batch = None if others else Batch.of(problems, states)
@@ -148,13 +148,13 @@ class ADMM(Iterative[State]):
         self._step(problems[0], batch.whole, iteration, rho)
         batch.follow(penalty_due=iteration % self.penalty.every == 0)
 
-    def _rho(self, state: State, iteration: int) -> float:
+    def _rho(self, state: ADMMState, iteration: int) -> float:
         """The penalty of a step."""
         if iteration % self.penalty.every:
             return state.rho
         return self.penalty.rho(iteration, state.rho, state.changed / max(1, state.support_size))
 
-    def _step(self, problem: Quadratic | Proximable, s: State, iteration: int, rho: float) -> None:
+    def _step(self, problem: Quadratic | Proximable, s: ADMMState, iteration: int, rho: float) -> None:
         stepper = Stepper(s, self.graphs)
         # 1. rho <- rho_t,  u <- (rho_{t-1} / rho_t) u;  A + rho D is factored.
         if iteration % self.penalty.every == 0:
@@ -179,14 +179,16 @@ class ADMM(Iterative[State]):
         """Whether the support may change in this iteration."""
         return self.freeze_after is None or iteration < self.freeze_after
 
-    def _together(self, s: State, iteration: int) -> int:
+    def _together(self, s: ADMMState, iteration: int) -> int:
         """The number of iterations recorded as one: all at a penalty, unless the host reads something between them."""
         every = self.penalty.every
         whole = iteration % every == 0 and iteration + every <= self.max_iterations and every <= _UNREAD
         reads = self.objective_every > 0 or self._ramps(iteration) or not backend.on_device(s.device)
         return every if self.graphs and whole and not reads and backend.records(s.device) else 1
 
-    def _update(self, problem: Quadratic | Proximable, s: State, iteration: int, tau: float | Tensor) -> list[Tensor]:
+    def _update(
+        self, problem: Quadratic | Proximable, s: ADMMState, iteration: int, tau: float | Tensor
+    ) -> list[Tensor]:
         """Updates x, z, the support M and d in place.
 
         Args:
@@ -225,7 +227,7 @@ class ADMM(Iterative[State]):
             s.mask = s.mask.copy_(mask) if self.graphs else mask  # a recording has fixed addresses
         return measures
 
-    def _choose(self, problem: Problem, s: State, iteration: int) -> Tensor | None:
+    def _choose(self, problem: Problem, s: ADMMState, iteration: int) -> Tensor | None:
         """Steps 3 to 5 in one launch of a kernel that selects the support within short runs of entries; None if the
         constraint or the device does not allow it."""
         name, *others = s.z
@@ -245,7 +247,7 @@ class ADMM(Iterative[State]):
         """Whether the sparsity of this iteration is not yet the final one."""
         return self.ramp is not None and iteration + 1 < self.ramp.over
 
-    def measures(self, state: State, iteration: int) -> Sequence[Progress]:
+    def measures(self, state: ADMMState, iteration: int) -> Sequence[Progress]:
         """Reads the measures of the steps: on the CPU after each step; on a device only when the penalty may change and
         at the end, so that the host does not wait for every step."""
         every = min(self.penalty.every, _UNREAD)
@@ -253,7 +255,7 @@ class ADMM(Iterative[State]):
         waits = iteration % every and iteration < self.max_iterations and not evaluates
         return () if waits and backend.on_device(state.device) else state.progress()
 
-    def measure(self, state: State, iteration: int) -> Progress:
+    def measure(self, state: ADMMState, iteration: int) -> Progress:
         return self.measures(state, self.max_iterations)[-1]
 
     def converged(self, progress: Progress) -> bool:
@@ -261,7 +263,7 @@ class ADMM(Iterative[State]):
         residual = progress.primal_residual
         return ramp_done and progress.support_changes == 0 and residual is not None and residual <= self.tolerance
 
-    def solution(self, problem: Quadratic | Proximable, state: State) -> Point:
+    def solution(self, problem: Quadratic | Proximable, state: ADMMState) -> Point:
         z, mask = state.views()
         d = z.map(lambda x, m: x.where(m, 0), mask)
         # During the ramp d is less sparse than the target.
@@ -273,13 +275,13 @@ class ADMM(Iterative[State]):
             return super().projected_start(problem, start)
         return projection_in_its_metric(problem, start)
 
-    def finish(self, problem: Quadratic | Proximable, state: State, point: Point) -> Point:
+    def finish(self, problem: Quadratic | Proximable, state: ADMMState, point: Point) -> Point:
         state.release()
         if self.refit and fits(problem, Quadratic):
             refit_(problem, point["weight"], tolerance=1e-5, max_iterations=self.refit_iterations)
         return point
 
-    def notes(self, state: State) -> tuple[str, ...]:
+    def notes(self, state: ADMMState) -> tuple[str, ...]:
         proximal = self.graphs and isinstance(state.update, ProximalUpdate)
         unplayed = ("steps were not replayed: a proximal operator is not recorded",) if proximal else ()
         return (*backend.note(state.device), *state.notes, *unplayed)

@@ -18,7 +18,7 @@ from admm_prune.solvers.x_updates import DenseUpdate, QuadraticUpdate
 
 
 @dataclass
-class State:
+class ADMMState:
     """z = d + u and one bit per weight: d = mask * z is feasible, u = tau (1 - mask) * z is the scaled dual."""
 
     update: DenseUpdate
@@ -107,7 +107,7 @@ class Stepper:
         graphs: steps are recorded and replayed where a device supports it, so that all tensors stay at their places.
     """
 
-    state: State
+    state: ADMMState
     graphs: bool
 
     def set_penalty(self, rho: float, *, fast: bool) -> None:
@@ -162,11 +162,11 @@ class Batch:
     The rows of all problems are stacked in `whole`; counts and measures are kept separately.
     """
 
-    whole: State
-    members: Sequence[State]
+    whole: ADMMState
+    members: Sequence[ADMMState]
 
     @classmethod
-    def of(cls, problems: Sequence[Problem], states: Sequence[State]) -> Batch | None:
+    def of(cls, problems: Sequence[Problem], states: Sequence[ADMMState]) -> Batch | None:
         """The batch of the states, which leave any other; None if they cannot be stepped together."""
         first = states[0]
         if first.batch is not None and first.batch.holds(states):
@@ -185,7 +185,7 @@ class Batch:
         update = QuadraticUpdate(*quadratic)
         assert isinstance(first.update, QuadraticUpdate)
         update.continue_as(first.update)
-        whole = State(
+        whole = ADMMState(
             update,
             z=Point(weight=torch.cat([s.z["weight"] for s in states])),
             mask=Point(weight=torch.cat([s.mask["weight"] for s in states])),
@@ -199,7 +199,7 @@ class Batch:
             state.z, state.mask, state.batch = Point(), Point(), batch
         return batch
 
-    def holds(self, states: Sequence[State]) -> bool:
+    def holds(self, states: Sequence[ADMMState]) -> bool:
         """Whether its members are these and no others."""
         return len(states) == len(self.members) and all(a is b for a, b in zip(states, self.members, strict=True))
 
@@ -210,7 +210,7 @@ class Batch:
             if penalty_due:
                 state.changed = 0
 
-    def views(self, state: State) -> tuple[Point, Point]:
+    def views(self, state: ADMMState) -> tuple[Point, Point]:
         """z and the mask of a member."""
         place = next(i for i, member in enumerate(self.members) if member is state)
         z, mask = (x.map(lambda t: t.chunk(len(self.members))[place]) for x in (self.whole.z, self.whole.mask))

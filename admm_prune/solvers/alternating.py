@@ -14,7 +14,7 @@ from admm_prune.solvers.refit import Refit
 
 
 @dataclass
-class State:
+class AlternatingState:
     """The point of this round, and the best one by the validation loss."""
 
     x: Point
@@ -29,7 +29,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alternating(Iterative[State]):
+class Alternating(Iterative[AlternatingState]):
     """Round after round, for every block b in the problem's order: x_b <- argmin over x_b, all other blocks fixed.
 
     A block that is `Minimizable` gives its minimum itself, any other is solved by `inner`. The blocks minimize a
@@ -62,11 +62,11 @@ class Alternating(Iterative[State]):
     def check(self, problem: Problem) -> None:
         require(self, problem, Coordinated, "it solves block after block and validates the whole")
 
-    def init(self, problem: Coordinated, start: Point | None) -> State:
+    def init(self, problem: Coordinated, start: Point | None) -> AlternatingState:
         x = problem.initial() if start is None else start
-        return State(x, x)
+        return AlternatingState(x, x)
 
-    def step(self, problem: Coordinated, state: State, iteration: int) -> None:
+    def step(self, problem: Coordinated, state: AlternatingState, iteration: int) -> None:
         frozen = self.freeze_after is not None and iteration >= self.freeze_after
         state.rounds, state.changed = iteration + 1, 0
         for name in problem.order:
@@ -79,7 +79,7 @@ class Alternating(Iterative[State]):
         if state.validation_loss < state.best_validation_loss:
             state.best, state.best_validation_loss, state.best_round = state.x, state.validation_loss, state.rounds
 
-    def measure(self, state: State, iteration: int) -> Progress:
+    def measure(self, state: AlternatingState, iteration: int) -> Progress:
         return Progress(
             iteration=iteration,
             end_to_end=state.validation_loss,
@@ -90,24 +90,24 @@ class Alternating(Iterative[State]):
     def converged(self, progress: Progress) -> bool:
         return progress.end_to_end_gain is not None and progress.end_to_end_gain < self.tolerance
 
-    def solution(self, problem: Coordinated, state: State) -> Point:
+    def solution(self, problem: Coordinated, state: AlternatingState) -> Point:
         # Before a round with a validation loss that is a number, `best` is the start, which may be dense.
         return state.best if state.best_round else problem.constraint.project(state.best)
 
-    def notes(self, state: State) -> tuple[str, ...]:
+    def notes(self, state: AlternatingState) -> tuple[str, ...]:
         if state.rounds and not state.best_round:
             return (f"no validation loss of {state.rounds} rounds is a number", *dict.fromkeys(state.notes))
         stalled = state.rounds - state.best_round
         note = (f"stalled: round {state.best_round} of {state.rounds} was the best",) if stalled else ()
         return (*note, *dict.fromkeys(state.notes))
 
-    def finish(self, problem: Coordinated, state: State, point: Point) -> Point:
+    def finish(self, problem: Coordinated, state: AlternatingState, point: Point) -> Point:
         if self.together is None:
             return point
         refitted = self._solved(problem, state, point, problem.order[-1], frozen=True)
         return refitted if problem.validation_loss(refitted) < state.best_validation_loss else point
 
-    def _improve(self, together: Solver, problem: Coordinated, state: State) -> None:
+    def _improve(self, together: Solver, problem: Coordinated, state: AlternatingState) -> None:
         improved = together.solve(_with_validation_as_value(problem), start=state.x).solution
         validation_loss = problem.validation_loss(improved)
         if validation_loss < state.validation_loss:
@@ -117,7 +117,7 @@ class Alternating(Iterative[State]):
                 f"round {state.rounds}: the joint step was no better, validation loss {validation_loss:.4g}"
             )
 
-    def _solved(self, problem: Coordinated, state: State, x: Point, name: str, frozen: bool) -> Point:
+    def _solved(self, problem: Coordinated, state: AlternatingState, x: Point, name: str, frozen: bool) -> Point:
         """x with one block solved."""
         block = problem.block(name, x)
         if fits(block, Minimizable):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from admm_prune.errors import UserError
+from admm_prune.errors import NonFiniteError, UserError
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
@@ -42,7 +42,7 @@ class Run(Generic[StateT]):
 
     def offer(self, point: Point, value: float) -> None:
         """Keeps the point if its value is finite and the lowest so far."""
-        if value < self.best_value:
+        if value < self.best_value and math.isfinite(value):
             self.best, self.best_value, self.best_iteration = point, value, self.iteration
 
 
@@ -107,7 +107,7 @@ class Iterative(ABC, Generic[StateT]):
 
     @abstractmethod
     def solution(self, problem: Any, state: StateT) -> Point:
-        """The feasible point of the last iteration."""
+        """The feasible point of the last iteration, which no later step may change: a copy if steps are in place."""
 
     def projected_start(self, problem: Any, start: Point | None) -> Point:
         """The projection of the start onto the constraint; the result is never worse than this point."""
@@ -140,7 +140,7 @@ class Iterative(ABC, Generic[StateT]):
         Raises:
             TypeError: the problem lacks a capability that the solver needs.
             UserError: both a start and a state; a start of another form than the dense weights.
-            ArithmeticError: no feasible point has a finite value, not even the projection of the start.
+            NonFiniteError: no feasible point has a finite value, not even the projection of the start.
         """
         self.check(problem)
         if start is not None and state is not None:
@@ -207,7 +207,7 @@ class Iterative(ABC, Generic[StateT]):
                 final.offer(unfinished, problem.value(unfinished))
         start_objective = offer_start(problem, final, self.projected_start(problem, run.start))
         if final.best is None:
-            raise ArithmeticError(
+            raise NonFiniteError(
                 "no feasible point of finite value was met, not even the projected start: look for damaged weights, or "
                 "raise the precision"
             )
@@ -278,7 +278,7 @@ def closed_form(
 
     Raises:
         UserError: a start of another form than the dense weights.
-        ArithmeticError: neither has a finite value.
+        NonFiniteError: neither has a finite value.
     """
     seconds = time.perf_counter() - began
     start = checked_start(problem, start)
@@ -287,7 +287,7 @@ def closed_form(
     status = Status.NONFINITE if run.best is None else Status.CLOSED_FORM
     start_objective = None if start is None else offer_start(problem, run, problem.constraint.project(start))
     if run.best is None:
-        raise ArithmeticError("the solution has no finite value: raise the ridge or the precision")
+        raise NonFiniteError("the solution has no finite value: raise the ridge or the precision")
     return Result(
         solution=run.best,
         status=status,
@@ -327,6 +327,6 @@ def projection_in_its_metric(problem: Quadratic, point: Point | None = None) -> 
 def offer_start(problem: Problem, run: Run[Any], point: Point) -> float:
     """Makes the projection of the start a candidate, so that the result is never worse, and returns its value."""
     value = problem.value(point)
-    if value <= run.best_value:
+    if value <= run.best_value and math.isfinite(value):
         run.best, run.best_value, run.best_iteration = point, value, 0
     return value

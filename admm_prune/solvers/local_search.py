@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from admm_prune.errors import NonFiniteError
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
@@ -59,6 +60,7 @@ class LocalSearch:
         UserError: a setting out of range.
 
     Raises (solve):
+        NonFiniteError: the value at the start is not finite.
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
             group of it, violate its constraint, as with Blocks.
 
@@ -105,7 +107,7 @@ class LocalSearch:
                 run.offer(improved, problem.value(improved))
         start_objective = offer_start(problem, run, point)
         if run.best is None:
-            raise ArithmeticError("the value at the start is not finite: look for damaged weights")
+            raise NonFiniteError("the value at the start is not finite: look for damaged weights")
         cost = f"{done.swaps} swaps, {done.products / len(support):.1f} products"
         stopped = Status.MAX_ITERATIONS if done.unfinished else Status.SOLVED
         return Result(

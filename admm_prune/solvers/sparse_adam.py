@@ -19,7 +19,7 @@ from admm_prune.prunable import HEADS
 from admm_prune.solvers.elsa.anchors import AnchorFormat, Anchors, Weight, check_masks, check_names, sharded_like
 from admm_prune.solvers.elsa.duals import DualUpdate, Splitting, WeightUpdate
 from admm_prune.solvers.elsa.moments import DeferredGradient, MomentFormat, Moments, clip, refuse_sparse, total_norm
-from admm_prune.solvers.elsa.parameter_groups import Target, group_of, names_of, parameter_groups, unify_names
+from admm_prune.solvers.elsa.parameter_groups import GroupTarget, group_of, names_of, parameter_groups, unify_names
 from admm_prune.solvers.elsa.settings import Penalty, Score, Timeline, check_adam, check_choice
 from admm_prune.solvers.elsa.state import check_saved, copy_saved, load_atomically
 from admm_prune.solvers.elsa.supports import Scope, Support
@@ -122,7 +122,7 @@ class SparseAdam(Optimizer):
         seed: int = 0,
     ) -> None:
         check_choice("final support", final, Final)
-        target = Target(sparsity, pattern, constraint, scope)
+        target = GroupTarget(sparsity, pattern, constraint, scope)
         chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
         self.timeline = Timeline(
             interval=interval,
@@ -355,7 +355,7 @@ class SparseAdam(Optimizer):
         if "_splittings" not in vars(self):  # torch's constructor adds the groups that were prepared for it
             super().add_param_group(param_group)
             return
-        group, support = group_of(param_group, Target(scope=self._scope))
+        group, support = group_of(param_group, GroupTarget(scope=self._scope))
         number, others = len(self.param_groups), self.param_groups
         check_adam({**self.defaults, **group})
         unify_names(group, number, others)

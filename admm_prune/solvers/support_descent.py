@@ -16,7 +16,7 @@ _TINY = 1e-12  # makes 0 / 0 off the support 0; relative to the largest entry of
 
 
 @dataclass
-class State:
+class DescentState:
     """The point, its support and Adam's moments, which vanish off it."""
 
     x: Point
@@ -28,7 +28,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupportDescent(Iterative[State]):
+class SupportDescent(Iterative[DescentState]):
     """x_i <- x_i - rate * rms(x_i) * Adam(mask * sampled gradient) for every tensor x_i, on the support of the start.
 
     Neither exact nor limited to one block: it follows the problem's own loss through all of its tensors together.
@@ -64,14 +64,14 @@ class SupportDescent(Iterative[State]):
         require(self, problem, Stochastic, "it follows sampled gradients")
         checked_constraint(self, problem, SupportConstraint, "it preserves a support")
 
-    def init(self, problem: Stochastic, start: Point | None) -> State:
+    def init(self, problem: Stochastic, start: Point | None) -> DescentState:
         x = self.projected_start(problem, start).clone()
         mask = problem.constraint.select(x.map(Tensor.abs))  # type: ignore[attr-defined]  # as checked
         sizes = {name: max(1, int(entries.sum())) for name, entries in mask.items()}
         scale = {name: float((part.square().sum() / sizes[name]).sqrt()) for name, part in x.items()}  # rms
-        return State(x, mask, x.zeros_like(), x.zeros_like(), scale)
+        return DescentState(x, mask, x.zeros_like(), x.zeros_like(), scale)
 
-    def step(self, problem: Stochastic, state: State, iteration: int) -> None:
+    def step(self, problem: Stochastic, state: DescentState, iteration: int) -> None:
         _, gradient = problem.sample_gradient(state.x, iteration)
         gradient.mul_(state.mask)
         if state.unit == 0.0:
@@ -88,11 +88,11 @@ class SupportDescent(Iterative[State]):
             second.mul_(b2).addcmul_(slope, slope, value=1 - b2)
             part.addcdiv_(first, second.sqrt().div_(unbiased).add_(_TINY), value=-rate * state.scale[name])
 
-    def measure(self, state: State, iteration: int) -> Progress:
+    def measure(self, state: DescentState, iteration: int) -> Progress:
         return Progress(iteration=iteration)
 
     def converged(self, progress: Progress) -> bool:
         return False
 
-    def solution(self, problem: Stochastic, state: State) -> Point:
+    def solution(self, problem: Stochastic, state: DescentState) -> Point:
         return state.x.map(lambda part, mask: part.where(mask, 0), state.mask)

@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problem import BatchedConstraint, Constraint, SupportConstraint
+from admm_prune.problem import BatchedConstraint, Constraint, RunConstraint, SupportConstraint
 from admm_prune.testing.drawing import for_all, st
 from admm_prune.testing.results import Case, named, same_bits, same_form, shares_memory
 from admm_prune.testing.supports import ALL, Family, Frame, column_cuts, families, grown
@@ -45,7 +46,8 @@ def assert_constraint_conforms(
     that are tiny, infinite or NaN; `select` returns a support of the largest sum of squared scores and of the full
     size, also where scores are zero, the same in every dtype; of supports of equal sums it returns the one of the
     lowest indices, that is the first in lexicographic order (row-major, names in the order of the point);
-    `select_each`, where there is one, returns what `select` returns for each matrix; the shares of a partition of the
+    `select_each`, where there is one, returns what `select` returns for each matrix, and `runs` states the
+    rule of `select` (both are inherited by a class that derives from another set); the shares of a partition of the
     columns together select a member of full size, in proportion to their columns up to one group of a row, and
     optimal in each share;
     `scaled_to` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
@@ -78,6 +80,7 @@ def assert_constraint_conforms(
         _check_scaled_to(case, constraint, frame)
         if list(frame.shapes) == ["weight"] and len(frame.shapes["weight"]) == 2:
             _check_select_each(case, constraint, frame)
+            _check_runs(case, constraint, frame)
             _check_column_slices(case, constraint, frame)
     else:
         lacks = [name for name in ("group_width", "column_slice", "scaled_to") if not hasattr(constraint, name)]
@@ -312,6 +315,25 @@ def _check_select_each(case: Case, constraint: SupportConstraint, frame: Frame) 
         same = masks.dtype is torch.bool and masks.shape == alone.shape and torch.equal(masks, alone)
         subcase.require(same, "select in select_each what select selects for each matrix")
         subcase.require(torch.equal(score, before), "not modify the scores of select_each")
+
+
+def _check_runs(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    if not isinstance(constraint, RunConstraint):
+        return
+    rows, width = frame.shapes["weight"]
+    with case.guard("say of which runs of a matrix it keeps how many"):
+        runs = constraint.runs((rows, width))
+    if runs is None:
+        return
+    keep, length = runs
+    case.require(length > 0 and frame.size % length == 0, "have runs that divide the matrix", f"of {length} entries")
+    for score in (*(_small_integers(frame, seed, 3) for seed in range(3)), _random(frame, 5).abs()):
+        mask = frame.flat(constraint.select(frame.point(score)))
+        case.narrow(f"the scores {score[:12].tolist()}").require(
+            torch.equal(mask, selection.largest_per_group(score, keep, length)),
+            "select the largest scores of each of its runs, or have `runs` return None",
+            f"{keep} of every {length} entries",
+        )
 
 
 def _check_scaled_to(case: Case, constraint: SupportConstraint, frame: Frame) -> None:

@@ -22,6 +22,7 @@ from admm_prune.problem import (
     Refittable,
     Stochastic,
     SupportConstraint,
+    fits,
 )
 from admm_prune.testing.drawing import for_all, st
 from admm_prune.testing.instances import check_quadratic
@@ -114,25 +115,25 @@ def _check_members(case: Case, problem: object) -> None:
 
 
 def _check_capabilities(case: Case, problem: Problem, points: list[Point], seed: int) -> None:
-    smooth = isinstance(problem, Quadratic | Differentiable)
-    if isinstance(problem, Quadratic):
+    smooth = fits(problem, Quadratic) or fits(problem, Differentiable)
+    if fits(problem, Quadratic):
         check_quadratic(case.narrow("as a Quadratic"), problem, seed)
     else:
         check_curvature(case, problem, seed)
-    if isinstance(problem, Differentiable):
+    if fits(problem, Differentiable):
         _check_gradients(case.narrow("as a Differentiable"), problem, points, seed)
-    if isinstance(problem, Stochastic):
+    if fits(problem, Stochastic):
         _check_samples(case.narrow("as a Stochastic"), problem, points, seed)
-    if isinstance(problem, Proximable):
+    if fits(problem, Proximable):
         for rho in (1e-2, 1.0, 30.0):
             _check_prox(case.narrow(f"as a Proximable, rho = {rho}"), problem, points[1], rho, smooth=smooth, seed=seed)
-    if isinstance(problem, Refittable):
+    if fits(problem, Refittable):
         _check_refit(case.narrow("as a Refittable"), problem, points[1], smooth=smooth, seed=seed)
-    if isinstance(problem, Minimizable):
+    if fits(problem, Minimizable):
         _check_minimum(case.narrow("as a Minimizable"), problem, points, seed)
-    if isinstance(problem, Blockwise):
+    if fits(problem, Blockwise):
         _check_blocks(case.narrow("as a Blockwise"), problem, points, seed)
-    if isinstance(problem, Coordinated):
+    if fits(problem, Coordinated):
         _check_coordinated(case.narrow("as a Coordinated"), problem, points)
 
 
@@ -294,7 +295,7 @@ def _check_blocks(case: Case, problem: Blockwise, points: list[Point], seed: int
             mine = block.initial()
             change = block.value(mine)
         subcase.require(math.isfinite(change), "have blocks of finite value", f"{change}")
-        if isinstance(block, Minimizable):
+        if fits(block, Minimizable):
             _check_minimum(subcase, block, [mine, random_like(mine, seed, rms(mine))], seed)
         if mine.keys() <= x.keys() and all(mine[key].shape == x[key].shape for key in mine):
             moved = Point({key: other[key] for key in mine})

@@ -66,10 +66,10 @@ def assert_solver_conforms(
     - a target of zero returns lossless dense weights bitwise, a target of one returns zeros;
     - the status is `ok` if the problem is well posed, and STOPPED only where a watcher asked;
     - no iteration in the history is better than the objective, none is out of order;
-    - an `Iterative` continues from its state as if it had never stopped, and is then never worse than before; stops
-      when its watcher says so, and returns a feasible point wherever it stops; its status is SOLVED only where its
-      stopping test was met, MAX_ITERATIONS only where all iterations were used up, TIME_LIMIT only where there is a
-      limit, and never CLOSED_FORM.
+    - an `Iterative` continues from its state as if it had never stopped, and never worse than from the start that it
+      had; stops when its watcher says so, and returns a feasible point wherever it stops; its status is SOLVED only
+      where its stopping test was met, MAX_ITERATIONS only where all iterations were used up, TIME_LIMIT only where
+      there is a limit, and never CLOSED_FORM.
 
     Args:
         problems: builders of problems for a constraint, by name, in place of `testing.instances.PROBLEMS`: for solvers

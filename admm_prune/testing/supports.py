@@ -21,6 +21,7 @@ from admm_prune.problem import (
     Quadratic,
     Refittable,
     Stochastic,
+    fits,
 )
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.testing.results import Case, equal, random_like, rms
@@ -205,7 +206,7 @@ def check_held_out(case: Case, problem: Problem, other: Problem, points: list[Po
     pairs = zip(_answers(problem, points, seed), _answers(other, points, seed), strict=True)
     for (name, ours), (_, theirs) in pairs:
         case.require(equal(ours, theirs), f"have a {name} that does not depend on held-out data")
-    if isinstance(problem, Coordinated) and isinstance(other, Coordinated):
+    if fits(problem, Coordinated) and fits(other, Coordinated):
         losses = [(problem.validation_loss(x), other.validation_loss(x)) for x in points]
         case.require(
             any(ours != theirs for ours, theirs in losses),
@@ -221,24 +222,24 @@ def _answers(problem: Problem, points: list[Point], seed: int) -> Iterator[tuple
     last = points[-1]
     for x in points:
         yield "value", problem.value(x)
-        if isinstance(problem, Differentiable):
+        if fits(problem, Differentiable):
             yield "gradient", problem.value_and_gradient(x)
-    if isinstance(problem, Stochastic):
+    if fits(problem, Stochastic):
         for draw in (0, 1, 7):
             yield "sampled gradient", problem.sample_gradient(last, draw)
-    if isinstance(problem, Quadratic):
+    if fits(problem, Quadratic):
         for name in ("hessian", "linear", "minimizer"):
             yield name, Point({name: getattr(problem, name)})
-    if isinstance(problem, Proximable):
+    if fits(problem, Proximable):
         for rho in (1e-2, 1.0, 30.0):
             yield "prox", problem.prox(last, rho)
-    if isinstance(problem, Refittable):
+    if fits(problem, Refittable):
         mask = random_like(last, seed).map(lambda score: score > 0)
         yield "refit", problem.refit(mask)
         yield "refit", problem.refit(mask.map(torch.ones_like))
-    if isinstance(problem, Minimizable):
+    if fits(problem, Minimizable):
         yield "minimum", problem.minimize()
-    if isinstance(problem, Blockwise):
+    if fits(problem, Blockwise):
         for x in points:
             for block in problem.order:
                 inner = problem.block(block, x)

@@ -47,7 +47,8 @@ class InPairs(Unstructured):
     def select_each(self, score):
         return self.pairs(score.shape[1]).select_each(score)
 
-    runs = None
+    def runs(self, shape):
+        return None
 
     def stacked(self, x):
         return self.pairs(len(x["weight"]))

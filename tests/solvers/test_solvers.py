@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.errors import UserError
+from admm_prune.errors import NonFiniteError, UserError
 from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups, NofM, RowWise, Unstructured
@@ -26,6 +26,7 @@ from admm_prune.solvers.reference import BranchAndBound, BruteForceGroups
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, SupportDriven
 from admm_prune.solvers.support_descent import SupportDescent
+from admm_prune.solvers.together import solve_batch
 from tests.catalogue import CONSTRAINTS, ROWS, WIDTH, layer, retargeted
 from tests.third_party import Bare
 
@@ -299,6 +300,28 @@ def test_refusals_name_both_sides() -> None:
         Refit().solve(layer(Unstructured(0.5)))
 
 
+def test_a_member_that_is_none_is_missing_and_one_that_is_passed_on_is_there() -> None:
+    class Dropped(LayerReconstruction):
+        hessian = None
+        refit = None
+
+    class Passing:
+        def __init__(self, inside: LayerReconstruction) -> None:
+            self.inside = inside
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inside, name)
+
+    problem = layer(CONSTRAINTS["half"])
+    dropped = Dropped.__new__(Dropped)
+    vars(dropped).update(vars(problem))
+    with pytest.raises(TypeError, match=r"Wanda needs a Quadratic problem .* Dropped lacks hessian$"):
+        Wanda().solve(dropped)
+    with pytest.raises(TypeError, match="Dropped has neither a hessian nor a refit"):
+        Refit(Magnitude()).solve(dropped)
+    assert ADMM().solve(Passing(problem)).objective == ADMM().solve(problem).objective
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -381,6 +404,17 @@ def test_a_direct_computation_that_overflows_gives_the_projected_start_and_says_
     assert torch.equal(result.solution["weight"], problem.constraint.project(problem.initial())["weight"])
     with pytest.raises(ArithmeticError, match="raise the ridge or the precision"):
         closed_form(problem, infinite, 0.0, None)
+
+
+@pytest.mark.parametrize("solver", [Magnitude(), Wanda(), SparseGPT(), ADMM(), LocalSearch()], ids=str)
+def test_where_no_value_is_finite_there_is_no_result(solver) -> None:
+    """The Gram and the weights are finite, the values are not; a batch says so of the problem that it is about."""
+    good, x = layer(Unstructured(0.5)), torch.eye(WIDTH, dtype=torch.float64)
+    bad = LayerReconstruction(good.weight * 1e120, x * 1e100, good.constraint)
+    assert bad.value(bad.constraint.project(bad.initial())) == torch.inf
+    for solve in (lambda: solver.solve(bad), lambda: solve_batch(solver, [good, bad])):
+        with pytest.raises(NonFiniteError, match="finite"):
+            solve()
 
 
 def test_a_note_of_the_problem_is_given_once_also_behind_an_inner_solver() -> None:

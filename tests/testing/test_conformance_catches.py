@@ -300,7 +300,7 @@ BROKEN_SOLVERS: list[tuple[Callable[[], object], str]] = [
     (SaysClosedFormOfIterations, "not say CLOSED_FORM of what it iterated"),
     (SaysItWasOutOfTime, "say TIME_LIMIT only where there is a limit"),
     (StopsEarly, "say MAX_ITERATIONS only where all were used up"),
-    (ForgetsItsStart, "from a good start must return nothing worse when continued"),
+    (ForgetsItsStart, "from a good start must return nothing worse than it when continued"),
     (IsFeasibleOnlyAtTheEnd, "= 1 must keep no more weights than the constraint admits"),
 ]
 
@@ -460,6 +460,22 @@ class ReturnsItsArgument(Unstructured):
         return v if all(torch.equal(z[name], v[name]) for name in v) else z
 
 
+class InheritsItsRuns(Unstructured):
+    """Budgets per row, with the runs of a budget for the matrix: they are read on GPUs alone."""
+
+    def select(self, score) -> Point:
+        return RowWise(self.sparsity).select(score)
+
+    def select_each(self, score) -> torch.Tensor:
+        return RowWise(self.sparsity).select_each(score)
+
+    def contains(self, z) -> bool:
+        return RowWise(self.sparsity).contains(z)
+
+    def column_slice(self, start, stop, shape):
+        return RowWise(self.sparsity).column_slice(start, stop, shape)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -472,6 +488,10 @@ class ReturnsItsArgument(Unstructured):
         (OverlooksNaN(0.5), "count every entry that is not zero in contains; nan"),
         (OverlooksTinyEntries(0.5), "count every entry that is not zero in contains; 1e-300"),
         (ReturnsItsArgument(0.5), "return a new point from project"),
+        (
+            InheritsItsRuns(0.5),
+            "select the largest scores of each of its runs, or have `runs` return None; 6 of every 12",
+        ),
     ],
     ids=lambda x: type(x).__name__,
 )

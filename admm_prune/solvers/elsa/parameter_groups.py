@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from admm_prune.errors import UserError
 from admm_prune.problem import SupportConstraint
 from admm_prune.prunable import linear_weights, uncompiled
-from admm_prune.solvers.elsa.supports import Budget, Groups, Scope, Support, Within
+from admm_prune.solvers.elsa.supports import Budget, Pattern, Scope, Support, Within
 
 _TARGETS = ("sparsity", "pattern", "constraint")
 _SHARED = (
@@ -22,7 +22,7 @@ _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")  # of tor
 
 
 @dataclass(frozen=True)
-class Target:
+class GroupTarget:
     """The pruning target: one of the three, or none for parameters that stay dense."""
 
     sparsity: float | None = None
@@ -43,7 +43,7 @@ class Target:
                 )
             return Within(self.constraint)
         if self.pattern is not None:
-            return Groups(*self.pattern)
+            return Pattern(*self.pattern)
         return None if self.sparsity is None else Budget(self.sparsity, self.scope)
 
 
@@ -61,7 +61,7 @@ class ParameterGroups:
 
 
 def parameter_groups(
-    params: nn.Module | Iterable[Any], target: Target, *, targets: Sequence[str], ignore: Sequence[str]
+    params: nn.Module | Iterable[Any], target: GroupTarget, *, targets: Sequence[str], ignore: Sequence[str]
 ) -> ParameterGroups:
     """The groups of a model, or of given parameters.
 
@@ -73,7 +73,9 @@ def parameter_groups(
     return _of_parameters(params, target)
 
 
-def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignore: Sequence[str]) -> ParameterGroups:
+def _of_model(
+    model: nn.Module, target: GroupTarget, *, targets: Sequence[str], ignore: Sequence[str]
+) -> ParameterGroups:
     """Two groups: the linear weights that are pruned, and all other parameters that require a gradient.
 
     Raises:
@@ -96,7 +98,7 @@ def _of_model(model: nn.Module, target: Target, *, targets: Sequence[str], ignor
     return result
 
 
-def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
+def _of_parameters(params: Iterable[Any], target: GroupTarget) -> ParameterGroups:
     """The groups given; a group's own target, or None, overrides `target`.
 
     Raises:
@@ -120,7 +122,7 @@ def _of_parameters(params: Iterable[Any], target: Target) -> ParameterGroups:
     return result
 
 
-def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], Support | None]:
+def group_of(given: Mapping[str, Any], target: GroupTarget) -> tuple[dict[str, Any], Support | None]:
     """A group as torch takes it, and the support of its parameters: of its own target, or else of `target`.
 
     Raises:
@@ -136,7 +138,7 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
     if wrong:
         raise UserError(f"SparseAdam does not support {wrong[0]}={group[wrong[0]]}: leave it out")
     overrides: dict[str, Any] = {name: group.pop(name) for name in _TARGETS if name in group}
-    support = (Target(**overrides, scope=target.scope) if overrides else target).support()
+    support = (GroupTarget(**overrides, scope=target.scope) if overrides else target).support()
     parameters = group["params"]
     if not isinstance(parameters, set):  # which torch refuses
         group["params"] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -145,7 +147,7 @@ def group_of(given: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], 
     return group, support
 
 
-def _required(target: Target) -> Support:
+def _required(target: GroupTarget) -> Support:
     support = target.support()
     if support is None:
         raise UserError("nothing to prune: give a sparsity such as 0.9, a pattern such as (2, 4), or a constraint")

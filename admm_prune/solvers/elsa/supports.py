@@ -105,7 +105,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Groups:
+class Pattern:
     """n kept of every m consecutive inputs. Rows are whole in every process, so nothing is exchanged."""
 
     n: int

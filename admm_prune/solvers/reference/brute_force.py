@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, product
-from math import comb
 
 import numpy as np
 import scipy.linalg
@@ -26,7 +25,16 @@ from admm_prune.solvers.reference.rigorous import (
     rounded_down_sum,
     total_bound,
 )
-from admm_prune.solvers.reference.rows import Row, floor_of, scaled_hessian, search, separate, to_array
+from admm_prune.solvers.reference.rows import (
+    Row,
+    check_few,
+    floor_of,
+    log10_supports,
+    scaled_hessian,
+    search,
+    separate,
+    to_array,
+)
 
 _LEAST_GAIN = 1e-12  # of a change, relative to the loss of the row: smaller ones may be due to rounding
 
@@ -61,12 +69,12 @@ class GroupExact:
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
         separated = separate(type(self).__name__, problem, self.max_width)
-        most = max(comb(row.group, row.keep) for row in separated.rows)
-        if most > self.max_choices:
-            raise ValueError(
-                f"GroupExact tries at most {self.max_choices} supports in a group; {type(problem.constraint).__name__} "
-                f"on {type(problem).__name__} has {most:.3g} in each: raise max_choices"
-            )
+        check_few(
+            max(log10_supports(group, keep) for group, keep in {(row.group, row.keep) for row in separated.rows}),
+            self.max_choices,
+            f"GroupExact tries at most {self.max_choices} supports in a group; {type(problem.constraint).__name__} on "
+            f"{type(problem).__name__} has {{}} in each: raise max_choices",
+        )
         solved = [
             self._solve_row(row, row.completed(*known) if known else search(row)[0])
             for row, known in separated.starts(start)
@@ -147,12 +155,13 @@ class BruteForceGroups:
         minimizer, width = problem.minimizer, constraint.width
         columns = minimizer.shape[1]
         count, keep = columns // width, constraint.budget(columns)
+        check_few(
+            log10_supports(count, keep),
+            self.max_supports,
+            f"BruteForceGroups tries at most {self.max_supports} sets; {type(constraint).__name__} has {{}}: raise "
+            "max_supports",
+        )
         sets = math.comb(count, min(keep, count))
-        if sets > self.max_supports:
-            raise ValueError(
-                f"BruteForceGroups tries at most {self.max_supports} sets; {type(constraint).__name__} has {sets:.3g}: "
-                "raise max_supports"
-            )
         form, scale = scaled_hessian(type(self).__name__, problem)
         target = to_array(minimizer) * scale
         best, least, bound = Point(weight=minimizer.clone()), math.inf, 0.0
@@ -205,13 +214,7 @@ class BruteForce:
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
         began = time.perf_counter()
-        separated = separate(type(self).__name__, problem)
-        most = max(row.supports for row in separated.rows)
-        if most > self.max_supports:
-            raise ValueError(
-                f"BruteForce tries at most {self.max_supports} supports; {type(problem.constraint).__name__} on "
-                f"{type(problem).__name__} has {most:.3g} for one budget: raise max_supports, or use branch-and-bound"
-            )
+        separated = separate(type(self).__name__, problem, max_supports=self.max_supports)
         best, bounds = [], []
         for row in separated.rows:
             supports = all_supports(row.width, row.group, row.keep)

@@ -92,7 +92,7 @@ def cells_of(owner: str, constraint: Constraint, shape: tuple[int, int]) -> list
     except ValueError as error:
         tiles = _tiles(constraint, shape)
         if tiles is None:
-            raise ValueError(str(error).replace("and one budget", "tiles and one budget")) from None
+            raise ValueError(str(error).replace(" and one budget", ", tiles and one budget")) from None
         return [(torch.arange(shape[0]), tiles)]
     if supports.rows is None:
         return [(torch.arange(shape[0]), Cells.whole(shape, supports.total))]

@@ -277,13 +277,16 @@ class Separated:
         solution = self.point(supports)
         objective = self.problem.value(solution)
         status = status if math.isfinite(objective) else Status.NONFINITE
+        begin = None
         if start is not None:
             projected = self.problem.constraint.project(start)
-            value = self.problem.value(projected)
-            if value < objective or not math.isfinite(objective):
-                solution, objective = projected, value
+            begin = self.problem.value(projected)
+            if begin < objective or not math.isfinite(objective):
+                solution, objective = projected, begin
         notes = (*getattr(self.problem, "notes", ()), *notes)
-        result = Result(solution, status, objective, iterations=iterations, seconds=seconds, notes=notes)
+        result = Result(
+            solution, status, objective, iterations=iterations, seconds=seconds, notes=notes, start_objective=begin
+        )
         bound = None if row_bounds is None else self.bound(row_bounds)
         return replace(result, bound=None if bound is None or math.isnan(objective) else min(objective, bound))
 
@@ -292,16 +295,32 @@ class Separated:
         return total_bound(self.form, floor_of(self.problem, self.scale), rounded_down_sum(list(row_bounds)))
 
 
-def separate(owner: str, candidate: object, max_width: int | None = None) -> Separated:
+def log10_supports(entries: int, keep: int, groups: int = 1) -> float:
+    """log10 of the number of supports that keep `keep` of the entries of each of some groups, which may be too large
+    for a float."""
+    keep = min(keep, entries)
+    single = math.lgamma(entries + 1) - math.lgamma(keep + 1) - math.lgamma(entries - keep + 1)
+    return groups * single / math.log(10)
+
+
+def check_few(log10: float, most: int, message: str) -> None:
+    """Raises ValueError where 10^log10 is above `most`; the message has a place for it."""
+    if most < 1 or log10 > math.log10(most) + 1e-9:
+        raise ValueError(message.format(f"{10 ** (log10 % 1):.2f}e{math.floor(log10)}"))
+
+
+def separate(owner: str, candidate: object, max_width: int | None = None, max_supports: int | None = None) -> Separated:
     """The normal form of a problem.
 
     Args:
         owner: the caller, for the messages.
         max_width: the widest row accepted.
+        max_supports: the most supports of a row; both are checked before anything large is computed.
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
-        ValueError: its supports are of an unknown kind, its Hessian is not positive definite, or its rows are too wide.
+        ValueError: its supports are of an unknown kind, its Hessian is not positive definite, or its rows are too wide
+            or have too many supports.
     """
     problem = quadratic(owner, candidate)
     form, scale = scaled_hessian(owner, problem)
@@ -313,6 +332,17 @@ def separate(owner: str, candidate: object, max_width: int | None = None) -> Sep
         raise ValueError(
             f"{owner} takes rows of at most {max_width} entries; {type(problem.constraint).__name__} on "
             f"{type(problem).__name__} makes rows of {widest}: raise max_width"
+        )
+    if max_supports is not None:
+        if supports.rows is None:
+            most = log10_supports(count * width, supports.total)
+        else:
+            most = max(log10_supports(group, keep, width // group) for group, keep in set(supports.rows))
+        check_few(
+            most,
+            max_supports,
+            f"{owner} tries at most {max_supports} supports; {type(problem.constraint).__name__} on "
+            f"{type(problem).__name__} has {{}} for one budget: raise max_supports, or use branch-and-bound",
         )
     if supports.rows is None:
         stacked = np.asarray(np.kron(np.eye(count), form.hessian), dtype=np.float64)

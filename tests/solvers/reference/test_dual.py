@@ -212,7 +212,7 @@ def test_refuses() -> None:
         dual_bound(Toy(weight, singular, RowWise(0.5)))
     with pytest.raises(ValueError, match="NaN"):
         dual_bound(Toy(weight, singular * torch.nan, RowWise(0.5)))
-    with pytest.raises(ValueError, match="tiles and one budget over a matrix; StackedRows"):
+    with pytest.raises(ValueError, match="N:M groups, tiles and one budget over a matrix; StackedRows"):
         dual_bound(Toy(weight, correlated(8, 0), StackedRows(((2, Unstructured(0.5)), (2, Unstructured(0.25))))))
     with pytest.raises(ValueError, match="at least one round"):
         dual_bound(Toy(weight, correlated(8, 0), RowWise(0.5)), rounds=0)

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admm_prune.point import Point
-from admm_prune.problems.constraints import Blocks, NofM, RowWise, StackedRows, Unstructured
+from admm_prune.problems.constraints import Blocks, Groups, NofM, RowWise, StackedRows, Unstructured
 from admm_prune.result import Status
 from admm_prune.solvers.reference import (
     BranchAndBound,
     BruteForce,
+    BruteForceGroups,
     GroupExact,
     MixedIntegerReference,
     branch_and_bound,
@@ -131,6 +132,35 @@ def test_branch_and_bound_scales_with_the_hessian(constraint: RowWise | Unstruct
     assert result.objective == math.ldexp(plain.objective, 2 * power)
     assert plain.bound is not None
     assert result.bound == math.ldexp(plain.bound, 2 * power)
+
+
+@pytest.mark.parametrize(
+    ("solver", "constraint", "number"),
+    [
+        (BruteForce(), Unstructured(0.5), "e479"),
+        (BruteForce(), RowWise(0.5), "e479"),
+        (BruteForce(), NofM(2, 4), "e311"),
+        (BruteForceGroups(), Groups(0.5), "e479"),
+        (GroupExact(max_width=10_000), RowWise(0.5), "e479"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_numbers_of_supports_beyond_a_float_are_refused_in_a_line(solver, constraint, number) -> None:
+    problem = Toy(normal(1, 1600, 0), torch.eye(1600, dtype=torch.float64), constraint)
+    with pytest.raises(ValueError, match=rf"tries at most .* has \d\.\d\d{number}.*: raise max_"):
+        solver.solve(problem)
+
+
+def test_brute_force_refuses_a_layer_before_it_builds_its_hessian() -> None:
+    problem = Toy(normal(900, 300, 0), torch.eye(300, dtype=torch.float64), Unstructured(0.5))
+    with pytest.raises(ValueError, match="raise max_supports, or use branch-and-bound"):
+        BruteForce().solve(problem)
+
+
+def test_a_start_that_is_better_is_returned_and_its_value_is_told() -> None:
+    problem = Toy(normal(2, 8, 0), correlated(8, 0), RowWise(0.5))
+    result = BruteForce().solve(problem, start=problem.initial())
+    assert result.start_objective == problem.value(problem.constraint.project(problem.initial()))
 
 
 def test_brute_force_is_the_least_over_least_squares() -> None:
