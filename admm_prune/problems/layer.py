@@ -159,6 +159,10 @@ class LayerReconstruction:
         """tr((V - W') A (V - W')^T) + the value at W', the unconstrained minimum, in float64."""
         return quadratic.energy(x["weight"], self.hessian, self.minimizer) + self._least
 
+    def value_and_gradient(self, x: Point) -> tuple[float, Point]:
+        """The value and its gradient 2 (V - W') A."""
+        return self.value(x), Point(weight=2 * (x["weight"] - self.minimizer) @ self.hessian)
+
     def prox(self, v: Point, rho: float) -> Point:
         """argmin_x f(x) + r |x - v|^2 = W' + r (v - W') (A + r I)^-1, r = rho * curvature."""
         strength = rho * self.curvature
