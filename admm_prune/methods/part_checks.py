@@ -130,10 +130,10 @@ def check_result(result: object, problem: Any, solver: object, parts: Sequence[P
     _check_point(f"the solution of {who}", result.solution, problem.initial())
     status: Any = result.status
     if not isinstance(status, Status):
-        raise UserError(f"the result of {who} has the status {status!r}, which is no admm_prune.Status")
+        raise UserError(f"the result of {who} has the status {status!r}, not an admm_prune.Status")
     objective: Any = result.objective
     if not isinstance(objective, int | float) or not math.isfinite(objective):
-        raise UserError(f"the result of {who} has the objective {objective!r}, which is no finite number")
+        raise UserError(f"the result of {who} has the objective {objective!r}, not a finite number")
     if result.bound is not None and not result.bound <= result.objective + 1e-6 * abs(result.objective):
         raise UserError(f"the result of {who} has the bound {result.bound!r} above its objective {result.objective!r}")
     weights: Sequence[Tensor] = result.solution["weight"].split([part.rows for part in parts]) if parts else ()

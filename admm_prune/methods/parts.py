@@ -187,8 +187,8 @@ class LayerProblem:
             raise UserError(f"the problem {self.name} is {_kind_of(self.build)}, which builds no problem")
         if inspect.isclass(self._part) and not issubclass(self._part, LayerReconstruction):
             raise UserError(
-                f"the problem '{self.name}' is {_kind_of(self._part)}, which is no admm_prune.LayerReconstruction: any "
-                "other objective is solved from Python, by solver.solve(problem)"
+                f"the problem '{self.name}' is {_kind_of(self._part)}, not a subclass of "
+                "admm_prune.LayerReconstruction: call solver.solve(problem) from Python for any other objective"
             )
         _check_call(f"the problem '{self.name}'", self.build, 3, ridge=0.0, damping=0.0)
         if inspect.isabstract(self.build):

@@ -173,8 +173,8 @@ def compare(
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
         loaded = opened(model_name, dtype=run.dtype)
-        log_notes(loaded)
         jobs = _jobs(recipes, targets, settings, loaded.model)
+        log_notes(loaded)
         texts = Texts(settings.text, loaded)
         tasks = [_task(settings, texts, recipe, target) for recipe, target in jobs]
         for (recipe, _), task in zip(jobs, tasks, strict=True):

@@ -138,8 +138,8 @@ def evaluate_model(
     if text is None and run is None:
         text = TextSettings(data=check_data(None, model), **changes)
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
-    log_notes(loaded)
     sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
+    log_notes(loaded)
     if run is not None:
         texts = run.texts(loaded, changes)
         sequences, record = texts.evaluation, texts.evaluation_record

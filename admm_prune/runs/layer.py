@@ -78,7 +78,6 @@ def capture_layer(
     weighting = LayerProblem.of(problem).weighting
     check_dtype(dtype)
     loaded = load(model, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
-    log_notes(loaded)
     blocks = decoder_blocks(loaded.model)
     home = next((i for i, block in enumerate(blocks) if weight in [view.name for view in block.weights]), None)
     if home is None:
@@ -86,6 +85,7 @@ def capture_layer(
         raise UserError(f"the model has no block matrix '{weight}'; in its first block there are {examples}")
     view = next(view for view in blocks[home].weights if view.name == weight)
     check_tokens_known([view], weighting)
+    log_notes(loaded)
     texts = Texts(text, loaded)
     records = texts.records()
     stream = BlockStream(

@@ -183,8 +183,11 @@ class Iterative(ABC, Generic[StateT]):
                 solve.run.iteration += 1
                 news = self._observe(solve.problem, solve.run, time.perf_counter() - began)
                 solve.run.history += news
-                statuses = [_stopping_status(self, progress, watch, began) for progress in news]
-                solve.stop = next((status for status in statuses if status is not None), None)
+                for progress in news:
+                    # `watch` sees all of several iterations that are read at once, unless it requests a stop.
+                    watches = None if solve.stop is Status.STOPPED else watch
+                    status = _stopping_status(self, progress, watches, began)
+                    solve.stop = solve.stop or status
             going = [solve for solve in going if solve.stop is None and solve.run.iteration < self.max_iterations]
 
     def _result(self, solve: _Solve[StateT], began: float) -> Result:

@@ -136,7 +136,7 @@ CASES = [
     ("check-plugin json:", "json: cannot be imported: AttributeError"),
     ("check-plugin json:loads.x", "json:loads.x cannot be imported: AttributeError"),
     ("check-plugin json:loads", "say which it is to be with --kind"),
-    ("check-plugin json:JSONDecoder --kind problem", "the problem 'json.decoder.JSONDecoder' does not take"),
+    ("check-plugin json:JSONDecoder --kind problem", "not a subclass of admm_prune.LayerReconstruction"),
     ("check-plugin json:loads --kind constraint", "is not made from a sparsity alone"),
     ("check-plugin json:loads --kind objective", "kind must be solver, problem or constraint, not 'objective'"),
     ("check-plugin json:loads --examples 0", "'--examples'"),

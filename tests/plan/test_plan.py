@@ -59,6 +59,12 @@ def pruned_and_counted(recipe: Recipe, task: Task) -> tuple[int, Work]:
     return weights + counting.peak, counting.work
 
 
+def give_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a machine of given rates: measuring those of this one takes three seconds."""
+    given = Machine("m", "given", dict.fromkeys(KINDS, 1e9))
+    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: given)
+
+
 def embedded() -> nn.Module:
     from admm_prune.models.loading import load
 
@@ -170,8 +176,7 @@ def test_the_plan_counts_the_matrices_that_are_pruned(name: str, selection: Sele
 
 def test_a_plan_takes_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "samples": 8, "length": 256, "eval_samples": 1}
-    rates = dict.fromkeys(KINDS, 1e12)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     every, some = make_plan("embedded", **how), make_plan("embedded", **how, ignore="mlp")
     work = [by_name(list(plan.stages))["statistics"].operations for plan in (every, some)]
     assert work[1] < 0.75 * work[0]  # no Gram of the down projections, and their inputs are not computed
@@ -192,8 +197,7 @@ def hybrid() -> PreTrainedModel:
 
 
 def test_sparsellm_is_planned_wherever_a_run_reads_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     monkeypatch.setattr("admm_prune.plan.blockwise.estimated", lambda _: Cost(peak=1))  # not what is tested
     model = hybrid()
     model.save_pretrained(tmp_path)
@@ -368,8 +372,7 @@ def test_a_machine_has_a_rate_for_every_kind_of_work() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     sparsity = 0 if name == "tuned-dense" else 0.5
     steps = 16 if isinstance(RECIPES[name], Trained) else None
     plan = make_plan("embedded", method=name, sparsity=sparsity, samples=16, length=32, steps=steps)
@@ -382,8 +385,7 @@ def test_every_method_has_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     how = {"method": "elsa-published", "sparsity": 0.5, "samples": 16, "length": 32, "steps": 16, "gpu": gpu}
     one, eight = (make_plan("embedded", **how, gpus=gpus) for gpus in (1, 8))  # type: ignore[arg-type]
     assert eight.peak("device").bytes < one.peak("device").bytes
@@ -393,8 +395,7 @@ def test_several_gpus_hold_less_each_and_take_less_time(gpu: str, monkeypatch: p
 
 def test_a_model_is_planned_as_a_run_would_read_it(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block by block from the folder whose weights would fill the memory, unless that is chosen."""
-    rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     how: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "samples": 4}
     weights = (model_folder / "model.safetensors").stat().st_size
     for free, streams in ((1.9 * weights, True), (2.1 * weights, False)):
@@ -415,8 +416,7 @@ def test_a_model_is_planned_as_a_run_would_read_it(model_folder: Path, monkeypat
 
 
 def test_parts_that_a_run_takes_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = dict.fromkeys(KINDS, 1e9)
-    monkeypatch.setattr("admm_prune.plan.plan.measured_here", lambda *_: Machine("m", "given", rates))
+    give_rates(monkeypatch)
     how: dict[str, Any] = {"method": "admm", "sparsity": 0.5, "samples": 4, "length": 32}
     plan = make_plan("embedded", **how, constraint="row-wise", bounds=True)
     assert any("--bounds is not counted" in note for note in plan.notes)
@@ -435,7 +435,10 @@ def test_parts_that_a_run_takes_are_planned(monkeypatch: pytest.MonkeyPatch) -> 
         ("tuned-dense", False),
     ],
 )
-def test_less_state_is_advised_where_a_method_has_moments_in_full(method: str, advises: bool) -> None:
+def test_less_state_is_advised_where_a_method_has_moments_in_full(
+    method: str, advises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_rates(monkeypatch)
     stage = Stage(name="training", parts={"weights": 4, "Adam's moments": 8}, work=Work.of())
     plan = replace(make_plan("embedded", method="wanda", sparsity=0.5, samples=1, length=32), method=method)
     refused = replace(plan, stages=(stage,), limits={"host": 1}).refusal()
@@ -444,7 +447,10 @@ def test_less_state_is_advised_where_a_method_has_moments_in_full(method: str, a
 
 
 @pytest.mark.parametrize(("method", "advises"), [("wanda", True), ("struprune", True), ("struprune-padded", False)])
-def test_streaming_is_advised_where_a_method_streams(method: str, advises: bool) -> None:
+def test_streaming_is_advised_where_a_method_streams(
+    method: str, advises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_rates(monkeypatch)
     stage = Stage(name="statistics", parts={"weights": 8}, work=Work.of())
     plan = replace(make_plan("embedded", method="wanda", sparsity=0.5, samples=1, length=32), method=method)
     refused = replace(plan, stages=(stage,), limits={"host": 1}).refusal()
@@ -452,7 +458,8 @@ def test_streaming_is_advised_where_a_method_streams(method: str, advises: bool)
     assert ("use --stream, which" in refused) == advises
 
 
-def test_what_does_not_fit_is_told_with_its_part_and_what_helps() -> None:
+def test_what_does_not_fit_is_told_with_its_part_and_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_rates(monkeypatch)
     plan = make_plan("embedded", method="wanda", sparsity=0.5, samples=8, length=64, memory=100)
     assert plan.refusal() is None
     refused = replace(plan, limits={"host": 10**6}).refusal()
