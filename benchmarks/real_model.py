@@ -296,9 +296,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def inversions(rows: Sequence[Row]) -> list[str]:
     """Pairs of methods that BLiMP orders differently from perplexity, with accuracies two standard errors apart."""
     return [
-        f"{better['target']}: {worse['method']} {worse['blimp']:.3f} is above {better['method']} "
-        f"{better['blimp']:.3f} on BLiMP, at a perplexity of {worse['perplexity']:.1f} against "
-        f"{better['perplexity']:.1f}"
+        f"at {better['target']}, {worse['method']} has {worse['blimp']:.3f} on BLiMP and {better['method']} "
+        f"{better['blimp']:.3f}, with perplexities of {worse['perplexity']:.1f} and {better['perplexity']:.1f}"
         for better, worse in pairs_of(rows)
         if worse["blimp"] - better["blimp"] > 2 * (better["blimp_error"] ** 2 + worse["blimp_error"] ** 2) ** 0.5
     ]

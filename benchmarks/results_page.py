@@ -140,11 +140,12 @@ def _order(rows: Sequence[Row]) -> list[str]:
         return []
     inverted = sum(better["blimp"] < worse["blimp"] for better, worse in pairs)
     beyond = inversions(rows)
-    errors = "; ".join(beyond) if beyond else "none of these by more than two standard errors of the difference"
     counts = (
-        f"Of {len(pairs)} pairs of methods at the same target, BLiMP puts {inverted} in another order than perplexity"
+        f"Of {len(pairs)} pairs of methods at the same target, BLiMP puts {inverted} in another order than perplexity, "
+        f"{len(beyond) or 'none'} of them by more than two standard errors of the difference"
     )
-    return [f"\n{counts}: {errors}.\n"]
+    examples = f" ({'; '.join(beyond)})" if beyond else ""
+    return [f"\n{counts}{examples}.\n"]
 
 
 def _with_steps(records: Sequence[Record], steps: Sequence[Record]) -> list[Record]:

@@ -64,7 +64,7 @@ def test_ratios_are_to_sparsegpt_on_the_same_draw() -> None:
 def test_an_order_that_blimp_contradicts_is_named_beyond_two_standard_errors() -> None:
     rows = real_model.rows_of([DENSE, record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.70)])
     (found,) = real_model.inversions(rows)
-    assert found.startswith("0.5: wanda 0.700 is above admm 0.600")
+    assert found.startswith("at 0.5, wanda has 0.700 on BLiMP and admm 0.600, with perplexities of 9.0 and 8.0")
     rows = real_model.rows_of([DENSE, record("admm", "0.5", 0, 8.0, 0.60), record("wanda", "0.5", 0, 9.0, 0.62)])
     assert real_model.inversions(rows) == []
 
