@@ -128,7 +128,7 @@ def test_a_set_is_checked_on_shapes_that_it_admits(broken: Path, command: Comman
 
 def test_another_objective_is_referred_to_python(broken: Path, refused: Refused) -> None:
     refused("by admm_prune.testing.assert_problem_conforms", "check-plugin", "broken_parts:Bounded")
-    refused("is solved from Python, by solver", "check-plugin", "broken_parts:Bounded", "--kind", "problem")
+    refused("call solver.solve(problem) from Python", "check-plugin", "broken_parts:Bounded", "--kind", "problem")
 
 
 def test_wrong_names_are_refused(broken: Path, refused: Refused, plugged_in: Path) -> None:
