@@ -18,7 +18,7 @@ from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
-from admm_prune.methods.parts import check_one_set, described
+from admm_prune.methods.parts import check_one_set
 from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_baselines
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
@@ -35,6 +35,7 @@ from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
+from admm_prune.runs.resolved import described_parts
 from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data, log_notes
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
@@ -119,7 +120,6 @@ class ComparisonSettings:
 
     def recorded(self) -> dict[str, Any]:
         """The settings for the manifest, as JSON values."""
-        parts = {"problem": self.run.problem, "constraint": self.run.constraint}
         return recorded(
             self.run,
             "compare",
@@ -127,7 +127,7 @@ class ComparisonSettings:
             text=self.text,
             selection=self.selection,
             coordinate=self.joint.coordinate,
-            **{name: None if part is None else described(part) for name, part in parts.items()},
+            **described_parts(self.run, ("problem", "constraint")),
             methods=self.methods,
             targets=[asdict(target) for target in self.targets],
             baselines=self.baselines,

@@ -20,7 +20,6 @@ from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import NOTHING, Journal, LayerReport, OnRecord, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Tracker
-from admm_prune.methods.parts import described
 from admm_prune.methods.registry import DEFAULT
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.checkpoint import weight_bytes
@@ -41,7 +40,7 @@ from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
-from admm_prune.runs.resolved import ResolvedRun, resolved
+from admm_prune.runs.resolved import PARTS, ResolvedRun, described_parts, resolved
 from admm_prune.runs.results import Report
 from admm_prune.runs.signature import takes
 from admm_prune.runs.texts import Texts
@@ -204,7 +203,7 @@ def _recorded(settings: Settings, run: ResolvedRun, **opened: Any) -> dict[str, 
         tasks=() if run.tasks is None else run.tasks.names,
         task_folder=None if settings.task_folder is None else str(settings.task_folder),
         **opened,
-        **{name: None if part is None else described(part) for name, part in run.parts.items()},
+        **described_parts(settings, PARTS),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from admm_prune.methods.base import Recipe, Ridge
 from admm_prune.methods.callbacks import Callbacks, Tracker
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
-from admm_prune.methods.parts import check_one_set, target_of
+from admm_prune.methods.parts import check_one_set, described, target_of
 from admm_prune.methods.registry import composed
 from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.selection import Selection
@@ -28,7 +28,7 @@ from admm_prune.runs.texts import check_data, passed_from_python
 from admm_prune.runs.trackers import tracker_of
 from admm_prune.settings import Settings, TextSettings
 
-_PARTS = ("solver", "problem", "constraint")
+PARTS = ("solver", "problem", "constraint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class ResolvedRun:
 
     Attributes:
         recipe: the method with all of its parts.
-        parts: solver, problem and constraint as the user gave them.
         target: before the selection of weights is applied to a model.
         text: the settings of the texts, which name them.
         passed: the texts that were passed as objects, by their role.
@@ -45,7 +44,6 @@ class ResolvedRun:
     """
 
     recipe: Recipe
-    parts: Mapping[str, Any]
     joint: Joint
     target: Target
     selection: Selection
@@ -90,7 +88,6 @@ def resolved(settings: Settings) -> ResolvedRun:
     tracker = tracker_of(settings.log, out)
     return ResolvedRun(
         recipe=recipe,
-        parts={name: getattr(settings, name) for name in _PARTS},
         joint=Joint.of(settings.coordinate, settings.refit),
         target=target,
         selection=selection,
@@ -114,11 +111,17 @@ def recipe_of(settings: Settings) -> Recipe:
         UserError: the method or a part does not exist, or the method does not support a setting.
     """
     check_one_set(settings.constraint, settings.pattern)
-    names = ("steps", "distillation", *_PARTS)
+    names = ("steps", "distillation", *PARTS)
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     joint = Joint.of(settings.coordinate, settings.refit)
     recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=joint)
     return configured(recipe, settings.unit, settings.multiple)
+
+
+def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str | None]:
+    """Parts for the manifest: names, and descriptions of objects; None for those that are not given."""
+    given = {name: getattr(settings, name) for name in names}
+    return {name: None if part is None else described(part) for name, part in given.items()}
 
 
 def check_settings(settings: Settings) -> None:
