@@ -109,7 +109,7 @@ def _structured(default: T, help: str, **how: Any) -> T:
 
 
 def _tasks(default: T, help: str, **how: Any) -> T:
-    return option(default, help, group="Tasks", commands="run", **how)
+    return option(default, help, group="Tasks", commands="run compare", **how)
 
 
 def _machine(default: T, help: str, **how: Any) -> T:
@@ -313,7 +313,7 @@ class Settings(TextSettings):
         None,
         "Ridge, relative to diag(H); the solver's own by default; 'auto' selects it on validation tokens.",
         python="'auto' selects the damping too, once for all matrices of one input. Wanda and magnitude take no ridge.",
-        commands="run plan solve",
+        commands="run plan compare solve",
         in_file=float | Literal["auto"] | None,
         typed=str | None,
         parse=lambda typed: None if typed is None else _ridge(typed),  # which imports torch
@@ -398,7 +398,7 @@ class Settings(TextSettings):
         "auto",
         "Read the model from its folder block by block; by default only if the whole model would fill the memory.",
         python="Every pruned block is written to `out` before the next is read.",
-        commands="run plan",
+        commands="run plan reproduce",
         saved_in="manifest",
         typed=bool | None,
         typed_default=None,
@@ -409,7 +409,7 @@ class Settings(TextSettings):
         None,
         "GiB of activations between blocks to keep in memory; the rest is stored on disk.",
         python="Here in bytes. By default a quarter of the free memory if weights are streamed, else no limit.",
-        commands="run",
+        commands="run reproduce",
         least=0,
         typed=float | None,
         spelled="activation_memory",
@@ -418,7 +418,7 @@ class Settings(TextSettings):
     trust_remote_code: bool = _run(
         False,
         "Run Python code that comes with the model; never run otherwise.",
-        commands="run eval compare plan capture",
+        commands="run reproduce eval compare plan capture",
         saved_in="manifest",
     )
     log: str | Tracker | None = _run(

@@ -96,8 +96,8 @@ def test_a_field_is_in_the_manifest_of_a_comparison(found: tuple[Path, dict[str,
 
 
 def test_a_comparison_takes_the_settings_that_compare_has_options_for() -> None:
-    run = Settings("embedded", ridge=0.1)
-    with pytest.raises(UserError, match="a comparison takes no ridge"):
+    run = Settings("embedded", stream=True)
+    with pytest.raises(UserError, match="a comparison takes no stream"):
         ComparisonSettings(run=run, methods=("wanda",), targets=(Target(0.5),))
 
 

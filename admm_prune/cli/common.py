@@ -125,7 +125,8 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
             values: dict[str, Any] = {}
             for name, one in declared.items():
                 value = given.pop(one.spelled)
-                values[name] = value if one.parse is None or (replaces and value is None) else one.parse(value)
+                left_out = value is None and replaces and one.saved_in == "recipe"
+                values[name] = value if one.parse is None or left_out else one.parse(value)
             function(**given, **values)
 
         parameters: list[inspect.Parameter] = []
@@ -281,5 +282,24 @@ def show_tasks(model: str, content: dict[str, Any]) -> None:
     ]
     columns = ["task", "metric", "shots", "value", "standard error"]
     show_table(f"{model}, lm-evaluation-harness {content['lm_eval']}", columns, rows)
+    _warn_of_limit(content)
+
+
+def show_tasks_compared(models: dict[str, dict[str, Any] | None]) -> None:
+    """Prints results of several models, by their names, as a table with a column for each; nothing without results."""
+    from admm_prune.runs.card import tasks_compared
+
+    measured = [content for content in models.values() if content is not None]
+    if not measured:
+        return
+    rows = [
+        [task, metric, *("" if result is None else f"{result[0]:.4f}" for result in results)]
+        for task, metric, results in tasks_compared(list(models.values()))
+    ]
+    show_table(f"lm-evaluation-harness {measured[0]['lm_eval']}", ["task", "metric", *models], rows)
+    _warn_of_limit(measured[0])
+
+
+def _warn_of_limit(content: dict[str, Any]) -> None:
     if content["limit"] is not None:
         print(f"At most {content['limit']} questions per task: a quick check, not a figure to compare.")

@@ -62,5 +62,6 @@ def compare(
     columns = ["method", "pruned", *headings(ratios=True), "layer\nerror", "zeros", "seconds"]
     title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens evaluated"
     common.show_table(title, columns, table, mark={i for i, row in enumerate(result.rows, 1) if result.is_best(row)})
+    common.show_tasks_compared({"dense": result.tasks, **{f"{r.method} {r.target}": r.tasks for r in result.rows}})
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")

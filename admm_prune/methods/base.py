@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
+from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
@@ -277,7 +278,13 @@ class Capabilities(Protocol):
         Raises:
             UserError: the method does not support the ridge or the bounds.
         """
-        return
+        obstacle = self.ridge_obstacle(task)
+        if obstacle is not None:
+            raise UserError(obstacle)
+
+    def ridge_obstacle(self, task: Task) -> str | None:
+        """Why the method does not support the ridge of the task, and what to do; None if it does or none is given."""
+        return None
 
     def streaming_obstacle(self) -> str | None:
         """Why the method cannot prune a model one block at a time from disk; None if it can."""

@@ -97,9 +97,10 @@ class Layerwise(Capabilities):
         check_target(decoder_blocks(model), self.method, target)
         self.joint.check(model, self.method)
 
-    def check_task(self, task: Task) -> None:
-        if task.ridge is not None and not uses_ridge(self.method, self.joint, bounds=task.bounds):
-            raise UserError(f"{self.name} only scores weights, whatever the ridge: leave --ridge out")
+    def ridge_obstacle(self, task: Task) -> str | None:
+        if task.ridge is None or uses_ridge(self.method, self.joint, bounds=task.bounds):
+            return None
+        return f"{self.name} only scores weights, whatever the ridge: leave --ridge out"
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         self.check(model, task.target)

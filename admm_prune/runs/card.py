@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -106,6 +106,15 @@ def task_rows(tasks: dict[str, Any] | None) -> Iterator[tuple[str, str, float, f
             error = row.get(f"{metric}_stderr,{variant}")
             label = metric if variant in ("", "none") else f"{metric} ({variant})"
             yield task, label, float(value), error if isinstance(error, int | float) else None
+
+
+def tasks_compared(
+    models: Sequence[dict[str, Any] | None],
+) -> list[tuple[str, str, list[tuple[float, float | None] | None]]]:
+    """Results of several models as (task, metric, (value, standard error) of each model); None where one has none."""
+    results = [{(task, label): (value, error) for task, label, value, error in task_rows(model)} for model in models]
+    keys = dict.fromkeys(key for of_model in results for key in of_model)
+    return [(*key, [of_model.get(key) for of_model in results]) for key in keys]
 
 
 def _body(report: Report, recipe: str | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from torch import nn
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.allocation.rules import AllocationRule
-from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
+from admm_prune.methods.base import OnProgress, Recipe, Ridge, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.parts import check_one_set
 from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_baselines
+from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
@@ -28,14 +29,14 @@ from admm_prune.models.evaluate import METRICS, Evaluation, Metrics
 from admm_prune.models.loading import LoadedModel, fingerprint, load
 from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
-from admm_prune.runs.evaluate import Validation, evaluated_dense
+from admm_prune.runs.evaluate import Tasks, Validation, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, check_apart, finite, write_json
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
-from admm_prune.runs.resolved import described_parts
+from admm_prune.runs.resolved import described_parts, recorded_tasks, tasks_of
 from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, check_data, log_notes
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
@@ -55,6 +56,7 @@ class Row(Metrics):
     seconds: float
     reloaded_perplexity: float
     folder: str
+    tasks: dict[str, Any] | None = None  # as `Report.tasks`
 
     def as_json(self) -> dict[str, Any]:
         """Its fields in the order of the table."""
@@ -68,6 +70,7 @@ class Comparison:
     dense: Evaluation
     rows: list[Row]
     manifest: dict[str, Any]
+    tasks: dict[str, Any] | None = None  # of the dense model, as `Report.tasks`
 
     def is_best(self, row: Row) -> bool:
         """Whether no other method reached a better perplexity at the target of the row."""
@@ -78,6 +81,7 @@ class Comparison:
             "model": self.model,
             "parameters": self.parameters,
             "dense": asdict(self.dense),
+            "tasks": self.tasks,
             "rows": [row.as_json() for row in self.rows],
             **self.manifest,
         }
@@ -107,6 +111,8 @@ class ComparisonSettings:
     selection: Selection = field(init=False)
     allocation: AllocationRule | None = field(init=False)
     joint: Joint = field(init=False)
+    ridge: Ridge = field(init=False)
+    tasks: Tasks | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name, declared in options(Settings).items():
@@ -117,6 +123,8 @@ class ComparisonSettings:
         object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))
         object.__setattr__(self, "allocation", AllocationRule.named(run.allocation, run.allocation_passes))
         object.__setattr__(self, "joint", Joint.of(run.coordinate, run.refit))
+        object.__setattr__(self, "ridge", parse_ridge(run.ridge))
+        object.__setattr__(self, "tasks", tasks_of(run))
 
     def recorded(self) -> dict[str, Any]:
         """The settings for the manifest, as JSON values."""
@@ -127,6 +135,8 @@ class ComparisonSettings:
             text=self.text,
             selection=self.selection,
             coordinate=self.joint.coordinate,
+            ridge=self.ridge,
+            **recorded_tasks(self.run, self.tasks),
             **described_parts(self.run, ("problem", "constraint")),
             methods=self.methods,
             targets=[asdict(target) for target in self.targets],
@@ -176,9 +186,7 @@ def compare(
         jobs = _jobs(recipes, targets, settings, loaded.model)
         log_notes(loaded)
         texts = Texts(settings.text, loaded)
-        tasks = [_task(settings, texts, recipe, target) for recipe, target in jobs]
-        for (recipe, _), task in zip(jobs, tasks, strict=True):
-            recipe.check_task(task)
+        tasks = _tasks(settings, texts, jobs)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
@@ -186,6 +194,11 @@ def compare(
         with Phases(device, callback=callback)("evaluating the dense model"):
             runtime = Runtime(journal=journal, on_progress=callback.on_progress)
             dense = evaluated_dense(loaded, texts.evaluation, runtime)
+        dense_on_tasks = None
+        if settings.tasks is not None:
+            evaluate = partial(settings.tasks.evaluate, loaded, seed=run.seed)
+            with Phases(device, callback=callback)("evaluating the dense model on the tasks"):
+                dense_on_tasks = journal.once("tasks", evaluate)
         runs = _Runs(settings, texts, opened, loaded.revision, weights, dense, device, callback)
         models = journal.checkpoints(_MODELS)
         assert models is not None
@@ -200,7 +213,12 @@ def compare(
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
         parameters = sum(p.numel() for p in loaded.model.parameters())
         comparison = Comparison(
-            model=model_name, parameters=parameters, dense=dense.figures, rows=rows, manifest=record
+            model=model_name,
+            parameters=parameters,
+            dense=dense.figures,
+            tasks=dense_on_tasks,
+            rows=rows,
+            manifest=record,
         )
         with journal.output() as folder:
             shutil.copytree(models, folder / _MODELS, copy_function=_linked)
@@ -248,6 +266,7 @@ class _Runs:
                 self.dense,
                 record,
                 Phases(self.device, callback=self.callback),
+                tasks=settings.tasks,
                 allocation=settings.allocation if recipe.prunes else None,
                 notes=texts.notes(recipe.samples),
             )
@@ -318,9 +337,31 @@ def _jobs(
     return jobs
 
 
-def _task(settings: ComparisonSettings, texts: Texts, recipe: Recipe, target: Target) -> Task:
-    bounds = settings.run.bounds and recipe.prunes
-    return Task(target=target, calibration=texts.calibration(recipe.samples), seed=settings.text.seed, bounds=bounds)
+def _tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tuple[Recipe, Target]]) -> list[Task]:
+    """The task of every run, checked; the ridge is for the methods that support it.
+
+    Raises:
+        UserError: no method supports the ridge, or one does not support the bounds.
+    """
+    tasks: list[Task] = []
+    obstacles: list[str] = []
+    for recipe, target in jobs:
+        task = Task(
+            target=target,
+            calibration=texts.calibration(recipe.samples),
+            seed=settings.text.seed,
+            ridge=settings.ridge if recipe.prunes else None,
+            bounds=settings.run.bounds and recipe.prunes,
+        )
+        obstacle = recipe.ridge_obstacle(task)
+        if obstacle is not None:
+            obstacles.append(obstacle)
+            task = replace(task, ridge=None)
+        recipe.check_task(task)
+        tasks.append(task)
+    if obstacles and all(task.ridge is None for task in tasks):
+        raise UserError(obstacles[0])
+    return tasks
 
 
 def _known(record: dict[str, Any], models: Path) -> Row:
@@ -367,5 +408,6 @@ def _row(report: Report, again: Evaluation, folder: str) -> Row:
         relative_error=report.mean_relative_error,
         seconds=report.seconds,
         reloaded_perplexity=again.perplexity,
+        tasks=report.tasks,
         folder=folder,
     )

@@ -40,7 +40,7 @@ from admm_prune.runs.manifest import Phases, manifest
 from admm_prune.runs.recipe_file import RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
-from admm_prune.runs.resolved import PARTS, ResolvedRun, described_parts, resolved
+from admm_prune.runs.resolved import PARTS, ResolvedRun, described_parts, recorded_tasks, resolved
 from admm_prune.runs.results import Report
 from admm_prune.runs.signature import takes
 from admm_prune.runs.texts import Texts
@@ -200,8 +200,7 @@ def _recorded(settings: Settings, run: ResolvedRun, **opened: Any) -> dict[str, 
         ridge=run.ridge,
         selection=run.selection,
         coordinate=run.joint.coordinate,
-        tasks=() if run.tasks is None else run.tasks.names,
-        task_folder=None if settings.task_folder is None else str(settings.task_folder),
+        **recorded_tasks(settings, run.tasks),
         **opened,
         **described_parts(settings, PARTS),
     )

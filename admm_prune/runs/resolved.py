@@ -19,7 +19,7 @@ from admm_prune.methods.ridge import parse_ridge
 from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target, parse_target
-from admm_prune.models.parallel import World
+from admm_prune.models.parallel import ALONE, World
 from admm_prune.runs.evaluate import Tasks, task_names
 from admm_prune.runs.journal.folder import check_apart
 from admm_prune.runs.machine import pick_device
@@ -84,7 +84,7 @@ def resolved(settings: Settings) -> ResolvedRun:
     if out is not None:
         check_apart(out, model, settings.data, settings.eval_data)
     device, world = pick_device(settings.device), World.current()
-    tasks = _tasks(settings, world)
+    tasks = tasks_of(settings, world)
     tracker = tracker_of(settings.log, out)
     return ResolvedRun(
         recipe=recipe,
@@ -124,20 +124,12 @@ def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str |
     return {name: None if part is None else described(part) for name, part in given.items()}
 
 
-def check_settings(settings: Settings) -> None:
-    """Rejects settings with which no model can be pruned; reads neither a model nor a text.
+def tasks_of(settings: Settings, world: World = ALONE) -> Tasks | None:
+    """The tasks on which models are evaluated; None if none are named.
 
     Raises:
-        UserError: as `resolved`.
+        UserError: as `Tasks`; an option of tasks without tasks, or several processes.
     """
-    recipe_of(settings)
-    Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    AllocationRule.named(settings.allocation, settings.allocation_passes)
-    parse_ridge(settings.ridge)
-    _target(settings)
-
-
-def _tasks(settings: Settings, world: World) -> Tasks | None:
     names = task_names(settings.tasks)
     if not names:
         if isinstance(settings.tasks, str) or settings.tasks:  # an empty string, or blanks and commas alone
@@ -149,6 +141,25 @@ def _tasks(settings: Settings, world: World) -> Tasks | None:
     if world.size > 1:
         raise UserError("tasks are evaluated by one process: evaluate them afterwards, with 'admm-prune eval --tasks'")
     return Tasks(names, folder=settings.task_folder, shots=settings.shots, limit=settings.task_limit)
+
+
+def recorded_tasks(settings: Settings, tasks: Tasks | None) -> dict[str, Any]:
+    """The settings of tasks for the manifest that are not JSON values themselves."""
+    folder = settings.task_folder
+    return {"tasks": () if tasks is None else tasks.names, "task_folder": None if folder is None else str(folder)}
+
+
+def check_settings(settings: Settings) -> None:
+    """Rejects settings with which no model can be pruned; reads neither a model nor a text.
+
+    Raises:
+        UserError: as `resolved`.
+    """
+    recipe_of(settings)
+    Selection.of(settings.targets, settings.ignore, settings.overrides or {})
+    AllocationRule.named(settings.allocation, settings.allocation_passes)
+    parse_ridge(settings.ridge)
+    _target(settings)
 
 
 def _target(settings: Settings) -> Target:

@@ -166,6 +166,8 @@ def check_fields(report: Verification, manifest: Manifest) -> None:
         ("dense", manifest["dense"], _names(Evaluation)),
         *((f"texts.{role}", record, _names(TextRecord)) for role, record in manifest["texts"].items()),
     ]
+    if manifest["tasks"] is not None:
+        expected.append(("tasks", manifest["tasks"], {"results", "versions", "shots", "limit", "lm_eval"}))
     if "rows" not in manifest:
         layers = _names(LayerReport) - {"seconds"}  # these are in the file of times
         expected += [
@@ -173,8 +175,6 @@ def check_fields(report: Verification, manifest: Manifest) -> None:
             *((f"layers: {layer['name']}", layer, layers) for layer in manifest["layers"]),
             *((f"weights: {name}", file, {"sha256", "tensors"}) for name, file in manifest["weights"].items()),
         ]
-        if manifest["tasks"] is not None:
-            expected.append(("tasks", manifest["tasks"], {"results", "versions", "shots", "limit", "lm_eval"}))
         if manifest["continuation"]:
             expected.append(("continuation", manifest["continuation"], {"prompt", "dense", "pruned"}))
     for name, content, keys in expected:

@@ -45,7 +45,7 @@ RUN_FIELDS = frozenset({
     "method", "target", "budget", "text_use", "block_weights", "sparsity", "dense", "pruned", "tasks", "layers",
     "notes", "details", "continuation", "weights", *_RECORD,
 })  # fmt: skip
-COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "rows", *_RECORD})
+COMPARISON_FIELDS = frozenset({"model", "parameters", "dense", "tasks", "rows", *_RECORD})
 
 # Fields of a manifest that are recomputed; of texts and figures only where the perplexity is.
 _RECOMPUTED = frozenset({
@@ -56,7 +56,7 @@ _WITH_TEXT = frozenset({"pruned", "texts", "continuation.prompt", "continuation.
 _RECOMPUTED_OF_TABLE = frozenset({
     "model", "parameters", "dense", "settings", "model_revision", "environment", "texts", "files", DIGEST,
     *(f"rows[].{name}" for name in (
-        "method", "target", "sparsity", *METRICS, "relative_error", "reloaded_perplexity", "folder"
+        "method", "target", "sparsity", *METRICS, "relative_error", "reloaded_perplexity", "folder", "tasks"
     )),
 })  # fmt: skip
 
@@ -178,6 +178,7 @@ def _verify_row(
         **{name: content["pruned"][name] for name in METRICS},
         "reloaded_perplexity": content["pruned"]["perplexity"],
         "relative_error": mean_error([layer["relative_error"] for layer in content["layers"]]),
+        "tasks": content["tasks"],
     }
     for name, value in claims.items():
         report.expect(

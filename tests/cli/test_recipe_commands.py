@@ -71,8 +71,11 @@ def test_a_reproduction_passes_fails_or_is_not_compared(
         assert outcome.status == status
         assert f"dense: {reached:.4g}, expected {reached * factor:.4g} +- 2 %: {verdict}\n" in outcome.out
         assert outcome.err.count("admm-prune:") == 0
-    content = reproduced("--sparsity", 0.7, "--device", "cpu", "--json")
-    assert json.loads(content.out)["passed"] is False, "options that say what the protocol says change nothing"
+    for how in (("--sparsity", 0.7, "--device", "cpu"), ("--stream", "--activation-memory", 0.5)):
+        content = json.loads(reproduced(*how, "--json").out)
+        assert content["passed"] is False, "options that change no setting of the protocol leave the comparison"
+        assert content["ratio"] == pytest.approx(reached, rel=1e-6)
+    assert json.loads((place / "out/admm_prune.json").read_text())["settings"]["stream"] is True
 
     for options, reason in (
         (("--sparsity", 0.5, "--seed", 1), "--seed, --sparsity differ"),

@@ -160,6 +160,23 @@ def test_a_comparison_in_another_sparse_set_with_bounds(tmp_path: Path, settings
     assert verify_folder(tmp_path / "out", quick=True).verdict is not Verdict.REJECTED
 
 
+def test_the_ridge_of_a_comparison_is_for_the_methods_that_have_one(
+    tmp_path: Path, settings: ComparisonSettings
+) -> None:
+    run, targets = replace(settings.run, ridge="0.25"), settings.targets[:1]
+    compare(replace(settings, run=run, targets=targets), tmp_path / "out")
+    ridges = {}
+    for method in settings.methods:
+        content = json.loads((tmp_path / f"out/models/{method}-50/admm_prune.json").read_text())
+        ridges[method] = {layer["ridge"] for layer in content["layers"]}
+        assert content["settings"]["ridge"] == 0.25
+    assert ridges == {"magnitude": {None}, "sparsegpt": {0.25}}
+    assert verify_folder(tmp_path / "out", quick=True).verdict is not Verdict.REJECTED
+    with pytest.raises(UserError, match=r"^magnitude only scores weights, whatever the ridge: leave --ridge out$"):
+        compare(replace(settings, run=run, targets=targets, methods=("magnitude", "wanda")), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_settings_of_structured_groups_in_a_comparison(tmp_path: Path, settings: ComparisonSettings) -> None:
     run = replace(settings.run, unit="bytes", multiple=8)
     methods = ("magnitude", "struprune-uniform")

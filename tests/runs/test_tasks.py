@@ -19,6 +19,7 @@ from admm_prune.models.loading import load
 from admm_prune.runs.evaluate import evaluate_tasks
 from admm_prune.verify.report import Verdict
 from admm_prune.verify.run import verify_folder
+from tests.runs.html_page import read_page
 
 ROWS = [
     {"question": "the cat sat on a", "choices": [" mat", " question"], "answer": 0},
@@ -100,6 +101,33 @@ def test_a_run_evaluates_its_pruned_model(model_folder: Path, text_file: Path, t
     verified = verify_folder(tmp_path / "out", quick=True, device="cpu")
     assert verified.verdict is Verdict.VERIFIED
     assert "admm_prune.json: tasks" in verified.fingerprinted
+
+
+def test_a_comparison_evaluates_the_dense_and_all_pruned_models(
+    model_folder: Path, text_file: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ("--tasks", "mats", "--task-folder", str(tasks), "--shots", "0", "--task-limit", "2")
+    common = ("--data", str(text_file), "--samples", "2", "--eval-samples", "1", "--sparsity", "0.5", "--device", "cpu")
+    words = ("compare", "--model", str(model_folder), "--methods", "magnitude,wanda", *common, *how)
+    app([*words, "--out", str(tmp_path / "out")], standalone_mode=False)
+    shown = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["mats"])
+    page = read_page((tmp_path / "out/report.html").read_text()).text
+    content = json.loads((tmp_path / "out/admm_prune.json").read_text())
+    places = {"dense": model_folder, **{row["method"]: tmp_path / "out" / row["folder"] for row in content["rows"]}}
+    found = [content["tasks"], *(row["tasks"] for row in content["rows"])]
+    for place, claimed in zip(places.values(), found, strict=True):
+        assert claimed == evaluate_tasks(str(place), ["mats"], folder=tasks, shots=0, limit=2, device="cpu")
+    figures = [one["results"]["mats"] for one in found]
+    assert shown == ["mats", "acc", *(f"{one['acc,none']:.4f}" for one in figures)]
+    for one in figures:
+        assert f"{one['acc,none']:.4f} ± {one['acc_stderr,none']:.4f}" in " ".join(page.split())
+    assert "at most 2 questions of each" in " ".join(page.split())
+    verified = verify_folder(tmp_path / "out", quick=True, device="cpu")
+    assert verified.verdict is Verdict.VERIFIED
+    assert "admm_prune.json: tasks" in verified.fingerprinted
+    content["rows"][0]["tasks"]["results"]["mats"]["acc,none"] = 0.875
+    (tmp_path / "out/admm_prune.json").write_text(json.dumps(content))
+    assert verify_folder(tmp_path / "out", quick=True, device="cpu").verdict is Verdict.REJECTED
 
 
 def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(

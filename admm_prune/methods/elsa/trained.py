@@ -142,10 +142,14 @@ class Trained(Capabilities, ABC):
                 )
 
     def check_task(self, task: Task) -> None:
-        if task.ridge is not None:
-            raise UserError(f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out")
+        super().check_task(task)
         if task.bounds:
             raise UserError(f"{self.name} trains all weights, and has no layer problems to bound: leave --bounds out")
+
+    def ridge_obstacle(self, task: Task) -> str | None:
+        if task.ridge is None:
+            return None
+        return f"{self.name} takes no ridge, because its layer problems keep their own: leave --ridge out"
 
     def prune(self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS) -> Outcome:
         """Trains and prunes the model. The result has the least held-out loss of the last model and of those that were

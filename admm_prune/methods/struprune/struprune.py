@@ -119,10 +119,12 @@ class StruPrune(Capabilities):
         self._allocate(model, parts, curves, target)
 
     def check_task(self, task: Task) -> None:
-        if task.ridge == "auto":
-            raise UserError(f"{self.name} does not choose a ridge: give a number")
+        super().check_task(task)
         if task.bounds:
             raise UserError(f"{self.name} removes groups, and has no layer problems to bound: leave --bounds out")
+
+    def ridge_obstacle(self, task: Task) -> str | None:
+        return f"{self.name} does not choose a ridge: give a number" if task.ridge == "auto" else None
 
     def prune(
         self, model: nn.Module, task: Task, runtime: Runtime = IN_PROCESS, curves: Mapping[str, Curve] | None = None

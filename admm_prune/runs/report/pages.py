@@ -15,7 +15,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.target import DENSE, target_named
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.models.evaluate import METRICS, RANKING
-from admm_prune.runs.card import task_rows
+from admm_prune.runs.card import task_rows, tasks_compared
 from admm_prune.runs.claims import read_json, record_pages
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_apart, check_output_file
 from admm_prune.runs.recipe_file import RECIPE
@@ -193,6 +193,7 @@ def _comparison(folder: Path, comparison: Manifest) -> str:
         comparison=comparison,
         runs=runs,
         tuned=tuned[0] if tuned else None,
+        tasks=tasks_compared([comparison["tasks"], *(row["tasks"] for row in rows)]),
         structured=list(dict.fromkeys(run["method"] for run in runs if run["details"].get("units"))),
         best=[
             is_best and row["target"] != "0%"  # no comparison for what prunes nothing
