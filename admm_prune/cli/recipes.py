@@ -78,10 +78,10 @@ def check(file: Annotated[Path, typer.Argument(help="A recipe file, or the folde
     Example: admm-prune recipe check pruned
     """
     from admm_prune.runs.recipe_file import read_recipe
-    from admm_prune.runs.resolved import check_settings
+    from admm_prune.runs.resolved import parsed
     from admm_prune.settings import Settings
 
-    check_settings(Settings(**read_recipe(file).arguments()))
+    parsed(Settings(**read_recipe(file).arguments()))  # raises where it cannot be run
     print(f"{file}: a recipe that can be run")
 
 

@@ -72,9 +72,9 @@ def show_plan(recipe: Recipe, out: Path | None, json: bool) -> None:
         UserError: it cannot be run.
     """
     from admm_prune.runs.recipe_file import written
-    from admm_prune.runs.resolved import check_settings
+    from admm_prune.runs.resolved import parsed
 
-    check_settings(settings.Settings(**recipe.arguments()))
+    parsed(settings.Settings(**recipe.arguments()))  # raises where it cannot be run
     content = recipe.as_content()
     if json:
         common.emit({"recipe": content, "out": None if out is None else str(out)})

@@ -15,9 +15,7 @@ from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import DEFAULT, RECIPES
-from admm_prune.methods.ridge import parse_ridge
-from admm_prune.methods.selection import Selection
-from admm_prune.methods.target import Target, parse_target
+from admm_prune.methods.target import Target
 from admm_prune.models.loading import locate
 from admm_prune.models.structure import notes_on
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
@@ -36,7 +34,7 @@ from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, l
 from admm_prune.runs.journal.folder import check_output, existing_parent
 from admm_prune.runs.machine import free_bytes, resident_bytes
 from admm_prune.runs.prune import decide
-from admm_prune.runs.resolved import recipe_of
+from admm_prune.runs.resolved import parsed
 from admm_prune.runs.signature import takes
 from admm_prune.settings import PlanSettings
 
@@ -169,9 +167,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     model, method, trusts = str(settings.model), settings.method or DEFAULT, settings.trust_remote_code
     gpu, gpus = settings.gpu, settings.gpus
     text = None if settings.data is None else settings.text()
-    target = parse_target(settings.sparsity, settings.pattern)
-    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    recipe = recipe_of(settings)
+    pruning = parsed(settings)
+    recipe, allocation = pruning.recipe, pruning.allocation
     limits = _limits(settings)
     # As a run that writes its output decides, by the free memory of the device that holds the weights.
     free = limits.get("device", limits["host"] if settings.memory else free_bytes("cpu"))
@@ -183,13 +180,12 @@ def make_plan(settings: PlanSettings) -> Plan:
     # 2. The model, and what the method does with it.
     anatomy = Anatomy.of(model, settings.dtype, trust_remote_code=trusts)
     check_tokenizer(model, anatomy.model, required=text is not None, trust_remote_code=trusts)
-    target = selection.applied(anatomy.model, target)
+    target = pruning.selection.applied(anatomy.model, pruning.target)
     recipe.check(anatomy.model, target)
-    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
     if allocation is not None:
         allocation.check(recipe, anatomy.model, target, offloaded=stream)
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
-    task = Task(target=target, calibration=sequences, ridge=parse_ridge(settings.ridge))
+    task = Task(target=target, calibration=sequences, ridge=pruning.ridge)
     recipe.check_task(task)
     # 3. The text, the rates of the machine, and the stages.
     reading = None if text is None else read(text, model, anatomy.model, stream=stream, trust_remote_code=trusts)

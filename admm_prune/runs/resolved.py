@@ -32,23 +32,32 @@ PARTS = ("solver", "problem", "constraint")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedRun:
-    """The settings of a run, parsed and checked as far as possible without its model and texts.
+class ParsedSettings:
+    """The settings of a run that say how a model is pruned, parsed and checked without the model.
 
     Attributes:
         recipe: the method with all of its parts.
         target: before the selection of weights is applied to a model.
+    """
+
+    recipe: Recipe
+    joint: Joint
+    selection: Selection
+    target: Target
+    allocation: AllocationRule | None
+    ridge: Ridge
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun(ParsedSettings):
+    """All settings of a run, parsed and checked as far as possible without its model and texts.
+
+    Attributes:
         text: the settings of the texts, which name them.
         passed: the texts that were passed as objects, by their role.
         tracker: in the first process, which logs for all of them.
     """
 
-    recipe: Recipe
-    joint: Joint
-    target: Target
-    selection: Selection
-    allocation: AllocationRule | None
-    ridge: Ridge
     text: TextSettings
     passed: dict[str, Any]
     out: Path | None
@@ -59,8 +68,29 @@ class ResolvedRun:
     callback: Callbacks
 
 
+def parsed(settings: Settings) -> ParsedSettings:
+    """Parses and checks the settings with which any model would be pruned; reads neither a model nor a text.
+
+    Raises:
+        UserError: a setting cannot be used, alone or with the others.
+    """
+    check_one_set(settings.constraint, settings.pattern)
+    joint = Joint.of(settings.coordinate, settings.refit)
+    names = ("steps", "distillation", *PARTS)
+    given: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=joint)
+    return ParsedSettings(
+        recipe=configured(recipe, settings.unit, settings.multiple),
+        joint=joint,
+        selection=Selection.of(settings.targets, settings.ignore, settings.overrides or {}),
+        target=_target(settings),
+        allocation=AllocationRule.named(settings.allocation, settings.allocation_passes),
+        ridge=parse_ridge(settings.ridge),
+    )
+
+
 def resolved(settings: Settings) -> ResolvedRun:
-    """Parses and checks the settings.
+    """Parses and checks all settings of a run.
 
     Raises:
         UserError: a setting cannot be used, alone or with the others.
@@ -72,11 +102,7 @@ def resolved(settings: Settings) -> ResolvedRun:
         raise UserError(
             f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
         )
-    recipe = recipe_of(settings)
-    selection = Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    target = _target(settings)
-    allocation = AllocationRule.named(settings.allocation, settings.allocation_passes)
-    ridge = parse_ridge(settings.ridge)
+    pruning = parsed(settings)
     passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
     if settings.resume and out is None:
@@ -87,12 +113,7 @@ def resolved(settings: Settings) -> ResolvedRun:
     tasks = tasks_of(settings, world)
     tracker = tracker_of(settings.log, out)
     return ResolvedRun(
-        recipe=recipe,
-        joint=Joint.of(settings.coordinate, settings.refit),
-        target=target,
-        selection=selection,
-        allocation=allocation,
-        ridge=ridge,
+        **vars(pruning),
         text=text,
         passed=passed,
         out=out,
@@ -102,20 +123,6 @@ def resolved(settings: Settings) -> ResolvedRun:
         tracker=tracker if world.first else None,
         callback=Callbacks(settings.callbacks, settings.progress),
     )
-
-
-def recipe_of(settings: Settings) -> Recipe:
-    """The method of a run with its parts.
-
-    Raises:
-        UserError: the method or a part does not exist, or the method does not support a setting.
-    """
-    check_one_set(settings.constraint, settings.pattern)
-    names = ("steps", "distillation", *PARTS)
-    given: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    joint = Joint.of(settings.coordinate, settings.refit)
-    recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=joint)
-    return configured(recipe, settings.unit, settings.multiple)
 
 
 def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str | None]:
@@ -147,19 +154,6 @@ def recorded_tasks(settings: Settings, tasks: Tasks | None) -> dict[str, Any]:
     """The settings of tasks for the manifest that are not JSON values themselves."""
     folder = settings.task_folder
     return {"tasks": () if tasks is None else tasks.names, "task_folder": None if folder is None else str(folder)}
-
-
-def check_settings(settings: Settings) -> None:
-    """Rejects settings with which no model can be pruned; reads neither a model nor a text.
-
-    Raises:
-        UserError: as `resolved`.
-    """
-    recipe_of(settings)
-    Selection.of(settings.targets, settings.ignore, settings.overrides or {})
-    AllocationRule.named(settings.allocation, settings.allocation_passes)
-    parse_ridge(settings.ridge)
-    _target(settings)
 
 
 def _target(settings: Settings) -> Target:
