@@ -1,18 +1,19 @@
-"""Checks a solution and a lower bound of a layer problem. Imports numpy, safetensors and the standard library alone.
+"""Checks a solution and a lower bound of a layer problem. Needs only numpy, safetensors and the standard library.
 
     python collection/checker.py PROBLEM SOLUTION [CERTIFICATE]
 
-A problem: minimize f(V) = tr((V - W) H (V - W)^T) over the V (out, in) of a sparse set; in a stack of rows every row
-has a Hessian of its own. From the files alone it recomputes whether V lies in the set, an interval that contains f(V),
-and the bound f(V) >= b for every V of the set that the data of the certificate prove. Nothing that a solution or a
-certificate states about itself is relied on; where it states a value or a bound that does not hold, it is refused. "-"
-in place of SOLUTION checks the certificate alone. Exit status 1 and one line where a file is refused.
+The problem is to minimize f(V) = tr((V - W) H (V - W)^T) over the V (out, in) in a sparse set; in a stack of rows,
+every row has its own Hessian. From the files alone, the checker determines whether V is in the set, an interval that
+contains f(V), and the lower bound of f over the set that the certificate proves. It does not rely on any figure stated
+in a solution or a certificate, and refuses a file whose stated value or bound does not hold. With "-" in place of
+SOLUTION only the certificate is checked. If a file is refused, the reason is printed in one line and the exit status
+is 1.
 
-Proofs: entries are the numbers that the files hold, as exact reals. Everything is computed in float64 with bounds on
-all rounding errors: u = 2^-53, gamma_k = k u / (1 - k u); a sum of k products, in any order, has an error of at most
-gamma_k times the sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
-The constants below are at least twice what this needs, which covers the rounding of the bounds themselves. `README.md`
-beside this file describes the formats.
+Proofs: the numbers in the files are taken as exact reals. Everything is computed in float64 with bounds on all rounding
+errors: u = 2^-53, gamma_k = k u / (1 - k u); the error of a sum of k products, in any order, is at most gamma_k times
+the sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The constants
+below are at least twice as large as this requires, which covers the rounding of the bounds themselves. `README.md` in
+this folder describes the formats.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from safetensors import SafetensorError, safe_open
 Array = NDArray[np.float64]
 
 FORMATS = {kind: f"layer-{kind}-1" for kind in ("problem", "solution", "certificate")}
-TENSORS = {  # that a file may have: no others, so that its SHA-256 stands for one content
+TENSORS = {  # allowed in a file; no others, so that its SHA-256 identifies its content
     "problem": {"weight", "hessian", "hessian_upper"},
     "solution": {"weight", "mask", "values"},
     "certificate": {
         *("shift", "diagonal", "diagonal_of_row", "leaves", "row_of_leaf", "diagonal_of_leaf", "columns", "blocks"),
     },
 }
-KINDS = {  # of sets, with the counts that each is defined by
+KINDS = {  # of sets, with the counts that define them
     "row": ("keep",),
     "unstructured": ("keep",),
     "N:M": ("keep", "of"),
@@ -50,24 +51,24 @@ KINDS = {  # of sets, with the counts that each is defined by
     "group": ("width", "keep"),
 }
 _UNIT = 2.0**-53
-_TINY = 1e-300  # more than the products of one formula lose by underflow
-_LARGEST = 1e60  # magnitude of an entry: no product of three overflows
-_FLOOR = 1e-8  # of the diagonal of H, in place of a multiplier 0 or less
-_SHRINKS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of H, taken off multipliers that are a little too large
-_MOST_SUPPORTS = 4096  # of a block, which are tried one by one
-_CLAIM = 1e-9  # relative: a stated value or bound is rounded this much to the safe side
+_TINY = 1e-300  # more than underflow takes from the products of one formula
+_LARGEST = 1e60  # magnitude of an entry; products of three do not overflow
+_FLOOR = 1e-8  # relative to the diagonal of H; replaces multipliers that are not positive
+_SHRINKS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # relative to diag(H); subtracted from multipliers that are too large
+_MOST_SUPPORTS = 4096  # of a block, all of which are tried
+_CLAIM = 1e-9  # relative margin to the safe side in a stated value or bound
 
 
 class CheckError(ValueError):
-    """A file that is not what it states to be; the message is one line."""
+    """A file is malformed or states what does not hold. The message is one line."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """W (out, in) and H (in, in), or (out, in, in) where every row is a problem of its own, and the sparse set.
+    """A layer problem: W (out, in), H (in, in), or (out, in, in) if every row has its own, and the sparse set.
 
-    `content` is the SHA-256 of the tensors, which `problems.json` lists; `fingerprint` that of content, id and set,
-    which solutions and certificates name.
+    `content` is the SHA-256 of the tensors, as listed in `problems.json`; `fingerprint` is the SHA-256 of the content,
+    the id and the set, and is stored in solutions and certificates.
     """
 
     id: str
@@ -87,7 +88,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """f(V) lies in [lower, upper]; `rows` (out, 2) are the intervals of the rows, which add up to f."""
+    """f(V) lies in [lower, upper]; `rows` (out, 2) has the interval of each row's part of f."""
 
     lower: float
     upper: float
@@ -96,7 +97,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """f(V) >= value for every V of the set; `rows` (out,) are bounds of the rows where each has its own budget."""
+    """f(V) >= value for every V in the set; `rows` (out,) are the bounds of the rows if each has its own budget."""
 
     value: float
     kind: str
@@ -104,6 +105,7 @@ class Bound:
 
 
 def gamma(k: int) -> float:
+    """gamma_k = k u / (1 - k u)."""
     return k * _UNIT / (1 - k * _UNIT)
 
 
@@ -111,7 +113,7 @@ def gamma(k: int) -> float:
 
 
 def read(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """(tensors, metadata) of a file of one of the three kinds."""
+    """The (tensors, metadata) of a "problem", a "solution" or a "certificate"."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -119,14 +121,14 @@ def read(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]
     except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CheckError(f"{path} cannot be read as safetensors: {_one_line(error)}") from error
     if metadata.get("format") != FORMATS[kind]:
-        raise CheckError(f"{path} is no {kind} of this collection: its format is not '{FORMATS[kind]}'")
+        raise CheckError(f"{path} is not a {kind} of this collection: its format is not '{FORMATS[kind]}'")
     if unknown := sorted(set(tensors) - TENSORS[kind]):
         raise CheckError(f"{path}: a {kind} has no tensor '{_one_line(unknown[0])}'")
     return tensors, metadata
 
 
 def load_problems(path: Path) -> dict[str, Problem]:
-    """The problems of a file by their ids, '<layer>/<set>': one for each of its sets."""
+    """The problems in a file, one for each of its sets, by id: '<layer>/<set>'."""
     tensors, metadata = read(path, "problem")
     weight = _real(path, tensors, "weight", 2)
     out, width = weight.shape
@@ -157,7 +159,7 @@ def load_problems(path: Path) -> dict[str, Problem]:
     for label, given in sets.items():
         check_set(given, out, width)
         if hessian.ndim == 3 and given["kind"] != "row":
-            raise CheckError(f"{path}: a stack of rows has sets of the kind 'row' alone")
+            raise CheckError(f"{path}: a stack of rows can only have sets of the kind 'row'")
         identity = json.dumps([FORMATS["problem"], f"{name}/{label}", given, content], sort_keys=True)
         fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         problems[f"{name}/{label}"] = Problem(f"{name}/{label}", given, weight, hessian, fingerprint, content)
@@ -165,7 +167,7 @@ def load_problems(path: Path) -> dict[str, Problem]:
 
 
 def tensor_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 of the names, dtypes, shapes and bytes of tensors, sorted by name."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype.newbyteorder('<').str} {tensor.shape}\n".encode())
@@ -174,7 +176,7 @@ def tensor_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def check_set(given: Any, rows: int, width: int) -> None:
-    """Raises CheckError unless `given` describes a set of matrices (rows, width) by exact counts."""
+    """Raises CheckError unless `given` is a valid set for matrices (rows, width)."""
     kind = given.get("kind") if isinstance(given, dict) else None
     if not isinstance(kind, str) or kind not in KINDS or set(given) != {"kind", *KINDS[kind]}:
         raise CheckError(f"a set has one of the kinds {', '.join(KINDS)} and its counts, not {given}")
@@ -182,25 +184,25 @@ def check_set(given: Any, rows: int, width: int) -> None:
     keeps = given["keep"] if listed else [given["keep"]]
     counts = [given[name] for name in KINDS[kind] if name != "keep"]
     if not all(type(count) is int and count >= 1 for count in counts):
-        raise CheckError(f"the counts of a set are whole numbers, not {given}")
+        raise CheckError(f"the counts of a set must be positive integers, not {given}")
     height, across = given.get("height", 1), given.get("of", given.get("width", 1))
     if width % across or rows % height or (listed and len(keeps) != rows):
         raise CheckError(f"the set {given} does not fit a matrix of {rows} x {width}")
     cells = {"row": width, "unstructured": rows * width, "N:M": across, "group": width // across}
     most = cells.get(kind, rows // height * (width // across))
     if not all(type(keep) is int and 0 <= keep <= most for keep in keeps):
-        raise CheckError(f"the set {given} keeps other than 0 to {most}")
+        raise CheckError(f"the set {given} must keep 0 to {most}")
 
 
 def load_weight(path: Path, problem: Problem) -> Array:
-    """V (out, in) of a solution."""
+    """V (out, in), read from a solution."""
     tensors, metadata = read(path, "solution")
     _check_names(path, metadata, problem)
     return weight_of(tensors, problem, path)
 
 
 def weight_of(tensors: Mapping[str, NDArray[Any]], problem: Problem, path: Path = Path("solution")) -> Array:
-    """V (out, in) from `weight`, or from `values` at the bits of `mask`, row by row."""
+    """V (out, in), from `weight`, or from `mask` (one bit per entry, row by row) and the `values` at its set bits."""
     shape = problem.weight.shape
     if "weight" in tensors:
         weight = _real(path, tensors, "weight", 2)
@@ -221,7 +223,7 @@ def weight_of(tensors: Mapping[str, NDArray[Any]], problem: Problem, path: Path 
 
 
 def claim(path: Path, kind: str, name: str) -> float | None:
-    """What a file states about itself: a number, to be compared with what was proved, or None."""
+    """The value or bound stated in the metadata of a file, to be compared with what is proved; None if it has none."""
     text = read(path, kind)[1].get(name)
     try:
         stated = None if text is None else float(text)
@@ -236,9 +238,9 @@ def _check_names(path: Path, metadata: Mapping[str, str], problem: Problem) -> N
     if metadata.get("id") != problem.id:
         raise CheckError(f"{path} is for the problem '{metadata.get('id')}', not '{problem.id}'")
     if "problem" not in metadata:
-        raise CheckError(f"{path} does not name the content of {problem.id}: its 'problem' is {problem.fingerprint}")
+        raise CheckError(f"{path} does not name the data of {problem.id}: its 'problem' must be {problem.fingerprint}")
     if metadata["problem"] != problem.fingerprint:
-        raise CheckError(f"{path} was made for another content of {problem.id}, whose SHA-256 is {problem.fingerprint}")
+        raise CheckError(f"{path} was made for other data of {problem.id}, whose SHA-256 is {problem.fingerprint}")
 
 
 def _json(path: Path, text: str) -> Any:
@@ -253,24 +255,26 @@ def _tensor(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, *dimensi
         raise CheckError(f"{path} has no tensor '{name}'")
     tensor = tensors[name]
     if tensor.ndim not in dimensions or tensor.size == 0:
-        raise CheckError(f"{path}: {name} has the shape {tensor.shape}: not {dimensions[0]} dimensions, or empty")
+        raise CheckError(
+            f"{path}: {name} has the shape {tensor.shape}: it must have {dimensions[0]} dimensions and not be empty"
+        )
     return tensor
 
 
 def _real(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, *dimensions: int) -> Array:
     tensor = _tensor(path, tensors, name, *dimensions)
     if tensor.dtype.kind != "f":
-        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, not a real one")
+        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, which is not floating-point")
     numbers = np.asarray(tensor, dtype=np.float64)
     if not (np.abs(numbers) <= _LARGEST).all():
-        raise CheckError(f"{path}: {name} holds NaN, infinity or a number above {_LARGEST:g}")
+        raise CheckError(f"{path}: {name} contains NaN, infinity or a number above {_LARGEST:g}")
     return numbers
 
 
 def _whole(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, dimensions: int) -> NDArray[np.int64]:
     tensor = _tensor(path, tensors, name, dimensions)
     if tensor.dtype.kind not in "iu":
-        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, not one of whole numbers")
+        raise CheckError(f"{path}: {name} has the dtype {tensor.dtype}, which is not an integer type")
     return tensor.astype(np.int64)
 
 
@@ -282,10 +286,10 @@ def _one_line(error: object) -> str:
 
 
 def cells(entries: Array, given: Mapping[str, Any]) -> tuple[Array, NDArray[np.int64]]:
-    """(the sums over what is kept or removed as one (groups, choices), how many of each group are kept (groups,)).
+    """Sums of entries that are kept or removed together (groups, choices), and the choices kept per group (groups,).
 
     Args:
-        entries: (out, in), not negative.
+        entries: (out, in), non-negative.
         given: the set.
     """
     out, width = entries.shape
@@ -305,13 +309,13 @@ def cells(entries: Array, given: Mapping[str, Any]) -> tuple[Array, NDArray[np.i
 
 
 def is_member(weight: Array, given: Mapping[str, Any]) -> bool:
-    """Whether the non-zero entries fit the counts of the set."""
+    """Whether V is in the set, by the positions of its nonzero entries."""
     counts, keep = cells((weight != 0).astype(np.float64), given)
     return bool(((counts > 0).sum(axis=1) <= keep).all())
 
 
 def value(problem: Problem, weight: Array) -> Value:
-    """An interval for f(V). E = V - W is rounded once, relative to its entries; see the head of this file."""
+    """An interval that contains f(V), by the error bounds in the docstring of this module. V - W is rounded once."""
     away = weight - problem.weight
     sizes = np.abs(away)
     if problem.is_stack:
@@ -328,16 +332,17 @@ def value(problem: Problem, weight: Array) -> Value:
 
 
 def energy(problem: Problem) -> float:
-    """tr(W H W^T), the unit of relative values; not proved."""
+    """tr(W H W^T), to which relative values refer. Not proved."""
     return math.fsum(value(problem, np.zeros_like(problem.weight)).rows.mean(axis=1))
 
 
 def _down(x: Any) -> Any:
-    """Below x by more than two roundings."""
+    """A number below x by more than two rounding errors."""
     return x - 4 * _UNIT * np.abs(x) - _TINY
 
 
 def _up(x: Any) -> Any:
+    """A number above x by more than two rounding errors."""
     return x + 4 * _UNIT * np.abs(x) + _TINY
 
 
@@ -345,11 +350,12 @@ def _up(x: Any) -> Any:
 
 
 def is_semidefinite(hessian: Array, diagonal: Array) -> bool:
-    """True if H - Diag(d) is proved to be positive semidefinite.
+    """Whether H - Diag(d) is proved to be positive semidefinite.
 
-    A Cholesky factorization of B, diagonal b, that runs to its end is that of a matrix within phi sqrt(b_i b_j) of B,
-    phi = gamma_(n+1) / (1 - gamma_(n+1)) (Higham, theorem 10.5, after Demmel; Rump, Verification of positive
-    definiteness, 2006), so that B + n phi Diag(b) is semidefinite. B has the diagonal (1 - 2 n phi) (H_jj - d_j).
+    If the floating-point Cholesky factorization of B with diagonal b succeeds, its factor is the exact one of a matrix
+    whose entries differ from those of B by at most phi sqrt(b_i b_j), phi = gamma_(n+1) / (1 - gamma_(n+1)) (Higham,
+    theorem 10.5, after Demmel; Rump, Verification of positive definiteness, 2006). Hence B + n phi Diag(b) is
+    semidefinite. B is H - Diag(d) with the diagonal (1 - 2 n phi) (H_jj - d_j).
     """
     n = len(hessian)
     room = np.diagonal(hessian) - diagonal
@@ -371,10 +377,10 @@ def is_semidefinite(hessian: Array, diagonal: Array) -> bool:
 
 
 def proved_diagonal(hessian: Array, diagonal: Array) -> Array:
-    """Multipliers close to d with H - Diag(d) proved to be semidefinite: a little lower, or just above 0.
+    """Multipliers d for which H - Diag(d) is proved to be semidefinite: those given, slightly lowered if necessary.
 
     Raises:
-        CheckError: none is found.
+        CheckError: lowering them does not make a proof possible.
     """
     scale = np.diagonal(hessian)
     starts = [diagonal] if (diagonal > 0).all() else [np.maximum(diagonal, _FLOOR * scale), diagonal]
@@ -387,10 +393,10 @@ def proved_diagonal(hessian: Array, diagonal: Array) -> Array:
 
 
 def costs(hessian: Array, multipliers: Array, target: Array, shift: Array) -> tuple[Array, Array, Array]:
-    """(c (rows,), a (rows, in), b (rows, in)): f of a row is at least -c, plus a_j where j is kept, b_j where removed.
+    """c (rows,), a (rows, in) and b (rows, in): f of a row is at least -c + sum_kept a_j + sum_removed b_j.
 
-    With e = v - w, q = (H - D) s: f = e^T (H - D) e + e^T D e >= 2 q^T e - s^T q + e^T D e, where d_j e_j^2 + 2 q_j e_j
-    is at least -q_j^2 / d_j, and d_j w_j^2 - 2 q_j w_j if v_j = 0. q is computed with an error of at most r.
+    With D = Diag(d), e = v - w and q = (H - D) s for any s: f = e^T (H - D) e + e^T D e >= 2 q^T e - s^T q + e^T D e.
+    Each d_j e_j^2 + 2 q_j e_j is at least -q_j^2 / d_j, and equals d_j w_j^2 - 2 q_j w_j if v_j = 0.
     """
     n = len(multipliers)
     with np.errstate(all="ignore"):
@@ -408,7 +414,10 @@ def costs(hessian: Array, multipliers: Array, target: Array, shift: Array) -> tu
 
 
 def least_cost(constant: Array, kept: Array, removed: Array, given: Mapping[str, Any]) -> float:
-    """A lower bound of sum -c + sum_kept a + sum_removed b over the supports of the set: the largest gains are kept."""
+    """A lower bound of sum(-c) + sum_kept a + sum_removed b over the supports in the set.
+
+    The largest gains b - a are kept.
+    """
     tile = given.get("height", len(kept)) * given.get("width", 1)
     gains, keep = cells(_up(removed - kept), given)
     gains = gains * (1 + 2 * gamma(tile + 4))  # sums over tiles
@@ -421,10 +430,10 @@ def least_cost(constant: Array, kept: Array, removed: Array, given: Mapping[str,
 
 
 def dual_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
-    """The bound of the data `diagonal` (g, in), `diagonal_of_row` (out,), `shift` (out, in).
+    """The bound proved by `diagonal` (g, in), `diagonal_of_row` (out,) and `shift` (out, in); see `costs`.
 
     Raises:
-        CheckError: shapes, or a difference of matrices that is not proved to be semidefinite.
+        CheckError: shapes do not match, or H - Diag(d) is not proved to be semidefinite.
     """
     out, width = problem.weight.shape
     diagonal, shift = _real(path, tensors, "diagonal", 2), _real(path, tensors, "shift", 2)
@@ -450,29 +459,29 @@ def dual_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path
 
 
 def block_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
-    """The bound of a block-diagonal matrix D with H - D semidefinite, for every set; all supports of a block are tried.
+    """The bound proved by a block-diagonal matrix D with H - D semidefinite, by trying all supports of each block.
 
-    `columns` (g, b): the columns of each block, every column once; `blocks` (g, b, b), the blocks of D, symmetric;
-    `shift` (out, in). With y = D w - q, a row has, in addition to -s^T q,
+    `columns` (g, b) has the columns of each block, every column once, `blocks` (g, b, b) the symmetric blocks of D, and
+    `shift` (out, in) the s of each row. With q = (H - D) s and y = D w - q, f of a row is at least -s^T q plus
 
         e^T D e + 2 q^T e = w^T D w - 2 q^T w + v^T D v - 2 y^T v,
 
-    whose least value over the v with support S in a block is that of v = 0 less y_S^T D_SS^-1 y_S, the gain of S. The
-    gains of rows that are kept together are added up. Of the supports of a block with c choices the largest gain G_c
-    counts, and with any price l >= 0 a budget of k choices admits at most k l + sum_blocks max_c (G_c - l c).
+    whose minimum over the v with support S in a block is lower than the value at v = 0 by the gain y_S^T D_SS^-1 y_S.
+    Gains of rows that are kept together are added. With G_c the largest gain in a block of a support with c choices, a
+    budget of k choices gains at most k l + sum_blocks max_c (G_c - l c), for any l >= 0.
 
     Raises:
-        CheckError: shapes, blocks across the choices of the set, or matrices that are not proved to be semidefinite.
+        CheckError: shapes do not match, blocks divide groups of the set, or a matrix is not proved to be semidefinite.
     """
     out, width = problem.weight.shape
     columns, blocks = _whole(path, tensors, "columns", 2), _real(path, tensors, "blocks", 3)
     shift = _real(path, tensors, "shift", 2)
     if problem.is_stack:
-        raise CheckError(f"{path}: blocks are for the problems of one Hessian, not for a stack of rows")
+        raise CheckError(f"{path}: a block certificate needs one Hessian: it is not for a stack of rows")
     if blocks.shape != (*columns.shape, columns.shape[1]) or shift.shape != (out, width):
         raise CheckError(f"{path}: columns, blocks or shift do not fit a matrix of {out} x {width}")
     if not np.array_equal(np.sort(columns, axis=None), np.arange(width)):
-        raise CheckError(f"{path}: columns does not name every column once")
+        raise CheckError(f"{path}: columns must have every column once")
     if not np.array_equal(blocks, np.swapaxes(blocks, 1, 2)):
         raise CheckError(f"{path}: blocks are not symmetric")
     supports = supports_of_block(columns, problem.set, path)
@@ -498,17 +507,17 @@ def block_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Pat
 
 
 def _unit(given: Mapping[str, Any]) -> int:
-    """The columns that are kept or removed as one."""
+    """The number of columns that are kept or removed together."""
     return int(given["width"]) if given["kind"] in ("block", "group") else 1
 
 
 def supports_of_block(columns: NDArray[np.int64], given: Mapping[str, Any], path: Path) -> NDArray[np.bool_]:
-    """(supports, b): what of a block may be kept; as much as possible of the groups of N:M."""
+    """The supports of a block (supports, b) in the set; for N:M, those that keep N of every group."""
     together = given["of"] if given["kind"] == "N:M" else _unit(given)
     size = columns.shape[1]
     aligned = columns.reshape(len(columns), -1, together) if size % together == 0 else None
     if aligned is None or (aligned[..., :1] % together).any() or (np.diff(aligned, axis=2) != 1).any():
-        raise CheckError(f"{path}: a block does not consist of whole groups of {together} consecutive columns")
+        raise CheckError(f"{path}: a block must consist of whole groups of {together} consecutive columns")
     parts = size // together
     choices = math.comb(together, given["keep"]) if given["kind"] == "N:M" else 2
     if choices**parts > _MOST_SUPPORTS:
@@ -524,13 +533,13 @@ def supports_of_block(columns: NDArray[np.int64], given: Mapping[str, Any], path
 
 
 def proved_blocks(hessian: Array, columns: NDArray[np.int64], blocks: Array) -> Array:
-    """Blocks D, a little lower where necessary, that are proved to be definite, and H - D to be semidefinite.
+    """Blocks D, slightly lowered if necessary, that are proved to be definite with H - D proved to be semidefinite.
 
-    H - D is computed with an error of at most u times each entry of it in a block, which is semidefinite with the sums
-    of its rows on the diagonal.
+    The rounding error of an entry of H - D is at most u times its magnitude. A matrix of such errors is bounded by the
+    diagonal matrix of the sums of their magnitudes over rows.
 
     Raises:
-        CheckError: none is found.
+        CheckError: lowering them does not make a proof possible.
     """
     scale = np.diagonal(hessian)
     places = columns[:, :, None], columns[:, None, :]
@@ -552,7 +561,7 @@ def proved_blocks(hessian: Array, columns: NDArray[np.int64], blocks: Array) -> 
 def _linear_part(
     problem: Problem, columns: NDArray[np.int64], blocks: Array, shift: Array
 ) -> tuple[Array, Array, Array]:
-    """(a lower bound of -s^T q + w^T D w - 2 q^T w (rows,), y = D w - q (rows, in), a bound of its error)."""
+    """A lower bound of -s^T q + w^T D w - 2 q^T w (rows,), y = D w - q (rows, in), and a bound on the error of y."""
     width = problem.weight.shape[1]
     whole = np.zeros((width, width))
     whole[columns[:, :, None], columns[:, None, :]] = blocks
@@ -572,10 +581,11 @@ def _linear_part(
 
 
 def _gains(block: Array, supports: NDArray[np.bool_], pull: Array, error: Array, height: int) -> Array:
-    """(groups, supports): an upper bound of sum_rows y_S^T D_SS^-1 y_S over `height` rows each, D definite.
+    """Upper bounds of y_S^T D_SS^-1 y_S summed over groups of `height` rows (groups, supports), for a definite D.
 
-    With X close to D_SS^-1 and |I - D_SS X| <= r < 1 in the maximum norm, the eigenvalues of D^1/2 X D^1/2 are at least
-    1 - r, so that D_SS^-1 <= X / (1 - r), and X is definite. Its form is a norm, in which an error of y adds up.
+    For X close to D_SS^-1 with |I - D_SS X| <= r < 1 in the maximum norm, the eigenvalues of D^1/2 X D^1/2 are at least
+    1 - r, so that X is definite and D_SS^-1 <= X / (1 - r). The square root of y^T X y is a norm, so that the error of
+    y adds at most its own norm.
     """
     size = len(block)
     inside = supports[:, :, None] & supports[:, None, :]
@@ -604,7 +614,7 @@ def _gains(block: Array, supports: NDArray[np.bool_], pull: Array, error: Array,
 
 
 def _most_gained(gains: Array, keep: int) -> float:
-    """An upper bound of the largest sum of one gain of each line, of c choices at the place c, with `keep` choices."""
+    """An upper bound of the sum of one gain per row of `gains`, whose column c takes c of the `keep` choices."""
     if not np.isfinite(gains).all():
         return math.inf
     counts = np.arange(gains.shape[1])
@@ -623,17 +633,18 @@ def _most_gained(gains: Array, keep: int) -> float:
 
 
 def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")) -> Bound:
-    """The bound of the leaves of a binary tree for each row of a row-wise set: the least over its leaves.
+    """The bound proved by the leaves of a branch-and-bound tree for each row: the minimum of the bounds of its leaves.
 
-    `leaves` (L, in), int8: 1 where a leaf keeps, -1 where it removes, 0 where that is open; `row_of_leaf` (L,);
-    `shift` (L, in); `diagonal` (g, in), `diagonal_of_leaf` (L,). Costs as of `costs`: what is open is kept by gain.
+    `leaves` (L, in), int8, is 1 for entries that a leaf keeps, -1 for those that it removes, and 0 for free entries, of
+    which those with the largest gains are kept. `row_of_leaf` (L,), `shift` (L, in), `diagonal` (g, in) and
+    `diagonal_of_leaf` (L,) are as for `dual_bound`, with one bound for each leaf.
 
     Raises:
-        CheckError: as `dual_bound`, or leaves that leave out a support.
+        CheckError: as `dual_bound`; or the leaves do not cover all supports.
     """
     out, width = problem.weight.shape
     if problem.set["kind"] != "row":
-        raise CheckError(f"{path}: a tree proves bounds of row-wise sets alone")
+        raise CheckError(f"{path}: a tree certificate is only for row-wise sets")
     leaves = _whole(path, tensors, "leaves", 2)
     diagonal, shift = _real(path, tensors, "diagonal", 2), _real(path, tensors, "shift", 2)
     row_of = _index(path, tensors, "row_of_leaf", len(leaves), out)
@@ -641,7 +652,7 @@ def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path
     if leaves.shape[1] != width or diagonal.shape[1] != width or shift.shape != leaves.shape:
         raise CheckError(f"{path}: leaves, diagonal or shift do not fit rows of {width}")
     if not np.isin(leaves, (-1, 0, 1)).all():
-        raise CheckError(f"{path}: leaves hold other numbers than -1, 0 and 1")
+        raise CheckError(f"{path}: leaves has entries other than -1, 0 and 1")
     _check_multipliers(path, diagonal)
     keep = np.broadcast_to(np.asarray(problem.set["keep"]), (out,))
     for row in range(out):
@@ -669,9 +680,9 @@ def tree_bound(problem: Problem, tensors: Mapping[str, NDArray[Any]], path: Path
 
 
 def covers_all_supports(leaves: NDArray[np.int64], keep: int) -> bool:
-    """Whether every support of `keep` entries agrees with a leaf, shown by splitting on entries that all leaves fix.
+    """Whether every support of `keep` entries is in a leaf, proved by branching on entries that all leaves fix.
 
-    Sides without a support of that size need no leaf: more than `keep` kept, or more than width - keep removed.
+    Branches without a support of that size need no leaf: they keep more than `keep` or remove more than width - keep.
     """
     width = leaves.shape[1]
     open_nodes = [(np.arange(len(leaves)), np.zeros(width, dtype=np.int64))]
@@ -694,12 +705,12 @@ def covers_all_supports(leaves: NDArray[np.int64], keep: int) -> bool:
 
 
 def _index(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, count: int, below: int) -> NDArray[np.int64]:
-    """(count,) whole numbers from 0 to below - 1; zeros where the tensor is left out and nothing is to be chosen."""
+    """A tensor (count,) of integers from 0 to below - 1; zeros if it is absent and only 0 is possible."""
     if name not in tensors and below == 1:
         return np.zeros(count, dtype=np.int64)
     index = _whole(path, tensors, name, 1)
     if len(index) != count or index.min() < 0 or index.max() >= below:
-        raise CheckError(f"{path}: {name} is not {count} numbers from 0 to {below - 1}")
+        raise CheckError(f"{path}: {name} must be {count} integers from 0 to {below - 1}")
     return index
 
 
@@ -709,7 +720,7 @@ def _check_multipliers(path: Path, diagonal: Array) -> None:
 
 
 def _rows_of_each(index: NDArray[np.int64], separate: bool) -> Iterator[NDArray[np.int64]]:
-    """The positions of equal numbers, or each alone."""
+    """The positions of each number in `index`; with `separate`, each position alone."""
     if separate:
         yield from np.arange(len(index))[:, None]
         return
@@ -722,7 +733,7 @@ def _total(rows: Array) -> float:
 
 
 def bound(problem: Problem, path: Path) -> Bound:
-    """The bound that the file of a certificate proves."""
+    """The bound that a certificate file proves."""
     tensors, metadata = read(path, "certificate")
     _check_names(path, metadata, problem)
     return bound_of(problem, metadata.get("kind", ""), tensors, path)
@@ -731,10 +742,10 @@ def bound(problem: Problem, path: Path) -> Bound:
 def bound_of(
     problem: Problem, kind: str, tensors: Mapping[str, NDArray[Any]], path: Path = Path("certificate")
 ) -> Bound:
-    """The bound that the data of a certificate prove.
+    """The bound that the tensors of a certificate prove.
 
     Raises:
-        CheckError: they are malformed, or prove nothing.
+        CheckError: they are malformed, or prove no bound.
     """
     kinds = {"dual": dual_bound, "tree": tree_bound, "block": block_bound}
     if kind not in kinds:
@@ -742,7 +753,7 @@ def bound_of(
     try:
         proved = kinds[kind](problem, tensors, path)
     except OverflowError as error:
-        raise CheckError(f"{path} proves no bound: its numbers are too large to be added") from error
+        raise CheckError(f"{path} proves no bound: its numbers overflow") from error
     if not math.isfinite(proved.value):
         raise CheckError(f"{path} proves no bound: a multiplier of an entry that can be kept is 0")
     return proved
@@ -752,12 +763,12 @@ def bound_of(
 
 
 def safe_claim(number: float, kind: str) -> str:
-    """A value rounded up, or a bound rounded down, by 1e-9, so that other machines confirm it."""
+    """A value rounded up, or a bound rounded down, by 1e-9 relative, so that other machines confirm it."""
     return repr(float(number + (_CLAIM if kind == "value" else -_CLAIM) * abs(number)))
 
 
 def decimal_text(number: float, kind: str, digits: int = 10) -> str:
-    """A value rounded up, or a bound rounded down, to so many significant decimal digits."""
+    """A value rounded up, or a bound rounded down, to a number of significant decimal digits."""
     rounding = decimal.ROUND_CEILING if kind == "value" else decimal.ROUND_FLOOR
     rounded = decimal.Context(prec=digits, rounding=rounding).create_decimal_from_float(float(number))
     return format(rounded.normalize(), f".{digits}g")
@@ -766,13 +777,14 @@ def decimal_text(number: float, kind: str, digits: int = 10) -> str:
 def check(
     problem_file: Path, solution: Path | None, certificate: Path | None, problem_id: str | None = None
 ) -> tuple[Problem, Value | None, Bound | None]:
-    """The problem of the files, the interval of the solution's value and the bound that is proved.
+    """The problem, the interval of the solution's value, and the bound that the certificate proves.
 
     Args:
-        problem_id: by default what the solution or the certificate is for.
+        problem_id: by default that of the solution or the certificate.
 
     Raises:
-        CheckError: a file is malformed, for another problem, outside of the set, or states what does not hold.
+        CheckError: a file is malformed or for another problem, the solution is not in the set, or a stated figure does
+            not hold.
     """
     problems = load_problems(problem_file)
     if problem_id is None:
@@ -785,7 +797,7 @@ def check(
     if solution is not None:
         weight = load_weight(solution, problem)
         if not is_member(weight, problem.set):
-            raise CheckError(f"{solution}: more is kept than the set {json.dumps(problem.set)} allows")
+            raise CheckError(f"{solution}: more weights are kept than the set {json.dumps(problem.set)} allows")
         reached = value(problem, weight)
         stated = claim(solution, "solution", "value")
         if stated is not None and stated < reached.lower:
@@ -794,19 +806,19 @@ def check(
         proved = bound(problem, certificate)
         stated = claim(certificate, "certificate", "bound")
         if stated is not None and stated > proved.value:
-            raise CheckError(f"{certificate} states the bound {stated:.9g}, but proves {proved.value:.9g} alone")
+            raise CheckError(f"{certificate} states the bound {stated:.9g}, but only proves {proved.value:.9g}")
     if reached is not None and proved is not None and proved.value > reached.upper:
         raise CheckError(f"{certificate} proves a bound above the value of {solution}: an error of this checker")
     return problem, reached, proved
 
 
 def report(problem: Problem, reached: Value | None, proved: Bound | None) -> Iterator[str]:
-    """The lines that the command prints."""
+    """The lines that the command prints, from the results of `check`."""
     out, width = problem.weight.shape
     unit = energy(problem) or 1.0
-    each = " rows, each a problem" if problem.is_stack else ""
+    each = " independent rows" if problem.is_stack else ""
     yield f"problem  {problem.id}: {out} x {width}{each}, {json.dumps(problem.set)}"
-    yield f"content  SHA-256 {problem.content}: as in problems.json, if it is the problem of the collection"
+    yield f"content  SHA-256 {problem.content}: problems.json has the same, if this is the problem of the collection"
     if reached is not None:
         lower, upper = decimal_text(reached.lower, "bound", 15), decimal_text(reached.upper, "value", 15)
         yield f"value    in [{lower}, {upper}], proved; relative {reached.upper / unit:.6g}"
@@ -818,7 +830,7 @@ def report(problem: Problem, reached: Value | None, proved: Bound | None) -> Ite
 
 
 def gap(upper: float, lower: float) -> float:
-    """1 - bound / value, between 0 and 1; of a value of at most 0, 0 where the bound reaches it and else 1."""
+    """1 - lower / upper, between 0 and 1. If the value is not positive: 0 if the bound reaches it, otherwise 1."""
     if upper <= 0:
         return 0.0 if lower >= upper else 1.0
     return min(1.0, max(0.0, 1 - lower / upper))

@@ -317,16 +317,16 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "row", "keep": 5}, "keeps other than 0 to 4"),
-        ({"kind": "row", "keep": 2.0}, "keeps other than"),
+        ({"kind": "row", "keep": 5}, "must keep 0 to 4"),
+        ({"kind": "row", "keep": 2.0}, "must keep"),
         ({"kind": "row", "keep": [1]}, "does not fit"),
         ({"kind": "row"}, "a set has one of the kinds"),
         ({"kind": "rows", "keep": 2}, "a set has one of the kinds"),
         ({"kind": ["row"], "keep": 2}, "a set has one of the kinds"),
         ({"kind": "N:M", "keep": 2, "of": 3}, "does not fit"),
-        ({"kind": "N:M", "keep": 2, "of": 0}, "whole numbers"),
+        ({"kind": "N:M", "keep": 2, "of": 0}, "positive integers"),
         ({"kind": "block", "height": 4, "width": 2, "keep": 1}, "does not fit"),
-        ({"kind": "group", "width": 2, "keep": 3}, "keeps other than 0 to 2"),
+        ({"kind": "group", "width": 2, "keep": 3}, "must keep 0 to 2"),
     ],
 )
 def test_sets_that_do_not_exist_are_refused(given: Any, message: str) -> None:
@@ -347,5 +347,5 @@ def test_a_hessian_that_is_none_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckError, match=message):
             checker.load_problems(path)
     write_problem(path, "tiny", weight, hessian, {"group": SETS["group"]}, {})
-    with pytest.raises(CheckError, match="'row' alone"):
+    with pytest.raises(CheckError, match="only have sets of the kind 'row'"):
         checker.load_problems(path)

@@ -147,7 +147,7 @@ def test_records_only_improve(small: Path) -> None:
     assert "not below" in lines[0]
     assert "not above" in lines[1]
     assert (small / "records.csv").read_bytes() == before
-    with pytest.raises(checker.CheckError, match="more is kept"):
+    with pytest.raises(checker.CheckError, match="more weights are kept"):
         offered(small, problem, problem.weight + 1, "cheat")
 
 
